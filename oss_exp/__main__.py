@@ -1,0 +1,3 @@
+from oss_exp.cli import main
+
+main()

@@ -1,0 +1,86 @@
+"""Files that are whole or absent: atomic writes, hashes, and tensors that prove where they come from.
+
+Every result of a run goes through `write_atomically`, so an interrupt or a full disk leaves the old file or none.
+A tensor asset `x.safetensors` travels with `x.json`, which holds its SHA-256 and its provenance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Write to a temporary name in the same folder, then rename. Makes missing folders. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too: never leave the temporary behind
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Parse a JSON file; ValueError with path, reason and remedy where it is missing, empty or broken."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} {path} cannot be read: {error}") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = "is empty" if not text.strip() else f"is not complete JSON ({error})"
+        raise ValueError(f"{what} {path} {reason}; write it again with the command that made it") from None
+
+
+def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
+    """Write `path` (.safetensors) and its `.json` with the hash and the provenance; returns the hash."""
+    path = Path(path)
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_atomically(path, data)
+    record = {"file": path.name, "sha256": sha256(data), **provenance}
+    write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    return record["sha256"]
+
+
+def load_asset(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and provenance of an asset; ValueError when its bytes are not those its `.json` vouches for."""
+    path = Path(path)
+    record = read_json(path.with_suffix(".json"), f"provenance of {what}")
+    tensors = load_tensors(path, record.get("sha256"), what)
+    return tensors, record
+
+
+def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:
+    """Read a safetensors file whose SHA-256 must be the expected one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})")
+    data = path.read_bytes()
+    if sha256(data) != expected_sha256:
+        raise ValueError(
+            f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "
+            f"expected {str(expected_sha256)[:12]}...; restore the file or make it again"
+        )
+    return safetensors.torch.load(data)

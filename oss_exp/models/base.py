@@ -1,0 +1,40 @@
+"""What every model family gives the rest of the program: a bound velocity in canonical time, and pixels."""
+
+from __future__ import annotations
+
+import abc
+
+from torch import Tensor, nn
+
+from oss_exp.noise import GaussianPath
+from oss_exp.solvers import BoundVelocity, Solver, sample
+from oss_exp.steps import StepSchedule
+
+
+class Model(nn.Module, abc.ABC):
+    """A trained (or exact) diffusion model behind canonical time. A new family is one file, one yaml and one test.
+
+    path:        translates the network's clock. event_shape: *E, one sample's shape.
+    num_classes: conditions 0 .. num_classes-1, or None when there are none; guidance: the scale that `velocity` is
+                 bound with unless told otherwise (1: none).
+    fingerprint: SHA-256 of the weights; `name` and it tie a step schedule to the model it was searched on.
+    """
+
+    name: str
+    path: GaussianPath
+    event_shape: tuple[int, ...]
+    num_classes: int | None
+    guidance: float
+    fingerprint: str
+
+    @abc.abstractmethod
+    def velocity(self, condition: Tensor | None, guidance: float) -> BoundVelocity:
+        """condition (B,) class indices or None -> v(x (M, *E), t (M,)) with both bound."""
+
+    @abc.abstractmethod
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, *E) -> pixels in [0, 1]: (B, C, H, W), or (B, C, F, H, W) for videos."""
+
+    def generate(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """noise (B, *E) at steps.start_time -> pixels."""
+        return self.decode(sample(solver, self.velocity(condition, self.guidance), noise, steps, group=condition))

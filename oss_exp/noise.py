@@ -1,0 +1,250 @@
+"""Gaussian paths (how a network was trained) and noise schedules (where a many-step teacher steps).
+
+Everything above this file speaks canonical flow-matching time t in [0, 1]: x_t = (1 - t) x0 + t eps, v = eps - x0.
+A `GaussianPath` translates a network's own clock tau, and its scaling of the state, into that time
+(Optimal Stepsize, arXiv 2503.21774, App. C). A `NoiseSchedule` lists canonical times and knows no network.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------------------
+# Paths: native time tau <-> canonical time t
+# --------------------------------------------------------------------------------------------------------------
+
+
+class GaussianPath(abc.ABC):
+    """x_native = alpha(tau) x0 + sigma(tau) eps, seen as x_native = (alpha + sigma) x_t at t = sigma / (alpha + sigma).
+
+    `canonical` and `native` are inverse to each other; both take and return float64 tensors of any shape.
+    """
+
+    @abc.abstractmethod
+    def canonical(self, tau: Tensor) -> Tensor:
+        """Native time -> t in [0, 1]."""
+
+    @abc.abstractmethod
+    def native(self, t: Tensor) -> Tensor:
+        """t in [0, 1] -> native time, in the network's own units."""
+
+    def scale(self, t: Tensor) -> Tensor:
+        """alpha + sigma at canonical time t: multiply a canonical state by this to get the network's state."""
+        # Variance-preserving unless a subclass says otherwise: alpha^2 + sigma^2 = 1 with sigma / alpha = t / (1 - t).
+        return 1 / torch.sqrt((1 - t) ** 2 + t**2)
+
+
+@dataclass(frozen=True)
+class EDMPath(GaussianPath):
+    """Variance exploding: alpha = 1, sigma = tau in [0, inf). Karras et al. 2022 (arXiv 2206.00364), table 1."""
+
+    def canonical(self, tau: Tensor) -> Tensor:
+        return tau / (1 + tau)
+
+    def native(self, t: Tensor) -> Tensor:
+        return t / (1 - t)
+
+    def scale(self, t: Tensor) -> Tensor:
+        return 1 / (1 - t)
+
+
+@dataclass(frozen=True)
+class FlowPath(GaussianPath):
+    """Flow matching: alpha = 1 - t, sigma = t. The network's clock tau in [0, time_scale] may be shifted against t.
+
+    `shift`: t = s u / (1 + (s - 1) u) with u = tau / time_scale (1: the clock is t itself, as in FLUX and SD3).
+    """
+
+    shift: float
+    time_scale: float
+
+    def __post_init__(self) -> None:
+        _require_positive(shift=self.shift, time_scale=self.time_scale)
+
+    def canonical(self, tau: Tensor) -> Tensor:
+        return shift_time(tau / self.time_scale, self.shift)
+
+    def native(self, t: Tensor) -> Tensor:
+        return shift_time(t, 1 / self.shift) * self.time_scale
+
+    def scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+class CosinePath(GaussianPath):
+    """Continuous variance-preserving cosine: alpha = cos(pi tau / 2), sigma = sin(pi tau / 2), tau in [0, 1]."""
+
+    def canonical(self, tau: Tensor) -> Tensor:
+        alpha, sigma = torch.cos(math.pi / 2 * tau), torch.sin(math.pi / 2 * tau)
+        return sigma / (alpha + sigma)
+
+    def native(self, t: Tensor) -> Tensor:
+        return torch.atan2(t, 1 - t) * (2 / math.pi)
+
+
+@dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
+class DDPMPath(GaussianPath):
+    """Discrete variance-preserving chain with T betas; tau in [-1, T - 1] is the index, -1 is clean data.
+
+    Between integers the log of sigma / alpha is interpolated linearly; between -1 and 0 sigma / alpha itself is.
+    Ho et al. 2020 (arXiv 2006.11239). Build the betas with `linear_betas`, `scaled_linear_betas` or `cosine_betas`.
+    """
+
+    betas: Tensor
+    _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64
+
+    def __post_init__(self) -> None:
+        betas = torch.as_tensor(self.betas, dtype=torch.float64)
+        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas must be a list of at least two numbers in (0, 1), got shape {tuple(betas.shape)}")
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "_ratio", torch.sqrt((1 - alphas_cumprod) / alphas_cumprod))
+
+    def canonical(self, tau: Tensor) -> Tensor:
+        low = tau.floor().clamp(0, len(self.betas) - 2)
+        index = low.long()
+        log_ratio = torch.lerp(self._ratio[index].log(), self._ratio[index + 1].log(), tau - low)
+        ratio = torch.where(tau < 0, (tau + 1) * self._ratio[0], log_ratio.exp())
+        return ratio / (1 + ratio)
+
+    def native(self, t: Tensor) -> Tensor:
+        ratio = t / (1 - t)
+        index = torch.searchsorted(self._ratio, ratio.contiguous()).clamp(1, len(self.betas) - 1)
+        low, high = self._ratio[index - 1].log(), self._ratio[index].log()
+        tau = index - 1 + (ratio.clamp(min=1e-300).log() - low) / (high - low)
+        return torch.where(ratio < self._ratio[0], ratio / self._ratio[0] - 1, tau)
+
+
+def linear_betas(num_steps: int, start: float, end: float) -> Tensor:
+    """(num_steps,) betas, uniform between the ends (DDPM: 1000, 1e-4, 0.02)."""
+    return torch.linspace(start, end, num_steps, dtype=torch.float64)
+
+
+def scaled_linear_betas(num_steps: int, start: float, end: float) -> Tensor:
+    """(num_steps,) betas whose square roots are uniform (Stable Diffusion: 1000, 0.00085, 0.012)."""
+    return torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+
+
+def cosine_betas(num_steps: int, max_beta: float) -> Tensor:
+    """(num_steps,) betas of Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 17), offset 0.008, clipped at max_beta."""
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t -> s t / (1 + (s - 1) t), the resolution shift of SD3 / FLUX (arXiv 2403.03206, eq. 23); inverse: shift 1/s."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Noise schedules: N -> N + 1 canonical times
+# --------------------------------------------------------------------------------------------------------------
+
+
+class NoiseSchedule(abc.ABC):
+    """A rule that places N jumps: `nodes(N)` gives N + 1 strictly decreasing canonical times, the last one 0."""
+
+    def nodes(self, num_steps: int) -> Tensor:
+        """(num_steps + 1,) float64, strictly decreasing from at most 1 to exactly 0."""
+        if num_steps < 1:
+            raise ValueError(f"a noise schedule needs at least 1 step, got {num_steps}")
+        nodes = torch.cat([self._times(num_steps), torch.zeros(1, dtype=torch.float64)])
+        if not bool((nodes.diff() < 0).all()):
+            raise ValueError(
+                f"{self} has no {num_steps} distinct times; ask for fewer steps or a schedule with a finer clock"
+            )
+        return nodes
+
+    @abc.abstractmethod
+    def _times(self, num_steps: int) -> Tensor:
+        """(num_steps,) the times at which the network is called, noise first."""
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """Uniform flow time from 1, then shifted: the default of FLUX, SD3, Wan and Open-Sora."""
+
+    shift: float
+
+    def __post_init__(self) -> None:
+        _require_positive(shift=self.shift)
+
+    def _times(self, num_steps: int) -> Tensor:
+        return shift_time(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, self.shift)
+
+
+@dataclass(frozen=True)
+class EDMSchedule(NoiseSchedule):
+    """sigma_i = (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho, then 0. arXiv 2206.00364, eq. 5."""
+
+    sigma_min: float
+    sigma_max: float
+    rho: float
+
+    def __post_init__(self) -> None:
+        _require_sigmas(self.sigma_min, self.sigma_max)
+        _require_positive(rho=self.rho)
+
+    def _times(self, num_steps: int) -> Tensor:
+        ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return EDMPath().canonical(_linspace(*ends, num_steps) ** self.rho)
+
+
+@dataclass(frozen=True)
+class LogSNRSchedule(NoiseSchedule):
+    """Uniform in log sigma (so in log SNR) between sigma_max and sigma_min, then 0 (DPM-Solver, arXiv 2206.00927)."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        _require_sigmas(self.sigma_min, self.sigma_max)
+
+    def _times(self, num_steps: int) -> Tensor:
+        log_sigma = _linspace(math.log(self.sigma_max), math.log(self.sigma_min), num_steps)
+        return EDMPath().canonical(log_sigma.exp())
+
+
+@dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
+class DDIMSchedule(NoiseSchedule):
+    """Evenly spaced DDPM indices T-1 .. 0, rounded to integers as the ADM code base does, then clean data."""
+
+    betas: Tensor
+
+    def _times(self, num_steps: int) -> Tensor:
+        path = DDPMPath(self.betas)
+        return path.canonical(_linspace(len(path.betas) - 1, 0, num_steps).round())
+
+
+@dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
+class QuadraticSchedule(NoiseSchedule):
+    """DDPM indices spaced quadratically, denser towards the data. DDIM paper (arXiv 2010.02502), App. D.2."""
+
+    betas: Tensor
+
+    def _times(self, num_steps: int) -> Tensor:
+        path = DDPMPath(self.betas)
+        remaining = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
+        return path.canonical(len(path.betas) * remaining**2 - 1)
+
+
+def _linspace(start: float, end: float, num: int) -> Tensor:
+    return torch.linspace(start, end, num, dtype=torch.float64)
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _require_sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")

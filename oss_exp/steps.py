@@ -1,0 +1,142 @@
+"""The step schedule: the few canonical times at which a student calls the network, and how it starts.
+
+This is what every strategy returns, what a sampler runs and what is published as JSON with its provenance.
+Legend: B samples, K network calls, G conditions, *E event dims. Times are canonical (1 noise, 0 data), float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from oss_exp.files import load_tensors, read_json, save_asset, sha256, write_atomically
+
+Start = Literal["free", "pinned", "analytic"]
+FORMAT, VERSION = "oss_exp/step_schedule", 1
+
+
+@dataclass(frozen=True, eq=False)
+class StepSchedule:
+    """K + 1 strictly decreasing times ending at 0; the network is called at the first K of them.
+
+    times:      (K+1,), or (B, K+1) when every sample has its own (then `samples` names the B sample indices).
+    start:      how the first state comes from the initial noise z, which lives at `start_time` (the teacher's first
+                node): `pinned` starts there; `free` uses z unchanged as the state at a later first time (OSS paper,
+                Alg. 1); `analytic` first jumps to times[0] without a network call, along the line from z to `mean`.
+    mean:       (G, *E) mean clean sample of each of G conditions at pure noise; only for `analytic`.
+    provenance: what made it: model and weights hash, teacher, solver, strategy, search samples, versions.
+    Raises ValueError when the times are not finite, in [0, 1], strictly decreasing and closed by 0.
+    """
+
+    times: Tensor
+    start: Start = "pinned"
+    start_time: float = 1.0
+    mean: Tensor | None = None
+    samples: tuple[int, ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        times = torch.as_tensor(self.times, dtype=torch.float64)
+        object.__setattr__(self, "times", times)
+        shown = f"got {times.tolist()}" if times.numel() < 64 else f"got a tensor of shape {tuple(times.shape)}"
+        if times.ndim not in (1, 2) or times.shape[-1] < 2:
+            raise ValueError(f"a step schedule needs at least two times, {shown}")
+        if not bool(times.isfinite().all()):
+            raise ValueError(f"step times must be finite numbers, {shown}")
+        if not bool((times.diff(dim=-1) < 0).all()):
+            raise ValueError(f"step times must strictly decrease (noise to data), {shown}")
+        if bool((times[..., -1] != 0).any()):
+            raise ValueError(f"the last step time must be 0 (clean data), {shown}")
+        if not 0 < self.start_time <= 1 or bool((times[..., 0] > self.start_time).any()):
+            raise ValueError(f"step times must not exceed start_time={self.start_time} (at most 1), {shown}")
+        if self.start not in get_args(Start):
+            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
+        if (self.mean is None) == (self.start == "analytic"):
+            raise ValueError(f"start={self.start!r} {'needs a' if self.mean is None else 'takes no'} mean")
+        if (self.samples is None) != (times.ndim == 1) or (self.samples and len(self.samples) != len(times)):
+            raise ValueError("times of shape (B, K+1) need the B indices of their samples, times of shape (K+1,) none")
+
+    @property
+    def num_steps(self) -> int:
+        """K, the number of jumps that call the network."""
+        return self.times.shape[-1] - 1
+
+    def initial_state(self, noise: Tensor, group: Tensor | None = None) -> Tensor:
+        """noise (B, *E) at start_time, group (B,) condition of each sample (default all 0) -> state at times[0]."""
+        if self.mean is None:
+            return noise
+        if group is None:
+            group = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        mean = self.mean.to(noise)[group]
+        return analytic_jump(noise, mean, self.start_time, self.times[..., 0].to(noise.device))
+
+    def rows(self, samples: list[int]) -> StepSchedule:
+        """The per-sample schedule cut to these sample indices, in their order."""
+        position = {sample: row for row, sample in enumerate(self.samples or ())}
+        return replace(self, times=self.times[[position[s] for s in samples]], samples=tuple(samples))
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON (and, for an analytic start, `<name>.mean.safetensors` first), each file whole or not at all."""
+        path = Path(path)
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_steps": self.num_steps,
+            "start": self.start,
+            "start_time": self.start_time,
+            "times": self.times.tolist(),
+            "samples": None if self.samples is None else list(self.samples),
+            "mean": None,
+            "provenance": dict(self.provenance),
+        }
+        if self.mean is not None:
+            mean_path = path.with_suffix(".mean.safetensors")
+            digest = save_asset(mean_path, {"mean": self.mean.cpu()}, {"made_by": path.name})
+            record["mean"] = {"file": mean_path.name, "sha256": digest}
+        return write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepSchedule:
+        """Read what `save` wrote. FileNotFoundError or ValueError names the file, the fault and the remedy."""
+        path = Path(path)
+        record = read_json(path, "step schedule")
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"{path} is JSON but not a step schedule (no \"format\": \"{FORMAT}\")")
+        if record.get("version") != VERSION:
+            raise ValueError(f"{path} has format version {record.get('version')}, this program reads {VERSION}")
+        try:
+            mean = None
+            if record["mean"] is not None:
+                mean_path = path.with_name(record["mean"]["file"])
+                mean = load_tensors(mean_path, record["mean"]["sha256"], "mean of the analytic start")["mean"]
+            return cls(
+                times=torch.tensor(record["times"], dtype=torch.float64),
+                start=record["start"],
+                start_time=record["start_time"],
+                mean=mean,
+                samples=None if record["samples"] is None else tuple(record["samples"]),
+                provenance=record["provenance"],
+            )
+        except KeyError as error:
+            raise ValueError(f"step schedule {path} lacks the field {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"step schedule {path}: {error}") from None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the times and the start: equal for equal schedules, whatever their provenance."""
+        return sha256(json.dumps([self.times.tolist(), self.start, self.start_time]).encode())
+
+
+def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:
+    """The Euler jump from the noise at start_time to t when the clean prediction is `mean`, (B, *E) each; t () or (B,).
+
+    x_t = (t / t_N) z + (1 - t / t_N) mean: exact as the first network call at pure noise, which can only answer the mean.
+    """
+    ratio = (t / start_time).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
+    return ratio * noise + (1 - ratio) * mean

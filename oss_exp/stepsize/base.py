@@ -1,0 +1,157 @@
+"""The question a strategy answers (`Problem`) and the shape of its answer, for OSS and every baseline alike.
+
+Legend: B samples of this rank, N+1 grid nodes counted from the noise (node 0) to the data (node N), K steps, G conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from oss_exp.distances import Distance
+from oss_exp.solvers import BoundVelocity, Solver, State, VelocityFn, walk
+from oss_exp.steps import StepSchedule
+
+
+class Collective:
+    """How ranks agree. This one is for a single process; every rank must make the same calls in the same order."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(b, ...) with any b on each rank -> all ranks' rows, one after the other."""
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """states (N+1, B, *E) of the many-step run, and its first state with the network's answer, for reuse."""
+
+    states: Tensor
+    first: State
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One search set: a bound network, noises, the teacher's grid, the student's solver and the distance.
+
+    velocity: see `VelocityFn`; with a `BoundVelocity` the search can go through the samples in small groups.
+    noise:    (B, *E) the teacher's state at grid[0], float32 or wider.
+    grid:     (N+1,) strictly decreasing canonical times, the last one 0.
+    samples:  (B,) global index of each noise (default 0 .. B-1), group: (B,) its condition in 0 .. num_groups-1.
+    """
+
+    velocity: VelocityFn
+    noise: Tensor
+    grid: Tensor
+    solver: Solver
+    distance: Distance
+    collective: Collective = field(default_factory=Collective)
+    samples: Tensor | None = None
+    group: Tensor | None = None
+    num_groups: int = 1
+
+    def __post_init__(self) -> None:
+        StepSchedule(self.grid)  # the same rules: finite, decreasing, closed by 0
+        if len(self.noise) == 0:
+            raise ValueError("a search needs at least one noise on every rank; use fewer ranks or more search samples")
+        if not bool(self.noise.isfinite().all()):
+            raise ValueError("the noise holds NaN or infinity")
+        if self.noise.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the noise must be float32 or float64, got {self.noise.dtype}")
+        device, count = self.noise.device, len(self.noise)
+        object.__setattr__(self, "grid", self.grid.to(device, torch.float64))
+        for name, default in (("samples", torch.arange(count)), ("group", torch.zeros(count, dtype=torch.long))):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (default if value is None else value).to(device))
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the number of teacher steps."""
+        return len(self.grid) - 1
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Runs the solver over the whole grid once. ValueError if the network returns NaN or infinity."""
+        with torch.no_grad():
+            run = walk(self.solver, self.velocity, self.noise, self.grid)
+            first = next(run)
+            states = torch.empty((len(self.grid), *self.noise.shape), dtype=first.x.dtype, device=first.x.device)
+            states[0] = first.x
+            for node, state in enumerate(run, start=1):
+                states[node] = state.x
+        if not bool(states.isfinite().all()):
+            node = int((~states.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"the teacher's state is NaN or infinite from node {node} (t = {float(self.grid[node]):.4f}) on; "
+                "check the model's dtype and the noise schedule's first time"
+            )
+        return Teacher(states, first)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """(G, *E) float32 mean clean sample at pure noise, from the teacher's first call: x0 = x - t v, over all ranks.
+
+        A condition that no search sample has gets the mean over all of them.
+        """
+        state = self.teacher.first
+        x0 = (state.x - self.grid[0].to(state.x.dtype) * state.outputs[0]).double()
+        member = torch.nn.functional.one_hot(self.group, self.num_groups).to(x0)  # (B, G)
+        total = self.collective.sum(torch.einsum("bg,b...->g...", member, x0))
+        count = self.collective.sum(member.sum(0)).reshape(-1, *[1] * (x0.ndim - 1))
+        overall = total.sum(0, keepdim=True) / count.sum()
+        return torch.where(count > 0, total / count.clamp(min=1), overall).float()
+
+    def subset(self, samples: Tensor) -> Problem:
+        """The same question for some of this rank's samples, (b,) positions, with no other rank to agree with.
+
+        The teacher and the mean are kept. A plain VelocityFn can only be kept whole: TypeError for fewer samples.
+        """
+        if isinstance(self.velocity, BoundVelocity):
+            velocity = self.velocity.subset(samples)
+        elif len(samples) == len(self.noise):
+            velocity = self.velocity
+        else:
+            raise TypeError("only a problem with a BoundVelocity can be cut to some of its samples")
+        part = replace(
+            self,
+            velocity=velocity,
+            collective=Collective(),
+            noise=self.noise[samples],
+            samples=self.samples[samples],
+            group=self.group[samples],
+        )
+        first = self.teacher.first.map(lambda rows: rows[samples])
+        part.__dict__["teacher"] = Teacher(self.teacher.states[:, samples], first)
+        part.__dict__["mean"] = self.mean
+        return part
+
+
+class StepsizeStrategy(Protocol):
+    """Anything that plans a step schedule. Construct it from its yaml; `plan` is pure but for the network's calls."""
+
+    def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
+        """One schedule for every K of num_steps, from one search. ValueError when a K does not fit the grid."""
+        ...
+
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
+        """Network calls per sample that `plan` will make, the teacher's aside: exact, or an estimate where it adapts."""
+        ...
+
+
+def check_num_steps(num_steps: Sequence[int], num_nodes: int) -> list[int]:
+    """Sorted distinct budgets; ValueError unless all are whole numbers in 1 .. N."""
+    budgets = sorted(set(num_steps))
+    if not budgets or any(not isinstance(k, int) or not 1 <= k <= num_nodes for k in budgets):
+        raise ValueError(
+            f"num_steps must be whole numbers from 1 to {num_nodes} (the teacher's steps), got {list(num_steps)}; "
+            "choose fewer steps or a longer teacher (num_teacher_steps)"
+        )
+    return budgets

@@ -1,0 +1,48 @@
+"""Hand-made schedules as strategies: the K-step version of a noise schedule, from the teacher's first node on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from oss_exp.noise import NoiseSchedule
+from oss_exp.stepsize.base import Problem, check_num_steps
+from oss_exp.steps import StepSchedule
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The nodes of `schedule`, its first moved to the teacher's first node so that all students share one noise.
+
+    start `analytic` gives the baseline the same free first jump that OSS can have: K + 1 nodes, K network calls.
+    """
+
+    schedule: NoiseSchedule
+    start: Literal["pinned", "analytic"]
+
+    def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
+        start_time = float(problem.grid[0])
+        plans = {}
+        for k in check_num_steps(num_steps, problem.num_nodes):
+            if self.start == "analytic":
+                times = self._from(start_time, k + 1)[1:]
+                plans[k] = StepSchedule(times, "analytic", start_time, mean=problem.mean)
+            else:
+                plans[k] = StepSchedule(self._from(start_time, k), "pinned", start_time)
+        return plans
+
+    def _from(self, start_time: float, num_steps: int) -> torch.Tensor:
+        nodes = self.schedule.nodes(num_steps).clone()
+        if num_steps > 1 and nodes[1] >= start_time:
+            raise ValueError(
+                f"{self.schedule} puts its second time {float(nodes[1]):.4f} above the teacher's first, {start_time:.4f}; "
+                "choose a noise schedule that reaches at least as far into the noise"
+            )
+        nodes[0] = start_time
+        return nodes
+
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
+        return 0
