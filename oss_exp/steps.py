@@ -107,7 +107,7 @@ class StepSchedule:
         path = Path(path)
         record = read_json(path, "step schedule")
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{path} is JSON but not a step schedule (no \"format\": \"{FORMAT}\")")
+            raise ValueError(f'{path} is JSON but not a step schedule (no "format": "{FORMAT}")')
         if record.get("version") != VERSION:
             raise ValueError(f"{path} has format version {record.get('version')}, this program reads {VERSION}")
         try:

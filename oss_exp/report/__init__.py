@@ -1,0 +1,5 @@
+"""From run folders to what people read: tables, pictures, one HTML page. Nothing here runs a model."""
+
+from oss_exp.report.page import gather, write
+
+__all__ = ["gather", "write"]

@@ -13,4 +13,15 @@ from oss_exp.solvers.base import (
 from oss_exp.solvers.euler import Euler
 from oss_exp.solvers.heun import Heun
 
-__all__ = ["BoundVelocity", "Euler", "Heun", "LinearMultistep", "Solver", "State", "VelocityFn", "sample", "trajectory", "walk"]
+__all__ = [
+    "BoundVelocity",
+    "Euler",
+    "Heun",
+    "LinearMultistep",
+    "Solver",
+    "State",
+    "VelocityFn",
+    "sample",
+    "trajectory",
+    "walk",
+]

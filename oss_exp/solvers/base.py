@@ -25,11 +25,13 @@ class BoundVelocity:
 
     Tiles the condition over the rows, feeds the network at most `micro_batch` rows at a time, and can be cut to a few
     samples, which lets a search work through its samples in small groups. A plain VelocityFn is enough everywhere else.
+    rows_per_call: network rows that one row of x costs (2 under classifier-free guidance), for honest NFE.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     condition: Tensor | None
     micro_batch: int
+    rows_per_call: int = 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         rows = None
@@ -144,9 +146,7 @@ def trajectory(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def sample(
-    solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, group: Tensor | None = None
-) -> Tensor:
+def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, group: Tensor | None = None) -> Tensor:
     """Run a step schedule: noise (B, *E), group (B,) condition indices for an analytic start -> x0 (B, *E).
 
     A per-sample schedule needs one row per noise, in the same order.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -135,7 +135,14 @@ class Problem:
 
 
 class StepsizeStrategy(Protocol):
-    """Anything that plans a step schedule. Construct it from its yaml; `plan` is pure but for the network's calls."""
+    """Anything that plans a step schedule. Construct it from its yaml; `plan` is pure but for the network's calls.
+
+    per_sample: the schedules have one row per sample, so they must be planned on the noises they will run on.
+    baseline:   not a search of ours: what the tables measure gains against.
+    """
+
+    per_sample: ClassVar[bool]
+    baseline: ClassVar[bool]
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         """One schedule for every K of num_steps, from one search. ValueError when a K does not fit the grid."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from oss_exp.noise import NoiseSchedule
-from oss_exp.stepsize.base import Problem, check_num_steps
 from oss_exp.steps import StepSchedule
+from oss_exp.stepsize.base import Problem, check_num_steps
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,15 @@ class ClosedForm:
     start `analytic` gives the baseline the same free first jump that OSS can have: K + 1 nodes, K network calls.
     """
 
+    per_sample: ClassVar[bool] = False
+    baseline: ClassVar[bool] = True
+
     schedule: NoiseSchedule
     start: Literal["pinned", "analytic"]
+
+    def __post_init__(self) -> None:
+        if self.start not in ("pinned", "analytic"):
+            raise ValueError(f"a closed form can start pinned or analytic, got start={self.start!r}")
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         start_time = float(problem.grid[0])

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from oss_exp.solvers import BoundVelocity
+from oss_exp.steps import Start, StepSchedule
 from oss_exp.stepsize.base import Problem, check_num_steps
 from oss_exp.stepsize.recursion import Objective, PerSample, Shared, recurse
 from oss_exp.stepsize.refine import refine
-from oss_exp.steps import Start, StepSchedule
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Band:
     stride: int
     width: int
 
-    MAX_SHIFTS = 2
+    MAX_SHIFTS: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.stride < 2 or self.width < 1:
@@ -50,6 +50,9 @@ class Band:
 @dataclass(frozen=True)
 class _Search:
     """What all OSS strategies share: where a student may start, the band, and whether to refine."""
+
+    per_sample: ClassVar[bool] = False
+    baseline: ClassVar[bool] = False
 
     start: Start
     band: Band | None
@@ -121,6 +124,8 @@ class OSS(_Search):
     chunk: samples searched at a time; it bounds the memory and changes nothing else. With a plain VelocityFn, which
     cannot be cut to some samples, all are searched at once.
     """
+
+    per_sample: ClassVar[bool] = True
 
     chunk: int
 

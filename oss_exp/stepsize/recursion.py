@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from oss_exp.solvers import LinearMultistep, State
-from oss_exp.stepsize.base import Collective, Problem
 from oss_exp.steps import Start, analytic_jump
+from oss_exp.stepsize.base import Collective, Problem
 
 COST_FLOOR = 1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
 SCORE_GROUP = 16  # samples scored at a time; bounds the float64 copies

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from oss_exp.solvers import State
+from oss_exp.steps import Start
 from oss_exp.stepsize.base import Problem
 from oss_exp.stepsize.recursion import Objective, start_states
-from oss_exp.steps import Start
 
 MOVES = (8, 4, 2, 1)  # nodes, coarse to fine
 MAX_SWEEPS = 4  # passes over all nodes at one move size

@@ -1,0 +1,24 @@
+# Two commands on a bare machine with Python >= 3.10: `make demo` and `make test`. Both make the environment once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/.ready  ## search, compare and save step schedules (the main job)
+	$(BIN)/oss-exp
+
+test: .venv/.ready  ## all tests
+	$(BIN)/pytest -n 2
+
+check: .venv/.ready  ## lint, format, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+clean:  ## remove the environment and all outputs
+	rm -rf .venv outputs multirun
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@

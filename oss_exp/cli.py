@@ -1,0 +1,87 @@
+"""The command line: compose a configuration, run its task, report what it left.
+
+Everything that goes wrong because of what the user gave ends here, in one message and exit code 1; the full traceback
+goes to error.log in the run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from hydra.utils import get_method, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from rich.console import Console
+
+import oss_exp
+from oss_exp import report
+from oss_exp.files import write_atomically
+
+PACKAGE = Path(oss_exp.__file__).resolve().parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(cfg: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        _run(cfg, folder)
+    except (ValueError, OSError, MisconfigurationException, hydra.errors.InstantiationException) as error:
+        rank_zero_only(write_atomically)(folder / "error.log", traceback.format_exc())
+        raise CompactHydraException(f"oss-exp: {_message(error)}") from None
+
+
+def _run(cfg: DictConfig, folder: Path) -> None:
+    if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.trainer.devices not in (1, "1"):
+        raise ValueError(
+            f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep with "
+            "one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
+        )
+    get_method(cfg.task._target_)(cfg)
+    if rank_zero_only.rank == 0:
+        report.write(folder, Console())
+        _log(cfg, folder)
+
+
+def _log(cfg: DictConfig, folder: Path) -> None:
+    from oss_exp.report.logging import log_run
+
+    logger = instantiate(cfg.logger)
+    if logger is None:
+        return
+    failed = True
+    try:
+        log_run(logger, cfg, folder)
+        failed = False
+    finally:
+        logger.finalize("failed" if failed else "success")
+        import wandb
+
+        wandb.finish(exit_code=int(failed))  # one W&B run per job, also when a sweep runs many in this process
+
+
+def _message(error: BaseException) -> str:
+    """The cause that a person can act on: instantiation errors carry it as their cause."""
+    while isinstance(error, hydra.errors.InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+def main() -> None:
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("oss-exp: interrupted; files already written are whole", file=sys.stderr)
+        os._exit(130) if os.environ.get("LOCAL_RANK") else sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

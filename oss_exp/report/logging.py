@@ -1,0 +1,52 @@
+"""Dashboards: what a finished run folder holds, sent to a Lightning logger."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from oss_exp.report.results import compare, read_run
+from oss_exp.report.table import columns
+
+
+def no_logger() -> None:
+    """logger=none."""
+
+
+def wandb_logger(output_dir: str, project: str, mode: Any) -> WandbLogger:
+    """A W&B run named after its folder; the jobs of a sweep share a group. Offline where nobody is logged in."""
+    folder = Path(output_dir)
+    sweep = str(mode).endswith("MULTIRUN")
+    group = "/".join(folder.parent.parts[-2:]) if sweep else None
+    name = "/".join(folder.parts[-3:] if sweep else folder.parts[-2:])
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+        access = "offline"  # not WandbLogger(offline=True): it asks for "dryrun", which W&B no longer knows
+    else:
+        access = os.environ.get("WANDB_MODE", "online")
+    settings = wandb.Settings(silent=True, console="off")
+    return WandbLogger(name=name, project=project, group=group, save_dir=output_dir, mode=access, settings=settings)
+
+
+def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
+    """The configuration, PSNR and gain of every schedule, and with W&B the table and the pictures."""
+    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    if not (folder / "metrics.json").exists():
+        return
+    lines = compare(read_run(folder))
+    metrics = {}
+    for line in lines:
+        key = f"{line.result.strategy}/K{line.result.num_steps}"
+        metrics[f"psnr/{key}"] = line.result.psnr.mean
+        if line.gain is not None:
+            metrics[f"gain/{key}"] = line.gain.mean
+    logger.log_metrics(metrics)
+    if isinstance(logger, WandbLogger):
+        header, cells = columns(lines)
+        logger.log_table("comparison", columns=header, data=cells)
+        for name in ("schedules", "samples"):
+            logger.log_image(name, [str(folder / f"{name}.png")])

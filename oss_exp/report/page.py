@@ -1,0 +1,108 @@
+"""Turn a run folder, or a sweep of them, into table.md, pictures and one self-contained report.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from oss_exp.files import write_atomically
+from oss_exp.report import plots
+from oss_exp.report.results import Line, compare, read_run, read_schedules
+from oss_exp.report.table import NOTE, columns, markdown, terminal
+
+STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}tr.best{font-weight:600}tr.first td{border-top:2px solid #888}
+img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"""
+
+
+def write(folder: Path, console: Console) -> None:
+    """Everything that <folder> has the data for; prints the table and where the files are."""
+    plans = read_schedules(folder)
+    made = []
+    if plans:
+        made.append(_save(folder / "schedules.png", plots.schedules(plans, _teacher_nodes(folder))))
+    if (folder / "metrics.json").exists():
+        results = read_run(folder)
+        lines = compare(results)
+        with np.load(folder / "samples.npz") as pictures:
+            made.append(_save(folder / "samples.png", plots.samples(dict(pictures), results)))
+        made.append(write_atomically(folder / "table.md", markdown(lines)))
+        made.append(_page(folder, "Step schedules compared", lines, ["schedules.png", "samples.png"]))
+        console.print(terminal(lines, _title(folder)))
+    if plans:
+        console.print(f"{len(plans)} schedules: {folder / 'schedules'}")
+    for path in made:
+        console.print(f"{path}", soft_wrap=True)
+
+
+def gather(cfg: DictConfig) -> None:
+    """task=report: one table over all runs below `sweep`."""
+    sweep = Path(cfg.sweep).expanduser()
+    runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
+    if not runs:
+        raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
+    lines = compare([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
+    plans = {}
+    for run in runs:
+        for label, plan in read_schedules(run).items():
+            plans[label if len(runs) == 1 else f"{run.relative_to(sweep)}: {label}"] = plan
+    write_atomically(sweep / "table.md", markdown(lines))
+    _save(sweep / "schedules.png", plots.schedules(plans, _teacher_nodes(runs[0])))
+    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, ["schedules.png"])
+    console = Console()
+    console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
+    console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
+
+
+def _teacher_nodes(folder: Path) -> Sequence[float]:
+    cfg = OmegaConf.load(folder / "config.yaml")
+    return instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps).tolist()
+
+
+def _title(folder: Path) -> str:
+    cfg = OmegaConf.load(folder / "config.yaml")
+    model = read_run_model(folder)
+    return f"{model}: {cfg.num_teacher_steps}-step teacher"
+
+
+def read_run_model(folder: Path) -> str:
+    from oss_exp.files import read_json
+
+    return read_json(folder / "metrics.json", "metrics of a run")["model"]["name"]
+
+
+def _save(path: Path, data: bytes) -> Path:
+    return write_atomically(path, data)
+
+
+def _page(folder: Path, title: str, lines: Sequence[Line], pictures: Sequence[str]) -> Path:
+    header, cells = columns(lines)
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        "<table><tr>",
+        *(f"<th>{html.escape(name)}</th>" for name in header),
+        "</tr>",
+    ]
+    previous = None
+    for line, row in zip(lines, cells, strict=True):
+        kind = " ".join(
+            [*(["best"] if line.rival is line.result else []), *(["first"] if line.result.nfe != previous else [])]
+        )
+        previous = line.result.nfe
+        body.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    body.append(f"</table><p>{html.escape(NOTE)}</p>")
+    for name in pictures:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        body.append(f'<h2>{html.escape(Path(name).stem)}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+    if (folder / "config.yaml").exists():
+        body.append(f"<h2>configuration</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
+    return write_atomically(folder / "report.html", page + "\n".join(body) + "\n")

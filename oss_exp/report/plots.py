@@ -1,0 +1,90 @@
+"""Pictures of a run: where the steps are, and what they do to the samples."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from oss_exp.report.results import Result
+from oss_exp.steps import StepSchedule
+
+
+def schedules(plans: Mapping[str, StepSchedule], teacher: Sequence[float]) -> bytes:
+    """PNG: time against step, one panel a budget; the teacher's nodes as ticks, per-sample schedules as a band."""
+    budgets = sorted({plan.num_steps for plan in plans.values()})
+    figure, axes = plt.subplots(1, len(budgets), figsize=(1.5 + 4.5 * len(budgets), 4.6), squeeze=False, sharey=True)
+    names = sorted({_strategy(label) for label in plans})
+    colors = dict(zip(names, plt.get_cmap("tab10").colors * (1 + len(names) // 10), strict=False))
+    for axis, k in zip(axes[0], budgets, strict=True):
+        axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
+        for label, plan in plans.items():
+            if plan.num_steps != k:
+                continue
+            name, steps, times = _strategy(label), np.arange(k + 1), plan.times.numpy()
+            ours = name.startswith("oss")
+            if times.ndim == 2:
+                low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
+                axis.fill_between(steps, low, high, color=colors[name], alpha=0.2, lw=0)
+                name_shown = f"{name} (median, 10-90 % of {len(plan.times)} samples)"
+            else:
+                name_shown = name
+            style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
+            axis.plot(steps, times, color=colors[name], label=name_shown, **style)
+        axis.set(title=f"K = {k}", xlabel="network call", xticks=np.arange(k + 1))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _png(figure)
+
+
+def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
+    """PNG: the teacher and every schedule on the same noises, each with its absolute error (brighter is worse)."""
+    psnr = {f"{r.strategy} K={r.num_steps}": r.psnr.mean for r in results}
+    teacher = pictures["teacher"].astype(float) / 255
+    labels = sorted(
+        (label for label in pictures if label != "teacher"),
+        key=lambda label: (int(label.split("K=")[1]), -psnr[label]),
+    )
+    rows = [("teacher", teacher, None)]
+    for label in labels:
+        images = pictures[label].astype(float) / 255
+        rows.append((f"{label}\n{psnr[label]:.2f} dB", images, np.abs(images - teacher[: len(images)])))
+    count = len(teacher)
+    figure, axes = plt.subplots(len(rows), 2, figsize=(2 + 1.5 * count, 0.85 * len(rows) + 0.6), squeeze=False)
+    for row, (label, images, error) in zip(axes, rows, strict=True):
+        row[0].imshow(_strip(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        if error is not None:
+            row[1].imshow(_strip(error).clip(0, 0.5), cmap="inferno", vmin=0, vmax=0.5, interpolation="nearest")
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+    axes[0][1].text(0, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
+    axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
+    figure.tight_layout(pad=0.3)
+    return _png(figure)
+
+
+def _strip(images: np.ndarray) -> np.ndarray:
+    """(n, H, W, C) -> (H, n*W, C), grey images without the channel."""
+    strip = np.concatenate(list(images), axis=1)
+    return strip[..., 0] if strip.shape[-1] == 1 else strip
+
+
+def _strategy(label: str) -> str:
+    return label.rsplit("_", 1)[0]
+
+
+def _png(figure: plt.Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,85 @@
+"""Reading run folders, and the comparison that the table shows: paired differences to the best baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oss_exp.evaluation.psnr import Interval
+from oss_exp.files import read_json
+from oss_exp.steps import StepSchedule
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured schedule. values: {sample index: PSNR}; arena: what must agree for a comparison to be fair."""
+
+    run: str
+    strategy: str
+    num_steps: int
+    nfe: int
+    baseline: bool
+    start: str
+    psnr: Interval
+    values: dict[int, float]
+    planning: dict[str, Any]
+    arena: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a result and its paired difference to the best baseline of its arena (None: it is that)."""
+
+    result: Result
+    rival: Result | None
+    gain: Interval | None
+
+
+def read_run(folder: Path, run: str = "") -> list[Result]:
+    """Results of <folder>/metrics.json; ValueError when the file is not one that an evaluation wrote."""
+    path = folder / "metrics.json"
+    metrics = read_json(path, "metrics of a run")
+    try:
+        return [
+            Result(
+                run=run,
+                strategy=row["strategy"],
+                num_steps=row["num_steps"],
+                nfe=row["nfe"],
+                baseline=row["baseline"],
+                start=row["start"],
+                psnr=Interval(**row["psnr"]),
+                values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
+                planning=row["planning"] or {},
+                arena=json.dumps([metrics[key] for key in ("model", "teacher", "solver", "seed")] + [row["nfe"]]),
+            )
+            for row in metrics["rows"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by an evaluation (missing {error})") from None
+
+
+def compare(results: Sequence[Result]) -> list[Line]:
+    """Lines by budget, then best first; differences on the samples that both have."""
+    lines = []
+    for result in sorted(results, key=lambda r: (r.nfe, r.arena, -r.psnr.mean)):
+        baselines = [r for r in results if r.baseline and r.arena == result.arena]
+        rival = max(baselines, key=lambda r: r.psnr.mean, default=None)
+        gain = None
+        if rival is not None and rival is not result:
+            common = sorted(result.values.keys() & rival.values.keys())
+            if common:
+                gain = Interval.of(np.array([result.values[i] - rival.values[i] for i in common]))
+        lines.append(Line(result, rival, gain))
+    return lines
+
+
+def read_schedules(folder: Path) -> dict[str, StepSchedule]:
+    """{file name without .json: schedule} of <folder>/schedules, tensors' provenance files aside."""
+    files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
+    return {path.stem: StepSchedule.load(path) for path in files}

@@ -1,0 +1,1 @@
+"""What a run does: Lightning modules over search and evaluation, and the data they draw."""

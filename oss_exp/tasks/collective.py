@@ -1,0 +1,34 @@
+"""How ranks agree, through torch.distributed."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from oss_exp.stepsize import Collective
+
+
+class DistributedCollective(Collective):
+    """Sums and gathers over the default process group; a single process without one is its own world."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if not _distributed():
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        if not _distributed():
+            return tensor
+        # Ranks may hold different numbers of rows: pad to the longest, then cut.
+        lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+        longest = max(int(length) for length in lengths)
+        padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,132 @@
+"""Data: initial noises with one seed per sample index, and the images that models are fitted to.
+
+Sample i is a function of (seed, i) alone, so any batch size and any number of ranks see the same samples.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+HELD_OUT = 1_000_000  # index of the first held-out sample: the same ones whatever the size of the search set
+
+
+class NoiseDataset(Dataset):
+    """Items {index, noise (*E) float32, label}: standard normal noise and a class, or label -1 without classes."""
+
+    def __init__(self, seed: int, first: int, count: int, event_shape: tuple[int, ...], classes: Sequence[int] | None):
+        self.seed, self.first, self.count, self.event_shape, self.classes = seed, first, count, event_shape, classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> dict[str, Tensor | int]:
+        index = self.first + position
+        noise = np.random.default_rng((self.seed, index)).standard_normal(self.event_shape, dtype=np.float32)
+        label = -1 if self.classes is None else self.classes[position % len(self.classes)]
+        return {"index": index, "noise": torch.from_numpy(noise), "label": label}
+
+
+class NoiseData(L.LightningDataModule):
+    """The search set, and a disjoint held-out set of noises; classes: null (unconditional), "all", or a list.
+
+    per_sample: how many held-out noises the strategies that plan one schedule per sample are given.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        num_classes: int | None,
+        seed: int,
+        search_samples: int,
+        eval_samples: int,
+        per_sample: int,
+        batch_size: int,
+        classes: Sequence[int] | str | None,
+    ):
+        super().__init__()
+        counts = {"search_samples": search_samples, "eval_samples": eval_samples, "batch_size": batch_size}
+        for name, value in {**counts, "per_sample": per_sample}.items():
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if search_samples > HELD_OUT:
+            raise ValueError(f"data.search_samples must be at most {HELD_OUT}, got {search_samples}")
+        if classes is not None and num_classes is None:
+            raise ValueError("data.classes is set but the model has no classes; set data.classes=null")
+        if classes == "all":
+            classes = range(num_classes)
+        elif isinstance(classes, str):
+            raise ValueError(f'data.classes must be null, "all" or a list of class indices, got {classes!r}')
+        if classes is not None and (not len(classes) or not all(0 <= c < num_classes for c in classes)):
+            raise ValueError(f"data.classes must be indices from 0 to {num_classes - 1}, got {list(classes)}")
+        self.event_shape, self.classes, self.seed = event_shape, None if classes is None else list(classes), seed
+        self.search_samples, self.eval_samples, self.batch_size = search_samples, eval_samples, batch_size
+        self.per_sample = min(per_sample, eval_samples)
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """Search set first, then the held-out noises for per-sample strategies."""
+        return [self._loader(0, self.search_samples), self._loader(HELD_OUT, self.per_sample)]
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(HELD_OUT, self.eval_samples)
+
+    def _loader(self, first: int, count: int) -> DataLoader:
+        dataset = NoiseDataset(self.seed, first, count, self.event_shape, self.classes)
+        return DataLoader(dataset, batch_size=self.batch_size)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------------------
+
+
+def fashion_mnist(root: str) -> tuple[Tensor, Tensor]:
+    """Training images (60000, 1, 28, 28) in [-1, 1] and labels, from the IDX files under root, gzipped or not.
+
+    root: a folder with the four files, or torchvision's (root/FashionMNIST/raw). Nothing is downloaded.
+    """
+    folders = [Path(root), Path(root) / "FashionMNIST" / "raw", Path(root) / "raw"]
+    folder = next((f for f in folders if list(f.glob("train-images-idx3-ubyte*"))), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no train-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of the "
+            "four Fashion-MNIST files (Debian: apt install dataset-fashion-mnist, root /usr/share/datasets/fashion-mnist)"
+        )
+    images = _read_idx(folder, "train-images-idx3-ubyte", header=16, item=28 * 28)
+    labels = _read_idx(folder, "train-labels-idx1-ubyte", header=8, item=1)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"{folder} has {len(images)} images but {len(labels)} labels; the files do not belong together"
+        )
+    return torch.from_numpy(images).reshape(-1, 1, 28, 28).float() / 127.5 - 1, torch.from_numpy(
+        labels
+    ).flatten().long()
+
+
+def digits(root: str | None) -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: (1797, 1, 8, 8) in [-1, 1] and labels. They come with the package; root stays null."""
+    from sklearn.datasets import load_digits
+
+    if root is not None:
+        raise ValueError(f"data.root={root} is not used: the digits come with scikit-learn; set data.root=null")
+    data = load_digits()
+    return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
+
+
+def _read_idx(folder: Path, name: str, header: int, item: int) -> np.ndarray:
+    # torchvision reads only unpacked IDX files; packages ship them gzipped.
+    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
+    try:
+        data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if len(data) <= header or (len(data) - header) % item:
+        raise ValueError(f"{path} is truncated: {len(data)} bytes are not a header of {header} and items of {item}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(-1, item).copy()

@@ -1,0 +1,108 @@
+"""Evaluation as a Lightning loop: the same held-out noises through the teacher and every schedule, PSNR per image."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.files import write_atomically
+from oss_exp.solvers import sample, walk
+from oss_exp.steps import StepSchedule
+from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.search import Setting
+
+SHOWN = 8  # images a row in the picture of samples
+
+
+class EvaluateModule(L.LightningModule):
+    """Measures schedules {label: StepSchedule} against the teacher; `rows` holds what the table says of each label.
+
+    Writes `<folder>/metrics.json` (means, intervals, every image's PSNR) and `<folder>/samples.npz` (the first images).
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        schedules: Mapping[str, StepSchedule],
+        rows: Mapping[str, Mapping[str, Any]],
+        folder: Path,
+        about: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.model = setting.model  # registered, so that Lightning moves it to the device
+        self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
+        self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
+        self.pictures: dict[str, np.ndarray] = {}
+        self.rows_per_call = 1
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        index, condition = batch["index"], self.setting.condition(batch["label"])
+        velocity = self.setting.velocity(batch["label"])
+        self.rows_per_call = velocity.rows_per_call
+        noise = self.setting.first_state(batch["noise"])
+        for state in walk(self.setting.solver, velocity, noise, self.setting.grid):
+            final = state.x
+        teacher = self.model.decode(final)
+        pictures = {"teacher": teacher}
+        for label, steps in self.schedules.items():
+            known = torch.arange(len(index), device=index.device)
+            if steps.samples is not None:
+                known = torch.isin(index, torch.tensor(steps.samples, device=index.device)).nonzero()[:, 0]
+                if len(known) == 0:
+                    continue
+                steps = steps.rows(index[known].tolist())
+            group = None if condition is None else condition[known]
+            images = self.model.decode(
+                sample(self.setting.solver, velocity.subset(known), noise[known], steps, group=group)
+            )
+            value = psnr(images, teacher[known])
+            self.values[label].append(torch.stack([index[known].double(), value.double()], dim=1))
+            if len(known) >= min(SHOWN, len(index)):
+                pictures[label] = images
+        if batch_idx == 0:
+            self.pictures = {label: as_bytes(images[:SHOWN]) for label, images in pictures.items()}
+
+    def on_test_epoch_end(self) -> None:
+        collective = DistributedCollective()
+        records = []
+        for label, steps in self.schedules.items():
+            pairs = collective.gather(torch.cat(self.values[label] or [torch.zeros(0, 2, dtype=torch.float64)]))
+            # A distributed sampler may repeat samples to even out the ranks.
+            index, first = np.unique(pairs[:, 0].cpu().numpy().astype(int), return_index=True)
+            if len(index) == 0:
+                raise ValueError(f"{label} has per-sample schedules for none of the held-out samples; plan it again")
+            value = pairs[:, 1].cpu().numpy()[first]
+            records.append(
+                {
+                    **self.rows[label],
+                    "nfe": self.setting.solver.nfe(steps.num_steps) * self.rows_per_call,
+                    "psnr": Interval.of(value).to_dict(),
+                    "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},
+                }
+            )
+        self._write(records)
+        self.trainer.strategy.barrier("metrics are on disk")
+
+    @rank_zero_only
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **self.pictures)
+        write_atomically(self.folder / "samples.npz", buffer.getvalue())
+        write_atomically(self.folder / "metrics.json", json.dumps({**self.about, "rows": records}, indent=1) + "\n")
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [0, 1] -> uint8 (B, H, W, C); of a video (B, C, F, H, W) the middle frame."""
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
+    return (images * 255).round().byte().movedim(1, -1).cpu().numpy()

@@ -1,0 +1,107 @@
+"""The three tasks around a search: `search` plans and saves, `evaluate` measures, `compare` (the main job) does both.
+
+Each takes the composed configuration, builds what it names, and leaves its results in `paths.output_dir`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from oss_exp.files import write_atomically
+from oss_exp.steps import StepSchedule
+from oss_exp.stepsize.base import check_num_steps
+from oss_exp.tasks.data import NoiseData
+from oss_exp.tasks.evaluate import EvaluateModule
+from oss_exp.tasks.search import SearchModule, Setting, describe
+
+
+def search(cfg: DictConfig) -> None:
+    """Plan every strategy of `stepsize` for every K of `num_steps`; write schedules/<strategy>_<K>.json."""
+    run = _Run(cfg)
+    run.plan()
+
+
+def compare(cfg: DictConfig) -> None:
+    """Plan as `search` does, then measure all schedules on held-out noises against the teacher."""
+    run = _Run(cfg)
+    run.plan()
+    labels = [(name, k) for name in run.strategies for k in run.num_steps]
+    run.measure([(name, run.folder / "schedules" / f"{name}_{k}.json") for name, k in labels])
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measure the saved schedule `task.schedule`; without one, plan `stepsize` first."""
+    if cfg.task.schedule is None:
+        return compare(cfg)
+    run = _Run(cfg)
+    path = Path(cfg.task.schedule).expanduser()
+    steps = StepSchedule.load(path)
+    run.check_same_model(path, steps)
+    rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
+    run.measure([(steps.provenance.get("strategy", {}).get("name", path.stem), path)])
+
+
+class _Run:
+    """Everything that the configuration names, built once; fails before any work when a value does not fit."""
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg = cfg
+        self.folder = Path(cfg.paths.output_dir)
+        self.config: Any = OmegaConf.to_container(cfg, resolve=True)
+        model = instantiate(cfg.model)
+        if not isinstance(cfg.num_teacher_steps, int) or cfg.num_teacher_steps < 1:
+            raise ValueError(f"num_teacher_steps must be a whole number of at least 1, got {cfg.num_teacher_steps!r}")
+        self.setting = Setting(
+            model=model,
+            grid=instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps),
+            solver=instantiate(cfg.solver),
+            distance=instantiate(cfg.distance),
+        )
+        self.strategies = {name: instantiate(strategy) for name, strategy in cfg.stepsize.items()}
+        self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
+        self.data: NoiseData = instantiate(cfg.data, event_shape=model.event_shape, num_classes=model.num_classes)
+        for strategy in self.strategies.values():
+            strategy.network_calls(cfg.num_teacher_steps, self.num_steps)  # refuses a band that does not fit
+        self.about = describe(self.setting, self.config)
+        self.trainer: L.Trainer = instantiate(cfg.trainer, default_root_dir=self.folder)
+        rank_zero_only(write_atomically)(self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+    def plan(self) -> None:
+        folder = self.folder / "schedules"
+        module = SearchModule(
+            self.setting, self.strategies, self.num_steps, folder, self.about, self.config["stepsize"]
+        )
+        self.trainer.predict(module, datamodule=self.data, return_predictions=False)
+
+    def measure(self, files: list[tuple[str, Path]]) -> None:
+        schedules, rows = {}, {}
+        for name, path in files:
+            steps = StepSchedule.load(path)
+            label = f"{name} K={steps.num_steps}"
+            schedules[label] = steps
+            rows[label] = {
+                "strategy": name,
+                "num_steps": steps.num_steps,
+                "baseline": steps.provenance.get("strategy", {}).get("baseline", False),
+                "start": steps.start,
+                "schedule": f"schedules/{path.name}",
+                "planning": steps.provenance.get("planning"),
+            }
+        module = EvaluateModule(self.setting, schedules, rows, self.folder, self.about)
+        self.trainer.test(module, datamodule=self.data, verbose=False)
+
+    def check_same_model(self, path: Path, steps: StepSchedule) -> None:
+        made_for = steps.provenance.get("model", {})
+        model = self.setting.model
+        if made_for.get("sha256") != model.fingerprint and not self.cfg.task.allow_other_model:
+            raise ValueError(
+                f"step schedule {path} was searched on model {made_for.get('name')!r} (weights "
+                f"{str(made_for.get('sha256'))[:12]}), this run has {model.name!r} ({model.fingerprint[:12]}); "
+                "choose that model, or set task.allow_other_model=true to measure how it transfers"
+            )

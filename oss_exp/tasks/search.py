@@ -1,0 +1,184 @@
+"""Planning as a Lightning loop: the ranks share the search samples, rank 0 writes every schedule as JSON."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import oss_exp
+from oss_exp.distances import Distance
+from oss_exp.models.base import Model
+from oss_exp.solvers import BoundVelocity, Solver
+from oss_exp.stepsize import Problem, StepsizeStrategy
+from oss_exp.tasks.collective import DistributedCollective
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every strategy of a run has in common: the model, the teacher's grid (N+1,), the solver, the distance."""
+
+    model: Model
+    grid: Tensor
+    solver: Solver
+    distance: Distance
+
+    def velocity(self, labels: Tensor) -> BoundVelocity:
+        """labels (B,), -1 for none."""
+        return self.model.velocity(self.condition(labels), self.model.guidance)
+
+    @staticmethod
+    def condition(labels: Tensor) -> Tensor | None:
+        return None if bool((labels < 0).all()) else labels
+
+    def first_state(self, noise: Tensor) -> Tensor:
+        """Unit noise (B, *E) -> the teacher's state at grid[0] = t_N: t_N eps, as EDM and DDPM samplers start."""
+        return noise * self.grid[0].to(noise)
+
+
+class SearchModule(L.LightningModule):
+    """Plans every strategy for every K. Loader 0 brings the search set, loader 1 the noises of per-sample strategies.
+
+    Writes `<folder>/<strategy>_<K>.json`, each with the provenance of the run and what planning it cost.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        strategies: Mapping[str, StepsizeStrategy],
+        num_steps: list[int],
+        folder: Path,
+        provenance: Mapping[str, Any],
+        strategy_configs: Mapping[str, Mapping[str, Any]],
+    ):
+        super().__init__()
+        self.model = setting.model  # registered, so that Lightning moves it to the device
+        self.setting, self.strategies, self.num_steps = setting, strategies, num_steps
+        self.folder, self.provenance, self.strategy_configs = folder, provenance, strategy_configs
+        self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.batches[dataloader_idx].append(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        meter = Meter()
+        with meter.progress:
+            problems: dict[int, Problem] = {}
+            for name, strategy in self.strategies.items():
+                loader = int(strategy.per_sample)
+                if loader not in problems:
+                    problem = problems[loader] = self._problem(self.batches[loader], meter)
+                    with meter.measure("teacher", problem.num_nodes, len(problem.noise)):
+                        problem.teacher  # noqa: B018  (runs it now and keeps it for all strategies)
+                self._plan(name, strategy, problems[loader], meter)
+        self.trainer.strategy.barrier("schedules are on disk")
+
+    def _problem(self, batches: list[dict[str, Tensor]], meter: Meter) -> Problem:
+        if not batches:
+            raise ValueError("a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample")
+        batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+        condition = self.setting.condition(batch["label"])
+        return Problem(
+            velocity=meter.counted(self.setting.velocity(batch["label"])),
+            noise=self.setting.first_state(batch["noise"]),
+            grid=self.setting.grid,
+            solver=self.setting.solver,
+            distance=self.setting.distance,
+            collective=DistributedCollective(),
+            samples=batch["index"],
+            group=condition,
+            num_groups=1 if condition is None else self.model.num_classes,
+        )
+
+    def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
+        calls = strategy.network_calls(problem.num_nodes, self.num_steps)
+        with meter.measure(name, calls, len(problem.noise)):
+            plans = strategy.plan(problem, self.num_steps)
+        counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
+        samples, rows = problem.collective.sum(counts).tolist()
+        for k, plan in plans.items():
+            made = {
+                **self.provenance,
+                "strategy": {"name": name, "baseline": strategy.baseline, **self.strategy_configs[name]},
+                "planning": {
+                    "for_num_steps": self.num_steps,
+                    "search_samples": samples,
+                    "network_calls_per_sample": round(rows / samples, 1),
+                    "seconds": round(meter.seconds, 2),
+                },
+            }
+            rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")
+
+
+def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance that all schedules of a run share; `config` is the resolved run configuration."""
+    return {
+        "program": f"oss_exp {oss_exp.__version__}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "model": {
+            "name": setting.model.name,
+            "sha256": setting.model.fingerprint,
+            "guidance": setting.model.guidance,
+            "event_shape": list(setting.model.event_shape),
+            "classes": config["data"]["classes"],
+        },
+        "teacher": {"noise_schedule": config["noise_schedule"], "num_steps": len(setting.grid) - 1},
+        "solver": config["solver"],
+        "distance": config["distance"],
+        "seed": config["data"]["seed"],
+        "state_dtype": "float32",
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Progress
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Counts the network calls of a piece of planning and shows them as a bar with the time left (rank 0)."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:14}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} network calls a sample"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=rank_zero_only.rank != 0,
+        )
+        self.rows, self.samples, self.seconds = 0, 1, 0.0
+        self.bar = TaskID(0)
+
+    def counted(self, velocity: BoundVelocity) -> BoundVelocity:
+        """The same velocity, its rows counted here."""
+
+        def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            self.rows += len(x)
+            self.progress.update(self.bar, advance=len(x) / self.samples)
+            return velocity.fn(x, t, condition)
+
+        return replace(velocity, fn=fn)
+
+    @contextmanager
+    def measure(self, name: str, calls: int, samples: int) -> Iterator[None]:
+        """Count from zero; calls: how many are expected for each of this rank's samples."""
+        self.rows, self.samples = 0, samples
+        self.bar = self.progress.add_task(name, total=max(calls, 1))
+        started = time.perf_counter()
+        yield
+        self.seconds = time.perf_counter() - started
+        total = max(self.rows / samples, 1)  # a refinement may have needed fewer or more than announced
+        self.progress.update(self.bar, total=total, completed=total)

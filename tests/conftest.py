@@ -1,0 +1,40 @@
+"""Shared truth: the digits mixture of the oracles in float64, where every number is exact to rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oss_exp.models.mixture import GaussianMixture
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+@pytest.fixture(scope="session")
+def gmm() -> dict[str, torch.Tensor]:
+    return load_file(ORACLES / "digits_gmm.safetensors")
+
+
+@pytest.fixture(scope="session")
+def mixture(gmm) -> GaussianMixture:
+    """Float64, 10 components on 64 pixels."""
+    return GaussianMixture.from_covariances(gmm["weights"], gmm["means"], gmm["covariances"], (64,))
+
+
+@pytest.fixture(scope="session")
+def velocity(mixture):
+    return mixture.velocity(None, 1.0)
+
+
+@pytest.fixture(scope="session")
+def oss_oracle() -> dict:
+    return json.loads((ORACLES / "oss_search.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def oss_arrays() -> dict[str, torch.Tensor]:
+    return load_file(ORACLES / "oss_search.safetensors")
