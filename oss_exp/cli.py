@@ -42,12 +42,12 @@ def run(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig, folder: Path) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.trainer.devices not in (1, "1"):
         raise ValueError(
-            f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep with "
-            "one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
+            f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep "
+            "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
     get_method(cfg.task._target_)(cfg)
     if rank_zero_only.rank == 0:
-        report.write(folder, Console())
+        report.write(folder, Console(width=None if sys.stdout.isatty() else 120))
         _log(cfg, folder)
 
 

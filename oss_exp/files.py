@@ -69,6 +69,8 @@ def load_asset(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str
     """Tensors and provenance of an asset; ValueError when its bytes are not those its `.json` vouches for."""
     path = Path(path)
     record = read_json(path.with_suffix(".json"), f"provenance of {what}")
+    if not isinstance(record, dict):
+        raise ValueError(f"provenance of {what} {path.with_suffix('.json')} must be a JSON object; restore the file")
     tensors = load_tensors(path, record.get("sha256"), what)
     return tensors, record
 

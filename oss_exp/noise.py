@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -92,10 +93,11 @@ class DDPMPath(GaussianPath):
     """Discrete variance-preserving chain with T betas; tau in [-1, T - 1] is the index, -1 is clean data.
 
     Between integers the log of sigma / alpha is interpolated linearly; between -1 and 0 sigma / alpha itself is.
+    Times noisier than the end of the chain have its last index: the network has seen nothing beyond.
     Ho et al. 2020 (arXiv 2006.11239). Build the betas with `linear_betas`, `scaled_linear_betas` or `cosine_betas`.
     """
 
-    betas: Tensor
+    betas: Tensor = field(repr=False)
     _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ class DDPMPath(GaussianPath):
         return ratio / (1 + ratio)
 
     def native(self, t: Tensor) -> Tensor:
-        ratio = t / (1 - t)
+        ratio = (t / (1 - t)).clamp(max=float(self._ratio[-1]))
         index = torch.searchsorted(self._ratio, ratio.contiguous()).clamp(1, len(self.betas) - 1)
         low, high = self._ratio[index - 1].log(), self._ratio[index].log()
         tau = index - 1 + (ratio.clamp(min=1e-300).log() - low) / (high - low)
@@ -214,20 +216,22 @@ class LogSNRSchedule(NoiseSchedule):
 
 @dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
 class DDIMSchedule(NoiseSchedule):
-    """Evenly spaced DDPM indices T-1 .. 0, rounded to integers as the ADM code base does, then clean data."""
+    """Evenly spaced DDPM indices T-1 .. 0, rounded as the ADM code base does (a running sum of the stride), then 0."""
 
-    betas: Tensor
+    betas: Tensor = field(repr=False)
 
     def _times(self, num_steps: int) -> Tensor:
         path = DDPMPath(self.betas)
-        return path.canonical(_linspace(len(path.betas) - 1, 0, num_steps).round())
+        stride = (len(path.betas) - 1) / max(num_steps - 1, 1)
+        indices = [round(index) for index in accumulate([stride] * (num_steps - 1), initial=0.0)]
+        return path.canonical(torch.tensor(indices[::-1], dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
 class QuadraticSchedule(NoiseSchedule):
     """DDPM indices spaced quadratically, denser towards the data. DDIM paper (arXiv 2010.02502), App. D.2."""
 
-    betas: Tensor
+    betas: Tensor = field(repr=False)
 
     def _times(self, num_steps: int) -> Tensor:
         path = DDPMPath(self.betas)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from oss_exp.files import load_tensors, read_json, save_asset, sha256, write_atomically
+from oss_exp.files import load_tensors, read_json, save_asset, write_atomically
 
 Start = Literal["free", "pinned", "analytic"]
 FORMAT, VERSION = "oss_exp/step_schedule", 1
@@ -42,7 +42,7 @@ class StepSchedule:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        times = torch.as_tensor(self.times, dtype=torch.float64)
+        times = torch.as_tensor(self.times, dtype=torch.float64).clone()  # nobody else's to change
         object.__setattr__(self, "times", times)
         shown = f"got {times.tolist()}" if times.numel() < 64 else f"got a tensor of shape {tuple(times.shape)}"
         if times.ndim not in (1, 2) or times.shape[-1] < 2:
@@ -59,7 +59,7 @@ class StepSchedule:
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
         if (self.mean is None) == (self.start == "analytic"):
             raise ValueError(f"start={self.start!r} {'needs a' if self.mean is None else 'takes no'} mean")
-        if (self.samples is None) != (times.ndim == 1) or (self.samples and len(self.samples) != len(times)):
+        if (self.samples is None) != (times.ndim == 1) or (times.ndim == 2 and len(self.samples) != len(times)):
             raise ValueError("times of shape (B, K+1) need the B indices of their samples, times of shape (K+1,) none")
 
     @property
@@ -79,6 +79,8 @@ class StepSchedule:
     def rows(self, samples: list[int]) -> StepSchedule:
         """The per-sample schedule cut to these sample indices, in their order."""
         position = {sample: row for row, sample in enumerate(self.samples or ())}
+        if missing := [sample for sample in samples if sample not in position]:
+            raise ValueError(f"the schedule has no times of its own for samples {missing[:5]}")
         return replace(self, times=self.times[[position[s] for s in samples]], samples=tuple(samples))
 
     def save(self, path: str | Path) -> Path:
@@ -115,6 +117,8 @@ class StepSchedule:
             if record["mean"] is not None:
                 mean_path = path.with_name(record["mean"]["file"])
                 mean = load_tensors(mean_path, record["mean"]["sha256"], "mean of the analytic start")["mean"]
+            if not isinstance(record["provenance"], dict) or not isinstance(record["start_time"], (int, float)):
+                raise ValueError("provenance must be an object and start_time a number")
             return cls(
                 times=torch.tensor(record["times"], dtype=torch.float64),
                 start=record["start"],
@@ -127,10 +131,6 @@ class StepSchedule:
             raise ValueError(f"step schedule {path} lacks the field {error}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"step schedule {path}: {error}") from None
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the times and the start: equal for equal schedules, whatever their provenance."""
-        return sha256(json.dumps([self.times.tolist(), self.start, self.start_time]).encode())
 
 
 def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:

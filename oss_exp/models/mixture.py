@@ -100,6 +100,9 @@ class GaussianMixture(Model):
     def velocity(self, condition: Tensor | None, guidance: float) -> BoundVelocity:
         if condition is None and guidance != 1:
             raise ValueError(f"guidance={guidance} needs class labels; set data.classes or guidance=1")
+        if condition is not None and not bool(torch.isin(condition, self.labels).all()):
+            known = self.labels.unique().tolist()
+            raise ValueError(f"classes must be among {known}, got {condition.unique().tolist()}")
         rows = 1 if guidance == 1 else 2  # as a network would pay: with and without the class
         return BoundVelocity(lambda x, t, y: self._velocity(x, t, y, guidance), condition, self.micro_batch, rows)
 
@@ -165,6 +168,10 @@ def fit(
                 f"use clusters * (rank + 2) <= {len(members)}"
             )
         assignment = _kmeans(members, clusters, seed)
+        if bool((assignment.bincount(minlength=clusters) < rank + 2).any()):
+            raise ValueError(
+                f"class {label}: a cluster has fewer than {rank + 2} images; use fewer clusters or a lower rank"
+            )
         for _ in range(iterations):
             fits = [_probabilistic_pca(members[assignment == c], rank, floor) for c in range(clusters)]
             share = torch.bincount(assignment, minlength=clusters).double() / len(members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from oss_exp.files import write_atomically
+from oss_exp.files import read_json, write_atomically
 from oss_exp.report import plots
 from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import NOTE, columns, markdown, terminal
@@ -28,12 +29,12 @@ def write(folder: Path, console: Console) -> None:
     plans = read_schedules(folder)
     made = []
     if plans:
-        made.append(_save(folder / "schedules.png", plots.schedules(plans, _teacher_nodes(folder))))
+        made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, _teacher_nodes(folder))))
     if (folder / "metrics.json").exists():
         results = read_run(folder)
         lines = compare(results)
         with np.load(folder / "samples.npz") as pictures:
-            made.append(_save(folder / "samples.png", plots.samples(dict(pictures), results)))
+            made.append(write_atomically(folder / "samples.png", plots.samples(dict(pictures), results)))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
         made.append(_page(folder, "Step schedules compared", lines, ["schedules.png", "samples.png"]))
         console.print(terminal(lines, _title(folder)))
@@ -55,9 +56,9 @@ def gather(cfg: DictConfig) -> None:
         for label, plan in read_schedules(run).items():
             plans[label if len(runs) == 1 else f"{run.relative_to(sweep)}: {label}"] = plan
     write_atomically(sweep / "table.md", markdown(lines))
-    _save(sweep / "schedules.png", plots.schedules(plans, _teacher_nodes(runs[0])))
+    write_atomically(sweep / "schedules.png", plots.schedules(plans, _teacher_nodes(runs[0])))
     page = _page(sweep, f"Sweep of {len(runs)} runs", lines, ["schedules.png"])
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
 
@@ -69,18 +70,8 @@ def _teacher_nodes(folder: Path) -> Sequence[float]:
 
 def _title(folder: Path) -> str:
     cfg = OmegaConf.load(folder / "config.yaml")
-    model = read_run_model(folder)
-    return f"{model}: {cfg.num_teacher_steps}-step teacher"
-
-
-def read_run_model(folder: Path) -> str:
-    from oss_exp.files import read_json
-
-    return read_json(folder / "metrics.json", "metrics of a run")["model"]["name"]
-
-
-def _save(path: Path, data: bytes) -> Path:
-    return write_atomically(path, data)
+    model = read_json(folder / "metrics.json", "metrics of a run")["model"]["name"]
+    return f"{model}: few-step students against the {cfg.num_teacher_steps}-step teacher"
 
 
 def _page(folder: Path, title: str, lines: Sequence[Line], pictures: Sequence[str]) -> Path:

@@ -19,7 +19,8 @@ from oss_exp.steps import StepSchedule
 def schedules(plans: Mapping[str, StepSchedule], teacher: Sequence[float]) -> bytes:
     """PNG: time against step, one panel a budget; the teacher's nodes as ticks, per-sample schedules as a band."""
     budgets = sorted({plan.num_steps for plan in plans.values()})
-    figure, axes = plt.subplots(1, len(budgets), figsize=(1.5 + 4.5 * len(budgets), 4.6), squeeze=False, sharey=True)
+    size = (3.5 + 4.5 * len(budgets), 4.6)
+    figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
     names = sorted({_strategy(label) for label in plans})
     colors = dict(zip(names, plt.get_cmap("tab10").colors * (1 + len(names) // 10), strict=False))
     for axis, k in zip(axes[0], budgets, strict=True):
@@ -41,7 +42,7 @@ def schedules(plans: Mapping[str, StepSchedule], teacher: Sequence[float]) -> by
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
     handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     return _png(figure)
 
 
@@ -67,7 +68,7 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
-    axes[0][1].text(0, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
+    axes[0][1].text(0.02, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
     return _png(figure)

@@ -33,6 +33,10 @@ class BoundVelocity:
     micro_batch: int
     rows_per_call: int = 1
 
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 row, got {self.micro_batch}")
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         rows = None
         if self.condition is not None:

@@ -93,7 +93,7 @@ class _Search:
             rows = touched.nonzero()[:, 0]
             found[:, rows] = self._in_band(problem.subset(rows), found[:, rows], objective, shifts - 1)
             return found
-        return self._in_band(problem, found, objective, shifts - 1)
+        return torch.where(touched, self._in_band(problem, found, objective, shifts - 1), found)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
         """Calls per sample of the recursion (the band not moved) with a multistep solver, and a typical refinement."""

@@ -28,6 +28,8 @@ class NoiseDataset(Dataset):
         return self.count
 
     def __getitem__(self, position: int) -> dict[str, Tensor | int]:
+        if not 0 <= position < self.count:
+            raise IndexError(position)
         index = self.first + position
         noise = np.random.default_rng((self.seed, index)).standard_normal(self.event_shape, dtype=np.float32)
         label = -1 if self.classes is None else self.classes[position % len(self.classes)]

@@ -1,0 +1,65 @@
+"""Any number of processes gives the same schedules, bit for bit in float64."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from oss_exp.distances import MSE
+from oss_exp.models.mixture import GaussianMixture
+from oss_exp.noise import FlowSchedule
+from oss_exp.solvers import Euler
+from oss_exp.stepsize import OSS, Band, OSSAve, OSSShared, Problem
+from oss_exp.tasks.collective import DistributedCollective
+
+STRATEGIES = {
+    "oss": OSS("analytic", None, True, 3),
+    "oss_band": OSS("free", Band(3, 2), False, 3),
+    "oss_ave": OSSAve("free", None, False, "median", 3),
+    "oss_mean": OSSAve("free", None, True, "mean", 3),
+    "oss_shared": OSSShared("analytic", None, True, "log_mean"),
+    "oss_shared_band": OSSShared("free", Band(3, 3), True, "mean"),
+}
+
+
+def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=1.0, micro_batch=64).double()
+    noise = torch.randn(samples, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine = torch.arange(samples)[rank::world]
+    labels = mine % 3
+    problem = Problem(
+        model.velocity(labels, 1.0),
+        noise[mine],
+        FlowSchedule(shift=2.0).nodes(20),
+        Euler(),
+        MSE(),
+        collective=DistributedCollective(),
+        samples=mine,
+        group=labels,
+        num_groups=10,
+    )
+    plans = {name: strategy.plan(problem, [3, 5]) for name, strategy in STRATEGIES.items()}
+    result = {f"{name} {k}": [p.times.tolist(), p.samples] for name, plan in plans.items() for k, p in plan.items()}
+    (open(f"{folder}/rank{rank}.json", "w")).write(json.dumps(result))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    mp.spawn(plan_all, (1, 14, str(folder)), nprocs=1)
+    return json.loads((folder / "rank0.json").read_text())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_agree_with_one_process(alone, tmp_path, world):
+    """14 samples on 4 ranks: 4, 4, 3 and 3."""
+    mp.spawn(plan_all, (world, 14, str(tmp_path)), nprocs=world)
+    for rank in range(world):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == alone

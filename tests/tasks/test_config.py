@@ -1,0 +1,85 @@
+"""Every yaml of every group composes, and what it names is built."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method, instantiate
+
+from oss_exp.cli import CONF
+
+GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
+OPTIONS = [(group.name, file.stem) for group in GROUPS for file in sorted(group.glob("*.yaml"))]
+
+
+@pytest.fixture(autouse=True)
+def composing():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def config(*overrides: str):
+    cfg = compose("config", [*overrides, "paths.output_dir=out"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def test_there_are_the_groups_that_the_design_names():
+    names = {group.name for group in GROUPS}
+    assert names >= set(
+        [
+            "task",
+            "model",
+            "noise_schedule",
+            "solver",
+            "distance",
+            "stepsize",
+            "data",
+            "trainer",
+            "logger",
+            "paths",
+            "hydra",
+        ]
+    )
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option(group, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = config(f"{group}={option}", *(["sweep=x"] if option == "report" else []))
+    if group == "task":
+        assert callable(get_method(cfg.task._target_))
+    elif group == "stepsize":
+        strategy = instantiate(cfg.stepsize[option])
+        assert isinstance(strategy.per_sample, bool)
+        assert isinstance(strategy.baseline, bool)
+        assert strategy.network_calls(100, [5, 10]) >= 0
+    elif (group, option) == ("data", "noise"):
+        assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3).predict_dataloader()) == 2
+    elif group == "data":
+        assert callable(get_method(cfg.data._target_))  # loads files: tested with the files in test_data.py
+    elif (group, option) in (("trainer", "gpu"), ("trainer", "ddp")):
+        assert cfg.trainer._target_ == "lightning.Trainer"  # a GPU, or the process group, is made at instantiation
+    elif group in ("paths", "hydra"):
+        assert cfg.hydra.run.dir
+    else:
+        instantiate(cfg[group])
+
+
+def test_experiments_compose():
+    for file in sorted((CONF / "experiment").glob("*.yaml")):
+        config(f"experiment={file.stem}")
+
+
+def test_stepsize_takes_one_or_several():
+    assert list(config("stepsize=edm").stepsize) == ["edm"]
+    assert set(config("stepsize=[edm,oss_shared]").stepsize) == {"edm", "oss_shared"}
+    assert list(config("task=search").stepsize) == ["oss_shared"]
+    assert list(config("task=search", "stepsize=oss_ave").stepsize) == ["oss_ave"]
+
+
+def test_every_yaml_explains_itself():
+    for path in Path(CONF).rglob("*.yaml"):
+        assert "#" in path.read_text(), f"{path} has no comment"

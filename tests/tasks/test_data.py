@@ -1,0 +1,115 @@
+"""Samples are functions of (seed, index); image files are read whole or refused."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from oss_exp.tasks.data import HELD_OUT, NoiseData, NoiseDataset, digits, fashion_mnist
+
+
+def noise_data(**changes) -> NoiseData:
+    settings = {
+        "event_shape": (1, 4, 4),
+        "num_classes": 3,
+        "seed": 7,
+        "search_samples": 6,
+        "eval_samples": 5,
+        "per_sample": 2,
+        "batch_size": 4,
+        "classes": None,
+    }
+    return NoiseData(**(settings | changes))
+
+
+def items(loader):
+    return {int(i): n for batch in loader for i, n in zip(batch["index"], batch["noise"], strict=True)}
+
+
+def test_a_sample_depends_on_seed_and_index_alone():
+    few, many = items(noise_data(batch_size=1).test_dataloader()), items(noise_data(eval_samples=9).test_dataloader())
+    assert all(many[i].equal(noise) for i, noise in few.items())
+    other = items(noise_data(seed=8).test_dataloader())
+    assert not any(other[i].equal(noise) for i, noise in few.items())
+
+
+def test_search_and_held_out_are_disjoint_and_independent():
+    data = noise_data(search_samples=500, eval_samples=500, event_shape=(64,))
+    search, per_sample = (items(loader) for loader in data.predict_dataloader())
+    held_out = items(data.test_dataloader())
+    assert not search.keys() & held_out.keys()
+    assert per_sample.keys() == {HELD_OUT, HELD_OUT + 1}
+    assert all(held_out[i].equal(noise) for i, noise in per_sample.items())
+    a, b = torch.stack(list(search.values())), torch.stack(list(held_out.values()))
+    n = a.numel()
+    assert abs(float((a * b).mean())) < 4 / n**0.5
+    assert abs(float(a.mean())) < 4 / n**0.5
+    assert abs(float(a.var()) - 1) < 6 / n**0.5
+
+
+def test_classes_cycle_through_the_list():
+    labels = [item["label"] for item in NoiseDataset(0, 0, 5, (1,), [2, 0])]
+    assert labels == [2, 0, 2, 0, 2]
+    assert noise_data(classes="all").classes == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search_samples": 0}, r"data\.search_samples must be at least 1"),
+        ({"batch_size": 0}, r"data\.batch_size must be at least 1"),
+        ({"classes": [3]}, "from 0 to 2"),
+        ({"classes": []}, "from 0 to 2"),
+        ({"classes": "some"}, 'null, "all" or a list'),
+        ({"classes": [0], "num_classes": None}, "the model has no classes"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        noise_data(**changes)
+
+
+def write_idx(folder, images: np.ndarray, labels: np.ndarray, pack=gzip.compress, suffix=".gz"):
+    folder.mkdir(parents=True, exist_ok=True)
+    image_bytes = struct.pack(">IIII", 2051, len(images), 28, 28) + images.tobytes()
+    label_bytes = struct.pack(">II", 2049, len(labels)) + labels.tobytes()
+    (folder / f"train-images-idx3-ubyte{suffix}").write_bytes(pack(image_bytes))
+    (folder / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(label_bytes))
+
+
+@pytest.mark.parametrize("layout", ["gz", "torchvision"])
+def test_fashion_mnist_files(tmp_path, layout):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (5, 28, 28), np.uint8), np.arange(5, dtype=np.uint8)
+    if layout == "gz":
+        write_idx(tmp_path, images, labels)
+    else:
+        write_idx(tmp_path / "FashionMNIST" / "raw", images, labels, pack=bytes, suffix="")
+    loaded, classes = fashion_mnist(str(tmp_path))
+    assert loaded.shape == (5, 1, 28, 28)
+    assert torch.equal(((loaded[:, 0] + 1) * 127.5).round().byte(), torch.from_numpy(images))
+    assert classes.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_broken_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"set data\.root"):
+        fashion_mnist(str(tmp_path))
+    images, labels = np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8)
+    write_idx(tmp_path, images, labels[:2])
+    with pytest.raises(ValueError, match="3 images but 2 labels"):
+        fashion_mnist(str(tmp_path))
+    write_idx(tmp_path, images, labels)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="cannot be read"):
+        fashion_mnist(str(tmp_path))
+
+
+def test_digits():
+    images, labels = digits(None)
+    assert images.shape == (1797, 1, 8, 8)
+    assert float(images.min()) == -1
+    assert float(images.max()) == 1
+    assert labels.unique().tolist() == list(range(10))

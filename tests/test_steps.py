@@ -1,0 +1,213 @@
+"""Step schedules: what they refuse, what survives a file, and where an analytic start lands."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from oss_exp.steps import StepSchedule, analytic_jump
+
+
+def float64(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def shared() -> StepSchedule:
+    return StepSchedule(float64([0.97, 1 / 3, 0.1, 0]), start="free", provenance={"model": "é", "n": [1, 2]})
+
+
+def per_sample() -> StepSchedule:
+    return StepSchedule(float64([[1, 0.7, 0], [0.9, 0.1, 0], [0.8, 1e-9, 0]]), start="free", samples=(3, 11, 5))
+
+
+def analytic() -> StepSchedule:
+    mean = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    return StepSchedule(float64([0.9, 0.4, 0]), start="analytic", start_time=0.99, mean=mean)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Values
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(StepSchedule)])
+def test_no_field_can_be_set(name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(shared(), name, None)
+
+
+def test_changing_the_tensor_it_was_made_from_changes_nothing():
+    times = float64([1, 0.5, 0])
+    schedule = StepSchedule(times)
+    times[1] = 2
+    assert schedule.times.tolist() == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"times": []}, "at least two times"),
+        ({"times": [0.0]}, "at least two times"),
+        ({"times": 1.0}, "at least two times"),
+        ({"times": [[[1.0, 0.0]]]}, "at least two times"),
+        ({"times": [1.0, math.nan, 0.0]}, "finite"),
+        ({"times": [math.inf, 0.5, 0.0]}, "finite"),
+        ({"times": [0.0, 0.5, 1.0]}, "strictly decrease"),
+        ({"times": [1.0, 0.5, 0.5, 0.0]}, "strictly decrease"),
+        ({"times": [[1.0, 0.5, 0.0], [0.5, 0.6, 0.0]], "samples": (0, 1)}, "strictly decrease"),
+        ({"times": [1.0, 0.5, 0.1]}, "last step time must be 0"),
+        ({"times": [1.0, 0.5, -0.1]}, "last step time must be 0"),
+        ({"times": [1.5, 0.5, 0.0]}, "must not exceed start_time=1.0"),
+        ({"times": [0.95, 0.0], "start_time": 0.9}, "must not exceed start_time=0.9"),
+        ({"times": [0.5, 0.0], "start_time": 1.1}, "start_time=1.1"),
+        ({"times": [0.5, 0.0], "start_time": math.nan}, "start_time=nan"),
+        ({"times": [1.0, 0.0], "start": "warm"}, "start must be one of free, pinned, analytic, got 'warm'"),
+        ({"times": [0.9, 0.0], "start": "analytic"}, "needs a mean"),
+        ({"times": [1.0, 0.0], "mean": torch.zeros(1, 2)}, "takes no mean"),
+        ({"times": [[1.0, 0.0], [0.9, 0.0]]}, "indices of their samples"),
+        ({"times": [1.0, 0.0], "samples": (0,)}, "indices of their samples"),
+        ({"times": [[1.0, 0.0], [0.9, 0.0]], "samples": (0, 1, 2)}, "indices of their samples"),
+        ({"times": [[1.0, 0.0], [0.9, 0.0]], "samples": ()}, "indices of their samples"),
+    ],
+)
+def test_the_constructor_refuses_what_is_not_a_schedule(fields, words):
+    with pytest.raises(ValueError, match=words):
+        StepSchedule(**fields | {"times": float64(fields["times"])})
+
+
+def test_rows_selects_by_sample_index_in_the_order_asked_for():
+    schedule = per_sample()
+    cut = schedule.rows([5, 3])
+    assert cut.samples == (5, 3)
+    assert cut.times.tolist() == [schedule.times[2].tolist(), schedule.times[0].tolist()]
+    assert cut.start == "free"
+
+
+def test_fingerprint_sees_times_and_start_but_not_provenance():
+    schedule = shared()
+    nudged = schedule.times.clone()
+    nudged[1] = math.nextafter(float(nudged[1]), 1)
+    assert dataclasses.replace(schedule, provenance={}).fingerprint() == schedule.fingerprint()
+    assert dataclasses.replace(schedule, times=nudged).fingerprint() != schedule.fingerprint()
+    assert dataclasses.replace(schedule, start="pinned").fingerprint() != schedule.fingerprint()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The first state
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["free", "pinned"])
+def test_without_a_mean_the_noise_is_the_first_state(start):
+    noise = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(StepSchedule(float64([0.8, 0]), start=start).initial_state(noise), noise)
+
+
+def test_an_analytic_start_is_the_exact_euler_jump_from_pure_noise(gmm, velocity):
+    z, t = gmm["z"], 0.93
+    mean = (gmm["weights"][:, None] * gmm["means"]).sum(0, keepdim=True)
+    jumped = StepSchedule(float64([t, 0.5, 0]), start="analytic", mean=mean).initial_state(z)
+    expected = z + (t - 1) * velocity(z, torch.ones(len(z), dtype=torch.float64))
+    torch.testing.assert_close(jumped, expected, rtol=0, atol=1e-12)
+
+
+def test_an_analytic_start_uses_each_samples_own_condition_and_time(gmm, mixture):
+    z, label = gmm["z"], torch.arange(16) % 10
+    first = torch.linspace(0.9, 0.99, 16, dtype=torch.float64)
+    times = torch.stack([first, torch.zeros(16, dtype=torch.float64)], dim=1)
+    schedule = StepSchedule(times, start="analytic", mean=gmm["means"], samples=tuple(range(16)))
+    v = mixture.velocity(label, 1.0)(z, torch.ones(16, dtype=torch.float64))
+    expected = z + (first[:, None] - 1) * v
+    torch.testing.assert_close(schedule.initial_state(z, label), expected, rtol=0, atol=1e-12)
+
+
+def test_an_analytic_jump_from_below_1_is_euler_with_the_mean_as_clean_prediction():
+    generator = torch.Generator().manual_seed(0)
+    noise, mean = torch.randn(2, 3, 1, 4, 2, dtype=torch.float64, generator=generator)
+    start_time, t = 0.9, 0.6
+    v = (noise - mean) / start_time  # x0 = x - t v
+    jumped = analytic_jump(noise, mean, start_time, float64(t))
+    torch.testing.assert_close(jumped, noise + (t - start_time) * v, rtol=0, atol=1e-14)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [shared, per_sample, analytic])
+def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
+    schedule = make()
+    loaded = StepSchedule.load(schedule.save(tmp_path / "new folder" / "oss.K5.json"))
+    assert torch.equal(loaded.times, schedule.times)
+    assert loaded.times.dtype == torch.float64
+    for name in ("start", "start_time", "samples", "provenance", "num_steps"):
+        assert getattr(loaded, name) == getattr(schedule, name)
+    assert (loaded.mean is None) == (schedule.mean is None)
+    assert schedule.mean is None or torch.equal(loaded.mean, schedule.mean)
+    assert loaded.fingerprint() == schedule.fingerprint()
+
+
+def edit(**changes):
+    """Write the record again with these fields; ... removes one."""
+
+    def change(path):
+        record = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "does not exist"),
+        (lambda path: path.write_text(""), ValueError, "is empty"),
+        (lambda path: path.write_text(path.read_text()[:60]), ValueError, "not complete JSON"),
+        (lambda path: path.write_text("0.9, 0.5, 0"), ValueError, "not complete JSON"),
+        (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "cannot be read"),
+        (lambda path: path.write_text('{"sigmas": [1, 0]}'), ValueError, "not a step schedule"),
+        (lambda path: path.write_text("[1, 0.5, 0]"), ValueError, "not a step schedule"),
+        (edit(version=2), ValueError, "version 2, this program reads 1"),
+        (edit(version=...), ValueError, "version None"),
+        (edit(times=...), ValueError, "lacks the field 'times'"),
+        (edit(start=...), ValueError, "lacks the field 'start'"),
+        (edit(samples=...), ValueError, "lacks the field 'samples'"),
+        (edit(provenance=...), ValueError, "lacks the field 'provenance'"),
+        (edit(times=[0, 0.5, 1]), ValueError, "strictly decrease"),
+        (edit(times=[1, math.nan, 0]), ValueError, "finite"),
+        (edit(times=[[1, 0.5, 0], [1, 0]]), ValueError, "length"),
+        (edit(times="1, 0"), ValueError, "str"),
+        (edit(times=None), ValueError, "None"),
+        (edit(start="warm"), ValueError, "start must be one of"),
+        (edit(start_time=None), ValueError, "None"),
+        (edit(samples=[0]), ValueError, "samples"),
+        (edit(mean={}), ValueError, "lacks the field"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(damage, error, words, tmp_path):
+    path = shared().save(tmp_path / "schedule.json")
+    damage(path)
+    with pytest.raises(error, match=words) as caught:
+        StepSchedule.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_mean_file_with_one_changed_byte_is_refused_by_name(tmp_path):
+    path = analytic().save(tmp_path / "schedule.json")
+    mean = tmp_path / "schedule.mean.safetensors"
+    data = bytearray(mean.read_bytes())
+    data[-1] ^= 1
+    mean.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged or was replaced") as caught:
+        StepSchedule.load(path)
+    assert str(mean) in str(caught.value)
+
+
+def test_a_missing_mean_file_is_named(tmp_path):
+    path = analytic().save(tmp_path / "schedule.json")
+    (tmp_path / "schedule.mean.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"schedule\.mean\.safetensors does not exist"):
+        StepSchedule.load(path)
