@@ -136,7 +136,7 @@ class StepSchedule:
 def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:
     """The Euler jump from the noise at start_time to t when the clean prediction is `mean`, (B, *E) each; t () or (B,).
 
-    x_t = (t / t_N) z + (1 - t / t_N) mean: exact as the first network call at pure noise, which can only answer the mean.
+    x_t = (t / t_N) z + (1 - t / t_N) mean: what a network call at pure noise, which can only answer the mean, gives.
     """
     ratio = (t / start_time).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
     return ratio * noise + (1 - ratio) * mean

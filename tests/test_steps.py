@@ -85,15 +85,6 @@ def test_rows_selects_by_sample_index_in_the_order_asked_for():
     assert cut.start == "free"
 
 
-def test_fingerprint_sees_times_and_start_but_not_provenance():
-    schedule = shared()
-    nudged = schedule.times.clone()
-    nudged[1] = math.nextafter(float(nudged[1]), 1)
-    assert dataclasses.replace(schedule, provenance={}).fingerprint() == schedule.fingerprint()
-    assert dataclasses.replace(schedule, times=nudged).fingerprint() != schedule.fingerprint()
-    assert dataclasses.replace(schedule, start="pinned").fingerprint() != schedule.fingerprint()
-
-
 # --------------------------------------------------------------------------------------------------------------
 # The first state
 # --------------------------------------------------------------------------------------------------------------
@@ -147,7 +138,6 @@ def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
         assert getattr(loaded, name) == getattr(schedule, name)
     assert (loaded.mean is None) == (schedule.mean is None)
     assert schedule.mean is None or torch.equal(loaded.mean, schedule.mean)
-    assert loaded.fingerprint() == schedule.fingerprint()
 
 
 def edit(**changes):
@@ -182,7 +172,8 @@ def edit(**changes):
         (edit(times="1, 0"), ValueError, "str"),
         (edit(times=None), ValueError, "None"),
         (edit(start="warm"), ValueError, "start must be one of"),
-        (edit(start_time=None), ValueError, "None"),
+        (edit(start_time=None), ValueError, "start_time a number"),
+        (edit(provenance=None), ValueError, "provenance must be an object"),
         (edit(samples=[0]), ValueError, "samples"),
         (edit(mean={}), ValueError, "lacks the field"),
     ],

@@ -1,6 +1,6 @@
 """PSNR per image, and the intervals that make means comparable.
 
-Pixels are in [0, 1] after decoding and clipping; the reference is the teacher's image from the same noise and condition.
+Pixels are in [0, 1], decoded and clipped; the reference is the teacher's image from the same noise and condition.
 """
 
 from __future__ import annotations

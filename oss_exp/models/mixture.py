@@ -150,7 +150,7 @@ def fit(
     iterations: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    """images (n, D) in [-1, 1], labels (n,) -> the tensors of a GaussianMixture, float32, `clusters` components a class.
+    """images (n, D) in [-1, 1], labels (n,) -> tensors of a GaussianMixture, float32, `clusters` components a class.
 
     Hard-assignment EM of a mixture of probabilistic PCAs, k-means++ start. `floor` is the variance left to every
     direction outside a component's subspace; the maximum-likelihood value (the mean of the eigenvalues left out,

@@ -104,7 +104,7 @@ class LinearMultistep(Solver):
 
     @abc.abstractmethod
     def coefficients(self, times: Sequence[Tensor], t_next: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """times: of the outputs, newest (the current time) first; all broadcastable to t_next. -> a, [b_0, b_1, ...]."""
+        """times: of the outputs, newest (the current) first; all broadcastable to t_next. -> a, [b_0, b_1, ...]."""
 
     def observe(self, f: VelocityFn, state: State) -> State:
         outputs = (f(state.x, state.t), *state.outputs)[: self.order]
@@ -133,7 +133,7 @@ def rowwise(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def walk(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Iterator[State]:
-    """x (M, *E) at times[0]; times (K+1,) or (K+1, M). Yields the observed state at every time but the last, then it."""
+    """x (M, *E) at times[0]; times (K+1,) or (K+1, M). Yields the observed state at each time, the last unobserved."""
     times = times.to(x.device)
     state = solver.init(x, times[0])
     for t_next in times[1:]:

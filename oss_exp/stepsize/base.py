@@ -1,6 +1,6 @@
 """The question a strategy answers (`Problem`) and the shape of its answer, for OSS and every baseline alike.
 
-Legend: B samples of this rank, N+1 grid nodes counted from the noise (node 0) to the data (node N), K steps, G conditions.
+Legend: B samples of this rank, N+1 grid nodes from the noise (node 0) to the data (node N), K steps, G conditions.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class StepsizeStrategy(Protocol):
         ...
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
-        """Network calls per sample that `plan` will make, the teacher's aside: exact, or an estimate where it adapts."""
+        """Network calls per sample that `plan` makes, the teacher's aside: exact, or an estimate where it adapts."""
         ...
 
 

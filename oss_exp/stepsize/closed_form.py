@@ -45,8 +45,8 @@ class ClosedForm:
         nodes = self.schedule.nodes(num_steps).clone()
         if num_steps > 1 and nodes[1] >= start_time:
             raise ValueError(
-                f"{self.schedule} puts its second time {float(nodes[1]):.4f} above the teacher's first, {start_time:.4f}; "
-                "choose a noise schedule that reaches at least as far into the noise"
+                f"{self.schedule} puts its second time, {float(nodes[1]):.4f}, above the teacher's first, "
+                f"{start_time:.4f}; choose a noise schedule that reaches at least as far into the noise"
             )
         nodes[0] = start_time
         return nodes

@@ -108,7 +108,7 @@ class _Search:
 
 
 def layers(num_nodes: int, budgets: Sequence[int], start: Start, stride: int, device) -> list[Tensor]:
-    """Every stride-th node from which the data can still be reached in exactly the calls left: max(budgets) x (W, 1)."""
+    """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left."""
     nodes = torch.arange(0, num_nodes, stride, device=device)[:, None]
     result = []
     for r in range(budgets[-1]):
@@ -119,7 +119,7 @@ def layers(num_nodes: int, budgets: Sequence[int], start: Start, stride: int, de
 
 @dataclass(frozen=True)
 class OSS(_Search):
-    """One schedule per sample (paper, Alg. 1 with exactly k steps): how good a schedule can be if it may know the noise.
+    """One schedule per sample (paper, Alg. 1, exactly k steps): how good a schedule can be if it may know the noise.
 
     chunk: samples searched at a time; it bounds the memory and changes nothing else. With a plain VelocityFn, which
     cannot be cut to some samples, all are searched at once.
@@ -208,7 +208,7 @@ class OSSShared(_Search):
 
 
 def strictly_monotone(nodes: Tensor, num_nodes: int) -> Tensor:
-    """nodes (k,) ascending with repeats -> strictly ascending within 0 .. N-1, each moved as little as its turn allows."""
+    """nodes (k,) ascending with repeats -> strictly ascending within 0 .. N-1, each moved as little as may be."""
     steps = torch.arange(len(nodes), device=nodes.device)
     risen = (nodes - steps).cummax(0).values + steps
     return torch.minimum(risen, num_nodes - len(nodes) + steps)

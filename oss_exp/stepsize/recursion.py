@@ -5,7 +5,7 @@ fresh table from round r-1, so a path of k rounds has exactly k jumps and its co
 A full search, a coarse pilot and a narrow band differ only in their layers; a search for one schedule per sample and
 one for a schedule that all samples share differ only in the `Objective`.
 
-Legend: B samples, W nodes of a layer (S as sources, J as targets), P basis vectors of a step, F features, *E event dims.
+Legend: B samples, W nodes of a layer (S as sources, J as targets), P basis vectors a step, F features, *E event dims.
 Node arrays are (W, B), or (W, 1) where all samples have the same; nodes ascend (noise to data) along W.
 """
 

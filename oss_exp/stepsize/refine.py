@@ -20,7 +20,7 @@ MAX_SWEEPS = 4  # passes over all nodes at one move size
 
 @torch.no_grad()
 def refine(problem: Problem, path: Tensor, start: Start, objective: Objective) -> Tensor:
-    """path (k, b) -> path (k, b) with a final error no larger under the objective. The states before a move are reused."""
+    """path (k, b) -> path (k, b) with no larger final error under the objective; states before a move are reused."""
     goal = problem.teacher.states[-1]
 
     def run(path: Tensor, kept: list[State], first: int) -> tuple[list[State], Tensor]:

@@ -99,7 +99,7 @@ def fashion_mnist(root: str) -> tuple[Tensor, Tensor]:
     if folder is None:
         raise FileNotFoundError(
             f"no train-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of the "
-            "four Fashion-MNIST files (Debian: apt install dataset-fashion-mnist, root /usr/share/datasets/fashion-mnist)"
+            "four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)"
         )
     images = _read_idx(folder, "train-images-idx3-ubyte", header=16, item=28 * 28)
     labels = _read_idx(folder, "train-labels-idx1-ubyte", header=8, item=1)
@@ -126,7 +126,8 @@ def _read_idx(folder: Path, name: str, header: int, item: int) -> np.ndarray:
     # torchvision reads only unpacked IDX files; packages ship them gzipped.
     path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
     try:
-        data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if len(data) <= header or (len(data) - header) % item:

@@ -1,6 +1,7 @@
 """Any number of processes gives the same schedules, bit for bit in float64."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
     )
     plans = {name: strategy.plan(problem, [3, 5]) for name, strategy in STRATEGIES.items()}
     result = {f"{name} {k}": [p.times.tolist(), p.samples] for name, plan in plans.items() for k, p in plan.items()}
-    (open(f"{folder}/rank{rank}.json", "w")).write(json.dumps(result))
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(result))
     if world > 1:
         dist.destroy_process_group()
 
