@@ -6,7 +6,6 @@ goes to error.log in the run folder.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -78,9 +77,12 @@ def _message(error: BaseException) -> str:
 def main() -> None:
     try:
         run()
-    except KeyboardInterrupt:
-        print("oss-exp: interrupted; files already written are whole", file=sys.stderr)
-        os._exit(130) if os.environ.get("LOCAL_RANK") else sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns Ctrl-C inside a loop into an exit.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("oss-exp: interrupted; the files already written are whole", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

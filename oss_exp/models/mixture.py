@@ -68,6 +68,9 @@ class GaussianMixture(Model):
     def from_asset(cls, file: str, guidance: float, micro_batch: int) -> GaussianMixture:
         """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
         path = Path(file) if Path(file).exists() else ASSETS / file
+        if not path.exists():
+            shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob("*.safetensors")))
+            raise FileNotFoundError(f"mixture file {file} is neither a path that exists nor a shipped file ({shipped})")
         tensors, record = load_asset(path, "mixture")
         return cls(
             **tensors,

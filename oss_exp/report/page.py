@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,12 +52,14 @@ def gather(cfg: DictConfig) -> None:
     if not runs:
         raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
     lines = compare([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
-    plans = {}
-    for run in runs:
-        for label, plan in read_schedules(run).items():
-            plans[label if len(runs) == 1 else f"{run.relative_to(sweep)}: {label}"] = plan
+    plans = [(run, name, plan) for run in runs for name, plan in read_schedules(run)]
+    times_seen = Counter((name, plan.num_steps) for _, name, plan in plans)
+    named = [
+        (name if times_seen[name, plan.num_steps] == 1 else f"{name} (run {run.relative_to(sweep)})", plan)
+        for run, name, plan in plans
+    ]
     write_atomically(sweep / "table.md", markdown(lines))
-    write_atomically(sweep / "schedules.png", plots.schedules(plans, _teacher_nodes(runs[0])))
+    write_atomically(sweep / "schedules.png", plots.schedules(named, _teacher_nodes(runs[0])))
     page = _page(sweep, f"Sweep of {len(runs)} runs", lines, ["schedules.png"])
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))

@@ -16,20 +16,20 @@ from oss_exp.report.results import Result
 from oss_exp.steps import StepSchedule
 
 
-def schedules(plans: Mapping[str, StepSchedule], teacher: Sequence[float]) -> bytes:
+def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]) -> bytes:
     """PNG: time against step, one panel a budget; the teacher's nodes as ticks, per-sample schedules as a band."""
-    budgets = sorted({plan.num_steps for plan in plans.values()})
+    budgets = sorted({plan.num_steps for _, plan in plans})
     size = (3.5 + 4.5 * len(budgets), 4.6)
     figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    names = sorted({_strategy(label) for label in plans})
+    names = sorted({name for name, _ in plans})
     colors = dict(zip(names, plt.get_cmap("tab10").colors * (1 + len(names) // 10), strict=False))
     for axis, k in zip(axes[0], budgets, strict=True):
         axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
-        for label, plan in plans.items():
+        for name, plan in plans:
             if plan.num_steps != k:
                 continue
-            name, steps, times = _strategy(label), np.arange(k + 1), plan.times.numpy()
-            ours = name.startswith("oss")
+            steps, times = np.arange(k + 1), plan.times.numpy()
+            ours = not plan.provenance.get("strategy", {}).get("baseline", False)
             if times.ndim == 2:
                 low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
                 axis.fill_between(steps, low, high, color=colors[name], alpha=0.2, lw=0)
@@ -41,8 +41,10 @@ def schedules(plans: Mapping[str, StepSchedule], teacher: Sequence[float]) -> by
         axis.set(title=f"K = {k}", xlabel="network call", xticks=np.arange(k + 1))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    entries = {}  # one for each strategy, whichever panels it is in
+    for axis in axes[0]:
+        entries.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False)
     return _png(figure)
 
 
@@ -78,10 +80,6 @@ def _strip(images: np.ndarray) -> np.ndarray:
     """(n, H, W, C) -> (H, n*W, C), grey images without the channel."""
     strip = np.concatenate(list(images), axis=1)
     return strip[..., 0] if strip.shape[-1] == 1 else strip
-
-
-def _strategy(label: str) -> str:
-    return label.rsplit("_", 1)[0]
 
 
 def _png(figure: plt.Figure) -> bytes:

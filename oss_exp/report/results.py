@@ -79,7 +79,8 @@ def compare(results: Sequence[Result]) -> list[Line]:
     return lines
 
 
-def read_schedules(folder: Path) -> dict[str, StepSchedule]:
-    """{file name without .json: schedule} of <folder>/schedules, tensors' provenance files aside."""
+def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
+    """(strategy, schedule) of <folder>/schedules, tensors' provenance files aside."""
     files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
-    return {path.stem: StepSchedule.load(path) for path in files}
+    plans = [(path, StepSchedule.load(path)) for path in files]
+    return [(plan.provenance.get("strategy", {}).get("name", path.stem), plan) for path, plan in plans]

@@ -17,7 +17,7 @@ NOTE = (
 
 def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Header and cells; the `run` column only where there are several runs."""
-    header = ["strategy", "K", "NFE", "start", "PSNR [dB]", "gain [dB]", "n", "planning"]
+    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "n", "planning"]
     cells = []
     for line in lines:
         result = line.result

@@ -8,7 +8,7 @@ Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget; path
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -49,7 +49,7 @@ class Band:
 
 @dataclass(frozen=True)
 class _Search:
-    """What all OSS strategies share: where a student may start, the band, and whether to refine."""
+    """What all OSS strategies share: where a student may start, the band (or its fields as a dict), and refinement."""
 
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
@@ -61,6 +61,10 @@ class _Search:
     def __post_init__(self) -> None:
         if self.start not in get_args(Start):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
+        if isinstance(self.band, Mapping):
+            if set(self.band) != {"stride", "width"}:
+                raise ValueError(f"band must be null or {{stride: ..., width: ...}}, got {dict(self.band)}")
+            object.__setattr__(self, "band", Band(**self.band))
 
     def paths(self, problem: Problem, budgets: Sequence[int], objective: Objective) -> dict[int, Tensor]:
         """{k: (k, b) nodes} of the recursion."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from oss_exp.files import write_atomically
 from oss_exp.steps import StepSchedule
@@ -54,6 +55,8 @@ class _Run:
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
+        if not isinstance(cfg.num_steps, ListConfig):
+            raise ValueError(f"num_steps must be a list of whole numbers such as [5,10], got {cfg.num_steps!r}")
         model = instantiate(cfg.model)
         if not isinstance(cfg.num_teacher_steps, int) or cfg.num_teacher_steps < 1:
             raise ValueError(f"num_teacher_steps must be a whole number of at least 1, got {cfg.num_teacher_steps!r}")
@@ -63,13 +66,18 @@ class _Run:
             solver=instantiate(cfg.solver),
             distance=instantiate(cfg.distance),
         )
-        self.strategies = {name: instantiate(strategy) for name, strategy in cfg.stepsize.items()}
+        self.strategies = {name: instantiate(strategy, _convert_="all") for name, strategy in cfg.stepsize.items()}
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data: NoiseData = instantiate(cfg.data, event_shape=model.event_shape, num_classes=model.num_classes)
         for strategy in self.strategies.values():
             strategy.network_calls(cfg.num_teacher_steps, self.num_steps)  # refuses a band that does not fit
         self.about = describe(self.setting, self.config)
-        self.trainer: L.Trainer = instantiate(cfg.trainer, default_root_dir=self.folder)
+        try:
+            self.trainer: L.Trainer = instantiate(cfg.trainer, default_root_dir=self.folder)
+        except InstantiationException as error:
+            raise ValueError(
+                f"trainer: {error.__cause__}; choose one that this machine has, such as trainer=cpu"
+            ) from error
         rank_zero_only(write_atomically)(self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def plan(self) -> None:

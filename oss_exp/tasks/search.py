@@ -68,8 +68,9 @@ class SearchModule(L.LightningModule):
         self.folder, self.provenance, self.strategy_configs = folder, provenance, strategy_configs
         self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         self.batches[dataloader_idx].append(batch)
+        return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
         meter = Meter()
