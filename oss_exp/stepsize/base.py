@@ -109,6 +109,12 @@ class Problem:
         overall = total.sum(0, keepdim=True) / count.sum()
         return torch.where(count > 0, total / count.clamp(min=1), overall).float()
 
+    @cached_property
+    def teacher_norms(self) -> Tensor:
+        """(N+1, B) float64: the squared length of the teacher's states under the distance's features."""
+        norms = [self.distance.features(states).double().square().sum(1) for states in self.teacher.states]
+        return torch.stack(norms)
+
     def subset(self, samples: Tensor) -> Problem:
         """The same question for some of this rank's samples, (b,) positions, with no other rank to agree with.
 

@@ -24,27 +24,40 @@ from oss_exp.stepsize.refine import refine
 
 @dataclass(frozen=True)
 class Band:
-    """Coarse to fine: search every `stride`-th node first, then all nodes within `width` of that path.
+    """Coarse to fine: search every `stride`-th node, then halve the stride again and again down to 1, each time among
+    the `width` nearest nodes of that stride on either side of the path so far, and twice as many at stride 1.
 
-    Where the fine path touches the edge of its band the band is laid around it anew, at most `MAX_SHIFTS` times.
+    The pilot takes fewer steps where its grid is too small for all of them, and its path is stretched. Where a path
+    touches the edge of its band, the band is laid around it anew and searched again, at most `shifts` times a level.
     """
 
     stride: int
     width: int
-
-    MAX_SHIFTS: ClassVar[int] = 2
+    shifts: int = 0
 
     def __post_init__(self) -> None:
-        if self.stride < 2 or self.width < 1:
-            raise ValueError(f"band needs stride >= 2 and width >= 1, got stride={self.stride}, width={self.width}")
+        if self.stride < 2 or self.stride & (self.stride - 1):
+            raise ValueError(f"band.stride must be a power of two (2, 4, 8, ...), got {self.stride}")
+        if self.width < 1 or self.shifts < 0:
+            raise ValueError(f"band needs width >= 1 and shifts >= 0, got width={self.width}, shifts={self.shifts}")
 
-    def check(self, num_nodes: int, budgets: Sequence[int]) -> None:
-        if len(range(0, num_nodes, self.stride)) < budgets[-1]:
+    def pilot_steps(self, num_nodes: int, num_steps: int) -> int:
+        """Steps of the pilot: as many as the student's, or as leave it three nodes of its coarse grid for each."""
+        nodes = len(range(0, num_nodes, self.stride))
+        if nodes < 3:
             raise ValueError(
-                f"band.stride={self.stride} leaves {len(range(0, num_nodes, self.stride))} pilot nodes of "
-                f"{num_nodes}, too few for {budgets[-1]} steps; use a stride of at most {num_nodes // budgets[-1]}, "
-                "or band=null"
+                f"band.stride={self.stride} leaves the pilot {nodes} of the grid's {num_nodes} nodes, and it needs 3; "
+                "use a smaller power of two, or band=null"
             )
+        return min(num_steps, nodes // 3)
+
+    def reach(self, stride: int) -> int:
+        """Nodes of this stride on either side of the path."""
+        return self.width if stride > 1 else 2 * self.width
+
+    def strides(self) -> list[int]:
+        """After the pilot: stride / 2, ..., 2, 1."""
+        return [self.stride >> level for level in range(1, self.stride.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -62,50 +75,57 @@ class _Search:
         if self.start not in get_args(Start):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
         if isinstance(self.band, Mapping):
-            if set(self.band) != {"stride", "width"}:
-                raise ValueError(f"band must be null or {{stride: ..., width: ...}}, got {dict(self.band)}")
+            if not {"stride", "width"} <= set(self.band) <= {"stride", "width", "shifts"}:
+                raise ValueError(f"band must be null or have stride, width and perhaps shifts, got {dict(self.band)}")
             object.__setattr__(self, "band", Band(**self.band))
 
     def paths(self, problem: Problem, budgets: Sequence[int], objective: Objective) -> dict[int, Tensor]:
         """{k: (k, b) nodes} of the recursion."""
         if self.band is None:
             return recurse(problem, self._layers(problem, budgets, 1), budgets, self.start, objective).paths
-        self.band.check(problem.num_nodes, budgets)
-        pilot = recurse(problem, self._layers(problem, budgets, self.band.stride), budgets, self.start, objective)
-        return {k: self._in_band(problem, pilot.paths[k], objective, Band.MAX_SHIFTS) for k in budgets}
+        pilots = {k: self.band.pilot_steps(problem.num_nodes, k) for k in budgets}
+        fewer = sorted(set(pilots.values()))
+        found = recurse(problem, self._layers(problem, fewer, self.band.stride), fewer, self.start, objective).paths
+        paths = {k: stretch(found[pilots[k]], k, problem.num_nodes) for k in budgets}
+        for stride in self.band.strides():
+            paths = {k: self._in_band(problem, p, stride, objective, self.band.shifts) for k, p in paths.items()}
+        return paths
 
     def _layers(self, problem: Problem, budgets: Sequence[int], stride: int) -> list[Tensor]:
         return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device)
 
-    def _in_band(self, problem: Problem, path: Tensor, objective: Objective, shifts: int) -> Tensor:
-        """The best path (k, b) within the band around `path`, which follows it where it touches the edge."""
-        k, end = len(path), problem.num_nodes
-        windows, touched = [], torch.zeros(path.shape[1], dtype=torch.bool, device=path.device)
-        bounds = []
-        for r in range(k):
-            lowest, highest = (0, 0) if r == 0 and self.start == "pinned" else (r, end - k + r)
-            size = min(2 * self.band.width + 1, highest - lowest + 1)
-            first = (path[r] - self.band.width).clamp(lowest, highest - size + 1)
-            windows.append(first + torch.arange(size, device=path.device)[:, None])
-            bounds.append((lowest, highest))
+    def _in_band(self, problem: Problem, path: Tensor, stride: int, objective: Objective, shifts: int) -> Tensor:
+        """The best path (k, b) of every stride-th node in the band around `path`."""
+        k, count = len(path), len(range(0, problem.num_nodes, stride))
+        windows = []
+        touched = torch.zeros(path.shape[1], dtype=torch.bool, device=path.device)
+        limits = [(0, 0) if r == 0 and self.start == "pinned" else (r, count - k + r) for r in range(k)]
+        for position, (lowest, highest) in zip(path // stride, limits, strict=True):
+            width = self.band.reach(stride)
+            size = min(2 * width + 1, highest - lowest + 1)
+            first = (position - width).clamp(lowest, highest - size + 1)
+            windows.append((first + torch.arange(size, device=path.device)[:, None]) * stride)
         found = recurse(problem, windows, [k], self.start, objective).paths[k]
-        for r, (window, (lowest, highest)) in enumerate(zip(windows, bounds, strict=True)):
-            touched |= (found[r] == window[0]) & (found[r] > lowest) | (found[r] == window[-1]) & (found[r] < highest)
+        for node, window, (lowest, highest) in zip(found, windows, limits, strict=True):
+            touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (node < highest * stride)
         if shifts == 0 or not bool(touched.any()):
             return found
         if path.shape[1] > 1 and isinstance(problem.velocity, BoundVelocity):  # only the samples that need it
             rows = touched.nonzero()[:, 0]
-            found[:, rows] = self._in_band(problem.subset(rows), found[:, rows], objective, shifts - 1)
+            found[:, rows] = self._in_band(problem.subset(rows), found[:, rows], stride, objective, shifts - 1)
             return found
-        return torch.where(touched, self._in_band(problem, found, objective, shifts - 1), found)
+        return torch.where(touched, self._in_band(problem, found, stride, objective, shifts - 1), found)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
         """Calls per sample of the recursion (the band not moved) with a multistep solver, and a typical refinement."""
         budgets = check_num_steps(num_steps, num_nodes)
-        stride = 1 if self.band is None else self.band.stride
-        calls = sum(len(layer) for layer in layers(num_nodes, budgets, self.start, stride, "cpu")) - 1
+        if self.band is None:
+            stride, pilots = 1, budgets
+        else:
+            stride, pilots = self.band.stride, sorted({self.band.pilot_steps(num_nodes, k) for k in budgets})
+        calls = sum(len(layer) for layer in layers(num_nodes, pilots, self.start, stride, "cpu")) - 1
         if self.band is not None:
-            calls += sum(k * min(2 * self.band.width + 1, num_nodes - k + 1) for k in budgets)
+            calls += sum(k * (2 * self.band.reach(s) + 1) for k in budgets for s in self.band.strides())
         if self.refine:
             calls += sum(8 * k * (k + 2) for k in budgets)  # two sweeps at each of four sizes, half a run a try
         return calls
@@ -209,6 +229,16 @@ class OSSShared(_Search):
                 path = refine(problem, path, self.start, objective)
             plans[k] = _shared_schedule(problem, path, self.start)
         return plans
+
+
+def stretch(path: Tensor, num_steps: int, num_nodes: int) -> Tensor:
+    """path (k, b) of k steps over N nodes -> (num_steps, b): the same curve of node against share of the steps."""
+    k = len(path)
+    closed = torch.cat([path, torch.full_like(path[:1], num_nodes)]).double()
+    at = torch.arange(num_steps, device=path.device, dtype=torch.float64) * k / num_steps
+    low = at.long()
+    between = torch.lerp(closed[low], closed[low + 1], (at - low)[:, None]).round().long()
+    return torch.stack([strictly_monotone(column, num_nodes) for column in between.T], dim=1)
 
 
 def strictly_monotone(nodes: Tensor, num_nodes: int) -> Tensor:

@@ -12,7 +12,7 @@ Node arrays are (W, B), or (W, 1) where all samples have the same; nodes ascend 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -23,7 +23,8 @@ from oss_exp.steps import Start, analytic_jump
 from oss_exp.stepsize.base import Collective, Problem
 
 COST_FLOOR = 1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
-SCORE_GROUP = 16  # samples scored at a time; bounds the float64 copies
+SCORE_GROUP = 16  # samples whose inner products are taken at a time; bounds the float64 copies
+BLOCK = 20  # nodes whose inner products are taken at a time; those with earlier nodes are skipped
 
 
 class Objective(Protocol):
@@ -84,10 +85,12 @@ def recurse(
     Node N, the data, closes the path in round k of each budget and stands in no layer.
     """
     end = problem.num_nodes
+    linear = isinstance(problem.solver, LinearMultistep)
     rounds: list[Round] = []
     paths, costs = {}, {}
     sources = layers[0]
     state = start_states(problem, sources, start)
+    shadow = replace(state, x=_products(problem, sources, state.x)) if linear else None
     alive = torch.ones_like(sources, dtype=torch.bool)
     for r in range(1, len(layers) + 1):
         state = _observe(problem, sources, state, reuse_first=r == 1)
@@ -100,20 +103,25 @@ def recurse(
         legal = (sources[:, None] < targets[None]) & alive[:, None]  # (S, J, b)
 
         # Edges.
-        choose = _from_inner_products if isinstance(problem.solver, LinearMultistep) else _by_advancing
-        parent, state, cost = choose(problem, state, targets, legal, objective)
+        if linear:
+            shadow = problem.solver.observe(lambda *_: _products(problem, sources, state.outputs[0]), shadow)
+            parent, cost = _by_inner_products(problem, state, shadow, targets, legal, objective)
+            rows = (parent * len(problem.noise) + torch.arange(len(problem.noise), device=parent.device)).flatten()
+            t_next = problem.grid[targets].expand(-1, len(problem.noise)).flatten()
+            state = problem.solver.advance(problem.velocity, state.map(lambda old: old[rows]), t_next)
+            shadow = problem.solver.advance(problem.velocity, shadow.map(lambda old: old[rows]), t_next)
+        else:
+            parent, state, cost = _by_advancing(problem, state, targets, legal, objective)
         alive = legal.any(0)
-        cost = cost.masked_fill(~alive, torch.inf)
-        rounds.append(Round(sources, targets, parent, cost))
+        rounds.append(Round(sources, targets, parent, cost.masked_fill(~alive, torch.inf)))
         if closing:
             paths[r] = _trace(rounds)
-            costs[r] = cost[-1]
+            costs[r] = problem.distance(state.x[-len(problem.noise) :], problem.teacher.states[-1])
 
-        # Only nodes with a path go on.
-        sources = inner
-        state = unflatten(state, len(targets)).map(lambda grid: grid[: len(inner)])
-        state = state.map(lambda grid: grid.flatten(0, 1))
-        alive = alive[: len(inner)]
+        # Node N stays behind.
+        sources, alive, kept = inner, alive[: len(inner)], len(inner) * len(problem.noise)
+        state = state.map(lambda rows: rows[:kept])
+        shadow = shadow.map(lambda rows: rows[:kept]) if linear else None
     return Solution(paths, costs, rounds)
 
 
@@ -144,38 +152,49 @@ def _observe(problem: Problem, sources: Tensor, state: State, reuse_first: bool)
     return first.map(lambda a, b: torch.cat([a, b]), problem.solver.observe(problem.velocity, rest))
 
 
-def _from_inner_products(problem: Problem, state: State, targets: Tensor, legal: Tensor, objective: Objective):
+def _products(problem: Problem, nodes: Tensor, vectors: Tensor) -> Tensor:
+    """vectors (W*B, *E) at nodes (W, b) -> (W*B, N+1) float64: <u, T_j> under the distance's features.
+
+    Teacher states that a node, or all nodes of its block, cannot jump to are left out (0).
+    """
+    count, teacher = len(problem.noise), problem.teacher.states
+    vectors = vectors.unflatten(0, (-1, count))
+    result = torch.zeros(*vectors.shape[:2], len(teacher), dtype=torch.float64, device=vectors.device)
+    blocks = [range(len(nodes))[first : first + BLOCK] for first in range(0, len(nodes), BLOCK)]
+    for first in range(0, count, SCORE_GROUP):
+        part = slice(first, first + SCORE_GROUP)
+        u, goal = _features(problem, vectors[:, part]), _features(problem, teacher[:, part])  # (g, W, F), (g, N+1, F)
+        for block in blocks:
+            rows, low = slice(block.start, block.stop), int(nodes[block.start].min()) + 1
+            result[rows, part, low:] = torch.bmm(u[:, rows], goal[:, low:].mT).transpose(0, 1)
+    return result.flatten(0, 1)
+
+
+def _by_inner_products(
+    problem: Problem, state: State, shadow: State, targets: Tensor, legal: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """Score every edge without making it: |sum_p c_p u_p - T_j|^2 needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
 
-    The basis u is the state and the remembered outputs; float64 throughout, for the terms nearly cancel.
+    The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j>: a linear solver moves these numbers
+    as it moves the states. Float64 throughout, for the terms nearly cancel. -> parent (J, b), cost of the winners (J, B).
     """
-    count, num_sources = len(problem.noise), len(legal)
-    grid = unflatten(state, num_sources)
-    cost = torch.empty(num_sources, len(targets), count, dtype=torch.float64, device=targets.device)
-    for start in range(0, count, SCORE_GROUP):
-        part = torch.arange(start, min(start + SCORE_GROUP, count), device=targets.device)
-        a, b = problem.solver.coefficients(
-            [time[:, None, part] for time in grid.times], problem.grid[_columns(targets, part)][None]
-        )
-        weights = [a, *b]  # P times (S, J, g)
-        basis = [_features(problem, vectors[:, part]) for vectors in (grid.x, *grid.outputs)]  # P times (g, S, F)
-        goal = _features(problem, problem.teacher.states[_columns(targets, part), part])  # (g, J, F)
-        squares = goal.square().sum(-1).T[None]  # (1, J, g)
-        for p, u in enumerate(basis):
-            squares = squares - 2 * weights[p] * torch.bmm(u, goal.mT).permute(1, 2, 0)
-            for q, other in enumerate(basis[: p + 1]):
-                inner = (u * other).sum(-1).T[:, None]  # (S, 1, g)
-                squares = squares + (1 if p == q else 2) * weights[p] * weights[q] * inner
-        cost[:, :, part] = squares / goal.shape[-1]
-    total = objective(cost.clamp(min=0), problem.collective).masked_fill(~legal, torch.inf)
+    count, shape = len(problem.noise), (len(legal), len(problem.noise))
+    times = [time.unflatten(0, shape)[..., None] for time in state.times]
+    a, b = problem.solver.coefficients(times, problem.grid[targets].T[None])
+    weights = [a, *b]  # P times (S, B, J)
+    columns = targets.T.expand(count, -1)[None].expand(len(legal), -1, -1)
+    basis = [problem.distance.features(vectors).double() for vectors in (state.x, *state.outputs)]  # P times (S*B, F)
+    cost = problem.teacher_norms.T.gather(1, columns[0])[None].repeat(len(legal), 1, 1)  # (S, B, J)
+    for p, products in enumerate((shadow.x, *shadow.outputs)):
+        slope = products.unflatten(0, shape).gather(2, columns).mul_(-2)
+        for q in range(p + 1):
+            inner = torch.linalg.vecdot(basis[p], basis[q]).unflatten(0, shape)[..., None]
+            slope.addcmul_(weights[q], inner, value=1 if p == q else 2)
+        cost.addcmul_(weights[p], slope)
+    cost = (cost / basis[0].shape[1]).clamp_(min=0).transpose(1, 2)  # (S, J, B)
+    total = objective(cost, problem.collective).masked_fill(~legal, torch.inf)
     parent = total.argmin(0)  # the first of equals: the noisier parent, as in the released code
-
-    # Only the winners become tensors.
-    column = torch.arange(count, device=targets.device)
-    chosen = grid.map(lambda nodes: nodes[parent.expand(-1, count), column].flatten(0, 1))
-    state = problem.solver.advance(problem.velocity, chosen, problem.grid[targets].expand(-1, count).flatten())
-    won = problem.distance(state.x, problem.teacher.states[targets.expand(-1, count), column].flatten(0, 1))
-    return parent, state, won.unflatten(0, (len(targets), count))
+    return parent, cost.gather(0, parent.expand(-1, count)[None])[0]
 
 
 def _by_advancing(problem: Problem, state: State, targets: Tensor, legal: Tensor, objective: Objective):
@@ -198,10 +217,6 @@ def _by_advancing(problem: Problem, state: State, targets: Tensor, legal: Tensor
         costs.append(cost.flatten()[rows])
     joined = states[0].map(lambda *rows: torch.cat(rows), *states[1:])
     return torch.stack(parents), joined, torch.stack(costs)
-
-
-def _columns(nodes: Tensor, part: Tensor) -> Tensor:
-    return nodes if nodes.shape[1] == 1 else nodes[:, part]
 
 
 def _features(problem: Problem, states: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from oss_exp.tasks.collective import DistributedCollective
 
 STRATEGIES = {
     "oss": OSS("analytic", None, True, 3),
-    "oss_band": OSS("free", Band(3, 2), False, 3),
+    "oss_band": OSS("free", Band(4, 2, 1), False, 3),
     "oss_ave": OSSAve("free", None, False, "median", 3),
     "oss_mean": OSSAve("free", None, True, "mean", 3),
     "oss_shared": OSSShared("analytic", None, True, "log_mean"),
-    "oss_shared_band": OSSShared("free", Band(3, 3), True, "mean"),
+    "oss_shared_band": OSSShared("free", Band(4, 3, 1), True, "mean"),
 }
 
 
