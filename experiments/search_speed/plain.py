@@ -1,7 +1,7 @@
-"""Algorithm 1 of the OSS paper (arXiv 2503.21774) as a research script writes it: the yardstick of this benchmark.
+"""Algorithm 1 of the OSS paper (arXiv 2503.21774) as a research script writes it: the yardstick here.
 
-One sample at a time, the network batched over the nodes, every candidate of every round materialised. Rows are fresh in
-each round (exactly k steps), so that its schedules can be compared with ours one by one.
+One sample at a time, the network batched over the nodes, every candidate of every round materialised. Rows are fresh
+in each round (exactly k steps), so that its schedules can be compared with ours one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def search(velocity, noise: Tensor, grid: Tensor, num_steps: int) -> list[list[int]]:
-    """velocity(x (M, *E), t (M,)), noise (B, *E), grid (N+1,) decreasing -> for each sample the K nodes, noise first."""
+    """velocity(x (M, *E), t (M,)), noise (B, *E), grid (N+1,) decreasing -> the K nodes of each, noise first."""
     return [search_one(velocity, z, grid, num_steps) for z in noise]
 
 

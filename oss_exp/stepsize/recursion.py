@@ -176,24 +176,29 @@ def _by_inner_products(
     """Score every edge without making it: |sum_p c_p u_p - T_j|^2 needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
 
     The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j>: a linear solver moves these numbers
-    as it moves the states. Float64 throughout, for the terms nearly cancel. -> parent (J, b), cost of the winners (J, B).
+    as it moves the states. Float64 throughout, for the terms nearly cancel. -> parent (J, b), the winners' cost (J, B).
     """
-    count, shape = len(problem.noise), (len(legal), len(problem.noise))
-    times = [time.unflatten(0, shape)[..., None] for time in state.times]
-    a, b = problem.solver.coefficients(times, problem.grid[targets].T[None])
-    weights = [a, *b]  # P times (S, B, J)
-    columns = targets.T.expand(count, -1)[None].expand(len(legal), -1, -1)
-    basis = [problem.distance.features(vectors).double() for vectors in (state.x, *state.outputs)]  # P times (S*B, F)
-    cost = problem.teacher_norms.T.gather(1, columns[0])[None].repeat(len(legal), 1, 1)  # (S, B, J)
-    for p, products in enumerate((shadow.x, *shadow.outputs)):
-        slope = products.unflatten(0, shape).gather(2, columns).mul_(-2)
-        for q in range(p + 1):
-            inner = torch.linalg.vecdot(basis[p], basis[q]).unflatten(0, shape)[..., None]
-            slope.addcmul_(weights[q], inner, value=1 if p == q else 2)
-        cost.addcmul_(weights[p], slope)
-    cost = (cost / basis[0].shape[1]).clamp_(min=0).transpose(1, 2)  # (S, J, B)
-    total = objective(cost, problem.collective).masked_fill(~legal, torch.inf)
-    parent = total.argmin(0)  # the first of equals: the noisier parent, as in the released code
+    count, num_sources = len(problem.noise), len(legal)
+    cost = torch.empty(num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
+    state, shadow = unflatten(state, num_sources), unflatten(shadow, num_sources)
+    nodes = targets.T.expand(count, -1)  # (B, J)
+    for first in range(0, count, SCORE_GROUP):
+        part = slice(first, first + SCORE_GROUP)
+        t_next, columns = problem.grid[nodes[part]][None], nodes[part][None].expand(num_sources, -1, -1)
+        a, b = problem.solver.coefficients([time[:, part, None] for time in state.times], t_next)
+        weights = [a, *b]  # P times (S, g, J)
+        basis = [_features(problem, vectors[:, part]) for vectors in (state.x, *state.outputs)]  # P times (g, S, F)
+        total = problem.teacher_norms.T[part].gather(1, nodes[part])[None].repeat(num_sources, 1, 1)
+        for p, products in enumerate((shadow.x, *shadow.outputs)):
+            slope = products[:, part].gather(2, columns).mul_(-2)
+            for q in range(p + 1):
+                inner = torch.linalg.vecdot(basis[p], basis[q]).T[..., None]
+                slope.addcmul_(weights[q], inner, value=1 if p == q else 2)
+            total.addcmul_(weights[p], slope)
+        cost[:, part] = total.clamp_(min=0) / basis[0].shape[-1]
+    cost = cost.transpose(1, 2)  # (S, J, B)
+    parent = objective(cost, problem.collective).masked_fill(~legal, torch.inf).argmin(0)
+    # argmin takes the first of equals: the noisier parent, as the released code does.
     return parent, cost.gather(0, parent.expand(-1, count)[None])[0]
 
 
