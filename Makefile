@@ -18,7 +18,7 @@ check: .venv/.ready  ## lint, format, import floors
 clean:  ## remove the environment and all outputs
 	rm -rf .venv outputs multirun
 
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml .constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c .constraints.txt
 	touch $@

@@ -1,0 +1,325 @@
+"""The command line: wrong input ends in one message and exit code 1 or 2, an interrupt in 130, and no half result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from oss_exp.cli import CONF, main
+from oss_exp.files import load_asset, save_asset
+from oss_exp.models.mixture import ASSETS
+from oss_exp.steps import StepSchedule
+
+SMALL = """model=mixture_digits num_teacher_steps=20 num_steps=[2] stepsize=edm data.search_samples=6 data.eval_samples=8
+data.per_sample=4 logger=none trainer.enable_progress_bar=false hydra.run.dir=run hydra.sweep.dir=sweep""".split()
+GROUPS = "model noise_schedule solver distance stepsize data trainer logger task paths experiment".split()
+
+
+def oss_exp(folder: Path, *arguments: str) -> int:
+    """Run the command line in this process and in `folder`; returns its exit code."""
+    handlers = logging.root.handlers[:]
+    GlobalHydra.instance().clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["oss-exp", *arguments])
+            main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        GlobalHydra.instance().clear()
+        logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
+    return 0
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """A function: run with these arguments, expect a refusal; returns what stderr says."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        code = oss_exp(tmp_path, *arguments)
+        error = capsys.readouterr().err
+        assert code in (1, 2), f"exit code {code}, stderr: {error}"
+        assert error.strip()
+        assert "Traceback" not in error, error
+        assert error.count("oss-exp:") <= 1, error
+        left = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
+        assert [p for p in left if "schedules" in p.parts or p.name == "metrics.json" or p.suffix == ".tmp"] == []
+        return error
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Values
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_wrong_option_is_answered_with_the_group_and_its_options(group, refused):
+    error = refused(*SMALL, f"{group}=wrong")
+    assert f"{group}/wrong" in error
+    assert all(file.stem in error for file in (CONF / group).glob("*.yaml"))
+
+
+WRONG_VALUES = [
+    ("stepsize=os", "stepsize/os", "oss_shared"),
+    ("num_steps=[0]", "num_steps", "from 1 to 20", "[0]"),
+    ("num_steps=[-1]", "num_steps", "from 1 to 20", "[-1]"),
+    ("num_steps=[21]", "num_steps", "from 1 to 20", "[21]", "num_teacher_steps"),
+    ("num_steps=5", "num_steps", "list", "[5,10]"),
+    ("num_steps=[]", "num_steps", "from 1 to 20"),
+    ("num_steps=[2.5]", "num_steps", "whole numbers", "2.5"),
+    ("num_steps=[two]", "num_steps", "whole numbers", "two"),
+    ("num_steps=[2,two]", "num_steps", "whole numbers", "two"),
+    ("num_steps=[[2]]", "num_steps", "whole numbers", "[2]"),
+    ("num_steps=null", "num_steps", "list"),
+    ("num_teacher_steps=0", "num_teacher_steps", "at least 1", "0"),
+    ("num_teacher_steps=ten", "num_teacher_steps", "whole number", "ten"),
+    ("num_step=[5]", "num_step"),
+    ("data.search_sample=5", "search_sample"),
+    ("data.classes=some", "data.classes", "some"),
+    ("data.classes=[99]", "data.classes", "0 to 9", "99"),
+    ("data.classes=3", "data.classes", "list", "3"),
+    ("data.classes=[]", "data.classes"),
+    ("data.classes=[cat]", "data.classes", "cat"),
+    ("data.search_samples=0", "data.search_samples", "at least 1"),
+    ("data.eval_samples=0", "data.eval_samples", "at least 1"),
+    ("data.per_sample=0", "data.per_sample", "at least 1"),
+    ("data.batch_size=0", "data.batch_size", "at least 1"),
+    ("data.search_samples=many", "data.search_samples", "many"),
+    ("data.seed=-1", "seed", "-1"),
+    ("model.guidance=3", "guidance", "data.classes"),
+    ("model.guidance=much", "guidance", "much"),
+    ("model.micro_batch=0", "micro_batch", "at least 1"),
+    ("model.file=none.safetensors", "none.safetensors", "mixture_digits.safetensors"),
+    ("noise_schedule.shift=-1", "shift", "positive", "-1"),
+    ("noise_schedule.shift=big", "shift", "big"),
+    ("trainer.accelerator=abacus", "trainer", "abacus"),
+    ("stepsize.edm.start=free", "start", "free"),
+    ("stepsize.edm.schedule.rho=0", "rho", "positive"),
+    ("stepsize.edm.schedule.sigma_min=100", "sigma_min", "100"),
+]
+
+
+@pytest.mark.parametrize(("override", *["words"]), [(case[0], case[1:]) for case in WRONG_VALUES])
+def test_a_wrong_value_is_named(override, words, refused):
+    error = refused(*SMALL, override)
+    assert [word for word in words if word not in error] == [], error
+
+
+@pytest.mark.parametrize(
+    ("strategy", "override", "words"),
+    [
+        ("oss_shared", "band={stride:64,width:1}", ["band.stride=64", "band=null"]),
+        ("oss_shared", "band={stride:6,width:1}", ["band.stride", "power of two", "6"]),
+        ("oss_shared", "band={strid:8,width:1}", ["stride", "strid"]),
+        ("oss_shared", "band={stride:8,width:0}", ["width >= 1"]),
+        ("oss_shared", "band={stride:four,width:1}", ["stride", "four"]),
+        ("oss_shared", "band=8", ["band", "8"]),
+        ("oss_shared", "objective=best", ["objective", "log_mean", "best"]),
+        ("oss_shared", "refine=maybe", ["refine", "maybe"]),
+        ("oss", "start=early", ["start", "pinned", "early"]),
+        ("oss", "chunk=0", ["chunk", "0"]),
+        ("oss_ave", "aggregate=mode", ["aggregate", "median", "mode"]),
+    ],
+)
+def test_a_wrong_setting_of_a_strategy_is_named(strategy, override, words, refused):
+    error = refused(*SMALL, f"stepsize={strategy}", f"stepsize.{strategy}.{override}")
+    assert [word for word in words if word not in error] == [], error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_answered_with_the_trainer_that_works(refused):
+    assert "trainer=cpu" in refused(*SMALL, "trainer=gpu")
+
+
+def test_a_sweep_with_two_devices_a_job_is_refused(refused):
+    error = refused("--multirun", *SMALL, "trainer.devices=2", "num_steps=[2],[3]")
+    assert "trainer.devices=2" in error
+    assert "trainer=cpu" in error
+
+
+def test_an_unknown_flag_is_a_usage_error(refused):
+    assert "--evaluate" in refused(*SMALL, "--evaluate")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Folder of good step schedules for mixture_digits: edm_2, oss_2 (one a sample) and oss_shared_2 (analytic)."""
+    folder = tmp_path_factory.mktemp("saved")
+    assert oss_exp(folder, *SMALL, "task=search", "stepsize=[edm,oss,oss_shared]") == 0
+    return folder / "run" / "schedules"
+
+
+def record(saved: Path) -> dict:
+    return json.loads((saved / "edm_2.json").read_text())
+
+
+WRONG_SCHEDULES = {
+    "empty": (lambda good: "", "is empty"),
+    "truncated": (lambda good: json.dumps(good)[:-40], "not complete JSON"),
+    "not JSON": (lambda good: "1.0, 0.5, 0.0", "JSON"),
+    "a list": (lambda good: "[1.0, 0.5, 0.0]", "not a step schedule"),
+    "another format": (lambda good: json.dumps({**good, "format": "x"}), "not a step schedule"),
+    "another version": (lambda good: json.dumps({**good, "version": 99}), "version 99"),
+    "increasing": (lambda good: json.dumps({**good, "times": [0.5, 0.9, 0.0]}), "strictly decrease"),
+    "NaN": (lambda good: json.dumps({**good, "times": [1.0, float("nan"), 0.0]}), "finite"),
+    "words for times": (lambda good: json.dumps({**good, "times": ["1", "0.5", "0"]}), "step schedule"),
+    "no times": (lambda good: json.dumps({k: v for k, v in good.items() if k != "times"}), "lacks the field 'times'"),
+    "no model": (lambda good: json.dumps({**good, "provenance": {}}), "task.allow_other_model=true"),
+    "null model": (lambda good: json.dumps({**good, "provenance": {"model": None}}), "schedule.json"),
+    "a word for the model": (lambda good: json.dumps({**good, "provenance": {"model": "digits"}}), "schedule.json"),
+    "a mean that is not there": (
+        lambda good: json.dumps({**good, "start": "analytic", "mean": {"file": "x.safetensors", "sha256": "0"}}),
+        "x.safetensors does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_SCHEDULES)
+def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(fault, refused, saved, tmp_path):
+    text, words = WRONG_SCHEDULES[fault]
+    path = tmp_path / "schedule.json"
+    path.write_text(text(record(saved)))
+    error = refused(*SMALL, "task=evaluate", f"task.schedule={path}")
+    assert "schedule.json" in error
+    assert words in error
+
+
+def test_a_missing_step_schedule_is_named(refused):
+    assert "nowhere.json does not exist" in refused(*SMALL, "task=evaluate", "task.schedule=nowhere.json")
+
+
+def test_a_step_schedule_for_another_model_is_refused(refused, saved):
+    error = refused(*SMALL, "model=mixture_fashion", "task=evaluate", f"task.schedule={saved / 'edm_2.json'}")
+    assert "mixture_digits" in error
+    assert "mixture_fashion" in error
+
+
+def other_weights(folder: Path) -> Path:
+    """A mixture of the shape and the file name of mixture_digits, with other means."""
+    path = folder / "mixture_digits.safetensors"
+    tensors, about = load_asset(ASSETS / path.name, "mixture")
+    save_asset(path, {**tensors, "means": 0.9 * tensors["means"]}, {k: about[k] for k in ("name", "event_shape")})
+    return path
+
+
+def test_other_weights_need_leave_and_then_run(refused, saved, tmp_path, capsys):
+    arguments = [*SMALL, "task=evaluate", f"task.schedule={saved / 'oss_shared_2.json'}"]
+    arguments.append(f"model.file={other_weights(tmp_path)}")
+    assert "task.allow_other_model=true" in refused(*arguments)
+    assert oss_exp(tmp_path, *arguments, "task.allow_other_model=true") == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"][0]["strategy"] == "oss_shared"
+
+
+def test_leave_to_use_another_model_does_not_cover_another_shape(refused, saved):
+    arguments = ["model=mixture_fashion", "task=evaluate", "task.allow_other_model=true"]
+    error = refused(*SMALL, *arguments, f"task.schedule={saved / 'oss_shared_2.json'}")
+    assert "shape" in error
+
+
+def test_an_analytic_start_for_no_classes_does_not_run_with_classes(refused, saved):
+    path = saved / "oss_shared_2.json"
+    assert "class" in refused(*SMALL, "task=evaluate", f"task.schedule={path}", "data.classes=all")
+
+
+def test_a_schedule_per_sample_does_not_run_on_the_noises_of_another_seed(refused, saved):
+    assert "seed" in refused(*SMALL, "task=evaluate", f"task.schedule={saved / 'oss_2.json'}", "data.seed=1")
+
+
+def test_a_mixture_with_one_flipped_byte_is_refused(refused, tmp_path):
+    path = tmp_path / "mixture_digits.safetensors"
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(ASSETS / f"mixture_digits{suffix}", tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    error = refused(*SMALL, f"model.file={path}")
+    assert str(path) in error
+    assert "SHA-256" in error
+
+
+def test_a_report_needs_runs(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "metrics.json" in refused("task=report", "sweep=empty", "hydra.run.dir=run")
+    assert "sweep" in refused("task=report", "hydra.run.dir=run")
+
+
+def test_fitting_needs_images(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    error = refused("task=fit_mixture", "data.root=empty", "hydra.run.dir=run")
+    assert "train-images-idx3-ubyte" in error
+    assert "data.root" in error
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(*SMALL, "hydra.run.dir=file")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The process
+# --------------------------------------------------------------------------------------------------------------
+
+
+def process(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "oss_exp", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(tmp_path, capsys):
+    with process(tmp_path, "--help") as module:
+        assert oss_exp(tmp_path, "--help") == 0
+        text = capsys.readouterr().out
+        for group in GROUPS:
+            options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+            assert not options or f"{group}: {', '.join(options)}" in text
+        assert [name for name in ("task=search", "task=evaluate", "task=report", "--multirun") if name not in text] == []
+        output, error = module.communicate(timeout=60)
+    assert (module.returncode, output.strip(), error) == (0, text.strip(), "")
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="oss-exp")
+    assert script.load() is main
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT")
+def test_ctrl_c_ends_a_search_with_130_and_whole_files(tmp_path):
+    settings = "task=search model=mixture_fashion num_teacher_steps=300 num_steps=[30] data.search_samples=64"
+    with process(tmp_path, *settings.split(), "stepsize=[edm,oss_shared]", "logger=none", "hydra.run.dir=run") as run:
+        # The first schedule is on disk: the long search has begun.
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run/schedules/edm_30.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert re.search("interrupted", error)
+    assert "Traceback" not in error
+    plans = list((tmp_path / "run" / "schedules").glob("*"))
+    assert [path.name for path in plans] == ["edm_30.json"]
+    assert StepSchedule.load(plans[0]).num_steps == 30
+    assert not list(tmp_path.rglob("*.tmp"))

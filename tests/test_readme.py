@@ -1,0 +1,77 @@
+"""Every command and example of the README runs, in order, in one empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHORT = "data.search_samples=8 data.eval_samples=16 data.per_sample=8 logger=none"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_commands(tmp_path):
+    """With few samples, which is all that is changed."""
+    (commands,) = blocks("bash")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
+    for command in commands.strip().splitlines():
+        short = command if "--help" in command or "task=report" in command else f"{command} {SHORT}"
+        done = subprocess.run(["bash", "-c", short], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{short}\n{done.stderr}"
+    assert len(list(tmp_path.glob("multirun/*/*/*/metrics.json"))) == 6
+    table = next(tmp_path.glob("multirun/*/*/table.md")).read_text()
+    assert table.count("oss_shared") == 2
+
+
+def test_library_example(tmp_path):
+    (example,) = blocks("python")
+    assert "hydra" not in example
+    check = (
+        "\nimport sys\n"
+        "assert steps.num_steps == 4\n"
+        "assert float((x0[:, None] - centers).norm(dim=-1).amin(1).max()) < 0.1\n"  # it samples the three points
+        "assert not {'hydra', 'lightning', 'wandb'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", example + check], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "four_steps.json").exists()
+
+
+def test_make_runs_what_the_readme_says():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^demo:.*\n\t\$\(BIN\)/oss-exp$", makefile, re.MULTILINE)
+    assert re.search(r"^test:.*\n\t\$\(BIN\)/pytest", makefile, re.MULTILINE)
+    assert [line.split("#")[0].strip() for line in blocks("")[0].splitlines()] == ["make demo", "make test"]
+
+
+def test_top_level_is_what_the_design_says():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {path.split("/")[0] for path in tracked.splitlines()}
+    expected = {"pyproject.toml", "conf", "oss_exp", "experiments", "notebooks", "tests", "README.md", "Makefile"}
+    assert {name for name in top if not name.startswith(".")} == expected | {"LICENSE"}
+
+
+def test_notebooks_run(tmp_path, monkeypatch):
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(notebook.read_text())["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        exec(compile(code, notebook.name, "exec"), {})
