@@ -29,8 +29,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
             file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too: never leave the temporary behind
+    except BaseException as error:  # Ctrl-C too: never leave the temporary behind
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+            ) from error
         raise
     return path
 

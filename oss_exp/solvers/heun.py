@@ -32,4 +32,4 @@ class Heun(Solver):
         return replace(state, x=corrected.where(rowwise(t_next, corrected) > 0, x_euler), t=t_next)
 
     def nfe(self, num_steps: int) -> int:
-        return 2 * num_steps - 1
+        return super().nfe(num_steps) - 1

@@ -76,7 +76,9 @@ class EvaluateModule(L.LightningModule):
         collective = DistributedCollective()
         records = []
         for label, steps in self.schedules.items():
-            pairs = collective.gather(torch.cat(self.values[label] or [torch.zeros(0, 2, dtype=torch.float64)]))
+            pairs = collective.gather(
+                torch.cat(self.values[label] or [torch.zeros(0, 2, dtype=torch.float64, device=self.device)])
+            )
             # A distributed sampler may repeat samples to even out the ranks.
             index, first = np.unique(pairs[:, 0].cpu().numpy().astype(int), return_index=True)
             if len(index) == 0:
