@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 
 from oss_exp.cli import CONF
@@ -45,10 +47,12 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert strategy.network_calls(100, [5, 10]) >= 0
     elif (group, option) == ("data", "noise"):
         assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3).predict_dataloader()) == 2
-    elif group == "data":
-        assert callable(get_method(cfg.data._target_))  # loads files: tested with the files in test_data.py
-    elif (group, option) in (("trainer", "gpu"), ("trainer", "ddp")):
-        assert cfg.trainer._target_ == "lightning.Trainer"  # a GPU, or the process group, is made at instantiation
+    elif (group, option) == ("data", "fashion_mnist"):
+        with pytest.raises(InstantiationException, match=r"set data\.root"):  # with files: test_data.py
+            instantiate(cfg.data, root=str(tmp_path))
+    elif (group, option) == ("trainer", "gpu") and not torch.cuda.is_available():
+        with pytest.raises(InstantiationException, match="No supported gpu"):
+            instantiate(cfg.trainer)
     elif group in ("paths", "hydra"):
         assert cfg.hydra.run.dir
     else:
