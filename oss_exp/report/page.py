@@ -18,6 +18,7 @@ from oss_exp.files import read_json, write_atomically
 from oss_exp.report import plots
 from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import NOTE, columns, markdown, terminal
+from oss_exp.steps import StepSchedule
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
@@ -37,10 +38,12 @@ def write(folder: Path, console: Console) -> None:
         with np.load(folder / "samples.npz") as pictures:
             made.append(write_atomically(folder / "samples.png", plots.samples(dict(pictures), results)))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
-        made.append(_page(folder, "Step schedules compared", lines, ["schedules.png", "samples.png"]))
+        made.append(_page(folder, "Step schedules compared", lines, plans, ["schedules.png", "samples.png"]))
         console.print(terminal(lines, _title(folder)))
+    elif plans:
+        console.print("\n".join(_times(plans)), soft_wrap=True)
     if plans:
-        console.print(f"{len(plans)} schedules: {folder / 'schedules'}")
+        console.print(f"schedules ({len(plans)}): {folder / 'schedules'}", soft_wrap=True)
     for path in made:
         console.print(f"{path}", soft_wrap=True)
 
@@ -60,7 +63,7 @@ def gather(cfg: DictConfig) -> None:
     ]
     write_atomically(sweep / "table.md", markdown(lines))
     write_atomically(sweep / "schedules.png", plots.schedules(named, _teacher_nodes(runs[0])))
-    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, ["schedules.png"])
+    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, ["schedules.png"])
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
@@ -71,13 +74,28 @@ def _teacher_nodes(folder: Path) -> Sequence[float]:
     return instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps).tolist()
 
 
+def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
+    """One line a schedule; those of single samples are only in their files."""
+    shared = [(name, plan) for name, plan in plans if plan.samples is None]
+    return [
+        f"{name} K={plan.num_steps} {plan.start}: " + ", ".join(f"{t:.4g}" for t in plan.times.tolist())
+        for name, plan in sorted(shared, key=lambda pair: pair[1].num_steps)
+    ]
+
+
 def _title(folder: Path) -> str:
     cfg = OmegaConf.load(folder / "config.yaml")
     model = read_json(folder / "metrics.json", "metrics of a run")["model"]["name"]
     return f"{model}: few-step students against the {cfg.num_teacher_steps}-step teacher"
 
 
-def _page(folder: Path, title: str, lines: Sequence[Line], pictures: Sequence[str]) -> Path:
+def _page(
+    folder: Path,
+    title: str,
+    lines: Sequence[Line],
+    plans: Sequence[tuple[str, StepSchedule]],
+    pictures: Sequence[str],
+) -> Path:
     header, cells = columns(lines)
     body = [
         f"<h1>{html.escape(title)}</h1>",
@@ -96,6 +114,7 @@ def _page(folder: Path, title: str, lines: Sequence[Line], pictures: Sequence[st
     for name in pictures:
         data = base64.b64encode((folder / name).read_bytes()).decode()
         body.append(f'<h2>{html.escape(Path(name).stem)}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+    body.append(f"<h2>times (1 noise, 0 data)</h2><pre>{html.escape(chr(10).join(_times(plans)))}</pre>")
     if (folder / "config.yaml").exists():
         body.append(f"<h2>configuration</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
