@@ -1,5 +1,6 @@
 """Solvers of the probability-flow ODE in canonical time."""
 
+from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.base import (
     BoundVelocity,
     LinearMultistep,
@@ -14,6 +15,7 @@ from oss_exp.solvers.euler import Euler
 from oss_exp.solvers.heun import Heun
 
 __all__ = [
+    "AdamsBashforth",
     "BoundVelocity",
     "Euler",
     "Heun",

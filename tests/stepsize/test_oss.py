@@ -8,7 +8,7 @@ import torch
 
 from oss_exp.distances import MSE
 from oss_exp.noise import EDMSchedule, FlowSchedule
-from oss_exp.solvers import BoundVelocity, Euler, Heun, Solver, sample
+from oss_exp.solvers import AdamsBashforth, BoundVelocity, Euler, Heun, Solver, sample
 from oss_exp.solvers.base import LinearMultistep
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSShared, Problem
@@ -28,6 +28,12 @@ def problem(velocity, gmm) -> Problem:
 @pytest.fixture(scope="module")
 def heun(velocity, gmm) -> Problem:
     return Problem(velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(N), Heun(), MSE())
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["order2", "order3"])
+def adams(velocity, gmm, request) -> Problem:
+    """A solver with memory: the history of a node is that of its best path."""
+    return Problem(velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(N), AdamsBashforth(request.param), MSE())
 
 
 def final_error(problem: Problem, steps: StepSchedule) -> torch.Tensor:
@@ -84,6 +90,25 @@ def test_every_node_of_the_table_replays(problem, start):
                 state = solver.advance(problem.velocity, solver.observe(problem.velocity, state), t)
             replayed = problem.distance(state.x, problem.teacher.states[node])
             torch.testing.assert_close(replayed, last.cost[j], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", [PerSample(), Shared("mean")], ids=["own", "mean"])
+@pytest.mark.parametrize("start", STARTS)
+def test_replay_equals_table_with_a_solver_that_remembers(adams, start, objective):
+    budgets = list(range(1, 9))
+    solution = recurse(adams, layers(N, budgets, start, 1, "cpu"), budgets, start, objective)
+    for k in budgets:
+        replayed = final_error(adams, schedule(adams, solution.paths[k], start))
+        torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-10, atol=0)
+
+
+def test_a_search_with_memory_beats_one_without_on_its_own_ground(adams):
+    """Nodes found for the solver that runs them are better for it than Euler's."""
+    euler = replace(adams, solver=Euler())
+    plans = {
+        name: OSSShared("pinned", None, True, "mean").plan(p, [6])[6] for name, p in (("own", adams), ("e", euler))
+    }
+    assert final_error(adams, plans["own"]).mean() < final_error(adams, plans["e"]).mean()
 
 
 @pytest.mark.parametrize("kind", ["problem", "heun"])
