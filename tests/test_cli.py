@@ -23,9 +23,32 @@ from oss_exp.files import load_asset, save_asset
 from oss_exp.models.mixture import ASSETS
 from oss_exp.steps import StepSchedule
 
-SMALL = """model=mixture_digits num_teacher_steps=20 num_steps=[2] stepsize=edm data.search_samples=6 data.eval_samples=8
-data.per_sample=4 logger=none trainer.enable_progress_bar=false hydra.run.dir=run hydra.sweep.dir=sweep""".split()
-GROUPS = "model noise_schedule solver distance stepsize data trainer logger task paths experiment".split()
+SMALL = [
+    "model=mixture_digits",
+    "num_teacher_steps=20",
+    "num_steps=[2]",
+    "stepsize=edm",
+    "data.search_samples=6",
+    "data.eval_samples=8",
+    "data.per_sample=4",
+    "logger=none",
+    "trainer.enable_progress_bar=false",
+    "hydra.run.dir=run",
+    "hydra.sweep.dir=sweep",
+]
+GROUPS = [
+    "model",
+    "noise_schedule",
+    "solver",
+    "distance",
+    "stepsize",
+    "data",
+    "trainer",
+    "logger",
+    "task",
+    "paths",
+    "experiment",
+]
 
 
 def oss_exp(folder: Path, *arguments: str) -> int:
@@ -47,7 +70,7 @@ def oss_exp(folder: Path, *arguments: str) -> int:
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """A function: run with these arguments, expect a refusal; returns what stderr says."""
+    """A function: run with these arguments, expect a refusal; returns the message."""
 
     def run(*arguments: str) -> str:
         capsys.readouterr()
@@ -59,7 +82,8 @@ def refused(tmp_path, capsys):
         assert error.count("oss-exp:") <= 1, error
         left = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
         assert [p for p in left if "schedules" in p.parts or p.name == "metrics.json" or p.suffix == ".tmp"] == []
-        return error
+        message = error.partition("oss-exp: ")[2]  # what precedes it repeats the command line
+        return message or error
 
     return run
 
@@ -104,7 +128,6 @@ WRONG_VALUES = [
     ("data.search_samples=many", "data.search_samples", "many"),
     ("data.seed=-1", "seed", "-1"),
     ("model.guidance=3", "guidance", "data.classes"),
-    ("model.guidance=much", "guidance", "much"),
     ("model.micro_batch=0", "micro_batch", "at least 1"),
     ("model.file=none.safetensors", "none.safetensors", "mixture_digits.safetensors"),
     ("noise_schedule.shift=-1", "shift", "positive", "-1"),
@@ -152,6 +175,10 @@ def test_a_sweep_with_two_devices_a_job_is_refused(refused):
     error = refused("--multirun", *SMALL, "trainer.devices=2", "num_steps=[2],[3]")
     assert "trainer.devices=2" in error
     assert "trainer=cpu" in error
+
+
+def test_a_guidance_that_is_no_number_is_named(refused):
+    assert "guidance" in refused(*SMALL, "data.classes=all", "model.guidance=much")
 
 
 def test_an_unknown_flag_is_a_usage_error(refused):
@@ -202,7 +229,7 @@ def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(fault, refu
     path = tmp_path / "schedule.json"
     path.write_text(text(record(saved)))
     error = refused(*SMALL, "task=evaluate", f"task.schedule={path}")
-    assert "schedule.json" in error
+    assert str(tmp_path) in error
     assert words in error
 
 
@@ -238,9 +265,12 @@ def test_leave_to_use_another_model_does_not_cover_another_shape(refused, saved)
     assert "shape" in error
 
 
-def test_an_analytic_start_for_no_classes_does_not_run_with_classes(refused, saved):
-    path = saved / "oss_shared_2.json"
-    assert "class" in refused(*SMALL, "task=evaluate", f"task.schedule={path}", "data.classes=all")
+@pytest.mark.parametrize(("searched", "measured"), [("null", "all"), ("all", "null")])
+def test_an_analytic_start_runs_only_with_the_classes_it_has_means_of(searched, measured, refused, tmp_path):
+    arguments = [*SMALL, "task=search", "stepsize=oss_shared", "hydra.run.dir=searched"]
+    assert oss_exp(tmp_path, *arguments, f"data.classes={searched}") == 0
+    path = tmp_path / "searched/schedules/oss_shared_2.json"
+    assert "class" in refused(*SMALL, "task=evaluate", f"task.schedule={path}", f"data.classes={measured}")
 
 
 def test_a_schedule_per_sample_does_not_run_on_the_noises_of_another_seed(refused, saved):
@@ -297,7 +327,9 @@ def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(t
         for group in GROUPS:
             options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
             assert not options or f"{group}: {', '.join(options)}" in text
-        assert [name for name in ("task=search", "task=evaluate", "task=report", "--multirun") if name not in text] == []
+        assert [
+            name for name in ("task=search", "task=evaluate", "task=report", "--multirun") if name not in text
+        ] == []
         output, error = module.communicate(timeout=60)
     assert (module.returncode, output.strip(), error) == (0, text.strip(), "")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="oss-exp")

@@ -1,0 +1,255 @@
+"""Whole runs of search, compare and evaluate on the digits mixture: what they leave, and that the numbers are true."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from oss_exp.cli import main
+from oss_exp.evaluation.psnr import CEILING, psnr
+from oss_exp.files import sha256
+from oss_exp.models.mixture import ASSETS, GaussianMixture
+from oss_exp.noise import FlowSchedule
+from oss_exp.solvers import Euler, sample
+from oss_exp.steps import StepSchedule
+from oss_exp.tasks.data import HELD_OUT, NoiseDataset
+
+STRATEGIES = ["ddim", "ddim_analytic", "edm", "fm", "logsnr", "oss", "oss_ave", "oss_shared", "quadratic"]
+SMALL = [
+    "model=mixture_digits",
+    "num_teacher_steps=20",
+    "num_steps=[2,4]",
+    "data.search_samples=6",
+    "data.eval_samples=8",
+    "data.per_sample=4",
+    "logger=none",
+    "trainer.enable_progress_bar=false",
+]
+
+
+def oss_exp(folder: Path, *arguments: str) -> Path:
+    """Run the command line in this process with `folder` as the run folder, which is returned."""
+    handlers = logging.root.handlers[:]
+    GlobalHydra.instance().clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["oss-exp", *SMALL, *arguments, f"hydra.run.dir={folder}"])
+            main()
+    finally:
+        GlobalHydra.instance().clear()
+        logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
+    return folder
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def row(folder: Path, strategy: str, num_steps: int) -> dict:
+    (found,) = [r for r in metrics(folder)["rows"] if (r["strategy"], r["num_steps"]) == (strategy, num_steps)]
+    return found
+
+
+def means(folder: Path) -> dict[tuple[str, int], float]:
+    return {(r["strategy"], r["num_steps"]): r["psnr"]["mean"] for r in metrics(folder)["rows"]}
+
+
+def schedules(folder: Path) -> dict[str, StepSchedule]:
+    files = [path for path in (folder / "schedules").glob("*.json") if not path.name.endswith(".mean.json")]
+    return {path.stem: StepSchedule.load(path) for path in files}
+
+
+def times(folder: Path) -> dict[str, list]:
+    return {name: steps.times.tolist() for name, steps in schedules(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """Run folder of a comparison of all strategies with 2 and 4 steps."""
+    return oss_exp(tmp_path_factory.mktemp("compared") / "run")
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory) -> Path:
+    """The same once more."""
+    return oss_exp(tmp_path_factory.mktemp("again") / "run")
+
+
+def direct_psnr(steps: StepSchedule, guidance: float = 1.0, classes: list[int] | None = None) -> torch.Tensor:
+    """PSNR of the held-out samples with the library alone: noises, teacher and student without a task."""
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=guidance, micro_batch=4096)
+    data = NoiseDataset(0, HELD_OUT, 8 if steps.samples is None else 4, model.event_shape, classes)
+    noise = torch.stack([item["noise"] for item in data])
+    labels = None if classes is None else torch.tensor([item["label"] for item in data])
+    velocity = model.velocity(labels, guidance)
+    teacher = sample(Euler(), velocity, noise, StepSchedule(FlowSchedule(shift=1.0).nodes(20)))
+    student = sample(Euler(), velocity, noise, steps, group=labels)
+    return psnr(model.decode(student), model.decode(teacher))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a run leaves
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_leaves_exactly_these_files(compared):
+    plans = [f"{name}_{k}" for name in STRATEGIES for k in (2, 4)]
+    analytic = [plan for plan in plans if "analytic" in plan or "shared" in plan]
+    expected = {f"schedules/{plan}.json" for plan in plans}
+    expected |= {f"schedules/{plan}.mean{suffix}" for plan in analytic for suffix in (".json", ".safetensors")}
+    expected |= {"config.yaml", "metrics.json", "table.md", "schedules.png", "samples.png", "samples.npz"}
+    expected |= {"report.html", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))}
+    left = {path.relative_to(compared).as_posix() for path in compared.rglob("*") if path.is_file()}
+    assert left == expected
+
+
+def test_every_step_schedule_says_what_made_it(compared):
+    plans = schedules(compared)
+    assert set(plans) == {f"{name}_{k}" for name in STRATEGIES for k in (2, 4)}
+    for name, steps in plans.items():
+        strategy, k = name.rsplit("_", 1)
+        assert steps.num_steps == int(k)
+        about = steps.provenance
+        assert about["model"]["name"] == "mixture_digits"
+        assert about["model"]["sha256"] == sha256((ASSETS / "mixture_digits.safetensors").read_bytes())
+        assert about["teacher"]["num_steps"] == 20
+        assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.FlowSchedule", "shift": 1.0}
+        assert about["solver"]["_target_"] == "oss_exp.solvers.Euler"
+        assert about["distance"]["_target_"] == "oss_exp.distances.MSE"
+        assert about["strategy"]["name"] == strategy
+        assert about["strategy"]["baseline"] == (not strategy.startswith("oss"))
+        assert about["seed"] == 0
+        planning = about["planning"]
+        assert planning["search_samples"] == (4 if strategy == "oss" else 6)
+        assert (planning["network_calls_per_sample"] > 20) == strategy.startswith("oss")
+        assert planning["seconds"] >= 0
+
+
+def test_a_search_leaves_step_schedules_and_no_measurement(tmp_path, compared):
+    folder = oss_exp(tmp_path / "run", "task=search", "stepsize=[edm,oss_ave]")
+    assert times(folder) == {name: t for name, t in times(compared).items() if name.startswith(("edm", "oss_ave"))}
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"config.yaml", "schedules", "schedules.png", ".hydra"}
+
+
+def test_the_saved_configuration_is_resolved_and_holds_what_was_asked_for(compared):
+    text = (compared / "config.yaml").read_text()
+    config = OmegaConf.create(text)
+    assert "${" not in text
+    assert (config.num_steps, config.num_teacher_steps, config.data.search_samples) == ([2, 4], 20, 6)
+    assert config.paths.output_dir == str(compared)
+    assert set(config.stepsize) == set(STRATEGIES)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What the numbers mean
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_psnr_of_a_run_is_that_of_its_saved_schedule(strategy, k, compared):
+    direct = direct_psnr(schedules(compared)[f"{strategy}_{k}"])
+    found = row(compared, strategy, k)
+    assert found["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
+    assert found["psnr"]["n"] == len(direct)
+    assert found["per_image"]["index"] == list(range(HELD_OUT, HELD_OUT + len(direct)))
+    assert found["per_image"]["psnr"] == pytest.approx(direct.tolist(), abs=1e-3)
+    assert found["nfe"] == k
+
+
+def test_per_sample_rows_are_measured_on_the_samples_that_they_were_planned_for(compared):
+    steps = schedules(compared)["oss_4"]
+    assert steps.samples == tuple(range(HELD_OUT, HELD_OUT + 4))
+    assert [r["psnr"]["n"] for r in metrics(compared)["rows"]] == [4 if n == "oss" else 8 for n, _ in means(compared)]
+
+
+def test_two_identical_runs_are_equal(compared, again):
+    assert times(again) == times(compared)
+    assert means(again) == means(compared)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_changes_nothing(batch_size, compared, tmp_path):
+    folder = oss_exp(tmp_path / "run", f"data.batch_size={batch_size}")
+    assert times(folder) == times(compared)
+    assert means(folder) == pytest.approx(means(compared), abs=1e-4)
+
+
+def test_pictures_are_those_of_the_first_samples_whatever_the_batch_size(compared, tmp_path):
+    folder = oss_exp(tmp_path / "run", "data.batch_size=3", "stepsize=[edm,oss]")
+    with np.load(folder / "samples.npz") as small, np.load(compared / "samples.npz") as whole:
+        assert small["teacher"].shape == whole["teacher"].shape == (8, 8, 8, 1)
+        assert (small["teacher"] == whole["teacher"]).all()
+
+
+@pytest.mark.parametrize("name", ["edm_2", "oss_ave_4", "oss_shared_4", "oss_4"])
+def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, compared, tmp_path):
+    folder = oss_exp(tmp_path / "run", "task=evaluate", f"task.schedule={compared / 'schedules' / name}.json")
+    strategy, k = name.rsplit("_", 1)
+    (found,) = metrics(folder)["rows"]
+    assert found == row(compared, strategy, int(k))
+    assert times(folder) == {name: times(compared)[name]}
+
+
+def test_evaluating_without_a_schedule_plans_one(compared, tmp_path):
+    folder = oss_exp(tmp_path / "run", "task=evaluate", "stepsize=edm")
+    assert means(folder) == {("edm", k): means(compared)["edm", k] for k in (2, 4)}
+
+
+def test_guidance_doubles_the_network_rows(tmp_path):
+    folder = oss_exp(tmp_path / "run", "data.classes=all", "model.guidance=2", "stepsize=[edm,oss_shared]")
+    for strategy in ("edm", "oss_shared"):
+        for k in (2, 4):
+            direct = direct_psnr(schedules(folder)[f"{strategy}_{k}"], guidance=2.0, classes=list(range(10)))
+            found = row(folder, strategy, k)
+            assert found["nfe"] == 2 * k
+            assert found["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
+
+
+def test_heun_counts_its_second_calls(tmp_path):
+    folder = oss_exp(tmp_path / "run", "solver=heun", "stepsize=edm")
+    assert [row(folder, "edm", k)["nfe"] for k in (2, 4)] == [3, 7]
+
+
+def test_a_student_with_the_teachers_steps_is_the_teacher(tmp_path):
+    folder = oss_exp(tmp_path / "run", "stepsize=[fm,edm]", "num_steps=[20]")
+    assert row(folder, "fm", 20)["psnr"] == {"mean": CEILING, "low": CEILING, "high": CEILING, "n": 8}
+    assert row(folder, "edm", 20)["psnr"]["mean"] < CEILING
+
+
+def test_another_seed_measures_other_noises(compared, tmp_path):
+    folder = oss_exp(tmp_path / "run", "data.seed=1", "stepsize=edm")
+    assert row(folder, "edm", 4)["psnr"]["mean"] != pytest.approx(row(compared, "edm", 4)["psnr"]["mean"], abs=1e-3)
+
+
+def test_one_held_out_sample_has_no_interval(tmp_path):
+    folder = oss_exp(tmp_path / "run", "data.eval_samples=1", "stepsize=[edm,oss]", "num_steps=[2]")
+    assert [(r["psnr"]["n"], r["psnr"]["low"]) for r in metrics(folder)["rows"]] == [(1, None), (1, None)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
+def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path):
+    # An odd number of search samples and of images: a rank repeats one, which must not count twice.
+    settings = ["data.search_samples=5", "data.eval_samples=7", "data.per_sample=3"]
+    command = [sys.executable, "-m", "oss_exp", *SMALL, *settings, "trainer=ddp_spawn_cpu", "hydra.run.dir=two"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = oss_exp(tmp_path / "one", *settings), tmp_path / "two"
+    assert times(two) == times(one)
+    assert means(two) == pytest.approx(means(one), abs=1e-4)
+    assert [r["per_image"]["index"] for r in metrics(two)["rows"]] == [
+        r["per_image"]["index"] for r in metrics(one)["rows"]
+    ]
