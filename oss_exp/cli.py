@@ -1,23 +1,25 @@
 """The command line: compose a configuration, run its task, report what it left.
 
 Everything that goes wrong because of what the user gave ends here, in one message and exit code 1; the full traceback
-goes to error.log in the run folder.
+goes to error.log in the run folder, and to the terminal with HYDRA_FULL_ERROR=1.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_method, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 import oss_exp
@@ -26,6 +28,7 @@ from oss_exp.files import write_atomically
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
+USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, OmegaConfBaseException)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -33,9 +36,9 @@ def run(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         _run(cfg, folder)
-    except (ValueError, OSError, MisconfigurationException, hydra.errors.InstantiationException) as error:
+    except USER_ERRORS:
         rank_zero_only(write_atomically)(folder / "error.log", traceback.format_exc())
-        raise CompactHydraException(f"oss-exp: {_message(error)}") from None
+        raise
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
@@ -69,20 +72,30 @@ def _log(cfg: DictConfig, folder: Path) -> None:
 
 def _message(error: BaseException) -> str:
     """The cause that a person can act on: instantiation errors carry it as their cause."""
-    while isinstance(error, hydra.errors.InstantiationException) and error.__cause__ is not None:
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     return str(error)
 
 
 def main() -> None:
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     try:
         run()
+    except USER_ERRORS as error:
+        if wants_traceback:
+            raise
+        print(f"oss-exp: {_message(error)}", file=sys.stderr)
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C inside a loop into an exit.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         print("oss-exp: interrupted; the files already written are whole", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if not wants_traceback:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 if __name__ == "__main__":

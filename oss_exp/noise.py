@@ -245,10 +245,11 @@ def _linspace(start: float, end: float, num: int) -> Tensor:
 
 def _require_positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def _require_sigmas(sigma_min: float, sigma_max: float) -> None:
-    if not 0 < sigma_min < sigma_max:
+    _require_positive(sigma_min=sigma_min, sigma_max=sigma_max)
+    if not sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")

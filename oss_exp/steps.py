@@ -67,13 +67,26 @@ class StepSchedule:
         """K, the number of jumps that call the network."""
         return self.times.shape[-1] - 1
 
+    def about(self, section: str) -> Mapping[str, Any]:
+        """A section of the provenance, such as "model" or "strategy"; empty where there is none."""
+        found = self.provenance.get(section)
+        return found if isinstance(found, Mapping) else {}
+
     def initial_state(self, noise: Tensor, group: Tensor | None = None) -> Tensor:
         """noise (B, *E) at start_time, group (B,) condition of each sample (default all 0) -> state at times[0]."""
         if self.mean is None:
             return noise
-        if group is None:
-            group = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
-        mean = self.mean.to(noise)[group]
+        wanted, found = tuple(noise.shape[1:]), tuple(self.mean.shape[1:])
+        if found != wanted:
+            raise ValueError(f"the schedule's mean has shape {found}, the noise {wanted}; plan it for this model")
+        conditions = 1 if group is None else int(group.max()) + 1
+        if conditions > len(self.mean) or (group is None and len(self.mean) > 1):
+            raise ValueError(
+                f"the schedule's analytic start has means for {len(self.mean)} condition(s), the run "
+                f"{'has no conditions' if group is None else f'asks for condition {conditions - 1}'}; "
+                "plan it with the same classes (data.classes)"
+            )
+        mean = self.mean.to(noise)[torch.zeros(len(noise), dtype=torch.long) if group is None else group]
         return analytic_jump(noise, mean, self.start_time, self.times[..., 0].to(noise.device))
 
     def rows(self, samples: list[int]) -> StepSchedule:
@@ -117,7 +130,8 @@ class StepSchedule:
             if record["mean"] is not None:
                 mean_path = path.with_name(record["mean"]["file"])
                 mean = load_tensors(mean_path, record["mean"]["sha256"], "mean of the analytic start")["mean"]
-            if not isinstance(record["provenance"], dict) or not isinstance(record["start_time"], (int, float)):
+            provenance = record["provenance"]
+            if not isinstance(provenance, dict) or not isinstance(record["start_time"], (int, float)):
                 raise ValueError("provenance must be an object and start_time a number")
             return cls(
                 times=torch.tensor(record["times"], dtype=torch.float64),
@@ -125,7 +139,7 @@ class StepSchedule:
                 start_time=record["start_time"],
                 mean=mean,
                 samples=None if record["samples"] is None else tuple(record["samples"]),
-                provenance=record["provenance"],
+                provenance=provenance,
             )
         except KeyError as error:
             raise ValueError(f"step schedule {path} lacks the field {error}") from None

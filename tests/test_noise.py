@@ -214,7 +214,7 @@ def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
     ("make", "words"),
     [
         (lambda: EDMSchedule(80.0, 0.002, 7.0), "sigma_min < sigma_max.*sigma_min=80"),
-        (lambda: EDMSchedule(0.0, 80.0, 7.0), "0 < sigma_min"),
+        (lambda: EDMSchedule(0.0, 80.0, 7.0), "sigma_min must be positive, got 0"),
         (lambda: EDMSchedule(0.002, 80.0, 0.0), "rho must be positive, got 0"),
         (lambda: LogSNRSchedule(1.0, 1.0), "sigma_min < sigma_max"),
         (lambda: FlowSchedule(0.0), "shift must be positive, got 0"),

@@ -45,6 +45,8 @@ class GaussianMixture(Model):
         micro_batch: int,
     ):
         super().__init__()
+        if not isinstance(guidance, int | float):
+            raise ValueError(f"model.guidance must be a number (1 for none), got {guidance!r}")
         self.path: GaussianPath = FlowPath(shift=1.0, time_scale=1.0)
         self.event_shape = tuple(event_shape)
         self.name, self.fingerprint, self.guidance, self.micro_batch = name, fingerprint, guidance, micro_batch

@@ -50,6 +50,8 @@ def write(folder: Path, console: Console) -> None:
 
 def gather(cfg: DictConfig) -> None:
     """task=report: one table over all runs below `sweep`."""
+    if OmegaConf.is_missing(cfg, "sweep"):
+        raise ValueError("sweep is not set; add sweep=FOLDER, the folder of a --multirun")
     sweep = Path(cfg.sweep).expanduser()
     runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
     if not runs:

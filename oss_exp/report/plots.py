@@ -29,7 +29,7 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
             if plan.num_steps != k:
                 continue
             steps, times = np.arange(k + 1), plan.times.numpy()
-            ours = not plan.provenance.get("strategy", {}).get("baseline", False)
+            ours = not plan.about("strategy").get("baseline", False)
             if times.ndim == 2:
                 low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
                 axis.fill_between(steps, low, high, color=colors[name], alpha=0.2, lw=0)

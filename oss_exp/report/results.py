@@ -55,13 +55,13 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
                 start=row["start"],
                 psnr=Interval(**row["psnr"]),
                 values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
-                planning=row["planning"] or {},
+                planning=row["planning"],
                 arena=json.dumps([metrics[key] for key in ("model", "teacher", "solver", "seed")] + [row["nfe"]]),
             )
             for row in metrics["rows"]
         ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by an evaluation (missing {error})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what an evaluation writes ({error!r}); measure again") from None
 
 
 def compare(results: Sequence[Result]) -> list[Line]:
@@ -83,4 +83,4 @@ def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
     """(strategy, schedule) of <folder>/schedules, tensors' provenance files aside."""
     files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
     plans = [(path, StepSchedule.load(path)) for path in files]
-    return [(plan.provenance.get("strategy", {}).get("name", path.stem), plan) for path, plan in plans]
+    return [(plan.about("strategy").get("name", path.stem), plan) for path, plan in plans]

@@ -161,10 +161,9 @@ class StepsizeStrategy(Protocol):
 
 def check_num_steps(num_steps: Sequence[int], num_nodes: int) -> list[int]:
     """Sorted distinct budgets; ValueError unless all are whole numbers in 1 .. N."""
-    budgets = sorted(set(num_steps))
-    if not budgets or any(not isinstance(k, int) or not 1 <= k <= num_nodes for k in budgets):
+    if not num_steps or any(not isinstance(k, int) or not 1 <= k <= num_nodes for k in num_steps):
         raise ValueError(
             f"num_steps must be whole numbers from 1 to {num_nodes} (the teacher's steps), got {list(num_steps)}; "
             "choose fewer steps or a longer teacher (num_teacher_steps)"
         )
-    return budgets
+    return sorted(set(num_steps))

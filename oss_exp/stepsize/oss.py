@@ -36,10 +36,10 @@ class Band:
     shifts: int = 0
 
     def __post_init__(self) -> None:
-        if self.stride < 2 or self.stride & (self.stride - 1):
-            raise ValueError(f"band.stride must be a power of two (2, 4, 8, ...), got {self.stride}")
-        if self.width < 1 or self.shifts < 0:
-            raise ValueError(f"band needs width >= 1 and shifts >= 0, got width={self.width}, shifts={self.shifts}")
+        if not isinstance(self.stride, int) or self.stride < 2 or self.stride & (self.stride - 1):
+            raise ValueError(f"band.stride must be a power of two (2, 4, 8, ...), got {self.stride!r}")
+        if not all(isinstance(n, int) for n in (self.width, self.shifts)) or self.width < 1 or self.shifts < 0:
+            raise ValueError(f"band needs width >= 1 and shifts >= 0, got width={self.width!r}, shifts={self.shifts!r}")
 
     def pilot_steps(self, num_nodes: int, num_steps: int) -> int:
         """Steps of the pilot: as many as the student's, or as leave it three nodes of its coarse grid for each."""
@@ -78,6 +78,10 @@ class _Search:
             if not {"stride", "width"} <= set(self.band) <= {"stride", "width", "shifts"}:
                 raise ValueError(f"band must be null or have stride, width and perhaps shifts, got {dict(self.band)}")
             object.__setattr__(self, "band", Band(**self.band))
+        if not isinstance(self.band, Band | None):
+            raise ValueError(f"band must be null or have stride and width, got {self.band!r}")
+        if not isinstance(self.refine, bool):
+            raise ValueError(f"refine must be true or false, got {self.refine!r}")
 
     def paths(self, problem: Problem, budgets: Sequence[int], objective: Objective) -> dict[int, Tensor]:
         """{k: (k, b) nodes} of the recursion."""
@@ -153,6 +157,11 @@ class OSS(_Search):
 
     chunk: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 sample, got {self.chunk!r}")
+
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
         samples = problem.collective.gather(problem.samples)
@@ -173,8 +182,6 @@ class OSS(_Search):
         """{k: (k, B)} for the samples of this rank."""
         count = len(problem.noise)
         chunk = self.chunk if isinstance(problem.velocity, BoundVelocity) else count
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 sample, got {chunk}")
         parts = []
         for rows in torch.arange(count, device=problem.noise.device).split(chunk):
             part = problem.subset(rows)
@@ -200,11 +207,16 @@ class OSSAve(_Search):
         super().__post_init__()
         if self.aggregate not in ("median", "mean"):
             raise ValueError(f"aggregate must be median or mean, got {self.aggregate!r}")
+        self._own  # noqa: B018  (refuses a wrong chunk now)
+
+    @property
+    def _own(self) -> OSS:
+        return OSS(self.start, self.band, False, self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         plans = {}
-        for k, path in OSS(self.start, self.band, False, self.chunk).sample_paths(problem, budgets).items():
+        for k, path in self._own.sample_paths(problem, budgets).items():
             nodes = problem.collective.gather(path.T.contiguous()).double()
             agreed = nodes.quantile(0.5, dim=0) if self.aggregate == "median" else nodes.mean(0)
             agreed = agreed.ceil() if self.aggregate == "median" else agreed.round()

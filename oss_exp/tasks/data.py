@@ -56,17 +56,19 @@ class NoiseData(L.LightningDataModule):
         super().__init__()
         counts = {"search_samples": search_samples, "eval_samples": eval_samples, "batch_size": batch_size}
         for name, value in {**counts, "per_sample": per_sample}.items():
-            if value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"data.{name} must be a whole number, at least 1, got {value!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"data.seed must be a whole number, at least 0, got {seed!r}")
         if search_samples > HELD_OUT:
             raise ValueError(f"data.search_samples must be at most {HELD_OUT}, got {search_samples}")
         if classes is not None and num_classes is None:
             raise ValueError("data.classes is set but the model has no classes; set data.classes=null")
         if classes == "all":
             classes = range(num_classes)
-        elif isinstance(classes, str):
+        elif isinstance(classes, str) or (classes is not None and not isinstance(classes, Sequence)):
             raise ValueError(f'data.classes must be null, "all" or a list of class indices, got {classes!r}')
-        if classes is not None and (not len(classes) or not all(0 <= c < num_classes for c in classes)):
+        if classes is not None and not (classes and all(isinstance(c, int) and 0 <= c < num_classes for c in classes)):
             raise ValueError(f"data.classes must be indices from 0 to {num_classes - 1}, got {list(classes)}")
         self.event_shape, self.classes, self.seed = event_shape, None if classes is None else list(classes), seed
         self.search_samples, self.eval_samples, self.batch_size = search_samples, eval_samples, batch_size

@@ -19,6 +19,7 @@ from oss_exp.files import write_atomically
 from oss_exp.solvers import sample, walk
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.data import HELD_OUT
 from oss_exp.tasks.search import Setting
 
 SHOWN = 8  # images a row in the picture of samples
@@ -42,7 +43,7 @@ class EvaluateModule(L.LightningModule):
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
-        self.pictures: dict[str, np.ndarray] = {}
+        self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
         self.rows_per_call = 1
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -53,7 +54,7 @@ class EvaluateModule(L.LightningModule):
         for state in walk(self.setting.solver, velocity, noise, self.setting.grid):
             final = state.x
         teacher = self.model.decode(final)
-        pictures = {"teacher": teacher}
+        self._keep("teacher", index, teacher)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
             if steps.samples is not None:
@@ -67,10 +68,12 @@ class EvaluateModule(L.LightningModule):
             )
             value = psnr(images, teacher[known])
             self.values[label].append(torch.stack([index[known].double(), value.double()], dim=1))
-            if len(known) >= min(SHOWN, len(index)):
-                pictures[label] = images
-        if batch_idx == 0:
-            self.pictures = {label: as_bytes(images[:SHOWN]) for label, images in pictures.items()}
+            self._keep(label, index[known], images)
+
+    def _keep(self, label: str, index: Tensor, images: Tensor) -> None:
+        """Remember the first held-out samples for the picture, whichever batch and rank they are in."""
+        shown = index < HELD_OUT + SHOWN
+        self.pictures[label].append((index[shown], as_bytes(images[shown])))
 
     def on_test_epoch_end(self) -> None:
         collective = DistributedCollective()
@@ -92,19 +95,27 @@ class EvaluateModule(L.LightningModule):
                     "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},
                 }
             )
-        self._write(records)
+        pictures = {}
+        for label, parts in self.pictures.items():
+            template = self.pictures["teacher"][0]
+            index = collective.gather(torch.cat([index for index, _ in parts] or [template[0][:0]]))
+            images = collective.gather(torch.cat([image for _, image in parts] or [template[1][:0]]))
+            first = np.unique(index.cpu().numpy(), return_index=True)[1]
+            if len(first) == min(SHOWN, self.trainer.datamodule.eval_samples):
+                pictures[label] = images.cpu().numpy()[first]
+        self._write(records, pictures)
         self.trainer.strategy.barrier("metrics are on disk")
 
     @rank_zero_only
-    def _write(self, records: list[dict[str, Any]]) -> None:
+    def _write(self, records: list[dict[str, Any]], pictures: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **self.pictures)
+        np.savez_compressed(buffer, **pictures)
         write_atomically(self.folder / "samples.npz", buffer.getvalue())
         write_atomically(self.folder / "metrics.json", json.dumps({**self.about, "rows": records}, indent=1) + "\n")
 
 
-def as_bytes(images: Tensor) -> np.ndarray:
+def as_bytes(images: Tensor) -> Tensor:
     """(B, C, H, W) in [0, 1] -> uint8 (B, H, W, C); of a video (B, C, F, H, W) the middle frame."""
     if images.ndim == 5:
         images = images[:, :, images.shape[2] // 2]
-    return (images * 255).round().byte().movedim(1, -1).cpu().numpy()
+    return (images * 255).round().byte().movedim(1, -1).contiguous()

@@ -43,9 +43,9 @@ def evaluate(cfg: DictConfig) -> None:
     run = _Run(cfg)
     path = Path(cfg.task.schedule).expanduser()
     steps = StepSchedule.load(path)
-    run.check_same_model(path, steps)
+    run.check_fits(path, steps)
+    run.measure([(steps.about("strategy").get("name", path.stem), path)])
     rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
-    run.measure([(steps.provenance.get("strategy", {}).get("name", path.stem), path)])
 
 
 class _Run:
@@ -96,20 +96,32 @@ class _Run:
             rows[label] = {
                 "strategy": name,
                 "num_steps": steps.num_steps,
-                "baseline": steps.provenance.get("strategy", {}).get("baseline", False),
+                "baseline": steps.about("strategy").get("baseline", False),
                 "start": steps.start,
                 "schedule": f"schedules/{path.name}",
-                "planning": steps.provenance.get("planning"),
+                "planning": dict(steps.about("planning")),
             }
         module = EvaluateModule(self.setting, schedules, rows, self.folder, self.about)
         self.trainer.test(module, datamodule=self.data, verbose=False)
 
-    def check_same_model(self, path: Path, steps: StepSchedule) -> None:
-        made_for = steps.provenance.get("model", {})
+    def check_fits(self, path: Path, steps: StepSchedule) -> None:
+        """Refuse a schedule made for another model, another first time, or other noises than this run's."""
+        made_for = steps.about("model")
         model = self.setting.model
         if made_for.get("sha256") != model.fingerprint and not self.cfg.task.allow_other_model:
             raise ValueError(
                 f"step schedule {path} was searched on model {made_for.get('name')!r} (weights "
                 f"{str(made_for.get('sha256'))[:12]}), this run has {model.name!r} ({model.fingerprint[:12]}); "
                 "choose that model, or set task.allow_other_model=true to measure how it transfers"
+            )
+        first = float(self.setting.grid[0])
+        if abs(steps.start_time - first) > 1e-9:
+            raise ValueError(
+                f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
+                f"{first:.6g}; choose the noise_schedule it was searched on"
+            )
+        if steps.samples is not None and steps.provenance.get("seed") != self.cfg.data.seed:
+            raise ValueError(
+                f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
+                f"this run has data.seed={self.cfg.data.seed}"
             )

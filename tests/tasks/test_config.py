@@ -12,7 +12,9 @@ from hydra.utils import get_method, instantiate
 from oss_exp.cli import CONF
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
-OPTIONS = [(group.name, file.stem) for group in GROUPS for file in sorted(group.glob("*.yaml"))]
+OPTIONS = [
+    (group.name, file.stem) for group in GROUPS if group.name != "experiment" for file in sorted(group.glob("*.yaml"))
+]
 
 
 @pytest.fixture(autouse=True)

@@ -58,8 +58,8 @@ def test_classes_cycle_through_the_list():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"search_samples": 0}, r"data\.search_samples must be at least 1"),
-        ({"batch_size": 0}, r"data\.batch_size must be at least 1"),
+        ({"search_samples": 0}, r"data\.search_samples must be a whole number"),
+        ({"batch_size": 0}, r"data\.batch_size must be a whole number"),
         ({"classes": [3]}, "from 0 to 2"),
         ({"classes": []}, "from 0 to 2"),
         ({"classes": "some"}, 'null, "all" or a list'),
