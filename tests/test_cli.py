@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from helpers import run_cli
 
 from oss_exp.cli import CONF, main
 from oss_exp.files import load_asset, save_asset
@@ -52,19 +51,13 @@ GROUPS = [
 
 
 def oss_exp(folder: Path, *arguments: str) -> int:
-    """Run the command line in this process and in `folder`; returns its exit code."""
-    handlers = logging.root.handlers[:]
-    GlobalHydra.instance().clear()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", ["oss-exp", *arguments])
-            main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        GlobalHydra.instance().clear()
-        logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
+    """Run the command line in `folder`; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        try:
+            run_cli(*arguments)
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 

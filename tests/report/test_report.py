@@ -6,18 +6,15 @@ import base64
 import csv
 import html
 import json
-import logging
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from helpers import run_cli
 from PIL import Image
 from scipy import stats
 
-from oss_exp.cli import main
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.report.results import Line, Result, compare, read_run, read_schedules
 from oss_exp.report.table import columns, markdown
@@ -30,20 +27,6 @@ SMALL = [
     "data.per_sample=4",
     "trainer.enable_progress_bar=false",
 ]
-
-
-def oss_exp(*arguments: str) -> None:
-    """Run the command line in this process."""
-    handlers = logging.root.handlers[:]
-    GlobalHydra.instance().clear()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("WANDB_MODE", "offline")
-            patch.setattr(sys, "argv", ["oss-exp", *arguments])
-            main()
-    finally:
-        GlobalHydra.instance().clear()
-        logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -143,7 +126,7 @@ def test_the_markdown_table_has_a_row_for_every_result_and_a_run_column_for_seve
 def run(tmp_path_factory) -> Path:
     """Run folder of a small comparison with the csv logger."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    oss_exp(*SMALL, "num_steps=[2,4]", "stepsize=[edm,fm,oss,oss_shared]", "logger=csv", f"hydra.run.dir={folder}")
+    run_cli(*SMALL, "num_steps=[2,4]", "stepsize=[edm,fm,oss,oss_shared]", "logger=csv", f"hydra.run.dir={folder}")
     return folder
 
 
@@ -237,8 +220,8 @@ def sweep(tmp_path_factory) -> Path:
     """Folder of a --multirun over two strategies and two budgets, gathered with task=report."""
     folder = tmp_path_factory.mktemp("sweep") / "2026-01-01" / "many"
     axes = ["stepsize=oss_shared,edm", "num_steps=[2],[4]"]
-    oss_exp("--multirun", *SMALL, *axes, "logger=wandb", f"hydra.sweep.dir={folder}")
-    oss_exp("task=report", f"sweep={folder}", f"hydra.run.dir={folder.parent / 'report'}")
+    run_cli("--multirun", *SMALL, *axes, "logger=wandb", f"hydra.sweep.dir={folder}")
+    run_cli("task=report", f"sweep={folder}", f"hydra.run.dir={folder.parent / 'report'}")
     return folder
 
 

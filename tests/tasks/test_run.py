@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from helpers import run_cli
 from omegaconf import OmegaConf
 
-from oss_exp.cli import main
 from oss_exp.evaluation.psnr import CEILING, psnr
 from oss_exp.files import sha256
 from oss_exp.models.mixture import ASSETS, GaussianMixture
@@ -38,16 +36,8 @@ SMALL = [
 
 
 def oss_exp(folder: Path, *arguments: str) -> Path:
-    """Run the command line in this process with `folder` as the run folder, which is returned."""
-    handlers = logging.root.handlers[:]
-    GlobalHydra.instance().clear()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["oss-exp", *SMALL, *arguments, f"hydra.run.dir={folder}"])
-            main()
-    finally:
-        GlobalHydra.instance().clear()
-        logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
+    """Run the command line with `folder` as the run folder, which is returned."""
+    run_cli(*SMALL, *arguments, f"hydra.run.dir={folder}")
     return folder
 
 
