@@ -41,6 +41,8 @@ class BoundVelocity:
         rows = None
         if self.condition is not None:
             rows = self.condition.repeat(len(x) // len(self.condition), *[1] * (self.condition.ndim - 1))
+        if len(x) <= self.micro_batch:
+            return self.fn(x, t, rows)
         v = torch.empty_like(x)
         for start in range(0, len(x), self.micro_batch):
             part = slice(start, start + self.micro_batch)
