@@ -27,7 +27,7 @@ class Band:
     """Coarse to fine: search every `stride`-th node, then halve the stride again and again down to 1, each time among
     the `width` nearest nodes of that stride on either side of the path so far, and twice as many at stride 1.
 
-    The pilot takes fewer steps where its grid is too small for all of them, and its path is stretched. Where a path
+    Grids too small for all the steps are searched with fewer, and the path is stretched for the next. Where a path
     touches the edge of its band, the band is laid around it anew and searched again, at most `shifts` times a level.
     """
 
@@ -41,23 +41,23 @@ class Band:
         if not all(isinstance(n, int) for n in (self.width, self.shifts)) or self.width < 1 or self.shifts < 0:
             raise ValueError(f"band needs width >= 1 and shifts >= 0, got width={self.width!r}, shifts={self.shifts!r}")
 
-    def pilot_steps(self, num_nodes: int, num_steps: int) -> int:
-        """Steps of the pilot: as many as the student's, or as leave it three nodes of its coarse grid for each."""
-        nodes = len(range(0, num_nodes, self.stride))
-        if nodes < 3:
+    def levels(self, num_nodes: int, num_steps: int) -> list[tuple[int, int]]:
+        """(stride, steps) of the pilot and of each level after it, the last (1, num_steps)."""
+        pilot = len(range(0, num_nodes, self.stride))
+        if pilot < 3:
             raise ValueError(
-                f"band.stride={self.stride} leaves the pilot {nodes} of the grid's {num_nodes} nodes, and it needs 3; "
+                f"band.stride={self.stride} leaves the pilot {pilot} of the grid's {num_nodes} nodes, and it needs 3; "
                 "use a smaller power of two, or band=null"
             )
-        return min(num_steps, nodes // 3)
+        levels = [(self.stride, min(num_steps, pilot // 3))]
+        for level in range(1, self.stride.bit_length()):
+            stride = self.stride >> level
+            levels.append((stride, min(num_steps, len(range(0, num_nodes, stride)) // 2) if stride > 1 else num_steps))
+        return levels
 
     def reach(self, stride: int) -> int:
         """Nodes of this stride on either side of the path."""
         return self.width if stride > 1 else 2 * self.width
-
-    def strides(self) -> list[int]:
-        """After the pilot: stride / 2, ..., 2, 1."""
-        return [self.stride >> level for level in range(1, self.stride.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,17 @@ class _Search:
         """{k: (k, b) nodes} of the recursion."""
         if self.band is None:
             return recurse(problem, self._layers(problem, budgets, 1), budgets, self.start, objective).paths
-        pilots = {k: self.band.pilot_steps(problem.num_nodes, k) for k in budgets}
-        fewer = sorted(set(pilots.values()))
-        found = recurse(problem, self._layers(problem, fewer, self.band.stride), fewer, self.start, objective).paths
-        paths = {k: stretch(found[pilots[k]], k, problem.num_nodes) for k in budgets}
-        for stride in self.band.strides():
-            paths = {k: self._in_band(problem, p, stride, objective, self.band.shifts) for k, p in paths.items()}
-        return paths
+        levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
+        fewer = sorted({steps for (_, steps), *_ in levels.values()})
+        pilots = recurse(problem, self._layers(problem, fewer, self.band.stride), fewer, self.start, objective).paths
+        found = {}
+        for k, ((_, pilot), *finer) in levels.items():
+            path = pilots[pilot]
+            for stride, steps in finer:
+                path = stretch(path, steps, problem.num_nodes)
+                path = self._in_band(problem, path, stride, objective, self.band.shifts)
+            found[k] = path
+        return found
 
     def _layers(self, problem: Problem, budgets: Sequence[int], stride: int) -> list[Tensor]:
         return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device)
@@ -123,13 +127,13 @@ class _Search:
     def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
         """Calls per sample of the recursion (the band not moved) with a multistep solver, and a typical refinement."""
         budgets = check_num_steps(num_steps, num_nodes)
-        if self.band is None:
-            stride, pilots = 1, budgets
-        else:
-            stride, pilots = self.band.stride, sorted({self.band.pilot_steps(num_nodes, k) for k in budgets})
-        calls = sum(len(layer) for layer in layers(num_nodes, pilots, self.start, stride, "cpu")) - 1
+        stride, steps, finer = 1, budgets, []
         if self.band is not None:
-            calls += sum(k * (2 * self.band.reach(s) + 1) for k in budgets for s in self.band.strides())
+            levels = [self.band.levels(num_nodes, k) for k in budgets]
+            stride, steps = self.band.stride, sorted({pilot for (_, pilot), *_ in levels})
+            finer = [level for _, *rest in levels for level in rest]
+        calls = sum(len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")) - 1
+        calls += sum(k * (2 * self.band.reach(stride) + 1) for stride, k in finer)
         if self.refine:
             calls += sum(8 * k * (k + 2) for k in budgets)  # two sweeps at each of four sizes, half a run a try
         return calls

@@ -194,6 +194,15 @@ def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gm
     assert band.network_calls(60, [6]) <= 0.25 * full.network_calls(60, [6])
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_a_band_serves_every_budget_of_a_small_grid(problem, start):
+    budgets = list(range(1, N + 1))
+    for k, path in OSSShared(start, Band(8, 1), False, "mean").paths(problem, budgets, Shared("mean")).items():
+        assert len(path) == k
+        assert (path.diff(dim=0) > 0).all()
+        assert 0 <= int(path.min()) <= int(path.max()) < N
+
+
 def test_a_band_moves_when_its_path_touches_the_edge(velocity, gmm):
     """From a path far off, a band of width 1 gets nearer the more often it may be laid anew."""
     problem = Problem(velocity, gmm["z"], FlowSchedule(shift=1.0).nodes(60), Euler(), MSE())
