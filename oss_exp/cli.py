@@ -20,7 +20,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 import oss_exp
 from oss_exp import report
@@ -49,25 +48,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         )
     get_method(cfg.task._target_)(cfg)
     if rank_zero_only.rank == 0:
-        report.write(folder, Console(width=None if sys.stdout.isatty() else 120))
-        _log(cfg, folder)
-
-
-def _log(cfg: DictConfig, folder: Path) -> None:
-    from oss_exp.report.logging import log_run
-
-    logger = instantiate(cfg.logger)
-    if logger is None:
-        return
-    failed = True
-    try:
-        log_run(logger, cfg, folder)
-        failed = False
-    finally:
-        logger.finalize("failed" if failed else "success")
-        import wandb
-
-        wandb.finish(exit_code=int(failed))  # one W&B run per job, also when a sweep runs many in this process
+        report.write(folder)
+        if (logger := instantiate(cfg.logger)) is not None:
+            report.log_run(logger, cfg, folder)
 
 
 def _message(error: BaseException) -> str:

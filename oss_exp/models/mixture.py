@@ -19,7 +19,7 @@ import oss_exp
 from oss_exp.files import load_asset
 from oss_exp.models.base import Model
 from oss_exp.noise import FlowPath, GaussianPath
-from oss_exp.solvers import BoundVelocity
+from oss_exp.solvers.base import BoundVelocity, rowwise
 
 ASSETS = Path(oss_exp.__file__).parent / "assets"
 
@@ -116,7 +116,7 @@ class GaussianMixture(Model):
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t = x], x (M, *E), t (M,): x - t v."""
-        return x - t.to(x).reshape(-1, *[1] * (x.ndim - 1)) * self._velocity(x, t, None, 1.0)
+        return x - rowwise(t, x) * self._velocity(x, t, None, 1.0)
 
     def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None, guidance: float) -> Tensor:
         """E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0."""

@@ -1,5 +1,6 @@
 """From run folders to what people read: tables, pictures, one HTML page. Nothing here runs a model."""
 
+from oss_exp.report.logging import log_run
 from oss_exp.report.page import gather, write
 
-__all__ = ["gather", "write"]
+__all__ = ["gather", "log_run", "write"]

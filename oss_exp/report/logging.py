@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,12 +13,10 @@ from oss_exp.report.results import compare, read_run
 from oss_exp.report.table import columns
 
 
-def no_logger() -> None:
-    """logger=none."""
-
-
 def wandb_logger(output_dir: str, project: str, mode: Any) -> WandbLogger:
     """A W&B run named after its folder; the jobs of a sweep share a group. Offline where nobody is logged in."""
+    import wandb
+
     folder = Path(output_dir)
     sweep = str(mode).endswith("MULTIRUN")
     group = "/".join(folder.parent.parts[-2:]) if sweep else None
@@ -33,6 +30,20 @@ def wandb_logger(output_dir: str, project: str, mode: Any) -> WandbLogger:
 
 
 def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
+    """Log the folder and close the logger, one W&B run per job also where a sweep runs many jobs in this process."""
+    status = "failed"
+    try:
+        _log(logger, cfg, folder)
+        status = "success"
+    finally:
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            wandb.finish(exit_code=int(status == "failed"))
+
+
+def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     """The configuration, PSNR and gain of every schedule, and with W&B the table and the pictures."""
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     if not (folder / "metrics.json").exists():

@@ -26,8 +26,9 @@ td:first-child,th:first-child{text-align:left}tr.best{font-weight:600}tr.first t
 img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"""
 
 
-def write(folder: Path, console: Console) -> None:
+def write(folder: Path) -> None:
     """Everything that <folder> has the data for; prints the table and where the files are."""
+    console = _console()
     plans = read_schedules(folder)
     made = []
     if plans:
@@ -66,9 +67,13 @@ def gather(cfg: DictConfig) -> None:
     write_atomically(sweep / "table.md", markdown(lines))
     write_atomically(sweep / "schedules.png", plots.schedules(named, _teacher_nodes(runs[0])))
     page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, ["schedules.png"])
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)  # in a file or a pipe, wide enough for the table
 
 
 def _teacher_nodes(folder: Path) -> Sequence[float]:
@@ -86,9 +91,8 @@ def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
 
 
 def _title(folder: Path) -> str:
-    cfg = OmegaConf.load(folder / "config.yaml")
-    model = read_json(folder / "metrics.json", "metrics of a run")["model"]["name"]
-    return f"{model}: few-step students against the {cfg.num_teacher_steps}-step teacher"
+    run = read_json(folder / "metrics.json", "metrics of a run")
+    return f"{run['model']['name']}: few-step students against the {run['teacher']['num_steps']}-step teacher"
 
 
 def _page(
@@ -107,9 +111,7 @@ def _page(
     ]
     previous = None
     for line, row in zip(lines, cells, strict=True):
-        kind = " ".join(
-            [*(["best"] if line.rival is line.result else []), *(["first"] if line.result.nfe != previous else [])]
-        )
+        kind = "best " * (line.rival is line.result) + "first" * (line.result.nfe != previous)
         previous = line.result.nfe
         body.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
     body.append(f"</table><p>{html.escape(NOTE)}</p>")

@@ -163,8 +163,7 @@ class OSS(_Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1 sample, got {self.chunk!r}")
+        _require_chunk(self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
@@ -211,16 +210,12 @@ class OSSAve(_Search):
         super().__post_init__()
         if self.aggregate not in ("median", "mean"):
             raise ValueError(f"aggregate must be median or mean, got {self.aggregate!r}")
-        self._own  # noqa: B018  (refuses a wrong chunk now)
-
-    @property
-    def _own(self) -> OSS:
-        return OSS(self.start, self.band, False, self.chunk)
+        _require_chunk(self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         plans = {}
-        for k, path in self._own.sample_paths(problem, budgets).items():
+        for k, path in OSS(self.start, self.band, False, self.chunk).sample_paths(problem, budgets).items():
             nodes = problem.collective.gather(path.T.contiguous()).double()
             agreed = nodes.quantile(0.5, dim=0) if self.aggregate == "median" else nodes.mean(0)
             agreed = agreed.ceil() if self.aggregate == "median" else agreed.round()
@@ -262,6 +257,11 @@ def strictly_monotone(nodes: Tensor, num_nodes: int) -> Tensor:
     steps = torch.arange(len(nodes), device=nodes.device)
     risen = (nodes - steps).cummax(0).values + steps
     return torch.minimum(risen, num_nodes - len(nodes) + steps)
+
+
+def _require_chunk(chunk: int) -> None:
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be at least 1 sample, got {chunk!r}")
 
 
 def _closed(nodes: Tensor, problem: Problem) -> Tensor:

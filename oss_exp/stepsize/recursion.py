@@ -42,7 +42,10 @@ class PerSample:
 
 @dataclass(frozen=True)
 class Shared:
-    """All samples of all ranks together: the mean cost, or the mean log cost, which is PSNR."""
+    """All samples of all ranks together: the mean cost, or the mean log cost, which is PSNR.
+
+    Returned as sums: they are least where the means are, and need no count from the other ranks.
+    """
 
     objective: Literal["mean", "log_mean"]
 
@@ -53,8 +56,7 @@ class Shared:
     def __call__(self, cost: Tensor, collective: Collective) -> Tensor:
         if self.objective == "log_mean":
             cost = cost.clamp(min=COST_FLOOR).log()
-        count = collective.sum(torch.tensor(float(cost.shape[-1]), dtype=torch.float64, device=cost.device))
-        return collective.sum(cost.sum(-1, keepdim=True)) / count
+        return collective.sum(cost.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def start_states(problem: Problem, nodes: Tensor, start: Start) -> State:
 
 def unflatten(state: State, num_nodes: int) -> State:
     """Rows (W*B,) -> (W, B)."""
-    return state.map(lambda rows: rows.unflatten(0, (num_nodes, len(rows) // max(num_nodes, 1))))
+    return state.map(lambda rows: rows.unflatten(0, (num_nodes, -1)))
 
 
 def _observe(problem: Problem, sources: Tensor, state: State, reuse_first: bool) -> State:

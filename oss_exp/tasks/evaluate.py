@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
-from oss_exp.solvers import sample, walk
+from oss_exp.solvers import sample
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.data import HELD_OUT
@@ -51,9 +51,7 @@ class EvaluateModule(L.LightningModule):
         velocity = self.setting.velocity(batch["label"])
         self.rows_per_call = velocity.rows_per_call
         noise = self.setting.first_state(batch["noise"])
-        for state in walk(self.setting.solver, velocity, noise, self.setting.grid):
-            final = state.x
-        teacher = self.model.decode(final)
+        teacher = self.model.decode(sample(self.setting.solver, velocity, noise, self.setting.teacher))
         self._keep("teacher", index, teacher)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)

@@ -21,6 +21,7 @@ import oss_exp
 from oss_exp.distances import Distance
 from oss_exp.models.base import Model
 from oss_exp.solvers import BoundVelocity, Solver
+from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.tasks.collective import DistributedCollective
 
@@ -33,6 +34,11 @@ class Setting:
     grid: Tensor
     solver: Solver
     distance: Distance
+
+    @property
+    def teacher(self) -> StepSchedule:
+        """The grid as a schedule: sampling it is running the teacher."""
+        return StepSchedule(self.grid, "pinned", float(self.grid[0]))
 
     def velocity(self, labels: Tensor) -> BoundVelocity:
         """labels (B,), -1 for none."""

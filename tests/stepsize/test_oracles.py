@@ -117,6 +117,8 @@ def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
     pinned = cost(OSSShared("pinned", None, False, "mean").plan(problem, [k])[k])
     assert pinned == pytest.approx(case["best_cost"], rel=1e-10)
     best_free = case["free_start"]["best_cost"]
+    greedy = cost(OSSShared("free", None, False, "mean").plan(problem, [k])[k])
+    assert 1.8 * best_free <= greedy <= 5 * best_free
     free = cost(OSSShared("free", None, True, "mean").plan(problem, [k])[k])
     assert best_free * (1 - 1e-10) <= free <= best_free * 1.35
 
