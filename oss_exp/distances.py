@@ -1,41 +1,102 @@
 """Distances: what a search minimises between a student's state and the teacher's at the same time.
 
-A distance here is a mean of squares after a linear map, `features`. That is all the search needs to score every edge
-from inner products. Wrappers such as `Select` narrow the map. Legend: M rows, *E event dims, F features.
+A distance compares `features` of the two states: the states themselves, what the network makes of them, or what another
+network sees in the result (OSS, arXiv 2503.21774, section 4.2.2). Where the features are linear and the norm is 2, the
+search scores every edge from inner products; any other distance is measured on every candidate. Legend: M rows,
+B bound samples (row m belongs to sample m % B), *E event dims, F features.
 """
 
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-
-class Distance(abc.ABC):
-    """distance(x, y) = mean over the features of (features(x) - features(y))^2, one number a row."""
-
-    @abc.abstractmethod
-    def features(self, x: Tensor) -> Tensor:
-        """(M, *E) -> (M, F), linear in x."""
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y (M, *E) -> (M,) float64."""
-        return (self.features(x) - self.features(y)).double().square().mean(dim=1)
+VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class MSE(Distance):
-    """x_t-MSE of the OSS paper (section 4.2.2): all elements of the state."""
+class Distance(abc.ABC):
+    """The mean over the features of |difference| ^ norm, one number a row.
 
-    def features(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
+    linear: features is a linear map of x that reads neither t nor the network. calls: network calls it makes a row.
+    """
+
+    linear: ClassVar[bool] = False
+    calls: ClassVar[int] = 0
+
+    norm: int = field(default=2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.norm not in (1, 2):
+            raise ValueError(f"distance.norm must be 1 or 2, got {self.norm!r}")
+
+    @abc.abstractmethod
+    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        """x (M, *E) at t (M,) float64 -> (M, ...)."""
+
+    def bind(self, model: nn.Module) -> Distance:
+        """The same, looking at this model's pixels or layers where it needs any."""
+        return self
+
+    def between(self, a: Tensor, b: Tensor) -> Tensor:
+        """features (M, ...) of two states -> (M,) float64."""
+        gap = (a - b).flatten(1).double()
+        return (gap.abs() if self.norm == 1 else gap.square()).mean(dim=1)
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether inner products of states are enough."""
+        return self.linear and self.norm == 2
+
+
+@dataclass(frozen=True)
+class XtMSE(Distance):
+    """x_t-MSE: all elements of the state, the paper's default."""
+
+    linear = True
+
+    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class X0MSE(Distance):
+    """x0-MSE: the clean prediction x - t v(x, t) at the candidate itself, one network call for every edge."""
+
+    calls = 1
+
+    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        if bool((t == 0).all()):
+            return x
+        return x - t.to(x).reshape(-1, *[1] * (x.ndim - 1)) * velocity(x, t)
+
+
+@dataclass(frozen=True)
+class Inception(X0MSE):
+    """Features that an image network sees in the decoded clean prediction: the paper's x0-Inception-V3.
+
+    extractor: images (M, C, H, W) in [0, 1] -> (M, F). decode: the model's, set by `bind`.
+    """
+
+    extractor: nn.Module
+    decode: Callable[[Tensor], Tensor] | None = None
+
+    def bind(self, model: nn.Module) -> Inception:
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), "cpu")
+        return replace(self, extractor=self.extractor.to(device), decode=model.decode)
+
+    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        return self.extractor(self.decode(super().features(x, t, velocity)))
 
 
 @dataclass(frozen=True)
 class Select(Distance):
-    """Another distance on some channels and frames of (C, H, W) images or (C, F, H, W) videos.
+    """Another distance on some channels and frames of (M, C, H, W) images or (M, C, F, H, W) videos.
 
     frames:   this many, spread evenly from the first to the last (truncated to integers, as in the released OSS code).
     channels: the first so many. None keeps all.
@@ -46,11 +107,24 @@ class Select(Distance):
     channels: int | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, count in (("frames", self.frames), ("channels", self.channels)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1 or null for all, got {count}")
 
-    def features(self, x: Tensor) -> Tensor:
+    @property
+    def linear(self) -> bool:
+        return self.distance.linear
+
+    @property
+    def calls(self) -> int:
+        return self.distance.calls
+
+    def bind(self, model: nn.Module) -> Select:
+        return replace(self, distance=self.distance.bind(model))
+
+    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        x = self.distance.features(x, t, velocity)
         if self.channels is not None:
             self._check("channels", self.channels, x.shape[1])
             x = x[:, : self.channels]
@@ -59,7 +133,7 @@ class Select(Distance):
                 raise ValueError(f"frames needs videos of shape (M, C, F, H, W), got {tuple(x.shape)}; set frames=null")
             self._check("frames", self.frames, x.shape[2])
             x = x[:, :, torch.linspace(0, x.shape[2] - 1, self.frames).long().to(x.device)]
-        return self.distance.features(x)
+        return x
 
     @staticmethod
     def _check(name: str, wanted: int, present: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import oss_exp
 from oss_exp.files import load_asset
@@ -65,6 +65,7 @@ class GaussianMixture(Model):
         }
         for key, tensor in buffers.items():
             self.register_buffer(key, tensor)
+        self.responsibilities = nn.Softmax(dim=-1)  # a layer, so that its output can be looked at
 
     @classmethod
     def from_asset(cls, file: str, guidance: float, micro_batch: int) -> GaussianMixture:
@@ -108,17 +109,22 @@ class GaussianMixture(Model):
         if condition is not None and not bool(torch.isin(condition, self.labels).all()):
             known = self.labels.unique().tolist()
             raise ValueError(f"classes must be among {known}, got {condition.unique().tolist()}")
-        rows = 1 if guidance == 1 else 2  # as a network would pay: with and without the class
-        return BoundVelocity(lambda x, t, y: self._velocity(x, t, y, guidance), condition, self.micro_batch, rows)
+        if guidance == 1:
+            return BoundVelocity(self._velocity, condition, self.micro_batch)
+
+        def both(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return torch.stack([self._velocity(x, t, y), self._velocity(x, t, None)], dim=1)
+
+        return BoundVelocity(both, condition, self.micro_batch, mix=(guidance, 1 - guidance))
 
     def decode(self, x0: Tensor) -> Tensor:
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t = x], x (M, *E), t (M,): x - t v."""
-        return x - rowwise(t, x) * self._velocity(x, t, None, 1.0)
+        return x - rowwise(t, x) * self._velocity(x, t, None)
 
-    def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None, guidance: float) -> Tensor:
+    def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0."""
         flat, (count, rank) = x.flatten(1), self.extra.shape
         alpha, sigma = (1 - t).to(x)[:, None], t.to(x)[:, None]  # (M, 1)
@@ -131,11 +137,9 @@ class GaussianMixture(Model):
         energy = length / noise + (inside.square() * (1 / spread - 1 / noise[..., None])).sum(-1)
         log_volume = flat.shape[1] * noise.log() + (spread / noise[..., None]).log().sum(-1)
         logits = self.log_weights - 0.5 * (energy + log_volume)
-        share = logits.softmax(-1)
         if condition is not None:
-            member = self.labels == condition[:, None]
-            within = logits.masked_fill(~member, -math.inf).softmax(-1)
-            share = share + guidance * (within - share)
+            logits = logits.masked_fill(self.labels != condition[:, None], -math.inf)
+        share = self.responsibilities(logits)
         # sigma C^-1 y - mu - alpha Sigma C^-1 y, averaged over components with y = x - alpha mu.
         outside = (sigma - alpha * self.floor) / noise  # (M, C)
         gain = (sigma[..., None] - alpha[..., None] * (self.floor[:, None] + self.extra)) / spread - outside[..., None]

@@ -1,24 +1,12 @@
-"""Solvers of the probability-flow ODE in canonical time."""
+"""Solvers of the probability-flow ODE in canonical time. Those not named here are imported from their own files."""
 
-from oss_exp.solvers.adams_bashforth import AdamsBashforth
-from oss_exp.solvers.base import (
-    BoundVelocity,
-    LinearMultistep,
-    Solver,
-    State,
-    VelocityFn,
-    sample,
-    trajectory,
-    walk,
-)
+from oss_exp.solvers.base import BoundVelocity, LinearMultistep, Solver, State, VelocityFn, trajectory, walk
 from oss_exp.solvers.euler import Euler
-from oss_exp.solvers.heun import Heun
+from oss_exp.solvers.sampling import sample
 
 __all__ = [
-    "AdamsBashforth",
     "BoundVelocity",
     "Euler",
-    "Heun",
     "LinearMultistep",
     "Solver",
     "State",

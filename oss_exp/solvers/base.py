@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from oss_exp.steps import StepSchedule
+from oss_exp.calibration import Calibration
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """v = f(x (M, *E), t (M,)) -> (M, *E). M is any multiple of the B bound samples; row m belongs to sample m % B."""
@@ -25,43 +27,67 @@ class BoundVelocity:
 
     Tiles the condition over the rows, feeds the network at most `micro_batch` rows at a time, and can be cut to a few
     samples, which lets a search work through its samples in small groups. A plain VelocityFn is enough everywhere else.
-    rows_per_call: network rows that one row of x costs (2 under classifier-free guidance), for honest NFE.
+    mix: under guidance fn returns its R answers apart, (M, R, *E), and v is their sum with these weights: for a scale
+         g (g, 1 - g), conditional first. rows_per_call, the network rows that one row of x costs, is their number.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     condition: Tensor | None
     micro_batch: int
-    rows_per_call: int = 1
+    mix: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1 row, got {self.micro_batch}")
 
+    @property
+    def rows_per_call(self) -> int:
+        return len(self.mix)
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return mixed(self, answers(self, x, t))
+
+    def raw(self, x: Tensor, t: Tensor) -> Tensor:
+        """What fn returns, of all rows."""
         rows = None
         if self.condition is not None:
             rows = self.condition.repeat(len(x) // len(self.condition), *[1] * (self.condition.ndim - 1))
         if len(x) <= self.micro_batch:
             return self.fn(x, t, rows)
-        v = torch.empty_like(x)
-        for start in range(0, len(x), self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            v[part] = self.fn(x[part], t[part], None if rows is None else rows[part])
-        return v
+        parts = [slice(start, start + self.micro_batch) for start in range(0, len(x), self.micro_batch)]
+        return torch.cat([self.fn(x[part], t[part], None if rows is None else rows[part]) for part in parts])
 
     def subset(self, samples: Tensor) -> BoundVelocity:
         """The same for these of the B samples only, (b,) positions."""
         return replace(self, condition=None if self.condition is None else self.condition[samples])
 
 
+def answers(f: VelocityFn, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    """One network call -> its R answers apart, (M, *E) each: one, or under guidance all that the velocity mixes."""
+    if isinstance(f, BoundVelocity):
+        return (f.raw(x, t),) if f.rows_per_call == 1 else f.raw(x, t).unbind(1)
+    return (f(x, t),)
+
+
+def mixed(f: VelocityFn, answers: Sequence[Tensor]) -> Tensor:
+    """The velocity (M, *E) of these answers."""
+    if len(answers) == 1:
+        return answers[0]
+    return sum(weight * answer for weight, answer in zip(f.mix, answers, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class State:
-    """x (M, *E) at t (M,) float64, and the last H network outputs, newest first, with their times (M,) each."""
+    """x (M, *E) at t (M,) float64, and the last H remembered outputs, newest first, with their times (M,) each.
+
+    order (M,): of the step that led here, None before the first.
+    """
 
     x: Tensor
     t: Tensor
     outputs: tuple[Tensor, ...] = ()
     times: tuple[Tensor, ...] = ()
+    order: Tensor | None = None
 
     def map(self, change: Callable[..., Tensor], *others: State) -> State:
         """change(tensor, *the same tensor of the others) on every tensor: reshape, select or merge rows."""
@@ -70,14 +96,27 @@ class State:
             change(self.t, *(other.t for other in others)),
             tuple(change(*same) for same in zip(self.outputs, *(o.outputs for o in others), strict=True)),
             tuple(change(*same) for same in zip(self.times, *(o.times for o in others), strict=True)),
+            None if self.order is None else change(self.order, *(other.order for other in others)),
         )
 
 
+@dataclass(frozen=True)
 class Solver(abc.ABC):
-    """Knows one rule of stepping dx/dt = v. Frozen: everything that changes is in State."""
+    """Knows one rule of stepping dx/dt = v. Frozen: everything that changes is in State.
 
-    order: int
-    evals_per_step: int  # network calls
+    order:       of accuracy; a multistep solver can take any single step at any order up to it.
+    calibration: an amplitude table (or its file) that `sample` applies before each network call; a search and its
+                 teacher run without.
+    """
+
+    order: ClassVar[int]
+    evals_per_step: ClassVar[int] = 1  # network calls
+
+    calibration: Calibration | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, str | Path):
+            object.__setattr__(self, "calibration", Calibration.load(self.calibration))
 
     def init(self, x: Tensor, t: Tensor) -> State:
         """x (M, *E), t () or (M,) -> a state that has not seen the network."""
@@ -85,40 +124,130 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def observe(self, f: VelocityFn, state: State) -> State:
-        """Call the network at the state's own (x, t)."""
+        """Call the network, once, at the state's own (x, t)."""
 
     @abc.abstractmethod
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor) -> State:
-        """From an observed state to t_next (M,) or ()."""
+    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+        """From an observed state to t_next (M,) or (), by a step of this order, () or (M,) (default: the highest)."""
 
-    def nfe(self, num_steps: int) -> int:
-        """Network calls per sample for num_steps steps ending at t = 0."""
-        return num_steps * self.evals_per_step
+    def orders(self, num_steps: int) -> list[int]:
+        """The order of each of num_steps steps down to t = 0, where nothing else chooses it."""
+        return [self.order] * num_steps
+
+    def nfe(self, times: Tensor) -> int:
+        """Network calls per sample through times (K+1,), from noise to data."""
+        return (len(times) - 1) * self.evals_per_step
 
 
 class LinearMultistep(Solver):
     """A solver that is one function: x_next = a x + sum_h b_h m_h with scalars from the times alone.
 
+    The outputs m are the network's answers as `prediction`: the velocity v, x0 = x - t v, or eps = x + (1 - t) v.
+    Order 1 is the same Euler step for all of them; `higher_order` is what makes a method.
+
+    singular_at: times at which the method's own variable is infinite. A node at t = 1 is left out of a polynomial in
+                 sigma or log-SNR, and no polynomial in log-SNR reaches t = 0: such steps have a lower order, exactly.
+                 (At t = 1 an eps-method remembers x0, for eps is x itself there.)
     The search scores edges of such a solver from inner products, without making a single candidate.
     """
 
-    evals_per_step = 1
+    prediction: ClassVar[Literal["v", "x0", "eps"]]
+    singular_at: ClassVar[tuple[float, ...]] = ()
+    lower_order_final: bool = False  # a field in solvers that offer it
 
-    @abc.abstractmethod
+    def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
+        """[a, b_0, b_1, ...] for two or more times, none of them singular. Arguments as in `coefficients`."""
+        raise NotImplementedError
+
     def coefficients(self, times: Sequence[Tensor], t_next: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """times: of the outputs, newest (the current) first; all broadcastable to t_next. -> a, [b_0, b_1, ...]."""
+        """times: of the outputs, newest (the current) first; their number is the order. All broadcast to t_next.
+
+        -> a, [b_0, b_1, ...].
+        """
+        a, *b = self.at_ends(self._any_order, times, t_next)
+        return a, b
+
+    def orders(self, num_steps: int) -> list[int]:
+        """Warm-up: no more than there are outputs. lower_order_final: no more than there are steps left."""
+        orders = [min(self.order, step + 1) for step in range(num_steps)]
+        if self.lower_order_final:
+            orders = [min(order, num_steps - step) for step, order in enumerate(orders)]
+        return orders
 
     def observe(self, f: VelocityFn, state: State) -> State:
-        outputs = (f(state.x, state.t), *state.outputs)[: self.order]
+        return self.remember(state, self.output(state.x, f(state.x, state.t), state.t))
+
+    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+        t_next = t_next.expand_as(state.t)
+        highest = len(state.outputs)
+        order = torch.as_tensor(highest if order is None else order, device=state.t.device).expand(len(state.t))
+        weights = None
+        for o in order.unique().tolist():
+            if not 1 <= o <= highest:
+                raise ValueError(f"a step of order {o} needs {o} outputs, there are {highest}")
+            a, b = self.coefficients(state.times[:o], t_next)
+            found = [a, *b, *[torch.zeros_like(t_next)] * (highest - o)]
+            if weights is not None:
+                found = [torch.where(order == o, new, old) for new, old in zip(found, weights, strict=True)]
+            weights = found
+        return replace(state, x=combine(weights, (state.x, *state.outputs)), t=t_next, order=order)
+
+    def output(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """The velocity v at (x, t), in the form that is remembered; linear in (x, v)."""
+        if self.prediction == "v":
+            return v
+        data = rowwise(-t, x)
+        if self.prediction == "x0":
+            return x + data * v
+        return x + torch.where(rowwise(t, x) < 1, 1 + data, data) * v
+
+    def remember(self, state: State, output: Tensor) -> State:
+        outputs = (output, *state.outputs)[: self.order]
         return replace(state, outputs=outputs, times=(state.t, *state.times)[: self.order])
 
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor) -> State:
-        t_next = t_next.expand_as(state.t)
-        a, b = self.coefficients(state.times, t_next)
-        x = rowwise(a, state.x) * state.x
-        for weight, output in zip(b, state.outputs, strict=True):
-            x = x + rowwise(weight, x) * output
-        return replace(state, x=x, t=t_next)
+    def at_ends(
+        self, rule: Callable[[Sequence[Tensor], Tensor], list[Tensor]], times: Sequence[Tensor], t_next: Tensor
+    ) -> list[Tensor]:
+        """rule(times, t_next), with lower orders (and zeros for the outputs left out) where a time is singular."""
+        regular = torch.ones_like(t_next, dtype=torch.bool)
+        if 1.0 in self.singular_at:
+            regular = regular & (times[-1] < 1)
+        if 0.0 in self.singular_at:
+            regular = regular & (t_next > 0)
+        if len(times) == 1 or bool(regular.all()):
+            return rule(times, t_next)
+        lower = self.at_ends(rule, times[:-1], t_next)
+        lower = [*lower, torch.zeros_like(lower[0])]
+        if not bool(regular.any()):
+            return lower
+        # Any regular times do where the answer is not used; infinities would spoil its gradient.
+        times = [torch.where(regular, time, 0.5 + 0.1 * h) for h, time in enumerate(times)]
+        higher = rule(times, torch.where(regular, t_next, 0.4))
+        return [torch.where(regular, high, low) for high, low in zip(higher, lower, strict=True)]
+
+    def _any_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
+        if len(times) > 1:
+            return self.higher_order(times, t_next)
+        t = times[0]
+        if self.prediction == "v":
+            return [torch.ones_like(t_next), t_next - t]
+        if self.prediction == "x0":
+            return [t_next / t, 1 - t_next / t]
+        inner = torch.where(t < 1, t, 0.5)
+        a = (1 - t_next) / (1 - inner)
+        return [torch.where(t < 1, a, t_next), torch.where(t < 1, t_next - a * inner, 1 - t_next)]
+
+
+def combine(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    """sum of weight (M,) * vector (M, *E)."""
+    first, *rest = (rowwise(weight, x) * x for weight, x in zip(weights, vectors, strict=True))
+    return sum(rest, first)
+
+
+def require_order(order: int, highest: int) -> None:
+    """ValueError unless order is one of 1 .. highest."""
+    if order not in range(1, highest + 1) or isinstance(order, bool):
+        raise ValueError(f"order must be a whole number from 1 to {highest}, got {order!r}")
 
 
 def rowwise(weight: Tensor, x: Tensor) -> Tensor:
@@ -131,14 +260,27 @@ def rowwise(weight: Tensor, x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def walk(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Iterator[State]:
-    """x (M, *E) at times[0]; times (K+1,) or (K+1, M). Yields the observed state at each time, the last unobserved."""
+def walk(
+    solver: Solver,
+    f: VelocityFn,
+    x: Tensor,
+    times: Tensor,
+    orders: Sequence[int | Tensor] | None = None,
+    calibration: Calibration | None = None,
+) -> Iterator[State]:
+    """x (M, *E) at times[0]; times (K+1,) or (K+1, M). Yields the observed state at each time, the last unobserved.
+
+    orders: of the K steps, () or (M,) each; default: the solver's own. calibration: applied before each network call.
+    """
     times = times.to(x.device)
     state = solver.init(x, times[0])
-    for t_next in times[1:]:
+    num_steps = len(times) - 1
+    for step, order in enumerate(solver.orders(num_steps) if orders is None else orders):
+        if calibration is not None:
+            state = replace(state, x=calibration(state.x, state.t, step == num_steps - 1))
         state = solver.observe(f, state)
         yield state
-        state = solver.advance(f, state, t_next)
+        state = solver.advance(f, state, times[step + 1], order)
     yield state
 
 
@@ -146,17 +288,3 @@ def walk(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Iterator[St
 def trajectory(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Tensor:
     """x (M, *E) at times[0], times (N+1,) -> the states at all of them, (N+1, M, *E)."""
     return torch.stack([state.x for state in walk(solver, f, x, times)])
-
-
-@torch.no_grad()
-def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, group: Tensor | None = None) -> Tensor:
-    """Run a step schedule: noise (B, *E), group (B,) condition indices for an analytic start -> x0 (B, *E).
-
-    A per-sample schedule needs one row per noise, in the same order.
-    """
-    if steps.times.ndim == 2 and len(steps.times) != len(noise):
-        raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
-    times = steps.times.movedim(-1, 0)  # (K+1, B), or unchanged (K+1,)
-    for state in walk(solver, f, steps.initial_state(noise, group), times):
-        final = state.x
-    return final

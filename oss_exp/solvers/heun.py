@@ -1,7 +1,9 @@
 """Heun's second-order method."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from oss_exp.solvers.base import Solver, State, VelocityFn, rowwise
@@ -9,27 +11,41 @@ from oss_exp.solvers.base import Solver, State, VelocityFn, rowwise
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Euler, then the mean of the slopes at both ends (trapezoid in t); plain Euler into t = 0.
+    """Euler, then the mean of the slopes at both ends; plain Euler into t = 0 (Karras et al., arXiv 2206.00364, Alg. 1).
 
-    arXiv 2206.00364, Alg. 1 takes the slope in sigma; in canonical t it is another second-order method, not the same
-    numbers. The last step is Euler's as there, since a correction at t = 0 would ask the network about clean data.
+    clock `t`: the slope is v, in flow time. `sigma`: the slope is eps, in sigma = t / (1 - t), as in the paper; it is
+    another second-order method, not the same numbers, and a step from t = 1, where sigma is infinite, is Euler's too.
     """
 
     order = 2
     evals_per_step = 2
 
+    clock: Literal["t", "sigma"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clock not in ("t", "sigma"):
+            raise ValueError(f"clock must be t or sigma, got {self.clock!r}")
+
     def observe(self, f: VelocityFn, state: State) -> State:
         return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
 
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor) -> State:
+    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
         t_next = t_next.expand_as(state.t)
-        step = rowwise(t_next - state.t, state.x)
-        slope = state.outputs[0]
-        x_euler = state.x + step * slope
-        if bool((t_next == 0).all()):
-            return replace(state, x=x_euler, t=t_next)
-        corrected = state.x + step * 0.5 * (slope + f(x_euler, t_next))
-        return replace(state, x=corrected.where(rowwise(t_next, corrected) > 0, x_euler), t=t_next)
+        t, slope = state.t, state.outputs[0]
+        step = rowwise(t_next - t, state.x)
+        euler = state.x + step * slope
+        corrects = t_next > 0 if self.clock == "t" else (t_next > 0) & (t < 1)
+        if not bool(corrects.any()):
+            return replace(state, x=euler, t=t_next)
+        change = f(euler, t_next) - slope
+        if self.clock == "t":
+            corrected = euler + step * 0.5 * change
+        else:  # half a step in sigma times the change of eps = x + (1 - t) v, all seen at t'
+            start = rowwise(torch.where(t < 1, t, 0.5), euler)
+            eps_change = (euler - state.x) + (1 - rowwise(t_next, euler)) * (change + slope) - (1 - start) * slope
+            corrected = euler + 0.5 * step / (1 - start) * eps_change
+        return replace(state, x=corrected.where(rowwise(corrects, euler).bool(), euler), t=t_next)
 
-    def nfe(self, num_steps: int) -> int:
-        return super().nfe(num_steps) - 1
+    def nfe(self, times: Tensor) -> int:
+        return super().nfe(times) - 1 - (self.clock == "sigma" and len(times) > 2 and float(times[0]) == 1)

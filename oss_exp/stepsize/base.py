@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.distances import Distance
-from oss_exp.solvers import BoundVelocity, Solver, State, VelocityFn, walk
+from oss_exp.solvers.base import BoundVelocity, LinearMultistep, Solver, VelocityFn, answers, mixed, walk
 from oss_exp.steps import StepSchedule
 
 
@@ -32,10 +32,10 @@ class Collective:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """states (N+1, B, *E) of the many-step run, and its first state with the network's answer, for reuse."""
+    """states (N+1, B, *E) of the many-step run, and the network's answers (B, *E) at its first node, for reuse."""
 
     states: Tensor
-    first: State
+    first: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,13 @@ class Problem:
     def teacher(self) -> Teacher:
         """Runs the solver over the whole grid once. ValueError if the network returns NaN or infinity."""
         with torch.no_grad():
-            run = walk(self.solver, self.velocity, self.noise, self.grid)
-            first = next(run)
-            states = torch.empty((len(self.grid), *self.noise.shape), dtype=first.x.dtype, device=first.x.device)
-            states[0] = first.x
-            for node, state in enumerate(run, start=1):
+            first = answers(self.velocity, self.noise, self.grid[0].expand(len(self.noise)))
+
+            def f(x: Tensor, t: Tensor) -> Tensor:
+                return mixed(self.velocity, first) if x is self.noise else self.velocity(x, t)
+
+            states = torch.empty((len(self.grid), *self.noise.shape), dtype=self.noise.dtype, device=self.noise.device)
+            for node, state in enumerate(walk(self.solver, f, self.noise, self.grid)):
                 states[node] = state.x
         if not bool(states.isfinite().all()):
             node = int((~states.flatten(1).isfinite().all(dim=1)).nonzero()[0])
@@ -101,8 +103,8 @@ class Problem:
 
         A condition that no search sample has gets the mean over all of them.
         """
-        state = self.teacher.first
-        x0 = (state.x - self.grid[0].to(state.x.dtype) * state.outputs[0]).double()
+        v = mixed(self.velocity, self.teacher.first)
+        x0 = (self.noise - self.grid[0].to(self.noise) * v).double()
         member = torch.nn.functional.one_hot(self.group, self.num_groups).to(x0)  # (B, G)
         total = self.collective.sum(torch.einsum("bg,b...->g...", member, x0))
         count = self.collective.sum(member.sum(0)).reshape(-1, *[1] * (x0.ndim - 1))
@@ -110,15 +112,34 @@ class Problem:
         return torch.where(count > 0, total / count.clamp(min=1), overall).float()
 
     @cached_property
-    def teacher_norms(self) -> Tensor:
-        """(N+1, B) float64: the squared length of the teacher's states under the distance's features."""
-        norms = [self.distance.features(states).double().square().sum(1) for states in self.teacher.states]
-        return torch.stack(norms)
+    def goals(self) -> list[Tensor]:
+        """The features (B, ...) of the teacher's state at every node."""
+        with torch.no_grad():
+            times = self.grid[:, None].expand(-1, len(self.noise))
+            return [
+                self.distance.features(x, t, self.velocity) for x, t in zip(self.teacher.states, times, strict=True)
+            ]
+
+    @cached_property
+    def goal_norms(self) -> Tensor:
+        """(N+1, B) float64: the squared length of the goals."""
+        return torch.stack([goal.flatten(1).double().square().sum(1) for goal in self.goals])
+
+    def cost(self, x: Tensor, nodes: Tensor) -> Tensor:
+        """x (M, *E), M = c B, reached at nodes (b,) of their samples, b = B or 1 -> distance to the teacher (M,)."""
+        copies, count = len(x) // len(self.noise), len(self.noise)
+        t = self.grid[nodes].expand(count).repeat(copies)
+        if len(nodes) == 1:
+            goal = self.goals[int(nodes)]
+        else:
+            goal = torch.stack([self.goals[node][sample] for sample, node in enumerate(nodes.tolist())])
+        features = self.distance.features(x, t, self.velocity)
+        return self.distance.between(features, goal.repeat(copies, *[1] * (goal.ndim - 1)))
 
     def subset(self, samples: Tensor) -> Problem:
         """The same question for some of this rank's samples, (b,) positions, with no other rank to agree with.
 
-        The teacher and the mean are kept. A plain VelocityFn can only be kept whole: TypeError for fewer samples.
+        The teacher, its features and the mean are kept. A plain VelocityFn can only be kept whole: TypeError for fewer samples.
         """
         if isinstance(self.velocity, BoundVelocity):
             velocity = self.velocity.subset(samples)
@@ -134,9 +155,10 @@ class Problem:
             samples=self.samples[samples],
             group=self.group[samples],
         )
-        first = self.teacher.first.map(lambda rows: rows[samples])
+        first = tuple(answer[samples] for answer in self.teacher.first)
         part.__dict__["teacher"] = Teacher(self.teacher.states[:, samples], first)
         part.__dict__["mean"] = self.mean
+        part.__dict__["goals"] = [goal[samples] for goal in self.goals]
         return part
 
 
@@ -154,9 +176,18 @@ class StepsizeStrategy(Protocol):
         """One schedule for every K of num_steps, from one search. ValueError when a K does not fit the grid."""
         ...
 
-    def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
-        """Network calls per sample that `plan` makes, the teacher's aside: exact, or an estimate where it adapts."""
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
+        """Network calls per sample that `plan` makes, the teacher's aside: exact, or an estimate where it adapts.
+
+        edge_calls: what scoring one edge costs, see the function of that name. ValueError when a K does not fit.
+        """
         ...
+
+
+def edge_calls(solver: Solver, distance: Distance) -> int:
+    """Network calls that a search makes for every edge: a singlestep solver's further ones, and the distance's."""
+    candidates = solver.order if isinstance(solver, LinearMultistep) else 1
+    return solver.evals_per_step - 1 + candidates * distance.calls
 
 
 def check_num_steps(num_steps: Sequence[int], num_nodes: int) -> list[int]:

@@ -51,5 +51,5 @@ class ClosedForm:
         nodes[0] = start_time
         return nodes
 
-    def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         return 0

@@ -15,10 +15,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from oss_exp.solvers import BoundVelocity
+from oss_exp.solvers.base import BoundVelocity, LinearMultistep
 from oss_exp.steps import Start, StepSchedule
 from oss_exp.stepsize.base import Problem, check_num_steps
-from oss_exp.stepsize.recursion import Objective, PerSample, Shared, recurse
+from oss_exp.stepsize.recursion import Fit, Objective, Path, PerSample, Shared, recurse
 from oss_exp.stepsize.refine import refine
 
 
@@ -83,57 +83,80 @@ class _Search:
         if not isinstance(self.refine, bool):
             raise ValueError(f"refine must be true or false, got {self.refine!r}")
 
-    def paths(self, problem: Problem, budgets: Sequence[int], objective: Objective) -> dict[int, Tensor]:
-        """{k: (k, b) nodes} of the recursion."""
+    def paths(
+        self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None = None
+    ) -> dict[int, Path]:
+        """The best path of the recursion for every budget, refined if wanted."""
         if self.band is None:
-            return recurse(problem, self._layers(problem, budgets, 1), budgets, self.start, objective).paths
+            found = recurse(problem, self._layers(problem, budgets, 1), budgets, self.start, objective, fit).paths
+        else:
+            found = self._coarse_to_fine(problem, budgets, objective, fit)
+        if self.refine:
+            found = {k: refine(problem, path, self.start, objective, fit) for k, path in found.items()}
+        return found
+
+    def _coarse_to_fine(
+        self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None
+    ) -> dict[int, Path]:
         levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
         fewer = sorted({steps for (_, steps), *_ in levels.values()})
-        pilots = recurse(problem, self._layers(problem, fewer, self.band.stride), fewer, self.start, objective).paths
+        layers = self._layers(problem, fewer, self.band.stride)
+        pilots = recurse(problem, layers, fewer, self.start, objective, fit).paths
         found = {}
         for k, ((_, pilot), *finer) in levels.items():
             path = pilots[pilot]
             for stride, steps in finer:
-                path = stretch(path, steps, problem.num_nodes)
-                path = self._in_band(problem, path, stride, objective, self.band.shifts)
+                nodes = stretch(path.nodes, steps, problem.num_nodes)
+                path = self._in_band(problem, nodes, stride, objective, fit, self.band.shifts)
             found[k] = path
         return found
 
     def _layers(self, problem: Problem, budgets: Sequence[int], stride: int) -> list[Tensor]:
         return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device)
 
-    def _in_band(self, problem: Problem, path: Tensor, stride: int, objective: Objective, shifts: int) -> Tensor:
-        """The best path (k, b) of every stride-th node in the band around `path`."""
-        k, count = len(path), len(range(0, problem.num_nodes, stride))
+    def _in_band(
+        self, problem: Problem, nodes: Tensor, stride: int, objective: Objective, fit: Fit | None, shifts: int
+    ) -> Path:
+        """The best path of every stride-th node in the band around `nodes` (k, b)."""
+        k, count = len(nodes), len(range(0, problem.num_nodes, stride))
         windows = []
-        touched = torch.zeros(path.shape[1], dtype=torch.bool, device=path.device)
+        touched = torch.zeros(nodes.shape[1], dtype=torch.bool, device=nodes.device)
         limits = [(0, 0) if r == 0 and self.start == "pinned" else (r, count - k + r) for r in range(k)]
-        for position, (lowest, highest) in zip(path // stride, limits, strict=True):
+        for position, (lowest, highest) in zip(nodes // stride, limits, strict=True):
             width = self.band.reach(stride)
             size = min(2 * width + 1, highest - lowest + 1)
             first = (position - width).clamp(lowest, highest - size + 1)
-            windows.append((first + torch.arange(size, device=path.device)[:, None]) * stride)
-        found = recurse(problem, windows, [k], self.start, objective).paths[k]
-        for node, window, (lowest, highest) in zip(found, windows, limits, strict=True):
+            windows.append((first + torch.arange(size, device=nodes.device)[:, None]) * stride)
+        found = recurse(problem, windows, [k], self.start, objective, fit).paths[k]
+        for node, window, (lowest, highest) in zip(found.nodes, windows, limits, strict=True):
             touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (node < highest * stride)
         if shifts == 0 or not bool(touched.any()):
             return found
-        if path.shape[1] > 1 and isinstance(problem.velocity, BoundVelocity):  # only the samples that need it
+        if fit is not None or found.nodes.shape[1] == 1:
+            return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1)
+        # Only the samples that need it, where the velocity can be cut to them.
+        rows = torch.ones_like(touched).nonzero()[:, 0]
+        if isinstance(problem.velocity, BoundVelocity):
             rows = touched.nonzero()[:, 0]
-            found[:, rows] = self._in_band(problem.subset(rows), found[:, rows], stride, objective, shifts - 1)
-            return found
-        return torch.where(touched, self._in_band(problem, found, stride, objective, shifts - 1), found)
+            problem = problem.subset(rows)
+        again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
+        for old, new in ((found.nodes, again.nodes), (found.orders, again.orders)):
+            old[:, rows] = torch.where(touched[rows], new, old[:, rows])
+        return found
 
-    def network_calls(self, num_nodes: int, num_steps: Sequence[int]) -> int:
-        """Calls per sample of the recursion (the band not moved) with a multistep solver, and a typical refinement."""
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
+        """Calls per sample of the recursion (the band not moved) and a typical refinement."""
         budgets = check_num_steps(num_steps, num_nodes)
         stride, steps, finer = 1, budgets, []
         if self.band is not None:
             levels = [self.band.levels(num_nodes, k) for k in budgets]
             stride, steps = self.band.stride, sorted({pilot for (_, pilot), *_ in levels})
             finer = [level for _, *rest in levels for level in rest]
-        calls = sum(len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")) - 1
-        calls += sum(k * (2 * self.band.reach(stride) + 1) for stride, k in finer)
+        sizes = [len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")]
+        calls = sum(sizes) - 1 + edge_calls * sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+        for stride, k in finer:
+            width = 2 * self.band.reach(stride) + 1
+            calls += k * width * (1 + edge_calls * width)
         if self.refine:
             calls += sum(8 * k * (k + 2) for k in budgets)  # two sweeps at each of four sizes, half a run a try
         return calls
@@ -169,30 +192,25 @@ class OSS(_Search):
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
         samples = problem.collective.gather(problem.samples)
         order = samples.argsort()
-        plans = {}
-        for k, path in paths.items():
-            nodes = problem.collective.gather(path.T.contiguous())[order]
-            plans[k] = StepSchedule(
-                problem.grid[_closed(nodes, problem)].cpu(),
-                self.start,
-                float(problem.grid[0]),
-                mean=problem.mean.cpu() if self.start == "analytic" else None,
-                samples=tuple(samples[order].tolist()),
-            )
-        return plans
+        return {
+            k: _schedule(problem, path.nodes[:, order], path.orders[:, order], self.start, samples[order].tolist())
+            for k, path in paths.items()
+        }
 
-    def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Tensor]:
-        """{k: (k, B)} for the samples of this rank."""
+    def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
+        """Nodes and orders (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
         chunk = self.chunk if isinstance(problem.velocity, BoundVelocity) else count
         parts = []
         for rows in torch.arange(count, device=problem.noise.device).split(chunk):
-            part = problem.subset(rows)
-            paths = self.paths(part, budgets, PerSample())
-            if self.refine:
-                paths = {k: refine(part, path, self.start, PerSample()) for k, path in paths.items()}
-            parts.append({k: path.expand(-1, len(rows)) for k, path in paths.items()})
-        return {k: torch.cat([part[k] for part in parts], dim=1) for k in budgets}
+            parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
+        gathered = {}
+        for k in budgets:
+            whole = [
+                torch.cat(tables, dim=1).T for tables in zip(*((p[k].nodes, p[k].orders) for p in parts), strict=True)
+            ]
+            gathered[k] = Path(*(problem.collective.gather(table.contiguous()).T for table in whole))
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -216,14 +234,20 @@ class OSSAve(_Search):
         budgets = check_num_steps(num_steps, problem.num_nodes)
         plans = {}
         for k, path in OSS(self.start, self.band, False, self.chunk).sample_paths(problem, budgets).items():
-            nodes = problem.collective.gather(path.T.contiguous()).double()
-            agreed = nodes.quantile(0.5, dim=0) if self.aggregate == "median" else nodes.mean(0)
-            agreed = agreed.ceil() if self.aggregate == "median" else agreed.round()
-            agreed = strictly_monotone(agreed.long(), problem.num_nodes)[:, None]
+            agreed = Path(
+                strictly_monotone(self._agree(path.nodes), problem.num_nodes)[:, None],
+                self._agree(path.orders)[:, None],
+            )
             if self.refine:
                 agreed = refine(problem, agreed, self.start, Shared("mean"))
-            plans[k] = _shared_schedule(problem, agreed, self.start)
+            plans[k] = _schedule(problem, agreed.nodes, agreed.orders, self.start)
         return plans
+
+    def _agree(self, values: Tensor) -> Tensor:
+        """(k, B) -> (k,)"""
+        if self.aggregate == "median":
+            return values.double().quantile(0.5, dim=1).ceil().long()
+        return values.double().mean(1).round().long()
 
 
 @dataclass(frozen=True)
@@ -233,13 +257,38 @@ class OSSShared(_Search):
     objective: Literal["mean", "log_mean"]
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
-        objective = Shared(self.objective)
-        plans = {}
-        for k, path in self.paths(problem, check_num_steps(num_steps, problem.num_nodes), objective).items():
-            if self.refine:
-                path = refine(problem, path, self.start, objective)
-            plans[k] = _shared_schedule(problem, path, self.start)
-        return plans
+        budgets = check_num_steps(num_steps, problem.num_nodes)
+        paths = self.paths(problem, budgets, Shared(self.objective))
+        return {k: _schedule(problem, path.nodes, path.orders, self.start) for k, path in paths.items()}
+
+
+@dataclass(frozen=True)
+class OSSFit(_Search):
+    """`OSSShared` whose steps have fitted coefficients instead of a solver's (ours); see `recursion.Fit`."""
+
+    objective: Literal["mean", "log_mean"]
+    history: int
+    ridge: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Fit(self.history, self.ridge)
+
+    def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
+        if not problem.distance.quadratic:
+            raise ValueError(f"oss_fit solves least squares on the states: {problem.distance} is not one; use xt_mse")
+        budgets = check_num_steps(num_steps, problem.num_nodes)
+        paths = self.paths(problem, budgets, Shared(self.objective), Fit(self.history, self.ridge))
+        return {
+            k: StepSchedule(
+                problem.grid[_closed(path.nodes[:, 0], problem)].cpu(),
+                self.start,
+                float(problem.grid[0]),
+                mean=problem.mean.cpu(),
+                weights=path.weights.cpu(),
+            )
+            for k, path in paths.items()
+        }
 
 
 def stretch(path: Tensor, num_steps: int, num_nodes: int) -> Tensor:
@@ -269,7 +318,18 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _shared_schedule(problem: Problem, path: Tensor, start: Start) -> StepSchedule:
-    times = problem.grid[_closed(path[:, 0], problem)].cpu()
-    mean = problem.mean.cpu() if start == "analytic" else None
-    return StepSchedule(times, start, float(problem.grid[0]), mean=mean)
+def _schedule(
+    problem: Problem, nodes: Tensor, orders: Tensor, start: Start, samples: Sequence[int] | None = None
+) -> StepSchedule:
+    """nodes and orders (k, b): one schedule for each of these samples, or b = 1 for all."""
+    times, orders = problem.grid[_closed(nodes.T, problem)].cpu(), orders.T.cpu()
+    if samples is None:
+        times, orders = times[0], orders[0]
+    return StepSchedule(
+        times,
+        start,
+        float(problem.grid[0]),
+        mean=problem.mean.cpu() if start == "analytic" else None,
+        samples=None if samples is None else tuple(samples),
+        orders=orders if isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1 else None,
+    )

@@ -1,12 +1,13 @@
-"""The dynamic program of OSS (arXiv 2503.21774, Alg. 1) on a layered graph of teacher nodes.
+"""The dynamic program of OSS (arXiv 2503.21774, Alg. 1 and 2) on a layered graph of teacher nodes.
 
 Layer r holds the nodes that a student may stand on after r jumps; an edge is one jump of the solver. Round r fills a
 fresh table from round r-1, so a path of k rounds has exactly k jumps and its cost is the one that sampling it gives.
-A full search, a coarse pilot and a narrow band differ only in their layers; a search for one schedule per sample and
-one for a schedule that all samples share differ only in the `Objective`.
+Every edge is tried at every order that the history of its source allows, and the table remembers the best; or, with a
+`Fit`, the edge's own coefficients are fitted. A full search, a coarse pilot and a narrow band differ only in their
+layers; a search for one schedule per sample and one for a schedule that all samples share only in the `Objective`.
 
-Legend: B samples, W nodes of a layer (S as sources, J as targets), P basis vectors a step, F features, *E event dims.
-Node arrays are (W, B), or (W, 1) where all samples have the same; nodes ascend (noise to data) along W.
+Legend: B samples, W nodes of a layer (S as sources, J as targets), P basis vectors a step, O orders, *E event dims.
+Node arrays are (W, B), or (W, 1) where all samples have the same (b is B or 1); nodes ascend (noise to data) along W.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from oss_exp.solvers import LinearMultistep, State
+from oss_exp.solvers.base import LinearMultistep, State, answers, combine, mixed
+from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
+from oss_exp.solvers.sampling import remember_parts
 from oss_exp.steps import Start, analytic_jump
 from oss_exp.stepsize.base import Collective, Problem
 
@@ -59,71 +62,97 @@ class Shared:
         return collective.sum(cost.sum(-1, keepdim=True))
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Every edge fits its own step: x_j = sum_p w_p u_p, u = (x_i, noise, mean, last `history` predictions of x0).
+
+    w is ridge least squares over all samples against the teacher's state; `ridge`, relative to each vector's mean
+    square, pulls w towards the ordinary step. Under guidance the R answers of a call are predictions of their own.
+    """
+
+    history: int
+    ridge: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.history, int) or self.history < 1:
+            raise ValueError(f"history must be at least 1 prediction, got {self.history!r}")
+        if not isinstance(self.ridge, int | float) or not self.ridge > 0:
+            raise ValueError(f"ridge must be a positive number, got {self.ridge!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """nodes (k, b) of a student's calls, and how each of the k steps is taken: orders (k, b) or weights (k, P)."""
+
+    nodes: Tensor
+    orders: Tensor | None = None
+    weights: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Round:
-    """sources (S, b) -> targets (J, b): parent (J, b) position among the sources, cost (J, B) of the best path."""
+    """sources (S, b) -> targets (J, b): parent (J, b) position among the sources, cost (J, B) of the best path.
+
+    how: the step that each target is reached by, orders (J, b) or weights (J, P).
+    """
 
     sources: Tensor
     targets: Tensor
     parent: Tensor
+    how: Tensor
     cost: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Node paths (k, b) for every budget k, their cost (B,) under the distance, and all rounds."""
+    """A path for every budget k, its cost (B,) under the distance, and all rounds."""
 
-    paths: dict[int, Tensor]
+    paths: dict[int, Path]
     costs: dict[int, Tensor]
     rounds: list[Round]
 
 
 @torch.no_grad()
 def recurse(
-    problem: Problem, layers: Sequence[Tensor], budgets: Sequence[int], start: Start, objective: Objective
+    problem: Problem,
+    layers: Sequence[Tensor],
+    budgets: Sequence[int],
+    start: Start,
+    objective: Objective,
+    fit: Fit | None = None,
 ) -> Solution:
     """Solve for every k in budgets (max = len(layers)): layers[r] (W, b) are the legal nodes after r calls.
 
-    Node N, the data, closes the path in round k of each budget and stands in no layer.
+    Node N, the data, closes the path in round k of each budget and stands in no layer. A fit needs a quadratic
+    distance and an objective for all samples.
     """
-    end = problem.num_nodes
-    linear = isinstance(problem.solver, LinearMultistep)
+    if fit is not None:
+        edges: _Edges = _FittedEdges(problem, objective, fit)
+    elif isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic:
+        edges = _LinearEdges(problem, objective)
+    else:
+        edges = _TriedEdges(problem, objective)
+    end, count = problem.num_nodes, len(problem.noise)
     rounds: list[Round] = []
     paths, costs = {}, {}
     sources = layers[0]
-    state = start_states(problem, sources, start)
-    shadow = replace(state, x=_products(problem, sources, state.x)) if linear else None
     alive = torch.ones_like(sources, dtype=torch.bool)
+    edges.begin(sources, start_states(problem, sources, start))
     for r in range(1, len(layers) + 1):
-        state = _observe(problem, sources, state, reuse_first=r == 1)
-
-        # Targets.
+        edges.observe(sources, reuse_first=r == 1)
         closing = r in budgets
         inner = layers[r] if r < len(layers) else sources[:0]
         width = max(inner.shape[1], sources.shape[1])
         targets = torch.cat([inner.expand(-1, width), inner.new_full((int(closing), width), end)])
         legal = (sources[:, None] < targets[None]) & alive[:, None]  # (S, J, b)
-
-        # Edges.
-        if linear:
-            shadow = problem.solver.observe(lambda *_: _products(problem, sources, state.outputs[0]), shadow)
-            parent, cost = _by_inner_products(problem, state, shadow, targets, legal, objective)
-            rows = (parent * len(problem.noise) + torch.arange(len(problem.noise), device=parent.device)).flatten()
-            t_next = problem.grid[targets].expand(-1, len(problem.noise)).flatten()
-            state = problem.solver.advance(problem.velocity, state.map(lambda old: old[rows]), t_next)
-            shadow = problem.solver.advance(problem.velocity, shadow.map(lambda old: old[rows]), t_next)
-        else:
-            parent, state, cost = _by_advancing(problem, state, targets, legal, objective)
+        parent, how, cost = edges.choose(targets, legal)
         alive = legal.any(0)
-        rounds.append(Round(sources, targets, parent, cost.masked_fill(~alive, torch.inf)))
+        rounds.append(Round(sources, targets, parent, how, cost.masked_fill(~alive, torch.inf)))
         if closing:
-            paths[r] = _trace(rounds)
-            costs[r] = problem.distance(state.x[-len(problem.noise) :], problem.teacher.states[-1])
-
-        # Node N stays behind.
-        sources, alive, kept = inner, alive[: len(inner)], len(inner) * len(problem.noise)
-        state = state.map(lambda rows: rows[:kept])
-        shadow = shadow.map(lambda rows: rows[:kept]) if linear else None
+            paths[r] = _trace(rounds, fitted=fit is not None)
+            costs[r] = problem.cost(edges.state.x[-count:], torch.tensor([end], device=targets.device))
+        sources, alive = inner, alive[: len(inner)]
+        edges.keep(len(inner) * count)  # node N stays behind
     return Solution(paths, costs, rounds)
 
 
@@ -133,9 +162,222 @@ def start_states(problem: Problem, nodes: Tensor, start: Start) -> State:
     t = problem.grid[nodes].expand(-1, count)
     x = problem.noise.expand(len(nodes), *problem.noise.shape).flatten(0, 1)
     if start == "analytic":
-        mean = problem.mean.to(x)[problem.group].repeat(len(nodes), *[1] * (x.ndim - 1))
+        mean = sample_means(problem).repeat(len(nodes), *[1] * (x.ndim - 1))
         x = analytic_jump(x, mean, float(problem.grid[0]), t.flatten())
     return problem.solver.init(x, t.flatten())
+
+
+def sample_means(problem: Problem) -> Tensor:
+    """The mean clean sample of each sample's condition, (B, *E)."""
+    return problem.mean.to(problem.noise)[problem.group]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Edges: the states at the sources, and the best way from them to the targets
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Edges:
+    """state: rows (W*B,) at the nodes of a layer."""
+
+    state: State
+
+    def __init__(self, problem: Problem, objective: Objective):
+        self.problem, self.objective = problem, objective
+
+    def begin(self, sources: Tensor, state: State) -> None:
+        self.state = state
+
+    def observe(self, sources: Tensor, reuse_first: bool) -> None:
+        """One batched network call for all sources."""
+        v = mixed(self.problem.velocity, self._answers(sources, reuse_first))
+        self.state = self.problem.solver.observe(lambda *_: v, self.state)
+
+    def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Move to the targets (J, b) from the best sources; legal (S, J, b). -> parent (J, b), how, cost (J, B)."""
+        raise NotImplementedError
+
+    def keep(self, rows: int) -> None:
+        self.state = self.state.map(lambda old: old[:rows])
+
+    def _answers(self, sources: Tensor, reuse_first: bool) -> tuple[Tensor, ...]:
+        """The network at all sources; the teacher's own first call serves node 0."""
+        problem, x, t = self.problem, self.state.x, self.state.t
+        if not (reuse_first and bool((sources[0] == 0).all())):
+            return answers(problem.velocity, x, t)
+        if len(sources) == 1:
+            return problem.teacher.first
+        rest = answers(problem.velocity, x[len(problem.noise) :], t[len(problem.noise) :])
+        return tuple(torch.cat(pair) for pair in zip(problem.teacher.first, rest, strict=True))
+
+    def _best(self, cost: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cost (O, S, J, B) -> parent (J, b), order (J, b) from 1, cost (J, B)."""
+        total = self.objective(cost, self.problem.collective).masked_fill(~legal, torch.inf)
+        # argmin takes the first of equals: the lowest order, then the noisiest parent, as the released code does.
+        best = total.flatten(0, 1).argmin(0)
+        chosen = cost.flatten(0, 1).gather(0, best.expand(-1, cost.shape[-1])[None])[0]
+        return best % cost.shape[1], best // cost.shape[1] + 1, chosen
+
+    def _rows(self, parent: Tensor) -> Tensor:
+        """parent (J, b) -> the rows (J*B,) of the parents' states."""
+        count = len(self.problem.noise)
+        return (parent * count + torch.arange(count, device=parent.device)).flatten()
+
+
+class _TriedEdges(_Edges):
+    """Score edges by taking them, one target at a time: for singlestep solvers and distances that are not quadratic."""
+
+    def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        problem, count = self.problem, len(self.problem.noise)
+        grid = unflatten(self.state, len(legal))
+        orders = [problem.solver.order]
+        if isinstance(problem.solver, LinearMultistep):
+            orders = range(1, len(self.state.outputs) + 1)
+        found = []
+        for j, target in enumerate(targets):
+            reach = max(int(legal[:, j].any(1).sum()), 1)  # sources ascend, so the legal ones come first
+            near = grid.map(lambda nodes: nodes[:reach].flatten(0, 1))
+            t_next = problem.grid[target].expand(count).repeat(reach)
+            tried = [problem.solver.advance(problem.velocity, near, t_next, order) for order in orders]
+            cost = torch.stack([problem.cost(state.x, target) for state in tried]).unflatten(1, (reach, count))
+            parent, order, cost = self._best(cost[:, :, None], legal[:reach, j : j + 1])
+            joined = tried[0].map(lambda *rows: torch.stack(rows).unflatten(1, (reach, count)), *tried[1:])
+            column = torch.arange(count, device=target.device)
+            state = joined.map(
+                lambda all_rows: all_rows[order.expand(1, count) - 1, parent.expand(1, count), column][0]
+            )
+            found.append((parent, order if len(orders) > 1 else order * 0 + orders[0], cost, state))
+        parents, hows, costs, states = zip(*found, strict=True)
+        self.state = states[0].map(lambda *rows: torch.cat(rows), *states[1:])
+        return torch.cat(parents), torch.cat(hows), torch.cat(costs)
+
+
+class _LinearEdges(_Edges):
+    """Score every edge without making it: |sum_p c_p u_p - T_j|^2 needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
+
+    The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j> for all nodes j in their place: a
+    linear solver moves these numbers as it moves the states. Float64 throughout, for the terms nearly cancel.
+    """
+
+    shadow: State
+
+    def begin(self, sources: Tensor, state: State) -> None:
+        self.state = state
+        self.shadow = replace(state, x=_products(self.problem, sources, state.x))
+
+    def observe(self, sources: Tensor, reuse_first: bool) -> None:
+        v = mixed(self.problem.velocity, self._answers(sources, reuse_first))
+        products = _products(self.problem, sources, v)
+        self.state = self.problem.solver.observe(lambda *_: v, self.state)
+        self.shadow = self.problem.solver.observe(lambda *_: products, self.shadow)
+
+    def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
+        histories = count if isinstance(self.objective, PerSample) else 1  # else all samples have the same past
+        times = [time.unflatten(0, (num_sources, count))[:, :histories, None] for time in self.state.times]
+        t_next = problem.grid[targets].T[None]  # (1, b, J)
+        weights = []
+        for order in range(1, len(times) + 1):
+            a, b = problem.solver.coefficients(times[:order], t_next)
+            weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))  # (S, b, J, order + 1)
+        cost = _quadratic_costs(problem, self._basis(), self._basis_products(), targets, num_sources, weights)
+        parent, order, cost = self._best(cost, legal)
+        self._advance(parent, targets, order)
+        return parent, order, cost
+
+    def keep(self, rows: int) -> None:
+        super().keep(rows)
+        self.shadow = self.shadow.map(lambda old: old[:rows])
+
+    def _basis(self) -> list[Tensor]:
+        return [self.state.x, *self.state.outputs]
+
+    def _basis_products(self) -> list[Tensor]:
+        return [self.shadow.x, *self.shadow.outputs]
+
+    def _advance(self, parent: Tensor, targets: Tensor, order: Tensor) -> None:
+        rows, count = self._rows(parent), len(self.problem.noise)
+        t_next = self.problem.grid[targets].expand(-1, count).flatten()
+        order = order.expand(-1, count).flatten()
+        solver, f = self.problem.solver, self.problem.velocity
+        self.state = solver.advance(f, self.state.map(lambda old: old[rows]), t_next, order)
+        self.shadow = solver.advance(f, self.shadow.map(lambda old: old[rows]), t_next, order)
+
+
+class _FittedEdges(_LinearEdges):
+    """As above, with coefficients that are fitted to the edge; noise and mean join the basis."""
+
+    def __init__(self, problem: Problem, objective: Objective, fit: Fit):
+        super().__init__(problem, objective)
+        self.fit = fit
+        self.capacity = fit.history * len(problem.teacher.first)
+        self.constants = [problem.noise, sample_means(problem)]
+        first = torch.zeros(1, 1, dtype=torch.long, device=problem.noise.device)
+        self.constant_products = [_products(problem, first - 1, vector) for vector in self.constants]
+
+    def observe(self, sources: Tensor, reuse_first: bool) -> None:
+        velocities = self._answers(sources, reuse_first)
+        products = [_products(self.problem, sources, v) for v in velocities]
+        self.state = remember_parts(self.state, velocities, self.capacity)
+        self.shadow = remember_parts(self.shadow, products, self.capacity)
+
+    def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
+        basis, products = self._basis(), self._basis_products()
+        gram = torch.zeros(num_sources, len(basis), len(basis), dtype=torch.float64, device=targets.device)
+        for part in torch.arange(count, device=targets.device).split(SCORE_GROUP):
+            group = torch.stack([_features(problem, u.unflatten(0, (-1, count))[:, part]) for u in basis])
+            gram += torch.einsum("pgsf,qgsf->spq", group, group)
+        goal = torch.stack(
+            [u.unflatten(0, (num_sources, count)).sum(1)[:, targets[:, 0]] for u in products]
+        )  # (P, S, J)
+        gram, goal = problem.collective.sum(gram), problem.collective.sum(goal)
+        anchor = self._ordinary(num_sources, targets, len(basis))  # (S, J, P)
+        pull = self.fit.ridge * gram.diagonal(dim1=1, dim2=2)[:, None]  # (S, 1, P)
+        right = goal.permute(1, 2, 0) + pull * anchor
+        w = torch.linalg.solve(gram + torch.diag_embed(pull[:, 0]), right.mT).mT  # (S, J, P)
+        cost = _quadratic_costs(problem, basis, products, targets, num_sources, [w[:, None]])
+        parent, _, cost = self._best(cost, legal)
+        weights = w[parent[:, 0], torch.arange(len(targets), device=targets.device)]  # (J, P)
+        rows, each = self._rows(parent), weights.repeat_interleave(count, 0).T
+        t_next = problem.grid[targets].expand(-1, count).flatten()
+        self.state = _combined(self.state, [u[rows] for u in basis], each, rows, t_next)
+        self.shadow = _combined(self.shadow, [u[rows] for u in products], each, rows, t_next)
+        padding = self.capacity - len(self.state.outputs)
+        return parent, torch.nn.functional.pad(weights, (0, padding)), cost
+
+    def _basis(self) -> list[Tensor]:
+        return self._with(self.state, self.constants)
+
+    def _basis_products(self) -> list[Tensor]:
+        return self._with(self.shadow, self.constant_products)
+
+    @staticmethod
+    def _with(state: State, constants: Sequence[Tensor]) -> list[Tensor]:
+        copies = len(state.x) // len(constants[0])
+        tiled = [vector.repeat(copies, *[1] * (vector.ndim - 1)) for vector in constants]
+        return [state.x, *tiled, *state.outputs]
+
+    def _ordinary(self, num_sources: int, targets: Tensor, size: int) -> Tensor:
+        """(S, J, P) coefficients of the solver's step, or of the Euler step where it does not predict x0."""
+        problem, parts = self.problem, len(self.problem.teacher.first)
+        solver = problem.solver
+        if getattr(solver, "prediction", None) != "x0":
+            solver = DPMSolverPP(1, lower_order_final=True)
+        times = [time.unflatten(0, (num_sources, -1))[:, :1] for time in self.state.times[::parts]][: solver.order]
+        a, b = solver.coefficients(times, problem.grid[targets].T)
+        anchor = torch.zeros(num_sources, len(targets), size, dtype=torch.float64, device=targets.device)
+        anchor[..., 0] = a
+        mix = getattr(problem.velocity, "mix", (1.0,))
+        for h, weight in enumerate(b):
+            for r, share in enumerate(mix):
+                anchor[..., 3 + h * parts + r] = weight * share
+        return anchor
+
+
+def _combined(state: State, vectors: list[Tensor], weights: Tensor, rows: Tensor, t_next: Tensor) -> State:
+    moved = state.map(lambda old: old[rows])
+    return replace(moved, x=combine(list(weights), vectors), t=t_next)
 
 
 def unflatten(state: State, num_nodes: int) -> State:
@@ -143,101 +385,78 @@ def unflatten(state: State, num_nodes: int) -> State:
     return state.map(lambda rows: rows.unflatten(0, (num_nodes, -1)))
 
 
-def _observe(problem: Problem, sources: Tensor, state: State, reuse_first: bool) -> State:
-    """One batched network call for all sources; the teacher's own first call serves node 0."""
-    if not (reuse_first and bool((sources[0] == 0).all())):
-        return problem.solver.observe(problem.velocity, state)
-    first = problem.teacher.first
-    if len(sources) == 1:
-        return first
-    rest = state.map(lambda rows: rows[len(problem.noise) :])
-    return first.map(lambda a, b: torch.cat([a, b]), problem.solver.observe(problem.velocity, rest))
-
-
 def _products(problem: Problem, nodes: Tensor, vectors: Tensor) -> Tensor:
     """vectors (W*B, *E) at nodes (W, b) -> (W*B, N+1) float64: <u, T_j> under the distance's features.
 
     Teacher states that a node, or all nodes of its block, cannot jump to are left out (0).
     """
-    count, teacher = len(problem.noise), problem.teacher.states
+    count = len(problem.noise)
     vectors = vectors.unflatten(0, (-1, count))
-    result = torch.zeros(*vectors.shape[:2], len(teacher), dtype=torch.float64, device=vectors.device)
+    result = torch.zeros(*vectors.shape[:2], len(problem.grid), dtype=torch.float64, device=vectors.device)
     blocks = [range(len(nodes))[first : first + BLOCK] for first in range(0, len(nodes), BLOCK)]
     for first in range(0, count, SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
-        u, goal = _features(problem, vectors[:, part]), _features(problem, teacher[:, part])  # (g, W, F), (g, N+1, F)
+        u = _features(problem, vectors[:, part])  # (g, W, F)
+        goal = torch.stack([goal[part] for goal in problem.goals], dim=1).flatten(2).double()  # (g, N+1, F)
         for block in blocks:
             rows, low = slice(block.start, block.stop), int(nodes[block.start].min()) + 1
             result[rows, part, low:] = torch.bmm(u[:, rows], goal[:, low:].mT).transpose(0, 1)
     return result.flatten(0, 1)
 
 
-def _by_inner_products(
-    problem: Problem, state: State, shadow: State, targets: Tensor, legal: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """Score every edge without making it: |sum_p c_p u_p - T_j|^2 needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
-
-    The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j>: a linear solver moves these numbers
-    as it moves the states. Float64 throughout, for the terms nearly cancel. -> parent (J, b), the winners' cost (J, B).
-    """
-    count, num_sources = len(problem.noise), len(legal)
-    cost = torch.empty(num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
-    state, shadow = unflatten(state, num_sources), unflatten(shadow, num_sources)
+def _quadratic_costs(
+    problem: Problem,
+    basis: Sequence[Tensor],
+    products: Sequence[Tensor],
+    targets: Tensor,
+    num_sources: int,
+    weights: Sequence[Tensor],
+) -> Tensor:
+    """basis P x (S*B, *E), products P x (S*B, N+1), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
+    count = len(problem.noise)
+    cost = torch.empty(len(weights), num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
+    basis = [u.unflatten(0, (num_sources, count)) for u in basis]
+    products = [u.unflatten(0, (num_sources, count)) for u in products]
     nodes = targets.T.expand(count, -1)  # (B, J)
     for first in range(0, count, SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
-        t_next, columns = problem.grid[nodes[part]][None], nodes[part][None].expand(num_sources, -1, -1)
-        a, b = problem.solver.coefficients([time[:, part, None] for time in state.times], t_next)
-        weights = [a, *b]  # P times (S, g, J)
-        basis = [_features(problem, vectors[:, part]) for vectors in (state.x, *state.outputs)]  # P times (g, S, F)
-        total = problem.teacher_norms.T[part].gather(1, nodes[part])[None].repeat(num_sources, 1, 1)
-        for p, products in enumerate((shadow.x, *shadow.outputs)):
-            slope = products[:, part].gather(2, columns).mul_(-2)
-            for q in range(p + 1):
-                inner = torch.linalg.vecdot(basis[p], basis[q]).T[..., None]
-                slope.addcmul_(weights[q], inner, value=1 if p == q else 2)
-            total.addcmul_(weights[p], slope)
-        cost[:, part] = total.clamp_(min=0) / basis[0].shape[-1]
-    cost = cost.transpose(1, 2)  # (S, J, B)
-    parent = objective(cost, problem.collective).masked_fill(~legal, torch.inf).argmin(0)
-    # argmin takes the first of equals: the noisier parent, as the released code does.
-    return parent, cost.gather(0, parent.expand(-1, count)[None])[0]
-
-
-def _by_advancing(problem: Problem, state: State, targets: Tensor, legal: Tensor, objective: Objective):
-    """Score edges by taking them, one target at a time: for solvers whose step calls the network again."""
-    count, num_sources = len(problem.noise), len(legal)
-    grid = unflatten(state, num_sources)
-    column = torch.arange(count, device=targets.device)
-    parents, states, costs = [], [], []
-    for j in range(len(targets)):
-        reach = max(int(legal[:, j].any(1).sum()), 1)  # sources ascend, so the legal ones come first
-        near = grid.map(lambda nodes: nodes[:reach].flatten(0, 1))
-        t_next = problem.grid[targets[j]].expand(count)
-        tried = problem.solver.advance(problem.velocity, near, t_next.repeat(reach))
-        goal = problem.teacher.states[targets[j].expand(count), column]
-        cost = problem.distance(tried.x, goal.repeat(reach, *[1] * (goal.ndim - 1))).unflatten(0, (reach, count))
-        parent = objective(cost, problem.collective).masked_fill(~legal[:reach, j], torch.inf).argmin(0)
-        rows = parent.expand(count) * count + column
-        parents.append(parent)
-        states.append(tried.map(lambda all_rows: all_rows[rows]))
-        costs.append(cost.flatten()[rows])
-    joined = states[0].map(lambda *rows: torch.cat(rows), *states[1:])
-    return torch.stack(parents), joined, torch.stack(costs)
+        columns = nodes[part][None].expand(num_sources, -1, -1)
+        vectors = [_features(problem, u[:, part]) for u in basis]  # P times (g, S, F)
+        crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]  # P times (S, g, J)
+        inner = [[torch.linalg.vecdot(u, w).T[..., None] for w in vectors[: p + 1]] for p, u in enumerate(vectors)]
+        length = problem.goal_norms.T[part].gather(1, nodes[part])[None]
+        for o, table in enumerate(weights):
+            total = length.repeat(num_sources, 1, 1)
+            w = [column[:, part] if column.shape[1] > 1 else column for column in table.unbind(-1)]
+            for p in range(len(w)):
+                slope = crossed[p].clone()
+                for q in range(p + 1):
+                    slope.addcmul_(w[q], inner[p][q], value=1 if p == q else 2)
+                total.addcmul_(w[p], slope)
+            cost[o, :, part] = total.clamp_(min=0) / vectors[0].shape[-1]
+    return cost.transpose(2, 3)
 
 
 def _features(problem: Problem, states: Tensor) -> Tensor:
-    """(W, g, *E) -> (g, W, F) float64."""
-    return problem.distance.features(states.flatten(0, 1)).unflatten(0, states.shape[:2]).transpose(0, 1).double()
+    """(W, g, *E) -> (g, W, F) float64, under a linear distance."""
+    features = problem.distance.features(states.flatten(0, 1), problem.grid, problem.velocity)
+    return features.flatten(1).unflatten(0, states.shape[:2]).transpose(0, 1).double()
 
 
-def _trace(rounds: Sequence[Round]) -> Tensor:
-    """Follow the parents from node N, the last target of the last round -> nodes (k, b)."""
+def _trace(rounds: Sequence[Round], fitted: bool) -> Path:
+    """Follow the parents from node N, the last target of the last round."""
     last = rounds[-1]
     position = torch.full_like(last.targets[-1], len(last.targets) - 1)
-    path = []
+    nodes, hows = [], []
     for step in reversed(rounds):
+        if fitted:
+            hows.append(step.how[int(position)])
+        else:
+            width = max(step.how.shape[1], len(position))
+            hows.append(step.how.expand(-1, width).gather(0, position.expand(width)[None])[0])
         width = max(step.parent.shape[1], len(position))
         position = step.parent.expand(-1, width).gather(0, position.expand(width)[None])[0]
-        path.append(step.sources.expand(-1, width).gather(0, position[None])[0])
-    return torch.stack(path[::-1])
+        nodes.append(step.sources.expand(-1, width).gather(0, position[None])[0])
+    how = torch.stack([h.expand(len(nodes[-1])) if not fitted else h for h in hows[::-1]])
+    nodes = torch.stack([n.expand(len(nodes[-1])) for n in nodes[::-1]])
+    return Path(nodes, weights=how) if fitted else Path(nodes, orders=how)

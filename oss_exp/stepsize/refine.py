@@ -1,64 +1,99 @@
-"""Coordinate descent on a schedule's nodes, over the search batch's true final error.
+"""Coordinate descent on a schedule's nodes and orders, over the search batch's true final error.
 
-The recursion is greedy: it keeps one state per node. Moving one node at a time, with everything after it sampled anew,
-repairs what that missed, most of all a free start node. Legend: B samples, k nodes, b = B or 1 (shared by all samples).
+The recursion is greedy: it keeps one state per node. Changing one step at a time, with everything after it sampled
+anew, repairs what that missed, most of all a free start node. Legend: B samples, k nodes, b = B or 1 (shared).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from oss_exp.solvers import State
+from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.steps import Start
 from oss_exp.stepsize.base import Problem
-from oss_exp.stepsize.recursion import Objective, start_states
+from oss_exp.stepsize.recursion import Fit, Objective, Path, recurse, start_states
 
 MOVES = (8, 4, 2, 1)  # nodes, coarse to fine
 MAX_SWEEPS = 4  # passes over all nodes at one move size
 
 
 @torch.no_grad()
-def refine(problem: Problem, path: Tensor, start: Start, objective: Objective) -> Tensor:
-    """path (k, b) -> path (k, b) with no larger final error under the objective; states before a move are reused."""
-    goal = problem.teacher.states[-1]
+def refine(problem: Problem, path: Path, start: Start, objective: Objective, fit: Fit | None = None) -> Path:
+    """A path with no larger final error under the objective; the states before a change are reused.
 
-    def run(path: Tensor, kept: list[State], first: int) -> tuple[list[State], Tensor]:
+    Fitted steps are fitted anew for every try, from the first step on.
+    """
+    end = torch.tensor([problem.num_nodes], device=problem.noise.device)
+    count = len(problem.noise)
+    highest = problem.solver.order if isinstance(problem.solver, LinearMultistep) and fit is None else 1
+
+    def run(path: Path, kept: list[State], first: int) -> tuple[Path, list[State], Tensor]:
         """Sample from node `first` on; kept[r] is the observed state at node r < first. -> all k states, error (b,)."""
+        if fit is not None:
+            solution = recurse(problem, list(path.nodes[:, None]), [len(path.nodes)], start, objective, fit)
+            ((path,), (cost,)) = solution.paths.values(), solution.costs.values()
+            return path, kept, objective(cost, problem.collective)
         states = kept[:first]
-        for r in range(first, len(path)):
+        for r in range(first, len(path.nodes)):
             if r == 0:
-                state = start_states(problem, path[:1], start)
+                state = start_states(problem, path.nodes[:1], start)
             else:
-                state = problem.solver.advance(problem.velocity, states[-1], problem.grid[path[r]].expand(len(goal)))
+                t_next = problem.grid[path.nodes[r]].expand(count)
+                state = problem.solver.advance(problem.velocity, states[-1], t_next, path.orders[r - 1].expand(count))
             states.append(problem.solver.observe(problem.velocity, state))
-        final = problem.solver.advance(problem.velocity, states[-1], problem.grid[-1].expand(len(goal)))
-        return states, objective(problem.distance(final.x, goal), problem.collective)
+        t_next = problem.grid[-1].expand(count)
+        final = problem.solver.advance(problem.velocity, states[-1], t_next, path.orders[-1].expand(count))
+        return path, states, objective(problem.cost(final.x, end), problem.collective)
 
-    states, best = run(path, [], 0)
+    path, states, best = run(path, [], 0)
     for move in MOVES:
         for _ in range(MAX_SWEEPS):
             improved = False
-            for r in range(1 if start == "pinned" else 0, len(path)):
-                for step in (-move, move):
-                    low = path[r - 1] + 1 if r else torch.zeros_like(path[r])
-                    high = path[r + 1] - 1 if r + 1 < len(path) else torch.full_like(path[r], problem.num_nodes - 1)
-                    tried = path.clone()
-                    tried[r] = torch.minimum(torch.maximum(path[r] + step, low), high)
-                    if bool((tried == path).all()):
-                        continue
-                    new_states, error = run(tried, states, r)
+            for r in range(len(path.nodes)):
+                for first, tried in _changes(problem, path, r, move, start, highest):
+                    tried, new_states, error = run(tried, states, first)
                     better = error < best
-                    path = torch.where(better, tried, path)
+                    if not bool(better.any()):
+                        continue
+                    improved = True
                     best = torch.where(better, error, best)
-                    states = states[:r] + [
+                    path = _where(better, tried, path)
+                    states = states[:first] + [
                         new.map(lambda n, o: torch.where(_rows(better, n), n, o), old)
-                        for new, old in zip(new_states[r:], states[r:], strict=True)
+                        for new, old in zip(new_states[first:], states[first:], strict=True)
                     ]
-                    improved |= bool(better.any())
             if not improved:
                 break
     return path
+
+
+def _changes(problem: Problem, path: Path, r: int, move: int, start: Start, highest: int) -> Iterator[tuple[int, Path]]:
+    """(the first node whose state changes, the path with node r moved or its step taken at another order)."""
+    nodes = path.nodes
+    if r or start != "pinned":
+        for step in (-move, move):
+            low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
+            high = nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
+            tried = nodes.clone()
+            tried[r] = torch.minimum(torch.maximum(nodes[r] + step, low), high)
+            if not bool((tried == nodes).all()):
+                yield r, Path(tried, path.orders)
+    if move > 1:
+        return
+    for order in range(1, min(r + 1, highest) + 1):
+        if not bool((path.orders[r] == order).all()):
+            tried = path.orders.clone()
+            tried[r] = order
+            yield r + 1, Path(nodes, tried)
+
+
+def _where(better: Tensor, new: Path, old: Path) -> Path:
+    if new.weights is not None:
+        return new
+    return Path(torch.where(better, new.nodes, old.nodes), torch.where(better, new.orders, old.orders))
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""Adams-Bashforth methods on eps in sigma (variance-exploding coordinates): iPNDM and its variable-step form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from oss_exp.solvers.base import LinearMultistep, require_order
+from oss_exp.solvers.lagrange import integral_weights
+
+UNIFORM = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+@dataclass(frozen=True)
+class IPNDM(LinearMultistep):
+    """d(x / (1 - t)) = eps d(sigma), sigma = t / (1 - t): eps is extrapolated by the last `order` ones.
+
+    weights `uniform`: Adams-Bashforth's for equal steps whatever the steps are (Zhang & Chen 2023, arXiv 2204.13902,
+    from Liu et al. 2022, arXiv 2202.09778): of higher order on equal steps only. `exact`: integrals of the polynomial
+    in sigma for the steps as they are (iPNDM_v; DEIS rho-AB).
+    """
+
+    prediction = "eps"
+    singular_at = (1.0,)
+
+    order: int
+    weights: Literal["uniform", "exact"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_order(self.order, 4)
+        if self.weights not in ("uniform", "exact"):
+            raise ValueError(f"weights must be uniform or exact, got {self.weights!r}")
+
+    def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
+        sigmas, sigma_next = [t / (1 - t) for t in times], t_next / (1 - t_next)
+        if self.weights == "exact":
+            steps = integral_weights(sigmas, sigma_next)
+        else:
+            steps = [(sigma_next - sigmas[0]) * weight for weight in UNIFORM[len(times)]]
+        return [(1 - t_next) / (1 - times[0]), *((1 - t_next) * step for step in steps)]

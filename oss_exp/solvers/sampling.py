@@ -1,0 +1,67 @@
+"""Running a step schedule: the one way from noise to data that samples, evaluations and searches share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oss_exp.solvers.base import Solver, State, VelocityFn, answers, combine, rowwise, walk
+from oss_exp.steps import StepSchedule
+
+
+@torch.no_grad()
+def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, group: Tensor | None = None) -> Tensor:
+    """Run a step schedule: noise (B, *E), group (B,) condition indices for its mean -> x0 (B, *E).
+
+    Each step has the order that the schedule stores, else the solver's own; a schedule with fitted weights needs no
+    solver but for its calibration. A per-sample schedule needs one row per noise, in the same order.
+    """
+    if steps.times.ndim == 2 and len(steps.times) != len(noise):
+        raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
+    calibration, orders = solver.calibration, None
+    if steps.orders is not None:
+        if int(steps.orders.max()) > solver.order:
+            raise ValueError(
+                f"the schedule has steps of order {int(steps.orders.max())}, {solver} goes up to {solver.order}; "
+                "choose the solver it was searched with, or run_orders=fixed"
+            )
+        orders = list(steps.orders.movedim(-1, 0))
+    if steps.weights is not None:
+        solver = FittedSteps(steps.weights.to(noise.device), (noise, steps.mean_of(noise, group)))
+    times = steps.times.movedim(-1, 0)  # (K+1, B), or unchanged (K+1,)
+    for state in walk(solver, f, steps.initial_state(noise, group), times, orders, calibration):
+        final = state.x
+    return final
+
+
+@dataclass(frozen=True, eq=False)
+class FittedSteps(Solver):
+    """Steps whose coefficients are given: x_next = sum_p w_p u_p over u = (x, noise, mean, x0, earlier x0 ...).
+
+    weights (K, P): one row a step, 0 where there is no output yet. constants: noise and mean, (B, *E) each. Under
+    guidance every network call remembers its R predictions of x0 apart. Its "orders" are the numbers of the steps.
+    """
+
+    weights: Tensor
+    constants: tuple[Tensor, Tensor]
+
+    def orders(self, num_steps: int) -> Sequence[int]:
+        return range(num_steps)
+
+    def observe(self, f: VelocityFn, state: State) -> State:
+        return remember_parts(state, answers(f, state.x, state.t), self.weights.shape[1] - 3)
+
+    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+        vectors = (state.x, *self.constants, *state.outputs)
+        x = combine(self.weights[order][: len(vectors)], vectors)
+        return State(x, t_next.expand_as(state.t), state.outputs, state.times)
+
+
+def remember_parts(state: State, velocities: Sequence[Tensor], capacity: int) -> State:
+    """The state with the predictions x0 = x - t v of these answers before its older ones, `capacity` in all."""
+    outputs = tuple(state.x - rowwise(state.t, state.x) * v for v in velocities)
+    times = (*[state.t] * len(outputs), *state.times)[:capacity]
+    return State(state.x, state.t, (*outputs, *state.outputs)[:capacity], times)
