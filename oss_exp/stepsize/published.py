@@ -1,0 +1,90 @@
+"""Schedules that others have optimised for one large model and published as a list of noise levels.
+
+A list of n + 1 levels makes n network calls. Any other number of calls is read off the same list, with the logarithm
+of the level linear between neighbours, as Align Your Steps does. The last level is where the optimisation stopped;
+samplers put 0 in its place, and so does `nodes`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from oss_exp.noise import EDMPath, NoiseSchedule
+
+
+@dataclass(frozen=True)
+class PublishedSchedule(NoiseSchedule):
+    """The list called `table` among `tables`, each of positive levels from noise to data.
+
+    Raises ValueError for a name that no table has.
+    """
+
+    tables: ClassVar[Mapping[str, tuple[float, ...]]]
+
+    table: str
+
+    def __post_init__(self) -> None:
+        if self.table not in self.tables:
+            raise ValueError(f"table must be one of {', '.join(self.tables)}, got {self.table!r}")
+
+    def _times(self, num_steps: int) -> Tensor:
+        levels = torch.tensor(self.tables[self.table], dtype=torch.float64)
+        position = torch.arange(num_steps, dtype=torch.float64) * (len(levels) - 1) / num_steps
+        index = position.long()
+        ratio = levels[index + 1] / levels[index]
+        return self._canonical(levels[index] * ratio ** (position - index))  # a level itself where position is whole
+
+    @abc.abstractmethod
+    def _canonical(self, levels: Tensor) -> Tensor:
+        """Levels in the units of the tables -> canonical times, element by element."""
+
+
+@dataclass(frozen=True)
+class AlignYourSteps(PublishedSchedule):
+    """Ten steps each for a latent, a video and a pixel model. Align Your Steps (arXiv 2404.14507), table 3.
+
+    The levels are sigma / alpha: those of Stable Diffusion's chain (`sd15`, `sdxl`), of Stable Video Diffusion (`svd`)
+    and of the first stage of DeepFloyd-IF (`deepfloyd_if`).
+    """
+
+    tables: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+        "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+        "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+        "deepfloyd_if": (160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006),
+    }
+
+    def _canonical(self, levels: Tensor) -> Tensor:
+        return EDMPath().canonical(levels)
+
+
+@dataclass(frozen=True)
+class OSSComfyUI(PublishedSchedule):
+    """Optimal Stepsize (arXiv 2503.21774) as ComfyUI ships it: 10 steps for FLUX, 20 for Wan 2.1, 40 for Chroma.
+
+    The levels are flow times, with the resolution shift of the model already in them. Numbers of the node
+    OptimalStepsScheduler (github.com/comfyanonymous/ComfyUI, comfy_extras/nodes_optimalsteps.py).
+    """
+
+    tables: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "flux": (0.9968, 0.9886, 0.9819, 0.975, 0.966, 0.9471, 0.9158, 0.8287, 0.5512, 0.2808, 0.001),
+        "wan": (
+            *(1.0, 0.997, 0.995, 0.993, 0.991, 0.989, 0.987, 0.985, 0.98, 0.975),
+            *(0.973, 0.968, 0.96, 0.946, 0.927, 0.902, 0.864, 0.776, 0.539, 0.208, 0.001),
+        ),
+        "chroma": (
+            *(0.992, 0.99, 0.988, 0.985, 0.982, 0.978, 0.973, 0.968, 0.961, 0.953),
+            *(0.943, 0.931, 0.917, 0.9, 0.881, 0.858, 0.832, 0.802, 0.769, 0.731),
+            *(0.69, 0.646, 0.599, 0.55, 0.501, 0.451, 0.402, 0.355, 0.311, 0.27),
+            *(0.232, 0.199, 0.169, 0.143, 0.12, 0.101, 0.084, 0.07, 0.058, 0.048, 0.001),
+        ),
+    }
+
+    def _canonical(self, levels: Tensor) -> Tensor:
+        return levels
