@@ -26,6 +26,7 @@ class Result:
     baseline: bool
     start: str
     psnr: Interval
+    spread: Interval
     values: dict[int, float]
     planning: dict[str, Any]
     arena: str
@@ -54,6 +55,7 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
                 baseline=row["baseline"],
                 start=row["start"],
                 psnr=Interval(**row["psnr"]),
+                spread=Interval(**row["spread"]),
                 values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
                 planning=row["planning"],
                 arena=json.dumps([metrics[key] for key in ("model", "teacher", "solver", "seed")] + [row["nfe"]]),

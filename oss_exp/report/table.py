@@ -11,13 +11,13 @@ from oss_exp.report.results import Line
 NOTE = (
     "PSNR: mean over n held-out images against the teacher's image from the same noise, ± 95 % interval. "
     "gain: paired difference to the best baseline at the same NFE (*). "
-    "NFE: network rows per image. planning: network calls per search sample and seconds for all budgets together."
+    "spread: 5 to 95 % amplitude relative to the teacher's (below 1 blurs). NFE: network rows per image. planning: network calls per search sample and seconds for all budgets together."
 )
 
 
 def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Header and cells; the `run` column only where there are several runs."""
-    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "n", "planning"]
+    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "spread", "n", "planning"]
     cells = []
     for line in lines:
         result = line.result
@@ -32,6 +32,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 result.start,
                 str(result.psnr),
                 gain,
+                f"{result.spread.mean:.3f}",
                 str(result.psnr.n),
                 "-" if not calls else f"{calls:.0f} calls, {plan['seconds']:.1f} s",
             ]

@@ -11,7 +11,7 @@ from oss_exp.solvers.base import Solver, State, VelocityFn, rowwise
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Euler, then the mean of the slopes at both ends; plain Euler into t = 0 (Karras et al., arXiv 2206.00364, Alg. 1).
+    """Euler, then the mean of the slopes at both ends; plain Euler into t = 0 (Karras et al., 2206.00364, Alg. 1).
 
     clock `t`: the slope is v, in flow time. `sigma`: the slope is eps, in sigma = t / (1 - t), as in the paper; it is
     another second-order method, not the same numbers, and a step from t = 1, where sigma is infinite, is Euler's too.

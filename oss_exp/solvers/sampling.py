@@ -37,6 +37,13 @@ def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, gr
     return final
 
 
+def nfe(solver: Solver, steps: StepSchedule) -> int:
+    """Network calls per sample of `sample`; of per-sample schedules the most."""
+    if steps.weights is not None:
+        return steps.num_steps
+    return max(solver.nfe(times) for times in torch.atleast_2d(steps.times))
+
+
 @dataclass(frozen=True, eq=False)
 class FittedSteps(Solver):
     """Steps whose coefficients are given: x_next = sum_p w_p u_p over u = (x, noise, mean, x0, earlier x0 ...).

@@ -139,7 +139,7 @@ class Problem:
     def subset(self, samples: Tensor) -> Problem:
         """The same question for some of this rank's samples, (b,) positions, with no other rank to agree with.
 
-        The teacher, its features and the mean are kept. A plain VelocityFn can only be kept whole: TypeError for fewer samples.
+        The teacher, its features and the mean are kept. A plain VelocityFn can only be kept whole: else TypeError.
         """
         if isinstance(self.velocity, BoundVelocity):
             velocity = self.velocity.subset(samples)

@@ -28,7 +28,7 @@ def refine(problem: Problem, path: Path, start: Start, objective: Objective, fit
     """
     end = torch.tensor([problem.num_nodes], device=problem.noise.device)
     count = len(problem.noise)
-    highest = problem.solver.order if isinstance(problem.solver, LinearMultistep) and fit is None else 1
+    highest = problem.solver.order if isinstance(problem.solver, LinearMultistep) and fit is None else 0
 
     def run(path: Path, kept: list[State], first: int) -> tuple[Path, list[State], Tensor]:
         """Sample from node `first` on; kept[r] is the observed state at node r < first. -> all k states, error (b,)."""

@@ -1,10 +1,14 @@
-"""Evaluation as a Lightning loop: the same held-out noises through the teacher and every schedule, PSNR per image."""
+"""Evaluation as a Lightning loop: the same held-out noises through the teacher and every schedule.
+
+PSNR per image, and the spread: the 5 to 95 % amplitude of a sample relative to the teacher's (below 1: it blurs).
+"""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from oss_exp.calibration import amplitude
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
-from oss_exp.solvers import sample
+from oss_exp.solvers import nfe, sample
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.data import HELD_OUT
@@ -51,7 +56,9 @@ class EvaluateModule(L.LightningModule):
         velocity = self.setting.velocity(batch["label"])
         self.rows_per_call = velocity.rows_per_call
         noise = self.setting.first_state(batch["noise"])
-        teacher = self.model.decode(sample(self.setting.solver, velocity, noise, self.setting.teacher))
+        solver = self.setting.solver
+        reference = sample(replace(solver, calibration=None), velocity, noise, self.setting.teacher)
+        teacher, width = self.model.decode(reference), spread(reference)
         self._keep("teacher", index, teacher)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
@@ -61,11 +68,10 @@ class EvaluateModule(L.LightningModule):
                     continue
                 steps = steps.rows(index[known].tolist())
             group = None if condition is None else condition[known]
-            images = self.model.decode(
-                sample(self.setting.solver, velocity.subset(known), noise[known], steps, group=group)
-            )
-            value = psnr(images, teacher[known])
-            self.values[label].append(torch.stack([index[known].double(), value.double()], dim=1))
+            x0 = sample(solver, velocity.subset(known), noise[known], steps, group=group)
+            images = self.model.decode(x0)
+            values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
+            self.values[label].append(torch.stack(values, dim=1))
             self._keep(label, index[known], images)
 
     def _keep(self, label: str, index: Tensor, images: Tensor) -> None:
@@ -77,19 +83,20 @@ class EvaluateModule(L.LightningModule):
         collective = DistributedCollective()
         records = []
         for label, steps in self.schedules.items():
-            pairs = collective.gather(
-                torch.cat(self.values[label] or [torch.zeros(0, 2, dtype=torch.float64, device=self.device)])
+            table = collective.gather(
+                torch.cat(self.values[label] or [torch.zeros(0, 3, dtype=torch.float64, device=self.device)])
             )
             # A distributed sampler may repeat samples to even out the ranks.
-            index, first = np.unique(pairs[:, 0].cpu().numpy().astype(int), return_index=True)
+            index, first = np.unique(table[:, 0].cpu().numpy().astype(int), return_index=True)
             if len(index) == 0:
                 raise ValueError(f"{label} has per-sample schedules for none of the held-out samples; plan it again")
-            value = pairs[:, 1].cpu().numpy()[first]
+            value, ratio = table[:, 1:].cpu().numpy()[first].T
             records.append(
                 {
                     **self.rows[label],
-                    "nfe": self.setting.solver.nfe(steps.num_steps) * self.rows_per_call,
+                    "nfe": nfe(self.setting.solver, steps) * self.rows_per_call,
                     "psnr": Interval.of(value).to_dict(),
+                    "spread": Interval.of(ratio).to_dict(),
                     "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},
                 }
             )
@@ -110,6 +117,12 @@ class EvaluateModule(L.LightningModule):
         np.savez_compressed(buffer, **pictures)
         write_atomically(self.folder / "samples.npz", buffer.getvalue())
         write_atomically(self.folder / "metrics.json", json.dumps({**self.about, "rows": records}, indent=1) + "\n")
+
+
+def spread(x: Tensor) -> Tensor:
+    """(B, *E) -> (B,) float64, from the 5 to the 95 % quantile of each sample."""
+    low, high = amplitude(x, per_channel=False)
+    return high - low
 
 
 def as_bytes(images: Tensor) -> Tensor:

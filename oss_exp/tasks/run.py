@@ -5,6 +5,7 @@ Each takes the composed configuration, builds what it names, and leaves its resu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,17 @@ class _Run:
             model=model,
             grid=instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps),
             solver=instantiate(cfg.solver),
-            distance=instantiate(cfg.distance),
+            distance=instantiate(cfg.distance, _convert_="all").bind(model),
         )
+        if (calibration := self.setting.solver.calibration) is not None:
+            calibration.check(model.fingerprint, model.name, self.setting.grid)
+        if cfg.run_orders not in ("searched", "fixed"):
+            raise ValueError(f"run_orders must be searched or fixed, got {cfg.run_orders!r}")
         self.strategies = {name: instantiate(strategy, _convert_="all") for name, strategy in cfg.stepsize.items()}
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data: NoiseData = instantiate(cfg.data, event_shape=model.event_shape, num_classes=model.num_classes)
         for strategy in self.strategies.values():
-            strategy.network_calls(cfg.num_teacher_steps, self.num_steps)  # refuses a band that does not fit
+            strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)  # refuses a band that does not fit
         self.about = describe(self.setting, self.config)
         try:
             self.trainer: L.Trainer = instantiate(cfg.trainer, default_root_dir=self.folder)
@@ -91,6 +96,8 @@ class _Run:
         schedules, rows = {}, {}
         for name, path in files:
             steps = StepSchedule.load(path)
+            if self.cfg.run_orders == "fixed":
+                steps = replace(steps, orders=None)
             label = f"{name} K={steps.num_steps}"
             schedules[label] = steps
             rows[label] = {
@@ -119,6 +126,12 @@ class _Run:
             raise ValueError(
                 f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
                 f"{first:.6g}; choose the noise_schedule it was searched on"
+            )
+        solver = {**self.config["solver"], "calibration": None}
+        if steps.orders is not None and self.cfg.run_orders == "searched" and steps.provenance.get("solver") != solver:
+            raise ValueError(
+                f"step schedule {path} has the orders searched with {steps.provenance.get('solver')}, this run steps "
+                f"with {solver}; choose that solver, or run_orders=fixed"
             )
         if steps.samples is not None and steps.provenance.get("seed") != self.cfg.data.seed:
             raise ValueError(

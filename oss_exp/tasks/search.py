@@ -23,6 +23,7 @@ from oss_exp.models.base import Model
 from oss_exp.solvers import BoundVelocity, Solver
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Problem, StepsizeStrategy
+from oss_exp.stepsize.base import edge_calls
 from oss_exp.tasks.collective import DistributedCollective
 
 
@@ -86,8 +87,9 @@ class SearchModule(L.LightningModule):
                 loader = int(strategy.per_sample)
                 if loader not in problems:
                     problem = problems[loader] = self._problem(self.batches[loader], meter)
-                    with meter.measure("teacher", problem.num_nodes, len(problem.noise)):
-                        problem.teacher  # noqa: B018  (runs it now and keeps it for all strategies)
+                    calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
+                    with meter.measure("teacher", calls, len(problem.noise)):
+                        problem.teacher, problem.goals  # noqa: B018  (made now and kept for all strategies)
                 self._plan(name, strategy, problems[loader], meter)
         self.trainer.strategy.barrier("schedules are on disk")
 
@@ -109,7 +111,7 @@ class SearchModule(L.LightningModule):
         )
 
     def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
-        calls = strategy.network_calls(problem.num_nodes, self.num_steps)
+        calls = strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
         with meter.measure(name, calls, len(problem.noise)):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
