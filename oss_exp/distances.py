@@ -95,6 +95,52 @@ class Inception(X0MSE):
 
 
 @dataclass(frozen=True)
+class Perceptual(Distance):
+    """What a layer of the denoising network itself puts out at (x, t): the paper's x_t-perceptual.
+
+    layer: dotted name of a submodule of the model; all its outputs in a call are compared, under guidance both. The
+              velocity must be a `BoundVelocity`.
+    min_time: the time told to the network where t is smaller, for at t = 0 a trained network has no input scale.
+    """
+
+    calls = 1
+
+    layer: str
+    min_time: float
+    module: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.min_time < 1:
+            raise ValueError(f"distance.min_time must be in [0, 1), got {self.min_time!r}")
+
+    def bind(self, model: nn.Module) -> Perceptual:
+        layers = dict(model.named_modules())
+        if not self.layer or self.layer not in layers:
+            shown = ", ".join([name for name in layers if name][:20])
+            raise ValueError(f"distance.layer={self.layer!r} is no layer of the model; it has {shown}")
+        return replace(self, module=layers[self.layer])
+
+    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        seen: list[Tensor] = []
+
+        def watched(*rows: Tensor | None) -> Tensor:
+            seen.clear()
+            velocity.fn(*rows)
+            if not seen:
+                raise ValueError(f"layer {self.layer} does not run when the model gives a velocity; choose another")
+            outputs = torch.cat(seen) if len(seen[0]) == len(rows[0]) else seen[0]
+            # Several calls with a row each, or one with several rows a sample: (c * M, ...) -> (M, c * F).
+            return outputs.flatten(1).unflatten(0, (-1, len(rows[0]))).transpose(0, 1).flatten(1)
+
+        handle = self.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            return replace(velocity, fn=watched).raw(x, t.clamp(min=self.min_time))
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
 class Select(Distance):
     """Another distance on some channels and frames of (M, C, H, W) images or (M, C, F, H, W) videos.
 
