@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ class InceptionV3(nn.Module):
         super().__init__()
         if not Path(weights).is_file():
             raise FileNotFoundError(
-                f"Inception weights {weights} do not exist; get pt_inception-2015-12-05-6726825d.pth from torch-fidelity's "
-                "releases and set its path"
+                f"Inception weights {weights} do not exist; get pt_inception-2015-12-05-6726825d.pth from "
+                "torch-fidelity's releases and set its path"
             )
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
 
@@ -37,7 +38,7 @@ class RandomFeatures(nn.Module):
     def __init__(self, channels: int, width: int, seed: int):
         super().__init__()
         sizes = [channels, width, 2 * width, 4 * width]
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)

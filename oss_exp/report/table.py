@@ -10,8 +10,9 @@ from oss_exp.report.results import Line
 
 NOTE = (
     "PSNR: mean over n held-out images against the teacher's image from the same noise, ± 95 % interval. "
-    "gain: paired difference to the best baseline at the same NFE (*). "
-    "spread: 5 to 95 % amplitude relative to the teacher's (below 1 blurs). NFE: network rows per image. planning: network calls per search sample and seconds for all budgets together."
+    "gain: paired difference to the best baseline at the same NFE (*). NFE: network rows per image. "
+    "spread: 5 to 95 % amplitude of the samples relative to the teacher's. "
+    "planning: network calls per search sample and seconds for all budgets together."
 )
 
 
