@@ -43,6 +43,10 @@ def write(folder: Path) -> None:
         console.print(terminal(lines, _title(folder)))
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
+    if (folder / "amplitude.json").exists():
+        curves = read_json(folder / "amplitude.json", "amplitudes of a run")["curves"]
+        made.append(write_atomically(folder / "amplitude.png", plots.amplitude(curves)))
+        console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
     if plans:
         console.print(f"schedules ({len(plans)}): {folder / 'schedules'}", soft_wrap=True)
     for path in made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -74,6 +75,58 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
     return _png(figure)
+
+
+def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
+    """PNG: 5 and 95 % quantiles of the state against t, a column a strategy; below, how far off the teacher's.
+
+    curves: of amplitude.json, the teacher's and each student's without and with calibration. A table of each channel is
+    drawn as its mean. With calibration a state has two points at a time: as it arrives, and as the network sees it.
+    """
+    (teacher,) = [c for c in curves if c["strategy"] == "teacher"]
+    students = [c for c in curves if c is not teacher]
+    names, budgets = (list(dict.fromkeys(c[key] for c in students)) for key in ("strategy", "num_steps"))
+    times = np.array(teacher["times"])
+    figure, axes = plt.subplots(
+        2 * len(budgets),
+        len(names),
+        figsize=(1.5 + 4.5 * len(names), 0.8 + 5.6 * len(budgets)),
+        height_ratios=(3, 2) * len(budgets),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
+    for c in students:
+        row, column = 2 * budgets.index(c["num_steps"]), names.index(c["strategy"])
+        above, below = axes[row : row + 2, column]
+        above.set_title(f"{c['strategy']}, K = {c['num_steps']}")
+        style = {"color": "tab:blue", "marker": "o"} if c["calibrated"] else {"color": "tab:red", "marker": "s"}
+        for edge, line in (("high", "-"), ("low", "--")):
+            truth, t, values = _over_channels(teacher[edge]), np.array(c["times"]), _over_channels(c[edge])
+            if not c["calibrated"]:
+                above.plot(times, truth, "0.6", lw=5)
+            above.plot(t, values, line, **style, ms=4, lw=1.3)
+            below.plot(t, values - np.interp(t, times[::-1], truth[::-1]), line, **style, ms=4, lw=1.3)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    for row in range(0, len(axes), 2):
+        axes[row][0].set_ylabel("5 and 95 % quantiles")
+        axes[row + 1][0].set_ylabel("student - teacher\n(95 % solid, 5 % dashed)")
+        for axis in axes[row + 1]:
+            axis.axhline(0, color="0.6", lw=3, zorder=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("time t  (1 noise, 0 data)")
+    axes[0][0].invert_xaxis()
+    truth, plain, *_, corrected, _ = axes[0][0].lines  # 95 % before 5 %
+    labels = [f"teacher, {teacher['num_steps']} steps", "uncalibrated", "calibrated"]
+    figure.legend([truth, plain, corrected], labels, loc="outside upper center", ncols=3, frameon=False)
+    return _png(figure)
+
+
+def _over_channels(values: Sequence) -> np.ndarray:
+    """(P,) or (P, C) -> (P,)."""
+    return np.array(values, dtype=float).reshape(len(values), -1).mean(1)
 
 
 def _strip(images: np.ndarray) -> np.ndarray:

@@ -1,0 +1,175 @@
+"""The teacher's amplitudes as a table for `solver.calibration`, and what that table does to few-step students.
+
+Legend: b samples of a batch, P points of a path in time, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import Tensor
+
+from oss_exp.calibration import Calibration, amplitude
+from oss_exp.files import write_atomically
+from oss_exp.solvers import BoundVelocity, sample, walk
+from oss_exp.steps import StepSchedule
+from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.data import HELD_OUT, NoiseData
+from oss_exp.tasks.run import _Run
+from oss_exp.tasks.search import Meter, Setting
+
+Batch = dict[str, Tensor]
+Points = Iterable[tuple[float, Tensor]]
+
+
+def calibrate(cfg: DictConfig) -> None:
+    """Plan `stepsize`, run the teacher on `task.samples` noises; write calibration.json, and amplitude.json to draw."""
+    task = cfg.task
+    if not isinstance(task.samples, int) or not 1 <= task.samples <= HELD_OUT:
+        raise ValueError(f"task.samples must be a whole number from 1 to {HELD_OUT}, got {task.samples!r}")
+    for name in ("per_channel", "last_step_only"):
+        if not isinstance(task[name], bool):
+            raise ValueError(f"task.{name} must be true or false, got {task[name]!r}")
+    run = _Run(cfg)
+    if run.setting.solver.calibration is not None:
+        raise ValueError("task=calibrate runs the solver as it is; set solver.calibration=null")
+    if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
+        raise ValueError(
+            f"stepsize {', '.join(alone)} plans one schedule per sample, which has no mean amplitude in time; choose "
+            "strategies that plan one for all, such as stepsize=[ddim,oss_shared]"
+        )
+    run.plan()
+    files = {(name, k): run.folder / "schedules" / f"{name}_{k}.json" for k in run.num_steps for name in run.strategies}
+    module = CalibrateModule(
+        run.setting,
+        {label: StepSchedule.load(path) for label, path in files.items()},
+        run.folder,
+        run.about,
+        per_channel=task.per_channel,
+        last_step_only=task.last_step_only,
+    )
+    model = run.setting.model
+    data: NoiseData = instantiate(
+        cfg.data, event_shape=model.event_shape, num_classes=model.num_classes, search_samples=task.samples
+    )
+    run.trainer.predict(module, dataloaders=data.predict_dataloader()[0], return_predictions=False)
+
+
+class CalibrateModule(L.LightningModule):
+    """Measures the teacher's amplitudes at its nodes, then those of the students, with and without that table.
+
+    students: {(strategy, K): schedule}, each one for all samples.
+    Writes `<folder>/calibration.json` (a `Calibration`) and `<folder>/amplitude.json` (the curves).
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        students: Mapping[tuple[str, int], StepSchedule],
+        folder: Path,
+        provenance: Mapping[str, Any],
+        per_channel: bool,
+        last_step_only: bool,
+    ):
+        super().__init__()
+        self.model = setting.model  # registered, so that Lightning moves it to the device
+        self.setting, self.students, self.folder, self.provenance = setting, students, folder, provenance
+        self.per_channel, self.last_step_only = per_channel, last_step_only
+        self.batches: list[Batch] = []
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.batches.append(batch)
+        return batch["index"]
+
+    def on_predict_epoch_end(self) -> None:
+        if not self.batches:
+            raise ValueError("a rank got no noises; use fewer devices or more task.samples")
+        mine = sum(len(batch["index"]) for batch in self.batches)
+        self.samples = int(DistributedCollective().sum(torch.tensor(mine, device=self.device)))
+        meter = Meter()
+        calls = self.setting.solver.evals_per_step
+        with meter.progress:
+            with meter.measure("teacher", calls * (len(self.setting.grid) - 1), mine):
+                times, low, high = self._mean(self._teacher, meter)
+            provenance = {**self.provenance, "samples": self.samples}
+            calibration = Calibration(self.setting.grid, low, high, self.last_step_only, provenance)
+            curves = [curve("teacher", len(times) - 1, False, times, low, high)]
+            for (name, k), steps in self.students.items():
+                for table in (None, calibration):
+                    with meter.measure(f"{name} K={k}", calls * k, mine):
+                        measured = self._mean(self._student(steps, table), meter)
+                    curves.append(curve(name, k, table is not None, *measured))
+        self._write(calibration, curves)
+        self.trainer.strategy.barrier("the calibration is on disk")
+
+    def _mean(
+        self, follow: Callable[[BoundVelocity, Batch], Points], meter: Meter
+    ) -> tuple[list[float], Tensor, Tensor]:
+        """follow(velocity, batch) yields the (t, x (b, *E)) of P points -> times, and low and high over all ranks.
+
+        Low and high are the means of all samples, (P,) or (P, C) float64.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.batches:
+            times, sums = [], []
+            for t, x in follow(meter.counted(self.setting.velocity(batch["label"])), batch):
+                times.append(t)
+                sums.append(torch.stack(amplitude(x, self.per_channel)).sum(1))
+            total = total + torch.stack(sums, dim=1)
+        low, high = (DistributedCollective().sum(total) / self.samples).cpu()
+        return times, low, high
+
+    def _teacher(self, velocity: BoundVelocity, batch: Batch) -> Points:
+        for state in walk(self.setting.solver, velocity, self._noise(batch), self.setting.grid):
+            yield float(state.t[0]), state.x
+
+    def _student(self, steps: StepSchedule, table: Calibration | None) -> Callable[[BoundVelocity, Batch], Points]:
+        """Points before each network call, with a table also the calibrated ones, and the final one."""
+
+        def follow(velocity: BoundVelocity, batch: Batch) -> Points:
+            points = []
+
+            def watch(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
+                points.append((float(t.flatten()[0]), x))
+                if table is not None:
+                    x = table(x, t, is_last)
+                    points.append((points[-1][0], x))
+                return x
+
+            solver = replace(self.setting.solver, calibration=watch)
+            final = sample(solver, velocity, self._noise(batch), steps, group=self.setting.condition(batch["label"]))
+            return [*points, (0.0, final)]
+
+        return follow
+
+    def _noise(self, batch: Batch) -> Tensor:
+        return self.setting.first_state(batch["noise"])
+
+    @rank_zero_only
+    def _write(self, calibration: Calibration, curves: list[dict[str, Any]]) -> None:
+        calibration.save(self.folder / "calibration.json")
+        content = {"model": calibration.provenance["model"], "samples": self.samples, "curves": curves}
+        write_atomically(self.folder / "amplitude.json", json.dumps(content, indent=1) + "\n")
+
+
+def curve(
+    strategy: str, num_steps: int, calibrated: bool, times: list[float], low: Tensor, high: Tensor
+) -> dict[str, Any]:
+    """What the picture is drawn from: low and high (P,) or (P, C) at P times, from noise to data."""
+    return {
+        "strategy": strategy,
+        "num_steps": num_steps,
+        "calibrated": calibrated,
+        "times": times,
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }

@@ -1,0 +1,283 @@
+"""Amplitude calibration: quantiles are numpy's, calibrated states have the table's, and replays are the reference's."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from oss_exp.calibration import Calibration, amplitude
+from oss_exp.solvers import Euler, sample, trajectory
+from oss_exp.steps import StepSchedule
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def float64(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def whole(**changes) -> Calibration:
+    fields = {"times": [1.0, 0.6, 0.1, 0.0], "low": [-1.6, -1.2, -1.0, -0.9], "high": [1.7, 1.0, 0.8, 0.7]}
+    return Calibration(**{k: float64(v) for k, v in fields.items()} | {"provenance": {"seed": 3}} | changes)
+
+
+def by_channel(**changes) -> Calibration:
+    low = float64([[-1.6, -1.5], [-1.2, -2.0], [-1.0, 0.2], [-0.9, 0.3]])
+    return whole(low=low, high=low + float64([1.0, 3.0]), **changes)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Amplitudes
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 1), (2, 2), (3, 20), (3, 21), (1, 22), (4, 3, 7, 5), (0, 4)])
+def test_quantiles_are_those_of_numpy(shape, dtype):
+    x = randn(*shape).to(dtype)
+    rows = x.double().numpy().reshape(shape[0], math.prod(shape[1:]))
+    low, high = amplitude(x, per_channel=False)
+    assert low.dtype == high.dtype == torch.float64
+    for found, q in ((low, 0.05), (high, 0.95)):
+        np.testing.assert_allclose(found.numpy(), np.quantile(rows, q, axis=1), rtol=1e-14, atol=1e-15)
+
+
+def test_quantiles_of_each_channel():
+    x = randn(4, 3, 7, 5)
+    for found, q in zip(amplitude(x, per_channel=True), (0.05, 0.95), strict=True):
+        np.testing.assert_allclose(found.numpy(), np.quantile(x.numpy(), q, axis=(2, 3)), rtol=1e-14)
+
+
+def test_the_order_of_the_elements_and_of_memory_does_not_matter():
+    x = randn(2, 3, 4, 5)
+    swapped = x.to(memory_format=torch.channels_last).flip(-1)
+    assert all(a.equal(b) for a, b in zip(amplitude(x, False), amplitude(swapped, False), strict=True))
+
+
+def test_more_elements_than_a_float32_can_count():
+    """Above 2^24 elements, where torch.quantile gave up for long."""
+    count = 2**24 + 2
+    low, high = amplitude(torch.arange(count, dtype=torch.float64).flip(0)[None], per_channel=False)
+    assert (low.item(), high.item()) == pytest.approx((0.05 * (count - 1), 0.95 * (count - 1)), rel=1e-15)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_state_that_is_not_finite_is_refused(bad):
+    x = randn(2, 3, 4)
+    x[1, 2, 3] = bad
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) holds NaN or infinity"):
+        amplitude(x, per_channel=False)
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        whole()(x, float64(0.5), is_last=False)
+
+
+def test_a_state_without_channels_is_refused():
+    with pytest.raises(ValueError, match=r"per channel has no axis in \(5,\)"):
+        amplitude(randn(5), per_channel=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Calibrated states
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [whole, by_channel])
+def test_a_calibrated_state_has_the_amplitudes_of_the_table(make):
+    calibration, x = make(), 3 * randn(4, 2, 6, 5) - 1
+    for node, t in enumerate(calibration.times):
+        low, high = amplitude(calibration(x, t, is_last=False), calibration.per_channel)
+        torch.testing.assert_close(low, calibration.low[node].expand_as(low), rtol=0, atol=1e-14)
+        torch.testing.assert_close(high, calibration.high[node].expand_as(high), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [whole, by_channel])
+def test_between_two_nodes_the_table_is_linear_in_time(make):
+    calibration = make()
+    t = float64([0.6, 0.475, 0.1, 0.025, 0.0, 1.0])
+    low, high = calibration.at(t)
+    for found, table in ((low, calibration.low), (high, calibration.high)):
+        expected = [table[1], 0.75 * table[1] + 0.25 * table[2], table[2], 0.25 * table[2] + 0.75 * table[3]]
+        torch.testing.assert_close(found, torch.stack([*expected, table[3], table[0]]), rtol=0, atol=1e-15)
+        assert found[[0, 2, 4, 5]].equal(table[[1, 2, 3, 0]])  # at a node not a bit differs
+
+
+@pytest.mark.parametrize("make", [whole, by_channel])
+def test_every_row_has_its_own_time(make):
+    calibration, x, t = make(), randn(3, 2, 9), float64([0.9, 0.6, 0.05])
+    together = calibration(x, t, is_last=False)
+    for row in range(3):
+        assert together[row].equal(calibration(x[row : row + 1], t[row], is_last=False)[0])
+
+
+def test_the_range_that_a_state_arrives_with_does_not_matter():
+    calibration, x, t = whole(), randn(3, 40), float64(0.3)
+    once = calibration(x, t, is_last=False)
+    torch.testing.assert_close(calibration(5 * x - 2, t, is_last=False), once, rtol=0, atol=1e-14)
+    torch.testing.assert_close(calibration(once, t, is_last=True), once, rtol=0, atol=1e-14)
+
+
+def test_a_state_keeps_its_dtype():
+    x = randn(3, 40)
+    low = whole()(x.float(), float64(0.3), is_last=False)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.double(), whole()(x, float64(0.3), is_last=False), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [-0.01, 1.01, math.nan])
+def test_a_time_outside_the_grid_is_refused(t):
+    with pytest.raises(ValueError, match=f"for t = 1 to 0, asked for t = {t:.6g}; calibrate"):
+        whole()(randn(2, 4), float64([0.5, t]), is_last=False)
+
+
+def test_a_grid_that_begins_later_covers_no_earlier_time():
+    late = whole(times=float64([0.9, 0.6, 0.1, 0.0]))
+    late(randn(2, 4), float64(0.9 + 1e-12), is_last=False)  # the same time after rounding
+    with pytest.raises(ValueError, match=r"asked for t = 0\.95"):
+        late(randn(2, 4), float64(0.95), is_last=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, 1e-44, 1e-20])
+def test_a_state_without_spread_is_only_shifted(spread, dtype):
+    x = torch.stack([randn(21), torch.full((21,), 7.0)]).to(dtype)
+    x[1] = spread * torch.arange(21)
+    after = whole()(x, float64(0.6), is_last=False)
+    low, high = amplitude(after, per_channel=False)
+    assert (low[0].item(), high[0].item()) == pytest.approx((-1.2, 1.0), abs=1e-6)
+    assert after[1].tolist() == pytest.approx([-0.1] * 21, abs=1e-7)
+
+
+def test_a_table_without_spread_shrinks_to_its_value():
+    flat = whole(low=float64([0.5] * 4), high=float64([0.5] * 4))
+    assert flat(randn(2, 9), float64(0.5), is_last=False).flatten().tolist() == pytest.approx([0.5] * 18, abs=1e-15)
+
+
+def test_last_step_only():
+    x, t = randn(3, 40), float64(0.3)
+    last = whole(last_step_only=True)
+    assert last(x, t, is_last=False) is x
+    assert last(x, t, is_last=True).equal(whole()(x, t, is_last=True))
+
+
+def test_a_table_of_other_channels_is_refused():
+    for x in (randn(2, 3, 4), randn(2)):
+        with pytest.raises(ValueError, match="tables of 2 channels"):
+            by_channel()(x, float64(0.5), is_last=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"times": [1.0, 0.6, 0.6, 0.0]}, "strictly decreasing"),
+        ({"times": [0.0, 0.1, 0.6, 1.0]}, "strictly decreasing"),
+        ({"times": [[1.0, 0.6, 0.1, 0.0]]}, "strictly decreasing"),
+        ({"times": [1.0], "low": [0.0], "high": [1.0]}, "two or more"),
+        ({"times": [1.1, 0.6, 0.1, 0.0]}, r"in \[0, 1\], got 1.1"),
+        ({"times": [1.0, 0.6, 0.1, -0.1]}, r"in \[0, 1\], got 1.0 to -0.1"),
+        ({"times": [1.0, math.nan, 0.1, 0.0]}, "times of a calibration must be finite"),
+        ({"low": [-1.0, -math.inf, -1.0, -1.0]}, "low of a calibration must be finite"),
+        ({"low": [-1.0, -1.0, -1.0]}, r"must be \(4,\) or \(4, C\)"),
+        ({"low": [[-1.0]] * 4}, r"got \(4, 1\) and \(4,\)"),
+        ({"high": [1.0, 1.0, -1.1, 1.0]}, "low of a calibration must not exceed high"),
+    ],
+)
+def test_the_constructor_refuses_what_is_not_a_table(fields, words):
+    with pytest.raises(ValueError, match=words):
+        whole(**{name: float64(value) for name, value in fields.items()})
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibration", [whole(), by_channel(last_step_only=True), whole(provenance={})])
+def test_a_file_gives_the_same_calibration(calibration, tmp_path):
+    read = Calibration.load(calibration.save(tmp_path / "made" / "calibration.json"))
+    assert all(getattr(read, name).equal(getattr(calibration, name)) for name in ("times", "low", "high"))
+    assert read.last_step_only == calibration.last_step_only
+    assert read.per_channel == calibration.per_channel
+    assert read.provenance == calibration.provenance
+
+
+DAMAGE = {
+    "format": (lambda r: {**r, "format": "oss_exp/step_schedule"}, 'no "format": "oss_exp/calibration"'),
+    "a list": (lambda r: [r], 'no "format"'),
+    "version": (lambda r: {**r, "version": 99}, "has format version 99, this program reads 1"),
+    "no low": (lambda r: {k: v for k, v in r.items() if k != "low"}, "lacks the field 'low'"),
+    "no flag": (lambda r: {k: v for k, v in r.items() if k != "last_step_only"}, "lacks the field 'last_step_only'"),
+    "quantiles": (lambda r: {**r, "quantiles": [0.01, 0.99]}, r"quantiles must be \[0\.05, 0\.95\]"),
+    "flag": (lambda r: {**r, "last_step_only": "no"}, "last_step_only must be true or false"),
+    "provenance": (lambda r: {**r, "provenance": [1]}, "provenance an object"),
+    "words": (lambda r: {**r, "high": ["a"] * 4}, "is damaged"),
+    "ragged": (lambda r: {**r, "high": [[1.0], 2.0]}, "is damaged"),
+    "null": (lambda r: {**r, "times": None}, "is damaged"),
+    "values": (lambda r: {**r, "high": [-9.0] * 4}, "low of a calibration must not exceed high"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_is_refused_by_name(kind, tmp_path):
+    change, words = DAMAGE[kind]
+    path = whole().save(tmp_path / "calibration.json")
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=words) as error:
+        Calibration.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "is empty"), ('{"format": "oss', "is not complete JSON")])
+def test_a_truncated_file_is_refused(text, words, tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} {words}"):
+        Calibration.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"calibration {tmp_path / 'none.json'} does not exist")):
+        Calibration.load(tmp_path / "none.json")
+
+
+def test_check_accepts_its_own_model_and_grid_and_no_other():
+    made = whole(provenance={"model": {"name": "mixture", "sha256": "a" * 64}})
+    made.check("a" * 64, "mixture", made.times)
+    with pytest.raises(ValueError, match=r"made for model 'mixture' \(weights aaaaaaaaaaaa\), this run has 'other'"):
+        made.check("b" * 64, "other", made.times)
+    with pytest.raises(ValueError, match="a teacher of 3 steps from t = 1, this run's has 2"):
+        made.check("a" * 64, "mixture", made.times[1:])
+    with pytest.raises(ValueError, match="or other times"):
+        made.check("a" * 64, "mixture", made.times.clone().index_fill(0, torch.tensor(1), 0.61))
+    with pytest.raises(ValueError, match="made for model None"):
+        whole().check("a" * 64, "mixture", made.times)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The released code
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [20, 50, 100])
+@pytest.mark.parametrize("grid", ["uniform", "edm", "ddpm"])
+def test_tables_and_replays_are_those_of_the_released_code(velocity, gmm, oss_oracle, oss_arrays, tmp_path, grid, size):
+    """Its tables leave out t = 0, where no network is called; its students start free, as the paper's do."""
+    arrays = {name: oss_arrays[f"{grid}_N{size}.{name}"] for name in ("fm_steps", "min_amp", "max_amp")}
+    nodes = arrays["fm_steps"].flip(0)
+    states = trajectory(Euler(), velocity, gmm["z"], nodes)
+    low, high = (torch.stack(q).mean(1) for q in zip(*(amplitude(x, False) for x in states), strict=True))
+    assert (low[:-1] - arrays["min_amp"].flip(0)).abs().max() < 1e-10
+    assert (high[:-1] - arrays["max_amp"].flip(0)).abs().max() < 1e-10
+    path = Calibration(nodes, low, high).save(tmp_path / "calibration.json")
+    for k in (3, 5, 10):
+        name = f"{grid}_N{size}_M{k}"
+        indices = oss_oracle["cases"][name]["median_schedule"]
+        times = nodes[[size - i for i in reversed(indices)] + [size]]
+        steps = StepSchedule(times, "free", float(nodes[0]))
+        final = sample(Euler(calibration=str(path)), velocity, gmm["z"], steps)
+        assert (final - oss_arrays[f"{name}.student_final_median_renorm"]).abs().max() < 1e-10
+        assert (final - sample(Euler(), velocity, gmm["z"], steps)).abs().max() > 1e-3
