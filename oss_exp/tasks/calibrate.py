@@ -24,7 +24,7 @@ from oss_exp.solvers import BoundVelocity, sample, walk
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.data import HELD_OUT, NoiseData
-from oss_exp.tasks.run import _Run
+from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import Meter, Setting
 
 Batch = dict[str, Tensor]
@@ -39,7 +39,7 @@ def calibrate(cfg: DictConfig) -> None:
     for name in ("per_channel", "last_step_only"):
         if not isinstance(task[name], bool):
             raise ValueError(f"task.{name} must be true or false, got {task[name]!r}")
-    run = _Run(cfg)
+    run = Run(cfg)
     if run.setting.solver.calibration is not None:
         raise ValueError("task=calibrate runs the solver as it is; set solver.calibration=null")
     if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:

@@ -25,13 +25,13 @@ from oss_exp.tasks.search import SearchModule, Setting, describe
 
 def search(cfg: DictConfig) -> None:
     """Plan every strategy of `stepsize` for every K of `num_steps`; write schedules/<strategy>_<K>.json."""
-    run = _Run(cfg)
+    run = Run(cfg)
     run.plan()
 
 
 def compare(cfg: DictConfig) -> None:
     """Plan as `search` does, then measure all schedules on held-out noises against the teacher."""
-    run = _Run(cfg)
+    run = Run(cfg)
     run.plan()
     labels = [(name, k) for name in run.strategies for k in run.num_steps]
     run.measure([(name, run.folder / "schedules" / f"{name}_{k}.json") for name, k in labels])
@@ -41,7 +41,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Measure the saved schedule `task.schedule`; without one, plan `stepsize` first."""
     if cfg.task.schedule is None:
         return compare(cfg)
-    run = _Run(cfg)
+    run = Run(cfg)
     path = Path(cfg.task.schedule).expanduser()
     steps = StepSchedule.load(path)
     run.check_fits(path, steps)
@@ -49,7 +49,7 @@ def evaluate(cfg: DictConfig) -> None:
     rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 
 
-class _Run:
+class Run:
     """Everything that the configuration names, built once; fails before any work when a value does not fit."""
 
     def __init__(self, cfg: DictConfig):
