@@ -61,10 +61,10 @@ def test_training_lowers_the_error_on_other_noises(mixture, solver, start):
     noise = torch.randn(112, 64, generator=torch.Generator().manual_seed(1)).double()
     velocity = mixture.velocity(None, 1.0)
     search, other = problem(velocity, noise[:48], solver), problem(velocity, noise[48:], solver)
-    init = ClosedForm(FlowSchedule(1.0), start)
+    init = ClosedForm(EDMSchedule(0.002, 80, 7), start)
     before, after = init.plan(search, [4])[4], ld3(init).plan(search, [4])[4]
     assert after.start == start
-    assert error(other, after) < error(other, before)
+    assert error(other, after) < 0.6 * error(other, before)
 
 
 def test_it_never_ends_worse_than_it_began_on_its_own_validation_half(velocity, gmm):
