@@ -18,12 +18,16 @@ from oss_exp.steps import StepSchedule
 
 
 def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]) -> bytes:
-    """PNG: time against step, one panel a budget; the teacher's nodes as ticks, per-sample schedules as a band."""
+    """PNG: time against step, one panel a budget; the teacher's nodes as ticks, per-sample schedules as a band.
+
+    Steps whose order a search chose carry it as a number.
+    """
     budgets = sorted({plan.num_steps for _, plan in plans})
     size = (3.5 + 4.5 * len(budgets), 4.6)
     figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
     names = sorted({name for name, _ in plans})
-    colors = dict(zip(names, plt.get_cmap("tab10").colors * (1 + len(names) // 10), strict=False))
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    colors = dict(zip(names, palette * (1 + len(names) // len(palette)), strict=False))
     for axis, k in zip(axes[0], budgets, strict=True):
         axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
         for name, plan in plans:
@@ -39,6 +43,12 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
                 name_shown = name
             style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
             axis.plot(steps, times, color=colors[name], label=name_shown, **style)
+            if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1:
+                for step, order in enumerate(plan.orders.tolist()):
+                    middle = step + 0.5, times[step : step + 2].mean()
+                    axis.annotate(
+                        str(order), middle, (3, 3), textcoords="offset points", color=colors[name], fontsize=8
+                    )
         axis.set(title=f"K = {k}", xlabel="network call", xticks=np.arange(k + 1))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")

@@ -136,6 +136,15 @@ class Problem:
         features = self.distance.features(x, t, self.velocity)
         return self.distance.between(features, goal.repeat(copies, *[1] * (goal.ndim - 1)))
 
+    def at_most(self, order: int | None) -> Problem:
+        """The same question and teacher for students whose steps are of this order or less."""
+        if order is None or not isinstance(self.solver, LinearMultistep) or order >= self.solver.order:
+            return self
+        part = replace(self, solver=replace(self.solver, order=order))
+        for kept in ("teacher", "mean", "goals"):
+            part.__dict__[kept] = getattr(self, kept)
+        return part
+
     def subset(self, samples: Tensor) -> Problem:
         """The same question for some of this rank's samples, (b,) positions, with no other rank to agree with.
 

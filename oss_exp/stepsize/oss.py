@@ -9,7 +9,7 @@ Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget; path
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -62,7 +62,10 @@ class Band:
 
 @dataclass(frozen=True)
 class _Search:
-    """What all OSS strategies share: where a student may start, the band (or its fields as a dict), and refinement."""
+    """What all OSS strategies share: where a student may start, the band (or its fields as a dict), and refinement.
+
+    max_order: of a multistep solver's steps; None: the solver's own.
+    """
 
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
@@ -70,8 +73,11 @@ class _Search:
     start: Start
     band: Band | None
     refine: bool
+    max_order: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.max_order is not None and (not isinstance(self.max_order, int) or self.max_order < 1):
+            raise ValueError(f"max_order must be null or a whole number of at least 1, got {self.max_order!r}")
         if self.start not in get_args(Start):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
         if isinstance(self.band, Mapping):
@@ -87,6 +93,7 @@ class _Search:
         self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None = None
     ) -> dict[int, Path]:
         """The best path of the recursion for every budget, refined if wanted."""
+        problem = problem.at_most(self.max_order)
         if self.band is None:
             found = recurse(problem, self._layers(problem, budgets, 1), budgets, self.start, objective, fit).paths
         else:
@@ -233,13 +240,17 @@ class OSSAve(_Search):
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         plans = {}
-        for k, path in OSS(self.start, self.band, False, self.chunk).sample_paths(problem, budgets).items():
+        for k, path in (
+            OSS(self.start, self.band, False, self.chunk, max_order=self.max_order)
+            .sample_paths(problem, budgets)
+            .items()
+        ):
             agreed = Path(
                 strictly_monotone(self._agree(path.nodes), problem.num_nodes)[:, None],
                 self._agree(path.orders)[:, None],
             )
             if self.refine:
-                agreed = refine(problem, agreed, self.start, Shared("mean"))
+                agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"))
             plans[k] = _schedule(problem, agreed.nodes, agreed.orders, self.start)
         return plans
 
