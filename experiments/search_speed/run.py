@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from oss_exp.distances import MSE
+from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
 from oss_exp.models.mixture import GaussianMixture
@@ -79,7 +79,7 @@ def measure(name: str, threads: int, seed: int) -> dict:
         nodes = torch.nn.functional.pad(paths, (0, 1), value=N)
         plan = StepSchedule(grid[nodes], "free", 1.0, samples=tuple(range(SAMPLES)))
     else:
-        plan = STRATEGIES[name].plan(Problem(velocity, noise, grid, Euler(), MSE()), [K])[K]
+        plan = STRATEGIES[name].plan(Problem(velocity, noise, grid, Euler(), XtMSE()), [K])[K]
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
     return {

@@ -280,28 +280,19 @@ class _LinearEdges(_Edges):
         for order in range(1, len(times) + 1):
             a, b = problem.solver.coefficients(times[:order], t_next)
             weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))  # (S, b, J, order + 1)
-        cost = _quadratic_costs(problem, self._basis(), self._basis_products(), targets, num_sources, weights)
+        state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
+        inner = _inner_products(problem, [state.x, *state.outputs])
+        cost = _quadratic_costs(problem, inner, [shadow.x, *shadow.outputs], targets, weights)
         parent, order, cost = self._best(cost, legal)
-        self._advance(parent, targets, order)
+        rows, t_next = self._rows(parent), problem.grid[targets].expand(-1, count).flatten()
+        steps = t_next, order.expand(-1, count).flatten()
+        self.state = problem.solver.advance(problem.velocity, self.state.map(lambda old: old[rows]), *steps)
+        self.shadow = problem.solver.advance(problem.velocity, self.shadow.map(lambda old: old[rows]), *steps)
         return parent, order, cost
 
     def keep(self, rows: int) -> None:
         super().keep(rows)
         self.shadow = self.shadow.map(lambda old: old[:rows])
-
-    def _basis(self) -> list[Tensor]:
-        return [self.state.x, *self.state.outputs]
-
-    def _basis_products(self) -> list[Tensor]:
-        return [self.shadow.x, *self.shadow.outputs]
-
-    def _advance(self, parent: Tensor, targets: Tensor, order: Tensor) -> None:
-        rows, count = self._rows(parent), len(self.problem.noise)
-        t_next = self.problem.grid[targets].expand(-1, count).flatten()
-        order = order.expand(-1, count).flatten()
-        solver, f = self.problem.solver, self.problem.velocity
-        self.state = solver.advance(f, self.state.map(lambda old: old[rows]), t_next, order)
-        self.shadow = solver.advance(f, self.shadow.map(lambda old: old[rows]), t_next, order)
 
 
 class _FittedEdges(_LinearEdges):
@@ -311,9 +302,9 @@ class _FittedEdges(_LinearEdges):
         super().__init__(problem, objective)
         self.fit = fit
         self.capacity = fit.history * len(problem.teacher.first)
-        self.constants = [problem.noise, sample_means(problem)]
-        first = torch.zeros(1, 1, dtype=torch.long, device=problem.noise.device)
-        self.constant_products = [_products(problem, first - 1, vector) for vector in self.constants]
+        self.constants = problem.noise, sample_means(problem)
+        everywhere = torch.full((1, 1), -1, device=problem.noise.device)  # before the first node: all can be reached
+        self.constant_products = tuple(_products(problem, everywhere, vector) for vector in self.constants)
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
         velocities = self._answers(sources, reuse_first)
@@ -323,40 +314,26 @@ class _FittedEdges(_LinearEdges):
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
-        basis, products = self._basis(), self._basis_products()
-        gram = torch.zeros(num_sources, len(basis), len(basis), dtype=torch.float64, device=targets.device)
-        for part in torch.arange(count, device=targets.device).split(SCORE_GROUP):
-            group = torch.stack([_features(problem, u.unflatten(0, (-1, count))[:, part]) for u in basis])
-            gram += torch.einsum("pgsf,qgsf->spq", group, group)
-        goal = torch.stack(
-            [u.unflatten(0, (num_sources, count)).sum(1)[:, targets[:, 0]] for u in products]
-        )  # (P, S, J)
-        gram, goal = problem.collective.sum(gram), problem.collective.sum(goal)
-        anchor = self._ordinary(num_sources, targets, len(basis))  # (S, J, P)
-        pull = self.fit.ridge * gram.diagonal(dim1=1, dim2=2)[:, None]  # (S, 1, P)
-        right = goal.permute(1, 2, 0) + pull * anchor
-        w = torch.linalg.solve(gram + torch.diag_embed(pull[:, 0]), right.mT).mT  # (S, J, P)
-        cost = _quadratic_costs(problem, basis, products, targets, num_sources, [w[:, None]])
+        state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
+        basis, products = (  # P times (S, B, ...)
+            [moving.x, *(vector.expand_as(moving.x) for vector in constants), *moving.outputs]
+            for moving, constants in ((state, self.constants), (shadow, self.constant_products))
+        )
+        inner = _inner_products(problem, basis)  # (S, B, P, P)
+        gram = problem.collective.sum(inner.sum(1))
+        goal = torch.stack([product.sum(1)[:, targets[:, 0]] for product in products], dim=-1)  # (S, J, P)
+        pull = self.fit.ridge * gram.diagonal(dim1=1, dim2=2)  # (S, P)
+        right = problem.collective.sum(goal) + pull[:, None] * self._ordinary(num_sources, targets, len(basis))
+        w = torch.linalg.solve(gram + torch.diag_embed(pull), right.mT).mT  # (S, J, P)
+        cost = _quadratic_costs(problem, inner, products, targets, [w[:, None]])
         parent, _, cost = self._best(cost, legal)
         weights = w[parent[:, 0], torch.arange(len(targets), device=targets.device)]  # (J, P)
-        rows, each = self._rows(parent), weights.repeat_interleave(count, 0).T
+        each, rows = weights.repeat_interleave(count, 0).T, self._rows(parent)
         t_next = problem.grid[targets].expand(-1, count).flatten()
-        self.state = _combined(self.state, [u[rows] for u in basis], each, rows, t_next)
-        self.shadow = _combined(self.shadow, [u[rows] for u in products], each, rows, t_next)
-        padding = self.capacity - len(self.state.outputs)
-        return parent, torch.nn.functional.pad(weights, (0, padding)), cost
-
-    def _basis(self) -> list[Tensor]:
-        return self._with(self.state, self.constants)
-
-    def _basis_products(self) -> list[Tensor]:
-        return self._with(self.shadow, self.constant_products)
-
-    @staticmethod
-    def _with(state: State, constants: Sequence[Tensor]) -> list[Tensor]:
-        copies = len(state.x) // len(constants[0])
-        tiled = [vector.repeat(copies, *[1] * (vector.ndim - 1)) for vector in constants]
-        return [state.x, *tiled, *state.outputs]
+        x, x_shadow = (combine(list(each), [u[parent[:, 0]].flatten(0, 1) for u in us]) for us in (basis, products))
+        self.state = replace(self.state.map(lambda old: old[rows]), x=x, t=t_next)
+        self.shadow = replace(self.shadow.map(lambda old: old[rows]), x=x_shadow, t=t_next)
+        return parent, torch.nn.functional.pad(weights, (0, self.capacity - len(state.outputs))), cost
 
     def _ordinary(self, num_sources: int, targets: Tensor, size: int) -> Tensor:
         """(S, J, P) coefficients of the solver's step, or of the Euler step where it does not predict x0."""
@@ -373,11 +350,6 @@ class _FittedEdges(_LinearEdges):
             for r, share in enumerate(mix):
                 anchor[..., 3 + h * parts + r] = weight * share
         return anchor
-
-
-def _combined(state: State, vectors: list[Tensor], weights: Tensor, rows: Tensor, t_next: Tensor) -> State:
-    moved = state.map(lambda old: old[rows])
-    return replace(moved, x=combine(list(weights), vectors), t=t_next)
 
 
 def unflatten(state: State, num_nodes: int) -> State:
@@ -404,26 +376,27 @@ def _products(problem: Problem, nodes: Tensor, vectors: Tensor) -> Tensor:
     return result.flatten(0, 1)
 
 
+def _inner_products(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
+    """basis P x (S, B, *E) -> (S, B, P, P) float64: <u_p, u_q> under the distance's features."""
+    parts = []
+    for first in range(0, len(problem.noise), SCORE_GROUP):
+        part = slice(first, first + SCORE_GROUP)
+        vectors = torch.stack([_features(problem, u[:, part]) for u in basis], dim=2)  # (g, S, P, F)
+        parts.append(vectors @ vectors.mT)
+    return torch.cat(parts).transpose(0, 1)
+
+
 def _quadratic_costs(
-    problem: Problem,
-    basis: Sequence[Tensor],
-    products: Sequence[Tensor],
-    targets: Tensor,
-    num_sources: int,
-    weights: Sequence[Tensor],
+    problem: Problem, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]
 ) -> Tensor:
-    """basis P x (S*B, *E), products P x (S*B, N+1), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
-    count = len(problem.noise)
+    """inner (S, B, P, P), products P x (S, B, N+1), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
+    (num_sources, count), size = inner.shape[:2], problem.goals[0][0].numel()
     cost = torch.empty(len(weights), num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
-    basis = [u.unflatten(0, (num_sources, count)) for u in basis]
-    products = [u.unflatten(0, (num_sources, count)) for u in products]
     nodes = targets.T.expand(count, -1)  # (B, J)
     for first in range(0, count, SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
         columns = nodes[part][None].expand(num_sources, -1, -1)
-        vectors = [_features(problem, u[:, part]) for u in basis]  # P times (g, S, F)
         crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]  # P times (S, g, J)
-        inner = [[torch.linalg.vecdot(u, w).T[..., None] for w in vectors[: p + 1]] for p, u in enumerate(vectors)]
         length = problem.goal_norms.T[part].gather(1, nodes[part])[None]
         for o, table in enumerate(weights):
             total = length.repeat(num_sources, 1, 1)
@@ -431,9 +404,9 @@ def _quadratic_costs(
             for p in range(len(w)):
                 slope = crossed[p].clone()
                 for q in range(p + 1):
-                    slope.addcmul_(w[q], inner[p][q], value=1 if p == q else 2)
+                    slope.addcmul_(w[q], inner[:, part, p, q, None], value=1 if p == q else 2)
                 total.addcmul_(w[p], slope)
-            cost[o, :, part] = total.clamp_(min=0) / vectors[0].shape[-1]
+            cost[o, :, part] = total.clamp_(min=0) / size
     return cost.transpose(2, 3)
 
 

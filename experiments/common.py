@@ -1,0 +1,36 @@
+"""What the experiments share: runs of the program, each kept in a folder and made once; small tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from oss_exp.files import write_atomically
+from oss_exp.report.results import Result, read_run
+
+OUTPUTS = Path("outputs/experiments")
+
+
+def measure(name: str, *overrides: str) -> list[Result]:
+    """The results of `oss-exp <overrides>`, run into outputs/experiments/<name> unless it is there already."""
+    folder = OUTPUTS / name
+    if not (folder / "metrics.json").exists():
+        print("oss-exp", *overrides, flush=True)
+        command = [sys.executable, "-m", "oss_exp", *overrides, "logger=none", f"hydra.run.dir={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return read_run(folder)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def keep(script: str, name: str, content: str | bytes) -> None:
+    """Write a result beside the script that made it, and say so."""
+    path = Path(script).with_name(name)
+    write_atomically(path, content)
+    print(path if isinstance(content, bytes) else f"{path}\n\n{content}")
