@@ -135,7 +135,7 @@ class Solver(abc.ABC):
         return [self.order] * num_steps
 
     def nfe(self, times: Tensor) -> int:
-        """Network calls per sample through times (K+1,), from noise to data."""
+        """Network calls per sample through times (K+1,) that end at t = 0."""
         return (len(times) - 1) * self.evals_per_step
 
 
@@ -184,7 +184,7 @@ class LinearMultistep(Solver):
         weights = None
         for o in order.unique().tolist():
             if not 1 <= o <= highest:
-                raise ValueError(f"a step of order {o} needs {o} outputs, there are {highest}")
+                raise ValueError(f"a step of order {o} was asked for; {highest} outputs allow orders 1 to {highest}")
             a, b = self.coefficients(state.times[:o], t_next)
             found = [a, *b, *[torch.zeros_like(t_next)] * (highest - o)]
             if weights is not None:
@@ -246,7 +246,7 @@ def combine(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
 
 def require_order(order: int, highest: int) -> None:
     """ValueError unless order is one of 1 .. highest."""
-    if order not in range(1, highest + 1) or isinstance(order, bool):
+    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= highest:
         raise ValueError(f"order must be a whole number from 1 to {highest}, got {order!r}")
 
 

@@ -13,6 +13,9 @@ from oss_exp.solvers.base import LinearMultistep, require_order
 class DPMSolverPP(LinearMultistep):
     """Orders 1 to 3, data prediction (Lu et al. 2022, arXiv 2211.01095, Alg. 2 and its third-order form in the code).
 
+    The third-order form is the released one, here and in diffusers: its last term has half the weight that order 3
+    needs, so its error falls with the square of the step. UniPC's third order is of order 3.
+
     lower_order_final: the last step but one at most of order 2. (The last, into t = 0, is always of order 1.)
     """
 

@@ -38,7 +38,7 @@ class Heun(Solver):
         corrects = t_next > 0 if self.clock == "t" else (t_next > 0) & (t < 1)
         if not bool(corrects.any()):
             return replace(state, x=euler, t=t_next)
-        change = f(euler, t_next) - slope
+        change = f(euler, torch.where(corrects, t_next, t)) - slope  # nobody asks about clean data
         if self.clock == "t":
             corrected = euler + step * 0.5 * change
         else:  # half a step in sigma times the change of eps = x + (1 - t) v, all seen at t'

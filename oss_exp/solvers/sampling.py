@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import Solver, State, VelocityFn, answers, combine, rowwise, walk
+from oss_exp.solvers.base import LinearMultistep, Solver, State, VelocityFn, answers, combine, rowwise, walk
 from oss_exp.steps import StepSchedule
 
 
@@ -23,6 +23,8 @@ def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, gr
         raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
     calibration, orders = solver.calibration, None
     if steps.orders is not None:
+        if not isinstance(solver, LinearMultistep):
+            raise ValueError(f"the schedule has an order for each step, {solver} takes none; choose run_orders=fixed")
         if int(steps.orders.max()) > solver.order:
             raise ValueError(
                 f"the schedule has steps of order {int(steps.orders.max())}, {solver} goes up to {solver.order}; "

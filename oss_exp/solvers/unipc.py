@@ -17,9 +17,9 @@ class UniPC(LinearMultistep):
     """Orders 1 to 3, data prediction (Zhao et al. 2023, arXiv 2302.04867, Alg. 5-8), one network call a step.
 
     variant bh1 has B(h) = h, bh2 B(h) = e^h - 1. The corrector acts in `observe`: the call at the predicted state
-    corrects that state, at its predictor's order, and is remembered as it is. After a step from t = 1, where h is
-    infinite, bh2's corrector has a limit and bh1's none: it is left out. The last state is never observed, so never
-    corrected.
+    corrects that state, at its predictor's order, and is remembered as it is; together they are one order better. Right
+    after a step from t = 1, where h is infinite, bh2's corrector takes its limit and bh1, which has none, does not
+    correct. The last state is never observed, so never corrected.
     lower_order_final: the last step but one at most of order 2. (The last, into t = 0, is always of order 1.)
     """
 

@@ -56,7 +56,7 @@ def test_option(group, option, tmp_path, monkeypatch):
         with pytest.raises(InstantiationException, match="No supported gpu"):
             instantiate(cfg.trainer)
     elif (group, option) == ("distance", "inception"):  # with weights: test_features.py
-        with pytest.raises(InstantiationException, match="Inception weights .* do not exist"):
+        with pytest.raises(InstantiationException, match=r"Inception weights .* do not exist"):
             instantiate(cfg.distance, extractor={"weights": "w.pth"})
     elif group in ("paths", "hydra"):
         assert cfg.hydra.run.dir

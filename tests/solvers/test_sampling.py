@@ -1,0 +1,88 @@
+"""Running schedules: starts, counts of network calls, and steps with fitted weights."""
+
+import pytest
+import torch
+from references import PINNED, difference, float64, run
+
+from oss_exp.solvers import Euler, nfe, sample, walk
+from oss_exp.solvers.adams_bashforth import AdamsBashforth
+from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
+from oss_exp.solvers.heun import Heun
+from oss_exp.steps import StepSchedule
+
+
+def test_every_yielded_state_but_the_last_has_seen_the_network_at_its_own_time(velocity, gmm):
+    states = list(walk(AdamsBashforth(2), velocity, gmm["z"], PINNED))
+    assert [state.t[0].item() for state in states] == PINNED.tolist()
+    for state in states[:-1]:
+        assert torch.equal(state.outputs[0], velocity(state.x, state.t))
+    assert states[-1].times[0][0] > 0
+
+
+def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_first_call(mixture, gmm):
+    label = torch.arange(16) % 10
+    f, rest = mixture.velocity(label, 1.0), float64(0.9, 0.4, 0)
+    free = sample(Euler(), f, gmm["z"], StepSchedule(rest, start="free"))
+    assert torch.equal(free, run(Euler(), f, gmm["z"], rest))
+    saved = sample(Euler(), f, gmm["z"], StepSchedule(rest, start="analytic", mean=gmm["means"]), group=label)
+    full = sample(Euler(), f, gmm["z"], StepSchedule(float64(1, *rest)))
+    assert difference(saved, full) < 1e-12
+
+
+def test_a_per_sample_schedule_for_other_samples_is_refused(velocity, gmm):
+    steps = StepSchedule(float64([1, 0], [0.9, 0]), start="free", samples=(0, 1))
+    with pytest.raises(ValueError, match="2 samples, the noise has 3"):
+        sample(Euler(), velocity, gmm["z"][:3], steps)
+
+
+def test_nfe_is_that_of_the_sample_with_the_most_calls():
+    steps = StepSchedule(float64([1, 0.5, 0], [0.9, 0.5, 0]), start="free", samples=(0, 1))
+    assert nfe(Heun("sigma"), steps) == 3  # two, but three for the second sample
+    assert nfe(Euler(), steps) == 2
+    fitted = StepSchedule(PINNED, weights=torch.ones(6, 4), mean=torch.zeros(1, 64))
+    assert nfe(Heun("sigma"), fitted) == 6
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Fitted weights
+# --------------------------------------------------------------------------------------------------------------
+
+
+def spelled_out(solver, times, mix=(1.0,)) -> torch.Tensor:
+    """The weights over x, noise, mean and the predictions of x0 with which a run is one of this solver's."""
+    orders = solver.orders(len(times) - 1)
+    weights = torch.zeros(len(orders), 3 + solver.order * len(mix), dtype=torch.float64)
+    for step, order in enumerate(orders):
+        known = [times[step - h] for h in range(order)]
+        weights[step, 0], b = solver.coefficients(known, times[step + 1])
+        weights[step, 3 : 3 + order * len(mix)] = torch.outer(torch.stack(b), float64(*mix)).flatten()
+    return weights
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mixture, gmm):
+    """Order 1 is Euler's. Under guidance the network's answers have a weight each, and the solver mixes them first."""
+    solver, label = DPMSolverPP(order, lower_order_final=False), torch.arange(16) % 10
+    f = mixture.velocity(label, guidance)
+    weights = spelled_out(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
+    found = sample(Euler(), f, gmm["z"], StepSchedule(PINNED, weights=weights, mean=gmm["means"]), group=label)
+    assert difference(found, run(solver, f, gmm["z"], PINNED)) < 1e-13
+    if order == 1:
+        assert difference(found, run(Euler(), f, gmm["z"], PINNED)) < 1e-13
+
+
+def test_the_weights_of_noise_and_mean(velocity, gmm):
+    """The analytic jump, at every step anew; the network is called all the same."""
+    weights = torch.stack([torch.zeros(6), PINNED[1:], 1 - PINNED[1:], torch.zeros(6)], dim=1)
+    label = torch.arange(16) % 10
+    steps = StepSchedule(float64(0.9, 0), start="free", weights=weights[-1:], mean=gmm["means"])
+    assert torch.equal(sample(Euler(), velocity, gmm["z"], steps, group=label), gmm["means"][label])
+    steps = StepSchedule(PINNED, weights=weights, mean=gmm["means"])
+    assert torch.equal(sample(Euler(), velocity, gmm["z"], steps, group=label), gmm["means"][label])
+
+
+def test_stored_orders_need_a_solver_that_takes_them(velocity, gmm):
+    steps = StepSchedule(PINNED, orders=torch.ones(len(PINNED) - 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="takes none; choose run_orders=fixed"):
+        sample(Heun("t"), velocity, gmm["z"], steps)
