@@ -1,0 +1,46 @@
+"""DPM2 equals the released sampler and, at the midpoint, diffusers' KDPM2."""
+
+import pytest
+import torch
+from diffusers import KDPM2DiscreteScheduler
+from references import LATER, difference, difference_to_released, float64, run
+
+from oss_exp.solvers import Euler, trajectory
+from oss_exp.solvers.dpm2 import DPM2
+
+
+@pytest.mark.parametrize("r", [0.5, 0.7])
+def test_equals_released_code(r, velocity, gmm):
+    assert difference_to_released(DPM2(r), f"dpm2_r{r}", velocity, gmm["z"]) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_equals_diffusers(velocity, gmm):
+    """KDPM2 lists each sigma, then the midpoint before the next one; its float32 tables bound the agreement."""
+    scheduler, sigmas = KDPM2DiscreteScheduler(), LATER / (1 - LATER)
+    scheduler.set_timesteps(len(LATER) - 1)
+    scheduler.set_begin_index(0)
+    middles = (sigmas[:-2] * sigmas[1:-1]).sqrt()
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
+    scheduler.sigmas_interpol = torch.cat([sigmas[:1], torch.stack([middles, sigmas[1:-1]], 1).flatten(), sigmas[-1:]])
+    calls = torch.cat([torch.stack([sigmas[:-2], middles], 1).flatten(), sigmas[-2:-1]])
+    scheduler.timesteps = 1000 * calls / (1 + calls)
+    x = gmm["z"] / (1 - LATER[0])
+    for sigma, timestep in zip(calls, scheduler.timesteps, strict=True):
+        t = sigma / (1 + sigma)
+        canonical = x * (1 - t)
+        eps = canonical + (1 - t) * velocity(canonical, t.expand(len(x)))
+        x = scheduler.step(eps, timestep, x).prev_sample
+    assert difference(run(DPM2(0.5), velocity, gmm["z"], LATER), x) < 1e-6
+
+
+def test_a_step_from_1_is_eulers(velocity, gmm):
+    times = float64(1, 0.6, 0)
+    found, euler = (trajectory(solver, velocity, gmm["z"], times) for solver in (DPM2(0.5), Euler()))
+    assert torch.equal(found[1], euler[1])
+
+
+@pytest.mark.parametrize("r", [0, 1.5, "half"])
+def test_a_wrong_r_is_refused(r):
+    with pytest.raises(ValueError, match=r"r must be in \(0, 1\]"):
+        DPM2(r)
