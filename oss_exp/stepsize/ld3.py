@@ -55,12 +55,17 @@ class LD3:
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "ld3 needs gradients, which torch's inference mode forbids; set trainer.inference_mode=false"
+            )
         return {k: self._train(problem, steps) for k, steps in self.init.plan(problem, budgets).items()}
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         passes = sum(k * (self.iterations + 1) for k in check_num_steps(num_steps, num_nodes))
         return self.init.network_calls(num_nodes, num_steps, edge_calls) + passes
 
+    @torch.enable_grad()
     def _train(self, problem: Problem, steps: StepSchedule) -> StepSchedule:
         if steps.start == "free" or steps.weights is not None:
             raise ValueError("ld3.init must start pinned or analytic and step with the solver")

@@ -108,3 +108,11 @@ def test_wrong_settings_are_refused(change, words):
 def test_one_sample_cannot_be_halved(velocity, gmm):
     with pytest.raises(ValueError, match="it needs two or more"):
         ld3().plan(problem(velocity, gmm["z"][:1], Euler()), [2])
+
+
+def test_without_gradients_it_learns_and_in_inference_mode_it_refuses(velocity, gmm):
+    whole = problem(velocity, gmm["z"], Euler())
+    with torch.no_grad():  # as under a Lightning trainer
+        assert not torch.equal(ld3(iterations=5).plan(whole, [4])[4].times, UNIFORM.plan(whole, [4])[4].times)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"trainer\.inference_mode=false"):
+        ld3().plan(whole, [2])
