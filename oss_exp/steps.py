@@ -70,14 +70,14 @@ class StepSchedule:
 
         steps = times.shape[-1] - 1
         if self.orders is not None:
-            orders = torch.as_tensor(self.orders)
+            orders = torch.as_tensor(self.orders).clone()
             object.__setattr__(self, "orders", orders)
             if orders.is_floating_point() or orders.shape != times[..., 1:].shape or bool((orders < 1).any()):
                 raise ValueError(f"the {steps} steps need whole orders of at least 1, got {orders.tolist()}")
             if bool((orders > torch.arange(1, steps + 1)).any()):
                 raise ValueError(f"a step's order cannot exceed the calls made so far, got {orders.tolist()}")
         if self.weights is not None:
-            weights = torch.as_tensor(self.weights, dtype=torch.float64)
+            weights = torch.as_tensor(self.weights, dtype=torch.float64).clone()
             object.__setattr__(self, "weights", weights)
             if weights.ndim != 2 or len(weights) != steps or weights.shape[1] < 4 or not bool(weights.isfinite().all()):
                 raise ValueError(

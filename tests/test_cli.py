@@ -126,6 +126,31 @@ WRONG_VALUES = [
     ("noise_schedule.shift=-1", "shift", "positive", "-1"),
     ("noise_schedule.shift=big", "shift", "big"),
     ("trainer.accelerator=abacus", "trainer", "abacus"),
+    ("run_orders=any", "run_orders", "searched or fixed", "any"),
+    ("distance.norm=3", "norm", "1 or 2", "3"),
+    ("distance=perceptual distance.layer=nose", "distance.layer", "responsibilities"),
+    ("distance=inception distance.extractor.weights=w.pth", "Inception weights", "w.pth"),
+    ("distance=inception", "weights"),
+    ("solver=dpm_solver_pp solver.order=0", "order", "1 to 3", "0"),
+    ("solver=dpm_solver_pp solver.order=4", "order", "1 to 3", "4"),
+    ("solver=unipc solver.order=two", "order", "1 to 3", "two"),
+    ("solver=unipc solver.variant=bh3", "variant", "bh1 or bh2", "bh3"),
+    ("solver=adams_bashforth solver.order=2.5", "order", "1 to 4", "2.5"),
+    ("solver=heun solver.clock=x", "clock", "t or sigma"),
+    ("solver=ipndm solver.weights=best", "weights", "uniform or exact"),
+    ("solver.calibration=none.json", "calibration none.json", "does not exist"),
+    ("stepsize=oss_fit stepsize.oss_fit.ridge=-1", "ridge", "positive", "-1"),
+    ("stepsize=oss_fit stepsize.oss_fit.history=0", "history", "at least 1", "0"),
+    ("stepsize=oss_fit distance=x0_mse", "oss_fit", "xt_mse"),
+    ("stepsize=oss_shared stepsize.oss_shared.max_order=0", "max_order", "at least 1", "0"),
+    ("stepsize=dm stepsize.dm.p=-1", "p must be", "positive", "-1"),
+    ("stepsize=gits stepsize.gits.num_nodes=1", "GITS", "1"),
+    ("stepsize=gits stepsize.gits.coeff=0", "coeff", "positive"),
+    ("stepsize=gits stepsize.gits.metric=bdev", "metric", "dev", "bdev"),
+    ("stepsize=ays stepsize.ays.schedule.table=sd9", "sd9", "sd15", "sdxl"),
+    ("stepsize=ld3 stepsize.ld3.iterations=0", "iterations", "at least 1"),
+    ("stepsize=ld3 data.search_samples=1", "ld3", "two or more"),
+    ("task=calibrate task.samples=0", "task.samples", "1 to"),
     ("stepsize.edm.start=free", "start", "free"),
     ("stepsize.edm.schedule.rho=0", "rho", "positive"),
     ("stepsize.edm.schedule.sigma_min=100", "sigma_min", "100"),
@@ -134,7 +159,7 @@ WRONG_VALUES = [
 
 @pytest.mark.parametrize(("override", *["words"]), [(case[0], case[1:]) for case in WRONG_VALUES])
 def test_a_wrong_value_is_named(override, words, refused):
-    error = refused(*SMALL, override)
+    error = refused(*SMALL, *override.split())
     assert [word for word in words if word not in error] == [], error
 
 

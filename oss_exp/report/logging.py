@@ -44,8 +44,10 @@ def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
 
 
 def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
-    """The configuration, PSNR and gain of every schedule, and with W&B the table and the pictures."""
+    """The configuration, PSNR, gain and spread of every schedule, and with W&B the table and the pictures."""
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    if isinstance(logger, WandbLogger) and (folder / "amplitude.png").exists():
+        logger.log_image("amplitude", [str(folder / "amplitude.png")])
     if not (folder / "metrics.json").exists():
         return
     lines = compare(read_run(folder))
@@ -53,6 +55,7 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     for line in lines:
         key = f"{line.result.strategy}/K{line.result.num_steps}"
         metrics[f"psnr/{key}"] = line.result.psnr.mean
+        metrics[f"spread/{key}"] = line.result.spread.mean
         if line.gain is not None:
             metrics[f"gain/{key}"] = line.gain.mean
     logger.log_metrics(metrics)

@@ -36,7 +36,14 @@ SMALL = [
 
 def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe: int = 5, arena: str = "a", **extra):
     interval = Interval.of(np.array(list(values.values())))
-    fields = {"run": "", "num_steps": nfe, "start": "pinned", "planning": {}, **extra}
+    fields = {
+        "run": "",
+        "num_steps": nfe,
+        "start": "pinned",
+        "planning": {},
+        "spread": Interval.of(np.ones(2)),
+        **extra,
+    }
     return Result(
         strategy=strategy, nfe=nfe, baseline=baseline, psnr=interval, values=values, arena=f"{arena}{nfe}", **fields
     )
@@ -109,7 +116,7 @@ def test_lines_are_by_budget_then_best_first():
 def test_the_markdown_table_has_a_row_for_every_result_and_a_run_column_for_several_runs():
     text = markdown(compare([OURS, DDIM, EDM]))
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == "| strategy | K | NFE | start | PSNR, dB | gain, dB | n | planning |"
+    assert table[0] == "| strategy | K | NFE | start | PSNR, dB | gain, dB | spread | n | planning |"
     assert table[2].startswith("| ours | 5 | 5 | pinned | 27.50 ± ")
     assert len(table) == 2 + 3
     several = markdown(compare([OURS, result("edm", {1: 20.0}, run="7")]))

@@ -14,6 +14,7 @@ import torch
 from helpers import run_cli
 from omegaconf import OmegaConf
 
+from oss_exp.cli import CONF
 from oss_exp.evaluation.psnr import CEILING, psnr
 from oss_exp.files import sha256
 from oss_exp.models.mixture import ASSETS, GaussianMixture
@@ -22,7 +23,7 @@ from oss_exp.solvers import Euler, sample
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.data import HELD_OUT, NoiseDataset
 
-STRATEGIES = ["ddim", "ddim_analytic", "edm", "fm", "logsnr", "oss", "oss_ave", "oss_shared", "quadratic"]
+STRATEGIES = ["ddim", "ddim_analytic", "edm", "fm", "logsnr", "oss", "oss_ave", "oss_fit", "oss_shared", "quadratic"]
 SMALL = [
     "model=mixture_digits",
     "num_teacher_steps=20",
@@ -94,7 +95,7 @@ def direct_psnr(steps: StepSchedule, guidance: float = 1.0, classes: list[int] |
 
 def test_a_comparison_leaves_exactly_these_files(compared):
     plans = [f"{name}_{k}" for name in STRATEGIES for k in (2, 4)]
-    analytic = [plan for plan in plans if "analytic" in plan or "shared" in plan]
+    analytic = [plan for plan in plans if any(word in plan for word in ("analytic", "fit", "shared"))]
     expected = {f"schedules/{plan}.json" for plan in plans}
     expected |= {f"schedules/{plan}.mean{suffix}" for plan in analytic for suffix in (".json", ".safetensors")}
     expected |= {"config.yaml", "metrics.json", "table.md", "schedules.png", "samples.png", "samples.npz"}
@@ -115,7 +116,7 @@ def test_every_step_schedule_says_what_made_it(compared):
         assert about["teacher"]["num_steps"] == 20
         assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.FlowSchedule", "shift": 1.0}
         assert about["solver"]["_target_"] == "oss_exp.solvers.Euler"
-        assert about["distance"]["_target_"] == "oss_exp.distances.MSE"
+        assert about["distance"]["_target_"] == "oss_exp.distances.XtMSE"
         assert about["strategy"]["name"] == strategy
         assert about["strategy"]["baseline"] == (not strategy.startswith("oss"))
         assert about["seed"] == 0
@@ -243,3 +244,79 @@ def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path
     assert [r["per_image"]["index"] for r in metrics(two)["rows"]] == [
         r["per_image"]["index"] for r in metrics(one)["rows"]
     ]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Solvers, orders, calibration, every strategy
+# --------------------------------------------------------------------------------------------------------------
+
+MULTISTEP = ["solver=dpm_solver_pp", "stepsize=[ddim,oss_shared]"]
+
+
+@pytest.fixture(scope="module")
+def multistep(tmp_path_factory) -> Path:
+    return oss_exp(tmp_path_factory.mktemp("multistep") / "run", *MULTISTEP)
+
+
+def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
+    steps = schedules(multistep)["oss_shared_4"]
+    assert steps.orders.tolist()[0] == steps.orders.tolist()[-1] == 1  # warm-up; no polynomial in log-SNR reaches 0
+    saved = f"task.schedule={multistep / 'schedules' / 'oss_shared_4.json'}"
+    evaluated = oss_exp(tmp_path / "again", "solver=dpm_solver_pp", "task=evaluate", saved)
+    assert metrics(evaluated)["rows"] == [row(multistep, "oss_shared", 4)]
+    assert "oss_shared K=4 analytic, orders 1-" in (multistep / "report.html").read_text()
+
+
+def test_fixed_orders_ignore_what_the_search_chose(multistep, tmp_path):
+    fixed = oss_exp(tmp_path / "run", *MULTISTEP, "run_orders=fixed")
+    assert times(fixed) == times(multistep)
+    assert means(fixed)["ddim", 4] == means(multistep)["ddim", 4]
+    steps = schedules(multistep)["oss_shared_4"]
+    assert (steps.orders.tolist() == [1, 2, 2, 1]) == (
+        means(fixed)["oss_shared", 4] == means(multistep)["oss_shared", 4]
+    )
+
+
+def test_orders_searched_with_another_solver_are_refused(multistep, tmp_path):
+    saved = f"task.schedule={multistep / 'schedules' / 'oss_shared_4.json'}"
+    with pytest.raises(SystemExit):
+        oss_exp(tmp_path / "run", "task=evaluate", saved, "solver=unipc")
+    oss_exp(tmp_path / "fixed", "task=evaluate", saved, "solver=unipc", "run_orders=fixed")
+
+
+def test_the_spread_is_the_amplitude_relative_to_the_teachers(compared):
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=1.0, micro_batch=4096)
+    noise = torch.stack([item["noise"] for item in NoiseDataset(0, HELD_OUT, 8, model.event_shape, None)])
+    plans = StepSchedule(FlowSchedule(shift=1.0).nodes(20)), schedules(compared)["edm_4"]
+    velocity = model.velocity(None, 1.0)
+    teacher, student = (
+        np.quantile(sample(Euler(), velocity, noise, p).flatten(1), [0.05, 0.95], axis=1) for p in plans
+    )
+    expected = np.mean((student[1] - student[0]) / (teacher[1] - teacher[0]))
+    assert row(compared, "edm", 4)["spread"]["mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_calibration_changes_the_students_and_not_the_teacher(compared, tmp_path):
+    table = oss_exp(tmp_path / "table", "task=calibrate", "task.samples=8", "num_steps=[4]") / "calibration.json"
+    run = oss_exp(tmp_path / "run", f"solver.calibration={table}", "stepsize=[edm,oss_shared]")
+    assert times(run) == {name: t for name, t in times(compared).items() if name.startswith(("edm", "oss_shared"))}
+    with np.load(run / "samples.npz") as changed, np.load(compared / "samples.npz") as plain:
+        assert (changed["teacher"] == plain["teacher"]).all()
+        assert (changed["edm K=4"] != plain["edm K=4"]).any()
+    for other, words in (
+        ("model=mixture_fashion", "made for model"),
+        ("num_teacher_steps=30", "a teacher of 20 steps"),
+    ):
+        with pytest.raises(SystemExit):
+            oss_exp(tmp_path / "other", f"solver.calibration={table}", "stepsize=edm", other)
+        assert words in (tmp_path / "other" / "error.log").read_text()
+
+
+@pytest.mark.slow
+def test_every_strategy_runs_with_every_kind_of_solver(tmp_path):
+    every = sorted(file.stem for file in (CONF / "stepsize").glob("*.yaml"))
+    chosen = [f"stepsize=[{','.join(every)}]", "num_steps=[3]", "stepsize.ld3.iterations=3"]
+    for solver in ("unipc", "heun"):
+        folder = oss_exp(tmp_path / solver, *chosen, f"solver={solver}")
+        assert {name for name, _ in means(folder)} == set(every)
+    assert times(tmp_path / "unipc")["ld3_3"] != times(tmp_path / "unipc")["ddim_3"]
