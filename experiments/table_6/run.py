@@ -1,4 +1,4 @@
-"""Every baseline and every search at 5 and 10 calls (the paper's table 6), with a first- and a second-order solver.
+"""Every baseline and every search at 5 and 10 calls (the paper's table 6), with a first-order and two second-order solvers.
 
 python -m experiments.table_6.run
 """
@@ -9,7 +9,7 @@ from experiments.common import OUTPUTS, keep, measure
 
 
 def main() -> None:
-    for solver in ("euler", "dpm_solver_pp"):
+    for solver in ("euler", "dpm_solver_pp", "unipc"):
         measure(f"table_6/{solver}", "experiment=baselines", f"solver={solver}")
         keep(__file__, f"{solver}.md", (OUTPUTS / f"table_6/{solver}/table.md").read_text())
         keep(__file__, f"{solver}.png", (OUTPUTS / f"table_6/{solver}/schedules.png").read_bytes())

@@ -27,6 +27,7 @@ from oss_exp.stepsize.base import Collective, Problem
 
 COST_FLOOR = 1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
 SCORE_GROUP = 16  # samples whose inner products are taken at a time; bounds the float64 copies
+REWEIGHTINGS = 4  # least squares solved for a mean of logarithms
 BLOCK = 20  # nodes whose inner products are taken at a time; those with earlier nodes are skipped
 
 
@@ -66,8 +67,10 @@ class Shared:
 class Fit:
     """Every edge fits its own step: x_j = sum_p w_p u_p, u = (x_i, noise, mean, last `history` predictions of x0).
 
-    w is ridge least squares over all samples against the teacher's state; `ridge`, relative to each vector's mean
-    square, pulls w towards the ordinary step. Under guidance the R answers of a call are predictions of their own.
+    w is ridge least squares over all samples against the teacher's state; for the mean log cost with the weight of
+    every sample one over its cost, in a few rounds, which lower that mean (log c <= log c0 + c / c0 - 1). `ridge`,
+    relative to each vector's mean square, pulls w towards the ordinary step. Under guidance the R answers of a call are
+    predictions of their own.
     """
 
     history: int
@@ -126,13 +129,14 @@ def recurse(
     Node N, the data, closes the path in round k of each budget and stands in no layer. A fit needs a quadratic
     distance and an objective for all samples.
     """
-    if fit is not None:
-        edges: _Edges = _FittedEdges(problem, objective, fit)
-    elif isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic:
-        edges = _LinearEdges(problem, objective)
-    else:
-        edges = _TriedEdges(problem, objective)
     end, count = problem.num_nodes, len(problem.noise)
+    if fit is None and not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
+        edges: _Edges = _TriedEdges(problem, objective)
+    else:
+        aims = torch.cat([*(layer.flatten() for layer in layers[1:]), layers[0].new_tensor([end])]).unique()
+        edges = _LinearEdges(problem, objective, aims)
+        if fit is not None:
+            edges = _FittedEdges(problem, objective, aims, fit)
     rounds: list[Round] = []
     paths, costs = {}, {}
     sources = layers[0]
@@ -255,19 +259,24 @@ class _TriedEdges(_Edges):
 class _LinearEdges(_Edges):
     """Score every edge without making it: |sum_p c_p u_p - T_j|^2 needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
 
-    The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j> for all nodes j in their place: a
-    linear solver moves these numbers as it moves the states. Float64 throughout, for the terms nearly cancel.
+    The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j> for all nodes j that a student may
+    jump to (aims (A,), ascending) in their place: a linear solver moves these numbers as it moves the states. Float64
+    throughout, for the terms nearly cancel.
     """
 
     shadow: State
 
+    def __init__(self, problem: Problem, objective: Objective, aims: Tensor):
+        super().__init__(problem, objective)
+        self.aims = aims
+
     def begin(self, sources: Tensor, state: State) -> None:
         self.state = state
-        self.shadow = replace(state, x=_products(self.problem, sources, state.x))
+        self.shadow = replace(state, x=self._products(sources, state.x))
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
         v = mixed(self.problem.velocity, self._answers(sources, reuse_first))
-        products = _products(self.problem, sources, v)
+        products = self._products(sources, v)
         self.state = self.problem.solver.observe(lambda *_: v, self.state)
         self.shadow = self.problem.solver.observe(lambda *_: products, self.shadow)
 
@@ -282,7 +291,7 @@ class _LinearEdges(_Edges):
             weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))  # (S, b, J, order + 1)
         state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
         inner = _inner_products(problem, [state.x, *state.outputs])
-        cost = _quadratic_costs(problem, inner, [shadow.x, *shadow.outputs], targets, weights)
+        cost = self._costs(inner, [shadow.x, *shadow.outputs], targets, weights)
         parent, order, cost = self._best(cost, legal)
         rows, t_next = self._rows(parent), problem.grid[targets].expand(-1, count).flatten()
         steps = t_next, order.expand(-1, count).flatten()
@@ -294,21 +303,62 @@ class _LinearEdges(_Edges):
         super().keep(rows)
         self.shadow = self.shadow.map(lambda old: old[:rows])
 
+    def _products(self, nodes: Tensor, vectors: Tensor) -> Tensor:
+        """vectors (W*B, *E) at nodes (W, b) -> (W*B, A) float64: <u, T_j> under the distance's features.
+
+        Aims that a node, or all nodes of its block, cannot jump to are left out (0).
+        """
+        problem, count = self.problem, len(self.problem.noise)
+        vectors = vectors.unflatten(0, (-1, count))
+        result = torch.zeros(*vectors.shape[:2], len(self.aims), dtype=torch.float64, device=vectors.device)
+        blocks = [range(len(nodes))[first : first + BLOCK] for first in range(0, len(nodes), BLOCK)]
+        for first in range(0, count, SCORE_GROUP):
+            part = slice(first, first + SCORE_GROUP)
+            u = _features(problem, vectors[:, part])  # (g, W, F)
+            goal = torch.stack([problem.goals[aim][part] for aim in self.aims], dim=1).flatten(2).double()  # (g, A, F)
+            for block in blocks:
+                rows = slice(block.start, block.stop)
+                low = int(torch.searchsorted(self.aims, nodes[block.start].min(), right=True))
+                result[rows, part, low:] = torch.bmm(u[:, rows], goal[:, low:].mT).transpose(0, 1)
+        return result.flatten(0, 1)
+
+    def _costs(self, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """inner (S, B, P, P), products P x (S, B, A), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
+        problem, (num_sources, count) = self.problem, inner.shape[:2]
+        size = problem.goals[0][0].numel()
+        cost = torch.empty(len(weights), num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
+        nodes = targets.T.expand(count, -1).contiguous()  # (B, J)
+        for first in range(0, count, SCORE_GROUP):
+            part = slice(first, first + SCORE_GROUP)
+            columns = torch.searchsorted(self.aims, nodes[part])[None].expand(num_sources, -1, -1)
+            crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]  # P times (S, g, J)
+            length = problem.goal_norms.T[part].gather(1, nodes[part])[None]
+            for o, table in enumerate(weights):
+                total = length.repeat(num_sources, 1, 1)
+                w = [column[:, part] if column.shape[1] > 1 else column for column in table.unbind(-1)]
+                for p in range(len(w)):
+                    slope = crossed[p].clone()
+                    for q in range(p + 1):
+                        slope.addcmul_(w[q], inner[:, part, p, q, None], value=1 if p == q else 2)
+                    total.addcmul_(w[p], slope)
+                cost[o, :, part] = total.clamp_(min=0) / size
+        return cost.transpose(2, 3)
+
 
 class _FittedEdges(_LinearEdges):
     """As above, with coefficients that are fitted to the edge; noise and mean join the basis."""
 
-    def __init__(self, problem: Problem, objective: Objective, fit: Fit):
-        super().__init__(problem, objective)
+    def __init__(self, problem: Problem, objective: Objective, aims: Tensor, fit: Fit):
+        super().__init__(problem, objective, aims)
         self.fit = fit
         self.capacity = fit.history * len(problem.teacher.first)
         self.constants = problem.noise, sample_means(problem)
         everywhere = torch.full((1, 1), -1, device=problem.noise.device)  # before the first node: all can be reached
-        self.constant_products = tuple(_products(problem, everywhere, vector) for vector in self.constants)
+        self.constant_products = tuple(self._products(everywhere, vector) for vector in self.constants)
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
         velocities = self._answers(sources, reuse_first)
-        products = [_products(self.problem, sources, v) for v in velocities]
+        products = [self._products(sources, v) for v in velocities]
         self.state = remember_parts(self.state, velocities, self.capacity)
         self.shadow = remember_parts(self.shadow, products, self.capacity)
 
@@ -320,12 +370,18 @@ class _FittedEdges(_LinearEdges):
             for moving, constants in ((state, self.constants), (shadow, self.constant_products))
         )
         inner = _inner_products(problem, basis)  # (S, B, P, P)
-        gram = problem.collective.sum(inner.sum(1))
-        goal = torch.stack([product.sum(1)[:, targets[:, 0]] for product in products], dim=-1)  # (S, J, P)
-        pull = self.fit.ridge * gram.diagonal(dim1=1, dim2=2)  # (S, P)
-        right = problem.collective.sum(goal) + pull[:, None] * self._ordinary(num_sources, targets, len(basis))
-        w = torch.linalg.solve(gram + torch.diag_embed(pull), right.mT).mT  # (S, J, P)
-        cost = _quadratic_costs(problem, inner, products, targets, [w[:, None]])
+        goals = torch.stack(
+            [product[..., torch.searchsorted(self.aims, targets[:, 0])] for product in products], dim=-1
+        )  # (S, B, J, P)
+        ordinary = self._ordinary(num_sources, targets, len(basis))
+        emphasis = torch.ones(num_sources, len(targets), count, dtype=torch.float64, device=targets.device)
+        for _ in range(REWEIGHTINGS if self.objective.objective == "log_mean" else 1):
+            gram = problem.collective.sum(torch.einsum("sjb,sbpq->sjpq", emphasis, inner))
+            right = problem.collective.sum(torch.einsum("sjb,sbjp->sjp", emphasis, goals))
+            pull = self.fit.ridge * gram.diagonal(dim1=2, dim2=3)  # (S, J, P)
+            w = torch.linalg.solve(gram + torch.diag_embed(pull), right + pull * ordinary)
+            cost = self._costs(inner, products, targets, [w[:, None]])
+            emphasis = 1 / cost[0].clamp(min=COST_FLOOR)
         parent, _, cost = self._best(cost, legal)
         weights = w[parent[:, 0], torch.arange(len(targets), device=targets.device)]  # (J, P)
         each, rows = weights.repeat_interleave(count, 0).T, self._rows(parent)
@@ -357,25 +413,6 @@ def unflatten(state: State, num_nodes: int) -> State:
     return state.map(lambda rows: rows.unflatten(0, (num_nodes, -1)))
 
 
-def _products(problem: Problem, nodes: Tensor, vectors: Tensor) -> Tensor:
-    """vectors (W*B, *E) at nodes (W, b) -> (W*B, N+1) float64: <u, T_j> under the distance's features.
-
-    Teacher states that a node, or all nodes of its block, cannot jump to are left out (0).
-    """
-    count = len(problem.noise)
-    vectors = vectors.unflatten(0, (-1, count))
-    result = torch.zeros(*vectors.shape[:2], len(problem.grid), dtype=torch.float64, device=vectors.device)
-    blocks = [range(len(nodes))[first : first + BLOCK] for first in range(0, len(nodes), BLOCK)]
-    for first in range(0, count, SCORE_GROUP):
-        part = slice(first, first + SCORE_GROUP)
-        u = _features(problem, vectors[:, part])  # (g, W, F)
-        goal = torch.stack([goal[part] for goal in problem.goals], dim=1).flatten(2).double()  # (g, N+1, F)
-        for block in blocks:
-            rows, low = slice(block.start, block.stop), int(nodes[block.start].min()) + 1
-            result[rows, part, low:] = torch.bmm(u[:, rows], goal[:, low:].mT).transpose(0, 1)
-    return result.flatten(0, 1)
-
-
 def _inner_products(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
     """basis P x (S, B, *E) -> (S, B, P, P) float64: <u_p, u_q> under the distance's features."""
     parts = []
@@ -384,30 +421,6 @@ def _inner_products(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
         vectors = torch.stack([_features(problem, u[:, part]) for u in basis], dim=2)  # (g, S, P, F)
         parts.append(vectors @ vectors.mT)
     return torch.cat(parts).transpose(0, 1)
-
-
-def _quadratic_costs(
-    problem: Problem, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]
-) -> Tensor:
-    """inner (S, B, P, P), products P x (S, B, N+1), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
-    (num_sources, count), size = inner.shape[:2], problem.goals[0][0].numel()
-    cost = torch.empty(len(weights), num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
-    nodes = targets.T.expand(count, -1)  # (B, J)
-    for first in range(0, count, SCORE_GROUP):
-        part = slice(first, first + SCORE_GROUP)
-        columns = nodes[part][None].expand(num_sources, -1, -1)
-        crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]  # P times (S, g, J)
-        length = problem.goal_norms.T[part].gather(1, nodes[part])[None]
-        for o, table in enumerate(weights):
-            total = length.repeat(num_sources, 1, 1)
-            w = [column[:, part] if column.shape[1] > 1 else column for column in table.unbind(-1)]
-            for p in range(len(w)):
-                slope = crossed[p].clone()
-                for q in range(p + 1):
-                    slope.addcmul_(w[q], inner[:, part, p, q, None], value=1 if p == q else 2)
-                total.addcmul_(w[p], slope)
-            cost[o, :, part] = total.clamp_(min=0) / size
-    return cost.transpose(2, 3)
 
 
 def _features(problem: Problem, states: Tensor) -> Tensor:
