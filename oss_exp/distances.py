@@ -142,7 +142,7 @@ class Perceptual(Distance):
 
 @dataclass(frozen=True)
 class Select(Distance):
-    """Another distance on some channels and frames of (M, C, H, W) images or (M, C, F, H, W) videos.
+    """Another distance, with its norm, on some channels and frames of (M, C, H, W) images or (M, C, F, H, W) videos.
 
     frames:   this many, spread evenly from the first to the last (truncated to integers, as in the released OSS code).
     channels: the first so many. None keeps all.
@@ -154,6 +154,7 @@ class Select(Distance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "norm", self.distance.norm)
         for name, count in (("frames", self.frames), ("channels", self.channels)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1 or null for all, got {count}")

@@ -239,7 +239,7 @@ class _TriedEdges(_Edges):
             orders = range(1, len(self.state.outputs) + 1)
         found = []
         for j, target in enumerate(targets):
-            reach = max(int(legal[:, j].any(1).sum()), 1)  # sources ascend, so the legal ones come first
+            reach = int(legal[:, j].any(1).nonzero().amax() if bool(legal[:, j].any()) else 0) + 1
             near = grid.map(lambda nodes: nodes[:reach].flatten(0, 1))
             t_next = problem.grid[target].expand(count).repeat(reach)
             tried = [problem.solver.advance(problem.velocity, near, t_next, order) for order in orders]
@@ -378,7 +378,10 @@ class _FittedEdges(_LinearEdges):
         for _ in range(REWEIGHTINGS if self.objective.objective == "log_mean" else 1):
             gram = problem.collective.sum(torch.einsum("sjb,sbpq->sjpq", emphasis, inner))
             right = problem.collective.sum(torch.einsum("sjb,sbjp->sjp", emphasis, goals))
-            pull = self.fit.ridge * gram.diagonal(dim1=2, dim2=3)  # (S, J, P)
+            length = gram.diagonal(
+                dim1=2, dim2=3
+            )  # (S, J, P); 0 for a mean of 0, whose weight is then the ordinary one
+            pull = self.fit.ridge * torch.where(length > 0, length, 1.0)
             w = torch.linalg.solve(gram + torch.diag_embed(pull), right + pull * ordinary)
             cost = self._costs(inner, products, targets, [w[:, None]])
             emphasis = 1 / cost[0].clamp(min=COST_FLOOR)

@@ -6,8 +6,6 @@ anew, repairs what that missed, most of all a free start node. Legend: B samples
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,14 @@ def refine(problem: Problem, path: Path, start: Start, objective: Objective, fit
         for _ in range(MAX_SWEEPS):
             improved = False
             for r in range(len(path.nodes)):
-                for first, tried in _changes(problem, path, r, move, start, highest):
+                changes = [(-move, None), (move, None)] if r or start != "pinned" else []
+                if move == 1:
+                    changes += [(0, order) for order in range(1, min(r + 1, highest) + 1)]
+                for step, order in changes:
+                    tried = _moved(problem, path, r, step) if order is None else _reordered(path, r, order)
+                    if tried is None:
+                        continue
+                    first = r if order is None else r + 1  # node whose state changes
                     tried, new_states, error = run(tried, states, first)
                     better = error < best
                     if not bool(better.any()):
@@ -70,24 +75,20 @@ def refine(problem: Problem, path: Path, start: Start, objective: Objective, fit
     return path
 
 
-def _changes(problem: Problem, path: Path, r: int, move: int, start: Start, highest: int) -> Iterator[tuple[int, Path]]:
-    """(the first node whose state changes, the path with node r moved or its step taken at another order)."""
-    nodes = path.nodes
-    if r or start != "pinned":
-        for step in (-move, move):
-            low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
-            high = nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
-            tried = nodes.clone()
-            tried[r] = torch.minimum(torch.maximum(nodes[r] + step, low), high)
-            if not bool((tried == nodes).all()):
-                yield r, Path(tried, path.orders)
-    if move > 1:
-        return
-    for order in range(1, min(r + 1, highest) + 1):
-        if not bool((path.orders[r] == order).all()):
-            tried = path.orders.clone()
-            tried[r] = order
-            yield r + 1, Path(nodes, tried)
+def _moved(problem: Problem, path: Path, r: int, step: int) -> Path | None:
+    """Node r this many nodes later, as far as its neighbours allow; None where it cannot move."""
+    nodes = path.nodes.clone()
+    low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
+    high = nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
+    nodes[r] = torch.minimum(torch.maximum(nodes[r] + step, low), high)
+    return None if torch.equal(nodes, path.nodes) else Path(nodes, path.orders)
+
+
+def _reordered(path: Path, r: int, order: int) -> Path | None:
+    """The step from node r taken at this order; None where it is already."""
+    orders = path.orders.clone()
+    orders[r] = order
+    return None if torch.equal(orders, path.orders) else Path(path.nodes, orders)
 
 
 def _where(better: Tensor, new: Path, old: Path) -> Path:
