@@ -16,6 +16,8 @@ import numpy as np
 from oss_exp.report.results import Result
 from oss_exp.steps import StepSchedule
 
+MUTED = (*plt.get_cmap("tab20b").colors[::2], *plt.get_cmap("tab20c").colors[::2])
+
 
 def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]) -> bytes:
     """PNG: time against step, one panel a budget; the teacher's nodes as ticks, per-sample schedules as a band.
@@ -25,16 +27,17 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     budgets = sorted({plan.num_steps for _, plan in plans})
     size = (3.5 + 4.5 * len(budgets), 4.6)
     figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    names = sorted({name for name, _ in plans})
-    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
-    colors = dict(zip(names, palette * (1 + len(names) // len(palette)), strict=False))
+    by_hand = {name for name, plan in plans if plan.about("strategy").get("baseline", False)}
+    colors = {}
+    for group, palette in ((by_hand, MUTED), ({name for name, _ in plans} - by_hand, plt.get_cmap("tab10").colors)):
+        colors |= {name: palette[i % len(palette)] for i, name in enumerate(sorted(group))}
     for axis, k in zip(axes[0], budgets, strict=True):
         axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
         for name, plan in plans:
             if plan.num_steps != k:
                 continue
             steps, times = np.arange(k + 1), plan.times.numpy()
-            ours = not plan.about("strategy").get("baseline", False)
+            ours = name not in by_hand
             if times.ndim == 2:
                 low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
                 axis.fill_between(steps, low, high, color=colors[name], alpha=0.2, lw=0)
@@ -42,6 +45,7 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
             else:
                 name_shown = name
             style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
+            style["zorder"] = 3 if ours else 2
             axis.plot(steps, times, color=colors[name], label=name_shown, **style)
             if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1:
                 for step, order in enumerate(plan.orders.tolist()):
