@@ -151,9 +151,9 @@ class Select(Distance):
     distance: Distance
     frames: int | None
     channels: int | None
+    norm: int = field(init=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "norm", self.distance.norm)
         for name, count in (("frames", self.frames), ("channels", self.channels)):
             if count is not None and count < 1:

@@ -142,7 +142,7 @@ def cosine_betas(num_steps: int, max_beta: float) -> Tensor:
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t -> s t / (1 + (s - 1) t), the resolution shift of SD3 / FLUX (arXiv 2403.03206, eq. 23); inverse: shift 1/s."""
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (shift * t + (1 - t))  # the same, and exactly 1 at t = 1
 
 
 # --------------------------------------------------------------------------------------------------------------

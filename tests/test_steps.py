@@ -27,6 +27,22 @@ def analytic() -> StepSchedule:
     return StepSchedule(float64([0.9, 0.4, 0]), start="analytic", start_time=0.99, mean=mean)
 
 
+def ordered() -> StepSchedule:
+    return StepSchedule(float64([0.9, 0.5, 0.1, 0]), orders=torch.tensor([1, 2, 1]))
+
+
+def ordered_per_sample() -> StepSchedule:
+    return StepSchedule(
+        per_sample().times, start="free", samples=(3, 11, 5), orders=torch.tensor([[1, 2], [1, 1]] * 2)[:3]
+    )
+
+
+def fitted() -> StepSchedule:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+    return StepSchedule(float64([1, 0.4, 0]), mean=torch.randn(2, 3, generator=generator), weights=weights)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Values
 # --------------------------------------------------------------------------------------------------------------
@@ -38,11 +54,23 @@ def test_no_field_can_be_set(name):
         setattr(shared(), name, None)
 
 
-def test_changing_the_tensor_it_was_made_from_changes_nothing():
-    times = float64([1, 0.5, 0])
-    schedule = StepSchedule(times)
-    times[1] = 2
-    assert schedule.times.tolist() == [1, 0.5, 0]
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("times", float64([1, 0.5, 0])),
+        ("orders", torch.tensor([1, 2])),
+        ("weights", float64([[1, 2, 3, 4], [5, 6, 7, 8]])),
+    ],
+)
+def test_changing_the_tensor_it_was_made_from_changes_nothing(name, tensor):
+    before = tensor.tolist()
+    mean = torch.zeros(1, 2) if name == "weights" else None
+    schedule = StepSchedule(**{"times": float64([1, 0.5, 0]), "mean": mean} | {name: tensor})
+    tensor[1] = 3
+    assert getattr(schedule, name).tolist() == before
+
+
+FITTED = {"times": [1.0, 0.5, 0.0], "mean": torch.zeros(1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +98,25 @@ def test_changing_the_tensor_it_was_made_from_changes_nothing():
         ({"times": [1.0, 0.0], "samples": (0,)}, "indices of their samples"),
         ({"times": [[1.0, 0.0], [0.9, 0.0]], "samples": (0, 1, 2)}, "indices of their samples"),
         ({"times": [[1.0, 0.0], [0.9, 0.0]], "samples": ()}, "indices of their samples"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [1]}, "2 steps need whole orders"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [1, 2, 1]}, "2 steps need whole orders"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [[1, 2]]}, "2 steps need whole orders"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [1.0, 2.0]}, "2 steps need whole orders"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [1, 0]}, "2 steps need whole orders"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [2, 1]}, "cannot exceed the calls made so far"),
+        ({"times": [1.0, 0.5, 0.0], "orders": [1, 3]}, "cannot exceed the calls made so far"),
+        ({"times": [[1.0, 0.5, 0.0]], "samples": (0,), "orders": [1, 2]}, "2 steps need whole orders"),
+        ({"times": [[1.0, 0.5, 0.0]], "samples": (0,), "orders": [[1, 3]]}, "cannot exceed the calls made so far"),
+        ({"times": [1.0, 0.5, 0.0], "weights": [[1.0] * 4] * 2}, "with weights needs a mean"),
+        (FITTED | {"weights": [[1.0] * 4]}, "2 steps need a row of at least 4 finite weights"),
+        (FITTED | {"weights": [1.0] * 4}, "2 steps need a row of at least 4 finite weights"),
+        (FITTED | {"weights": [[1.0] * 3] * 2}, "2 steps need a row of at least 4 finite weights"),
+        (FITTED | {"weights": [[1.0, 1.0, 1.0, math.nan]] * 2}, "2 steps need a row of at least 4 finite weights"),
+        (FITTED | {"weights": [[1.0] * 4] * 2, "orders": [1, 1]}, "weights are for all samples and take no orders"),
+        (
+            FITTED | {"times": [[1.0, 0.5, 0.0]], "samples": (0,), "weights": [[1.0] * 4] * 2},
+            "weights are for all samples and take no orders",
+        ),
     ],
 )
 def test_the_constructor_refuses_what_is_not_a_schedule(fields, words):
@@ -83,6 +130,7 @@ def test_rows_selects_by_sample_index_in_the_order_asked_for():
     assert cut.samples == (5, 3)
     assert cut.times.tolist() == [schedule.times[2].tolist(), schedule.times[0].tolist()]
     assert cut.start == "free"
+    assert ordered_per_sample().rows([5, 11]).orders.tolist() == [[1, 2], [1, 1]]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -128,7 +176,7 @@ def test_an_analytic_jump_from_below_1_is_euler_with_the_mean_as_clean_predictio
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [shared, per_sample, analytic])
+@pytest.mark.parametrize("make", [shared, per_sample, analytic, ordered, ordered_per_sample, fitted])
 def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
     schedule = make()
     loaded = StepSchedule.load(schedule.save(tmp_path / "new folder" / "oss.K5.json"))
@@ -136,8 +184,10 @@ def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
     assert loaded.times.dtype == torch.float64
     for name in ("start", "start_time", "samples", "provenance", "num_steps"):
         assert getattr(loaded, name) == getattr(schedule, name)
-    assert (loaded.mean is None) == (schedule.mean is None)
-    assert schedule.mean is None or torch.equal(loaded.mean, schedule.mean)
+    for name in ("mean", "orders", "weights"):
+        found, expected = getattr(loaded, name), getattr(schedule, name)
+        assert (found is None) == (expected is None)
+        assert expected is None or (torch.equal(found, expected) and found.dtype == expected.dtype)
 
 
 def edit(**changes):
@@ -160,7 +210,7 @@ def edit(**changes):
         (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "cannot be read"),
         (lambda path: path.write_text('{"sigmas": [1, 0]}'), ValueError, "not a step schedule"),
         (lambda path: path.write_text("[1, 0.5, 0]"), ValueError, "not a step schedule"),
-        (edit(version=2), ValueError, "version 2, this program reads 1"),
+        (edit(version=1), ValueError, "version 1, this program reads 2"),
         (edit(version=...), ValueError, "version None"),
         (edit(times=...), ValueError, "lacks the field 'times'"),
         (edit(start=...), ValueError, "lacks the field 'start'"),
@@ -176,6 +226,13 @@ def edit(**changes):
         (edit(provenance=None), ValueError, "provenance must be an object"),
         (edit(samples=[0]), ValueError, "samples"),
         (edit(mean={}), ValueError, "lacks the field"),
+        (edit(orders=...), ValueError, "lacks the field 'orders'"),
+        (edit(orders=[1, 2]), ValueError, "3 steps need whole orders"),
+        (edit(orders=[1.5, 1, 1]), ValueError, "3 steps need whole orders"),
+        (edit(orders=[1, 3, 1]), ValueError, "cannot exceed the calls made so far"),
+        (edit(orders="1, 1, 1"), ValueError, "str"),
+        (edit(weights=...), ValueError, "lacks the field 'weights'"),
+        (edit(weights=[[1, 0, 0, 0]] * 3), ValueError, "needs a mean"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(damage, error, words, tmp_path):
@@ -184,6 +241,25 @@ def test_a_damaged_file_is_refused_by_name(damage, error, words, tmp_path):
     with pytest.raises(error, match=words) as caught:
         StepSchedule.load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (edit(mean=None), "needs a mean"),
+        (edit(weights=[[1, 0, 0, 0]]), "2 steps need a row of at least 4 finite weights"),
+        (edit(weights=[[1, 0, 0, 0], [1, 0, 0]]), "expected sequence of length"),
+        (edit(weights=[[1, 0, 0, math.inf]] * 2), "2 steps need a row of at least 4 finite weights"),
+        (edit(weights="1, 0"), "str"),
+        (edit(weights=None), "takes no mean"),
+        (edit(orders=[1, 1]), "take no orders"),
+    ],
+)
+def test_damaged_weights_are_refused(damage, words, tmp_path):
+    path = fitted().save(tmp_path / "schedule.json")
+    damage(path)
+    with pytest.raises(ValueError, match=words):
+        StepSchedule.load(path)
 
 
 def test_a_mean_file_with_one_changed_byte_is_refused_by_name(tmp_path):

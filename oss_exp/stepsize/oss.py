@@ -288,6 +288,10 @@ class OSSFit(_Search):
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         if not problem.distance.quadratic:
             raise ValueError(f"oss_fit solves least squares on the states: {problem.distance} is not one; use xt_mse")
+        if self.ridge < 1e-7 and problem.noise.dtype == torch.float32:
+            raise ValueError(
+                f"oss_fit.ridge={self.ridge} allows weights that float32 states cannot carry; use 1e-7 or more"
+            )
         budgets = check_num_steps(num_steps, problem.num_nodes)
         paths = self.paths(problem, budgets, Shared(self.objective), Fit(self.history, self.ridge))
         return {

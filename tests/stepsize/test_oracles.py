@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oss_exp.distances import MSE, Select
+from oss_exp.distances import Select, XtMSE
 from oss_exp.solvers import Euler, sample, trajectory
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSS, OSSAve, OSSShared, Problem
@@ -39,7 +39,7 @@ def search(problem, k, start):
 @pytest.fixture(scope="module")
 def problems(velocity, gmm, oss_arrays):
     return {
-        (grid, size): Problem(velocity, gmm["z"], oss_arrays[f"{grid}_N{size}.fm_steps"].flip(0), Euler(), MSE())
+        (grid, size): Problem(velocity, gmm["z"], oss_arrays[f"{grid}_N{size}.fm_steps"].flip(0), Euler(), XtMSE())
         for grid in GRIDS
         for size in SIZES
     }
@@ -54,13 +54,13 @@ def test_teacher_and_per_sample_schedules(problems, oss_oracle, oss_arrays, grid
     for k in BUDGETS:
         case = oss_oracle["cases"][f"{grid}_N{size}_M{k}"]
         free = search(problem, k, "free")
-        found = released_indices(free.paths[k], size)
+        found = released_indices(free.paths[k].nodes, size)
         assert found == case["variant_alg1"]["schedules"]
         assert free.costs[k].tolist() == pytest.approx(case["variant_alg1"]["cost"], rel=1e-10)
         differ = sum(a != b for a, b in zip(found, case["schedules"], strict=True))
         assert differ == CARRIED[grid, size][k]
         pinned = search(problem, k, "pinned")
-        assert released_indices(pinned.paths[k], size) == case["variant_strict"]["schedules"]
+        assert released_indices(pinned.paths[k].nodes, size) == case["variant_strict"]["schedules"]
         assert pinned.costs[k].tolist() == pytest.approx(case["variant_strict"]["cost"], rel=1e-10)
 
 
@@ -104,7 +104,7 @@ def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
     """
     case = oss_oracle["brute_force"][index]
     grid = torch.tensor(case["fm_steps"], dtype=torch.float64).flip(0)
-    problem = Problem(velocity, gmm["z"], grid, Euler(), MSE())
+    problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE())
     goal = problem.teacher.states[-1]
 
     def cost(steps: StepSchedule) -> float:
@@ -139,7 +139,7 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
             v = velocity(states[i][None], grid[i][None])[0]
             for j in range(i + 1, end + 1):
                 x = states[i] + (grid[j] - grid[i]) * v
-                c = float(distance(x[None], teacher[j][None]))
+                c = float(distance.between(*(distance.features(y[None], None, None) for y in (x, teacher[j]))))
                 if j not in costs or c < costs[j]:
                     costs[j], table[j], fresh[j] = c, i, x
         parents.append(table)
@@ -154,14 +154,15 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
 @pytest.mark.parametrize("start", ["free", "pinned", "analytic"])
 def test_literal_transcription(velocity, gmm, start):
     grid = torch.linspace(1, 0, 9, dtype=torch.float64)
-    problem = Problem(velocity, gmm["z"][:5], grid, Euler(), MSE())
-    found = OSS(start, None, False, 16).sample_paths(problem, [4])[4]
+    problem = Problem(velocity, gmm["z"][:5], grid, Euler(), XtMSE())
+    found = OSS(start, None, False, 16).sample_paths(problem, [4])[4].nodes
     for b in range(5):
         mean = problem.mean[0].double()
-        literal = literal_search(velocity, gmm["z"][b], grid, 4, start, mean, MSE(), carry=False)
+        literal = literal_search(velocity, gmm["z"][b], grid, 4, start, mean, XtMSE(), carry=False)
         assert found[:, b].tolist() == literal
 
 
+@pytest.mark.slow
 def test_video_selection(velocity, oss_oracle, oss_arrays):
     """Frames and channels: with carried rows the transcription gives the released schedules, without them ours."""
 
@@ -172,10 +173,10 @@ def test_video_selection(velocity, oss_oracle, oss_arrays):
     for case in (case for case in oss_oracle["video"] if case["norm"] == 2):
         frames = None if case["frame_type"] == "all" else int(case["frame_type"])
         channels = None if case["channel_type"] == "all" else int(case["channel_type"])
-        distance = Select(MSE(), frames, channels)
+        distance = Select(XtMSE(), frames, channels)
         grid = torch.tensor(case["fm_steps"], dtype=torch.float64).flip(0)
         problem = Problem(as_video, oss_arrays["video.z"][:6], grid, Euler(), distance)
-        found = search(problem, case["M"], "free").paths[case["M"]]
+        found = search(problem, case["M"], "free").paths[case["M"]].nodes
         for b in range(6):
             settings = (as_video, oss_arrays["video.z"][b], grid, case["M"], "free", None, distance)
             released = torch.tensor(literal_search(*settings, carry=True))[:, None]

@@ -1,6 +1,7 @@
-"""Any number of processes gives the same schedules, bit for bit in float64."""
+"""Any number of processes gives the same schedules, bit for bit in float64, and the same fitted weights to rounding."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from oss_exp.distances import MSE
+from oss_exp.distances import X0MSE, XtMSE
 from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
-from oss_exp.stepsize import OSS, Band, OSSAve, OSSShared, Problem
+from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
+from oss_exp.stepsize import OSS, Band, OSSAve, OSSFit, OSSShared, Problem
 from oss_exp.tasks.collective import DistributedCollective
 
 STRATEGIES = {
@@ -22,6 +24,13 @@ STRATEGIES = {
     "oss_mean": OSSAve("free", None, True, "mean", 3),
     "oss_shared": OSSShared("analytic", None, True, "log_mean"),
     "oss_shared_band": OSSShared("free", Band(4, 3, 1), True, "mean"),
+}
+GUIDED = {
+    "oss_orders": OSS("free", None, True, 3),
+    "oss_ave_orders": OSSAve("analytic", None, True, "median", 3),
+    "oss_shared_orders": OSSShared("pinned", Band(4, 3, 1), True, "mean"),
+    "oss_fit": OSSFit("analytic", None, True, "log_mean", 2, 1e-6),
+    "oss_fit_band": OSSFit("pinned", Band(4, 3, 1), False, "mean", 3, 1e-6),
 }
 
 
@@ -38,14 +47,27 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
         noise[mine],
         FlowSchedule(shift=2.0).nodes(20),
         Euler(),
-        MSE(),
+        XtMSE(),
         collective=DistributedCollective(),
         samples=mine,
         group=labels,
         num_groups=10,
     )
+    guided = replace(problem, velocity=model.velocity(labels, 2.0), solver=DPMSolverPP(2, lower_order_final=True))
+    by_image = replace(problem, distance=X0MSE())
     plans = {name: strategy.plan(problem, [3, 5]) for name, strategy in STRATEGIES.items()}
-    result = {f"{name} {k}": [p.times.tolist(), p.samples] for name, plan in plans.items() for k, p in plan.items()}
+    plans |= {name: strategy.plan(guided, [3, 5]) for name, strategy in GUIDED.items()}
+    plans["x0_mse"] = OSSShared("pinned", Band(4, 1), False, "mean").plan(by_image, [3])
+    result = {
+        f"{name} {k}": {
+            "times": p.times.tolist(),
+            "samples": p.samples,
+            "orders": None if p.orders is None else p.orders.tolist(),
+            "weights": None if p.weights is None else p.weights.tolist(),
+        }
+        for name, plan in plans.items()
+        for k, p in plan.items()
+    }
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(result))
     if world > 1:
         dist.destroy_process_group()
@@ -58,9 +80,16 @@ def alone(tmp_path_factory):
     return json.loads((folder / "rank0.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one_process(alone, tmp_path, world):
     """14 samples on 4 ranks: 4, 4, 3 and 3."""
     mp.spawn(plan_all, (world, 14, str(tmp_path)), nprocs=world)
     for rank in range(world):
-        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == alone
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found.keys() == alone.keys()
+        for name, plan in found.items():
+            weights, expected = plan.pop("weights"), dict(alone[name])
+            if expected.pop("weights") is not None:
+                torch.testing.assert_close(*map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-8, atol=1e-8)
+            assert plan == expected, name
