@@ -139,6 +139,18 @@ class Solver(abc.ABC):
         return (len(times) - 1) * self.evals_per_step
 
 
+class Singlestep(Solver):
+    """A solver that remembers nothing from earlier steps, and calls the network again within a step."""
+
+    def observe(self, f: VelocityFn, state: State) -> State:
+        return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
+
+    @staticmethod
+    def euler(state: State, t: Tensor) -> Tensor:
+        """The Euler step from an observed state to t (M,)."""
+        return state.x + rowwise(t - state.t, state.x) * state.outputs[0]
+
+
 class LinearMultistep(Solver):
     """A solver that is one function: x_next = a x + sum_h b_h m_h with scalars from the times alone.
 

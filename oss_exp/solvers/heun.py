@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import Solver, State, VelocityFn, rowwise
+from oss_exp.solvers.base import Singlestep, State, VelocityFn, rowwise
 
 
 @dataclass(frozen=True)
-class Heun(Solver):
+class Heun(Singlestep):
     """Euler, then the mean of the slopes at both ends; plain Euler into t = 0 (Karras et al., 2206.00364, Alg. 1).
 
     clock `t`: the slope is v, in flow time. `sigma`: the slope is eps, in sigma = t / (1 - t), as in the paper; it is
@@ -27,14 +27,11 @@ class Heun(Solver):
         if self.clock not in ("t", "sigma"):
             raise ValueError(f"clock must be t or sigma, got {self.clock!r}")
 
-    def observe(self, f: VelocityFn, state: State) -> State:
-        return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
-
     def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
         t_next = t_next.expand_as(state.t)
         t, slope = state.t, state.outputs[0]
         step = rowwise(t_next - t, state.x)
-        euler = state.x + step * slope
+        euler = self.euler(state, t_next)
         corrects = t_next > 0 if self.clock == "t" else (t_next > 0) & (t < 1)
         if not bool(corrects.any()):
             return replace(state, x=euler, t=t_next)
