@@ -1,4 +1,4 @@
-"""Every baseline and every search at 5 and 10 calls (the paper's table 6), with a first-order and two second-order solvers.
+"""Every baseline and every search at 5 and 10 calls (the paper's table 6), with three solvers.
 
 python -m experiments.table_6.run
 """

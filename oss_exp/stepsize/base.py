@@ -171,6 +171,11 @@ class Problem:
         return part
 
 
+def sample_means(problem: Problem) -> Tensor:
+    """The mean clean sample of each sample's condition, (B, *E)."""
+    return problem.mean.to(problem.noise)[problem.group]
+
+
 class StepsizeStrategy(Protocol):
     """Anything that plans a step schedule. Construct it from its yaml; `plan` is pure but for the network's calls.
 

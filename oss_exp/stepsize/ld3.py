@@ -14,8 +14,7 @@ from torch import Tensor
 
 from oss_exp.solvers.base import walk
 from oss_exp.steps import StepSchedule, analytic_jump
-from oss_exp.stepsize.base import Problem, StepsizeStrategy, check_num_steps
-from oss_exp.stepsize.recursion import sample_means
+from oss_exp.stepsize.base import Problem, StepsizeStrategy, check_num_steps, sample_means
 
 
 @dataclass(frozen=True)

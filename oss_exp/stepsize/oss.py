@@ -18,7 +18,8 @@ from torch import Tensor
 from oss_exp.solvers.base import BoundVelocity, LinearMultistep
 from oss_exp.steps import Start, StepSchedule
 from oss_exp.stepsize.base import Problem, check_num_steps
-from oss_exp.stepsize.recursion import Fit, Objective, Path, PerSample, Shared, recurse
+from oss_exp.stepsize.edges import Fit, Objective, PerSample, Shared
+from oss_exp.stepsize.recursion import Path, recurse
 from oss_exp.stepsize.refine import refine
 
 
@@ -275,7 +276,7 @@ class OSSShared(_Search):
 
 @dataclass(frozen=True)
 class OSSFit(_Search):
-    """`OSSShared` whose steps have fitted coefficients instead of a solver's (ours); see `recursion.Fit`."""
+    """`OSSShared` whose steps have fitted coefficients instead of a solver's (ours); see `edges.Fit`."""
 
     objective: Literal["mean", "log_mean"]
     history: int

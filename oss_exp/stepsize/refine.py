@@ -12,7 +12,8 @@ from torch import Tensor
 from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.steps import Start
 from oss_exp.stepsize.base import Problem
-from oss_exp.stepsize.recursion import Fit, Objective, Path, recurse, start_states
+from oss_exp.stepsize.edges import Fit, Objective
+from oss_exp.stepsize.recursion import Path, recurse, start_states
 
 MOVES = (8, 4, 2, 1)  # nodes, coarse to fine
 MAX_SWEEPS = 4  # passes over all nodes at one move size

@@ -16,8 +16,9 @@ from oss_exp.solvers.heun import Heun
 from oss_exp.solvers.unipc import UniPC
 from oss_exp.stepsize import OSS, Band, OSSAve, OSSShared, Problem
 from oss_exp.stepsize.base import edge_calls
+from oss_exp.stepsize.edges import PerSample, Shared
 from oss_exp.stepsize.oss import layers
-from oss_exp.stepsize.recursion import PerSample, Shared, recurse
+from oss_exp.stepsize.recursion import recurse
 from oss_exp.stepsize.refine import refine
 
 STARTS = ("free", "pinned", "analytic")

@@ -15,8 +15,9 @@ from oss_exp.solvers.heun import Heun
 from oss_exp.solvers.sampling import FittedSteps
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem
+from oss_exp.stepsize.edges import Fit, Shared
 from oss_exp.stepsize.oss import layers
-from oss_exp.stepsize.recursion import Fit, Shared, recurse
+from oss_exp.stepsize.recursion import recurse
 from oss_exp.stepsize.refine import refine
 
 STARTS = ("free", "pinned", "analytic")

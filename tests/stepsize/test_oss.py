@@ -13,8 +13,9 @@ from oss_exp.solvers import BoundVelocity, Euler, LinearMultistep, Solver
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.heun import Heun
 from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSShared, Problem
+from oss_exp.stepsize.edges import PerSample, Shared
 from oss_exp.stepsize.oss import layers, stretch, strictly_monotone
-from oss_exp.stepsize.recursion import PerSample, Shared, recurse
+from oss_exp.stepsize.recursion import recurse
 from oss_exp.stepsize.refine import refine
 
 STARTS = ("free", "pinned", "analytic")
