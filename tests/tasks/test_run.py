@@ -174,7 +174,7 @@ def test_two_identical_runs_are_equal(compared, again):
 def test_the_batch_size_changes_nothing(batch_size, compared, tmp_path):
     folder = oss_exp(tmp_path / "run", f"data.batch_size={batch_size}")
     assert times(folder) == times(compared)
-    assert means(folder) == pytest.approx(means(compared), abs=1e-4)
+    assert means(folder) == pytest.approx(means(compared), abs=1e-3)  # float32 states
 
 
 def test_pictures_are_those_of_the_first_samples_whatever_the_batch_size(compared, tmp_path):
@@ -240,7 +240,7 @@ def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path
     assert done.returncode == 0, done.stderr
     one, two = oss_exp(tmp_path / "one", *settings), tmp_path / "two"
     assert times(two) == times(one)
-    assert means(two) == pytest.approx(means(one), abs=1e-4)
+    assert means(two) == pytest.approx(means(one), abs=1e-3)  # float32 states
     assert [r["per_image"]["index"] for r in metrics(two)["rows"]] == [
         r["per_image"]["index"] for r in metrics(one)["rows"]
     ]
