@@ -286,6 +286,11 @@ class OSSFit(_Search):
         super().__post_init__()
         Fit(self.history, self.ridge)
 
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
+        """As for the others, but every try of a refinement is a whole run."""
+        calls = super().network_calls(num_nodes, num_steps, edge_calls)
+        return calls + (sum(8 * k * (k + 2) for k in set(num_steps)) if self.refine else 0)
+
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         if not problem.distance.quadratic:
             raise ValueError(f"oss_fit solves least squares on the states: {problem.distance} is not one; use xt_mse")

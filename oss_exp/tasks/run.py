@@ -133,6 +133,11 @@ class Run:
                 f"step schedule {path} has the orders searched with {steps.provenance.get('solver')}, this run steps "
                 f"with {solver}; choose that solver, or run_orders=fixed"
             )
+        if steps.weights is not None and made_for.get("guidance") != model.guidance:
+            raise ValueError(
+                f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
+                f"model.guidance={model.guidance}; choose that guidance, or plan it again"
+            )
         if steps.samples is not None and steps.provenance.get("seed") != self.cfg.data.seed:
             raise ValueError(
                 f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "

@@ -312,6 +312,15 @@ def test_calibration_changes_the_students_and_not_the_teacher(compared, tmp_path
         assert words in (tmp_path / "other" / "error.log").read_text()
 
 
+def test_fitted_steps_are_evaluated_at_the_guidance_that_they_were_fitted_at(compared, tmp_path):
+    saved = f"task.schedule={compared / 'schedules' / 'oss_fit_4.json'}"
+    again = oss_exp(tmp_path / "again", "task=evaluate", saved, "solver=heun")  # they need no solver
+    assert row(again, "oss_fit", 4)["nfe"] == 4
+    with pytest.raises(SystemExit):
+        oss_exp(tmp_path / "run", "task=evaluate", saved, "data.classes=all", "model.guidance=2")
+    assert "fitted at model.guidance=1.0" in (tmp_path / "run" / "error.log").read_text()
+
+
 @pytest.mark.slow
 def test_every_strategy_runs_with_every_kind_of_solver(tmp_path):
     every = sorted(file.stem for file in (CONF / "stepsize").glob("*.yaml"))
