@@ -87,11 +87,11 @@ class Inception(X0MSE):
     decode: Callable[[Tensor], Tensor] | None = None
 
     def bind(self, model: nn.Module) -> Inception:
-        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), "cpu")
-        return replace(self, extractor=self.extractor.to(device), decode=model.decode)
+        return replace(self, decode=model.decode)
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
-        return self.extractor(self.decode(super().features(x, t, velocity)))
+        images = self.decode(super().features(x, t, velocity))
+        return self.extractor.to(images.device)(images)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class LD3:
             raise ValueError(
                 "ld3 needs gradients, which torch's inference mode forbids; set trainer.inference_mode=false"
             )
+        problem.mean  # noqa: B018  (known before the ranks part: some hold no sample of a half)
         return {k: self._train(problem, steps) for k, steps in self.init.plan(problem, budgets).items()}
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
@@ -104,7 +105,7 @@ class LD3:
                 "ld3 trains on one half of the search samples and checks on the other: it needs two or more"
             )
         total = torch.zeros((), dtype=torch.float64, device=chosen.device)
-        for part in rows.split(self.micro_batch):
+        for part in rows.split(self.micro_batch) if len(rows) else ():  # a rank may hold none of a half
             piece = problem.subset(part)
             times, x = nodes, piece.noise
             if steps.start == "analytic":

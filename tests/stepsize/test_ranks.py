@@ -1,4 +1,4 @@
-"""Any number of processes gives the same schedules, bit for bit in float64, and the same fitted weights to rounding."""
+"""Any number of processes gives the same schedules, bit for bit in float64, and the same fitted numbers to rounding."""
 
 import json
 from dataclasses import replace
@@ -11,10 +11,12 @@ import torch.multiprocessing as mp
 
 from oss_exp.distances import X0MSE, XtMSE
 from oss_exp.models.mixture import GaussianMixture
-from oss_exp.noise import FlowSchedule
+from oss_exp.noise import EDMSchedule, FlowSchedule
 from oss_exp.solvers import Euler
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import OSS, Band, OSSAve, OSSFit, OSSShared, Problem
+from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSFit, OSSShared, Problem
+from oss_exp.stepsize.gits import GITS
+from oss_exp.stepsize.ld3 import LD3
 from oss_exp.tasks.collective import DistributedCollective
 
 STRATEGIES = {
@@ -24,6 +26,8 @@ STRATEGIES = {
     "oss_mean": OSSAve("free", None, True, "mean", 3),
     "oss_shared": OSSShared("analytic", None, True, "log_mean"),
     "oss_shared_band": OSSShared("free", Band(4, 3, 1), True, "mean"),
+    "gits": GITS(EDMSchedule(0.002, 80, 7), 12, Euler(), "dev", 1.05, afs=True),
+    "ld3": LD3(ClosedForm(FlowSchedule(1.0), "pinned"), 4, 0.02, 0.9, 0.8, 5, micro_batch=3),
 }
 GUIDED = {
     "oss_orders": OSS("free", None, True, 3),
@@ -92,4 +96,6 @@ def test_ranks_agree_with_one_process(alone, tmp_path, world):
             weights, expected = plan.pop("weights"), dict(alone[name])
             if expected.pop("weights") is not None:
                 torch.testing.assert_close(*map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-8, atol=1e-8)
+            times = torch.tensor(plan.pop("times")), torch.tensor(expected.pop("times"))
+            torch.testing.assert_close(*times, rtol=0, atol=1e-9 if name.startswith("ld3") else 0, msg=name)
             assert plan == expected, name
