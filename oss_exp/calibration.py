@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oss_exp.files import read_json, write_atomically
+from oss_exp.files import read_record, write_atomically
 
 LOW, HIGH = 0.05, 0.95
 FORMAT, VERSION = "oss_exp/calibration", 1
@@ -163,13 +163,8 @@ class Calibration:
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote. FileNotFoundError or ValueError names the file, the fault and the remedy."""
         path = Path(path)
-        record = read_json(path, "calibration")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(
-                f'{path} is JSON but not a calibration (no "format": "{FORMAT}"); make one with oss-exp task=calibrate'
-            )
-        if record.get("version") != VERSION:
-            raise ValueError(f"{path} has format version {record.get('version')}, this program reads {VERSION}")
+        remedy = "; make one with oss-exp task=calibrate"
+        record = read_record(path, "calibration", FORMAT, VERSION, remedy)
         try:
             if record["quantiles"] != [LOW, HIGH]:
                 raise ValueError(f"quantiles must be {[LOW, HIGH]}, got {record['quantiles']}")

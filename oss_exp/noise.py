@@ -65,7 +65,7 @@ class FlowPath(GaussianPath):
     time_scale: float
 
     def __post_init__(self) -> None:
-        _require_positive(shift=self.shift, time_scale=self.time_scale)
+        require_positive(shift=self.shift, time_scale=self.time_scale)
 
     def canonical(self, tau: Tensor) -> Tensor:
         return shift_time(tau / self.time_scale, self.shift)
@@ -176,7 +176,7 @@ class FlowSchedule(NoiseSchedule):
     shift: float
 
     def __post_init__(self) -> None:
-        _require_positive(shift=self.shift)
+        require_positive(shift=self.shift)
 
     def _times(self, num_steps: int) -> Tensor:
         return shift_time(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, self.shift)
@@ -191,12 +191,12 @@ class EDMSchedule(NoiseSchedule):
     rho: float
 
     def __post_init__(self) -> None:
-        _require_sigmas(self.sigma_min, self.sigma_max)
-        _require_positive(rho=self.rho)
+        require_sigmas(self.sigma_min, self.sigma_max)
+        require_positive(rho=self.rho)
 
     def _times(self, num_steps: int) -> Tensor:
         ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return EDMPath().canonical(_linspace(*ends, num_steps) ** self.rho)
+        return EDMPath().canonical(even(*ends, num_steps) ** self.rho)
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ class LogSNRSchedule(NoiseSchedule):
     sigma_max: float
 
     def __post_init__(self) -> None:
-        _require_sigmas(self.sigma_min, self.sigma_max)
+        require_sigmas(self.sigma_min, self.sigma_max)
 
     def _times(self, num_steps: int) -> Tensor:
-        log_sigma = _linspace(math.log(self.sigma_max), math.log(self.sigma_min), num_steps)
+        log_sigma = even(math.log(self.sigma_max), math.log(self.sigma_min), num_steps)
         return EDMPath().canonical(log_sigma.exp())
 
 
@@ -239,17 +239,17 @@ class QuadraticSchedule(NoiseSchedule):
         return path.canonical(len(path.betas) * remaining**2 - 1)
 
 
-def _linspace(start: float, end: float, num: int) -> Tensor:
+def even(start: float, end: float, num: int) -> Tensor:
     return torch.linspace(start, end, num, dtype=torch.float64)
 
 
-def _require_positive(**values: float) -> None:
+def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}")
 
 
-def _require_sigmas(sigma_min: float, sigma_max: float) -> None:
-    _require_positive(sigma_min=sigma_min, sigma_max=sigma_max)
+def require_sigmas(sigma_min: float, sigma_max: float) -> None:
+    require_positive(sigma_min=sigma_min, sigma_max=sigma_max)
     if not sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")

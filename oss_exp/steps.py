@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from oss_exp.files import load_tensors, read_json, save_asset, write_atomically
+from oss_exp.files import load_tensors, read_record, save_asset, write_atomically
 
 Start = Literal["free", "pinned", "analytic"]
 FORMAT, VERSION = "oss_exp/step_schedule", 2
@@ -151,11 +151,7 @@ class StepSchedule:
     def load(cls, path: str | Path) -> StepSchedule:
         """Read what `save` wrote. FileNotFoundError or ValueError names the file, the fault and the remedy."""
         path = Path(path)
-        record = read_json(path, "step schedule")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f'{path} is JSON but not a step schedule (no "format": "{FORMAT}")')
-        if record.get("version") != VERSION:
-            raise ValueError(f"{path} has format version {record.get('version')}, this program reads {VERSION}")
+        record = read_record(path, "step schedule", FORMAT, VERSION)
         try:
             mean = None
             if record["mean"] is not None:

@@ -20,6 +20,9 @@ from oss_exp.calibration import Calibration
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """v = f(x (M, *E), t (M,)) -> (M, *E). M is any multiple of the B bound samples; row m belongs to sample m % B."""
 
+WeightRule = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
+"""(times of the outputs, newest first; time to reach) -> a weight for each of some vectors."""
+
 
 @dataclass(frozen=True, eq=False)
 class BoundVelocity:
@@ -140,7 +143,33 @@ class Solver(abc.ABC):
 
 
 class Singlestep(Solver):
-    """A solver that remembers nothing from earlier steps, and calls the network again within a step."""
+    """A solver that remembers nothing from earlier steps, and calls the network again within a step (`inner_step`).
+
+    singular_at: times at which the method's own variable is infinite; steps from or to them are Euler's, with one call.
+    """
+
+    singular_at: ClassVar[tuple[float, ...]] = (1.0, 0.0)
+
+    @abc.abstractmethod
+    def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
+        """From an observed state to x at t_next (M,), neither end singular."""
+
+    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+        t_next = t_next.expand_as(state.t)
+        x = self.euler(state, t_next)
+        regular = t_next > 0
+        if 1.0 in self.singular_at:
+            regular = regular & (state.t < 1)
+        if self.evals_per_step > 1 and bool(regular.any()):
+            # Any regular times do where the answer is not used.
+            start, end = torch.where(regular, state.t, 0.6), torch.where(regular, t_next, 0.4)
+            inner = self.inner_step(f, replace(state, t=start), end)
+            x = inner.where(rowwise(regular, x).bool(), x)
+        return replace(state, x=x, t=t_next)
+
+    def nfe(self, times: Tensor) -> int:
+        euler_steps = 1 + (len(times) > 2 and 1.0 in self.singular_at and float(times[0]) == 1)
+        return super().nfe(times) - euler_steps * (self.evals_per_step - 1)
 
     def observe(self, f: VelocityFn, state: State) -> State:
         return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
@@ -191,17 +220,9 @@ class LinearMultistep(Solver):
 
     def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
         t_next = t_next.expand_as(state.t)
-        highest = len(state.outputs)
-        order = torch.as_tensor(highest if order is None else order, device=state.t.device).expand(len(state.t))
-        weights = None
-        for o in order.unique().tolist():
-            if not 1 <= o <= highest:
-                raise ValueError(f"a step of order {o} was asked for; {highest} outputs allow orders 1 to {highest}")
-            a, b = self.coefficients(state.times[:o], t_next)
-            found = [a, *b, *[torch.zeros_like(t_next)] * (highest - o)]
-            if weights is not None:
-                found = [torch.where(order == o, new, old) for new, old in zip(found, weights, strict=True)]
-            weights = found
+        order = len(state.outputs) if order is None else order
+        order = torch.as_tensor(order, device=state.t.device).expand(len(state.t))
+        weights = self.by_order(self._any_order, state.times, t_next, order)
         return replace(state, x=combine(weights, (state.x, *state.outputs)), t=t_next, order=order)
 
     def output(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -217,9 +238,19 @@ class LinearMultistep(Solver):
         outputs = (output, *state.outputs)[: self.order]
         return replace(state, outputs=outputs, times=(state.t, *state.times)[: self.order])
 
-    def at_ends(
-        self, rule: Callable[[Sequence[Tensor], Tensor], list[Tensor]], times: Sequence[Tensor], t_next: Tensor
-    ) -> list[Tensor]:
+    def by_order(self, rule: WeightRule, times: Sequence[Tensor], t: Tensor, order: Tensor) -> list[Tensor]:
+        """rule(times of the row's order, t) with both ends seen to, each row (M,) at its own order, 0 beyond it."""
+        weights, highest = None, len(times)
+        for o in order.unique().tolist():
+            if not 1 <= o <= highest:
+                raise ValueError(f"a step of order {o} was asked for; {highest} outputs allow orders 1 to {highest}")
+            found = [*self.at_ends(rule, times[:o], t), *[torch.zeros_like(t)] * (highest - o)]
+            if weights is not None:
+                found = [torch.where(order == o, new, old) for new, old in zip(found, weights, strict=True)]
+            weights = found
+        return weights
+
+    def at_ends(self, rule: WeightRule, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         """rule(times, t_next), with lower orders (and zeros for the outputs left out) where a time is singular."""
         regular = torch.ones_like(t_next, dtype=torch.bool)
         if 1.0 in self.singular_at:

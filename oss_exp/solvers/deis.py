@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oss_exp.noise import require_positive
 from oss_exp.solvers.base import LinearMultistep, require_order
 
 QUADRATURE = 64  # Gauss-Legendre points: the integrands are smooth in log(1 + sigma)
@@ -30,8 +31,9 @@ class DEIS(LinearMultistep):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_order(self.order, 3)
-        if not self.beta_d > 0:
-            raise ValueError(f"beta_d must be positive, got {self.beta_d}")
+        require_positive(beta_d=self.beta_d)
+        if not isinstance(self.beta_min, int | float):
+            raise ValueError(f"beta_min must be a number, got {self.beta_min!r}")
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         points, quadrature = np.polynomial.legendre.leggauss(QUADRATURE)

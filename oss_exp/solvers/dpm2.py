@@ -1,8 +1,7 @@
 """The midpoint method in sigma, at a geometric mean: "DPM2" of the k-diffusion family."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from oss_exp.solvers.base import Singlestep, State, VelocityFn, rowwise
@@ -26,20 +25,10 @@ class DPM2(Singlestep):
         if not isinstance(self.r, int | float) or not 0 < self.r <= 1:
             raise ValueError(f"r must be in (0, 1], got {self.r!r}")
 
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
-        t_next = t_next.expand_as(state.t)
-        x, v = state.x, state.outputs[0]
-        euler = self.euler(state, t_next)
-        inner = (state.t < 1) & (t_next > 0)
-        if not bool(inner.any()):
-            return replace(state, x=euler, t=t_next)
-        start, end = torch.where(inner, state.t, 0.6), torch.where(inner, t_next, 0.4)
-        sigma = (end / (1 - end)) ** self.r * (start / (1 - start)) ** (1 - self.r)
+    def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
+        x, v, start = state.x, state.outputs[0], state.t
+        sigma = (t_next / (1 - t_next)) ** self.r * (start / (1 - start)) ** (1 - self.r)
         middle = sigma / (1 + sigma)
-        x_middle = self.euler(replace(state, t=start), middle)
+        x_middle = self.euler(state, middle)
         eps_change = x_middle + rowwise(1 - middle, x) * f(x_middle, middle) - x - rowwise(1 - start, x) * v
-        corrected = euler + rowwise((end - start) / (1 - start) / (2 * self.r), x) * eps_change
-        return replace(state, x=corrected.where(rowwise(inner, x).bool(), euler), t=t_next)
-
-    def nfe(self, times: Tensor) -> int:
-        return super().nfe(times) - 1 - (len(times) > 2 and float(times[0]) == 1)
+        return self.euler(state, t_next) + rowwise((t_next - start) / (1 - start) / (2 * self.r), x) * eps_change

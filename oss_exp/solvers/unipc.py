@@ -44,12 +44,7 @@ class UniPC(LinearMultistep):
         output = self.output(state.x, f(state.x, state.t), state.t)
         if state.order is None:
             return self.remember(state, output)
-        highest = len(state.outputs)
-        weights = [torch.zeros_like(state.t)] * (highest + 1)
-        for o in state.order.unique().tolist():
-            found = self.at_ends(self._correction, state.times[:o], state.t)
-            found += [torch.zeros_like(state.t)] * (highest - o)
-            weights = [torch.where(state.order == o, new, old) for new, old in zip(found, weights, strict=True)]
+        weights = self.by_order(self._correction, state.times, state.t, state.order)
         corrected = state.x + combine(weights, (output, *state.outputs))
         return self.remember(replace(state, x=corrected), output)
 

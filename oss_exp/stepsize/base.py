@@ -167,7 +167,8 @@ class Problem:
         first = tuple(answer[samples] for answer in self.teacher.first)
         part.__dict__["teacher"] = Teacher(self.teacher.states[:, samples], first)
         part.__dict__["mean"] = self.mean
-        part.__dict__["goals"] = [goal[samples] for goal in self.goals]
+        if self.distance.calls:  # else they are as easily made anew
+            part.__dict__["goals"] = [goal[samples] for goal in self.goals]
         return part
 
 
@@ -196,6 +197,19 @@ class StepsizeStrategy(Protocol):
         edge_calls: what scoring one edge costs, see the function of that name. ValueError when a K does not fit.
         """
         ...
+
+
+def begin_at(times: Tensor, start_time: float, planner: str, remedy: str) -> Tensor:
+    """times (K+1,) with the first moved to the teacher's, so that all students share one noise.
+
+    ValueError, naming who planned them and what to do, when the second time is not below it.
+    """
+    if len(times) > 2 and times[1] >= start_time:
+        raise ValueError(
+            f"{planner} puts its second time, {float(times[1]):.4f}, above the teacher's first, {start_time:.4f}; "
+            f"{remedy}"
+        )
+    return torch.cat([times.new_tensor([start_time]), times[1:]])
 
 
 def edge_calls(solver: Solver, distance: Distance) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from oss_exp.noise import NoiseSchedule
 from oss_exp.steps import StepSchedule
-from oss_exp.stepsize.base import Problem, check_num_steps
+from oss_exp.stepsize.base import Problem, begin_at, check_num_steps
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,8 @@ class ClosedForm:
         return plans
 
     def _from(self, start_time: float, num_steps: int) -> torch.Tensor:
-        nodes = self.schedule.nodes(num_steps).clone()
-        if num_steps > 1 and nodes[1] >= start_time:
-            raise ValueError(
-                f"{self.schedule} puts its second time, {float(nodes[1]):.4f}, above the teacher's first, "
-                f"{start_time:.4f}; choose a noise schedule that reaches at least as far into the noise"
-            )
-        nodes[0] = start_time
-        return nodes
+        remedy = "choose a noise schedule that reaches at least as far into the noise"
+        return begin_at(self.schedule.nodes(num_steps), start_time, str(self.schedule), remedy)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         return 0

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from oss_exp.noise import GaussianPath
 from oss_exp.steps import StepSchedule
-from oss_exp.stepsize.base import Problem, check_num_steps
+from oss_exp.stepsize.base import Problem, begin_at, check_num_steps
 
 Init = Literal["unif", "unif_t", "quad", "edm"]
 
@@ -80,13 +80,9 @@ class DM:
         for k in check_num_steps(num_steps, problem.num_nodes):
             guess = spaced(self.init, self.path, *ends, k)
             times = torch.sigmoid(-optimise(guess, self.path, self.p, self.separate_steps))
-            if k > 1 and times[1] >= start_time:
-                raise ValueError(
-                    f"DM puts its second time, {float(times[1]):.4f}, above the teacher's first, {start_time:.4f}; "
-                    f"choose a smaller sigma_max (now {self.sigma_max}) or a teacher that starts at more noise"
-                )
-            times[0], times[-1] = start_time, 0
-            plans[k] = StepSchedule(times, "pinned", start_time)
+            times[-1] = 0
+            remedy = f"choose a smaller sigma_max (now {self.sigma_max}) or a teacher that starts at more noise"
+            plans[k] = StepSchedule(begin_at(times, start_time, "DM", remedy), "pinned", start_time)
         return plans
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:

@@ -21,7 +21,7 @@ from oss_exp.noise import EDMPath, NoiseSchedule
 from oss_exp.solvers import Solver, VelocityFn, trajectory, walk
 from oss_exp.solvers.base import rowwise
 from oss_exp.steps import StepSchedule
-from oss_exp.stepsize.base import Collective, Problem, check_num_steps
+from oss_exp.stepsize.base import Collective, Problem, begin_at, check_num_steps
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,8 @@ class GITS:
     def _steps(self, problem: Problem, times: Tensor, path: list[int], goal: Tensor) -> StepSchedule:
         """times (N+1,), path of K+1 own nodes, goal (B, *E) the teacher's end -> K steps from the problem's noise."""
         start_time = float(problem.grid[0])
-        if times[path[1]] >= start_time:
-            raise ValueError(
-                f"GITS puts its second time, {float(times[path[1]]):.4f}, above the teacher's first, "
-                f"{start_time:.4f}; choose a noise schedule for it that reaches no further into the noise"
-            )
+        remedy = "choose a noise schedule for it that reaches no further into the noise"
+        pinned = begin_at(times[path], start_time, "GITS", remedy)
 
         def analytic(nodes: list[int]) -> StepSchedule:
             mean = torch.zeros(problem.num_groups, *problem.noise.shape[1:])
@@ -94,8 +91,7 @@ class GITS:
         free = [node for node in range(1, path[1]) if times[node] < start_time] if self.afs else []
         if free:
             return analytic([best_free_node(free, path, run, goal, problem.collective), *path[1:]])
-        first = times.new_tensor([start_time])
-        return StepSchedule(torch.cat([first, times[path[1:]]]), "pinned", start_time)
+        return StepSchedule(pinned, "pinned", start_time)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """The teacher's own calls; with afs also those of the tries, an estimate: half of the nodes for every K."""

@@ -14,7 +14,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from oss_exp.noise import CosinePath, EDMPath, NoiseSchedule, _linspace, _require_positive, _require_sigmas
+from oss_exp.noise import CosinePath, EDMPath, NoiseSchedule, even, require_positive, require_sigmas
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class KLOptimalSchedule(NoiseSchedule):
     sigma_max: float
 
     def __post_init__(self) -> None:
-        _require_sigmas(self.sigma_min, self.sigma_max)
+        require_sigmas(self.sigma_min, self.sigma_max)
 
     def _times(self, num_steps: int) -> Tensor:
-        angle = _linspace(math.atan(self.sigma_max), math.atan(self.sigma_min), num_steps)
+        angle = even(math.atan(self.sigma_max), math.atan(self.sigma_min), num_steps)
         return EDMPath().canonical(angle.tan())
 
 
@@ -53,11 +53,11 @@ class BetaSchedule(NoiseSchedule):
     beta: float
 
     def __post_init__(self) -> None:
-        _require_sigmas(self.sigma_min, self.sigma_max)
-        _require_positive(alpha=self.alpha, beta=self.beta)
+        require_sigmas(self.sigma_min, self.sigma_max)
+        require_positive(alpha=self.alpha, beta=self.beta)
 
     def _times(self, num_steps: int) -> Tensor:
-        share = torch.from_numpy(betaincinv(self.alpha, self.beta, _linspace(1, 0, num_steps).numpy()))
+        share = torch.from_numpy(betaincinv(self.alpha, self.beta, even(1, 0, num_steps).numpy()))
         return EDMPath().canonical(self.sigma_min + share * (self.sigma_max - self.sigma_min))
 
 

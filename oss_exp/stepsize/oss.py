@@ -201,7 +201,9 @@ class OSS(_Search):
         samples = problem.collective.gather(problem.samples)
         order = samples.argsort()
         return {
-            k: _schedule(problem, path.nodes[:, order], path.orders[:, order], self.start, samples[order].tolist())
+            k: _schedule(
+                problem, Path(path.nodes[:, order], path.orders[:, order]), self.start, samples[order].tolist()
+            )
             for k, path in paths.items()
         }
 
@@ -240,19 +242,14 @@ class OSSAve(_Search):
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
+        alone = OSS(self.start, self.band, False, self.chunk, max_order=self.max_order)
         plans = {}
-        for k, path in (
-            OSS(self.start, self.band, False, self.chunk, max_order=self.max_order)
-            .sample_paths(problem, budgets)
-            .items()
-        ):
-            agreed = Path(
-                strictly_monotone(self._agree(path.nodes), problem.num_nodes)[:, None],
-                self._agree(path.orders)[:, None],
-            )
+        for k, path in alone.sample_paths(problem, budgets).items():
+            nodes = strictly_monotone(self._agree(path.nodes), problem.num_nodes)
+            agreed = Path(nodes[:, None], self._agree(path.orders)[:, None])
             if self.refine:
                 agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"))
-            plans[k] = _schedule(problem, agreed.nodes, agreed.orders, self.start)
+            plans[k] = _schedule(problem, agreed, self.start)
         return plans
 
     def _agree(self, values: Tensor) -> Tensor:
@@ -271,7 +268,7 @@ class OSSShared(_Search):
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         paths = self.paths(problem, budgets, Shared(self.objective))
-        return {k: _schedule(problem, path.nodes, path.orders, self.start) for k, path in paths.items()}
+        return {k: _schedule(problem, path, self.start) for k, path in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -300,16 +297,7 @@ class OSSFit(_Search):
             )
         budgets = check_num_steps(num_steps, problem.num_nodes)
         paths = self.paths(problem, budgets, Shared(self.objective), Fit(self.history, self.ridge))
-        return {
-            k: StepSchedule(
-                problem.grid[_closed(path.nodes[:, 0], problem)].cpu(),
-                self.start,
-                float(problem.grid[0]),
-                mean=problem.mean.cpu(),
-                weights=path.weights.cpu(),
-            )
-            for k, path in paths.items()
-        }
+        return {k: _schedule(problem, path, self.start) for k, path in paths.items()}
 
 
 def stretch(path: Tensor, num_steps: int, num_nodes: int) -> Tensor:
@@ -339,18 +327,18 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _schedule(
-    problem: Problem, nodes: Tensor, orders: Tensor, start: Start, samples: Sequence[int] | None = None
-) -> StepSchedule:
-    """nodes and orders (k, b): one schedule for each of these samples, or b = 1 for all."""
-    times, orders = problem.grid[_closed(nodes.T, problem)].cpu(), orders.T.cpu()
-    if samples is None:
-        times, orders = times[0], orders[0]
+def _schedule(problem: Problem, path: Path, start: Start, samples: Sequence[int] | None = None) -> StepSchedule:
+    """A path of b = 1 for all samples, or one for each of these."""
+    times = problem.grid[_closed(path.nodes.T, problem)].cpu()
+    orders = None
+    if path.weights is None and isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
+        orders = path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu()
     return StepSchedule(
-        times,
+        times if samples is not None else times[0],
         start,
         float(problem.grid[0]),
-        mean=problem.mean.cpu() if start == "analytic" else None,
+        mean=problem.mean.cpu() if start == "analytic" or path.weights is not None else None,
         samples=None if samples is None else tuple(samples),
-        orders=orders if isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1 else None,
+        orders=orders,
+        weights=None if path.weights is None else path.weights.cpu(),
     )
