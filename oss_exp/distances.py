@@ -16,6 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from oss_exp.steps import rowwise
+
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -73,7 +75,7 @@ class X0MSE(Distance):
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
         if bool((t == 0).all()):
             return x
-        return x - t.to(x).reshape(-1, *[1] * (x.ndim - 1)) * velocity(x, t)
+        return x - rowwise(t, x) * velocity(x, t)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Perceptual(Distance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.min_time < 1:
+        if not isinstance(self.min_time, int | float) or not 0 <= self.min_time < 1:
             raise ValueError(f"distance.min_time must be in [0, 1), got {self.min_time!r}")
 
     def bind(self, model: nn.Module) -> Perceptual:

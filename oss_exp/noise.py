@@ -240,6 +240,7 @@ class QuadraticSchedule(NoiseSchedule):
 
 
 def even(start: float, end: float, num: int) -> Tensor:
+    """(num,) float64, evenly from start to end."""
     return torch.linspace(start, end, num, dtype=torch.float64)
 
 

@@ -176,10 +176,15 @@ class StepSchedule:
             raise ValueError(f"step schedule {path}: {error}") from None
 
 
+def rowwise(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (M,) or () float64 -> x's dtype, shaped to multiply x (M, *E)."""
+    return weight.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
 def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:
     """The Euler jump from the noise at start_time to t when the clean prediction is `mean`, (B, *E) each; t () or (B,).
 
     x_t = (t / t_N) z + (1 - t / t_N) mean: what a network call at pure noise, which can only answer the mean, gives.
     """
-    ratio = (t / start_time).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
+    ratio = rowwise(t / start_time, noise)
     return ratio * noise + (1 - ratio) * mean

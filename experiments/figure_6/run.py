@@ -5,14 +5,12 @@ python -m experiments.figure_6.run
 
 from __future__ import annotations
 
-import io
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.common import keep, measure, table
+from experiments.common import keep, measure, png, table
 
 ORDERS = (1, 2, 3)
 OURS = ("oss_ave", "oss_shared_pinned", "oss_shared_free", "oss_shared_analytic")
@@ -71,9 +69,7 @@ def _figure(names, mean) -> bytes:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PSNR against the 100-step teacher, dB")
     axes[0].legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 if __name__ == "__main__":

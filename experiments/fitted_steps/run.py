@@ -5,7 +5,6 @@ python -m experiments.fitted_steps.run
 
 from __future__ import annotations
 
-import io
 import itertools
 
 import matplotlib
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
-from experiments.common import keep, table
+from experiments.common import keep, png, table
 from oss_exp.calibration import amplitude
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
@@ -124,9 +123,7 @@ def _curve_figure(curve) -> bytes:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PSNR, dB (band: the search sets)")
     axes[0].legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def choices(bench: Bench) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.calibration import Calibration
+from oss_exp.steps import rowwise
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """v = f(x (M, *E), t (M,)) -> (M, *E). M is any multiple of the B bound samples; row m belongs to sample m % B."""
@@ -291,11 +292,6 @@ def require_order(order: int, highest: int) -> None:
     """ValueError unless order is one of 1 .. highest."""
     if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= highest:
         raise ValueError(f"order must be a whole number from 1 to {highest}, got {order!r}")
-
-
-def rowwise(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (M,) or () float64 -> x's dtype, shaped to multiply x (M, *E)."""
-    return weight.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class DPMSolverPP(LinearMultistep):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_order(self.order, 3)
+        if not isinstance(self.lower_order_final, bool):
+            raise ValueError(f"lower_order_final must be true or false, got {self.lower_order_final!r}")
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         lambdas = [log_snr(t) for t in times]

@@ -33,6 +33,8 @@ class UniPC(LinearMultistep):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_order(self.order, 3)
+        if not isinstance(self.lower_order_final, bool):
+            raise ValueError(f"lower_order_final must be true or false, got {self.lower_order_final!r}")
         if self.variant not in ("bh1", "bh2"):
             raise ValueError(f"variant must be bh1 or bh2, got {self.variant!r}")
 

@@ -53,6 +53,10 @@ class GITS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if not isinstance(self.coeff, int | float) or not 0 < self.coeff < math.inf:
             raise ValueError(f"coeff must be a positive number (the authors take 1.15), got {self.coeff!r}")
+        if not isinstance(self.num_nodes, int) or not isinstance(self.afs, bool):
+            raise ValueError(
+                f"gits needs num_nodes, a whole number, and afs, true or false; got {self.num_nodes!r} and {self.afs!r}"
+            )
         if self.schedule.nodes(self.num_nodes)[0] >= 1:
             raise ValueError(
                 f"{self.schedule} starts at t = 1, where sigma = t / (1 - t) is infinite; "

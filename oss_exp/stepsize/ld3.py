@@ -44,7 +44,10 @@ class LD3:
         for name in ("iterations", "micro_batch", "patience"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"ld3.{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0 or not 0 <= self.momentum < 1 or not 0 < self.decay <= 1:
+        rates = self.learning_rate, self.momentum, self.decay
+        if not all(isinstance(rate, int | float) for rate in rates) or not (
+            self.learning_rate > 0 and 0 <= self.momentum < 1 and 0 < self.decay <= 1
+        ):
             raise ValueError(
                 "ld3 needs learning_rate > 0, momentum in [0, 1) and decay in (0, 1], got "
                 f"{self.learning_rate!r}, {self.momentum!r} and {self.decay!r}"

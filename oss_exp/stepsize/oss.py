@@ -200,12 +200,8 @@ class OSS(_Search):
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
         samples = problem.collective.gather(problem.samples)
         order = samples.argsort()
-        return {
-            k: _schedule(
-                problem, Path(path.nodes[:, order], path.orders[:, order]), self.start, samples[order].tolist()
-            )
-            for k, path in paths.items()
-        }
+        in_order = {k: Path(path.nodes[:, order], path.orders[:, order]) for k, path in paths.items()}
+        return {k: _schedule(problem, path, self.start, samples[order].tolist()) for k, path in in_order.items()}
 
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
         """Nodes and orders (k, B) of all ranks' samples, one rank after the other."""
