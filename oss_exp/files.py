@@ -17,6 +17,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+ASSETS = Path(__file__).parent / "assets"  # shipped with the package
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """Write to a temporary name in the same folder, then rename. Makes missing folders. Returns the path."""
@@ -87,6 +89,15 @@ def load_asset(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str
         raise ValueError(f"provenance of {what} {path.with_suffix('.json')} must be a JSON object; restore the file")
     tensors = load_tensors(path, record.get("sha256"), what)
     return tensors, record
+
+
+def find_asset(file: str | Path, what: str) -> Path:
+    """A path that exists, or the name of a safetensors file shipped with the package."""
+    path = Path(file).expanduser()
+    if not path.exists() and not (path := ASSETS / file).is_file():
+        shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob("*.safetensors")))
+        raise FileNotFoundError(f"{what} {file} is neither a path that exists nor a shipped file ({shipped})")
+    return path
 
 
 def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import abc
 
 from torch import Tensor, nn
 
+from oss_exp.models.guidance import Guidance
 from oss_exp.noise import GaussianPath
 from oss_exp.solvers import BoundVelocity, Solver, sample
 from oss_exp.steps import StepSchedule
@@ -15,8 +16,8 @@ class Model(nn.Module, abc.ABC):
     """A trained (or exact) diffusion model behind canonical time. A new family is one file, one yaml and one test.
 
     path:        translates the network's clock. event_shape: *E, one sample's shape.
-    num_classes: conditions 0 .. num_classes-1, or None when there are none; guidance: the scale that `velocity` is
-                 bound with unless told otherwise (1: none).
+    num_classes: conditions 0 .. num_classes-1, or None when there are none; guidance: what `velocity` is bound
+                 with unless told otherwise.
     fingerprint: SHA-256 of the weights; `name` and it tie a step schedule to the model it was searched on.
     """
 
@@ -24,11 +25,11 @@ class Model(nn.Module, abc.ABC):
     path: GaussianPath
     event_shape: tuple[int, ...]
     num_classes: int | None
-    guidance: float
+    guidance: Guidance
     fingerprint: str
 
     @abc.abstractmethod
-    def velocity(self, condition: Tensor | None, guidance: float) -> BoundVelocity:
+    def velocity(self, condition: Tensor | None, guidance: Guidance) -> BoundVelocity:
         """condition (B,) class indices or None -> v(x (M, *E), t (M,)) with both bound."""
 
     @abc.abstractmethod

@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import oss_exp
-from oss_exp.files import load_asset
+from oss_exp.files import find_asset, load_asset
 from oss_exp.models.base import Model
+from oss_exp.models.guidance import NO_CLASS, Guidance
 from oss_exp.noise import FlowPath, GaussianPath
 from oss_exp.solvers.base import BoundVelocity, rowwise
-
-ASSETS = Path(oss_exp.__file__).parent / "assets"
 
 
 class GaussianMixture(Model):
     """weights (C,), means (C, D), basis (C, D, R) orthonormal, extra (C, R) >= 0, floor (C,) > 0, labels (C,) class.
 
-    With `guidance` g and a class y the velocity is v(x) + g (v(x | y) - v(x)), classifier-free guidance made exact.
+    Guidance mixes the exact velocities of a class and of all classes.
     """
 
     def __init__(
@@ -41,12 +38,10 @@ class GaussianMixture(Model):
         event_shape: tuple[int, ...],
         name: str,
         fingerprint: str,
-        guidance: float,
+        guidance: Guidance,
         micro_batch: int,
     ):
         super().__init__()
-        if not isinstance(guidance, int | float):
-            raise ValueError(f"model.guidance must be a number (1 for none), got {guidance!r}")
         self.path: GaussianPath = FlowPath(shift=1.0, time_scale=1.0)
         self.event_shape = tuple(event_shape)
         self.name, self.fingerprint, self.guidance, self.micro_batch = name, fingerprint, guidance, micro_batch
@@ -68,13 +63,9 @@ class GaussianMixture(Model):
         self.responsibilities = nn.Softmax(dim=-1)  # a layer, so that its output can be looked at
 
     @classmethod
-    def from_asset(cls, file: str, guidance: float, micro_batch: int) -> GaussianMixture:
+    def from_asset(cls, file: str, guidance: Guidance, micro_batch: int) -> GaussianMixture:
         """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
-        path = Path(file) if Path(file).exists() else ASSETS / file
-        if not path.exists():
-            shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob("*.safetensors")))
-            raise FileNotFoundError(f"mixture file {file} is neither a path that exists nor a shipped file ({shipped})")
-        tensors, record = load_asset(path, "mixture")
+        tensors, record = load_asset(find_asset(file, "mixture file"), "mixture")
         return cls(
             **tensors,
             event_shape=record["event_shape"],
@@ -99,33 +90,25 @@ class GaussianMixture(Model):
             event_shape=event_shape,
             name="covariances",
             fingerprint="",
-            guidance=1.0,
+            guidance=Guidance(),
             micro_batch=1024,
         )
 
-    def velocity(self, condition: Tensor | None, guidance: float) -> BoundVelocity:
-        if condition is None and guidance != 1:
-            raise ValueError(f"guidance={guidance} needs class labels; set data.classes or guidance=1")
+    def velocity(self, condition: Tensor | None, guidance: Guidance) -> BoundVelocity:
         if condition is not None and not bool(torch.isin(condition, self.labels).all()):
             known = self.labels.unique().tolist()
             raise ValueError(f"classes must be among {known}, got {condition.unique().tolist()}")
-        if guidance == 1:
-            return BoundVelocity(self._velocity, condition, self.micro_batch)
-
-        def both(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return torch.stack([self._velocity(x, t, y), self._velocity(x, t, None)], dim=1)
-
-        return BoundVelocity(both, condition, self.micro_batch, mix=(guidance, 1 - guidance))
+        return guidance.bind(self._velocity, condition, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t = x], x (M, *E), t (M,): x - t v."""
-        return x - rowwise(t, x) * self._velocity(x, t, None)
+        return x - rowwise(t, x) * self._velocity(x, t, torch.full((len(x),), NO_CLASS, device=x.device))
 
-    def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        """E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0."""
+    def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+        """classes (M,), NO_CLASS for the whole mixture -> E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0."""
         flat, (count, rank) = x.flatten(1), self.extra.shape
         alpha, sigma = (1 - t).to(x)[:, None], t.to(x)[:, None]  # (M, 1)
         noise = alpha**2 * self.floor + sigma**2  # (M, C): variance outside the component's subspace
@@ -137,8 +120,8 @@ class GaussianMixture(Model):
         energy = length / noise + (inside.square() * (1 / spread - 1 / noise[..., None])).sum(-1)
         log_volume = flat.shape[1] * noise.log() + (spread / noise[..., None]).log().sum(-1)
         logits = self.log_weights - 0.5 * (energy + log_volume)
-        if condition is not None:
-            logits = logits.masked_fill(self.labels != condition[:, None], -math.inf)
+        classes = classes[:, None]
+        logits = logits.masked_fill((self.labels != classes) & (classes != NO_CLASS), -math.inf)
         share = self.responsibilities(logits)
         # sigma C^-1 y - mu - alpha Sigma C^-1 y, averaged over components with y = x - alpha mu.
         outside = (sigma - alpha * self.floor) / noise  # (M, C)

@@ -32,21 +32,24 @@ class BoundVelocity:
     Tiles the condition over the rows, feeds the network at most `micro_batch` rows at a time, and can be cut to a few
     samples, which lets a search work through its samples in small groups. A plain VelocityFn is enough everywhere else.
     mix: under guidance fn returns its R answers apart, (M, R, *E), and v is their sum with these weights: for a scale
-         g (g, 1 - g), conditional first. rows_per_call, the network rows that one row of x costs, is their number.
+         g (g, 1 - g), conditional first.
+    mixed_within: the times (low, high) at which one row of x costs R network rows; elsewhere its answers are one.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     condition: Tensor | None
     micro_batch: int
     mix: tuple[float, ...] = (1.0,)
+    mixed_within: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1 row, got {self.micro_batch}")
 
-    @property
-    def rows_per_call(self) -> int:
-        return len(self.mix)
+    def rows_at(self, t: Tensor) -> Tensor:
+        """Network rows that one row of x costs at these times."""
+        low, high = self.mixed_within
+        return torch.where((t >= low) & (t <= high), len(self.mix), 1)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return mixed(self, answers(self, x, t))
@@ -69,7 +72,7 @@ class BoundVelocity:
 def answers(f: VelocityFn, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     """One network call -> its R answers apart, (M, *E) each: one, or under guidance all that the velocity mixes."""
     if isinstance(f, BoundVelocity):
-        return (f.raw(x, t),) if f.rows_per_call == 1 else f.raw(x, t).unbind(1)
+        return (f.raw(x, t),) if len(f.mix) == 1 else f.raw(x, t).unbind(1)
     return (f(x, t),)
 
 
@@ -138,10 +141,6 @@ class Solver(abc.ABC):
         """The order of each of num_steps steps down to t = 0, where nothing else chooses it."""
         return [self.order] * num_steps
 
-    def nfe(self, times: Tensor) -> int:
-        """Network calls per sample through times (K+1,) that end at t = 0."""
-        return (len(times) - 1) * self.evals_per_step
-
 
 class Singlestep(Solver):
     """A solver that remembers nothing from earlier steps, and calls the network again within a step (`inner_step`).
@@ -167,10 +166,6 @@ class Singlestep(Solver):
             inner = self.inner_step(f, replace(state, t=start), end)
             x = inner.where(rowwise(regular, x).bool(), x)
         return replace(state, x=x, t=t_next)
-
-    def nfe(self, times: Tensor) -> int:
-        euler_steps = 1 + (len(times) > 2 and 1.0 in self.singular_at and float(times[0]) == 1)
-        return super().nfe(times) - euler_steps * (self.evals_per_step - 1)
 
     def observe(self, f: VelocityFn, state: State) -> State:
         return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import LinearMultistep, Solver, State, VelocityFn, answers, combine, rowwise, walk
+from oss_exp.solvers.base import (
+    BoundVelocity,
+    LinearMultistep,
+    Solver,
+    State,
+    VelocityFn,
+    answers,
+    combine,
+    rowwise,
+    walk,
+)
+from oss_exp.solvers.euler import Euler
 from oss_exp.steps import StepSchedule
 
 
@@ -39,11 +50,24 @@ def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, gr
     return final
 
 
-def nfe(solver: Solver, steps: StepSchedule) -> int:
-    """Network calls per sample of `sample`; of per-sample schedules the most."""
+def nfe(solver: Solver, steps: StepSchedule, velocity: BoundVelocity | None = None) -> int:
+    """Network rows per sample of `sample` with this velocity (None: one a call); of per-sample schedules the most."""
     if steps.weights is not None:
-        return steps.num_steps
-    return max(solver.nfe(times) for times in torch.atleast_2d(steps.times))
+        solver = Euler()  # fitted steps call where Euler's do
+
+    def rows(times: Tensor) -> int:
+        """Found by stepping nothing through times (K+1,)."""
+        asked = []
+
+        def f(x: Tensor, t: Tensor) -> Tensor:
+            asked.append(t)
+            return torch.zeros_like(x)
+
+        for _ in walk(solver, f, torch.zeros(1, 1), times):
+            pass
+        return len(asked) if velocity is None else int(velocity.rows_at(torch.cat(asked)).sum())
+
+    return max(rows(times) for times in torch.atleast_2d(steps.times))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.noise import EDMPath, NoiseSchedule
-from oss_exp.solvers import Solver, VelocityFn, trajectory, walk
+from oss_exp.solvers import Solver, VelocityFn, nfe, trajectory, walk
 from oss_exp.solvers.base import rowwise
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize.base import Collective, Problem, begin_at, check_num_steps
@@ -100,7 +100,8 @@ class GITS:
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """The teacher's own calls; with afs also those of the tries, an estimate: half of the nodes for every K."""
         tries = self.num_nodes // 2 if self.afs else 0
-        return self.solver.nfe(self.schedule.nodes(self.num_nodes)) + tries * sum(set(num_steps)) * (1 + edge_calls)
+        teacher = StepSchedule(self.schedule.nodes(self.num_nodes), "pinned", 1.0)
+        return nfe(self.solver, teacher) + tries * sum(set(num_steps)) * (1 + edge_calls)
 
 
 # --------------------------------------------------------------------------------------------------------------

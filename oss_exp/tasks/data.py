@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -91,30 +92,40 @@ class NoiseData(L.LightningDataModule):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def fashion_mnist(root: str) -> tuple[Tensor, Tensor]:
-    """Training images (60000, 1, 28, 28) in [-1, 1] and labels, from the IDX files under root, gzipped or not.
+Images = tuple[Tensor, Tensor]
+"""images (n, C, H, W) float32 in [-1, 1], labels (n,) int64."""
 
-    root: a folder with the four files, or torchvision's (root/FashionMNIST/raw). Nothing is downloaded.
+
+def fashion_mnist(root: str, split: str = "train", size: int = 28) -> Images:
+    """60,000 grey training or 10,000 test images from the IDX files under root, gzipped or not.
+
+    root: a folder with the files, or torchvision's (root/FashionMNIST/raw). size: 28, or more with a black frame.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"data.split must be train or test, got {split!r}")
+    if not isinstance(size, int) or size < 28 or size % 2:
+        raise ValueError(f"data.size must be an even number of at least 28, got {size!r}")
+    prefix = {"train": "train", "test": "t10k"}[split]
     folders = [Path(root), Path(root) / "FashionMNIST" / "raw", Path(root) / "raw"]
-    folder = next((f for f in folders if list(f.glob("train-images-idx3-ubyte*"))), None)
+    folder = next((f for f in folders if list(f.glob(f"{prefix}-images-idx3-ubyte*"))), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no train-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of the "
-            "four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)"
+            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of "
+            "the four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in "
+            "/usr/share/datasets/fashion-mnist)"
         )
-    images = _read_idx(folder, "train-images-idx3-ubyte", header=16, item=28 * 28)
-    labels = _read_idx(folder, "train-labels-idx1-ubyte", header=8, item=1)
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", header=16, item=28 * 28)
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", header=8, item=1)
     if len(images) != len(labels):
         raise ValueError(
             f"{folder} has {len(images)} images but {len(labels)} labels; the files do not belong together"
         )
-    return torch.from_numpy(images).reshape(-1, 1, 28, 28).float() / 127.5 - 1, torch.from_numpy(
-        labels
-    ).flatten().long()
+    pixels = torch.from_numpy(images).reshape(-1, 1, 28, 28).float() / 127.5 - 1
+    frame = (size - 28) // 2
+    return F.pad(pixels, [frame] * 4, value=-1.0), torch.from_numpy(labels).flatten().long()
 
 
-def digits(root: str | None) -> tuple[Tensor, Tensor]:
+def digits(root: str | None) -> Images:
     """scikit-learn's digits: (1797, 1, 8, 8) in [-1, 1] and labels. They come with the package; root stays null."""
     from sklearn.datasets import load_digits
 

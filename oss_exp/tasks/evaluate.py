@@ -49,12 +49,10 @@ class EvaluateModule(L.LightningModule):
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
-        self.rows_per_call = 1
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         index, condition = batch["index"], self.setting.condition(batch["label"])
-        velocity = self.setting.velocity(batch["label"])
-        self.rows_per_call = velocity.rows_per_call
+        velocity = self.velocity = self.setting.velocity(batch["label"])
         noise = self.setting.first_state(batch["noise"])
         solver = self.setting.solver
         reference = sample(replace(solver, calibration=None), velocity, noise, self.setting.teacher)
@@ -94,7 +92,7 @@ class EvaluateModule(L.LightningModule):
             records.append(
                 {
                     **self.rows[label],
-                    "nfe": nfe(self.setting.solver, steps) * self.rows_per_call,
+                    "nfe": nfe(self.setting.solver, steps, self.velocity),
                     "psnr": Interval.of(value).to_dict(),
                     "spread": Interval.of(ratio).to_dict(),
                     "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},

@@ -1,0 +1,132 @@
+"""What a network is asked, and what its answer says of the velocity v = eps - x0 at x_t = (1 - t) x0 + t eps.
+
+A parameterization is the pair of a network's clock and scaling (`question`) and the quantity that it was trained to
+give (`answer`). Sampling reads `velocity`; training regresses the network's output on `answer`.
+Legend: M rows, *E event dims; t (M,) float64.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oss_exp.noise import EDMPath, GaussianPath, require_positive, require_sigmas
+from oss_exp.steps import rowwise
+
+
+class Parameterization(abc.ABC):
+    """Of one network: `path` translates its clock."""
+
+    path: GaussianPath
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t (M, *E), t -> the network's input (M, *E) and its clock (M,), in x's dtype."""
+        return rowwise(self.path.scale(t), x) * x, self.path.native(t).to(x)
+
+    @abc.abstractmethod
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x0, noise (M, *E) -> what the network should say (M, *E)."""
+
+    @abc.abstractmethod
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """What the network said (M, *E) at x_t -> v (M, *E)."""
+
+
+@dataclass(frozen=True)
+class FlowVelocity(Parameterization):
+    """The network gives v itself: flow matching (Lipman et al. 2022, arXiv 2210.02747)."""
+
+    path: GaussianPath
+
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise - x0
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return output
+
+
+@dataclass(frozen=True)
+class Noise(Parameterization):
+    """The network gives eps (Ho et al. 2020, arXiv 2006.11239), v = (eps - x) / (1 - t).
+
+    time_max < 1: the noisiest canonical time that it was trained at, asked in place of later ones.
+    """
+
+    path: GaussianPath
+    time_max: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_max < 1:
+            raise ValueError(f"time_max must lie between 0 and 1, got {self.time_max!r}")
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().question(x, t.clamp(max=self.time_max))
+
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return (output - x) / rowwise(1 - t.clamp(max=self.time_max), x)
+
+
+@dataclass(frozen=True)
+class Data(Parameterization):
+    """The network gives x0, v = (x - x0) / t. time_min > 0: the cleanest time that it is asked at."""
+
+    path: GaussianPath
+    time_min: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_min < 1:
+            raise ValueError(f"time_min must lie between 0 and 1, got {self.time_min!r}")
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().question(x, t.clamp(min=self.time_min))
+
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return x0
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return (x - output) / rowwise(t.clamp(min=self.time_min), x)
+
+
+@dataclass(frozen=True)
+class EDM(Parameterization):
+    """The network gives F with D = c_skip x_native + c_out F (Karras et al. 2022, arXiv 2206.00364, table 1).
+
+    Written in t, where no coefficient has a pole: with q^2 = t^2 + (sigma_data (1 - t))^2 the input is x / q and
+    v = (t - sigma_data^2 (1 - t)) x / q^2 - sigma_data F / q. Only the clock time_scale ln(sigma) / 4 has; it stops at
+    sigma_min and sigma_max, beyond which the network has seen nothing.
+    """
+
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+    time_scale: float  # 1 in the original
+
+    def __post_init__(self) -> None:
+        require_sigmas(self.sigma_min, self.sigma_max)
+        require_positive(sigma_data=self.sigma_data, time_scale=self.time_scale)
+
+    @property
+    def path(self) -> GaussianPath:
+        return EDMPath()
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.path.native(t).clamp(self.sigma_min, self.sigma_max)
+        return x / rowwise(self._length(t), x), (self.time_scale * sigma.log() / 4).to(x)
+
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        clean, noisy = t, self.sigma_data**2 * (1 - t)
+        return (rowwise(clean, x0) * x0 - rowwise(noisy, x0) * noise) / rowwise(self.sigma_data * self._length(t), x0)
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        length = self._length(t)
+        skip = (t - self.sigma_data**2 * (1 - t)) / length**2
+        return rowwise(skip, x) * x - rowwise(self.sigma_data / length, x) * output
+
+    def _length(self, t: Tensor) -> Tensor:
+        return torch.sqrt(t**2 + (self.sigma_data * (1 - t)) ** 2)

@@ -1,0 +1,340 @@
+"""Train a denoiser: `model` from its initial weights, on the images or latents of `data`.
+
+Training example i is a function of (seed, i) alone: image, noise, time and whether its label is dropped. So a run that
+was killed resumes exactly, and any number of ranks with the same global batch takes the same steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import call, instantiate
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.utils import make_grid
+
+import oss_exp
+from oss_exp.files import save_asset, write_atomically
+from oss_exp.models.guidance import NO_CLASS
+from oss_exp.models.network import Network
+from oss_exp.noise import FlowSchedule
+from oss_exp.solvers import Euler
+from oss_exp.steps import StepSchedule, rowwise
+from oss_exp.tasks.collective import DistributedCollective
+
+SHOWN = 8  # samples of each class in a grid
+GRID_STEPS = 50  # Euler's, for each of them
+
+
+def pretrain(cfg: DictConfig) -> Logger | None:
+    """Write the averaged weights to task.output (.safetensors and .json), checkpoints and grids to the run folder."""
+    folder, task = Path(cfg.paths.output_dir), cfg.task
+    for name in ("max_steps", "save_every", "batch_size"):
+        if not isinstance(task[name], int) or task[name] < 1:
+            raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
+    torch.manual_seed(task.seed)  # the initial weights, the same on every rank
+    model = instantiate(cfg.model, checkpoint=None)
+    if not isinstance(model, Network):
+        raise ValueError(f"task=pretrain trains networks; {type(model).__name__} has no weights to train")
+    images = call(cfg.data)
+    images = TensorDataset(*images) if isinstance(images, tuple) else images
+    if (found := tuple(images[0][0].shape)) != model.event_shape:
+        raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.event_shape}")
+    examples = Examples(images, task.seed, task.label_dropout, instantiate(task.times))
+    logger = instantiate(cfg.logger)
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        default_root_dir=folder,
+        logger=logger or False,
+        enable_checkpointing=True,
+        enable_progress_bar=False,
+        reload_dataloaders_every_n_epochs=1,
+        max_epochs=math.ceil(task.max_steps / task.save_every),
+        gradient_clip_val=task.gradient_clip,
+        callbacks=[Bar(), ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)],
+    )
+    if task.batch_size % trainer.world_size:
+        raise ValueError(f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks")
+    rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    module = PretrainModule(
+        model,
+        examples,
+        batch_size=task.batch_size // trainer.world_size,
+        global_batch=task.batch_size,
+        max_steps=task.max_steps,
+        save_every=task.save_every,
+        learning_rate=task.learning_rate,
+        warmup_steps=task.warmup_steps,
+        ema_decay=task.ema_decay,
+        num_workers=task.num_workers,
+        compile=task.compile,
+        output=Path(task.output),
+        folder=folder,
+        about=_about(cfg, model, images),
+    )
+    trainer.fit(module, ckpt_path=_checkpoint(task.resume))
+    Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4f}", soft_wrap=True)
+    return logger
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Examples
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UniformTimes:
+    """t uniform in [0, 1]."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """u uniform in (0, 1), float64, any shape -> t."""
+        return u
+
+
+@dataclass(frozen=True)
+class LogitNormalTimes:
+    """logit t = ln sigma normal: EDM's training noise (arXiv 2206.00364, table 1) and SD3's times (2403.03206) alike."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"task.times.std must be positive, got {self.std!r}")
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+class Examples(Dataset):
+    """An endless stream: item i is {x0, noise (*E), t, label}, of the i-th image of one shuffle after the other."""
+
+    def __init__(self, images: Any, seed: int, label_dropout: float, times: UniformTimes | LogitNormalTimes):
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"task.label_dropout must lie between 0 and 1, got {label_dropout!r}")
+        self.images, self.seed, self.label_dropout, self.times = images, seed, label_dropout, times
+        self.order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=int))
+
+    def __getitem__(self, i: int) -> dict[str, Tensor | int]:
+        epoch, position = divmod(i, len(self.images))
+        if self.order[0] != epoch:
+            self.order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.images)))
+        x0, label = self.images[int(self.order[1][position])]
+        draw = np.random.default_rng((self.seed, 1, i))
+        noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32))
+        t = self.times(torch.tensor(draw.uniform(1e-12, 1), dtype=torch.float64))
+        dropped = draw.random() < self.label_dropout
+        return {"x0": x0, "noise": noise, "t": t, "label": NO_CLASS if dropped else int(label)}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------
+
+
+class PretrainModule(L.LightningModule):
+    """Regresses a network's output on what its parameterization asks for; `model` holds the average of its weights.
+
+    An epoch of the trainer is `save_every` steps, after which the losses, a grid of samples and the weights are saved.
+    batch_size: of one rank. about: the provenance that is known before.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        examples: Examples,
+        batch_size: int,
+        global_batch: int,
+        max_steps: int,
+        save_every: int,
+        learning_rate: float,
+        warmup_steps: int,
+        ema_decay: float,
+        num_workers: int,
+        compile: bool,
+        output: Path,
+        folder: Path,
+        about: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.model, self.network = model, copy.deepcopy(model.backbone).requires_grad_(True).train()
+        if compile:
+            self.network.compile()
+        self.examples, self.batch_size, self.global_batch, self.num_workers = (
+            examples,
+            batch_size,
+            global_batch,
+            num_workers,
+        )
+        self.max_steps, self.save_every = max_steps, save_every
+        self.learning_rate, self.warmup_steps, self.ema_decay = learning_rate, warmup_steps, ema_decay
+        self.output, self.folder, self.about = output, folder, about
+        self.losses: list[float] = []  # of every step, the mean over ranks
+        self.latest: list[Tensor] = []  # of this epoch's steps, this rank's
+        self.seconds, self.started = 0.0, time.perf_counter()
+
+    @property
+    def seen(self) -> int:
+        """Steps taken."""
+        return len(self.losses) + len(self.latest)
+
+    def recent_loss(self) -> float:
+        return float(np.mean(self.losses[-self.save_every :]))
+
+    def train_dataloader(self) -> DataLoader:
+        """The examples of this epoch's steps."""
+        last = min(len(self.losses) + self.save_every, self.max_steps)
+        examples = torch.utils.data.Subset(
+            self.examples, range(len(self.losses) * self.global_batch, last * self.global_batch)
+        )
+        return DataLoader(examples, self.batch_size, num_workers=self.num_workers)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
+        x = rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise
+        question, clock = self.model.parameterization.question(x, t)
+        output = self.network(question, clock, batch["label"])
+        loss = F.mse_loss(output.float(), self.model.parameterization.answer(x0, noise, t).float())
+        self.latest.append(loss.detach())
+        self.log("loss", loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        decay = min(self.ema_decay, self.seen / (self.seen + 9))  # young averages forget their start faster
+        average = get_ema_multi_avg_fn(decay)
+        average(list(self.model.backbone.parameters()), list(self.network.parameters()), self.seen)
+
+    def on_train_epoch_end(self) -> None:
+        losses = torch.stack(self.latest)
+        self.losses += (DistributedCollective().sum(losses) / self.trainer.world_size).tolist()
+        self.latest = []
+        if not math.isfinite(self.losses[-1]):
+            raise ValueError(f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate")
+        grid = self._grid()
+        self.seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        self._save(grid)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate)
+
+        def rate(step: int) -> float:
+            """Linear warm-up, then half a cosine to 0."""
+            rising = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+            return rising * 0.5 * (1 + math.cos(math.pi * min(step / self.max_steps, 1)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["progress"] = {"losses": self.losses, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.losses, self.seconds = checkpoint["progress"]["losses"], checkpoint["progress"]["seconds"]
+
+    @torch.no_grad()
+    def _grid(self) -> np.ndarray:
+        """(H, W, 3) bytes: a row of samples for each class, from the same noises every time."""
+        classes = torch.arange(min(self.model.num_classes or 1, 10), device=self.device)
+        noise = torch.randn(SHOWN, *self.model.event_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        times = FlowSchedule(1.0).nodes(GRID_STEPS)
+        condition = None if self.model.num_classes is None else classes.repeat_interleave(SHOWN)
+        steps = StepSchedule(times, "pinned", float(times[0]))
+        pictures = self.model.generate(Euler(), steps, noise.repeat(len(classes), 1, 1, 1), condition)
+        grid = make_grid(pictures, nrow=SHOWN)[:3]
+        return (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    @rank_zero_only
+    def _save(self, grid: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        Image.fromarray(grid).save(buffer, "png")
+        picture = write_atomically(self.folder / "samples" / f"step_{self.seen:06d}.png", buffer.getvalue())
+        if isinstance(self.logger, WandbLogger):
+            self.logger.log_image("samples", [str(picture)])
+        write_atomically(self.folder / "training.json", json.dumps({**self.about, "losses": self.losses}) + "\n")
+        weights = {key: value.half() for key, value in self.model.backbone.state_dict().items()}
+        training = {"steps": self.seen, "of": self.max_steps, "loss": self.recent_loss(), "seconds": self.seconds}
+        save_asset(self.output, weights, {**self.about, "training": training})
+
+
+class Bar(Callback):
+    """Steps with the loss and the time left, over all epochs; on rank 0."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn())
+        clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
+        off = trainer.global_rank != 0
+        self.progress = Progress(*columns, *clocks, console=Console(stderr=True), disable=off)
+        self.bar = self.progress.add_task("", total=module.max_steps, completed=module.seen, loss=math.nan)
+        self.progress.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.progress.update(self.bar, completed=module.seen, loss=float(outputs["loss"]))
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if hasattr(self, "progress"):
+            self.progress.stop()
+
+
+def _checkpoint(resume: str | None) -> str | None:
+    """A checkpoint file, or the run folder that has it."""
+    if resume is None:
+        return None
+    path = Path(resume).expanduser()
+    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"task.resume: no checkpoint {path}; give the run folder of an earlier task=pretrain")
+    return str(path)
+
+
+def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "name": model.name,
+        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
+        "seed": cfg.task.seed,
+        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "data": {"images": len(images), "sha256": _fingerprint(images)},
+        "hardware": gpu or f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {
+            "oss_exp": oss_exp.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _fingerprint(images: Dataset) -> str:
+    """SHA-256 of tensors; of a folder, of its files' names and sizes."""
+    digest = hashlib.sha256()
+    if isinstance(images, TensorDataset):
+        for tensor in images.tensors:
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    else:
+        for path, label in images.samples:
+            digest.update(f"{Path(path).name} {Path(path).stat().st_size} {label}\n".encode())
+    return digest.hexdigest()
