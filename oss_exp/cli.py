@@ -46,10 +46,10 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep "
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
-    get_method(cfg.task._target_)(cfg)
+    logger = get_method(cfg.task._target_)(cfg)  # a task that logs as it goes returns its logger
     if rank_zero_only.rank == 0:
         report.write(folder)
-        if (logger := instantiate(cfg.logger)) is not None:
+        if (logger := logger or instantiate(cfg.logger)) is not None:
             report.log_run(logger, cfg, folder)
 
 

@@ -30,7 +30,7 @@ def mixture(gmm) -> GaussianMixture:
 
 @pytest.fixture(scope="session")
 def velocity(mixture):
-    return mixture.velocity(None, 1.0)
+    return mixture.velocity(None)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,7 @@ import torch
 from helpers import run_cli
 
 from oss_exp.cli import CONF, main
-from oss_exp.files import load_asset, save_asset
-from oss_exp.models.mixture import ASSETS
+from oss_exp.files import ASSETS, load_asset, save_asset
 from oss_exp.steps import StepSchedule
 
 SMALL = [
@@ -120,7 +119,7 @@ WRONG_VALUES = [
     ("data.batch_size=0", "data.batch_size", "at least 1"),
     ("data.search_samples=many", "data.search_samples", "many"),
     ("data.seed=-1", "seed", "-1"),
-    ("model.guidance=3", "guidance", "data.classes"),
+    ("model.guidance.scale=3", "guidance", "data.classes"),
     ("model.micro_batch=0", "micro_batch", "at least 1"),
     ("model.file=none.safetensors", "none.safetensors", "mixture_digits.safetensors"),
     ("noise_schedule.shift=-1", "shift", "positive", "-1"),
@@ -204,7 +203,7 @@ def test_a_sweep_with_two_devices_a_job_is_refused(refused):
 
 
 def test_a_guidance_that_is_no_number_is_named(refused):
-    assert "guidance" in refused(*SMALL, "data.classes=all", "model.guidance=much")
+    assert "guidance" in refused(*SMALL, "data.classes=all", "model.guidance.scale=much")
 
 
 def test_an_unknown_flag_is_a_usage_error(refused):

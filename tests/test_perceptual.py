@@ -71,7 +71,7 @@ def test_clean_data_is_shown_at_the_least_time(net):
 
 def test_a_search_by_responsibilities_replays(mixture, gmm):
     distance = Perceptual("responsibilities", 0.001).bind(mixture)
-    problem = Problem(mixture.velocity(None, 1.0), gmm["z"], FlowSchedule(1.0).nodes(12), Euler(), distance)
+    problem = Problem(mixture.velocity(None), gmm["z"], FlowSchedule(1.0).nodes(12), Euler(), distance)
     steps = OSSShared("free", None, True, "mean").plan(problem, [3])[3]
     end = torch.tensor([12])
     found = problem.cost(sample(Euler(), problem.velocity, problem.noise, steps), end).mean()

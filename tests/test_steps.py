@@ -157,7 +157,7 @@ def test_an_analytic_start_uses_each_samples_own_condition_and_time(gmm, mixture
     first = torch.linspace(0.9, 0.99, 16, dtype=torch.float64)
     times = torch.stack([first, torch.zeros(16, dtype=torch.float64)], dim=1)
     schedule = StepSchedule(times, start="analytic", mean=gmm["means"], samples=tuple(range(16)))
-    v = mixture.velocity(label, 1.0)(z, torch.ones(16, dtype=torch.float64))
+    v = mixture.velocity(label)(z, torch.ones(16, dtype=torch.float64))
     expected = z + (first[:, None] - 1) * v
     torch.testing.assert_close(schedule.initial_state(z, label), expected, rtol=0, atol=1e-12)
 

@@ -18,6 +18,7 @@ from experiments.common import keep, png, table
 from oss_exp.calibration import amplitude
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import sample, trajectory
@@ -39,8 +40,8 @@ class Bench:
     """Noises of one seed, with the teacher's answers on the held-out ones."""
 
     def __init__(self) -> None:
-        self.model = GaussianMixture.from_asset("mixture_fashion.safetensors", guidance=1.0, micro_batch=4096)
-        self.velocity = self.model.velocity(None, 1.0)
+        self.model = GaussianMixture.from_asset("mixture_fashion.safetensors", guidance=Guidance(), micro_batch=4096)
+        self.velocity = self.model.velocity(None)
         self.other = self.noise(10**6, HELD_OUT)
         self.truth = self._teacher(self.other)
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
+from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler, sample
@@ -54,9 +55,9 @@ def noises(first: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
 def measure(name: str, threads: int, seed: int) -> dict:
     """Run one contestant in this process."""
     torch.set_num_threads(threads)
-    model = GaussianMixture.from_asset("mixture_fashion.safetensors", guidance=1.0, micro_batch=1024)
+    model = GaussianMixture.from_asset("mixture_fashion.safetensors", guidance=Guidance(), micro_batch=1024)
     noise, grid = noises(1000 * seed, SAMPLES, model.event_shape), FlowSchedule(shift=1.0).nodes(N)
-    inner = model.velocity(None, 1.0)
+    inner = model.velocity(None)
     network = {"rows": 0, "seconds": 0.0}
 
     def fn(x, t, condition):
@@ -96,7 +97,7 @@ def held_out_psnr(model: GaussianMixture, plan: StepSchedule, grid: torch.Tensor
     """Against the teacher on other noises; None for schedules that belong to the search samples."""
     if plan.samples is not None:
         return None
-    velocity, noise = model.velocity(None, 1.0), noises(1_000_000, HELD_OUT, model.event_shape)
+    velocity, noise = model.velocity(None), noises(1_000_000, HELD_OUT, model.event_shape)
     teacher, student = (model.decode(sample(Euler(), velocity, noise, steps)) for steps in (StepSchedule(grid), plan))
     return float(psnr(student, teacher).mean())
 

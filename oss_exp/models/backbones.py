@@ -45,6 +45,7 @@ class DiT(nn.Module):
 
     def __init__(self, channels: int, size: int, num_classes: int, patch: int, **config: Any):
         from diffusers import DiTTransformer2DModel
+        from diffusers.models.embeddings import LabelEmbedding
 
         super().__init__()
         self.num_classes = num_classes
@@ -56,6 +57,9 @@ class DiT(nn.Module):
             num_embeds_ada_norm=num_classes,
             **config,
         )
+        for module in self.network.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # each block would drop labels by itself; the trainer drops them
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
         labels = torch.where(classes < 0, self.num_classes, classes)

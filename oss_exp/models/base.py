@@ -16,8 +16,7 @@ class Model(nn.Module, abc.ABC):
     """A trained (or exact) diffusion model behind canonical time. A new family is one file, one yaml and one test.
 
     path:        translates the network's clock. event_shape: *E, one sample's shape.
-    num_classes: conditions 0 .. num_classes-1, or None when there are none; guidance: what `velocity` is bound
-                 with unless told otherwise.
+    num_classes: conditions 0 .. num_classes-1, or None when there are none; guidance: its own.
     fingerprint: SHA-256 of the weights; `name` and it tie a step schedule to the model it was searched on.
     """
 
@@ -29,8 +28,8 @@ class Model(nn.Module, abc.ABC):
     fingerprint: str
 
     @abc.abstractmethod
-    def velocity(self, condition: Tensor | None, guidance: Guidance) -> BoundVelocity:
-        """condition (B,) class indices or None -> v(x (M, *E), t (M,)) with both bound."""
+    def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
+        """condition (B,) class indices or None -> v(x (M, *E), t (M,)) with it and guidance (None: its own) bound."""
 
     @abc.abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
@@ -38,4 +37,4 @@ class Model(nn.Module, abc.ABC):
 
     def generate(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """noise (B, *E) at steps.start_time -> pixels."""
-        return self.decode(sample(solver, self.velocity(condition, self.guidance), noise, steps, group=condition))
+        return self.decode(sample(solver, self.velocity(condition), noise, steps, group=condition))

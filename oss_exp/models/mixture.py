@@ -94,11 +94,11 @@ class GaussianMixture(Model):
             micro_batch=1024,
         )
 
-    def velocity(self, condition: Tensor | None, guidance: Guidance) -> BoundVelocity:
+    def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         if condition is not None and not bool(torch.isin(condition, self.labels).all()):
             known = self.labels.unique().tolist()
             raise ValueError(f"classes must be among {known}, got {condition.unique().tolist()}")
-        return guidance.bind(self._velocity, condition, self.micro_batch)
+        return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
         return ((x0 + 1) / 2).clamp(0, 1)
@@ -108,7 +108,10 @@ class GaussianMixture(Model):
         return x - rowwise(t, x) * self._velocity(x, t, torch.full((len(x),), NO_CLASS, device=x.device))
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-        """classes (M,), NO_CLASS for the whole mixture -> E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0."""
+        """E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0.
+
+        classes (M,): whose components, NO_CLASS for all.
+        """
         flat, (count, rank) = x.flatten(1), self.extra.shape
         alpha, sigma = (1 - t).to(x)[:, None], t.to(x)[:, None]  # (M, 1)
         noise = alpha**2 * self.floor + sigma**2  # (M, C): variance outside the component's subspace

@@ -40,10 +40,10 @@ class Network(Model):
         self.fingerprint = "untrained" if checkpoint is None else self._load(find_asset(checkpoint, "checkpoint"))
         self.eval().requires_grad_(False)
 
-    def velocity(self, condition: Tensor | None, guidance: Guidance) -> BoundVelocity:
+    def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         if condition is not None and not bool(((condition >= 0) & (condition < (self.num_classes or 0))).all()):
             raise ValueError(f"{self.name} has {self.num_classes or 'no'} classes, got {condition.unique().tolist()}")
-        return guidance.bind(self._velocity, condition, self.micro_batch)
+        return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
         return ((x0 + 1) / 2).clamp(0, 1)

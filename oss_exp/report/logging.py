@@ -46,8 +46,9 @@ def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
 def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     """The configuration, PSNR, gain and spread of every schedule, and with W&B the table and the pictures."""
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    if isinstance(logger, WandbLogger) and (folder / "amplitude.png").exists():
-        logger.log_image("amplitude", [str(folder / "amplitude.png")])
+    for name in ("amplitude", "training"):
+        if isinstance(logger, WandbLogger) and (folder / f"{name}.png").exists():
+            logger.log_image(name, [str(folder / f"{name}.png")])
     if not (folder / "metrics.json").exists():
         return
     lines = compare(read_run(folder))

@@ -47,6 +47,9 @@ def write(folder: Path) -> None:
         curves = read_json(folder / "amplitude.json", "amplitudes of a run")["curves"]
         made.append(write_atomically(folder / "amplitude.png", plots.amplitude(curves)))
         console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
+    if (folder / "training.json").exists():
+        made.append(write_atomically(folder / "training.png", plots.training(_training(folder))))
+        made += sorted((folder / "samples").glob("step_*.png"))[-1:]
     if plans:
         console.print(f"schedules ({len(plans)}): {folder / 'schedules'}", soft_wrap=True)
     for path in made:
@@ -83,6 +86,10 @@ def _console() -> Console:
 def _teacher_nodes(folder: Path) -> Sequence[float]:
     cfg = OmegaConf.load(folder / "config.yaml")
     return instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps).tolist()
+
+
+def _training(folder: Path) -> list[float]:
+    return read_json(folder / "training.json", "losses of a training run")["losses"]
 
 
 def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:

@@ -91,6 +91,19 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     return _png(figure)
 
 
+def training(losses: Sequence[float]) -> bytes:
+    """PNG: the loss of every step, and its mean over as many steps as make 50 of them."""
+    width = max(1, len(losses) // 50)
+    means = np.array(losses[: len(losses) // width * width]).reshape(-1, width).mean(1)
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.plot(np.arange(1, len(losses) + 1), losses, color="0.8", lw=0.5, label="each step")
+    axis.plot((np.arange(len(means)) + 0.5) * width, means, color="tab:blue", lw=2, label=f"mean of {width}")
+    axis.set(xlabel="step", ylabel="loss", ylim=(0.9 * means.min(), 1.1 * np.quantile(losses, 0.95)))
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
 def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """PNG: 5 and 95 % quantiles of the state against t, a column a strategy; below, how far off the teacher's.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,6 +134,49 @@ def digits(root: str | None) -> Images:
         raise ValueError(f"data.root={root} is not used: the digits come with scikit-learn; set data.root=null")
     data = load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
+
+
+def image_folder(root: str, size: int, channels: int) -> Dataset:
+    """Images in one folder a class, root/<class>/<image>: items (C, size, size) in [-1, 1], label.
+
+    The shorter side is resized to `size`, then the middle is cut out; channels 1 (grey) or 3 (RGB). Files are read
+    when they are needed.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    if channels not in (1, 3):
+        raise ValueError(f"data.channels must be 1 or 3, got {channels!r}")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"data.root={root} is no folder; give one that has a folder of images for each class")
+    steps = [
+        v2.ToImage(),
+        v2.Grayscale(channels),
+        v2.Resize(size),
+        v2.CenterCrop(size),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5], [0.5]),
+    ]
+    try:
+        return ImageFolder(root, v2.Compose(steps if channels == 1 else [steps[0], *steps[2:]]))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.root={root} has no images in folders of classes: {error}") from None
+
+
+def cached_latents(file: str) -> Images:
+    """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file."""
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"data.file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"data.file={file} is truncated or no safetensors file: {error}") from None
+    latents, labels = tensors.get("latents"), tensors.get("labels")
+    if latents is None or labels is None or latents.ndim != 4 or labels.shape != latents.shape[:1]:
+        found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
+        raise ValueError(f"data.file={file} must hold latents (n, C, h, w) and labels (n,), has {found}")
+    return latents.float(), labels.long()
 
 
 def _read_idx(folder: Path, name: str, header: int, item: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import call, instantiate
+from hydra.utils import call, get_object, instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -57,9 +57,9 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         if not isinstance(task[name], int) or task[name] < 1:
             raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
     torch.manual_seed(task.seed)  # the initial weights, the same on every rank
+    if get_object(cfg.model._target_) is not Network:
+        raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
     model = instantiate(cfg.model, checkpoint=None)
-    if not isinstance(model, Network):
-        raise ValueError(f"task=pretrain trains networks; {type(model).__name__} has no weights to train")
     images = call(cfg.data)
     images = TensorDataset(*images) if isinstance(images, tuple) else images
     if (found := tuple(images[0][0].shape)) != model.event_shape:
@@ -117,7 +117,7 @@ class UniformTimes:
 
 @dataclass(frozen=True)
 class LogitNormalTimes:
-    """logit t = ln sigma normal: EDM's training noise (arXiv 2206.00364, table 1) and SD3's times (2403.03206) alike."""
+    """logit t = ln sigma is normal: EDM's training noise (arXiv 2206.00364, table 1) and SD3's (2403.03206) alike."""
 
     mean: float
     std: float
@@ -260,11 +260,12 @@ class PretrainModule(L.LightningModule):
     def _grid(self) -> np.ndarray:
         """(H, W, 3) bytes: a row of samples for each class, from the same noises every time."""
         classes = torch.arange(min(self.model.num_classes or 1, 10), device=self.device)
-        noise = torch.randn(SHOWN, *self.model.event_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        noise = torch.randn(SHOWN, *self.model.event_shape, generator=torch.Generator().manual_seed(0))
         times = FlowSchedule(1.0).nodes(GRID_STEPS)
         condition = None if self.model.num_classes is None else classes.repeat_interleave(SHOWN)
         steps = StepSchedule(times, "pinned", float(times[0]))
-        pictures = self.model.generate(Euler(), steps, noise.repeat(len(classes), 1, 1, 1), condition)
+        noise = noise.to(self.device, self.dtype).repeat(len(classes), 1, 1, 1)
+        pictures = self.model.generate(Euler(), steps, noise, condition)
         grid = make_grid(pictures, nrow=SHOWN)[:3]
         return (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 

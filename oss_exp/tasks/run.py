@@ -5,7 +5,7 @@ Each takes the composed configuration, builds what it names, and leaves its resu
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,10 @@ class Run:
                 f"step schedule {path} has the orders searched with {steps.provenance.get('solver')}, this run steps "
                 f"with {solver}; choose that solver, or run_orders=fixed"
             )
-        if steps.weights is not None and made_for.get("guidance") != model.guidance:
+        if steps.weights is not None and made_for.get("guidance") != asdict(model.guidance):
             raise ValueError(
                 f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
-                f"model.guidance={model.guidance}; choose that guidance, or plan it again"
+                f"{asdict(model.guidance)}; choose that guidance, or plan it again"
             )
         if steps.samples is not None and steps.provenance.get("seed") != self.cfg.data.seed:
             raise ValueError(

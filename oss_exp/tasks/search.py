@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Setting:
 
     def velocity(self, labels: Tensor) -> BoundVelocity:
         """labels (B,), -1 for none."""
-        return self.model.velocity(self.condition(labels), self.model.guidance)
+        return self.model.velocity(self.condition(labels))
 
     @staticmethod
     def condition(labels: Tensor) -> Tensor | None:
@@ -138,7 +138,7 @@ def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
         "model": {
             "name": setting.model.name,
             "sha256": setting.model.fingerprint,
-            "guidance": setting.model.guidance,
+            "guidance": asdict(setting.model.guidance),
             "event_shape": list(setting.model.event_shape),
             "classes": config["data"]["classes"],
         },

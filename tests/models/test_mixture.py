@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
-from oss_exp.models.mixture import ASSETS, GaussianMixture, fit
+from oss_exp.files import ASSETS
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.mixture import GaussianMixture, fit
 from oss_exp.noise import EDMPath
 
 SHIPPED = ["mixture_fashion.safetensors", "mixture_digits.safetensors"]
@@ -31,7 +33,9 @@ def small_parts() -> dict[str, torch.Tensor]:
 
 
 def build(parts: dict[str, torch.Tensor]) -> GaussianMixture:
-    return GaussianMixture(**parts, event_shape=(1, 2, 3), name="small", fingerprint="", guidance=1.0, micro_batch=1000)
+    return GaussianMixture(
+        **parts, event_shape=(1, 2, 3), name="small", fingerprint="", guidance=Guidance(), micro_batch=1000
+    )
 
 
 def covariances(parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -87,7 +91,7 @@ def test_the_denoiser_behind_an_edm_path_equals_the_oracle(mixture, gmm):
 def test_velocity_equals_dense_algebra_from_end_to_end(t):
     parts = small_parts()
     x = (1 - t) * draw(parts, 8, seed=1)[0] + t * draw(parts, 8, seed=2)[0]
-    v = build(parts).velocity(None, 1.0)(x.view(8, 1, 2, 3), at(t, 8))
+    v = build(parts).velocity(None)(x.view(8, 1, 2, 3), at(t, 8))
     expected = dense_velocity(parts["weights"] / parts["weights"].sum(), parts["means"], covariances(parts), x, t)
     assert_relative(v.flatten(1), expected, 1e-10)
 
@@ -114,29 +118,29 @@ def test_the_velocity_given_a_class_is_that_of_the_mixture_of_its_components(lab
     members = {key: value[parts["labels"] == label] for key, value in parts.items()}
     only = build(members | {"labels": torch.zeros_like(members["labels"])})
     x = draw(parts, 8, seed=1)[0].view(8, 1, 2, 3)
-    v = build(parts).velocity(torch.full((8,), label), 1.0)(x, at(t, 8))
-    assert_relative(v, only.velocity(None, 1.0)(x, at(t, 8)), 1e-12)
+    v = build(parts).velocity(torch.full((8,), label))(x, at(t, 8))
+    assert_relative(v, only.velocity(None)(x, at(t, 8)), 1e-12)
 
 
 @pytest.mark.parametrize("guidance", [-1.0, 0.0, 1.0, 2.5, 7.0])
 def test_guidance_moves_along_the_line_from_the_free_to_the_class_velocity(guidance):
     model, label = build(small_parts()), torch.tensor([0, 1, 1, 0])
     x, t = draw(small_parts(), 4, seed=1)[0].view(4, 1, 2, 3), torch.tensor([0.9, 0.6, 0.3, 0.1]).double()
-    free, of_class = model.velocity(None, 1.0)(x, t), model.velocity(label, 1.0)(x, t)
+    free, of_class = model.velocity(None)(x, t), model.velocity(label)(x, t)
     assert (free - of_class).abs().max() > 0.01
-    guided = model.velocity(label, guidance)(x, t)
+    guided = model.velocity(label, Guidance(guidance))(x, t)
     torch.testing.assert_close(guided, free + guidance * (of_class - free), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("label", "guidance", "rows"), [(None, 1.0, 1), (0, 1.0, 1), (0, 2.0, 2)])
 def test_guidance_costs_a_second_network_row(mixture, label, guidance, rows):
     condition = None if label is None else torch.tensor([label])
-    assert mixture.velocity(condition, guidance).rows_per_call == rows
+    assert mixture.velocity(condition, Guidance(guidance)).rows_at(torch.tensor(0.5)) == rows
 
 
 def test_guidance_without_classes_is_refused(mixture):
-    with pytest.raises(ValueError, match=r"guidance=2\.0 needs class labels"):
-        mixture.velocity(None, 2.0)
+    with pytest.raises(ValueError, match=r"scale=2\.0 needs class labels"):
+        mixture.velocity(None, Guidance(2.0))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def test_guidance_without_classes_is_refused(mixture):
 @pytest.mark.parametrize("t", [0.002, 0.5, 1.0])
 def test_float32_agrees_with_float64_on_the_oracle_mixture(mixture, velocity, gmm, t):
     x = ((1 - t) * gmm["x0_used"] + t * gmm["z"]).float()
-    v = copy.deepcopy(mixture).float().velocity(None, 1.0)(x, at(t, 16))
+    v = copy.deepcopy(mixture).float().velocity(None)(x, at(t, 16))
     assert v.dtype == torch.float32
     assert_relative(v.double(), velocity(x.double(), at(t, 16)), 1e-4)
 
@@ -155,19 +159,19 @@ def test_float32_agrees_with_float64_on_the_oracle_mixture(mixture, velocity, gm
 @pytest.mark.parametrize("t", [0.002, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("file", SHIPPED)
 def test_float32_agrees_with_float64_on_the_shipped_mixtures(file, t):
-    model = GaussianMixture.from_asset(file, guidance=1.0, micro_batch=64)
+    model = GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=64)
     grain, noise = torch.randn(2, 16, model.means.shape[1], generator=torch.Generator().manual_seed(0))
     component = torch.arange(16) % len(model.means)
     x0 = model.means[component] + model.floor[component, None].sqrt() * grain
     x = ((1 - t) * x0 + t * noise).view(16, *model.event_shape)
-    v = model.velocity(None, 1.0)(x, at(t, 16))
-    assert_relative(v.double(), model.double().velocity(None, 1.0)(x.double(), at(t, 16)), 1e-4)
+    v = model.velocity(None)(x, at(t, 16))
+    assert_relative(v.double(), model.double().velocity(None)(x.double(), at(t, 16)), 1e-4)
 
 
 @pytest.mark.parametrize("file", SHIPPED)
 def test_a_shipped_mixture_is_small_whole_and_orthonormal(file):
     assert (ASSETS / file).stat().st_size <= 4_000_000
-    model = GaussianMixture.from_asset(file, guidance=1.0, micro_batch=64)
+    model = GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=64)
     count, rank = model.extra.shape
     basis = model.flat_basis.unflatten(1, (count, rank)).permute(1, 0, 2)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(rank).expand(count, -1, -1), rtol=0, atol=1e-5)
@@ -179,7 +183,7 @@ def test_a_shipped_mixture_is_small_whole_and_orthonormal(file):
 
 def test_the_shipped_digits_have_the_mean_of_the_data():
     data = pytest.importorskip("sklearn.datasets").load_digits().data / 8 - 1
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=1.0, micro_batch=64)
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64)
     mean = model.log_weights.exp() @ model.means
     torch.testing.assert_close(mean.double(), torch.from_numpy(data.mean(0)), rtol=0, atol=1e-5)
 
@@ -189,12 +193,12 @@ def test_a_copy_with_one_changed_byte_is_refused(file, tmp_path):
     for name in (file, file.replace(".safetensors", ".json")):
         shutil.copy(ASSETS / name, tmp_path / name)
     path = tmp_path / file
-    assert GaussianMixture.from_asset(str(path), guidance=1.0, micro_batch=64).num_classes == 10
+    assert GaussianMixture.from_asset(str(path), guidance=Guidance(), micro_batch=64).num_classes == 10
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged or was replaced") as caught:
-        GaussianMixture.from_asset(str(path), guidance=1.0, micro_batch=64)
+        GaussianMixture.from_asset(str(path), guidance=Guidance(), micro_batch=64)
     assert str(path) in str(caught.value)
 
 

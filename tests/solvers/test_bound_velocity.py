@@ -4,6 +4,7 @@ import pytest
 import torch
 from references import difference, float64
 
+from oss_exp.models.guidance import Guidance
 from oss_exp.solvers import BoundVelocity
 from oss_exp.solvers.base import answers, mixed
 
@@ -21,13 +22,13 @@ def test_row_m_has_condition_m_mod_b_whatever_the_micro_batch(micro_batch, mixtu
 
     def network(x, t, y):
         sizes.append(len(x))
-        return mixture.velocity(y, 1.0)(x, t)
+        return mixture.velocity(y)(x, t)
 
     v = BoundVelocity(network, label, micro_batch)(x, t)
     assert max(sizes) <= micro_batch
     assert sum(sizes) == 6
     for m in range(6):
-        alone = mixture.velocity(label[m % 3 : m % 3 + 1], 1.0)(x[m : m + 1], t[m : m + 1])
+        alone = mixture.velocity(label[m % 3 : m % 3 + 1])(x[m : m + 1], t[m : m + 1])
         assert difference(v[m], alone[0]) < 1e-12
 
 
@@ -45,20 +46,20 @@ def test_conditions_of_any_shape_are_tiled_whole():
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_a_subset_gives_the_rows_of_the_whole(guidance, mixture, rows):
     x, t, label = rows
-    f = mixture.velocity(label, guidance)
+    f = mixture.velocity(label, Guidance(guidance))
     chosen = torch.tensor([2, 0])
     part = f.subset(chosen)
     assert part.mix == f.mix
     assert difference(part(x[:3][chosen], t[:3][chosen]), f(x[:3], t[:3])[chosen]) < 1e-12
-    free = mixture.velocity(None, 1.0)
+    free = mixture.velocity(None)
     assert torch.equal(free.subset(chosen)(x, t), free(x, t))
 
 
 def test_guidance_mixes_the_answers_with_and_without_the_condition(mixture, rows):
     x, t, label = rows
-    guided = mixture.velocity(label, 1.5)
-    apart = [mixture.velocity(y, 1.0)(x, t) for y in (label, None)]
-    assert guided.rows_per_call == 2
+    guided = mixture.velocity(label, Guidance(1.5))
+    apart = [mixture.velocity(y)(x, t) for y in (label, None)]
+    assert guided.rows_at(float64(0.5)).tolist() == [2]
     assert guided.raw(x, t).shape == (6, 2, 64)
     assert difference(torch.stack(answers(guided, x, t)), torch.stack(apart)) < 1e-12
     assert difference(guided(x, t), apart[1] + 1.5 * (apart[0] - apart[1])) < 1e-12
@@ -67,7 +68,7 @@ def test_guidance_mixes_the_answers_with_and_without_the_condition(mixture, rows
 
 def test_without_guidance_the_one_answer_is_the_velocity(mixture, rows):
     x, t, label = rows
-    bound = mixture.velocity(label, 1.0)
+    bound = mixture.velocity(label)
     for f in (bound, lambda x, t: bound(x, t)):
         (answer,) = answers(f, x, t)
         assert torch.equal(answer, bound(x, t))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from references import PINNED, difference, float64, run
 
+from oss_exp.models.guidance import Guidance
 from oss_exp.solvers import Euler, nfe, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
@@ -21,7 +22,7 @@ def test_every_yielded_state_but_the_last_has_seen_the_network_at_its_own_time(v
 
 def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_first_call(mixture, gmm):
     label = torch.arange(16) % 10
-    f, rest = mixture.velocity(label, 1.0), float64(0.9, 0.4, 0)
+    f, rest = mixture.velocity(label), float64(0.9, 0.4, 0)
     free = sample(Euler(), f, gmm["z"], StepSchedule(rest, start="free"))
     assert torch.equal(free, run(Euler(), f, gmm["z"], rest))
     saved = sample(Euler(), f, gmm["z"], StepSchedule(rest, start="analytic", mean=gmm["means"]), group=label)
@@ -64,7 +65,7 @@ def spelled_out(solver, times, mix=(1.0,)) -> torch.Tensor:
 def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mixture, gmm):
     """Order 1 is Euler's. Under guidance the network's answers have a weight each, and the solver mixes them first."""
     solver, label = DPMSolverPP(order, lower_order_final=False), torch.arange(16) % 10
-    f = mixture.velocity(label, guidance)
+    f = mixture.velocity(label, Guidance(guidance))
     weights = spelled_out(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
     found = sample(Euler(), f, gmm["z"], StepSchedule(PINNED, weights=weights, mean=gmm["means"]), group=label)
     assert difference(found, run(solver, f, gmm["z"], PINNED)) < 1e-13

@@ -53,7 +53,7 @@ def distances(mixture) -> dict[str, Distance]:
 def make(mixture, gmm):
     """(name of the distance, solver) -> a problem with classes."""
     labels = torch.arange(6) % 2
-    velocity = mixture.velocity(labels, 1.0)
+    velocity = mixture.velocity(labels)
     grid, noise = FlowSchedule(shift=2.0).nodes(N), gmm["z"][:6]
 
     def problem(name: str, solver) -> Problem:

@@ -7,6 +7,7 @@ import torch
 from replay import final_error, schedule
 
 from oss_exp.distances import X0MSE, Select, XtMSE
+from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import BoundVelocity, Euler, State, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
@@ -35,7 +36,7 @@ def problem(velocity, gmm) -> Problem:
 def guided(mixture, gmm) -> Problem:
     """Classes under guidance 2: every network call has a conditional and an unconditional answer."""
     labels = torch.arange(16) % 4
-    velocity = mixture.velocity(labels, 2.0)
+    velocity = mixture.velocity(labels, Guidance(2.0))
     grid = FlowSchedule(shift=2.0).nodes(N)
     return Problem(velocity, gmm["z"], grid, DPMSolverPP(2, True), XtMSE(), group=labels, num_groups=10)
 
@@ -305,7 +306,7 @@ def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
     """The inner products are those of the features, the first two rows of the pictures here."""
 
     def velocity(x, t):
-        return mixture.velocity(None, 1.0)(x.flatten(1), t).unflatten(1, (8, 8))
+        return mixture.velocity(None)(x.flatten(1), t).unflatten(1, (8, 8))
 
     grid = FlowSchedule(shift=2.0).nodes(8)
     problem = Problem(velocity, gmm["z"].unflatten(1, (8, 8)), grid, Euler(), Select(XtMSE(), None, channels=2))

@@ -59,7 +59,7 @@ def test_the_logarithms_of_the_gaps_give_the_times_back():
 )
 def test_training_lowers_the_error_on_other_noises(mixture, solver, start):
     noise = torch.randn(112, 64, generator=torch.Generator().manual_seed(1)).double()
-    velocity = mixture.velocity(None, 1.0)
+    velocity = mixture.velocity(None)
     search, other = problem(velocity, noise[:48], solver), problem(velocity, noise[48:], solver)
     init = ClosedForm(EDMSchedule(0.002, 80, 7), start)
     before, after = init.plan(search, [4])[4], ld3(init).plan(search, [4])[4]
@@ -75,7 +75,7 @@ def test_it_never_ends_worse_than_it_began_on_its_own_validation_half(velocity, 
 
 
 def test_any_micro_batch_and_any_ranks_give_the_same_times(mixture, gmm):
-    velocity = mixture.velocity(None, 1.0)
+    velocity = mixture.velocity(None)
     whole = ld3(iterations=5).plan(problem(velocity, gmm["z"], Euler()), [3])[3].times
     small = replace(ld3(iterations=5), micro_batch=1).plan(problem(velocity, gmm["z"], Euler()), [3])[3].times
     torch.testing.assert_close(small, whole, rtol=1e-10, atol=1e-12)

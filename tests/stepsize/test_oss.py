@@ -221,7 +221,7 @@ def test_free_start_uses_the_noise_anywhere_pinned_only_at_its_node(problem):
 def test_mean_is_per_condition(mixture, gmm):
     """At pure noise the network answers the mean of the class; a class that no sample has gets the overall mean."""
     labels = torch.tensor([0, 1, 2, 3] * 4)
-    velocity = mixture.velocity(labels, 1.0)
+    velocity = mixture.velocity(labels)
     grid = FlowSchedule(shift=1.0).nodes(5)
     problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE(), group=labels, num_groups=10)
     expected = gmm["means"][:4]

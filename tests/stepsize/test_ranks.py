@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from oss_exp.distances import X0MSE, XtMSE
+from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import EDMSchedule, FlowSchedule
 from oss_exp.solvers import Euler
@@ -42,12 +43,12 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=1.0, micro_batch=64).double()
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64).double()
     noise = torch.randn(samples, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine = torch.arange(samples)[rank::world]
     labels = mine % 3
     problem = Problem(
-        model.velocity(labels, 1.0),
+        model.velocity(labels),
         noise[mine],
         FlowSchedule(shift=2.0).nodes(20),
         Euler(),
@@ -57,7 +58,9 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
         group=labels,
         num_groups=10,
     )
-    guided = replace(problem, velocity=model.velocity(labels, 2.0), solver=DPMSolverPP(2, lower_order_final=True))
+    guided = replace(
+        problem, velocity=model.velocity(labels, Guidance(2.0)), solver=DPMSolverPP(2, lower_order_final=True)
+    )
     by_image = replace(problem, distance=X0MSE())
     plans = {name: strategy.plan(problem, [3, 5]) for name, strategy in STRATEGIES.items()}
     plans |= {name: strategy.plan(guided, [3, 5]) for name, strategy in GUIDED.items()}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from oss_exp.calibration import Calibration, amplitude
 from oss_exp.distances import XtMSE
+from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler, sample, trajectory
@@ -59,7 +60,7 @@ def noises(classes: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor
 
 
 def model(guidance: float = 1.0) -> GaussianMixture:
-    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=guidance, micro_batch=4096)
+    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(guidance), micro_batch=4096)
 
 
 def means(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +88,7 @@ def test_it_leaves_exactly_these_files(calibrated):
 
 def test_the_table_is_that_of_the_teacher(calibrated):
     found, (noise, _) = table(calibrated), noises()
-    low, high = means(trajectory(Euler(), model().velocity(None, 1.0), noise, GRID))
+    low, high = means(trajectory(Euler(), model().velocity(None), noise, GRID))
     assert same(found, Calibration(GRID, low, high))
     # At t = 1 it is standard normal noise.
     assert (float(found.low[0]), float(found.high[0])) == pytest.approx((-1.645, 1.645), abs=0.15)
@@ -106,7 +107,7 @@ def test_it_says_what_made_it(calibrated):
 @pytest.mark.parametrize("strategy", ["ddim", "oss_shared"])
 def test_the_curves_of_a_student_are_those_of_its_schedule(strategy, calibrated):
     steps, (noise, _) = StepSchedule.load(calibrated / "schedules" / f"{strategy}_3.json"), noises()
-    velocity, calibration = model().velocity(None, 1.0), table(calibrated)
+    velocity, calibration = model().velocity(None), table(calibrated)
     plain, corrected = curves(calibrated)[strategy, False], curves(calibrated)[strategy, True]
     assert plain["times"] == steps.times.tolist()
     assert corrected["times"] == [t for t in steps.times[:-1].tolist() for _ in range(2)] + [0.0]
@@ -198,9 +199,9 @@ def test_a_table_of_each_channel_and_the_last_step_only(calibrated, tmp_path):
 
 
 def test_conditions_and_guidance_are_those_of_the_run(tmp_path):
-    folder = oss_exp(tmp_path / "run", "data.classes=[1,7]", "model.guidance=2", "stepsize=oss_shared")
+    folder = oss_exp(tmp_path / "run", "data.classes=[1,7]", "model.guidance.scale=2", "stepsize=oss_shared")
     noise, labels = noises([1, 7])
-    low, high = means(trajectory(Euler(), model(2.0).velocity(labels, 2.0), noise, GRID))
+    low, high = means(trajectory(Euler(), model(2.0).velocity(labels, Guidance(2.0)), noise, GRID))
     assert same(table(folder), Calibration(GRID, low, high))
     assert table(folder).provenance["model"]["classes"] == [1, 7]
 

@@ -49,10 +49,11 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert strategy.network_calls(100, [5, 10]) >= 0
     elif (group, option) == ("data", "noise"):
         assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3).predict_dataloader()) == 2
-    elif (group, option) == ("data", "fashion_mnist"):
-        with pytest.raises(InstantiationException, match=r"set data\.root"):  # with files: test_data.py
-            instantiate(cfg.data, root=str(tmp_path))
-    elif (group, option) == ("trainer", "gpu") and not torch.cuda.is_available():
+    elif group == "data" and option != "digits":  # with files: test_data.py, test_cifar10.py
+        place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
+        with pytest.raises(InstantiationException, match="absent"):
+            instantiate(cfg.data, **place)
+    elif (group, option) in (("trainer", "gpu"), ("trainer", "fsdp")) and not torch.cuda.is_available():
         with pytest.raises(InstantiationException, match="No supported gpu"):
             instantiate(cfg.trainer)
     elif (group, option) == ("distance", "inception"):  # with weights: test_features.py

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
 from oss_exp.evaluation.psnr import CEILING, psnr
-from oss_exp.files import sha256
-from oss_exp.models.mixture import ASSETS, GaussianMixture
+from oss_exp.files import ASSETS, sha256
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.steps import StepSchedule
@@ -78,11 +79,11 @@ def again(tmp_path_factory) -> Path:
 
 def direct_psnr(steps: StepSchedule, guidance: float = 1.0, classes: list[int] | None = None) -> torch.Tensor:
     """PSNR of the held-out samples with the library alone: noises, teacher and student without a task."""
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=guidance, micro_batch=4096)
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(guidance), micro_batch=4096)
     data = NoiseDataset(0, HELD_OUT, 8 if steps.samples is None else 4, model.event_shape, classes)
     noise = torch.stack([item["noise"] for item in data])
     labels = None if classes is None else torch.tensor([item["label"] for item in data])
-    velocity = model.velocity(labels, guidance)
+    velocity = model.velocity(labels, Guidance(guidance))
     teacher = sample(Euler(), velocity, noise, StepSchedule(FlowSchedule(shift=1.0).nodes(20)))
     student = sample(Euler(), velocity, noise, steps, group=labels)
     return psnr(model.decode(student), model.decode(teacher))
@@ -199,7 +200,7 @@ def test_evaluating_without_a_schedule_plans_one(compared, tmp_path):
 
 
 def test_guidance_doubles_the_network_rows(tmp_path):
-    folder = oss_exp(tmp_path / "run", "data.classes=all", "model.guidance=2", "stepsize=[edm,oss_shared]")
+    folder = oss_exp(tmp_path / "run", "data.classes=all", "model.guidance.scale=2", "stepsize=[edm,oss_shared]")
     for strategy in ("edm", "oss_shared"):
         for k in (2, 4):
             direct = direct_psnr(schedules(folder)[f"{strategy}_{k}"], guidance=2.0, classes=list(range(10)))
@@ -285,10 +286,10 @@ def test_orders_searched_with_another_solver_are_refused(multistep, tmp_path):
 
 
 def test_the_spread_is_the_amplitude_relative_to_the_teachers(compared):
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=1.0, micro_batch=4096)
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096)
     noise = torch.stack([item["noise"] for item in NoiseDataset(0, HELD_OUT, 8, model.event_shape, None)])
     plans = StepSchedule(FlowSchedule(shift=1.0).nodes(20)), schedules(compared)["edm_4"]
-    velocity = model.velocity(None, 1.0)
+    velocity = model.velocity(None)
     teacher, student = (
         np.quantile(sample(Euler(), velocity, noise, p).flatten(1), [0.05, 0.95], axis=1) for p in plans
     )
@@ -317,8 +318,8 @@ def test_fitted_steps_are_evaluated_at_the_guidance_that_they_were_fitted_at(com
     again = oss_exp(tmp_path / "again", "task=evaluate", saved, "solver=heun")  # they need no solver
     assert row(again, "oss_fit", 4)["nfe"] == 4
     with pytest.raises(SystemExit):
-        oss_exp(tmp_path / "run", "task=evaluate", saved, "data.classes=all", "model.guidance=2")
-    assert "fitted at model.guidance=1.0" in (tmp_path / "run" / "error.log").read_text()
+        oss_exp(tmp_path / "run", "task=evaluate", saved, "data.classes=all", "model.guidance.scale=2")
+    assert "fitted at model.guidance=" in (tmp_path / "run" / "error.log").read_text()
 
 
 @pytest.mark.slow

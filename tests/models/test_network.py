@@ -1,0 +1,168 @@
+"""Networks from files: weights that are not theirs are refused, and every row of a call is on its own."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from oss_exp.files import save_asset
+from oss_exp.models.backbones import DiT, UNet
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import Network
+from oss_exp.models.parameterization import EDM, FlowVelocity
+from oss_exp.noise import FlowPath
+
+EDM_FORM, FLOW = EDM(0.8, 0.002, 80.0, 1000.0), FlowVelocity(FlowPath(1.0, 1000.0))
+
+
+def unet(width: int = 8, num_classes: int | None = 3, patch: int = 2) -> UNet:
+    return UNet(
+        channels=1,
+        size=16,
+        num_classes=num_classes,
+        patch=patch,
+        layers_per_block=1,
+        block_out_channels=[width, width],
+        down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def dit() -> DiT:
+    return DiT(channels=2, size=16, num_classes=3, patch=4, num_layers=1, num_attention_heads=2, attention_head_dim=8)
+
+
+def network(backbone, form=EDM_FORM, shape=(1, 16, 16), checkpoint=None, num_classes=3, **more) -> Network:
+    settings = {"guidance": Guidance(), "micro_batch": 5, **more}
+    return Network("tiny", backbone, form, shape, num_classes, checkpoint=checkpoint, **settings)
+
+
+@pytest.fixture
+def random_network():
+    torch.manual_seed(0)
+    made = network(unet())
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def states(count: int, *shape: int):
+    x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+    return x, torch.linspace(0.05, 1, count, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backbone", [unet(), unet(patch=1), dit()], ids=["unet", "unet on pixels", "dit"])
+def test_backbones_keep_shapes_and_have_a_label_for_no_class(backbone):
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    shape = (2, 16, 16) if isinstance(backbone, DiT) else (1, 16, 16)
+    x, t = states(4, *shape)
+    found = backbone.eval()(x, t.float(), torch.tensor([-1, 0, 1, 2]))
+    assert found.shape == x.shape
+    same = backbone(x[:1].expand(4, -1, -1, -1), t[:1].float().expand(4), torch.tensor([-1, 0, 1, 2]))
+    assert len({float(row.sum()) for row in same}) == 4
+
+
+def test_rows_micro_batches_and_clocks_are_independent(random_network):
+    x, t = states(12, 1, 16, 16)
+    labels = torch.tensor([0, 1, 2])
+    f = random_network.velocity(labels)
+    whole = f(x, t)
+    for m in range(12):
+        alone = random_network.velocity(labels[m % 3 : m % 3 + 1])(x[m : m + 1], t[m : m + 1])
+        torch.testing.assert_close(alone, whole[m : m + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_on_the_velocity(random_network):
+    x, t = states(3, 1, 16, 16)
+    labels = torch.tensor([0, 1, 2])
+    guided = random_network.velocity(labels, Guidance(3.0))(x, t)
+    conditional, free = random_network.velocity(labels)(x, t), random_network.velocity(None)(x, t)
+    torch.testing.assert_close(guided, free + 3 * (conditional - free), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_come_back_from_a_file(random_network, tmp_path):
+    digest = save_asset(tmp_path / "tiny.safetensors", random_network.backbone.state_dict(), {"name": "tiny"})
+    again = network(unet(), checkpoint=str(tmp_path / "tiny.safetensors"))
+    assert again.fingerprint == digest
+    x, t = states(3, 1, 16, 16)
+    assert torch.equal(again.velocity(None)(x, t), random_network.velocity(None)(x, t))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert not again.training
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Bad input
+# --------------------------------------------------------------------------------------------------------------
+
+
+def saved(tmp_path, tensors):
+    save_asset(tmp_path / "w.safetensors", tensors, {})
+    return str(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: unet(width=12), lambda: unet(num_classes=4), lambda: unet(patch=1), dit],
+    ids=["width", "classes", "patch", "kind"],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(other, tmp_path):
+    with pytest.raises(ValueError, match=r"is of another architecture than model=tiny: \d+ weights differ, first "):
+        network(unet(), checkpoint=saved(tmp_path, other().state_dict()))
+
+
+def test_a_missing_and_a_left_over_weight_are_refused(tmp_path):
+    tensors = unet().state_dict()
+    with pytest.raises(ValueError, match=r"1 weights differ.*extra: \(1,\) in the file, absent in the network"):
+        network(unet(), checkpoint=saved(tmp_path, tensors | {"extra": torch.zeros(1)}))
+    first = sorted(tensors)[0]
+    del tensors[first]
+    with pytest.raises(ValueError, match=f"1 weights differ, first {first}: absent in the file"):
+        network(unet(), checkpoint=saved(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(keep, tmp_path):
+    path = saved(tmp_path, unet().state_dict())
+    data = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(data[:keep])
+    with pytest.raises(ValueError, match="is damaged or was replaced"):
+        network(unet(), checkpoint=path)
+
+
+def test_a_changed_byte_is_refused(tmp_path):
+    path = saved(tmp_path, unet().state_dict())
+    data = bytearray((tmp_path / "w.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="SHA-256"):
+        network(unet(), checkpoint=path)
+
+
+def test_weights_without_provenance_are_refused(tmp_path):
+    safetensors.torch.save_file(unet().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"w\.json"):
+        network(unet(), checkpoint=str(tmp_path / "w.safetensors"))
+    (tmp_path / "w.json").write_text(json.dumps([]))
+    with pytest.raises(ValueError, match="JSON object"):
+        network(unet(), checkpoint=str(tmp_path / "w.safetensors"))
+
+
+def test_a_checkpoint_that_is_nowhere_names_the_shipped_ones():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is neither .*mixture_fashion\.safetensors"):
+        network(unet(), checkpoint="nowhere.safetensors")
+
+
+def test_classes_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="has 3 classes"):
+        network(unet()).velocity(torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="has no classes"):
+        network(unet(num_classes=None), num_classes=None).velocity(torch.tensor([0]))
+
+
+def test_an_image_size_that_patches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"not a multiple of backbone\.patch=3"):
+        unet(patch=3)

@@ -1,0 +1,180 @@
+"""Training: exact resume, any number of ranks, and a network that learns the exact velocity of a mixture."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_cli
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+
+from oss_exp.files import sha256
+from oss_exp.tasks.pretrain import Examples, LogitNormalTimes, UniformTimes
+
+TINY = [
+    "task=pretrain",
+    "model=dit_fashion",
+    "data=digits",
+    "~data.size",
+    "model.event_shape=[1,8,8]",
+    "model.backbone.size=8",
+    "model.backbone.num_layers=1",
+    "model.backbone.num_attention_heads=2",
+    "model.backbone.attention_head_dim=8",
+    "trainer.precision=32-true",
+    "task.batch_size=8",
+    "task.warmup_steps=2",
+    "logger=none",
+]
+
+
+def settings(folder, *more: str) -> list[str]:
+    return [*TINY, "task.max_steps=12", "task.save_every=4", f"hydra.run.dir={folder}", *more]
+
+
+def outcome(folder):
+    return load_file(folder / "dit_fashion.safetensors"), json.loads((folder / "training.json").read_text())["losses"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_cli(*settings(folder))
+    return folder
+
+
+def test_a_run_leaves_weights_provenance_grids_and_a_picture(whole):
+    record = json.loads((whole / "dit_fashion.json").read_text())
+    assert record["sha256"] == sha256((whole / "dit_fashion.safetensors").read_bytes())
+    assert record["training"]["steps"] == 12
+    assert record["made_by"].startswith("oss-exp task=pretrain model=dit_fashion")
+    assert record["data"]["images"] == 1797
+    assert record["training"]["loss"] == pytest.approx(np.mean(outcome(whole)[1][-4:]))
+    assert [path.name for path in sorted((whole / "samples").iterdir())] == [f"step_{s:06d}.png" for s in (4, 8, 12)]
+    assert Image.open(whole / "samples" / "step_000012.png").size == (8 * 10 + 2, 10 * 10 + 2)
+    assert (whole / "training.png").stat().st_size > 5000
+
+
+def test_the_written_weights_run_as_a_model(whole, tmp_path):
+    network = [argument for argument in TINY if argument.startswith("model")]
+    run_cli(
+        *network,
+        f"model.checkpoint={whole / 'dit_fashion.safetensors'}",
+        "stepsize=[edm,oss_shared]",
+        "num_steps=[3]",
+        "num_teacher_steps=8",
+        "data.search_samples=4",
+        "data.eval_samples=4",
+        "data.per_sample=4",
+        "data.classes=all",
+        "model.guidance.scale=1.5",
+        "logger=none",
+        f"hydra.run.dir={tmp_path}",
+    )
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert [row["nfe"] for row in rows] == [6, 6]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
+    """SIGKILL at whatever step it is some time after its first checkpoint; then task.resume."""
+    command = [sys.executable, "-m", "oss_exp", *settings(tmp_path / "killed")]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(random.random() / 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(torch.load(last, weights_only=True)["progress"]["losses"]) < 12
+    run_cli(*settings(tmp_path / "resumed", f"task.resume={tmp_path / 'killed'}"))
+    (weights, losses), (expected, expected_losses) = outcome(tmp_path / "resumed"), outcome(whole)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(whole, tmp_path):
+    for name, trainer in (("one", []), ("two", ["trainer=ddp_spawn_cpu"])):
+        run_cli(*settings(tmp_path / name, *trainer, "trainer.precision=64-true"))
+    (one, losses), (two, losses_of_two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    np.testing.assert_allclose(losses_of_two, losses, rtol=1e-5)
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Examples
+# --------------------------------------------------------------------------------------------------------------
+
+
+def examples(dropout: float = 0.25, count: int = 10) -> Examples:
+    images = TensorDataset(torch.arange(count).float().view(count, 1, 1, 1), torch.arange(count))
+    return Examples(images, seed=3, label_dropout=dropout, times=UniformTimes())
+
+
+def test_each_pass_shows_every_image_once_in_another_order():
+    stream = examples(dropout=0.0)
+    passes = [[stream[10 * epoch + i]["label"] for i in range(10)] for epoch in range(3)]
+    assert all(sorted(shown) == list(range(10)) for shown in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_an_example_is_a_function_of_its_number_alone():
+    forward = [examples()[i] for i in range(40)]
+    stream = examples()
+    for i in reversed(range(40)):
+        item = stream[i]
+        assert all(torch.equal(torch.as_tensor(item[key]), torch.as_tensor(forward[i][key])) for key in item)
+    assert len({float(item["noise"]) for item in forward}) == len({float(item["t"]) for item in forward}) == 40
+
+
+def test_labels_are_dropped_as_often_as_asked():
+    labels = [examples()[i]["label"] for i in range(2000)]
+    assert np.mean([label == -1 for label in labels]) == pytest.approx(0.25, abs=0.03)
+
+
+def test_logit_normal_times_are_log_normal_sigmas():
+    """arXiv 2206.00364, table 1: ln sigma ~ N(P_mean, P_std^2), with sigma = t / (1 - t)."""
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t = LogitNormalTimes(-1.2, 1.2)(u)
+    log_sigma = (t / (1 - t)).log()
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=1e-3)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Bad input
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.event_shape=[1,16,16]"], r"items of shape \(1, 8, 8\), model=dit_fashion takes \(1, 16, 16\)"),
+        (["task.max_steps=0"], "task.max_steps must be a whole number"),
+        (["task.batch_size=many"], "task.batch_size must be a whole number"),
+        (["task.label_dropout=2"], "task.label_dropout must lie between 0 and 1"),
+        (["task.times.std=0"], "task.times.std must be positive"),
+        (["task.resume=/nowhere"], "no checkpoint /nowhere"),
+        (["task.batch_size=7", "trainer=ddp_spawn_cpu"], "cannot be split evenly over 2 ranks"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli(*settings(tmp_path, *arguments))
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli("task=pretrain", "model=mixture_digits", "logger=none", f"hydra.run.dir={tmp_path}")
+    assert "trains networks" in capsys.readouterr().err
