@@ -92,10 +92,10 @@ def load_asset(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str
 
 
 def find_asset(file: str | Path, what: str) -> Path:
-    """A path that exists, or the name of a safetensors file shipped with the package."""
+    """A path that exists, or the name of a file shipped with the package."""
     path = Path(file).expanduser()
     if not path.exists() and not (path := ASSETS / file).is_file():
-        shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob("*.safetensors")))
+        shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob(f"*{path.suffix}")))
         raise FileNotFoundError(f"{what} {file} is neither a path that exists nor a shipped file ({shipped})")
     return path
 

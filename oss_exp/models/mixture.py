@@ -100,6 +100,18 @@ class GaussianMixture(Model):
             raise ValueError(f"classes must be among {known}, got {condition.unique().tolist()}")
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
+    def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Samples (count, *E) of the mixture itself and their classes (count,)."""
+        generator = torch.Generator().manual_seed(seed)
+        component = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        (_, rank), dim = self.extra.shape, self.means.shape[1]
+        inside = torch.randn(count, rank, generator=generator) * self.extra[component].sqrt()
+        basis = self.flat_basis.unflatten(1, (-1, rank))  # (D, C, R)
+        x = self.means[component] + torch.randn(count, dim, generator=generator) * self.floor[component, None].sqrt()
+        for c in component.unique():
+            x[component == c] += inside[component == c] @ basis[:, c].T
+        return x.unflatten(1, self.event_shape), self.labels[component]
+
     def decode(self, x0: Tensor) -> Tensor:
         return ((x0 + 1) / 2).clamp(0, 1)
 

@@ -57,6 +57,7 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
         key = f"{line.result.strategy}/K{line.result.num_steps}"
         metrics[f"psnr/{key}"] = line.result.psnr.mean
         metrics[f"spread/{key}"] = line.result.spread.mean
+        metrics |= {f"{name}/{key}": value for name, value in line.result.metrics.items()}
         if line.gain is not None:
             metrics[f"gain/{key}"] = line.gain.mean
     logger.log_metrics(metrics)

@@ -39,7 +39,7 @@ def write(folder: Path) -> None:
         with np.load(folder / "samples.npz") as pictures:
             made.append(write_atomically(folder / "samples.png", plots.samples(dict(pictures), results)))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
-        made.append(_page(folder, "Step schedules compared", lines, plans, ["schedules.png", "samples.png"]))
+        made.append(_page(folder, _title(folder), lines, plans, ["schedules.png", "samples.png"]))
         console.print(terminal(lines, _title(folder)))
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
@@ -107,7 +107,11 @@ def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
 
 def _title(folder: Path) -> str:
     run = read_json(folder / "metrics.json", "metrics of a run")
-    return f"{run['model']['name']}: few-step students against the {run['teacher']['num_steps']}-step teacher"
+    teacher = ", ".join(f"{name} {value:.4g}" for name, value in run["teacher_metrics"].items())
+    return (
+        f"{run['model']['name']}: few-step students against the {run['teacher']['num_steps']}-step teacher"
+        + f" ({teacher})" * bool(teacher)
+    )
 
 
 def _page(

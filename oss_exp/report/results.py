@@ -29,6 +29,7 @@ class Result:
     spread: Interval
     values: dict[int, float]
     planning: dict[str, Any]
+    metrics: dict[str, float]  # FID and the like, by name
     arena: str
 
 
@@ -58,6 +59,7 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
                 spread=Interval(**row["spread"]),
                 values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
                 planning=row["planning"],
+                metrics=row["metrics"],
                 arena=json.dumps([metrics[key] for key in ("model", "teacher", "solver", "seed")] + [row["nfe"]]),
             )
             for row in metrics["rows"]

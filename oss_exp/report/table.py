@@ -18,7 +18,8 @@ NOTE = (
 
 def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Header and cells; the `run` column only where there are several runs."""
-    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "spread", "n", "planning"]
+    more = list(dict.fromkeys(name for line in lines for name in line.result.metrics))
+    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "spread", *more, "n", "planning"]
     cells = []
     for line in lines:
         result = line.result
@@ -34,6 +35,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 str(result.psnr),
                 gain,
                 f"{result.spread.mean:.3f}",
+                *(f"{result.metrics[name]:.4g}" if name in result.metrics else "-" for name in more),
                 str(result.psnr.n),
                 "-" if not calls else f"{calls:.0f} calls, {plan['seconds']:.1f} s",
             ]

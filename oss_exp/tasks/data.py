@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.mixture import GaussianMixture
+
 HELD_OUT = 1_000_000  # index of the first held-out sample: the same ones whatever the size of the search set
 
 
@@ -134,6 +137,11 @@ def digits(root: str | None) -> Images:
         raise ValueError(f"data.root={root} is not used: the digits come with scikit-learn; set data.root=null")
     data = load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
+
+
+def mixture_samples(file: str, count: int, seed: int) -> Images:
+    """Samples of a Gaussian mixture (a path or a shipped file): data whose velocity is known exactly."""
+    return GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=1).draw(count, seed)
 
 
 def image_folder(root: str, size: int, channels: int) -> Dataset:

@@ -15,10 +15,15 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.wrappers import FeatureShare
 
 from oss_exp.calibration import amplitude
+from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
 from oss_exp.solvers import nfe, sample
@@ -33,7 +38,8 @@ SHOWN = 8  # images a row in the picture of samples
 class EvaluateModule(L.LightningModule):
     """Measures schedules {label: StepSchedule} against the teacher; `rows` holds what the table says of each label.
 
-    Writes `<folder>/metrics.json` (means, intervals, every image's PSNR) and `<folder>/samples.npz` (the first images).
+    Writes `<folder>/metrics.json` (means, intervals, every image's PSNR, the other metrics) and `<folder>/samples.npz`
+    (the first images); with save_images also all of them.
     """
 
     def __init__(
@@ -43,10 +49,17 @@ class EvaluateModule(L.LightningModule):
         rows: Mapping[str, Mapping[str, Any]],
         folder: Path,
         about: Mapping[str, Any],
+        metrics: Metrics,
+        save_images: str | None,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
+        # A schedule for each sample has too few of them for a distribution.
+        shared = [label for label, steps in schedules.items() if steps.samples is None]
+        self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
+        self.save_images = save_images
+        self.seen = 0
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
 
@@ -57,7 +70,11 @@ class EvaluateModule(L.LightningModule):
         solver = self.setting.solver
         reference = sample(replace(solver, calibration=None), velocity, noise, self.setting.teacher)
         teacher, width = self.model.decode(reference), spread(reference)
-        self._keep("teacher", index, teacher)
+        # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
+        number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size
+        fresh = index - HELD_OUT == number + self.global_rank
+        self.seen += len(index)
+        self._keep("teacher", batch, teacher, teacher, fresh)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
             if steps.samples is not None:
@@ -70,12 +87,27 @@ class EvaluateModule(L.LightningModule):
             images = self.model.decode(x0)
             values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
             self.values[label].append(torch.stack(values, dim=1))
-            self._keep(label, index[known], images)
+            part = {key: value[known] for key, value in batch.items()}
+            self._keep(label, part, images, teacher[known], fresh[known])
 
-    def _keep(self, label: str, index: Tensor, images: Tensor) -> None:
-        """Remember the first held-out samples for the picture, whichever batch and rank they are in."""
-        shown = index < HELD_OUT + SHOWN
-        self.pictures[label].append((index[shown], as_bytes(images[shown])))
+    def _keep(self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, fresh: Tensor) -> None:
+        """Feed the metrics; remember the first held-out samples for the picture, whichever batch and rank they are in.
+
+        images, the teacher's, and which samples come for the first time, of the batch's (b,) samples.
+        """
+        if label in self.metrics:
+            self.metrics[label].update(images[fresh], teacher[fresh], batch["label"][fresh])
+        shown = batch["index"] < HELD_OUT + (
+            self.trainer.datamodule.eval_samples if self.save_images == "npz" else SHOWN
+        )
+        self.pictures[label].append((batch["index"][shown], as_bytes(images[shown])))
+        if self.save_images == "png":
+            for index, picture in zip(
+                (batch["index"] - HELD_OUT).tolist(), as_bytes(images).cpu().numpy(), strict=True
+            ):
+                buffer = io.BytesIO()
+                Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(buffer, "png")
+                write_atomically(self.folder / "images" / slug(label) / f"{index:06d}.png", buffer.getvalue())
 
     def on_test_epoch_end(self) -> None:
         collective = DistributedCollective()
@@ -95,6 +127,7 @@ class EvaluateModule(L.LightningModule):
                     "nfe": nfe(self.setting.solver, steps, self.velocity),
                     "psnr": Interval.of(value).to_dict(),
                     "spread": Interval.of(ratio).to_dict(),
+                    "metrics": self._measured(label),
                     "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},
                 }
             )
@@ -104,17 +137,77 @@ class EvaluateModule(L.LightningModule):
             index = collective.gather(torch.cat([index for index, _ in parts] or [template[0][:0]]))
             images = collective.gather(torch.cat([image for _, image in parts] or [template[1][:0]]))
             first = np.unique(index.cpu().numpy(), return_index=True)[1]
-            if len(first) == min(SHOWN, self.trainer.datamodule.eval_samples):
-                pictures[label] = images.cpu().numpy()[first]
-        self._write(records, pictures)
+            images = images.cpu().numpy()[first]
+            if self.save_images == "npz":
+                self._write_images(label, images)
+            if len(images) >= min(SHOWN, self.trainer.datamodule.eval_samples):
+                pictures[label] = images[:SHOWN]
+        self._write(records, self._measured("teacher"), pictures)
         self.trainer.strategy.barrier("metrics are on disk")
 
+    def _measured(self, label: str) -> dict[str, float]:
+        return self.metrics[label].compute() if label in self.metrics else {}
+
     @rank_zero_only
-    def _write(self, records: list[dict[str, Any]], pictures: dict[str, np.ndarray]) -> None:
+    def _write_images(self, label: str, images: np.ndarray) -> None:
+        """(n, H, W, C) bytes, as ADM's sample batches."""
+        buffer = io.BytesIO()
+        np.savez(buffer, arr_0=images)
+        write_atomically(self.folder / "images" / f"{slug(label)}.npz", buffer.getvalue())
+
+    @rank_zero_only
+    def _write(self, records: list[dict[str, Any]], teacher: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **pictures)
         write_atomically(self.folder / "samples.npz", buffer.getvalue())
-        write_atomically(self.folder / "metrics.json", json.dumps({**self.about, "rows": records}, indent=1) + "\n")
+        found = {**self.about, "teacher_metrics": teacher, "rows": records}
+        write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
+
+
+class Metrics:
+    """evaluation.metrics besides PSNR: a call makes a set of them anew, around one extractor and one reference."""
+
+    def __init__(self, cfg: DictConfig):
+        known = [
+            name for name, value in cfg.items() if name not in ("metrics", "save_images", "extractor", "reference")
+        ]
+        if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
+            raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")
+        if cfg.save_images not in (None, "png", "npz"):
+            raise ValueError(f"evaluation.save_images must be null, png or npz, got {cfg.save_images!r}")
+        self.cfg = cfg
+        self.kinds = {name: get_class(cfg[name]._target_) for name in cfg.metrics if name != "psnr"}
+        self.features = {name for name, kind in self.kinds.items() if issubclass(kind, FeatureMetric)}
+        self.extractor = instantiate(cfg.extractor) if self.features or ClassAgreement in self.kinds.values() else None
+        self.reference = instantiate(cfg.reference) if self.features else None
+        self()  # what is wrong shows before any work
+
+    def __call__(self) -> MetricSet:
+        made = {name: self._make(name) for name in self.kinds}
+        shared = {name: made.pop(name) for name in self.features}
+        return MetricSet([*([FeatureShare(shared)] if shared else []), *made.values()])
+
+    def _make(self, name: str) -> ImageMetric:
+        if name in self.features:
+            return instantiate(self.cfg[name], extractor=self.extractor, reference=self.reference)
+        given = {"classifier": self.extractor} if self.kinds[name] is ClassAgreement else {}
+        return instantiate(self.cfg[name], **given)
+
+
+class MetricSet(nn.ModuleList):
+    """Metrics fed together."""
+
+    def update(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        for metric in self:
+            metric.update(images, teacher, labels)
+
+    def compute(self) -> dict[str, float]:
+        return {name: value for metric in self for name, value in metric.compute().items()}
+
+
+def slug(label: str) -> str:
+    """A schedule's label as a file's name."""
+    return label.replace(" K=", "_")
 
 
 def spread(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.utils import make_grid
 
 import oss_exp
@@ -73,6 +73,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         enable_checkpointing=True,
         enable_progress_bar=False,
         reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
         max_epochs=math.ceil(task.max_steps / task.save_every),
         gradient_clip_val=task.gradient_clip,
         callbacks=[Bar(), ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)],
@@ -83,8 +84,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
     module = PretrainModule(
         model,
         examples,
-        batch_size=task.batch_size // trainer.world_size,
-        global_batch=task.batch_size,
+        batch_size=task.batch_size,
         max_steps=task.max_steps,
         save_every=task.save_every,
         learning_rate=task.learning_rate,
@@ -160,7 +160,7 @@ class PretrainModule(L.LightningModule):
     """Regresses a network's output on what its parameterization asks for; `model` holds the average of its weights.
 
     An epoch of the trainer is `save_every` steps, after which the losses, a grid of samples and the weights are saved.
-    batch_size: of one rank. about: the provenance that is known before.
+    batch_size: of all ranks together. about: the provenance that is known before.
     """
 
     def __init__(
@@ -168,7 +168,6 @@ class PretrainModule(L.LightningModule):
         model: Network,
         examples: Examples,
         batch_size: int,
-        global_batch: int,
         max_steps: int,
         save_every: int,
         learning_rate: float,
@@ -184,12 +183,7 @@ class PretrainModule(L.LightningModule):
         self.model, self.network = model, copy.deepcopy(model.backbone).requires_grad_(True).train()
         if compile:
             self.network.compile()
-        self.examples, self.batch_size, self.global_batch, self.num_workers = (
-            examples,
-            batch_size,
-            global_batch,
-            num_workers,
-        )
+        self.examples, self.batch_size, self.num_workers = examples, batch_size, num_workers
         self.max_steps, self.save_every = max_steps, save_every
         self.learning_rate, self.warmup_steps, self.ema_decay = learning_rate, warmup_steps, ema_decay
         self.output, self.folder, self.about = output, folder, about
@@ -206,12 +200,11 @@ class PretrainModule(L.LightningModule):
         return float(np.mean(self.losses[-self.save_every :]))
 
     def train_dataloader(self) -> DataLoader:
-        """The examples of this epoch's steps."""
-        last = min(len(self.losses) + self.save_every, self.max_steps)
-        examples = torch.utils.data.Subset(
-            self.examples, range(len(self.losses) * self.global_batch, last * self.global_batch)
-        )
-        return DataLoader(examples, self.batch_size, num_workers=self.num_workers)
+        """This rank's part of the examples of this epoch's steps."""
+        steps = len(self.losses), min(len(self.losses) + self.save_every, self.max_steps)
+        first, last = (step * self.batch_size for step in steps)
+        examples = Subset(self.examples, range(first + self.global_rank, last, self.trainer.world_size))
+        return DataLoader(examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]

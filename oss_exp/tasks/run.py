@@ -19,7 +19,7 @@ from oss_exp.files import write_atomically
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks.data import NoiseData
-from oss_exp.tasks.evaluate import EvaluateModule
+from oss_exp.tasks.evaluate import EvaluateModule, Metrics
 from oss_exp.tasks.search import SearchModule, Setting, describe
 
 
@@ -74,6 +74,7 @@ class Run:
         self.strategies = {name: instantiate(strategy, _convert_="all") for name, strategy in cfg.stepsize.items()}
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data: NoiseData = instantiate(cfg.data, event_shape=model.event_shape, num_classes=model.num_classes)
+        self.metrics = Metrics(cfg.evaluation)
         for strategy in self.strategies.values():
             strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)  # refuses a band that does not fit
         self.about = describe(self.setting, self.config)
@@ -108,7 +109,9 @@ class Run:
                 "schedule": f"schedules/{path.name}",
                 "planning": dict(steps.about("planning")),
             }
-        module = EvaluateModule(self.setting, schedules, rows, self.folder, self.about)
+        module = EvaluateModule(
+            self.setting, schedules, rows, self.folder, self.about, self.metrics, self.cfg.evaluation.save_images
+        )
         self.trainer.test(module, datamodule=self.data, verbose=False)
 
     def check_fits(self, path: Path, steps: StepSchedule) -> None:

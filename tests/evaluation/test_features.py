@@ -60,6 +60,6 @@ def test_a_search_by_inception_features_runs(weights, mixture, gmm):
             return ((x0 + 1) / 2).clamp(0, 1).reshape(-1, 1, 8, 8).float()
 
     distance = Inception(InceptionV3(weights)).bind(Pixels())
-    problem = Problem(mixture.velocity(None, 1.0), gmm["z"][:2], FlowSchedule(1.0).nodes(4), Euler(), distance)
+    problem = Problem(mixture.velocity(None), gmm["z"][:2], FlowSchedule(1.0).nodes(4), Euler(), distance)
     steps = OSSShared("pinned", None, False, "mean").plan(problem, [2])[2]
     assert steps.num_steps == 2

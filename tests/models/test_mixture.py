@@ -269,3 +269,20 @@ def test_fit_refuses_what_it_cannot_fit(options, words):
     settings = {"clusters": 1, "rank": 2, "floor": 0.01, "seed": 0, "iterations": 1} | options
     with pytest.raises(ValueError, match=words):
         fit(images, torch.zeros(10).long(), **settings, progress=lambda done, total: None)
+
+
+def test_drawn_samples_have_the_moments_of_their_components():
+    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64)
+    x, labels = model.draw(40_000, seed=1)
+    again, _ = model.draw(40_000, seed=1)
+    assert x.shape == (40_000, 1, 8, 8)
+    assert torch.equal(x, again)
+    basis = model.flat_basis.unflatten(1, (10, -1))
+    for label in (0, 4, 9):
+        members = x[labels == label].flatten(1)
+        component = int((model.labels == label).nonzero())
+        assert len(members) / 40_000 == pytest.approx(float(model.log_weights[component].exp()), abs=0.01)
+        torch.testing.assert_close(members.mean(0), model.means[component], rtol=0, atol=0.06)
+        expected = basis[:, component] * model.extra[component] @ basis[:, component].T
+        expected = expected + model.floor[component] * torch.eye(64)
+        torch.testing.assert_close(members.T.cov(), expected, rtol=0, atol=0.06)

@@ -41,6 +41,7 @@ def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe:
         "num_steps": nfe,
         "start": "pinned",
         "planning": {},
+        "metrics": {},
         "spread": Interval.of(np.ones(2)),
         **extra,
     }

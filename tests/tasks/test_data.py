@@ -6,8 +6,19 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from oss_exp.tasks.data import HELD_OUT, NoiseData, NoiseDataset, digits, fashion_mnist
+from oss_exp.tasks.data import (
+    HELD_OUT,
+    NoiseData,
+    NoiseDataset,
+    cached_latents,
+    digits,
+    fashion_mnist,
+    image_folder,
+    mixture_samples,
+)
 
 
 def noise_data(**changes) -> NoiseData:
@@ -113,3 +124,75 @@ def test_digits():
     assert float(images.min()) == -1
     assert float(images.max()) == 1
     assert labels.unique().tolist() == list(range(10))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of RGB images: a wide red one, a tall grey one."""
+    for name, size, color in [("cat", (20, 10), (255, 0, 0)), ("dog", (10, 30), (51, 51, 51))]:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size, color).save(tmp_path / name / "1.png")
+    return tmp_path
+
+
+def test_image_folder(folder):
+    data = image_folder(str(folder), size=8, channels=3)
+    (red, first), (grey, second) = data[0], data[1]
+    assert (first, second) == (0, 1)
+    assert red.shape == grey.shape == (3, 8, 8)
+    torch.testing.assert_close(red[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+    torch.testing.assert_close(grey, torch.full((3, 8, 8), 51 / 127.5 - 1))
+    assert image_folder(str(folder), size=8, channels=1)[1][0].shape == (1, 8, 8)
+
+
+def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.root=/nowhere is no folder"):
+        image_folder("/nowhere", 8, 3)
+    with pytest.raises(ValueError, match=r"data\.channels must be 1 or 3"):
+        image_folder(str(folder), 8, 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no images in folders of classes"):
+        image_folder(str(tmp_path / "empty"), 8, 3)
+
+
+def test_cached_latents(tmp_path):
+    latents, labels = torch.randn(5, 4, 2, 2).half(), torch.arange(5, dtype=torch.int32)
+    save_file({"latents": latents, "labels": labels}, tmp_path / "l.safetensors")
+    found, classes = cached_latents(str(tmp_path / "l.safetensors"))
+    assert torch.equal(found, latents.float())
+    assert torch.equal(classes, labels.long())
+
+
+def test_latents_that_cannot_be_used_are_refused(tmp_path):
+    path = tmp_path / "l.safetensors"
+    with pytest.raises(FileNotFoundError, match="does not exist; it holds"):
+        cached_latents(str(path))
+    save_file({"latents": torch.zeros(5, 4, 2, 2), "labels": torch.zeros(4)}, path)
+    with pytest.raises(ValueError, match=r"has labels \(4,\), latents|has latents \(5, 4, 2, 2\), labels"):
+        cached_latents(str(path))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is truncated"):
+        cached_latents(str(path))
+
+
+def test_fashion_mnist_grows_a_black_frame_and_has_a_test_split(tmp_path):
+    for prefix, count in (("train", 3), ("t10k", 2)):
+        pixels = bytes([255] * 784 * count)
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(count))
+    images, labels = fashion_mnist(str(tmp_path), split="test", size=32)
+    assert images.shape == (2, 1, 32, 32)
+    assert len(labels) == 2
+    assert (images[:, :, 2:-2, 2:-2] == 1).all()
+    assert images.sum() == 2 * (784 - (1024 - 784))
+    for size in (27, 31, "big"):
+        with pytest.raises(ValueError, match=r"data\.size must be an even number"):
+            fashion_mnist(str(tmp_path), size=size)
+    with pytest.raises(ValueError, match=r"data\.split must be train or test"):
+        fashion_mnist(str(tmp_path), split="validation")
+
+
+def test_mixture_samples():
+    images, labels = mixture_samples("mixture_digits.safetensors", count=30, seed=0)
+    assert images.shape == (30, 1, 8, 8)
+    assert labels.shape == (30,)

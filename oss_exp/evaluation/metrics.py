@@ -1,0 +1,270 @@
+"""FID, KID, precision and recall, class agreement and LPIPS, batch after batch and over any number of ranks.
+
+Every metric is a `torchmetrics.Metric` with one interface: `update(images, teacher, labels)` with each sample once,
+then `compute()` -> {name: number}. The first three compare with statistics of real images (`statistics.Reference`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from oss_exp.evaluation.features import as_rgb, load_weights
+from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frechet, gram, moments
+
+BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # torchvision's, on download.pytorch.org
+
+
+class ImageMetric(Metric):
+    """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class."""
+
+    full_state_update = False
+
+    def update(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        if images.ndim != 4 or images.shape != teacher.shape or labels.shape != images.shape[:1]:
+            raise ValueError(
+                "a metric needs images and the teacher's, both (B, C, H, W), and labels (B,), got "
+                f"{tuple(images.shape)}, {tuple(teacher.shape)} and {tuple(labels.shape)}"
+            )
+        if len(images) == 0:  # all of a rank's samples may be repetitions
+            return
+        check_pixels(images, "images")
+        check_pixels(teacher, "the teacher's images")
+        self.add(images.float(), teacher.float(), labels)
+
+    @abstractmethod
+    def add(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        """Take in a checked batch of at least one image, float32."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]: ...
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Distances between distributions of features
+# --------------------------------------------------------------------------------------------------------------
+
+
+class FeatureMetric(ImageMetric):
+    """Compares the features that an extractor, images (B, C, H, W) in [0, 1] -> (B, F), sees with those of real images.
+
+    num_images: how many images there must be in the end; null: however many. `torchmetrics.wrappers.FeatureShare` runs
+    one extractor once for several of these.
+    """
+
+    feature_network = "extractor"
+
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+        super().__init__()
+        reference.check_extractor(extractor)
+        self.extractor = extractor.eval().requires_grad_(False)
+        self.reference, self.num_images = reference, num_images
+
+    def add(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        features = self.extractor(images)
+        self.reference.check_features(features, channels=images.shape[1])
+        self.keep(features)
+
+    @abstractmethod
+    def keep(self, features: Tensor) -> None: ...
+
+    def require(self, count: int) -> None:
+        if self.num_images not in (None, count):
+            raise ValueError(
+                f"{type(self).__name__} of {count} images where {self.num_images} are expected: it depends on the "
+                f"number of images (FID falls as it grows), so only equal numbers compare; evaluate {self.num_images}, "
+                "or set num_images to null and say the number"
+            )
+
+
+class FID(FeatureMetric):
+    """Frechet distance between Gaussians fitted to features (Heusel et al. 2017). Biased: fewer images, higher FID."""
+
+    total: Tensor
+
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+        super().__init__(extractor, reference, num_images)
+        size = len(reference.mu) + 1
+        self.add_state("total", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def keep(self, features: Tensor) -> None:
+        self.total += gram(features)
+
+    def compute(self) -> dict[str, float]:
+        self.require(round(self.total[-1, -1].item()))
+        mu, sigma, _ = moments(self.total)
+        return {"fid": frechet(mu, sigma, self.reference.mu, self.reference.sigma)}
+
+
+class GatheredMetric(FeatureMetric):
+    """Needs every single feature, of the real images too."""
+
+    rows: list[Tensor]
+
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+        super().__init__(extractor, reference, num_images)
+        if reference.features is None:
+            raise ValueError(
+                f"{type(self).__name__} needs single features, but {reference.path} has only their mean and "
+                f"covariance, as published statistics do; {REMEDY}"
+            )
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def keep(self, features: Tensor) -> None:
+        self.rows.append(features.float().flatten())  # torchmetrics gathers a rank without any as an empty vector
+
+    def features(self, least: int) -> tuple[Tensor, Tensor]:
+        """Generated (n, F) and real (m, F), at least so many; in an order that ranks and batches do not change."""
+        real = torch.from_numpy(self.reference.features)
+        rows = dim_zero_cat(self.rows) if len(self.rows) else real.new_zeros(0)
+        generated = rows.reshape(-1, real.shape[1])
+        self.require(len(generated))
+        if min(len(generated), len(real)) < least:
+            raise ValueError(
+                f"{type(self).__name__} needs at least {least} images on both sides, got {len(generated)} generated "
+                f"ones and {len(real)} in {self.reference.path}"
+            )
+        return generated[generated.double().sum(dim=1).argsort()], real.to(generated)
+
+
+class KID(GatheredMetric):
+    """Unbiased squared MMD of a cubic kernel, mean and spread over random subsets (Binkowski et al. 2018)."""
+
+    def __init__(
+        self,
+        extractor: nn.Module,
+        reference: Reference,
+        num_images: int | None,
+        subsets: int = 100,
+        subset_size: int = 1000,
+    ):
+        super().__init__(extractor, reference, num_images)
+        self.subsets, self.subset_size = subsets, subset_size
+
+    def compute(self) -> dict[str, float]:
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+        found = kid_features_to_metric(
+            *self.features(self.subset_size),
+            kid_subsets=self.subsets,
+            kid_subset_size=self.subset_size,
+            rng_seed=0,
+            verbose=False,
+        )
+        return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
+
+
+class PrecisionRecall(GatheredMetric):
+    """Share of generated images among the real ones, and the reverse: within the distance of a k-th nearest neighbour.
+
+    Kynkaanniemi et al. 2019. Both depend on the numbers of images.
+    """
+
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None, k: int = 3):
+        super().__init__(extractor, reference, num_images)
+        self.k = k
+
+    def compute(self) -> dict[str, float]:
+        from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+        found = prc_features_to_metric(
+            *self.features(self.k + 1),
+            prc_neighborhood=self.k,
+            prc_batch_size=1000,
+            save_cpu_ram=True,  # never all distances at once
+            verbose=False,
+        )
+        return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Means over images
+# --------------------------------------------------------------------------------------------------------------
+
+
+class MeanMetric(ImageMetric):
+    """The mean of a number that every image has for itself."""
+
+    name: str
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """One number an image, (B,)."""
+
+    def add(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        self.total += self.values(images, teacher, labels).double().sum()
+        self.count += len(images)
+
+    def compute(self) -> dict[str, float]:
+        if self.count == 0:
+            raise ValueError(f"{type(self).__name__} has seen no images")
+        return {self.name: (self.total / self.count).item()}
+
+
+class ClassAgreement(MeanMetric):
+    """How often a classifier sees the class that was asked for, in %.
+
+    classifier: `logits` of images (B, C, H, W) in [0, 1] -> (B, classes), as `classifier.FashionFeatures` has it.
+    """
+
+    name = "class_agreement"
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        logits = self.classifier.logits(images)
+        if labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise ValueError(
+                f"class agreement needs a class from 0 to {logits.shape[1] - 1} for every image (-1 is none), got "
+                f"{sorted(set(labels.tolist()))}; set data.classes, or leave this metric out"
+            )
+        return 100 * (logits.argmax(dim=1) == labels)
+
+
+class LPIPS(MeanMetric):
+    """Perceptual distance to the teacher's image of the same noise (Zhang et al. 2018), through torchmetrics.
+
+    Grey images become RGB; an image with a side under 64 pixels is enlarged to 64, bilinearly, for the network's sake.
+
+    net: "alex" or "vgg". weights: torchvision's file of that backbone, local; the linear heads come with torchmetrics.
+    """
+
+    name = "lpips"
+
+    def __init__(self, weights: str, net: str):
+        # The public class would download the backbone.
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+        super().__init__()
+        if net not in BACKBONES:
+            raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
+        state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}")
+        self.network = _NoTrainLpips(net=net, pnet_rand=True)
+        backbone: dict[str, Any] = self.network.net.state_dict()
+        try:  # slice3.6.weight is torchvision's features.6.weight
+            self.network.net.load_state_dict({name: state[f"features.{name.split('.', 1)[1]}"] for name in backbone})
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"{weights} is not torchvision's {BACKBONES[net]}: {reason}") from None
+
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        factor = 64 / min(images.shape[2:])
+        pair = [as_rgb(images), as_rgb(teacher)]
+        if factor > 1:
+            size = [round(factor * side) for side in images.shape[2:]]
+            pair = [nn.functional.interpolate(x, size, mode="bilinear", align_corners=False) for x in pair]
+        return self.network(*pair, normalize=True).flatten()

@@ -1,0 +1,118 @@
+"""Train the shipped classifier of Fashion-MNIST, whose features compare generated images with real ones."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import call
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import oss_exp
+from oss_exp.evaluation.classifier import FashionFeatures
+from oss_exp.files import save_asset
+
+
+def fit_classifier(cfg: DictConfig) -> None:
+    """Write task.output (.safetensors and .json): trained on the train split of `data`, measured on its test split."""
+    task, output = cfg.task, Path(cfg.task.output)
+    for name, least in {"epochs": 1, "batch_size": 1, "shift": 0, "erase": 0}.items():
+        if not isinstance(task[name], int) or task[name] < least:
+            raise ValueError(f"task.{name} must be a whole number of at least {least}, got {task[name]!r}")
+    images, labels = pixels(call(cfg.data, split="train"))
+    test_images, test_labels = pixels(call(cfg.data, split="test"))
+    torch.manual_seed(task.seed)
+    network = FashionFeatures(output.stem)
+    started = time.perf_counter()
+    train(network, images, labels, task)
+    seconds = time.perf_counter() - started
+    test_accuracy = accuracy(network, test_images, test_labels)
+    data_hash = hashlib.sha256()
+    for tensor in (images, labels, test_images, test_labels):
+        data_hash.update(tensor.numpy().tobytes())
+    settings = {key: value for key, value in task.items() if key not in ("_target_", "output")}
+    provenance = {
+        "name": output.stem,
+        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
+        **settings,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "test_accuracy": test_accuracy,
+        "seconds": round(seconds),
+        "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
+        "data": {"train_images": len(images), "test_images": len(test_images), "sha256": data_hash.hexdigest()},
+        "versions": {
+            "oss_exp": oss_exp.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    save_asset(output, network.state_dict(), provenance)
+    size = output.stat().st_size / 1e6
+    Console().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
+
+
+def pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Images in [-1, 1] -> [0, 1]; the labels as they are."""
+    return (data[0] + 1) / 2, data[1]
+
+
+def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: DictConfig) -> None:
+    """images (n, 1, 32, 32) in [0, 1], labels (n,): task.epochs times through all of them, in bfloat16."""
+    network.train().to(memory_format=torch.channels_last)
+    steps = task.epochs * math.ceil(len(images) / task.batch_size)
+    optimizer = torch.optim.SGD(
+        network.parameters(), task.learning_rate, momentum=0.9, nesterov=True, weight_decay=task.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, steps, cycle_momentum=False)
+    columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn())
+    clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clocks, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=steps, loss=math.nan)
+        for epoch in range(task.epochs):
+            for batch in torch.randperm(len(images)).split(task.batch_size):
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits = network.logits(augment(images[batch], task.shift, task.erase))
+                loss = F.cross_entropy(logits.float(), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update(bar, advance=1, loss=loss.item())
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower task.learning_rate")
+
+
+def augment(images: Tensor, shift: int, erase: int) -> Tensor:
+    """Each of images (B, 1, S, S) moved by up to `shift` pixels, every second one with a black square of side `erase`.
+
+    None is mirrored: a generated shoe that points the wrong way shall not look like a real one.
+    """
+    count, size = len(images), images.shape[-1]
+    places = torch.arange(size)
+    # Shift: a window of the image in a wider black frame.
+    corner = torch.randint(0, 2 * shift + 1, (count, 2, 1))
+    rows, columns = (places + corner).unbind(1)  # (B, S) each
+    moved = F.pad(images, [shift] * 4)[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]]
+    # Erase.
+    rows, columns = (places - torch.randint(1 - erase, size, (count, 2, 1))).unbind(1)
+    inside = [(offset >= 0) & (offset < erase) for offset in (rows, columns)]
+    hit = torch.rand(count, 1, 1) < 0.5
+    return moved.masked_fill(hit & inside[0][:, :, None] & inside[1][:, None, :], 0)[:, None]
+
+
+@torch.no_grad()
+def accuracy(network: FashionFeatures, images: Tensor, labels: Tensor) -> float:
+    """The share of images (n, 1, 32, 32) whose largest score is their label's, in float32."""
+    network.eval()
+    answers = torch.cat([network.logits(batch).argmax(dim=1) for batch in images.split(1000)])
+    return (answers == labels).double().mean().item()

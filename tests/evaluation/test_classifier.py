@@ -1,0 +1,213 @@
+"""The shipped classifier knows Fashion-MNIST; torch-fidelity and torchmetrics run on its features; a command trains."""
+
+import gzip
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from helpers import run_cli
+from torch.utils.data import Dataset
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from oss_exp.evaluation.classifier import ASSET, FashionFeatures, register
+from oss_exp.files import ASSETS
+from oss_exp.tasks.data import fashion_mnist
+from oss_exp.tasks.fit_classifier import accuracy, augment, pixels
+
+FILES = Path("/usr/share/datasets/fashion-mnist")
+needs_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"the Fashion-MNIST files are not in {FILES}")
+
+
+@pytest.fixture(scope="module")
+def network() -> FashionFeatures:
+    return FashionFeatures.from_asset()
+
+
+@pytest.fixture(scope="module")
+def clothes() -> tuple[torch.Tensor, torch.Tensor]:
+    """The test split, (10000, 1, 32, 32) in [0, 1], and its labels."""
+    return pixels(fashion_mnist(str(FILES), "test", 32))
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Bytes(Dataset):
+    """Images as torch-fidelity reads them: (3, 32, 32) uint8."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = (images * 255).round().byte()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.images[i].expand(3, -1, -1)
+
+
+def fidelity(one: torch.Tensor, other: torch.Tensor, **settings) -> dict[str, float]:
+    defaults = {"fid": True, "kid": True, "prc": True, "isc": True, "cuda": False, "save_cpu_ram": True, "cache": False}
+    inputs = {"input1": Bytes(one), "input2": Bytes(other), "feature_extractor": register(), "verbose": False}
+    return torch_fidelity.calculate_metrics(**inputs, **{**defaults, "kid_subset_size": len(one) // 2, **settings})
+
+
+@needs_files
+def test_the_shipped_network_knows_the_test_split(network, clothes):
+    found = accuracy(network, *clothes)
+    record = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
+    assert found >= 0.92
+    assert found == pytest.approx(record["test_accuracy"], abs=5e-4)
+
+
+def test_the_shipped_network_is_small_frozen_and_says_who_it_is(network):
+    assert sum(p.numel() for p in network.parameters()) <= 500_000
+    assert (ASSETS / ASSET).stat().st_size <= 2e6
+    assert not any(p.requires_grad for p in network.parameters())
+    record = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
+    assert (network.name, network.fingerprint) == ("fashion_features", record["sha256"])
+    assert (network.channels, network.size, network.num_features, network.num_classes) == (1, 32, 64, 10)
+
+
+def test_features_of_an_image_depend_on_it_alone_even_when_a_trainer_says_train(network):
+    images = noise(5)
+    features = network(images)
+    assert features.shape == (5, 64)
+    assert network.logits(images).shape == (5, 10)
+    torch.nn.Sequential(network).train()
+    torch.testing.assert_close(network.features(images[1:2]), features[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.head(features), network.logits(images))
+
+
+def test_images_keep_their_gradient(network):
+    images = noise(2).requires_grad_()
+    network(images).sum().backward()
+    assert bool((images.grad != 0).any())
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (noise(2)[..., 2:30, 2:30], r"grey images \(M, 1, 32, 32\), got \(2, 1, 28, 28\); .* black frame"),
+        (noise(2).expand(-1, 3, -1, -1), r"got \(2, 3, 32, 32\); average colours"),
+        (noise(2)[0], r"got \(1, 32, 32\)"),
+        (noise(2) * 2 - 1, r"pixels in \[0, 1\], .* got torch.float32 from -1 to 1"),
+        (noise(2) * torch.nan, "from nan to nan"),
+        ((noise(2) * 255).byte(), "got torch.uint8 from 0 to 255"),
+    ],
+)
+def test_other_images_are_refused(network, images, message):
+    with pytest.raises(ValueError, match=message):
+        network(images)
+
+
+def test_damaged_and_wrong_files_are_refused(tmp_path):
+    for suffix in (".safetensors", ".json"):
+        shutil.copy((ASSETS / ASSET).with_suffix(suffix), tmp_path)
+    path = tmp_path / ASSET
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match=r"classifier .* is damaged or was replaced"):
+        FashionFeatures.from_asset(path)
+    with pytest.raises(ValueError, match=r"mixture_digits\.safetensors has not the layers of FashionFeatures"):
+        FashionFeatures.from_asset("mixture_digits.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"neither a path that exists nor a shipped file \(.*fashion_features"):
+        FashionFeatures.from_asset("no.safetensors")
+
+
+@needs_files
+def test_torchmetrics_and_torch_fidelity_agree_and_see_what_is_wrong(network, clothes):
+    images, labels = clothes
+    one, other = images[:1000], images[1000:2000]
+    blurred = torch.nn.functional.avg_pool2d(other, 3, stride=1, padding=1)
+    shoes = images[labels == 9][:500]
+    found = {}
+    for name, wrong in {"same": other, "blurred": blurred, "shoes": shoes}.items():
+        metrics = found[name] = fidelity(wrong, one)
+        fid = FrechetInceptionDistance(feature=network, normalize=True, input_img_size=(1, 32, 32))
+        fid.update(one, real=True)
+        fid.update(wrong, real=False)
+        assert float(fid.compute()) == pytest.approx(metrics["frechet_inception_distance"], rel=1e-3, abs=1e-4)
+    fids, kids = (
+        [found[name][key] for name in ("same", "blurred", "shoes")]
+        for key in ("frechet_inception_distance", "kernel_inception_distance_mean")
+    )
+    assert 10 * fids[0] < fids[1] < fids[2]
+    assert abs(kids[0]) < kids[1] < kids[2]
+    assert found["shoes"]["recall"] < 0.2 < 0.5 < found["same"]["recall"]  # one class of ten
+    assert found["shoes"]["inception_score_mean"] < 1.5 < 7 < found["same"]["inception_score_mean"]
+
+
+def test_torch_fidelity_caches_by_the_weights(tmp_path, network):
+    fidelity(noise(8), noise(8), cache=True, cache_root=str(tmp_path), input1_cache_name="noise")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert f"noise-oss-exp-fashion-{network.fingerprint[:12]}-features-logits.pt" in names
+
+
+def test_torch_fidelity_takes_a_weights_path_and_no_other_precision(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"classifier no\.safetensors is neither"):
+        fidelity(noise(8), noise(8), feature_extractor_weights_path="no.safetensors")
+    with pytest.raises(ValueError, match="runs in float32, got feature_extractor_internal_dtype='float64'"):
+        fidelity(noise(8), noise(8), feature_extractor_internal_dtype="float64")
+
+
+def test_an_augmented_image_is_a_shifted_one_with_a_hole_at_most():
+    torch.manual_seed(0)
+    images = torch.rand(200, 1, 8, 8) + 0.1
+    assert torch.equal(augment(images, 0, 0), images)
+    shifted = augment(images, 1, 0)
+    windows = torch.nn.functional.pad(images, [1] * 4).unfold(2, 8, 1).unfold(3, 8, 1).flatten(2, 3)
+    match = (windows == shifted[:, :, None]).flatten(3).all(3).flatten(1)  # (200, 9)
+    assert bool((match.sum(1) == 1).all())
+    assert bool(match.any(0).all())
+    holes = (augment(images, 0, 3) == 0).flatten(1).sum(1)
+    assert 60 < int((holes > 0).sum()) < 140
+    assert int(holes.max()) == 9
+
+
+def write_files(folder: Path, count: int) -> None:
+    """Squares whose brightness is their class, as Fashion-MNIST's four files."""
+    for split in ("train", "t10k"):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = np.zeros((count, 28, 28), np.uint8)
+        images[:, 4:24, 4:24] = 25 * labels[:, None, None]
+        head = struct.pack(">IIII", 2051, count, 28, 28), struct.pack(">II", 2049, count)
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head[0] + images.tobytes()))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(head[1] + labels.tobytes()))
+
+
+def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
+    write_files(tmp_path, 320)
+    monkeypatch.chdir(tmp_path)
+    small = ["task=fit_classifier", f"data.root={tmp_path}", "task.batch_size=32", "task.output=small.safetensors"]
+    run_cli(*small, "task.epochs=3")
+    record = json.loads((tmp_path / "small.json").read_text())
+    assert record["test_accuracy"] > 0.3  # three times what guessing gets
+    assert record["made_by"] == " ".join(["oss-exp", *small, "task.epochs=3"])
+    assert record["data"]["train_images"] == 320
+    network = FashionFeatures.from_asset(tmp_path / "small.safetensors")
+    assert accuracy(network, *pixels(fashion_mnist(str(tmp_path), "test", 32))) == record["test_accuracy"]
+    run_cli(*small, "task.epochs=3")
+    assert json.loads((tmp_path / "small.json").read_text())["sha256"] == record["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("task.epochs=0", "task.epochs must be a whole number of at least 1, got 0"),
+        ("task.learning_rate=1e38", "the loss is nan in epoch 2; lower task.learning_rate"),
+        ("data.size=28", r"grey images \(M, 1, 32, 32\), got \(320, 1, 28, 28\)"),
+    ],
+)
+def test_wrong_settings_end_with_one_message(tmp_path, monkeypatch, capsys, setting, message):
+    write_files(tmp_path, 320)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_cli("task=fit_classifier", f"data.root={tmp_path}", "task.epochs=2", "task.batch_size=320", setting)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "fashion_features.safetensors").exists()

@@ -1,0 +1,169 @@
+"""Reference statistics: three layouts are read, whatever is wrong with a file is said, and moments are NumPy's."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from oss_exp.evaluation.features import RandomFeatures
+from oss_exp.evaluation.statistics import Reference, fingerprint, frechet, gram, moments, write_statistics
+
+F = 28  # features of EXTRACTOR
+EXTRACTOR = RandomFeatures(3, 2, 0)
+
+
+def images(count: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def gaussian(**changes):
+    return {"mu": np.zeros(F), "sigma": np.eye(F)} | changes
+
+
+def test_moments_are_numpys_over_any_batches():
+    features = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) * 0.1 + 5
+    mu, sigma, count = moments(sum(gram(batch) for batch in features.split(8)))
+    assert count == 50
+    exact = features.double().numpy()
+    np.testing.assert_allclose(mu, exact.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=0, atol=1e-12)
+
+
+def test_frechet_of_gaussians_is_the_closed_form():
+    """Commuting covariances: |mu - mu'|^2 + sum (s_i - s_i')^2 over the standard deviations; in any rotated basis."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    mu, other_mu, s, other_s = rng.normal(size=6), rng.normal(size=6), rng.uniform(0.5, 2, 6), rng.uniform(0.5, 2, 6)
+    sigma, other_sigma = (basis * s**2) @ basis.T, (basis * other_s**2) @ basis.T
+    expected = ((mu - other_mu) ** 2).sum() + ((s - other_s) ** 2).sum()
+    assert frechet(mu, sigma, other_mu, other_sigma) == pytest.approx(expected, rel=1e-10)
+    assert frechet(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9)
+
+
+def test_written_statistics_come_back(tmp_path):
+    path = tmp_path / "new folder" / "statistics.npz"
+    batches = images(40).split(12)
+    written, read = write_statistics(path, EXTRACTOR, batches), Reference.load(path)
+    features = EXTRACTOR(images(40)).double().numpy()
+    for reference in (written, read):
+        assert (reference.n, reference.channels, reference.extractor) == (40, 3, fingerprint(EXTRACTOR))
+        np.testing.assert_allclose(reference.mu, features.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(reference.sigma, np.cov(features, rowvar=False), rtol=1e-4, atol=1e-9)
+        assert reference.features.dtype == np.float16
+        np.testing.assert_allclose(reference.features, features, rtol=1e-3, atol=1e-6)
+    assert [file.name for file in path.parent.iterdir()] == ["statistics.npz"]
+
+
+def test_no_more_features_are_kept_than_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("oss_exp.evaluation.statistics.KEPT", 10)
+    reference = write_statistics(tmp_path / "s.npz", EXTRACTOR, images(20).split(8))
+    assert (reference.n, len(reference.features)) == (20, 10)
+    torch.testing.assert_close(torch.from_numpy(reference.features), EXTRACTOR(images(20))[:10].half())
+
+
+ADM = {"mu_s": np.zeros(9), "sigma_s": np.eye(9), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}
+
+
+@pytest.mark.parametrize("more", [{}, ADM], ids=["EDM", "ADM"])
+def test_published_layouts(tmp_path, more):
+    """EDM's two arrays, and ADM's with spatial statistics and images beside them, in float32."""
+    sigma = np.diag(np.arange(1.0, F + 1)).astype(np.float32)
+    reference = Reference.load(save(tmp_path / "x.npz", mu=np.arange(F, dtype=np.float32), sigma=sigma, **more))
+    assert (reference.mu.dtype, reference.sigma.dtype) == (np.float64, np.float64)
+    assert reference.mu.tolist() == list(range(F))
+    assert np.trace(reference.sigma) == F * (F + 1) / 2
+    assert (reference.channels, reference.n, reference.features, reference.extractor) == (3, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(F)}, r"no sigma, only mu; make it again"),
+        ({"x": np.zeros(F)}, r"no mu and no sigma, only x"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8)}, r"holds images \(arr_0\).*write_statistics"),
+        (gaussian(sigma=np.zeros((F, F - 1))), r"sigma \(F, F\), got \(28,\) and \(28, 27\)"),
+        (gaussian(mu=np.zeros((1, F))), r"mu must be \(F,\)"),
+        (gaussian(mu=np.full(F, np.nan)), "NaN or infinite"),
+        (gaussian(sigma=np.full((F, F), np.inf)), "NaN or infinite"),
+        (gaussian(features=np.zeros((9, F), "f2")), "no n and no channels and no extractor"),
+        (gaussian(features=np.zeros((9, 5), "f2"), n=9, channels=3, extractor="x"), r"features must be \(n, 28\)"),
+        (gaussian(mu=np.array([None] * F)), r"truncated or no \.npz"),  # a pickle
+    ],
+)
+def test_files_that_are_no_statistics(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        Reference.load(save(tmp_path / "bad.npz", **arrays))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+def test_truncated_files(tmp_path, keep):
+    data = write_statistics(tmp_path / "good.npz", EXTRACTOR, [images(9)]).path.read_bytes()
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(data[: keep if keep > 1 else int(keep * len(data))])
+    with pytest.raises(ValueError, match=r"bad\.npz are truncated or no \.npz file"):
+        Reference.load(bad)
+
+
+def test_damage_inside_is_found(tmp_path):
+    path = save(tmp_path / "x.npz", **gaussian())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"truncated or no \.npz"):
+        Reference.load(path)
+
+
+def test_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.npz do not exist .*write_statistics"):
+        Reference.load(tmp_path / "none.npz")
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    (tmp_path / "array.npz").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match=r"no \.npz file"):
+        Reference.load(tmp_path / "array.npz")
+
+
+def test_statistics_belong_to_an_extractor(tmp_path):
+    reference = write_statistics(tmp_path / "s.npz", EXTRACTOR, [images(9)])
+    reference.check_extractor(RandomFeatures(3, 2, 0))
+    with pytest.raises(ValueError, match=r"was made with RandomFeatures .*, but the extractor is RandomFeatures "):
+        reference.check_extractor(RandomFeatures(3, 2, 1))
+    Reference.load(save(tmp_path / "published.npz", **gaussian())).check_extractor(RandomFeatures(3, 2, 1))
+
+
+def test_a_fingerprint_is_of_the_values_not_of_their_layout():
+    extractor = RandomFeatures(3, 2, 0)
+    assert fingerprint(extractor.to(memory_format=torch.channels_last)) == fingerprint(EXTRACTOR)
+    with torch.no_grad():
+        extractor.layers[0].bias[0] += 1e-6
+    assert fingerprint(extractor) != fingerprint(EXTRACTOR)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"need images.* got \[\]"),
+        ([images(3) * 2 - 1], r"must be in \[0, 1\], decoded and clipped"),
+        ([images(1)], "at least 2 images, got 1"),
+    ],
+)
+def test_images_that_make_no_statistics(tmp_path, batches, message):
+    with pytest.raises(ValueError, match=message):
+        write_statistics(tmp_path / "s.npz", EXTRACTOR, batches)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("scale", "message"), [(1e6, "exceed float16"), (float("nan"), "not all finite")])
+def test_features_that_make_no_statistics(tmp_path, scale, message):
+    class Scaled(RandomFeatures):
+        def forward(self, batch):
+            return super().forward(batch) * scale
+
+    with pytest.raises(ValueError, match=message):
+        write_statistics(tmp_path / "s.npz", Scaled(3, 2, 0), [images(4)])
