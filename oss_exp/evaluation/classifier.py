@@ -1,7 +1,7 @@
 """A small convnet that knows Fashion-MNIST: what Inception-V3 is to photographs, for grey images of 32 x 32.
 
 Its weights are shipped (`oss-exp task=fit_classifier` makes them): Frechet and kernel distances, precision and recall
-need no download. 28 x 28 images get a black frame of two pixels first. Legend: M images.
+need no download. 28 x 28 images get a black frame of two pixels. Legend: M images.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.files import find_asset, load_asset
@@ -64,12 +65,14 @@ class FashionFeatures(nn.Module):
         return self.features(images)
 
     def features(self, images: Tensor) -> Tensor:
-        """(M, 1, 32, 32) in [0, 1] -> (M, 64) float32, none negative. ValueError for any other images."""
+        """(M, 1, 32, 32) or 28 x 28, in [0, 1] -> (M, 64) float32, none negative. ValueError for any other images."""
+        if images.ndim == 4 and images.shape[2:] == (28, 28):
+            images = F.pad(images, [2] * 4)  # the black frame
         self._check(images)
         return self.body(images.float())
 
     def logits(self, images: Tensor) -> Tensor:
-        """(M, 1, 32, 32) in [0, 1] -> (M, 10) float32, the scores of the classes."""
+        """Images as for `features` -> (M, 10) float32, the scores of the classes."""
         return self.head(self.features(images))
 
     def train(self, mode: bool = True) -> FashionFeatures:
@@ -80,8 +83,8 @@ class FashionFeatures(nn.Module):
         wanted = (self.channels, self.size, self.size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(
-                f"{self.name} sees grey images (M, 1, 32, 32), got {tuple(images.shape)}; average colours, and give "
-                "28 x 28 images a black frame of two pixels"
+                f"{self.name} sees grey images of 28 x 28 or 32 x 32 pixels, (M, 1, H, W), got {tuple(images.shape)}; "
+                "average colours, or choose another evaluation.extractor for other images"
             )
         if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
             found = f"{images.dtype} from {images.min().item():.4g} to {images.max().item():.4g}"

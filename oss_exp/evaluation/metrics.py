@@ -53,11 +53,8 @@ class ImageMetric(Metric):
 class FeatureMetric(ImageMetric):
     """Compares the features that an extractor, images (B, C, H, W) in [0, 1] -> (B, F), sees with those of real images.
 
-    num_images: how many images there must be in the end; null: however many. `torchmetrics.wrappers.FeatureShare` runs
-    one extractor once for several of these.
+    num_images: how many images there must be in the end; null: however many.
     """
-
-    feature_network = "extractor"
 
     def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
         super().__init__()

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.wrappers import FeatureShare
 
 from oss_exp.calibration import amplitude
 from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
@@ -62,6 +61,10 @@ class EvaluateModule(L.LightningModule):
         self.seen = 0
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
+
+    def on_test_start(self) -> None:
+        for metric in self.metrics.values():
+            metric.reset()  # spawned processes begin with one memory: its sums would be everybody's
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         index, condition = batch["index"], self.setting.condition(batch["label"])
@@ -184,18 +187,37 @@ class Metrics:
 
     def __call__(self) -> MetricSet:
         made = {name: self._make(name) for name in self.kinds}
-        shared = {name: made.pop(name) for name in self.features}
-        return MetricSet([*([FeatureShare(shared)] if shared else []), *made.values()])
+        once = Once(self.extractor)
+        for name in self.features:
+            made[name].extractor = once
+        return MetricSet(made.values())
 
     def _make(self, name: str) -> ImageMetric:
+        make = instantiate(self.cfg[name], _partial_=True)  # Hydra would turn a Reference, a dataclass, into a config
         if name in self.features:
-            return instantiate(self.cfg[name], extractor=self.extractor, reference=self.reference)
-        given = {"classifier": self.extractor} if self.kinds[name] is ClassAgreement else {}
-        return instantiate(self.cfg[name], **given)
+            return make(extractor=self.extractor, reference=self.reference)
+        return make(classifier=self.extractor) if self.kinds[name] is ClassAgreement else make()
+
+
+class Once(nn.Module):
+    """A network that does not run again on the images it has just seen (torchmetrics' FeatureShare does not pickle)."""
+
+    def __init__(self, network: nn.Module | None):
+        super().__init__()
+        self.network, self.seen, self.said = network, None, None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images is not self.seen:
+            self.seen, self.said = images, self.network(images)
+        return self.said
 
 
 class MetricSet(nn.ModuleList):
     """Metrics fed together."""
+
+    def reset(self) -> None:
+        for metric in self:
+            metric.reset()
 
     def update(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
         for metric in self:

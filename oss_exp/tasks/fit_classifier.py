@@ -32,7 +32,7 @@ def fit_classifier(cfg: DictConfig) -> None:
     images, labels = pixels(call(cfg.data, split="train"))
     test_images, test_labels = pixels(call(cfg.data, split="test"))
     torch.manual_seed(task.seed)
-    network = FashionFeatures(output.stem)
+    network = FashionFeatures()
     started = time.perf_counter()
     train(network, images, labels, task)
     seconds = time.perf_counter() - started

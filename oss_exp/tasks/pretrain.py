@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         enable_progress_bar=False,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
+        log_every_n_steps=min(50, task.save_every),
         max_epochs=math.ceil(task.max_steps / task.save_every),
         gradient_clip_val=task.gradient_clip,
         callbacks=[Bar(), ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)],
@@ -96,8 +98,11 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         folder=folder,
         about=_about(cfg, model, images),
     )
-    trainer.fit(module, ckpt_path=_checkpoint(task.resume))
-    Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4f}", soft_wrap=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average is; what is trained is not
+        trainer.fit(module, ckpt_path=_checkpoint(task.resume))
+    if trainer.is_global_zero:
+        Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4f}", soft_wrap=True)
     return logger
 
 
@@ -270,7 +275,8 @@ class PretrainModule(L.LightningModule):
         if isinstance(self.logger, WandbLogger):
             self.logger.log_image("samples", [str(picture)])
         write_atomically(self.folder / "training.json", json.dumps({**self.about, "losses": self.losses}) + "\n")
-        weights = {key: value.half() for key, value in self.model.backbone.state_dict().items()}
+        weights = self.model.backbone.state_dict()
+        weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
         training = {"steps": self.seen, "of": self.max_steps, "loss": self.recent_loss(), "seconds": self.seconds}
         save_asset(self.output, weights, {**self.about, "training": training})
 
@@ -287,7 +293,8 @@ class Bar(Callback):
         self.progress.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.progress.update(self.bar, completed=module.seen, loss=float(outputs["loss"]))
+        if module.seen % 10 == 0 or module.seen == module.max_steps:  # reading a loss makes a GPU wait
+            self.progress.update(self.bar, completed=module.seen, loss=float(outputs["loss"]))
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if hasattr(self, "progress"):

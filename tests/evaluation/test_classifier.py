@@ -85,6 +85,11 @@ def test_features_of_an_image_depend_on_it_alone_even_when_a_trainer_says_train(
     torch.testing.assert_close(network.head(features), network.logits(images))
 
 
+def test_images_without_their_frame_get_it(network):
+    small = noise(2)[..., 2:30, 2:30]
+    assert torch.equal(network(small), network(torch.nn.functional.pad(small, [2] * 4)))
+
+
 def test_images_keep_their_gradient(network):
     images = noise(2).requires_grad_()
     network(images).sum().backward()
@@ -94,12 +99,12 @@ def test_images_keep_their_gradient(network):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (noise(2)[..., 2:30, 2:30], r"grey images \(M, 1, 32, 32\), got \(2, 1, 28, 28\); .* black frame"),
+        (noise(2)[..., 1:31, 1:31], r"28 x 28 or 32 x 32 .* got \(2, 1, 30, 30\); average colours"),
         (noise(2).expand(-1, 3, -1, -1), r"got \(2, 3, 32, 32\); average colours"),
         (noise(2)[0], r"got \(1, 32, 32\)"),
-        (noise(2) * 2 - 1, r"pixels in \[0, 1\], .* got torch.float32 from -1 to 1"),
+        (noise(2).round() * 2 - 1, r"pixels in \[0, 1\], got torch\.float32 from -1 to 1"),
         (noise(2) * torch.nan, "from nan to nan"),
-        ((noise(2) * 255).byte(), "got torch.uint8 from 0 to 255"),
+        (noise(2).round().byte(), r"floating-point pixels .* got torch\.uint8 from 0 to 1"),
     ],
 )
 def test_other_images_are_refused(network, images, message):
@@ -124,7 +129,7 @@ def test_damaged_and_wrong_files_are_refused(tmp_path):
 def test_torchmetrics_and_torch_fidelity_agree_and_see_what_is_wrong(network, clothes):
     images, labels = clothes
     one, other = images[:1000], images[1000:2000]
-    blurred = torch.nn.functional.avg_pool2d(other, 3, stride=1, padding=1)
+    blurred = torch.nn.functional.avg_pool2d(other, 3, stride=1, padding=1).mul(255).round() / 255
     shoes = images[labels == 9][:500]
     found = {}
     for name, wrong in {"same": other, "blurred": blurred, "shoes": shoes}.items():
@@ -132,12 +137,12 @@ def test_torchmetrics_and_torch_fidelity_agree_and_see_what_is_wrong(network, cl
         fid = FrechetInceptionDistance(feature=network, normalize=True, input_img_size=(1, 32, 32))
         fid.update(one, real=True)
         fid.update(wrong, real=False)
-        assert float(fid.compute()) == pytest.approx(metrics["frechet_inception_distance"], rel=1e-3, abs=1e-4)
+        assert float(fid.compute()) == pytest.approx(metrics["frechet_inception_distance"], rel=1e-4)
     fids, kids = (
         [found[name][key] for name in ("same", "blurred", "shoes")]
         for key in ("frechet_inception_distance", "kernel_inception_distance_mean")
     )
-    assert 10 * fids[0] < fids[1] < fids[2]
+    assert 5 * fids[0] < fids[1] < fids[2]
     assert abs(kids[0]) < kids[1] < kids[2]
     assert found["shoes"]["recall"] < 0.2 < 0.5 < found["same"]["recall"]  # one class of ten
     assert found["shoes"]["inception_score_mean"] < 1.5 < 7 < found["same"]["inception_score_mean"]
@@ -201,7 +206,7 @@ def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
     [
         ("task.epochs=0", "task.epochs must be a whole number of at least 1, got 0"),
         ("task.learning_rate=1e38", "the loss is nan in epoch 2; lower task.learning_rate"),
-        ("data.size=28", r"grey images \(M, 1, 32, 32\), got \(320, 1, 28, 28\)"),
+        ("data.size=30", r"28 x 28 or 32 x 32 .* got \(320, 1, 30, 30\)"),
     ],
 )
 def test_wrong_settings_end_with_one_message(tmp_path, monkeypatch, capsys, setting, message):

@@ -24,7 +24,6 @@ TINY = [
     "task=pretrain",
     "model=dit_fashion",
     "data=digits",
-    "~data.size",
     "model.event_shape=[1,8,8]",
     "model.backbone.size=8",
     "model.backbone.num_layers=1",

@@ -1,0 +1,90 @@
+"""Does training find the velocity that it should? On samples of a mixture, whose velocity is known exactly.
+
+python -m experiments.pretrain_mixture.run [--steps 6000]
+
+Trains a small transformer (flow matching) and a small U-Net (EDM) with task=pretrain on 50,000 samples of the digits
+mixture, and compares their velocities with the exact ones on fresh noisy samples, a number for each t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from experiments.common import OUTPUTS, keep, png, table
+from oss_exp.cli import CONF
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.mixture import GaussianMixture
+from oss_exp.steps import rowwise
+
+TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+NETWORKS = {
+    "dit_fashion": [
+        "model.backbone.size=8",
+        "model.backbone.patch=2",
+        "model.backbone.num_layers=4",
+        "task.times.mean=0",
+    ],
+    "unet_fashion": [
+        "model.backbone.size=8",
+        "model.backbone.patch=1",
+        "model.backbone.block_out_channels=[32,64]",
+        "model.backbone.down_block_types=[DownBlock2D,AttnDownBlock2D]",
+        "model.backbone.up_block_types=[AttnUpBlock2D,UpBlock2D]",
+        "model.parameterization.sigma_data=0.7",
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6000)
+    options = parser.parse_args()
+    exact = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096)
+    x0, labels = exact.draw(4096, seed=10**6)  # the training set has seed 0
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    errors = {}
+    for name, settings in NETWORKS.items():
+        model = trained(name, [*settings, "model.event_shape=[1,8,8]"], options.steps)
+        for asked, condition in (("given the class", labels), ("of all classes", None)):
+            found = []
+            for t in TIMES:
+                time = torch.full((len(x0),), t, dtype=torch.float64)
+                x = rowwise(1 - time, x0) * x0 + rowwise(time, x0) * noise
+                with torch.no_grad():
+                    v, truth = (m.velocity(condition)(x, time) for m in (model, exact))
+                found.append(float(((v - truth).square().mean() / truth.square().mean()).sqrt()))
+            errors[f"{name}, {asked}"] = found
+    header = ["relative error of v at t =", *(f"{t:g}" for t in TIMES)]
+    keep(__file__, "errors.md", table(header, [[name, *(f"{e:.3f}" for e in row)] for name, row in errors.items()]))
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in errors.items():
+        axis.plot(TIMES, row, "o-", label=name, ls="--" if "all" in name else "-")
+    axis.set(xlabel="t  (1 noise, 0 data)", ylabel="rms error of v / rms of v", yscale="log")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3, which="both")
+    keep(__file__, "errors.png", png(figure))
+
+
+def trained(name: str, settings: list[str], steps: int):
+    """The network of `oss-exp task=pretrain`, trained unless it is there already."""
+    folder = OUTPUTS / "pretrain_mixture" / f"{name}_{steps}"
+    weights = folder / f"{name}.safetensors"
+    command = ["task=pretrain", f"model={name}", "data=mixture_samples", *settings]
+    command += [f"task.max_steps={steps}", "task.batch_size=128", "trainer.precision=32-true"]
+    if not weights.exists():
+        program = [sys.executable, "-m", "oss_exp", *command, "logger=none", f"hydra.run.dir={folder}"]
+        subprocess.run(program, check=True)
+    shape = [setting for setting in settings if setting.startswith("model.")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return instantiate(compose("config", [f"model={name}", *shape, f"model.checkpoint={weights}"]).model)
+
+
+if __name__ == "__main__":
+    main()

