@@ -100,8 +100,8 @@ class Inception(X0MSE):
 class Perceptual(Distance):
     """What a layer of the denoising network itself puts out at (x, t): the paper's x_t-perceptual.
 
-    layer: dotted name of a submodule of the model; all its outputs in a call are compared, under guidance both. The
-              velocity must be a `BoundVelocity`.
+    layer: dotted name of a submodule of the model; all its outputs in a call are compared, under guidance both (but for
+              guidance in an interval only the conditional one). The velocity must be a `BoundVelocity`.
     min_time: the time told to the network where t is smaller, for at t = 0 a trained network has no input scale.
     """
 
@@ -132,6 +132,8 @@ class Perceptual(Distance):
             if not seen:
                 raise ValueError(f"layer {self.layer} does not run when the model gives a velocity; choose another")
             outputs = torch.cat(seen) if len(seen[0]) == len(rows[0]) else seen[0]
+            if velocity.mixed_within != (0.0, 1.0):  # the second answers are of some rows only
+                outputs = outputs[: len(rows[0])]
             # Several calls with a row each, or one with several rows a sample: (c * M, ...) -> (M, c * F).
             return outputs.flatten(1).unflatten(0, (-1, len(rows[0]))).transpose(0, 1).flatten(1)
 

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from oss_exp.distances import Perceptual
 from oss_exp.files import save_asset
 from oss_exp.models.backbones import DiT, UNet
 from oss_exp.models.guidance import Guidance
@@ -82,6 +83,18 @@ def test_guidance_is_on_the_velocity(random_network):
     guided = random_network.velocity(labels, Guidance(3.0))(x, t)
     conditional, free = random_network.velocity(labels)(x, t), random_network.velocity(None)(x, t)
     torch.testing.assert_close(guided, free + 3 * (conditional - free), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0), Guidance(2.0, interval=[0.3, 0.6])])
+def test_a_layer_can_be_a_distance(random_network, guidance):
+    """Every row has its own features, whichever rows are with it."""
+    distance = Perceptual(layer="backbone.network.mid_block", min_time=0.01, norm=2).bind(random_network)
+    x, t = states(6, 1, 16, 16)
+    f = random_network.velocity(torch.tensor([0, 1, 2]), guidance)
+    whole = distance.features(x, t, f)
+    for m in range(6):
+        alone = distance.features(x[m : m + 1], t[m : m + 1], f.subset(torch.tensor([m % 3])))
+        torch.testing.assert_close(alone, whole[m : m + 1], rtol=1e-3, atol=1e-3)
 
 
 def test_weights_come_back_from_a_file(random_network, tmp_path):

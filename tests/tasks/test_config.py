@@ -8,8 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
+from omegaconf.errors import MissingMandatoryValue
 
 from oss_exp.cli import CONF
+from oss_exp.tasks.evaluate import Metrics
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
 OPTIONS = [
@@ -59,6 +61,13 @@ def test_option(group, option, tmp_path, monkeypatch):
     elif (group, option) == ("distance", "inception"):  # with weights: test_features.py
         with pytest.raises(InstantiationException, match=r"Inception weights .* do not exist"):
             instantiate(cfg.distance, extractor={"weights": "w.pth"})
+    elif group == "evaluation":
+        cfg.evaluation.metrics = ["psnr", "fid", "kid", "precision_recall", "class_agreement"]
+        if option == "fashion":
+            assert len(Metrics(cfg.evaluation)()) == 4
+        else:  # with weights: tests/evaluation
+            with pytest.raises(MissingMandatoryValue, match="weights"):
+                Metrics(cfg.evaluation)
     elif group in ("paths", "hydra"):
         assert cfg.hydra.run.dir
     else:
