@@ -158,8 +158,6 @@ def write_statistics(path: str | Path, extractor: nn.Module, batches: Iterable[T
 
 def _read(path: Path) -> dict[str, Any]:
     """All arrays of the three layouts that are in the file; images only by name, for they may fill the memory."""
-    if not path.is_file():
-        raise FileNotFoundError(f"statistics {path} do not exist (folder: {path.resolve().parent}); {REMEDY}")
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("not a whole zip archive")
