@@ -88,6 +88,38 @@ class CosinePath(GaussianPath):
         return torch.atan2(t, 1 - t) * (2 / math.pi)
 
 
+@dataclass(frozen=True)
+class VPPath(GaussianPath):
+    """Continuous variance-preserving with beta(tau) rising linearly, tau in [0, 1]: log alpha = -(int_0^tau beta) / 2.
+
+    Times noisier than its end have tau = 1: the network has seen nothing beyond.
+    Song et al. 2021 (arXiv 2011.13456, App. C): beta_min = 0.1, beta_max = 20.
+    """
+
+    beta_min: float
+    beta_max: float
+
+    def __post_init__(self) -> None:
+        require_betas(self.beta_min, self.beta_max)
+
+    def canonical(self, tau: Tensor) -> Tensor:
+        ratio = torch.expm1(self._integral(tau)).sqrt()
+        return ratio / (1 + ratio)
+
+    def native(self, t: Tensor) -> Tensor:
+        integral = torch.log1p((t / (1 - t)) ** 2).clamp(max=self._integral(1.0))
+        # The positive root of `_integral`, written so that nothing cancels as t -> 0.
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self._slope * integral))
+
+    @property
+    def _slope(self) -> float:
+        return self.beta_max - self.beta_min
+
+    def _integral(self, tau: Tensor | float) -> Tensor | float:
+        """of beta from 0 to tau: -2 log alpha, which is log(1 + (sigma / alpha)^2)."""
+        return tau * self.beta_min + tau**2 * self._slope / 2
+
+
 @dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
 class DDPMPath(GaussianPath):
     """Discrete variance-preserving chain with T betas; tau in [-1, T - 1] is the index, -1 is clean data.
@@ -214,6 +246,23 @@ class LogSNRSchedule(NoiseSchedule):
         return EDMPath().canonical(log_sigma.exp())
 
 
+@dataclass(frozen=True)
+class VPSchedule(NoiseSchedule):
+    """Evenly spaced times of `VPPath` from 1 to time_min, then 0: the score-SDE samplers' (arXiv 2011.13456)."""
+
+    beta_min: float
+    beta_max: float
+    time_min: float
+
+    def __post_init__(self) -> None:
+        require_betas(self.beta_min, self.beta_max)
+        if not isinstance(self.time_min, int | float) or not 0 < self.time_min < 1:
+            raise ValueError(f"time_min must lie between 0 and 1, got {self.time_min!r}")
+
+    def _times(self, num_steps: int) -> Tensor:
+        return VPPath(self.beta_min, self.beta_max).canonical(even(1.0, self.time_min, num_steps))
+
+
 @dataclass(frozen=True, eq=False)  # a tensor field has no single truth value
 class DDIMSchedule(NoiseSchedule):
     """Evenly spaced DDPM indices T-1 .. 0, rounded as the ADM code base does (a running sum of the stride), then 0."""
@@ -254,3 +303,9 @@ def require_sigmas(sigma_min: float, sigma_max: float) -> None:
     require_positive(sigma_min=sigma_min, sigma_max=sigma_max)
     if not sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
+
+
+def require_betas(beta_min: float, beta_max: float) -> None:
+    require_positive(beta_min=beta_min, beta_max=beta_max)
+    if not beta_min < beta_max:
+        raise ValueError(f"need 0 < beta_min < beta_max, got beta_min={beta_min}, beta_max={beta_max}")

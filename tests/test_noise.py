@@ -16,6 +16,8 @@ from oss_exp.noise import (
     FlowSchedule,
     LogSNRSchedule,
     QuadraticSchedule,
+    VPPath,
+    VPSchedule,
     cosine_betas,
     linear_betas,
     scaled_linear_betas,
@@ -36,6 +38,7 @@ NATIVE_TIMES = {
     "flow_shift_3_scale_1000": (FlowPath(3.0, 1000.0), torch.linspace(0, 1000, 23, dtype=torch.float64)),
     "flow_shift_below_1": (FlowPath(0.4, 1.0), torch.linspace(0, 1, 23, dtype=torch.float64)),
     "cosine": (CosinePath(), torch.linspace(0, 1, 23, dtype=torch.float64)),
+    "vp": (VPPath(0.1, 20.0), torch.linspace(0, 1, 23, dtype=torch.float64)),
     **{f"ddpm_{name}": (DDPMPath(betas), INDICES) for name, betas in BETAS.items()},
 }
 SCHEDULES = {
@@ -45,6 +48,7 @@ SCHEDULES = {
     "logsnr": LogSNRSchedule(0.002, 80.0),
     "ddim": DDIMSchedule(LINEAR),
     "quadratic": QuadraticSchedule(LINEAR),
+    "vp": VPSchedule(0.1, 20.0, 1e-3),
 }
 
 
@@ -95,6 +99,26 @@ def test_time_is_sigma_share_and_scale_is_alpha_plus_sigma(path, tau, alpha, sig
     t = path.canonical(torch.tensor(tau))
     np.testing.assert_allclose(t.numpy(), sigma / (alpha + sigma), rtol=1e-12)
     np.testing.assert_allclose(path.scale(t).numpy(), alpha + sigma, rtol=1e-12)
+
+
+def test_vp_times_have_the_alpha_and_sigma_of_the_score_sde_code():
+    tau = np.array([1e-3, 0.2, 0.6, 1.0])
+    log_alpha = -0.25 * tau**2 * (20.0 - 0.1) - 0.5 * tau * 0.1
+    alpha, sigma = np.exp(log_alpha), np.sqrt(1 - np.exp(2 * log_alpha))
+    t = VPPath(0.1, 20.0).canonical(torch.tensor(tau))
+    np.testing.assert_allclose(t.numpy(), sigma / (alpha + sigma), rtol=1e-10)
+    np.testing.assert_allclose(VPPath(0.1, 20.0).scale(t).numpy(), alpha + sigma, rtol=1e-10)
+
+
+def test_noise_beyond_the_end_of_the_vp_process_has_its_last_time():
+    t = torch.tensor([0.995, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(VPPath(0.1, 20.0).native(t), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+def test_the_vp_process_is_the_limit_of_the_linear_chain():
+    indices = torch.arange(0, 1000, 37, dtype=torch.float64)
+    t = VPPath(0.1, 20.0).canonical((indices + 1) / 1000)
+    torch.testing.assert_close(DDPMPath(LINEAR).canonical(indices), t, rtol=0, atol=3e-3)
 
 
 @pytest.mark.parametrize("name", BETAS)
@@ -192,6 +216,12 @@ def test_logsnr_nodes_are_uniform_in_log_sigma_between_the_ends():
     np.testing.assert_allclose(sigmas, np.geomspace(50.0, 0.01, 9), rtol=1e-12)
 
 
+def test_vp_nodes_are_uniform_in_the_process_time_from_1_to_time_min():
+    tau = VPPath(0.1, 20.0).native(VPSchedule(0.1, 20.0, 1e-3).nodes(5))
+    expected = [1.0, 0.75025, 0.5005, 0.25075, 0.001, 0.0]
+    torch.testing.assert_close(tau, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("num_steps", [4, 10, 28])
 def test_ddim_nodes_are_evenly_spaced_integer_indices(num_steps):
     indices = DDPMPath(LINEAR).native(DDIMSchedule(LINEAR).nodes(num_steps))
@@ -221,6 +251,10 @@ def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
         (lambda: FlowSchedule(math.nan), "shift must be positive, got nan"),
         (lambda: FlowPath(-1.0, 1.0), "shift must be positive, got -1"),
         (lambda: FlowPath(1.0, 0.0), "time_scale must be positive, got 0"),
+        (lambda: VPPath(0.0, 20.0), "beta_min must be positive, got 0"),
+        (lambda: VPPath(20.0, 0.1), "beta_min < beta_max, got beta_min=20"),
+        (lambda: VPSchedule(20.0, 0.1, 1e-3), "beta_min < beta_max, got beta_min=20"),
+        (lambda: VPSchedule(0.1, 20.0, 0.0), "time_min must lie between 0 and 1, got 0"),
         (lambda: DDPMPath(torch.tensor([0.1])), "at least two"),
         (lambda: DDPMPath(torch.tensor([0.0, 0.1])), r"in \(0, 1\)"),
         (lambda: DDPMPath(torch.tensor([0.1, math.nan])), r"in \(0, 1\)"),

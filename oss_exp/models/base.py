@@ -29,7 +29,10 @@ class Model(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        """condition (B,) class indices or None -> v(x (M, *E), t (M,)) with it and guidance (None: its own) bound."""
+        """condition (B,) class indices, or (B, ...) what else a model takes, or None -> v(x (M, *E), t (M,)).
+
+        It is bound, and guidance (None: its own) with it.
+        """
 
     @abc.abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
@@ -37,4 +40,5 @@ class Model(nn.Module, abc.ABC):
 
     def generate(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """noise (B, *E) at steps.start_time -> pixels."""
-        return self.decode(sample(solver, self.velocity(condition), noise, steps, group=condition))
+        classes = None if self.num_classes is None else condition
+        return self.decode(sample(solver, self.velocity(condition), noise, steps, group=classes))

@@ -121,7 +121,7 @@ class CalibrateModule(L.LightningModule):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.batches:
             times, sums = [], []
-            for t, x in follow(meter.counted(self.setting.velocity(batch["label"])), batch):
+            for t, x in follow(meter.counted(self.setting.velocity(batch)), batch):
                 times.append(t)
                 sums.append(torch.stack(amplitude(x, self.per_channel)).sum(1))
             total = total + torch.stack(sums, dim=1)
@@ -146,7 +146,7 @@ class CalibrateModule(L.LightningModule):
                 return x
 
             solver = replace(self.setting.solver, calibration=watch)
-            final = sample(solver, velocity, self._noise(batch), steps, group=self.setting.condition(batch["label"]))
+            final = sample(solver, velocity, self._noise(batch), steps, group=self.setting.classes(batch))
             return [*points, (0.0, final)]
 
         return follow

@@ -67,8 +67,8 @@ class EvaluateModule(L.LightningModule):
             metric.reset()  # spawned processes begin with one memory: its sums would be everybody's
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        index, condition = batch["index"], self.setting.condition(batch["label"])
-        velocity = self.velocity = self.setting.velocity(batch["label"])
+        index, classes = batch["index"], self.setting.classes(batch)
+        velocity = self.velocity = self.setting.velocity(batch)
         noise = self.setting.first_state(batch["noise"])
         solver = self.setting.solver
         reference = sample(replace(solver, calibration=None), velocity, noise, self.setting.teacher)
@@ -85,7 +85,7 @@ class EvaluateModule(L.LightningModule):
                 if len(known) == 0:
                     continue
                 steps = steps.rows(index[known].tolist())
-            group = None if condition is None else condition[known]
+            group = None if classes is None else classes[known]
             x0 = sample(solver, velocity.subset(known), noise[known], steps, group=group)
             images = self.model.decode(x0)
             values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]

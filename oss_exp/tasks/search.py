@@ -41,13 +41,14 @@ class Setting:
         """The grid as a schedule: sampling it is running the teacher."""
         return StepSchedule(self.grid, "pinned", float(self.grid[0]))
 
-    def velocity(self, labels: Tensor) -> BoundVelocity:
-        """labels (B,), -1 for none."""
-        return self.model.velocity(self.condition(labels))
+    def velocity(self, batch: Mapping[str, Tensor]) -> BoundVelocity:
+        """Bound to the batch's conditions (B, ...) where its data has any, else to its classes."""
+        return self.model.velocity(batch.get("condition", self.classes(batch)))
 
     @staticmethod
-    def condition(labels: Tensor) -> Tensor | None:
-        return None if bool((labels < 0).all()) else labels
+    def classes(batch: Mapping[str, Tensor]) -> Tensor | None:
+        """(B,), each with a mean clean sample of its own; None: all samples share one, whatever their conditions."""
+        return None if bool((batch["label"] < 0).all()) else batch["label"]
 
     def first_state(self, noise: Tensor) -> Tensor:
         """Unit noise (B, *E) -> the teacher's state at grid[0] = t_N: t_N eps, as EDM and DDPM samplers start."""
@@ -97,17 +98,17 @@ class SearchModule(L.LightningModule):
         if not batches:
             raise ValueError("a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample")
         batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
-        condition = self.setting.condition(batch["label"])
+        classes = self.setting.classes(batch)
         return Problem(
-            velocity=meter.counted(self.setting.velocity(batch["label"])),
+            velocity=meter.counted(self.setting.velocity(batch)),
             noise=self.setting.first_state(batch["noise"]),
             grid=self.setting.grid,
             solver=self.setting.solver,
             distance=self.setting.distance,
             collective=DistributedCollective(),
             samples=batch["index"],
-            group=condition,
-            num_groups=1 if condition is None else self.model.num_classes,
+            group=classes,
+            num_groups=1 if classes is None else self.model.num_classes,
         )
 
     def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
@@ -140,7 +141,7 @@ def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
             "sha256": setting.model.fingerprint,
             "guidance": asdict(setting.model.guidance),
             "event_shape": list(setting.model.event_shape),
-            "classes": config["data"]["classes"],
+            "classes": config["data"].get("classes"),
         },
         "teacher": {"noise_schedule": config["noise_schedule"], "num_steps": len(setting.grid) - 1},
         "solver": config["solver"],

@@ -1,5 +1,6 @@
 """Every yaml of every group composes, and what it names is built."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert strategy.network_calls(100, [5, 10]) >= 0
     elif (group, option) == ("data", "noise"):
         assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3).predict_dataloader()) == 2
+    elif (group, option) == ("data", "conditions"):  # with a file: test_conditions.py
+        with pytest.raises(InstantiationException, match=r"set data\.conditions to an \.npz file"):
+            instantiate(cfg.data, event_shape=(2,), num_classes=None, conditions="nowhere.npz")
+    elif (group, option) == ("model", "psdenoiser_21cm"):  # with the package: test_psdenoiser.py
+        monkeypatch.setitem(sys.modules, "psdenoiser", None)
+        with pytest.raises(InstantiationException, match="needs the package 21cmpsdenoiser"):
+            instantiate(cfg.model)
     elif group == "data" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
         place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
         with pytest.raises(InstantiationException, match="absent"):
