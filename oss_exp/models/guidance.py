@@ -36,6 +36,7 @@ class Guidance:
             ends = list(self.interval)
             if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
                 raise ValueError(f"model.guidance.interval must be [low, high] within [0, 1], got {self.interval!r}")
+            object.__setattr__(self, "interval", ends)  # a plain list: it is written into step schedules
 
     def bind(
         self,

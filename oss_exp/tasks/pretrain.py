@@ -314,9 +314,11 @@ def _checkpoint(resume: str | None) -> str | None:
 
 def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    # A resumed run ends as one that was never stopped; the command that starts from nothing is the one to repeat.
+    overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith("task.resume=")]
     return {
         "name": model.name,
-        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
+        "made_by": " ".join(["oss-exp", *overrides]),
         "seed": cfg.task.seed,
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "data": {"images": len(images), "sha256": _fingerprint(images)},

@@ -1,7 +1,12 @@
 """Guidance on an exact conditional model: scale, channels, interval, and what each costs in network rows."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from oss_exp.models.guidance import NO_CLASS, Guidance
 from oss_exp.models.mixture import GaussianMixture
@@ -12,6 +17,13 @@ from oss_exp.steps import StepSchedule
 
 LABELS = torch.tensor([0, 3, 7, 7])
 TIMES = torch.tensor([0.9, 0.6, 0.3, 0.1], dtype=torch.float64)
+
+
+def test_a_configured_guidance_is_written_as_json_and_read_back_equal():
+    target = {"_target_": "oss_exp.models.guidance.Guidance"}
+    configured = OmegaConf.create({**target, "scale": 2.0, "interval": [0.2, 0.8]})
+    record = asdict(instantiate(configured))
+    assert json.loads(json.dumps(record)) == record
 
 
 @pytest.fixture(scope="module")
