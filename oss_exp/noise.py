@@ -11,6 +11,7 @@ import abc
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ class GaussianPath(abc.ABC):
     """x_native = alpha(tau) x0 + sigma(tau) eps, seen as x_native = (alpha + sigma) x_t at t = sigma / (alpha + sigma).
 
     `canonical` and `native` are inverse to each other; both take and return float64 tensors of any shape.
+    clock: what tau is called.
     """
+
+    clock: ClassVar[str]
 
     @abc.abstractmethod
     def canonical(self, tau: Tensor) -> Tensor:
@@ -43,6 +47,8 @@ class GaussianPath(abc.ABC):
 @dataclass(frozen=True)
 class EDMPath(GaussianPath):
     """Variance exploding: alpha = 1, sigma = tau in [0, inf). Karras et al. 2022 (arXiv 2206.00364), table 1."""
+
+    clock = "sigma"
 
     def canonical(self, tau: Tensor) -> Tensor:
         return tau / (1 + tau)
@@ -63,6 +69,7 @@ class FlowPath(GaussianPath):
 
     shift: float
     time_scale: float
+    clock = "flow time"
 
     def __post_init__(self) -> None:
         require_positive(shift=self.shift, time_scale=self.time_scale)
@@ -79,6 +86,8 @@ class FlowPath(GaussianPath):
 
 class CosinePath(GaussianPath):
     """Continuous variance-preserving cosine: alpha = cos(pi tau / 2), sigma = sin(pi tau / 2), tau in [0, 1]."""
+
+    clock = "tau"
 
     def canonical(self, tau: Tensor) -> Tensor:
         alpha, sigma = torch.cos(math.pi / 2 * tau), torch.sin(math.pi / 2 * tau)
@@ -98,6 +107,7 @@ class VPPath(GaussianPath):
 
     beta_min: float
     beta_max: float
+    clock = "tau"
 
     def __post_init__(self) -> None:
         require_betas(self.beta_min, self.beta_max)
@@ -131,6 +141,7 @@ class DDPMPath(GaussianPath):
 
     betas: Tensor = field(repr=False)
     _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64
+    clock = "DDPM index"
 
     def __post_init__(self) -> None:
         betas = torch.as_tensor(self.betas, dtype=torch.float64)

@@ -32,6 +32,7 @@ NETWORKS = ("unet_fashion", "dit_fashion")
 SOLVERS = {"euler": ["solver=euler"], "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3"]}
 FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=40"]
 BUDGETS = "num_steps=[5,10,20]"
+SAMPLES = ["data.search_samples=32", "data.eval_samples=256"]
 BY_HAND = "ddim,ddim_analytic,edm,fm,dm,gits"
 
 
@@ -86,7 +87,7 @@ def compare(networks) -> None:
                 *chosen,
                 f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]",
                 BUDGETS,
-                "data.eval_samples=256",
+                *SAMPLES,
                 "evaluation.metrics=[psnr,fid,kid,class_agreement]",
                 "evaluation.kid.subset_size=256",
             )
@@ -103,7 +104,7 @@ def transfer(networks) -> None:
             *[(other, name, 1.0) for name in networks for other in NETWORKS if other != name],
             *[(name, name, 3.0) for name in networks],
         ):
-            there = [f"model={target}", "data.classes=all", *chosen, f"model.guidance.scale={guidance}"]
+            there = [f"model={target}", "data.classes=all", *SAMPLES, *chosen, f"model.guidance.scale={guidance}"]
             own = f"small_networks/{target}_{solver}_own_{guidance}"
             own = {
                 (r.strategy, r.num_steps): r for r in measure(own, *there, "stepsize=[ddim,gits,oss_shared]", BUDGETS)

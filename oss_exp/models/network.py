@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from oss_exp.files import find_asset, load_asset
@@ -13,13 +14,17 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.solvers import BoundVelocity
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 class Network(Model):
-    """backbone(x (M, *E), clock (M,), classes (M,), -1 for none) -> what `parameterization` says, at pixels in [-1, 1].
+    """backbone(x (M, *E), clock (M,), classes (M,), -1 for none) -> what `parameterization` says.
 
+    decoder:     x0 (B, *E) -> pixels in [0, 1].
+    micro_batch: network rows evaluated at a time.
+    dtype:       of the network's weights and its input; states and times stay wider.
     checkpoint:  a safetensors file that `task=pretrain` wrote, by path or by the name it is shipped under; null: the
                  weights as initialised, for training.
-    micro_batch: network rows evaluated at a time.
     """
 
     def __init__(
@@ -29,15 +34,20 @@ class Network(Model):
         parameterization: Parameterization,
         event_shape: Sequence[int],
         num_classes: int | None,
+        decoder: nn.Module,
         guidance: Guidance,
         micro_batch: int,
+        dtype: str,
         checkpoint: str | None,
     ):
         super().__init__()
         self.name, self.backbone, self.parameterization = name, backbone, parameterization
         self.path, self.event_shape, self.num_classes = parameterization.path, tuple(event_shape), num_classes
-        self.guidance, self.micro_batch = guidance, micro_batch
-        self.fingerprint = "untrained" if checkpoint is None else self._load(find_asset(checkpoint, "checkpoint"))
+        self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
+        if dtype not in DTYPES:
+            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.fingerprint = "untrained" if checkpoint is None else self._load(checkpoint)
+        self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
@@ -46,15 +56,22 @@ class Network(Model):
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
-        return ((x0 + 1) / 2).clamp(0, 1)
+        return self.decoder(x0)
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         question, clock = self.parameterization.question(x, t)
-        return self.parameterization.velocity(self.backbone(question, clock, classes), x, t)
+        output = self.backbone(question.to(next(self.backbone.parameters()).dtype), clock, classes)
+        return self.parameterization.velocity(output.to(x), x, t)
 
-    def _load(self, path: Path) -> str:
-        """Every weight from the file, none left over; returns its SHA-256."""
+    def _load(self, checkpoint: str) -> str:
+        """Fill the backbone; returns the SHA-256 of what it was filled with."""
+        path = find_asset(checkpoint, "checkpoint")
         tensors, record = load_asset(path, "checkpoint")
+        self._fill(tensors, path)
+        return record["sha256"]
+
+    def _fill(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Every weight of the backbone from a file's tensors, none left over."""
         own = self.backbone.state_dict()
         wrong = [
             f"{key}: {shape(tensors.get(key))} in the file, {shape(own.get(key))} in the network"
@@ -67,7 +84,6 @@ class Network(Model):
                 f"first {wrong[0]}; choose the model it was trained as, or change model.backbone"
             )
         self.backbone.load_state_dict(tensors)
-        return record["sha256"]
 
 
 def shape(tensor: Tensor | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 import oss_exp
 from oss_exp.distances import Distance
 from oss_exp.models.base import Model
+from oss_exp.noise import GaussianPath
 from oss_exp.solvers import BoundVelocity, Solver
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Problem, StepsizeStrategy
@@ -120,6 +122,7 @@ class SearchModule(L.LightningModule):
         for k, plan in plans.items():
             made = {
                 **self.provenance,
+                "native": native_times(self.model.path, plan.times),
                 "strategy": {"name": name, "baseline": strategy.baseline, **self.strategy_configs[name]},
                 "planning": {
                     "for_num_steps": self.num_steps,
@@ -149,6 +152,13 @@ def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config["data"]["seed"],
         "state_dtype": "float32",
     }
+
+
+def native_times(path: GaussianPath, times: Tensor) -> dict[str, Any]:
+    """Canonical times in the clock of the model's own samplers; infinite ones are null."""
+    rows = path.native(times.reshape(-1, times.shape[-1])).tolist()
+    listed = [[tau if math.isfinite(tau) else None for tau in row] for row in rows]
+    return {"clock": path.clock, "times": listed if times.ndim == 2 else listed[0]}
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from oss_exp.distances import Perceptual
 from oss_exp.files import save_asset
 from oss_exp.models.backbones import DiT, UNet
+from oss_exp.models.decoders import Pixels
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Network
 from oss_exp.models.parameterization import EDM, FlowVelocity
@@ -37,7 +38,7 @@ def dit() -> DiT:
 
 
 def network(backbone, form=EDM_FORM, shape=(1, 16, 16), checkpoint=None, num_classes=3, **more) -> Network:
-    settings = {"guidance": Guidance(), "micro_batch": 5, **more}
+    settings = {"decoder": Pixels(), "guidance": Guidance(), "micro_batch": 5, "dtype": "float32", **more}
     return Network("tiny", backbone, form, shape, num_classes, checkpoint=checkpoint, **settings)
 
 

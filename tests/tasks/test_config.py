@@ -59,6 +59,12 @@ def test_option(group, option, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "psdenoiser", None)
         with pytest.raises(InstantiationException, match="needs the package 21cmpsdenoiser"):
             instantiate(cfg.model)
+    elif group == "model" and "sizes" in cfg.model:
+        with pytest.raises(InstantiationException, match=r"absent.*https://"):
+            instantiate(cfg.model, checkpoint=str(tmp_path / "absent"))
+        assert instantiate(cfg.model, size="tiny").name == f"{option}_tiny"
+    elif group == "scale":
+        assert config("model=dit_xl_2_256", f"scale={option}").model.size == option
     elif group == "data" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
         place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
         with pytest.raises(InstantiationException, match="absent"):
@@ -85,6 +91,7 @@ def test_option(group, option, tmp_path, monkeypatch):
 def test_experiments_compose():
     for file in sorted((CONF / "experiment").glob("*.yaml")):
         config(f"experiment={file.stem}")
+        assert config(f"experiment={file.stem}", "scale=tiny").num_steps == [2, 4]
 
 
 def test_stepsize_takes_one_or_several():

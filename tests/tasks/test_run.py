@@ -19,10 +19,11 @@ from oss_exp.evaluation.psnr import CEILING, psnr
 from oss_exp.files import ASSETS, sha256
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
-from oss_exp.noise import FlowSchedule
+from oss_exp.noise import EDMPath, FlowPath, FlowSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.data import HELD_OUT, NoiseDataset
+from oss_exp.tasks.search import native_times
 
 STRATEGIES = ["ddim", "ddim_analytic", "edm", "fm", "logsnr", "oss", "oss_ave", "oss_fit", "oss_shared", "quadratic"]
 SMALL = [
@@ -125,6 +126,16 @@ def test_every_step_schedule_says_what_made_it(compared):
         assert planning["search_samples"] == (4 if strategy == "oss" else 6)
         assert (planning["network_calls_per_sample"] > 20) == strategy.startswith("oss")
         assert planning["seconds"] >= 0
+
+
+def test_every_step_schedule_lists_its_times_in_the_clock_of_the_model(tmp_path):
+    folder = oss_exp(tmp_path / "run", "task=search", "stepsize=[fm,edm,oss]", "num_steps=[4]", "noise_schedule=edm")
+    for steps in schedules(folder).values():
+        native = steps.about("native")
+        assert native["clock"] == "flow time"
+        tau = torch.tensor(native["times"], dtype=torch.float64)
+        torch.testing.assert_close(FlowPath(shift=1.0, time_scale=1.0).canonical(tau), steps.times)
+    assert native_times(EDMPath(), torch.tensor([1.0, 0.5, 0.0])) == {"clock": "sigma", "times": [None, 1.0, 0.0]}
 
 
 def test_a_search_leaves_step_schedules_and_no_measurement(tmp_path, compared):

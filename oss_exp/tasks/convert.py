@@ -1,0 +1,53 @@
+"""Rewrite a public checkpoint: one safetensors file, in our own keys or in a layout that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from oss_exp.files import save_asset
+from oss_exp.models.published import Published
+from oss_exp.models.weights import file_sha256, locate
+
+
+def convert(cfg: DictConfig) -> None:
+    """Write task.output (.safetensors and .json): the weights of `model` in float32, by the keys of task.layout."""
+    if get_object(cfg.model._target_) is not Published:
+        raise ValueError(f"task=convert rewrites published checkpoints; {cfg.model._target_} has none")
+    output, layout = Path(cfg.task.output), cfg.task.layout
+    if output.suffix != ".safetensors":
+        raise ValueError(f"task.output must end in .safetensors, got {output}")
+    model = instantiate(cfg.model, dtype="float32")
+    tensors = model.backbone.state_dict() if layout == "own" else _to_public(model, layout)
+    provenance = {
+        "name": model.name,
+        "layout": layout,
+        "source": _source(cfg.model, type(model.backbone).FILES),
+        "weights_sha256": model.fingerprint,  # of the numbers by our own keys, whatever the layout
+        "model": OmegaConf.to_container(cfg.model, resolve=True),
+    }
+    save_asset(output, tensors, provenance)
+    parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
+    Console().print(f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True)
+
+
+def _to_public(model: Published, layout: str) -> dict[str, Any]:
+    """The backbone knows its layouts, if any, and names them where this is none of them."""
+    to_public = getattr(model.backbone, "to_public", None)
+    if to_public is None:
+        raise ValueError(f"task.layout must be own for model={model.name}, which has no public layout; got {layout!r}")
+    return to_public(layout)
+
+
+def _source(cfg: DictConfig, files: Sequence[str]) -> dict[str, str | None]:
+    """The name and the hash of the file that the weights are from."""
+    checkpoint = cfg.checkpoint or cfg.sizes[cfg.size].checkpoint
+    if checkpoint == "random":
+        return {"file": "random", "sha256": None}
+    path = locate(checkpoint, files, cfg.source)
+    return {"file": path.name, "sha256": file_sha256(path)}

@@ -1,0 +1,135 @@
+"""task=convert: what comes out is what went in, by other names, and says where it is from."""
+
+import hashlib
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import run_cli
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from oss_exp.models.weights import digest, read
+from oss_exp.tasks.convert import convert
+
+
+class Plain(nn.Module):
+    """A network of two layers, which the public calls `net.0` and `net.1`."""
+
+    FILES = ("public.pt",)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(1, width), nn.Linear(width, 1)
+        self.register_buffer("table", torch.arange(3))
+
+    def translate(self, tensors):
+        names = {"net.0.": "first.", "net.1.": "second."}
+        return {
+            next((ours + key[6:] for of, ours in names.items() if key[:6] == of), key): tensors[key] for key in tensors
+        }
+
+
+class Tiny(Plain):
+    def to_public(self, layout):
+        if layout != "public":
+            raise ValueError(f"layout must be one of own, public, got {layout!r}")
+        state = self.state_dict().items()
+        return {key.replace("first", "net.0").replace("second", "net.1"): value for key, value in state}
+
+
+def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
+    size = {
+        "backbone": {"_target_": f"{__name__}.{kind.__name__}", "_partial_": True, "width": 4},
+        "decoder": {"_target_": "oss_exp.models.decoders.Pixels", "_partial_": True},
+        "event_shape": [1],
+        "num_classes": None,
+        "checkpoint": str(checkpoint),
+    }
+    form = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "time_scale": 1000.0}
+    model = {
+        "_target_": "oss_exp.models.published.Published",
+        "name": "two_layers",
+        "size": "tiny",
+        "sizes": {"tiny": size},
+        "parameterization": {"_target_": "oss_exp.models.parameterization.EDM", **form},
+        "guidance": {"_target_": "oss_exp.models.guidance.Guidance"},
+        "micro_batch": 2,
+        "dtype": "bfloat16",
+        "checkpoint": None,
+        "source": "https://example.org",
+    }
+    task = {"layout": layout, "output": str(tmp_path / "out" / "tiny.safetensors"), **more}
+    return OmegaConf.create({"model": model, "task": task})
+
+
+@pytest.fixture
+def public(tmp_path):
+    """A public checkpoint."""
+    network = Tiny(4)
+    path = tmp_path / "public.pt"
+    torch.save({"ema": network.to_public("public"), "model": {}}, path)
+    return path
+
+
+def test_a_public_checkpoint_comes_back_by_our_names(public, tmp_path, capsys):
+    cfg = config(tmp_path, public)
+    convert(cfg)
+    output = tmp_path / "out" / "tiny.safetensors"
+    assert capsys.readouterr().out == f"{output}: 5 tensors, 13 parameters\n"
+    expected = Tiny(4).translate(read(public))
+    found = read(output)
+    assert digest(found) == digest(expected)  # float32, though the model runs in bfloat16
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["name"] == "two_layers_tiny"
+    assert record["layout"] == "own"
+    assert record["source"] == {"file": "public.pt", "sha256": hashlib.sha256(public.read_bytes()).hexdigest()}
+    assert record["weights_sha256"] == digest(expected)
+    assert record["model"] == OmegaConf.to_container(cfg.model)
+    before, after = instantiate(cfg.model), instantiate(cfg.model, checkpoint=str(output))
+    assert before.fingerprint == after.fingerprint
+    assert digest(before.backbone.state_dict()) == digest(after.backbone.state_dict())
+
+
+def test_there_and_back_through_the_public_layout(public, tmp_path):
+    convert(config(tmp_path, public, layout="public"))
+    output = tmp_path / "out" / "tiny.safetensors"
+    assert digest(safetensors.torch.load_file(output)) == digest(read(public))
+    assert json.loads(output.with_suffix(".json").read_text())["layout"] == "public"
+    again = config(tmp_path / "again", output)
+    convert(again)
+    assert digest(read(tmp_path / "again" / "out" / "tiny.safetensors")) == digest(Tiny(4).translate(read(public)))
+
+
+def test_random_weights_say_so(tmp_path):
+    convert(config(tmp_path))
+    record = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    assert record["source"] == {"file": "random", "sha256": None}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Bad input
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"layout": "theirs"}, "layout must be one of own, public, got 'theirs'"),
+        ({"layout": "public", "kind": Plain}, r"task\.layout must be own for model=two_layers_tiny"),
+        ({"output": "tiny.pt"}, r"task\.output must end in \.safetensors, got tiny\.pt"),
+    ],
+)
+def test_wrong_settings_are_refused_and_write_nothing(more, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        convert(config(tmp_path, **more))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_not_published_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli("task=convert", f"paths.output_dir={tmp_path}", f"hydra.run.dir={tmp_path}")
+    assert "task=convert rewrites published checkpoints; oss_exp.models.mixture" in capsys.readouterr().err
