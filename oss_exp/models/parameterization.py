@@ -53,23 +53,63 @@ class Noise(Parameterization):
     """The network gives eps (Ho et al. 2020, arXiv 2006.11239), v = (eps - x) / (1 - t).
 
     time_max < 1: the noisiest canonical time that it was trained at, asked in place of later ones.
+    time_scale:   times the path's clock; 999 where 1000 steps were counted on a continuous path.
+    whole:        asked at the whole number of a chain's clock that has the nearest sigma / alpha, as EDM does.
     """
 
     path: GaussianPath
     time_max: float
+    time_scale: float = 1.0
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.time_max < 1:
             raise ValueError(f"time_max must lie between 0 and 1, got {self.time_max!r}")
+        require_positive(time_scale=self.time_scale)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return super().question(x, t.clamp(max=self.time_max))
+        t = t.clamp(max=self.time_max)
+        tau = self._nearest(t) if self.whole else self.path.native(t)
+        return rowwise(self.path.scale(t), x) * x, (self.time_scale * tau).to(x)
 
     def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return (output - x) / rowwise(1 - t.clamp(max=self.time_max), x)
+
+    def _nearest(self, t: Tensor) -> Tensor:
+        tau = self.path.native(t)
+        below, ratio, above = (time / (1 - time) for time in map(self.path.canonical, (tau.floor(), tau, tau.ceil())))
+        return torch.where(ratio - below < above - ratio, tau.floor(), tau.ceil())
+
+
+@dataclass(frozen=True)
+class Score(Parameterization):
+    """The network gives sigma times the score, -eps, at x_native = x0 + sigma eps (Song et al. 2021, arXiv 2011.13456).
+
+    Its clock is ln(sigma / 2), EDM's table 1; it stops at sigma_min and sigma_max, beyond which nothing was seen.
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        require_sigmas(self.sigma_min, self.sigma_max)
+
+    @property
+    def path(self) -> GaussianPath:
+        return EDMPath()
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.path.native(t).clamp(max=self.sigma_max)
+        return rowwise(1 + sigma, x) * x, (sigma.clamp(min=self.sigma_min) / 2).log().to(x)
+
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return -noise
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return -(output + x) * rowwise(1 + self.path.native(t).clamp(max=self.sigma_max), x)
 
 
 @dataclass(frozen=True)
