@@ -152,18 +152,20 @@ class DDPMPath(GaussianPath):
         object.__setattr__(self, "_ratio", torch.sqrt((1 - alphas_cumprod) / alphas_cumprod))
 
     def canonical(self, tau: Tensor) -> Tensor:
+        ratios = self._ratio.to(tau.device)
         low = tau.floor().clamp(0, len(self.betas) - 2)
         index = low.long()
-        log_ratio = torch.lerp(self._ratio[index].log(), self._ratio[index + 1].log(), tau - low)
-        ratio = torch.where(tau < 0, (tau + 1) * self._ratio[0], log_ratio.exp())
+        log_ratio = torch.lerp(ratios[index].log(), ratios[index + 1].log(), tau - low)
+        ratio = torch.where(tau < 0, (tau + 1) * ratios[0], log_ratio.exp())
         return ratio / (1 + ratio)
 
     def native(self, t: Tensor) -> Tensor:
+        ratios = self._ratio.to(t.device)
         ratio = (t / (1 - t)).clamp(max=float(self._ratio[-1]))
-        index = torch.searchsorted(self._ratio, ratio.contiguous()).clamp(1, len(self.betas) - 1)
-        low, high = self._ratio[index - 1].log(), self._ratio[index].log()
+        index = torch.searchsorted(ratios, ratio.contiguous()).clamp(1, len(self.betas) - 1)
+        low, high = ratios[index - 1].log(), ratios[index].log()
         tau = index - 1 + (ratio.clamp(min=1e-300).log() - low) / (high - low)
-        return torch.where(ratio < self._ratio[0], ratio / self._ratio[0] - 1, tau)
+        return torch.where(ratio < ratios[0], ratio / ratios[0] - 1, tau)
 
 
 def linear_betas(num_steps: int, start: float, end: float) -> Tensor:

@@ -85,6 +85,29 @@ class Noise(Parameterization):
 
 
 @dataclass(frozen=True)
+class VPVelocity(Parameterization):
+    """The network gives alpha eps - sigma x0 of a variance-preserving path (Salimans & Ho 2022, arXiv 2202.00512).
+
+    With alpha^2 + sigma^2 = 1 and s = alpha + sigma, v = (2 t - 1) s^2 x + s output. time_max: as in `Noise`.
+    """
+
+    path: GaussianPath
+    time_max: float
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().question(x, t.clamp(max=self.time_max))
+
+    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        scale = self.path.scale(t)
+        return rowwise(scale * (1 - t), x0) * noise - rowwise(scale * t, x0) * x0
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        t = t.clamp(max=self.time_max)
+        scale = self.path.scale(t)
+        return rowwise((2 * t - 1) * scale**2, x) * x + rowwise(scale, x) * output
+
+
+@dataclass(frozen=True)
 class Score(Parameterization):
     """The network gives sigma times the score, -eps, at x_native = x0 + sigma eps (Song et al. 2021, arXiv 2011.13456).
 

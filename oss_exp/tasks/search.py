@@ -145,6 +145,7 @@ def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
             "guidance": asdict(setting.model.guidance),
             "event_shape": list(setting.model.event_shape),
             "classes": config["data"].get("classes"),
+            "prompts": config["data"].get("prompts"),
         },
         "teacher": {"noise_schedule": config["noise_schedule"], "num_steps": len(setting.grid) - 1},
         "solver": config["solver"],

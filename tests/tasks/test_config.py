@@ -59,7 +59,10 @@ def test_option(group, option, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "psdenoiser", None)
         with pytest.raises(InstantiationException, match="needs the package 21cmpsdenoiser"):
             instantiate(cfg.model)
+    elif (group, option) == ("data", "prompts"):
+        assert len(instantiate(cfg.data, event_shape=(2,), num_classes=None).predict_dataloader()) == 2
     elif group == "model" and "sizes" in cfg.model:
+        monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
         with pytest.raises(InstantiationException, match=r"absent.*https://"):
             instantiate(cfg.model, checkpoint=str(tmp_path / "absent"))
         assert instantiate(cfg.model, size="tiny").name == f"{option}_tiny"
