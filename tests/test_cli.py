@@ -119,7 +119,7 @@ WRONG_VALUES = [
     ("data.batch_size=0", "data.batch_size", "at least 1"),
     ("data.search_samples=many", "data.search_samples", "many"),
     ("data.seed=-1", "seed", "-1"),
-    ("model.guidance.scale=3", "guidance", "data.classes"),
+    ("model.guidance.scale=3 data.classes=null", "guidance", "data.classes"),
     ("model.micro_batch=0", "micro_batch", "at least 1"),
     ("model.file=none.safetensors", "none.safetensors", "mixture_digits.safetensors"),
     ("noise_schedule.shift=-1", "shift", "positive", "-1"),

@@ -57,7 +57,6 @@ def quality(networks) -> None:
             measure(
                 run,
                 f"model={name}",
-                "data.classes=all",
                 f"model.guidance.scale={scale}",
                 *FINE,
                 "stepsize=ddim",
@@ -83,7 +82,6 @@ def compare(networks) -> None:
             measure(
                 run,
                 f"model={name}",
-                "data.classes=all",
                 *chosen,
                 f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]",
                 BUDGETS,
@@ -104,7 +102,7 @@ def transfer(networks) -> None:
             *[(other, name, 1.0) for name in networks for other in NETWORKS if other != name],
             *[(name, name, 3.0) for name in networks],
         ):
-            there = [f"model={target}", "data.classes=all", *SAMPLES, *chosen, f"model.guidance.scale={guidance}"]
+            there = [f"model={target}", *SAMPLES, *chosen, f"model.guidance.scale={guidance}"]
             own = f"small_networks/{target}_{solver}_own_{guidance}"
             own = {
                 (r.strategy, r.num_steps): r for r in measure(own, *there, "stepsize=[ddim,gits,oss_shared]", BUDGETS)

@@ -27,6 +27,11 @@ class Model(nn.Module, abc.ABC):
     guidance: Guidance
     fingerprint: str
 
+    @property
+    def needs_classes(self) -> bool:
+        """Guidance needs a class for every sample."""
+        return self.num_classes is not None and self.guidance.scale != 1
+
     @abc.abstractmethod
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         """condition (B,) class indices, or (B, ...) what else a model takes, or None -> v(x (M, *E), t (M,)).

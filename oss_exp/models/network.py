@@ -50,6 +50,11 @@ class Network(Model):
         self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
 
+    @property
+    def needs_classes(self) -> bool:
+        """A network that was trained with classes is at its best with one."""
+        return self.num_classes is not None
+
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         if condition is not None and not bool(((condition >= 0) & (condition < (self.num_classes or 0))).all()):
             raise ValueError(f"{self.name} has {self.num_classes or 'no'} classes, got {condition.unique().tolist()}")

@@ -42,8 +42,9 @@ class NoiseDataset(Dataset):
 
 
 class NoiseData(L.LightningDataModule):
-    """The search set, and a disjoint held-out set of noises; classes: null (unconditional), "all", or a list.
+    """The search set, and a disjoint held-out set of noises.
 
+    classes: null (unconditional), "all", or a list; "auto" is settled by the run, which knows the model.
     per_sample: how many held-out noises the strategies that plan one schedule per sample are given.
     """
 

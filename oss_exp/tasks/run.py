@@ -55,10 +55,12 @@ class Run:
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
-        self.config: Any = OmegaConf.to_container(cfg, resolve=True)
         if not isinstance(cfg.num_steps, ListConfig):
             raise ValueError(f"num_steps must be a list of whole numbers such as [5,10], got {cfg.num_steps!r}")
         model = instantiate(cfg.model)
+        if cfg.data.get("classes") == "auto":
+            cfg.data.classes = "all" if model.needs_classes else None
+        self.config: Any = OmegaConf.to_container(cfg, resolve=True)
         if not isinstance(cfg.num_teacher_steps, int) or cfg.num_teacher_steps < 1:
             raise ValueError(f"num_teacher_steps must be a whole number of at least 1, got {cfg.num_teacher_steps!r}")
         self.setting = Setting(

@@ -51,7 +51,7 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert isinstance(strategy.baseline, bool)
         assert strategy.network_calls(100, [5, 10]) >= 0
     elif (group, option) == ("data", "noise"):
-        assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3).predict_dataloader()) == 2
+        assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3, classes="all").predict_dataloader()) == 2
     elif (group, option) == ("data", "conditions"):  # with a file: test_conditions.py
         with pytest.raises(InstantiationException, match=r"set data\.conditions to an \.npz file"):
             instantiate(cfg.data, event_shape=(2,), num_classes=None, conditions="nowhere.npz")

@@ -128,6 +128,20 @@ def test_every_step_schedule_says_what_made_it(compared):
         assert planning["seconds"] >= 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "classes"),
+    [
+        ([], None),
+        (["model.guidance.scale=2"], "all"),
+        (["data.classes=[3]", "model.guidance.scale=2"], [3]),
+    ],
+)
+def test_classes_are_those_that_the_model_needs(settings, classes, tmp_path):
+    folder = oss_exp(tmp_path / "run", "task=search", "stepsize=fm", "num_steps=[2]", *settings)
+    assert schedules(folder)["fm_2"].about("model")["classes"] == classes
+    assert OmegaConf.load(folder / "config.yaml").data.classes == classes
+
+
 def test_every_step_schedule_lists_its_times_in_the_clock_of_the_model(tmp_path):
     folder = oss_exp(tmp_path / "run", "task=search", "stepsize=[fm,edm,oss]", "num_steps=[4]", "noise_schedule=edm")
     for steps in schedules(folder).values():

@@ -1,0 +1,57 @@
+"""Every published model through the whole job at its tiny size, and schedules that its own sampler understands."""
+
+import json
+
+import pytest
+import torch
+from helpers import run_cli
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from oss_exp.cli import CONF
+from oss_exp.steps import StepSchedule
+
+CLOCKS = {
+    "edm_imagenet64": "sigma",
+    "edm_ffhq64": "sigma",
+    "edm_afhqv2_64": "sigma",
+    "edm_cifar10_cond": "sigma",
+    "edm_cifar10_uncond": "sigma",
+    "edm_bedroom256": "sigma",
+    "dit_xl_2_256": "DDPM index",
+    "dit_xl_2_512": "DDPM index",
+    "sd15": "DDPM index",
+}
+
+
+def test_none_is_forgotten():
+    sized = {file.stem for file in (CONF / "model").glob("*.yaml") if "size: full" in file.read_text()}
+    assert sized | {"dit_xl_2_512"} == set(CLOCKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CLOCKS)
+def test_compare_at_tiny_size(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "cache"))
+    native = "sd" if model == "sd15" else "ddim" if model.startswith("dit") else "edm"
+    run_cli(
+        f"model={model}",
+        "scale=tiny",
+        *(["data=prompts"] if model == "sd15" else []),
+        f"noise_schedule={native}",
+        "stepsize=[ddim_analytic,oss,oss_ave,oss_shared,oss_fit]",
+        "stepsize.ddim_analytic.schedule=${noise_schedule}",
+        "logger=none",
+        "trainer.enable_progress_bar=false",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    assert len(rows) == 10
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        path = instantiate(compose("config", [f"model={model}", "model.size=tiny"]).model).path
+    for row in rows:
+        steps = StepSchedule.load(tmp_path / "run" / row["schedule"])
+        listed = steps.about("native")
+        assert listed["clock"] == CLOCKS[model]
+        tau = torch.tensor(listed["times"], dtype=torch.float64)
+        torch.testing.assert_close(path.canonical(tau), steps.times, rtol=1e-9, atol=1e-12)
