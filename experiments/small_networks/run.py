@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -25,14 +26,14 @@ from oss_exp.cli import CONF
 from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.noise import FlowSchedule
+from oss_exp.report.results import Result
 from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
 
 NETWORKS = ("unet_fashion", "dit_fashion")
 SOLVERS = {"euler": ["solver=euler"], "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3"]}
-FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=40"]
-BUDGETS = "num_steps=[5,10,20]"
-SAMPLES = ["data.search_samples=32", "data.eval_samples=256"]
+FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=25"]
+FEWER = ["data.search_samples=32", "data.eval_samples=128"]
 BY_HAND = "ddim,ddim_analytic,edm,fm,dm,gits"
 
 
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def quality(networks) -> None:
-    """Grids by 200 Euler steps; the many samples of FID by 40 steps of DPM-Solver++, beside how near the two are."""
+    """Grids by 200 Euler steps; the many samples of FID by 25 steps of DPM-Solver++, beside how near the two are."""
     real = ["60,000 training images, the first 10,000", "-", "10000", f"{fid_of_training_images():.2f}", *["-"] * 4]
     rows = [real]
     for name in networks:
@@ -77,54 +78,70 @@ def quality(networks) -> None:
 
 def compare(networks) -> None:
     for name in networks:
-        for solver, chosen in SOLVERS.items():
-            run = f"small_networks/{name}_{solver}"
-            measure(
-                run,
-                f"model={name}",
-                *chosen,
-                f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]",
-                BUDGETS,
-                *SAMPLES,
-                "evaluation.metrics=[psnr,fid,kid,class_agreement]",
-                "evaluation.kid.subset_size=256",
-            )
-            keep(__file__, f"{name}_{solver}.md", (OUTPUTS / run / "table.md").read_text())
+        for solver in SOLVERS:
+            run = f"{name}_{solver}"
+            compared(run, name, solver)
+            folder = OUTPUTS / "small_networks" / run
+            keep(__file__, f"{run}.md", (folder / "table.md").read_text())
             for picture in ("schedules", "samples"):
-                keep(__file__, f"{name}_{solver}_{picture}.png", (OUTPUTS / run / f"{picture}.png").read_bytes())
+                keep(__file__, f"{run}_{picture}.png", (folder / f"{picture}.png").read_bytes())
+
+
+def compared(run: str, name: str, solver: str) -> list[Result]:
+    return measure(
+        f"small_networks/{run}",
+        f"model={name}",
+        *SOLVERS[solver],
+        f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]",
+        "num_steps=[5,10,20]",
+        "data.search_samples=32",
+        "data.eval_samples=256",
+        "evaluation.metrics=[psnr,fid,kid,class_agreement]",
+        "evaluation.kid.subset_size=256",
+    )
 
 
 def transfer(networks) -> None:
-    """oss_shared, searched in one setting and measured in another, beside what the other's own search finds."""
+    """oss_shared, searched by `compare` and measured elsewhere, beside what a search there finds."""
     rows = []
     for solver, chosen in SOLVERS.items():
-        for source, target, guidance in (
-            *[(other, name, 1.0) for name in networks for other in NETWORKS if other != name],
-            *[(name, name, 3.0) for name in networks],
-        ):
-            there = [f"model={target}", *SAMPLES, *chosen, f"model.guidance.scale={guidance}"]
-            own = f"small_networks/{target}_{solver}_own_{guidance}"
-            own = {
-                (r.strategy, r.num_steps): r for r in measure(own, *there, "stepsize=[ddim,gits,oss_shared]", BUDGETS)
-            }
-            for k in (5, 10, 20):
-                file = OUTPUTS / f"small_networks/{source}_{solver}/schedules/oss_shared_{k}.json"
-                run = f"small_networks/{source}_to_{target}_{guidance}_{solver}_{k}"
-                found = measure(run, "task=evaluate", f"task.schedule={file}", "task.allow_other_model=true", *there)[0]
-                by_hand = max(own[name, k].psnr.mean for name in ("ddim", "gits"))
-                rows.append(
-                    [
-                        solver,
-                        f"{source}, guidance 1",
-                        f"{target}, guidance {guidance:g}",
-                        str(k),
-                        str(found.psnr),
-                        str(own["oss_shared", k].psnr),
-                        f"{by_hand:.2f}",
-                    ]
-                )
-    header = ["solver", "searched on", "run on", "K", "PSNR", "PSNR of its own search", "best of DDIM, GITS there"]
+        for name in networks:
+            other = next(network for network in NETWORKS if network != name)
+            for source, guidance in ((other, 1.0), (name, 3.0)):
+                there = [f"model={name}", *chosen, f"model.guidance.scale={guidance}", *FEWER]
+                if guidance == 1:
+                    own = compared(f"{name}_{solver}", name, solver)
+                else:
+                    run = f"small_networks/{name}_{solver}_guidance_{guidance}"
+                    own = measure(run, *there, "stepsize=[ddim,dm,gits,oss_shared]", "num_steps=[5,10]")
+                for k in (5, 10):
+                    file = OUTPUTS / f"small_networks/{source}_{solver}/schedules/oss_shared_{k}.json"
+                    run = f"small_networks/{source}_to_{name}_{guidance}_{solver}_{k}"
+                    settings = ["task=evaluate", f"task.schedule={file}", "task.allow_other_model=true"]
+                    (found,) = measure(run, *settings, *there)
+                    rivals = {result.strategy: result for result in own if result.num_steps == k}
+                    best = max((r for r in rivals.values() if r.strategy in ("ddim", "dm", "gits")), key=mean)
+                    rows.append(
+                        [
+                            solver,
+                            f"{source}, guidance 1",
+                            f"{name}, guidance {guidance:g}",
+                            str(k),
+                            *(str(on_the_same(result, found)) for result in (found, rivals["oss_shared"], best)),
+                            best.strategy,
+                        ]
+                    )
+    header = ["solver", "searched on", "run on", "K", "PSNR", "PSNR of its own search", "best of DDIM, DM, GITS", ""]
     keep(__file__, "transfer.md", table(header, rows))
+
+
+def on_the_same(result: Result, other: Result) -> Interval:
+    """PSNR on the samples that both have."""
+    return Interval.of(np.array([value for index, value in result.values.items() if index in other.values]))
+
+
+def mean(result: Result) -> float:
+    return result.psnr.mean
 
 
 def grid(name: str) -> tuple[bytes, str]:
