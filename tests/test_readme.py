@@ -26,6 +26,7 @@ def test_commands(tmp_path):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "WANDB_MODE": "offline",
+        "OSS_EXP_CACHE": str(tmp_path / "cache"),
     }
     for command in commands.splitlines():
         short = command

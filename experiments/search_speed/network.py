@@ -1,6 +1,6 @@
 """What a search costs beyond its network: its wall time over that of the same bare forward passes, one by one.
 
-python -m experiments.search_speed.network [--repeats 5] [--threads 1] [--samples 16] [--device cpu]
+python -m experiments.search_speed.network [--repeats 3] [--threads 1] [--samples 8] [--device cpu]
 
 The U-Net of Fashion-MNIST, 100 nodes, K = 10, the strategies as shipped. The bare passes are calls of the network
 module alone, as many, in the same order and of the same sizes as the search made.
@@ -35,9 +35,9 @@ SEARCHES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
