@@ -30,11 +30,15 @@ from oss_exp.report.results import Result
 from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
 
+BY_HAND = "ddim,ddim_analytic,edm,fm,dm,gits"
 NETWORKS = ("unet_fashion", "dit_fashion")
-SOLVERS = {"euler": ["solver=euler"], "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3"]}
+BAND = [f"stepsize.{name}.band={{stride: 8, width: 1}}" for name in ("oss_shared", "oss_fit")]
+SOLVERS = {  # and what is compared with them; coarse to fine where a search is dear
+    "euler": ["solver=euler", f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]"],
+    "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3", f"stepsize=[{BY_HAND},oss_shared,oss_fit]", *BAND],
+}
 FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=25"]
 FEWER = ["data.search_samples=32", "data.eval_samples=128"]
-BY_HAND = "ddim,ddim_analytic,edm,fm,dm,gits"
 
 
 def main() -> None:
@@ -92,7 +96,6 @@ def compared(run: str, name: str, solver: str) -> list[Result]:
         f"small_networks/{run}",
         f"model={name}",
         *SOLVERS[solver],
-        f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]",
         "num_steps=[5,10,20]",
         "data.search_samples=32",
         "data.eval_samples=256",
@@ -102,46 +105,41 @@ def compared(run: str, name: str, solver: str) -> list[Result]:
 
 
 def transfer(networks) -> None:
-    """oss_shared, searched by `compare` and measured elsewhere, beside what a search there finds."""
+    """oss_shared for Euler, searched by `compare` and measured elsewhere, beside what a search there finds."""
     rows = []
-    for solver, chosen in SOLVERS.items():
-        for name in networks:
-            other = next(network for network in NETWORKS if network != name)
-            for source, guidance in ((other, 1.0), (name, 3.0)):
-                there = [f"model={name}", *chosen, f"model.guidance.scale={guidance}", *FEWER]
-                if guidance == 1:
-                    own = compared(f"{name}_{solver}", name, solver)
-                else:
-                    run = f"small_networks/{name}_{solver}_guidance_{guidance}"
-                    own = measure(run, *there, "stepsize=[ddim,dm,gits,oss_shared]", "num_steps=[5,10]")
-                for k in (5, 10):
-                    file = OUTPUTS / f"small_networks/{source}_{solver}/schedules/oss_shared_{k}.json"
-                    run = f"small_networks/{source}_to_{name}_{guidance}_{solver}_{k}"
-                    settings = ["task=evaluate", f"task.schedule={file}", "task.allow_other_model=true"]
-                    (found,) = measure(run, *settings, *there)
-                    rivals = {result.strategy: result for result in own if result.num_steps == k}
-                    best = max((r for r in rivals.values() if r.strategy in ("ddim", "dm", "gits")), key=mean)
-                    rows.append(
-                        [
-                            solver,
-                            f"{source}, guidance 1",
-                            f"{name}, guidance {guidance:g}",
-                            str(k),
-                            *(str(on_the_same(result, found)) for result in (found, rivals["oss_shared"], best)),
-                            best.strategy,
-                        ]
-                    )
-    header = ["solver", "searched on", "run on", "K", "PSNR", "PSNR of its own search", "best of DDIM, DM, GITS", ""]
+    for name in networks:
+        other = next(network for network in NETWORKS if network != name)
+        for source, guidance in ((other, 1.0), (name, 3.0)):
+            there = [f"model={name}", f"model.guidance.scale={guidance}"]
+            there += ["data.search_samples=32", "data.eval_samples=128"]
+            if guidance == 1:
+                own = compared(f"{name}_euler", name, "euler")
+            else:
+                strategies = ["stepsize=[ddim,dm,gits,oss_shared]", "num_steps=[5,10]", BAND[0]]
+                own = measure(f"small_networks/{name}_guidance_{guidance}", *there, *strategies)
+            for k in (5, 10):
+                file = OUTPUTS / f"small_networks/{source}_euler/schedules/oss_shared_{k}.json"
+                settings = ["task=evaluate", f"task.schedule={file}", "task.allow_other_model=true"]
+                (found,) = measure(f"small_networks/{source}_to_{name}_{guidance}_{k}", *settings, *there)
+                rivals = {result.strategy: result for result in own if result.num_steps == k}
+                best = max((rivals[strategy] for strategy in ("ddim", "dm", "gits")), key=lambda r: r.psnr.mean)
+                numbers = [str(on_the_same(result, found)) for result in (found, rivals["oss_shared"], best)]
+                rows.append([f"{source}, 1", f"{name}, {guidance:g}", str(k), *numbers, best.strategy])
+    header = [
+        "searched on, guidance",
+        "run on, guidance",
+        "K",
+        "PSNR",
+        "of its own search",
+        "best of DDIM, DM, GITS",
+        "",
+    ]
     keep(__file__, "transfer.md", table(header, rows))
 
 
 def on_the_same(result: Result, other: Result) -> Interval:
     """PSNR on the samples that both have."""
     return Interval.of(np.array([value for index, value in result.values.items() if index in other.values]))
-
-
-def mean(result: Result) -> float:
-    return result.psnr.mean
 
 
 def grid(name: str) -> tuple[bytes, str]:
