@@ -32,10 +32,14 @@ from oss_exp.steps import StepSchedule
 
 BY_HAND = "ddim,ddim_analytic,edm,fm,dm,gits"
 NETWORKS = ("unet_fashion", "dit_fashion")
-BAND = [f"stepsize.{name}.band={{stride: 8, width: 1}}" for name in ("oss_shared", "oss_fit")]
-SOLVERS = {  # and what is compared with them; coarse to fine where a search is dear
+QUICK = [  # a search of a twentieth of the calls: coarse to fine, and not refined
+    f"stepsize.{name}.{setting}"
+    for name in ("oss_shared", "oss_fit")
+    for setting in ("band={stride: 8, width: 1}", "refine=false")
+]
+SOLVERS = {  # and what is compared with them
     "euler": ["solver=euler", f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]"],
-    "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3", f"stepsize=[{BY_HAND},oss_shared,oss_fit]", *BAND],
+    "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3", f"stepsize=[{BY_HAND},oss_shared,oss_fit]", *QUICK],
 }
 FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=25"]
 FEWER = ["data.search_samples=32", "data.eval_samples=128"]
@@ -115,7 +119,7 @@ def transfer(networks) -> None:
             if guidance == 1:
                 own = compared(f"{name}_euler", name, "euler")
             else:
-                strategies = ["stepsize=[ddim,dm,gits,oss_shared]", "num_steps=[5,10]", BAND[0]]
+                strategies = ["stepsize=[ddim,dm,gits,oss_shared]", "num_steps=[5,10]", *QUICK[:2]]
                 own = measure(f"small_networks/{name}_guidance_{guidance}", *there, *strategies)
             for k in (5, 10):
                 file = OUTPUTS / f"small_networks/{source}_euler/schedules/oss_shared_{k}.json"

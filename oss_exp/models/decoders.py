@@ -40,8 +40,10 @@ class Autoencoder(nn.Module, abc.ABC):
 
     def __init__(self, network: nn.Module, checkpoint: str, micro_batch: int, source: str):
         super().__init__()
-        self.network, self.micro_batch, self.source = network, micro_batch, source
+        self.micro_batch, self.source = micro_batch, source
         network.encoder = network.quant_conv = None
+        self.post_quant_conv, self.decoder = network.post_quant_conv or nn.Identity(), network.decoder
+        self._network = (network,)  # no part beside its own parts
         if checkpoint == "random":
             randomise(self, torch.Generator().manual_seed(0))
         else:
@@ -50,7 +52,8 @@ class Autoencoder(nn.Module, abc.ABC):
 
     def forward(self, x0: Tensor) -> Tensor:
         """(B, C, ...) -> (B, 3, ...) in [0, 1]."""
-        pixels = [self.network.decode(self._latents(rows)).sample for rows in x0.float().split(self.micro_batch)]
+        (network,) = self._network
+        pixels = [network.decode(self._latents(rows)).sample for rows in x0.float().split(self.micro_batch)]
         return ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
 
     @abc.abstractmethod
@@ -66,7 +69,7 @@ class Autoencoder(nn.Module, abc.ABC):
             if not key.startswith(("encoder.", "quant_conv."))
         }
         try:
-            self.network.load_state_dict(tensors)
+            self.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"VAE {path} is of another architecture than model.decoder: {error!s:.400}") from None
 

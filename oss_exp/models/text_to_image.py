@@ -16,7 +16,7 @@ from torch import Tensor
 from oss_exp.models.decoders import VAE
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.parameterization import Noise, Parameterization, VPVelocity
-from oss_exp.models.pipelines import Pipeline, Prompted, PromptedBackbone, require_features
+from oss_exp.models.pipelines import Pipeline, Prompted, PromptedBackbone, require_features, require_size
 from oss_exp.models.prompts import read_prompts
 from oss_exp.models.text_encoders import clip_text, encode
 from oss_exp.noise import DDPMPath, linear_betas, scaled_linear_betas
@@ -56,6 +56,7 @@ class StableDiffusion(Prompted):
         checkpoint: str | None,
         source: str,
     ):
+        require_size(size, sizes)
         listed = read_prompts(prompts)
         pipeline = Pipeline("StableDiffusionPipeline", PARTS, size, sizes, checkpoint, source)
         parameterization, unet = trained_as(pipeline.configs["scheduler"]), pipeline.network("unet")

@@ -85,7 +85,7 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
-    axes[0][1].text(0.02, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
+    axes[0][1].text(0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
     return _png(figure)

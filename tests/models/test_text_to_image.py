@@ -18,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from oss_exp.cli import CONF
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.text_to_image import StableDiffusion, VPVelocity, random_clip, trained_as
+from oss_exp.models.text_encoders import clip_bytes
+from oss_exp.models.text_to_image import StableDiffusion, VPVelocity, trained_as
 from oss_exp.noise import DDPMPath, linear_betas
 from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
@@ -59,7 +60,7 @@ def pipeline(tmp_path_factory) -> StableDiffusionPipeline:
             scaling_factor=0.3,
         ),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
-        tokenizer=random_clip({"max_position_embeddings": 40}).tokenizer,
+        tokenizer=clip_bytes({"max_position_embeddings": 40})[0],
         unet=UNet2DConditionModel(
             sample_size=12,
             cross_attention_dim=24,
