@@ -42,7 +42,6 @@ SOLVERS = {  # and what is compared with them
     "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3", f"stepsize=[{BY_HAND},oss_shared,oss_fit]", *QUICK],
 }
 FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=25"]
-FEWER = ["data.search_samples=32", "data.eval_samples=128"]
 
 
 def main() -> None:

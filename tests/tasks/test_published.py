@@ -21,23 +21,30 @@ CLOCKS = {
     "dit_xl_2_256": "DDPM index",
     "dit_xl_2_512": "DDPM index",
     "sd15": "DDPM index",
+    "flux_dev": "flow time",
+    "flux_schnell": "flow time",
+    "wan2_1_1_3b": "flow time",
+    "wan2_1_14b": "flow time",
 }
+INHERITED = {"dit_xl_2_512", "flux_schnell", "wan2_1_14b"}  # their size from another yaml
+PROMPTED = ("sd15", "flux", "wan")
 
 
 def test_none_is_forgotten():
     sized = {file.stem for file in (CONF / "model").glob("*.yaml") if "size: full" in file.read_text()}
-    assert sized | {"dit_xl_2_512"} == set(CLOCKS)
+    assert sized | INHERITED == set(CLOCKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", CLOCKS)
 def test_compare_at_tiny_size(model, tmp_path, monkeypatch):
     monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "cache"))
-    native = "sd" if model == "sd15" else "ddim" if model.startswith("dit") else "edm"
+    schedules = {"edm": "edm", "dit": "ddim", "sd15": "sd", "flux_dev": "flux", "flux_schnell": "fm", "wan": "fm"}
+    native = next(schedule for name, schedule in schedules.items() if model.startswith(name))
     run_cli(
         f"model={model}",
         "scale=tiny",
-        *(["data=prompts"] if model == "sd15" else []),
+        *(["data=prompts"] if model.startswith(PROMPTED) else []),
         f"noise_schedule={native}",
         "stepsize=[ddim_analytic,oss,oss_ave,oss_shared,oss_fit]",
         "stepsize.ddim_analytic.schedule=${noise_schedule}",
