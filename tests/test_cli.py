@@ -372,7 +372,7 @@ def test_ctrl_c_ends_a_search_with_130_and_whole_files(tmp_path):
         time.sleep(1)
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
-        _, error = run.communicate(timeout=30)
+        _, error = run.communicate(timeout=120)
     assert run.returncode == 130
     assert re.search("interrupted", error)
     assert "Traceback" not in error

@@ -1,6 +1,6 @@
 """Does training find the velocity that it should? On samples of a mixture, whose velocity is known exactly.
 
-python -m experiments.pretrain_mixture.run [--steps 6000]
+python -m experiments.pretrain_mixture.run [--steps 1500]
 
 Trains a small transformer (flow matching) and a small U-Net (EDM) with task=pretrain on 50,000 samples of the digits
 mixture, and compares their velocities with the exact ones on fresh noisy samples, a number for each t.
@@ -44,7 +44,7 @@ NETWORKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
     exact = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096)
     x0, labels = exact.draw(4096, seed=10**6)  # the training set has seed 0

@@ -43,7 +43,18 @@ class Model(nn.Module, abc.ABC):
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, *E) -> pixels in [0, 1]: (B, C, H, W), or (B, C, F, H, W) for videos."""
 
+    def sample(
+        self,
+        solver: Solver,
+        steps: StepSchedule,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> Tensor:
+        """noise (B, *E) at steps.start_time, group (B,) which of the schedule's means is each sample's -> x0."""
+        return sample(solver, self.velocity(condition), noise, steps, group=group)
+
     def generate(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """noise (B, *E) at steps.start_time -> pixels."""
         classes = None if self.num_classes is None else condition
-        return self.decode(sample(solver, self.velocity(condition), noise, steps, group=classes))
+        return self.decode(self.sample(solver, steps, noise, condition, classes))

@@ -6,6 +6,7 @@ through its loader of tensors alone, and pickles of EDM through `safe_pickle`.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import pickle
@@ -178,7 +179,8 @@ def _torch(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not look at the checksums
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # settings that some keep beside their weights
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's text advises to trust the file
         raise ValueError(
             f"checkpoint {path} is damaged or holds more than tensors, and nothing of it was run; "

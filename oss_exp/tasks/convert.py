@@ -17,7 +17,8 @@ from oss_exp.models.weights import file_sha256, locate
 
 def convert(cfg: DictConfig) -> None:
     """Write task.output (.safetensors and .json): the weights of `model` in float32, by the keys of task.layout."""
-    if get_object(cfg.model._target_) is not Published:
+    kind = get_object(cfg.model._target_)
+    if not (isinstance(kind, type) and issubclass(kind, Published)):
         raise ValueError(f"task=convert rewrites published checkpoints; {cfg.model._target_} has none")
     output, layout = Path(cfg.task.output), cfg.task.layout
     if output.suffix != ".safetensors":

@@ -25,7 +25,7 @@ from oss_exp.calibration import amplitude
 from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
-from oss_exp.solvers import nfe, sample
+from oss_exp.solvers import nfe
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.data import HELD_OUT
@@ -68,10 +68,10 @@ class EvaluateModule(L.LightningModule):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         index, classes = batch["index"], self.setting.classes(batch)
-        velocity = self.velocity = self.setting.velocity(batch)
+        condition, self.velocity = batch.get("condition", classes), self.setting.velocity(batch)
         noise = self.setting.first_state(batch["noise"])
         solver = self.setting.solver
-        reference = sample(replace(solver, calibration=None), velocity, noise, self.setting.teacher)
+        reference = self.model.sample(replace(solver, calibration=None), self.setting.teacher, noise, condition)
         teacher, width = self.model.decode(reference), spread(reference)
         # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
         number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size
@@ -85,8 +85,8 @@ class EvaluateModule(L.LightningModule):
                 if len(known) == 0:
                     continue
                 steps = steps.rows(index[known].tolist())
-            group = None if classes is None else classes[known]
-            x0 = sample(solver, velocity.subset(known), noise[known], steps, group=group)
+            own, group = (None if each is None else each[known] for each in (condition, classes))
+            x0 = self.model.sample(solver, steps, noise[known], own, group)
             images = self.model.decode(x0)
             values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
             self.values[label].append(torch.stack(values, dim=1))

@@ -149,7 +149,7 @@ def test_an_original_file(filled, original, arrays, tmp_path):
 def published(checkpoint, size: int = 8) -> Published:
     sizes = {
         "full": {
-            "backbone": partial(tiny, size),
+            "backbone": partial(PublishedDiT, size=size, attention_head_dim=8, **TINY),
             "decoder": Pixels,
             "event_shape": (4, size, size),
             "num_classes": 10,

@@ -25,9 +25,23 @@ CLOCKS = {
     "flux_schnell": "flow time",
     "wan2_1_1_3b": "flow time",
     "wan2_1_14b": "flow time",
+    "mar_base": "DDPM index",
+    "mar_large": "DDPM index",
+    "mar_huge": "DDPM index",
+    "open_sora_1_2": "flow time",
 }
-INHERITED = {"dit_xl_2_512", "flux_schnell", "wan2_1_14b"}  # their size from another yaml
-PROMPTED = ("sd15", "flux", "wan")
+INHERITED = {"dit_xl_2_512", "flux_schnell", "wan2_1_14b", "mar_large", "mar_huge"}  # their size from another yaml
+PROMPTED = ("sd15", "flux", "wan", "open_sora")
+SCHEDULES = {  # of each family, by how its names begin
+    "edm": "edm",
+    "dit": "ddim",
+    "sd15": "sd",
+    "flux_dev": "flux",
+    "flux_schnell": "fm",
+    "wan": "fm",
+    "mar": "cosine",
+    "open_sora": "open_sora",
+}
 
 
 def test_none_is_forgotten():
@@ -39,8 +53,7 @@ def test_none_is_forgotten():
 @pytest.mark.parametrize("model", CLOCKS)
 def test_compare_at_tiny_size(model, tmp_path, monkeypatch):
     monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "cache"))
-    schedules = {"edm": "edm", "dit": "ddim", "sd15": "sd", "flux_dev": "flux", "flux_schnell": "fm", "wan": "fm"}
-    native = next(schedule for name, schedule in schedules.items() if model.startswith(name))
+    native = next(schedule for name, schedule in SCHEDULES.items() if model.startswith(name))
     run_cli(
         f"model={model}",
         "scale=tiny",
