@@ -65,7 +65,7 @@ def main() -> None:
     keep(__file__, "errors.md", table(header, [[name, *(f"{e:.3f}" for e in row)] for name, row in errors.items()]))
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in errors.items():
-        axis.plot(TIMES, row, "o-", label=name, ls="--" if "all" in name else "-")
+        axis.plot(TIMES, row, marker="o", label=name, ls="--" if "all" in name else "-")
     axis.set(xlabel="t  (1 noise, 0 data)", ylabel="rms error of v / rms of v", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")
