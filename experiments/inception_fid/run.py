@@ -27,6 +27,7 @@ from oss_exp.tasks.cifar10 import cifar10
 CHUNK, BATCH = 1000, 50
 PAIRS = {  # two sets of images, and their FID elsewhere
     "2,000 train, 2,000 test": (("train", 0, 2000), ("test", 0, 2000), "around 30 [1]"),
+    "2,000 train, another 2,000": (("train", 0, 2000), ("train", 2000, 4000), ""),
     "5,000 train, 5,000 test": (("train", 0, 5000), ("test", 0, 5000), ""),
     "5,000 train, another 5,000": (("train", 0, 5000), ("train", 5000, 10_000), ""),
     "10,000 train, 10,000 test": (("train", 0, 10_000), ("test", 0, 10_000), ""),
