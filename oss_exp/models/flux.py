@@ -16,6 +16,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from oss_exp.models.decoders import VAE
 from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.pipelines import (
     Pipeline,
@@ -23,7 +24,6 @@ from oss_exp.models.pipelines import (
     PromptedBackbone,
     require_features,
     require_multiples,
-    require_size,
 )
 from oss_exp.models.prompts import read_prompts
 from oss_exp.models.text_encoders import Together, clip_pooled, encode, t5_text
@@ -84,7 +84,7 @@ class Flux(Prompted):
         checkpoint: str | None,
         source: str,
     ):
-        require_size(size, sizes)
+        name = at_size(name, size, sizes)
         require_multiples(PATCH, height=height, width=width)
         listed = read_prompts(prompts)
         pipeline = Pipeline("FluxPipeline", PARTS, size, sizes, checkpoint, source)
@@ -104,8 +104,6 @@ class Flux(Prompted):
         vae = pipeline.configs["vae"] | {"tile": decode_tile}
         super().__init__(
             name=name,
-            pipeline=pipeline,
-            part="transformer",
             prompts=listed,
             encoder_sha256=sha256,
             backbone=PromptedFlux(network, embedded_guidance, **encodings),
@@ -115,6 +113,7 @@ class Flux(Prompted):
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
+            checkpoint=pipeline.weights("transformer"),
         )
 
 

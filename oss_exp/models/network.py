@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,13 @@ class Network(Model):
                 f"first {wrong[0]}; choose the model it was trained as, or change model.backbone"
             )
         self.backbone.load_state_dict(tensors)
+
+
+def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
+    """The name of a model at one of its sizes; ValueError where it has no such one."""
+    if size not in sizes:
+        raise ValueError(f"model.size must be one of {', '.join(sizes)}, got {size!r}")
+    return name if size == "full" else f"{name}_{size}"
 
 
 def shape(tensor: Tensor | None) -> str:

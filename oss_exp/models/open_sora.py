@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oss_exp.files import sha256
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Network
+from oss_exp.models.network import at_size
 from oss_exp.models.parameterization import FlowVelocity
+from oss_exp.models.pipelines import Prompted
 from oss_exp.models.prompts import read_prompts
 from oss_exp.models.stdit3 import STDiT3
 from oss_exp.models.text_encoders import TextModel, encode, open_text_model, random_text_model
 from oss_exp.models.video_vae import latent_frames
-from oss_exp.models.weights import digest, locate, randomise, read
+from oss_exp.models.weights import locate
 from oss_exp.noise import FlowPath
-from oss_exp.solvers import BoundVelocity
 
 WEIGHTS = ("model.safetensors",)
 PICTURE_FPS = 120.0  # what the network was told of pictures in training
@@ -36,7 +35,7 @@ T5_OTHERS = (
 )
 
 
-class OpenSora(Network):
+class OpenSora(Prompted):
     """A network of text to video at one of its sizes.
 
     sizes:      by name the `checkpoint` and, partial, `network`, `text_encoder` and `decoder`: only the chosen ones are
@@ -67,21 +66,21 @@ class OpenSora(Network):
         checkpoint: str | None,
         source: str,
     ):
-        if size not in sizes:
-            raise ValueError(f"model.size must be one of {', '.join(sizes)}, got {size!r}")
-        chosen = sizes[size]
-        self.prompts = read_prompts(prompts)
+        name, chosen = at_size(name, size, sizes), sizes[size]
+        listed = read_prompts(prompts)
         shape = (latent_frames(num_frames), height // 8, width // 8)
         if min(shape) < 1:
             raise ValueError(f"model.height and model.width must be at least 8 pixels, got {height} x {width}")
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint != "random":  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, WEIGHTS, source))
-        texts = [f"{prompt} {ending}".strip().lower() for prompt in self.prompts]
-        encoded, self.encoder_sha256 = encode(chosen["text_encoder"](), texts)
+        texts = [f"{prompt} {ending}".strip().lower() for prompt in listed]
+        encoded, encoder_sha256 = encode(chosen["text_encoder"](), texts)
         network = chosen["network"]()
         super().__init__(
-            name=name if size == "full" else f"{name}_{size}",
+            name=name,
+            prompts=listed,
+            encoder_sha256=encoder_sha256,
             backbone=PromptedSTDiT3(
                 network,
                 **encoded,
@@ -90,7 +89,6 @@ class OpenSora(Network):
             ),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1000.0)),
             event_shape=(network.channels, *shape),
-            num_classes=None,
             decoder=chosen["decoder"](),
             guidance=guidance,
             micro_batch=micro_batch,
@@ -98,32 +96,11 @@ class OpenSora(Network):
             checkpoint=checkpoint,
         )
 
-    def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        """condition: numbers of prompts (B,)."""
-        if condition is None or condition.is_floating_point() or condition.ndim != 1:
-            raise ValueError(f"{self.name} makes videos of prompts; set data=prompts data.prompts=FILE")
-        if not bool(((condition >= 0) & (condition < len(self.prompts))).all()):
-            raise ValueError(
-                f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; give "
-                "model.prompts and data.prompts the same file"
-            )
-        return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
-
     def _velocity(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """Guidance's rows without a prompt repeat, in order, those of its times; they need to know whose they are."""
         free = prompts < 0
         prompts = prompts.masked_scatter(free, -1 - prompts[~free][torch.isin(t[~free], t[free])])
         return super()._velocity(x, t, prompts)
-
-    def _load(self, checkpoint: str) -> str:
-        """Fill the network; the hash is of it and the text encoder, for both make the velocity."""
-        network = self.backbone.network
-        if checkpoint == "random":
-            randomise(network, torch.Generator().manual_seed(0))
-        else:
-            path = Path(checkpoint)
-            self._fill({f"network.{key}": tensor for key, tensor in read(path).items()}, path)
-        return sha256(f"{digest(network.state_dict())} {self.encoder_sha256}".encode())
 
 
 class PromptedSTDiT3(nn.Module):

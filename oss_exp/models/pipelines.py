@@ -59,7 +59,7 @@ class Pipeline:
         checkpoint: str | None,
         source: str,
     ):
-        self.kind, self.parts, self.size, self.source = kind, parts, size, source
+        self.kind, self.parts, self.source = kind, parts, source
         self.checkpoint = checkpoint or sizes[size]["checkpoint"]
         self.folder, self.configs = None, sizes[size]
         if self.checkpoint != "random":
@@ -80,6 +80,10 @@ class Pipeline:
                 "model.checkpoint that makes pictures of text alone, not of inpainting or upscaling"
             )
         return network
+
+    def weights(self, part: str) -> str:
+        """The file of a part's weights, or `random`."""
+        return "random" if self.folder is None else str(self.files[part][-1])
 
     def text_model(self, part: str, tokenizer: str, answer: Answer, length: int | None = None) -> TextModel:
         """The text encoder of two parts; `answer` and `length` as TextModel takes them."""
@@ -127,29 +131,29 @@ def read_object(file: Path) -> dict[str, Any]:
 class Prompted(Network):
     """A network whose condition is a prompt's number.
 
-    part:           of the pipeline, the one that is sampled. prompts: those that conditions number.
+    prompts:        those that conditions number.
     encoder_sha256: of the text encoder, which makes the velocity too.
-    backbone:       of the part's network, not yet filled, and the encodings of all prompts.
+    backbone:       around a `network`, not yet filled, and the encodings of all prompts.
+    checkpoint:     the file of the network's weights, or `random`.
     """
 
     def __init__(
         self,
         name: str,
-        pipeline: Pipeline,
-        part: str,
         prompts: Sequence[str],
         encoder_sha256: str,
-        backbone: PromptedBackbone,
+        backbone: nn.Module,
         parameterization: Parameterization,
         event_shape: Sequence[int],
         decoder: nn.Module,
         guidance: Guidance,
         micro_batch: int,
         dtype: str,
+        checkpoint: str,
     ):
-        self.pipeline, self.part, self.prompts, self.encoder_sha256 = pipeline, part, list(prompts), encoder_sha256
+        self.prompts, self.encoder_sha256 = list(prompts), encoder_sha256
         super().__init__(
-            name=name if pipeline.size == "full" else f"{name}_{pipeline.size}",
+            name=name,
             backbone=backbone,
             parameterization=parameterization,
             event_shape=event_shape,
@@ -158,7 +162,7 @@ class Prompted(Network):
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
-            checkpoint=pipeline.checkpoint,
+            checkpoint=checkpoint,
         )
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
@@ -175,10 +179,10 @@ class Prompted(Network):
     def _load(self, checkpoint: str) -> str:
         """Fill the network; the hash is of it and the text encoder, for both make the velocity."""
         network = self.backbone.network
-        if self.pipeline.folder is None:
+        if checkpoint == "random":
             randomise(network, torch.Generator().manual_seed(0))
         else:
-            path = self.pipeline.files[self.part][-1]
+            path = Path(checkpoint)
             self._fill({f"network.{key}": tensor for key, tensor in read(path).items()}, path)
         return sha256(f"{digest(network.state_dict())} {self.encoder_sha256}".encode())
 
@@ -214,11 +218,6 @@ def require_features(pipeline: Pipeline, taker: str, encodings: Tensor, features
             f"the text encoder of {pipeline.checkpoint} gives {encodings.shape[-1]} features, its {taker} takes "
             f"{features}; choose a model.checkpoint whose parts belong together"
         )
-
-
-def require_size(size: str, sizes: Mapping[str, Any]) -> None:
-    if size not in sizes:
-        raise ValueError(f"model.size must be one of {', '.join(sizes)}, got {size!r}")
 
 
 def require_multiples(of: int, **pixels: int) -> None:

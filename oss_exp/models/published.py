@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Network
+from oss_exp.models.network import Network, at_size
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.models.weights import digest, locate, randomise, read
 
@@ -39,14 +39,12 @@ class Published(Network):
         checkpoint: str | None,
         source: str,
     ):
-        if size not in sizes:
-            raise ValueError(f"model.size must be one of {', '.join(sizes)}, got {size!r}")
-        chosen = sizes[size]
+        name, chosen = at_size(name, size, sizes), sizes[size]
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint != "random":  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source))
         super().__init__(
-            name=name if size == "full" else f"{name}_{size}",
+            name=name,
             decoder=chosen["decoder"](),
             backbone=chosen["backbone"](),
             parameterization=parameterization,

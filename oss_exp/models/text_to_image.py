@@ -15,8 +15,9 @@ from torch import Tensor
 
 from oss_exp.models.decoders import VAE
 from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import at_size
 from oss_exp.models.parameterization import Noise, Parameterization, VPVelocity
-from oss_exp.models.pipelines import Pipeline, Prompted, PromptedBackbone, require_features, require_size
+from oss_exp.models.pipelines import Pipeline, Prompted, PromptedBackbone, require_features
 from oss_exp.models.prompts import read_prompts
 from oss_exp.models.text_encoders import clip_text, encode
 from oss_exp.noise import DDPMPath, linear_betas, scaled_linear_betas
@@ -56,7 +57,7 @@ class StableDiffusion(Prompted):
         checkpoint: str | None,
         source: str,
     ):
-        require_size(size, sizes)
+        name = at_size(name, size, sizes)
         listed = read_prompts(prompts)
         pipeline = Pipeline("StableDiffusionPipeline", PARTS, size, sizes, checkpoint, source)
         parameterization, unet = trained_as(pipeline.configs["scheduler"]), pipeline.network("unet")
@@ -68,8 +69,6 @@ class StableDiffusion(Prompted):
         vae = SCALE | pipeline.configs["vae"]
         super().__init__(
             name=name,
-            pipeline=pipeline,
-            part="unet",
             prompts=listed,
             encoder_sha256=sha256,
             backbone=PromptedUNet(unet, table=encodings["text"]),
@@ -79,6 +78,7 @@ class StableDiffusion(Prompted):
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
+            checkpoint=pipeline.weights("unet"),
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oss_exp.models.decoders import WanVAE
 from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.pipelines import (
     Pipeline,
@@ -22,7 +23,6 @@ from oss_exp.models.pipelines import (
     PromptedBackbone,
     require_features,
     require_multiples,
-    require_size,
 )
 from oss_exp.models.prompts import read_prompts
 from oss_exp.models.text_encoders import encode, t5_prompt
@@ -69,7 +69,7 @@ class Wan(Prompted):
         checkpoint: str | None,
         source: str,
     ):
-        require_size(size, sizes)
+        name = at_size(name, size, sizes)
         require_multiples(16, height=height, width=width)  # 8 of a latent, 2 x 2 latents a token
         if not isinstance(frames, int) or frames < 1 or frames % 4 != 1:
             raise ValueError(f"model.frames must be 4 n + 1, such as 81, got {frames!r}")
@@ -83,8 +83,6 @@ class Wan(Prompted):
         require_features(pipeline, "transformer", encodings["text"], config.text_dim)
         super().__init__(
             name=name,
-            pipeline=pipeline,
-            part="transformer",
             prompts=listed,
             encoder_sha256=sha256,
             backbone=PromptedWan(network, text=encodings["text"]),
@@ -94,6 +92,7 @@ class Wan(Prompted):
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
+            checkpoint=pipeline.weights("transformer"),
         )
 
 
