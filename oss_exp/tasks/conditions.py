@@ -1,12 +1,9 @@
-"""Noises with a condition each, such as an image to denoise: rows of an array in a file.
-
-Search samples and held-out samples share no row, and as with noises the held-out ones do not depend on how many search
-samples there are.
-"""
+"""Noises with a condition each that is no class: a row of an array in a file (an image to denoise), or a prompt."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from oss_exp.models.prompts import read_prompts
 from oss_exp.tasks.data import HELD_OUT, NoiseData, NoiseDataset
 
 
@@ -27,43 +25,49 @@ class ConditionedDataset(Dataset):
         return len(self.noise)
 
     def __getitem__(self, position: int) -> dict[str, Tensor | int]:
-        return {**self.noise[position], "condition": torch.from_numpy(self.conditions[position])}
+        return {**self.noise[position], "condition": torch.as_tensor(self.conditions[position])}
 
 
-class ConditionedNoiseData(NoiseData):
-    """`NoiseData` for a model whose conditions are arrays instead of classes.
+class ConditionedData(NoiseData):
+    """`NoiseData`, whose other settings are `noise`, for a model whose conditions are no classes.
 
-    conditions: an .npz file; key: its array with a condition in every row. They are shuffled, in the same way for every
-    seed; search samples take them from the front, held-out samples from the back.
+    Of conditions (n, ...) search samples take the first, held-out samples the last, and both start again where they
+    end; so the held-out ones depend on nothing else, and some are in common only where there are more samples.
     """
 
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        num_classes: int | None,
-        conditions: str,
-        key: str,
-        seed: int,
-        search_samples: int,
-        eval_samples: int,
-        per_sample: int,
-        batch_size: int,
-    ):
+    def __init__(self, conditions: np.ndarray, num_classes: int | None, **noise: Any):
         if num_classes is not None:
-            raise ValueError(f"data=conditions has no classes and the model has {num_classes}; choose data=noise")
-        super().__init__(event_shape, None, seed, search_samples, eval_samples, per_sample, batch_size, None)
-        rows = read_array(Path(conditions).expanduser(), key)
-        if search_samples + eval_samples > len(rows):
-            raise ValueError(
-                f"data.conditions={conditions} has {len(rows)} conditions, too few for "
-                f"data.search_samples={search_samples} and data.eval_samples={eval_samples} that share none"
-            )
-        self.conditions = rows[np.random.default_rng(0).permutation(len(rows))]
+            raise ValueError(f"this data has no classes and the model has {num_classes}; choose data=noise")
+        super().__init__(num_classes=None, classes=None, **noise)
+        self.conditions = conditions
 
     def _loader(self, first: int, count: int) -> DataLoader:
-        noise = super()._loader(first, count).dataset
-        rows = self.conditions[::-1] if first >= HELD_OUT else self.conditions
-        return DataLoader(ConditionedDataset(noise, rows[:count].copy()), batch_size=self.batch_size)
+        noise, places = super()._loader(first, count).dataset, np.arange(count)
+        rows = (-1 - places if first >= HELD_OUT else places) % len(self.conditions)
+        return DataLoader(ConditionedDataset(noise, self.conditions[rows]), batch_size=self.batch_size)
+
+
+class ConditionedNoiseData(ConditionedData):
+    """conditions: an .npz file; key: its array with a condition in every row, shuffled in the same way for every seed.
+
+    ValueError where search and held-out samples would have some in common.
+    """
+
+    def __init__(self, conditions: str, key: str, **noise: Any):
+        rows = read_array(Path(conditions).expanduser(), key)
+        super().__init__(rows[np.random.default_rng(0).permutation(len(rows))], **noise)
+        if self.search_samples + self.eval_samples > len(rows):
+            raise ValueError(
+                f"data.conditions={conditions} has {len(rows)} conditions, too few for "
+                f"data.search_samples={self.search_samples} and data.eval_samples={self.eval_samples} that share none"
+            )
+
+
+class PromptData(ConditionedData):
+    """prompts: their file, as `read_prompts` takes it. A condition is a prompt's number in it."""
+
+    def __init__(self, prompts: str, **noise: Any):
+        super().__init__(np.arange(len(read_prompts(prompts))), **noise)
 
 
 def read_array(path: Path, key: str) -> np.ndarray:

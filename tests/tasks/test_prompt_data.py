@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from oss_exp.tasks.conditions import PromptData
 from oss_exp.tasks.data import HELD_OUT, NoiseData
-from oss_exp.tasks.prompts import PromptData
 
 COMMON = {"event_shape": (2, 3), "num_classes": None, "seed": 0}
 COUNTS = {"search_samples": 4, "eval_samples": 5, "per_sample": 2, "batch_size": 3}
