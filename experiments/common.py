@@ -8,6 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from oss_exp.cli import CONF
 from oss_exp.files import write_atomically
 from oss_exp.report.results import Result, read_run
 
@@ -22,6 +26,12 @@ def measure(name: str, *overrides: str) -> list[Result]:
         command = [sys.executable, "-m", "oss_exp", *overrides, "logger=none", f"hydra.run.dir={folder}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return read_run(folder)
+
+
+def configuration(*overrides: str) -> DictConfig:
+    """What `oss-exp <overrides>` would run with."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

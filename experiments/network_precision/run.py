@@ -9,12 +9,10 @@ up to 2 and Euler, N = 100, 32 search noises, 128 held-out ones, classes in turn
 from __future__ import annotations
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from experiments.common import keep, table
-from oss_exp.cli import CONF
+from experiments.common import configuration, keep, table
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.models.network import Network
@@ -82,8 +80,7 @@ def main() -> None:
 
 
 def network(dtype: str) -> Network:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose("config", ["model=unet_fashion", f"model.dtype={dtype}"]).model)
+    return instantiate(configuration("model=unet_fashion", f"model.dtype={dtype}").model)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ import sys
 
 import matplotlib.pyplot as plt
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.common import OUTPUTS, keep, png, table
-from oss_exp.cli import CONF
+from experiments.common import OUTPUTS, configuration, keep, png, table
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
 from oss_exp.steps import rowwise
@@ -82,8 +80,7 @@ def trained(name: str, settings: list[str], steps: int):
         program = [sys.executable, "-m", "oss_exp", *command, "logger=none", f"hydra.run.dir={folder}"]
         subprocess.run(program, check=True)
     shape = [setting for setting in settings if setting.startswith("model.")]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose("config", [f"model={name}", *shape, f"model.checkpoint={weights}"]).model)
+    return instantiate(configuration(f"model={name}", *shape, f"model.checkpoint={weights}").model)
 
 
 if __name__ == "__main__":

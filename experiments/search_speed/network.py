@@ -13,11 +13,9 @@ import statistics
 import time
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.common import keep, table
-from oss_exp.cli import CONF
+from experiments.common import configuration, keep, table
 from oss_exp.distances import XtMSE
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
@@ -41,9 +39,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        model = instantiate(compose("config", ["model=unet_fashion"]).model).to(options.device)
-        fit = instantiate(compose("config", ["stepsize=oss_fit"]).stepsize.oss_fit, _convert_="all")
+    model = instantiate(configuration("model=unet_fashion").model).to(options.device)
+    fit = instantiate(configuration("stepsize=oss_fit").stepsize.oss_fit, _convert_="all")
     grid, labels = FlowSchedule(shift=1.0).nodes(N), torch.arange(options.samples, device=options.device) % 10
     inner, sizes = model.backbone.forward, []
 

@@ -15,16 +15,13 @@ import json
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from PIL import Image
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, keep, measure, table
-from oss_exp.cli import CONF
+from experiments.common import OUTPUTS, configuration, keep, measure, table
 from oss_exp.evaluation.metrics import FID
-from oss_exp.evaluation.psnr import Interval
+from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.noise import FlowSchedule
 from oss_exp.report.results import Result
 from oss_exp.solvers import Euler
@@ -157,7 +154,7 @@ def grid(name: str) -> tuple[bytes, str]:
     nodes = instantiate(fine.noise_schedule).nodes(fine.num_teacher_steps)
     steps = StepSchedule(nodes, "pinned", float(nodes[0]))
     others = model.generate(instantiate(fine.solver), steps, steps.start_time * noise, classes)
-    agreement = str(Interval.of(-10 * (images - others).square().mean((1, 2, 3)).log10().double().numpy()))
+    agreement = str(Interval.of(psnr(others, images).numpy()))
 
     picture = (make_grid(images, nrow=10) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
@@ -173,11 +170,6 @@ def fid_of_training_images() -> float:
     for part in images.split(500):
         metric.update(part, part, torch.full((len(part),), -1))
     return metric.compute()["fid"]
-
-
-def configuration(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
 
 
 if __name__ == "__main__":
