@@ -41,3 +41,15 @@ def oss_oracle() -> dict:
 @pytest.fixture(scope="session")
 def oss_arrays() -> dict[str, torch.Tensor]:
     return load_file(ORACLES / "oss_search.safetensors")
+
+
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory) -> Path:
+    """A folder as Fashion-MNIST's, of two garments: a square as a bag (8), a tall bar as trousers (1)."""
+    folder = tmp_path_factory.mktemp("fashion")
+    pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    pixels[0, 6:22, 6:22] = 200
+    pixels[1, 2:26, 12:16] = 255
+    (folder / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels.numpy().tobytes())
+    (folder / "train-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([8, 1]))
+    return folder

@@ -120,27 +120,27 @@ class Flux(Prompted):
 class PromptedFlux(PromptedBackbone):
     """diffusers.FluxTransformer2DModel(x (M, C, h, w), clock (M,), prompts (M,), -1 for none) -> v (M, C, h, w).
 
-    A token is 2 x 2 latents of all channels. tables: `pooled` (P + 1, D) and `text` (P + 1, L, D).
+    A token is patch x patch latents of all channels. tables: `pooled` (P + 1, D) and `text` (P + 1, L, D).
     """
 
-    def __init__(self, network: nn.Module, guidance: float | None, **tables: Tensor):
+    def __init__(self, network: nn.Module, guidance: float | None, patch: int = 2, **tables: Tensor):
         super().__init__(network, **tables)
-        self.guidance = guidance
+        self.guidance, self.patch = guidance, patch
         network.time_text_embed.register_forward_pre_hook(_exact)
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
-        text, rows, columns = self.text[prompts], x.shape[2] // 2, x.shape[3] // 2
+        text, rows, columns = self.text[prompts], x.shape[2] // self.patch, x.shape[3] // self.patch
         places = [torch.arange(count, device=x.device) for count in (1, rows, columns)]
         times = [1000 * clock] + ([] if self.guidance is None else [torch.full_like(clock, 1000 * self.guidance)])
         tokens = self.network(
-            hidden_states=pixel_unshuffle(x, 2).flatten(2).mT,
+            hidden_states=pixel_unshuffle(x, self.patch).flatten(2).mT,
             encoder_hidden_states=text,
             pooled_projections=(*times, self.pooled[prompts]),  # whole to _exact
             timestep=clock,
             img_ids=torch.cartesian_prod(*places),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=torch.long, device=x.device),
         ).sample
-        return pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), 2)
+        return pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), self.patch)
 
 
 def _exact(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:

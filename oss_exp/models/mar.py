@@ -10,6 +10,7 @@ E context dims; S class tokens; R answers, 2 under guidance.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -157,12 +158,16 @@ class MARNetwork(nn.Module):
         """What `encode` gave of places (M, V) -> contexts of all places (M, L, E)."""
         h = self.decoder_embed(encoded)
         known = h[:, self.buffer_size :]
-        tokens = self.mask_token.expand(len(h), self.side**2, -1)
+        tokens = self.mask_token.to(h).expand(len(h), self.side**2, -1)
         tokens = tokens.scatter(1, places[..., None].expand_as(known), known)
         h = torch.cat([h[:, : self.buffer_size], tokens], dim=1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
             h = block(h)
         return self.decoder_norm(h)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(M, channels, size, size) -> (M, L, D)."""
+        return F.pixel_unshuffle(images, self.patch).flatten(2).mT
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(M, L, D) -> (M, channels, size, size)."""
@@ -248,6 +253,24 @@ class MAR(Published):
         (B,) says each sample's, are those of the velocity's iteration and serve in all.
         """
         return self._make(solver, steps, noise, condition, group, self.guidance, self.num_iter)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.backbone.unpatchify(torch.empty(1, *self.event_shape)).shape[1:])
+
+    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The head's, on the places of a random order that are unknown, given the others.
+
+        Their share is the same for all of a step's images, cos(pi u / 2) of a uniform u: as often as `sample` meets it
+        (MaskGIT, arXiv 2202.04200).
+        """
+        x0, noise, t = network.patchify(batch["x0"]), network.patchify(batch["noise"]), batch["t"]
+        places = self.orders(noise)
+        unknown = math.ceil(math.cos(math.pi / 2 * float(batch["shared"][0])) * places.shape[1])
+        hidden, known = places[:, :unknown], places[:, unknown:]
+        contexts = network.decode(network.encode(at(x0, known), known, batch["label"]), known)
+        tokens = {"x0": at(x0, hidden), "noise": at(noise, hidden), "t": t, "label": at(contexts, hidden)}
+        return super().loss(network, tokens)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Tokens (B, L, D) -> pixels."""

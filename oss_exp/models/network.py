@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.files import find_asset, load_asset
@@ -14,7 +15,9 @@ from oss_exp.models.base import Model
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.solvers import BoundVelocity
+from oss_exp.steps import rowwise
 
+UNTRAINED = "untrained"  # in place of a checkpoint: the weights as initialised, for training
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -24,8 +27,8 @@ class Network(Model):
     decoder:     x0 (B, *E) -> pixels in [0, 1].
     micro_batch: network rows evaluated at a time.
     dtype:       of the network's weights and its input; states and times stay wider.
-    checkpoint:  a safetensors file that `task=pretrain` wrote, by path or by the name it is shipped under; null: the
-                 weights as initialised, for training.
+    checkpoint:  a safetensors file that `task=pretrain` wrote, by path or by the name it is shipped under; `untrained`:
+                 the weights as initialised, for training.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Network(Model):
         guidance: Guidance,
         micro_batch: int,
         dtype: str,
-        checkpoint: str | None,
+        checkpoint: str,
     ):
         super().__init__()
         self.name, self.backbone, self.parameterization = name, backbone, parameterization
@@ -47,7 +50,7 @@ class Network(Model):
         self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
         if dtype not in DTYPES:
             raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.fingerprint = "untrained" if checkpoint is None else self._load(checkpoint)
+        self.fingerprint = UNTRAINED if checkpoint == UNTRAINED else self._load(checkpoint)
         self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
 
@@ -63,6 +66,27 @@ class Network(Model):
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.decoder(x0)
+
+    @property
+    def num_conditions(self) -> int:
+        """How many conditions there are to choose from; 0: it takes none."""
+        return self.num_classes or 0
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of what it is trained on: an event, where an event is an image."""
+        return self.event_shape
+
+    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of a backbone in training, like its own: the error of its answers, () float32.
+
+        batch: x0, noise (B, *image_shape), t (B,) float64, label (B,), NO_CLASS for none, and shared (B,), a number in
+        (0, 1) that all examples of a step have in common.
+        """
+        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
+        question, clock = self.parameterization.question(rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise, t)
+        output = network(question, clock, batch["label"])
+        return F.mse_loss(output.float(), self.parameterization.answer(x0, noise, t).float())
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         question, clock = self.parameterization.question(x, t)

@@ -165,6 +165,10 @@ class Prompted(Network):
             checkpoint=checkpoint,
         )
 
+    @property
+    def num_conditions(self) -> int:
+        return len(self.prompts)
+
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         """condition: numbers of prompts (B,)."""
         if condition is None or condition.is_floating_point() or condition.ndim != 1:

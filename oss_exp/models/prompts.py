@@ -27,12 +27,14 @@ BATCH = 32  # prompts encoded at a time
 log = logging.getLogger(__name__)
 
 
-def read_prompts(file: str | Path) -> list[str]:
-    """The prompts of a path or a shipped file, at least one.
+def read_prompts(file: str | Path | Sequence[str]) -> list[str]:
+    """The prompts of a path or a shipped file, at least one; or the prompts themselves.
 
     One a line (.txt); a JSON object with a "prompt" a line (.jsonl, as GenEval's metadata); or COCO's captions (.json),
     the first of every image.
     """
+    if not isinstance(file, str | Path):
+        return list(file)
     path = find_asset(file, "prompts")
     read = {".json": _captions, ".jsonl": _metadata}.get(path.suffix, _lines)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Network, at_size
+from oss_exp.models.network import UNTRAINED, Network, at_size
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.models.weights import digest, locate, randomise, read
 
@@ -19,8 +19,8 @@ class Published(Network):
 
     sizes:      by name what differs: `backbone` and `decoder` (partial: only the chosen ones are built), `event_shape`,
                 `num_classes`, `checkpoint`. `full` is the public one; `tiny` has the same layers, small.
-    checkpoint: a file, a folder or a hub id; `random`: reproducible random weights, to try all but the pictures; null:
-                that of the size.
+    checkpoint: a file, by path or by the name it is shipped under, a folder or a hub id; `random`: reproducible random
+                weights, to try all but the pictures; `untrained`: as initialised; null: that of the size.
     source:     where the public checkpoint is had, for the message when it is missing.
 
     The backbone's class says what the public files are called (`FILES`) and how their keys translate (`translate`,
@@ -41,7 +41,7 @@ class Published(Network):
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
         checkpoint = checkpoint or chosen["checkpoint"]
-        if checkpoint != "random":  # a missing file is found before large networks are built
+        if checkpoint not in ("random", UNTRAINED):  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source))
         super().__init__(
             name=name,

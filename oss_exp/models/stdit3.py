@@ -2,20 +2,16 @@
 
 Blocks take turns: one attends within each frame, the next along time at each place. Attention is torch's own, so it
 needs no kernel besides. What it was trained to give, and the prompts, are in `open_sora`.
-Legend: M rows, C channels, T frames, H x W latents; S = H W / 4 places; F features, L tokens of text.
+Legend: M rows, C channels, T frames, H x W latents; S places of a frame; F features, L tokens of text.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.models.dit import Frequencies
-
-PATCH = (1, 2, 2)
 
 
 class STDiT3(nn.Module):
@@ -24,6 +20,7 @@ class STDiT3(nn.Module):
     channels: C. features: F, with `num_heads` heads and `num_layers` blocks of each kind.
     text_features, text_tokens: of an encoding (text_tokens, text_features); `y_embedder.y_embedding` is the null one.
     image_size: pixels; the root of the area at which places have their own numbers (512).
+    patch: a place is patch x patch latents.
     """
 
     def __init__(
@@ -35,17 +32,18 @@ class STDiT3(nn.Module):
         text_features: int,
         text_tokens: int,
         image_size: int,
+        patch: int = 2,
     ):
         super().__init__()
-        self.channels, self.features, self.image_size = channels, features, image_size
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(channels, features, PATCH, PATCH)})
+        self.channels, self.features, self.image_size, self.patch = channels, features, image_size, patch
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(channels, features, (1, patch, patch), (1, patch, patch))})
         self.t_embedder, self.fps_embedder = ScalarEmbedder(features), ScalarEmbedder(features)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(features, 6 * features))
         self.y_embedder = TextEmbedder(text_features, text_tokens, features)
         self.rope = Rope(features // num_heads)
         self.spatial_blocks = nn.ModuleList(Block(features, num_heads) for _ in range(num_layers))
         self.temporal_blocks = nn.ModuleList(Block(features, num_heads) for _ in range(num_layers))
-        self.final_layer = FinalLayer(features, math.prod(PATCH) * 2 * channels)
+        self.final_layer = FinalLayer(features, patch**2 * 2 * channels)
 
     def forward(
         self,
@@ -61,10 +59,10 @@ class STDiT3(nn.Module):
 
         text (M, L, text_features), of which `kept` (M, L) are read; fps (M,) frames a second.
         image_size: the root of the video's area in pixels. noisy (M, T): False where a frame is given, at clock 0.
-        Odd H and W are filled up with zeros.
+        H and W that are no multiples of a patch are filled up with zeros.
         """
         height, width = x.shape[3:]
-        x = self.x_embedder["proj"](F.pad(x, (0, width % 2, 0, height % 2))).movedim(1, -1)
+        x = self.x_embedder["proj"](F.pad(x, (0, -width % self.patch, 0, -height % self.patch))).movedim(1, -1)
         frames, rows, columns = x.shape[1:4]
         scale = image_size / self.image_size
         with x.device:
@@ -79,8 +77,8 @@ class STDiT3(nn.Module):
             x = spatial(x, text, kept, modulation)
             x = temporal(x.transpose(1, 2), text, kept, modulation.unsqueeze(1), angles).transpose(1, 2)
         x = self.final_layer(x, own, clean, noisy).unflatten(2, (rows, columns))
-        x = x.unflatten(-1, (*PATCH, 2 * self.channels)).permute(0, 7, 1, 4, 2, 5, 3, 6)  # (M, 2 C, T, 1, rows, 2, ...)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)[..., :height, :width]
+        x = x.unflatten(-1, (self.patch, self.patch, 2 * self.channels)).permute(0, 6, 1, 2, 4, 3, 5)
+        return x.flatten(5, 6).flatten(3, 4)[..., :height, :width]
 
 
 class Block(nn.Module):

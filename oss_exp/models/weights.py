@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from oss_exp.files import read_json
+from oss_exp.files import ASSETS, read_json
 from oss_exp.models import safe_pickle
 
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -35,18 +35,21 @@ LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 
 
 def locate(checkpoint: str, files: Sequence[str], source: str, setting: str = "model.checkpoint") -> Path:
-    """A file; the first of `files` in a folder; or the first of them in the hub's repository `owner/name[@revision]`.
+    """A file; a shipped one; the first of `files` in a folder, or in the hub's repository `owner/name[@revision]`.
 
     Of an index of shards, all shards are fetched too. FileNotFoundError says what is missing, why, and `source`: where
     the public checkpoint is had. setting: the configuration's name of `checkpoint`.
     """
+    if checkpoint == "untrained":
+        raise ValueError("this model is made of published parts, which are not trained here; choose another model")
     remedy = (
         f"the public checkpoint is at {source}: download it and set {setting}=FILE, or set model.size=tiny to try "
         "without it"
     )
     path = Path(checkpoint).expanduser()
-    if path.is_file():
-        return path
+    for file in (path, ASSETS / checkpoint):
+        if file.is_file():
+            return file
     if path.is_dir():
         found = next((path / file for file in files if (path / file).is_file()), None)
         if found is None:

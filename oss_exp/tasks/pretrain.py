@@ -23,7 +23,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import call, get_object, instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -41,10 +40,11 @@ from torchvision.utils import make_grid
 import oss_exp
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
-from oss_exp.models.network import Network
+from oss_exp.models.network import UNTRAINED, Network
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
-from oss_exp.steps import StepSchedule, rowwise
+from oss_exp.steps import StepSchedule
+from oss_exp.tasks.captioned import CaptionedImages
 from oss_exp.tasks.collective import DistributedCollective
 
 SHOWN = 8  # samples of each class in a grid
@@ -58,14 +58,12 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         if not isinstance(task[name], int) or task[name] < 1:
             raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
     torch.manual_seed(task.seed)  # the initial weights, the same on every rank
-    if get_object(cfg.model._target_) is not Network:
-        raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
-    model = instantiate(cfg.model, checkpoint=None)
     images = call(cfg.data)
     images = TensorDataset(*images) if isinstance(images, tuple) else images
-    if (found := tuple(images[0][0].shape)) != model.event_shape:
-        raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.event_shape}")
-    examples = Examples(images, task.seed, task.label_dropout, instantiate(task.times))
+    model = _untrained(cfg, images)
+    if (found := tuple(images[0][0].shape)) != model.image_shape:
+        raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.image_shape}")
+    examples = Examples(images, task.seed, task.label_dropout, instantiate(task.times), task.batch_size)
     logger = instantiate(cfg.logger)
     trainer: L.Trainer = instantiate(
         cfg.trainer,
@@ -136,12 +134,18 @@ class LogitNormalTimes:
 
 
 class Examples(Dataset):
-    """An endless stream: item i is {x0, noise (*E), t, label}, of the i-th image of one shuffle after the other."""
+    """An endless stream: item i, of the i-th image of one shuffle after the other, is {x0, noise, t, label, shared}.
 
-    def __init__(self, images: Any, seed: int, label_dropout: float, times: UniformTimes | LogitNormalTimes):
+    shared: a number in (0, 1), the same for all items of a step, which are batch_size.
+    """
+
+    def __init__(
+        self, images: Any, seed: int, label_dropout: float, times: UniformTimes | LogitNormalTimes, batch_size: int
+    ):
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"task.label_dropout must lie between 0 and 1, got {label_dropout!r}")
         self.images, self.seed, self.label_dropout, self.times = images, seed, label_dropout, times
+        self.batch_size = batch_size
         self.order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=int))
 
     def __getitem__(self, i: int) -> dict[str, Tensor | int]:
@@ -153,7 +157,8 @@ class Examples(Dataset):
         noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32))
         t = self.times(torch.tensor(draw.uniform(1e-12, 1), dtype=torch.float64))
         dropped = draw.random() < self.label_dropout
-        return {"x0": x0, "noise": noise, "t": t, "label": NO_CLASS if dropped else int(label)}
+        shared = np.random.default_rng((self.seed, 2, i // self.batch_size)).random()
+        return {"x0": x0, "noise": noise, "t": t, "label": NO_CLASS if dropped else int(label), "shared": shared}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -212,11 +217,7 @@ class PretrainModule(L.LightningModule):
         return DataLoader(examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
-        x = rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise
-        question, clock = self.model.parameterization.question(x, t)
-        output = self.network(question, clock, batch["label"])
-        loss = F.mse_loss(output.float(), self.model.parameterization.answer(x0, noise, t).float())
+        loss = self.model.loss(self.network, batch)
         self.latest.append(loss.detach())
         self.log("loss", loss.detach())
         return loss
@@ -256,15 +257,17 @@ class PretrainModule(L.LightningModule):
 
     @torch.no_grad()
     def _grid(self) -> np.ndarray:
-        """(H, W, 3) bytes: a row of samples for each class, from the same noises every time."""
-        classes = torch.arange(min(self.model.num_classes or 1, 10), device=self.device)
-        noise = torch.randn(SHOWN, *self.model.event_shape, generator=torch.Generator().manual_seed(0))
+        """(H, W, 3) bytes: a row of samples, or of a video's frames, for some conditions each, from the same noises."""
+        shape, count = self.model.event_shape, self.model.num_conditions
+        rows = torch.arange(min(count, 10), device=self.device) * max(count // 10, 1) if count else None
+        noise = torch.randn(1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0))
         times = FlowSchedule(1.0).nodes(GRID_STEPS)
-        condition = None if self.model.num_classes is None else classes.repeat_interleave(SHOWN)
+        condition = None if rows is None else rows.repeat_interleave(len(noise))
         steps = StepSchedule(times, "pinned", float(times[0]))
-        noise = noise.to(self.device, self.dtype).repeat(len(classes), 1, 1, 1)
+        noise = noise.to(self.device, self.dtype).repeat(1 if rows is None else len(rows), *[1] * len(shape))
         pictures = self.model.generate(Euler(), steps, noise, condition)
-        grid = make_grid(pictures, nrow=SHOWN)[:3]
+        pictures = pictures.movedim(2, 1).flatten(0, 1) if pictures.ndim == 5 else pictures
+        grid = make_grid(pictures, nrow=len(pictures) // (1 if rows is None else len(rows)))[:3]
         return (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
     @rank_zero_only
@@ -301,6 +304,18 @@ class Bar(Callback):
             self.progress.stop()
 
 
+def _untrained(cfg: DictConfig, images: Dataset) -> Network:
+    """The model, of the prompts that the images have for captions where they have such."""
+    kind = get_object(cfg.model._target_)
+    if not (isinstance(kind, type) and issubclass(kind, Network)):
+        raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
+    captions = getattr(images, "captions", None)
+    if ("prompts" in cfg.model) != (captions is not None):
+        wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
+        raise ValueError(f"model={cfg.model.name} needs images with {wants} and data has {has}; choose another data")
+    return instantiate(cfg.model, checkpoint=UNTRAINED, **({} if captions is None else {"prompts": captions}))
+
+
 def _checkpoint(resume: str | None) -> str | None:
     """A checkpoint file, or the run folder that has it."""
     if resume is None:
@@ -333,6 +348,8 @@ def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
 
 def _fingerprint(images: Dataset) -> str:
     """SHA-256 of tensors; of a folder, of its files' names and sizes."""
+    if isinstance(images, CaptionedImages):
+        return images.fingerprint
     digest = hashlib.sha256()
     if isinstance(images, TensorDataset):
         for tensor in images.tensors:

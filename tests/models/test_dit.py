@@ -64,7 +64,7 @@ def filled(original):
 
 
 def model(backbone, form=EXACT, guidance=UNGUIDED, dtype="float32") -> Network:
-    return Network("dit", backbone, form, (4, 8, 8), 10, Pixels(), guidance, 8, dtype=dtype, checkpoint=None)
+    return Network("dit", backbone, form, (4, 8, 8), 10, Pixels(), guidance, 8, dtype=dtype, checkpoint="untrained")
 
 
 # --------------------------------------------------------------------------------------------------------------

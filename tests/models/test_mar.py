@@ -358,6 +358,47 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
         torch.testing.assert_close(alone, images[row : row + 1], rtol=1e-7, atol=1e-7)
 
 
+def test_training_hides_what_is_to_be_made(monkeypatch):
+    """Contexts are of the known places alone; all places count in turn, and as many as the step's number says."""
+    model = mar("p2", num_iter=4)
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(3, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    batch = {"noise": noise, "t": torch.full((3,), 0.4).double(), "label": torch.tensor([0, -1, 2])}
+    assert torch.equal(model.backbone.unpatchify(model.backbone.patchify(x0)), x0)
+    places, seen = model.orders(model.backbone.patchify(noise)), []
+    keep = MARNetwork.decode
+    monkeypatch.setattr(MARNetwork, "decode", lambda self, *given: seen.append(keep(self, *given)) or seen[-1])
+    count = model.event_shape[0]
+    for shared in (0.0, 0.5, 0.99):
+        unknown = math.ceil(math.cos(math.pi / 2 * shared) * count)
+        tokens = model.backbone.patchify(x0)
+        changed = tokens.scatter(1, places[:, :unknown, None].expand(-1, -1, tokens.shape[2]), 7.0)
+        step = {**batch, "shared": torch.full((3,), shared)}
+        one = model.loss(model.backbone, {**step, "x0": x0})
+        other = model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(changed)})
+        assert torch.equal(*seen[-2:])
+        assert not torch.equal(one, other)
+        if unknown < count:
+            known = tokens.scatter(1, places[:, unknown:, None].expand(-1, -1, tokens.shape[2]), 7.0)
+            model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(known)})
+            assert not torch.equal(*seen[-2:])
+    assert unknown == 1
+
+
+def test_training_asks_the_head_for_what_sampling_reads():
+    """With all unknown, the loss is the error of the head's eps at x_t, for contexts of the class alone."""
+    model = mar("a", num_iter=4)
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    t, classes = torch.tensor([0.7, 0.2], dtype=torch.float64), torch.tensor([1, 2])
+    found = model.loss(model.backbone, {"x0": x0, "noise": noise, "t": t, "label": classes, "shared": torch.zeros(2)})
+    clean, eps = model.backbone.patchify(x0), model.backbone.patchify(noise)
+    x = rowwise(1 - t, clean) * clean + rowwise(t, clean) * eps
+    v = model.velocity(classes, Guidance(1.0))(x, t)
+    error = (rowwise(1 - t, x) * v + x - eps).square().mean()  # eps_hat = x + (1 - t) v
+    assert float(found) == pytest.approx(float(error), rel=1e-5)
+
+
 def test_tokens_depend_on_those_before(tokens):
     """Noise of the last token made reaches itself alone; that of the first made reaches all."""
     model, classes = mar(num_iter=16), torch.tensor([3])

@@ -37,7 +37,7 @@ def dit() -> DiT:
     return DiT(channels=2, size=16, num_classes=3, patch=4, num_layers=1, num_attention_heads=2, attention_head_dim=8)
 
 
-def network(backbone, form=EDM_FORM, shape=(1, 16, 16), checkpoint=None, num_classes=3, **more) -> Network:
+def network(backbone, form=EDM_FORM, shape=(1, 16, 16), checkpoint="untrained", num_classes=3, **more) -> Network:
     settings = {"decoder": Pixels(), "guidance": Guidance(), "micro_batch": 5, "dtype": "float32", **more}
     return Network("tiny", backbone, form, shape, num_classes, checkpoint=checkpoint, **settings)
 

@@ -100,6 +100,34 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
 
 
+SMALL = {
+    "flux_fashion": ["data=coloured_fashion", "model.backbone.network.num_single_layers=1"],
+    "video_fashion": ["data=moving_fashion", "model.backbone.network.num_layers=1"],
+    "mar_fashion": ["model.num_iter=4", "model.sizes.full.backbone.diffloss_w=16"],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
+    """From captions or tokens to weights that run as a model."""
+    run = ["task=pretrain", f"model={name}", *SMALL[name], f"data.root={fashion}", "trainer.precision=32-true"]
+    more = ["task.batch_size=4", "task.max_steps=3", "task.save_every=3", "logger=none"]
+    run_cli(*run, *more, f"hydra.run.dir={tmp_path}")
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["training"]["steps"] == 3
+    shown = Image.open(tmp_path / "samples" / "step_000003.png").size
+    assert shown == (34 * 8 + 2, 34 * 10 + 2)
+    network = [f"model={name}", *(each for each in SMALL[name] if each.startswith("model"))]
+    prompts = [] if name == "mar_fashion" else ["data=prompts", f"data.prompts={SMALL[name][0][5:]}.txt"]
+    counts = ["data.search_samples=2", "data.eval_samples=2", "data.per_sample=2", "num_teacher_steps=6"]
+    weights = f"model.checkpoint={tmp_path / f'{name}.safetensors'}"
+    run_cli(
+        *network, *prompts, weights, *counts, "num_steps=[2]", "stepsize=[ddim,oss_shared]", "logger=none",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]) == 2
+
+
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(whole, tmp_path):
     for name, trainer in (("one", []), ("two", ["trainer=ddp_spawn_cpu"])):
@@ -117,7 +145,7 @@ def test_two_ranks_take_the_steps_of_one(whole, tmp_path):
 
 def examples(dropout: float = 0.25, count: int = 10) -> Examples:
     images = TensorDataset(torch.arange(count).float().view(count, 1, 1, 1), torch.arange(count))
-    return Examples(images, seed=3, label_dropout=dropout, times=UniformTimes())
+    return Examples(images, seed=3, label_dropout=dropout, times=UniformTimes(), batch_size=4)
 
 
 def test_each_pass_shows_every_image_once_in_another_order():
@@ -133,6 +161,8 @@ def test_an_example_is_a_function_of_its_number_alone():
     for i in reversed(range(40)):
         item = stream[i]
         assert all(torch.equal(torch.as_tensor(item[key]), torch.as_tensor(forward[i][key])) for key in item)
+    assert [item["shared"] for item in forward] == [forward[i // 4 * 4]["shared"] for i in range(40)]
+    assert len({item["shared"] for item in forward}) == 10
     assert len({float(item["noise"]) for item in forward}) == len({float(item["t"]) for item in forward}) == 40
 
 
@@ -177,3 +207,18 @@ def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli("task=pretrain", "model=mixture_digits", "logger=none", f"hydra.run.dir={tmp_path}")
     assert "trains networks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=flux_fashion", "data=digits"], "model=flux_fashion needs images with captions and data has classes"),
+        (["model=mar_fashion", "data=moving_fashion"], "model=mar_fashion needs images with classes and data has capt"),
+        (["model=flux_dev", "data=coloured_fashion"], "made of published parts, which are not trained here"),
+    ],
+)
+def test_models_and_data_that_do_not_go_together_are_refused(arguments, message, tmp_path, capsys, fashion):
+    root = [] if "data=digits" in arguments else [f"data.root={fashion}"]
+    with pytest.raises(SystemExit):
+        run_cli("task=pretrain", *arguments, *root, "logger=none", f"hydra.run.dir={tmp_path}")
+    assert message in capsys.readouterr().err

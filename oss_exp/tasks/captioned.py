@@ -1,0 +1,106 @@
+"""Images and videos with captions, made of Fashion-MNIST's garments, for training small networks of prompts.
+
+Item i is a function of i alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from oss_exp.tasks.data import fashion_mnist
+
+GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+COLOURS = {
+    "red": (0.95, 0.15, 0.15),
+    "orange": (1.0, 0.55, 0.1),
+    "yellow": (1.0, 0.95, 0.2),
+    "green": (0.15, 0.8, 0.25),
+    "blue": (0.2, 0.35, 1.0),
+    "purple": (0.6, 0.2, 0.85),
+    "pink": (1.0, 0.55, 0.8),
+    "white": (1.0, 1.0, 1.0),
+}
+FRAMES, SIDE = 8, 32
+MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor
+    "moving left": (-0.7, 0.0, 1.0),
+    "moving right": (0.7, 0.0, 1.0),
+    "rising": (0.0, -0.7, 1.0),
+    "falling": (0.0, 0.7, 1.0),
+    "growing": (0.0, 0.0, 1.9),
+    "shrinking": (0.0, 0.0, 1 / 1.9),
+}
+
+
+class CaptionedImages(Dataset, abc.ABC):
+    """Items (x0 in [-1, 1], number of its caption), `variants` of them for each garment.
+
+    captions: all there are. fingerprint: SHA-256 of what the items are made of.
+    """
+
+    captions: list[str]
+
+    def __init__(self, root: str, split: str, variants: int):
+        self.garments, self.labels = fashion_mnist(root, split, SIDE)
+        self.variants = variants
+        made_of = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
+        made_of.update(repr((type(self).__name__, self.captions, variants)).encode())
+        self.fingerprint = made_of.hexdigest()
+
+    def __len__(self) -> int:
+        return self.variants * len(self.garments)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        garment, variant = divmod(i, self.variants)
+        return self._make(self.garments[garment], int(self.labels[garment]), variant, i)
+
+    @abc.abstractmethod
+    def _make(self, garment: Tensor, label: int, variant: int, i: int) -> tuple[Tensor, int]:
+        """garment (1, 32, 32), one of the variants 0 .. variants - 1 -> item i."""
+
+
+class ColouredFashion(CaptionedImages):
+    """(3, 32, 32): every garment once in each of eight colours, on black; "a red sneaker"."""
+
+    def __init__(self, root: str, split: str):
+        self.captions = [
+            f"{'an' if colour == 'orange' else 'a'} {colour} {garment}"
+            for garment, colour in product(GARMENTS, COLOURS)
+        ]
+        self.colours = torch.tensor(list(COLOURS.values()))[:, :, None, None]
+        super().__init__(root, split, len(COLOURS))
+
+    def _make(self, garment: Tensor, label: int, variant: int, i: int) -> tuple[Tensor, int]:
+        return (garment + 1) * self.colours[variant] - 1, label * self.variants + variant
+
+
+class MovingFashion(CaptionedImages):
+    """(1, 8, 32, 32): every garment once in each of six moves, from a place and at a size of its own; "boot rising"."""
+
+    def __init__(self, root: str, split: str):
+        self.captions = [f"{garment} {move}" for garment, move in product(GARMENTS, MOVES)]
+        super().__init__(root, split, len(MOVES))
+
+    def _make(self, garment: Tensor, label: int, variant: int, i: int) -> tuple[Tensor, int]:
+        *travel, growth = list(MOVES.values())[variant]
+        draw = np.random.default_rng((0, i))
+        jitter = [0.1 if growth != 1 else 0.04 if along else 0.3 for along in travel]
+        middle = torch.tensor(draw.uniform(-1, 1, 2) * jitter, dtype=torch.float32)
+        clock = torch.linspace(-0.5, 0.5, FRAMES)[:, None]
+        size = draw.uniform(0.6, 0.7) * growth**clock
+        centre = middle + clock * torch.tensor(travel)
+        where = torch.cat(
+            [torch.eye(2) / size[..., None], -(centre / size)[..., None]], dim=2
+        )  # from canvas to garment
+        places = F.affine_grid(where, [FRAMES, 1, SIDE, SIDE], align_corners=False)
+        frames = F.grid_sample((garment + 1).expand(FRAMES, -1, -1, -1), places, align_corners=False)
+        return frames.movedim(0, 1) - 1, label * self.variants + variant
