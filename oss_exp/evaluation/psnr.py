@@ -1,4 +1,4 @@
-"""PSNR per image, and the intervals that make means comparable.
+"""PSNR per image or video, and the intervals that make means comparable.
 
 Pixels are in [0, 1], decoded and clipped; the reference is the teacher's image from the same noise and condition.
 """
@@ -16,10 +16,20 @@ CEILING = 120.0  # dB; stands for images that are equal to float32 precision, wh
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """images, reference (B, ...) in [0, 1] -> (B,) 10 log10(1 / MSE) in dB, at most 120."""
+    """images, reference (B, ...) in [0, 1] -> (B,) 10 log10(1 / MSE) in dB, at most 120.
+
+    Of videos (B, C, F, H, W) it is the mean over their frames.
+    """
+    if images.ndim == 5:
+        return psnr(frames_of(images), frames_of(reference)).unflatten(0, (len(images), -1)).mean(1)
     dims = tuple(range(1, images.ndim))
     value = peak_signal_noise_ratio(images.double(), reference.double(), 1.0, dim=dims, reduction="none")
     return value.clamp(max=CEILING)
+
+
+def frames_of(videos: Tensor) -> Tensor:
+    """(B, C, F, H, W) -> (B F, C, H, W), those of a video in a row; images (B, C, H, W) as they are."""
+    return videos.movedim(2, 1).flatten(0, 1) if videos.ndim == 5 else videos
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,5 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
         logger.log_table("comparison", columns=header, data=cells)
         for name in ("schedules", "samples"):
             logger.log_image(name, [str(folder / f"{name}.png")])
+        if (folder / "samples.gif").exists():
+            logger.log_video("videos", [str(folder / "samples.gif")], format=["gif"])

@@ -36,10 +36,14 @@ def write(folder: Path) -> None:
     if (folder / "metrics.json").exists():
         results = read_run(folder)
         lines = compare(results)
-        with np.load(folder / "samples.npz") as pictures:
-            made.append(write_atomically(folder / "samples.png", plots.samples(dict(pictures), results)))
+        with np.load(folder / "samples.npz") as file:
+            pictures = dict(file)
+        made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
+        if (moving := plots.animation(pictures, results)) is not None:
+            made.append(write_atomically(folder / "samples.gif", moving))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
-        made.append(_page(folder, _title(folder), lines, plans, ["schedules.png", "samples.png"]))
+        shown = "samples.png" if moving is None else "samples.gif"
+        made.append(_page(folder, _title(folder), lines, plans, ["schedules.png", shown]))
         console.print(terminal(lines, _title(folder)))
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
@@ -136,7 +140,9 @@ def _page(
     body.append(f"</table><p>{html.escape(NOTE)}</p>")
     for name in pictures:
         data = base64.b64encode((folder / name).read_bytes()).decode()
-        body.append(f'<h2>{html.escape(Path(name).stem)}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+        body.append(
+            f'<h2>{html.escape(Path(name).stem)}</h2><img alt="{name}" src="data:image/{name[-3:]};base64,{data}">'
+        )
     body.append(f"<h2>times (1 noise, 0 data)</h2><pre>{html.escape(chr(10).join(_times(plans)))}</pre>")
     if (folder / "config.yaml").exists():
         body.append(f"<h2>configuration</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from oss_exp.report.results import Result
 from oss_exp.steps import StepSchedule
@@ -63,8 +64,27 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     return _png(figure)
 
 
+def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes | None:
+    """GIF: `samples` of at most 24 frames (n, F, H, W, C); None where samples are images."""
+    if pictures["teacher"].ndim == 4:
+        return None
+    count = pictures["teacher"].shape[1]
+    shown = np.linspace(0, count - 1, min(count, 24)).round().astype(int)
+    drawn = [samples({label: videos[:, [i]] for label, videos in pictures.items()}, results) for i in shown]
+    first, *others = (Image.open(io.BytesIO(each)).convert("RGB") for each in drawn)
+    buffer = io.BytesIO()
+    others = [each.resize(first.size) for each in others]
+    first.save(buffer, "gif", save_all=True, append_images=others, duration=125 * count // len(shown), loop=0)
+    return buffer.getvalue()
+
+
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
-    """PNG: the teacher and every schedule on the same noises, each with its absolute error (brighter is worse)."""
+    """PNG: the teacher and every schedule on the same noises, each with its absolute error (brighter is worse).
+
+    pictures: (n, H, W, C) bytes of each; of videos (n, F, H, W, C) the middle frame.
+    """
+    if pictures["teacher"].ndim == 5:
+        pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
     psnr = {f"{r.strategy} K={r.num_steps}": r.psnr.mean for r in results}
     teacher = pictures["teacher"].astype(float) / 255
     labels = sorted(

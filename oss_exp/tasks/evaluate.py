@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from oss_exp.calibration import amplitude
 from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
-from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.evaluation.psnr import Interval, frames_of, psnr
 from oss_exp.files import write_atomically
 from oss_exp.solvers import nfe
 from oss_exp.steps import StepSchedule
@@ -32,6 +33,7 @@ from oss_exp.tasks.data import HELD_OUT
 from oss_exp.tasks.search import Setting
 
 SHOWN = 8  # images a row in the picture of samples
+LARGEST = 256  # pixels a side of the videos there; they are for looking
 
 
 class EvaluateModule(L.LightningModule):
@@ -99,18 +101,18 @@ class EvaluateModule(L.LightningModule):
         images, the teacher's, and which samples come for the first time, of the batch's (b,) samples.
         """
         if label in self.metrics:
-            self.metrics[label].update(images[fresh], teacher[fresh], batch["label"][fresh])
-        shown = batch["index"] < HELD_OUT + (
-            self.trainer.datamodule.eval_samples if self.save_images == "npz" else SHOWN
-        )
-        self.pictures[label].append((batch["index"][shown], as_bytes(images[shown])))
+            frames = images.shape[2] if images.ndim == 5 else 1
+            labels = batch["label"][fresh].repeat_interleave(frames)
+            self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels)
+        everything = self.save_images == "npz"
+        shown = batch["index"] < HELD_OUT + (self.trainer.datamodule.eval_samples if everything else SHOWN)
+        pictures = images[shown] if everything else thumbnails(images[shown])
+        self.pictures[label].append((batch["index"][shown], as_bytes(pictures)))
         if self.save_images == "png":
-            for index, picture in zip(
-                (batch["index"] - HELD_OUT).tolist(), as_bytes(images).cpu().numpy(), strict=True
-            ):
-                buffer = io.BytesIO()
-                Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(buffer, "png")
-                write_atomically(self.folder / "images" / slug(label) / f"{index:06d}.png", buffer.getvalue())
+            kind = "gif" if images.ndim == 5 else "png"
+            for index, picture in zip((batch["index"] - HELD_OUT).tolist(), as_bytes(images).cpu(), strict=True):
+                file = self.folder / "images" / slug(label) / f"{index:06d}.{kind}"
+                write_atomically(file, encoded(picture.numpy()))
 
     def on_test_epoch_end(self) -> None:
         collective = DistributedCollective()
@@ -153,7 +155,7 @@ class EvaluateModule(L.LightningModule):
 
     @rank_zero_only
     def _write_images(self, label: str, images: np.ndarray) -> None:
-        """(n, H, W, C) bytes, as ADM's sample batches."""
+        """(n, H, W, C) bytes, as ADM's sample batches; (n, F, H, W, C) of videos."""
         buffer = io.BytesIO()
         np.savez(buffer, arr_0=images)
         write_atomically(self.folder / "images" / f"{slug(label)}.npz", buffer.getvalue())
@@ -239,7 +241,27 @@ def spread(x: Tensor) -> Tensor:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """(B, C, H, W) in [0, 1] -> uint8 (B, H, W, C); of a video (B, C, F, H, W) the middle frame."""
-    if images.ndim == 5:
-        images = images[:, :, images.shape[2] // 2]
+    """(B, C, H, W) or (B, C, F, H, W) in [0, 1] -> uint8 (B, H, W, C) or (B, F, H, W, C)."""
     return (images * 255).round().byte().movedim(1, -1).contiguous()
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Videos (B, C, F, H, W) of at most 256 pixels a side, the shape kept; images as they are."""
+    factor = LARGEST / max(images.shape[-2:])
+    if images.ndim < 5 or factor >= 1 or len(images) == 0:
+        return images
+    size = [max(1, round(factor * side)) for side in images.shape[-2:]]
+    small = F.interpolate(frames_of(images), size=size, mode="area")
+    return small.unflatten(0, (len(images), -1)).movedim(1, 2)
+
+
+def encoded(picture: np.ndarray) -> bytes:
+    """uint8 (H, W, C) -> PNG; (F, H, W, C) -> animated GIF, eight frames a second."""
+    grey, buffer = picture.shape[-1] == 1, io.BytesIO()
+    picture = picture[..., 0] if grey else picture
+    if picture.ndim == (2 if grey else 3):
+        Image.fromarray(picture).save(buffer, "png")
+    else:
+        first, *others = map(Image.fromarray, picture)
+        first.save(buffer, "gif", save_all=True, append_images=others, duration=125, loop=0)
+    return buffer.getvalue()

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.utils import make_grid
 
 import oss_exp
+from oss_exp.evaluation.psnr import frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
 from oss_exp.models.network import UNTRAINED, Network
@@ -259,14 +260,14 @@ class PretrainModule(L.LightningModule):
     def _grid(self) -> np.ndarray:
         """(H, W, 3) bytes: a row of samples, or of a video's frames, for some conditions each, from the same noises."""
         shape, count = self.model.event_shape, self.model.num_conditions
-        rows = torch.arange(min(count, 10), device=self.device) * max(count // 10, 1) if count else None
+        rows = torch.linspace(0, count - 1, min(count, 10), device=self.device).round().long() if count else None
         noise = torch.randn(1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0))
         times = FlowSchedule(1.0).nodes(GRID_STEPS)
         condition = None if rows is None else rows.repeat_interleave(len(noise))
         steps = StepSchedule(times, "pinned", float(times[0]))
         noise = noise.to(self.device, self.dtype).repeat(1 if rows is None else len(rows), *[1] * len(shape))
         pictures = self.model.generate(Euler(), steps, noise, condition)
-        pictures = pictures.movedim(2, 1).flatten(0, 1) if pictures.ndim == 5 else pictures
+        pictures = frames_of(pictures)
         grid = make_grid(pictures, nrow=len(pictures) // (1 if rows is None else len(rows)))[:3]
         return (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 

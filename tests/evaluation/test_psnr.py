@@ -15,13 +15,19 @@ def pictures(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, reference
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (3, 1, 5, 7), (2, 3, 4, 6, 6)])
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (3, 1, 5, 7)])
 def test_psnr_is_10_log10_of_one_over_each_images_own_mse(shape):
     images, reference = pictures(*shape)
     squares = (images.double().numpy() - reference.double().numpy()) ** 2
     expected = [10 * math.log10(1 / square.mean()) for square in squares]
     # 1e-7: torchmetrics divides by log(10) in float32.
     np.testing.assert_allclose(psnr(images, reference).numpy(), expected, rtol=1e-7)
+
+
+def test_psnr_of_a_video_is_the_mean_of_its_frames():
+    videos, reference = pictures(2, 3, 4, 6, 6)
+    frames = torch.stack([psnr(videos[:, :, i], reference[:, :, i]) for i in range(4)])
+    torch.testing.assert_close(psnr(videos, reference), frames.mean(0))
 
 
 def test_psnr_of_an_image_does_not_depend_on_its_batch():

@@ -1,0 +1,110 @@
+"""A video model through the whole job: PSNR by frames, moving pictures, frames as images of the other metrics."""
+
+import io
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_cli
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+
+from oss_exp.cli import CONF
+from oss_exp.evaluation.metrics import FID
+from oss_exp.evaluation.psnr import frames_of, psnr
+from oss_exp.files import save_asset
+from oss_exp.models.weights import randomise
+from oss_exp.tasks.evaluate import as_bytes, encoded, thumbnails
+
+SMALL = ["model=video_fashion", "model.backbone.network.num_layers=1", "model.backbone.network.features=16"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        model = instantiate(compose("config", [*SMALL, "model.checkpoint=untrained"]).model)
+    randomise(model.backbone, torch.Generator().manual_seed(0))
+    save_asset(folder / "w.safetensors", model.backbone.state_dict(), {})
+    run_cli(
+        *SMALL,
+        f"model.checkpoint={folder / 'w.safetensors'}",
+        "data=prompts",
+        "data.prompts=moving_fashion.txt",
+        "data.search_samples=2",
+        "data.eval_samples=4",
+        "data.per_sample=2",
+        "data.batch_size=3",
+        "num_teacher_steps=6",
+        "num_steps=[2]",
+        "stepsize=[ddim,oss_shared]",
+        "distance=select",
+        "distance.frames=4",
+        "evaluation.metrics=[psnr,fid]",
+        "evaluation.save_images=npz",
+        "logger=wandb",
+        f"hydra.run.dir={folder / 'run'}",
+    )
+    return folder / "run"
+
+
+def videos(run, name: str) -> torch.Tensor:
+    """(n, C, F, H, W) in [0, 1]."""
+    return torch.from_numpy(np.load(run / "images" / f"{name}.npz")["arr_0"]).double().movedim(4, 1) / 255
+
+
+def test_psnr_is_by_frames(run):
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    assert videos(run, "teacher").shape == (4, 1, 8, 32, 32)
+    for row in rows:
+        expected = psnr(videos(run, f"{row['strategy']}_2"), videos(run, "teacher"))
+        np.testing.assert_allclose(row["per_image"]["psnr"], expected, atol=0.05)  # bytes
+
+
+def test_frames_are_the_images_of_other_metrics(run):
+    found = json.loads((run / "metrics.json").read_text())["rows"][0]["metrics"]["fid"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config").evaluation
+    metric = FID(instantiate(cfg.extractor), instantiate(cfg.reference), num_images=None)
+    frames = frames_of(videos(run, "ddim_2")).float()
+    metric.update(frames, frames, torch.zeros(len(frames)))
+    assert found == pytest.approx(metric.compute()["fid"], rel=1e-2)  # bytes
+
+
+def test_the_report_moves(run):
+    picture = Image.open(run / "samples.gif")
+    assert picture.n_frames == 8
+    seen = []
+    for frame in range(8):
+        picture.seek(frame)
+        seen.append(np.asarray(picture.convert("RGB")))
+    assert all((one != other).any() for one, other in pairwise(seen))
+    assert "data:image/gif;base64," in (run / "report.html").read_text()
+    assert list(run.rglob("*.gif"))[1:], "W&B has its copy"
+
+
+def test_a_video_is_encoded_as_it_is():
+    frames = np.random.default_rng(0).integers(0, 2, (3, 4, 5, 1), dtype=np.uint8) * 255
+    picture = Image.open(io.BytesIO(encoded(frames)))
+    assert picture.format == "GIF"
+    for number, frame in enumerate(frames):
+        picture.seek(number)
+        assert np.array_equal(np.asarray(picture.convert("L")), frame[..., 0])
+    rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded(rgb)))), rgb)
+
+
+def test_large_videos_are_shown_small():
+    wide = torch.rand(2, 3, 5, 40, 1024)
+    assert thumbnails(wide).shape == (2, 3, 5, 10, 256)
+    torch.testing.assert_close(
+        thumbnails(wide)[:, :, 2], torch.nn.functional.interpolate(wide[:, :, 2], (10, 256), mode="area")
+    )
+    assert thumbnails(wide[:0]).shape == wide[:0].shape
+    small, pictures = torch.rand(2, 3, 5, 32, 32), torch.rand(2, 3, 1024, 1024)
+    assert thumbnails(small) is small
+    assert thumbnails(pictures) is pictures
+    assert as_bytes(small).shape == (2, 5, 32, 32, 3)
