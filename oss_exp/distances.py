@@ -11,6 +11,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -89,11 +91,16 @@ class Inception(X0MSE):
     decode: Callable[[Tensor], Tensor] | None = None
 
     def bind(self, model: nn.Module) -> Inception:
-        return replace(self, decode=model.decode)
+        return replace(self, decode=partial(_decoded, model))
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
         images = self.decode(super().features(x, t, velocity))
-        return self.extractor.to(images.device)(images)
+        return self.extractor.to(images.device)(images).to(x.device)
+
+
+def _decoded(model: nn.Module, x0: Tensor) -> Tensor:
+    """On the model's device, wherever the states are."""
+    return model.decode(x0.to(next(chain(model.parameters(), model.buffers()), x0).device))
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class Perceptual(Distance):
             if velocity.mixed_within != (0.0, 1.0):  # the second answers are of some rows only
                 outputs = outputs[: len(rows[0])]
             # Several calls with a row each, or one with several rows a sample: (c * M, ...) -> (M, c * F).
-            return outputs.flatten(1).unflatten(0, (-1, len(rows[0]))).transpose(0, 1).flatten(1)
+            return outputs.flatten(1).unflatten(0, (-1, len(rows[0]))).transpose(0, 1).flatten(1).to(rows[0].device)
 
         handle = self.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
         try:

@@ -22,14 +22,14 @@ from oss_exp.models.prompts import read_prompts
 class Words:
     """Prompts of at most `length` words of `vocabulary` -> tensors by name.
 
-    text (P, L, W): 1 at each place's word, 0 at places without; mask (P, L): which have one; pooled (P, W): how often
-    each word is there.
+    text (P, L, W): `scale` at each place's word, 0 at places without; mask (P, L): which have one; pooled (P, W): their
+    sum. With a scale of sqrt(W) a word is as large as the features that a layer's initial weights are made for.
     """
 
-    def __init__(self, vocabulary: Sequence[str], length: int):
+    def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0):
         self.numbers = {word: number for number, word in enumerate(vocabulary)}
-        self.length = length
-        self.fingerprint = sha256(repr((list(vocabulary), length)).encode())
+        self.length, self.scale = length, scale
+        self.fingerprint = sha256(repr((list(vocabulary), length, scale)).encode())
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """ValueError for a word that is not in the vocabulary, or too many of them."""
@@ -44,7 +44,7 @@ class Words:
             if len(words) > self.length:
                 raise ValueError(f"prompt {prompt!r} has {len(words)} words, the model reads {self.length}")
             for place, word in enumerate(words):
-                row[place, self.numbers[word]] = 1
+                row[place, self.numbers[word]] = self.scale
         return {"text": text, "mask": text.any(dim=2), "pooled": text.sum(dim=1)}
 
 

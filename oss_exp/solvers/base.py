@@ -64,6 +64,14 @@ class BoundVelocity:
         parts = [slice(start, start + self.micro_batch) for start in range(0, len(x), self.micro_batch)]
         return torch.cat([self.fn(x[part], t[part], None if rows is None else rows[part]) for part in parts])
 
+    def offloaded(self, device: torch.device) -> BoundVelocity:
+        """The same for rows in host memory, of which a micro-batch at a time goes to the network's device."""
+
+        def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            return self.fn(x.to(device), t.to(device), condition).to(x.device)
+
+        return replace(self, fn=fn)
+
     def subset(self, samples: Tensor) -> BoundVelocity:
         """The same for these of the B samples only, (b,) positions."""
         return replace(self, condition=None if self.condition is None else self.condition[samples])

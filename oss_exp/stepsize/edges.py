@@ -22,7 +22,8 @@ from oss_exp.solvers.sampling import remember_parts
 from oss_exp.stepsize.base import Collective, Problem, sample_means
 
 COST_FLOOR = 1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
-SCORE_GROUP = 16  # samples whose inner products are taken at a time; bounds the float64 copies
+SCORE_GROUP = 16  # samples, and
+SCORE_FEATURES = 1 << 16  # features, whose inner products are taken at a time; they bound the float64 copies
 REWEIGHTINGS = 4  # least squares solved for a mean of logarithms
 BLOCK = 20  # nodes whose inner products are taken at a time; those with earlier nodes are skipped
 
@@ -213,11 +214,13 @@ class LinearEdges(Edges):
         for first in range(0, count, SCORE_GROUP):
             part = slice(first, first + SCORE_GROUP)
             u = _features(problem, vectors[:, part])  # (g, W, F)
-            goal = torch.stack([problem.goals[aim][part] for aim in self.aims], dim=1).flatten(2).double()  # (g, A, F)
-            for block in blocks:
-                rows = slice(block.start, block.stop)
-                low = int(torch.searchsorted(self.aims, nodes[block.start].min(), right=True))
-                result[rows, part, low:] = torch.bmm(u[:, rows], goal[:, low:].mT).transpose(0, 1)
+            goals = [problem.goals[aim][part].flatten(1) for aim in self.aims]  # A times (g, F)
+            for some in _slices(u.shape[2]):
+                own, goal = u[..., some].double(), torch.stack([each[:, some] for each in goals], dim=1).double()
+                for block in blocks:
+                    rows = slice(block.start, block.stop)
+                    low = int(torch.searchsorted(self.aims, nodes[block.start].min(), right=True))
+                    result[rows, part, low:] += torch.bmm(own[:, rows], goal[:, low:].mT).transpose(0, 1)
         return result.flatten(0, 1)
 
     def _costs(self, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -319,12 +322,17 @@ def _inner_products(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
     parts = []
     for first in range(0, len(problem.noise), SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
-        vectors = torch.stack([_features(problem, u[:, part]) for u in basis], dim=2)  # (g, S, P, F)
-        parts.append(vectors @ vectors.mT)
+        vectors = [_features(problem, u[:, part]) for u in basis]  # P times (g, S, F)
+        slices = (torch.stack([u[..., some].double() for u in vectors], dim=2) for some in _slices(vectors[0].shape[2]))
+        parts.append(sum(some @ some.mT for some in slices))  # (g, S, P, P)
     return torch.cat(parts).transpose(0, 1)
 
 
 def _features(problem: Problem, states: Tensor) -> Tensor:
-    """(W, g, *E) -> (g, W, F) float64, under a linear distance."""
+    """(W, g, *E) -> (g, W, F), under a linear distance."""
     features = problem.distance.features(states.flatten(0, 1), problem.grid, problem.velocity)
-    return features.flatten(1).unflatten(0, states.shape[:2]).transpose(0, 1).double()
+    return features.flatten(1).unflatten(0, states.shape[:2]).transpose(0, 1)
+
+
+def _slices(features: int) -> list[slice]:
+    return [slice(first, first + SCORE_FEATURES) for first in range(0, features, SCORE_FEATURES)]

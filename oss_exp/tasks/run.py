@@ -71,6 +71,8 @@ class Run:
         )
         if (calibration := self.setting.solver.calibration) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
+        if not isinstance(cfg.offload_states, bool):
+            raise ValueError(f"offload_states must be true or false, got {cfg.offload_states!r}")
         if cfg.run_orders not in ("searched", "fixed"):
             raise ValueError(f"run_orders must be searched or fixed, got {cfg.run_orders!r}")
         self.strategies = {name: instantiate(strategy, _convert_="all") for name, strategy in cfg.stepsize.items()}
@@ -91,7 +93,13 @@ class Run:
     def plan(self) -> None:
         folder = self.folder / "schedules"
         module = SearchModule(
-            self.setting, self.strategies, self.num_steps, folder, self.about, self.config["stepsize"]
+            self.setting,
+            self.strategies,
+            self.num_steps,
+            folder,
+            self.about,
+            self.config["stepsize"],
+            self.cfg.offload_states,
         )
         self.trainer.predict(module, datamodule=self.data, return_predictions=False)
 

@@ -61,6 +61,7 @@ class SearchModule(L.LightningModule):
     """Plans every strategy for every K. Loader 0 brings the search set, loader 1 the noises of per-sample strategies.
 
     Writes `<folder>/<strategy>_<K>.json`, each with the provenance of the run and what planning it cost.
+    offload_states: keep all states in host memory; the network alone is on the device.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class SearchModule(L.LightningModule):
         folder: Path,
         provenance: Mapping[str, Any],
         strategy_configs: Mapping[str, Mapping[str, Any]],
+        offload_states: bool = False,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.strategies, self.num_steps = setting, strategies, num_steps
         self.folder, self.provenance, self.strategy_configs = folder, provenance, strategy_configs
+        self.offload_states = offload_states
         self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -100,9 +103,12 @@ class SearchModule(L.LightningModule):
         if not batches:
             raise ValueError("a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample")
         batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+        velocity = self.setting.velocity(batch)
+        if self.offload_states:
+            velocity, batch = velocity.offloaded(self.device), {key: each.cpu() for key, each in batch.items()}
         classes = self.setting.classes(batch)
         return Problem(
-            velocity=meter.counted(self.setting.velocity(batch)),
+            velocity=meter.counted(velocity),
             noise=self.setting.first_state(batch["noise"]),
             grid=self.setting.grid,
             solver=self.setting.solver,

@@ -35,6 +35,15 @@ def test_a_word_is_a_feature_at_its_place():
     assert torch.equal(encoded["pooled"], torch.stack([red + boot, none, red + 2 * boot]))
 
 
+def test_the_scale_is_of_all_features():
+    one, four = Words(["red", "boot"], 2), Words(["red", "boot"], 2, scale=4.0)
+    (text, mask, pooled), found = one(["red boot"]).values(), four(["red boot"])
+    assert torch.equal(found["text"], 4 * text)
+    assert torch.equal(found["mask"], mask)
+    assert torch.equal(found["pooled"], 4 * pooled)
+    assert one.fingerprint != four.fingerprint
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -43,6 +43,22 @@ def test_conditions_of_any_shape_are_tiled_whole():
     assert torch.equal(v, torch.cat([condition, condition]))
 
 
+def test_a_network_elsewhere_gets_a_micro_batch_at_a_time(mixture, rows):
+    """Elsewhere is torch's meta device here, which has shapes but no numbers."""
+    x, t, label = rows
+    seen = []
+
+    def network(x, t, y):
+        seen.append((x.device.type, t.device.type, y.device.type, len(x)))
+        return torch.zeros(x.shape)
+
+    v = BoundVelocity(network, label.to("meta"), 4).offloaded(torch.device("meta"))(x, t)
+    assert seen == [("meta", "meta", "meta", 4), ("meta", "meta", "meta", 2)]
+    assert v.device.type == "cpu"
+    here = mixture.velocity(label, Guidance(1.5))
+    assert torch.equal(here.offloaded(torch.device("cpu"))(x, t), here(x, t))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_a_subset_gives_the_rows_of_the_whole(guidance, mixture, rows):
     x, t, label = rows

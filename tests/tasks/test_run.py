@@ -293,6 +293,13 @@ def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
     assert "oss_shared K=4 analytic, orders 1-" in (multistep / "report.html").read_text()
 
 
+def test_states_in_host_memory_change_nothing(multistep, tmp_path, capsys):
+    assert times(oss_exp(tmp_path / "run", *MULTISTEP, "offload_states=true")) == times(multistep)
+    with pytest.raises(SystemExit):
+        oss_exp(tmp_path / "none", "offload_states=maybe")
+    assert "offload_states must be true or false, got 'maybe'" in capsys.readouterr().err
+
+
 def test_fixed_orders_ignore_what_the_search_chose(multistep, tmp_path):
     fixed = oss_exp(tmp_path / "run", *MULTISTEP, "run_orders=fixed")
     assert times(fixed) == times(multistep)
