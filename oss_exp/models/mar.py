@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from oss_exp.models.dit import Frequencies
 from oss_exp.models.guidance import NO_CLASS, Guidance
 from oss_exp.models.published import Published
+from oss_exp.models.weights import xavier
 from oss_exp.noise import DDIMSchedule
 from oss_exp.solvers import BoundVelocity, Euler, Solver, sample
 from oss_exp.steps import StepSchedule
@@ -139,6 +140,7 @@ class MARNetwork(nn.Module):
         self.decoder_norm = layer_norm(decoder_embed_dim)
         self.diffusion_pos_embed_learned = learned(1, places, decoder_embed_dim)
         self.diffloss = nn.ModuleDict({"net": Head(token_dim, decoder_embed_dim, diffloss_d, diffloss_w)})
+        self.apply(xavier)
 
     def forward(self, x: Tensor, clock: Tensor, contexts: Tensor) -> Tensor:
         return self.diffloss["net"](x, clock, contexts).chunk(2, dim=-1)[0]

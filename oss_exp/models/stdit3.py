@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.models.dit import Frequencies
+from oss_exp.models.weights import xavier
 
 
 class STDiT3(nn.Module):
@@ -44,6 +45,7 @@ class STDiT3(nn.Module):
         self.spatial_blocks = nn.ModuleList(Block(features, num_heads) for _ in range(num_layers))
         self.temporal_blocks = nn.ModuleList(Block(features, num_heads) for _ in range(num_layers))
         self.final_layer = FinalLayer(features, patch**2 * 2 * channels)
+        self.apply(xavier)
 
     def forward(
         self,

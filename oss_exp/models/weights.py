@@ -253,6 +253,13 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(values)
 
 
+def xavier(module: nn.Module) -> None:
+    """A linear layer as transformers' authors begin training: signals keep their size, which torch's default halves."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 def digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and numbers: the same whatever file they were in, and in which order."""
     found = hashlib.sha256()
