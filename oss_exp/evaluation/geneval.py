@@ -1,0 +1,186 @@
+"""GenEval: does a picture show what its prompt asks for? (Ghosh et al. 2023, arXiv 2310.11513.)
+
+A detector says which objects are in a picture, a classifier which colour they have; the rules here are pure functions
+of what they said. An object is a box (x1, y1, x2, y2) in pixels with a score; objects are listed by class, in any order.
+The rules and their thresholds are those of the published program, its quirks too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oss_exp.evaluation.psnr import Interval
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
+Box = Sequence[float]
+"""x1, y1, x2, y2, score."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which of the detector's objects count.
+
+    threshold:          the score that they must exceed; counting_threshold: for prompts that ask for a number.
+    max_objects:        of a class, the most confident ones.
+    max_overlap:        IoU from which the less confident of two is dropped; 1: none is.
+    position_threshold: share of the two sizes that an offset must exceed.
+    """
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0
+    position_threshold: float = 0.1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """reasons: what is wrong, empty where all is right. objects: those that counted, the most confident first."""
+
+    reasons: tuple[str, ...]
+    objects: Mapping[str, Sequence[Box]]
+
+    @property
+    def correct(self) -> bool:
+        return not self.reasons
+
+
+def judge(
+    wanted: Mapping[str, Any],
+    found: Mapping[str, Sequence[Box]],
+    colour_of: Callable[[str, Box], str],
+    rules: Rules = Rules(),
+) -> Verdict:
+    """Is what a line of GenEval's metadata wants among what was found? colour_of(class, box): asked only if it matters.
+
+    Of a class as many objects as wanted are looked at, the most confident: all must have the colour, and all must stand
+    where they should to all objects of the clause they are related to. `exclude` bounds their number.
+    """
+    objects = {name: kept for name, boxes in found.items() if (kept := counted(boxes, wanted["tag"], rules))}
+    reasons: list[str] = []
+    groups: list[Sequence[Box] | None] = []  # of each clause, where it is satisfied
+    for clause in wanted["include"]:
+        name, count = clause["class"], clause["count"]
+        seen = objects.get(name, [])[:count]
+        wrong = _clause(clause, seen, groups, colour_of, rules)
+        reasons += wrong
+        groups.append(None if wrong else seen)
+    for clause in wanted.get("exclude", ()):
+        name, count = clause["class"], clause["count"]
+        if len(objects.get(name, [])) >= count:
+            reasons.append(f"expected {name}<{count}, found {len(objects[name])}")
+    return Verdict(tuple(reasons), objects)
+
+
+def _clause(
+    clause: Mapping[str, Any],
+    seen: Sequence[Box],
+    groups: Sequence[Sequence[Box] | None],
+    colour_of: Callable[[str, Box], str],
+    rules: Rules,
+) -> list[str]:
+    """What is wrong with the objects seen."""
+    name, count = clause["class"], clause["count"]
+    if len(seen) < count:
+        return [f"expected {name}>={count}, found {len(seen)}"]
+    if "color" in clause:
+        colours, colour = [colour_of(name, box) for box in seen], clause["color"]
+        if (right := colours.count(colour)) < count:
+            others = ", ".join(f"{colours.count(other)} {other}" for other in COLOURS if other in colours)
+            return [f"expected {colour} {name}>={count}, found {right} {colour}; and {others}"]
+    if "position" in clause:
+        relation, target = clause["position"]
+        if groups[target] is None:
+            return [f"no target for {name} to be {relation}"]
+        for box in seen:
+            for other in groups[target]:
+                relations = relative_position(box, other, rules.position_threshold)
+                if relation not in relations:
+                    return [f"expected {name} {relation} target, found {' and '.join(relations)} target"]
+    return []
+
+
+def counted(boxes: Sequence[Box], tag: str, rules: Rules) -> list[Box]:
+    """Those of a class that count for a prompt of this tag, the most confident first."""
+    least = rules.counting_threshold if tag == "counting" else rules.threshold
+    # Of equals the last comes first, as in the original.
+    confident = sorted((box for box in reversed(boxes) if box[4] > least), key=lambda box: -box[4])
+    kept: list[Box] = []
+    for box in confident[: rules.max_objects]:
+        if rules.max_overlap == 1 or all(iou(box, other) < rules.max_overlap for other in kept):
+            kept.append(box)
+    return kept
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of boxes whose last pixel is theirs."""
+
+    def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
+
+    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    union = area(*a[:4]) + area(*b[:4]) - common
+    return common / union if union else 0.0
+
+
+def relative_position(a: Box, b: Box, threshold: float) -> list[str]:
+    """Where a is, seen from b: of left of, right of, above and below none, one, or two for a diagonal.
+
+    Offsets of the middles count for what exceeds `threshold` of the two sizes together, in units of the whole offset.
+    """
+    boxes = np.asarray([a[:4], b[:4]], dtype=float).reshape(2, 2, 2)  # (box, corner, axis)
+    middles, sizes = boxes.mean(1), np.abs(boxes[:, 1] - boxes[:, 0])
+    offset = middles[0] - middles[1]
+    excess = np.maximum(np.abs(offset) - threshold * sizes.sum(0), 0) * np.sign(offset)
+    if not excess.any():
+        return []
+    x, y = excess / np.linalg.norm(offset)
+    known = (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
+    return [name for name, holds in known if holds]
+
+
+def read_metadata(file: str | Path) -> list[dict[str, Any]]:
+    """Lines of GenEval's `evaluation_metadata.jsonl`; ValueError says which line is not as it should be."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"GenEval's prompts {path} do not exist; get prompts/evaluation_metadata.jsonl from "
+            "github.com/djghosh13/geneval"
+        )
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if record["tag"] not in TASKS or not record["include"] or not isinstance(record["prompt"], str):
+                raise ValueError("its tag, include or prompt")
+            for clause in [*record["include"], *record.get("exclude", ())]:
+                if not isinstance(clause["class"], str) or not isinstance(clause["count"], int):
+                    raise ValueError("a clause's class or count")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, is no metadata of GenEval: {error}") from None
+        found.append(record)
+    if not found:
+        raise ValueError(f"{path} has 0 prompts; get evaluation_metadata.jsonl again")
+    return found
+
+
+def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:
+    """Of each task that is there the share of right images, and `overall`, the mean of the tasks' shares.
+
+    Intervals are of 95 %, in percent; overall's is from the tasks' own variances.
+    """
+    tags, correct = np.asarray(tags), np.asarray(correct, dtype=float)
+    found = {task: Interval.of(correct[tags == task]) for task in TASKS if (tags == task).any()}
+    mean = float(np.mean([each.mean for each in found.values()]))
+    halves = [each.high - each.mean for each in found.values() if each.high is not None]
+    half = float(np.sqrt(np.sum(np.square(halves)))) / len(found) if len(halves) == len(found) else None
+    around = (None, None) if half is None else (mean - half, mean + half)
+    return {**found, "overall": Interval(mean, *around, len(correct))}
