@@ -1,8 +1,8 @@
 """GenEval: does a picture show what its prompt asks for? (Ghosh et al. 2023, arXiv 2310.11513.)
 
-A detector says which objects are in a picture, a classifier which colour they have; the rules here are pure functions
-of what they said. An object is a box (x1, y1, x2, y2) in pixels with a score; objects are listed by class, in any order.
-The rules and their thresholds are those of the published program, its quirks too.
+A detector says which objects are in a picture, a classifier which colour they have; the rules are pure functions of
+what they said, those of the published program, its quirks too. An object is a box (x1, y1, x2, y2) in pixels with a
+score; objects are listed by class, in any order.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def judge(
     objects = {name: kept for name, boxes in found.items() if (kept := counted(boxes, wanted["tag"], rules))}
     reasons: list[str] = []
     groups: list[Sequence[Box] | None] = []  # of each clause, where it is satisfied
-    for clause in wanted["include"]:
+    for clause in wanted.get("include", ()):
         name, count = clause["class"], clause["count"]
         seen = objects.get(name, [])[:count]
         wrong = _clause(clause, seen, groups, colour_of, rules)
