@@ -24,12 +24,13 @@ class Words:
 
     text (P, L, W): `scale` at each place's word, 0 at places without; mask (P, L): which have one; pooled (P, W): their
     sum. With a scale of sqrt(W) a word is as large as the features that a layer's initial weights are made for.
+    ordered: text (P, L, W + L) says also which place it is, for networks that do not count the tokens of a text.
     """
 
-    def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0):
+    def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0, ordered: bool = False):
         self.numbers = {word: number for number, word in enumerate(vocabulary)}
-        self.length, self.scale = length, scale
-        self.fingerprint = sha256(repr((list(vocabulary), length, scale)).encode())
+        self.length, self.scale, self.ordered = length, scale, ordered
+        self.fingerprint = sha256(repr((list(vocabulary), length, scale, ordered)).encode())
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """ValueError for a word that is not in the vocabulary, or too many of them."""
@@ -45,7 +46,11 @@ class Words:
                 raise ValueError(f"prompt {prompt!r} has {len(words)} words, the model reads {self.length}")
             for place, word in enumerate(words):
                 row[place, self.numbers[word]] = self.scale
-        return {"text": text, "mask": text.any(dim=2), "pooled": text.sum(dim=1)}
+        mask, pooled = text.any(dim=2), text.sum(dim=1)
+        if self.ordered:
+            places = self.scale * torch.eye(self.length).expand(len(text), -1, -1)
+            text = torch.cat([text, places * mask[:, :, None]], dim=2)
+        return {"text": text, "mask": mask, "pooled": pooled}
 
 
 class Worded(Prompted):

@@ -40,32 +40,32 @@ MOVES = {  # over all frames: across and down, in halves of the picture, and the
 
 
 class CaptionedImages(Dataset, abc.ABC):
-    """Items (x0 in [-1, 1], number of its caption), `variants` of them for each garment.
+    """Items (x0 in [-1, 1], number of its caption).
 
-    captions: all there are. fingerprint: SHA-256 of what the items are made of.
+    captions: all there are. garments (n, 1, 32, 32), labels (n,): Fashion-MNIST's. fingerprint: SHA-256 of what the
+    items are made of.
     """
 
     captions: list[str]
 
-    def __init__(self, root: str, split: str, variants: int):
+    def __init__(self, root: str, split: str, items_each: int):
         self.garments, self.labels = fashion_mnist(root, split, SIDE)
-        self.variants = variants
+        self.items_each = items_each
         made_of = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
-        made_of.update(repr((type(self).__name__, self.captions, variants)).encode())
+        made_of.update(repr((type(self).__name__, self.captions, items_each)).encode())
         self.fingerprint = made_of.hexdigest()
 
     def __len__(self) -> int:
-        return self.variants * len(self.garments)
+        """As many items for each garment as were asked for."""
+        return self.items_each * len(self.garments)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        garment, variant = divmod(i, self.variants)
-        return self._make(self.garments[garment], int(self.labels[garment]), variant, i)
+        return self._make(i)
 
     @abc.abstractmethod
-    def _make(self, garment: Tensor, label: int, variant: int, i: int) -> tuple[Tensor, int]:
-        """garment (1, 32, 32), one of the variants 0 .. variants - 1 -> item i."""
+    def _make(self, i: int) -> tuple[Tensor, int]: ...
 
 
 class ColouredFashion(CaptionedImages):
@@ -79,8 +79,10 @@ class ColouredFashion(CaptionedImages):
         self.colours = torch.tensor(list(COLOURS.values()))[:, :, None, None]
         super().__init__(root, split, len(COLOURS))
 
-    def _make(self, garment: Tensor, label: int, variant: int, i: int) -> tuple[Tensor, int]:
-        return (garment + 1) * self.colours[variant] - 1, label * self.variants + variant
+    def _make(self, i: int) -> tuple[Tensor, int]:
+        garment, colour = divmod(i, len(COLOURS))
+        caption = int(self.labels[garment]) * len(COLOURS) + colour
+        return (self.garments[garment] + 1) * self.colours[colour] - 1, caption
 
 
 class MovingFashion(CaptionedImages):
@@ -90,8 +92,9 @@ class MovingFashion(CaptionedImages):
         self.captions = [f"{garment} {move}" for garment, move in product(GARMENTS, MOVES)]
         super().__init__(root, split, len(MOVES))
 
-    def _make(self, garment: Tensor, label: int, variant: int, i: int) -> tuple[Tensor, int]:
-        *travel, growth = list(MOVES.values())[variant]
+    def _make(self, i: int) -> tuple[Tensor, int]:
+        garment, move = divmod(i, len(MOVES))
+        *travel, growth = list(MOVES.values())[move]
         draw = np.random.default_rng((0, i))
         jitter = [0.1 if growth != 1 else 0.04 if along else 0.3 for along in travel]
         middle = torch.tensor(draw.uniform(-1, 1, 2) * jitter, dtype=torch.float32)
@@ -102,5 +105,6 @@ class MovingFashion(CaptionedImages):
             [torch.eye(2) / size[..., None], -(centre / size)[..., None]], dim=2
         )  # from canvas to garment
         places = F.affine_grid(where, [FRAMES, 1, SIDE, SIDE], align_corners=False)
-        frames = F.grid_sample((garment + 1).expand(FRAMES, -1, -1, -1), places, align_corners=False)
-        return frames.movedim(0, 1) - 1, label * self.variants + variant
+        shown = (self.garments[garment] + 1).expand(FRAMES, -1, -1, -1)
+        frames = F.grid_sample(shown, places, align_corners=False)
+        return frames.movedim(0, 1) - 1, int(self.labels[garment]) * len(MOVES) + move

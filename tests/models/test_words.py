@@ -35,6 +35,15 @@ def test_a_word_is_a_feature_at_its_place():
     assert torch.equal(encoded["pooled"], torch.stack([red + boot, none, red + 2 * boot]))
 
 
+def test_order_counts_where_it_is_told():
+    words = Words(["red", "boot"], 3, scale=2.0, ordered=True)
+    (text, mask, pooled), turned = words(["red boot"]).values(), words(["boot red"])
+    assert text[0].tolist() == [[2, 0, 2, 0, 0], [0, 2, 0, 2, 0], [0, 0, 0, 0, 0]]
+    assert turned["text"][0].tolist() == [[0, 2, 2, 0, 0], [2, 0, 0, 2, 0], [0, 0, 0, 0, 0]]
+    assert torch.equal(turned["pooled"], pooled)
+    assert mask.tolist() == [[True, True, False]]
+
+
 def test_the_scale_is_of_all_features():
     one, four = Words(["red", "boot"], 2), Words(["red", "boot"], 2, scale=4.0)
     (text, mask, pooled), found = one(["red boot"]).values(), four(["red boot"])

@@ -12,7 +12,7 @@ from oss_exp.tasks.captioned import COLOURS, GARMENTS, MOVES, CaptionedImages, C
 def test_every_caption_is_among_the_shipped_prompts(kind, file, fashion):
     images = kind(str(fashion), "train")
     assert sorted(read_prompts(find_asset(f"{file}_fashion.txt", "prompts"))) == sorted(images.captions)
-    assert len(images) == 2 * images.variants
+    assert len(images) == 2 * images.items_each
     with pytest.raises(IndexError):
         images[len(images)]
 
