@@ -15,19 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from oss_exp.evaluation.detectors import COLOURS, GARMENTS
 from oss_exp.tasks.data import fashion_mnist
 
-GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-COLOURS = {
-    "red": (0.95, 0.15, 0.15),
-    "orange": (1.0, 0.55, 0.1),
-    "yellow": (1.0, 0.95, 0.2),
-    "green": (0.15, 0.8, 0.25),
-    "blue": (0.2, 0.35, 1.0),
-    "purple": (0.6, 0.2, 0.85),
-    "pink": (1.0, 0.55, 0.8),
-    "white": (1.0, 1.0, 1.0),
-}
 FRAMES, SIDE = 8, 32
 MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor
     "moving left": (-0.7, 0.0, 1.0),

@@ -1,0 +1,105 @@
+"""Train the shipped detector of garments, by which our own GenEval judges pictures."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import oss_exp
+from oss_exp.evaluation.detectors import FashionDetector, look, targets
+from oss_exp.evaluation.geneval import scores
+from oss_exp.files import save_asset
+from oss_exp.tasks.captioned import SIDE
+from oss_exp.tasks.data import fashion_mnist
+from oss_exp.tasks.scenes import CANVAS, Wardrobe, listed
+
+
+def fit_detector(cfg: DictConfig) -> None:
+    """Write task.output (.safetensors and .json): trained on scenes of the train split, judged on the test split's."""
+    task, output = cfg.task, Path(cfg.task.output)
+    for name in ("steps", "batch_size"):
+        if not isinstance(task[name], int) or task[name] < 1:
+            raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
+    train_set, test_set = (Wardrobe(*fashion_mnist(cfg.data.root, split, SIDE)) for split in ("train", "test"))
+    torch.manual_seed(task.seed)
+    network = FashionDetector()
+    started = time.perf_counter()
+    train(network, AnyScenes(train_set, task.seed, task.steps * task.batch_size), task)
+    seconds = time.perf_counter() - started
+    network.eval()
+    right = ceiling(network, test_set, seed=1)
+    provenance = {
+        "name": output.stem,
+        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
+        **{key: value for key, value in task.items() if key not in ("_target_", "output")},
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "right_on_test_scenes": right,
+        "seconds": round(seconds),
+        "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {
+            "oss_exp": oss_exp.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    save_asset(output, {key: value.contiguous() for key, value in network.state_dict().items()}, provenance)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
+    Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
+
+
+class AnyScenes(Dataset):
+    """count scenes of one to four garments; item i, a function of (seed, i), is (image, heat, edges, middles)."""
+
+    def __init__(self, wardrobe: Wardrobe, seed: int, count: int):
+        self.wardrobe, self.seed, self.count = wardrobe, seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        draw = np.random.default_rng((self.seed, i))
+        image, objects = self.wardrobe.scene(self.wardrobe.anything(draw), draw)
+        return image, *targets([(each.garment, each.box) for each in objects], CANVAS)
+
+
+def train(network: FashionDetector, scenes: AnyScenes, task: DictConfig) -> None:
+    """Once through the scenes, in float32."""
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, task.steps, pct_start=0.1)
+    columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn())
+    clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clocks, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=task.steps, loss=math.nan)
+        for batch in DataLoader(scenes, task.batch_size):
+            loss = network.loss(*batch)
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is {loss.item()}; lower task.learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update(bar, advance=1, loss=loss.item())
+
+
+def ceiling(network: FashionDetector, wardrobe: Wardrobe, seed: int) -> dict[str, float]:
+    """GenEval's scores of scenes that show exactly what was wished: what the detector lets a perfect model have."""
+    wished = listed(seed)
+    drawn = [wardrobe.scene(wish, np.random.default_rng((seed, i)))[0] for i, wish in enumerate(wished)]
+    images = torch.stack(drawn)
+    seen = [objects for batch in images.split(64) for objects in network.detect(batch)]
+    verdicts = [look(network, *each) for each in zip(images, seen, wished, strict=True)]
+    found = scores([wish["tag"] for wish in wished], [verdict.correct for verdict in verdicts])
+    return {name: round(share.mean, 4) for name, share in found.items()}
