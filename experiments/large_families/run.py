@@ -15,17 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, configuration, keep, measure, png, table
+from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.psnr import frames_of
-from oss_exp.models.base import Model
-from oss_exp.noise import FlowSchedule
-from oss_exp.solvers import Euler
-from oss_exp.steps import StepSchedule
+from oss_exp.models.prompts import read_prompts
 from oss_exp.tasks.captioned import COLOURS, GARMENTS, MOVES
 from oss_exp.tasks.evaluate import encoded
 
@@ -74,22 +70,26 @@ def compare(name: str) -> None:
 
 
 def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
-    """A picture of some samples, and the shares of `count` that show what was asked for."""
-    model: Model = instantiate(configuration(f"model={name}", f"model.guidance.scale={scale}").model)
-    asked = model.num_conditions
-    noise = torch.randn(count, *model.event_shape, generator=torch.Generator().manual_seed(0))
-    nodes = FlowSchedule(shift=1.0).nodes(100)
-    steps = StepSchedule(nodes, "pinned", float(nodes[0]))
-    conditions = torch.arange(count) % asked
-    images = model.generate(Euler(), steps, noise, conditions)
-    texts = [getattr(model, "prompts", GARMENTS)[i] for i in conditions.tolist()]
+    """A picture of some of the teacher's samples, and the shares of `count` that show what was asked for."""
+    run = f"large_families/{name}_quality"
+    once = ["stepsize=ddim", "num_steps=[1]", "evaluation.save_images=npz", "data.batch_size=40"]
+    settings = [each for each in NETWORKS[name] if "eval_samples" not in each]
+    measure(run, f"model={name}", f"model.guidance.scale={scale}", *settings, *once, f"data.eval_samples={count}")
+    images = torch.from_numpy(np.load(OUTPUTS / run / "images" / "teacher.npz")["arr_0"]).movedim(-1, 1) / 255
+    if name == "mar_fashion":
+        texts = [GARMENTS[i % 10] for i in range(count)]
+    else:  # held-out prompts are from the back of the list
+        prompts = read_prompts(settings[1].removeprefix("data.prompts="))
+        texts = [prompts[(-1 - i) % len(prompts)] for i in range(count)]
     rows = [[part, f"{100 * share:.1f} %"] for part, share in agreement(images, texts).items()]
     keep(__file__, f"{name}_quality.md", table([f"{name}, guidance {scale:g}, n = {count}", "as asked"], rows))
-    shown = images[: 40 if images.ndim == 5 else 80]
-    grid = torch.stack([make_grid(each, nrow=10) for each in frames_of(shown).unflatten(0, (len(shown), -1)).unbind(1)])
+    shown = frames_of(images).unflatten(0, (count, -1))[: 40 if images.ndim == 5 else 80]  # (n, F, C, H, W)
+    grid = torch.stack([make_grid(frame, nrow=10) for frame in shown.unbind(1)])
     frames = (grid * 255).round().byte().movedim(1, -1).numpy()
-    kind = "gif" if images.ndim == 5 else "png"
-    keep(__file__, f"{name}_quality.{kind}", encoded(frames if kind == "gif" else frames[0]))
+    if images.ndim == 5:
+        keep(__file__, f"{name}_quality.gif", encoded(frames))
+    else:
+        keep(__file__, f"{name}_quality.png", encoded(frames[0]))
 
 
 def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
@@ -134,7 +134,7 @@ def centred(frame: Tensor, mask: Tensor) -> Tensor:
     height, width = (max(1, round(factor * side)) for side in box.shape[2:])
     box = F.interpolate(box, (height, width), mode="bilinear", antialias=factor < 1)
     top, left = (32 - height) // 2, (32 - width) // 2
-    return F.pad(box, (left, 32 - width - left, top, 32 - height - top))
+    return F.pad(box, (left, 32 - width - left, top, 32 - height - top)).clamp(0, 1)
 
 
 def moves(drawn: Tensor) -> list[str]:

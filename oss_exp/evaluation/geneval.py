@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from oss_exp.evaluation.psnr import Interval
 
@@ -175,12 +176,29 @@ def read_metadata(file: str | Path) -> list[dict[str, Any]]:
 def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:
     """Of each task that is there the share of right images, and `overall`, the mean of the tasks' shares.
 
-    Intervals are of 95 %, in percent; overall's is from the tasks' own variances.
+    Intervals are of 95 %, a task's Wilson's (1927), overall's from those.
     """
-    tags, correct = np.asarray(tags), np.asarray(correct, dtype=float)
-    found = {task: Interval.of(correct[tags == task]) for task in TASKS if (tags == task).any()}
-    mean = float(np.mean([each.mean for each in found.values()]))
-    halves = [each.high - each.mean for each in found.values() if each.high is not None]
-    half = float(np.sqrt(np.sum(np.square(halves)))) / len(found) if len(halves) == len(found) else None
-    around = (None, None) if half is None else (mean - half, mean + half)
-    return {**found, "overall": Interval(mean, *around, len(correct))}
+    tags, correct = np.asarray(tags), np.asarray(correct, dtype=bool)
+    found = {}
+    for task in TASKS:
+        own = correct[tags == task]
+        if len(own):
+            around = binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
+            found[task] = Interval(float(own.mean()), around.low, around.high, len(own))
+    return {**found, "overall": _mean(list(found.values()))}
+
+
+def differences(tags: Sequence[str], correct: Sequence[bool], other: Sequence[bool]) -> dict[str, Interval]:
+    """As `scores`, of how much larger the shares are than the other's on the same prompts and noises, pair by pair."""
+    tags, gain = np.asarray(tags), np.asarray(correct, dtype=float) - np.asarray(other, dtype=float)
+    found = {task: Interval.of(gain[tags == task]) for task in TASKS if (tags == task).any()}
+    return {**found, "overall": _mean(list(found.values()))}
+
+
+def _mean(parts: Sequence[Interval]) -> Interval:
+    """Of independent estimates."""
+    mean, n = float(np.mean([part.mean for part in parts])), sum(part.n for part in parts)
+    if any(part.high is None for part in parts):
+        return Interval(mean, None, None, n)
+    half = float(np.sqrt(sum(((part.high - part.low) / 2) ** 2 for part in parts))) / len(parts)
+    return Interval(mean, mean - half, mean + half, n)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from oss_exp.files import read_json, write_atomically
-from oss_exp.report import plots
+from oss_exp.report import geneval, plots
 from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import NOTE, columns, markdown, terminal
 from oss_exp.steps import StepSchedule
@@ -54,6 +54,9 @@ def write(folder: Path) -> None:
     if (folder / "training.json").exists():
         made.append(write_atomically(folder / "training.png", plots.training(_training(folder))))
         made += sorted((folder / "samples").glob("step_*.png"))[-1:]
+    if (folder / "geneval.json").exists():
+        made += geneval.write(folder)
+        console.print((folder / "geneval.md").read_text(), soft_wrap=True)
     if plans:
         console.print(f"schedules ({len(plans)}): {folder / 'schedules'}", soft_wrap=True)
     for path in made:

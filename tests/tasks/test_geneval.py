@@ -1,0 +1,142 @@
+"""GenEval's two loops on a small model of scenes and a detector trained for a moment: files, and what a kill leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_cli
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from oss_exp.cli import CONF
+from oss_exp.evaluation.geneval import TASKS
+from oss_exp.files import save_asset
+from oss_exp.models.weights import randomise
+from oss_exp.tasks.scenes import wishes
+
+SMALL = ["model=flux_scenes", "model.backbone.network.num_layers=1", "model.backbone.network.num_single_layers=1"]
+COUNT = 2  # pictures of a prompt
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """The settings of a run: garments of stripes, a detector that has seen some, random weights, six prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    pixels = torch.zeros(20, 28, 28, dtype=torch.uint8)
+    for number in range(20):
+        pixels[number, 4 : 14 + number // 2, 6 : 22 : 1 + number % 3] = 200
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(bytes(16) + pixels.numpy().tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes(i % 10 for i in range(20)))
+    run_cli(
+        "task=fit_detector",
+        f"data.root={folder}",
+        "task.steps=12",
+        "task.batch_size=8",
+        f"task.output={folder / 'detector.safetensors'}",
+        f"hydra.run.dir={folder / 'fit'}",
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        model = instantiate(compose("config", [*SMALL, "model.checkpoint=untrained"]).model)
+    randomise(model.backbone, torch.Generator().manual_seed(0))
+    save_asset(folder / "w.safetensors", model.backbone.state_dict(), {})
+    lines = [json.dumps(known[0]) + "\n" for known in wishes().values()]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    return [
+        "task=geneval",
+        *SMALL,
+        f"model.checkpoint={folder / 'w.safetensors'}",
+        f"data.prompts={folder / 'prompts.jsonl'}",
+        f"task.detector.file={folder / 'detector.safetensors'}",
+        f"task.images_per_prompt={COUNT}",
+        "data.search_samples=2",
+        "data.batch_size=5",
+        "num_teacher_steps=4",
+        "num_steps=[2]",
+        "stepsize=[ddim,oss_ave]",
+        "logger=none",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("geneval") / "run"
+    run_cli(*inputs, f"hydra.run.dir={folder}")
+    return folder
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "geneval.json").read_text())
+
+
+def test_every_prompt_has_its_pictures_and_verdicts(run):
+    found = results(run)
+    assert [row["label"] for row in found["rows"]] == ["teacher", "ddim_2", "oss_ave_2"]
+    assert [row["nfe"] for row in found["rows"]] == [4, 2, 2]
+    assert [wish["tag"] for wish in found["prompts"]] == list(TASKS)
+    for row in found["rows"]:
+        assert [each["number"] for each in row["verdicts"]] == list(range(6 * COUNT))
+        assert len(list((run / "images" / row["label"]).glob("*.png"))) == 6 * COUNT
+
+
+def test_the_table_and_the_page_are_written(run):
+    table = (run / "geneval.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
+        "teacher (4)",
+        "ddim (2)",
+        "oss_ave (2)",
+    ]
+    assert table.count("| ddim (2) |") == 2  # its scores, and what they are less than the teacher's
+    page = (run / "geneval.html").read_text()
+    assert page.count("<img ") == 3 * 6 * COUNT
+    assert not re.search(r"(src|href)=[\"']?https?:", page)
+
+
+def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
+    run_cli(*inputs, "trainer=ddp_spawn_cpu", f"hydra.run.dir={tmp_path}")
+    assert [row["verdicts"] for row in results(tmp_path)["rows"]] == [row["verdicts"] for row in results(run)["rows"]]
+
+
+@pytest.mark.parametrize("awaited", ["images/ddim_2/*.png", "verdicts/teacher/*.jsonl"])
+def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "oss_exp", *inputs, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not list(folder.glob(awaited)) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = {file: file.stat().st_mtime_ns for kind in ("png", "jsonl") for file in folder.rglob(f"*.{kind}")}
+    assert len(made) >= 1
+    run_cli(*inputs, f"hydra.run.dir={folder}")
+    assert {file: file.stat().st_mtime_ns for file in made} == made, "nothing is made twice"
+    assert [row["verdicts"] for row in results(folder)["rows"]] == [row["verdicts"] for row in results(run)["rows"]]
+    for row in results(run)["rows"]:
+        for n in range(6 * COUNT):
+            name = f"images/{row['label']}/{n:06d}.png"
+            assert (folder / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task.images_per_prompt=0"], "task.images_per_prompt must be a whole number"),
+        (["data.seed=1"], "holds a run with another data; go on with the same values"),
+        (["data=noise", "~data.prompts"], "GenEval needs a model of prompts"),
+        (["task.detector.file=nowhere.safetensors"], "detector nowhere.safetensors is neither a path"),
+        (["data.prompts=prompts.txt"], "is no metadata of GenEval"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(arguments, message, run, inputs, capsys):
+    before = results(run)
+    with pytest.raises(SystemExit):
+        run_cli(*inputs, *arguments, f"hydra.run.dir={run}")
+    assert message in capsys.readouterr().err
+    assert results(run) == before
