@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.evaluation.clip import CLIP, as_uint8, opened
 from oss_exp.evaluation.detectors import Seen
 from oss_exp.evaluation.geneval import COLOURS, Rules
 from oss_exp.files import find_asset, sha256
@@ -30,20 +31,19 @@ class COCODetector(nn.Module):
     rules = Rules()
 
     def __init__(self, detector: str, clip: str, names: str):
-        from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, Mask2FormerForUniversalSegmentation
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         super().__init__()
         self.names = find_asset(names, "names of classes").read_text().splitlines()
-        self.processor = _opened(AutoImageProcessor, detector, "task.detector.detector")
-        self.network = _opened(Mask2FormerForUniversalSegmentation, detector, "task.detector.detector")
-        self.clip_processor = _opened(AutoProcessor, clip, "task.detector.clip")
-        self.clip = _opened(CLIPModel, clip, "task.detector.clip")
+        self.processor = opened(AutoImageProcessor, detector, "task.detector.detector")
+        self.network = opened(Mask2FormerForUniversalSegmentation, detector, "task.detector.detector")
+        self.clip = CLIP(clip, "task.detector.clip")
         if (count := self.network.config.num_labels) != len(self.names):
             raise ValueError(
                 f"task.detector.detector={detector} has {count} classes, {names} has {len(self.names)} names; choose a "
                 "detector of COCO's instances"
             )
-        self.fingerprint = sha256(f"{digest(self.network.state_dict())} {digest(self.clip.state_dict())}".encode())
+        self.fingerprint = sha256(" ".join(digest(each.state_dict()) for each in (self.network, self.clip)).encode())
         self.texts: dict[str, Tensor] = {}  # of each class, the ten colours' features (10, D)
         self.eval().requires_grad_(False)
 
@@ -59,12 +59,10 @@ class COCODetector(nn.Module):
         x1, y1, x2, y2 = (round(edge) for edge in seen.box[:4])
         alone = torch.where(seen.mask, image, image.new_tensor(GREY))
         cut = alone[:, max(y1, 0) : max(min(y2, height), y1 + 1), max(x1, 0) : max(min(x2, width), x1 + 1)]
-        pixels = self.clip_processor(images=_bytes(cut), return_tensors="pt")["pixel_values"].to(image)
-        found = F.normalize(_features(self.clip.get_image_features(pixel_values=pixels)), dim=-1)
-        return COLOURS[int((found @ self._texts(name).T).argmax())]
+        return COLOURS[int((self.clip.images([cut]) @ self._texts(name).T).argmax())]
 
     def _instances(self, image: Tensor) -> dict[str, list[Seen]]:
-        inputs = self.processor(images=[_bytes(image)], return_tensors="pt").to(image.device)
+        inputs = self.processor(images=[as_uint8(image)], return_tensors="pt").to(image.device)
         answer = self.network(**inputs)
         seen, (height, width) = inputs["pixel_values"].shape[2:], image.shape[1:]
         inside = inputs["pixel_mask"][0].bool()
@@ -91,27 +89,6 @@ class COCODetector(nn.Module):
     def _texts(self, name: str) -> Tensor:
         if name not in self.texts:
             prompts = [form.format(colour=colour, name=name) for colour in COLOURS for form in TEMPLATES]
-            tokens = self.clip_processor(text=prompts, return_tensors="pt", padding=True).to(self.clip.device)
-            each = F.normalize(_features(self.clip.get_text_features(**tokens)), dim=-1)
-            self.texts[name] = F.normalize(each.unflatten(0, (len(COLOURS), -1)).mean(1), dim=-1)
+            each = self.clip.texts(prompts).unflatten(0, (len(COLOURS), -1))
+            self.texts[name] = F.normalize(each.mean(1), dim=-1)
         return self.texts[name]
-
-
-def _features(answer: Tensor | object) -> Tensor:
-    """Of CLIP, whose answer is an object with them since transformers 5."""
-    return answer if isinstance(answer, Tensor) else answer.pooler_output
-
-
-def _opened(kind: type, checkpoint: str, setting: str):
-    try:
-        return kind.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{setting}={checkpoint} cannot be opened ({' '.join(str(error).split())[:200]}); give the folder of a "
-            "downloaded checkpoint, or a hub id where the hub can be reached"
-        ) from None
-
-
-def _bytes(image: Tensor) -> Tensor:
-    """(3, H, W) in [0, 1] -> uint8, which processors scale themselves."""
-    return (image * 255).round().byte()

@@ -7,6 +7,7 @@ then `compute()` -> {name: number}. The first three compare with statistics of r
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from oss_exp.evaluation.clip import CLIP
 from oss_exp.evaluation.features import as_rgb, load_weights
 from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frechet, gram, moments
 
@@ -21,11 +23,14 @@ BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  #
 
 
 class ImageMetric(Metric):
-    """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class."""
+    """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class.
+
+    prompts (B): those of a model that takes prompts.
+    """
 
     full_state_update = False
 
-    def update(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    def update(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None = None) -> None:
         if images.ndim != 4 or images.shape != teacher.shape or labels.shape != images.shape[:1]:
             raise ValueError(
                 "a metric needs images and the teacher's, both (B, C, H, W), and labels (B,), got "
@@ -35,10 +40,10 @@ class ImageMetric(Metric):
             return
         check_pixels(images, "images")
         check_pixels(teacher, "the teacher's images")
-        self.add(images.float(), teacher.float(), labels)
+        self.add(images.float(), teacher.float(), labels, prompts)
 
     @abstractmethod
-    def add(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
         """Take in a checked batch of at least one image, float32."""
 
     @abstractmethod
@@ -62,7 +67,7 @@ class FeatureMetric(ImageMetric):
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference, self.num_images = reference, num_images
 
-    def add(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
         features = self.extractor(images)
         self.reference.check_features(features, channels=images.shape[1])
         self.keep(features)
@@ -197,11 +202,11 @@ class MeanMetric(ImageMetric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @abstractmethod
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
         """One number an image, (B,)."""
 
-    def add(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        self.total += self.values(images, teacher, labels).double().sum()
+    def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
+        self.total += self.values(images, teacher, labels, prompts).double().sum()
         self.count += len(images)
 
     def compute(self) -> dict[str, float]:
@@ -222,7 +227,7 @@ class ClassAgreement(MeanMetric):
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
 
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
         logits = self.classifier.logits(images)
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(
@@ -258,10 +263,32 @@ class LPIPS(MeanMetric):
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{weights} is not torchvision's {BACKBONES[net]}: {reason}") from None
 
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
         factor = 64 / min(images.shape[2:])
         pair = [as_rgb(images), as_rgb(teacher)]
         if factor > 1:
             size = [round(factor * side) for side in images.shape[2:]]
             pair = [nn.functional.interpolate(x, size, mode="bilinear", align_corners=False) for x in pair]
         return self.network(*pair, normalize=True).flatten()
+
+
+class CLIPScore(MeanMetric):
+    """How well images fit their prompts: 100 max(cos, 0) of CLIP's features (Hessel et al. 2021, arXiv 2104.08718).
+
+    torchmetrics' own does not know the answers of transformers 5.
+
+    checkpoint: a folder or a hub id; openai/clip-vit-base-patch16 or openai/clip-vit-large-patch14 are common, and
+                numbers of one do not compare with those of another.
+    """
+
+    name = "clip_score"
+
+    def __init__(self, checkpoint: str):
+        super().__init__()
+        self.clip = CLIP(checkpoint, "evaluation.clip_score.checkpoint")
+
+    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+        if prompts is None:
+            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of evaluation.metrics")
+        cosines = (self.clip.images(list(as_rgb(images))) * self.clip.texts(prompts)).sum(1)
+        return 100 * cosines.clamp(min=0)

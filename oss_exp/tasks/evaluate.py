@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,9 @@ class EvaluateModule(L.LightningModule):
         if label in self.metrics:
             frames = images.shape[2] if images.ndim == 5 else 1
             labels = batch["label"][fresh].repeat_interleave(frames)
-            self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels)
+            known = getattr(self.model, "prompts", None)
+            prompts = known and [known[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
+            self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts)
         everything = self.save_images == "npz"
         shown = batch["index"] < HELD_OUT + (self.trainer.datamodule.eval_samples if everything else SHOWN)
         pictures = images[shown] if everything else thumbnails(images[shown])
@@ -221,9 +223,9 @@ class MetricSet(nn.ModuleList):
         for metric in self:
             metric.reset()
 
-    def update(self, images: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    def update(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
         for metric in self:
-            metric.update(images, teacher, labels)
+            metric.update(images, teacher, labels, prompts)
 
     def compute(self) -> dict[str, float]:
         return {name: value for metric in self for name, value in metric.compute().items()}

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from oss_exp.evaluation.coco_detector import GREY, TEMPLATES, COCODetector
 from oss_exp.evaluation.detectors import Seen, look
 from oss_exp.evaluation.geneval import COLOURS, Rules
+from oss_exp.evaluation.metrics import CLIPScore
 from oss_exp.files import find_asset
 from oss_exp.models.text_encoders import clip_bytes
 
@@ -94,14 +95,15 @@ def test_a_colour_is_the_nearest_of_ten_texts_to_the_object_on_grey(detector, im
     mask[10:20, 5:40] = True
     found = detector.colour(images[0], "cow", Seen((5.0, 10.0, 40.0, 20.0, 0.9), mask))
     cut = images[0, :, 10:20, 5:40]
-    vision = detector.clip_processor(images=(cut * 255).round().byte(), return_tensors="pt")["pixel_values"]
-    own = F.normalize(detector.clip.get_image_features(pixel_values=vision).pooler_output, dim=-1)
+    clip = detector.clip
+    vision = clip.processor(images=(cut * 255).round().byte(), return_tensors="pt")["pixel_values"]
+    own = F.normalize(clip.network.get_image_features(pixel_values=vision).pooler_output, dim=-1)
     likely = []
     for colour in COLOURS:
         texts = [form.format(colour=colour, name="cow") for form in TEMPLATES]
         assert texts[0] == f"a photo of a {colour} cow"
-        tokens = detector.clip_processor(text=texts, return_tensors="pt", padding=True)
-        each = F.normalize(detector.clip.get_text_features(**tokens).pooler_output, dim=-1).mean(0)
+        tokens = clip.processor(text=texts, return_tensors="pt", padding=True)
+        each = F.normalize(clip.network.get_text_features(**tokens).pooler_output, dim=-1).mean(0)
         likely.append(float(own[0] @ F.normalize(each, dim=0)))
     assert found == COLOURS[max(range(10), key=likely.__getitem__)]
     hidden = Seen((0.0, 0.0, 60.0, 48.0, 0.9), torch.zeros_like(mask))  # nothing but grey
@@ -116,6 +118,20 @@ def test_a_verdict_comes_out(detector, images):
     coloured = {"tag": "colors", "include": [{"class": name, "count": 1, "color": "no such"}], "prompt": ""}
     (reason,) = look(detector, images[0], seen[0], coloured).reasons
     assert reason.startswith(f"expected no such {name}>=1, found 0 no such; and 1 ")
+
+
+def test_clip_score_is_a_hundred_cosines(folders, images):
+    metric = CLIPScore(folders["clip"])
+    prompts = ["a cow", "two boots on a table " * 30]  # the second is cut off
+    metric.update(images, images, torch.full((2,), -1), prompts)
+    clip = metric.clip
+    pixels = clip.processor(images=list((images * 255).round().byte()), return_tensors="pt")["pixel_values"]
+    tokens = clip.processor(text=prompts, return_tensors="pt", padding=True, truncation=True, max_length=77)
+    answer = clip.network(pixel_values=pixels, **tokens)
+    cosines = answer.logits_per_image.diag() / clip.network.logit_scale.exp()
+    assert metric.compute()["clip_score"] == pytest.approx(float(100 * cosines.clamp(min=0).mean()), rel=1e-4)
+    with pytest.raises(ValueError, match="clip_score needs prompts"):
+        metric.update(images, images, torch.full((2,), -1))
 
 
 def test_names_are_in_cocos_order(detector):
