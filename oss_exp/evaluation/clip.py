@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class CLIP(nn.Module):
-    """checkpoint: a folder or a hub id, such as openai/clip-vit-large-patch14. setting: its name in the configuration."""
+    """checkpoint: a folder or a hub id, as openai/clip-vit-large-patch14; setting: its name in the configuration."""
 
     def __init__(self, checkpoint: str, setting: str):
         from transformers import AutoProcessor, CLIPModel

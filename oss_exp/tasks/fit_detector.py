@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 import oss_exp
 from oss_exp.evaluation.detectors import FashionDetector, look, targets
 from oss_exp.evaluation.geneval import scores
+from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
 from oss_exp.tasks.captioned import SIDE
 from oss_exp.tasks.data import fashion_mnist
@@ -45,7 +46,7 @@ def fit_detector(cfg: DictConfig) -> None:
         "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
         **{key: value for key, value in task.items() if key not in ("_target_", "output")},
         "parameters": sum(p.numel() for p in network.parameters()),
-        "right_on_test_scenes": right,
+        "right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()},
         "seconds": round(seconds),
         "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {
@@ -55,7 +56,7 @@ def fit_detector(cfg: DictConfig) -> None:
         },
     }
     save_asset(output, {key: value.contiguous() for key, value in network.state_dict().items()}, provenance)
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
+    shares = ", ".join(f"{name} {share.mean:.1%}" for name, share in right.items())
     Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
 
 
@@ -94,12 +95,11 @@ def train(network: FashionDetector, scenes: AnyScenes, task: DictConfig) -> None
             progress.update(bar, advance=1, loss=loss.item())
 
 
-def ceiling(network: FashionDetector, wardrobe: Wardrobe, seed: int) -> dict[str, float]:
+def ceiling(network: FashionDetector, wardrobe: Wardrobe, seed: int) -> dict[str, Interval]:
     """GenEval's scores of scenes that show exactly what was wished: what the detector lets a perfect model have."""
     wished = listed(seed)
     drawn = [wardrobe.scene(wish, np.random.default_rng((seed, i)))[0] for i, wish in enumerate(wished)]
     images = torch.stack(drawn)
     seen = [objects for batch in images.split(64) for objects in network.detect(batch)]
     verdicts = [look(network, *each) for each in zip(images, seen, wished, strict=True)]
-    found = scores([wish["tag"] for wish in wished], [verdict.correct for verdict in verdicts])
-    return {name: round(share.mean, 4) for name, share in found.items()}
+    return scores([wish["tag"] for wish in wished], [verdict.correct for verdict in verdicts])
