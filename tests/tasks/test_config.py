@@ -15,6 +15,7 @@ from oss_exp.cli import CONF
 from oss_exp.tasks.evaluate import Metrics
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
+TO_BE_TRAINED = {"video_fashion", "flux_scenes", "mar_fashion"}  # by task=pretrain; their weights are not shipped yet
 OPTIONS = [
     (group.name, file.stem) for group in GROUPS if group.name != "experiment" for file in sorted(group.glob("*.yaml"))
 ]
@@ -42,7 +43,8 @@ def test_there_are_the_groups_that_the_design_names():
 def test_option(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    cfg = config(f"{group}={option}", *(["sweep=x"] if option == "report" else []))
+    added = "+" if group == "detector" else ""  # other groups have a place in every configuration
+    cfg = config(f"{added}{group}={option}", *(["sweep=x"] if option == "report" else []))
     if group == "task":
         assert callable(get_method(cfg.task._target_))
     elif group == "stepsize":
@@ -66,6 +68,13 @@ def test_option(group, option, tmp_path, monkeypatch):
         with pytest.raises(InstantiationException, match=r"absent.*https://"):
             instantiate(cfg.model, checkpoint=str(tmp_path / "absent"))
         assert instantiate(cfg.model, size="tiny").name == f"{option}_tiny"
+    elif group == "model" and option in TO_BE_TRAINED:
+        with pytest.raises(InstantiationException, match=f"{option}.safetensors is n"):
+            instantiate(cfg.model)
+        assert instantiate(cfg.model, checkpoint="untrained").name == option
+    elif group == "detector" and option == "coco":  # with networks: test_coco_detector.py
+        with pytest.raises(InstantiationException, match=r"task\.detector\.detector=.*absent cannot be opened"):
+            instantiate(cfg.detector, detector=str(tmp_path / "absent"))
     elif group == "scale":
         assert config("model=dit_xl_2_256", f"scale={option}").model.size == option
     elif group == "data" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
