@@ -155,7 +155,7 @@ def moves(drawn: Tensor) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def figure_7(count: int = 1000) -> None:
+def figure_7(count: int = 500) -> None:
     """The same schedule of each token's diffusion in every iteration, found in the first one."""
     budgets = [5, 10, 20, 50]
     results = measure(
