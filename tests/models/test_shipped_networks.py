@@ -19,7 +19,7 @@ from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSSShared, Problem
 
 NETWORKS = ["unet_fashion", "dit_fashion"]
-RELATIVES = ["flux_fashion"]
+RELATIVES = ["flux_fashion", "mar_fashion"]
 
 
 def load(name: str, *overrides: str):
