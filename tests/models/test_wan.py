@@ -284,4 +284,4 @@ def test_tiny_runs_from_the_command_line(tmp_path):
     schedule = StepSchedule.load(tmp_path / "run" / "schedules" / "oss_shared_3.json")
     assert schedule.about("model")["name"] == "wan2_1_1_3b_tiny"
     with np.load(tmp_path / "run" / "samples.npz") as shown:
-        assert shown["teacher"].shape[1:] == (16, 32, 3)  # the middle frame
+        assert shown["teacher"].shape[1:] == (5, 16, 32, 3)  # every frame
