@@ -20,10 +20,9 @@ from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.evaluation.classifier import FashionFeatures
-from oss_exp.evaluation.psnr import frames_of
+from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.models.prompts import read_prompts
 from oss_exp.tasks.captioned import COLOURS, GARMENTS, MOVES
-from oss_exp.tasks.evaluate import encoded
 
 NETWORKS = {
     "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt", "data.eval_samples=256"],
@@ -85,7 +84,7 @@ def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
     keep(__file__, f"{name}_quality.md", table([f"{name}, guidance {scale:g}, n = {count}", "as asked"], rows))
     shown = frames_of(images).unflatten(0, (count, -1))[: 40 if images.ndim == 5 else 80]  # (n, F, C, H, W)
     grid = torch.stack([make_grid(frame, nrow=10) for frame in shown.unbind(1)])
-    frames = (grid * 255).round().byte().movedim(1, -1).numpy()
+    frames = as_bytes(grid).numpy()
     if images.ndim == 5:
         keep(__file__, f"{name}_quality.gif", encoded(frames))
     else:

@@ -10,17 +10,16 @@ Each can be limited to one network: `... quality unet_fashion`. Finished runs ar
 from __future__ import annotations
 
 import argparse
-import io
 import json
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from PIL import Image
 from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, configuration, keep, measure, table
 from oss_exp.evaluation.metrics import FID
+from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.noise import FlowSchedule
 from oss_exp.report.results import Result
@@ -156,10 +155,8 @@ def grid(name: str) -> tuple[bytes, str]:
     others = model.generate(instantiate(fine.solver), steps, steps.start_time * noise, classes)
     agreement = str(Interval.of(psnr(others, images).numpy()))
 
-    picture = (make_grid(images, nrow=10) * 255).round().byte().permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(picture).resize((2 * picture.shape[1], 2 * picture.shape[0]), Image.NEAREST).save(buffer, "png")
-    return buffer.getvalue(), agreement
+    picture = as_bytes(make_grid(images, nrow=10)[None])[0].numpy()
+    return encoded(picture.repeat(2, axis=0).repeat(2, axis=1)), agreement
 
 
 def fid_of_training_images() -> float:

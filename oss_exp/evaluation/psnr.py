@@ -12,6 +12,8 @@ from scipy import stats
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from oss_exp.evaluation.pictures import frames_of
+
 CEILING = 120.0  # dB; stands for images that are equal to float32 precision, where the ratio has no finite value
 
 
@@ -25,11 +27,6 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     dims = tuple(range(1, images.ndim))
     value = peak_signal_noise_ratio(images.double(), reference.double(), 1.0, dim=dims, reduction="none")
     return value.clamp(max=CEILING)
-
-
-def frames_of(videos: Tensor) -> Tensor:
-    """(B, C, F, H, W) -> (B F, C, H, W), those of a video in a row; images (B, C, H, W) as they are."""
-    return videos.movedim(2, 1).flatten(0, 1) if videos.ndim == 5 else videos
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from oss_exp.evaluation.geneval import TASKS, differences, scores
+from oss_exp.evaluation.pictures import encoded
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import read_json, write_atomically
 
@@ -101,11 +102,9 @@ def _page(folder: Path, found: Mapping[str, Any], text: str) -> str:
 
 
 def _figure(file: Path, reasons: Sequence[str]) -> str:
-    buffer = io.BytesIO()
-    picture = Image.open(file)
+    picture = Image.open(file).convert("RGB")
     picture.thumbnail((256, 256))
-    picture.save(buffer, "png")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(encoded(np.asarray(picture))).decode()
     kind = "wrong" if reasons else "right"
     said = html.escape("; ".join(reasons)) or "as asked"
     return f'<figure class={kind}><img src="data:image/png;base64,{data}"><figcaption>{said}</figcaption></figure>'

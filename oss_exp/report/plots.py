@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from oss_exp.evaluation.pictures import encoded
 from oss_exp.report.results import Result
 from oss_exp.steps import StepSchedule
 
@@ -71,11 +72,8 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
     count = pictures["teacher"].shape[1]
     shown = np.linspace(0, count - 1, min(count, 24)).round().astype(int)
     drawn = [samples({label: videos[:, [i]] for label, videos in pictures.items()}, results) for i in shown]
-    first, *others = (Image.open(io.BytesIO(each)).convert("RGB") for each in drawn)
-    buffer = io.BytesIO()
-    others = [each.resize(first.size) for each in others]
-    first.save(buffer, "gif", save_all=True, append_images=others, duration=125 * count // len(shown), loop=0)
-    return buffer.getvalue()
+    frames = [Image.open(io.BytesIO(each)).convert("RGB") for each in drawn]
+    return encoded(np.stack([each.resize(frames[0].size) for each in frames]), 125 * count // len(shown))
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor, nn
 
 from oss_exp.calibration import amplitude
 from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
-from oss_exp.evaluation.psnr import Interval, frames_of, psnr
+from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
+from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
 from oss_exp.solvers import nfe
 from oss_exp.steps import StepSchedule
@@ -242,11 +242,6 @@ def spread(x: Tensor) -> Tensor:
     return high - low
 
 
-def as_bytes(images: Tensor) -> Tensor:
-    """(B, C, H, W) or (B, C, F, H, W) in [0, 1] -> uint8 (B, H, W, C) or (B, F, H, W, C)."""
-    return (images * 255).round().byte().movedim(1, -1).contiguous()
-
-
 def thumbnails(images: Tensor) -> Tensor:
     """Videos (B, C, F, H, W) of at most 256 pixels a side, the shape kept; images as they are."""
     factor = LARGEST / max(images.shape[-2:])
@@ -255,15 +250,3 @@ def thumbnails(images: Tensor) -> Tensor:
     size = [max(1, round(factor * side)) for side in images.shape[-2:]]
     small = F.interpolate(frames_of(images), size=size, mode="area")
     return small.unflatten(0, (len(images), -1)).movedim(1, 2)
-
-
-def encoded(picture: np.ndarray) -> bytes:
-    """uint8 (H, W, C) -> PNG; (F, H, W, C) -> animated GIF, eight frames a second."""
-    grey, buffer = picture.shape[-1] == 1, io.BytesIO()
-    picture = picture[..., 0] if grey else picture
-    if picture.ndim == (2 if grey else 3):
-        Image.fromarray(picture).save(buffer, "png")
-    else:
-        first, *others = map(Image.fromarray, picture)
-        first.save(buffer, "gif", save_all=True, append_images=others, duration=125, loop=0)
-    return buffer.getvalue()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import math
 import os
@@ -29,7 +28,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -38,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.utils import make_grid
 
 import oss_exp
-from oss_exp.evaluation.psnr import frames_of
+from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
 from oss_exp.models.network import UNTRAINED, Network
@@ -269,13 +267,11 @@ class PretrainModule(L.LightningModule):
         pictures = self.model.generate(Euler(), steps, noise, condition)
         pictures = frames_of(pictures)
         grid = make_grid(pictures, nrow=len(pictures) // (1 if rows is None else len(rows)))[:3]
-        return (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        return as_bytes(grid[None])[0].cpu().numpy()
 
     @rank_zero_only
     def _save(self, grid: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        Image.fromarray(grid).save(buffer, "png")
-        picture = write_atomically(self.folder / "samples" / f"step_{self.seen:06d}.png", buffer.getvalue())
+        picture = write_atomically(self.folder / "samples" / f"step_{self.seen:06d}.png", encoded(grid))
         if isinstance(self.logger, WandbLogger):
             self.logger.log_image("samples", [str(picture)])
         write_atomically(self.folder / "training.json", json.dumps({**self.about, "losses": self.losses}) + "\n")

@@ -14,10 +14,11 @@ from PIL import Image
 
 from oss_exp.cli import CONF
 from oss_exp.evaluation.metrics import FID
-from oss_exp.evaluation.psnr import frames_of, psnr
+from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
+from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import save_asset
 from oss_exp.models.weights import randomise
-from oss_exp.tasks.evaluate import as_bytes, encoded, thumbnails
+from oss_exp.tasks.evaluate import thumbnails
 
 SMALL = ["model=video_fashion", "model.backbone.network.num_layers=1", "model.backbone.network.features=16"]
 
