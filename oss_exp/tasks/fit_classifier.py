@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import call
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-import oss_exp
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.files import save_asset
+from oss_exp.tasks.fitting import loss_bar, provenance
 
 
 def fit_classifier(cfg: DictConfig) -> None:
@@ -40,23 +36,9 @@ def fit_classifier(cfg: DictConfig) -> None:
     data_hash = hashlib.sha256()
     for tensor in (images, labels, test_images, test_labels):
         data_hash.update(tensor.numpy().tobytes())
-    settings = {key: value for key, value in task.items() if key not in ("_target_", "output")}
-    provenance = {
-        "name": output.stem,
-        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
-        **settings,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "test_accuracy": test_accuracy,
-        "seconds": round(seconds),
-        "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
-        "data": {"train_images": len(images), "test_images": len(test_images), "sha256": data_hash.hexdigest()},
-        "versions": {
-            "oss_exp": oss_exp.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    save_asset(output, network.state_dict(), provenance)
+    data = {"train_images": len(images), "test_images": len(test_images), "sha256": data_hash.hexdigest()}
+    found = {"test_accuracy": test_accuracy, "data": data}
+    save_asset(output, network.state_dict(), provenance(task, network, seconds, found))
     size = output.stat().st_size / 1e6
     Console().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
 
@@ -74,10 +56,8 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: DictCo
         network.parameters(), task.learning_rate, momentum=0.9, nesterov=True, weight_decay=task.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, steps, cycle_momentum=False)
-    columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn())
-    clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=steps, loss=math.nan)
+    progress, bar = loss_bar(steps)
+    with progress:
         for epoch in range(task.epochs):
             for batch in torch.randperm(len(images)).split(task.batch_size):
                 with torch.autocast("cpu", torch.bfloat16):

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import oss_exp
 from oss_exp.evaluation.detectors import FashionDetector, look, targets
 from oss_exp.evaluation.geneval import scores
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
 from oss_exp.tasks.captioned import SIDE
 from oss_exp.tasks.data import fashion_mnist
+from oss_exp.tasks.fitting import loss_bar, provenance
 from oss_exp.tasks.scenes import CANVAS, Wardrobe, listed
 
 
@@ -41,21 +37,8 @@ def fit_detector(cfg: DictConfig) -> None:
     seconds = time.perf_counter() - started
     network.eval()
     right = ceiling(network, test_set, seed=1)
-    provenance = {
-        "name": output.stem,
-        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
-        **{key: value for key, value in task.items() if key not in ("_target_", "output")},
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()},
-        "seconds": round(seconds),
-        "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {
-            "oss_exp": oss_exp.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    save_asset(output, {key: value.contiguous() for key, value in network.state_dict().items()}, provenance)
+    found = {"right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()}}
+    save_asset(output, network.state_dict(), provenance(task, network, seconds, found))
     shares = ", ".join(f"{name} {share.mean:.1%}" for name, share in right.items())
     Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
 
@@ -80,10 +63,8 @@ def train(network: FashionDetector, scenes: AnyScenes, task: DictConfig) -> None
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, task.steps, pct_start=0.1)
-    columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn())
-    clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=task.steps, loss=math.nan)
+    progress, bar = loss_bar(task.steps)
+    with progress:
         for batch in DataLoader(scenes, task.batch_size):
             loss = network.loss(*batch)
             if not math.isfinite(loss.item()):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from pathlib import Path
 
-import torch
 from hydra.utils import call
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 
-import oss_exp
 from oss_exp.files import save_asset
 from oss_exp.models.mixture import fit
+from oss_exp.tasks.fitting import versions
 
 
 def fit_mixture(cfg: DictConfig) -> None:
@@ -42,11 +40,7 @@ def fit_mixture(cfg: DictConfig) -> None:
         "made_by": f"oss-exp task=fit_mixture data={task.data_name} "
         + " ".join(f"task.{key}={value}" for key, value in settings.items()),
         "data": {"name": task.data_name, "images": len(images), "sha256": data_hash},
-        "versions": {
-            "oss_exp": oss_exp.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     digest = save_asset(output, tensors, provenance)
     Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {len(labels)} images, SHA-256 {digest[:12]}")

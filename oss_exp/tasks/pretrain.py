@@ -29,13 +29,11 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.utils import make_grid
 
-import oss_exp
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
@@ -45,6 +43,7 @@ from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.captioned import CaptionedImages
 from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.fitting import loss_bar, versions
 
 SHOWN = 8  # samples of each class in a grid
 GRID_STEPS = 50  # Euler's, for each of them
@@ -285,11 +284,7 @@ class Bar(Callback):
     """Steps with the loss and the time left, over all epochs; on rank 0."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn())
-        clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-        off = trainer.global_rank != 0
-        self.progress = Progress(*columns, *clocks, console=Console(stderr=True), disable=off)
-        self.bar = self.progress.add_task("", total=module.max_steps, completed=module.seen, loss=math.nan)
+        self.progress, self.bar = loss_bar(module.max_steps, module.seen, disable=trainer.global_rank != 0)
         self.progress.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
@@ -335,11 +330,7 @@ def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "data": {"images": len(images), "sha256": _fingerprint(images)},
         "hardware": gpu or f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {
-            "oss_exp": oss_exp.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -1,0 +1,53 @@
+"""What the tasks that make weights share: the bar of the loss, and what is told of how a network was trained."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+
+import oss_exp
+
+
+def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Progress, TaskID]:
+    """Steps with their `loss` and the time left; the one task of the progress, which has still to be started."""
+    columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn())
+    clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, *clocks, console=Console(stderr=True), disable=disable)
+    return progress, progress.add_task("", total=total, completed=completed, loss=math.nan)
+
+
+def provenance(task: DictConfig, network: nn.Module, seconds: float, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a network that was trained here for so long: the command, its settings, and what was found."""
+    return {
+        "name": Path(task.output).stem,
+        "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
+        **{key: value for key, value in task.items() if key not in ("_target_", "output")},
+        "parameters": sum(p.numel() for p in network.parameters()),
+        **found,
+        "seconds": round(seconds),
+        "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"oss_exp": oss_exp.__version__, "torch": torch.__version__, "python": platform.python_version()}
