@@ -51,12 +51,12 @@ def geneval(cfg: DictConfig) -> None:
     detector = instantiate(cfg.task.detector)
     _require_same(cfg, folder)
     run = Run(cfg)
+    if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
+        raise ValueError(f"{alone[0]} has a schedule for each sample, and these are others; leave it out of stepsize")
     files = [folder / "schedules" / f"{name}_{k}.json" for name in run.strategies for k in run.num_steps]
     if not all(file.is_file() for file in files):
         run.plan()
     schedules = {"teacher": run.setting.teacher} | {file.stem: StepSchedule.load(file) for file in files}
-    if alone := [label for label, steps in schedules.items() if steps.samples is not None]:
-        raise ValueError(f"{alone[0]} has a schedule for each sample, and these are others; leave it out of stepsize")
 
     batches = torch.arange(len(wanted) * count).split(cfg.data.batch_size)
     maker = Maker(run.setting, schedules, folder, [batch.tolist() for batch in batches], cfg.data.seed, count)

@@ -124,6 +124,13 @@ def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_pat
             assert (folder / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_a_schedule_for_each_sample_is_refused_before_any_is_planned(inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli(*inputs, "stepsize=[ddim,oss]", f"hydra.run.dir={tmp_path}")
+    assert "oss has a schedule for each sample" in capsys.readouterr().err
+    assert not (tmp_path / "schedules").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
