@@ -20,9 +20,10 @@ from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.evaluation.classifier import FashionFeatures
+from oss_exp.evaluation.detectors import nearest_colours
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.models.prompts import read_prompts
-from oss_exp.tasks.captioned import COLOURS, GARMENTS, MOVES
+from oss_exp.tasks.captioned import GARMENTS, MOVES
 
 NETWORKS = {
     "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt", "data.eval_samples=256"],
@@ -103,10 +104,7 @@ def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
     seen = garments(bright, drawn)
     right = {"garment": np.array([label in text.split() for text, label in zip(texts, seen, strict=True)])}
     if images.shape[1] == 3:
-        colours = torch.tensor(list(COLOURS.values()))
-        mean = (frames * drawn[:, :, None]).sum((1, 3, 4))
-        closest = (F.normalize(mean, dim=1) @ F.normalize(colours, dim=1).T).argmax(1)
-        names = [list(COLOURS)[i] for i in closest]
+        names = nearest_colours((frames * drawn[:, :, None]).sum((1, 3, 4)))
         right["colour"] = np.array([name in text.split() for name, text in zip(names, texts, strict=True)])
     if images.ndim == 5:
         right["move"] = np.array([move in text for move, text in zip(moves(drawn), texts, strict=True)])

@@ -106,12 +106,10 @@ class FashionDetector(Shipped):
         return found
 
     def colour(self, image: Tensor, name: str, seen: Seen) -> str:
-        """The nearest direction to the mean colour of what is bright in the box."""
+        """The nearest to the mean colour of what is bright in the box."""
         bright = image.amax(0)
         mask = seen.mask & (bright > 0.2 * bright.amax())
-        mean = (image * mask).sum((1, 2))
-        known = torch.tensor(list(COLOURS.values())).to(image)
-        return list(COLOURS)[int((F.normalize(known, dim=1) @ F.normalize(mean, dim=0)).argmax())]
+        return nearest_colours((image * mask).sum((1, 2))[None])[0]
 
     def loss(self, images: Tensor, heat: Tensor, edges: Tensor, middles: Tensor) -> Tensor:
         """heat (B, classes, h, w) 1 at a middle and less around, edges (B, 4, h, w) where middles (B, h, w) are.
@@ -125,6 +123,13 @@ class FashionDetector(Shipped):
         count = at.sum().clamp(min=1)
         error = (found.float() - edges).abs().mean(1)[middles].sum() / self.CELL
         return (error - positive - negative) / count
+
+
+def nearest_colours(mean: Tensor) -> list[str]:
+    """Of mean colours (n, 3) in any brightness, the names of the nearest by direction."""
+    known = torch.tensor(list(COLOURS.values())).to(mean)
+    closest = (F.normalize(mean, dim=1) @ F.normalize(known, dim=1).T).argmax(1)
+    return [list(COLOURS)[i] for i in closest]
 
 
 def targets(objects: Sequence[tuple[str, Sequence[float]]], side: int) -> tuple[Tensor, Tensor, Tensor]:
