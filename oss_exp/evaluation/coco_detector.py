@@ -73,6 +73,8 @@ class COCODetector(nn.Module):
         scores, pairs = classes.flatten().topk(min(100, classes.numel()))
         found: dict[str, list[Seen]] = {}
         for score, pair in zip(scores.tolist(), pairs.tolist(), strict=True):
+            if score <= self.rules.threshold:  # the mask's mean is at most 1
+                continue
             query, kind = divmod(pair, classes.shape[1])
             mask = masks[query] > 0
             if not bool(mask.any()):
