@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from oss_exp.files import ASSETS, read_json
 from oss_exp.models import safe_pickle
+from oss_exp.models.network import UNTRAINED
 
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ENDINGS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json"}  # owner/name.pt is a file that is missing
@@ -40,7 +41,7 @@ def locate(checkpoint: str, files: Sequence[str], source: str, setting: str = "m
     Of an index of shards, all shards are fetched too. FileNotFoundError says what is missing, why, and `source`: where
     the public checkpoint is had. setting: the configuration's name of `checkpoint`.
     """
-    if checkpoint == "untrained":
+    if checkpoint == UNTRAINED:
         raise ValueError("this model is made of published parts, which are not trained here; choose another model")
     remedy = (
         f"the public checkpoint is at {source}: download it and set {setting}=FILE, or set model.size=tiny to try "

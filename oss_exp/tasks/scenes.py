@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oss_exp.evaluation.geneval import TASKS, relative_position
+from oss_exp.evaluation.geneval import TASKS, Rules, relative_position
 from oss_exp.tasks.captioned import COLOURS, GARMENTS, CaptionedImages
 
 CANVAS = 64
@@ -25,7 +25,6 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 LINES = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
 DRAWN = 0.15  # of full brightness, above which a pixel is of a garment
-POSITION_THRESHOLD = 0.1  # GenEval's
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _overlap(boxes: Sequence[Sequence[int]]) -> bool:
 def _related(clauses: Sequence[Mapping[str, Any]], boxes: Sequence[Sequence[int]]) -> bool:
     """Is each where it should be to the first, and nowhere else?"""
     return all(
-        relative_position(box, boxes[0], POSITION_THRESHOLD) == [clause["position"][0]]
+        relative_position(box, boxes[0], Rules().position_threshold) == [clause["position"][0]]
         for clause, box in zip(clauses, boxes, strict=True)
         if "position" in clause
     )
