@@ -19,13 +19,18 @@ OUTPUTS = Path("outputs/experiments")
 
 
 def measure(name: str, *overrides: str) -> list[Result]:
-    """The results of `oss-exp <overrides>`, run into outputs/experiments/<name> unless it is there already."""
+    """The results of a `finished` run."""
+    return read_run(finished(name, *overrides))
+
+
+def finished(name: str, *overrides: str, file: str = "metrics.json") -> Path:
+    """The folder outputs/experiments/<name>, into which `oss-exp <overrides>` is run unless `file` is there already."""
     folder = OUTPUTS / name
-    if not (folder / "metrics.json").exists():
+    if not (folder / file).exists():
         print("oss-exp", *overrides, flush=True)
         command = [sys.executable, "-m", "oss_exp", *overrides, "logger=none", f"hydra.run.dir={folder}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return read_run(folder)
+    return folder
 
 
 def configuration(*overrides: str) -> DictConfig:

@@ -17,7 +17,7 @@ import torch
 from hydra.utils import instantiate
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, configuration, keep, measure, table
+from experiments.common import OUTPUTS, configuration, finished, keep, measure, table
 from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.evaluation.psnr import Interval, psnr
@@ -57,9 +57,8 @@ def quality(networks) -> None:
         picture, agreement = grid(name)
         keep(__file__, f"{name}.png", picture)
         for scale, count in ((1.0, 10_000), (1.5, 1_000)):
-            run = f"small_networks/{name}_teacher_{scale}"
-            measure(
-                run,
+            folder = finished(
+                f"small_networks/{name}_teacher_{scale}",
                 f"model={name}",
                 f"model.guidance.scale={scale}",
                 *FINE,
@@ -70,7 +69,7 @@ def quality(networks) -> None:
                 "evaluation.metrics=[fid,kid,precision_recall,class_agreement]",
                 "evaluation.kid.subset_size=1000",
             )
-            found = json.loads((OUTPUTS / run / "metrics.json").read_text())["teacher_metrics"]
+            found = json.loads((folder / "metrics.json").read_text())["teacher_metrics"]
             numbers = [f"{found['fid']:.2f}", f"{1000 * found['kid']:.2f}"]
             numbers += [f"{found['precision']:.3f} / {found['recall']:.3f}", f"{found['class_agreement']:.1f} %"]
             rows.append([name, f"{scale:g}", str(count), *numbers, agreement if scale == 1.5 else "-"])

@@ -8,12 +8,9 @@ with 10 by every strategy, four pictures of each of 553 prompts. Goes on where i
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import torch
 
-from experiments.common import OUTPUTS, configuration, keep
+from experiments.common import configuration, finished, keep
 from oss_exp.evaluation.detectors import FashionDetector
 from oss_exp.report.geneval import table
 from oss_exp.tasks.captioned import SIDE
@@ -34,9 +31,7 @@ def main() -> None:
         wardrobe = Wardrobe(*fashion_mnist(root, split, SIDE))
         rows[f"scenes of {split} garments"] = (0, ceiling(FashionDetector.from_asset(), wardrobe, seed=1))
     keep(__file__, "ceiling.md", table(rows).replace(" (0)", ""))
-    folder = OUTPUTS / "table_7"
-    command = [sys.executable, "-m", "oss_exp", "task=geneval", *SETTINGS, "logger=none", f"hydra.run.dir={folder}"]
-    subprocess.run(command, check=True)
+    folder = finished("table_7", "task=geneval", *SETTINGS, file="geneval.json")
     keep(__file__, "table_7.md", (folder / "geneval.md").read_text())
 
 
