@@ -10,6 +10,7 @@ Each can be limited to some networks: `... quality flux_fashion`. Finished runs 
 from __future__ import annotations
 
 import argparse
+import json
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -176,8 +177,11 @@ def figure_7(count: int = 500) -> None:
         fids = [own[k].metrics["fid"] for k in budgets]
         rows.append([name, *(f"{fid:.3f}" for fid in fids), *(f"{own[k].psnr.mean:.2f}" for k in budgets)])
         axis.plot(budgets, fids, marker="o", label=name)
-    axis.set(xlabel="steps of each token", ylabel=f"FID, {count} images", xscale="log", yscale="log")
+    found = json.loads((OUTPUTS / "large_families" / "figure_7" / "metrics.json").read_text())["teacher_metrics"]["fid"]
+    axis.axhline(found, color="0.5", ls="--", label="teacher, 100 steps")
+    axis.set(xlabel="steps of each token", ylabel=f"FID, {count} images", xscale="log", ylim=(0, None))
     axis.set_xticks(budgets, map(str, budgets))
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     keep(__file__, "figure_7.png", png(figure))
