@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and sta
 
 import pytest
 import torch
+from helpers import write_fashion
 from safetensors.torch import load_file
 
 from oss_exp.models.mixture import GaussianMixture
@@ -50,6 +51,5 @@ def fashion(tmp_path_factory) -> Path:
     pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
     pixels[0, 6:22, 6:22] = 200
     pixels[1, 2:26, 12:16] = 255
-    (folder / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels.numpy().tobytes())
-    (folder / "train-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([8, 1]))
+    write_fashion(folder, pixels, [8, 1])
     return folder

@@ -1,17 +1,15 @@
 """The shipped classifier knows Fashion-MNIST; torch-fidelity and torchmetrics run on its features; a command trains."""
 
-import gzip
 import json
 import re
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from helpers import run_cli
+from helpers import run_cli, write_fashion
 from torch.utils.data import Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -181,9 +179,7 @@ def write_files(folder: Path, count: int) -> None:
         labels = np.arange(count, dtype=np.uint8) % 10
         images = np.zeros((count, 28, 28), np.uint8)
         images[:, 4:24, 4:24] = 25 * labels[:, None, None]
-        head = struct.pack(">IIII", 2051, count, 28, 28), struct.pack(">II", 2049, count)
-        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head[0] + images.tobytes()))
-        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(head[1] + labels.tobytes()))
+        write_fashion(folder, images, labels, split, zipped=True)
 
 
 def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):

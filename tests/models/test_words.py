@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import random_weights
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -86,12 +87,9 @@ def test_guidance_is_away_from_no_prompt(name):
 
 
 def test_the_fingerprint_is_of_the_words_too(tmp_path):
-    from oss_exp.files import save_asset
-
-    made = model("flux_fashion", PROMPTS["flux_fashion"])
-    save_asset(tmp_path / "w.safetensors", made.backbone.state_dict(), {})
+    weights = random_weights(tmp_path / "w.safetensors", "model=flux_fashion")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["model=flux_fashion", f"model.checkpoint={tmp_path / 'w.safetensors'}"]).model
+        cfg = compose("config", ["model=flux_fashion", weights]).model
     first = instantiate(cfg)
     cfg.words.vocabulary[2:4] = ["orange", "red"]
     assert instantiate(cfg).fingerprint != first.fingerprint

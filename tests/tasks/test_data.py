@@ -1,11 +1,9 @@
 """Samples are functions of (seed, index); image files are read whole or refused."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 import torch
+from helpers import write_fashion
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -82,22 +80,14 @@ def test_wrong_settings(changes, message):
         noise_data(**changes)
 
 
-def write_idx(folder, images: np.ndarray, labels: np.ndarray, pack=gzip.compress, suffix=".gz"):
-    folder.mkdir(parents=True, exist_ok=True)
-    image_bytes = struct.pack(">IIII", 2051, len(images), 28, 28) + images.tobytes()
-    label_bytes = struct.pack(">II", 2049, len(labels)) + labels.tobytes()
-    (folder / f"train-images-idx3-ubyte{suffix}").write_bytes(pack(image_bytes))
-    (folder / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(label_bytes))
-
-
 @pytest.mark.parametrize("layout", ["gz", "torchvision"])
 def test_fashion_mnist_files(tmp_path, layout):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (5, 28, 28), np.uint8), np.arange(5, dtype=np.uint8)
     if layout == "gz":
-        write_idx(tmp_path, images, labels)
+        write_fashion(tmp_path, images, labels, zipped=True)
     else:
-        write_idx(tmp_path / "FashionMNIST" / "raw", images, labels, pack=bytes, suffix="")
+        write_fashion(tmp_path / "FashionMNIST" / "raw", images, labels)
     loaded, classes = fashion_mnist(str(tmp_path))
     assert loaded.shape == (5, 1, 28, 28)
     assert torch.equal(((loaded[:, 0] + 1) * 127.5).round().byte(), torch.from_numpy(images))
@@ -108,10 +98,10 @@ def test_broken_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"set data\.root"):
         fashion_mnist(str(tmp_path))
     images, labels = np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8)
-    write_idx(tmp_path, images, labels[:2])
+    write_fashion(tmp_path, images, labels[:2], zipped=True)
     with pytest.raises(ValueError, match="3 images but 2 labels"):
         fashion_mnist(str(tmp_path))
-    write_idx(tmp_path, images, labels)
+    write_fashion(tmp_path, images, labels, zipped=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="cannot be read"):
@@ -177,9 +167,7 @@ def test_latents_that_cannot_be_used_are_refused(tmp_path):
 
 def test_fashion_mnist_grows_a_black_frame_and_has_a_test_split(tmp_path):
     for prefix, count in (("train", 3), ("t10k", 2)):
-        pixels = bytes([255] * 784 * count)
-        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(count))
+        write_fashion(tmp_path, np.full((count, 28, 28), 255), [0] * count, prefix)
     images, labels = fashion_mnist(str(tmp_path), split="test", size=32)
     assert images.shape == (2, 1, 32, 32)
     assert len(labels) == 2

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_cli
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from helpers import random_weights, run_cli, write_fashion
 
-from oss_exp.cli import CONF
 from oss_exp.evaluation.geneval import TASKS
-from oss_exp.files import save_asset
-from oss_exp.models.weights import randomise
 from oss_exp.tasks.scenes import wishes
 
 SMALL = ["model=flux_scenes", "model.backbone.network.num_layers=1", "model.backbone.network.num_single_layers=1"]
@@ -33,8 +28,7 @@ def inputs(tmp_path_factory) -> list[str]:
     for number in range(20):
         pixels[number, 4 : 14 + number // 2, 6 : 22 : 1 + number % 3] = 200
     for split in ("train", "t10k"):
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(bytes(16) + pixels.numpy().tobytes())
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes(i % 10 for i in range(20)))
+        write_fashion(folder, pixels, [i % 10 for i in range(20)], split)
     run_cli(
         "task=fit_detector",
         f"data.root={folder}",
@@ -43,16 +37,12 @@ def inputs(tmp_path_factory) -> list[str]:
         f"task.output={folder / 'detector.safetensors'}",
         f"hydra.run.dir={folder / 'fit'}",
     )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        model = instantiate(compose("config", [*SMALL, "model.checkpoint=untrained"]).model)
-    randomise(model.backbone, torch.Generator().manual_seed(0))
-    save_asset(folder / "w.safetensors", model.backbone.state_dict(), {})
     lines = [json.dumps(known[0]) + "\n" for known in wishes().values()]
     (folder / "prompts.jsonl").write_text("".join(lines))
     return [
         "task=geneval",
         *SMALL,
-        f"model.checkpoint={folder / 'w.safetensors'}",
+        random_weights(folder / "w.safetensors", *SMALL),
         f"data.prompts={folder / 'prompts.jsonl'}",
         f"task.detector.file={folder / 'detector.safetensors'}",
         f"task.images_per_prompt={COUNT}",

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import write_fashion
 
 from oss_exp.evaluation.geneval import TASKS, judge, read_metadata
 from oss_exp.files import find_asset
@@ -78,8 +79,7 @@ def test_prompts_are_english_enough():
 
 def test_items_are_functions_of_their_number(tmp_path):
     pixels = (torch.arange(20)[:, None, None] + torch.zeros(20, 28, 28)).byte() + 100
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels.numpy().tobytes())
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes(8) + bytes(i % 10 for i in range(20)))
+    write_fashion(tmp_path, pixels, [i % 10 for i in range(20)])
     images, again = (FashionScenes(str(tmp_path), "train") for _ in range(2))
     assert len(images) == 400
     for i in (7, 300, 12):

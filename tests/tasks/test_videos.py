@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import random_weights, run_cli
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -16,8 +16,6 @@ from oss_exp.cli import CONF
 from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.evaluation.psnr import psnr
-from oss_exp.files import save_asset
-from oss_exp.models.weights import randomise
 from oss_exp.tasks.evaluate import thumbnails
 
 SMALL = ["model=video_fashion", "model.backbone.network.num_layers=1", "model.backbone.network.features=16"]
@@ -26,13 +24,9 @@ SMALL = ["model=video_fashion", "model.backbone.network.num_layers=1", "model.ba
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        model = instantiate(compose("config", [*SMALL, "model.checkpoint=untrained"]).model)
-    randomise(model.backbone, torch.Generator().manual_seed(0))
-    save_asset(folder / "w.safetensors", model.backbone.state_dict(), {})
     run_cli(
         *SMALL,
-        f"model.checkpoint={folder / 'w.safetensors'}",
+        random_weights(folder / "w.safetensors", *SMALL),
         "data=prompts",
         "data.prompts=moving_fashion.txt",
         "data.search_samples=2",
