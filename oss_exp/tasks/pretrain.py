@@ -9,29 +9,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import os
-import platform
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import call, get_object, instantiate
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
@@ -42,8 +34,7 @@ from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.captioned import CaptionedImages
-from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.fitting import loss_bar, versions
+from oss_exp.tasks.training import Training, fit, origin, shuffled
 
 SHOWN = 8  # samples of each class in a grid
 GRID_STEPS = 50  # Euler's, for each of them
@@ -62,22 +53,6 @@ def pretrain(cfg: DictConfig) -> Logger | None:
     if (found := tuple(images[0][0].shape)) != model.image_shape:
         raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.image_shape}")
     examples = Examples(images, task.seed, task.label_dropout, instantiate(task.times), task.batch_size)
-    logger = instantiate(cfg.logger)
-    trainer: L.Trainer = instantiate(
-        cfg.trainer,
-        default_root_dir=folder,
-        logger=logger or False,
-        enable_checkpointing=True,
-        enable_progress_bar=False,
-        reload_dataloaders_every_n_epochs=1,
-        use_distributed_sampler=False,
-        log_every_n_steps=min(50, task.save_every),
-        max_epochs=math.ceil(task.max_steps / task.save_every),
-        gradient_clip_val=task.gradient_clip,
-        callbacks=[Bar(), ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)],
-    )
-    if task.batch_size % trainer.world_size:
-        raise ValueError(f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks")
     rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     module = PretrainModule(
         model,
@@ -94,9 +69,10 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         folder=folder,
         about=_about(cfg, model, images),
     )
+    logger = instantiate(cfg.logger)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average is; what is trained is not
-        trainer.fit(module, ckpt_path=_checkpoint(task.resume))
+        trainer = fit(cfg, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(task.resume))
     if trainer.is_global_zero:
         Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4f}", soft_wrap=True)
     return logger
@@ -144,13 +120,9 @@ class Examples(Dataset):
             raise ValueError(f"task.label_dropout must lie between 0 and 1, got {label_dropout!r}")
         self.images, self.seed, self.label_dropout, self.times = images, seed, label_dropout, times
         self.batch_size = batch_size
-        self.order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=int))
 
     def __getitem__(self, i: int) -> dict[str, Tensor | int]:
-        epoch, position = divmod(i, len(self.images))
-        if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.images)))
-        x0, label = self.images[int(self.order[1][position])]
+        x0, label = self.images[shuffled(i, len(self.images), self.seed, 0)]
         draw = np.random.default_rng((self.seed, 1, i))
         noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32))
         t = self.times(torch.tensor(draw.uniform(1e-12, 1), dtype=torch.float64))
@@ -164,94 +136,36 @@ class Examples(Dataset):
 # --------------------------------------------------------------------------------------------------------------
 
 
-class PretrainModule(L.LightningModule):
+class PretrainModule(Training):
     """Regresses a network's output on what its parameterization asks for; `model` holds the average of its weights.
 
-    An epoch of the trainer is `save_every` steps, after which the losses, a grid of samples and the weights are saved.
-    batch_size: of all ranks together. about: the provenance that is known before.
+    After every epoch a grid of samples and the weights are saved. about: the provenance that is known before.
     """
 
     def __init__(
         self,
         model: Network,
         examples: Examples,
-        batch_size: int,
-        max_steps: int,
-        save_every: int,
-        learning_rate: float,
-        warmup_steps: int,
-        ema_decay: float,
-        num_workers: int,
         compile: bool,
         output: Path,
         folder: Path,
         about: Mapping[str, Any],
+        **training: Any,
     ):
-        super().__init__()
+        super().__init__(examples, **training)
         self.model, self.network = model, copy.deepcopy(model.backbone).requires_grad_(True).train()
         if compile:
             self.network.compile()
-        self.examples, self.batch_size, self.num_workers = examples, batch_size, num_workers
-        self.max_steps, self.save_every = max_steps, save_every
-        self.learning_rate, self.warmup_steps, self.ema_decay = learning_rate, warmup_steps, ema_decay
         self.output, self.folder, self.about = output, folder, about
-        self.losses: list[float] = []  # of every step, the mean over ranks
-        self.latest: list[Tensor] = []  # of this epoch's steps, this rank's
-        self.seconds, self.started = 0.0, time.perf_counter()
 
-    @property
-    def seen(self) -> int:
-        """Steps taken."""
-        return len(self.losses) + len(self.latest)
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model.loss(self.network, batch)
 
-    def recent_loss(self) -> float:
-        return float(np.mean(self.losses[-self.save_every :]))
+    def weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.network.parameters()), list(self.model.backbone.parameters())
 
-    def train_dataloader(self) -> DataLoader:
-        """This rank's part of the examples of this epoch's steps."""
-        steps = len(self.losses), min(len(self.losses) + self.save_every, self.max_steps)
-        first, last = (step * self.batch_size for step in steps)
-        examples = Subset(self.examples, range(first + self.global_rank, last, self.trainer.world_size))
-        return DataLoader(examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model.loss(self.network, batch)
-        self.latest.append(loss.detach())
-        self.log("loss", loss.detach())
-        return loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        decay = min(self.ema_decay, self.seen / (self.seen + 9))  # young averages forget their start faster
-        average = get_ema_multi_avg_fn(decay)
-        average(list(self.model.backbone.parameters()), list(self.network.parameters()), self.seen)
-
-    def on_train_epoch_end(self) -> None:
-        losses = torch.stack(self.latest)
-        self.losses += (DistributedCollective().sum(losses) / self.trainer.world_size).tolist()
-        self.latest = []
-        if not math.isfinite(self.losses[-1]):
-            raise ValueError(f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate")
-        grid = self._grid()
-        self.seconds += time.perf_counter() - self.started
-        self.started = time.perf_counter()
-        self._save(grid)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate)
-
-        def rate(step: int) -> float:
-            """Linear warm-up, then half a cosine to 0."""
-            rising = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-            return rising * 0.5 * (1 + math.cos(math.pi * min(step / self.max_steps, 1)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["progress"] = {"losses": self.losses, "seconds": self.seconds}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.losses, self.seconds = checkpoint["progress"]["losses"], checkpoint["progress"]["seconds"]
+    def on_epoch(self) -> None:
+        self._save(self._grid())
 
     @torch.no_grad()
     def _grid(self) -> np.ndarray:
@@ -279,22 +193,6 @@ class PretrainModule(L.LightningModule):
         save_asset(self.output, weights, {**self.about, "training": training})
 
 
-class Bar(Callback):
-    """Steps with the loss and the time left, over all epochs; on rank 0."""
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.progress, self.bar = loss_bar(module.max_steps, module.seen, disable=trainer.global_rank != 0)
-        self.progress.start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        if module.seen % 10 == 0 or module.seen == module.max_steps:  # reading a loss makes a GPU wait
-            self.progress.update(self.bar, completed=module.seen, loss=float(outputs["loss"]))
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if hasattr(self, "progress"):
-            self.progress.stop()
-
-
 def _untrained(cfg: DictConfig, images: Dataset) -> Network:
     """The model, of the prompts that the images have for captions where they have such."""
     kind = get_object(cfg.model._target_)
@@ -319,17 +217,12 @@ def _checkpoint(resume: str | None) -> str | None:
 
 
 def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    # A resumed run ends as one that was never stopped; the command that starts from nothing is the one to repeat.
-    overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith("task.resume=")]
     return {
         "name": model.name,
-        "made_by": " ".join(["oss-exp", *overrides]),
         "seed": cfg.task.seed,
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "data": {"images": len(images), "sha256": _fingerprint(images)},
-        "hardware": gpu or f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": versions(),
+        **origin(),
     }
 
 
