@@ -32,6 +32,11 @@ class Model(nn.Module, abc.ABC):
         """Guidance needs a class for every sample."""
         return self.num_classes is not None and self.guidance.scale != 1
 
+    @property
+    def original(self) -> Model:
+        """What it was finetuned from, where it was: the model whose pictures its own are compared with."""
+        return self
+
     @abc.abstractmethod
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         """condition (B,) class indices, or (B, ...) what else a model takes, or None -> v(x (M, *E), t (M,)).

@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from oss_exp.models.prompts import read_prompts
 from oss_exp.tasks.data import HELD_OUT, NoiseData, NoiseDataset
@@ -41,10 +41,10 @@ class ConditionedData(NoiseData):
         super().__init__(num_classes=None, classes=None, **noise)
         self.conditions = conditions
 
-    def _loader(self, first: int, count: int) -> DataLoader:
-        noise, places = super()._loader(first, count).dataset, np.arange(count)
-        rows = (-1 - places if first >= HELD_OUT else places) % len(self.conditions)
-        return DataLoader(ConditionedDataset(noise, self.conditions[rows]), batch_size=self.batch_size)
+    def noises(self, first: int, count: int) -> Dataset:
+        places = np.arange(count)
+        rows = (-1 - places if first == HELD_OUT else places) % len(self.conditions)
+        return ConditionedDataset(super().noises(first, count), self.conditions[rows])
 
 
 class ConditionedNoiseData(ConditionedData):

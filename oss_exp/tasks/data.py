@@ -21,6 +21,7 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.mixture import GaussianMixture
 
 HELD_OUT = 1_000_000  # index of the first held-out sample: the same ones whatever the size of the search set
+TRAINING = 3_000_000  # of the first that stages are trained on
 
 
 class NoiseDataset(Dataset):
@@ -80,6 +81,10 @@ class NoiseData(L.LightningDataModule):
         self.search_samples, self.eval_samples, self.batch_size = search_samples, eval_samples, batch_size
         self.per_sample = min(per_sample, eval_samples)
 
+    def noises(self, first: int, count: int) -> Dataset:
+        """The samples from number `first` on."""
+        return NoiseDataset(self.seed, first, count, self.event_shape, self.classes)
+
     def predict_dataloader(self) -> list[DataLoader]:
         """Search set first, then the held-out noises for per-sample strategies."""
         return [self._loader(0, self.search_samples), self._loader(HELD_OUT, self.per_sample)]
@@ -88,8 +93,7 @@ class NoiseData(L.LightningDataModule):
         return self._loader(HELD_OUT, self.eval_samples)
 
     def _loader(self, first: int, count: int) -> DataLoader:
-        dataset = NoiseDataset(self.seed, first, count, self.event_shape, self.classes)
-        return DataLoader(dataset, batch_size=self.batch_size)
+        return DataLoader(self.noises(first, count), batch_size=self.batch_size)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class EvaluateModule(L.LightningModule):
         condition, self.velocity = batch.get("condition", classes), self.setting.velocity(batch)
         noise = self.setting.first_state(batch["noise"])
         solver = self.setting.solver
-        reference = self.model.sample(replace(solver, calibration=None), self.setting.teacher, noise, condition)
+        plain = replace(solver, calibration=None)
+        reference = self.model.original.sample(plain, self.setting.teacher, noise, condition)
         teacher, width = self.model.decode(reference), spread(reference)
         # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
         number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size

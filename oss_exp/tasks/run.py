@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from oss_exp.files import write_atomically
+from oss_exp.models.stages import Staged
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks.data import NoiseData
@@ -49,6 +50,23 @@ def evaluate(cfg: DictConfig) -> None:
     rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 
 
+FREE = ("trainer", "logger", "hydra", "paths")  # what may differ when a run goes on
+
+
+def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
+    """ValueError where the folder holds a run of another configuration, but for FREE and these keys of cfg.task."""
+    if not (folder / "config.yaml").is_file():
+        return
+    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(folder / "config.yaml"), cfg))
+    for each in (old, new):
+        each["task"] = {key: value for key, value in each.get("task", {}).items() if key not in free}
+    if changed := [key for key in new if key not in FREE and old.get(key) != new[key]]:
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(changed)}; go on with the same values, or choose another "
+            "folder"
+        )
+
+
 class Run:
     """Everything that the configuration names, built once; fails before any work when a value does not fit."""
 
@@ -58,6 +76,8 @@ class Run:
         if not isinstance(cfg.num_steps, ListConfig):
             raise ValueError(f"num_steps must be a list of whole numbers such as [5,10], got {cfg.num_steps!r}")
         model = instantiate(cfg.model)
+        if cfg.stages is not None:
+            model = Staged.load(model, cfg.stages)
         if cfg.data.get("classes") == "auto":
             cfg.data.classes = "all" if model.needs_classes else None
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -128,7 +148,8 @@ class Run:
         """Refuse a schedule made for another model, another first time, or other noises than this run's."""
         made_for = steps.about("model")
         model = self.setting.model
-        if made_for.get("sha256") != model.fingerprint and not self.cfg.task.allow_other_model:
+        own = (model.fingerprint, model.original.fingerprint)
+        if made_for.get("sha256") not in own and not self.cfg.task.allow_other_model:
             raise ValueError(
                 f"step schedule {path} was searched on model {made_for.get('name')!r} (weights "
                 f"{str(made_for.get('sha256'))[:12]}), this run has {model.name!r} ({model.fingerprint[:12]}); "

@@ -1,0 +1,489 @@
+"""Give every stage of a step schedule parameters of its own, which all begin as the model's (OSS, section 4.2.3).
+
+objective `jump`: no data; from the teacher's state at a step's first time, one Euler jump is to reach its state at the
+last (BOSS, arXiv 2312.16414, trains so). `progressive`: the same, but from the states that the stages before it, as
+they were trained, really come to. `diffusion`: the model's own loss on images, at times within the stage.
+
+All is kept in task.output, which several jobs with a stage each may share: the teacher's states, checkpoints, and what
+`stages=FOLDER` loads. What is there is not made again, so a run that was killed goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise, starmap
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from hydra.utils import call, instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from oss_exp.files import read_json, write_atomically
+from oss_exp.models.network import Network
+from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StageParameters
+from oss_exp.solvers import BoundVelocity, Euler, walk
+from oss_exp.steps import StepSchedule, rowwise
+from oss_exp.tasks.data import TRAINING
+from oss_exp.tasks.pretrain import Examples
+from oss_exp.tasks.run import Run, require_same
+from oss_exp.tasks.search import Setting
+from oss_exp.tasks.training import Training, fit, origin, shuffled
+
+OBJECTIVES = ("jump", "progressive", "diffusion")
+TRAINABLE = ("full", "adaln", "lora")
+LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
+Compute = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+CHECKED = 256  # examples that a stage is measured on before and after
+# What turns clock and condition into shifts, scales and gates, as diffusers and the public networks spell it.
+ADALN = re.compile(
+    r"adaLN_modulation|norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear|norm_out\.linear|proj_out_1"
+    r"|scale_shift_table|t_block|time_emb_proj|time_embed|timestep_embedder"
+)
+
+
+def finetune(cfg: DictConfig) -> Logger | None:
+    """Train task.stage (all: one after the other, from the noise on) of the task.num_stages of a schedule."""
+    task, output = cfg.task, Path(cfg.task.output)
+    _check(task)
+    require_same(cfg, output, "stage")
+    images = call(task.images) if "images" in task else None
+    run = Run(cfg)
+    if not isinstance(run.setting.model, Network):
+        raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
+    if task.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
+        raise ValueError(f"task.objective={task.objective} trains jumps of solver=euler; choose it, or diffusion")
+    steps = _schedule(run, output)
+    stages = spans(steps.num_steps, task.num_stages)
+    base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
+    folder = StageFolder(output, base, tuple(float(steps.times[span.start]) for span in stages[1:]))
+    rank_zero_only(folder.save)()
+    rank_zero_only(write_atomically)(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    logger = instantiate(cfg.logger)
+    for stage in range(len(folder)) if task.stage == "all" else [task.stage]:
+        if not folder.file(stage).with_suffix(".json").is_file():
+            _train(run, folder, steps, stages, stage, images, logger)
+    if rank_zero_only.rank == 0:
+        _report(folder, Path(cfg.paths.output_dir))
+    return logger
+
+
+def spans(num_steps: int, num_stages: int) -> list[range]:
+    """The steps of each stage, as even as whole numbers allow."""
+    if num_stages > num_steps:
+        raise ValueError(
+            f"task.num_stages={num_stages} exceeds the {num_steps} steps of the schedule, at whose times stages are "
+            "cut; choose fewer stages or a schedule with more steps"
+        )
+    ends = [stage * num_steps // num_stages for stage in range(num_stages + 1)]
+    return list(starmap(range, pairwise(ends)))
+
+
+def _check(task: DictConfig) -> None:
+    for name, least in (("num_stages", 2), ("max_steps", 1), ("batch_size", 1), ("save_every", 1), ("trajectories", 1)):
+        if not isinstance(task[name], int) or task[name] < least:
+            raise ValueError(f"task.{name} must be a whole number of at least {least}, got {task[name]!r}")
+    if task.stage != "all" and not (isinstance(task.stage, int) and 0 <= task.stage < task.num_stages):
+        raise ValueError(f"task.stage must be all, or a number from 0 to {task.num_stages - 1}, got {task.stage!r}")
+    for name, known in (("objective", OBJECTIVES), ("trainable", TRAINABLE)):
+        if task[name] not in known:
+            raise ValueError(f"task.{name} must be one of {', '.join(known)}, got {task[name]!r}")
+    if (task.objective == "diffusion") != ("images" in task):
+        wants = "takes no images" if "images" in task else "needs images: data@task.images=fashion_mnist_32, or other"
+        raise ValueError(f"task.objective={task.objective} {wants}")
+
+
+def _schedule(run: Run, output: Path) -> StepSchedule:
+    """The one of task.output; else task.schedule; else one is planned. It is left in task.output."""
+    task, kept = run.cfg.task, output / "schedule.json"
+    path = kept if kept.is_file() else task.schedule and Path(task.schedule).expanduser()
+    if path is None:
+        if len(run.strategies) != 1 or len(run.num_steps) != 1:
+            raise ValueError(
+                "stages are cut at one schedule: set task.schedule=FILE.json, or one stepsize and one K in num_steps, "
+                f"got {list(run.strategies)} and {run.num_steps}"
+            )
+        spans(run.num_steps[0], task.num_stages)  # a misfit shows before the work
+        run.plan()
+        path = run.folder / "schedules" / f"{next(iter(run.strategies))}_{run.num_steps[0]}.json"
+    steps = StepSchedule.load(path)
+    run.check_fits(path, steps)
+    if steps.samples is not None or steps.weights is not None:
+        kind = "a time for every sample" if steps.weights is None else "fitted steps"
+        raise ValueError(
+            f"step schedule {path} has {kind}; stages need times for all and plain steps, such as oss_ave's"
+        )
+    spans(steps.num_steps, task.num_stages)
+    rank_zero_only(steps.save)(kept)
+    return steps
+
+
+def _train(
+    run: Run,
+    folder: StageFolder,
+    steps: StepSchedule,
+    stages: Sequence[range],
+    stage: int,
+    images: Any,
+    logger: Logger | None,
+) -> None:
+    """Write the stage's file."""
+    task, setting, span = run.cfg.task, run.setting, stages[stage]
+    network, clean = setting.model, 0.0 if span.stop == steps.num_steps else float(steps.times[span.stop])
+    if task.objective == "diffusion":
+        noisy = float(steps.start_time if stage == 0 else steps.times[span.start])
+        examples = Examples(images, task.seed, task.label_dropout, Within(clean, noisy), task.batch_size)
+        loss = partial(_diffusion_loss, network)
+    else:
+        states = States(folder.path / "states", run.data.noises(TRAINING, task.trajectories), run.data.batch_size)
+        states.make("teacher", network, partial(teacher_states, setting, steps), run.trainer)
+        progressive, start = task.objective == "progressive", None
+        for before in range(stage if progressive else 0):
+            model = Staged(network, StageParameters(network.backbone, folder, [before]))
+            times = steps.times[stages[before].start : stages[before].stop + 1]
+            student = partial(student_states, replace(setting, model=model), states, start, times)
+            start = f"student_{before + 1}"
+            states.make(start, model, student, run.trainer)
+            model.parameters_of.use(BASE)
+        examples = Jumps(states, span, task.seed, progressive, start)
+        loss = partial(_jump_loss, setting, steps, span, progressive)
+    torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
+    with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
+        module = StageModule(
+            network,
+            parameters,
+            loss,
+            examples,
+            batch_size=task.batch_size,
+            max_steps=task.max_steps,
+            save_every=task.save_every,
+            learning_rate=task.learning_rate,
+            warmup_steps=task.warmup_steps,
+            ema_decay=task.ema_decay,
+            num_workers=task.num_workers,
+        )
+        last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
+        fit(run.cfg, module, last, logger, last if last.is_file() else None, precision=task.precision)
+    if rank_zero_only.rank == 0:
+        checkpoint = torch.load(
+            last, map_location="cpu", weights_only=True
+        )  # what a spawned process did is there alone
+        average = [checkpoint["state_dict"][f"average.{i}"] for i in range(len(parameters))]
+        record = {
+            **origin(),
+            "stage": stage,
+            "times": [float(steps.times[span.start]), clean],
+            "steps": len(span),
+            "parameters": sum(each.numel() for each in average),
+            "training": {"steps": task.max_steps, **checkpoint["progress"]},
+        }
+        folder.save_stage(stage, dict(zip(parameters, average, strict=True)), record)
+    module.trainer.strategy.barrier("the stage is on disk")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a stage learns
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Within:
+    """t uniform between two times."""
+
+    low: float
+    high: float
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """u uniform in (0, 1), float64, any shape -> t."""
+        return self.low + (self.high - self.low) * u
+
+
+def _diffusion_loss(network: Network, batch: Mapping[str, Tensor]) -> Tensor:
+    return network.loss(network.backbone, batch)
+
+
+def _jump_loss(
+    setting: Setting, steps: StepSchedule, span: range, progressive: bool, batch: Mapping[str, Tensor]
+) -> Tensor:
+    """Mean squared error of the states that jumps of `step` (B,) come to, against target (B, *E), () float32.
+
+    x (B, *E): the state before the jump; progressive: before the span, through which it first goes by the same network.
+    """
+    velocity, x, step = setting.velocity(batch), batch["x"], batch["step"]
+    if progressive:
+        with torch.no_grad():
+            for earlier in range(span.start, int(step.max())):
+                rows = (step > earlier).nonzero()[:, 0]
+                x = x.index_copy(0, rows, jump(velocity.subset(rows), x[rows], steps, torch.full_like(rows, earlier)))
+    return F.mse_loss(jump(velocity, x, steps, step), batch["target"])
+
+
+def jump(velocity: BoundVelocity, x: Tensor, steps: StepSchedule, step: Tensor) -> Tensor:
+    """Euler's jump from times[step] to times[step + 1]: x (B, *E), step (B,) -> (B, *E)."""
+    times = steps.times.to(x.device)
+    t, t_next = times[step], times[step + 1]
+    return x + rowwise(t_next - t, x) * velocity(x, t)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# States
+# --------------------------------------------------------------------------------------------------------------
+
+
+class States:
+    """Tensors of training noises, a file of safetensors for each batch: made once, by whatever rank or job."""
+
+    def __init__(self, folder: Path, noises: Dataset, size: int):
+        self.folder, self.noises, self.size = folder, noises, size
+
+    def file(self, name: str, i: int) -> Path:
+        """The one that training noise i is in."""
+        return self.folder / name / f"{i // self.size:06d}.safetensors"
+
+    def row(self, name: str, i: int) -> dict[str, Tensor]:
+        """All that is kept of training noise i."""
+        with safe_open(self.file(name, i), "pt") as file:
+            return {key: file.get_slice(key)[i % self.size :][0] for key in file.keys()}  # noqa: SIM118
+
+    def make(self, name: str, model: nn.Module, compute: Compute, trainer: L.Trainer) -> None:
+        """What is missing of `compute`, of batches of noises with their conditions -> rows of each, with this model."""
+        batches = torch.arange(len(self.noises)).split(self.size)
+        missing = [batch.tolist() for batch in batches if not self.file(name, int(batch[0])).is_file()]
+        if missing:
+            loader = DataLoader(Batches(self.noises, missing), batch_size=None)
+            trainer.predict(StateMaker(self, name, model, compute), loader, return_predictions=False)
+
+
+class Batches(Dataset):
+    """Item n: the n-th of these batches of items, collated."""
+
+    def __init__(self, items: Dataset, batches: Sequence[Sequence[int]]):
+        self.items, self.batches = items, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return default_collate([self.items[i] for i in self.batches[position]])
+
+
+class StateMaker(L.LightningModule):
+    """Writes what is computed of each batch of noises."""
+
+    def __init__(self, states: States, name: str, model: nn.Module, compute: Compute):
+        super().__init__()
+        self.model = model  # registered, so that Lightning moves it to the device
+        self.states, self.name, self.compute = states, name, compute
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        made = {key: value.cpu().contiguous() for key, value in self.compute(batch).items()}
+        write_atomically(self.states.file(self.name, place(batch)[0]), safetensors.torch.save(made))
+
+    def on_predict_end(self) -> None:
+        self.trainer.strategy.barrier("states are on disk")
+
+
+def place(batch: Mapping[str, Tensor]) -> list[int]:
+    """Which training noises these are."""
+    return (batch["index"] - TRAINING).tolist()
+
+
+@torch.no_grad()
+def teacher_states(setting: Setting, steps: StepSchedule, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """states (B, K + 1, *E), the student's first and the teacher's at the later times of its schedule; and conditions.
+
+    Times that are no nodes of the teacher's grid are further steps of it.
+    """
+    noise = setting.first_state(batch["noise"])
+    times = torch.cat([setting.grid, steps.times]).unique().flip(0)
+    path = walk(replace(setting.solver, calibration=None), setting.velocity(batch), noise, times)
+    states = [state.x for state, t in zip(path, times.tolist(), strict=True) if t in steps.times.tolist()]
+    states[0] = steps.initial_state(noise, setting.classes(batch))
+    conditions = {key: batch[key] for key in ("label", "condition") if key in batch}
+    return {"states": torch.stack(states, dim=1), **conditions}
+
+
+@torch.no_grad()
+def student_states(
+    setting: Setting, states: States, start: str | None, times: Tensor, batch: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """x (B, *E): where Euler steps through `times` lead from states `start`, None: from a schedule's first."""
+    rows = [states.row("teacher", i)["states"][0] if start is None else states.row(start, i)["x"] for i in place(batch)]
+    path = walk(Euler(), setting.velocity(batch), torch.stack(rows).to(batch["noise"]), times)
+    return {"x": list(path)[-1].x}
+
+
+class Jumps(Dataset):
+    """An endless stream of jumps {x, target (*E), step, label, condition where there is one} of the steps in a span.
+
+    x: the teacher's before the step; progressive: before the span, from states `start` or the schedule's first.
+    """
+
+    def __init__(self, states: States, span: range, seed: int, progressive: bool, start: str | None):
+        self.states, self.span, self.seed, self.progressive, self.start = states, span, seed, progressive, start
+
+    def __getitem__(self, i: int) -> dict[str, Tensor | int]:
+        noise = shuffled(i, len(self.states.noises), self.seed, 0)
+        step = int(np.random.default_rng((self.seed, 1, i)).integers(self.span.start, self.span.stop))
+        found = self.states.row("teacher", noise)
+        path = found.pop("states")
+        x = path[self.span.start if self.progressive else step]
+        x = x if self.start is None else self.states.row(self.start, noise)["x"]
+        return {"x": x, "target": path[step + 1], "step": step, **found}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters to train, by the names that stages are saved under; afterwards the backbone is as it was."""
+    tuner = _low_rank(backbone, rank) if kind == "lora" else None
+    chosen = {}
+    for name, parameter in backbone.named_parameters():
+        if kind == "full" or (kind == "adaln" and ADALN.search(name)):
+            chosen[name] = parameter
+        elif kind == "lora" and (match := LORA.fullmatch(name)):
+            chosen[f"{match['layer']}.weight{DOWN if match['part'] == 'A' else UP}"] = parameter
+    if not chosen:
+        raise ValueError(f"task.trainable={kind}: the network has no such parameters; choose full or lora")
+    before = [parameter.detach().cpu().clone() for parameter in chosen.values()]
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    backbone.train()
+    try:
+        yield chosen
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(chosen.values(), before, strict=True):
+                parameter.copy_(value)
+        if tuner is not None:
+            tuner.unload()
+        backbone.requires_grad_(False).eval()
+
+
+def _low_rank(backbone: nn.Module, rank: int) -> Any:
+    """peft's low-rank changes of all linear layers, which begin as none."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError:
+        raise ValueError("task.trainable=lora needs peft: pip install 'oss_exp[lora]'") from None
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"task.lora_rank must be a whole number of at least 1, got {rank!r}")
+    linear = [name for name, module in backbone.named_modules() if type(module) is nn.Linear]
+    return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), "stage")
+
+
+class StageModule(Training):
+    """Trains some parameters of a network in place, and keeps their averages, which are the stage's."""
+
+    def __init__(
+        self,
+        network: Network,
+        parameters: Mapping[str, nn.Parameter],
+        loss: Callable[[Mapping[str, Tensor]], Tensor],
+        examples: Dataset,
+        **training: Any,
+    ):
+        super().__init__(examples, **training)
+        self.model, self.find_loss, self.strict_loading = network, loss, False
+        self.trained = list(parameters.values())
+        self.average = nn.ParameterList(nn.Parameter(each.detach().clone(), False) for each in self.trained)
+        self.checked: dict[str, float] = {}  # the loss of the first examples before and after
+        self.peak_bytes = 0
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.find_loss(batch)
+
+    def weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.trained, list(self.average)
+
+    def on_train_start(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if not self.checked:
+            self.checked["loss_before"] = self._check()
+
+    def on_epoch(self) -> None:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else used
+        self.peak_bytes = max(self.peak_bytes, used)
+        if self.seen == self.max_steps:
+            self.checked["loss_after"] = self._check()
+
+    @torch.no_grad()
+    def _check(self) -> float:
+        """The averages' mean loss on the first examples."""
+        self._swap()
+        batches = torch.arange(CHECKED).split(self.batch_size)
+        losses = []
+        for batch in batches:
+            items = default_collate([self.examples[i] for i in batch.tolist()])
+            losses.append(float(self.loss(self.trainer.strategy.batch_to_device(items))) * len(batch))
+        self._swap()
+        return sum(losses) / CHECKED
+
+    def _swap(self) -> None:
+        for parameter, average in zip(self.trained, self.average, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+    def progress(self) -> dict[str, Any]:
+        return {**super().progress(), **self.checked, "peak_bytes": self.peak_bytes}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        own = {id(parameter) for parameter in (*self.trained, *self.average)}
+        kept = {name for name, parameter in self.named_parameters() if id(parameter) in own}
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.checked = {key: value for key, value in checkpoint["progress"].items() if key.startswith("loss_")}
+        self.peak_bytes = checkpoint["progress"]["peak_bytes"]
+
+
+def _report(folder: StageFolder, run_folder: Path) -> None:
+    """A table of the stages that are there, on the terminal, and all that is known of them in finetune.json."""
+    files = [folder.file(stage).with_suffix(".json") for stage in range(len(folder))]
+    records = [read_json(file, "record of a stage") for file in files if file.is_file()]
+    write_atomically(run_folder / "finetune.json", json.dumps({"stages": records}) + "\n")
+    table = Table(title=f"{folder.base['name']} in {len(folder)} stages")
+    for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
+        table.add_column(name, justify="right")
+    for record in records:
+        (first, last), training = record["times"], record["training"]
+        table.add_row(
+            str(record["stage"]),
+            f"{first:.4f} to {last:.4f}",
+            str(record["steps"]),
+            f"{record['parameters']:,}",
+            f"{training['loss_before']:.5f}",
+            f"{training['loss_after']:.5f}",
+            f"{training['seconds']:.0f}",
+            f"{training['peak_bytes'] / 2**30:.2f} GiB",
+        )
+    console = Console()
+    console.print(table)
+    missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
+    told = f"still to train: stages {', '.join(missing)}" if missing else f"run it with stages={folder.path}"
+    console.print(f"{folder.path}: {told}", soft_wrap=True)
