@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, keep, measure, png, table
+from experiments.common import OUTPUTS, finished, keep, measure, png, table
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.detectors import nearest_colours
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
@@ -57,8 +57,8 @@ def main() -> None:
 
 def compare(name: str) -> None:
     search = ["num_steps=[5,10,20]", "data.search_samples=32", "data.batch_size=64"]
-    measure(f"large_families/{name}", f"model={name}", STRATEGIES, *QUICK, PINNED, *search, *NETWORKS[name])
-    folder = OUTPUTS / "large_families" / name
+    run = f"large_families/{name}"
+    folder = finished(run, f"model={name}", STRATEGIES, *QUICK, PINNED, *search, *NETWORKS[name])
     keep(__file__, f"{name}.md", (folder / "table.md").read_text())
     for picture in ("schedules.png", "samples.png", "samples.gif"):
         if (folder / picture).exists():
@@ -72,11 +72,11 @@ def compare(name: str) -> None:
 
 def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
     """A picture of some of the teacher's samples, and the shares of `count` that show what was asked for."""
-    run = f"large_families/{name}_quality"
     once = ["stepsize=ddim", "num_steps=[1]", "evaluation.save_images=npz", "data.batch_size=40"]
     settings = [each for each in NETWORKS[name] if "eval_samples" not in each]
-    measure(run, f"model={name}", f"model.guidance.scale={scale}", *settings, *once, f"data.eval_samples={count}")
-    images = torch.from_numpy(np.load(OUTPUTS / run / "images" / "teacher.npz")["arr_0"]).movedim(-1, 1) / 255
+    model = [f"model={name}", f"model.guidance.scale={scale}"]
+    folder = finished(f"large_families/{name}_quality", *model, *settings, *once, f"data.eval_samples={count}")
+    images = torch.from_numpy(np.load(folder / "images" / "teacher.npz")["arr_0"]).movedim(-1, 1) / 255
     if name == "mar_fashion":
         texts = [GARMENTS[i % 10] for i in range(count)]
     else:  # held-out prompts are from the back of the list
