@@ -46,7 +46,7 @@ def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
 def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     """The configuration, PSNR, gain and spread of every schedule, and with W&B the table and the pictures."""
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    for name in ("amplitude", "training"):
+    for name in ("amplitude", "training", "stages"):
         if isinstance(logger, WandbLogger) and (folder / f"{name}.png").exists():
             logger.log_image(name, [str(folder / f"{name}.png")])
     if not (folder / "metrics.json").exists():

@@ -17,7 +17,7 @@ from rich.console import Console
 from oss_exp.files import read_json, write_atomically
 from oss_exp.report import geneval, plots
 from oss_exp.report.results import Line, compare, read_run, read_schedules
-from oss_exp.report.table import NOTE, columns, markdown, terminal
+from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
 from oss_exp.steps import StepSchedule
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -54,6 +54,10 @@ def write(folder: Path) -> None:
     if (folder / "training.json").exists():
         made.append(write_atomically(folder / "training.png", plots.training(_training(folder))))
         made += sorted((folder / "samples").glob("step_*.png"))[-1:]
+    if (folder / "finetune.json").exists():
+        finetuned = read_json(folder / "finetune.json", "stages of a finetuning")
+        made.append(write_atomically(folder / "stages.png", plots.stages(finetuned["stages"])))
+        console.print(stages(finetuned))
     if (folder / "geneval.json").exists():
         made += geneval.write(folder)
         console.print((folder / "geneval.md").read_text(), soft_wrap=True)

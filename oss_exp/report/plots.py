@@ -122,6 +122,28 @@ def training(losses: Sequence[float]) -> bytes:
     return _png(figure)
 
 
+def stages(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """PNG: how hard each stage is before and after its training, and the losses on the way; of finetune.json."""
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    places = np.arange(len(records))
+    for offset, key, color in ((-0.2, "loss_before", "0.7"), (0.2, "loss_after", "tab:blue")):
+        heights = [record["training"][key] for record in records]
+        bars.bar(places + offset, heights, 0.4, color=color, label=key.removeprefix("loss_"))
+    labels = [f"{record['stage']}\n{record['times'][0]:.3g} to {record['times'][1]:.3g}" for record in records]
+    bars.set_xticks(places, labels, fontsize=8)
+    bars.set(xlabel="stage, and its times (1 noise, 0 data)", ylabel="loss", yscale="log")
+    for record in records:
+        losses = record["training"]["losses"]
+        width = max(1, len(losses) // 50)
+        means = np.array(losses[: len(losses) // width * width]).reshape(-1, width).mean(1)
+        curves.plot((np.arange(len(means)) + 0.5) * width, means, label=f"stage {record['stage']}")
+    curves.set(xlabel="step", ylabel="loss", yscale="log")
+    for axis in (bars, curves):
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+    return _png(figure)
+
+
 def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """PNG: 5 and 95 % quantiles of the state against t, a column a strategy; below, how far off the teacher's.
 

@@ -1,8 +1,9 @@
-"""The table of a comparison, as Markdown for files and as a rich table for the terminal."""
+"""The table of a comparison, as Markdown for files and as a rich table for the terminal; that of stages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -60,4 +61,24 @@ def terminal(lines: Sequence[Line], title: str) -> Table:
     for index, row in enumerate(cells):
         last = index + 1 == len(cells) or lines[index + 1].result.nfe != lines[index].result.nfe
         table.add_row(*row, end_section=last, style="bold" if lines[index].rival is lines[index].result else None)
+    return table
+
+
+def stages(record: Mapping[str, Any]) -> Table:
+    """Of finetune.json."""
+    table = Table(title=f"{record['name']}, finetuned by stages")
+    for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
+        table.add_column(name, justify="right")
+    for stage in record["stages"]:
+        (first, last), training = stage["times"], stage["training"]
+        table.add_row(
+            str(stage["stage"]),
+            f"{first:.4f} to {last:.4f}",
+            str(stage["steps"]),
+            f"{stage['parameters']:,}",
+            f"{training['loss_before']:.3g}",
+            f"{training['loss_after']:.3g}",
+            f"{training['seconds']:.0f}",
+            f"{training['peak_bytes'] / 2**30:.2f} GiB",
+        )
     return table

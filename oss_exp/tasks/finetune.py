@@ -26,12 +26,11 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from hydra.utils import call, instantiate
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -42,7 +41,7 @@ from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StagePara
 from oss_exp.solvers import BoundVelocity, Euler, walk
 from oss_exp.steps import StepSchedule, rowwise
 from oss_exp.tasks.data import TRAINING
-from oss_exp.tasks.pretrain import Examples
+from oss_exp.tasks.pretrain import Examples, load_images
 from oss_exp.tasks.run import Run, require_same
 from oss_exp.tasks.search import Setting
 from oss_exp.tasks.training import Training, fit, origin, shuffled
@@ -63,11 +62,14 @@ def finetune(cfg: DictConfig) -> Logger | None:
     """Train task.stage (all: one after the other, from the noise on) of the task.num_stages of a schedule."""
     task, output = cfg.task, Path(cfg.task.output)
     _check(task)
-    require_same(cfg, output, "stage")
-    images = call(task.images) if "images" in task else None
+    require_same(cfg, output, "stage", "output")
+    asked = OmegaConf.to_yaml(cfg, resolve=True)
+    images = load_images(task.images) if "images" in task else None
     run = Run(cfg)
     if not isinstance(run.setting.model, Network):
         raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
+    if images is not None:
+        _check_images(images, run.setting.model)
     if task.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
         raise ValueError(f"task.objective={task.objective} trains jumps of solver=euler; choose it, or diffusion")
     steps = _schedule(run, output)
@@ -75,7 +77,7 @@ def finetune(cfg: DictConfig) -> Logger | None:
     base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
     folder = StageFolder(output, base, tuple(float(steps.times[span.start]) for span in stages[1:]))
     rank_zero_only(folder.save)()
-    rank_zero_only(write_atomically)(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    rank_zero_only(write_atomically)(output / "config.yaml", asked)
     logger = instantiate(cfg.logger)
     for stage in range(len(folder)) if task.stage == "all" else [task.stage]:
         if not folder.file(stage).with_suffix(".json").is_file():
@@ -108,6 +110,16 @@ def _check(task: DictConfig) -> None:
     if (task.objective == "diffusion") != ("images" in task):
         wants = "takes no images" if "images" in task else "needs images: data@task.images=fashion_mnist_32, or other"
         raise ValueError(f"task.objective={task.objective} {wants}")
+
+
+def _check_images(images: Dataset, model: Network) -> None:
+    if (found := tuple(images[0][0].shape)) != model.image_shape:
+        raise ValueError(f"task.images has items of shape {found}, model={model.name} takes {model.image_shape}")
+    if getattr(images, "captions", None) != getattr(model, "prompts", None):
+        raise ValueError(
+            f"the captions of task.images are not the prompts of model={model.name}, which they number; choose images "
+            "that belong together with data.prompts"
+        )
 
 
 def _schedule(run: Run, output: Path) -> StepSchedule:
@@ -180,7 +192,7 @@ def _train(
             num_workers=task.num_workers,
         )
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
-        fit(run.cfg, module, last, logger, last if last.is_file() else None, precision=task.precision)
+        trainer = fit(run.cfg, module, last, logger, last if last.is_file() else None, precision=task.precision)
     if rank_zero_only.rank == 0:
         checkpoint = torch.load(
             last, map_location="cpu", weights_only=True
@@ -195,7 +207,7 @@ def _train(
             "training": {"steps": task.max_steps, **checkpoint["progress"]},
         }
         folder.save_stage(stage, dict(zip(parameters, average, strict=True)), record)
-    module.trainer.strategy.barrier("the stage is on disk")
+    trainer.strategy.barrier("the stage is on disk")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -463,27 +475,10 @@ class StageModule(Training):
 
 
 def _report(folder: StageFolder, run_folder: Path) -> None:
-    """A table of the stages that are there, on the terminal, and all that is known of them in finetune.json."""
+    """finetune.json: all that is known of the stages that are there."""
     files = [folder.file(stage).with_suffix(".json") for stage in range(len(folder))]
     records = [read_json(file, "record of a stage") for file in files if file.is_file()]
-    write_atomically(run_folder / "finetune.json", json.dumps({"stages": records}) + "\n")
-    table = Table(title=f"{folder.base['name']} in {len(folder)} stages")
-    for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
-        table.add_column(name, justify="right")
-    for record in records:
-        (first, last), training = record["times"], record["training"]
-        table.add_row(
-            str(record["stage"]),
-            f"{first:.4f} to {last:.4f}",
-            str(record["steps"]),
-            f"{record['parameters']:,}",
-            f"{training['loss_before']:.5f}",
-            f"{training['loss_after']:.5f}",
-            f"{training['seconds']:.0f}",
-            f"{training['peak_bytes'] / 2**30:.2f} GiB",
-        )
-    console = Console()
-    console.print(table)
+    write_atomically(run_folder / "finetune.json", json.dumps({**folder.base, "stages": records}) + "\n")
     missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
     told = f"still to train: stages {', '.join(missing)}" if missing else f"run it with stages={folder.path}"
-    console.print(f"{folder.path}: {told}", soft_wrap=True)
+    Console().print(f"{folder.path}: {told}", soft_wrap=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +46,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         if not isinstance(task[name], int) or task[name] < 1:
             raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
     torch.manual_seed(task.seed)  # the initial weights, the same on every rank
-    images = call(cfg.data)
-    images = TensorDataset(*images) if isinstance(images, tuple) else images
+    images = load_images(cfg.data)
     model = _untrained(cfg, images)
     if (found := tuple(images[0][0].shape)) != model.image_shape:
         raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.image_shape}")
@@ -70,9 +68,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
         about=_about(cfg, model, images),
     )
     logger = instantiate(cfg.logger)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average is; what is trained is not
-        trainer = fit(cfg, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(task.resume))
+    trainer = fit(cfg, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(task.resume))
     if trainer.is_global_zero:
         Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4f}", soft_wrap=True)
     return logger
@@ -81,6 +77,12 @@ def pretrain(cfg: DictConfig) -> Logger | None:
 # --------------------------------------------------------------------------------------------------------------
 # Examples
 # --------------------------------------------------------------------------------------------------------------
+
+
+def load_images(data: DictConfig) -> Dataset:
+    """Items (image, label), of a configuration of conf/data."""
+    images = call(data)
+    return TensorDataset(*images) if isinstance(images, tuple) else images
 
 
 @dataclass(frozen=True)

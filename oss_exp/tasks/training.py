@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,10 @@ def fit(
     )
     if task.batch_size % trainer.world_size:
         raise ValueError(f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks")
-    trainer.fit(module, ckpt_path=resume)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average is; what is trained is not
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # of a run that goes on
+        trainer.fit(module, ckpt_path=resume)
     return trainer
 
 

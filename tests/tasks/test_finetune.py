@@ -1,0 +1,243 @@
+"""Finetuning by stages: what is learnt, from which states, and that nothing depends on how the work is divided."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import random_weights, run_cli
+from safetensors.torch import load_file
+
+from oss_exp.models.stages import DOWN, UP
+from oss_exp.steps import StepSchedule
+from oss_exp.tasks.finetune import spans
+
+MODEL = [
+    "model=dit_fashion",
+    "model.event_shape=[1,8,8]",
+    "model.backbone.size=8",
+    "model.backbone.num_layers=1",
+    "model.backbone.num_attention_heads=2",
+    "model.backbone.attention_head_dim=8",
+]
+SEARCH = ["stepsize=ddim", "num_teacher_steps=10", "data.search_samples=2", "data.batch_size=4", "logger=none"]
+TASK = ["task=finetune", "task.num_stages=2", "task.trajectories=6", "task.batch_size=4", "task.precision=32-true"]
+TASK += ["task.max_steps=6", "task.save_every=2", "task.warmup_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    return random_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", *MODEL)
+
+
+def settings(weights: str, folder, *more: str) -> list[str]:
+    return [*TASK, *MODEL, *SEARCH, weights, "num_steps=[3]", f"hydra.run.dir={folder}", *more]
+
+
+def tuned(weights: str, folder, *more: str):
+    """The folder of stages."""
+    run_cli(*settings(weights, folder, *more))
+    return folder / "stages"
+
+
+def stage(folder, number: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"stage_{number}.safetensors")
+
+
+def record(folder, number: int) -> dict:
+    return json.loads((folder / f"stage_{number}.json").read_text())
+
+
+def assert_same(one, two, stages: int = 2) -> None:
+    for number in range(stages):
+        first, second = stage(one, number), stage(two, number)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory):
+    return tuned(weights, tmp_path_factory.mktemp("whole"))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is learnt
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_stages_that_load_as_a_model(whole, weights, tmp_path):
+    assert json.loads((whole / "stages.json").read_text())["cuts"] == [
+        StepSchedule.load(whole / "schedule.json").times[1]
+    ]
+    assert [record(whole, number)["steps"] for number in range(2)] == [1, 2]
+    shown = json.loads((whole.parent / "finetune.json").read_text())["stages"]
+    assert [each["stage"] for each in shown] == [0, 1]
+    assert (whole.parent / "stages.png").stat().st_size > 5000
+    more = ["data.eval_samples=4", "num_teacher_steps=10", "logger=none", f"stages={whole}"]
+    schedule = f"task.schedule={whole / 'schedule.json'}"
+    run_cli("task=evaluate", *MODEL, weights, *more, schedule, f"hydra.run.dir={tmp_path / 'evaluate'}")
+    found = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert found["model"]["name"] == "dit_fashion_staged"
+    search = ["stepsize=[ddim,oss_shared]", "num_steps=[3]", "data.search_samples=2"]
+    run_cli(*MODEL, weights, *more, *search, f"hydra.run.dir={tmp_path / 'compare'}")
+    rows = json.loads((tmp_path / "compare" / "metrics.json").read_text())["rows"]
+    (ddim,) = [row for row in rows if row["strategy"] == "ddim"]
+    assert ddim["psnr"] == found["rows"][0]["psnr"]  # both against the base's own pictures
+
+
+@pytest.mark.parametrize("objective", ["jump", "progressive"])
+def test_every_stage_comes_nearer_to_the_teacher(weights, tmp_path, objective):
+    longer = ["task.max_steps=60", "task.save_every=60", "task.learning_rate=0.001", "num_steps=[4]"]
+    folder = tuned(weights, tmp_path, f"task.objective={objective}", *longer)
+    for number in range(2):
+        training = record(folder, number)["training"]
+        assert training["loss_after"] < 0.3 * training["loss_before"]
+
+
+def test_the_teachers_own_steps_have_nothing_to_learn(weights, tmp_path):
+    folder = tuned(weights, tmp_path, "stepsize=fm", "num_steps=[10]", "task.max_steps=1", "task.save_every=1")
+    for number in range(2):
+        assert record(folder, number)["training"]["loss_before"] < 1e-12
+
+
+def test_states_are_the_teachers_and_later_the_students(weights, tmp_path):
+    """The student's at the end of all stages would be its samples: checked at the end of the first."""
+    folder = tuned(weights, tmp_path, "task.objective=progressive", "num_steps=[4]")
+    teacher = load_file(folder / "states" / "teacher" / "000000.safetensors")
+    assert teacher["states"].shape == (4, 5, 1, 8, 8)
+    start = load_file(folder / "states" / "student_1" / "000001.safetensors")["x"]
+    assert start.shape == (2, 1, 8, 8)  # six trajectories in batches of four
+    second = load_file(folder / "states" / "teacher" / "000001.safetensors")["states"][:, 2]
+    error = float((start - second).pow(2).mean())
+    assert 0 < error < float((second - second.flip(0)).pow(2).mean())
+
+
+def test_images_train_stages_by_the_models_own_loss(weights, tmp_path):
+    folder = tuned(weights, tmp_path, "task.objective=diffusion", "data@task.images=digits")
+    assert not (folder / "states").exists()
+    assert record(folder, 1)["training"]["loss_after"] > 0
+
+
+@pytest.mark.parametrize("kind", ["adaln", "lora"])
+def test_few_parameters_may_be_trained(weights, tmp_path, whole, kind):
+    folder = tuned(weights, tmp_path, f"task.trainable={kind}", "task.lora_rank=2")
+    found, everything = stage(folder, 0), stage(whole, 0)
+    if kind == "adaln":
+        assert found.keys() < everything.keys()
+        assert any("norm1.linear" in name for name in found)
+    else:
+        assert {name.removesuffix(DOWN).removesuffix(UP) for name in found} < everything.keys()
+        assert all(tensor.shape[0 if name.endswith(DOWN) else 1] == 2 for name, tensor in found.items())
+        assert any(bool(tensor.any()) for name, tensor in found.items() if name.endswith(UP))
+    assert record(folder, 0)["parameters"] < record(whole, 0)["parameters"]
+    first = load_file(next((folder / "states" / "teacher").iterdir()))
+    assert torch.equal(first["states"], load_file(whole / "states" / "teacher" / "000000.safetensors")["states"])
+    run_cli(
+        "task=evaluate", *MODEL, weights, f"stages={folder}", f"task.schedule={folder / 'schedule.json'}",
+        "num_teacher_steps=10", "data.eval_samples=2", "logger=none", f"hydra.run.dir={tmp_path / 'evaluate'}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "stages"), [(5, 5), (7, 3), (10, 4)])
+def test_stages_share_the_steps_evenly(steps, stages):
+    found = spans(steps, stages)
+    assert [step for span in found for step in span] == list(range(steps))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How the work is divided
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
+    output = tmp_path / "shared"
+    for number in (1, 0):
+        run_cli(*settings(weights, tmp_path / str(number), f"task.stage={number}", f"task.output={output}"))
+    assert_same(whole, output)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, weights, tmp_path):
+    """SIGKILL some time after its first checkpoint; then the same command."""
+    command = [sys.executable, "-m", "oss_exp", *settings(weights, tmp_path)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "stages" / "checkpoints" / "stage_0.ckpt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(random.random() / 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "stages" / "stage_1.json").exists()
+    assert_same(whole, tuned(weights, tmp_path))
+
+
+def test_what_is_there_is_not_made_again(whole, weights, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    run_cli(*settings(weights, tmp_path, f"task.output={whole}"))
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
+    progressive = ["task.objective=progressive", "num_steps=[4]", "task.precision=64-true"]
+    one = tuned(weights, tmp_path / "one", *progressive)
+    two = tuned(weights, tmp_path / "two", *progressive, "trainer=ddp_spawn_cpu")
+    for number in range(2):
+        for name, tensor in stage(one, number).items():
+            torch.testing.assert_close(stage(two, number)[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What does not fit
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("task.num_stages=1", "task.num_stages must be a whole number of at least 2"),
+        ("task.num_stages=4", "task.num_stages=4 exceeds the 3 steps of the schedule"),
+        ("task.stage=2", "task.stage must be all, or a number from 0 to 1"),
+        ("task.objective=jumps", "task.objective must be one of jump, progressive, diffusion"),
+        ("task.objective=diffusion", "needs images: data@task.images=fashion_mnist_32"),
+        ("data@task.images=digits", "task.objective=jump takes no images"),
+        ("task.trainable=half", "task.trainable must be one of full, adaln, lora"),
+        ("task.trainable=lora task.lora_rank=0", "task.lora_rank must be a whole number of at least 1"),
+        ("solver=heun", "task.objective=jump trains jumps of solver=euler"),
+        ("num_steps=[3,4]", "one stepsize and one K in num_steps"),
+        ("stepsize=oss", "has a time for every sample"),
+        ("stepsize=oss_fit", "has fitted steps"),
+        ("task.schedule=none.json", "step schedule none.json does not exist"),
+        ("stages=nowhere", "record of stages nowhere/stages.json does not exist"),
+    ],
+)
+def test_bad_values_end_with_one_message(weights, tmp_path, capsys, values, message):
+    with pytest.raises(SystemExit):
+        run_cli(*settings(weights, tmp_path, *values.split()))
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("stage_*.safetensors"))
+
+
+def test_a_schedule_of_another_model_is_refused(weights, tmp_path, whole, capsys):
+    other = random_weights(tmp_path / "other.safetensors", *MODEL, "model.backbone.num_layers=2")
+    schedule = f"task.schedule={whole / 'schedule.json'}"
+    with pytest.raises(SystemExit):
+        run_cli(*settings(other, tmp_path / "run", "model.backbone.num_layers=2", schedule))
+    assert "was searched on model 'dit_fashion'" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_configuration_is_refused(weights, tmp_path, whole, capsys):
+    with pytest.raises(SystemExit):
+        run_cli(*settings(weights, tmp_path, f"task.output={whole}", "task.learning_rate=0.1"))
+    assert "holds a run with another task" in capsys.readouterr().err
+
+
+def test_models_without_weights_and_with_loops_are_refused(tmp_path, capsys):
+    run = ["task=finetune", "model=mixture_fashion", "stepsize=ddim", "logger=none", f"hydra.run.dir={tmp_path}"]
+    with pytest.raises(SystemExit):
+        run_cli(*run)
+    assert "task=finetune trains networks" in capsys.readouterr().err
