@@ -72,9 +72,6 @@ def test_option(group, option, tmp_path, monkeypatch):
         with pytest.raises(InstantiationException, match=f"{option}.safetensors is n"):
             instantiate(cfg.model)
         assert instantiate(cfg.model, checkpoint="untrained").name == option
-    elif group == "detector" and option == "fashion":  # its weights are not shipped yet
-        with pytest.raises(InstantiationException, match=r"fashion_detector\.safetensors is neither"):
-            instantiate(cfg.detector)
     elif group == "detector" and option == "coco":  # with networks: test_coco_detector.py
         with pytest.raises(InstantiationException, match=r"task\.detector\.detector=.*absent cannot be opened"):
             instantiate(cfg.detector, detector=str(tmp_path / "absent"))

@@ -1,18 +1,24 @@
 """Scenes show what is wished, by GenEval's own rules, and nothing else."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import write_fashion
 
+from oss_exp.evaluation.detectors import FashionDetector
 from oss_exp.evaluation.geneval import TASKS, judge, read_metadata
-from oss_exp.files import find_asset
-from oss_exp.tasks.captioned import COLOURS, GARMENTS
+from oss_exp.files import ASSETS, find_asset
+from oss_exp.tasks.captioned import COLOURS, GARMENTS, SIDE
+from oss_exp.tasks.data import fashion_mnist
+from oss_exp.tasks.fit_detector import ceiling
 from oss_exp.tasks.scenes import LINES, FashionScenes, Wardrobe, listed, plural, wishes
 
 WISHES = wishes()
+FILES = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +95,12 @@ def test_items_are_functions_of_their_number(tmp_path):
         assert images.captions[number] in {wish["prompt"] for wish in WISHES[TASKS[i % 6]]}
         assert x0.shape == (3, 64, 64)
         assert x0.min() == -1
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason=f"the Fashion-MNIST files are not in {FILES}")
+def test_the_shipped_detector_reads_scenes_of_garments_that_it_never_saw():
+    wardrobe = Wardrobe(*fashion_mnist(str(FILES), "test", SIDE))
+    found = ceiling(FashionDetector.from_asset(), wardrobe, seed=1)
+    record = json.loads((ASSETS / "fashion_detector.json").read_text())["right_on_test_scenes"]
+    assert {name: round(share.mean, 4) for name, share in found.items()} == pytest.approx(record, abs=0.01)
+    assert found["overall"].mean > 0.75
