@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FASHION = Path(os.environ.get("OSS_EXP_DATA", "/usr/share/datasets/fashion-mnist"))  # what training reads
+SHORT_TRAINING = "num_teacher_steps=10 task.trajectories=8 task.batch_size=8 task.max_steps=2 task.save_every=2"
 SHORT = "data.search_samples=8 data.eval_samples=16 data.per_sample=8 logger=none"
 
 
@@ -35,6 +36,8 @@ def test_commands(tmp_path):
         short = command
         if not re.search("--help|task=report|task=statistics", command):
             short = f"{command} logger=none" if "task=pretrain" in command else f"{command} {SHORT}"
+        if "task=finetune" in command:
+            short = f"{short} {SHORT_TRAINING}"
         if "model=" in command and "task=" not in command:
             short = f"{short} num_teacher_steps=10"
         done = subprocess.run(["bash", "-c", short], cwd=tmp_path, env=environment, capture_output=True, text=True)
