@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import hydra
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -33,11 +34,18 @@ USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, O
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
+    lock = FileLock(folder / ".lock", timeout=0)  # freed by the system, however the process ends
+    try:
+        rank_zero_only(lock.acquire)()
+    except Timeout:
+        raise ValueError(f"another process works in {folder}; wait for it, or choose another hydra.run.dir") from None
     try:
         _run(cfg, folder)
     except USER_ERRORS:
         rank_zero_only(write_atomically)(folder / "error.log", traceback.format_exc())
         raise
+    finally:
+        lock.release()
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:

@@ -5,8 +5,10 @@ PSNR per image, and the spread: the 5 to 95 % amplitude of a sample relative to 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from oss_exp.tasks.data import HELD_OUT
 from oss_exp.tasks.search import Setting
 
 SHOWN = 8  # images a row in the picture of samples
+KEPT_EVERY = 30  # seconds
 LARGEST = 256  # pixels a side of the videos there; they are for looking
 
 
@@ -60,15 +63,18 @@ class EvaluateModule(L.LightningModule):
         shared = [label for label, steps in schedules.items() if steps.samples is None]
         self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
         self.save_images = save_images
-        self.seen = 0
+        self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
 
     def on_test_start(self) -> None:
         for metric in self.metrics.values():
             metric.reset()  # spawned processes begin with one memory: its sums would be everybody's
+        self._go_on()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if batch_idx < self.batches:  # of a run that was killed
+            return
         index, classes = batch["index"], self.setting.classes(batch)
         condition, self.velocity = batch.get("condition", classes), self.setting.velocity(batch)
         noise = self.setting.first_state(batch["noise"])
@@ -95,6 +101,34 @@ class EvaluateModule(L.LightningModule):
             self.values[label].append(torch.stack(values, dim=1))
             part = {key: value[known] for key, value in batch.items()}
             self._keep(label, part, images, teacher[known], fresh[known])
+        self.batches += 1
+        if time.monotonic() - self.kept_at > KEPT_EVERY:
+            self._keep_progress()
+
+    @property
+    def progress(self) -> Path:
+        """Where this rank keeps what it has measured so far."""
+        return self.folder / "evaluation" / f"{self.global_rank}_of_{self.trainer.world_size}.pt"
+
+    def _keep_progress(self) -> None:
+        states = {label: [dict(each.metric_state) for each in self.metrics[label]] for label in self.metrics}
+        kept = {"seen": self.seen, "batches": self.batches, "values": self.values, "pictures": self.pictures}
+        buffer = io.BytesIO()
+        torch.save({**kept, "metrics": states}, buffer)
+        write_atomically(self.progress, buffer.getvalue())
+        self.kept_at = time.monotonic()
+
+    def _go_on(self) -> None:
+        if not self.progress.is_file():
+            return
+        kept = torch.load(self.progress, map_location=self.device, weights_only=True)
+        for label, states in kept["metrics"].items():
+            for metric, state in zip(self.metrics[label], states, strict=True):
+                for name, value in state.items():
+                    setattr(metric, name, value)
+                metric._update_count = kept["batches"]  # else torchmetrics takes it for unused
+        self.seen, self.batches = kept["seen"], kept["batches"]
+        self.values, self.pictures = kept["values"], kept["pictures"]
 
     def _keep(self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, fresh: Tensor) -> None:
         """Feed the metrics; remember the first held-out samples for the picture, whichever batch and rank they are in.
@@ -152,6 +186,9 @@ class EvaluateModule(L.LightningModule):
                 pictures[label] = images[:SHOWN]
         self._write(records, self._measured("teacher"), pictures)
         self.trainer.strategy.barrier("metrics are on disk")
+        self.progress.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # absent, or another rank's is still there
+            self.progress.parent.rmdir()
 
     def _measured(self, label: str) -> dict[str, float]:
         return self.metrics[label].compute() if label in self.metrics else {}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -34,7 +34,6 @@ from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import Setting
 
 FIRST = 2 * HELD_OUT  # index of the first picture's noise: none that a search or an evaluation sees
-FREE = ("trainer", "logger", "hydra", "paths")  # what may differ when a run goes on
 
 
 def geneval(cfg: DictConfig) -> None:
@@ -49,7 +48,6 @@ def geneval(cfg: DictConfig) -> None:
         raise ValueError("GenEval needs a model of prompts: set data=prompts data.prompts=FILE.jsonl")
     wanted = read_metadata(find_asset(cfg.data.prompts, "prompts"))
     detector = instantiate(cfg.task.detector)
-    _require_same(cfg, folder)
     run = Run(cfg)
     if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
         raise ValueError(f"{alone[0]} has a schedule for each sample, and these are others; leave it out of stepsize")
@@ -77,18 +75,6 @@ def geneval(cfg: DictConfig) -> None:
     ]
     found = {**run.about, "detector": detector.fingerprint, "prompts": wanted, "images_per_prompt": count, "rows": rows}
     rank_zero_only(write_atomically)(folder / "geneval.json", json.dumps(found) + "\n")
-
-
-def _require_same(cfg: DictConfig, folder: Path) -> None:
-    """ValueError where the folder holds a run of another configuration."""
-    if not (folder / "config.yaml").is_file():
-        return
-    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(folder / "config.yaml"), cfg))
-    if changed := [key for key in new if key not in FREE and old.get(key) != new[key]]:
-        raise ValueError(
-            f"{folder} holds a run with another {', '.join(changed)}; go on with the same values, or choose another "
-            "hydra.run.dir"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------

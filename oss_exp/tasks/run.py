@@ -51,11 +51,12 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 FREE = ("trainer", "logger", "hydra", "paths")  # what may differ when a run goes on
+RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
 
 
 def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
-    """ValueError where the folder holds a run of another configuration, but for FREE and these keys of cfg.task."""
-    if not (folder / "config.yaml").is_file():
+    """ValueError where the folder holds results of another configuration, but for FREE and these keys of cfg.task."""
+    if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
     old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(folder / "config.yaml"), cfg))
     for each in (old, new):
@@ -80,6 +81,7 @@ class Run:
             model = Staged.load(model, cfg.stages)
         if cfg.data.get("classes") == "auto":
             cfg.data.classes = "all" if model.needs_classes else None
+        require_same(cfg, self.folder)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
         if not isinstance(cfg.num_teacher_steps, int) or cfg.num_teacher_steps < 1:
             raise ValueError(f"num_teacher_steps must be a whole number of at least 1, got {cfg.num_teacher_steps!r}")
@@ -91,8 +93,9 @@ class Run:
         )
         if (calibration := self.setting.solver.calibration) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
-        if not isinstance(cfg.offload_states, bool):
-            raise ValueError(f"offload_states must be true or false, got {cfg.offload_states!r}")
+        for name in ("offload_states", "keep_calls"):
+            if not isinstance(cfg[name], bool):
+                raise ValueError(f"{name} must be true or false, got {cfg[name]!r}")
         if cfg.run_orders not in ("searched", "fixed"):
             raise ValueError(f"run_orders must be searched or fixed, got {cfg.run_orders!r}")
         self.strategies = {name: instantiate(strategy, _convert_="all") for name, strategy in cfg.stepsize.items()}
@@ -111,15 +114,24 @@ class Run:
         rank_zero_only(write_atomically)(self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def plan(self) -> None:
+        """Write the schedules that are not there yet."""
         folder = self.folder / "schedules"
+        missing = {
+            name: strategy
+            for name, strategy in self.strategies.items()
+            if not all((folder / f"{name}_{k}.json").is_file() for k in self.num_steps)
+        }
+        if not missing:
+            return
         module = SearchModule(
             self.setting,
-            self.strategies,
+            missing,
             self.num_steps,
             folder,
             self.about,
             self.config["stepsize"],
             self.cfg.offload_states,
+            self.cfg.keep_calls,
         )
         self.trainer.predict(module, datamodule=self.data, return_predictions=False)
 

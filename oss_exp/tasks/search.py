@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from oss_exp.solvers import BoundVelocity, Solver
 from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
+from oss_exp.tasks.calls import Calls
 from oss_exp.tasks.collective import DistributedCollective
 
 
@@ -61,7 +62,8 @@ class SearchModule(L.LightningModule):
     """Plans every strategy for every K. Loader 0 brings the search set, loader 1 the noises of per-sample strategies.
 
     Writes `<folder>/<strategy>_<K>.json`, each with the provenance of the run and what planning it cost.
-    offload_states: keep all states in host memory; the network alone is on the device.
+    offload_states: keep all states in host memory; the network alone is on the device. keep_calls: so that it goes on
+    where it was killed (`Calls`).
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class SearchModule(L.LightningModule):
         provenance: Mapping[str, Any],
         strategy_configs: Mapping[str, Mapping[str, Any]],
         offload_states: bool = False,
+        keep_calls: bool = False,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.strategies, self.num_steps = setting, strategies, num_steps
         self.folder, self.provenance, self.strategy_configs = folder, provenance, strategy_configs
-        self.offload_states = offload_states
+        self.offload_states, self.keep_calls = offload_states, keep_calls
         self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -87,6 +90,7 @@ class SearchModule(L.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         meter = Meter()
+        self.calls = Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
         with meter.progress:
             problems: dict[int, Problem] = {}
             for name, strategy in self.strategies.items():
@@ -94,10 +98,15 @@ class SearchModule(L.LightningModule):
                 if loader not in problems:
                     problem = problems[loader] = self._problem(self.batches[loader], meter)
                     calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
-                    with meter.measure("teacher", calls, len(problem.noise)):
+                    with meter.measure("teacher", calls, len(problem.noise)), self._kept(f"teacher_{loader}"):
                         problem.teacher, problem.goals  # noqa: B018  (made now and kept for all strategies)
                 self._plan(name, strategy, problems[loader], meter)
         self.trainer.strategy.barrier("schedules are on disk")
+        if self.calls is not None:
+            self.calls.forget()
+
+    def _kept(self, work: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.calls is None else self.calls.of(work)
 
     def _problem(self, batches: list[dict[str, Tensor]], meter: Meter) -> Problem:
         if not batches:
@@ -107,6 +116,8 @@ class SearchModule(L.LightningModule):
         if self.offload_states:
             velocity, batch = velocity.offloaded(self.device), {key: each.cpu() for key, each in batch.items()}
         classes = self.setting.classes(batch)
+        if self.calls is not None:
+            velocity = self.calls.kept(velocity)
         return Problem(
             velocity=meter.counted(velocity),
             noise=self.setting.first_state(batch["noise"]),
@@ -121,7 +132,7 @@ class SearchModule(L.LightningModule):
 
     def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
         calls = strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
-        with meter.measure(name, calls, len(problem.noise)):
+        with meter.measure(name, calls, len(problem.noise)), self._kept(name):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
         samples, rows = problem.collective.sum(counts).tolist()
