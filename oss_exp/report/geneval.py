@@ -5,9 +5,8 @@ The page shows every prompt with its pictures and what is wrong with them, for o
 
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,14 @@ import numpy as np
 from PIL import Image
 
 from oss_exp.evaluation.geneval import TASKS, differences, scores
-from oss_exp.evaluation.pictures import encoded
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import read_json, write_atomically
+from oss_exp.report import web
 
 HEADER = ["method (steps)", "overall", "single", "two", "counting", "colors", "position", "color attr"]
-PAGE_PROMPTS = 120  # on the page, spread over the list; all verdicts are in geneval.json
-STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222}
-img{image-rendering:pixelated;width:96px;height:96px}td,th{padding:.2em .7em;text-align:right}
-figure{display:inline-block;margin:.3em;width:130px;vertical-align:top;font-size:12px}
-.wrong img{outline:3px solid #d33}.right img{outline:3px solid #3a3}section{border-top:1px solid #ddd;padding:.5em 0}
-body[data-only=wrong] figure.right{display:none}"""
+MINUS = "Minus the teacher, pair by pair:"
+PAGE_PICTURES = 1000  # on the page, of prompts spread over the list; all verdicts are in geneval.json
+CHOICE = """<p><select id="label">{}</select> <label><input type="checkbox" id="wrong"> failures only</label></p>"""
 
 
 def rows_of(found: Mapping[str, Any]) -> dict[str, dict[str, Interval]]:
@@ -38,13 +34,20 @@ def right(row: Mapping[str, Any]) -> list[bool]:
     return [not each["reasons"] for each in row["verdicts"]]
 
 
+def cells(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> list[list[str]]:
+    """label (may end in _steps) -> (steps, scores), in the layout of table 7; intervals where they are known."""
+    found = []
+    for label, (steps, scored) in rows.items():
+        shares = [scored["overall"], *(scored.get(task) for task in TASKS)]
+        name = label.removesuffix(f"_{steps}")
+        found.append([f"{name} ({steps})", *("-" if each is None else _share(each) for each in shares)])
+    return found
+
+
 def table(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> str:
-    """label -> (steps, scores) as Markdown in the layout of table 7; intervals where they are known."""
-    lines = [HEADER, ["---"] * len(HEADER)]
-    for label, (steps, found) in rows.items():
-        shares = [found["overall"], *(found.get(task) for task in TASKS)]
-        lines.append([f"{label} ({steps})", *("-" if each is None else _share(each) for each in shares)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    """Those cells as Markdown."""
+    lines = [HEADER, ["---"] * len(HEADER), *cells(rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _share(each: Interval) -> str:
@@ -56,55 +59,45 @@ def _share(each: Interval) -> str:
 def write(folder: Path) -> list[Path]:
     """geneval.json -> geneval.md and geneval.html."""
     found = read_json(folder / "geneval.json", "GenEval's results")
-    known = rows_of(found)
-    steps = {row["label"]: row["num_steps"] for row in found["rows"]}
-    names = {label: label.removesuffix(f"_{count}") for label, count in steps.items()}
-    text = table({names[label]: (steps[label], each) for label, each in known.items()})
+    known, steps = rows_of(found), {row["label"]: row["num_steps"] for row in found["rows"]}
     tags = [wish["tag"] for wish in found["prompts"] for _ in range(found["images_per_prompt"])]
     teacher, *others = found["rows"]
     gains = {row["label"]: differences(tags, right(row), right(teacher)) for row in others}
-    text += "\nMinus the teacher, pair by pair:\n\n" + table(
-        {names[label]: (steps[label], each) for label, each in gains.items()}
+    shares, apart = ({label: (steps[label], each) for label, each in rows.items()} for rows in (known, gains))
+    note = (
+        f"Shares of {len(tags)} pictures, {found['images_per_prompt']} of each prompt, on the same noises; overall "
+        "is the mean of the six. Intervals of 95 %."
     )
-    text += (
-        f"\nShares of {len(tags)} pictures, {found['images_per_prompt']} of each prompt, on the same noises; overall "
-        "is the mean of the six. Intervals of 95 %.\n"
-    )
+    text = f"{table(shares)}\n{MINUS}\n\n{table(apart)}\n{note}\n"
+    body = [web.table(HEADER, cells(shares)), f"<p>{MINUS}</p>", web.table(HEADER, cells(apart))]
+    body += [f'<p class="note">{note} A click on a column sorts.</p>', *_gallery(folder, found)]
     return [
         write_atomically(folder / "geneval.md", text),
-        write_atomically(folder / "geneval.html", _page(folder, found, text)),
+        write_atomically(folder / "geneval.html", web.page("GenEval", body, {})),
     ]
 
 
-def _page(folder: Path, found: Mapping[str, Any], text: str) -> str:
+def _gallery(folder: Path, found: Mapping[str, Any]) -> Iterator[str]:
+    """Every schedule's pictures of the same prompts; the page's script shows one schedule at a time."""
     count, wished = found["images_per_prompt"], found["prompts"]
-    shown = sorted({round(i * (len(wished) - 1) / max(PAGE_PROMPTS - 1, 1)) for i in range(PAGE_PROMPTS)})
-    parts = ["<!doctype html><meta charset=utf-8><title>GenEval</title>", f"<style>{STYLE}</style><h1>GenEval</h1>"]
-    parts.append(f"<pre>{html.escape(text)}</pre>")
-    choices = "".join(f"<option>{html.escape(row['label'])}</option>" for row in found["rows"])
-    parts.append(
-        f"<p><select id=label>{choices}</select> <label><input type=checkbox id=wrong> failures only</label></p>"
-    )
+    most = max(1, PAGE_PICTURES // (count * len(found["rows"])))
+    shown = np.linspace(0, len(wished) - 1, min(most, len(wished))).round().astype(int)
+    yield CHOICE.format("".join(f"<option>{html.escape(row['label'])}</option>" for row in found["rows"]))
     for row in found["rows"]:
-        parts.append(f'<div class=schedule data-label="{html.escape(row["label"])}" hidden>')
+        yield f'<div class="schedule" data-label="{html.escape(row["label"])}" hidden>'
         for number in shown:
-            parts.append(f"<section><b>{html.escape(wished[number]['prompt'])}</b> ({wished[number]['tag']})<br>")
+            prompt, tag = (html.escape(wished[number][key]) for key in ("prompt", "tag"))
+            yield f"<section><b>{prompt}</b> ({tag})<br>"
             for each in row["verdicts"][number * count : (number + 1) * count]:
-                parts.append(_figure(folder / "images" / row["label"] / f"{each['number']:06d}.png", each["reasons"]))
-            parts.append("</section>")
-        parts.append("</div>")
-    parts.append(
-        "<script>const s=document.getElementById('label'),w=document.getElementById('wrong');"
-        "const f=()=>{for(const d of document.querySelectorAll('.schedule'))d.hidden=d.dataset.label!==s.value;"
-        "document.body.dataset.only=w.checked?'wrong':''};s.onchange=w.onchange=f;f()</script>"
-    )
-    return "\n".join(parts)
+                yield _figure(folder / "images" / row["label"] / f"{each['number']:06d}.png", each["reasons"])
+            yield "</section>"
+        yield "</div>"
 
 
 def _figure(file: Path, reasons: Sequence[str]) -> str:
     picture = Image.open(file).convert("RGB")
-    picture.thumbnail((256, 256))
-    data = base64.b64encode(encoded(np.asarray(picture))).decode()
+    form = "png" if max(picture.size) <= 64 else "jpeg"
+    picture.thumbnail((128, 128))
     kind = "wrong" if reasons else "right"
     said = html.escape("; ".join(reasons)) or "as asked"
-    return f'<figure class={kind}><img src="data:image/png;base64,{data}"><figcaption>{said}</figcaption></figure>'
+    return f'<figure class="{kind}"><img src="{web.url(picture, form)}"><figcaption>{said}</figcaption></figure>'

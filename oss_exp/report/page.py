@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +15,34 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from oss_exp.files import read_json, write_atomically
-from oss_exp.report import geneval, plots
+from oss_exp.report import geneval, plots, web
 from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
 from oss_exp.steps import StepSchedule
 
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}tr.best{font-weight:600}tr.first td{border-top:2px solid #888}
-img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"""
+SCHEDULES = """<h2>Step schedules</h2>
+<div id="panels"></div><div id="legend"></div>
+<p class="note">The mouse shows a point's strategy and time. In the legend a click hides or shows a strategy, a double
+click shows it alone. Dashed: baselines. Ticks on the left: the teacher's nodes.</p>
+<noscript>This plot needs JavaScript; it is also in schedules.png.</noscript>"""
+SAMPLES = """<h2>Samples</h2>
+<p class="note">The teacher and every schedule on the same noises, at {width} x {height} pixels ({form}); PSNR is of all
+images at their own size. A click enlarges a sample, arrow keys go to its neighbours.</p>
+<p><label><input type="checkbox" id="errors"> errors</label>
+<span class="note">absolute difference to the teacher's pixels: 0 black, 0.5 and above bright</span></p>
+<div id="grid"></div>
+<noscript>These pictures need JavaScript; they are also in samples.png.</noscript>"""
+DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"
 
 
 def write(folder: Path) -> None:
     """Everything that <folder> has the data for; prints the table and where the files are."""
     console = _console()
-    plans = read_schedules(folder)
+    plans, teacher = read_schedules(folder), None
     made = []
     if plans:
-        made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, _teacher_nodes(folder))))
+        teacher = _teacher_nodes(folder)
+        made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, teacher)))
     if (folder / "metrics.json").exists():
         results = read_run(folder)
         lines = compare(results)
@@ -42,8 +52,7 @@ def write(folder: Path) -> None:
         if (moving := plots.animation(pictures, results)) is not None:
             made.append(write_atomically(folder / "samples.gif", moving))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
-        shown = "samples.png" if moving is None else "samples.gif"
-        made.append(_page(folder, _title(folder), lines, plans, ["schedules.png", shown]))
+        made.append(_page(folder, _title(folder), lines, plans, teacher, pictures))
         console.print(terminal(lines, _title(folder)))
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
@@ -83,8 +92,9 @@ def gather(cfg: DictConfig) -> None:
         for run, name, plan in plans
     ]
     write_atomically(sweep / "table.md", markdown(lines))
-    write_atomically(sweep / "schedules.png", plots.schedules(named, _teacher_nodes(runs[0])))
-    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, ["schedules.png"])
+    teacher = _teacher_nodes(runs[0])
+    write_atomically(sweep / "schedules.png", plots.schedules(named, teacher))
+    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, None)
     console = _console()
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
@@ -130,28 +140,23 @@ def _page(
     title: str,
     lines: Sequence[Line],
     plans: Sequence[tuple[str, StepSchedule]],
-    pictures: Sequence[str],
+    teacher: Sequence[float],
+    pictures: Mapping[str, np.ndarray] | None,
 ) -> Path:
-    header, cells = columns(lines)
-    body = [
-        f"<h1>{html.escape(title)}</h1>",
-        "<table><tr>",
-        *(f"<th>{html.escape(name)}</th>" for name in header),
-        "</tr>",
-    ]
-    previous = None
-    for line, row in zip(lines, cells, strict=True):
-        kind = "best " * (line.rival is line.result) + "first" * (line.result.nfe != previous)
-        previous = line.result.nfe
-        body.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-    body.append(f"</table><p>{html.escape(NOTE)}</p>")
-    for name in pictures:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        body.append(
-            f'<h2>{html.escape(Path(name).stem)}</h2><img alt="{name}" src="data:image/{name[-3:]};base64,{data}">'
-        )
-    body.append(f"<h2>times (1 noise, 0 data)</h2><pre>{html.escape(chr(10).join(_times(plans)))}</pre>")
+    """report.html; teacher: the nodes of its grid."""
+    kinds = []
+    for above, line in pairwise([None, *lines]):
+        first = above is None or above.result.nfe != line.result.nfe
+        kinds.append("best " * (line.rival is line.result) + "first" * first)
+    body = [web.table(*columns(lines), kinds), f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>']
+    data = {}
+    if plans:
+        body.append(SCHEDULES)
+        data["schedules"] = web.schedules(plans, teacher)
+    if pictures is not None:
+        shown = data["samples"] = web.samples(pictures, [line.result for line in lines])
+        body.append(SAMPLES.format_map(shown))
+    body.append(DETAILS.format("Times (1 noise, 0 data)", html.escape("\n".join(_times(plans)))))
     if (folder / "config.yaml").exists():
-        body.append(f"<h2>configuration</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>\n"
-    return write_atomically(folder / "report.html", page + "\n".join(body) + "\n")
+        body.append(DETAILS.format("Configuration", html.escape((folder / "config.yaml").read_text())))
+    return write_atomically(folder / "report.html", web.page(title, body, data))

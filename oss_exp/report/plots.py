@@ -29,10 +29,7 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     budgets = sorted({plan.num_steps for _, plan in plans})
     size = (3.5 + 4.5 * len(budgets), 4.6)
     figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    by_hand = {name for name, plan in plans if plan.about("strategy").get("baseline", False)}
-    colors = {}
-    for group, palette in ((by_hand, MUTED), ({name for name, _ in plans} - by_hand, plt.get_cmap("tab10").colors)):
-        colors |= {name: palette[i % len(palette)] for i, name in enumerate(sorted(group))}
+    color_of, by_hand = colors(plans), _by_hand(plans)
     for axis, k in zip(axes[0], budgets, strict=True):
         axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
         for name, plan in plans:
@@ -42,18 +39,18 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
             ours = name not in by_hand
             if times.ndim == 2:
                 low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
-                axis.fill_between(steps, low, high, color=colors[name], alpha=0.2, lw=0)
+                axis.fill_between(steps, low, high, color=color_of[name], alpha=0.2, lw=0)
                 name_shown = f"{name} (median, 10-90 % of {len(plan.times)} samples)"
             else:
                 name_shown = name
             style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
             style["zorder"] = 3 if ours else 2
-            axis.plot(steps, times, color=colors[name], label=name_shown, **style)
+            axis.plot(steps, times, color=color_of[name], label=name_shown, **style)
             if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1:
                 for step, order in enumerate(plan.orders.tolist()):
                     middle = step + 0.5, times[step : step + 2].mean()
                     axis.annotate(
-                        str(order), middle, (3, 3), textcoords="offset points", color=colors[name], fontsize=8
+                        str(order), middle, (3, 3), textcoords="offset points", color=color_of[name], fontsize=8
                     )
         axis.set(title=f"K = {k}", xlabel="network call", xticks=np.arange(k + 1))
         axis.grid(alpha=0.3)
@@ -65,15 +62,39 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     return _png(figure)
 
 
+def colors(plans: Sequence[tuple[str, StepSchedule]]) -> dict[str, tuple[float, ...]]:
+    """Of each strategy: muted ones for the schedules made by hand, strong ones for the searched."""
+    found, by_hand = {}, _by_hand(plans)
+    for group, palette in ((by_hand, MUTED), ({name for name, _ in plans} - by_hand, plt.get_cmap("tab10").colors)):
+        found |= {name: palette[i % len(palette)] for i, name in enumerate(sorted(group))}
+    return found
+
+
+def _by_hand(plans: Sequence[tuple[str, StepSchedule]]) -> set[str]:
+    return {name for name, plan in plans if plan.about("strategy").get("baseline", False)}
+
+
+def moments(frames: int) -> tuple[np.ndarray, int]:
+    """At most 24 frames of a video that are shown, and how many milliseconds each."""
+    shown = np.linspace(0, frames - 1, min(frames, 24)).round().astype(int)
+    return shown, 125 * frames // len(shown)
+
+
+def ordered(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> list[tuple[str, Result]]:
+    """(label, result) of the students with pictures, by budget, then best first."""
+    pairs = [(f"{result.strategy} K={result.num_steps}", result) for result in results]
+    pairs = [pair for pair in pairs if pair[0] in pictures]
+    return sorted(pairs, key=lambda pair: (pair[1].num_steps, -pair[1].psnr.mean))
+
+
 def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes | None:
     """GIF: `samples` of at most 24 frames (n, F, H, W, C); None where samples are images."""
     if pictures["teacher"].ndim == 4:
         return None
-    count = pictures["teacher"].shape[1]
-    shown = np.linspace(0, count - 1, min(count, 24)).round().astype(int)
+    shown, milliseconds = moments(pictures["teacher"].shape[1])
     drawn = [samples({label: videos[:, [i]] for label, videos in pictures.items()}, results) for i in shown]
     frames = [Image.open(io.BytesIO(each)).convert("RGB") for each in drawn]
-    return encoded(np.stack([each.resize(frames[0].size) for each in frames]), 125 * count // len(shown))
+    return encoded(np.stack([each.resize(frames[0].size) for each in frames]), milliseconds)
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
@@ -83,16 +104,11 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     """
     if pictures["teacher"].ndim == 5:
         pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
-    psnr = {f"{r.strategy} K={r.num_steps}": r.psnr.mean for r in results}
     teacher = pictures["teacher"].astype(float) / 255
-    labels = sorted(
-        (label for label in pictures if label != "teacher"),
-        key=lambda label: (int(label.split("K=")[1]), -psnr[label]),
-    )
     rows = [("teacher", teacher, None)]
-    for label in labels:
+    for label, result in ordered(pictures, results):
         images = pictures[label].astype(float) / 255
-        rows.append((f"{label}\n{psnr[label]:.2f} dB", images, np.abs(images - teacher[: len(images)])))
+        rows.append((f"{label}\n{result.psnr.mean:.2f} dB", images, np.abs(images - teacher[: len(images)])))
     count = len(teacher)
     figure, axes = plt.subplots(len(rows), 2, figsize=(2 + 1.5 * count, 0.85 * len(rows) + 0.6), squeeze=False)
     for row, (label, images, error) in zip(axes, rows, strict=True):

@@ -1,0 +1,125 @@
+"""Pages that need nothing from elsewhere: page.html with its style, page.js, and one JSON block that the script draws.
+
+The page's own policy (CSP) forbids every request. Text of users is escaped here, or goes in as text in the script.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from oss_exp.report import plots
+from oss_exp.report.results import Result
+from oss_exp.steps import StepSchedule
+
+HERE = Path(__file__).parent
+MOST_BYTES = 4 * 2**20  # of pictures on a page
+FORMS = ((256, "png"), (256, "jpeg"), (128, "jpeg"), (64, "jpeg"), (32, "jpeg"))  # pixels a side; the first that fits
+
+
+def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
+    """title is text, body HTML; data: {"schedules": schedules(...), "samples": samples(...)} or parts of it."""
+    template, script = ((HERE / name).read_text("utf-8") for name in ("page.html", "page.js"))
+    block = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
+    return Template(template).substitute(title=html.escape(title), body="\n".join(body), data=block, script=script)
+
+
+def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
+    """Cells as text; kinds: the class of each row, where they have one."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    parts = [f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>']
+    for row, kind in zip_longest(cells, kinds, fillvalue=""):
+        parts.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    return "\n".join([*parts, "</tbody></table></div>"])
+
+
+def url(picture: Image.Image, form: str) -> str:
+    """The picture itself, to stand where an address does; form: png or jpeg."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form, quality=90, subsampling=0)
+    return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]) -> dict[str, Any]:
+    """The lines of the plot: as `plots.schedules`, per-sample schedules as a band around their median."""
+    colors, lines = plots.colors(plans), []
+    for name, plan in plans:
+        times, band = plan.times.numpy(), {}
+        if times.ndim == 2:
+            low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
+            band = {"low": _rounded(low), "high": _rounded(high), "samples": len(plan.times)}
+        elif plan.orders is not None:
+            band = {"orders": plan.orders.tolist()}
+        lines.append(
+            {
+                "name": name,
+                "k": plan.num_steps,
+                "color": to_hex(colors[name]),
+                "baseline": bool(plan.about("strategy").get("baseline", False)),
+                "kind": f"{plan.start} start" + ", fitted steps" * (plan.weights is not None),
+                "times": _rounded(times),
+                **band,
+            }
+        )
+    return {"teacher": _rounded(teacher), "lines": lines}
+
+
+def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
+    """The rows of the grid of samples: each a strip of its n pictures, the frames of videos below each other.
+
+    pictures: (n, H, W, C) bytes of each, or (n, F, H, W, C). Reduced, and of less quality, until they fit on a page.
+    """
+    videos = {label: each if each.ndim == 5 else each[:, None] for label, each in pictures.items()}
+    frames, milliseconds = plots.moments(videos["teacher"].shape[1])
+    for side, form in FORMS:
+        small = {label: _reduced(each[:, frames], side) for label, each in videos.items()}
+        strips = {label: _strip(each, form) for label, each in small.items()}
+        if sum(map(len, strips.values())) <= MOST_BYTES:
+            break
+    rows = [{"label": "teacher", "name": "teacher", "k": None}]
+    for label, result in plots.ordered(pictures, results):
+        values = [f"{result.values[index]:.2f}" for index in sorted(result.values)[: len(pictures[label])]]
+        rows.append({"label": label, "name": result.strategy, "k": result.num_steps, "values": values})
+        rows[-1]["psnr"] = f"{result.psnr.mean:.2f} dB"
+    for row in rows:
+        row["strip"] = strips[row["label"]]
+    height, width = small["teacher"].shape[2:4]
+    inferno = "".join(to_hex(color)[1:] for color in matplotlib.colormaps["inferno"].colors)
+    shape = {"width": width, "height": height, "form": form, "frames": len(frames), "milliseconds": milliseconds}
+    return {**shape, "inferno": inferno, "rows": rows}
+
+
+def _rounded(times: Sequence[float]) -> list[float]:
+    return [float(f"{t:.4g}") for t in times]
+
+
+def _reduced(videos: np.ndarray, side: int) -> np.ndarray:
+    """(n, F, H, W, C) bytes, at most `side` pixels high and wide."""
+    factor = side / max(videos.shape[2:4])
+    if factor >= 1:
+        return videos
+    size = [max(1, round(factor * pixels)) for pixels in videos.shape[2:4]]
+    channels_first = torch.from_numpy(videos).flatten(0, 1).movedim(-1, 1).float()
+    small = F.interpolate(channels_first, size=size, mode="area").round().byte()
+    return small.movedim(1, -1).unflatten(0, videos.shape[:2]).numpy()
+
+
+def _strip(videos: np.ndarray, form: str) -> str:
+    """(n, F, H, W, C) bytes -> a picture of F H x n W pixels as a URL."""
+    n, frames, height, width, channels = videos.shape
+    strip = videos.transpose(1, 2, 0, 3, 4).reshape(frames * height, n * width, channels)
+    return url(Image.fromarray(strip[..., 0] if channels == 1 else strip), form)
