@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import oss_exp
 from oss_exp import report
-from oss_exp.files import write_atomically
+from oss_exp.files import remove_unfinished, write_atomically
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
@@ -39,6 +39,7 @@ def run(cfg: DictConfig) -> None:
         rank_zero_only(lock.acquire)()
     except Timeout:
         raise ValueError(f"another process works in {folder}; wait for it, or choose another hydra.run.dir") from None
+    rank_zero_only(remove_unfinished)(folder)
     try:
         _run(cfg, folder)
     except USER_ERRORS:

@@ -41,6 +41,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def remove_unfinished(folder: Path) -> None:
+    """The temporary files below it that a killed process left; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

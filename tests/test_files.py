@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from oss_exp.files import load_asset, read_json, save_asset, write_atomically
+from oss_exp.files import load_asset, read_json, remove_unfinished, save_asset, write_atomically
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -94,3 +94,14 @@ def test_a_folder_in_place_of_a_json_file_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="cannot be read") as caught:
         read_json(tmp_path, "record")
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    kept = [tmp_path / name for name in ("a.json", ".lock", "sub/b.tmp")]
+    left = [tmp_path / name for name in (".a.json.x1.tmp", "sub/.b.png.y2.tmp")]
+    for path in (*kept, *left):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    remove_unfinished(tmp_path)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)

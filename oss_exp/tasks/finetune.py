@@ -206,7 +206,8 @@ def _train(
             "parameters": sum(each.numel() for each in average),
             "training": {"steps": task.max_steps, **checkpoint["progress"]},
         }
-        folder.save_stage(stage, dict(zip(parameters, average, strict=True)), record)
+        better = record["training"]["loss_after"] < record["training"]["loss_before"]  # else it stays as it was
+        folder.save_stage(stage, dict(zip(parameters, average, strict=True)) if better else {}, record)
     trainer.strategy.barrier("the stage is on disk")
 
 

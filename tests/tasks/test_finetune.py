@@ -103,6 +103,7 @@ def test_the_teachers_own_steps_have_nothing_to_learn(weights, tmp_path):
     folder = tuned(weights, tmp_path, "stepsize=fm", "num_steps=[10]", "task.max_steps=1", "task.save_every=1")
     for number in range(2):
         assert record(folder, number)["training"]["loss_before"] < 1e-12
+        assert stage(folder, number) == {}  # so it stays as it was
 
 
 def test_states_are_the_teachers_and_later_the_students(weights, tmp_path):
