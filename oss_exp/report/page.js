@@ -1,4 +1,4 @@
-// What moves on a page: tables sorted by a click, the plot of schedules, pictures with their errors, enlarged by a click.
+// What moves on a page: tables that sort, the plot of schedules, pictures with their errors that a click enlarges.
 // All data is in the page's JSON block; text goes in as text, never as HTML.
 "use strict";
 
@@ -80,8 +80,8 @@ function drawSchedules({ teacher, lines }) {
       group.dataset.name = line.name;
       const at = line.times.map((t, step) => [x(step), y(t)]);
       if (line.low) {
-        const edge = [...line.low.map((t, step) => [x(step), y(t)]), ...line.high.map((t, i) => [x(i), y(t)]).reverse()];
-        add(group, "path", { d: path(edge), class: "band" });
+        const [low, high] = [line.low, line.high].map(edge => edge.map((t, step) => [x(step), y(t)]));
+        add(group, "path", { d: path([...low, ...high.reverse()]), class: "band" });
       }
       add(group, "path", { d: path(at) });
       return at.map(([cx, cy], step) => {
@@ -180,10 +180,11 @@ async function drawSamples({ width, height, frames, milliseconds, inferno, rows 
   function difference(student, teacher) { // mean over the channels; 0 black, 0.5 and above bright
     const pixels = source => source.getContext("2d").getImageData(0, 0, student.width, student.height).data;
     const made = canvas(student.width, student.height), [mine, truth] = [pixels(student), pixels(teacher)];
-    const shown = new ImageData(student.width, student.height);
+    const shown = new ImageData(student.width, student.height), apart = i => Math.abs(mine[i] - truth[i]);
     for (let i = 0; i < mine.length; i += 4) {
-      const apart = [0, 1, 2].reduce((sum, c) => sum + Math.abs(mine[i + c] - truth[i + c]), 0) / 3;
-      shown.data.set([...colors[Math.min(255, Math.round(2 * apart))], 255], i);
+      const color = colors[Math.min(255, Math.round((apart(i) + apart(i + 1) + apart(i + 2)) * 2 / 3))];
+      for (let c = 0; c < 3; c++) shown.data[i + c] = color[c];
+      shown.data[i + 3] = 255;
     }
     made.getContext("2d").putImageData(shown, 0, 0);
     return made;
@@ -215,9 +216,9 @@ async function drawSamples({ width, height, frames, milliseconds, inferno, rows 
     if (row.k !== budget && row.k !== null) add(grid, "h3", {}, `K = ${budget = row.k}`);
     add(add(grid, "span", {}, row.name), "small", {}, row.psnr ?? "");
     row.canvas = add(grid, "canvas", { width: row.picture.width, height });
-    const tile = Math.min(Math.max(width, 64), 128) * row.picture.width / width;
-    row.canvas.style.width = `${tile}px`;
-    row.canvas.onclick = event => zoom(number, Math.floor(event.offsetX / row.canvas.clientWidth * row.picture.width / width));
+    const count = row.picture.width / width;
+    row.canvas.style.width = `${count * Math.min(Math.max(width, 64), 128)}px`;
+    row.canvas.onclick = event => zoom(number, Math.floor(event.offsetX / row.canvas.clientWidth * count));
   }
   errors.onchange = redraw;
   dialog.onkeydown = event => {
