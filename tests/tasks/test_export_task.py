@@ -1,0 +1,114 @@
+"""task=export and task=import_sigmas by the command line."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from helpers import run_cli
+
+from oss_exp.oss_scheduler import OSSScheduler
+from oss_exp.steps import StepSchedule
+
+FLOW = {"native": {"clock": "flow time"}}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def go(*settings: str) -> None:
+        run_cli(*settings, "hydra.run.dir=run")
+
+    return go
+
+
+@pytest.fixture
+def lists(tmp_path) -> StepSchedule:
+    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], "free", provenance=FLOW)
+    steps.save(tmp_path / "lists.json")
+    return steps
+
+
+def test_comfyui_and_back(run, lists, tmp_path, capsys):
+    run("task=export", "task.schedule=lists.json", "task.to=comfyui", "task.output=comfy.json")
+    out = capsys.readouterr().out
+    assert "comfy.json: 3 steps for comfyui\nManualSigmas: 0.95, 0.5, 0.2, 0.0, with euler\n" in out
+    assert "1.053 times less than in the search" in out
+    nodes = json.loads((tmp_path / "comfy.json").read_text())
+    assert nodes["sigmas"]["inputs"]["sigmas"] == "0.95, 0.5, 0.2, 0.0"
+    run("task=import_sigmas", "task.sigmas=comfy.json", "task.network=flow", "task.output=back.json")
+    again = StepSchedule.load(tmp_path / "back.json")
+    assert torch.equal(again.times, lists.times)
+    assert again.provenance == {"imported": {"sigmas": "comfy.json", "network": "flow"}}
+    run("task=import_sigmas", "task.sigmas=[14.6,0.9,0.03]", "task.network=eps", "task.output=back.json")
+    again = StepSchedule.load(tmp_path / "back.json")
+    assert again.times.tolist() == pytest.approx([14.6 / 15.6, 0.9 / 1.9, 0.0])
+    assert again.start_time == again.times[0]
+
+
+def test_lists_of_sigma_over_alpha(run, lists, tmp_path, capsys):
+    run("task=export", "task.schedule=lists.json", "task.to=k_diffusion", "task.network=eps")
+    sigmas = json.loads((tmp_path / "run" / "k_diffusion.json").read_text())
+    assert sigmas == pytest.approx([19.0, 1.0, 0.25, 0.0])
+    run("task=export", "task.schedule=lists.json", "task.to=webui", "task.network=eps", "task.output=w.json")
+    assert json.loads((tmp_path / "w.json").read_text()) == pytest.approx(sigmas)
+    assert "webUI_ExtraSchedulers, custom, with Euler: [" in capsys.readouterr().out
+
+
+def test_diffusers_by_class_or_by_folder(run, lists, tmp_path, capsys):
+    to = ["task=export", "task.schedule=lists.json", "task.to=diffusers", "task.output=d.json"]
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
+    run(*to, "task.scheduler=pipeline", "task.height=1024", "task.width=1024")
+    given = json.loads((tmp_path / "d.json").read_text())
+    assert given.pop("scheduler") == "FlowMatchEulerDiscreteScheduler"
+    assert given["mu"] == pytest.approx(1.15)
+    scheduler.set_timesteps(**given)
+    torch.testing.assert_close(scheduler.sigmas.double(), lists.times, rtol=0, atol=1e-6)
+    assert "pipe(..., sigmas=[" in capsys.readouterr().out
+    run(*to, "task.scheduler=EulerDiscreteScheduler")
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=json.loads((tmp_path / "d.json").read_text())["sigmas"])
+    assert scheduler.sigmas.tolist() == pytest.approx([19.0, 1.0, 0.25, 0.0])
+
+
+def test_a_scheduler_of_its_own(run, tmp_path):
+    solver = {"_target_": "oss_exp.solvers.dpm_solver_pp.DPMSolverPP", "order": 2, "lower_order_final": True}
+    steps = StepSchedule(
+        [0.9, 0.5, 0.2, 0.0],
+        "analytic",
+        mean=torch.ones(1, 3),
+        orders=torch.tensor([1, 2, 1]),
+        provenance={"solver": solver},
+    )
+    steps.save(tmp_path / "x.json")
+    run("task=export", "task.schedule=x.json", "task.to=oss_scheduler", "task.output=out/x.json")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {"x.json", "x.mean.safetensors", "oss_scheduler.py"}
+    scheduler = OSSScheduler.from_schedule(tmp_path / "out" / "x.json", DDIMScheduler().config)
+    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.weights[1][4] != 0  # the older answer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("task.to=kdiff", "task.to must be one of diffusers, oss_scheduler, comfyui, k_diffusion, webui, got 'kdiff'"),
+        ("task.to=comfyui task.output=x.txt", "task.output must end in .json, got x.txt"),
+        (
+            "task.to=comfyui task.network=wan",
+            "task.network must be one of flow, eps: what the schedule is for; got 'wan'",
+        ),
+        ("task.to=comfyui task.output=lists.json", "are the same file lists.json; choose another output"),
+        ("task.to=diffusers", "task.to=diffusers needs task.scheduler: a scheduler_config.json"),
+        ("task.to=diffusers task.scheduler=FluxPipeline", "neither a class of diffusers' schedulers nor a file of one"),
+        ("task.to=diffusers task.scheduler=DDIMScheduler", "DDIMScheduler takes no times; export to oss_scheduler"),
+        ("", "task.to"),
+    ],
+)
+def test_wrong_settings_are_refused(run, lists, tmp_path, settings, message, capsys):
+    with pytest.raises(SystemExit):
+        run("task=export", "task.schedule=lists.json", *settings.split())
+    assert message in capsys.readouterr().err
+    assert {file.name for file in tmp_path.rglob("*.json")} == {"lists.json"}
