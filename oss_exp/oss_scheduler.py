@@ -77,7 +77,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
         self.timesteps = torch.cat([clock[:1], clock]) if extra_call else clock
         self.sigmas = torch.tensor([t if self.flow else t / (1 - min(t, self.time_max)) for t in self.times])
-        self.num_inference_steps, self.begun, self.calls = len(self.weights), False, 0
+        self.num_inference_steps, self.begun = len(self.weights), False
+        self.calls = len(self.timesteps)  # until set_timesteps
 
     @classmethod
     def from_schedule(
@@ -103,6 +104,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def begin(self, noise: Tensor) -> Tensor:
         """noise (B, *E) of size 1 -> the `latents` to give to the pipeline, which spares an analytic start's call."""
+        if self.config.extra_call:
+            raise ValueError("extra_call=True makes the first state itself; give the pipeline the noise, or none")
         self.begun = True
         return self._first_state(noise) / self.init_noise_sigma
 

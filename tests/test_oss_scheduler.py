@@ -426,6 +426,10 @@ def test_wrong_use_says_what_is_right(tmp_path):
     with pytest.raises(ValueError, match=r"latents=scheduler\.begin\(noise\), or build the scheduler with extra_call"):
         scheduler.set_timesteps(2)
     scheduler.begin(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="call set_timesteps"):
+        scheduler.step(torch.zeros(1, 4), scheduler.timesteps[0], torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="makes the first state itself"):
+        load(steps, "euler", tmp_path, extra_call=True).begin(torch.zeros(1, 4))
     scheduler.set_timesteps(2)
     with pytest.raises(ValueError, match="runs through all of its times"):
         scheduler.step(torch.zeros(1, 4), scheduler.timesteps[1], torch.zeros(1, 4))
