@@ -45,7 +45,8 @@ def cell(network: str, stages: int, cuts: str, seed: int = 0) -> dict[str, Any]:
     run = finished(name, "task=finetune", *model, *search, *TRAINING, f"task.seed={seed}", file="finetune.json")
     schedule = [f"task.schedule={run / 'stages' / 'schedule.json'}", "data.batch_size=100"]
     count = SAMPLES.get((network, stages), FEWER)
-    images = [f"data.eval_samples={count}", f"num_teacher_steps={stages}", "evaluation.metrics=[fid,class_agreement]"]
+    few = [f"num_teacher_steps={stages}", f"num_steps=[{stages}]"]
+    images = [f"data.eval_samples={count}", *few, "evaluation.metrics=[fid,class_agreement]"]
     found: dict[str, Any] = {"stages": json.loads((run / "finetune.json").read_text())["stages"], "n": count}
     for when, more in (("before", []), ("after", [f"stages={run / 'stages'}"])):
         (quality,) = rows(finished(f"{name}_{when}", "task=evaluate", *model, *schedule, *more, *images))
