@@ -83,7 +83,7 @@ def test_it_leaves_exactly_these_files(calibrated):
     plans = {f"schedules/{name}" for name in ("ddim_3.json", "oss_shared_3.json")}
     plans |= {f"schedules/oss_shared_3.mean.{suffix}" for suffix in ("json", "safetensors")}
     expected = {"config.yaml", "schedules.png", "calibration.json", "amplitude.json", "amplitude.png", *plans}
-    assert left == expected | {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
+    assert left == expected | {".lock"} | {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
 
 
 def test_the_table_is_that_of_the_teacher(calibrated):
