@@ -1,7 +1,7 @@
 """The command line: compose a configuration, run its task, report what it left.
 
-Everything that goes wrong because of what the user gave ends here, in one message and exit code 1; the full traceback
-goes to error.log in the run folder, and to the terminal with HYDRA_FULL_ERROR=1.
+Everything that goes wrong because of what the user gave ends here, in one message and exit code 1; the message and the
+full traceback go to error.log in the run folder, and to the terminal with HYDRA_FULL_ERROR=1.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def run(cfg: DictConfig) -> None:
     except Timeout:
         raise ValueError(f"another process works in {folder}; wait for it, or choose another hydra.run.dir") from None
     rank_zero_only(remove_unfinished)(folder)
+    (folder / "error.log").unlink(missing_ok=True)
     try:
         _run(cfg, folder)
-    except USER_ERRORS:
-        rank_zero_only(write_atomically)(folder / "error.log", traceback.format_exc())
+    except Exception as error:
+        rank_zero_only(write_atomically)(folder / "error.log", f"{_message(error)}\n\n{traceback.format_exc()}")
         raise
     finally:
         lock.release()
@@ -78,6 +79,8 @@ def main() -> None:
         if wants_traceback:
             raise
         print(f"oss-exp: {_message(error)}", file=sys.stderr)
+        if {"-m", "--multirun"} & set(sys.argv):
+            print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C inside a loop into an exit.

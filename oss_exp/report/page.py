@@ -77,7 +77,7 @@ def write(folder: Path) -> None:
 
 
 def gather(cfg: DictConfig) -> None:
-    """task=report: one table over all runs below `sweep`."""
+    """task=report: one table over all runs below `sweep`, and why those that failed did."""
     if OmegaConf.is_missing(cfg, "sweep"):
         raise ValueError("sweep is not set; add sweep=FOLDER, the folder of a --multirun")
     sweep = Path(cfg.sweep).expanduser()
@@ -91,12 +91,21 @@ def gather(cfg: DictConfig) -> None:
         (name if times_seen[name, plan.num_steps] == 1 else f"{name} (run {run.relative_to(sweep)})", plan)
         for run, name, plan in plans
     ]
-    write_atomically(sweep / "table.md", markdown(lines))
+    failed = {
+        str(log.parent.relative_to(sweep)): log.read_text(errors="replace").partition("\n")[0]
+        for log in sorted(sweep.rglob("error.log"))
+        if log.parent not in runs
+    }
+    told = [f"Failed, {len(failed)} of {len(runs) + len(failed)} runs:"] * bool(failed)
+    told += [f"- {run}: {why}" for run, why in failed.items()]
+    write_atomically(sweep / "table.md", markdown(lines) + "\n".join(["", *told, ""] if told else []))
     teacher = _teacher_nodes(runs[0])
     write_atomically(sweep / "schedules.png", plots.schedules(named, teacher))
-    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, None)
+    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, None, "\n".join(told))
     console = _console()
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
+    if told:
+        console.print("\n".join(told), soft_wrap=True, markup=False)
     console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
 
 
@@ -142,6 +151,7 @@ def _page(
     plans: Sequence[tuple[str, StepSchedule]],
     teacher: Sequence[float],
     pictures: Mapping[str, np.ndarray] | None,
+    failures: str = "",
 ) -> Path:
     """report.html; teacher: the nodes of its grid."""
     kinds = []
@@ -149,6 +159,8 @@ def _page(
         first = above is None or above.result.nfe != line.result.nfe
         kinds.append("best " * (line.rival is line.result) + "first" * first)
     body = [web.table(*columns(lines), kinds), f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>']
+    if failures:
+        body.append(f"<pre>{html.escape(failures)}</pre>")
     data = {}
     if plans:
         body.append(SCHEDULES)

@@ -272,6 +272,22 @@ def test_a_gathered_sweep_is_one_table_with_a_row_per_job(sweep):
         assert gains[ours].startswith(f"{mine.psnr.mean - other.psnr.mean:+.2f} ± ")
 
 
+def test_jobs_that_fail_take_no_others_along_and_are_explained(tmp_path, capsys):
+    """12 jobs, of which two ask for more steps than the teacher has."""
+    budgets = "num_steps=" + ",".join(f"[{k}]" for k in (1, 2, 3, 4, 5, 99))
+    folder = tmp_path / "sweep"
+    few = ["data.eval_samples=2", "data.search_samples=2", "logger=none", "model=mixture_digits"]
+    with pytest.raises(SystemExit):
+        run_cli("--multirun", *SMALL, *few, "stepsize=edm,fm", budgets, f"hydra.sweep.dir={folder}")
+    assert "task=report sweep=FOLDER says which failed" in capsys.readouterr().err
+    run_cli("task=report", f"sweep={folder}", f"hydra.run.dir={tmp_path / 'report'}")
+    assert len(list(folder.glob("*/metrics.json"))) == 10
+    for text in ((folder / "table.md").read_text(), (folder / "report.html").read_text(), capsys.readouterr().out):
+        assert "Failed, 2 of 12 runs:" in text
+        assert "- 11: num_steps must be whole numbers from 1 to" in text
+        assert "- 5: num_steps must be whole numbers" in text
+
+
 def test_a_gathered_sweep_has_a_page_and_a_picture(sweep):
     page = (sweep / "report.html").read_text()
     assert (sweep / "schedules.png").is_file()
