@@ -32,7 +32,8 @@ USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, O
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> float | None:
+    """The mean PSNR of the run's schedules, for sweepers that look for a maximum; None where none was measured."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     lock = FileLock(folder / ".lock", timeout=0)  # freed by the system, however the process ends
     try:
@@ -43,6 +44,7 @@ def run(cfg: DictConfig) -> None:
     (folder / "error.log").unlink(missing_ok=True)
     try:
         _run(cfg, folder)
+        return report.mean_psnr(folder)
     except Exception as error:
         rank_zero_only(write_atomically)(folder / "error.log", f"{_message(error)}\n\n{traceback.format_exc()}")
         raise

@@ -2,5 +2,6 @@
 
 from oss_exp.report.logging import log_run
 from oss_exp.report.page import gather, write
+from oss_exp.report.results import mean_psnr
 
-__all__ = ["gather", "log_run", "write"]
+__all__ = ["gather", "log_run", "mean_psnr", "write"]

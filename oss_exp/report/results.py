@@ -88,3 +88,10 @@ def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
     files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
     plans = [(path, StepSchedule.load(path)) for path in files]
     return [(plan.about("strategy").get("name", path.stem), plan) for path, plan in plans]
+
+
+def mean_psnr(folder: Path) -> float | None:
+    """Over all rows of a run; None where nothing was measured."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    return float(np.mean([result.psnr.mean for result in read_run(folder)]))
