@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from oss_exp.report.results import compare, read_run
+from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import columns
 
 
@@ -44,11 +45,15 @@ def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
 
 
 def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
-    """The configuration, PSNR, gain and spread of every schedule, and with W&B the table and the pictures."""
+    """The configuration, PSNR, gain and spread of every schedule; with W&B also the schedules themselves as an
+    artifact, every metric against K as a curve a strategy, the table and the pictures.
+    """
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     for name in ("amplitude", "training", "stages"):
         if isinstance(logger, WandbLogger) and (folder / f"{name}.png").exists():
             logger.log_image(name, [str(folder / f"{name}.png")])
+    if isinstance(logger, WandbLogger) and (folder / "schedules").is_dir():
+        logger.experiment.log_artifact(_schedules(folder))
     if not (folder / "metrics.json").exists():
         return
     lines = compare(read_run(folder))
@@ -64,7 +69,37 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     if isinstance(logger, WandbLogger):
         header, cells = columns(lines)
         logger.log_table("comparison", columns=header, data=cells)
+        logger.experiment.log(_curves(lines))
         for name in ("schedules", "samples"):
             logger.log_image(name, [str(folder / f"{name}.png")])
         if (folder / "samples.gif").exists():
             logger.log_video("videos", [str(folder / "samples.gif")], format=["gif"])
+
+
+def _schedules(folder: Path) -> Any:
+    """A W&B artifact of all step schedules of a run, which says of which model and teacher they are."""
+    import wandb
+
+    plans = [plan for _, plan in read_schedules(folder)]
+    about = {key: plans[0].provenance.get(key) for key in ("model", "teacher", "solver", "distance")} if plans else {}
+    model = (about.get("model") or {}).get("name", "unknown")
+    artifact = wandb.Artifact(f"schedules-{model}", type="step_schedules", metadata=about)
+    for file in sorted((folder / "schedules").iterdir()):
+        artifact.add_file(str(file))
+    return artifact
+
+
+def _curves(lines: Sequence[Line]) -> dict[str, Any]:
+    """W&B's plots of PSNR and every other metric against the network calls K, a line a strategy."""
+    import wandb
+
+    names = list(dict.fromkeys(line.result.strategy for line in lines))
+    found = {}
+    for metric in ("psnr", *dict.fromkeys(name for line in lines for name in line.result.metrics)):
+        points = {name: {} for name in names}
+        for line in lines:
+            value = line.result.psnr.mean if metric == "psnr" else line.result.metrics.get(metric)
+            points[line.result.strategy][line.result.num_steps] = value
+        xs, ys = ([list(getattr(points[name], part)()) for name in names] for part in ("keys", "values"))
+        found[f"{metric} against K"] = wandb.plot.line_series(xs, ys, names, f"{metric} against K", "K")
+    return found

@@ -251,6 +251,8 @@ def test_a_sweep_is_one_group_of_one_offline_run_per_job(sweep):
         assert re.search(rb"\x0f2026-01-01/many(?!/)", data)  # the group: a string of 15 bytes
         assert f"\x112026-01-01/many/{job}".encode() in data  # the name: 17
         assert b"psnr/" in data
+        assert b"psnr against K" in data
+        assert b"schedules-mixture" in data  # the artifact
         names.add(log.name)
     assert len(names) == 4
 
