@@ -41,7 +41,7 @@ def run(cfg: DictConfig) -> float | None:
     except Timeout:
         raise ValueError(f"another process works in {folder}; wait for it, or choose another hydra.run.dir") from None
     rank_zero_only(remove_unfinished)(folder)
-    (folder / "error.log").unlink(missing_ok=True)
+    rank_zero_only((folder / "error.log").unlink)(missing_ok=True)
     try:
         _run(cfg, folder)
         return report.mean_psnr(folder)

@@ -158,7 +158,8 @@ class StageParameters:
                     found = None if name != key else tuple(file.get_slice(key).get_shape())
                     if name not in own or found not in (None, tuple(own[name].shape)):
                         raise ValueError(f"{folder.file(stage)} changes {name}, which the network lacks at that shape")
-                    self.kept[name] = own[name].detach().cpu().clone()
+                    if name not in self.kept:
+                        self.kept[name] = own[name].detach().cpu().clone()
         self.now = BASE
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ from oss_exp.tasks.data import TRAINING
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
 from oss_exp.tasks.pretrain import Examples, load_images
 from oss_exp.tasks.run import Run, require_same
-from oss_exp.tasks.training import Training, fit, origin
+from oss_exp.tasks.training import Training, fit, origin, require_whole, settings
 
 OBJECTIVES = ("jump", "progressive", "diffusion")
 TRAINABLE = ("full", "adaln", "lora")
@@ -93,9 +93,7 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
 
 
 def _check(task: DictConfig) -> None:
-    for name, least in (("num_stages", 2), ("max_steps", 1), ("batch_size", 1), ("save_every", 1), ("trajectories", 1)):
-        if not isinstance(task[name], int) or task[name] < least:
-            raise ValueError(f"task.{name} must be a whole number of at least {least}, got {task[name]!r}")
+    require_whole(task, num_stages=2, max_steps=1, batch_size=1, save_every=1, trajectories=1)
     if task.stage != "all" and not (isinstance(task.stage, int) and 0 <= task.stage < task.num_stages):
         raise ValueError(f"task.stage must be all, or a number from 0 to {task.num_stages - 1}, got {task.stage!r}")
     for name, known in (("objective", OBJECTIVES), ("trainable", TRAINABLE)):
@@ -172,25 +170,12 @@ def _train(
         loss = partial(jump_loss, setting, steps, span, progressive)
     torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
     with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
-        module = StageModule(
-            network,
-            parameters,
-            loss,
-            examples,
-            batch_size=task.batch_size,
-            max_steps=task.max_steps,
-            save_every=task.save_every,
-            learning_rate=task.learning_rate,
-            warmup_steps=task.warmup_steps,
-            ema_decay=task.ema_decay,
-            num_workers=task.num_workers,
-        )
+        module = StageModule(network, parameters, loss, examples, **settings(task))
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
         trainer = fit(run.cfg, module, last, logger, last if last.is_file() else None, precision=task.precision)
     if rank_zero_only.rank == 0:
-        checkpoint = torch.load(
-            last, map_location="cpu", weights_only=True
-        )  # what a spawned process did is there alone
+        # What a spawned process did is there alone.
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True)
         average = [checkpoint["state_dict"][f"average.{i}"] for i in range(len(parameters))]
         record = {
             **origin(),

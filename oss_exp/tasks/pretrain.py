@@ -33,7 +33,7 @@ from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
 from oss_exp.tasks.captioned import CaptionedImages
-from oss_exp.tasks.training import Training, fit, origin, shuffled
+from oss_exp.tasks.training import Training, fit, origin, require_whole, settings, shuffled
 
 SHOWN = 8  # samples of each class in a grid
 GRID_STEPS = 50  # Euler's, for each of them
@@ -42,9 +42,7 @@ GRID_STEPS = 50  # Euler's, for each of them
 def pretrain(cfg: DictConfig) -> Logger | None:
     """Write the averaged weights to task.output (.safetensors and .json), checkpoints and grids to the run folder."""
     folder, task = Path(cfg.paths.output_dir), cfg.task
-    for name in ("max_steps", "save_every", "batch_size"):
-        if not isinstance(task[name], int) or task[name] < 1:
-            raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
+    require_whole(task, max_steps=1, save_every=1, batch_size=1)
     torch.manual_seed(task.seed)  # the initial weights, the same on every rank
     images = load_images(cfg.data)
     model = _untrained(cfg, images)
@@ -55,13 +53,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
     module = PretrainModule(
         model,
         examples,
-        batch_size=task.batch_size,
-        max_steps=task.max_steps,
-        save_every=task.save_every,
-        learning_rate=task.learning_rate,
-        warmup_steps=task.warmup_steps,
-        ema_decay=task.ema_decay,
-        num_workers=task.num_workers,
+        **settings(task),
         compile=task.compile,
         output=Path(task.output),
         folder=folder,

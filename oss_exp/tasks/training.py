@@ -126,6 +126,19 @@ class Training(L.LightningModule, abc.ABC):
         self.losses, self.seconds = checkpoint["progress"]["losses"], checkpoint["progress"]["seconds"]
 
 
+def settings(task: DictConfig) -> dict[str, Any]:
+    """What `Training` takes of a task's configuration."""
+    names = ("batch_size", "max_steps", "save_every", "learning_rate", "warmup_steps", "ema_decay", "num_workers")
+    return {name: task[name] for name in names}
+
+
+def require_whole(task: DictConfig, **least: int) -> None:
+    """ValueError where one of these settings is no whole number, or smaller."""
+    for name, lowest in least.items():
+        if not isinstance(task[name], int) or task[name] < lowest:
+            raise ValueError(f"task.{name} must be a whole number of at least {lowest}, got {task[name]!r}")
+
+
 def fit(
     cfg: DictConfig, module: Training, checkpoint: Path, logger: Logger | None, resume: str | Path | None, **more: Any
 ) -> L.Trainer:
