@@ -295,9 +295,10 @@ def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
 
 def test_states_in_host_memory_change_nothing(multistep, tmp_path, capsys):
     assert times(oss_exp(tmp_path / "run", *MULTISTEP, "offload_states=true")) == times(multistep)
-    with pytest.raises(SystemExit):
-        oss_exp(tmp_path / "none", "offload_states=maybe")
-    assert "offload_states must be true or false, got 'maybe'" in capsys.readouterr().err
+    for name in ("offload_states", "keep_calls"):
+        with pytest.raises(SystemExit):
+            oss_exp(tmp_path / "none", f"{name}=maybe")
+        assert f"{name} must be true or false, got 'maybe'" in capsys.readouterr().err
 
 
 def test_fixed_orders_ignore_what_the_search_chose(multistep, tmp_path):
