@@ -1,0 +1,157 @@
+"""Runs of the program, each in a folder whose name is a hash of its configuration: none is ever made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from hydra import compose
+from omegaconf import OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from oss_exp.files import ASSETS, read_json, sha256, write_atomically
+
+PARENT = "PARENT"  # in overrides: the folder of the cell that must be there before
+ELSEWHERE = ("trainer", "logger", "paths", "hydra", "keep_calls", "offload_states")  # what no result depends on
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`oss-exp <overrides>`; of two overrides of one key the later one counts. Needs Hydra to be initialized."""
+
+    overrides: tuple[str, ...]
+    parent: Cell | None = None
+
+    @classmethod
+    def of(cls, *overrides: str, parent: Cell | None = None) -> Cell:
+        return cls(tuple({each.split("=", 1)[0].lstrip("+"): each for each in overrides}.values()), parent)
+
+    @cached_property
+    def key(self) -> str:
+        """Of the resolved configuration, the shipped files that it names, and the parent's key."""
+        config = compose("config", [*self.overrides, "paths.output_dir=OUTPUT", "paths.data_dir=DATA"])
+        values = {
+            name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name not in ELSEWHERE
+        }
+        files = {name: sha256((ASSETS / name).read_bytes()) for name in sorted(set(_texts(values))) if _shipped(name)}
+        parent = self.parent.key if self.parent else None
+        return sha256(json.dumps([values, files, parent], sort_keys=True).encode())[:16]
+
+    def folder(self, root: Path) -> Path:
+        return root / self.key
+
+    def command(self, root: Path) -> list[str]:
+        parent = str(self.parent.folder(root)) if self.parent else ""
+        return [each.replace(PARENT, parent) for each in self.overrides]
+
+    def lineage(self) -> list[Cell]:
+        """Itself after all that it needs."""
+        return [*(self.parent.lineage() if self.parent else []), self]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [text for each in (value.values() if isinstance(value, dict) else value) for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
+
+
+def _shipped(name: str) -> bool:
+    return bool(name) and "/" not in name and (ASSETS / name).is_file()
+
+
+def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
+    """Run the cells that are not there yet, `jobs` at a time. Returns why the failing ones failed; the others are made.
+
+    A cell is there when its folder has cell.json; one that was killed goes on where it was.
+    """
+    wanted = list(dict.fromkeys(each for cell in cells for each in cell.lineage()))
+    missing = [cell for cell in wanted if not (cell.folder(root) / "cell.json").is_file()]
+    print(f"{len(wanted)} cells, {len(missing)} of them to be made, {jobs} at a time, in {root}", flush=True)
+    bar = Progress(
+        TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=False), TextColumn("[dim]{task.description}"),
+        disable=not missing,
+    )  # fmt: skip
+    running = _Running()
+    failed: dict[Cell, str] = {}
+    started: dict[Cell, Future] = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        with bar:
+            line = bar.add_task("", total=len(missing))
+            for cell in missing:  # a parent stands before its cells, so it never waits for one of them
+                started[cell] = pool.submit(_make, cell, root, jobs, started.get(cell.parent), running)
+            cell_of = {future: cell for cell, future in started.items()}
+            for future in as_completed(cell_of):
+                cell = cell_of[future]
+                if (reason := future.result()) is not None:
+                    failed[cell] = reason
+                bar.update(line, advance=1, description=" ".join(cell.overrides)[:60])
+    finally:
+        running.stop()
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def _make(cell: Cell, root: Path, jobs: int, parent: Future | None, running: _Running) -> str | None:
+    """None, or why it failed."""
+    if parent is not None and (reason := parent.result()) is not None:
+        return f"what it needs has failed: {reason}"
+    folder = cell.folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # a run that outlived the program that started it has it; wait for its end
+        pass
+    command = cell.command(root)
+    with open(folder / "log.txt", "w") as log:
+        code = running.run([*command, "logger=none", f"hydra.run.dir={folder}"], log, jobs)
+    if code:
+        reason = folder / "error.log"
+        text = reason.read_text() if reason.is_file() else (folder / "log.txt").read_text()[-1000:]
+        return text.split("\n\nTraceback")[0].strip()
+    packages = {name: version(name) for name in ("oss_exp", "torch", "lightning", "diffusers")}
+    record = {"overrides": command, "parent": cell.parent and cell.parent.key, "packages": packages}
+    write_atomically(folder / "cell.json", json.dumps(record, indent=1) + "\n")
+    return None
+
+
+class _Running:
+    """The processes at work, so that all can be ended when one is interrupted."""
+
+    def __init__(self) -> None:
+        self.processes: set[subprocess.Popen] = set()
+        self.lock, self.stopped = threading.Lock(), False
+
+    def run(self, overrides: list[str], log: Any, jobs: int) -> int:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HYDRA_FULL_ERROR": "0"}
+        with self.lock:
+            if self.stopped:
+                return 1
+            command = [sys.executable, "-m", "oss_exp", *overrides]
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.processes.add(process)
+        code = process.wait()
+        self.processes.discard(process)
+        return code
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.kill()  # it goes on where it was when it is wanted again
+
+
+def record(cell: Cell, root: Path) -> dict[str, Any]:
+    """What cell.json says."""
+    return read_json(cell.folder(root) / "cell.json", "record of a run")

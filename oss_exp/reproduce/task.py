@@ -1,0 +1,73 @@
+"""`oss-exp task=reproduce table=2 scale=small`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+
+from oss_exp.files import write_atomically
+from oss_exp.reproduce.cells import Cell, make
+from oss_exp.reproduce.paper import Paper
+from oss_exp.reproduce.plans import TABLES, Plan, values_of
+from oss_exp.reproduce.render import Reproduction, summary
+
+
+def reproduce(cfg: DictConfig) -> None:
+    """Make the missing runs of `table` (1 to 7, or all), then write <task.experiments>/table_N/<scale>.*.
+
+    A table of which a run failed is left as it was; the others are written, and a ValueError says what failed.
+    """
+    names = list(TABLES) if cfg.table == "all" else [f"table_{cfg.table}"]
+    if not TABLES.keys() >= set(names):
+        raise ValueError(f"table must be 1 to 7 or all, got {cfg.table!r}")
+    if cfg.task.scale not in ("small", "paper"):
+        raise ValueError(f"scale must be small or paper, got {cfg.task.scale!r}")
+    small, root, experiments = cfg.task.scale == "small", Path(cfg.task.cells), Path(cfg.task.experiments)
+    jobs = cfg.task.jobs or (os.cpu_count() or 1 if small else 1)
+    papers = {name: Paper.load(experiments / name) for name in names}
+    plans = {name: _with(TABLES[name](paper, small), cfg.task.overrides) for name, paper in papers.items()}
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(root / ".lock", timeout=0):
+            failed = make([cell for name in reversed(names) for cell in _cells(plans[name])], root, jobs)
+    except Timeout:
+        raise ValueError(
+            f"another reproduction makes the runs in {root}; wait for it, or choose another task.cells"
+        ) from None
+    made = []
+    for name in names:
+        if failed.keys().isdisjoint(cell for each in _cells(plans[name]) for cell in each.lineage()):
+            made.append(Reproduction(papers[name], plans[name], cfg.task.scale, values_of(plans[name], root)))
+            files = made[-1].write(experiments / name, root)
+            print(f"\n{made[-1].markdown()}\n{', '.join(map(str, files))}")
+    if cfg.table == "all" and not failed:
+        path = write_atomically(
+            experiments / f"{cfg.task.scale}.md", f"# All tables, `scale={cfg.task.scale}`\n\n{summary(made)}"
+        )
+        print(path.read_text())
+    if failed:
+        reasons = "\n".join(
+            f"  oss-exp {' '.join(cell.command(root))}\n    {reason}" for cell, reason in failed.items()
+        )
+        raise ValueError(
+            f"{len(failed)} runs failed, and their tables are not written; the others are kept. When it is mended, the "
+            f"same command goes on:\n{reasons}"
+        )
+
+
+def _cells(plan: Plan) -> list[Cell]:
+    return [cell for source in plan.sources if source for cell in source.cells]
+
+
+def _with(plan: Plan, overrides: list[str]) -> Plan:
+    """The same with these values in every run."""
+
+    def more(cell: Cell | None) -> Cell | None:
+        return cell and Cell.of(*cell.overrides, *overrides, parent=more(cell.parent))
+
+    sources = [source and replace(source, cells=tuple(map(more, source.cells))) for source in plan.sources]
+    return replace(plan, sources=sources)
