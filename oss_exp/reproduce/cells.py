@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,10 @@ class Cell:
     def of(cls, *overrides: str, parent: Cell | None = None) -> Cell:
         return cls(tuple({each.split("=", 1)[0].lstrip("+"): each for each in overrides}.values()), parent)
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Of the resolved configuration, the shipped files that it names, and the parent's key."""
-        config = compose("config", [*self.overrides, "paths.output_dir=OUTPUT", "paths.data_dir=DATA"])
-        values = {
-            name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name not in ELSEWHERE
-        }
-        files = {name: sha256((ASSETS / name).read_bytes()) for name in sorted(set(_texts(values))) if _shipped(name)}
-        parent = self.parent.key if self.parent else None
-        return sha256(json.dumps([values, files, parent], sort_keys=True).encode())[:16]
+        return _key(self)
 
     def folder(self, root: Path) -> Path:
         return root / self.key
@@ -58,6 +52,17 @@ class Cell:
     def lineage(self) -> list[Cell]:
         """Itself after all that it needs."""
         return [*(self.parent.lineage() if self.parent else []), self]
+
+
+@cache
+def _key(cell: Cell) -> str:
+    config = compose("config", [*cell.overrides, "logger=none", "paths.output_dir=OUTPUT", "paths.data_dir=DATA"])
+    values = {
+        name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name not in ELSEWHERE
+    }
+    files = {name: sha256((ASSETS / name).read_bytes()) for name in sorted(set(_texts(values))) if _shipped(name)}
+    parent = cell.parent.key if cell.parent else None
+    return sha256(json.dumps([values, files, parent], sort_keys=True).encode())[:16]
 
 
 def _texts(value: Any) -> list[str]:
@@ -80,8 +85,7 @@ def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
     print(f"{len(wanted)} cells, {len(missing)} of them to be made, {jobs} at a time, in {root}", flush=True)
     bar = Progress(
         TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=False), TextColumn("[dim]{task.description}"),
-        disable=not missing,
+        TimeRemainingColumn(elapsed_when_finished=False), disable=not missing,
     )  # fmt: skip
     running = _Running()
     failed: dict[Cell, str] = {}
@@ -97,7 +101,8 @@ def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
                 cell = cell_of[future]
                 if (reason := future.result()) is not None:
                     failed[cell] = reason
-                bar.update(line, advance=1, description=" ".join(cell.overrides)[:60])
+                bar.print(f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}", soft_wrap=True)
+                bar.advance(line)
     finally:
         running.stop()
         pool.shutdown(cancel_futures=True)

@@ -180,11 +180,7 @@ def table_3(paper: Paper, small: bool) -> Plan:
 
 def table_4(paper: Paper, small: bool) -> Plan:
     layer = "distance.layer=backbone.network.mid_block"
-    classifier = (
-        "_target_: oss_exp.evaluation.classifier.FashionFeatures.from_asset, file: fashion_features.safetensors"
-    )
-    features = ["distance=features", f"distance.extractor={{{classifier}}}"]
-    own = {"perceptual": [layer], "inception": features} if small else {}
+    own = {"perceptual": [layer], "inception": ["distance=classifier"]} if small else {}
     base = ["model=unet_fashion", "noise_schedule=edm", "num_teacher_steps=200", "num_steps=[5]", "stepsize=oss"]
     base += ["data.eval_samples=32", "data.per_sample=32", f"stepsize.oss.{COARSE}"]
     base = base if small else ["experiment=table_4", "trainer=gpu"]

@@ -93,14 +93,16 @@ class SearchModule(L.LightningModule):
         self.calls = Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
         with meter.progress:
             problems: dict[int, Problem] = {}
+            taught: set[int] = set()
             for name, strategy in self.strategies.items():
                 loader = int(strategy.per_sample)
-                if loader not in problems:
-                    problem = problems[loader] = self._problem(self.batches[loader], meter)
+                problem = problems[loader] = problems.get(loader) or self._problem(self.batches[loader], meter)
+                if loader not in taught and self._calls(strategy, problem):  # times by hand need no teacher
+                    taught.add(loader)
                     calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
                     with meter.measure("teacher", calls, len(problem.noise)), self._kept(f"teacher_{loader}"):
                         problem.teacher, problem.goals  # noqa: B018  (made now and kept for all strategies)
-                self._plan(name, strategy, problems[loader], meter)
+                self._plan(name, strategy, problem, meter)
         self.trainer.strategy.barrier("schedules are on disk")
         if self.calls is not None:
             self.calls.forget()
@@ -130,9 +132,11 @@ class SearchModule(L.LightningModule):
             num_groups=1 if classes is None else self.model.num_classes,
         )
 
+    def _calls(self, strategy: StepsizeStrategy, problem: Problem) -> int:
+        return strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
+
     def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
-        calls = strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
-        with meter.measure(name, calls, len(problem.noise)), self._kept(name):
+        with meter.measure(name, self._calls(strategy, problem), len(problem.noise)), self._kept(name):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
         samples, rows = problem.collective.sum(counts).tolist()

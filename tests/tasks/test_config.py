@@ -75,6 +75,8 @@ def test_option(group, option, tmp_path, monkeypatch):
     elif group == "detector" and option == "coco":  # with networks: test_coco_detector.py
         with pytest.raises(InstantiationException, match=r"task\.detector\.detector=.*absent cannot be opened"):
             instantiate(cfg.detector, detector=str(tmp_path / "absent"))
+    elif group == "scale" and option != "tiny":
+        assert config("task=reproduce", f"scale={option}").task.scale == option
     elif group == "scale":
         assert config("model=dit_xl_2_256", f"scale={option}").model.size == option
     elif group == "data" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py

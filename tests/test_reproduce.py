@@ -1,0 +1,227 @@
+"""The paper's tables beside ours: plans that compose, tables that hold what they are given, runs that are made once."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers import run_cli
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from oss_exp.cli import CONF
+from oss_exp.evaluation.psnr import Interval
+from oss_exp.reproduce.cells import Cell, _key
+from oss_exp.reproduce.paper import Paper
+from oss_exp.reproduce.plans import TABLES, Plan
+from oss_exp.reproduce.render import Reproduction, summary
+from oss_exp.reproduce.values import Value
+
+EXPERIMENTS = CONF.parent / "experiments"
+SMALL = "model=mixture_fashion,num_teacher_steps=60,data.eval_samples=4,data.per_sample=4,data.search_samples=4"
+
+
+@pytest.fixture
+def composing():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@cache
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", [*overrides, "paths.output_dir=out", "paths.data_dir=data"])
+
+
+def plan(name: str, small: bool = True) -> tuple[Paper, Plan]:
+    paper = Paper.load(EXPERIMENTS / name)
+    return paper, TABLES[name](paper, small)
+
+
+def as_printed(name: str) -> Reproduction:
+    """A table whose every number of ours is the paper's, known exactly."""
+    paper, planned = plan(name)
+    values = [
+        None if row["value"] is None else Value(Interval(row["value"], row["value"], row["value"], 9))
+        for row in paper.rows
+    ]
+    return Reproduction(paper, replace(planned, checks={}), "small", values)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "paper"])
+@pytest.mark.parametrize("name", TABLES)
+def test_every_run_of_a_plan_composes_and_has_the_papers_setting(composing, name, small):
+    paper, planned = plan(name, small)
+    assert len(planned.sources) == len(paper.rows)
+    wanted = {cell for source in planned.sources if source for cell in source.cells}
+    assert len({cell.key for cell in wanted}) == len(wanted)
+    for row, source in zip(paper.rows, planned.sources, strict=True):
+        if source is None:
+            assert name == "table_1" or row["value"] is None, row
+            continue
+        for cell in source.cells:
+            cfg = composed(*cell.overrides)
+            planned_by = composed(*cell.lineage()[0].overrides)
+            assert row["strategy"] in planned_by.stepsize
+            if row["num_steps"] not in (None, 100):  # 100 is a teacher's
+                assert row["num_steps"] in cfg.num_steps
+            if row["noise_schedule"]:
+                assert cfg.noise_schedule == composed(f"noise_schedule={row['noise_schedule']}").noise_schedule
+            if row["model"] and not small:
+                assert cfg.model.checkpoint == composed(f"model={row['model']}").model.checkpoint
+
+
+def test_a_cell_is_named_by_what_it_computes(composing):
+    def key(*overrides: str, parent: Cell | None = None) -> str:
+        return Cell.of(*overrides, parent=parent).key
+
+    base = key("stepsize=edm")
+    assert base == key("stepsize=fm", "stepsize=edm")  # the later one counts
+    assert base == key("stepsize=edm", "trainer=ddp_spawn_cpu", "logger=csv")  # no result depends on these
+    assert base == key("stepsize=edm", "data.seed=0")  # the default
+    others = [
+        key("stepsize=edm", "data.seed=1"),
+        key("stepsize=fm"),
+        key("stepsize=edm", parent=Cell.of("stepsize=fm")),
+    ]
+    assert len({base, *others, key("stepsize=edm", parent=Cell.of("stepsize=edm"))}) == 5
+
+
+def test_a_cell_is_another_when_the_shipped_weights_are(composing, tmp_path, monkeypatch):
+    before = Cell.of("model=unet_fashion").key
+    (tmp_path / "unet_fashion.safetensors").write_bytes(b"other")
+    monkeypatch.setattr("oss_exp.reproduce.cells.ASSETS", tmp_path)
+    assert _key.__wrapped__(Cell.of("model=unet_fashion")) != before
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_papers_own_numbers_give_the_papers_table(name):
+    found = as_printed(name)
+    lines, columns, places = found.grid()
+    assert len(places) == len(found.paper.rows)
+    table = [line.split(" | ") for line in found.markdown().splitlines() if line.startswith("| ")]
+    assert [cell.strip("| ") for cell in table[0]][1:] == columns
+    body = {cells[0].strip("| "): [cell.strip("| ") for cell in cells[1:]] for cells in table[2 : 2 + len(lines)]}
+    for (line, column), number in places.items():
+        theirs, *ours = body[line][columns.index(column)].split(" / ")
+        value = found.paper.rows[number]["value"]
+        assert (theirs, ours) == ("-", ["-"]) if value is None else float(theirs) == float(ours[0].split()[0])
+    rows = list(csv.DictReader(found.csv().splitlines()))
+    assert [row["paper"] for row in rows] == [row["ours"] for row in rows] or name == "table_1"
+    assert found.latex().count(r" \\") == len(lines) + 1
+    assert found.latex().count("&") == len(columns) * (len(lines) + 1)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_claim_holds_on_the_papers_numbers_unless_it_is_doubted(name):
+    for claim, found in as_printed(name).verdicts:
+        if claim.better is None:
+            assert found.answer == "not checked"
+        else:
+            assert found.answer == "holds" or (claim.doubt and found.answer != "holds"), (claim, found)
+
+
+def test_a_claim_is_judged_by_the_interval_of_the_difference():
+    paper = Paper.load(EXPERIMENTS / "table_2")
+    claim = next(claim for claim in paper.claims if claim.better)
+    better, (other,) = paper.ordered(claim)
+    assert (paper.rows[better]["strategy"], paper.rows[other]["strategy"]) == ("oss", "edm")
+
+    def judge(ours: list[float], theirs: list[float]) -> str:
+        values = [None] * len(paper.rows)
+        for i, numbers in ((better, ours), (other, theirs)):
+            values[i] = Value(Interval(sum(numbers) / len(numbers), None, None, 3), dict(enumerate(numbers)))
+        return Reproduction(paper, plan("table_2")[1], "small", values)._judge(claim).answer
+
+    assert judge([2, 3, 4], [1, 2.1, 3]) == "holds"
+    assert judge([1, 2.1, 3], [2, 3, 4]) == "does not hold"
+    assert judge([2, 3, 4], [9, 3, -9]) == "not significant"
+    assert judge([2], [1]) == "holds"  # and says that there is no interval
+
+
+def test_summary_counts_the_answers():
+    found = summary([as_printed("table_2"), as_printed("table_6")])
+    assert "| [table 2](table_2/small.md) | PSNR under three noise schedules, naive steps and OSS" in found
+    assert "| 9 | 0 | 0 | 2 |" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table=9"], "table must be 1 to 7 or all, got 9"),
+        (["table=2", "task.scale=large"], "scale must be small or paper, got 'large'"),
+        (["table=2", "task.experiments=nowhere"], "the paper's numbers nowhere/table_2/paper.json does not exist"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli("task=reproduce", *arguments, f"hydra.run.dir={tmp_path}", f"task.cells={tmp_path}/cells")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cells").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    for number in (2, 3):
+        target = folder / "experiments" / f"table_{number}"
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(EXPERIMENTS / target.name / "paper.json", target)
+    where = [f"task.experiments={folder}/experiments", f"task.cells={folder}/cells", f"hydra.run.dir={folder}/run"]
+    return ["task=reproduce", "table=2", *where, f"task.overrides=[{SMALL}]", *more]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "experiments/table_2").glob("small.*"))}
+
+
+def test_killed_three_times_the_bytes_are_the_same(tmp_path):
+    """SIGKILL to the command alone, whose runs live on: the next command waits for them."""
+    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(tmp_path / "whole")]).returncode == 0
+    expected = results(tmp_path / "whole")
+    assert set(expected) == {f"small.{kind}" for kind in ("md", "tex", "csv", "json", "png")}
+    folder = tmp_path / "killed"
+    for number in range(3):
+        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder)])
+        limit = time.monotonic() + 120
+        while len(list(folder.glob("cells/*/cell.json"))) < number + 1 and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not results(folder)
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/cell.json")}
+    assert 3 <= len(made) < 6
+    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(folder)]).returncode == 0
+    assert results(folder) == expected
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())  # not made again
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
+    """The runs of OSS need 20 steps of a teacher of 20; DDIM's has 50, which are too many."""
+    with pytest.raises(SystemExit):
+        run_cli(*command(tmp_path, f"task.overrides=[{SMALL},num_teacher_steps=20]"))
+    error = capsys.readouterr().err
+    assert error.startswith("oss-exp: 3 runs failed, and their tables are not written; the others are kept.")
+    assert "num_steps" in error
+    assert error.count("stepsize=[") == 3
+    assert not results(tmp_path)
+    assert len(list((tmp_path / "cells").glob("*/cell.json"))) == 3
+    assert os.listdir(tmp_path / "experiments/table_2") == ["paper.json"]
+
+
+def test_the_papers_own_plan_runs_with_tiny_networks(tmp_path):
+    tiny = "model.size=tiny,num_teacher_steps=60,data.eval_samples=2,data.per_sample=2,trainer=cpu"
+    run_cli(*command(tmp_path, "scale=paper", f"task.overrides=[{tiny}]"))
+    found = json.loads((tmp_path / "experiments/table_2/paper.json").read_text())
+    assert found["scale"] == "paper"
+    assert all(number["ours"]["n"] == 2 for number in found["numbers"])
