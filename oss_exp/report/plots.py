@@ -59,7 +59,7 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     for axis in axes[0]:
         entries.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
     figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def colors(plans: Sequence[tuple[str, StepSchedule]]) -> dict[str, tuple[float, ...]]:
@@ -122,7 +122,7 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     axes[0][1].text(0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def training(losses: Sequence[float]) -> bytes:
@@ -135,7 +135,7 @@ def training(losses: Sequence[float]) -> bytes:
     axis.set(xlabel="step", ylabel="loss", ylim=(0.9 * means.min(), 1.1 * np.quantile(losses, 0.95)))
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def stages(records: Sequence[Mapping[str, Any]]) -> bytes:
@@ -157,7 +157,7 @@ def stages(records: Sequence[Mapping[str, Any]]) -> bytes:
     for axis in (bars, curves):
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
@@ -204,7 +204,7 @@ def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
     truth, plain, *_, corrected, _ = axes[0][0].lines  # 95 % before 5 %
     labels = [f"teacher, {teacher['num_steps']} steps", "uncalibrated", "calibrated"]
     figure.legend([truth, plain, corrected], labels, loc="outside upper center", ncols=3, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _over_channels(values: Sequence) -> np.ndarray:
@@ -218,7 +218,7 @@ def _strip(images: np.ndarray) -> np.ndarray:
     return strip[..., 0] if strip.shape[-1] == 1 else strip
 
 
-def _png(figure: plt.Figure) -> bytes:
+def png(figure: plt.Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -101,7 +101,11 @@ def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
                 cell = cell_of[future]
                 if (reason := future.result()) is not None:
                     failed[cell] = reason
-                bar.print(f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}", soft_wrap=True)
+                bar.print(
+                    f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}",
+                    soft_wrap=True,
+                    markup=False,
+                )
                 bar.advance(line)
     finally:
         running.stop()

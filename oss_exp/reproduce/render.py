@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from oss_exp.files import write_atomically
+from oss_exp.report.plots import png
 from oss_exp.reproduce.cells import record
 from oss_exp.reproduce.paper import Claim, Paper
 from oss_exp.reproduce.plans import Plan, Values, Verdict, verdict
@@ -176,10 +177,7 @@ class Reproduction:
         figure.supxlabel(self.measure, fontsize=9)
         shown = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
         figure.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        plt.close(figure)
-        return buffer.getvalue()
+        return png(figure)
 
 
 def summary(made: Sequence[Reproduction]) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from oss_exp.files import write_atomically
 from oss_exp.reproduce.cells import Cell, make
+from oss_exp.reproduce.figures import draw
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.plans import TABLES, Plan, values_of
 from oss_exp.reproduce.render import Reproduction, summary
@@ -43,6 +44,8 @@ def reproduce(cfg: DictConfig) -> None:
         if failed.keys().isdisjoint(cell for each in _cells(plans[name]) for cell in each.lineage()):
             made.append(Reproduction(papers[name], plans[name], cfg.task.scale, values_of(plans[name], root)))
             files = made[-1].write(experiments / name, root)
+            for figure, picture in draw(papers[name], plans[name], root).items():
+                files.append(write_atomically(experiments / figure / f"{cfg.task.scale}.png", picture))
             print(f"\n{made[-1].markdown()}\n{', '.join(map(str, files))}")
     if cfg.table == "all" and not failed:
         path = write_atomically(
