@@ -102,7 +102,7 @@ def require_whole(folder: Path) -> int:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """All results but how long they took."""
-    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.glob("samples.npz")}
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.glob("*.npz")}
     for path in folder.glob("schedules/*.json"):
         if not path.name.endswith(".mean.json"):
             plan = StepSchedule.load(path)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import GaussianPath
-from oss_exp.solvers import BoundVelocity, Solver, sample
+from oss_exp.solvers import BoundVelocity, Solver, Watch, sample
 from oss_exp.steps import StepSchedule
 
 
@@ -55,9 +55,13 @@ class Model(nn.Module, abc.ABC):
         noise: Tensor,
         condition: Tensor | None = None,
         group: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
-        """noise (B, *E) at steps.start_time, group (B,) which of the schedule's means is each sample's -> x0."""
-        return sample(solver, self.velocity(condition), noise, steps, group=group)
+        """noise (B, *E) at steps.start_time, group (B,) which of the schedule's means is each sample's -> x0.
+
+        watch: told of every step's prediction of x0, by a model whose steps predict whole samples.
+        """
+        return sample(solver, self.velocity(condition), noise, steps, group, watch)
 
     def generate(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """noise (B, *E) at steps.start_time -> pixels."""

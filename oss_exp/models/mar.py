@@ -26,7 +26,7 @@ from oss_exp.models.guidance import NO_CLASS, Guidance
 from oss_exp.models.published import Published
 from oss_exp.models.weights import xavier
 from oss_exp.noise import DDIMSchedule
-from oss_exp.solvers import BoundVelocity, Euler, Solver, sample
+from oss_exp.solvers import BoundVelocity, Euler, Solver, Watch, sample
 from oss_exp.steps import StepSchedule
 
 CONTEXT_STEPS = 100  # of the head for each token that a later `search_iteration` finds known; the authors' number
@@ -248,11 +248,13 @@ class MAR(Published):
         noise: Tensor,
         condition: Tensor | None = None,
         group: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """noise (B, L, D) at steps.start_time -> tokens (B, L, D), by the same steps in every iteration.
 
         Each token has its own noise, the same in whatever iteration it is made. A schedule's means, of which `group`
-        (B,) says each sample's, are those of the velocity's iteration and serve in all.
+        (B,) says each sample's, are those of the velocity's iteration and serve in all. `watch` is never told: a step
+        predicts the tokens of one iteration, not an image.
         """
         return self._make(solver, steps, noise, condition, group, self.guidance, self.num_iter)
 

@@ -144,8 +144,25 @@ if (data.schedules) drawSchedules(data.schedules);
 
 const dialog = add(document.body, "dialog");
 dialog.onclick = () => dialog.close();
+let turn = null; // (down, right): shows the neighbour of what is large
+dialog.onkeydown = event => {
+  const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+  if (!move || !turn) return;
+  event.preventDefault();
+  turn(...move);
+};
 
-function enlarge(text, pictures) {
+const canvas = (across, down) => Object.assign(document.createElement("canvas"), { width: across, height: down });
+const within = (number, count) => (number + count) % count;
+
+async function loaded(url) {
+  const image = new Image();
+  await new Promise(done => Object.assign(image, { onload: done, src: url }));
+  return image;
+}
+
+function enlarge(text, pictures, neighbour = null) {
+  turn = neighbour;
   dialog.replaceChildren();
   add(dialog, "p", {}, text);
   const row = add(dialog, "div");
@@ -165,13 +182,11 @@ for (const image of document.querySelectorAll("figure img")) { // GenEval's
 async function drawSamples({ width, height, frames, milliseconds, inferno, rows }) {
   // A row's strip: its samples beside each other, the frames of each below each other.
   const grid = document.getElementById("grid"), errors = document.getElementById("errors");
-  const canvas = (across, down) => Object.assign(document.createElement("canvas"), { width: across, height: down });
   const colors = inferno.match(/.{6}/g).map(hex => [0, 2, 4].map(place => parseInt(hex.slice(place, place + 2), 16)));
   let frame = 0, zoomed = null;
 
   for (const row of rows) {
-    const image = new Image();
-    await new Promise(loaded => Object.assign(image, { onload: loaded, src: row.strip }));
+    const image = await loaded(row.strip);
     row.picture = canvas(image.width, image.height);
     row.picture.getContext("2d", { willReadFrequently: true }).drawImage(image, 0, 0);
     row.error = difference(row.picture, rows[0].picture);
@@ -197,18 +212,22 @@ async function drawSamples({ width, height, frames, milliseconds, inferno, rows 
   }
 
   function zoom(number, sample) {
-    const row = rows[(number + rows.length) % rows.length], count = row.picture.width / width;
-    sample = (sample + count) % count;
+    const row = rows[within(number, rows.length)];
+    sample = within(sample, row.picture.width / width);
     zoomed = [rows.indexOf(row), sample];
     const one = source => draw(canvas(width, height), source, sample);
     const pictures = [["teacher", one(rows[0].picture)]];
     if (row !== rows[0]) pictures.push([row.label, one(row.picture)], ["error, 0.5 and above bright", one(row.error)]);
-    enlarge(`${row.label}, sample ${sample}` + (row.values ? `: ${row.values[sample]} dB` : ""), pictures);
+    enlarge(`${row.label}, sample ${sample}` + (row.values ? `: ${row.values[sample]} dB` : ""), pictures, neighbour);
+  }
+
+  function neighbour(down, right) {
+    zoom(zoomed[0] + down, zoomed[1] + right);
   }
 
   function redraw() {
     for (const row of rows) draw(row.canvas, errors.checked && row !== rows[0] ? row.error : row.picture);
-    if (dialog.open && zoomed) zoom(...zoomed);
+    if (dialog.open && turn === neighbour) zoom(...zoomed);
   }
 
   let budget = null;
@@ -221,12 +240,6 @@ async function drawSamples({ width, height, frames, milliseconds, inferno, rows 
     row.canvas.onclick = event => zoom(number, Math.floor(event.offsetX / row.canvas.clientWidth * count));
   }
   errors.onchange = redraw;
-  dialog.onkeydown = event => {
-    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (!move) return;
-    event.preventDefault();
-    zoom(zoomed[0] + move[0], zoomed[1] + move[1]);
-  };
   redraw();
   if (frames > 1) {
     setInterval(() => {
@@ -237,6 +250,58 @@ async function drawSamples({ width, height, frames, milliseconds, inferno, rows 
 }
 
 if (data.samples) drawSamples(data.samples);
+
+async function drawTrajectories({ width, height, rows }) {
+  // A row's strip: its samples beside each other, the steps of each below each other.
+  const choice = document.getElementById("choice"), ways = document.getElementById("ways");
+  for (const row of rows) row.picture = await loaded(row.strip);
+
+  function piece(row, sample, step, target = canvas(width, height)) {
+    target.getContext("2d").drawImage(row.picture, -sample * width, -step * height);
+    return target;
+  }
+
+  function zoom(number, sample, step) {
+    const row = rows[within(number, rows.length)], times = row.times[sample], end = times.length - 1;
+    const pictures = [["the sample", piece(row, sample, end)]];
+    step = Math.min(step, end); // of a shorter row
+    if (step < end) pictures.unshift([`predicted at t = ${times[step]}`, piece(row, sample, step)]);
+    enlarge(`${row.label}, sample ${sample}`, pictures,
+      (down, right) => zoom(rows.indexOf(row) + down, sample, within(step + right, times.length)));
+  }
+
+  function show(sample) {
+    for (const [place, button] of [...choice.children].entries()) button.ariaPressed = place === sample;
+    for (const [number, row] of rows.entries()) {
+      for (const [step, figure] of [...row.steps.children].entries()) {
+        const [picture, caption] = figure.children;
+        piece(row, sample, step, picture);
+        picture.onclick = () => zoom(number, sample, step);
+        caption.textContent = Number(row.times[sample][step].toPrecision(3));
+      }
+    }
+  }
+
+  for (const sample of rows[0].times.keys()) {
+    const button = add(choice, "button", { title: `sample ${sample}` });
+    button.append(piece(rows[0], sample, rows[0].times[sample].length - 1));
+    button.onclick = () => show(sample);
+  }
+  let budget = null;
+  for (const row of rows) {
+    if (row.k !== budget && row.k !== null) add(ways, "h3", {}, `K = ${budget = row.k}`);
+    add(ways, "span", {}, row.name);
+    row.steps = add(ways, "div");
+    for (const _ of row.times[0]) {
+      const figure = add(row.steps, "figure");
+      figure.append(canvas(width, height));
+      add(figure, "figcaption");
+    }
+  }
+  show(0);
+}
+
+if (data.trajectories) drawTrajectories(data.trajectories);
 
 // --------------------------------------------------------------------------------------------- GenEval: which pictures
 

@@ -32,6 +32,12 @@ images at their own size. A click enlarges a sample, arrow keys go to its neighb
 <span class="note">absolute difference to the teacher's pixels: 0 black, 0.5 and above bright</span></p>
 <div id="grid"></div>
 <noscript>These pictures need JavaScript; they are also in samples.png.</noscript>"""
+TRAJECTORIES = """<h2>On the way</h2>
+<p class="note">What the network takes for the clean sample when a step calls it, x0 = x - t v, and below it the step's
+time t (1 noise, 0 data); of the teacher at some of its steps. At t = 0 the sample itself. A click on one of the
+samples shows its way, a click on a step enlarges it, arrow keys go to its neighbours.</p>
+<div id="choice"></div><div id="ways"></div>
+<noscript>These pictures need JavaScript; they are also in trajectories.npz.</noscript>"""
 DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"
 
 
@@ -46,13 +52,12 @@ def write(folder: Path) -> None:
     if (folder / "metrics.json").exists():
         results = read_run(folder)
         lines = compare(results)
-        with np.load(folder / "samples.npz") as file:
-            pictures = dict(file)
+        pictures, ways = _arrays(folder / "samples.npz"), _arrays(folder / "trajectories.npz")
         made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
         if (moving := plots.animation(pictures, results)) is not None:
             made.append(write_atomically(folder / "samples.gif", moving))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
-        made.append(_page(folder, _title(folder), lines, plans, teacher, pictures))
+        made.append(_page(folder, _title(folder), lines, plans, teacher, pictures, ways))
         console.print(terminal(lines, _title(folder)))
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
@@ -101,7 +106,7 @@ def gather(cfg: DictConfig) -> None:
     write_atomically(sweep / "table.md", markdown(lines) + "\n".join(["", *told, ""] if told else []))
     teacher = _teacher_nodes(runs[0])
     write_atomically(sweep / "schedules.png", plots.schedules(named, teacher))
-    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, None, "\n".join(told))
+    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, {}, {}, "\n".join(told))
     console = _console()
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     if told:
@@ -116,6 +121,14 @@ def _console() -> Console:
 def _teacher_nodes(folder: Path) -> Sequence[float]:
     cfg = OmegaConf.load(folder / "config.yaml")
     return instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps).tolist()
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Of an .npz file; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    with np.load(path) as file:
+        return dict(file)
 
 
 def _training(folder: Path) -> list[float]:
@@ -150,10 +163,11 @@ def _page(
     lines: Sequence[Line],
     plans: Sequence[tuple[str, StepSchedule]],
     teacher: Sequence[float],
-    pictures: Mapping[str, np.ndarray] | None,
+    pictures: Mapping[str, np.ndarray],
+    ways: Mapping[str, np.ndarray],
     failures: str = "",
 ) -> Path:
-    """report.html; teacher: the nodes of its grid."""
+    """report.html; teacher: the nodes of its grid; pictures and ways: of samples.npz and trajectories.npz."""
     kinds = []
     for above, line in pairwise([None, *lines]):
         first = above is None or above.result.nfe != line.result.nfe
@@ -165,9 +179,13 @@ def _page(
     if plans:
         body.append(SCHEDULES)
         data["schedules"] = web.schedules(plans, teacher)
-    if pictures is not None:
-        shown = data["samples"] = web.samples(pictures, [line.result for line in lines])
+    results = [line.result for line in lines]
+    if pictures:
+        shown = data["samples"] = web.samples(pictures, results)
         body.append(SAMPLES.format_map(shown))
+    if ways:
+        data["trajectories"] = web.trajectories(ways, results)
+        body.append(TRAJECTORIES)
     body.append(DETAILS.format("Times (1 noise, 0 data)", html.escape("\n".join(_times(plans)))))
     if (folder / "config.yaml").exists():
         body.append(DETAILS.format("Configuration", html.escape((folder / "config.yaml").read_text())))

@@ -27,12 +27,12 @@ from oss_exp.report.results import Result
 from oss_exp.steps import StepSchedule
 
 HERE = Path(__file__).parent
-MOST_BYTES = 4 * 2**20  # of pictures on a page
+MOST_BYTES = 4 * 2**20  # of pictures in a section of a page
 FORMS = ((256, "png"), (256, "jpeg"), (128, "jpeg"), (64, "jpeg"), (32, "jpeg"))  # pixels a side; the first that fits
 
 
 def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
-    """title is text, body HTML; data: {"schedules": schedules(...), "samples": samples(...)} or parts of it."""
+    """title is text, body HTML; data: {"schedules": schedules(...), "samples": samples(...), ...} or parts of it."""
     template, script = ((HERE / name).read_text("utf-8") for name in ("page.html", "page.js"))
     block = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
     return Template(template).substitute(title=html.escape(title), body="\n".join(body), data=block, script=script)
@@ -85,11 +85,7 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> di
     """
     videos = {label: each if each.ndim == 5 else each[:, None] for label, each in pictures.items()}
     frames, milliseconds = plots.moments(videos["teacher"].shape[1])
-    for side, form in FORMS:
-        small = {label: _reduced(each[:, frames], side) for label, each in videos.items()}
-        strips = {label: _strip(each, form) for label, each in small.items()}
-        if sum(map(len, strips.values())) <= MOST_BYTES:
-            break
+    strips, shape = _strips({label: each[:, frames] for label, each in videos.items()})
     rows = [{"label": "teacher", "name": "teacher", "k": None}]
     for label, result in plots.ordered(pictures, results):
         values = [f"{result.values[index]:.2f}" for index in sorted(result.values)[: len(pictures[label])]]
@@ -97,10 +93,40 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> di
         rows[-1]["psnr"] = f"{result.psnr.mean:.2f} dB"
     for row in rows:
         row["strip"] = strips[row["label"]]
-    height, width = small["teacher"].shape[2:4]
     inferno = "".join(to_hex(color)[1:] for color in matplotlib.colormaps["inferno"].colors)
-    shape = {"width": width, "height": height, "form": form, "frames": len(frames), "milliseconds": milliseconds}
-    return {**shape, "inferno": inferno, "rows": rows}
+    return {**shape, "frames": len(frames), "milliseconds": milliseconds, "inferno": inferno, "rows": rows}
+
+
+def trajectories(ways: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
+    """The rows of the predictions on the way: each a strip of n columns, its P steps below each other.
+
+    ways: times/<label> (n, P) and x0/<label> (n, P, H, W, C) bytes, of the teacher and schedules (trajectories.npz).
+    """
+    pictures = {key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")}
+    strips, shape = _strips(pictures)
+    known = [("teacher", None), *((label, result.num_steps) for label, result in plots.ordered(pictures, results))]
+    rows = [
+        {
+            "label": label,
+            "name": label.removesuffix(f" K={k}"),
+            "k": k,
+            "times": [_rounded(times) for times in ways[f"times/{label}"]],
+            "strip": strips[label],
+        }
+        for label, k in known
+    ]
+    return {**shape, "rows": rows}
+
+
+def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str, Any]]:
+    """(n, F, H, W, C) bytes of each, F its own -> a strip of each in the first form in which all fit; its shape."""
+    for side, form in FORMS:
+        small = {label: _reduced(each, side) for label, each in videos.items()}
+        strips = {label: _strip(each, form) for label, each in small.items()}
+        if sum(map(len, strips.values())) <= MOST_BYTES:
+            break
+    height, width = small["teacher"].shape[2:4]
+    return strips, {"width": width, "height": height, "form": form}
 
 
 def _rounded(times: Sequence[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from oss_exp.solvers.base import BoundVelocity, LinearMultistep, Solver, State, VelocityFn, trajectory, walk
 from oss_exp.solvers.euler import Euler
-from oss_exp.solvers.sampling import nfe, sample
+from oss_exp.solvers.sampling import Watch, nfe, sample
 
 __all__ = [
     "BoundVelocity",
@@ -11,6 +11,7 @@ __all__ = [
     "Solver",
     "State",
     "VelocityFn",
+    "Watch",
     "nfe",
     "sample",
     "trajectory",

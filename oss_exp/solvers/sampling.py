@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,19 +17,31 @@ from oss_exp.solvers.base import (
     VelocityFn,
     answers,
     combine,
+    mixed,
     rowwise,
     walk,
 )
 from oss_exp.solvers.euler import Euler
 from oss_exp.steps import StepSchedule
 
+Watch = Callable[[int, Tensor], None]
+"""watch(step, x0 (B, *E)): the clean sample that a step's first network call, at its own x and t, predicts: x - t v."""
+
 
 @torch.no_grad()
-def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, group: Tensor | None = None) -> Tensor:
+def sample(
+    solver: Solver,
+    f: VelocityFn,
+    noise: Tensor,
+    steps: StepSchedule,
+    group: Tensor | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
     """Run a step schedule: noise (B, *E), group (B,) condition indices for its mean -> x0 (B, *E).
 
     Each step has the order that the schedule stores, else the solver's own; a schedule with fitted weights needs no
-    solver but for its calibration. A per-sample schedule needs one row per noise, in the same order.
+    solver but for its calibration. A per-sample schedule needs one row per noise, in the same order. `watch` is told of
+    each of the K steps; it costs no network call.
     """
     if steps.times.ndim == 2 and len(steps.times) != len(noise):
         raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
@@ -45,9 +58,28 @@ def sample(solver: Solver, f: VelocityFn, noise: Tensor, steps: StepSchedule, gr
     if steps.weights is not None:
         solver = FittedSteps(steps.weights.to(noise.device), (noise, steps.mean_of(noise, group)))
     times = steps.times.movedim(-1, 0)  # (K+1, B), or unchanged (K+1,)
-    for state in walk(solver, f, steps.initial_state(noise, group), times, orders, calibration):
+    seen: list[Tensor] = []
+    if watch is not None:
+        f = _predictions_kept(f, seen)
+    for step, state in enumerate(walk(solver, f, steps.initial_state(noise, group), times, orders, calibration)):
         final = state.x
+        if watch is not None and step < steps.num_steps:
+            watch(step, torch.cat(seen)[-len(noise) :])  # before them: calls within the step that led here
+            seen.clear()
     return final
+
+
+def _predictions_kept(f: VelocityFn, seen: list[Tensor]) -> BoundVelocity:
+    """The same velocity; every (micro-batch of a) call appends its predictions of x0 to `seen`."""
+    bound = f if isinstance(f, BoundVelocity) else BoundVelocity(lambda x, t, _: f(x, t), None, sys.maxsize)
+
+    def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        answer = bound.fn(x, t, condition)
+        v = mixed(bound, answer.unbind(1) if len(bound.mix) > 1 else (answer,))
+        seen.append(x - rowwise(t, x) * v)
+        return answer
+
+    return replace(bound, fn=fn)
 
 
 def nfe(solver: Solver, steps: StepSchedule, velocity: BoundVelocity | None = None) -> int:

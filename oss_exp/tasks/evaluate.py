@@ -17,7 +17,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from oss_exp.calibration import amplitude
 from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
-from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
+from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
 from oss_exp.solvers import nfe
@@ -33,17 +32,19 @@ from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.data import HELD_OUT
 from oss_exp.tasks.search import Setting
+from oss_exp.tasks.trajectories import Trajectories
 
 SHOWN = 8  # images a row in the picture of samples
+TEACHER_STEPS = 8  # of a trajectory
 KEPT_EVERY = 30  # seconds
-LARGEST = 256  # pixels a side of the videos there; they are for looking
 
 
 class EvaluateModule(L.LightningModule):
     """Measures schedules {label: StepSchedule} against the teacher; `rows` holds what the table says of each label.
 
-    Writes `<folder>/metrics.json` (means, intervals, every image's PSNR, the other metrics) and `<folder>/samples.npz`
-    (the first images); with save_images also all of them.
+    Writes `<folder>/metrics.json` (means, intervals, every image's PSNR, the other metrics), `<folder>/samples.npz`
+    (the first images) and `<folder>/trajectories.npz` (of a few, the predictions of x0 on the way); with save_images
+    also all images.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class EvaluateModule(L.LightningModule):
         about: Mapping[str, Any],
         metrics: Metrics,
         save_images: str | None,
+        trajectories: Trajectories,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
@@ -66,6 +68,7 @@ class EvaluateModule(L.LightningModule):
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
+        self.trajectories = trajectories
 
     def on_test_start(self) -> None:
         for metric in self.metrics.values():
@@ -80,8 +83,11 @@ class EvaluateModule(L.LightningModule):
         noise = self.setting.first_state(batch["noise"])
         solver = self.setting.solver
         plain = replace(solver, calibration=None)
-        reference = self.model.original.sample(plain, self.setting.teacher, noise, condition)
-        teacher, width = self.model.decode(reference), spread(reference)
+        original, grid = self.model.original, self.setting.teacher
+        reference, teacher = self.trajectories.sample(
+            "teacher", original, plain, grid, noise, condition, None, index, TEACHER_STEPS
+        )
+        width = spread(reference)
         # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
         number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size
         fresh = index - HELD_OUT == number + self.global_rank
@@ -95,8 +101,9 @@ class EvaluateModule(L.LightningModule):
                     continue
                 steps = steps.rows(index[known].tolist())
             own, group = (None if each is None else each[known] for each in (condition, classes))
-            x0 = self.model.sample(solver, steps, noise[known], own, group)
-            images = self.model.decode(x0)
+            x0, images = self.trajectories.sample(
+                label, self.model, solver, steps, noise[known], own, group, index[known]
+            )
             values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
             self.values[label].append(torch.stack(values, dim=1))
             part = {key: value[known] for key, value in batch.items()}
@@ -113,6 +120,7 @@ class EvaluateModule(L.LightningModule):
     def _keep_progress(self) -> None:
         states = {label: [dict(each.metric_state) for each in self.metrics[label]] for label in self.metrics}
         kept = {"seen": self.seen, "batches": self.batches, "values": self.values, "pictures": self.pictures}
+        kept["trajectories"] = self.trajectories.parts
         buffer = io.BytesIO()
         torch.save({**kept, "metrics": states}, buffer)
         write_atomically(self.progress, buffer.getvalue())
@@ -129,6 +137,7 @@ class EvaluateModule(L.LightningModule):
                 metric._update_count = kept["batches"]  # else torchmetrics takes it for unused
         self.seen, self.batches = kept["seen"], kept["batches"]
         self.values, self.pictures = kept["values"], kept["pictures"]
+        self.trajectories.parts = kept["trajectories"]
 
     def _keep(self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, fresh: Tensor) -> None:
         """Feed the metrics; remember the first held-out samples for the picture, whichever batch and rank they are in.
@@ -143,7 +152,7 @@ class EvaluateModule(L.LightningModule):
             self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts)
         everything = self.save_images == "npz"
         shown = batch["index"] < HELD_OUT + (self.trainer.datamodule.eval_samples if everything else SHOWN)
-        pictures = images[shown] if everything else thumbnails(images[shown])
+        pictures = images[shown] if everything or images.ndim == 4 else reduced(images[shown])
         self.pictures[label].append((batch["index"][shown], as_bytes(pictures)))
         if self.save_images == "png":
             kind = "gif" if images.ndim == 5 else "png"
@@ -184,7 +193,8 @@ class EvaluateModule(L.LightningModule):
                 self._write_images(label, images)
             if len(images) >= min(SHOWN, self.trainer.datamodule.eval_samples):
                 pictures[label] = images[:SHOWN]
-        self._write(records, self._measured("teacher"), pictures)
+        ways = self.trajectories.gathered(self.pictures, self.trainer.datamodule.eval_samples, collective)
+        self._write(records, self._measured("teacher"), pictures, ways)
         self.trainer.strategy.barrier("metrics are on disk")
         self.progress.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # absent, or another rank's is still there
@@ -201,10 +211,18 @@ class EvaluateModule(L.LightningModule):
         write_atomically(self.folder / "images" / f"{slug(label)}.npz", buffer.getvalue())
 
     @rank_zero_only
-    def _write(self, records: list[dict[str, Any]], teacher: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **pictures)
-        write_atomically(self.folder / "samples.npz", buffer.getvalue())
+    def _write(
+        self,
+        records: list[dict[str, Any]],
+        teacher: dict[str, float],
+        pictures: dict[str, np.ndarray],
+        trajectories: dict[str, np.ndarray],
+    ) -> None:
+        for name, arrays in (("samples", pictures), ("trajectories", trajectories)):
+            if arrays:
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, **arrays)
+                write_atomically(self.folder / f"{name}.npz", buffer.getvalue())
         found = {**self.about, "teacher_metrics": teacher, "rows": records}
         write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
 
@@ -214,7 +232,9 @@ class Metrics:
 
     def __init__(self, cfg: DictConfig):
         known = [
-            name for name, value in cfg.items() if name not in ("metrics", "save_images", "extractor", "reference")
+            name
+            for name in cfg
+            if name not in ("metrics", "save_images", "trajectories", "extractor", "reference")
         ]
         if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
             raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")
@@ -278,13 +298,3 @@ def spread(x: Tensor) -> Tensor:
     """(B, *E) -> (B,) float64, from the 5 to the 95 % quantile of each sample."""
     low, high = amplitude(x, per_channel=False)
     return high - low
-
-
-def thumbnails(images: Tensor) -> Tensor:
-    """Videos (B, C, F, H, W) of at most 256 pixels a side, the shape kept; images as they are."""
-    factor = LARGEST / max(images.shape[-2:])
-    if images.ndim < 5 or factor >= 1 or len(images) == 0:
-        return images
-    size = [max(1, round(factor * side)) for side in images.shape[-2:]]
-    small = F.interpolate(frames_of(images), size=size, mode="area")
-    return small.unflatten(0, (len(images), -1)).movedim(1, 2)

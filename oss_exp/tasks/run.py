@@ -22,6 +22,7 @@ from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks.data import NoiseData
 from oss_exp.tasks.evaluate import EvaluateModule, Metrics
 from oss_exp.tasks.search import SearchModule, Setting, describe
+from oss_exp.tasks.trajectories import Trajectories
 
 
 def search(cfg: DictConfig) -> None:
@@ -102,6 +103,7 @@ class Run:
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data: NoiseData = instantiate(cfg.data, event_shape=model.event_shape, num_classes=model.num_classes)
         self.metrics = Metrics(cfg.evaluation)
+        self.trajectories = Trajectories(cfg.evaluation.trajectories)
         for strategy in self.strategies.values():
             strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)  # refuses a band that does not fit
         self.about = describe(self.setting, self.config)
@@ -151,9 +153,8 @@ class Run:
                 "schedule": f"schedules/{path.name}",
                 "planning": dict(steps.about("planning")),
             }
-        module = EvaluateModule(
-            self.setting, schedules, rows, self.folder, self.about, self.metrics, self.cfg.evaluation.save_images
-        )
+        shown = self.cfg.evaluation.save_images, self.trajectories
+        module = EvaluateModule(self.setting, schedules, rows, self.folder, self.about, self.metrics, *shown)
         self.trainer.test(module, datamodule=self.data, verbose=False)
 
     def check_fits(self, path: Path, steps: StepSchedule) -> None:

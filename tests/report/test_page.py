@@ -56,6 +56,11 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
         f"model: {json.dumps(EVIL)}\n"
     )
     np.savez(folder / "samples.npz", **pictures)
+    ways = {f"times/{name} K={k}": np.array([times] * 2) for (name, k), times in PLANS.items()}
+    ways = {"times/teacher": np.array([[1, 0.25, 0]] * 2), **ways, **{"times/own K=2": own.numpy()}}
+    for key, times in list(ways.items()):
+        ways[key.replace("times", "x0")] = rng.integers(0, 256, (*times.shape, *shape[-3:]), dtype=np.uint8)
+    np.savez(folder / "trajectories.npz", **ways)
     write(folder)
     return folder
 
@@ -86,6 +91,18 @@ def test_the_pictures_are_those_of_the_run_bit_for_bit(run):
             strip = Image.open(io.BytesIO(base64.b64decode(row["strip"].split(",")[1])))
             assert np.array_equal(np.asarray(strip), np.concatenate(list(pictures[row["label"]]), axis=1))
     assert found["rows"][2]["values"] == ["20.00", "21.00", "22.00"]
+
+
+def test_the_ways_are_those_of_the_run_bit_for_bit(run):
+    rows = block(run)["trajectories"]["rows"]
+    order = [("teacher", None), ("edm", 2), (EVIL, 2), ("ours", 2), ("ours", 3)]
+    assert [(row["name"], row["k"]) for row in rows] == order
+    with np.load(run / "trajectories.npz") as ways:
+        for row in rows:
+            found = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["strip"].split(",")[1]))))
+            expected = np.concatenate([np.concatenate(list(way)) for way in ways[f"x0/{row['label']}"]], axis=1)
+            assert np.array_equal(found, expected)
+            assert row["times"] == ways[f"times/{row['label']}"].tolist()
 
 
 def test_the_lines_are_the_schedules(run):
@@ -280,6 +297,58 @@ def test_a_page_sorts_hides_names_and_enlarges(run):
 
     assert (found["loaded"], found["title"]) == (0, f"m {EVIL}: few-step students against the 10-step teacher")
     assert found["refused"] == "http://127.0.0.1:9/x.png"
+
+
+@needs_browser
+def test_a_sample_is_chosen_and_its_steps_enlarged(run):
+    found = visited(
+        run,
+        """async function visit(found) {
+          while (!all("#ways figcaption").length) await wait(10);
+          const dialog = document.querySelector("dialog"), ways = all("#ways div");
+          const row = way => all("figure", way).map(each => [pixels(each.querySelector("canvas"), 5, 6),
+            each.querySelector("figcaption").textContent]);
+          found.names = all("#ways span").map(each => each.textContent);
+          found.rows = [ways.map(row)];
+          const choice = all("#choice button");
+          choice[1].click();
+          found.rows.push(ways.map(row));
+          found.pressed = choice.map(each => each.ariaPressed);
+          const large = () => [dialog.querySelector("p").textContent, all("dialog figcaption").map(e => e.textContent),
+            all("dialog canvas").map(each => pixels(each, 5, 6))];
+          all("canvas", ways[4])[1].click();
+          found.large = [large()];
+          for (const key of ["ArrowRight", "ArrowRight", "ArrowUp", "ArrowRight", "ArrowDown", "ArrowDown"]) {
+            dialog.dispatchEvent(new KeyboardEvent("keydown", { key }));
+            found.large.push(large());
+          }
+        }""",
+    )
+    names = ["teacher", "edm", EVIL, "ours", "ours"]
+    assert (found.get("error"), found["names"], found["pressed"]) == (None, names, ["false", "true"])
+    with np.load(run / "trajectories.npz") as file:
+        labels = ["teacher", "edm K=2", f"{EVIL} K=2", "ours K=2", "ours K=3"]
+        ways = [file[f"x0/{label}"] for label in labels]
+    for sample in (0, 1):
+        for way, row in zip(ways, found["rows"][sample], strict=True):
+            for picture, (values, _) in zip(way[sample], row, strict=True):
+                assert np.array_equal(np.array(values).reshape(6, 5, 4)[..., :3], picture)
+    assert [[caption for _, caption in row] for row in found["rows"][0]][::4] == [
+        ["1", "0.25", "0"],
+        ["1", "0.8", "0.3", "0"],
+    ]
+
+    last = ["the sample"]
+    assert [(text.split(",")[0], captions) for text, captions, _ in found["large"]] == [
+        ("ours K=3", ["predicted at t = 0.8", *last]),
+        ("ours K=3", ["predicted at t = 0.3", *last]),
+        ("ours K=3", last),
+        ("ours K=2", last),  # a shorter way
+        ("ours K=2", ["predicted at t = 1", *last]),
+        ("ours K=3", ["predicted at t = 1", *last]),
+        ("teacher", ["predicted at t = 1", *last]),
+    ]
+    assert np.array_equal(np.array(found["large"][0][2][0]).reshape(6, 5, 4)[..., :3], ways[4][1, 1])
 
 
 @needs_browser

@@ -1,5 +1,7 @@
 """Running schedules: starts, counts of network calls, and steps with fitted weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from references import PINNED, difference, float64, run
@@ -7,8 +9,10 @@ from references import PINNED, difference, float64, run
 from oss_exp.models.guidance import Guidance
 from oss_exp.solvers import Euler, nfe, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
+from oss_exp.solvers.dpm2 import DPM2
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
+from oss_exp.solvers.unipc import UniPC
 from oss_exp.steps import StepSchedule
 
 
@@ -42,6 +46,54 @@ def test_nfe_is_that_of_the_sample_with_the_most_calls():
     assert nfe(Euler(), steps) == 2
     fitted = StepSchedule(PINNED, weights=torch.ones(6, 4), mean=torch.zeros(1, 64))
     assert nfe(Heun("sigma"), fitted) == 6
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Predictions of x0 on the way
+# --------------------------------------------------------------------------------------------------------------
+
+
+def watched(solver, f, noise, steps, **more) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sample, and the predictions of x0 of its steps."""
+    seen = []
+    x0 = sample(solver, f, noise, steps, **more, watch=lambda step, clean: seen.append((step, clean)))
+    assert [step for step, _ in seen] == list(range(steps.num_steps))
+    return x0, [clean for _, clean in seen]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize(
+    "solver", [Euler(), Heun("t"), DPM2(0.5), DPMSolverPP(2, False), AdamsBashforth(2), UniPC(2, "bh2", False)]
+)
+def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(solver, guidance, mixture, gmm):
+    f, steps, asked = mixture.velocity(torch.arange(16) % 10, Guidance(guidance)), StepSchedule(PINNED), []
+
+    def counted(x, t, condition):
+        asked.append((x, t))
+        return f.fn(x, t, condition)
+
+    plain = sample(solver, replace(f, fn=counted), gmm["z"], steps)
+    calls = list(asked)
+    found, seen = watched(solver, replace(f, fn=counted, micro_batch=5), gmm["z"], steps)
+    assert difference(found, plain) < 1e-12
+    assert sum(len(x) for x, _ in asked) == 2 * sum(len(x) for x, _ in calls)
+    own = [next(x for x, at in calls[::-1] if at[0] == t) for t in PINNED[:-1]]  # after any call within a step
+    for x, t, clean in zip(own, PINNED, seen, strict=False):
+        assert difference(clean, x - t * f(x, t.expand(16))) < 1e-12
+    if not isinstance(solver, AdamsBashforth | UniPC):
+        assert difference(seen[-1], found) < 1e-14, "their step into t = 0 is Euler's"
+
+
+def test_a_watch_of_fitted_steps_sees_the_networks_predictions(mixture, gmm):
+    label = torch.arange(16) % 10
+    f = mixture.velocity(label, Guidance(1.5))
+    fitted = spelled_out(DPMSolverPP(1, lower_order_final=False), PINNED, f.mix)
+    steps = StepSchedule(PINNED, weights=fitted, mean=gmm["means"])
+    found, seen = watched(Euler(), f, gmm["z"], steps, group=label)
+    assert difference(seen[-1], found) < 1e-14
+    plain, same = watched(Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED))  # a plain function
+    assert torch.equal(plain, same[-1])
+    assert max(difference(a, b) for a, b in zip(seen, same, strict=True)) < 1e-13
 
 
 # --------------------------------------------------------------------------------------------------------------

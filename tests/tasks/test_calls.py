@@ -172,7 +172,8 @@ def test_an_evaluation_goes_on_after_the_batches_that_it_has(tmp_path, monkeypat
     run_cli(*RUN, *more, f"hydra.run.dir={tmp_path / 'killed'}")
     assert asked == [2, 2, 2]
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-    assert (tmp_path / "killed" / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+    for name in ("samples.npz", "trajectories.npz"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "killed" / "evaluation").exists()
 
 

@@ -101,6 +101,7 @@ def test_a_comparison_leaves_exactly_these_files(compared):
     expected = {f"schedules/{plan}.json" for plan in plans}
     expected |= {f"schedules/{plan}.mean{suffix}" for plan in analytic for suffix in (".json", ".safetensors")}
     expected |= {"config.yaml", "metrics.json", "table.md", "schedules.png", "samples.png", "samples.npz"}
+    expected |= {"trajectories.npz"}
     expected |= {"report.html", ".lock", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))}
     left = {path.relative_to(compared).as_posix() for path in compared.rglob("*") if path.is_file()}
     assert left == expected
@@ -210,6 +211,41 @@ def test_pictures_are_those_of_the_first_samples_whatever_the_batch_size(compare
         assert (small["teacher"] == whole["teacher"]).all()
 
 
+def test_trajectories_are_the_predictions_on_the_way_to_the_samples(compared, tmp_path):
+    with np.load(compared / "trajectories.npz") as file, np.load(compared / "samples.npz") as samples:
+        whole = dict(file)
+        oss = {f"oss K={k}" for k in (2, 4)}  # too few for samples.npz
+        assert {key.removeprefix("x0/") for key in whole if key.startswith("x0/")} == {*samples, *oss}
+        for label, pictures in samples.items():
+            assert np.array_equal(whole[f"x0/{label}"][:, -1], pictures[:4])
+            if "fit" not in label:
+                assert np.array_equal(whole[f"x0/{label}"][:, -2], pictures[:4]), "Euler's last step goes all the way"
+    assert whole["x0/teacher"].shape == (4, 9, 8, 8, 1)
+    assert whole["times/teacher"] == pytest.approx(
+        np.array([[1, 0.85, 0.75, 0.6, 0.45, 0.3, 0.2, 0.05, 0]] * 4), abs=1e-12
+    )
+    for name, steps in schedules(compared).items():
+        label = name.replace("_2", " K=2").replace("_4", " K=4")
+        assert np.array_equal(whole[f"times/{label}"], np.broadcast_to(steps.times[..., :], (4, steps.num_steps + 1)))
+    folder = oss_exp(tmp_path / "run", "data.batch_size=3", "stepsize=[edm,oss]", "evaluation.trajectories=5")
+    with np.load(folder / "trajectories.npz") as small:
+        assert len(small["x0/edm K=4"]) == 5
+        for key in ("times/oss K=4", "x0/oss K=4"):
+            assert key not in small, "it has only four"
+        assert np.abs(small["x0/edm K=4"][:4].astype(int) - whole["x0/edm K=4"]).max() <= 1
+
+
+def test_a_run_without_trajectories_has_a_page_without_them(compared, tmp_path, capsys):
+    folder = oss_exp(tmp_path / "run", "evaluation.trajectories=0", "stepsize=edm")
+    assert not (folder / "trajectories.npz").exists()
+    assert "<h2>On the way</h2>" in (compared / "report.html").read_text()
+    assert "<h2>On the way</h2>" not in (folder / "report.html").read_text()
+    for wrong in ("-1", "1.5", "true"):
+        with pytest.raises(SystemExit):
+            oss_exp(tmp_path / "wrong", f"evaluation.trajectories={wrong}")
+        assert "evaluation.trajectories must be a number of samples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["edm_2", "oss_ave_4", "oss_shared_4", "oss_4"])
 def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, compared, tmp_path):
     folder = oss_exp(tmp_path / "run", "task=evaluate", f"task.schedule={compared / 'schedules' / name}.json")
@@ -262,7 +298,7 @@ def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path
     settings = ["data.search_samples=5", "data.eval_samples=7", "data.per_sample=3"]
     command = [sys.executable, "-m", "oss_exp", *SMALL, *settings, "trainer=ddp_spawn_cpu", "hydra.run.dir=two"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     one, two = oss_exp(tmp_path / "one", *settings), tmp_path / "two"
     assert times(two) == times(one)
@@ -270,6 +306,10 @@ def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path
     assert [r["per_image"]["index"] for r in metrics(two)["rows"]] == [
         r["per_image"]["index"] for r in metrics(one)["rows"]
     ]
+    with np.load(two / "trajectories.npz") as found, np.load(one / "trajectories.npz") as expected:
+        assert list(found) == list(expected)
+        for key, values in expected.items():
+            assert np.abs(found[key].astype(float) - values).max() <= 1
 
 
 # --------------------------------------------------------------------------------------------------------------

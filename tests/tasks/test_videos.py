@@ -14,9 +14,8 @@ from PIL import Image
 
 from oss_exp.cli import CONF
 from oss_exp.evaluation.metrics import FID
-from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
+from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import psnr
-from oss_exp.tasks.evaluate import thumbnails
 
 SMALL = ["model=video_fashion", "model.backbone.network.num_layers=1", "model.backbone.network.features=16"]
 
@@ -81,6 +80,13 @@ def test_the_report_moves(run):
     assert list(run.rglob("*.gif"))[1:], "W&B has its copy"
 
 
+def test_the_middle_frame_is_shown_on_its_way(run):
+    with np.load(run / "trajectories.npz") as ways, np.load(run / "samples.npz") as samples:
+        for label in samples:
+            assert np.array_equal(ways[f"x0/{label}"][:, -1], samples[label][:, 4])
+        assert ways["x0/ddim K=2"].shape == (4, 3, 32, 32, 1)
+
+
 def test_a_video_is_encoded_as_it_is():
     frames = np.random.default_rng(0).integers(0, 2, (3, 4, 5, 1), dtype=np.uint8) * 255
     picture = Image.open(io.BytesIO(encoded(frames)))
@@ -92,14 +98,13 @@ def test_a_video_is_encoded_as_it_is():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded(rgb)))), rgb)
 
 
-def test_large_videos_are_shown_small():
+def test_large_pictures_are_shown_small():
     wide = torch.rand(2, 3, 5, 40, 1024)
-    assert thumbnails(wide).shape == (2, 3, 5, 10, 256)
-    torch.testing.assert_close(
-        thumbnails(wide)[:, :, 2], torch.nn.functional.interpolate(wide[:, :, 2], (10, 256), mode="area")
-    )
-    assert thumbnails(wide[:0]).shape == wide[:0].shape
-    small, pictures = torch.rand(2, 3, 5, 32, 32), torch.rand(2, 3, 1024, 1024)
-    assert thumbnails(small) is small
-    assert thumbnails(pictures) is pictures
+    assert reduced(wide).shape == (2, 3, 5, 10, 256)
+    expected = torch.nn.functional.interpolate(wide[:, :, 2], (10, 256), mode="area")
+    torch.testing.assert_close(reduced(wide)[:, :, 2], expected)
+    assert torch.equal(reduced(wide[:, :, 2]), expected)
+    assert reduced(wide[:0]).shape == (0, 3, 5, 10, 256), "a batch without any joins those that have some"
+    small = torch.rand(2, 3, 5, 32, 32)
+    assert reduced(small) is small
     assert as_bytes(small).shape == (2, 5, 32, 32, 3)
