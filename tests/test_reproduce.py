@@ -1,6 +1,7 @@
 """The paper's tables beside ours: plans that compose, tables that hold what they are given, runs that are made once."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ import pytest
 from helpers import run_cli
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
 from oss_exp.cli import CONF
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.reproduce.cells import Cell, _key
+from oss_exp.reproduce.cells import Cell, _key, make
+from oss_exp.reproduce.figures import draw
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.plans import TABLES, Plan
 from oss_exp.reproduce.render import Reproduction, summary
@@ -204,6 +207,18 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     assert subprocess.run([sys.executable, "-m", "oss_exp", *command(folder)]).returncode == 0
     assert results(folder) == expected
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())  # not made again
+
+
+def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
+    strategies = {"table_3": "[oss,oss_ave] num_steps=[20] task=search", "table_6": "[edm,ddim,fm,dm,gits,oss_ave]"}
+    for name, figures in {"table_3": ["figure_5"], "table_6": ["figure_1", "figure_10"]}.items():
+        paper, planned = plan(name)
+        cell = Cell.of(*SMALL.split(","), *f"stepsize={strategies[name]}".split())
+        assert make([cell], tmp_path, jobs=1) == {}
+        sources = [source and replace(source, cells=(cell,)) for source in planned.sources]
+        drawn = draw(paper, replace(planned, sources=sources), tmp_path)
+        assert list(drawn) == figures
+        assert all(min(Image.open(io.BytesIO(picture)).size) > 200 for picture in drawn.values())
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):

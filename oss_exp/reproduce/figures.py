@@ -22,7 +22,7 @@ def _runs(paper: Paper, plan: Plan, key: str, strategy: str) -> dict[str, Cell]:
 
 
 def figure_1(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
-    """Pictures of the model of prompts: the teacher's, OSS-ave's and uniform times' with 10 steps, of the same noises."""
+    """Pictures from prompts: of the teacher, and of 10 steps by OSS-ave and at uniform times, from the same noises."""
     folder = _runs(paper, plan, "dataset", "oss_ave")["mscoco512"].folder(root)
     with np.load(folder / "samples.npz") as file:
         rows = {"teacher": file["teacher"], **{f"{name}, 10 steps": file[f"{name} K=10"] for name in ("oss_ave", "fm")}}
