@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _make(cell: Cell, root: Path, jobs: int, parent: Future | None, running: _Ru
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # a run that outlived the program that started it has it; wait for its end
         pass
-    command = cell.command(root)
+    command, started = cell.command(root), time.monotonic()
     with open(folder / "log.txt", "w") as log:
         code = running.run([*command, "logger=none", f"hydra.run.dir={folder}"], log, jobs)
     if code:
@@ -129,8 +130,9 @@ def _make(cell: Cell, root: Path, jobs: int, parent: Future | None, running: _Ru
         text = reason.read_text() if reason.is_file() else (folder / "log.txt").read_text()[-1000:]
         return text.split("\n\nTraceback")[0].strip()
     packages = {name: version(name) for name in ("oss_exp", "torch", "lightning", "diffusers")}
-    record = {"overrides": command, "parent": cell.parent and cell.parent.key, "packages": packages}
-    write_atomically(folder / "cell.json", json.dumps(record, indent=1) + "\n")
+    seconds = round(time.monotonic() - started)  # of the last go, where it was killed
+    made = {"overrides": command, "packages": packages, "seconds": seconds}
+    write_atomically(folder / "cell.json", json.dumps(made, indent=1) + "\n")
     return None
 
 

@@ -138,7 +138,14 @@ class Reproduction:
         used = dict.fromkeys(
             each for source in self.plan.sources if source for cell in source.cells for each in cell.lineage()
         )
-        runs = {cell.key: {**record(cell, cells), "overrides": list(cell.overrides)} for cell in used}
+        runs = {
+            cell.key: {
+                "overrides": list(cell.overrides),
+                "parent": cell.parent and cell.parent.key,
+                "packages": record(cell, cells)["packages"],
+            }
+            for cell in used
+        }
         numbers = [
             {
                 "place": list(self.plan.place(row)),
