@@ -1,0 +1,150 @@
+"""What docs/ says agrees with the program: links, tasks, options and their defaults, commands."""
+
+import re
+import shlex
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from oss_exp.cli import CONF
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
+TASKS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "task").glob("*.yaml"))}
+COMMON = "Options of every search and measurement"
+OPTION = re.compile(r"^\| `(?P<key>[^`]+)` \| (`(?P<default>[^`]*)`|(?P<required>required)) \|", re.MULTILINE)
+
+
+def sections() -> dict[str, str]:
+    """The text under every heading of docs/tasks.md, comments aside."""
+    text = re.sub(r"<!--.*?-->", "", (ROOT / "docs" / "tasks.md").read_text(), flags=re.DOTALL)
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return {title: body for title, body in zip(parts[1::2], parts[2::2], strict=True) if body.strip()}
+
+
+def stated(section: str) -> dict[str, Any]:
+    """Option -> default, of a section's tables."""
+    return {
+        found["key"]: "???" if found["required"] else parsed(found["default"]) for found in OPTION.finditer(section)
+    }
+
+
+def parsed(text: str) -> Any:
+    return text if "${" in text else yaml.safe_load(text)
+
+
+def options(config: dict[str, Any]) -> dict[str, Any]:
+    """Option -> default, of a task's yaml: what it sets itself, and the groups that it chooses, but for the logger."""
+    found = {}
+    for entry in config.get("defaults", []):
+        ((group, choice),) = entry.items()
+        found[group.removeprefix("override ").removeprefix("/")] = choice
+    found.pop("logger", None)
+    for key, value in config.items():
+        if key != "defaults":
+            found |= leaves(value, key) if key != "_target_" else {}
+    return found
+
+
+def leaves(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        if name != "_target_"
+        for key, leaf in leaves(inner, f"{path}.{name}").items()
+    }
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def headings(path: Path) -> set[str]:
+    """As GitHub's anchors."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text()))
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        assert target.exists(), f"{document.relative_to(ROOT)}: {link}"
+        if anchor and target.suffix == ".md":
+            assert anchor in headings(target), f"{document.relative_to(ROOT)}: {link}"
+
+
+def test_every_document_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"({path.name})" in index
+
+
+def test_every_task_has_a_section():
+    missing = TASKS.keys() - sections().keys()
+    assert not missing, f"docs/tasks.md has no section on {', '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_options_and_defaults(task):
+    said, expected = stated(sections()[task]), options(TASKS[task])
+    assert not expected.keys() - said.keys(), f"docs/tasks.md, {task}: no row for {expected.keys() - said.keys()}"
+    assert said == expected | {key: default_of(key, task) for key in said.keys() - expected.keys()}
+
+
+def test_options_in_common():
+    said = stated(sections()[COMMON])
+    assert len(said) > 10
+    assert said == {key: default_of(key, "compare") for key in said}
+
+
+def default_of(key: str, task: str) -> Any:
+    """Of the configuration of a task: a group's choice, else a value."""
+    config = composed(task)
+    choices = config.hydra.runtime.choices
+    if key in choices:
+        return choices[key]
+    assert OmegaConf.select(config, key, default="absent") != "absent", f"{key} is no option of task={task}"
+    *path, name = key.split(".")
+    return OmegaConf.to_container(OmegaConf.select(config, ".".join(path)) if path else config, resolve=False)[name]
+
+
+@lru_cache
+def composed(task: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"task={task}"], return_hydra_config=True)
+
+
+def test_commands_compose():
+    """Every oss-exp command of docs/ is one that the configuration understands."""
+    commands = []
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL):
+            commands += [line.partition("oss-exp ")[2] for line in block.splitlines() if "oss-exp " in line]
+    assert len(commands) > 20
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for command in commands:
+            sweep, choose = "--multirun" in command, [word for word in words(command) if "=" in word]
+            choose = [word for word in choose if not word.startswith("hydra.")]
+            compose("config", [first_of_sweep(word) if sweep else word for word in choose])
+
+
+def words(command: str) -> list[str]:
+    """As a shell splits them, in the folder `here` and in a loop over noise schedules."""
+    return [word.replace("$PWD", "here").replace("$s", "edm") for word in shlex.split(command, comments=True)]
+
+
+def first_of_sweep(word: str) -> str:
+    key, _, value = word.partition("=")
+    return word if value.startswith(("[", "{")) else f"{key}={value.split(',')[0]}"
