@@ -126,6 +126,7 @@ def composed(task: str) -> DictConfig:
         return compose("config", [f"task={task}"], return_hydra_config=True)
 
 
+@pytest.mark.slow
 def test_commands_compose():
     """Every oss-exp command of docs/ is one that the configuration understands."""
     commands = []
