@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from oss_exp.report.results import Line, compare, read_run, read_schedules
+from oss_exp.report.results import compare, cost_lines, metric_lines, read_run, read_schedules
 from oss_exp.report.table import columns
+
+TABLE, COSTS, PICTURES = "comparison", "cost per round", ("schedules", "samples")  # keys of what W&B is sent
 
 
 def wandb_logger(output_dir: str, project: str, mode: Any) -> WandbLogger:
@@ -46,7 +48,8 @@ def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
 
 def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     """The configuration, PSNR, gain and spread of every schedule; with W&B also the schedules themselves as an
-    artifact, every metric against K as a curve a strategy, the table and the pictures.
+    artifact, every metric against K as a curve a strategy, what the dynamic program's rounds cost, the table and the
+    pictures.
     """
     logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     for name in ("amplitude", "training", "stages"):
@@ -54,6 +57,9 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
             logger.log_image(name, [str(folder / f"{name}.png")])
     if isinstance(logger, WandbLogger) and (folder / "schedules").is_dir():
         logger.experiment.log_artifact(_schedules(folder))
+        if costs := cost_lines(read_schedules(folder)):
+            curves = {f"{name} K={k}": values for (name, k), values in costs.items()}
+            logger.experiment.log({COSTS: _chart(curves, "cost per round of the dynamic program", "round")})
     if not (folder / "metrics.json").exists():
         return
     lines = compare(read_run(folder))
@@ -68,9 +74,10 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     logger.log_metrics(metrics)
     if isinstance(logger, WandbLogger):
         header, cells = columns(lines)
-        logger.log_table("comparison", columns=header, data=cells)
-        logger.experiment.log(_curves(lines))
-        for name in ("schedules", "samples"):
+        logger.log_table(TABLE, columns=header, data=cells)
+        curves = metric_lines(lines)
+        logger.experiment.log({against(name): _chart(each, against(name), "K") for name, each in curves.items()})
+        for name in PICTURES:
             logger.log_image(name, [str(folder / f"{name}.png")])
         if (folder / "samples.gif").exists():
             logger.log_video("videos", [str(folder / "samples.gif")], format=["gif"])
@@ -89,17 +96,14 @@ def _schedules(folder: Path) -> Any:
     return artifact
 
 
-def _curves(lines: Sequence[Line]) -> dict[str, Any]:
-    """W&B's plots of PSNR and every other metric against the network calls K, a line a strategy."""
+def against(metric: str) -> str:
+    """The key of a metric's curves."""
+    return f"{metric} against K"
+
+
+def _chart(curves: Mapping[str, Mapping[int, float]], title: str, xname: str) -> Any:
+    """W&B's plot of a line for each name, {x: y}."""
     import wandb
 
-    names = list(dict.fromkeys(line.result.strategy for line in lines))
-    found = {}
-    for metric in ("psnr", *dict.fromkeys(name for line in lines for name in line.result.metrics)):
-        points = {name: {} for name in names}
-        for line in lines:
-            value = line.result.psnr.mean if metric == "psnr" else line.result.metrics.get(metric)
-            points[line.result.strategy][line.result.num_steps] = value
-        xs, ys = ([list(getattr(points[name], part)()) for name in names] for part in ("keys", "values"))
-        found[f"{metric} against K"] = wandb.plot.line_series(xs, ys, names, f"{metric} against K", "K")
-    return found
+    xs, ys = ([list(getattr(curve, part)()) for curve in curves.values()] for part in ("keys", "values"))
+    return wandb.plot.line_series(xs, ys, list(curves), title, xname)

@@ -45,82 +45,80 @@ for (const head of document.querySelectorAll("th")) {
   head.onkeydown = event => event.key === "Enter" && sort(head);
 }
 
-// ------------------------------------------------------------------------------------------------------- Schedules
+// ----------------------------------------------------------------------------------------------------------- Panels
 
-function drawSchedules({ teacher, lines }) {
+const tip = add(document.body, "div", { id: "tip", hidden: "" });
+const short = value => Number(value.toPrecision(4));
+
+const tick = value => value > 0 && value < 1e-3 ? value.toExponential(0) : value;
+
+function place({ low, high, log }, from, to) { // values of an axis -> pixels
+  const power = value => Math.log(Math.max(value, low) / low);
+  const share = log ? value => power(value) / power(high) : value => (value - low) / (high - low);
+  return value => from + (high > low ? share(value) : 0.5) * (to - from);
+}
+
+function drawPanel(parent, { title, across, up, marks = [], lines }) {
+  // across, up: { name, low, high, log, ticks }; lines: { name, color, baseline, x, y, low, high, said(point) }.
   const [width, height, left, right, top, bottom] = [400, 300, 58, 8, 24, 36];
-  const panels = document.getElementById("panels"), legend = document.getElementById("legend");
-  const tip = add(document.body, "div", { id: "tip", hidden: "" });
-  const y = t => top + (1 - t) * (height - top - bottom);
+  const x = place(across, left, width - right), y = place(up, height - bottom, top);
+  const [centre, middle] = [(left + width - right) / 2, (top + height - bottom) / 2];
   const path = points => "M" + points.map(point => point.map(value => value.toFixed(2)).join(" ")).join("L");
+  const svg = add(parent, "svg", { viewBox: `0 0 ${width} ${height}` });
 
-  for (const k of [...new Set(lines.map(line => line.k))].sort((a, b) => a - b)) {
-    const svg = add(panels, "svg", { viewBox: `0 0 ${width} ${height}` });
-    const x = step => left + (step / k) * (width - left - right);
+  add(svg, "text", { x: centre, y: 14, "text-anchor": "middle", "font-weight": 600 }, title);
+  add(svg, "text", { x: centre, y: height - 4, "text-anchor": "middle" }, across.name);
+  add(svg, "text", { transform: `translate(12 ${middle}) rotate(-90)`, "text-anchor": "middle" }, up.name);
+  for (const value of up.ticks) {
+    add(svg, "path", { d: path([[left, y(value)], [width - right, y(value)]]) });
+    add(svg, "text", { x: left - 14, y: y(value) + 4, "text-anchor": "end" }, tick(value));
+  }
+  for (const value of across.ticks) {
+    add(svg, "path", { d: path([[x(value), top], [x(value), height - bottom]]) });
+    add(svg, "text", { x: x(value), y: height - bottom + 14, "text-anchor": "middle" }, value);
+  }
+  for (const value of marks) add(svg, "path", { d: path([[left - 9, y(value)], [left - 3, y(value)]]), class: "node" });
 
-    // Axes.
-    add(svg, "text", { x: x(k / 2), y: 14, "text-anchor": "middle", "font-weight": 600 }, `K = ${k}`);
-    add(svg, "text", { x: x(k / 2), y: height - 4, "text-anchor": "middle" }, "step");
-    const turned = `translate(12 ${y(0.5)}) rotate(-90)`;
-    add(svg, "text", { transform: turned, "text-anchor": "middle" }, "time t (1 noise, 0 data)");
-    for (const t of [0, 0.25, 0.5, 0.75, 1]) {
-      add(svg, "path", { d: path([[left, y(t)], [width - right, y(t)]]) });
-      add(svg, "text", { x: left - 14, y: y(t) + 4, "text-anchor": "end" }, t);
+  const drawn = [...lines].sort((a, b) => b.baseline - a.baseline); // the searched ones on top
+  const points = drawn.flatMap(line => {
+    const group = add(svg, "g", { class: line.baseline ? "line baseline" : "line", style: `--color:${line.color}` });
+    group.dataset.name = line.name;
+    const at = line.x.map((value, point) => [x(value), y(line.y[point])]);
+    if (line.low) {
+      const [low, high] = [line.low, line.high].map(edge => edge.map((value, point) => [at[point][0], y(value)]));
+      add(group, "path", { d: path([...low, ...high.reverse()]), class: "band" });
     }
-    for (let step = 0; step <= k; step += Math.ceil(k / 12)) {
-      add(svg, "path", { d: path([[x(step), top], [x(step), height - bottom]]) });
-      add(svg, "text", { x: x(step), y: height - bottom + 14, "text-anchor": "middle" }, step);
-    }
-    for (const t of teacher) add(svg, "path", { d: path([[left - 9, y(t)], [left - 3, y(t)]]), class: "node" });
-
-    // Lines, the searched ones on top.
-    const drawn = lines.filter(line => line.k === k).sort((a, b) => b.baseline - a.baseline);
-    const points = drawn.flatMap(line => {
-      const group = add(svg, "g", { class: line.baseline ? "line baseline" : "line", style: `--color:${line.color}` });
-      group.dataset.name = line.name;
-      const at = line.times.map((t, step) => [x(step), y(t)]);
-      if (line.low) {
-        const [low, high] = [line.low, line.high].map(edge => edge.map((t, step) => [x(step), y(t)]));
-        add(group, "path", { d: path([...low, ...high.reverse()]), class: "band" });
-      }
-      add(group, "path", { d: path(at) });
-      return at.map(([cx, cy], step) => {
-        add(group, "circle", { cx, cy, r: line.baseline ? 1.8 : 3 });
-        return { line, group, step, cx, cy };
-      });
+    add(group, "path", { d: path(at) });
+    return at.map(([cx, cy], point) => {
+      add(group, "circle", { cx, cy, r: line.baseline ? 1.8 : 3 });
+      return { line, group, point, cx, cy };
     });
+  });
 
-    // The point nearest to the mouse.
-    svg.onpointermove = event => {
-      const mouse = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-      const far = ({ cx, cy }) => Math.hypot(cx - mouse.x, cy - mouse.y);
-      const shown = points.filter(({ group, cx, cy }) => group.style.display !== "none" && far({ cx, cy }) < 25);
-      const best = shown.reduce((a, b) => a && far(a) <= far(b) ? a : b, null);
-      svg.classList.toggle("focus", best !== null);
-      for (const { group } of points) group.classList.toggle("near", group === best?.group);
-      tip.hidden = best === null;
-      if (best === null) return;
-      tip.textContent = said(best);
-      tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4)}px`;
-      tip.style.top = `${event.clientY + 14}px`;
-    };
-    svg.onpointerleave = () => svg.onpointermove({ clientX: -1e4, clientY: -1e4 });
-  }
+  svg.onpointermove = event => { // names the point nearest to the mouse
+    const mouse = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+    const far = ({ cx, cy }) => Math.hypot(cx - mouse.x, cy - mouse.y);
+    const shown = points.filter(({ group, cx, cy }) => group.style.display !== "none" && far({ cx, cy }) < 25);
+    const best = shown.reduce((a, b) => a && far(a) <= far(b) ? a : b, null);
+    svg.classList.toggle("focus", best !== null);
+    for (const { group } of points) group.classList.toggle("near", group === best?.group);
+    tip.hidden = best === null;
+    if (best === null) return;
+    tip.textContent = best.line.said(best.point);
+    tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 4)}px`;
+    tip.style.top = `${event.clientY + 14}px`;
+  };
+  svg.onpointerleave = () => svg.onpointermove({ clientX: -1e4, clientY: -1e4 });
+}
 
-  function said({ line, step }) {
-    const text = [`${line.name}, K = ${line.k}`, `step ${step}: t = ${line.times[step]}`];
-    if (line.low) text[1] += ` (median of ${line.samples}, 10-90 %: ${line.low[step]} to ${line.high[step]})`;
-    if (line.orders && step < line.k) text.push(`from here with order ${line.orders[step]}`);
-    return [...text, line.kind].join("\n");
-  }
-
-  const names = new Map(lines.map(line => [line.name, line]));
+function drawLegend(panels, lines) { // in the element after the panels
+  const legend = panels.nextElementSibling, names = new Map(lines.map(line => [line.name, line]));
+  const button = name => [...legend.children].find(each => each.textContent === name);
   const show = () => {
     for (const group of panels.querySelectorAll(".line")) {
       group.style.display = button(group.dataset.name).ariaPressed === "true" ? "" : "none";
     }
   };
-  const button = name => [...legend.children].find(each => each.textContent === name);
   for (const [name, line] of names) {
     const entry = add(legend, "button", { "aria-pressed": true, style: `--color:${line.color}` }, name);
     entry.classList.toggle("baseline", line.baseline);
@@ -138,7 +136,63 @@ function drawSchedules({ teacher, lines }) {
   }
 }
 
+function drawSchedules({ teacher, lines }) {
+  const panels = document.getElementById("panels");
+  const up = { name: "time t (1 noise, 0 data)", low: 0, high: 1, ticks: [0, 0.25, 0.5, 0.75, 1] };
+
+  const said = line => step => {
+    const text = [`${line.name}, K = ${line.k}`, `step ${step}: t = ${line.times[step]}`];
+    if (line.low) text[1] += ` (median of ${line.samples}, 10-90 %: ${line.low[step]} to ${line.high[step]})`;
+    if (line.orders && step < line.k) text.push(`from here with order ${line.orders[step]}`);
+    return [...text, line.kind].join("\n");
+  };
+
+  for (const k of [...new Set(lines.map(line => line.k))].sort((a, b) => a - b)) {
+    const steps = Array.from({ length: k + 1 }, (_, step) => step);
+    const ticks = steps.filter(step => step % Math.ceil(k / 12) === 0);
+    const own = lines.filter(line => line.k === k);
+    const drawn = own.map(line => ({ ...line, x: steps, y: line.times, said: said(line) }));
+    const across = { name: "step", low: 0, high: k, ticks };
+    drawPanel(panels, { title: `K = ${k}`, across, up, marks: teacher, lines: drawn });
+  }
+  drawLegend(panels, lines);
+}
+
 if (data.schedules) drawSchedules(data.schedules);
+
+function axis(name, values, log) { // round ticks around the values
+  let [low, high] = [Math.min(...values), Math.max(...values)];
+  if (log) { // what is far below the rest, as rounding is, stands on the axis
+    const powers = [Math.floor(Math.log10(Math.max(low, 1e-6 * high))), Math.ceil(Math.log10(high))];
+    if (powers[0] === powers[1]) powers[1] += 1;
+    const ticks = Array.from({ length: powers[1] - powers[0] + 1 }, (_, i) => short(10 ** (powers[0] + i)));
+    return { name, low: ticks[0], high: ticks.at(-1), log, ticks };
+  }
+  const rough = (high - low || Math.abs(high) || 1) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find(factor => factor * power >= rough) * power;
+  [low, high] = [Math.floor(low / step), Math.ceil(high / step)];
+  if (low === high) high += 1;
+  const ticks = Array.from({ length: high - low + 1 }, (_, i) => short((low + i) * step));
+  return { name, low: ticks[0], high: ticks.at(-1), ticks };
+}
+
+function drawCurves(id, all) {
+  const panels = document.getElementById(id);
+  for (const { title, across, up, log, lines } of all) {
+    const values = [...new Set(lines.flatMap(line => line.x))].sort((a, b) => a - b);
+    const said = line => point => `${line.name}, ${title}\n${across} = ${line.x[point]}: ${up} ${line.y[point]}`;
+    const ticks = values.filter((_, place) => place % Math.ceil(values.length / 12) === 0);
+    drawPanel(panels, {
+      title,
+      across: { name: across, low: values[0], high: values.at(-1), ticks },
+      up: axis(up, lines.flatMap(line => line.y), log),
+      lines: lines.map(line => ({ ...line, said: said(line) })),
+    });
+  }
+  drawLegend(panels, all.flatMap(panel => panel.lines));
+}
+
+for (const [id, panels] of Object.entries(data.curves ?? {})) drawCurves(id, panels);
 
 // -------------------------------------------------------------------------------------------------------- Pictures
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
@@ -21,10 +22,15 @@ from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
 from oss_exp.steps import StepSchedule
 
 SCHEDULES = """<h2>Step schedules</h2>
-<div id="panels"></div><div id="legend"></div>
+<div class="panels" id="panels"></div><div class="legend" id="legend"></div>
 <p class="note">The mouse shows a point's strategy and time. In the legend a click hides or shows a strategy, a double
 click shows it alone. Dashed: baselines. Ticks on the left: the teacher's nodes.</p>
 <noscript>This plot needs JavaScript; it is also in schedules.png.</noscript>"""
+CURVES = """<h2>{}</h2>
+<div class="panels" id="{}"></div><div class="legend"></div>
+<p class="note">{}</p>"""
+COSTS = """Mean distance of the search samples to the teacher after every step, along the path that the dynamic program
+found, before it was agreed on by several samples or refined."""
 SAMPLES = """<h2>Samples</h2>
 <p class="note">The teacher and every schedule on the same noises, at {width} x {height} pixels ({form}); PSNR is of all
 images at their own size. A click enlarges a sample, arrow keys go to its neighbours.</p>
@@ -175,10 +181,16 @@ def _page(
     body = [web.table(*columns(lines), kinds), f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>']
     if failures:
         body.append(f"<pre>{html.escape(failures)}</pre>")
-    data = {}
+    data: dict[str, Any] = {"curves": {}}
+    if measured := web.measured(lines):
+        data["curves"]["measured"] = measured
+        body.append(CURVES.format("Against the number of steps", "measured", "Dashed: baselines."))
     if plans:
         body.append(SCHEDULES)
         data["schedules"] = web.schedules(plans, teacher)
+    if costs := web.costs(plans):
+        data["curves"]["costs"] = costs
+        body.append(CURVES.format("Cost per round of the search", "costs", COSTS))
     results = [line.result for line in lines]
     if pictures:
         shown = data["samples"] = web.samples(pictures, results)

@@ -63,10 +63,17 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
 
 
 def colors(plans: Sequence[tuple[str, StepSchedule]]) -> dict[str, tuple[float, ...]]:
-    """Of each strategy: muted ones for the schedules made by hand, strong ones for the searched."""
-    found, by_hand = {}, _by_hand(plans)
-    for group, palette in ((by_hand, MUTED), ({name for name, _ in plans} - by_hand, plt.get_cmap("tab10").colors)):
-        found |= {name: palette[i % len(palette)] for i, name in enumerate(sorted(group))}
+    """Of each strategy."""
+    by_hand = _by_hand(plans)
+    return strong_and_muted({name: name in by_hand for name, _ in plans})
+
+
+def strong_and_muted(by_hand: Mapping[str, bool]) -> dict[str, tuple[float, ...]]:
+    """Of each name: muted colours for the schedules made by hand, strong ones for the searched."""
+    found = {}
+    for kind, palette in ((True, MUTED), (False, plt.get_cmap("tab10").colors)):
+        group = sorted(name for name, made in by_hand.items() if made is kind)
+        found |= {name: palette[i % len(palette)] for i, name in enumerate(group)}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,28 @@ def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
     files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
     plans = [(path, StepSchedule.load(path)) for path in files]
     return [(plan.about("strategy").get("name", path.stem), plan) for path, plan in plans]
+
+
+def metric_lines(lines: Sequence[Line]) -> dict[str, dict[str, dict[int, float]]]:
+    """{metric: {strategy: {K: value}}}, PSNR first, no standard deviations; a strategy that several runs have with
+    the same K goes by its run, too.
+    """
+    results = sorted((line.result for line in lines), key=lambda result: result.num_steps)
+    times_seen = Counter((result.strategy, result.num_steps) for result in results)
+    several = {strategy for (strategy, _), times in times_seen.items() if times > 1}
+    found: dict[str, dict[str, dict[int, float]]] = {"psnr": {}}
+    for result in results:
+        name = f"{result.strategy} (run {result.run})" if result.strategy in several else result.strategy
+        for metric, value in {"psnr": result.psnr.mean, **result.metrics}.items():
+            if not metric.endswith("_std"):
+                found.setdefault(metric, {}).setdefault(name, {})[result.num_steps] = value
+    return found
+
+
+def cost_lines(plans: Sequence[tuple[str, StepSchedule]]) -> dict[tuple[str, int], dict[int, float]]:
+    """{(strategy, K): {round: cost}} of those that a dynamic program made: mean distance to the teacher on its way."""
+    costs = {(name, plan.num_steps): plan.about("planning").get("cost_per_round", []) for name, plan in plans}
+    return {key: dict(enumerate(each, start=1)) for key, each in sorted(costs.items()) if each}
 
 
 def mean_psnr(folder: Path) -> float | None:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from string import Template
@@ -23,7 +23,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from oss_exp.report import plots
-from oss_exp.report.results import Result
+from oss_exp.report.results import Line, Result, cost_lines, metric_lines
 from oss_exp.steps import StepSchedule
 
 HERE = Path(__file__).parent
@@ -78,6 +78,47 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     return {"teacher": _rounded(teacher), "lines": lines}
 
 
+def measured(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The panels of every metric against K; none where there is one K."""
+    if len({line.result.num_steps for line in lines}) < 2:
+        return []
+    baselines = {line.result.strategy: line.result.baseline for line in lines}
+    panels = metric_lines(lines)
+    by_hand = {name: baselines[name.partition(" (run ")[0]] for curves in panels.values() for name in curves}
+    colors = plots.strong_and_muted(by_hand)
+    return [
+        {"title": f"{metric} against K", "across": "K", "up": metric, "lines": _curves(curves, colors, by_hand)}
+        for metric, curves in panels.items()
+    ]
+
+
+def costs(plans: Sequence[tuple[str, StepSchedule]]) -> list[dict[str, Any]]:
+    """The panels, one a K, of what the rounds of the dynamic programs cost."""
+    found, colors = cost_lines(plans), plots.colors(plans)
+    panels = []
+    for k in sorted({k for _, k in found}):
+        curves = {name: found[name, own] for name, own in found if own == k}
+        lines = _curves(curves, colors, dict.fromkeys(curves, False))
+        if max(max(line["y"]) for line in lines) > 0:
+            panels.append({"title": f"K = {k}", "across": "round", "up": "cost", "log": True, "lines": lines})
+    return panels
+
+
+def _curves(
+    curves: Mapping[str, Mapping[int, float]], colors: Mapping[str, Sequence[float]], by_hand: Mapping[str, bool]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "color": to_hex(colors[name]),
+            "baseline": by_hand[name],
+            "x": list(curve),
+            "y": _rounded(curve.values()),
+        }
+        for name, curve in curves.items()
+    ]
+
+
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
     """The rows of the grid of samples: each a strip of its n pictures, the frames of videos below each other.
 
@@ -129,8 +170,8 @@ def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str,
     return strips, {"width": width, "height": height, "form": form}
 
 
-def _rounded(times: Sequence[float]) -> list[float]:
-    return [float(f"{t:.4g}") for t in times]
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _reduced(videos: np.ndarray, side: int) -> np.ndarray:

@@ -9,7 +9,7 @@ Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget; path
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -100,7 +100,8 @@ class _Search:
         else:
             found = self._coarse_to_fine(problem, budgets, objective, fit)
         if self.refine:
-            found = {k: refine(problem, path, self.start, objective, fit) for k, path in found.items()}
+            refined = {k: refine(problem, path, self.start, objective, fit) for k, path in found.items()}
+            found = {k: replace(path, costs=found[k].costs) for k, path in refined.items()}
         return found
 
     def _coarse_to_fine(
@@ -148,7 +149,7 @@ class _Search:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
         again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
-        for old, new in ((found.nodes, again.nodes), (found.orders, again.orders)):
+        for old, new in ((found.nodes, again.nodes), (found.orders, again.orders), (found.costs, again.costs)):
             old[:, rows] = torch.where(touched[rows], new, old[:, rows])
         return found
 
@@ -200,11 +201,13 @@ class OSS(_Search):
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
         samples = problem.collective.gather(problem.samples)
         order = samples.argsort()
-        in_order = {k: Path(path.nodes[:, order], path.orders[:, order]) for k, path in paths.items()}
+        in_order = {
+            k: replace(path, nodes=path.nodes[:, order], orders=path.orders[:, order]) for k, path in paths.items()
+        }
         return {k: _schedule(problem, path, self.start, samples[order].tolist()) for k, path in in_order.items()}
 
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
-        """Nodes and orders (k, B) of all ranks' samples, one rank after the other."""
+        """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
         chunk = self.chunk if isinstance(problem.velocity, BoundVelocity) else count
         parts = []
@@ -212,10 +215,9 @@ class OSS(_Search):
             parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
         gathered = {}
         for k in budgets:
-            whole = [
-                torch.cat(tables, dim=1).T for tables in zip(*((p[k].nodes, p[k].orders) for p in parts), strict=True)
-            ]
-            gathered[k] = Path(*(problem.collective.gather(table.contiguous()).T for table in whole))
+            tables = {name: [getattr(part[k], name) for part in parts] for name in ("nodes", "orders", "costs")}
+            whole = {name: torch.cat(table, dim=1).T.contiguous() for name, table in tables.items()}
+            gathered[k] = Path(**{name: problem.collective.gather(table).T for name, table in whole.items()})
         return gathered
 
 
@@ -245,7 +247,7 @@ class OSSAve(_Search):
             agreed = Path(nodes[:, None], self._agree(path.orders)[:, None])
             if self.refine:
                 agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"))
-            plans[k] = _schedule(problem, agreed, self.start)
+            plans[k] = _schedule(problem, replace(agreed, costs=path.costs), self.start)
         return plans
 
     def _agree(self, values: Tensor) -> Tensor:
@@ -324,11 +326,17 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
 
 
 def _schedule(problem: Problem, path: Path, start: Start, samples: Sequence[int] | None = None) -> StepSchedule:
-    """A path of b = 1 for all samples, or one for each of these."""
+    """A path of b = 1 for all samples, or one for each of these.
+
+    Its provenance says what the recursion's cost was after each of its rounds, before anything was agreed or refined.
+    """
     times = problem.grid[_closed(path.nodes.T, problem)].cpu()
     orders = None
     if path.weights is None and isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
         orders = path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu()
+    total = problem.collective.sum(path.costs.double().sum(1))
+    count = problem.collective.sum(total.new_tensor([path.costs.shape[1]]))
+    costs = [float(f"{cost:.4g}") for cost in (total / count).tolist()]
     return StepSchedule(
         times if samples is not None else times[0],
         start,
@@ -337,4 +345,5 @@ def _schedule(problem: Problem, path: Path, start: Start, samples: Sequence[int]
         samples=None if samples is None else tuple(samples),
         orders=orders,
         weights=None if path.weights is None else path.weights.cpu(),
+        provenance={"planning": {"cost_per_round": costs}},
     )

@@ -25,11 +25,15 @@ from oss_exp.stepsize.edges import Edges, Fit, FittedEdges, LinearEdges, Objecti
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """nodes (k, b) of a student's calls, and how each of the k steps is taken: orders (k, b) or weights (k, P)."""
+    """nodes (k, b) of a student's calls, and how each of the k steps is taken: orders (k, b) or weights (k, P).
+
+    costs (k, B): the table's entries along it, each sample's distance to the teacher after every step.
+    """
 
     nodes: Tensor
     orders: Tensor | None = None
     weights: Tensor | None = None
+    costs: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +119,9 @@ def _trace(rounds: Sequence[Round], fitted: bool) -> Path:
     """Follow the parents from node N, the last target of the last round."""
     last = rounds[-1]
     position = torch.full_like(last.targets[-1], len(last.targets) - 1)
-    nodes, hows = [], []
+    nodes, hows, costs = [], [], []
     for step in reversed(rounds):
+        costs.append(step.cost.gather(0, position.expand(step.cost.shape[1])[None])[0])
         if fitted:
             hows.append(step.how[int(position)])
         else:
@@ -127,4 +132,5 @@ def _trace(rounds: Sequence[Round], fitted: bool) -> Path:
         nodes.append(step.sources.expand(-1, width).gather(0, position[None])[0])
     how = torch.stack([h.expand(len(nodes[-1])) if not fitted else h for h in hows[::-1]])
     nodes = torch.stack([n.expand(len(nodes[-1])) for n in nodes[::-1]])
-    return Path(nodes, weights=how) if fitted else Path(nodes, orders=how)
+    made = {"weights" if fitted else "orders": how}
+    return Path(nodes, **made, costs=torch.stack(costs[::-1]))

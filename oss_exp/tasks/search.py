@@ -150,6 +150,7 @@ class SearchModule(L.LightningModule):
                     "search_samples": samples,
                     "network_calls_per_sample": round(rows / samples, 1),
                     "seconds": round(meter.seconds, 2),
+                    **plan.about("planning"),
                 },
             }
             rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")

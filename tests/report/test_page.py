@@ -42,6 +42,8 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
         rows.append({**row, **fixed, **measured, "per_image": images})
         pictures[f"{name} K={k}"] = rng.integers(0, 256, (COUNT, *shape), dtype=np.uint8)
         about = {"strategy": {"name": name, "baseline": name == "edm"}}
+        if k == 3:
+            about["planning"] = {"cost_per_round": [1e-20, 0.01, 0.1]}
         start = "free" if name == EVIL else "pinned"
         plan = StepSchedule(torch.tensor(times), start, provenance=about)
         plan.save(folder / "schedules" / f"{NAMES.index(name)}_{k}.json")
@@ -114,6 +116,16 @@ def test_the_lines_are_the_schedules(run):
     assert (own["low"][1], own["times"][1], own["high"][1], own["samples"]) == (0.62, 0.7, 0.78, 2)
     assert found["teacher"] == pytest.approx(np.linspace(1, 0, 11).tolist())
     assert len({line["color"] for line in lines.values()}) == 4
+    (psnr,) = block(run)["curves"]["measured"]
+    assert {line["name"]: (line["x"], line["y"]) for line in psnr["lines"]} == {
+        "edm": ([2], [31.0]),
+        EVIL: ([2], [21.0]),
+        "ours": ([2, 3], [10.5, 41.0]),
+    }
+    (costs,) = block(run)["curves"]["costs"]
+    assert [(line["name"], line["x"], line["y"]) for line in costs["lines"]] == [
+        ("ours", [1, 2, 3], [1e-20, 0.01, 0.1])
+    ]
 
 
 def test_what_users_write_is_text(run):
@@ -297,6 +309,40 @@ def test_a_page_sorts_hides_names_and_enlarges(run):
 
     assert (found["loaded"], found["title"]) == (0, f"m {EVIL}: few-step students against the 10-step teacher")
     assert found["refused"] == "http://127.0.0.1:9/x.png"
+
+
+@needs_browser
+def test_curves_name_their_points_and_hide(run):
+    found = visited(
+        run,
+        """async function visit(found) {
+          const tip = document.getElementById("tip");
+          found.said = [];
+          for (const circle of all("#measured circle, #costs circle")) {
+            circle.scrollIntoView({ block: "center" });
+            const box = circle.getBoundingClientRect();
+            const move = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2, bubbles: true };
+            circle.dispatchEvent(new PointerEvent("pointermove", move));
+            found.said.push(tip.textContent);
+          }
+          found.ticks = all("#costs text").map(each => each.textContent);
+          found.floor = all("#costs circle").map(each => Number(each.getAttribute("cy")));
+          const legend = document.getElementById("measured").nextElementSibling;
+          all("button", legend)[0].click();
+          found.hidden = all("#measured g").filter(each => each.style.display === "none").map(g => g.dataset.name);
+        }""",
+    )
+    assert found.get("error") is None
+    assert found["said"] == [
+        "edm, psnr against K\nK = 2: psnr 31",
+        f"{EVIL}, psnr against K\nK = 2: psnr 21",
+        "ours, psnr against K\nK = 2: psnr 10.5",
+        "ours, psnr against K\nK = 3: psnr 41",
+        *(f"ours, K = 3\nround = {i}: cost {cost}" for i, cost in [(1, "1e-20"), (2, "0.01"), (3, "0.1")]),
+    ]
+    assert found["ticks"][3:-3] == ["1e-7", "1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1"]
+    assert found["floor"] == pytest.approx([264, 64, 24], abs=0.5)
+    assert len(found["hidden"]) == 1
 
 
 @needs_browser

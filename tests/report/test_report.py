@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.report.results import Line, Result, compare, read_run, read_schedules
+from oss_exp.report.results import Line, Result, compare, metric_lines, read_run, read_schedules
 from oss_exp.report.table import columns, markdown
 
 SMALL = [
@@ -159,9 +159,10 @@ def test_the_page_holds_the_table_the_schedules_and_the_pictures(run):
     for row in table_of(run):
         tag = "th" if row[0] == "strategy" else "td"
         assert "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) in page
-    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    data = json.loads(block)
+    data = data_of(page)
     assert len(data["schedules"]["lines"]) == 8
+    assert [panel["title"] for panel in data["curves"]["measured"]] == ["psnr against K"]
+    assert [len(panel["lines"]) for panel in data["curves"]["costs"]] == [2, 2]
     assert len(data["samples"]["rows"]) == 1 + 6  # oss has schedules of its own for 4 of the 8 shown, too few for a row
 
 
@@ -252,6 +253,7 @@ def test_a_sweep_is_one_group_of_one_offline_run_per_job(sweep):
         assert f"\x112026-01-01/many/{job}".encode() in data  # the name: 17
         assert b"psnr/" in data
         assert b"psnr against K" in data
+        assert (b"cost per round" in data) == (job in "01"), "of the dynamic program"
         assert b"schedules-mixture" in data  # the artifact
         names.add(log.name)
     assert len(names) == 4
@@ -272,6 +274,41 @@ def test_a_gathered_sweep_is_one_table_with_a_row_per_job(sweep):
     for ours, rival in (("0", "2"), ("1", "3")):
         (mine,), (other,) = read_run(sweep / ours), read_run(sweep / rival)
         assert gains[ours].startswith(f"{mine.psnr.mean - other.psnr.mean:+.2f} ± ")
+
+
+def data_of(page: str) -> dict:
+    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(block)
+
+
+def test_a_gathered_sweep_has_curves_across_its_jobs(sweep):
+    curves = data_of((sweep / "report.html").read_text())["curves"]
+    (psnr,) = curves["measured"]
+    results = {(r.strategy, r.num_steps): r.psnr.mean for job in range(4) for r in read_run(sweep / str(job))}
+    assert psnr["title"] == "psnr against K"
+    for line in psnr["lines"]:
+        assert line["x"] == [2, 4]
+        assert line["y"] == pytest.approx([results[line["name"], k] for k in (2, 4)], abs=0.01)
+        assert line["baseline"] == (line["name"] == "edm")
+    costs = [read_schedules(sweep / job)[0][1].about("planning")["cost_per_round"] for job in ("0", "1")]
+    assert [(panel["title"], *panel["lines"][0]["x"]) for panel in curves["costs"]] == [
+        ("K = 2", 1, 2),
+        ("K = 4", 1, 2, 3, 4),
+    ]
+    assert [panel["lines"][0]["y"] for panel in curves["costs"]] == costs
+
+
+def test_runs_of_one_strategy_have_curves_of_their_own():
+    runs = [result(name, {1: value}, nfe=k, run=run) for name, value, k, run in CURVES]
+    fid = result("edm", {1: 3}, nfe=4, run="a", metrics={"fid": 7.0, "kid_std": 1.0})
+    found = metric_lines(compare([*runs, fid]))
+    assert found == {
+        "psnr": {"edm": {2: 1, 4: 3}, "ours (run a)": {2: 2, 4: 4}, "ours (run b)": {2: 5}},
+        "fid": {"edm": {4: 7.0}},
+    }
+
+
+CURVES = [("edm", 1, 2, "a"), ("ours", 2, 2, "a"), ("ours", 4, 4, "a"), ("ours", 5, 2, "b")]
 
 
 def test_jobs_that_fail_take_no_others_along_and_are_explained(tmp_path, capsys):
@@ -295,5 +332,5 @@ def test_a_gathered_sweep_has_a_page_and_a_picture(sweep):
     assert (sweep / "schedules.png").is_file()
     assert "Sweep of 4 runs" in page
     assert page.count("<tr class=") == 4
-    assert page.count('"name":"oss_shared"') == page.count('"name":"edm"') == 2
+    assert sorted(line["name"] for line in data_of(page)["schedules"]["lines"]) == ["edm"] * 2 + ["oss_shared"] * 2
     assert "<h2>Samples</h2>" not in page, "they are on the pages of the runs"

@@ -9,10 +9,11 @@ from replay import assert_tables_replay, final_error, schedule
 
 from oss_exp.distances import XtMSE
 from oss_exp.noise import EDMSchedule, FlowSchedule
-from oss_exp.solvers import BoundVelocity, Euler, LinearMultistep, Solver
+from oss_exp.solvers import BoundVelocity, Euler, LinearMultistep, Solver, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.heun import Heun
-from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSShared, Problem
+from oss_exp.solvers.sampling import FittedSteps
+from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSFit, OSSShared, Problem
 from oss_exp.stepsize.edges import PerSample, Shared
 from oss_exp.stepsize.oss import layers, stretch, strictly_monotone
 from oss_exp.stepsize.recursion import recurse
@@ -69,6 +70,34 @@ def test_replay_equals_table_with_a_solver_that_remembers(adams, start, objectiv
     for k in budgets:
         replayed = final_error(adams, schedule(adams, solution.paths[k], start))
         torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        OSSShared("pinned", None, False, "mean"),
+        OSSShared("analytic", None, True, "mean"),
+        OSSAve("free", Band(4, 2), False, "median", 5),
+        OSSFit("pinned", None, False, "mean", history=2, ridge=1e-7),
+        OSS("free", None, False, 5),
+    ],
+)
+def test_a_schedule_says_what_the_rounds_cost(strategy, problem):
+    """Of a path that nothing has changed, what sampling it costs after every step."""
+    steps = strategy.plan(problem, [3, 6])[6]
+    costs = steps.about("planning")["cost_per_round"]
+    assert len(costs) == 6
+    assert all(cost >= 0 for cost in costs)
+    if isinstance(strategy, OSSAve) or strategy.refine:
+        return
+    times = steps.times if steps.samples is None else steps.times.T
+    solver = problem.solver
+    if steps.weights is not None:
+        solver = FittedSteps(steps.weights, (problem.noise, steps.mean_of(problem.noise, problem.group)))
+    _, *states = walk(solver, problem.velocity, problem.noise, times)
+    nodes = [torch.stack([(problem.grid == t).nonzero()[0, 0] for t in state.t]) for state in states]
+    found = [problem.cost(state.x, at).mean().item() for state, at in zip(states, nodes, strict=True)]
+    assert costs == pytest.approx(found, rel=1e-3)
 
 
 def test_a_search_with_memory_beats_one_without_on_its_own_ground(adams):
