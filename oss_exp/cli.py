@@ -6,6 +6,7 @@ full traceback go to error.log in the run folder, and to the terminal with HYDRA
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -46,7 +47,8 @@ def run(cfg: DictConfig) -> float | None:
         _run(cfg, folder)
         return report.mean_psnr(folder)
     except Exception as error:
-        rank_zero_only(write_atomically)(folder / "error.log", f"{_message(error)}\n\n{traceback.format_exc()}")
+        with contextlib.suppress(OSError):  # a full disk: what went wrong is to be said all the same
+            rank_zero_only(write_atomically)(folder / "error.log", f"{_message(error)}\n\n{traceback.format_exc()}")
         raise
     finally:
         lock.release()

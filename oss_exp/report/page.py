@@ -40,8 +40,8 @@ images at their own size. A click enlarges a sample, arrow keys go to its neighb
 <noscript>These pictures need JavaScript; they are also in samples.png.</noscript>"""
 TRAJECTORIES = """<h2>On the way</h2>
 <p class="note">What the network takes for the clean sample when a step calls it, x0 = x - t v, and below it the step's
-time t (1 noise, 0 data); of the teacher at some of its steps. At t = 0 the sample itself. A click on one of the
-samples shows its way, a click on a step enlarges it, arrow keys go to its neighbours.</p>
+time t (1 noise, 0 data); of the teacher at some of its steps, of a video the middle frame. At t = 0 the sample itself.
+A click on one of the samples shows its way, a click on a step enlarges it, arrow keys go to its neighbours.</p>
 <div id="choice"></div><div id="ways"></div>
 <noscript>These pictures need JavaScript; they are also in trajectories.npz.</noscript>"""
 DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"

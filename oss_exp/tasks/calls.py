@@ -41,10 +41,13 @@ class Calls:
         path = self._path(work)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        with path.open("r+b") as self.file:
-            self.replays = True
+        self.file, self.replays = path.open("r+b"), True
+        try:
             yield
-        self.file = None
+        finally:
+            with contextlib.suppress(OSError):  # what is left of a call that `_keep` has told of
+                self.file.close()
+            self.file = None
 
     def forget(self) -> None:
         """All results are on disk; the calls are not needed any more."""

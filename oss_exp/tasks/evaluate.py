@@ -232,9 +232,7 @@ class Metrics:
 
     def __init__(self, cfg: DictConfig):
         known = [
-            name
-            for name in cfg
-            if name not in ("metrics", "save_images", "trajectories", "extractor", "reference")
+            name for name in cfg if name not in ("metrics", "save_images", "trajectories", "extractor", "reference")
         ]
         if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
             raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")

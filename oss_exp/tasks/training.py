@@ -6,6 +6,7 @@ Example i is a function of (seed, i) alone, so any number of ranks with the same
 from __future__ import annotations
 
 import abc
+import io
 import math
 import os
 import platform
@@ -22,11 +23,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from oss_exp.files import write_atomically
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.fitting import loss_bar, versions
 
@@ -156,6 +159,7 @@ def fit(
         max_epochs=math.ceil(task.max_steps / task.save_every),
         gradient_clip_val=task.gradient_clip,
         callbacks=[Bar(), ModelCheckpoint(checkpoint.parent, checkpoint.stem, enable_version_counter=False)],
+        plugins=[WholeCheckpoints()],
         **more,
     )
     if task.batch_size % trainer.world_size:
@@ -165,6 +169,15 @@ def fit(
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # of a run that goes on
         trainer.fit(module, ckpt_path=resume)
     return trainer
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints are whole or the old ones; Lightning's are copied from another folder, and may end half-way."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(path, buffer.getvalue())
 
 
 class Bar(Callback):

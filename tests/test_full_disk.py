@@ -1,0 +1,111 @@
+"""A disk that is full or cannot be written ends every kind of work with one message, and what is left is whole."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_weights, run_cli
+from safetensors.torch import load_file
+
+from oss_exp.steps import StepSchedule
+
+SEARCH = ["model=mixture_digits", "num_teacher_steps=20", "num_steps=[2,4]", "data.search_samples=6", "logger=none"]
+SEARCH += ["data.eval_samples=8", "data.per_sample=4", "trainer.enable_progress_bar=false"]
+COMPARE = [*SEARCH, "stepsize=[edm,oss_shared]"]
+NETWORK = ["model=dit_fashion", "model.event_shape=[1,8,8]", "model.backbone.size=8", "model.backbone.num_layers=1"]
+NETWORK += ["model.backbone.num_attention_heads=2", "model.backbone.attention_head_dim=8"]
+TRAIN = ["task.max_steps=6", "task.save_every=2", "task.batch_size=8", "task.warmup_steps=1", "logger=none"]
+PRETRAIN = ["task=pretrain", "data=digits", "trainer.precision=32-true", *NETWORK, *TRAIN]
+FINETUNE = ["task=finetune", "task.num_stages=2", "task.trajectories=8", "task.precision=32-true", *NETWORK, *TRAIN]
+FINETUNE += ["stepsize=ddim", "num_teacher_steps=10", "num_steps=[3]", "data.search_samples=2"]
+EXPORT = ["task=export", "task.to=comfyui"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes a file system of so many KiB; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kib: int, kind: str = "rw") -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"{kind},size={kib}k", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("may not mount a file system")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], check=False, capture_output=True)
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file but the kept calls, which may end anywhere, can be read; no other is left."""
+    for file in folder.rglob("*"):
+        assert not file.name.endswith(".tmp")
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            load_file(file)
+        elif file.suffix == ".npz":
+            with np.load(file) as arrays:
+                assert all(array.size for array in arrays.values())
+        elif file.suffix == ".ckpt":
+            torch.load(file, weights_only=False)
+
+
+def refused(arguments: list[str], folder: Path, capsys) -> str:
+    """Its one message."""
+    with pytest.raises(SystemExit):
+        run_cli(*arguments, f"hydra.run.dir={folder / 'run'}")
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    (message,) = [line for line in told.splitlines() if line.startswith("oss-exp: ")]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kib", "message"),
+    [
+        (
+            [*COMPARE, "task=search"],
+            40,
+            "cannot keep the network calls of a search in .*No space left.*; free space, or",
+        ),
+        (
+            [*COMPARE, "task=search", "keep_calls=false"],
+            28,
+            r"cannot write .*/schedules/.*: No space left.*; free space",
+        ),
+        ([*COMPARE, "keep_calls=false"], 60, r"cannot write .*\.npz: No space left on device; free space"),
+        (PRETRAIN, 92, r"cannot write .*/checkpoints/last.ckpt: No space left on device; free space"),
+        (FINETUNE, 92, r"cannot write .*/checkpoints/stage_0.ckpt: No space left on device; free space"),
+    ],
+    ids=["search", "schedules", "compare", "pretrain", "finetune"],
+)
+def test_a_full_disk_is_told_of(arguments, kib, message, disk, tmp_path, capsys):
+    if arguments is FINETUNE:
+        arguments = [*FINETUNE, random_weights(tmp_path / "weights.safetensors", *NETWORK)]
+    folder = disk(kib)
+    assert re.search(message, refused(arguments, folder, capsys))
+    assert_whole(folder)
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
+    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], "free", provenance={"native": {"clock": "flow time"}})
+    steps.save(tmp_path / "lists.json")
+    folder = disk(4)
+    (folder / "other").write_bytes(bytes(4096))
+    arguments = [*EXPORT, f"task.schedule={tmp_path / 'lists.json'}", f"task.output={folder / 'comfy.json'}"]
+    assert "comfy.json: No space left on device; free space" in refused(arguments, tmp_path, capsys)
+    assert [file.name for file in folder.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("arguments", [COMPARE, PRETRAIN, EXPORT], ids=["compare", "pretrain", "export"])
+def test_a_folder_that_cannot_be_written_is_told_of(arguments, disk, capsys):
+    folder = disk(100, "ro")
+    assert "Read-only file system" in refused(arguments, folder, capsys)
