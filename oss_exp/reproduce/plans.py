@@ -141,6 +141,9 @@ def table_2(paper: Paper, small: bool) -> Plan:
 SCHEDULES = ("edm", "ddim", "fm")
 
 
+LIMIT = 0.25  # dB, below which a search has converged
+
+
 def table_3(paper: Paper, small: bool) -> Plan:
     samples = ["data.search_samples=64", "data.eval_samples=64", "data.per_sample=64"]
     base = (
@@ -166,8 +169,9 @@ def table_3(paper: Paper, small: bool) -> Plan:
     def converged(values: Values) -> Verdict:
         lost = {name: values[at[name, 1000]].minus(values[at[name, 200]]) for name in ("oss", "oss_ave")}
         text = ", ".join(f"{name} {each.mean:+.3f} ± {each.high - each.mean:.3f} dB" for name, each in lost.items())
-        most = max(each.high for each in lost.values())
-        return Verdict("holds" if most < 0.25 else "does not hold", f"1000 steps minus 200: {text} (limit: 0.25)")
+        worst = max(lost.values(), key=lambda each: each.high)
+        unsure = "does not hold" if worst.low > LIMIT else "not significant"
+        return Verdict("holds" if worst.high < LIMIT else unsure, f"1000 steps minus 200: {text} (limit: {LIMIT})")
 
     return Plan(
         [source(row) for row in paper.rows],
@@ -258,8 +262,8 @@ def table_6(paper: Paper, small: bool) -> Plan:
 
 
 def table_7(paper: Paper, small: bool) -> Plan:
-    own = ["task=geneval", "model=flux_scenes", "model.guidance.scale=1.5", "task.images_per_prompt=2"]
-    own += ["stepsize=[fm,ddim,gits,dm,oss_ave]", f"stepsize.oss_ave.{COARSE}"]
+    own = ["task=geneval", "model=flux_scenes", "model.guidance.scale=3", "noise_schedule.shift=6"]
+    own += ["task.images_per_prompt=1", "stepsize=[fm,ddim,gits,dm,oss_ave]", f"stepsize.oss_ave.{COARSE}"]
     cell = Cell.of(*own) if small else Cell.of("experiment=table_7", "trainer=gpu")
 
     def label(row: Row) -> str:
@@ -277,8 +281,8 @@ def table_7(paper: Paper, small: bool) -> Plan:
         [Source(geneval(label(row), row["part"]), (cell,)) for row in paper.rows],
         lambda row: (row["label"], row["part"].replace("_", " ")),
         {paper.claims[0].text: kept},
-        "flux_scenes on scenes of coloured garments, seen by the shipped detector; two pictures of each of 553 prompts "
-        "(the paper: four), guidance 1.5.",
+        "flux_scenes on scenes of coloured garments, seen by the shipped detector; one picture of each of 553 prompts "
+        "(the paper: four), guidance 3, the teacher's times shifted by 6 as FLUX shifts its own.",
     )
 
 

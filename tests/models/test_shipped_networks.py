@@ -19,7 +19,7 @@ from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSSShared, Problem
 
 NETWORKS = ["unet_fashion", "dit_fashion"]
-RELATIVES = ["flux_fashion", "mar_fashion"]
+RELATIVES = ["flux_fashion", "flux_scenes", "mar_fashion"]
 
 
 def load(name: str, *overrides: str):
@@ -39,11 +39,13 @@ def test_provenance(name):
     if name in NETWORKS:  # others' fingerprints are of their words too, or of the numbers in whatever file
         assert model.fingerprint == record["sha256"]
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
-    assert 1e6 < record["parameters"] < 3e6
+    assert 1e6 < record["parameters"] < 4e6
     assert record["made_by"].startswith(f"oss-exp task=pretrain model={name}")
     assert record["training"]["steps"] == record["training"]["of"]
     assert record["training"]["seconds"] > 600
-    assert record["data"]["images"] == {"flux_fashion": 480000, "video_fashion": 360000}.get(name, 60000)
+    assert record["data"]["images"] == {"flux_fashion": 480000, "flux_scenes": 1200000, "video_fashion": 360000}.get(
+        name, 60000
+    )
     assert record["hardware"]
 
 

@@ -15,7 +15,7 @@ from oss_exp.cli import CONF
 from oss_exp.tasks.evaluate import Metrics
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
-TO_BE_TRAINED = {"video_fashion", "flux_scenes"}  # by task=pretrain; their weights are not shipped yet
+TO_BE_TRAINED = {"video_fashion"}  # by task=pretrain; their weights are not shipped yet
 OPTIONS = [
     (group.name, file.stem) for group in GROUPS if group.name != "experiment" for file in sorted(group.glob("*.yaml"))
 ]
