@@ -7,6 +7,7 @@ made before is answered from the file, until the file ends.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,11 +37,13 @@ class Calls:
         self.replays = False
 
     @contextlib.contextmanager
-    def of(self, work: str) -> Iterator[None]:
-        """Answer and keep the calls that are made within."""
+    def of(self, work: str, expected: int = 0) -> Iterator[None]:
+        """Answer and keep the calls that are made within; OSError where the disk has not the bytes expected of them."""
         path = self._path(work)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        if expected > (free := shutil.disk_usage(self.folder).free + path.stat().st_size):
+            raise self._no_room(f"they come to about {expected / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
         self.file, self.replays = path.open("r+b"), True
         try:
             yield
@@ -80,8 +83,8 @@ class Calls:
         head = self.file.read(HEAD.size)
         if len(head) == HEAD.size:
             question, answer, size = HEAD.unpack(head)
-            data = self.file.read(size) if question == asked else b""
-            if len(data) == size and crc32(data) == answer:
+            data = self.file.read(size) if question == asked else None
+            if data is not None and len(data) == size and crc32(data) == answer:
                 return safetensors.torch.load(data)["answer"]
         self.file.seek(start)
         self.file.truncate()
@@ -94,10 +97,13 @@ class Calls:
             self.file.write(HEAD.pack(asked, crc32(data), len(data)) + data)
             self.file.flush()
         except OSError as error:
-            raise OSError(
-                f"cannot keep the network calls of a search in {self.folder}: {error.strerror}; free space, or set "
-                "keep_calls=false, without which a killed search starts again"
-            ) from error
+            raise self._no_room(error.strerror) from error
+
+    def _no_room(self, reason: str) -> OSError:
+        return OSError(
+            f"cannot keep the network calls of a search in {self.folder}: {reason}; free space, or set "
+            "keep_calls=false, with which a killed search starts again"
+        )
 
 
 def _checksum(*tensors: Tensor | None) -> int:

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,15 +100,20 @@ class SearchModule(L.LightningModule):
                 if loader not in taught and self._calls(strategy, problem):  # times by hand need no teacher
                     taught.add(loader)
                     calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
-                    with meter.measure("teacher", calls, len(problem.noise)), self._kept(f"teacher_{loader}"):
+                    with self._measured("teacher", calls, problem, meter, f"teacher_{loader}"):
                         problem.teacher, problem.goals  # noqa: B018  (made now and kept for all strategies)
                 self._plan(name, strategy, problem, meter)
         self.trainer.strategy.barrier("schedules are on disk")
         if self.calls is not None:
             self.calls.forget()
 
-    def _kept(self, work: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.calls is None else self.calls.of(work)
+    @contextmanager
+    def _measured(self, name: str, calls: int, problem: Problem, meter: Meter, file: str) -> Iterator[None]:
+        """A piece of planning, its calls (so many expected a sample) counted, shown and kept."""
+        size = calls * problem.noise.numel() * problem.noise.element_size()
+        kept = nullcontext() if self.calls is None else self.calls.of(file, size)
+        with kept, meter.measure(name, calls, len(problem.noise)):
+            yield
 
     def _problem(self, batches: list[dict[str, Tensor]], meter: Meter) -> Problem:
         if not batches:
@@ -136,7 +141,7 @@ class SearchModule(L.LightningModule):
         return strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
 
     def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
-        with meter.measure(name, self._calls(strategy, problem), len(problem.noise)), self._kept(name):
+        with self._measured(name, self._calls(strategy, problem), problem, meter, name):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
         samples, rows = problem.collective.sum(counts).tolist()
@@ -209,9 +214,10 @@ class Meter:
         """The same velocity, its rows counted here."""
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            answer = velocity.fn(x, t, condition)
             self.rows += len(x)
             self.progress.update(self.bar, advance=len(x) / self.samples)
-            return velocity.fn(x, t, condition)
+            return answer
 
         return replace(velocity, fn=fn)
 

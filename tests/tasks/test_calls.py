@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,26 @@ def test_a_file_that_was_cut_short_answers_what_it_still_can(tmp_path, kept_byte
     assert torch.equal(found, expected)
     assert 1 <= asked <= 4
     assert file.read_bytes() == whole
+
+
+def test_zeros_at_the_end_are_no_answer(tmp_path):
+    """A file system may leave such after a power cut."""
+    expected, _ = done(tmp_path, 4)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole + bytes(64))
+    assert done(tmp_path, 5)[1] == 1
+    file.write_bytes(bytes(len(whole)))
+    found, asked = done(tmp_path, 4)
+    assert torch.equal(found, expected)
+    assert asked == 4
+
+
+def test_calls_that_the_disk_has_no_room_for_are_refused(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    message = r"they come to about .* GB are free; free space, or set keep_calls=false"
+    with pytest.raises(OSError, match=message), Calls(tmp_path, rank=0).of("work", 2 * free):
+        pass
 
 
 def test_damage_is_found_and_other_questions_are_not_answered(tmp_path):
