@@ -50,7 +50,7 @@ for (const head of document.querySelectorAll("th")) {
 const tip = add(document.body, "div", { id: "tip", hidden: "" });
 const short = value => Number(value.toPrecision(4));
 
-const tick = value => value > 0 && value < 1e-3 ? value.toExponential(0) : value;
+const tick = value => value > 0 && value < 2e-3 ? value.toExponential(0) : value;
 
 function place({ low, high, log }, from, to) { // values of an axis -> pixels
   const power = value => Math.log(Math.max(value, low) / low);

@@ -44,7 +44,7 @@ def figure_5(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
         (line,) = axis.plot(times.mean(0), label=f"{teacher} teacher steps", lw=1.2)
         low, high = np.quantile(times, (0.05, 0.95), axis=0)
         axis.fill_between(range(times.shape[1]), low, high, alpha=0.12, color=line.get_color())
-    axis.set(xlabel="student step", ylabel="time t (1: noise)")
+    axis.set(xlabel="student step", ylabel="time t (1: noise)", xticks=range(0, 21, 5))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure

@@ -163,7 +163,9 @@ class Reproduction:
         """PNG: a panel a column, a line a row of the table; circles the paper's numbers, dots with intervals ours."""
         lines, columns, places = self.grid()
         size = (1.6 + 2.1 * len(columns), 1.1 + 0.3 * len(lines))
-        figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(columns), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+        )
         for axis, column in zip(axes[0], columns, strict=True):
             for height, line in enumerate(lines):
                 if (number := places.get((line, column))) is None:
