@@ -29,7 +29,8 @@ from oss_exp.reproduce.render import Reproduction, summary
 from oss_exp.reproduce.values import Value
 
 EXPERIMENTS = CONF.parent / "experiments"
-SMALL = "model=mixture_fashion,num_teacher_steps=60,data.eval_samples=4,data.per_sample=4,data.search_samples=4"
+SMALL = "model: mixture_fashion, num_teacher_steps: 60, data.eval_samples: 4, data.per_sample: 4"
+OVERRIDES = f"task.overrides={{{SMALL}}}"
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def command(folder: Path, *more: str) -> list[str]:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(EXPERIMENTS / target.name / "paper.json", target)
     where = [f"task.experiments={folder}/experiments", f"task.cells={folder}/cells", f"hydra.run.dir={folder}/run"]
-    return ["task=reproduce", "table=2", *where, f"task.overrides=[{SMALL}]", *more]
+    return ["task=reproduce", "table=2", *where, *more]
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -190,12 +191,12 @@ def results(folder: Path) -> dict[str, bytes]:
 
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     """SIGKILL to the command alone, whose runs live on: the next command waits for them."""
-    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(tmp_path / "whole")]).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(tmp_path / "whole", OVERRIDES)]).returncode == 0
     expected = results(tmp_path / "whole")
     assert set(expected) == {f"small.{kind}" for kind in ("md", "tex", "csv", "json", "png")}
     folder = tmp_path / "killed"
     for number in range(3):
-        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder)])
+        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder, OVERRIDES)])
         limit = time.monotonic() + 120
         while len(list(folder.glob("cells/*/cell.json"))) < number + 1 and time.monotonic() < limit:
             time.sleep(0.05)
@@ -204,7 +205,7 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path):
         assert not results(folder)
     made = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/cell.json")}
     assert 3 <= len(made) < 6
-    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(folder)]).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(folder, OVERRIDES)]).returncode == 0
     assert results(folder) == expected
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())  # not made again
 
@@ -213,7 +214,7 @@ def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
     strategies = {"table_3": "[oss,oss_ave] num_steps=[20] task=search", "table_6": "[edm,ddim,fm,dm,gits,oss_ave]"}
     for name, figures in {"table_3": ["figure_5"], "table_6": ["figure_1", "figure_10"]}.items():
         paper, planned = plan(name)
-        cell = Cell.of(*SMALL.split(","), *f"stepsize={strategies[name]}".split())
+        cell = Cell.of(*SMALL.replace(": ", "=").split(", "), *f"stepsize={strategies[name]}".split())
         assert make([cell], tmp_path, jobs=1) == {}
         sources = [source and replace(source, cells=(cell,)) for source in planned.sources]
         drawn = draw(paper, replace(planned, sources=sources), tmp_path)
@@ -224,7 +225,7 @@ def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
 def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
     """The runs of OSS need 20 steps of a teacher of 20; DDIM's has 50, which are too many."""
     with pytest.raises(SystemExit):
-        run_cli(*command(tmp_path, f"task.overrides=[{SMALL},num_teacher_steps=20]"))
+        run_cli(*command(tmp_path, OVERRIDES.replace("60", "20")))
     error = capsys.readouterr().err
     assert error.startswith("oss-exp: 3 runs failed, and their tables are not written; the others are kept.")
     assert "num_steps" in error
@@ -235,8 +236,8 @@ def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
 
 
 def test_the_papers_own_plan_runs_with_tiny_networks(tmp_path):
-    tiny = "model.size=tiny,num_teacher_steps=60,data.eval_samples=2,data.per_sample=2,trainer=cpu"
-    run_cli(*command(tmp_path, "scale=paper", f"task.overrides=[{tiny}]"))
+    tiny = "{model.size: tiny, num_teacher_steps: 60, data.eval_samples: 2, data.per_sample: 2, trainer: cpu}"
+    run_cli(*command(tmp_path, "scale=paper", f"task.overrides={tiny}"))
     found = json.loads((tmp_path / "experiments/table_2/paper.json").read_text())
     assert found["scale"] == "paper"
     assert all(number["ours"]["n"] == 2 for number in found["numbers"])

@@ -174,9 +174,8 @@ class Reproduction:
                 if theirs is not None:
                     axis.plot(theirs, height, "o", mfc="none", mec="0.4", label="paper")
                 if ours is not None:
-                    low, high = ours.interval.low or ours.interval.mean, ours.interval.high or ours.interval.mean
-                    mean = ours.interval.mean
-                    bars = [[mean - low], [high - mean]]
+                    mean, low, high = ours.interval.mean, ours.interval.low, ours.interval.high
+                    bars = None if high is None else [[mean - low], [high - mean]]
                     axis.errorbar(mean, height, xerr=bars, fmt="o", ms=4, color="C0", label=f"ours, {self.scale}")
             axis.set_title(column, fontsize=9)
             axis.set_xscale("log" if self.paper.metric["name"] == "fid" else "linear")

@@ -29,8 +29,9 @@ def reproduce(cfg: DictConfig) -> None:
         raise ValueError(f"scale must be small or paper, got {cfg.task.scale!r}")
     small, root, experiments = cfg.task.scale == "small", Path(cfg.task.cells), Path(cfg.task.experiments)
     jobs = cfg.task.jobs or (os.cpu_count() or 1 if small else 1)
+    more = [f"{key}={value}" for key, value in (cfg.task.overrides or {}).items()]
     papers = {name: Paper.load(experiments / name) for name in names}
-    plans = {name: _with(TABLES[name](paper, small), cfg.task.overrides) for name, paper in papers.items()}
+    plans = {name: _with(TABLES[name](paper, small), more) for name, paper in papers.items()}
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / ".lock", timeout=0):
