@@ -149,3 +149,9 @@ def words(command: str) -> list[str]:
 def first_of_sweep(word: str) -> str:
     key, _, value = word.partition("=")
     return word if value.startswith(("[", "{")) else f"{key}={value.split(',')[0]}"
+
+
+def test_the_summary_of_the_tables_is_the_one_that_was_written():
+    written = (ROOT / "experiments" / "small.md").read_text().partition("\n\n")[2]
+    shown = re.search(r"<!-- summary: begin -->\n(.*?)<!-- summary: end -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown[1].replace("(experiments/", "(") == written

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import shutil
 import signal
@@ -176,38 +175,37 @@ def test_bad_input(arguments, message, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    for number in (2, 3):
-        target = folder / "experiments" / f"table_{number}"
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(EXPERIMENTS / target.name / "paper.json", target)
+def command(folder: Path, table: int, *more: str) -> list[str]:
+    target = folder / "experiments" / f"table_{table}"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(EXPERIMENTS / target.name / "paper.json", target)
     where = [f"task.experiments={folder}/experiments", f"task.cells={folder}/cells", f"hydra.run.dir={folder}/run"]
-    return ["task=reproduce", "table=2", *where, *more]
+    return ["task=reproduce", f"table={table}", *where, *more]
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "experiments/table_2").glob("small.*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("experiments/*/small.*"))}
 
 
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     """SIGKILL to the command alone, whose runs live on: the next command waits for them."""
-    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(tmp_path / "whole", OVERRIDES)]).returncode == 0
+    run_cli(*command(tmp_path / "whole", 1))
     expected = results(tmp_path / "whole")
-    assert set(expected) == {f"small.{kind}" for kind in ("md", "tex", "csv", "json", "png")}
+    assert set(expected) == {f"small.{kind}" for kind in ("md", "tex", "csv", "json")}
     folder = tmp_path / "killed"
-    for number in range(3):
-        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder, OVERRIDES)])
-        limit = time.monotonic() + 120
-        while len(list(folder.glob("cells/*/cell.json"))) < number + 1 and time.monotonic() < limit:
+    for reached in ("cells/*/.lock", "cells/*/schedules/*.json", "cells/*/cell.json"):
+        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder, 1, "task.jobs=1")])
+        limit = time.monotonic() + 200
+        while not list(folder.glob(reached)) and time.monotonic() < limit:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not results(folder)
-    made = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/cell.json")}
-    assert 3 <= len(made) < 6
-    assert subprocess.run([sys.executable, "-m", "oss_exp", *command(folder, OVERRIDES)]).returncode == 0
+    (made,) = folder.glob("cells/*/cell.json")
+    when = made.stat().st_mtime_ns
+    run_cli(*command(folder, 1))
     assert results(folder) == expected
-    assert all(path.stat().st_mtime_ns == when for path, when in made.items())  # not made again
+    assert made.stat().st_mtime_ns == when  # not made again
 
 
 def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
@@ -223,21 +221,12 @@ def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
-    """The runs of OSS need 20 steps of a teacher of 20; DDIM's has 50, which are too many."""
+    """The runs of OSS need 20 steps of a teacher of 20; the naive ones have 50, which are too many."""
     with pytest.raises(SystemExit):
-        run_cli(*command(tmp_path, OVERRIDES.replace("60", "20")))
+        run_cli(*command(tmp_path, 2, OVERRIDES.replace("60", "20")))
     error = capsys.readouterr().err
-    assert error.startswith("oss-exp: 3 runs failed, and their tables are not written; the others are kept.")
-    assert "num_steps" in error
-    assert error.count("stepsize=[") == 3
+    assert "oss-exp: 3 runs failed, and their tables are not written; the others are kept." in error
+    assert error.count("got [5, 10, 20, 50]") >= 3
     assert not results(tmp_path)
     assert len(list((tmp_path / "cells").glob("*/cell.json"))) == 3
     assert os.listdir(tmp_path / "experiments/table_2") == ["paper.json"]
-
-
-def test_the_papers_own_plan_runs_with_tiny_networks(tmp_path):
-    tiny = "{model.size: tiny, num_teacher_steps: 60, data.eval_samples: 2, data.per_sample: 2, trainer: cpu}"
-    run_cli(*command(tmp_path, "scale=paper", f"task.overrides={tiny}"))
-    found = json.loads((tmp_path / "experiments/table_2/paper.json").read_text())
-    assert found["scale"] == "paper"
-    assert all(number["ours"]["n"] == 2 for number in found["numbers"])

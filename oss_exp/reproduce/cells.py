@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -16,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra import compose
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -120,11 +120,11 @@ def _make(cell: Cell, root: Path, jobs: int, parent: Future | None, running: _Ru
         return f"what it needs has failed: {reason}"
     folder = cell.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # a run that outlived the program that started it has it; wait for its end
-        pass
     command, started = cell.command(root), time.monotonic()
-    with open(folder / "log.txt", "w") as log:
-        code = running.run([*command, "logger=none", f"hydra.run.dir={folder}"], log, jobs)
+    with open(folder / ".making", "w") as lock, open(folder / "log.txt", "a") as log:
+        # The run holds it too, so that one that outlived the program that began it is waited for.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code = running.run([*command, "logger=none", f"hydra.run.dir={folder}"], lock.fileno(), log, jobs)
     if code:
         reason = folder / "error.log"
         text = reason.read_text() if reason.is_file() else (folder / "log.txt").read_text()[-1000:]
@@ -143,14 +143,14 @@ class _Running:
         self.processes: set[subprocess.Popen] = set()
         self.lock, self.stopped = threading.Lock(), False
 
-    def run(self, overrides: list[str], log: Any, jobs: int) -> int:
+    def run(self, overrides: list[str], lock: int, log: Any, jobs: int) -> int:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HYDRA_FULL_ERROR": "0"}
         with self.lock:
             if self.stopped:
                 return 1
             command = [sys.executable, "-m", "oss_exp", *overrides]
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=environment, pass_fds=[lock], stdout=log, stderr=subprocess.STDOUT)
             self.processes.add(process)
         code = process.wait()
         self.processes.discard(process)
