@@ -340,7 +340,7 @@ def test_curves_name_their_points_and_hide(run):
         "ours, psnr against K\nK = 3: psnr 41",
         *(f"ours, K = 3\nround = {i}: cost {cost}" for i, cost in [(1, "1e-20"), (2, "0.01"), (3, "0.1")]),
     ]
-    assert found["ticks"][3:-3] == ["1e-7", "1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1"]
+    assert found["ticks"][3:-3] == ["1e-7", "1e-6", "1e-5", "1e-4", "1e-3", "0.01", "0.1"]
     assert found["floor"] == pytest.approx([264, 64, 24], abs=0.5)
     assert len(found["hidden"]) == 1
 
