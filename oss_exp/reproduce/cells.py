@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -88,36 +88,33 @@ def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
         TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False), disable=not missing,
     )  # fmt: skip
-    running = _Running()
+    running, pool = _Running(), ThreadPoolExecutor(jobs)
     failed: dict[Cell, str] = {}
-    started: dict[Cell, Future] = {}
-    pool = ThreadPoolExecutor(jobs)
+    waiting, begun = list(missing), dict[Future, Cell]()
     try:
         with bar:
             line = bar.add_task("", total=len(missing))
-            for cell in missing:  # a parent stands before its cells, so it never waits for one of them
-                started[cell] = pool.submit(_make, cell, root, jobs, started.get(cell.parent), running)
-            cell_of = {future: cell for cell, future in started.items()}
-            for future in as_completed(cell_of):
-                cell = cell_of[future]
-                if (reason := future.result()) is not None:
-                    failed[cell] = reason
-                bar.print(
-                    f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}",
-                    soft_wrap=True,
-                    markup=False,
-                )
-                bar.advance(line)
+            while waiting or begun:
+                for cell in [each for each in waiting if each.parent not in {*waiting, *begun.values()}]:
+                    waiting.remove(cell)
+                    begun[pool.submit(_make, cell, root, jobs, failed.get(cell.parent), running)] = cell
+                for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                    cell = begun.pop(future)
+                    if (reason := future.result()) is not None:
+                        failed[cell] = reason
+                    said = f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}"
+                    bar.print(said, soft_wrap=True, markup=False)
+                    bar.advance(line)
     finally:
         running.stop()
         pool.shutdown(cancel_futures=True)
     return failed
 
 
-def _make(cell: Cell, root: Path, jobs: int, parent: Future | None, running: _Running) -> str | None:
-    """None, or why it failed."""
-    if parent is not None and (reason := parent.result()) is not None:
-        return f"what it needs has failed: {reason}"
+def _make(cell: Cell, root: Path, jobs: int, without: str | None, running: _Running) -> str | None:
+    """None, or why it failed; without: why what it needs did."""
+    if without is not None:
+        return f"what it needs has failed: {without}"
     folder = cell.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     command, started = cell.command(root), time.monotonic()
