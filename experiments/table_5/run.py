@@ -21,9 +21,7 @@ from oss_exp.evaluation.psnr import Interval
 NETWORKS = ("dit_fashion", "unet_fashion")
 STAGES = (5, 3, 8)
 CUTS = {"ddim": "uniform (DDIM)", "oss_ave": "OSS"}
-TRAINING = ["task.max_steps=250", "task.save_every=125", "task.trajectories=1024"]
-SAMPLES = {("dit_fashion", 5): 10_000}  # for FID; elsewhere
-FEWER = 2_000
+LONG = ("dit_fashion", 5)  # with a longer training and more images for FID
 
 
 def main() -> None:
@@ -34,20 +32,22 @@ def main() -> None:
     show()
 
 
-def cell(network: str, stages: int, cuts: str, seed: int = 0) -> dict[str, Any]:
+def cell(network: str, stages: int, cuts: str) -> dict[str, Any]:
     """What a network says of one way to cut it: {"before", "after"} of FID, PSNR, class agreement; the stages' records.
 
-    FID is of as many images as SAMPLES says; their teacher takes few steps, for it is not looked at. PSNR is of 256.
+    The teacher of the images for FID takes few steps, for it is not looked at. PSNR is of 256 images.
     """
-    name = f"table_5/{network}_{stages}_{cuts}" + (f"_seed_{seed}" if seed else "")
+    name = f"table_5/{network}_{stages}_{cuts}"
+    steps, trajectories, count = (250, 1024, 10_000) if (network, stages) == LONG else (100, 512, 2_000)
+    training = [f"task.max_steps={steps}", f"task.save_every={steps // 2}", f"task.trajectories={trajectories}"]
     model = [f"model={network}", f"noise_schedule={'edm' if network == 'unet_fashion' else 'fm'}"]
     search = [f"stepsize={cuts}", f"num_steps=[{stages}]", f"task.num_stages={stages}"]
-    run = finished(name, "task=finetune", *model, *search, *TRAINING, f"task.seed={seed}", file="finetune.json")
+    run = finished(name, "task=finetune", *model, *search, *training, file="finetune.json")
     schedule = [f"task.schedule={run / 'stages' / 'schedule.json'}", "data.batch_size=100"]
-    count = SAMPLES.get((network, stages), FEWER)
     few = [f"num_teacher_steps={stages}", f"num_steps=[{stages}]"]
     images = [f"data.eval_samples={count}", *few, "evaluation.metrics=[fid,class_agreement]"]
-    found: dict[str, Any] = {"stages": json.loads((run / "finetune.json").read_text())["stages"], "n": count}
+    records = json.loads((run / "finetune.json").read_text())["stages"]
+    found: dict[str, Any] = {"stages": records, "n": count, "steps": steps}
     for when, more in (("before", []), ("after", [f"stages={run / 'stages'}"])):
         (quality,) = rows(finished(f"{name}_{when}", "task=evaluate", *model, *schedule, *more, *images))
         (pictures,) = rows(finished(f"{name}_{when}_psnr", "task=evaluate", *model, *schedule, *more))
@@ -72,9 +72,10 @@ def show() -> None:
                 psnr = [str(Interval(**each["psnr"])) for each in (before, after)]
                 right = [f"{each['class_agreement']:.1f} %" for each in (before, after)]
                 fids = [f"{each['fid']:.3f}" for each in (before, after)]
-                lines.append([network, str(stages), label, *fids, *psnr, *right, f"{found['n']:,}"])
+                sizes = [str(found["steps"]), f"{found['n']:,}"]
+                lines.append([network, str(stages), label, *fids, *psnr, *right, *sizes])
     header = ["network", "stages", "cuts", "FID before", "after", "PSNR before", "after", "right class before", "after"]
-    keep(__file__, "table.md", table([*header, "n of FID"], lines))
+    keep(__file__, "table.md", table([*header, "training steps a stage", "n of FID"], lines))
     keep(__file__, "difficulty.png", png(difficulty(records)))
 
 
