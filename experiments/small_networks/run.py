@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.noise import FlowSchedule
+from oss_exp.report.plots import samples
 from oss_exp.report.results import Result
 from oss_exp.solvers import Euler
 from oss_exp.steps import StepSchedule
@@ -82,11 +84,20 @@ def compare(networks) -> None:
     for name in networks:
         for solver in SOLVERS:
             run = f"{name}_{solver}"
-            compared(run, name, solver)
+            results = compared(run, name, solver)
             folder = OUTPUTS / "small_networks" / run
             keep(__file__, f"{run}.md", (folder / "table.md").read_text())
             for picture in ("schedules", "samples"):
                 keep(__file__, f"{run}_{picture}.png", (folder / f"{picture}.png").read_bytes())
+            if run == "unet_fashion_dpm_solver_pp":
+                keep(__file__, "front.png", front(folder, results))
+
+
+def front(folder: Path, results: list[Result]) -> bytes:
+    """The picture of the project's README: a few of the strategies with ten calls."""
+    with np.load(folder / "samples.npz") as file:
+        labels = ["teacher", *(f"{name} K=10" for name in ("oss_shared", "dm", "fm", "edm", "ddim"))]
+        return samples({label: file[label] for label in labels}, results)
 
 
 def compared(run: str, name: str, solver: str) -> list[Result]:
