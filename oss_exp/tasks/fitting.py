@@ -29,7 +29,7 @@ import oss_exp
 
 def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Progress, TaskID]:
     """Steps with their `loss` and the time left; the one task of the progress, which has still to be started."""
-    columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("loss {task.fields[loss]:<8.3g}"), BarColumn(), MofNCompleteColumn())
     clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
     progress = Progress(*columns, *clocks, console=Console(stderr=True), disable=disable)
     return progress, progress.add_task("", total=total, completed=completed, loss=math.nan)

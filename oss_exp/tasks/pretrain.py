@@ -62,7 +62,7 @@ def pretrain(cfg: DictConfig) -> Logger | None:
     logger = instantiate(cfg.logger)
     trainer = fit(cfg, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(task.resume))
     if trainer.is_global_zero:
-        Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4f}", soft_wrap=True)
+        Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
     return logger
 
 
