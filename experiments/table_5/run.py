@@ -64,9 +64,10 @@ def show() -> None:
     lines, records = [], {}
     for network in NETWORKS:
         for stages in sorted(STAGES):
+            folders = [OUTPUTS / f"table_5/{network}_{stages}_{cuts}_after_psnr" for cuts in CUTS]
+            if not all((folder / "metrics.json").is_file() for folder in folders):
+                continue
             for cuts, label in CUTS.items():
-                if not (OUTPUTS / f"table_5/{network}_{stages}_{cuts}_after_psnr" / "metrics.json").is_file():
-                    continue
                 found = records[network, stages, cuts] = cell(network, stages, cuts)
                 before, after = found["before"], found["after"]
                 psnr = [str(Interval(**each["psnr"])) for each in (before, after)]
