@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,15 @@ def show() -> None:
 
 def difficulty(records: dict[tuple[str, int, str], dict[str, Any]]) -> plt.Figure:
     """The error of each stage's jump before (bars) and after its training (dots), a panel a network and number."""
-    panels = list(dict.fromkeys((network, stages) for network, stages, _ in records))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for axis, (network, stages) in zip(axes[0], panels, strict=True):
+    networks, numbers = (sorted({key[i] for key in records}) for i in (0, 1))
+    size = (4.2 * len(numbers), 3.3 * len(networks))
+    figure, axes = plt.subplots(
+        len(networks), len(numbers), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (network, stages) in zip(axes.flat, product(networks, numbers), strict=True):
+        if (network, stages, "ddim") not in records:
+            axis.remove()
+            continue
         places = np.arange(stages)
         for offset, (cuts, label) in zip((-0.2, 0.2), CUTS.items(), strict=True):
             training = [stage["training"] for stage in records[network, stages, cuts]["stages"]]
@@ -93,7 +100,7 @@ def difficulty(records: dict[tuple[str, int, str], dict[str, Any]]) -> plt.Figur
             axis.plot(places + offset, after, "o", color=bars.patches[0].get_facecolor(), mec="black", ms=5)
         axis.set(title=f"{network}, {stages} stages", xlabel="stage (0: noise)", yscale="log", xticks=places)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("mean squared error of its jump")
+    figure.supylabel("mean squared error of its jump", fontsize=10)
     axes[0][0].legend(frameon=False, fontsize=8)
     return figure
 
