@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,16 @@ RUN += ["data.search_samples=2", "data.eval_samples=4", "evaluation.metrics=[psn
 
 
 def records(file: Path) -> list[Record]:
-    """Of a .wandb file: a LevelDB log in blocks of 32 KiB, records in parts of checksum, length and kind."""
+    """Of a .wandb file when it is whole: W&B's own process still writes when the run has ended."""
+    until = time.monotonic() + 30
+    while not (found := records_now(file)) or not found[-1].HasField("exit"):
+        assert time.monotonic() < until, f"{file} has no end"
+        time.sleep(0.05)
+    return found
+
+
+def records_now(file: Path) -> list[Record]:
+    """Of a LevelDB log in blocks of 32 KiB, records in parts of checksum, length and kind."""
     data, found, part, place = file.read_bytes(), [], b"", 7
     while place + 7 <= len(data):
         if (left := 2**15 - place % 2**15) < 7:
@@ -26,6 +36,8 @@ def records(file: Path) -> list[Record]:
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         part += data[place + 7 : place + 7 + length]
         place += 7 + length
+        if place > len(data):
+            break
         if kind in (1, 4):  # whole, or the last part
             found.append(Record.FromString(part))
             part = b""
