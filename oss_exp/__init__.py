@@ -1,3 +1,230 @@
-"""Optimal step schedules for few-step diffusion and flow-matching samplers (OSS, arXiv 2503.21774)."""
+"""Optimal step schedules for few-step diffusion and flow-matching samplers (OSS, arXiv 2503.21774).
+
+The front door: every name that a user's code, the `_target_` of a configuration or a saved schedule holds is an
+attribute of this package, such as `oss_exp.OSSShared`. Files can then move without breaking any of them. A name is
+imported when it is first used, so importing the package takes milliseconds and does not load torch.
+
+`__all__` lists what library users need; `CONFIGURED` are further names that configurations use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC below (a test compares them)
+    from oss_exp.api import compare as compare
+    from oss_exp.api import sample as sample
+    from oss_exp.api import search as search
+    from oss_exp.distances import X0MSE as X0MSE
+    from oss_exp.distances import Inception as Inception
+    from oss_exp.distances import Perceptual as Perceptual
+    from oss_exp.distances import Select as Select
+    from oss_exp.distances import XtMSE as XtMSE
+    from oss_exp.export.oss_scheduler import OSSScheduler as OSSScheduler
+    from oss_exp.models.families.mixture import GaussianMixture as GaussianMixture
+    from oss_exp.models.guidance import Guidance as Guidance
+    from oss_exp.models.parameterization import DataPrediction as DataPrediction
+    from oss_exp.models.parameterization import EDMPrediction as EDMPrediction
+    from oss_exp.models.parameterization import FlowVelocity as FlowVelocity
+    from oss_exp.models.parameterization import NoisePrediction as NoisePrediction
+    from oss_exp.models.parameterization import ScorePrediction as ScorePrediction
+    from oss_exp.models.parameterization import VPVelocity as VPVelocity
+    from oss_exp.noise.heuristics import BetaSchedule as BetaSchedule
+    from oss_exp.noise.heuristics import CosineSchedule as CosineSchedule
+    from oss_exp.noise.heuristics import KLOptimalSchedule as KLOptimalSchedule
+    from oss_exp.noise.heuristics import LinearQuadraticSchedule as LinearQuadraticSchedule
+    from oss_exp.noise.paths import CosinePath as CosinePath
+    from oss_exp.noise.paths import DDPMPath as DDPMPath
+    from oss_exp.noise.paths import EDMPath as EDMPath
+    from oss_exp.noise.paths import FlowPath as FlowPath
+    from oss_exp.noise.paths import VPPath as VPPath
+    from oss_exp.noise.published_tables import AlignYourSteps as AlignYourSteps
+    from oss_exp.noise.published_tables import OSSComfyUI as OSSComfyUI
+    from oss_exp.noise.schedules import DDIMSchedule as DDIMSchedule
+    from oss_exp.noise.schedules import EDMSchedule as EDMSchedule
+    from oss_exp.noise.schedules import FlowSchedule as FlowSchedule
+    from oss_exp.noise.schedules import LogSNRSchedule as LogSNRSchedule
+    from oss_exp.noise.schedules import QuadraticSchedule as QuadraticSchedule
+    from oss_exp.noise.schedules import VPSchedule as VPSchedule
+    from oss_exp.schedule import StepSchedule as StepSchedule
+    from oss_exp.solvers.adams_bashforth import AdamsBashforth as AdamsBashforth
+    from oss_exp.solvers.deis import DEIS as DEIS
+    from oss_exp.solvers.dpm2 import DPM2 as DPM2
+    from oss_exp.solvers.dpm_solver import DPMSolver as DPMSolver
+    from oss_exp.solvers.dpm_solver_pp import DPMSolverPP as DPMSolverPP
+    from oss_exp.solvers.euler import Euler as Euler
+    from oss_exp.solvers.heun import Heun as Heun
+    from oss_exp.solvers.ipndm import IPNDM as IPNDM
+    from oss_exp.solvers.unipc import UniPC as UniPC
+    from oss_exp.stepsize.baselines.closed_form import ClosedForm as ClosedForm
+    from oss_exp.stepsize.baselines.dm import DM as DM
+    from oss_exp.stepsize.baselines.gits import GITS as GITS
+    from oss_exp.stepsize.baselines.ld3 import LD3 as LD3
+    from oss_exp.stepsize.oss.band import Band as Band
+    from oss_exp.stepsize.oss.strategies import OSS as OSS
+    from oss_exp.stepsize.oss.strategies import OSSAve as OSSAve
+    from oss_exp.stepsize.oss.strategies import OSSFit as OSSFit
+    from oss_exp.stepsize.oss.strategies import OSSShared as OSSShared
+    from oss_exp.stepsize.problem import Problem as Problem
+    from oss_exp.velocity import BoundVelocity as BoundVelocity
 
 __version__ = "0.1.0"
+
+PUBLIC = {
+    # Verbs.
+    "compare": "api",
+    "sample": "api",
+    "search": "api",
+    # Schedules of steps, and the search.
+    "StepSchedule": "schedule",
+    "BoundVelocity": "velocity",
+    "Problem": "stepsize.problem",
+    # Stepsize strategies.
+    "OSS": "stepsize.oss.strategies",
+    "OSSAve": "stepsize.oss.strategies",
+    "OSSFit": "stepsize.oss.strategies",
+    "OSSShared": "stepsize.oss.strategies",
+    "Band": "stepsize.oss.band",
+    "ClosedForm": "stepsize.baselines.closed_form",
+    "DM": "stepsize.baselines.dm",
+    "GITS": "stepsize.baselines.gits",
+    "LD3": "stepsize.baselines.ld3",
+    # Solvers.
+    "AdamsBashforth": "solvers.adams_bashforth",
+    "DEIS": "solvers.deis",
+    "DPM2": "solvers.dpm2",
+    "DPMSolver": "solvers.dpm_solver",
+    "DPMSolverPP": "solvers.dpm_solver_pp",
+    "Euler": "solvers.euler",
+    "Heun": "solvers.heun",
+    "IPNDM": "solvers.ipndm",
+    "UniPC": "solvers.unipc",
+    # Distances.
+    "Inception": "distances",
+    "Perceptual": "distances",
+    "Select": "distances",
+    "X0MSE": "distances",
+    "XtMSE": "distances",
+    # Noise schedules and paths.
+    "DDIMSchedule": "noise.schedules",
+    "EDMSchedule": "noise.schedules",
+    "FlowSchedule": "noise.schedules",
+    "LogSNRSchedule": "noise.schedules",
+    "QuadraticSchedule": "noise.schedules",
+    "VPSchedule": "noise.schedules",
+    "BetaSchedule": "noise.heuristics",
+    "CosineSchedule": "noise.heuristics",
+    "KLOptimalSchedule": "noise.heuristics",
+    "LinearQuadraticSchedule": "noise.heuristics",
+    "AlignYourSteps": "noise.published_tables",
+    "OSSComfyUI": "noise.published_tables",
+    "CosinePath": "noise.paths",
+    "DDPMPath": "noise.paths",
+    "EDMPath": "noise.paths",
+    "FlowPath": "noise.paths",
+    "VPPath": "noise.paths",
+    # Models.
+    "DataPrediction": "models.parameterization",
+    "EDMPrediction": "models.parameterization",
+    "FlowVelocity": "models.parameterization",
+    "NoisePrediction": "models.parameterization",
+    "ScorePrediction": "models.parameterization",
+    "VPVelocity": "models.parameterization",
+    "Guidance": "models.guidance",
+    "GaussianMixture": "models.families.mixture",
+    # Elsewhere.
+    "OSSScheduler": "export.oss_scheduler",
+}
+
+CONFIGURED = {
+    "cosine_betas": "noise.paths",
+    "linear_betas": "noise.paths",
+    "scaled_linear_betas": "noise.paths",
+    "Network": "models.network",
+    "DiT": "models.families.backbones",
+    "UNet": "models.families.backbones",
+    "Published": "models.families.published",
+    "ADM": "models.families.edm_networks",
+    "Song": "models.families.edm_networks",
+    "PublishedDiT": "models.families.dit",
+    "MAR": "models.families.mar",
+    "MARNetwork": "models.families.mar",
+    "STDiT3": "models.families.stdit3",
+    "OpenSora": "models.families.open_sora",
+    "PromptedSTDiT3": "models.families.open_sora",
+    "public_t5": "models.families.open_sora",
+    "random_t5": "models.families.open_sora",
+    "time_shift": "models.families.open_sora",
+    "Flux": "models.families.flux",
+    "PromptedFlux": "models.families.flux",
+    "flux_shift": "models.families.flux",
+    "Wan": "models.families.wan",
+    "StableDiffusion": "models.families.stable_diffusion",
+    "PSDenoiser": "models.families.psdenoiser",
+    "Worded": "models.text.words",
+    "Words": "models.text.words",
+    "Pixels": "models.decoders.image",
+    "VAE": "models.decoders.image",
+    "LDMVAE": "models.decoders.ldm_vae",
+    "VideoVAE": "models.decoders.video_vae",
+    "FashionFeatures": "evaluation.classifier",
+    "InceptionV3": "evaluation.features",
+    "RandomFeatures": "evaluation.features",
+    "CLIPScore": "evaluation.metrics",
+    "ClassAgreement": "evaluation.metrics",
+    "FID": "evaluation.metrics",
+    "KID": "evaluation.metrics",
+    "LPIPS": "evaluation.metrics",
+    "PrecisionRecall": "evaluation.metrics",
+    "Reference": "evaluation.statistics",
+    "COCODetector": "geneval.coco",
+    "FashionDetector": "geneval.detectors",
+    "NoiseData": "data.noise",
+    "ConditionedNoiseData": "data.conditions",
+    "PromptData": "data.conditions",
+    "cached_latents": "data.images",
+    "digits": "data.images",
+    "fashion_mnist": "data.images",
+    "image_folder": "data.images",
+    "mixture_samples": "data.images",
+    "cifar10": "data.cifar10",
+    "ColouredFashion": "data.captioned",
+    "MovingFashion": "data.captioned",
+    "FashionScenes": "data.scenes",
+    "LogitNormalTimes": "tasks.pretrain",
+    "UniformTimes": "tasks.pretrain",
+    "wandb_logger": "report.logging",
+    "Calibrate": "tasks.calibrate:calibrate",
+    "Compare": "tasks.run:compare",
+    "Convert": "tasks.convert:convert",
+    "Evaluate": "tasks.run:evaluate",
+    "Export": "tasks.export:export",
+    "Finetune": "tasks.finetune:finetune",
+    "FitClassifier": "tasks.fit_classifier:fit_classifier",
+    "FitDetector": "tasks.fit_detector:fit_detector",
+    "FitMixture": "tasks.fit_mixture:fit_mixture",
+    "GenEval": "tasks.geneval:geneval",
+    "ImportSigmas": "tasks.export:import_sigmas",
+    "Pretrain": "tasks.pretrain:pretrain",
+    "Search": "tasks.run:search",
+    "Statistics": "tasks.statistics:statistics",
+    "Reproduce": "reproduce.task:reproduce",
+    "Report": "report:gather",
+}
+
+__all__ = [*PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    place = PUBLIC.get(name) or CONFIGURED.get(name)
+    if place is None:
+        raise AttributeError(f"module 'oss_exp' has no attribute {name!r}")
+    module, _, attribute = place.partition(":")
+    value = getattr(import_module(f"oss_exp.{module}"), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC, *CONFIGURED})

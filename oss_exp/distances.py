@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from oss_exp.steps import rowwise
+from oss_exp.tensors import rowwise
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 

@@ -10,12 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and sta
 
 import pytest
 import torch
-from helpers import write_fashion
+from helpers import ORACLES, write_fashion
 from safetensors.torch import load_file
 
-from oss_exp.models.mixture import GaussianMixture
-
-ORACLES = Path(__file__).parent / "oracles"
+from oss_exp.models.families.mixture import GaussianMixture
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from oss_exp.models.psdenoiser import LogRange, PSDenoiser
+from oss_exp.models.families.psdenoiser import LogRange, PSDenoiser
 from oss_exp.noise import VPPath
 
 SPREAD = 0.3  # standard deviation of the clean data around its mean

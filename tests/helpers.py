@@ -16,7 +16,9 @@ from hydra.utils import instantiate
 
 from oss_exp.cli import CONF, main
 from oss_exp.files import save_asset
-from oss_exp.models.weights import randomise
+from oss_exp.models.checkpoints.weights import randomise
+
+ORACLES = Path(__file__).parent / "oracles"
 
 
 def run_cli(*arguments: str) -> None:

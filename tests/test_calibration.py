@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from oss_exp.calibration import Calibration, amplitude
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample, trajectory
-from oss_exp.steps import StepSchedule
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from helpers import run_cli
 
 from oss_exp.cli import CONF, main
 from oss_exp.files import ASSETS, load_asset, save_asset
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 SMALL = [
     "model=mixture_digits",

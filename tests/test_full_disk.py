@@ -11,7 +11,7 @@ import torch
 from helpers import random_weights, run_cli
 from safetensors.torch import load_file
 
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 SEARCH = ["model=mixture_digits", "num_teacher_steps=20", "num_steps=[2,4]", "data.search_samples=6", "logger=none"]
 SEARCH += ["data.eval_samples=8", "data.per_sample=4", "trainer.enable_progress_bar=false"]

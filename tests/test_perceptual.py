@@ -5,8 +5,9 @@ import torch
 
 from oss_exp.distances import Perceptual, Select
 from oss_exp.noise import FlowSchedule
-from oss_exp.solvers import BoundVelocity, Euler, sample
+from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import OSSShared, Problem
+from oss_exp.velocity import BoundVelocity
 
 
 class Net(torch.nn.Module):

@@ -18,8 +18,8 @@ from experiments.common import keep, png, table
 from oss_exp.calibration import amplitude
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import sample, trajectory
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from experiments.common import OUTPUTS, keep, table
+from oss_exp.data.cifar10 import cifar10
 from oss_exp.evaluation.features import InceptionV3
 from oss_exp.evaluation.statistics import fingerprint, frechet, gram, moments
 from oss_exp.files import write_atomically
-from oss_exp.tasks.cifar10 import cifar10
 
 CHUNK, BATCH = 1000, 50
 PAIRS = {  # two sets of images, and their FID elsewhere

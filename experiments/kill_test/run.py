@@ -25,7 +25,7 @@ import safetensors.torch
 from PIL import Image
 
 from experiments.common import OUTPUTS, keep, table
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 FOLDER = OUTPUTS / "kill_test"
 KILLS_A_RUN = 5

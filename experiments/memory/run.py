@@ -23,8 +23,9 @@ from torch import Tensor
 from experiments.common import configuration, keep, table
 from oss_exp.distances import XtMSE
 from oss_exp.noise import FlowSchedule
-from oss_exp.solvers import BoundVelocity, Euler
-from oss_exp.stepsize.base import Problem
+from oss_exp.solvers import Euler
+from oss_exp.stepsize.problem import Problem
+from oss_exp.velocity import BoundVelocity
 
 SHAPES = {"FLUX 1024 x 1024": (4096, 64), "Wan 480p, 81 frames": (16, 21, 60, 104)}
 SEARCHES = {

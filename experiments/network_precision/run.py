@@ -17,11 +17,11 @@ from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.models.network import Network
 from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSSShared, Problem
-from oss_exp.stepsize.oss import Band
+from oss_exp.stepsize.oss.band import Band
 
 GRID = FlowSchedule(shift=1.0).nodes(100)
 SOLVERS = {"Euler": Euler(), "DPM-Solver++ 2": DPMSolverPP(2, True)}

@@ -17,9 +17,9 @@ import torch
 from hydra.utils import instantiate
 
 from experiments.common import OUTPUTS, configuration, keep, png, table
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.mixture import GaussianMixture
-from oss_exp.steps import rowwise
+from oss_exp.tensors import rowwise
 
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 NETWORKS = {

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from experiments.common import OUTPUTS, keep, measure, png, table
+from oss_exp.data.conditions import ConditionedNoiseData
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.models.psdenoiser import PSDenoiser
+from oss_exp.models.families.psdenoiser import PSDenoiser
 from oss_exp.noise import VPPath, VPSchedule
 from oss_exp.report.results import Result
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
-from oss_exp.steps import StepSchedule
-from oss_exp.tasks.conditions import ConditionedNoiseData
 
 SOLVERS, BUDGETS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}, (5, 10, 20)
 DECADES = float(psdenoiser.denoiser_csts.mean_scale[0])  # of power between 0 and 1 of a decoded spectrum

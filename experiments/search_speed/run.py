@@ -28,11 +28,11 @@ from rich.table import Table
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
-from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSS, Band, OSSAve, OSSShared, Problem
 
 N, K, SAMPLES, HELD_OUT = 100, 10, 64, 256

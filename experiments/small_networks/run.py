@@ -25,8 +25,8 @@ from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.noise import FlowSchedule
 from oss_exp.report.plots import samples
 from oss_exp.report.results import Result
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
-from oss_exp.steps import StepSchedule
 
 BY_HAND = "ddim,ddim_analytic,edm,fm,dm,gits"
 NETWORKS = ("unet_fashion", "dit_fashion")

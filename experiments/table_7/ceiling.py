@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from experiments.common import configuration, keep
-from oss_exp.evaluation.detectors import FashionDetector
+from oss_exp.data.captioned import SIDE
+from oss_exp.data.images import fashion_mnist
+from oss_exp.data.scenes import Wardrobe
+from oss_exp.geneval.detectors import FashionDetector
 from oss_exp.report.geneval import table
-from oss_exp.tasks.captioned import SIDE
-from oss_exp.tasks.data import fashion_mnist
 from oss_exp.tasks.fit_detector import ceiling
-from oss_exp.tasks.scenes import Wardrobe
 
 
 def main() -> None:

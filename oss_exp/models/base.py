@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import GaussianPath
-from oss_exp.solvers import BoundVelocity, Solver, Watch, sample
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Solver, Watch, sample
+from oss_exp.velocity import BoundVelocity
 
 
 class Model(nn.Module, abc.ABC):

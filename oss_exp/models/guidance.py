@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers import BoundVelocity
+from oss_exp.velocity import BoundVelocity
 
 NO_CLASS = -1
 

@@ -14,8 +14,8 @@ from oss_exp.files import find_asset, load_asset
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.parameterization import Parameterization
-from oss_exp.solvers import BoundVelocity
-from oss_exp.steps import rowwise
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import BoundVelocity
 
 UNTRAINED = "untrained"  # in place of a checkpoint: the weights as initialised, for training
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.noise import EDMPath, GaussianPath, require_positive, require_sigmas
-from oss_exp.steps import rowwise
+from oss_exp.noise import EDMPath, GaussianPath
+from oss_exp.noise.paths import require_positive
+from oss_exp.noise.schedules import require_sigmas
+from oss_exp.tensors import rowwise
 
 
 class Parameterization(abc.ABC):
@@ -49,7 +51,7 @@ class FlowVelocity(Parameterization):
 
 
 @dataclass(frozen=True)
-class Noise(Parameterization):
+class NoisePrediction(Parameterization):
     """The network gives eps (Ho et al. 2020, arXiv 2006.11239), v = (eps - x) / (1 - t).
 
     time_max < 1: the noisiest canonical time that it was trained at, asked in place of later ones.
@@ -108,7 +110,7 @@ class VPVelocity(Parameterization):
 
 
 @dataclass(frozen=True)
-class Score(Parameterization):
+class ScorePrediction(Parameterization):
     """The network gives sigma times the score, -eps, at x_native = x0 + sigma eps (Song et al. 2021, arXiv 2011.13456).
 
     Its clock is ln(sigma / 2), EDM's table 1; it stops at sigma_min and sigma_max, beyond which nothing was seen.
@@ -136,7 +138,7 @@ class Score(Parameterization):
 
 
 @dataclass(frozen=True)
-class Data(Parameterization):
+class DataPrediction(Parameterization):
     """The network gives x0, v = (x - x0) / t. time_min > 0: the cleanest time that it is asked at."""
 
     path: GaussianPath
@@ -157,7 +159,7 @@ class Data(Parameterization):
 
 
 @dataclass(frozen=True)
-class EDM(Parameterization):
+class EDMPrediction(Parameterization):
     """The network gives F with D = c_skip x_native + c_out F (Karras et al. 2022, arXiv 2206.00364, table 1).
 
     Written in t, where no coefficient has a pole: with q^2 = t^2 + (sigma_data (1 - t))^2 the input is x / q and

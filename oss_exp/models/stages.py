@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from oss_exp.files import read_json, read_record, save_asset, sha256, write_atomically
 from oss_exp.models.base import Model
+from oss_exp.models.checkpoints.weights import file_sha256
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.weights import file_sha256
-from oss_exp.solvers import BoundVelocity
+from oss_exp.velocity import BoundVelocity
 
 FORMAT, VERSION = "oss_exp/stages", 1
 DOWN, UP = ".lora_A", ".lora_B"  # after a weight's name: (r, in) and (out, r), whose product is its change

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from oss_exp.evaluation.geneval import TASKS, differences, scores
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import read_json, write_atomically
+from oss_exp.geneval.rules import TASKS, differences, scores
 from oss_exp.report import web
 
 HEADER = ["method (steps)", "overall", "single", "two", "counting", "colors", "position", "color attr"]

@@ -19,7 +19,7 @@ from oss_exp.files import read_json, write_atomically
 from oss_exp.report import geneval, plots, web
 from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 SCHEDULES = """<h2>Step schedules</h2>
 <div class="panels" id="panels"></div><div class="legend" id="legend"></div>

@@ -13,7 +13,7 @@ import numpy as np
 
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import read_json
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from oss_exp.report import plots
 from oss_exp.report.results import Line, Result, cost_lines, metric_lines
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 HERE = Path(__file__).parent
 MOST_BYTES = 4 * 2**20  # of pictures in a section of a page

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from oss_exp.evaluation.geneval import differences, scores
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import read_json
+from oss_exp.geneval.rules import differences, scores
 from oss_exp.report.results import read_run
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oss_exp.noise import require_positive
+from oss_exp.noise.paths import require_positive
 from oss_exp.solvers.base import LinearMultistep, require_order
 
 QUADRATURE = 64  # Gauss-Legendre points: the integrands are smooth in log(1 + sigma)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from oss_exp.solvers.base import Singlestep, State, VelocityFn, rowwise
+from oss_exp.solvers.base import Singlestep, State
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import VelocityFn
 
 
 @dataclass(frozen=True)

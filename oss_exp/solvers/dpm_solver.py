@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import Singlestep, State, VelocityFn, require_order, rowwise
+from oss_exp.solvers.base import Singlestep, State, require_order
 from oss_exp.solvers.dpm_solver_pp import log_snr
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import VelocityFn
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from oss_exp.solvers.base import Singlestep, State, VelocityFn, rowwise
+from oss_exp.solvers.base import Singlestep, State
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import VelocityFn
 
 
 @dataclass(frozen=True)

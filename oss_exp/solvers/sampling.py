@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import (
-    BoundVelocity,
-    LinearMultistep,
-    Solver,
-    State,
-    VelocityFn,
-    answers,
-    combine,
-    mixed,
-    rowwise,
-    walk,
-)
+from oss_exp.calibration import Calibration
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers.base import LinearMultistep, Solver, State, combine
 from oss_exp.solvers.euler import Euler
-from oss_exp.steps import StepSchedule
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import BoundVelocity, VelocityFn, answers, mixed
 
 Watch = Callable[[int, Tensor], None]
 """watch(step, x0 (B, *E)): the clean sample that a step's first network call, at its own x and t, predicts: x - t v."""
+
+
+def walk(
+    solver: Solver,
+    f: VelocityFn,
+    x: Tensor,
+    times: Tensor,
+    orders: Sequence[int | Tensor] | None = None,
+    calibration: Calibration | None = None,
+) -> Iterator[State]:
+    """x (M, *E) at times[0]; times (K+1,) or (K+1, M). Yields the observed state at each time, the last unobserved.
+
+    orders: of the K steps, () or (M,) each; default: the solver's own. calibration: applied before each network call.
+    """
+    times = times.to(x.device)
+    state = solver.init(x, times[0])
+    num_steps = len(times) - 1
+    for step, order in enumerate(solver.orders(num_steps) if orders is None else orders):
+        if calibration is not None:
+            state = replace(state, x=calibration(state.x, state.t, step == num_steps - 1))
+        state = solver.observe(f, state)
+        yield state
+        state = solver.advance(f, state, times[step + 1], order)
+    yield state
+
+
+@torch.no_grad()
+def trajectory(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Tensor:
+    """x (M, *E) at times[0], times (N+1,) -> the states at all of them, (N+1, M, *E)."""
+    return torch.stack([state.x for state in walk(solver, f, x, times)])
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import LinearMultistep, State, VelocityFn, combine, require_order
+from oss_exp.solvers.base import LinearMultistep, State, combine, require_order
 from oss_exp.solvers.dpm_solver_pp import log_snr
+from oss_exp.velocity import VelocityFn
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Step-size strategies: the search and the schedules that it is compared with."""
 
-from oss_exp.stepsize.base import Collective, Problem, StepsizeStrategy, Teacher
-from oss_exp.stepsize.closed_form import ClosedForm
-from oss_exp.stepsize.oss import OSS, Band, OSSAve, OSSFit, OSSShared
+from oss_exp.stepsize.base import StepsizeStrategy
+from oss_exp.stepsize.baselines.closed_form import ClosedForm
+from oss_exp.stepsize.oss.band import Band
+from oss_exp.stepsize.oss.strategies import OSS, OSSAve, OSSFit, OSSShared
+from oss_exp.stepsize.problem import Collective, Problem, Teacher
 
 __all__ = [
     "OSS",

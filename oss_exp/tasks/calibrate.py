@@ -19,13 +19,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.calibration import Calibration, amplitude
+from oss_exp.data.noise import HELD_OUT, NoiseData
 from oss_exp.files import write_atomically
-from oss_exp.solvers import BoundVelocity, sample, walk
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import sample, walk
+from oss_exp.tasks.call_counter import Meter
 from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.data import HELD_OUT, NoiseData
 from oss_exp.tasks.run import Run
-from oss_exp.tasks.search import Meter, Setting
+from oss_exp.tasks.setting import Setting
+from oss_exp.velocity import BoundVelocity
 
 Batch = dict[str, Tensor]
 Points = Iterable[tuple[float, Tensor]]

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from oss_exp.files import save_asset
-from oss_exp.models.published import Published
-from oss_exp.models.weights import file_sha256, locate
+from oss_exp.models.checkpoints.weights import file_sha256, locate
+from oss_exp.models.families.published import Published
 
 
 def convert(cfg: DictConfig) -> None:

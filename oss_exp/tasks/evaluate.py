@@ -23,15 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from oss_exp.calibration import amplitude
+from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
-from oss_exp.steps import StepSchedule
 from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.data import HELD_OUT
-from oss_exp.tasks.search import Setting
+from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.trajectories import Trajectories
 
 SHOWN = 8  # images a row in the picture of samples
@@ -57,6 +57,7 @@ class EvaluateModule(L.LightningModule):
         metrics: Metrics,
         save_images: str | None,
         trajectories: Trajectories,
+        eval_samples: int,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
@@ -68,7 +69,7 @@ class EvaluateModule(L.LightningModule):
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
-        self.trajectories = trajectories
+        self.trajectories, self.eval_samples = trajectories, eval_samples
 
     def on_test_start(self) -> None:
         for metric in self.metrics.values():
@@ -151,7 +152,7 @@ class EvaluateModule(L.LightningModule):
             prompts = known and [known[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
             self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts)
         everything = self.save_images == "npz"
-        shown = batch["index"] < HELD_OUT + (self.trainer.datamodule.eval_samples if everything else SHOWN)
+        shown = batch["index"] < HELD_OUT + (self.eval_samples if everything else SHOWN)
         pictures = images[shown] if everything or images.ndim == 4 else reduced(images[shown])
         self.pictures[label].append((batch["index"][shown], as_bytes(pictures)))
         if self.save_images == "png":
@@ -191,9 +192,9 @@ class EvaluateModule(L.LightningModule):
             images = images.cpu().numpy()[first]
             if self.save_images == "npz":
                 self._write_images(label, images)
-            if len(images) >= min(SHOWN, self.trainer.datamodule.eval_samples):
+            if len(images) >= min(SHOWN, self.eval_samples):
                 pictures[label] = images[:SHOWN]
-        ways = self.trajectories.gathered(self.pictures, self.trainer.datamodule.eval_samples, collective)
+        ways = self.trajectories.gathered(self.pictures, self.eval_samples, collective)
         self._write(records, self._measured("teacher"), pictures, ways)
         self.trainer.strategy.barrier("metrics are on disk")
         self.progress.unlink(missing_ok=True)

@@ -12,21 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import oss_exp
-from oss_exp.export import (
+from oss_exp.export.diffusers import diffusers_arguments
+from oss_exp.export.numbers import save_in_numbers
+from oss_exp.export.sigmas import (
     comfyui_nodes,
-    diffusers_arguments,
     flow_sigmas,
     from_flow_sigmas,
     from_ratio_sigmas,
     ratio_sigmas,
     read_sigmas,
-    save_in_numbers,
     sigma_text,
     webui_text,
 )
 from oss_exp.files import read_json, write_atomically
-from oss_exp.models.flux import flux_shift
-from oss_exp.steps import StepSchedule
+from oss_exp.models.families.flux import flux_shift
+from oss_exp.schedule import StepSchedule
 
 CODE = "oss_scheduler.py"  # without which its schedules run nowhere
 NETWORKS = {"flow": (flow_sigmas, from_flow_sigmas), "eps": (ratio_sigmas, from_ratio_sigmas)}
@@ -68,7 +68,7 @@ def _to_diffusers(steps: StepSchedule, task: DictConfig, output: Path) -> str:
 
 def _to_oss_scheduler(steps: StepSchedule, task: DictConfig, output: Path) -> str:
     save_in_numbers(steps, output)
-    write_atomically(output.with_name(CODE), (Path(oss_exp.__file__).parent / CODE).read_text())
+    write_atomically(output.with_name(CODE), (Path(oss_exp.__file__).parent / "export" / CODE).read_text())
     return f'from oss_scheduler import OSSScheduler\nOSSScheduler.from_schedule("{output.name}", pipe.scheduler.config)'
 
 

@@ -30,12 +30,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from oss_exp.data.noise import TRAINING
 from oss_exp.files import read_json, write_atomically
 from oss_exp.models.network import Network
 from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StageParameters
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
-from oss_exp.steps import StepSchedule
-from oss_exp.tasks.data import TRAINING
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
 from oss_exp.tasks.pretrain import Examples, load_images
 from oss_exp.tasks.run import Run, require_same

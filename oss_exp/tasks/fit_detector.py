@@ -13,14 +13,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from oss_exp.evaluation.detectors import FashionDetector, look, targets
-from oss_exp.evaluation.geneval import scores
+from oss_exp.data.captioned import SIDE
+from oss_exp.data.images import fashion_mnist
+from oss_exp.data.scenes import CANVAS, Wardrobe, listed
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
-from oss_exp.tasks.captioned import SIDE
-from oss_exp.tasks.data import fashion_mnist
+from oss_exp.geneval.detectors import FashionDetector, look, targets
+from oss_exp.geneval.rules import scores
 from oss_exp.tasks.fitting import loss_bar, provenance
-from oss_exp.tasks.scenes import CANVAS, Wardrobe, listed
 
 
 def fit_detector(cfg: DictConfig) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from oss_exp.files import save_asset
-from oss_exp.models.mixture import fit
+from oss_exp.models.families.mixture import fit
 from oss_exp.tasks.fitting import versions
 
 

@@ -22,16 +22,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from oss_exp.evaluation.detectors import Detector, look
-from oss_exp.evaluation.geneval import read_metadata
+from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.files import find_asset, write_atomically
+from oss_exp.geneval.detectors import Detector, look
+from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.base import Model
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
-from oss_exp.steps import StepSchedule
-from oss_exp.tasks.data import HELD_OUT, NoiseDataset
 from oss_exp.tasks.run import Run
-from oss_exp.tasks.search import Setting
+from oss_exp.tasks.setting import Setting
 
 FIRST = 2 * HELD_OUT  # index of the first picture's noise: none that a search or an evaluation sees
 

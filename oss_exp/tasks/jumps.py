@@ -18,12 +18,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from oss_exp.data.noise import TRAINING
 from oss_exp.files import write_atomically
-from oss_exp.solvers import BoundVelocity, Euler, walk
-from oss_exp.steps import StepSchedule, rowwise
-from oss_exp.tasks.data import TRAINING
-from oss_exp.tasks.search import Setting
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, walk
+from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.training import shuffled
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import BoundVelocity
 
 Compute = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
+from oss_exp.data.captioned import CaptionedImages
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
 from oss_exp.models.network import UNTRAINED, Network
 from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
-from oss_exp.steps import StepSchedule
-from oss_exp.tasks.captioned import CaptionedImages
 from oss_exp.tasks.training import Training, fit, origin, require_whole, settings, shuffled
 
 SHOWN = 8  # samples of each class in a grid

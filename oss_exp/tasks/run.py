@@ -15,13 +15,14 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from oss_exp.data.noise import NoiseData
 from oss_exp.files import write_atomically
 from oss_exp.models.stages import Staged
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.stepsize.base import check_num_steps
-from oss_exp.tasks.data import NoiseData
 from oss_exp.tasks.evaluate import EvaluateModule, Metrics
-from oss_exp.tasks.search import SearchModule, Setting, describe
+from oss_exp.tasks.search import SearchModule
+from oss_exp.tasks.setting import Setting, describe
 from oss_exp.tasks.trajectories import Trajectories
 
 
@@ -135,7 +136,7 @@ class Run:
             self.cfg.offload_states,
             self.cfg.keep_calls,
         )
-        self.trainer.predict(module, datamodule=self.data, return_predictions=False)
+        self.trainer.predict(module, dataloaders=self.data.predict_dataloader(), return_predictions=False)
 
     def measure(self, files: list[tuple[str, Path]]) -> None:
         schedules, rows = {}, {}
@@ -153,9 +154,9 @@ class Run:
                 "schedule": f"schedules/{path.name}",
                 "planning": dict(steps.about("planning")),
             }
-        shown = self.cfg.evaluation.save_images, self.trajectories
+        shown = self.cfg.evaluation.save_images, self.trajectories, self.data.eval_samples
         module = EvaluateModule(self.setting, schedules, rows, self.folder, self.about, self.metrics, *shown)
-        self.trainer.test(module, datamodule=self.data, verbose=False)
+        self.trainer.test(module, dataloaders=self.data.test_dataloader(), verbose=False)
 
     def check_fits(self, path: Path, steps: StepSchedule) -> None:
         """Refuse a schedule made for another model, another first time, or other noises than this run's."""

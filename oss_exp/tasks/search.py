@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import platform
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-import oss_exp
-from oss_exp.distances import Distance
-from oss_exp.models.base import Model
-from oss_exp.noise import GaussianPath
-from oss_exp.solvers import BoundVelocity, Solver
-from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
-from oss_exp.tasks.calls import Calls
+from oss_exp.tasks.call_counter import Meter
+from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.collective import DistributedCollective
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What every strategy of a run has in common: the model, the teacher's grid (N+1,), the solver, the distance."""
-
-    model: Model
-    grid: Tensor
-    solver: Solver
-    distance: Distance
-
-    @property
-    def teacher(self) -> StepSchedule:
-        """The grid as a schedule: sampling it is running the teacher."""
-        return StepSchedule(self.grid, "pinned", float(self.grid[0]))
-
-    def velocity(self, batch: Mapping[str, Tensor]) -> BoundVelocity:
-        """Bound to the batch's conditions (B, ...) where its data has any, else to its classes."""
-        return self.model.velocity(batch.get("condition", self.classes(batch)))
-
-    @staticmethod
-    def classes(batch: Mapping[str, Tensor]) -> Tensor | None:
-        """(B,), each with a mean clean sample of its own; None: all samples share one, whatever their conditions."""
-        return None if bool((batch["label"] < 0).all()) else batch["label"]
-
-    def first_state(self, noise: Tensor) -> Tensor:
-        """Unit noise (B, *E) -> the teacher's state at grid[0] = t_N: t_N eps, as EDM and DDPM samplers start."""
-        return noise * self.grid[0].to(noise)
+from oss_exp.tasks.setting import Setting, native_times
 
 
 class SearchModule(L.LightningModule):
@@ -159,75 +122,3 @@ class SearchModule(L.LightningModule):
                 },
             }
             rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")
-
-
-def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance that all schedules of a run share; `config` is the resolved run configuration."""
-    return {
-        "program": f"oss_exp {oss_exp.__version__}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "model": {
-            "name": setting.model.name,
-            "sha256": setting.model.fingerprint,
-            "guidance": asdict(setting.model.guidance),
-            "event_shape": list(setting.model.event_shape),
-            "classes": config["data"].get("classes"),
-            "prompts": config["data"].get("prompts"),
-        },
-        "teacher": {"noise_schedule": config["noise_schedule"], "num_steps": len(setting.grid) - 1},
-        "solver": config["solver"],
-        "distance": config["distance"],
-        "seed": config["data"]["seed"],
-        "state_dtype": "float32",
-    }
-
-
-def native_times(path: GaussianPath, times: Tensor) -> dict[str, Any]:
-    """Canonical times in the clock of the model's own samplers; infinite ones are null."""
-    rows = path.native(times.reshape(-1, times.shape[-1])).tolist()
-    listed = [[tau if math.isfinite(tau) else None for tau in row] for row in rows]
-    return {"clock": path.clock, "times": listed if times.ndim == 2 else listed[0]}
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Progress
-# --------------------------------------------------------------------------------------------------------------
-
-
-class Meter:
-    """Counts the network calls of a piece of planning and shows them as a bar with the time left (rank 0)."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description:14}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} network calls a sample"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=rank_zero_only.rank != 0,
-        )
-        self.rows, self.samples, self.seconds = 0, 1, 0.0
-        self.bar = TaskID(0)
-
-    def counted(self, velocity: BoundVelocity) -> BoundVelocity:
-        """The same velocity, its rows counted here."""
-
-        def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            answer = velocity.fn(x, t, condition)
-            self.rows += len(x)
-            self.progress.update(self.bar, advance=len(x) / self.samples)
-            return answer
-
-        return replace(velocity, fn=fn)
-
-    @contextmanager
-    def measure(self, name: str, calls: int, samples: int) -> Iterator[None]:
-        """Count from zero; calls: how many are expected for each of this rank's samples."""
-        self.rows, self.samples = 0, samples
-        self.bar = self.progress.add_task(name, total=max(calls, 1))
-        started = time.perf_counter()
-        yield
-        self.seconds = time.perf_counter() - started
-        total = max(self.rows / samples, 1)  # a refinement may have needed fewer or more than announced
-        self.progress.update(self.bar, total=total, completed=total)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.pictures import as_bytes, reduced
 from oss_exp.models.base import Model
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
-from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Collective
-from oss_exp.tasks.data import HELD_OUT
 
 
 class Trajectories:

@@ -13,9 +13,9 @@ from helpers import run_cli, write_fashion
 from torch.utils.data import Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from oss_exp.data.images import fashion_mnist
 from oss_exp.evaluation.classifier import ASSET, FashionFeatures, register
 from oss_exp.files import ASSETS
-from oss_exp.tasks.data import fashion_mnist
 from oss_exp.tasks.fit_classifier import accuracy, augment, pixels
 
 FILES = Path("/usr/share/datasets/fashion-mnist")

@@ -8,12 +8,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import NO_CLASS, Guidance
-from oss_exp.models.mixture import GaussianMixture
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, nfe, sample
-from oss_exp.solvers.base import answers
 from oss_exp.solvers.heun import Heun
-from oss_exp.steps import StepSchedule
+from oss_exp.velocity import answers
 
 LABELS = torch.tensor([0, 3, 7, 7])
 TIMES = torch.tensor([0.9, 0.6, 0.3, 0.1], dtype=torch.float64)

@@ -8,14 +8,14 @@ import torch
 
 from oss_exp.distances import Perceptual
 from oss_exp.files import save_asset
-from oss_exp.models.backbones import DiT, UNet
-from oss_exp.models.decoders import Pixels
+from oss_exp.models.decoders.image import Pixels
+from oss_exp.models.families.backbones import DiT, UNet
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Network
-from oss_exp.models.parameterization import EDM, FlowVelocity
+from oss_exp.models.parameterization import EDMPrediction, FlowVelocity
 from oss_exp.noise import FlowPath
 
-EDM_FORM, FLOW = EDM(0.8, 0.002, 80.0, 1000.0), FlowVelocity(FlowPath(1.0, 1000.0))
+EDM_FORM, FLOW = EDMPrediction(0.8, 0.002, 80.0, 1000.0), FlowVelocity(FlowPath(1.0, 1000.0))
 
 
 def unet(width: int = 8, num_classes: int | None = 3, patch: int = 2) -> UNet:

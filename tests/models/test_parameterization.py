@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 
-from oss_exp.models.parameterization import EDM, Data, FlowVelocity, Noise
+from oss_exp.models.parameterization import DataPrediction, EDMPrediction, FlowVelocity, NoisePrediction
 from oss_exp.noise import CosinePath, DDPMPath, EDMPath, FlowPath, linear_betas
 
 PATHS = [FlowPath(1.0, 1000.0), FlowPath(3.0, 1.0), CosinePath(), DDPMPath(linear_betas(1000, 1e-4, 0.02)), EDMPath()]
-KINDS = [EDM(0.5, 0.002, 80.0, 1.0), EDM(0.8, 0.01, 50.0, 1000.0)]
-KINDS += [kind for path in PATHS for kind in (FlowVelocity(path), Noise(path, 0.99), Data(path, 1e-3))]
+KINDS = [EDMPrediction(0.5, 0.002, 80.0, 1.0), EDMPrediction(0.8, 0.01, 50.0, 1000.0)]
+KINDS += [
+    kind for path in PATHS for kind in (FlowVelocity(path), NoisePrediction(path, 0.99), DataPrediction(path, 1e-3))
+]
 EVERY = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{type(kind).__name__}-{type(kind.path).__name__}")
 
 
@@ -30,7 +32,7 @@ def test_the_right_answer_gives_the_velocity(kind, t):
 @EVERY
 @pytest.mark.parametrize("t", [0.0, 1e-6, 0.5, 0.99, 1.0])
 def test_question_and_velocity_are_finite_at_both_ends(kind, t):
-    if isinstance(kind, FlowVelocity | Data) and isinstance(kind.path, EDMPath) and t == 1:
+    if isinstance(kind, FlowVelocity | DataPrediction) and isinstance(kind.path, EDMPath) and t == 1:
         pytest.skip("a variance-exploding state is infinite at t = 1; EDM() is the way to ask such a network")
     _, noise, x, time = triple(t)
     question, clock = kind.question(x.float(), time)
@@ -42,7 +44,7 @@ def test_question_and_velocity_are_finite_at_both_ends(kind, t):
 
 def test_edm_is_karras_et_al_in_their_own_variables():
     """arXiv 2206.00364, eq. 7 and table 1: D = c_skip x + c_out F(c_in x; ln(sigma) / 4) on x = x0 + sigma eps."""
-    kind, sigma, sd = EDM(0.5, 0.002, 80.0, 1.0), 3.0, 0.5
+    kind, sigma, sd = EDMPrediction(0.5, 0.002, 80.0, 1.0), 3.0, 0.5
     x0, noise, x, t = triple(sigma / (1 + sigma))
     native = x0 + sigma * noise
     question, clock = kind.question(x, t)
@@ -57,7 +59,7 @@ def test_edm_is_karras_et_al_in_their_own_variables():
 
 def test_edm_targets_have_unit_variance():
     """What preconditioning is for: for data of variance sigma_data^2 the network's target has variance 1 at every t."""
-    kind = EDM(0.8, 0.002, 80.0, 1.0)
+    kind = EDMPrediction(0.8, 0.002, 80.0, 1.0)
     x0, noise = torch.randn(2, 20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for t in (0.01, 0.3, 0.9):
         time = torch.full((20000,), t, dtype=torch.float64)
@@ -67,13 +69,15 @@ def test_edm_targets_have_unit_variance():
 
 
 def test_a_noise_network_is_asked_no_later_than_it_was_trained():
-    kind = Noise(DDPMPath(linear_betas(1000, 1e-4, 0.02)), 0.9936)
+    kind = NoisePrediction(DDPMPath(linear_betas(1000, 1e-4, 0.02)), 0.9936)
     _, noise, x, late = triple(0.9999)
     assert torch.equal(kind.question(x, late)[1], kind.question(x, torch.full_like(late, 0.9936))[1])
     assert kind.velocity(noise, x, late).abs().max() < 1000
 
 
-@pytest.mark.parametrize("kind", [FlowVelocity(PATHS[0]), Noise(PATHS[2], 0.99), Data(PATHS[4], 1e-3), KINDS[0]])
+@pytest.mark.parametrize(
+    "kind", [FlowVelocity(PATHS[0]), NoisePrediction(PATHS[2], 0.99), DataPrediction(PATHS[4], 1e-3), KINDS[0]]
+)
 def test_copies_are_independent_and_frozen(kind):
     assert copy.deepcopy(kind).question(*triple(0.5)[2:])[0].equal(kind.question(*triple(0.5)[2:])[0])
     with pytest.raises(AttributeError):
@@ -83,11 +87,11 @@ def test_copies_are_independent_and_frozen(kind):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Noise(PATHS[0], 1.0),
-        lambda: Data(PATHS[0], 0.0),
-        lambda: EDM(0.0, 0.002, 80.0, 1.0),
-        lambda: EDM(0.5, -1.0, 80.0, 1.0),
-        lambda: EDM(0.5, 0.002, 80.0, "x"),
+        lambda: NoisePrediction(PATHS[0], 1.0),
+        lambda: DataPrediction(PATHS[0], 0.0),
+        lambda: EDMPrediction(0.0, 0.002, 80.0, 1.0),
+        lambda: EDMPrediction(0.5, -1.0, 80.0, 1.0),
+        lambda: EDMPrediction(0.5, 0.002, 80.0, "x"),
     ],
 )
 def test_settings_that_have_no_meaning_are_refused(make):

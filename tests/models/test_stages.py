@@ -5,16 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from oss_exp.models.backbones import DiT
-from oss_exp.models.decoders import Pixels
+from oss_exp.models.checkpoints.weights import randomise
+from oss_exp.models.decoders.image import Pixels
+from oss_exp.models.families.backbones import DiT
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Network
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.stages import DOWN, UP, Staged, StageFolder
-from oss_exp.models.weights import randomise
 from oss_exp.noise import FlowPath
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
-from oss_exp.steps import StepSchedule
 
 CUTS = (0.7, 0.25)
 STEPS = StepSchedule(torch.tensor([1.0, 0.9, 0.7, 0.5, 0.25, 0.0]))

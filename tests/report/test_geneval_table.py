@@ -1,7 +1,7 @@
 """Table 7 of the paper from its own numbers."""
 
-from oss_exp.evaluation.geneval import TASKS, scores
 from oss_exp.evaluation.psnr import Interval
+from oss_exp.geneval.rules import TASKS, scores
 from oss_exp.report.geneval import table
 
 PAPER = {  # arXiv 2503.21774, table 7: overall, then the six

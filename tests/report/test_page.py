@@ -20,7 +20,7 @@ from PIL import Image
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.report import geneval, web, write
 from oss_exp.report.results import read_run
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 EVIL = """</script><img src=x onerror="document.title='broken'">&amp;'"""
 NAMES = ("edm", "ours", EVIL)
@@ -54,7 +54,7 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
     run = {"model": {"name": f"m {EVIL}"}, "teacher": {"num_steps": 10}, "solver": {}, "seed": 0, "teacher_metrics": {}}
     (folder / "metrics.json").write_text(json.dumps({**run, "rows": rows}))
     (folder / "config.yaml").write_text(
-        "num_teacher_steps: 10\nnoise_schedule: {_target_: oss_exp.noise.FlowSchedule, shift: 1.0}\n"
+        "num_teacher_steps: 10\nnoise_schedule: {_target_: oss_exp.noise.schedules.FlowSchedule, shift: 1.0}\n"
         f"model: {json.dumps(EVIL)}\n"
     )
     np.savez(folder / "samples.npz", **pictures)

@@ -7,13 +7,13 @@ import torch
 from references import PINNED, difference, float64, run
 
 from oss_exp.models.guidance import Guidance
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, nfe, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.dpm2 import DPM2
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
 from oss_exp.solvers.unipc import UniPC
-from oss_exp.steps import StepSchedule
 
 
 def test_every_yielded_state_but_the_last_has_seen_the_network_at_its_own_time(velocity, gmm):

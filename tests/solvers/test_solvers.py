@@ -14,14 +14,15 @@ from omegaconf import OmegaConf
 from references import LATER, PINNED, difference, float64, run
 from scipy.integrate import solve_ivp
 
-from oss_exp.solvers import BoundVelocity, Euler, LinearMultistep, State, nfe, sample, trajectory, walk
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, LinearMultistep, State, nfe, sample, trajectory, walk
 from oss_exp.solvers.deis import DEIS
 from oss_exp.solvers.dpm_solver import DPMSolver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
 from oss_exp.solvers.ipndm import IPNDM
 from oss_exp.solvers.unipc import UniPC
-from oss_exp.steps import StepSchedule
+from oss_exp.velocity import BoundVelocity
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "solver").glob("*.yaml"))
 

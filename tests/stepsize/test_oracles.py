@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from oss_exp.distances import Select, XtMSE
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample, trajectory
-from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import OSS, OSSAve, OSSShared, Problem
-from oss_exp.stepsize.edges import PerSample
-from oss_exp.stepsize.oss import layers
-from oss_exp.stepsize.recursion import recurse
+from oss_exp.stepsize.oss.band import layers
+from oss_exp.stepsize.oss.objectives import PerSample
+from oss_exp.stepsize.oss.recursion import recurse
 
 GRIDS, SIZES, BUDGETS = ("uniform", "edm", "ddpm"), (20, 50, 100), (3, 5, 10)
 # Samples (of 16) whose released schedule is not that of the exactly-k recurrence, because the released table carries

@@ -10,14 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from oss_exp.distances import X0MSE, XtMSE
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import EDMSchedule, FlowSchedule
 from oss_exp.solvers import Euler
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSFit, OSSShared, Problem
-from oss_exp.stepsize.gits import GITS
-from oss_exp.stepsize.ld3 import LD3
+from oss_exp.stepsize.baselines.gits import GITS
+from oss_exp.stepsize.baselines.ld3 import LD3
 from oss_exp.tasks.collective import DistributedCollective
 
 STRATEGIES = {

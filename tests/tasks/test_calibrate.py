@@ -15,16 +15,16 @@ from helpers import run_cli
 from PIL import Image
 
 from oss_exp.calibration import Calibration, amplitude
+from oss_exp.data.noise import NoiseDataset
 from oss_exp.distances import XtMSE
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample, trajectory
-from oss_exp.steps import StepSchedule
 from oss_exp.stepsize import Collective
 from oss_exp.tasks import calibrate
-from oss_exp.tasks.data import NoiseDataset
-from oss_exp.tasks.search import Setting
+from oss_exp.tasks.setting import Setting
 
 SMALL = [
     "task=calibrate",
@@ -98,7 +98,7 @@ def test_it_says_what_made_it(calibrated):
     about = table(calibrated).provenance
     assert (about["model"]["name"], about["model"]["sha256"]) == ("mixture_digits", model().fingerprint)
     assert about["teacher"]["num_steps"] == 20
-    assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.FlowSchedule", "shift": 1.0}
+    assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.schedules.FlowSchedule", "shift": 1.0}
     assert about["solver"]["_target_"] == "oss_exp.solvers.Euler"
     assert (about["samples"], about["seed"]) == (25, 0)
     table(calibrated).check(model().fingerprint, "mixture_digits", GRID)

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from oss_exp.models.weights import digest, read
+from oss_exp.models.checkpoints.weights import digest, read
 from oss_exp.tasks.convert import convert
 
 
@@ -43,14 +43,14 @@ class Tiny(Plain):
 def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
     size = {
         "backbone": {"_target_": f"{__name__}.{kind.__name__}", "_partial_": True, "width": 4},
-        "decoder": {"_target_": "oss_exp.models.decoders.Pixels", "_partial_": True},
+        "decoder": {"_target_": "oss_exp.models.decoders.image.Pixels", "_partial_": True},
         "event_shape": [1],
         "num_classes": None,
         "checkpoint": str(checkpoint),
     }
     form = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "time_scale": 1000.0}
     model = {
-        "_target_": "oss_exp.models.published.Published",
+        "_target_": "oss_exp.models.families.published.Published",
         "name": "two_layers",
         "size": "tiny",
         "sizes": {"tiny": size},
@@ -132,4 +132,4 @@ def test_wrong_settings_are_refused_and_write_nothing(more, match, tmp_path, mon
 def test_models_that_are_not_published_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli("task=convert", f"paths.output_dir={tmp_path}", f"hydra.run.dir={tmp_path}")
-    assert "task=convert rewrites published checkpoints; oss_exp.models.mixture" in capsys.readouterr().err
+    assert "task=convert rewrites published checkpoints; oss_exp.models.families.mixture" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from helpers import run_cli
 
-from oss_exp.oss_scheduler import OSSScheduler
-from oss_exp.steps import StepSchedule
+from oss_exp.export.oss_scheduler import OSSScheduler
+from oss_exp.schedule import StepSchedule
 
 FLOW = {"native": {"clock": "flow time"}}
 

@@ -14,7 +14,7 @@ from helpers import random_weights, run_cli
 from safetensors.torch import load_file
 
 from oss_exp.models.stages import DOWN, UP
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.tasks.finetune import spans
 
 MODEL = [

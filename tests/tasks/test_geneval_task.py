@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import random_weights, run_cli, write_fashion
 
-from oss_exp.evaluation.geneval import TASKS
-from oss_exp.tasks.scenes import wishes
+from oss_exp.data.scenes import wishes
+from oss_exp.geneval.rules import TASKS
 
 SMALL = ["model=flux_scenes", "model.backbone.network.num_layers=1", "model.backbone.network.num_single_layers=1"]
 COUNT = 2  # pictures of a prompt

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from oss_exp.cli import CONF
-from oss_exp.steps import StepSchedule
+from oss_exp.schedule import StepSchedule
 
 CLOCKS = {
     "edm_imagenet64": "sigma",

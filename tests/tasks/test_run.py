@@ -15,15 +15,15 @@ from helpers import run_cli
 from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
+from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.evaluation.psnr import CEILING, psnr
 from oss_exp.files import ASSETS, sha256
+from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.mixture import GaussianMixture
 from oss_exp.noise import EDMPath, FlowPath, FlowSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
-from oss_exp.steps import StepSchedule
-from oss_exp.tasks.data import HELD_OUT, NoiseDataset
-from oss_exp.tasks.search import native_times
+from oss_exp.tasks.setting import native_times
 
 STRATEGIES = ["ddim", "ddim_analytic", "edm", "fm", "logsnr", "oss", "oss_ave", "oss_fit", "oss_shared", "quadratic"]
 SMALL = [
@@ -117,7 +117,7 @@ def test_every_step_schedule_says_what_made_it(compared):
         assert about["model"]["name"] == "mixture_digits"
         assert about["model"]["sha256"] == sha256((ASSETS / "mixture_digits.safetensors").read_bytes())
         assert about["teacher"]["num_steps"] == 20
-        assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.FlowSchedule", "shift": 1.0}
+        assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.schedules.FlowSchedule", "shift": 1.0}
         assert about["solver"]["_target_"] == "oss_exp.solvers.Euler"
         assert about["distance"]["_target_"] == "oss_exp.distances.XtMSE"
         assert about["strategy"]["name"] == strategy

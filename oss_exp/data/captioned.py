@@ -1,0 +1,100 @@
+"""Images and videos with captions, made of Fashion-MNIST's garments, for training small networks of prompts.
+
+Item i is a function of i alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from oss_exp.data.images import fashion_mnist
+from oss_exp.geneval.detectors import COLOURS, GARMENTS
+
+FRAMES, SIDE = 8, 32
+MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor
+    "moving left": (-0.7, 0.0, 1.0),
+    "moving right": (0.7, 0.0, 1.0),
+    "rising": (0.0, -0.7, 1.0),
+    "falling": (0.0, 0.7, 1.0),
+    "growing": (0.0, 0.0, 1.9),
+    "shrinking": (0.0, 0.0, 1 / 1.9),
+}
+
+
+class CaptionedImages(Dataset, abc.ABC):
+    """Items (x0 in [-1, 1], number of its caption).
+
+    captions: all there are. garments (n, 1, 32, 32), labels (n,): Fashion-MNIST's. fingerprint: SHA-256 of what the
+    items are made of.
+    """
+
+    captions: list[str]
+
+    def __init__(self, root: str, split: str, items_each: int):
+        self.garments, self.labels = fashion_mnist(root, split, SIDE)
+        self.items_each = items_each
+        made_of = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
+        made_of.update(repr((type(self).__name__, self.captions, items_each)).encode())
+        self.fingerprint = made_of.hexdigest()
+
+    def __len__(self) -> int:
+        """As many items for each garment as were asked for."""
+        return self.items_each * len(self.garments)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._make(i)
+
+    @abc.abstractmethod
+    def _make(self, i: int) -> tuple[Tensor, int]: ...
+
+
+class ColouredFashion(CaptionedImages):
+    """(3, 32, 32): every garment once in each of eight colours, on black; "a red sneaker"."""
+
+    def __init__(self, root: str, split: str):
+        self.captions = [
+            f"{'an' if colour == 'orange' else 'a'} {colour} {garment}"
+            for garment, colour in product(GARMENTS, COLOURS)
+        ]
+        self.colours = torch.tensor(list(COLOURS.values()))[:, :, None, None]
+        super().__init__(root, split, len(COLOURS))
+
+    def _make(self, i: int) -> tuple[Tensor, int]:
+        garment, colour = divmod(i, len(COLOURS))
+        caption = int(self.labels[garment]) * len(COLOURS) + colour
+        return (self.garments[garment] + 1) * self.colours[colour] - 1, caption
+
+
+class MovingFashion(CaptionedImages):
+    """(1, 8, 32, 32): every garment once in each of six moves, from a place and at a size of its own; "boot rising"."""
+
+    def __init__(self, root: str, split: str):
+        self.captions = [f"{garment} {move}" for garment, move in product(GARMENTS, MOVES)]
+        super().__init__(root, split, len(MOVES))
+
+    def _make(self, i: int) -> tuple[Tensor, int]:
+        garment, move = divmod(i, len(MOVES))
+        *travel, growth = list(MOVES.values())[move]
+        draw = np.random.default_rng((0, i))
+        jitter = [0.1 if growth != 1 else 0.04 if along else 0.3 for along in travel]
+        middle = torch.tensor(draw.uniform(-1, 1, 2) * jitter, dtype=torch.float32)
+        clock = torch.linspace(-0.5, 0.5, FRAMES)[:, None]
+        size = draw.uniform(0.6, 0.7) * growth**clock
+        centre = middle + clock * torch.tensor(travel)
+        where = torch.cat(
+            [torch.eye(2) / size[..., None], -(centre / size)[..., None]], dim=2
+        )  # from canvas to garment
+        places = F.affine_grid(where, [FRAMES, 1, SIDE, SIDE], align_corners=False)
+        shown = (self.garments[garment] + 1).expand(FRAMES, -1, -1, -1)
+        frames = F.grid_sample(shown, places, align_corners=False)
+        return frames.movedim(0, 1) - 1, int(self.labels[garment]) * len(MOVES) + move

@@ -1,0 +1,87 @@
+"""Noises with a condition each that is no class: a row of an array in a file (an image to denoise), or a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseDataset
+from oss_exp.models.text.prompts import read_prompts
+
+
+class ConditionedDataset(Dataset):
+    """The items of `noise`, each with its `condition`: conditions (len(noise), ...)."""
+
+    def __init__(self, noise: NoiseDataset, conditions: np.ndarray):
+        self.noise, self.conditions = noise, conditions
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor | int]:
+        return {**self.noise[position], "condition": torch.as_tensor(self.conditions[position])}
+
+
+class ConditionedData(NoiseData):
+    """`NoiseData`, whose other settings are `noise`, for a model whose conditions are no classes.
+
+    Of conditions (n, ...) search samples take the first, held-out samples the last, and both start again where they
+    end; so the held-out ones depend on nothing else, and some are in common only where there are more samples.
+    """
+
+    def __init__(self, conditions: np.ndarray, num_classes: int | None, **noise: Any):
+        if num_classes is not None:
+            raise ValueError(f"this data has no classes and the model has {num_classes}; choose data=noise")
+        super().__init__(num_classes=None, classes=None, **noise)
+        self.conditions = conditions
+
+    def noises(self, first: int, count: int) -> Dataset:
+        places = np.arange(count)
+        rows = (-1 - places if first == HELD_OUT else places) % len(self.conditions)
+        return ConditionedDataset(super().noises(first, count), self.conditions[rows])
+
+
+class ConditionedNoiseData(ConditionedData):
+    """conditions: an .npz file; key: its array with a condition in every row, shuffled in the same way for every seed.
+
+    ValueError where search and held-out samples would have some in common.
+    """
+
+    def __init__(self, conditions: str, key: str, **noise: Any):
+        rows = read_array(Path(conditions).expanduser(), key)
+        super().__init__(rows[np.random.default_rng(0).permutation(len(rows))], **noise)
+        if self.search_samples + self.eval_samples > len(rows):
+            raise ValueError(
+                f"data.conditions={conditions} has {len(rows)} conditions, too few for "
+                f"data.search_samples={self.search_samples} and data.eval_samples={self.eval_samples} that share none"
+            )
+
+
+class PromptData(ConditionedData):
+    """prompts: their file, as `read_prompts` takes it. A condition is a prompt's number in it."""
+
+    def __init__(self, prompts: str, **noise: Any):
+        super().__init__(np.arange(len(read_prompts(prompts))), **noise)
+
+
+def read_array(path: Path, key: str) -> np.ndarray:
+    """The array `key` of an .npz file, float32, at least one row. Objects in it are not unpickled."""
+    if not path.is_file():
+        raise FileNotFoundError(f"conditions {path} do not exist; set data.conditions to an .npz file")
+    try:
+        with np.load(path) as arrays:
+            found = list(arrays)
+            array = arrays[key] if key in found else None
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+        raise ValueError(f"conditions {path} cannot be read as an .npz file: {error}") from None
+    if array is None:
+        raise ValueError(f"conditions {path} have no array {key!r}; set data.key to one of {', '.join(found)}")
+    if array.ndim < 2 or array.dtype.kind not in "fiu":
+        raise ValueError(f"conditions {path}: {key} must be numbers with a condition in each row, got {array.shape}")
+    return array.astype(np.float32)

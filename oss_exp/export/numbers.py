@@ -1,0 +1,102 @@
+"""Step schedules with every step as numbers, which `oss_scheduler.py` runs in pipelines of diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oss_exp.files import save_asset, write_atomically
+from oss_exp.names import named_object
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Solver, walk
+from oss_exp.tensors import rowwise
+
+
+def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, Any]:
+    """The schedule with every step as numbers: `times`, `weights`, `start` and `start_time` of OSSScheduler.
+
+    solver: whose steps they are; None: the one that the schedule's file names, else Euler.
+    ValueError where a step is no sum of one call's x0 each, or where it needs a guided call's answers apart.
+    """
+    if steps.samples is not None:
+        raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
+    if solver is None and steps.weights is None:
+        solver = _named_solver(steps)
+    if solver is not None and solver.calibration is not None:
+        raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
+    weights = _summed(steps, solver) if steps.weights is None else _from_first(steps)
+    return {
+        "times": steps.times.tolist(),
+        "weights": weights.tolist(),
+        "start": steps.start,
+        "start_time": steps.start_time,
+    }
+
+
+def save_in_numbers(steps: StepSchedule, path: str | Path, solver: Solver | None = None) -> Path:
+    """Write what OSSScheduler.from_schedule reads: JSON and, where there is a mean, `<name>.mean.safetensors` first."""
+    path = Path(path)
+    record = {"format": "oss_exp/scheduler", "version": 1, **in_numbers(steps, solver), "mean": None}
+    if steps.mean is not None:
+        file = path.with_suffix(".mean.safetensors")
+        digest = save_asset(file, {"mean": steps.mean.cpu()}, {"made_by": path.name})
+        record["mean"] = {"file": file.name, "sha256": digest}
+    record["provenance"] = dict(steps.provenance)
+    return write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+
+def _summed(steps: StepSchedule, solver: Solver) -> Tensor:
+    """(K, 3 + K) weights over (x, first state, mean, x0 newest first): the solver run on coordinates.
+
+    Its states are sums of the first state and the x0 of its calls, so it is run on the vectors that stand for them.
+    """
+    count = steps.num_steps
+    if solver.evals_per_step != 1:
+        raise ValueError(f"{solver} calls the network again within a step, which no scheduler can; use a multistep one")
+    basis, seen = torch.eye(count + 1, dtype=torch.float64), []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x[0])
+        return (x - basis[len(seen)]) / rowwise(t, x)
+
+    orders = None if steps.orders is None else list(steps.orders)
+    *_, last = walk(solver, velocity, basis[:1], steps.times, orders)
+    states = torch.stack([*seen[1:], last.x[0]])
+    weights = torch.zeros(count, 3 + count, dtype=torch.float64)
+    weights[:, 1] = states[:, 0]
+    for step in range(count):
+        weights[step, 3 : 4 + step] = states[step, 1 : 2 + step].flip(0)
+    return weights
+
+
+def _from_first(steps: StepSchedule) -> Tensor:
+    """(K, P) fitted weights, over the first state where they are over the noise."""
+    if (steps.about("model").get("guidance") or {}).get("scale", 1) != 1:
+        raise ValueError(
+            "the schedule's steps were fitted to guided and unguided answers apart, and a pipeline gives their mix; "
+            "plan it with model.guidance.scale=1, or by stepsize=oss_shared"
+        )
+    weights = steps.weights.clone()
+    if steps.start == "analytic":  # first = ratio noise + (1 - ratio) mean
+        ratio = float(steps.times[0]) / steps.start_time
+        weights[:, 1] /= ratio
+        weights[:, 2] -= (1 - ratio) * weights[:, 1]
+    return weights
+
+
+def _named_solver(steps: StepSchedule) -> Solver:
+    settings = dict(steps.about("solver"))
+    if not settings and steps.orders is not None:
+        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
+    target = str(settings.pop("_target_", "oss_exp.Euler"))
+    try:
+        kind = named_object(target)
+    except ValueError:
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, Solver)):
+        raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
+    return kind(**settings)

@@ -1,0 +1,267 @@
+"""Step schedules in pipelines of diffusers: orders, fitted steps and analytic starts, which no list of sigmas holds.
+
+This file needs torch, diffusers and safetensors, and can lie beside a script that has nothing else of oss_exp. It runs
+what `oss-exp task=export task.to=oss_scheduler` writes: every step as numbers, a sum over the current state, the first
+state, a mean and all clean samples predicted so far. Times t are those of flow matching: x_t = (1 - t) x0 + t eps.
+Legend: B samples, M rows (a multiple of B), K steps, G conditions, *E a latent's dims.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+FORMAT, VERSION = "oss_exp/scheduler", 1
+PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
+TRAINING = ("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
+BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+
+
+class OSSScheduler(SchedulerMixin, ConfigMixin):
+    """pipe.scheduler = OSSScheduler.from_schedule("x.json", pipe.scheduler.config); pipe(..., num_inference_steps=K).
+
+    times:      K + 1 decreasing times t, the last 0.
+    weights:    K rows over (x, first state, mean, newest x0, older x0 ...): the state at the next time.
+    start:      `pinned` and `free`: the noise is the first state. `analytic`: they are a jump apart, see `begin`.
+    start_time: the noise is start_time * eps.
+    mean:       (G, *E) mean clean latents, in the pipeline's own layout (a FluxPipeline's are packed).
+    prediction_type, num_train_timesteps, beta_...: how the network was trained, in diffusers' words.
+    extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
+                `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
+
+    `condition` (B,) says which mean is each sample's where there are several; set it before the pipeline is called.
+    The state is made anew from the noise and the answers at each step: what a callback does to latents is not kept.
+    """
+
+    config_name = "scheduler_config.json"
+    ignore_for_config = ["mean"]  # noqa: RUF012  (as diffusers has it)
+    _compatibles = []  # noqa: RUF012
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        times: Sequence[float],
+        weights: Sequence[Sequence[float]],
+        start: str = "pinned",
+        start_time: float = 1.0,
+        prediction_type: str = "flow_prediction",
+        num_train_timesteps: int = 1000,
+        beta_schedule: str | None = None,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        extra_call: bool = False,
+        mean: Tensor | None = None,
+    ):
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
+        self.times, self.weights, self.mean = list(times), [list(row) for row in weights], mean
+        self.condition: Tensor | None = None
+        self.flow = prediction_type == "flow_prediction"
+        self.ratios = None if self.flow else self._ratios()
+        self.time_max = 1.0 if self.flow else float(self.ratios[-1] / (1 + self.ratios[-1]))
+        clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
+        self.timesteps = torch.cat([clock[:1], clock]) if extra_call else clock
+        self.sigmas = torch.tensor([t if self.flow else t / (1 - min(t, self.time_max)) for t in self.times])
+        self.num_inference_steps, self.begun = len(self.weights), False
+        self.calls = len(self.timesteps)  # until set_timesteps
+
+    @classmethod
+    def from_schedule(
+        cls, file: str | Path, config: Mapping[str, Any] | None = None, extra_call: bool = False, **changes: Any
+    ) -> OSSScheduler:
+        """file: what task.to=oss_scheduler wrote; where oss_exp is installed, any of its step schedules.
+
+        config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
+        """
+        training = {key: value for key, value in (config or {}).items() if key in TRAINING + BETAS} | changes
+        record, mean = _read(Path(file))
+        given = {key: record[key] for key in ("times", "weights", "start", "start_time")}
+        return cls(**given, **training, extra_call=extra_call, mean=mean)
+
+    # What a pipeline asks
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What pipelines of eps-networks multiply their noise by; those of flow networks do not ask."""
+        if self.flow or self.config.start == "analytic" or self.config.extra_call:
+            return 1.0
+        return self._scale(self.times[0]) * self.config.start_time
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """noise (B, *E) of size 1 -> the `latents` to give to the pipeline, which spares an analytic start's call."""
+        if self.config.extra_call:
+            raise ValueError("extra_call=True makes the first state itself; give the pipeline the noise, or none")
+        self.begun = True
+        return self._first_state(noise) / self.init_noise_sigma
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """The schedule has its own times: of what a pipeline gives only the number of steps counts."""
+        asked, steps = len(sigmas) if num_inference_steps is None else num_inference_steps, len(self.weights)
+        if asked != steps:
+            raise ValueError(f"the schedule has {steps} steps, {asked} were asked; set num_inference_steps={steps}")
+        moves = self.config.start == "analytic" or (self.flow and self.config.start_time != 1)
+        if moves and not self.begun and not self.config.extra_call:
+            raise ValueError(
+                "the noise is not the schedule's first state: give the pipeline latents=scheduler.begin(noise), or "
+                "build the scheduler with extra_call=True, which costs one more network call"
+            )
+        self.timesteps = self.timesteps.to(device)
+        self.calls, self._outputs = 0, []
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Pipelines call it with 0."""
+        if begin_index != 0:
+            raise ValueError("a step schedule runs from its first time on, not from inside as image-to-image does")
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Latents are as the network takes them."""
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """sample (M, *E) and what the network said of it -> the latents at the next time, in the sample's dtype."""
+        if self.calls >= len(self.timesteps) or float(timestep) != float(self.timesteps[self.calls]):
+            raise ValueError(
+                "a step schedule runs through all of its times, first to last: call set_timesteps and give step every "
+                "one of scheduler.timesteps"
+            )
+        step, x = self.calls - int(self.config.extra_call), sample.to(torch.promote_types(sample.dtype, torch.float32))
+        self.calls += 1
+        if step < 0:
+            after = self._first_state(x)
+        else:
+            x = x / self._scale(self.times[step])
+            if step == 0:
+                self._first, self.begun = x, False
+            self._outputs.insert(0, self._clean(model_output.to(x.dtype), x, self.times[step]))
+            current, first, mean, *answers = self.weights[step]
+            terms = [(current, x), (first, self._first), *zip(answers, self._outputs, strict=False)]
+            after = sum(weight * vector for weight, vector in terms if weight != 0)
+            if mean != 0:
+                after = after + mean * self._mean_of(x)
+            after = self._scale(self.times[step + 1]) * after
+        after = after.to(sample.dtype)
+        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # Times and coordinates
+
+    def _first_state(self, noise: Tensor) -> Tensor:
+        """eps (M, *E) -> latents at times[0]."""
+        x, t = self.config.start_time * noise, self.times[0]
+        if self.config.start == "analytic":
+            ratio = t / self.config.start_time
+            x = ratio * x + (1 - ratio) * self._mean_of(x)
+        return self._scale(t) * x
+
+    def _mean_of(self, x: Tensor) -> Tensor:
+        """(M, *E) like x; row m is sample m % B, as under guidance."""
+        if self.mean is None:
+            raise ValueError("the schedule's mean is not there; load it with from_schedule, from the schedule's file")
+        if self.mean.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"the schedule's mean has shape {tuple(self.mean.shape[1:])}, the latents {tuple(x.shape[1:])}; set "
+                "scheduler.mean to the mean in the pipeline's layout (FluxPipeline._pack_latents)"
+            )
+        if self.condition is None and len(self.mean) > 1:
+            raise ValueError(f"the schedule has means of {len(self.mean)} conditions; set scheduler.condition to (B,)")
+        mean = self.mean.to(x)
+        rows = mean if self.condition is None else mean[self.condition.to(x.device)]
+        return rows.repeat(len(x) // len(rows), *[1] * (x.ndim - 1))
+
+    def _clean(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """What the network said of x at t -> its x0."""
+        if self.config.prediction_type == "sample":
+            return output
+        asked = min(t, self.time_max)
+        velocity = output
+        if self.config.prediction_type == "epsilon":
+            velocity = (output - x) / (1 - asked)
+        if self.config.prediction_type == "v_prediction":
+            scale = self._scale(t)
+            velocity = (2 * asked - 1) * scale**2 * x + scale * output
+        return x - t * velocity
+
+    def _scale(self, t: float) -> float:
+        """alpha + sigma: the latents of a variance-preserving network are as much larger than x_t."""
+        return 1.0 if self.flow else 1 / math.hypot(1 - min(t, self.time_max), min(t, self.time_max))
+
+    def _native(self, t: float) -> float:
+        """What the network is told of t: the index of its training chain, log-linear between whole ones."""
+        if self.flow:
+            return t * self.config.num_train_timesteps
+        ratio = min(t, self.time_max) / (1 - min(t, self.time_max))
+        if ratio < self.ratios[0]:
+            return ratio / self.ratios[0] - 1  # -1 is clean
+        return float(np.interp(math.log(ratio), np.log(self.ratios), np.arange(len(self.ratios))))
+
+    def _ratios(self) -> np.ndarray:
+        """sigma / alpha of each index, float64."""
+        if self.config.beta_schedule is None and self.config.trained_betas is None:
+            raise ValueError(
+                f"prediction_type={self.config.prediction_type} needs the betas of the training; give from_schedule "
+                "the config of the pipeline's own scheduler, pipe.scheduler.config"
+            )
+        if self.config.rescale_betas_zero_snr:
+            raise ValueError("rescale_betas_zero_snr=True has no last sigma; choose a network without")
+        chosen = {key: self.config[key] for key in BETAS if self.config[key] is not None}
+        betas = DDPMScheduler(self.config.num_train_timesteps, **chosen).betas
+        alphas = torch.cumprod(1 - betas.double(), 0)
+        return ((1 - alphas) / alphas).sqrt().numpy()
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
+    """A file's record and its mean (G, *E). FileNotFoundError or ValueError says what is wrong with it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"schedule {path} does not exist (folder: {path.resolve().parent})")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"schedule {path} is not complete JSON ({error}); write it again") from None
+    form = record.get("format") if isinstance(record, dict) else None
+    if form == "oss_exp/step_schedule":
+        try:
+            from oss_exp.export.numbers import in_numbers
+            from oss_exp.schedule import StepSchedule
+        except ImportError:
+            raise ValueError(
+                f"{path} has its solver's name and not its numbers; rewrite it where oss_exp is, with oss-exp "
+                f"task=export task.to=oss_scheduler task.schedule={path.name}"
+            ) from None
+        steps = StepSchedule.load(path)
+        return in_numbers(steps), steps.mean
+    if form != FORMAT or record.get("version") != VERSION:
+        raise ValueError(f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export')
+    if record["mean"] is None:
+        return record, None
+    file = path.with_name(record["mean"]["file"])
+    if not file.is_file():
+        raise FileNotFoundError(f"the mean {file} of schedule {path} does not exist; copy it too")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record["mean"]["sha256"]:
+        raise ValueError(f"the mean {file} is not the one of schedule {path}; copy both again")
+    return record, safetensors.torch.load(data)["mean"]

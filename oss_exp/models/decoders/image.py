@@ -1,0 +1,139 @@
+"""From the space that a network works in to pixels."""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oss_exp.models.checkpoints.weights import locate, randomise, read
+
+
+class Pixels(nn.Module):
+    """The network works on pixels in [-1, 1]."""
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W) in [0, 1]."""
+        return ((x0 + 1) / 2).clamp(0, 1)
+
+
+ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")  # as older files of diffusers say
+TODAY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Autoencoder(nn.Module, abc.ABC):
+    """The network works on latents of an autoencoder of diffusers, of which only the decoder is kept, in float32.
+
+    network:     the autoencoder, not yet filled.
+    checkpoint:  a file, a folder or a hub id; `random`: reproducible random weights.
+    micro_batch: images or videos decoded at a time.
+    source:      where the public file is had, for the message when it is missing.
+    """
+
+    FILES = tuple(
+        f"{folder}diffusion_pytorch_model.{kind}" for folder in ("vae/", "") for kind in ("safetensors", "bin")
+    )
+
+    def __init__(self, network: nn.Module, checkpoint: str, micro_batch: int, source: str):
+        super().__init__()
+        self.micro_batch, self.source = micro_batch, source
+        network.encoder = network.quant_conv = None
+        self.post_quant_conv, self.decoder = network.post_quant_conv or nn.Identity(), network.decoder
+        self._network = (network,)  # no part beside its own parts
+        if checkpoint == "random":
+            randomise(self, torch.Generator().manual_seed(0))
+        else:
+            self._load(checkpoint)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, 3, ...) in [0, 1]."""
+        (network,) = self._network
+        pixels = [network.decode(self._latents(rows)).sample for rows in x0.float().split(self.micro_batch)]
+        return ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
+
+    @abc.abstractmethod
+    def _latents(self, x0: Tensor) -> Tensor:
+        """What the diffusion network works on -> what the decoder takes."""
+
+    def _load(self, checkpoint: str) -> None:
+        """Every weight of the decoder from a file, which may hold an encoder besides but nothing else."""
+        path = locate(checkpoint, self.FILES, self.source, "model.sizes.full.decoder.checkpoint")
+        tensors = {
+            ATTENTION.sub(lambda old: TODAY[old[0]], key): value
+            for key, value in read(path).items()
+            if not key.startswith(("encoder.", "quant_conv."))
+        }
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"VAE {path} is of another architecture than model.decoder: {error!s:.400}") from None
+
+
+class VAE(Autoencoder):
+    """diffusers.AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752): (B, C, h, w) -> (B, 3, H, W).
+
+    H = 8 h with four levels.
+
+    checkpoint, micro_batch, source: as above.
+    scaling_factor, shift_factor: the network's latents are (the encoder's - shift) times scale.
+    tile:   decode larger images in overlapping squares of so many latents a side, to save memory; null: as a whole.
+    config: AutoencoderKL's own.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        scaling_factor: float,
+        micro_batch: int,
+        source: str,
+        shift_factor: float | None = None,
+        tile: int | None = None,
+        **config: Any,
+    ):
+        from diffusers import AutoencoderKL
+
+        network = AutoencoderKL(**config)
+        if tile is not None:
+            network.enable_tiling()
+            network.tile_latent_min_size = tile
+            network.tile_sample_min_size = tile * 2 ** (len(network.config.block_out_channels) - 1)
+        super().__init__(network, checkpoint, micro_batch, source)
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor or 0.0
+
+    def _latents(self, x0: Tensor) -> Tensor:
+        return x0 / self.scaling_factor + self.shift_factor
+
+
+class WanVAE(Autoencoder):
+    """diffusers.AutoencoderKLWan (Wan 2025, arXiv 2503.20314): videos (B, C, f, h, w) -> (B, 3, 4 f - 3, 8 h, 8 w).
+
+    It decodes one of the f frames after the other.
+
+    checkpoint, micro_batch, source: as above.
+    latents_mean, latents_std: (C,) of the encoder's latents; the network's are normalised by them.
+    config: AutoencoderKLWan's own.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        micro_batch: int,
+        source: str,
+        latents_mean: Sequence[float],
+        latents_std: Sequence[float],
+        **config: Any,
+    ):
+        from diffusers import AutoencoderKLWan
+
+        network = AutoencoderKLWan(latents_mean=list(latents_mean), latents_std=list(latents_std), **config)
+        super().__init__(network, checkpoint, micro_batch, source)
+        self.register_buffer("mean", torch.tensor(latents_mean)[:, None, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(latents_std)[:, None, None, None], persistent=False)
+
+    def _latents(self, x0: Tensor) -> Tensor:
+        return x0 * self.std + self.mean

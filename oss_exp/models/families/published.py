@@ -1,0 +1,66 @@
+"""A published network: a public checkpoint, whatever its layout, behind canonical time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import UNTRAINED, Network, at_size
+from oss_exp.models.parameterization import Parameterization
+
+
+class Published(Network):
+    """A network that somebody else trained, at one of its sizes.
+
+    sizes:      by name what differs: `backbone` and `decoder` (partial: only the chosen ones are built), `event_shape`,
+                `num_classes`, `checkpoint`. `full` is the public one; `tiny` has the same layers, small.
+    checkpoint: a file, by path or by the name it is shipped under, a folder or a hub id; `random`: reproducible random
+                weights, to try all but the pictures; `untrained`: as initialised; null: that of the size.
+    source:     where the public checkpoint is had, for the message when it is missing.
+
+    The backbone's class says what the public files are called (`FILES`) and how their keys translate (`translate`,
+    `to_public`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: str,
+        sizes: Mapping[str, Mapping[str, Any]],
+        parameterization: Parameterization,
+        guidance: Guidance,
+        micro_batch: int,
+        dtype: str,
+        checkpoint: str | None,
+        source: str,
+    ):
+        name, chosen = at_size(name, size, sizes), sizes[size]
+        checkpoint = checkpoint or chosen["checkpoint"]
+        if checkpoint not in ("random", UNTRAINED):  # a missing file is found before large networks are built
+            checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source))
+        super().__init__(
+            name=name,
+            decoder=chosen["decoder"](),
+            backbone=chosen["backbone"](),
+            parameterization=parameterization,
+            event_shape=chosen["event_shape"],
+            num_classes=chosen["num_classes"],
+            guidance=guidance,
+            micro_batch=micro_batch,
+            dtype=dtype,
+            checkpoint=checkpoint,
+        )
+
+    def _load(self, checkpoint: str) -> str:
+        """The hash is of the weights themselves, so it is the same in every layout."""
+        if checkpoint == "random":
+            randomise(self.backbone, torch.Generator().manual_seed(0))
+        else:
+            path = Path(checkpoint)
+            self._fill(self.backbone.translate(read(path)), path)
+        return digest(self.backbone.state_dict())

@@ -1,0 +1,109 @@
+"""Stable Diffusion 1 and 2 and what was made of them: a pipeline folder of diffusers behind canonical time.
+
+(Rombach et al. 2022, arXiv 2112.10752.) The folder's own configs say what the parts are and how they were trained, so
+one class serves every pipeline of a U-Net, a CLIP text encoder and a VAE. A condition is a prompt's number.
+Legend: M rows, *E event dims, P prompts, L tokens, D features; t (M,) float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oss_exp.models.checkpoints.pipelines import Pipeline, Prompted, PromptedBackbone, require_features
+from oss_exp.models.decoders.image import VAE
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import at_size
+from oss_exp.models.parameterization import NoisePrediction, Parameterization, VPVelocity
+from oss_exp.models.text.encoders import clip_text, encode
+from oss_exp.models.text.prompts import read_prompts
+from oss_exp.noise import DDPMPath, linear_betas, scaled_linear_betas
+
+PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "vae": ("AutoencoderKL",),
+    "scheduler": (),
+}
+SCALE = {"scaling_factor": 0.18215}  # of a VAE whose config is older than this key
+
+
+class StableDiffusion(Prompted):
+    """A text-to-image network at one of its sizes.
+
+    sizes:        by name the `checkpoint`, and for random weights the configs of `unet`, `text_encoder`, `vae` and
+                  `scheduler` as diffusers writes them. `full` is the public one; `tiny` has the same layers, small.
+    prompts:      the file of the prompts that conditions number, as `read_prompts` takes it.
+    decode_batch: images decoded at a time.
+    checkpoint:   a pipeline folder or a hub id, whose own configs count; `random`: reproducible random weights, to try
+                  all but the pictures; null: that of the size.
+    source:       where the public checkpoint is had, for the message when it is missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: str,
+        sizes: Mapping[str, Mapping[str, Any]],
+        guidance: Guidance,
+        prompts: str,
+        micro_batch: int,
+        decode_batch: int,
+        dtype: str,
+        checkpoint: str | None,
+        source: str,
+    ):
+        name = at_size(name, size, sizes)
+        listed = read_prompts(prompts)
+        pipeline = Pipeline("StableDiffusionPipeline", PARTS, size, sizes, checkpoint, source)
+        parameterization, unet = trained_as(pipeline.configs["scheduler"]), pipeline.network("unet")
+        channels, side = unet.config.in_channels, unet.config.sample_size
+        if not isinstance(side, int):
+            raise ValueError(f"the unet has sample_size={side}; choose a model.checkpoint of square images")
+        encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*listed, ""])
+        require_features(pipeline, "U-Net", encodings["text"], unet.config.cross_attention_dim)
+        vae = SCALE | pipeline.configs["vae"]
+        super().__init__(
+            name=name,
+            prompts=listed,
+            encoder_sha256=sha256,
+            backbone=PromptedUNet(unet, table=encodings["text"]),
+            parameterization=parameterization,
+            event_shape=(channels, side, side),
+            decoder=VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae),
+            guidance=guidance,
+            micro_batch=micro_batch,
+            dtype=dtype,
+            checkpoint=pipeline.weights("unet"),
+        )
+
+
+class PromptedUNet(PromptedBackbone):
+    """diffusers.UNet2DConditionModel(x (M, *E), clock (M,), prompts (M,), -1 for none) -> (M, *E).
+
+    table: encodings (P + 1, L, D).
+    """
+
+    def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
+        return self.network(x, clock, encoder_hidden_states=self.table[prompts]).sample
+
+
+def trained_as(scheduler: Mapping[str, Any]) -> Parameterization:
+    """What the config of a pipeline's scheduler says of its network; ValueError for what is not known here."""
+    rules = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
+    answers = {"epsilon": NoisePrediction, "v_prediction": VPVelocity}
+    rule, answer = scheduler.get("beta_schedule"), scheduler.get("prediction_type", "epsilon")
+    if rule not in rules or answer not in answers or scheduler.get("trained_betas") is not None:
+        raise ValueError(
+            f"the pipeline's scheduler has beta_schedule={rule}, prediction_type={answer}, trained_betas="
+            f"{scheduler.get('trained_betas')}; known are {', '.join(rules)}; {', '.join(answers)}; and null"
+        )
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError("the pipeline's scheduler has rescale_betas_zero_snr=true; choose a model.checkpoint without")
+    num_steps = scheduler["num_train_timesteps"]
+    path = DDPMPath(rules[rule](num_steps, scheduler["beta_start"], scheduler["beta_end"]))
+    return answers[answer](path, float(path.canonical(torch.tensor(num_steps - 1.0, dtype=torch.float64))))

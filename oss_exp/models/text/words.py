@@ -1,0 +1,84 @@
+"""Small networks of prompts whose text encoder is a list of words.
+
+Each word is a feature of its own, so the first linear layer that reads it is the embedding, learned with the network.
+Legend: P prompts, L places for words, W words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oss_exp.files import sha256
+from oss_exp.models.checkpoints.pipelines import Prompted
+from oss_exp.models.network import Network
+from oss_exp.models.text.prompts import read_prompts
+
+
+class Words:
+    """Prompts of at most `length` words of `vocabulary` -> tensors by name.
+
+    text (P, L, W): `scale` at each place's word, 0 at places without; mask (P, L): which have one; pooled (P, W): their
+    sum. With a scale of sqrt(W) a word is as large as the features that a layer's initial weights are made for.
+    ordered: text (P, L, W + L) says also which place it is, for networks that do not count the tokens of a text.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0, ordered: bool = False):
+        self.numbers = {word: number for number, word in enumerate(vocabulary)}
+        self.length, self.scale, self.ordered = length, scale, ordered
+        self.fingerprint = sha256(repr((list(vocabulary), length, scale, ordered)).encode())
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """ValueError for a word that is not in the vocabulary, or too many of them."""
+        text = torch.zeros(len(prompts), self.length, len(self.numbers))
+        for row, prompt in zip(text, prompts, strict=True):
+            words = re.findall(r"[\w-]+", prompt.lower())
+            if unknown := [word for word in words if word not in self.numbers]:
+                raise ValueError(
+                    f"the model does not know {unknown[0]!r} of prompt {prompt!r}; its words are "
+                    f"{', '.join(self.numbers)}"
+                )
+            if len(words) > self.length:
+                raise ValueError(f"prompt {prompt!r} has {len(words)} words, the model reads {self.length}")
+            for place, word in enumerate(words):
+                row[place, self.numbers[word]] = self.scale
+        mask, pooled = text.any(dim=2), text.sum(dim=1)
+        if self.ordered:
+            places = self.scale * torch.eye(self.length).expand(len(text), -1, -1)
+            text = torch.cat([text, places * mask[:, :, None]], dim=2)
+        return {"text": text, "mask": mask, "pooled": pooled}
+
+
+class Worded(Prompted):
+    """A small network of prompts, trained by `task=pretrain` on images with captions.
+
+    prompts:    a file, as `read_prompts` takes it, or the prompts themselves.
+    words:      how they are read.
+    encodings:  which of `Words`' tensors the backbone takes, each with a last row for no prompt.
+    backbone:   takes those by name.
+    checkpoint: as Network's. network: the rest, as Network takes it.
+    """
+
+    def __init__(
+        self,
+        prompts: str | Sequence[str],
+        words: Words,
+        encodings: Sequence[str],
+        backbone: Callable[..., nn.Module],
+        **network: Any,
+    ):
+        listed = read_prompts(prompts)
+        tables = words([*listed, ""])
+        super().__init__(
+            prompts=listed,
+            encoder_sha256=words.fingerprint,
+            backbone=backbone(**{name: tables[name] for name in encodings}),
+            **network,
+        )
+
+    def _load(self, checkpoint: str) -> str:
+        return sha256(f"{Network._load(self, checkpoint)} {self.encoder_sha256}".encode())

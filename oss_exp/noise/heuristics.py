@@ -1,0 +1,110 @@
+"""Hand-made schedules that users of diffusers and ComfyUI know by name: rivals of a searched one.
+
+Each places K network calls, the first where the noise is highest, and ends at 0. A sigma is the noise-to-data ratio
+sigma / alpha (Karras et al. 2022), t = sigma / (1 + sigma). Two more of the family need no class of their own:
+`karras` is `EDMSchedule` and `exponential` is `LogSNRSchedule`, both on the sigma range of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+from oss_exp.noise import CosinePath, EDMPath, NoiseSchedule
+from oss_exp.noise.paths import require_positive
+from oss_exp.noise.schedules import even, require_sigmas
+
+
+@dataclass(frozen=True)
+class KLOptimalSchedule(NoiseSchedule):
+    """Uniform in arctan sigma from sigma_max to sigma_min, then 0: `kl_optimal` in A1111 and ComfyUI.
+
+    From sigma_max to sigma_min no Euler steps do better on normal data of variance 1, by the KL divergence of what
+    they reach: Align Your Steps (arXiv 2404.14507), theorem 3.1 with c = 1. The closing jump to 0 is its users' own.
+    Raises ValueError unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        require_sigmas(self.sigma_min, self.sigma_max)
+
+    def _times(self, num_steps: int) -> Tensor:
+        angle = even(math.atan(self.sigma_max), math.atan(self.sigma_min), num_steps)
+        return EDMPath().canonical(angle.tan())
+
+
+@dataclass(frozen=True)
+class BetaSchedule(NoiseSchedule):
+    """Sigmas at even quantiles of a Beta(alpha, beta) law between sigma_min and sigma_max, then 0.
+
+    Below 1, alpha crowds the low end and beta the high one; at alpha = beta = 1 the sigmas are uniform. diffusers has
+    this as `use_beta_sigmas`, with 0.6 and 0.6. Beta Sampling (arXiv 2407.12173) and ComfyUI spread the indices of the
+    network's own clock in that way instead, which puts far fewer calls at high sigmas.
+    Raises ValueError unless 0 < sigma_min < sigma_max and alpha, beta > 0.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    alpha: float
+    beta: float
+
+    def __post_init__(self) -> None:
+        require_sigmas(self.sigma_min, self.sigma_max)
+        require_positive(alpha=self.alpha, beta=self.beta)
+
+    def _times(self, num_steps: int) -> Tensor:
+        share = torch.from_numpy(betaincinv(self.alpha, self.beta, even(1, 0, num_steps).numpy()))
+        return EDMPath().canonical(self.sigma_min + share * (self.sigma_max - self.sigma_min))
+
+
+@dataclass(frozen=True)
+class LinearQuadraticSchedule(NoiseSchedule):
+    """Even flow times from 1 to 1 - threshold, then quadratic ones to 0, with no kink between: for video models.
+
+    Movie Gen (arXiv 2410.13720), and Mochi with threshold 0.025: of 50 steps, 25 are those of a run of 1000.
+
+    threshold:    the stretch of flow time that the even steps cover, in (0, 1).
+    linear_steps: how many steps are even; None: half of them, rounded down. A single step goes from 1 to 0.
+    Raises ValueError for values outside these ranges, and for linear_steps that leave none to be quadratic.
+    """
+
+    threshold: float
+    linear_steps: int | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threshold, int | float) or not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must be in (0, 1), got {self.threshold!r}")
+        if self.linear_steps is not None and (not isinstance(self.linear_steps, int) or self.linear_steps < 1):
+            raise ValueError(f"linear_steps must be a positive whole number or null, got {self.linear_steps!r}")
+
+    def _times(self, num_steps: int) -> Tensor:
+        if num_steps == 1:
+            return torch.ones(1, dtype=torch.float64)
+        linear = num_steps // 2 if self.linear_steps is None else self.linear_steps
+        if linear >= num_steps:
+            raise ValueError(
+                f"linear_steps={linear} leaves none of {num_steps} steps to be quadratic; "
+                "ask for more steps or for fewer linear ones"
+            )
+        # One line through all steps, and from the last even one on what it lacks to reach 0.
+        step = torch.arange(num_steps, dtype=torch.float64)
+        slope = self.threshold / linear
+        bend = ((step - linear).clamp(min=0) / (num_steps - linear)) ** 2
+        return 1 - slope * step - (1 - slope * num_steps) * bend
+
+
+@dataclass(frozen=True)
+class CosineSchedule(NoiseSchedule):
+    """Uniform in the clock of the cosine path: sigma = tan(pi tau / 2) at tau = 1 - i / K.
+
+    Nichol & Dhariwal 2021 (arXiv 2102.09672) without their offset, as in simple diffusion (arXiv 2301.11093).
+    """
+
+    def _times(self, num_steps: int) -> Tensor:
+        return CosinePath().canonical(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)

@@ -1,0 +1,50 @@
+"""Hand-made schedules as strategies: the K-step version of a noise schedule, from the teacher's first node on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from oss_exp.noise import NoiseSchedule
+from oss_exp.schedule import StepSchedule
+from oss_exp.stepsize.base import begin_at, check_num_steps
+from oss_exp.stepsize.problem import Problem
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The nodes of `schedule`, its first moved to the teacher's first node so that all students share one noise.
+
+    start `analytic` gives the baseline the same free first jump that OSS can have: K + 1 nodes, K network calls.
+    """
+
+    per_sample: ClassVar[bool] = False
+    baseline: ClassVar[bool] = True
+
+    schedule: NoiseSchedule
+    start: Literal["pinned", "analytic"]
+
+    def __post_init__(self) -> None:
+        if self.start not in ("pinned", "analytic"):
+            raise ValueError(f"a closed form can start pinned or analytic, got start={self.start!r}")
+
+    def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
+        start_time = float(problem.grid[0])
+        plans = {}
+        for k in check_num_steps(num_steps, problem.num_nodes):
+            if self.start == "analytic":
+                times = self._from(start_time, k + 1)[1:]
+                plans[k] = StepSchedule(times, "analytic", start_time, mean=problem.mean)
+            else:
+                plans[k] = StepSchedule(self._from(start_time, k), "pinned", start_time)
+        return plans
+
+    def _from(self, start_time: float, num_steps: int) -> torch.Tensor:
+        remedy = "choose a noise schedule that reaches at least as far into the noise"
+        return begin_at(self.schedule.nodes(num_steps), start_time, str(self.schedule), remedy)
+
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
+        return 0

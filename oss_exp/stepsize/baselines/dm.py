@@ -1,0 +1,256 @@
+"""DM-NonUniform: times that minimise a bound on the error of a multistep sampler, without a network and without images.
+
+Xue et al. 2024, "Accelerating Diffusion Sampling with Optimized Time Steps" (arXiv 2402.17376). A multistep exponential
+integrator in lambda = log(alpha / sigma) is linear in the network's answers. If the answer at node i is wrong by
+sigma_i^p / alpha_i, the sample is wrong by at most the sum of these, each times the weight of its answer.
+
+Legend: K steps between nodes lambda_0 < ... < lambda_K, step s starts at node s; (...) are batch dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
+from torch import Tensor
+from torch.nn.functional import pad
+
+from oss_exp.noise import GaussianPath
+from oss_exp.schedule import StepSchedule
+from oss_exp.stepsize.base import begin_at, check_num_steps
+from oss_exp.stepsize.problem import Problem
+
+Init = Literal["unif", "unif_t", "quad", "edm"]
+
+
+@dataclass(frozen=True)
+class DM:
+    """The K-step schedule of least `objective` between sigma / alpha = sigma_max and sigma_min, one for all samples.
+
+    Its first time becomes the teacher's first node and its last one 0, so that all students share one noise.
+
+    path:           alpha and sigma of the network. For p = 1 all paths agree.
+    p:              exponent of the assumed error sigma^p / alpha: the authors' code has 2 and advises 1 for pixels.
+    separate_steps: how many first steps each count the norm of their terms; the terms of later steps may cancel. None:
+                    all of them. The authors' code has 3 and advises 0 above 7 steps; but below 2, from about 6 steps
+                    on, the least bound is useless: all terms cancel, the nodes pile up at the data end, and the
+                    authors' schedules are those where a descent stops. From 2 on every init leads to one optimum.
+    init:           where the optimiser starts, evenly spaced in: `unif` log SNR, `unif_t` the network's own time,
+                    `quad` its square root, `edm` (sigma / alpha)^(1/7).
+    sigma_min, sigma_max: sigma / alpha at the last and the first node.
+    ValueError when a value is not one of these.
+    """
+
+    per_sample: ClassVar[bool] = False
+    baseline: ClassVar[bool] = True
+
+    path: GaussianPath
+    p: float
+    separate_steps: int | None
+    init: Init
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, GaussianPath):
+            raise ValueError(f"path must be a GaussianPath such as oss_exp.noise.paths.CosinePath, got {self.path!r}")
+        for name in ("p", "sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        steps = self.separate_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+            raise ValueError(f"separate_steps must be a whole number from 0 on, or null for all steps, got {steps!r}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+
+    def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
+        """ValueError when the second time is not below the teacher's first, or the ends are out of reach."""
+        start_time = float(problem.grid[0])
+        ends = -math.log(self.sigma_max), -math.log(self.sigma_min)
+        plans = {}
+        for k in check_num_steps(num_steps, problem.num_nodes):
+            guess = spaced(self.init, self.path, *ends, k)
+            times = torch.sigmoid(-optimise(guess, self.path, self.p, self.separate_steps))
+            times[-1] = 0
+            remedy = f"choose a smaller sigma_max (now {self.sigma_max}) or a teacher that starts at more noise"
+            plans[k] = StepSchedule(begin_at(times, start_time, "DM", remedy), "pinned", start_time)
+        return plans
+
+    def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
+        return 0
+
+
+def spaced(init: Init, path: GaussianPath, low: float, high: float, num_steps: int) -> Tensor:
+    """K + 1 log SNRs from exactly low to exactly high, float64, evenly spaced in what `init` names (see `DM`)."""
+
+    def evenly(first: Tensor, last: Tensor, power: int) -> Tensor:
+        return torch.linspace(first ** (1 / power), last ** (1 / power), num_steps + 1, dtype=torch.float64) ** power
+
+    ends = torch.tensor([low, high, math.inf], dtype=torch.float64)  # infinite: clean data
+    noise, data, clean = path.native(torch.sigmoid(-ends))
+
+    def evenly_in_native(power: int) -> Tensor:
+        share = evenly(torch.ones(()), (data - clean) / (noise - clean), power)
+        return -torch.logit(path.canonical(clean + (noise - clean) * share))
+
+    rules: dict[str, Callable[[], Tensor]] = {
+        "unif": lambda: evenly(ends[0], ends[1], 1),
+        "unif_t": lambda: evenly_in_native(1),
+        "quad": lambda: evenly_in_native(2),
+        "edm": lambda: -evenly(*torch.exp(-ends[:2]), 7).log(),
+    }
+    nodes = rules[init]()
+    nodes[0], nodes[-1] = low, high
+    return nodes
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Objective
+# --------------------------------------------------------------------------------------------------------------
+
+
+def terms(lambdas: Tensor, path: GaussianPath, p: float) -> Tensor:
+    """(..., K+1) increasing log SNRs -> (..., 3, K): the weight of answer s - n in step s, times that answer's error.
+
+    Steps have order 1, 2, 3, ..., 3, 2, 1; the rows beyond a step's order are 0.
+    """
+    h, starts = lambdas.diff(dim=-1), lambdas[..., :-1]
+    num_steps = h.shape[-1]
+    t = torch.sigmoid(-starts)
+    scale = path.scale(t)
+    error = (t * scale) ** p / (torch.sigmoid(starts) * scale)  # 1 - t without cancellation
+
+    # H_k = integral of u^k e^u from 0 to h; a, b: the two steps before (1 where there is none).
+    h0 = torch.expm1(h)
+    h1 = h * h.exp() - h0
+    h2 = h**2 * h.exp() - 2 * h1
+    b, a = (pad(h, (n, 0), value=1.0)[..., :num_steps] for n in (1, 2))
+    none = torch.zeros_like(h)
+
+    # Integrals of the Lagrange basis over the newest 1, 2 or 3 answers, newest first.
+    first = torch.stack([h0, none, none], dim=-2)
+    second = torch.stack([h0 + h1 / b, -h1 / b, none], dim=-2)
+    third = torch.stack(
+        [
+            (h2 + (2 * b + a) * h1 + b * (a + b) * h0) / (b * (a + b)),
+            -(h2 + (a + b) * h1) / (a * b),
+            (h2 + b * h1) / (a * (a + b)),
+        ],
+        dim=-2,
+    )
+    step = torch.arange(num_steps)
+    order = 1 + torch.minimum(step, num_steps - 1 - step)
+    weights = torch.where(order == 1, first, torch.where(order == 2, second, third)) * starts.exp().unsqueeze(-2)
+    return weights * torch.stack([pad(error, (n, 0))[..., :num_steps] for n in range(3)], dim=-2)
+
+
+def parts(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> tuple[Tensor, Tensor]:
+    """(..., K+1) -> the smooth part (...) and the signed totals (..., K) of each answer: see `objective`."""
+    each = terms(lambdas, path, p)
+    num_steps = each.shape[-1]
+    step = torch.arange(num_steps)
+    first = num_steps if separate_steps is None else separate_steps
+    separate = (step < first) | (step == 0) | (step == num_steps - 1)
+    smooth = torch.linalg.vector_norm(each[..., separate], dim=-2).sum(-1)
+    shared = torch.where(separate, 0.0, each)
+    return smooth, sum(pad(shared[..., n, n:], (0, n)) for n in range(min(3, num_steps)))
+
+
+def objective(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> Tensor:
+    """(..., K+1) increasing log SNRs, float64 -> (...): the error bound, as the authors' released code computes it.
+
+    The first, the last and the first `separate_steps` steps (None: all) count the Euclidean norm of their terms. Those
+    of the others are added up for each answer, where they may cancel, before the absolute value is taken.
+    """
+    smooth, totals = parts(lambdas, path, p, separate_steps)
+    return smooth + totals.abs().sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Optimum
+# --------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def linearise(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> tuple[Tensor, Tensor]:
+    """(K+1,) -> the smooth part and the K totals, (1+K,), and their Jacobian (1+K, K+1)."""
+    rows = lambdas.repeat(len(lambdas), 1).requires_grad_()  # one for each value: one backward pass serves all
+    smooth, totals = parts(rows, path, p, separate_steps)
+    values = torch.cat([smooth[:, None], totals], dim=1)
+    (jacobian,) = torch.autograd.grad(values.diagonal().sum(), rows)
+    return values[0].detach(), jacobian
+
+
+def optimise(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> Tensor:
+    """(K+1,) increasing log SNRs -> (K+1,) with the same ends and an `objective` that is locally the least.
+
+    A descent on the absolute values gets stuck at their kinks. So each of them becomes a variable u_i that bounds its
+    total from both sides, -u_i <= total_i <= u_i, and trust-constr has a smooth problem with exact derivatives.
+    Spacings stay above a thousandth of their mean. ValueError if they are not so at first, or nothing is finite.
+    """
+    num_steps, ends = len(lambdas) - 1, lambdas[[0, -1]].numpy()
+    least = 1e-3 * (ends[1] - ends[0]) / num_steps
+    if not bool((lambdas.diff() > least).all()):
+        raise ValueError(
+            f"the optimiser needs {num_steps + 1} distinct log SNRs to start from, got {lambdas.tolist()}; "
+            "choose another init, fewer steps, or a sigma_min and sigma_max that the path reaches"
+        )
+    start = float(objective(lambdas, path, p, separate_steps))
+    if not 0 < start < math.inf:
+        raise ValueError(
+            f"the objective is {start} for p = {p} and log SNRs {lambdas.tolist()}; "
+            "choose a smaller p, a larger sigma_min or a smaller sigma_max"
+        )
+    if num_steps == 1:
+        return lambdas
+
+    # Variables: the inner nodes, then a bound for each total that any step adds to.
+    used = [0, *(1 + parts(lambdas, path, p, separate_steps)[1].nonzero()[:, 0]).tolist()]
+    free, bounds = num_steps - 1, len(used) - 1
+
+    @lru_cache(maxsize=1)
+    def evaluate(inner: bytes) -> tuple[np.ndarray, np.ndarray]:
+        nodes = torch.tensor([ends[0], *np.frombuffer(inner), ends[1]], dtype=torch.float64)
+        values, jacobian = linearise(nodes, path, p, separate_steps)
+        return (values[used] / start).numpy(), (jacobian[used, 1:-1] / start).numpy()
+
+    def at(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return evaluate(x[:free].tobytes())
+
+    def margins(x: np.ndarray) -> np.ndarray:
+        totals = at(x)[0][1:]
+        return np.concatenate([x[free:] - totals, x[free:] + totals])
+
+    def margins_jacobian(x: np.ndarray) -> np.ndarray:
+        jacobian, unit = at(x)[1][1:], np.eye(bounds)
+        return np.block([[-jacobian, unit], [jacobian, unit]])
+
+    spacing = np.diff(np.eye(num_steps + 1), axis=0)  # (K, K+1): nodes -> steps
+    monotone = np.hstack([spacing[:, 1:-1], np.zeros((num_steps, bounds))])
+    constraints = [LinearConstraint(monotone, least - spacing[:, [0, -1]] @ ends, np.inf, keep_feasible=True)]
+    if bounds:
+        constraints.append(NonlinearConstraint(margins, 0, np.inf, jac=margins_jacobian))
+    inner = lambdas[1:-1].numpy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "delta_grad == 0.0")  # a step in the bounds alone, which enter linearly
+        found = minimize(
+            lambda x: at(x)[0][0] + x[free:].sum(),
+            np.concatenate([inner, np.abs(at(inner)[0][1:])]),
+            jac=lambda x: np.concatenate([at(x)[1][0], np.ones(bounds)]),
+            method="trust-constr",
+            constraints=constraints,
+            options={"maxiter": 500},
+        )
+    best = torch.tensor([ends[0], *found.x[:free], ends[1]], dtype=torch.float64)
+    return best if objective(best, path, p, separate_steps) < start else lambdas

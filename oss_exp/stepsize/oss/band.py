@@ -1,0 +1,79 @@
+"""Coarse to fine: the layers of nodes that a search goes through.
+
+Legend: N+1 nodes counted from the noise, K steps, k one budget; paths are (k, b), b = B or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oss_exp.schedule import Start
+
+
+@dataclass(frozen=True)
+class Band:
+    """Coarse to fine: search every `stride`-th node, then halve the stride again and again down to 1, each time among
+    the `width` nearest nodes of that stride on either side of the path so far, and twice as many at stride 1.
+
+    Grids too small for all the steps are searched with fewer, and the path is stretched for the next. Where a path
+    touches the edge of its band, the band is laid around it anew and searched again, at most `shifts` times a level.
+    """
+
+    stride: int
+    width: int
+    shifts: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stride, int) or self.stride < 2 or self.stride & (self.stride - 1):
+            raise ValueError(f"band.stride must be a power of two (2, 4, 8, ...), got {self.stride!r}")
+        if not all(isinstance(n, int) for n in (self.width, self.shifts)) or self.width < 1 or self.shifts < 0:
+            raise ValueError(f"band needs width >= 1 and shifts >= 0, got width={self.width!r}, shifts={self.shifts!r}")
+
+    def levels(self, num_nodes: int, num_steps: int) -> list[tuple[int, int]]:
+        """(stride, steps) of the pilot and of each level after it, the last (1, num_steps)."""
+        pilot = len(range(0, num_nodes, self.stride))
+        if pilot < 3:
+            raise ValueError(
+                f"band.stride={self.stride} leaves the pilot {pilot} of the grid's {num_nodes} nodes, and it needs 3; "
+                "use a smaller power of two, or band=null"
+            )
+        levels = [(self.stride, min(num_steps, pilot // 3))]
+        for level in range(1, self.stride.bit_length()):
+            stride = self.stride >> level
+            levels.append((stride, min(num_steps, len(range(0, num_nodes, stride)) // 2) if stride > 1 else num_steps))
+        return levels
+
+    def reach(self, stride: int) -> int:
+        """Nodes of this stride on either side of the path."""
+        return self.width if stride > 1 else 2 * self.width
+
+
+def layers(num_nodes: int, budgets: Sequence[int], start: Start, stride: int, device) -> list[Tensor]:
+    """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left."""
+    nodes = torch.arange(0, num_nodes, stride, device=device)[:, None]
+    result = []
+    for r in range(budgets[-1]):
+        to_go = min(k for k in budgets if k > r) - r  # calls left, this one included, for the nearest budget
+        result.append(nodes[r : len(nodes) - to_go + 1] if r or start != "pinned" else nodes[:1])
+    return result
+
+
+def stretch(path: Tensor, num_steps: int, num_nodes: int) -> Tensor:
+    """path (k, b) of k steps over N nodes -> (num_steps, b): the same curve of node against share of the steps."""
+    k = len(path)
+    closed = torch.cat([path, torch.full_like(path[:1], num_nodes)]).double()
+    at = torch.arange(num_steps, device=path.device, dtype=torch.float64) * k / num_steps
+    low = at.long()
+    between = torch.lerp(closed[low], closed[low + 1], (at - low)[:, None]).round().long()
+    return torch.stack([strictly_monotone(column, num_nodes) for column in between.T], dim=1)
+
+
+def strictly_monotone(nodes: Tensor, num_nodes: int) -> Tensor:
+    """nodes (k,) ascending with repeats -> strictly ascending within 0 .. N-1, each moved as little as may be."""
+    steps = torch.arange(len(nodes), device=nodes.device)
+    risen = (nodes - steps).cummax(0).values + steps
+    return torch.minimum(risen, num_nodes - len(nodes) + steps)

@@ -1,0 +1,60 @@
+"""Garments with captions."""
+
+import pytest
+import torch
+
+from oss_exp.data.captioned import COLOURS, GARMENTS, MOVES, CaptionedImages, ColouredFashion, MovingFashion
+from oss_exp.files import find_asset
+from oss_exp.models.text.prompts import read_prompts
+
+
+@pytest.mark.parametrize(("kind", "file"), [(ColouredFashion, "coloured"), (MovingFashion, "moving")])
+def test_every_caption_is_among_the_shipped_prompts(kind, file, fashion):
+    images = kind(str(fashion), "train")
+    assert sorted(read_prompts(find_asset(f"{file}_fashion.txt", "prompts"))) == sorted(images.captions)
+    assert len(images) == 2 * images.items_each
+    with pytest.raises(IndexError):
+        images[len(images)]
+
+
+def test_a_garment_has_the_colour_of_its_caption(fashion):
+    images = ColouredFashion(str(fashion), "train")
+    for i in range(len(images)):
+        x0, number = images[i]
+        article, colour, garment = images.captions[number].split()
+        assert (article == "an") == (colour == "orange")
+        assert garment == ("bag", "trousers")[i // len(COLOURS)]
+        brightest = torch.tensor(COLOURS[colour]) * (200 / 255 if i < len(COLOURS) else 1)
+        torch.testing.assert_close((x0.amax((1, 2)) + 1) / 2, brightest)
+        assert x0.shape == (3, 32, 32)
+
+
+def test_a_garment_moves_as_its_caption_says(fashion):
+    images = MovingFashion(str(fashion), "train")
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    for i in range(len(images)):
+        x0, number = images[i]
+        garment, _, move = images.captions[number].partition(" ")
+        assert garment == ("bag", "trousers")[i // len(MOVES)]
+        weight = (x0[0] + 1) / 2
+        mass = weight.sum((1, 2))
+        across, down = ((weight * place).sum((1, 2)) / mass for place in (columns, rows))
+        travel, lift, growth = (
+            float(each) for each in (across[-1] - across[0], down[-1] - down[0], mass[-1] / mass[0])
+        )
+        expected = MOVES[move]
+        assert travel == pytest.approx(16 * expected[0], abs=1)
+        assert lift == pytest.approx(16 * expected[1], abs=1)
+        assert growth == pytest.approx(expected[2] ** 2, rel=0.25)
+        edge = torch.cat([weight[:, 0], weight[:, -1], weight[:, :, 0], weight[:, :, -1]], dim=1)
+        assert float(edge.max()) < 0.5  # nobody leaves the picture
+        again, _ = MovingFashion(str(fashion), "train")[i]
+        assert torch.equal(again, x0)
+
+
+def test_the_fingerprint_is_of_garments_and_kind(fashion):
+    kinds: list[CaptionedImages] = [
+        kind(str(fashion), "train") for kind in (ColouredFashion, MovingFashion, MovingFashion)
+    ]
+    assert kinds[0].fingerprint != kinds[1].fingerprint == kinds[2].fingerprint
+    assert len(GARMENTS) == 10

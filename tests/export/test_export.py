@@ -1,0 +1,295 @@
+"""Schedules through other programs' own samplers: the times that come out are those that went in."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from oss_exp.cli import CONF
+from oss_exp.distances import XtMSE
+from oss_exp.export.diffusers import diffusers_arguments, diffusers_sigmas
+from oss_exp.export.sigmas import (
+    comfyui_nodes,
+    flow_sigmas,
+    from_flow_sigmas,
+    from_ratio_sigmas,
+    ratio_sigmas,
+    read_sigmas,
+    sigma_text,
+    webui_text,
+)
+from oss_exp.models.families.flux import flux_shift
+from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, scaled_linear_betas
+from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, sample
+from oss_exp.stepsize import OSSAve, Problem
+
+PRESETS = {"flux": 10, "wan": 20, "chroma": 40}
+MU = math.log(flux_shift(1024, 1024))
+SCHEDULERS = {
+    "no shift": (FlowMatchEulerDiscreteScheduler(shift=1.0), None),
+    "shift 3": (FlowMatchEulerDiscreteScheduler(shift=3.0), None),
+    "shift 8": (FlowMatchEulerDiscreteScheduler(shift=8.0), None),
+    "FLUX": (FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), MU),
+    "linear": (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"), 2.5),
+    "Wan": (UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction"), None),
+}
+
+
+@pytest.fixture(params=PRESETS)
+def preset(request, tmp_path) -> StepSchedule:
+    """As a run plans, writes and reads it."""
+    table = request.param
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["stepsize=oss_comfyui", f"stepsize.oss_comfyui.schedule.table={table}"]
+        schedule = instantiate(compose("config", overrides).stepsize.oss_comfyui.schedule)
+    nodes = schedule.nodes(PRESETS[table])
+    StepSchedule(nodes, "pinned", float(nodes[0])).save(tmp_path / "preset.json")
+    return StepSchedule.load(tmp_path / "preset.json")
+
+
+def test_a_preset_is_the_published_list(preset):
+    """Its last level is where samplers put 0."""
+    assert flow_sigmas(preset)[:-1] == list(
+        OSSComfyUI.tables[next(k for k, n in PRESETS.items() if n == preset.num_steps)][:-1]
+    )
+    assert flow_sigmas(preset)[-1] == 0
+
+
+def test_there_and_back_is_the_same(preset):
+    again = from_flow_sigmas(json.loads(json.dumps(flow_sigmas(preset))), made_by="ComfyUI")
+    assert torch.equal(again.times, preset.times)
+    assert again.provenance == {"made_by": "ComfyUI"}
+    published = OSSComfyUI.tables["flux"]
+    assert from_flow_sigmas(published).times.tolist() == [*published[:-1], 0.0]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
+    scheduler, mu = SCHEDULERS[name]
+    sigmas = diffusers_sigmas(preset, scheduler.config, mu)
+    scheduler.set_timesteps(sigmas=np.array(sigmas), mu=mu)
+    expected = preset.times.clone()
+    if name == "Wan" and expected[0] == 1:
+        expected[0] -= 1e-6  # so that its logarithm is finite
+    torch.testing.assert_close(scheduler.sigmas.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["shift 3", "FLUX"])
+def test_a_real_scheduler_makes_our_sample(preset, name):
+    scheduler, mu = SCHEDULERS[name]
+    scheduler.set_timesteps(sigmas=diffusers_sigmas(preset, scheduler.config, mu), mu=mu)
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (x * (3 * t.view(-1, 1, 1)).cos() - t.view(-1, 1, 1) ** 2).float()
+
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(velocity(x, t.expand(2) / 1000), t, x).prev_sample
+    ours = sample(Euler(), velocity, noise, from_flow_sigmas(flow_sigmas(preset)))
+    torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Every kind of scheduler
+# --------------------------------------------------------------------------------------------------------------
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
+
+
+def planned(velocity, grid: torch.Tensor) -> StepSchedule:
+    noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = Problem(velocity, noise * grid[0], grid, Euler(), XtMSE())
+    return OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8).plan(problem, [6])[6]
+
+
+def run_through(scheduler, steps: StepSchedule, mu: float | None = None) -> torch.Tensor:
+    """The canonical times that come out."""
+    given = diffusers_arguments(steps, scheduler, mu)
+    scheduler.set_timesteps(**{key: np.array(value) if key == "sigmas" else value for key, value in given.items()})
+    assert len(scheduler.timesteps) == steps.num_steps
+    sigmas = scheduler.sigmas.double()
+    return sigmas if flow(scheduler) else sigmas / (1 + sigmas)
+
+
+def flow(scheduler) -> bool:
+    return scheduler.config.get("use_flow_sigmas", "beta_schedule" not in scheduler.config)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_flow_scheduler_runs_presets_and_planned_schedules(name, velocity, preset):
+    scheduler, mu = SCHEDULERS[name]
+    for steps in (preset, planned(velocity, FlowSchedule(3.0).nodes(20))):
+        expected = steps.times.clone()
+        if name == "Wan" and expected[0] == 1:
+            expected[0] -= 1e-6
+        torch.testing.assert_close(run_through(scheduler, steps, mu), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("table", AlignYourSteps.tables)
+def test_euler_of_diffusers_runs_published_levels(table):
+    for count in (4, 10, 17):
+        nodes = AlignYourSteps(table).nodes(count)
+        steps = StepSchedule(nodes, "pinned", float(nodes[0]))
+        torch.testing.assert_close(run_through(EulerDiscreteScheduler(**SD), steps), nodes, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_schedulers_of_eps_networks_run_planned_schedules(kind, velocity):
+    steps = planned(velocity, DDIMSchedule(PATH.betas).nodes(20))
+    scheduler = kind(**SD)
+    torch.testing.assert_close(run_through(scheduler, steps), steps.times, rtol=0, atol=1e-6)
+    expected = PATH.native(steps.times[:-1]).float()
+    torch.testing.assert_close(scheduler.timesteps.float(), expected, rtol=0, atol=1e-3)
+
+
+def test_euler_of_diffusers_makes_our_sample(velocity):
+    steps = planned(velocity, DDIMSchedule(PATH.betas).nodes(20))
+    scheduler = EulerDiscreteScheduler(**SD)
+    run_through(scheduler, steps)
+    noise = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = noise * steps.start_time / (1 - steps.times[0])
+    for t in scheduler.timesteps:
+        native = scheduler.scale_model_input(x, t)
+        time = PATH.canonical(t.double()).expand(3)
+        canonical = native / PATH.scale(time)[:, None]
+        eps = canonical + (1 - time)[:, None] * velocity(canonical, time)
+        x = scheduler.step(eps, t, x).prev_sample
+    ours = sample(Euler(), velocity, noise * steps.start_time, steps)
+    torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)
+
+
+HALF = StepSchedule([0.9, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler takes no times"),
+        (DDIMScheduler(), "DDIMScheduler takes no times; export to oss_scheduler"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "with use_flow_sigmas takes no times"),
+        (DPMSolverMultistepScheduler(**SD), "beside the schedule's: it knows whole timesteps only"),
+        (HeunDiscreteScheduler(**SD), "HeunDiscreteScheduler takes 3 steps where the schedule has 2"),
+        (UniPCMultistepScheduler(), "build it with use_flow_sigmas=True"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas does not run the sigmas"),
+        (
+            DPMSolverMultistepScheduler(use_lu_lambdas=True, **SD),
+            "with use_lu_lambdas does not run the sigmas",
+        ),
+        (
+            UniPCMultistepScheduler(use_flow_sigmas=True, final_sigmas_type="sigma_min"),
+            "it changes the times it is given; choose another, such as FlowMatchEulerDiscreteScheduler",
+        ),
+    ],
+)
+def test_schedulers_that_would_run_other_times_are_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        diffusers_arguments(HALF, scheduler)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Lists
+# --------------------------------------------------------------------------------------------------------------
+
+
+def comfyui_reads(text: str) -> list[float]:
+    """As its node ManualSigmas does: no exponents."""
+    return [float(word) for word in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
+
+
+@pytest.mark.parametrize("network", ["flow", "eps"])
+def test_lists_there_and_back(network):
+    times = [0.98, 0.7, 1e-5 / 3, 0.0]
+    steps = StepSchedule(times, "pinned", 0.98)
+    sigmas = flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)
+    if network == "eps":
+        assert sigmas == pytest.approx([t / (1 - t) for t in times], rel=1e-12)
+    back = from_flow_sigmas if network == "flow" else from_ratio_sigmas
+    assert comfyui_reads(sigma_text(sigmas)) == sigmas
+    for given in (
+        sigmas,
+        sigma_text(sigmas),
+        json.dumps(sigmas),
+        json.dumps(comfyui_nodes(sigmas)),
+        webui_text(sigmas),
+    ):
+        torch.testing.assert_close(back(read_sigmas(given)).times, steps.times, rtol=1e-12, atol=0)
+    assert back(sigmas).start_time == (1.0 if network == "flow" else pytest.approx(0.98))
+
+
+def test_a_list_of_the_webui_is_not_stretched():
+    """One from exactly 1 to 0 would be."""
+    first, *rest = json.loads(webui_text([1.0, 0.5, 0.0]))
+    assert first != 1
+    assert first == pytest.approx(1, abs=1e-6)
+    assert rest == [0.5, 0.0]
+    assert webui_text([14.6, 0.00001, 0.0]) == "[14.6, 0.00001, 0.0]"
+
+
+def test_sigma_over_alpha_is_finite():
+    with pytest.raises(ValueError, match="first time is 1, where sigma / alpha is infinite"):
+        ratio_sigmas(StepSchedule([1.0, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("1.0, x, 0", ValueError, r"'x'\); give numbers with commas, noise first"),
+        ('{"1": {"class_type": "KSampler"}}', ValueError, "has 0 nodes ManualSigmas and should have one"),
+        ("absent.txt", FileNotFoundError, r"absent\.txt does not exist"),
+    ],
+)
+def test_what_is_no_list_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        read_sigmas(given)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "mu", "message"),
+    [
+        ({"use_karras_sigmas": True}, None, "with use_karras_sigmas does not run the sigmas"),
+        ({"shift_terminal": 0.1}, None, "with shift_terminal does not run the sigmas"),
+        ({"use_dynamic_shifting": True}, None, "shifts by the pipeline's mu"),
+        ({"use_flow_sigmas": False}, None, "build it with use_flow_sigmas=True"),
+    ],
+)
+def test_schedulers_with_times_of_their_own_are_refused(settings, mu, message):
+    with pytest.raises(ValueError, match=message):
+        diffusers_sigmas(StepSchedule([1.0, 0.5, 0.0]), settings, mu)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (StepSchedule([0.9, 0.5, 0.0], "analytic", mean=torch.zeros(1, 2)), "an analytic start"),
+        (StepSchedule([1.0, 0.5, 0.0], orders=torch.tensor([1, 2])), "orders above 1"),
+        (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), "each sample"),
+        (StepSchedule([1.0, 0.5, 0.0], weights=torch.ones(2, 4), mean=torch.zeros(1, 2)), "fitted weights"),
+    ],
+)
+def test_what_a_list_cannot_hold_is_refused(steps, message):
+    with pytest.raises(ValueError, match=f"cannot hold {message}" if "each" not in message else message):
+        flow_sigmas(steps)
+    assert flow_sigmas(StepSchedule([1.0, 0.5, 0.0], orders=torch.tensor([1, 1]))) == [1.0, 0.5, 0.0]

@@ -1,0 +1,96 @@
+"""GenEval's rules against the published program's verdicts (oracles I)."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers import ORACLES
+
+from oss_exp.geneval.rules import TASKS, Rules, iou, judge, read_metadata, relative_position, scores
+
+KNOWN = json.loads((ORACLES / "geneval_scoring.json").read_text())
+CASES = KNOWN["hand_cases"] + KNOWN["random_cases"] + KNOWN["max_overlap_option"]
+
+
+def plain(reason: str) -> set:
+    """Two relations have no order in the original."""
+    return {frozenset(re.split(r" and |, found ", line)) for line in reason.split("\n") if line}
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_verdicts_of_the_original(number):
+    case = CASES[number]
+
+    def colour_of(name: str, box) -> str:
+        return case["colors"][name][case["raw"][name].index(box)]
+
+    verdict = judge(case["metadata"], case["raw"], colour_of, Rules(max_overlap=case.get("max_overlap", 1.0)))
+    assert verdict.correct == case["correct"]
+    assert plain("\n".join(verdict.reasons)) == plain(case["reason"])
+    assert {name: [list(box) for box in boxes] for name, boxes in verdict.objects.items()} == case["detected"]
+
+
+def test_boxes_of_the_original():
+    for case in KNOWN["compute_iou"]:
+        assert iou(case["a"], case["b"]) == pytest.approx(case["iou"], rel=1e-12)
+    for case in KNOWN["relative_position"]:
+        assert sorted(relative_position(case["a"], case["b"], case["threshold"])) == case["relations_of_a_to_b"]
+
+
+def test_scores_of_the_original():
+    cases = KNOWN["random_cases"]
+    found = scores([case["metadata"]["tag"] for case in cases], [case["correct"] for case in cases])
+    text = KNOWN["summary_stdout_of_random_cases"]
+    for task in TASKS:
+        share, right, count = re.search(rf"{task} += ([\d.]+)% \((\d+) / (\d+)\)", text).groups()
+        assert 100 * found[task].mean == pytest.approx(float(share), abs=0.005)
+        assert found[task].n == int(count)
+        assert found[task].mean * found[task].n == pytest.approx(int(right))
+    assert found["overall"].mean == pytest.approx(float(re.search(r"over tasks\): ([\d.]+)", text)[1]), abs=5e-6)
+
+
+def test_the_interval_of_the_overall_score_covers_it():
+    """Of many draws with known shares, 95 % of the intervals hold the true mean of the six."""
+    draw, truth, inside = np.random.default_rng(0), np.array([0.95, 0.8, 0.7, 0.75, 0.2, 0.4]), 0
+    tags = np.repeat(TASKS, 80)
+    for _ in range(400):
+        found = scores(tags, draw.random(480) < np.repeat(truth, 80))["overall"]
+        inside += found.low <= truth.mean() <= found.high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_the_published_prompts():
+    records = read_metadata(ORACLES / "geneval_prompts.jsonl")
+    assert Counter(record["tag"] for record in records) == {
+        "single_object": 80,
+        "two_object": 99,
+        "counting": 80,
+        "colors": 94,
+        "position": 100,
+        "color_attr": 100,
+    }
+    names = set(json.loads((ORACLES / "geneval_object_names.json").read_text()))
+    assert {clause["class"] for record in records for clause in record["include"]} <= names
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has 0 prompts"),
+        ('{"tag": "single_object"}', "line 1, is no metadata of GenEval: 'include'"),
+        ('{"tag": "x", "include": [{}], "prompt": "a"}', "line 1, .*: its tag"),
+        ("{", "line 1"),
+        (
+            '{"tag": "colors", "include": [{"class": "car", "count": "two"}], "prompt": "a"}',
+            "a clause's class or count",
+        ),
+    ],
+)
+def test_other_files_are_refused(text, message, tmp_path):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_metadata(tmp_path / "p.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"evaluation_metadata\.jsonl from github"):
+        read_metadata(tmp_path / "absent.jsonl")

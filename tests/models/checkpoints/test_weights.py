@@ -1,0 +1,372 @@
+"""Checkpoints are found where they lie, read whatever they are written as, and refused when they are not whole."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from oss_exp.files import save_asset
+from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
+
+FILES = ("transformer/weights.safetensors", "weights.safetensors.index.json", "weights.pt")
+SOURCE = "https://example.org/weights"
+
+
+def state() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 4, generator=draw),
+        "a.bias": torch.randn(3, generator=draw).bfloat16(),
+        "count": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+    }
+
+
+def write_shards(index: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
+    """An index and a shard for each tensor."""
+    index.parent.mkdir(parents=True, exist_ok=True)
+    shards = {key: f"weights-{i:05d}.safetensors" for i, key in enumerate(tensors)}
+    for key, shard in shards.items():
+        safetensors.torch.save_file({key: tensors[key]}, index.parent / shard)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    return [index.parent / shard for shard in shards.values()]
+
+
+def write(form: str, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    if form == "safetensors":
+        safetensors.torch.save_file(tensors, path)
+    elif form == "shards":
+        write_shards(path, tensors)
+    elif form == "pickle":
+        path.write_bytes(pickle.dumps(tensors))
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+def equal(found, expected) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key]) for key in expected
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Where
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_itself_and_a_folder_has_the_first_of_the_files(tmp_path):
+    for name in FILES[1:]:
+        (tmp_path / name).write_text("")
+    assert locate(str(tmp_path / FILES[2]), FILES, SOURCE) == tmp_path / FILES[2]
+    assert locate(str(tmp_path), FILES, SOURCE) == tmp_path / FILES[1]
+    (tmp_path / FILES[0]).parent.mkdir()
+    (tmp_path / FILES[0]).write_text("")
+    assert locate(str(tmp_path), FILES, SOURCE) == tmp_path / FILES[0]
+
+
+@pytest.mark.parametrize("checkpoint", ["folder", "weights/absent.pt", "/no/such/place", "name", "a/b/c", ""])
+def test_what_is_nowhere_is_named_with_the_remedy(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        locate(checkpoint, FILES if checkpoint else (), SOURCE)
+    for part in (checkpoint, SOURCE, "model.checkpoint=FILE", "model.size=tiny"):
+        assert part in str(caught.value)
+
+
+def in_hub(cache: Path, repository: str) -> Path:
+    """The folder of a repository's main branch in the hub's cache."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    return folder / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.slow
+def test_the_hub_cache_serves_files_and_shards_offline(tmp_path):
+    """In a process of its own: the hub's library reads its environment once."""
+    single = in_hub(tmp_path, "owner/single") / FILES[0]
+    single.parent.mkdir(parents=True)
+    safetensors.torch.save_file(state(), single)
+    index = in_hub(tmp_path, "owner/sharded") / FILES[1]
+    write_shards(index, state())
+    write_shards(in_hub(tmp_path, "owner/half") / FILES[1], state())[1].unlink()
+    script = f"""
+from oss_exp.models.weights import digest, locate, read
+for name in ("single", "single@{"0" * 40}", "sharded", "half", "absent", "single@other"):
+    try:
+        path = locate(f"owner/{{name}}", {FILES!r}, {SOURCE!r})
+        print(path, digest(read(path)))
+    except FileNotFoundError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    *found, half, absent, other = done.stdout.splitlines()
+    assert found == [f"{single} {digest(state())}"] * 2 + [f"{index} {digest(state())}"]
+    for name, line in {"half": half, "absent": absent, "single@other": other}.items():
+        wanted = " or ".join(FILES)
+        assert line.startswith(f"checkpoint owner/{name}: cannot get {wanted} from the hub, which cannot be reached")
+        assert SOURCE in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "reason"),
+    [
+        ("GatedRepoError", 1, "accepted its licence"),
+        ("RepositoryNotFoundError", 1, "no such public repository"),
+        ("RevisionNotFoundError", 1, "no revision v2"),
+        ("EntryNotFoundError", 3, "no such file"),
+        ("LocalEntryNotFoundError", 3, "cannot be reached"),
+        (ConnectionError, 1, "which fails: the first line; the public"),
+    ],
+)
+def test_the_hub_saying_no_is_one_message(kind, asked, reason, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    asked_for = []
+
+    def refuse(repository, file, revision, local_files_only):
+        asked_for.append((repository, file, revision))
+        assert local_files_only == (kind == "LocalEntryNotFoundError" and len(asked_for) > 1)
+        error = getattr(utils, kind) if isinstance(kind, str) else kind
+        raise error.__new__(error, "the first line\nthe second")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(FileNotFoundError, match=reason) as caught:
+        locate("owner/name@v2", FILES, SOURCE)
+    assert asked_for == [("owner/name", file, "v2") for file in FILES[:asked]]
+    assert "checkpoint owner/name@v2: cannot get" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What
+# --------------------------------------------------------------------------------------------------------------
+
+FORMS = ["safetensors", "shards", "zip", "old", "pickle"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_under_any_name(form, tmp_path):
+    path = write(form, tmp_path / "file.of_weights", state())
+    assert equal(read(path), state())
+    assert digest(read(path)) == digest(state())
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda x, y: {"model": y, "ema": x, "epoch": 3},
+        lambda x, y: {"state_dict": y, "model_ema": x},
+        lambda x, y: {"model": y, "state_dict": x},
+        lambda x, y: {"epoch": 3, "model": x},
+        lambda x, y: {"state_dict": {"ema": x, "model": y}},
+    ],
+)
+def test_averaged_weights_come_before_others(form, container, tmp_path):
+    other = {"a.weight": torch.zeros(1)}
+    assert equal(read(write(form, tmp_path / "x", container(state(), other))), state())
+
+
+def test_a_weight_may_be_called_model(tmp_path):
+    assert read(write("zip", tmp_path / "x", {"model": torch.ones(2)}))["model"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(1)],
+        torch.ones(1),
+        {},
+        {"w": torch.ones(1), "epoch": 3},
+        {"w": {"x": torch.ones(1)}},
+        {3: torch.ones(1)},
+        {"ema": {"decay": 0.99, "shadow": [torch.ones(1)]}},
+    ],
+    ids=str,
+)
+def test_what_is_not_weights_by_name_is_refused(form, content, tmp_path):
+    with pytest.raises(ValueError, match=r"x holds .* give (a|the) file") as caught:
+        read(write(form, tmp_path / "x", content))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_tensors_without_numbers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds a Tensor at 'w'"):
+        read(write("zip", tmp_path / "x", {"w": torch.eye(2).to_sparse()}))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_code_is_refused_and_not_run(form, tmp_path):
+    path = write(form, tmp_path / "x", {"w": torch.ones(1), "evil": Evil(tmp_path / "canary")})
+    with pytest.raises(ValueError, match="nothing of it was run") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("share", [0, 1e-9, 0.01, 0.3, 0.9, 0.999])
+def test_files_cut_short_are_refused(form, share, tmp_path):
+    path = write(form, tmp_path / "x", state())
+    data = path.read_bytes()
+    path.write_bytes(data[: min(int(len(data) * share + (share > 0)), len(data) - 1)])
+    with pytest.raises(ValueError, match="again") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html>", b"version https://git-lfs", b"[1, 2]", b'{"a": 1}', b"PK", bytes(99)]
+)
+def test_other_files_are_refused(content, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.safetensors"):
+        read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_byte_that_is_not_of_the_hash_beside_is_refused(form, tmp_path):
+    path = write(form, tmp_path / "x.bin", state())
+    data = path.read_bytes()
+    (tmp_path / "x.bin.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  x.bin\n")
+    assert equal(read(path), state())
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"is damaged or was replaced: .* x\.bin\.sha256 says"):
+        read(path)
+    path.write_bytes(data)
+    (tmp_path / "x.bin.sha256").write_text("")
+    with pytest.raises(ValueError, match="is damaged or was replaced"):
+        read(path)
+
+
+def test_our_own_provenance_is_checked_and_not_that_of_others(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_asset(path, state(), {})
+    assert equal(read(write("zip", tmp_path / "x.pt", state())), state())
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"x\.json says"):
+        read(path)
+    (tmp_path / "x.json").write_text('{"architecture": "DiT"}')
+    assert not equal(read(path), state())  # nothing vouches for it: the docstring says so
+
+
+def test_a_changed_byte_of_a_torch_file_is_refused_or_changes_nothing(tmp_path):
+    path = write("zip", tmp_path / "x.pt", state())
+    data, draw, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        position = draw.randrange(len(data))
+        path.write_bytes(data[:position] + bytes([data[position] ^ (1 << draw.randrange(8))]) + data[position + 1 :])
+        try:
+            found = read(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert equal(found, state())
+    assert refused > 30
+    numbers = data.index(state()["a.weight"].numpy().tobytes())
+    path.write_bytes(data[:numbers] + bytes([data[numbers] ^ 1]) + data[numbers + 1 :])
+    with pytest.raises(ValueError, match="damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["../weights.safetensors", "/weights.safetensors", "", "..", 3])
+def test_shards_are_beside_their_index(name, tmp_path):
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"x\.index\.json"):
+        read(tmp_path / "x.index.json")
+
+
+def test_missing_damaged_and_short_shards_are_refused_by_name(tmp_path):
+    index = tmp_path / "x.index.json"
+    shard = write_shards(index, state())[0]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=shard.name):
+        read(index)
+    safetensors.torch.save_file({"other": torch.ones(1)}, shard)
+    with pytest.raises(ValueError, match=r"lack 1 weights, first a\.weight"):
+        read(index)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        read(index)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# In their place, and by which name
+# --------------------------------------------------------------------------------------------------------------
+
+
+def net() -> nn.Module:
+    made = nn.Sequential(nn.Conv2d(64, 32, 3), nn.GroupNorm(4, 400), nn.Linear(200, 100))
+    made.register_buffer("table", torch.full((3,), 5.0))
+    made.scale = nn.Parameter(torch.zeros(()))
+    return made
+
+
+def test_random_weights_keep_the_size_of_signals():
+    made = net()
+    randomise(made, torch.Generator().manual_seed(0))
+    found = made.state_dict()
+    assert float(found["0.weight"].std()) == pytest.approx((64 * 9) ** -0.5, rel=0.03)
+    assert float(found["2.weight"].std()) == pytest.approx(200**-0.5, rel=0.03)
+    assert float(found["1.weight"].mean()) == pytest.approx(1, abs=0.05)
+    assert float(found["1.weight"].std()) == pytest.approx(0.2, rel=0.15)
+    assert float(found["1.bias"].std()) == pytest.approx(0.1, rel=0.15)
+    assert found["table"].tolist() == [5, 5, 5]
+    assert found["scale"] != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_random_weights_are_the_same_for_every_dtype(dtype):
+    made, other = net(), net().to(dtype)
+    for each in (made, other):
+        randomise(each, torch.Generator().manual_seed(1))
+    for ours, theirs in zip(made.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.to(dtype), theirs)
+    randomise(other, torch.Generator().manual_seed(2))
+    assert not torch.equal(made[0].weight.to(dtype), other[0].weight)
+
+
+def test_the_digest_is_of_the_weights_and_not_of_how_they_lie():
+    tensors = state() | {"none": torch.zeros(0, 2), "z": torch.tensor(1j)}
+    known = digest(tensors)
+    assert digest(dict(reversed(tensors.items()))) == known
+    assert digest(tensors | {"a.weight": tensors["a.weight"].T.contiguous().T}) == known
+    for change in (
+        {"a.weight": tensors["a.weight"].T},
+        {"a.weight": tensors["a.weight"].double()},
+        {"a.bias": -tensors["a.bias"]},
+        {"none": torch.zeros(2, 0)},
+        {"count": torch.tensor([7])},
+        {"more": torch.zeros(0)},
+    ):
+        assert digest(tensors | change) != known
+    one = {"w": torch.tensor([1.0])}
+    header = b'["w", "torch.float32", [1]]'
+    assert digest(one) == hashlib.sha256(header + b"\x00\x00\x80\x3f").hexdigest()

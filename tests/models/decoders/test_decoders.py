@@ -1,0 +1,133 @@
+"""The decoder of a latent model says what diffusers' says, from files old and new."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from oss_exp.cli import CONF
+from oss_exp.models.decoders.image import VAE, WanVAE
+
+CONFIG = {
+    "latent_channels": 4,
+    "block_out_channels": [8, 8, 8],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+
+
+def vae(checkpoint, **changes) -> VAE:
+    return VAE(str(checkpoint), scaling_factor=0.18215, micro_batch=2, source="the authors", **CONFIG | changes)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    torch.manual_seed(0)
+    return AutoencoderKL(**CONFIG).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("folder", [".", "vae"])
+def test_pixels_of_diffusers(whole, latents, folder, safe, tmp_path):
+    whole.save_pretrained(tmp_path / folder, safe_serialization=safe)
+    pixels = vae(tmp_path)(latents)
+    expected = (whole.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    assert pixels.shape == (5, 3, 16, 16)
+    assert 0.1 < pixels.mean() < 0.9
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae(tmp_path)(latents.double()), pixels)
+
+
+def test_a_shift_and_no_convolution_before_the_decoder(latents, tmp_path):
+    whole = AutoencoderKL(**CONFIG, use_quant_conv=False, use_post_quant_conv=False).requires_grad_(False)
+    whole.save_pretrained(tmp_path)
+    ours = VAE(str(tmp_path), 0.5, 2, "", shift_factor=0.3, use_quant_conv=False, use_post_quant_conv=False, **CONFIG)
+    expected = (whole.decode(latents / 0.5 + 0.3).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(ours(latents), expected, rtol=0, atol=1e-5)
+
+
+def test_tiles_are_those_of_diffusers(whole, tmp_path):
+    whole.save_pretrained(tmp_path)
+    latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    tiled, at_once = vae(tmp_path, tile=4), vae(tmp_path)
+    other = AutoencoderKL(**CONFIG, sample_size=16).requires_grad_(False)
+    other.load_state_dict(whole.state_dict())
+    other.enable_tiling()
+    expected = (other.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(tiled(latents), expected, rtol=0, atol=1e-5)
+    assert (tiled(latents) - at_once(latents)).abs().max() > 1e-3
+    small = latents[..., :4, :4]
+    assert tiled(small).equal(at_once(small))
+
+
+@torch.no_grad()
+def test_videos_of_diffusers(tmp_path):
+    torch.manual_seed(0)
+    config = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 1, 1], "num_res_blocks": 1}
+    mean, std = [0.1, -0.2, 0.0, 1.0], [1.0, 2.0, 3.0, 0.5]
+    whole = AutoencoderKLWan(**config, latents_mean=mean, latents_std=std).eval()
+    whole.save_pretrained(tmp_path / "vae")
+    x0 = torch.randn(3, 4, 3, 2, 4, generator=torch.Generator().manual_seed(1))
+    ours = WanVAE(str(tmp_path), 2, "the authors", mean, std, **config)
+    native = x0 * torch.tensor(std)[:, None, None, None] + torch.tensor(mean)[:, None, None, None]
+    videos = ours(x0)
+    assert videos.shape == (3, 3, 9, 16, 32)
+    torch.testing.assert_close(videos, whole.decode(native).sample / 2 + 0.5, rtol=0, atol=1e-5)
+    assert ours(x0).equal(videos)  # nothing is left of the frames before
+    assert not any(key.startswith(("encoder", "quant_conv")) for key in ours.state_dict())
+
+
+def test_old_names_of_attention(whole, latents, tmp_path):
+    old = {}
+    for key, value in whole.state_dict().items():
+        for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
+        old[key] = value
+    assert old.keys() != whole.state_dict().keys()
+    torch.save(old, tmp_path / "diffusion_pytorch_model.bin")
+    whole.save_pretrained(tmp_path / "vae")
+    assert torch.equal(vae(tmp_path / "diffusion_pytorch_model.bin")(latents), vae(tmp_path / "vae")(latents))
+
+
+def test_the_vae_of_conf_is_the_public_one(monkeypatch):
+    """49.49 M numbers, as in the decoder of Stable Diffusion."""
+    monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
+    config = OmegaConf.load(CONF / "model" / "dit_xl_2_256.yaml").sizes.full.decoder
+    with torch.device("meta"):
+        found = instantiate(config, checkpoint="random")()
+    assert sum(p.numel() for p in found.parameters()) == 49_490_179 + 20
+
+
+def test_random_weights_are_reproducible_and_frozen(latents):
+    first, second = vae("random"), vae("random")
+    assert torch.equal(first(latents), second(latents))
+    assert not first.training
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+@pytest.mark.parametrize("key", ["post_quant_conv.bias", "decoder.conv_out.weight"])
+def test_a_missing_weight_is_refused(whole, key, tmp_path):
+    torch.save({name: value for name, value in whole.state_dict().items() if name != key}, tmp_path / "vae.bin")
+    with pytest.raises(ValueError, match=rf"of another architecture than model\.decoder: .*(?s:.)*{key}"):
+        vae(tmp_path / "vae.bin")
+
+
+def test_a_vae_of_another_width_and_a_left_over_weight_are_refused(whole, tmp_path):
+    whole.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="size mismatch"):
+        vae(tmp_path, block_out_channels=[8, 8, 16])
+    torch.save(whole.state_dict() | {"decoder.extra": torch.zeros(1)}, tmp_path / "vae.bin")
+    with pytest.raises(ValueError, match=r"decoder\.extra"):
+        vae(tmp_path / "vae.bin")
+
+
+def test_a_missing_file_says_where_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the authors"):
+        vae(tmp_path / "nowhere")

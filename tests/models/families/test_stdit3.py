@@ -1,0 +1,365 @@
+"""Open-Sora 1.2: the numbers of the authors' network, sampler and of the released search on it (oracles H)."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from helpers import ORACLES, run_cli
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+from oss_exp.cli import CONF
+from oss_exp.distances import Select, XtMSE
+from oss_exp.models.decoders.image import Pixels
+from oss_exp.models.decoders.video_vae import VideoVAE
+from oss_exp.models.families.open_sora import OpenSora, public_t5, time_shift
+from oss_exp.models.families.stdit3 import STDiT3, position_table, turned
+from oss_exp.models.guidance import Guidance
+from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, sample
+from oss_exp.stepsize import Problem
+from oss_exp.stepsize.oss.band import layers
+from oss_exp.stepsize.oss.objectives import PerSample
+from oss_exp.stepsize.oss.recursion import recurse
+
+FACTS = json.loads((ORACLES / "stdit3_rflow.json").read_text())
+VIDEO = {"num_frames": 51, "height": 256, "width": 384}  # of the sampler's and the search's cases
+
+
+def tiny() -> STDiT3:
+    return STDiT3(4, 32, num_layers=2, num_heads=4, text_features=24, text_tokens=7, image_size=512)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, of the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return {key.removeprefix("a."): value for key, value in load_file(ORACLES / "stdit3_tiny.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def weights(arrays):
+    """The authors' state dict of a small network."""
+    return {key.removeprefix("sd."): value.float() for key, value in arrays.items() if key.startswith("sd.")}
+
+
+@pytest.fixture
+def filled(weights):
+    network = tiny().requires_grad_(False)
+    network.load_state_dict(weights)
+    return network
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+class Given:
+    """A text encoder that gives what it was given, for every prompt."""
+
+    def __init__(self, **encodings: torch.Tensor):
+        self.encodings, self.fingerprint = encodings, "given"
+
+    def __call__(self, prompts):
+        return {name: tensor.expand(len(prompts), *tensor.shape[1:]) for name, tensor in self.encodings.items()}
+
+
+@pytest.fixture
+def build(arrays, weights, tmp_path):
+    """A model of the sampler's case, from a file in the public layout."""
+    null = arrays["rflow.y_null"][0, 0]  # of that case, not of the state dict
+    save_file(weights | {"y_embedder.y_embedding": null}, tmp_path / "model.safetensors")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    given = partial(Given, text=arrays["rflow.y"][:, 0], mask=arrays["rflow.mask"].bool())
+
+    def make(**changes) -> OpenSora:
+        sizes = {"full": {"network": tiny, "text_encoder": given, "decoder": Pixels, "checkpoint": "nowhere"}}
+        settings = {"guidance": Guidance(4.0), "fps": 24, "checkpoint": str(tmp_path), "dtype": "float32", **VIDEO}
+        settings |= {"prompts": str(tmp_path / "prompts.txt"), "ending": "", "micro_batch": 64, "source": "the authors"}
+        return OpenSora("open_sora", "full", sizes, **(settings | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def yaml():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", ["model=open_sora_1_2", "data=prompts", "noise_schedule=open_sora"])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(3, 4, 5, 6, 9, generator=torch.Generator().manual_seed(0))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The network
+# --------------------------------------------------------------------------------------------------------------
+
+
+def answer(network: STDiT3, arrays, case: str, rows: slice = slice(None)) -> torch.Tensor:
+    x, text, clock, fps = (arrays[f"{case}.{name}"][rows] for name in ("x", "y", "timestep", "fps"))
+    kept = arrays.get(f"{case}.mask", torch.ones(2, 7))[rows].bool()
+    noisy = arrays.get(f"{case}.x_mask", None if case == "c2" else torch.ones(2, x.shape[2], dtype=bool))
+    size = float(arrays[f"{case}.height"][0] * arrays[f"{case}.width"][0]) ** 0.5
+    dtype = network.final_layer.linear.weight.dtype
+    noisy = None if noisy is None else noisy[rows]
+    return network(x.to(dtype), clock, text[:, 0].to(dtype), kept, fps, size, noisy)
+
+
+@pytest.mark.parametrize("case", ["c0", "c1", "c2", "c3"])
+def test_answers_of_the_original(filled, arrays, case):
+    """Prompts of several lengths, an odd height, a picture, and frames that are given."""
+    assert difference(answer(filled, arrays, case), arrays[f"{case}.out"]) < 1e-4
+    assert difference(answer(filled.double(), arrays, case), arrays[f"{case}.out64"]) < 1e-6
+
+
+def test_rows_do_not_see_each_other(filled, arrays):
+    whole = answer(filled.double(), arrays, "c3")
+    alone = torch.cat([answer(filled, arrays, "c3", slice(row, row + 1)) for row in range(2)])
+    torch.testing.assert_close(alone, whole, rtol=0, atol=1e-12)
+
+
+def test_positions_of_the_original(filled, arrays):
+    found = turned(arrays["rope.in"], filled.rope.angles(5))
+    torch.testing.assert_close(found, arrays["rope.out"], rtol=0, atol=1e-6)
+    for key, rows, columns, scale, base in (
+        ("h2_w2_scale0.7_base2", 2, 2, 0.7, 2),
+        ("h4_w6_scale0.3_base5", 4, 6, 0.3, 5),
+        ("h6_w6_scale1.9_base6", 6, 6, 1.9, 6),
+    ):
+        table = position_table(rows, columns, scale, base, 32).float()
+        torch.testing.assert_close(table, arrays[f"pos_embed.{key}"][0], rtol=0, atol=1e-6)
+
+
+def test_full_size_has_the_weights_of_the_public_file(yaml):
+    with torch.device("meta"):
+        network = instantiate(yaml.model.sizes.full.network)()
+    expected = json.loads((ORACLES / "stdit3_fullsize_keys.json").read_text())["STDiT3-XL/2"]
+    state = network.state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == expected["state_dict"]
+    counted = sum(value.numel() for value in state.values())
+    assert counted - 300 * 4096 == expected["n_params"] == 1_207_643_972  # the null prompt is no parameter of theirs
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The sampler and the search
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FACTS["timestep_transform"], ids=lambda case: f"{case['height']}p{case['num_frames']}")
+def test_noise_schedule_open_sora_is_the_transform_of_the_original(case):
+    shift = time_shift(case["num_frames"], case["height"], case["width"])
+    nodes = FlowSchedule(shift).nodes(case["num_steps"])
+    expected = torch.tensor([*case["t_out"], 0.0], dtype=torch.float64) / 1000
+    torch.testing.assert_close(nodes, expected, rtol=0, atol=1e-7)  # theirs has one root in float32
+
+
+def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    return sample(Euler(), model.velocity(torch.zeros(len(noise), dtype=int)), noise, StepSchedule(times, "free", 1.0))
+
+
+@pytest.mark.parametrize("name", ["transform1", "transform0"])
+def test_the_sampler_of_the_original(build, arrays, name):
+    """Its 6 steps at guidance 4 and times between whole numbers: the clock, the sign, and whose the null tokens are."""
+    shift = time_shift(**VIDEO) if name == "transform1" else 1.0
+    found = euler(build(), arrays["rflow.z"], FlowSchedule(shift).nodes(6))
+    assert difference(found, arrays[f"rflow.final_{name}"]) < 1e-4
+
+
+def test_the_search_of_the_released_code(build, arrays):
+    case, model, z = FACTS["oss"], build(), arrays["rflow.z"]
+    grid = FlowSchedule(time_shift(**VIDEO)).nodes(case["N"])
+    torch.testing.assert_close(grid.flip(0).float(), arrays["oss.fm_steps"], rtol=0, atol=1e-6)
+    f = model.velocity(torch.zeros(1, dtype=int))
+    problem = Problem(f, z, grid, Euler(), Select(XtMSE(), frames=2, channels=4))
+    assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < 1e-4
+    k = case["M"]
+    found = recurse(problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()).paths[k]
+    assert [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()] == [case["schedule"]]
+    student = euler(model, z, grid[[case["N"] - i for i in reversed(case["schedule"])] + [case["N"]]])
+    assert difference(student, arrays["oss.student_final"]) < 1e-4
+    for index, v in zip(arrays["oss.v_indices"].tolist(), arrays["oss.v_at_index"], strict=True):
+        assert difference(f(z, grid[[case["N"] - index]])[0], v) < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(yaml, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OSS_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return instantiate(yaml.model, size="tiny", dtype="float64")
+
+
+@pytest.mark.parametrize("interval", [None, [0.3, 0.8]])
+def test_the_null_prompt_has_as_many_tokens_as_the_prompt(small, noise, interval):
+    numbers, t = torch.tensor([4, 0, 8]), torch.tensor([0.5, 0.9, 0.7], dtype=torch.float64)
+    assert len(set(small.backbone.mask[numbers].sum(1).tolist())) == 3
+    conditional, free = (small.backbone(noise.double(), 1000 * t, rows) for rows in (numbers, -1 - numbers))
+    assert (conditional - free).abs().amax((1, 2, 3, 4)).min() > 1e-3
+    scales = torch.tensor([7.0, 1.0 if interval else 7.0, 7.0])[:, None, None, None, None]
+    expected = free + scales * (conditional - free)
+    found = small.velocity(numbers, Guidance(7.0, interval=interval))(noise.double(), t)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_the_decoder_takes_17_frames_at_a_time(small, noise):
+    pixels = small.decode(noise)
+    assert pixels.shape == (3, 3, 17, 12, 18)
+    assert 0 <= float(pixels.min()) < float(pixels.max()) <= 1
+    one_after_the_other = torch.cat([noise[:1], noise[1:2]], dim=2)
+    expected = torch.cat([pixels[:1], pixels[1:2]], dim=2)
+    torch.testing.assert_close(small.decode(one_after_the_other), expected, rtol=0, atol=1e-5)
+    assert small.decode(noise[:1, :, :1]).shape == (1, 3, 1, 12, 18)  # a picture
+    latents = noise[:1] * torch.tensor([3.85, 2.32, 2.33, 3.06]).view(4, 1, 1, 1)
+    latents += torch.tensor([-0.1, 0.34, 0.27, 0.98]).view(4, 1, 1, 1)
+    vae = small.decoder.temporal_vae
+    frames = vae.decoder(vae.post_quant_conv(latents))[0].transpose(0, 1)
+    torch.testing.assert_close(small.decoder.spatial_vae(frames), pixels[0].transpose(0, 1), rtol=0, atol=1e-5)
+
+
+def test_time_is_doubled_in_order_and_only_the_past_is_seen(small, noise):
+    """Each convolution in turn: the two halves of every channel pair are neighbouring frames."""
+    decoder = small.decoder.temporal_vae.decoder
+    x = noise[:1].repeat(1, 4, 1, 1, 1)  # 16 channels
+    found = decoder.conv_blocks[1](x)
+    later = torch.cat([x[:, :, :3], x[:, :, 3:] + 1], dim=2)
+    assert decoder.conv_blocks[1](later)[:, :, :3].equal(found[:, :, :3])
+    assert found.shape[1] == 2 * x.shape[1]
+    doubled = decoder.doubled(x, 1)
+    for channel, frame in ((0, 0), (5, 3), (15, 4)):
+        for half in range(2):
+            assert doubled[0, channel, 2 * frame + half].equal(found[0, 2 * channel + half, frame])
+
+
+def test_the_decoder_reads_the_public_layout(small, yaml, noise, tmp_path):
+    state = {
+        key.replace("spatial_vae.", "spatial_vae.module."): value for key, value in small.decoder.state_dict().items()
+    }
+    others = ("spatial_vae.module.encoder.conv_in.bias", "temporal_vae.quant_conv.conv.bias", "scale", "shift")
+    save_file(state | {key: torch.zeros(1) for key in others}, tmp_path / "model.safetensors")
+    make = instantiate(yaml.model.sizes.tiny.decoder)
+    assert make(checkpoint=str(tmp_path))(noise).equal(small.decode(noise))
+    state.pop("temporal_vae.decoder.conv1.conv.bias")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)another architecture than model\.decoder.*conv1\.conv\.bias"):
+        make(checkpoint=str(tmp_path))
+
+
+def test_the_full_decoder_is_the_public_one(yaml):
+    """With its encoder and 83 653 863 numbers in space it fills the public file to the byte; counted once from that."""
+    full = yaml.model.sizes.full.decoder
+    with torch.device("meta"):
+        decoder = VideoVAE("random", full.scale, full.shift, full.temporal, full.spatial, "")
+    assert sum(weight.numel() for weight in decoder.temporal_vae.decoder.parameters()) == 165_265_924
+
+
+def test_t5_from_a_folder(tmp_path, monkeypatch):
+    """The mask is of the prompt's tokens and its end; what comes after changes nothing."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁red", -2.0), ("▁cat", -2.0)]
+    T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(tmp_path / "tokenizer")
+    config = T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    torch.manual_seed(0)
+    model = T5EncoderModel(config).eval()
+    model.save_pretrained(tmp_path / "text_encoder")
+    encoder = public_t5(str(tmp_path), 6, "the authors")
+    found = encoder(["a red cat", "cat"])
+    assert found["mask"].tolist() == [[True] * 4 + [False] * 2, [True] * 2 + [False] * 4]
+    expected = model(torch.tensor([[5, 1]])).last_hidden_state
+    torch.testing.assert_close(found["text"][1:, :2].float(), expected, rtol=0, atol=0.02)
+    assert found["text"].dtype == torch.bfloat16
+    (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json.*the authors.*text_encoder\.checkpoint"):
+        public_t5(str(tmp_path), 6, "the authors")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        public_t5(str(tmp_path / "text_encoder" / "config.json"), 6, "the authors")
+
+
+def test_prompts_end_as_captions_do(small, yaml):
+    assert yaml.model.ending == "aesthetic score: 6.5."
+    lengths = small.backbone.mask.sum(1).tolist()  # a token for every byte, and the end
+    assert lengths == [min(80, len(prompt) + 1 + len(yaml.model.ending) + 1) for prompt in small.prompts]
+
+
+def test_the_yaml_is_at_two_sizes(small, yaml):
+    assert (small.name, small.event_shape, small.guidance) == ("open_sora_1_2_tiny", (4, 5, 6, 9), Guidance(7.0))
+    assert [yaml.model[name] for name in ("num_frames", "height", "width")] == [102, 720, 1280]
+    assert instantiate(yaml.noise_schedule).shift == pytest.approx(1.875 * 30**0.5)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = compose("config", ["model=open_sora_1_2", "noise_schedule=open_sora", "model.num_frames=51"])
+    assert instantiate(chosen.noise_schedule).shift == pytest.approx(1.875 * 15**0.5)
+
+
+def test_tiny_runs_from_the_command_line(tmp_path):
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    run_cli(
+        "model=open_sora_1_2",
+        "model.size=tiny",
+        "noise_schedule=open_sora",
+        "data=prompts",
+        f"data.prompts={tmp_path / 'two.txt'}",
+        "data.search_samples=2",
+        "data.eval_samples=3",
+        "num_teacher_steps=5",
+        "num_steps=[2]",
+        "stepsize=[fm,oss_shared]",
+        "logger=none",
+        "trainer.enable_progress_bar=false",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    assert [row["strategy"] for row in rows] == ["fm", "oss_shared"]
+    assert all(row["psnr"]["mean"] > 5 for row in rows)
+    schedule = StepSchedule.load(tmp_path / "run" / "schedules" / "oss_shared_2.json")
+    assert schedule.about("model")["name"] == "open_sora_1_2_tiny"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Bad input
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [0, 2, 16, 18, 50])
+def test_frames_that_make_no_whole_groups(build, frames):
+    with pytest.raises(ValueError, match=f"must be 1 or a multiple of 17, got {frames}; choose "):
+        build(num_frames=frames, checkpoint="nowhere")
+
+
+def test_other_bad_settings(build, weights, tmp_path):
+    with pytest.raises(ValueError, match="at least 8 pixels, got 7 x 384"):
+        build(height=7)
+    with pytest.raises(ValueError, match="set data=prompts"):
+        build().velocity(None)
+    with pytest.raises(ValueError, match="has 2 prompts and is asked for number 2"):
+        build().velocity(torch.tensor([0, 2]))
+    with pytest.raises(FileNotFoundError, match=r"no file, folder or hub id.*the authors"):
+        build(checkpoint="nowhere")
+    save_file({key: value for key, value in weights.items() if key != "t_block.1.bias"}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 weights differ, first network\.t_block\.1\.bias: absent"):
+        build()
+
+
+def test_sizes(yaml):
+    with pytest.raises(InstantiationException, match=r"model\.size must be one of full, tiny, got 'small'"):
+        instantiate(yaml.model, size="small")
+
+
+def test_a_text_encoder_of_another_shape(yaml):
+    with pytest.raises(
+        InstantiationException, match=r"gives \(40, 16\) tokens and features, the network takes \(80, 1"
+    ):
+        instantiate(yaml.model, size="tiny", sizes={"tiny": {"text_encoder": {"length": 40}}})

@@ -1,0 +1,96 @@
+"""Small networks of prompts whose text encoder is a list of words."""
+
+import pytest
+import torch
+from helpers import random_weights
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from oss_exp.cli import CONF
+from oss_exp.models.checkpoints.weights import randomise
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.text.words import Words
+
+PROMPTS = {
+    "flux_fashion": ["a red boot", "a blue bag", "an orange dress"],
+    "video_fashion": ["boot rising", "bag moving left", "coat falling"],
+}
+
+
+def model(name: str, prompts: list[str]):
+    """With random weights."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"model={name}", "model.checkpoint=untrained", "model.dtype=float64"]).model
+    made = instantiate(cfg, prompts=prompts)
+    randomise(made.backbone, torch.Generator().manual_seed(0))
+    return made
+
+
+def test_a_word_is_a_feature_at_its_place():
+    encoded = Words(["red", "blue", "boot"], 3)(["Red boot", "", "boot, boot! red"])
+    red, _, boot = torch.eye(3)
+    none = torch.zeros(3)
+    assert torch.equal(encoded["text"][0], torch.stack([red, boot, none]))
+    assert torch.equal(encoded["text"][2], torch.stack([boot, boot, red]))
+    assert encoded["mask"].tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    assert torch.equal(encoded["pooled"], torch.stack([red + boot, none, red + 2 * boot]))
+
+
+def test_order_counts_where_it_is_told():
+    words = Words(["red", "boot"], 3, scale=2.0, ordered=True)
+    (text, mask, pooled), turned = words(["red boot"]).values(), words(["boot red"])
+    assert text[0].tolist() == [[2, 0, 2, 0, 0], [0, 2, 0, 2, 0], [0, 0, 0, 0, 0]]
+    assert turned["text"][0].tolist() == [[0, 2, 2, 0, 0], [2, 0, 0, 2, 0], [0, 0, 0, 0, 0]]
+    assert torch.equal(turned["pooled"], pooled)
+    assert mask.tolist() == [[True, True, False]]
+
+
+def test_the_scale_is_of_all_features():
+    one, four = Words(["red", "boot"], 2), Words(["red", "boot"], 2, scale=4.0)
+    (text, mask, pooled), found = one(["red boot"]).values(), four(["red boot"])
+    assert torch.equal(found["text"], 4 * text)
+    assert torch.equal(found["mask"], mask)
+    assert torch.equal(found["pooled"], 4 * pooled)
+    assert one.fingerprint != four.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a green boot", "does not know 'a' of prompt 'a green boot'; its words are red, boot"),
+        ("red red red", "has 3 words, the model reads 2"),
+    ],
+)
+def test_prompts_it_cannot_read_are_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        Words(["red", "boot"], 2)([prompt])
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
+    one, other = model(name, PROMPTS[name]), model(name, PROMPTS[name][::-1])
+    x = torch.randn(3, *one.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    found = one.velocity(torch.tensor([0, 1, 2]))(x, t)
+    torch.testing.assert_close(other.velocity(torch.tensor([2, 1, 0]))(x, t), found)
+    assert (one.velocity(torch.tensor([1, 2, 0]))(x, t) - found).abs().amax((1, *range(2, x.ndim))).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_guidance_is_away_from_no_prompt(name):
+    made = model(name, PROMPTS[name])
+    x = torch.randn(2, *made.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, prompts = torch.tensor([0.8, 0.3], dtype=torch.float64), torch.tensor([2, 0])
+    with_prompt, without = (made._velocity(x, t, rows) for rows in (prompts, torch.full((2,), -1)))
+    found = made.velocity(prompts, Guidance(3.0))(x, t)
+    torch.testing.assert_close(found, 3 * with_prompt - 2 * without)
+
+
+def test_the_fingerprint_is_of_the_words_too(tmp_path):
+    weights = random_weights(tmp_path / "w.safetensors", "model=flux_fashion")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["model=flux_fashion", weights]).model
+    first = instantiate(cfg)
+    cfg.words.vocabulary[2:4] = ["orange", "red"]
+    assert instantiate(cfg).fingerprint != first.fingerprint
+    assert len(first.prompts) == 80

@@ -1,0 +1,207 @@
+"""Hand-made schedules against diffusers, against each other where they must meet, and against their own theorem."""
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from scipy import stats
+
+from oss_exp.cli import CONF
+from oss_exp.distances import XtMSE
+from oss_exp.noise import DDPMPath, EDMPath, EDMSchedule, FlowSchedule, LogSNRSchedule, scaled_linear_betas
+from oss_exp.noise.heuristics import BetaSchedule, CosineSchedule, KLOptimalSchedule, LinearQuadraticSchedule
+from oss_exp.solvers import Euler
+from oss_exp.stepsize import Problem
+
+SD_RANGE = (0.0292, 14.6146)  # sigma at the first and the last index of Stable Diffusion's chain
+SCHEDULES = {
+    "kl_optimal": KLOptimalSchedule(*SD_RANGE),
+    "kl_optimal_edm_range": KLOptimalSchedule(0.002, 80.0),
+    "beta": BetaSchedule(*SD_RANGE, 0.6, 0.6),
+    "beta_lopsided": BetaSchedule(*SD_RANGE, 0.3, 1.5),
+    "linear_quadratic": LinearQuadraticSchedule(0.025, None),
+    "cosine": CosineSchedule(),
+}
+YAMLS = ["beta", "cosine", "exponential", "karras", "kl_optimal", "linear_quadratic"]
+
+
+def sigmas(schedule, num_steps: int) -> torch.Tensor:
+    return EDMPath().native(schedule.nodes(num_steps))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 20, 200])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_nodes_strictly_decrease_from_at_most_1_to_0(name, num_steps):
+    nodes = SCHEDULES[name].nodes(num_steps)
+    assert nodes.dtype == torch.float64
+    assert len(nodes) == num_steps + 1
+    assert 0 < nodes[0] <= 1
+    assert nodes[-1] == 0
+    assert bool((nodes.diff() < 0).all())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Against diffusers
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.parametrize("rule", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize(
+    ("scheduler", "num_steps"),
+    [
+        *(("DPMSolverMultistepScheduler", k) for k in (1, 2, 3, 10, 25, 60)),
+        *(("EulerDiscreteScheduler", k) for k in (2, 3, 10, 25, 60)),  # its only step would be from sigma_min
+    ],
+)
+def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
+    import diffusers
+
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = getattr(diffusers, scheduler)(**options, **{f"use_{rule}_sigmas": True})
+    theirs.set_timesteps(num_steps)
+    abar = theirs.alphas_cumprod.double()
+    ends = [float(((1 - a) / a).sqrt()) for a in (abar[0], abar[-1])]
+    ours = {
+        "karras": EDMSchedule(*ends, 7.0),
+        "exponential": LogSNRSchedule(*ends),
+        "beta": BetaSchedule(*ends, 0.6, 0.6),
+    }
+    torch.testing.assert_close(sigmas(ours[rule], num_steps), theirs.sigmas.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "threshold", "linear_steps"),
+    [(2, 0.025, None), (3, 0.025, None), (10, 0.025, None), (50, 0.025, None), (64, 0.1, None), (20, 0.05, 4)],
+)
+def test_linear_quadratic_equals_diffusers(num_steps, threshold, linear_steps):
+    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+    theirs = torch.tensor(linear_quadratic_schedule(num_steps, threshold, linear_steps), dtype=torch.float64)
+    ours = LinearQuadraticSchedule(threshold, linear_steps).nodes(num_steps)
+    torch.testing.assert_close(ours[:-1], theirs, rtol=0, atol=1e-13)
+
+
+def test_linear_quadratic_of_one_step_equals_diffusers():
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+    ours = LinearQuadraticSchedule(0.025, None).nodes(1)
+    assert ours.tolist() == [*linear_quadratic_schedule(1).tolist(), 0.0]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Against each other, and what each is for
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_beta_of_ones_is_uniform_in_sigma():
+    rho_1 = EDMSchedule(*SD_RANGE, 1.0)
+    torch.testing.assert_close(BetaSchedule(*SD_RANGE, 1.0, 1.0).nodes(12), rho_1.nodes(12), rtol=1e-10, atol=0)
+
+
+def test_beta_has_alpha_at_the_low_end():
+    share = (sigmas(SCHEDULES["beta_lopsided"], 9)[:-1] - SD_RANGE[0]) / (SD_RANGE[1] - SD_RANGE[0])
+    np.testing.assert_allclose(share, stats.beta.ppf(np.linspace(1, 0, 9), 0.3, 1.5), rtol=1e-9, atol=1e-13)
+
+
+def test_beta_is_symmetric_about_the_middle_and_denser_at_the_ends():
+    found = sigmas(BetaSchedule(*SD_RANGE, 0.6, 0.6), 15)[:-1]
+    torch.testing.assert_close(found + found.flip(0), torch.full_like(found, sum(SD_RANGE)), rtol=1e-10, atol=0)
+    gaps = -found.diff()[:7]  # from the noise to the middle
+    assert bool((gaps.diff() > 0).all())
+
+
+def test_linear_quadratic_with_the_even_share_is_uniform():
+    uniform = FlowSchedule(1.0).nodes(10)
+    torch.testing.assert_close(LinearQuadraticSchedule(0.3, 3).nodes(10), uniform, rtol=0, atol=1e-14)
+
+
+def test_linear_quadratic_begins_as_a_teacher_of_1000_steps_and_grows_from_there():
+    nodes = LinearQuadraticSchedule(0.025, None).nodes(50)
+    torch.testing.assert_close(nodes[:26], FlowSchedule(1.0).nodes(1000)[:26], rtol=0, atol=1e-14)
+    second = nodes.diff().diff()
+    assert float(second[:24].abs().max()) < 1e-15
+    torch.testing.assert_close(second[25:], second[25].expand(24), rtol=1e-9, atol=0)
+
+
+def test_kl_optimal_over_all_sigmas_is_the_cosine_schedule():
+    everything = KLOptimalSchedule(1e-12, 1e12).nodes(9)[:-1]
+    torch.testing.assert_close(everything, CosineSchedule().nodes(8), rtol=0, atol=1e-11)
+
+
+def test_kl_optimal_loses_least_of_a_normal_law():
+    """Euler steps on N(0, 1) data shrink the state a little too much: arXiv 2404.14507, theorem 3.1."""
+
+    def kept(sigma: torch.Tensor) -> torch.Tensor:
+        """(..., n) noise levels -> scale that Euler steps along dx/dsigma = x sigma / (1 + sigma^2) leave."""
+        now, after = sigma[..., :-1], sigma[..., 1:]
+        return ((1 + now * after) / (1 + now**2)).prod(-1)
+
+    best = sigmas(KLOptimalSchedule(*SD_RANGE), 8)[:-1]
+    exact = ((1 + best[-1] ** 2) / (1 + best[0] ** 2)).sqrt()
+    generator = torch.Generator().manual_seed(0)
+    moves = torch.randn(500, 6, generator=generator, dtype=torch.float64) * torch.logspace(-4, -1, 500)[:, None]
+    others = best.repeat(500, 1)
+    others[:, 1:-1] *= moves.exp()
+    assert bool((kept(others) < kept(best)).all())
+    assert 0.8 * exact < kept(best) < exact
+
+
+def test_cosine_is_uniform_in_the_angle():
+    angle = torch.atan(sigmas(CosineSchedule(), 10)[1:]).numpy()
+    np.testing.assert_allclose(angle, np.pi / 2 * np.linspace(0.9, 0, 10), rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Yamls and refusals
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["pinned", "analytic"])
+@pytest.mark.parametrize("name", YAMLS)
+def test_yaml_plans_every_budget(name, start):
+    strategy = instantiate(OmegaConf.load(CONF / "stepsize" / f"{name}.yaml"), start=start)
+    problem = Problem(lambda x, t: x, torch.ones(2, 3), FlowSchedule(1.0).nodes(20), Euler(), XtMSE())
+    plans = strategy.plan(problem, range(1, 21))
+    for k, steps in plans.items():
+        assert steps.num_steps == k
+        kept = strategy.schedule.nodes(k + (start == "analytic"))[1:]
+        assert torch.equal(steps.times[-len(kept) :], kept)
+
+
+@pytest.mark.parametrize("name", ["beta", "exponential", "karras", "kl_optimal"])
+def test_yaml_has_the_range_of_stable_diffusion(name):
+    schedule = instantiate(OmegaConf.load(CONF / "stepsize" / f"{name}.yaml")).schedule
+    t = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012)).canonical(torch.tensor([0.0, 999.0]).double())
+    np.testing.assert_allclose([schedule.sigma_min, schedule.sigma_max], t / (1 - t), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: KLOptimalSchedule(2.0, 1.0), "sigma_min < sigma_max.*sigma_min=2"),
+        (lambda: KLOptimalSchedule(0.0, 1.0), "sigma_min must be positive, got 0"),
+        (lambda: BetaSchedule(1.0, 1.0, 0.6, 0.6), "sigma_min < sigma_max"),
+        (lambda: BetaSchedule(*SD_RANGE, 0.0, 0.6), "alpha must be positive, got 0"),
+        (lambda: BetaSchedule(*SD_RANGE, 0.6, -1), "beta must be positive, got -1"),
+        (lambda: BetaSchedule(*SD_RANGE, 1e-3, 1e-3).nodes(30), "30 distinct times"),
+        (lambda: LinearQuadraticSchedule(0.0, None), r"threshold must be in \(0, 1\), got 0"),
+        (lambda: LinearQuadraticSchedule(1, None), r"threshold must be in \(0, 1\), got 1"),
+        (lambda: LinearQuadraticSchedule(float("nan"), None), "threshold.*got nan"),
+        (lambda: LinearQuadraticSchedule("half", None), "threshold.*got 'half'"),
+        (lambda: LinearQuadraticSchedule(0.025, 0), "linear_steps must be a positive whole number or null, got 0"),
+        (lambda: LinearQuadraticSchedule(0.025, 2.5), "linear_steps.*got 2.5"),
+        (lambda: LinearQuadraticSchedule(0.025, 4).nodes(4), "linear_steps=4 leaves none of 4 steps"),
+        (lambda: LinearQuadraticSchedule(0.9, 1).nodes(10), "10 distinct times"),
+    ],
+)
+def test_impossible_arguments_are_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_fewer_than_one_step_is_refused(name):
+    with pytest.raises(ValueError, match="at least 1 step, got 0"):
+        SCHEDULES[name].nodes(0)

@@ -1,0 +1,383 @@
+"""Fitted steps: what is sampled is what was scored, a strong pull gives the ordinary step, a weak one does better."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from replay import final_error, schedule
+
+from oss_exp.distances import X0MSE, Select, XtMSE
+from oss_exp.models.guidance import Guidance
+from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, State, sample, walk
+from oss_exp.solvers.adams_bashforth import AdamsBashforth
+from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
+from oss_exp.solvers.heun import Heun
+from oss_exp.solvers.sampling import FittedSteps
+from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem
+from oss_exp.stepsize.oss.band import layers
+from oss_exp.stepsize.oss.edges import Fit
+from oss_exp.stepsize.oss.objectives import Shared
+from oss_exp.stepsize.oss.recursion import recurse
+from oss_exp.stepsize.oss.refine import refine
+from oss_exp.velocity import BoundVelocity
+
+STARTS = ("free", "pinned", "analytic")
+OBJECTIVES = [Shared("mean"), Shared("log_mean")]
+N = 16
+RIDGE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def problem(velocity, gmm) -> Problem:
+    return Problem(velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(N), Euler(), XtMSE())
+
+
+@pytest.fixture(scope="module")
+def guided(mixture, gmm) -> Problem:
+    """Classes under guidance 2: every network call has a conditional and an unconditional answer."""
+    labels = torch.arange(16) % 4
+    velocity = mixture.velocity(labels, Guidance(2.0))
+    grid = FlowSchedule(shift=2.0).nodes(N)
+    return Problem(velocity, gmm["z"], grid, DPMSolverPP(2, True), XtMSE(), group=labels, num_groups=10)
+
+
+def as_float32(velocity: BoundVelocity) -> BoundVelocity:
+    """A network that rounds what it takes and gives."""
+    return replace(velocity, fn=lambda x, t, condition: velocity.fn(x.double(), t, condition).float())
+
+
+def search(problem: Problem, budgets, start: str, objective, fit: Fit | None):
+    return recurse(problem, layers(problem.num_nodes, budgets, start, 1, "cpu"), budgets, start, objective, fit)
+
+
+def fitted_states(problem: Problem, path, start: str) -> list[State]:
+    """The observed states of a fitted schedule at all its times, from the sampling loop alone."""
+    steps = schedule(problem, path, start)
+    solver = FittedSteps(steps.weights, (problem.noise, steps.mean_of(problem.noise, problem.group)))
+    first = steps.initial_state(problem.noise, problem.group if start == "analytic" else None)
+    return list(walk(solver, problem.velocity, first, steps.times))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Replay equals table
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_replay_equals_table_for_every_k(kind, start, history, request):
+    problem = request.getfixturevalue(kind)
+    answers = len(problem.teacher.first)
+    budgets = [1, 2, 3, 5, 8]
+    for objective in OBJECTIVES:
+        solution = search(problem, budgets, start, objective, Fit(history, RIDGE))
+        for k in budgets:
+            assert solution.paths[k].weights.shape == (k, 3 + history * answers)
+            replayed = final_error(problem, schedule(problem, solution.paths[k], start))
+            torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_every_entry_of_the_table_replays(kind, start, request):
+    problem = request.getfixturevalue(kind)
+    rounds = search(problem, [4], start, Shared("mean"), Fit(2, RIDGE)).rounds
+    for r, last in enumerate(rounds, start=1):
+        for j, node in enumerate(last.targets[:, 0].tolist()):
+            if last.cost[j].isinf().all():
+                continue
+            position, nodes, weights = j, [node], []
+            for step in reversed(rounds[:r]):
+                weights.append(step.how[position])
+                position = int(step.parent[position, 0])
+                nodes.append(int(step.sources[position, 0]))
+            times = problem.grid[nodes[::-1]]
+            mean = problem.mean[problem.group].double()
+            first = problem.noise
+            if start == "analytic":
+                first = times[0] * first + (1 - times[0]) * mean
+            solver = FittedSteps(torch.stack(weights[::-1]), (problem.noise, mean))
+            *_, state = walk(solver, problem.velocity, first, times)
+            replayed = problem.cost(state.x, torch.tensor([node]))
+            torch.testing.assert_close(replayed, last.cost[j], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_a_schedule_survives_a_file(kind, request, tmp_path):
+    problem = request.getfixturevalue(kind)
+    plan = OSSFit("analytic", None, False, "log_mean", 3, RIDGE).plan(problem, [4])[4]
+    loaded = StepSchedule.load(plan.save(tmp_path / "plan.json"))
+    runs = [sample(Euler(), problem.velocity, problem.noise, steps, problem.group) for steps in (plan, loaded)]
+    assert torch.equal(*runs)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Between the ordinary step and the best one
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mean", "log_mean"])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_strong_pull_finds_the_ordinary_schedule(problem, start, objective):
+    budgets = [1, 3, 5, 8]
+    pulled = OSSFit(start, None, False, objective, 1, 1e12).plan(problem, budgets)
+    ordinary = OSSShared(start, None, False, objective).plan(problem, budgets)
+    for k in budgets:
+        assert torch.equal(pulled[k].times, ordinary[k].times)
+        errors = [final_error(problem, plan[k]) for plan in (pulled, ordinary)]
+        torch.testing.assert_close(*errors, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_a_strong_pull_gives_the_weights_of_the_solver(kind, order, request):
+    """Of the highest order that the history allows; under guidance each answer has its share of them."""
+    solver = DPMSolverPP(order, lower_order_final=False)
+    problem = replace(request.getfixturevalue(kind), solver=solver)
+    mix, history = problem.velocity.mix, 2
+    path = search(problem, [5], "analytic", Shared("mean"), Fit(history, 1e12)).paths[5]
+    times = problem.grid[[*path.nodes[:, 0].tolist(), N]]
+    for step, row in enumerate(path.weights):
+        highest = min(order, history, step + 1)
+        a, b = solver.coefficients(list(times[: step + 1].flip(0)[:highest]), times[step + 1])
+        expected = torch.zeros_like(row)
+        expected[0] = a
+        for h, weight in enumerate(b):
+            for r, share in enumerate(mix):
+                expected[3 + h * len(mix) + r] = weight * share
+        torch.testing.assert_close(row, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state(kind, start, request):
+    """Weak pull, mean objective: least squares may choose any step of DPM-Solver++ that its history allows."""
+    problem, fit = request.getfixturevalue(kind), Fit(3, 1e-12)
+    nodes = [0 if start == "pinned" else 2, 5, 6, 10, 13]
+    path_layers = [torch.tensor([[node]]) for node in nodes]
+    solution = recurse(problem, path_layers, [5], start, Shared("mean"), fit)
+    states = fitted_states(problem, solution.paths[5], start)
+    past = []
+    for node, state, table in zip([*nodes[1:], N], states, solution.rounds, strict=False):
+        data = state.x - state.t[:, None] * problem.velocity(state.x, state.t)
+        past.insert(0, (data, state.t))
+        for order in range(1, min(len(past), 3) + 1):
+            outputs, times = zip(*past[:order], strict=True)
+            ordinary = DPMSolverPP(3, False).advance(None, State(state.x, state.t, outputs, times), problem.grid[node])
+            edge = problem.cost(ordinary.x, torch.tensor([node])).mean()
+            assert table.cost[0].mean() <= edge * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_a_fit_for_the_mean_of_logarithms_lowers_it(kind, request):
+    """Against least squares of the mean, on every edge from the same source."""
+    problem, gains = request.getfixturevalue(kind), []
+    for node in range(3, N):
+        edge = [torch.tensor([[2]]), torch.tensor([[node]])]
+        mean, log_mean = (recurse(problem, edge, [2], "free", o, Fit(1, 1e-9)).rounds[0].cost for o in OBJECTIVES)
+        assert mean.mean() <= log_mean.mean() * (1 + 1e-6)
+        gains.append(float(mean.log().mean() - log_mean.log().mean()))
+    assert min(gains) > -1e-6
+    assert max(gains) > 0.01
+
+
+def test_weights_are_those_of_a_ridge_regression(problem):
+    """One edge, solved as an ordinary least-squares problem with the pull as further rows."""
+    ridge, node = 1e-2, 7
+    path_layers = [torch.tensor([[3]]), torch.tensor([[node]])]
+    path = recurse(problem, path_layers, [2], "analytic", Shared("mean"), Fit(1, ridge)).paths[2]
+    x = fitted_states(problem, path, "analytic")[0]
+    mean = problem.mean[problem.group].double()
+    basis = torch.stack([u.flatten() for u in (x.x, problem.noise, mean, x.outputs[0])], dim=1)
+    t, t_next = problem.grid[3], problem.grid[node]
+    ordinary = torch.stack([t_next / t, 0 * t, 0 * t, 1 - t_next / t])
+    pull = (ridge * basis.square().sum(0)).sqrt()
+    left = torch.cat([basis, pull.diag()])
+    right = torch.cat([problem.teacher.states[node].flatten(), pull * ordinary])
+    expected = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    torch.testing.assert_close(path.weights[0], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", ["pinned", "analytic"])
+def test_fitted_steps_beat_searched_orders_and_history_helps(problem, start):
+    own = replace(problem, solver=DPMSolverPP(2, lower_order_final=False))
+    strategies = [OSSShared(start, None, True, "mean")]
+    strategies += [OSSFit(start, None, False, "mean", history, RIDGE) for history in (1, 2, 3)]
+    errors = [float(final_error(own, strategy.plan(own, [5])[5]).mean()) for strategy in strategies]
+    assert errors[1] < errors[0] / 2
+    assert errors == sorted(errors, reverse=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Guidance
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_both_answers_under_guidance_have_weights_of_their_own(guided):
+    weights = OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(guided, [5])[5].weights
+    conditional, unconditional = weights[:, 3::2], weights[:, 4::2]
+    conditional_share = conditional[:, 0] / (conditional[:, 0] + unconditional[:, 0])
+    assert bool(((conditional_share - 2.0).abs() > 0.01).any())
+    assert conditional_share.std() > 0.01
+    assert bool((weights[0, 5:] == 0).all())  # one call so far: nothing to remember
+
+
+def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
+    """The same search when the network shows nothing but the guided velocity."""
+    mixed = replace(guided, velocity=guided.velocity.__call__)
+    fit, budgets = Fit(2, RIDGE), [5, 8]
+    apart, together = (search(p, budgets, "analytic", Shared("mean"), fit).costs for p in (guided, mixed))
+    for k in budgets:
+        assert apart[k].mean() < together[k].mean()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# No shortcut changes an answer
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, start, objective):
+    fit = Fit(2, RIDGE)
+    path = search(problem, [4], start, objective, fit).paths[4]
+    better = refine(problem, path, start, objective, fit)
+    before, after = (
+        objective(final_error(problem, schedule(problem, p, start)), problem.collective) for p in (path, better)
+    )
+    assert bool((after <= before).all())
+    again = recurse(problem, list(better.nodes[:, None]), [4], start, objective, fit)
+    torch.testing.assert_close(better.weights, again.paths[4].weights, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_a_band_as_wide_as_the_grid_is_the_full_search(kind, start, request):
+    problem = request.getfixturevalue(kind)
+    full, band = (OSSFit(start, b, False, "mean", 2, RIDGE).plan(problem, [3, 5]) for b in (None, Band(4, N)))
+    for k in (3, 5):
+        assert torch.equal(full[k].times, band[k].times)
+        torch.testing.assert_close(full[k].weights, band[k].weights, rtol=1e-8, atol=1e-8)
+
+
+def test_a_narrow_band_gives_a_schedule_that_runs(problem):
+    plan = OSSFit("analytic", Band(4, 1, 1), True, "log_mean", 3, RIDGE).plan(problem, [5])[5]
+    ordinary = OSSShared("analytic", Band(4, 1, 1), True, "log_mean").plan(problem, [5])[5]
+    assert final_error(problem, plan).log().mean() < final_error(problem, ordinary).log().mean()
+
+
+def test_one_search_serves_every_budget(problem):
+    strategy = OSSFit("analytic", None, True, "mean", 2, RIDGE)
+    together = strategy.plan(problem, [2, 5])
+    for k in (2, 5):
+        alone = strategy.plan(problem, [k])[k]
+        assert torch.equal(together[k].times, alone.times)
+        torch.testing.assert_close(together[k].weights, alone.weights, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7])
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_micro_batches_change_nothing(kind, micro_batch, request):
+    problem = request.getfixturevalue(kind)
+    part = replace(problem, velocity=replace(problem.velocity, micro_batch=micro_batch))
+    whole, parts = (OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(p, [4])[4] for p in (problem, part))
+    assert torch.equal(whole.times, parts.times)
+    torch.testing.assert_close(whole.weights, parts.weights, rtol=1e-8, atol=1e-8)
+
+
+def test_fitting_costs_no_network_call(problem, velocity):
+    rows = [0]
+
+    def fn(x, t, condition):
+        rows[0] += len(x)
+        return velocity.fn(x, t, condition)
+
+    for start in STARTS:
+        counted = replace(problem, velocity=BoundVelocity(fn, None, 1000))
+        counted.teacher  # noqa: B018
+        rows[0] = 0
+        strategy = OSSFit(start, None, False, "mean", 3, RIDGE)
+        strategy.plan(counted, [3, 5])
+        assert rows[0] == strategy.network_calls(N, [3, 5]) * 16
+
+
+def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
+    """The inner products are those of the features, the first two rows of the pictures here."""
+
+    def velocity(x, t):
+        return mixture.velocity(None)(x.flatten(1), t).unflatten(1, (8, 8))
+
+    grid = FlowSchedule(shift=2.0).nodes(8)
+    problem = Problem(velocity, gmm["z"].unflatten(1, (8, 8)), grid, Euler(), Select(XtMSE(), None, channels=2))
+    solution = search(problem, [3], "analytic", Shared("mean"), Fit(2, RIDGE))
+    replayed = final_error(problem, schedule(problem, solution.paths[3], "analytic"))
+    torch.testing.assert_close(replayed, solution.costs[3], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["problem", "guided"])
+def test_single_precision_is_enough_at_the_default_ridge(kind, start, request):
+    """The search's sums are in double precision; what it sums is not, and must not be taken for more than it is."""
+    problem = request.getfixturevalue(kind)
+    single = replace(problem, noise=problem.noise.float(), velocity=as_float32(problem.velocity))
+    errors = []
+    for same in (problem, single):
+        solution = search(same, [5], start, Shared("log_mean"), Fit(3, RIDGE))
+        replayed = final_error(same, schedule(same, solution.paths[5], start))
+        torch.testing.assert_close(replayed, solution.costs[5], rtol=1e-6, atol=0)
+        errors.append(float(replayed.log().mean()))
+    assert errors[1] == pytest.approx(errors[0], abs=0.05)
+
+
+@pytest.mark.parametrize("solver", [Euler(), AdamsBashforth(3), Heun("t")], ids=str)
+def test_any_solver_may_be_the_teachers(problem, solver):
+    """The ordinary step is then Euler's, and the schedule needs no solver of its own."""
+    own = replace(problem, solver=solver)
+    solution = search(own, [4], "pinned", Shared("mean"), Fit(2, RIDGE))
+    steps = schedule(own, solution.paths[4], "pinned")
+    for runs in (Euler(), solver):
+        x0 = sample(runs, problem.velocity, problem.noise, steps, problem.group)
+        torch.testing.assert_close(own.cost(x0, torch.tensor([N])), solution.costs[4], rtol=1e-9, atol=0)
+
+
+def test_a_prediction_that_is_zero_at_pure_noise_is_no_obstacle():
+    """Standard normal data: the mean is 0, so one vector of the basis is; the rest is fitted as usual."""
+
+    def velocity(x, t):
+        t = t.to(x)[:, None]
+        return (2 * t - 1) / ((1 - t) ** 2 + t**2) * x
+
+    noise = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = Problem(velocity, noise, FlowSchedule(shift=1.0).nodes(10), Euler(), XtMSE())
+    plan = OSSFit("pinned", None, False, "mean", 2, RIDGE).plan(problem, [3])[3]
+    assert final_error(problem, plan).max() < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", [X0MSE(), XtMSE(norm=1), Select(XtMSE(norm=1), None, None)], ids=str)
+def test_a_distance_that_is_no_least_squares_is_refused(problem, distance):
+    with pytest.raises(ValueError, match=r"least squares.*use xt_mse"):
+        OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(replace(problem, distance=distance), [3])
+
+
+@pytest.mark.parametrize(
+    ("history", "ridge", "message"),
+    [
+        (0, RIDGE, "history must be at least 1"),
+        (1.5, RIDGE, "history must be at least 1"),
+        (2, 0, "ridge must be a positive number"),
+        (2, -1.0, "ridge must be a positive number"),
+        (2, float("nan"), "ridge must be a positive number"),
+        (2, None, "ridge must be a positive number"),
+    ],
+)
+def test_wrong_options(history, ridge, message):
+    with pytest.raises(ValueError, match=message):
+        OSSFit("analytic", None, False, "mean", history, ridge)

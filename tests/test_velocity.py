@@ -1,0 +1,90 @@
+"""One condition per sample on any number of rows, in micro-batches, and guidance as a mix of the network's answers."""
+
+import pytest
+import torch
+from references import difference, float64
+
+from oss_exp.models.guidance import Guidance
+from oss_exp.velocity import BoundVelocity, answers, mixed
+
+
+@pytest.fixture
+def rows(gmm):
+    """x, t of 6 rows for 3 samples, and the samples' classes."""
+    return gmm["fm_x"][:6], float64(0.9, 0.5, 0.2, 0.8, 0.4, 0.1), torch.tensor([4, 0, 7])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 100])
+def test_row_m_has_condition_m_mod_b_whatever_the_micro_batch(micro_batch, mixture, rows):
+    x, t, label = rows
+    sizes = []
+
+    def network(x, t, y):
+        sizes.append(len(x))
+        return mixture.velocity(y)(x, t)
+
+    v = BoundVelocity(network, label, micro_batch)(x, t)
+    assert max(sizes) <= micro_batch
+    assert sum(sizes) == 6
+    for m in range(6):
+        alone = mixture.velocity(label[m % 3 : m % 3 + 1])(x[m : m + 1], t[m : m + 1])
+        assert difference(v[m], alone[0]) < 1e-12
+
+
+def test_no_rows_at_a_time_are_refused():
+    with pytest.raises(ValueError, match="at least 1 row, got 0"):
+        BoundVelocity(lambda x, t, y: x, None, micro_batch=0)
+
+
+def test_conditions_of_any_shape_are_tiled_whole():
+    condition = torch.arange(12.0).reshape(3, 2, 2)
+    v = BoundVelocity(lambda x, t, y: x + y, condition, micro_batch=4)(torch.zeros(6, 2, 2), torch.zeros(6))
+    assert torch.equal(v, torch.cat([condition, condition]))
+
+
+def test_a_network_elsewhere_gets_a_micro_batch_at_a_time(mixture, rows):
+    """Elsewhere is torch's meta device here, which has shapes but no numbers."""
+    x, t, label = rows
+    seen = []
+
+    def network(x, t, y):
+        seen.append((x.device.type, t.device.type, y.device.type, len(x)))
+        return torch.zeros(x.shape)
+
+    v = BoundVelocity(network, label.to("meta"), 4).offloaded(torch.device("meta"))(x, t)
+    assert seen == [("meta", "meta", "meta", 4), ("meta", "meta", "meta", 2)]
+    assert v.device.type == "cpu"
+    here = mixture.velocity(label, Guidance(1.5))
+    assert torch.equal(here.offloaded(torch.device("cpu"))(x, t), here(x, t))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_a_subset_gives_the_rows_of_the_whole(guidance, mixture, rows):
+    x, t, label = rows
+    f = mixture.velocity(label, Guidance(guidance))
+    chosen = torch.tensor([2, 0])
+    part = f.subset(chosen)
+    assert part.mix == f.mix
+    assert difference(part(x[:3][chosen], t[:3][chosen]), f(x[:3], t[:3])[chosen]) < 1e-12
+    free = mixture.velocity(None)
+    assert torch.equal(free.subset(chosen)(x, t), free(x, t))
+
+
+def test_guidance_mixes_the_answers_with_and_without_the_condition(mixture, rows):
+    x, t, label = rows
+    guided = mixture.velocity(label, Guidance(1.5))
+    apart = [mixture.velocity(y)(x, t) for y in (label, None)]
+    assert guided.rows_at(float64(0.5)).tolist() == [2]
+    assert guided.raw(x, t).shape == (6, 2, 64)
+    assert difference(torch.stack(answers(guided, x, t)), torch.stack(apart)) < 1e-12
+    assert difference(guided(x, t), apart[1] + 1.5 * (apart[0] - apart[1])) < 1e-12
+    assert torch.equal(mixed(guided, answers(guided, x, t)), guided(x, t))
+
+
+def test_without_guidance_the_one_answer_is_the_velocity(mixture, rows):
+    x, t, label = rows
+    bound = mixture.velocity(label)
+    for f in (bound, lambda x, t: bound(x, t)):
+        (answer,) = answers(f, x, t)
+        assert torch.equal(answer, bound(x, t))
+        assert mixed(f, [answer]) is answer
