@@ -63,7 +63,7 @@ class EvaluateModule(L.LightningModule):
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         # A schedule for each sample has too few of them for a distribution.
-        shared = [label for label, steps in schedules.items() if steps.samples is None]
+        shared = [label for label, steps in schedules.items() if not steps.per_sample]
         self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
         self.save_images = save_images
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
@@ -96,7 +96,7 @@ class EvaluateModule(L.LightningModule):
         self._keep("teacher", batch, teacher, teacher, fresh)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
-            if steps.samples is not None:
+            if steps.per_sample:
                 known = torch.isin(index, torch.tensor(steps.samples, device=index.device)).nonzero()[:, 0]
                 if len(known) == 0:
                     continue

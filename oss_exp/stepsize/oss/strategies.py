@@ -15,16 +15,15 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import Start, StepSchedule
+from oss_exp.schedule import FittedSteps, SolverSteps, StartKind, Steps, StepSchedule
 from oss_exp.solvers.base import LinearMultistep
-from oss_exp.stepsize.base import check_num_steps
+from oss_exp.stepsize.base import check_num_steps, student_start
 from oss_exp.stepsize.oss.band import Band, layers, stretch, strictly_monotone
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Objective, PerSample, Shared
 from oss_exp.stepsize.oss.recursion import Path, recurse
 from oss_exp.stepsize.oss.refine import refine
 from oss_exp.stepsize.problem import Problem
-from oss_exp.velocity import BoundVelocity
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class _Search:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
 
-    start: Start
+    start: StartKind
     band: Band | None
     refine: bool
     max_order: int | None = field(default=None, kw_only=True)
@@ -45,8 +44,8 @@ class _Search:
     def __post_init__(self) -> None:
         if self.max_order is not None and (not isinstance(self.max_order, int) or self.max_order < 1):
             raise ValueError(f"max_order must be null or a whole number of at least 1, got {self.max_order!r}")
-        if self.start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
+        if self.start not in get_args(StartKind):
+            raise ValueError(f"start must be one of {', '.join(get_args(StartKind))}, got {self.start!r}")
         if isinstance(self.band, Mapping):
             if not {"stride", "width"} <= set(self.band) <= {"stride", "width", "shifts"}:
                 raise ValueError(f"band must be null or have stride, width and perhaps shifts, got {dict(self.band)}")
@@ -111,7 +110,7 @@ class _Search:
             return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1)
         # Only the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
-        if isinstance(problem.velocity, BoundVelocity):
+        if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
         again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
@@ -165,7 +164,7 @@ class OSS(_Search):
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
         """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
-        chunk = self.chunk if isinstance(problem.velocity, BoundVelocity) else count
+        chunk = self.chunk if problem.velocity.divisible else count
         parts = []
         for rows in torch.arange(count, device=problem.noise.device).split(chunk):
             parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
@@ -264,25 +263,24 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _schedule(problem: Problem, path: Path, start: Start, samples: Sequence[int] | None = None) -> StepSchedule:
-    """A path of b = 1 for all samples, or one for each of these.
+def _schedule(problem: Problem, path: Path, start: StartKind, samples: Sequence[int] | None = None) -> StepSchedule:
+    """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
 
     Its provenance says what the recursion's cost was after each of its rounds, before anything was agreed or refined.
     """
     times = problem.grid[_closed(path.nodes.T, problem)].cpu()
-    orders = None
-    if path.weights is None and isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
-        orders = path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu()
+    steps: Steps = SolverSteps()
+    if path.weights is not None:
+        steps = FittedSteps(path.weights.cpu(), problem.teacher.mean.cpu())
+    elif isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
+        steps = SolverSteps(path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu())
     total = problem.collective.sum(path.costs.double().sum(1))
     count = problem.collective.sum(total.new_tensor([path.costs.shape[1]]))
     costs = [float(f"{cost:.4g}") for cost in (total / count).tolist()]
     return StepSchedule(
         times if samples is not None else times[0],
-        start,
-        float(problem.grid[0]),
-        mean=problem.mean.cpu() if start == "analytic" or path.weights is not None else None,
+        student_start(problem, start),
+        steps,
         samples=None if samples is None else tuple(samples),
-        orders=orders,
-        weights=None if path.weights is None else path.weights.cpu(),
         provenance={"planning": {"cost_per_round": costs}},
     )
