@@ -110,6 +110,11 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
     return record, tensors["mean"]
 
 
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ScheduleFile.model_json_schema()}
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Version 2, written until release 0.1
 # --------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from oss_exp.schedule import Analytic, FittedSteps, Free, Pinned, SolverSteps, StepSchedule, analytic_jump, group_mean
+from oss_exp.schedule_file import json_schema
 
 
 def float64(values) -> torch.Tensor:
@@ -291,3 +293,8 @@ def test_a_missing_mean_file_is_named(tmp_path):
     (tmp_path / "schedule.mean.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"schedule\.mean\.safetensors does not exist"):
         StepSchedule.load(path)
+
+
+def test_the_documented_schema_is_that_of_the_code():
+    documented = json.loads((Path(__file__).parents[1] / "docs" / "step_schedule.schema.json").read_text())
+    assert documented == json_schema()
