@@ -53,17 +53,19 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 class Fault(NamedTuple):
-    """field: such as times.3, empty for the whole. text: such as `must be a number, got "abc"`."""
+    """field: such as times.3, empty for the whole. text: such as `must be a number, got "abc"`. more: other faults."""
 
     field: str
     text: str
+    more: int
 
 
 def describe(error: ValidationError, prefix: str = "", given: Any = None) -> str:
     """Return '`prefix.times.3` must be a number, got "abc"'; prefix and given as in `find_fault`."""
-    field, text = find_fault(error, given)
+    field, text, more = find_fault(error, given)
     name = ".".join(part for part in (prefix, field) if part)
-    return f"`{name}` {text}" if name else text
+    others = f" ({more} more fault{'s' * (more > 1)})" if more else ""
+    return (f"`{name}` {text}" if name else text) + others
 
 
 def find_fault(error: ValidationError, given: Any = None) -> Fault:
@@ -76,9 +78,8 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
     location = max((place for place, _ in details if place[: len(first)] == first), key=len)
     faults = [each for place, each in details if place == location]
 
-    others = len({place for place, _ in details if place[: len(first)] != first})
-    more = f" ({others} more fault{'s' * (others > 1)})" if others else ""
-    return Fault(_cut(".".join(map(str, location))), _text(faults) + more)
+    others = {place for place, _ in details if place[: len(first)] != first}
+    return Fault(_cut(".".join(map(str, location))), _text(faults), len(others))
 
 
 def shown(value: Any) -> str:
@@ -119,7 +120,7 @@ def _by_field(fault: ErrorDetails) -> ErrorDetails:
     field = (*fault["loc"], context["discriminator"].strip("'"))
     if "tag" not in context:
         return {**fault, "loc": field, "type": "missing"}
-    context = {"expected": context["expected_tags"]}
+    context = {"expected": f"one of {context['expected_tags']}"}
     return {**fault, "loc": field, "type": "literal_error", "ctx": context, "input": fault["ctx"]["tag"]}
 
 
