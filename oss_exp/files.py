@@ -20,6 +20,7 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from oss_exp.validation import describe, find_fault
 
@@ -29,7 +30,8 @@ TABLE_LIMIT = 1 << 28  # 256 MiB: of files with numbers for every sample, or for
 AGAIN = "write it again with the command that made it"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Numbers = Annotated[list[float], FailFast()]  # there may be millions: the first that is wrong ends the reading
+# There may be millions: the first that is wrong ends the reading.
+Numbers = TypeAliasType("Numbers", Annotated[list[float], FailFast()])
 R = TypeVar("R")
 P = TypeVar("P", bound="Provenance")
 
