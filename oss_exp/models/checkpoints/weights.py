@@ -212,7 +212,7 @@ def _torch(path: Path) -> Any:
 
 def _shards(index: Path) -> dict[str, str]:
     """The file of every key."""
-    return load_record(index, ShardIndex, "index of shards", "give a file of weights").weight_map
+    return load_record(index, ShardIndex, "index of shards", "download it again, or give a file of weights").weight_map
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:
