@@ -66,7 +66,7 @@ def sample(
     """
     if steps.per_sample and len(steps.times) != len(noise):
         raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
-    calibration = solver.calibration
+    calibration = solver.amplitude_table
     solver, orders = stepper(solver, steps, noise, group)
     velocity = BoundVelocity.of(f)
 
