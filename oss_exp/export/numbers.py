@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from oss_exp.files import save_asset, write_atomically
-from oss_exp.names import named_object
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import Solver, walk
+from oss_exp.solvers import Solver, named_solver, walk
 from oss_exp.tensors import rowwise
 
 
@@ -25,7 +24,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     if steps.samples is not None:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
     if solver is None and steps.weights is None:
-        solver = _named_solver(steps)
+        solver = named_solver(steps)
     if solver is not None and solver.calibration is not None:
         raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
     weights = _summed(steps, solver) if steps.weights is None else _from_first(steps)
@@ -86,17 +85,3 @@ def _from_first(steps: StepSchedule) -> Tensor:
         weights[:, 1] /= ratio
         weights[:, 2] -= (1 - ratio) * weights[:, 1]
     return weights
-
-
-def _named_solver(steps: StepSchedule) -> Solver:
-    settings = dict(steps.about("solver"))
-    if not settings and steps.orders is not None:
-        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
-    target = str(settings.pop("_target_", "oss_exp.Euler"))
-    try:
-        kind = named_object(target)
-    except ValueError:
-        kind = None
-    if not (isinstance(kind, type) and issubclass(kind, Solver)):
-        raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
-    return kind(**settings)

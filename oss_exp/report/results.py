@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from oss_exp.evaluation.comparison import Line, Result
-from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import read_json
 from oss_exp.schedule import StepSchedule
 
@@ -20,23 +19,8 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
     path = folder / "metrics.json"
     metrics = read_json(path, "metrics of a run")
     try:
-        return [
-            Result(
-                run=run,
-                strategy=row["strategy"],
-                num_steps=row["num_steps"],
-                nfe=row["nfe"],
-                baseline=row["baseline"],
-                start=row["start"],
-                psnr=Interval(**row["psnr"]),
-                spread=Interval(**row["spread"]),
-                values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
-                planning=row["planning"],
-                metrics=row["metrics"],
-                arena=json.dumps([metrics[key] for key in ("model", "teacher", "solver", "seed")] + [row["nfe"]]),
-            )
-            for row in metrics["rows"]
-        ]
+        shared = [metrics[key] for key in ("model", "teacher", "solver", "seed")]
+        return [Result.of(row, json.dumps([*shared, row["nfe"]]), run) for row in metrics["rows"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not what an evaluation writes ({error!r}); measure again") from None
 

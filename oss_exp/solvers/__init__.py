@@ -2,6 +2,18 @@
 
 from oss_exp.solvers.base import LinearMultistep, Solver, State
 from oss_exp.solvers.euler import Euler
+from oss_exp.solvers.named import named_solver
 from oss_exp.solvers.sampling import Watch, nfe, sample, trajectory, walk
 
-__all__ = ["Euler", "LinearMultistep", "Solver", "State", "Watch", "nfe", "sample", "trajectory", "walk"]
+__all__ = [
+    "Euler",
+    "LinearMultistep",
+    "Solver",
+    "State",
+    "Watch",
+    "named_solver",
+    "nfe",
+    "sample",
+    "trajectory",
+    "walk",
+]

@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from oss_exp.call_counter import CallCounter
+from oss_exp.provenance import native_times
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
 from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.setting import Setting, native_times
+from oss_exp.tasks.setting import Setting
 
 
 class SearchModule(L.LightningModule):
