@@ -113,9 +113,9 @@ def search(
     planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
     _require("strategy", strategy, StepsizeStrategy, "OSSShared()")
     x = source.noises(noise, "noise", seed, 0)
+    problem = planner.problem(x, condition)
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
     with planner.counter.progress:
-        problem = planner.problem(x, condition)
         plans = planner.plan(type(strategy).__name__, strategy, problem, about)
     return plans[budgets[0]] if isinstance(num_steps, int) else plans
 
@@ -201,11 +201,11 @@ def compare(
     fresh = source.noises(held_out, "held_out", seed, HELD_OUT, like=x)
     held_out_condition = condition if held_out_condition is None else held_out_condition
     rows = source.conditions(held_out_condition, len(fresh))
+    shared, alone = planner.problem(x, condition), None
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
 
     # Schedules, and what they are worth.
     with planner.counter.progress:
-        shared, alone = planner.problem(x, condition), None
         schedules: dict[str, dict[int, StepSchedule]] = {}
         for label, strategy in strategies.items():
             if strategy.per_sample and alone is None:
@@ -446,8 +446,8 @@ class _Planner:
     def about(self, condition: Tensor | None, seed: int | None) -> dict[str, Any]:
         """The provenance that all schedules share."""
         classes = None
-        if self.source.model is not None and self.source.model.num_classes is not None and condition is not None:
-            classes = condition.unique().tolist()
+        if self.source.groups(self.source.conditions(condition, 1)) is not None:
+            classes = "all" if condition is None else condition.unique().tolist()
         return provenance(
             model={**self.source.record, "classes": classes},
             teacher={"noise_schedule": configuration(self.noise_schedule), "num_steps": len(self.grid) - 1},
