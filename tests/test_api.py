@@ -181,6 +181,15 @@ def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
     assert torch.equal(oss_exp.sample(digits, 4, steps), expected)
 
 
+def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
+    steps = oss_exp.search(digits, 6, 3, **SHORT)
+    file = steps.save(tmp_path / "steps.json")
+    small = ["num_teacher_steps=20", "data.eval_samples=12", "logger=none", "model=mixture_digits"]
+    run_cli(*small, "task=evaluate", "solver=dpm_solver_pp", f"task.schedule={file}", f"hydra.run.dir={tmp_path}/run")
+    (result,) = read_run(tmp_path / "run")
+    assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSShared", 3, 12)
+
+
 def test_times_by_hand_are_eulers(noise):
     steps = oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.2, 0.0]))
     expected = solvers.sample(oss_exp.Euler(), velocity, noise, steps)

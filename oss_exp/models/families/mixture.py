@@ -64,7 +64,9 @@ class GaussianMixture(Model):
         self.responsibilities = nn.Softmax(dim=-1)  # a layer, so that its output can be looked at
 
     @classmethod
-    def from_asset(cls, file: str, guidance: Guidance, micro_batch: int) -> GaussianMixture:
+    def from_asset(
+        cls, file: str = "mixture_fashion.safetensors", guidance: Guidance = Guidance(), micro_batch: int = 1024
+    ) -> GaussianMixture:
         """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
         tensors, record = load_asset(find_asset(file, "mixture file"), "mixture")
         return cls(
