@@ -9,7 +9,6 @@ import io
 import pickle
 import warnings
 import zipfile
-from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -142,25 +141,3 @@ def _is_torchscript(path: str | Path) -> bool:
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-class RandomFeatures(nn.Module):
-    """A fixed random convolutional network: features without any weights to download; texture rather than meaning."""
-
-    def __init__(self, channels: int, width: int, seed: int):
-        super().__init__()
-        sizes = [channels, width, 2 * width, 4 * width]
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
-        generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
-            nn.init.zeros_(layer.bias)
-        self.requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x, features = images.float() * 2 - 1, []
-        for layer in self.layers:
-            x = layer(x).relu()
-            features.append(x.mean(dim=(2, 3)))
-            features.append(x.amax(dim=(2, 3)))
-        return torch.cat(features, dim=1)

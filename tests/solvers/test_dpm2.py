@@ -42,5 +42,5 @@ def test_a_step_from_1_is_eulers(velocity, gmm):
 
 @pytest.mark.parametrize("r", [0, 1.5, 1e30, 1e-30, float("nan")])
 def test_a_wrong_r_is_refused(r):
-    with pytest.raises(ValueError, match="r must be from 0.01 to 1, got"):
+    with pytest.raises(ValueError, match=r"r must be from 0\.01 to 1, got"):
         DPM2(r)
