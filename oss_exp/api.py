@@ -146,7 +146,7 @@ def sample(
         several = "; choose one of its schedules, such as steps[5]" if isinstance(steps, Mapping) else ""
         raise ValueError(f"steps must be a StepSchedule, got {_shown(steps)}{several}")
     if solver is None:
-        solver = solvers.named_solver(steps)
+        solver = solvers.solver_of(steps)
     _require("solver", solver, Solver, "Euler()")
     x = source.noises(noise, "noise", seed, HELD_OUT)
     x0 = source.sample(solver, steps, x * steps.start_time, source.conditions(condition, len(x)))
@@ -215,15 +215,14 @@ def compare(
         values = planner.measure(runs, fresh, rows, decode or source.decode, batch_size)
 
     velocity = source.velocity(rows, len(fresh))
-    bound = velocity if isinstance(velocity, BoundVelocity) else None
     records = [
         {
             "strategy": label,
             "num_steps": k,
             "baseline": strategies[label].baseline,
-            "start": steps.start,
+            "start": steps.start.kind,
             "planning": dict(steps.about("planning")),
-            "nfe": solvers.nfe(solver, steps, bound),
+            "nfe": solvers.nfe(solver, steps, velocity),
             **measured(*values[label, k].T.numpy()),
             "metrics": {},
         }
@@ -302,28 +301,28 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A model, or (model None) a function or a bound velocity."""
+    """A model, or (model None) a velocity of this name."""
 
+    name: str
     model: Model | None
-    function: VelocityFn | BoundVelocity | None
+    bound: BoundVelocity | None
 
     @classmethod
     def of(cls, given: VelocityFn | BoundVelocity | Model) -> _Source:
         if isinstance(given, Model):
-            return cls(given, None)
+            return cls(given.name, given, None)
         if isinstance(given, type) or not callable(given):
             raise ValueError(f"velocity_or_model must be a function v(x, t) or a Model, got {_shown(given)}")
-        return cls(None, given if isinstance(given, BoundVelocity) else _same_shape(given))
+        name = getattr(given, "__name__", type(given).__name__)
+        return cls(name, None, given if isinstance(given, BoundVelocity) else BoundVelocity.of(_same_shape(given)))
 
     @property
     def record(self) -> dict[str, Any]:
         """What the provenance says of it."""
         if self.model is not None:
             return model_record(self.model)
-        record: dict[str, Any] = {"name": getattr(self.function, "__name__", type(self.function).__name__)}
-        if isinstance(self.function, BoundVelocity) and len(self.function.mix) > 1:
-            record["guidance"] = {"scale": self.function.mix[0]}
-        return record
+        guidance = {"guidance": {"scale": self.bound.mix[0]}} if len(self.bound.mix) > 1 else {}
+        return {"name": self.name, **guidance}
 
     def noises(self, noise: Tensor | int, name: str, seed: int, first: int, like: Tensor | None = None) -> Tensor:
         """(B, *E): these, or so many drawn from sample number `first` on, of the model's or the other noises' shape."""
@@ -370,13 +369,13 @@ class _Source:
                 raise ValueError(f"condition must be classes (C,) from 0 to {classes - 1}, got {condition.tolist()}")
         return self.on_device(condition[torch.arange(count) % len(condition)])
 
-    def velocity(self, condition: Tensor | None, count: int) -> VelocityFn | BoundVelocity:
+    def velocity(self, condition: Tensor | None, count: int) -> BoundVelocity:
         """The velocity of so many samples, which have these conditions."""
         if self.model is not None:
             return self.model.velocity(condition)
-        if isinstance(self.function, BoundVelocity) and self.function.condition is not None:
-            return self.function.subset(torch.arange(count) % len(self.function.condition))
-        return self.function
+        if self.bound.condition is None:
+            return self.bound
+        return self.bound.subset(torch.arange(count) % len(self.bound.condition))
 
     def groups(self, condition: Tensor | None) -> Tensor | None:
         """(B,) which of a schedule's means is each sample's; None: they share one."""
@@ -411,7 +410,6 @@ def _same_shape(function: VelocityFn) -> VelocityFn:
             )
         return v
 
-    velocity.__name__ = getattr(function, "__name__", type(function).__name__)
     return velocity
 
 
@@ -482,7 +480,7 @@ class _Planner:
                 self.taught.append(problem)
                 teacher_calls = problem.num_nodes * (self.solver.evals_per_step + self.distance.calls)
                 with self.counter.measure("teacher", teacher_calls, count):
-                    problem.teacher, problem.goals  # noqa: B018  (made now, and kept for all strategies)
+                    problem.teacher.run()
             with self.counter.measure(label, calls, count):
                 plans = strategy.plan(problem, self.budgets)
 
@@ -511,11 +509,11 @@ class _Planner:
         batch_size: int,
     ) -> dict[tuple[str, int], Tensor]:
         """{run: (n, 3) float64}: the number, PSNR and relative spread of the held-out samples that the run is for."""
-        grid = StepSchedule(self.grid, start_time=float(self.grid[0]))
+        grid = StepSchedule(self.grid)
         plain = replace(self.solver, calibration=None)
         noise = noise * self.grid[0].to(noise)
         index = HELD_OUT + torch.arange(len(noise))
-        whole = self.source.model is None and not isinstance(self.source.function, BoundVelocity)
+        whole = self.source.bound is not None and not self.source.bound.divisible
         calls = {run: solvers.nfe(self.solver, steps) for run, steps in runs.items()}
         teacher_calls = solvers.nfe(plain, grid)
         values: dict[tuple[str, int], list[Tensor]] = {run: [] for run in runs}
@@ -529,7 +527,7 @@ class _Planner:
                 self.counter.add(teacher_calls * len(rows))
                 for run, steps in runs.items():
                     known = torch.arange(len(rows))
-                    if steps.samples is not None:
+                    if steps.per_sample:
                         known = torch.isin(index[rows], torch.tensor(steps.samples)).nonzero()[:, 0]
                         if len(known) == 0:
                             continue
@@ -545,10 +543,10 @@ class _Planner:
 
     def _part(self, rows: Tensor) -> _Source:
         """The source for these of the held-out samples."""
-        function = self.source.function
-        if isinstance(function, BoundVelocity) and function.condition is not None:
-            return replace(self.source, function=function.subset(rows % len(function.condition)))
-        return self.source
+        bound = self.source.bound
+        if bound is None or bound.condition is None:
+            return self.source
+        return replace(self.source, bound=bound.subset(rows % len(bound.condition)))
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from oss_exp.velocity import BoundVelocity, VelocityFn
+from oss_exp.velocity import BoundVelocity
 
 
 class CallCounter:
@@ -34,16 +34,8 @@ class CallCounter:
         self.rows, self.samples, self.seconds = 0, 1, 0.0
         self.bar = TaskID(0)
 
-    def counted(self, velocity: VelocityFn) -> VelocityFn:
+    def counted(self, velocity: BoundVelocity) -> BoundVelocity:
         """Return the same velocity, whose rows are counted here."""
-        if not isinstance(velocity, BoundVelocity):
-
-            def plain(x: Tensor, t: Tensor) -> Tensor:
-                answer = velocity(x, t)
-                self.add(len(x))
-                return answer
-
-            return plain
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             answer = velocity.fn(x, t, condition)

@@ -12,10 +12,13 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
+
+Model = TypeVar("Model", bound=BaseModel)
 
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 
@@ -75,6 +78,15 @@ def read_record(path: Path, what: str, form: str, version: int, remedy: str = ""
     if record.get("version") != version:
         raise ValueError(f"{path} has format version {record.get('version')}, this program reads {version}")
     return record
+
+
+def parse_record(content: Any, model: type[Model], path: Path, what: str) -> Model:
+    """Return parsed JSON as a record of this model. ValueError names the file and the fields at fault."""
+    try:
+        return model.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]]
+        raise ValueError(f"{what} {path} is damaged: {'; '.join(faults)}") from None
 
 
 def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:

@@ -167,7 +167,7 @@ def test_a_schedule_is_replayed_with_the_solver_it_was_searched_with(noise, solv
     expected = solvers.sample(solver, velocity, noise, steps)
     assert torch.equal(oss_exp.sample(velocity, noise, steps), expected)
     again = oss_exp.StepSchedule.load(steps.save(tmp_path / "steps.json"))
-    assert solvers.named_solver(again) == solver
+    assert solvers.solver_of(again) == solver
     assert torch.equal(oss_exp.sample(velocity, noise, again), expected)
 
 
@@ -176,7 +176,7 @@ def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
     run_cli(*small, "task=search", "solver=unipc", "stepsize=[oss_shared]", f"hydra.run.dir={tmp_path}")
     steps = oss_exp.StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
     noise = drawn(HELD_OUT, 4, digits)
-    expected = solvers.sample(solvers.named_solver(steps), digits.velocity(None), noise, steps)
+    expected = solvers.sample(solvers.solver_of(steps), digits.velocity(None), noise, steps)
     assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
     assert torch.equal(oss_exp.sample(digits, 4, steps), expected)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from oss_exp.noise import EDMPath
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule
 
 
 def flow_sigmas(steps: StepSchedule) -> list[float]:
@@ -24,9 +24,9 @@ def flow_sigmas(steps: StepSchedule) -> list[float]:
     ValueError where times alone do not say what the schedule does.
     """
     lost = {
-        "times of their own for each sample": steps.samples is not None,
-        "an analytic start": steps.start == "analytic",
-        "fitted weights": steps.weights is not None,
+        "times of their own for each sample": steps.per_sample,
+        "an analytic start": isinstance(steps.start, Analytic),
+        "fitted weights": isinstance(steps.steps, FittedSteps),
         "orders above 1": steps.orders is not None and bool((steps.orders > 1).any()),
     }
     if said := [name for name, here in lost.items() if here]:
@@ -54,13 +54,13 @@ def from_flow_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedule
 
     The noise is taken as it is, however large the first sigma: start "free".
     """
-    return StepSchedule([*sigmas[:-1], 0.0], "free", provenance=provenance)
+    return StepSchedule([*sigmas[:-1], 0.0], Free(), provenance=provenance)
 
 
 def from_ratio_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedule:
     """What `ratio_sigmas` gave, the last as in `from_flow_sigmas`. Samplers begin with noise times the first sigma."""
     times = EDMPath().canonical(torch.tensor([*sigmas[:-1], 0.0], dtype=torch.float64))
-    return StepSchedule(times, "pinned", float(times[0]), provenance=provenance)
+    return StepSchedule(times, provenance=provenance)
 
 
 def sigma_text(sigmas: Sequence[float]) -> str:

@@ -144,14 +144,12 @@ def _training(folder: Path) -> list[float]:
 
 def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
     """One line a schedule; those of single samples are only in their files."""
-    shared = [(name, plan) for name, plan in plans if plan.samples is None]
+    shared = [(name, plan) for name, plan in plans if not plan.per_sample]
     lines = []
     for name, plan in sorted(shared, key=lambda pair: pair[1].num_steps):
-        steps = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
-        steps = steps if plan.weights is None else ", fitted steps"
-        lines.append(
-            f"{name} K={plan.num_steps} {plan.start}{steps}: " + ", ".join(f"{t:.4g}" for t in plan.times.tolist())
-        )
+        orders = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
+        times = ", ".join(f"{t:.4g}" for t in plan.times.tolist())
+        lines.append(f"{name} K={plan.num_steps} {plan.kind}{orders}: {times}")
     return lines
 
 

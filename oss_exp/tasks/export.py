@@ -53,7 +53,7 @@ def import_sigmas(cfg: DictConfig) -> None:
     _, make = _network(task.network, "the list")
     steps = make(read_sigmas(given), imported={"sigmas": given, "network": task.network})
     steps.save(task.output)
-    Console().print(f"{task.output}: {steps.num_steps} steps, start={steps.start}", soft_wrap=True)
+    Console().print(f"{task.output}: {steps.num_steps} steps, start={steps.start.kind}", soft_wrap=True)
 
 
 def _to_diffusers(steps: StepSchedule, task: DictConfig, output: Path) -> str:

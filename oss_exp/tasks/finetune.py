@@ -34,7 +34,7 @@ from oss_exp.data.noise import TRAINING
 from oss_exp.files import read_json, write_atomically
 from oss_exp.models.network import Network
 from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StageParameters
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
 from oss_exp.tasks.pretrain import Examples, load_images
@@ -129,8 +129,8 @@ def _schedule(run: Run, output: Path) -> StepSchedule:
         path = run.folder / "schedules" / f"{next(iter(run.strategies))}_{run.num_steps[0]}.json"
     steps = StepSchedule.load(path)
     run.check_fits(path, steps)
-    if steps.samples is not None or steps.weights is not None:
-        kind = "a time for every sample" if steps.weights is None else "fitted steps"
+    if steps.per_sample or isinstance(steps.steps, FittedSteps):
+        kind = "a time for every sample" if steps.per_sample else "fitted steps"
         raise ValueError(
             f"step schedule {path} has {kind}; stages need times for all and plain steps, such as oss_ave's"
         )

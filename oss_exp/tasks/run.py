@@ -18,7 +18,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from oss_exp.data.noise import NoiseData
 from oss_exp.files import write_atomically
 from oss_exp.models.stages import Staged
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import FittedSteps, StepSchedule
+from oss_exp.solvers import named_solver
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks.evaluate import EvaluateModule, Metrics
 from oss_exp.tasks.search import SearchModule
@@ -143,14 +144,14 @@ class Run:
         for name, path in files:
             steps = StepSchedule.load(path)
             if self.cfg.run_orders == "fixed":
-                steps = replace(steps, orders=None)
+                steps = steps.with_own_orders()
             label = f"{name} K={steps.num_steps}"
             schedules[label] = steps
             rows[label] = {
                 "strategy": name,
                 "num_steps": steps.num_steps,
                 "baseline": steps.about("strategy").get("baseline", False),
-                "start": steps.start,
+                "start": steps.start.kind,
                 "schedule": f"schedules/{path.name}",
                 "planning": dict(steps.about("planning")),
             }
@@ -175,18 +176,19 @@ class Run:
                 f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
                 f"{first:.6g}; choose the noise_schedule it was searched on"
             )
-        solver = {**self.config["solver"], "calibration": None}
-        if steps.orders is not None and self.cfg.run_orders == "searched" and steps.provenance.get("solver") != solver:
+        solver, searched_with = replace(self.setting.solver, calibration=None), steps.about("solver")
+        searched = steps.orders is not None and self.cfg.run_orders == "searched"
+        if searched and named_solver(searched_with) != solver:
             raise ValueError(
-                f"step schedule {path} has the orders searched with {steps.provenance.get('solver')}, this run steps "
+                f"step schedule {path} has the orders searched with {dict(searched_with)}, this run steps "
                 f"with {solver}; choose that solver, or run_orders=fixed"
             )
-        if steps.weights is not None and made_for.get("guidance") != asdict(model.guidance):
+        if isinstance(steps.steps, FittedSteps) and made_for.get("guidance") != asdict(model.guidance):
             raise ValueError(
                 f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
                 f"{asdict(model.guidance)}; choose that guidance, or plan it again"
             )
-        if steps.samples is not None and steps.provenance.get("seed") != self.cfg.data.seed:
+        if steps.per_sample and steps.provenance.get("seed") != self.cfg.data.seed:
             raise ValueError(
                 f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
                 f"this run has data.seed={self.cfg.data.seed}"
