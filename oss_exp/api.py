@@ -177,7 +177,7 @@ def compare(
 
     Args:
         noise, num_steps, solver, teacher, num_teacher_steps, distance, condition, seed, progress: as in `search`.
-        strategies: {label: strategy}; None: `standard_strategies()`.
+        strategies: {label: strategy}; None: those of `oss_exp.api.standard_strategies()`.
         held_out: (n, *E) standard normal noises that the search does not see, or how many to draw.
         held_out_condition: conditions that the held-out noises take in turn; None: `condition`.
         decode: x0 (B, *E) -> pixels in [0, 1]; None: a model's own, of a function x0 itself, so that its PSNR is
