@@ -10,7 +10,7 @@ import pickle
 import warnings
 import zipfile
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ def load_weights(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
         raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
 
 
+Network = TypeVar("Network", bound="Shipped")
+
+
 class Shipped(nn.Module):
     """A network whose weights are shipped with the package; without fingerprint (their SHA-256) it is untrained.
 
@@ -58,7 +61,7 @@ class Shipped(nn.Module):
         self.name, self.fingerprint = name, fingerprint
 
     @classmethod
-    def from_asset(cls, file: str | Path | None = None) -> Shipped:
+    def from_asset(cls: type[Network], file: str | Path | None = None) -> Network:
         """Frozen, from a path or a shipped file. ValueError if its bytes were changed or hold another network."""
         path = find_asset(file or cls.asset, cls.what)
         tensors, record = load_asset(path, cls.what)
@@ -81,7 +84,7 @@ class InceptionV3(nn.Module):
     weights: a local file, `pt_inception-2015-12-05-6726825d.pth` or the TorchScript `default_1.pt`: the same network.
     """
 
-    def __init__(self, weights: str):
+    def __init__(self, weights: str | Path):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()

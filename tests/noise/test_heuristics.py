@@ -201,5 +201,5 @@ def test_impossible_arguments_are_refused_by_name(make, words):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_fewer_than_one_step_is_refused(name):
-    with pytest.raises(ValueError, match="num_steps must be from 1 to .*, got 0"):
+    with pytest.raises(ValueError, match=r"num_steps must be from 1 to .*, got 0"):
         SCHEDULES[name].nodes(0)
