@@ -20,10 +20,10 @@ from torch import Tensor
 
 from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.data.conditions import ConditionedNoiseData
+from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.models.families.psdenoiser import PSDenoiser
 from oss_exp.noise import VPPath, VPSchedule
-from oss_exp.report.results import Result
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
 

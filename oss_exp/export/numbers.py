@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
-from oss_exp.solvers import Solver, named_solver, walk
+from oss_exp.solvers import Solver, solver_of, walk
 from oss_exp.tensors import rowwise
 
 
@@ -25,7 +25,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
     fitted = isinstance(steps.steps, FittedSteps)
     if solver is None and not fitted:
-        solver = _solver_of(steps)
+        solver = solver_of(steps)
     if solver is not None and solver.calibration is not None:
         raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
     weights = _from_first(steps) if fitted else _summed(steps, solver)
@@ -86,9 +86,3 @@ def _from_first(steps: StepSchedule) -> Tensor:
         weights[:, 1] /= ratio
         weights[:, 2] -= (1 - ratio) * weights[:, 1]
     return weights
-
-
-def _solver_of(steps: StepSchedule) -> Solver:
-    if not steps.about("solver") and steps.orders is not None:
-        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
-    return named_solver(steps.about("solver"))
