@@ -59,7 +59,7 @@ class Solver(abc.ABC):
     order: ClassVar[int]
     evals_per_step: ClassVar[int] = 1  # network calls
 
-    calibration: Calibration | None = field(default=None, kw_only=True)
+    calibration: Calibration | Path | str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, str | Path):
