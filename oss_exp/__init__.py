@@ -170,7 +170,7 @@ CONFIGURED = {
     "VideoVAE": "models.decoders.video_vae",
     "FashionFeatures": "evaluation.classifier",
     "InceptionV3": "evaluation.features",
-    "RandomFeatures": "evaluation.features",
+    "RandomFeatures": "distances",
     "CLIPScore": "evaluation.metrics",
     "ClassAgreement": "evaluation.metrics",
     "FID": "evaluation.metrics",

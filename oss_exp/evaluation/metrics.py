@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from oss_exp.checks import require_choice, require_range
 from oss_exp.evaluation.clip import CLIP
 from oss_exp.evaluation.features import as_rgb, load_weights
 from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frechet, gram, moments
 
+Backbone = Literal["alex", "vgg"]
 BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # torchvision's, on download.pytorch.org
 
 
@@ -61,8 +64,9 @@ class FeatureMetric(ImageMetric):
     num_images: how many images there must be in the end; null: however many.
     """
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__()
+        require_range(at_least=1, num_images=num_images)
         reference.check_extractor(extractor)
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference, self.num_images = reference, num_images
@@ -89,7 +93,7 @@ class FID(FeatureMetric):
 
     total: Tensor
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         size = len(reference.mu) + 1
         self.add_state("total", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
@@ -108,7 +112,7 @@ class GatheredMetric(FeatureMetric):
 
     rows: list[Tensor]
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         if reference.features is None:
             raise ValueError(
@@ -141,11 +145,13 @@ class KID(GatheredMetric):
         self,
         extractor: nn.Module,
         reference: Reference,
-        num_images: int | None,
+        num_images: int | None = None,
         subsets: int = 100,
         subset_size: int = 1000,
     ):
         super().__init__(extractor, reference, num_images)
+        require_range(at_least=1, subsets=subsets)
+        require_range(at_least=2, subset_size=subset_size)
         self.subsets, self.subset_size = subsets, subset_size
 
     def compute(self) -> dict[str, float]:
@@ -167,8 +173,9 @@ class PrecisionRecall(GatheredMetric):
     Kynkaanniemi et al. 2019. Both depend on the numbers of images.
     """
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None, k: int = 3):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None, k: int = 3):
         super().__init__(extractor, reference, num_images)
+        require_range(at_least=1, k=k)
         self.k = k
 
     def compute(self) -> dict[str, float]:
@@ -247,13 +254,12 @@ class LPIPS(MeanMetric):
 
     name = "lpips"
 
-    def __init__(self, weights: str, net: str):
+    def __init__(self, weights: str | Path, net: Backbone = "alex"):
         # The public class would download the backbone.
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         super().__init__()
-        if net not in BACKBONES:
-            raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
+        require_choice(BACKBONES, net=net)
         state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}")
         self.network = _NoTrainLpips(net=net, pnet_rand=True)
         backbone: dict[str, Any] = self.network.net.state_dict()

@@ -47,8 +47,14 @@ class State:
         )
 
 
+class _Ordered:
+    """Declares `order`, which is a class attribute of some solvers and a field of others."""
+
+    order: int
+
+
 @dataclass(frozen=True)
-class Solver(abc.ABC):
+class Solver(_Ordered, abc.ABC):
     """Knows one rule of stepping dx/dt = v. Frozen: everything that changes is in State.
 
     order:       of accuracy; a multistep solver can take any single step at any order up to it.
@@ -56,14 +62,22 @@ class Solver(abc.ABC):
                  teacher run without.
     """
 
-    order: ClassVar[int]
-    evals_per_step: ClassVar[int] = 1  # network calls
-
-    calibration: Calibration | Path | str | None = field(default=None, kw_only=True)
+    calibration: Calibration | str | Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, str | Path):
             object.__setattr__(self, "calibration", Calibration.load(self.calibration))
+
+    @property
+    def evals_per_step(self) -> int:
+        """Network calls of a step whose ends are both regular."""
+        return 1
+
+    @property
+    def amplitude_table(self) -> Calibration | None:
+        """The calibration, which has been read if a file was given."""
+        assert not isinstance(self.calibration, str | Path)
+        return self.calibration
 
     def init(self, x: Tensor, t: Tensor) -> State:
         """x (M, *E), t () or (M,) -> a state that has not seen the network."""
@@ -85,10 +99,17 @@ class Solver(abc.ABC):
 class Singlestep(Solver):
     """A solver that remembers nothing from earlier steps, and calls the network again within a step (`inner_step`).
 
-    singular_at: times at which the method's own variable is infinite; steps from or to them are Euler's, with one call.
+    Methods of order p make p calls.
     """
 
-    singular_at: ClassVar[tuple[float, ...]] = (1.0, 0.0)
+    @property
+    def evals_per_step(self) -> int:
+        return self.order
+
+    @property
+    def singular_at(self) -> tuple[float, ...]:
+        """Times at which the method's own variable is infinite; steps from or to them are Euler's, with one call."""
+        return (1.0, 0.0)
 
     @abc.abstractmethod
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
@@ -221,9 +242,3 @@ def combine(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
     """sum of weight (M,) * vector (M, *E)."""
     first, *rest = (rowwise(weight, x) * x for weight, x in zip(weights, vectors, strict=True))
     return sum(rest, first)
-
-
-def require_order(order: int, highest: int) -> None:
-    """ValueError unless order is one of 1 .. highest."""
-    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= highest:
-        raise ValueError(f"order must be a whole number from 1 to {highest}, got {order!r}")

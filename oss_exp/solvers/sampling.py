@@ -67,7 +67,7 @@ def sample(
     """
     if steps.times.ndim == 2 and len(steps.times) != len(noise):
         raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
-    calibration, orders = solver.calibration, None
+    calibration, orders = solver.amplitude_table, None
     if steps.orders is not None:
         if not isinstance(solver, LinearMultistep):
             raise ValueError(f"the schedule has an order for each step, {solver} takes none; choose run_orders=fixed")

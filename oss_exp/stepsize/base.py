@@ -6,7 +6,7 @@ Legend: N+1 grid nodes from the noise (node 0) to the data (node N), K steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from oss_exp.solvers.base import LinearMultistep, Solver
 from oss_exp.stepsize.problem import Problem
 
 
+@runtime_checkable
 class StepsizeStrategy(Protocol):
     """Anything that plans a step schedule. Construct it from its yaml; `plan` is pure but for the network's calls.
 

@@ -30,8 +30,8 @@ from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
 from oss_exp.tasks import border
-from oss_exp.tasks.checks import check_fits
 from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.compatibility import check_fits
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting

@@ -37,7 +37,7 @@ from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StagePara
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
-from oss_exp.tasks.checks import check_fits, require_same
+from oss_exp.tasks.compatibility import check_fits, require_same
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
 from oss_exp.tasks.pretrain import Examples, Times, as_dataset
 from oss_exp.tasks.run import Run

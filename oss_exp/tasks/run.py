@@ -19,7 +19,7 @@ from oss_exp.solvers import Solver
 from oss_exp.stepsize import StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks import border
-from oss_exp.tasks.checks import require_same
+from oss_exp.tasks.compatibility import require_same
 from oss_exp.tasks.setting import Setting, describe
 
 

@@ -1,7 +1,7 @@
 """What holds for every solver in conf/solver, at every order and in every variant that its class allows."""
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -31,7 +31,7 @@ def choices(solver) -> dict[str, list]:
     """The values of each field that names a variant, and of an order that can be chosen."""
     hints = get_type_hints(type(solver))
     found = {name: list(get_args(hint)) for name, hint in hints.items() if get_origin(hint) is Literal}
-    if hints["order"] is int:
+    if "order" in {field.name for field in fields(solver)}:
         found["order"] = []
         for order in range(1, 10):
             with suppress(ValueError):
@@ -292,11 +292,11 @@ def test_an_order_above_the_outputs_is_refused(solver, velocity, gmm):
         solver.advance(velocity, state, PINNED[1], 2)
 
 
-@pytest.mark.parametrize("order", ["two", 0, -1, 2.5, True, "one above"])
+@pytest.mark.parametrize("order", [0, -1, float("nan"), "one above"])
 @each([solver for solver in BASES if "order" in choices(solver)])
 def test_a_wrong_order_is_refused(solver, order):
     highest = max(choices(solver)["order"])
-    with pytest.raises(ValueError, match=f"order must be a whole number from 1 to {highest}, got"):
+    with pytest.raises(ValueError, match=f"order must be from 1 to {highest}, got"):
         replace(solver, order=highest + 1 if order == "one above" else order)
 
 
@@ -304,5 +304,5 @@ def test_a_wrong_order_is_refused(solver, order):
 def test_a_wrong_variant_is_refused(solver):
     for field, known in choices(solver).items():
         if field != "order":
-            with pytest.raises(ValueError, match=f"{field} must be {' or '.join(known)}, got 'other'"):
+            with pytest.raises(ValueError, match=f"{field} must be one of {', '.join(known)}, got 'other'"):
                 replace(solver, **{field: "other"})

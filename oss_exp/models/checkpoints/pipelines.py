@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from oss_exp.files import read_json, sha256
 from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Network
+from oss_exp.models.network import Dtype, Network
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.models.text.encoders import Answer, TextModel, open_text_model, random_text_model
 from oss_exp.velocity import BoundVelocity
@@ -148,7 +148,7 @@ class Prompted(Network):
         decoder: nn.Module,
         guidance: Guidance,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str,
     ):
         self.prompts, self.encoder_sha256 = list(prompts), encoder_sha256
@@ -225,6 +225,7 @@ def require_features(pipeline: Pipeline, taker: str, encodings: Tensor, features
 
 
 def require_multiples(of: int, **pixels: int) -> None:
+    """ValueError for a side of a picture that is no multiple of so many pixels."""
     for name, value in pixels.items():
-        if not isinstance(value, int) or value < of or value % of:
-            raise ValueError(f"model.{name} must be a multiple of {of} pixels, got {value!r}")
+        if value < of or value % of:
+            raise ValueError(f"{name} must be a multiple of {of} pixels, got {value!r}")

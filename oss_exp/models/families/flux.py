@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.pipelines import (
     Pipeline,
     Prompted,
@@ -23,7 +24,7 @@ from oss_exp.models.checkpoints.pipelines import (
 )
 from oss_exp.models.decoders.image import VAE
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import Together, clip_pooled, encode, t5_text
 from oss_exp.models.text.prompts import read_prompts
@@ -37,16 +38,19 @@ PARTS = {
     "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
     "vae": ("AutoencoderKL",),
 }
+MOST_TOKENS = 256**2  # far above, the shift leaves nothing but noise
 PATCH = 16  # pixels a side of what a token stands for: 8 of a latent, 2 x 2 latents
 
 
-def flux_shift(height: int, width: int) -> float:
+def flux_shift(height: int = 1024, width: int = 1024) -> float:
     """`FlowSchedule`'s shift for pictures of so many pixels: exp(mu), mu linear in their tokens.
 
     From 0.5 at 256 tokens to 1.15 at 4096, as dev's scheduler; 1024 x 1024: 3.158.
     """
     require_multiples(PATCH, height=height, width=width)
     tokens = height // PATCH * (width // PATCH)
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"height and width must be at most those of 4096 x 4096 pixels, got {height} x {width}")
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
@@ -80,12 +84,14 @@ class Flux(Prompted):
         micro_batch: int,
         decode_batch: int,
         decode_tile: int | None,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
     ):
         name = at_size(name, size, sizes)
         require_multiples(PATCH, height=height, width=width)
+        require_range(at_least=1, text_length=text_length)
+        require_range(at_least=0, at_most=1000, embedded_guidance=embedded_guidance)
         listed = read_prompts(prompts)
         pipeline = Pipeline("FluxPipeline", PARTS, size, sizes, checkpoint, source)
         network = pipeline.network("transformer")
@@ -125,6 +131,8 @@ class PromptedFlux(PromptedBackbone):
 
     def __init__(self, network: nn.Module, guidance: float | None, patch: int = 2, **tables: Tensor):
         super().__init__(network, **tables)
+        require_range(at_least=1, patch=patch)
+        require_range(at_least=0, at_most=1000, guidance=guidance)
         self.guidance, self.patch = guidance, patch
         network.time_text_embed.register_forward_pre_hook(_exact)
 

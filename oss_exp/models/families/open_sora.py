@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.pipelines import Prompted
 from oss_exp.models.checkpoints.weights import locate
 from oss_exp.models.decoders.video_vae import latent_frames
 from oss_exp.models.families.stdit3 import STDiT3
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import TextModel, encode, open_text_model, random_text_model
 from oss_exp.models.text.prompts import read_prompts
@@ -62,15 +63,15 @@ class OpenSora(Prompted):
         prompts: str,
         ending: str,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
         listed = read_prompts(prompts)
         shape = (latent_frames(num_frames), height // 8, width // 8)
-        if min(shape) < 1:
-            raise ValueError(f"model.height and model.width must be at least 8 pixels, got {height} x {width}")
+        require_range(at_least=8, height=height, width=width)
+        require_range(above=0, at_most=1e6, fps=fps)
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint != "random":  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, WEIGHTS, source))
@@ -112,6 +113,7 @@ class PromptedSTDiT3(nn.Module):
 
     def __init__(self, network: STDiT3, text: Tensor, mask: Tensor, fps: float, image_size: float):
         super().__init__()
+        require_range(above=0, at_most=1e6, fps=fps, image_size=image_size)
         null = network.y_embedder.y_embedding
         if text.shape[1:] != null.shape:
             raise ValueError(
@@ -131,8 +133,9 @@ class PromptedSTDiT3(nn.Module):
         return -output.chunk(2, dim=1)[0]
 
 
-def time_shift(num_frames: int, height: int, width: int) -> float:
+def time_shift(num_frames: int = 102, height: int = 720, width: int = 1280) -> float:
     """By which its sampler shifts flow time: sqrt(pixels / 512^2) sqrt(latent frames) (arXiv 2412.20404)."""
+    require_range(at_least=1, at_most=65_536, height=height, width=width)
     return (height * width / 512**2) ** 0.5 * latent_frames(num_frames) ** 0.5
 
 
@@ -162,6 +165,27 @@ def public_t5(checkpoint: str, length: int, source: str) -> TextModel:
     )
 
 
-def random_t5(length: int, **config: Any) -> TextModel:
-    """Reproducible random weights and a token for every byte; config: T5Config's."""
+def random_t5(
+    length: int,
+    vocab_size: int,
+    d_model: int,
+    d_kv: int,
+    d_ff: int,
+    num_layers: int,
+    num_heads: int,
+    feed_forward_proj: str,
+) -> TextModel:
+    """Reproducible random weights and a token for every byte; but for `length` as T5Config takes them."""
+    require_range(at_least=1, length=length, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=num_layers)
+    require_range(at_least=1, num_heads=num_heads)
+    require_range(at_least=259, vocab_size=vocab_size)
+    config = {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": d_kv,
+        "d_ff": d_ff,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "feed_forward_proj": feed_forward_proj,
+    }
     return random_text_model("T5EncoderModel", config, t5_masked, length)

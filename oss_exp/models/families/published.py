@@ -10,7 +10,7 @@ import torch
 
 from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import UNTRAINED, Network, at_size
+from oss_exp.models.network import UNTRAINED, Dtype, Network, at_size
 from oss_exp.models.parameterization import Parameterization
 
 
@@ -35,7 +35,7 @@ class Published(Network):
         parameterization: Parameterization,
         guidance: Guidance,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
     ):

@@ -16,7 +16,7 @@ from torch import Tensor
 from oss_exp.models.checkpoints.pipelines import Pipeline, Prompted, PromptedBackbone, require_features
 from oss_exp.models.decoders.image import VAE
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import NoisePrediction, Parameterization, VPVelocity
 from oss_exp.models.text.encoders import clip_text, encode
 from oss_exp.models.text.prompts import read_prompts
@@ -53,7 +53,7 @@ class StableDiffusion(Prompted):
         prompts: str,
         micro_batch: int,
         decode_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
     ):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.pipelines import (
     Pipeline,
     Prompted,
@@ -22,7 +23,7 @@ from oss_exp.models.checkpoints.pipelines import (
 )
 from oss_exp.models.decoders.image import WanVAE
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import encode, t5_prompt
 from oss_exp.models.text.prompts import read_prompts
@@ -65,14 +66,15 @@ class Wan(Prompted):
         prompts: str,
         micro_batch: int,
         decode_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
     ):
         name = at_size(name, size, sizes)
         require_multiples(16, height=height, width=width)  # 8 of a latent, 2 x 2 latents a token
-        if not isinstance(frames, int) or frames < 1 or frames % 4 != 1:
-            raise ValueError(f"model.frames must be 4 n + 1, such as 81, got {frames!r}")
+        require_range(at_least=1, text_length=text_length)
+        if frames < 1 or frames % 4 != 1:
+            raise ValueError(f"frames must be 4 n + 1, such as 81, got {frames!r}")
         listed = read_prompts(prompts)
         pipeline = Pipeline("WanPipeline", PARTS, size, sizes, checkpoint, source)
         network = pipeline.network("transformer")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.files import sha256
 from oss_exp.models.checkpoints.pipelines import Prompted
 from oss_exp.models.network import Network
@@ -28,6 +29,8 @@ class Words:
     """
 
     def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0, ordered: bool = False):
+        require_range(at_least=1, at_most=10_000, length=length)
+        require_range(above=0, at_most=1e6, scale=scale)
         self.numbers = {word: number for number, word in enumerate(vocabulary)}
         self.length, self.scale, self.ordered = length, scale, ordered
         self.fingerprint = sha256(repr((list(vocabulary), length, scale, ordered)).encode())

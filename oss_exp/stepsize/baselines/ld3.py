@@ -6,15 +6,18 @@ Legend: B samples, K steps, *E event dims.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from oss_exp.checks import require_range
+from oss_exp.noise import DDIMSchedule
 from oss_exp.schedule import StepSchedule, analytic_jump
 from oss_exp.solvers.sampling import walk
 from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps
+from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.problem import Problem, sample_means
 
 
@@ -33,28 +36,21 @@ class LD3:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
 
-    init: StepsizeStrategy
-    iterations: int
-    learning_rate: float
-    momentum: float
-    decay: float
-    patience: int
-    micro_batch: int
+    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()))
+    iterations: int = 100
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    decay: float = 0.8
+    patience: int = 5
+    micro_batch: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "micro_batch", "patience"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"ld3.{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        rates = self.learning_rate, self.momentum, self.decay
-        if not all(isinstance(rate, int | float) for rate in rates) or not (
-            self.learning_rate > 0 and 0 <= self.momentum < 1 and 0 < self.decay <= 1
-        ):
-            raise ValueError(
-                "ld3 needs learning_rate > 0, momentum in [0, 1) and decay in (0, 1], got "
-                f"{self.learning_rate!r}, {self.momentum!r} and {self.decay!r}"
-            )
+        require_range(at_least=1, iterations=self.iterations, patience=self.patience, micro_batch=self.micro_batch)
+        require_range(above=0, at_most=100, learning_rate=self.learning_rate)
+        require_range(at_least=0, below=1, momentum=self.momentum)
+        require_range(above=0, at_most=1, decay=self.decay)
         if self.init.per_sample:
-            raise ValueError("ld3.init must plan one schedule for all samples, such as ddim or oss_shared")
+            raise ValueError("init must plan one schedule for all samples, such as ddim or oss_shared")
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from oss_exp.checks import require_range
 from oss_exp.solvers.base import LinearMultistep, State, combine
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.sampling import remember_parts
@@ -45,10 +46,8 @@ class Fit:
     ridge: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(f"history must be at least 1 prediction, got {self.history!r}")
-        if not isinstance(self.ridge, int | float) or not self.ridge > 0:
-            raise ValueError(f"ridge must be a positive number, got {self.ridge!r}")
+        require_range(at_least=1, history=self.history)
+        require_range(above=0, ridge=self.ridge)
 
 
 class Edges:

@@ -258,12 +258,12 @@ def test_any_split_into_ranks_gives_the_same_steps(velocity, gmm, metric):
     ("wrong", "message"),
     [
         ({"metric": "bdev"}, "metric must be one of dev, l1, l2"),
-        ({"coeff": 0.0}, "coeff must be a positive number"),
-        ({"coeff": -1.0}, "coeff must be a positive number"),
-        ({"coeff": math.nan}, "coeff must be a positive number"),
-        ({"coeff": math.inf}, "coeff must be a positive number"),
+        ({"coeff": 0.0}, "coeff must be from 0.1 to 10, got"),
+        ({"coeff": -1.0}, "coeff must be from 0.1 to 10, got"),
+        ({"coeff": math.nan}, "coeff must be from 0.1 to 10, got"),
+        ({"coeff": math.inf}, "coeff must be from 0.1 to 10, got"),
         ({"schedule": FlowSchedule(3.0)}, r"FlowSchedule\(shift=3.0\) starts at t = 1.*such as edm"),
-        ({"num_nodes": 0}, "at least 1 step"),
+        ({"num_nodes": 0}, "num_nodes must be from 1 to 10000, got 0"),
     ],
 )
 def test_wrong_settings(wrong, message):
