@@ -185,7 +185,7 @@ def test_inception_takes_the_decoder_of_the_model_through_any_selection(mixture)
 def test_the_cost_of_a_problem_counts_one_call_for_every_row_above_the_data(make, gmm):
     network = Network()
     problem = Problem(network, gmm["z"][:4], FlowSchedule(shift=1.0).nodes(6), Euler(), make())
-    problem.goals  # noqa: B018
+    problem.teacher.targets  # noqa: B018
     network.rows = 0
     x = torch.cat([problem.teacher.states[node] for node in (1, 2, 3)])  # three candidates for each sample
     cost = problem.cost(x, torch.tensor([2]))

@@ -11,7 +11,7 @@ import torch
 from helpers import random_weights, run_cli
 from safetensors.torch import load_file
 
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 
 SEARCH = ["model=mixture_digits", "num_teacher_steps=20", "num_steps=[2,4]", "data.search_samples=6", "logger=none"]
 SEARCH += ["data.eval_samples=8", "data.per_sample=4", "trainer.enable_progress_bar=false"]
@@ -96,7 +96,7 @@ def test_a_full_disk_is_told_of(arguments, kib, message, disk, tmp_path, capsys)
 
 
 def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
-    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], "free", provenance={"native": {"clock": "flow time"}})
+    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], Free(), provenance={"native": {"clock": "flow time"}})
     steps.save(tmp_path / "lists.json")
     folder = disk(4)
     (folder / "other").write_bytes(bytes(4096))

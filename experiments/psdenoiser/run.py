@@ -146,7 +146,7 @@ def posterior(file: Path) -> str:
     noise, spectra = batch["noise"], batch["condition"][:SPECTRA]
     velocity = model.velocity(spectra.repeat_interleave(SAMPLES, dim=0))
     grid = VPSchedule(**VP, time_min=1e-3).nodes(200)
-    teacher = StepSchedule(grid, "pinned", float(grid[0]))
+    teacher = StepSchedule(grid)
 
     def run(steps: StepSchedule) -> Tensor:
         return sample(Euler(), velocity, steps.start_time * noise, steps)

@@ -161,7 +161,7 @@ def grid(name: str) -> tuple[bytes, str]:
 
     fine = configuration(*FINE)
     nodes = instantiate(fine.noise_schedule).nodes(fine.num_teacher_steps)
-    steps = StepSchedule(nodes, "pinned", float(nodes[0]))
+    steps = StepSchedule(nodes)
     others = model.generate(instantiate(fine.solver), steps, steps.start_time * noise, classes)
     agreement = str(Interval.of(psnr(others, images).numpy()))
 

@@ -15,9 +15,10 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from oss_exp.files import read_json, write_atomically
+from oss_exp.files import write_atomically
 from oss_exp.noise import NoiseSchedule
 from oss_exp.report import geneval, plots, web
+from oss_exp.report.records import read_amplitude, read_finetuning, read_metrics, read_training
 from oss_exp.report.results import Line, compare, read_run, read_schedules
 from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
 from oss_exp.schedule import StepSchedule
@@ -71,15 +72,14 @@ def write(folder: Path) -> None:
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
     if (folder / "amplitude.json").exists():
-        curves = read_json(folder / "amplitude.json", "amplitudes of a run")["curves"]
-        made.append(write_atomically(folder / "amplitude.png", plots.amplitude(curves)))
+        made.append(write_atomically(folder / "amplitude.png", plots.amplitude(read_amplitude(folder).curves)))
         console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
     if (folder / "training.json").exists():
-        made.append(write_atomically(folder / "training.png", plots.training(_training(folder))))
+        made.append(write_atomically(folder / "training.png", plots.training(read_training(folder).losses)))
         made += sorted((folder / "samples").glob("step_*.png"))[-1:]
     if (folder / "finetune.json").exists():
-        finetuned = read_json(folder / "finetune.json", "stages of a finetuning")
-        made.append(write_atomically(folder / "stages.png", plots.stages(finetuned["stages"])))
+        finetuned = read_finetuning(folder)
+        made.append(write_atomically(folder / "stages.png", plots.stages(finetuned.stages)))
         console.print(stages(finetuned))
     if (folder / "geneval.json").exists():
         made += geneval.write(folder)
@@ -147,28 +147,22 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def _training(folder: Path) -> list[float]:
-    return read_json(folder / "training.json", "losses of a training run")["losses"]
-
-
 def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
     """One line a schedule; those of single samples are only in their files."""
-    shared = [(name, plan) for name, plan in plans if plan.samples is None]
+    shared = [(name, plan) for name, plan in plans if not plan.per_sample]
     lines = []
     for name, plan in sorted(shared, key=lambda pair: pair[1].num_steps):
-        steps = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
-        steps = steps if plan.weights is None else ", fitted steps"
-        lines.append(
-            f"{name} K={plan.num_steps} {plan.start}{steps}: " + ", ".join(f"{t:.4g}" for t in plan.times.tolist())
-        )
+        orders = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
+        times = ", ".join(f"{t:.4g}" for t in plan.times.tolist())
+        lines.append(f"{name} K={plan.num_steps} {plan.kind}{orders}: {times}")
     return lines
 
 
 def _title(folder: Path) -> str:
-    run = read_json(folder / "metrics.json", "metrics of a run")
-    teacher = ", ".join(f"{name} {value:.4g}" for name, value in run["teacher_metrics"].items())
+    run = read_metrics(folder)
+    teacher = ", ".join(f"{name} {value:.4g}" for name, value in run.teacher_metrics.items())
     return (
-        f"{run['model']['name']}: few-step students against the {run['teacher']['num_steps']}-step teacher"
+        f"{run.model.name}: few-step students against the {run.teacher.num_steps}-step teacher"
         + f" ({teacher})" * bool(teacher)
     )
 

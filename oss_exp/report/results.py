@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.files import read_json
+from oss_exp.report.records import read_metrics
 from oss_exp.schedule import StepSchedule
 
 
@@ -44,29 +44,26 @@ class Line:
 
 
 def read_run(folder: Path, run: str = "") -> list[Result]:
-    """Results of <folder>/metrics.json; ValueError when the file is not one that an evaluation wrote."""
-    path = folder / "metrics.json"
-    metrics = read_json(path, "metrics of a run")
-    try:
-        return [
-            Result(
-                run=run,
-                strategy=row["strategy"],
-                num_steps=row["num_steps"],
-                nfe=row["nfe"],
-                baseline=row["baseline"],
-                start=row["start"],
-                psnr=Interval(**row["psnr"]),
-                spread=Interval(**row["spread"]),
-                values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
-                planning=row["planning"],
-                metrics=row["metrics"],
-                arena=json.dumps([metrics[key] for key in ("model", "teacher", "solver", "seed")] + [row["nfe"]]),
-            )
-            for row in metrics["rows"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not what an evaluation writes ({error!r}); measure again") from None
+    """Results of <folder>/metrics.json; ValueError where an evaluation did not write it."""
+    metrics = read_metrics(folder)
+    arena = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
+    return [
+        Result(
+            run=run,
+            strategy=row.strategy,
+            num_steps=row.num_steps,
+            nfe=row.nfe,
+            baseline=row.baseline,
+            start=row.start,
+            psnr=row.psnr,
+            spread=row.spread,
+            values=dict(zip(row.per_image.index, row.per_image.psnr, strict=True)),
+            planning=dict(row.planning),
+            metrics=row.metrics,
+            arena=json.dumps([*arena.values(), row.nfe]),
+        )
+        for row in metrics.rows
+    ]
 
 
 def compare(results: Sequence[Result]) -> list[Line]:

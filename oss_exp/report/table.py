@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
+from oss_exp.models.stages import FinetuneRecord
 from oss_exp.report.results import Line
 
 NOTE = (
@@ -26,7 +26,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         result = line.result
         plan = result.planning
         gain = "*" if line.rival is result else "" if line.gain is None else f"{'+' * (line.gain.mean >= 0)}{line.gain}"
-        calls = plan.get("network_calls_per_sample")
+        calls, seconds = plan.get("network_calls_per_sample"), plan.get("seconds")
         cells.append(
             [
                 result.strategy,
@@ -38,7 +38,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 f"{result.spread.mean:.3f}",
                 *(f"{result.metrics[name]:.4g}" if name in result.metrics else "-" for name in more),
                 str(result.psnr.n),
-                "-" if not calls else f"{calls:.0f} calls, {plan['seconds']:.1f} s",
+                "-" if not calls or seconds is None else f"{calls:.0f} calls, {seconds:.1f} s",
             ]
         )
     if len({line.result.run for line in lines}) > 1:
@@ -64,21 +64,21 @@ def terminal(lines: Sequence[Line], title: str) -> Table:
     return table
 
 
-def stages(record: Mapping[str, Any]) -> Table:
-    """Of finetune.json."""
-    table = Table(title=f"{record['name']}, finetuned by stages")
+def stages(record: FinetuneRecord) -> Table:
+    """A row for each stage of finetune.json."""
+    table = Table(title=f"{record.name}, finetuned by stages")
     for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
         table.add_column(name, justify="right")
-    for stage in record["stages"]:
-        (first, last), training = stage["times"], stage["training"]
+    for stage in record.stages:
+        (first, last), training = stage.times, stage.training
         table.add_row(
-            str(stage["stage"]),
+            str(stage.stage),
             f"{first:.4f} to {last:.4f}",
-            str(stage["steps"]),
-            f"{stage['parameters']:,}",
-            f"{training['loss_before']:.3g}",
-            f"{training['loss_after']:.3g}",
-            f"{training['seconds']:.0f}",
-            f"{training['peak_bytes'] / 2**30:.2f} GiB",
+            str(stage.steps),
+            f"{stage.parameters:,}",
+            f"{training.loss_before:.3g}",
+            f"{training.loss_after:.3g}",
+            f"{training.seconds:.0f}",
+            f"{training.peak_bytes / 2**30:.2f} GiB",
         )
     return table

@@ -70,7 +70,7 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
                 "k": plan.num_steps,
                 "color": to_hex(colors[name]),
                 "baseline": bool(plan.about("strategy").get("baseline", False)),
-                "kind": f"{plan.start} start" + ", fitted steps" * (plan.weights is not None),
+                "kind": plan.kind,
                 "times": _rounded(times),
                 **band,
             }

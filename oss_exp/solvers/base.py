@@ -7,15 +7,16 @@ steps need travels in `State`. Legend: M rows, *E event dims, H remembered outpu
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from oss_exp.calibration import Calibration
+from oss_exp.names import named_object
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
 
@@ -27,7 +28,7 @@ WeightRule = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 class State:
     """x (M, *E) at t (M,) float64, and the last H remembered outputs, newest first, with their times (M,) each.
 
-    order (M,): of the step that led here, None before the first.
+    order (M,): of the step that led here, None before the first. step: the number of steps taken so far.
     """
 
     x: Tensor
@@ -35,6 +36,7 @@ class State:
     outputs: tuple[Tensor, ...] = ()
     times: tuple[Tensor, ...] = ()
     order: Tensor | None = None
+    step: int = 0
 
     def map(self, change: Callable[..., Tensor], *others: State) -> State:
         """change(tensor, *the same tensor of the others) on every tensor: reshape, select or merge rows."""
@@ -44,6 +46,7 @@ class State:
             tuple(change(*same) for same in zip(self.outputs, *(o.outputs for o in others), strict=True)),
             tuple(change(*same) for same in zip(self.times, *(o.times for o in others), strict=True)),
             None if self.order is None else change(self.order, *(other.order for other in others)),
+            self.step,
         )
 
 
@@ -91,8 +94,8 @@ class Solver(_Ordered, abc.ABC):
     def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
         """From an observed state to t_next (M,) or (), by a step of this order, () or (M,) (default: the highest)."""
 
-    def orders(self, num_steps: int) -> list[int]:
-        """The order of each of num_steps steps down to t = 0, where nothing else chooses it."""
+    def orders(self, num_steps: int) -> Sequence[int | None]:
+        """The order of each of num_steps steps down to t = 0, where nothing else chooses it; None: steps have none."""
         return [self.order] * num_steps
 
 
@@ -126,7 +129,7 @@ class Singlestep(Solver):
             start, end = torch.where(regular, state.t, 0.6), torch.where(regular, t_next, 0.4)
             inner = self.inner_step(f, replace(state, t=start), end)
             x = inner.where(rowwise(regular, x).bool(), x)
-        return replace(state, x=x, t=t_next)
+        return replace(state, x=x, t=t_next, step=state.step + 1)
 
     def observe(self, f: VelocityFn, state: State) -> State:
         return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
@@ -180,7 +183,8 @@ class LinearMultistep(Solver):
         order = len(state.outputs) if order is None else order
         order = torch.as_tensor(order, device=state.t.device).expand(len(state.t))
         weights = self.by_order(self._any_order, state.times, t_next, order)
-        return replace(state, x=combine(weights, (state.x, *state.outputs)), t=t_next, order=order)
+        x = combine(weights, (state.x, *state.outputs))
+        return replace(state, x=x, t=t_next, order=order, step=state.step + 1)
 
     def output(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The velocity v at (x, t), in the form that is remembered; linear in (x, v)."""
@@ -236,6 +240,25 @@ class LinearMultistep(Solver):
         inner = torch.where(t < 1, t, 0.5)
         a = (1 - t_next) / (1 - inner)
         return [torch.where(t < 1, a, t_next), torch.where(t < 1, t_next - a * inner, 1 - t_next)]
+
+
+def named_solver(record: Mapping[str, Any]) -> Solver:
+    """Return the solver that a schedule's provenance names: `_target_`, a public name, and its arguments.
+
+    An empty record is Euler's. Raises ValueError where it names something else, or arguments that the solver refuses.
+    """
+    target, arguments = record.get("_target_", "oss_exp.Euler"), {**record}
+    arguments.pop("_target_", None)
+    try:
+        kind = named_object(str(target))
+    except ValueError:
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, Solver)):
+        raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the schedule's solver {target} cannot be made: {error}; give the solver itself") from None
 
 
 def combine(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import FittedSteps, StepSchedule
+from oss_exp.solvers import named_solver
 
 if TYPE_CHECKING:
     from oss_exp.tasks.run import Run
@@ -48,18 +49,19 @@ def check_fits(run: Run, path: Path, steps: StepSchedule, allow_other_model: boo
             f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
             f"{first:.6g}; choose the noise_schedule it was searched on"
         )
-    solver = {**run.config["solver"], "calibration": None}
-    if steps.orders is not None and run.cfg.run_orders == "searched" and steps.provenance.get("solver") != solver:
+    solver, searched_with = replace(run.setting.solver, calibration=None), steps.about("solver")
+    searched = steps.orders is not None and run.cfg.run_orders == "searched"
+    if searched and named_solver(searched_with) != solver:
         raise ValueError(
-            f"step schedule {path} has the orders searched with {steps.provenance.get('solver')}, this run steps "
+            f"step schedule {path} has the orders searched with {dict(searched_with)}, this run steps "
             f"with {solver}; choose that solver, or run_orders=fixed"
         )
-    if steps.weights is not None and made_for.get("guidance") != asdict(model.guidance):
+    if isinstance(steps.steps, FittedSteps) and made_for.get("guidance") != asdict(model.guidance):
         raise ValueError(
             f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
             f"{asdict(model.guidance)}; choose that guidance, or plan it again"
         )
-    if steps.samples is not None and steps.provenance.get("seed") != run.cfg.data.seed:
+    if steps.per_sample and steps.provenance.get("seed") != run.cfg.data.seed:
         raise ValueError(
             f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
             f"this run has data.seed={run.cfg.data.seed}"

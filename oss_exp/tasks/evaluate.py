@@ -27,8 +27,9 @@ from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetri
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
+from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import nfe
+from oss_exp.solvers import Solver, nfe
 from oss_exp.tasks import border
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.compatibility import check_fits
@@ -36,7 +37,7 @@ from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Task
-from oss_exp.tasks.trajectories import Trajectories
+from oss_exp.tasks.trajectories import Recorder, Trajectories
 
 SHOWN = 8  # images a row in the picture of samples
 TEACHER_STEPS = 8  # of a trajectory
@@ -77,14 +78,14 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
     for name, path in files:
         steps = StepSchedule.load(path)
         if run.config["run_orders"] == "fixed":
-            steps = replace(steps, orders=None)
+            steps = steps.with_own_orders()
         label = f"{name} K={steps.num_steps}"
         schedules[label] = steps
         rows[label] = {
             "strategy": name,
             "num_steps": steps.num_steps,
             "baseline": steps.about("strategy").get("baseline", False),
-            "start": steps.start,
+            "start": steps.start.kind,
             "schedule": f"schedules/{path.name}",
             "planning": dict(steps.about("planning")),
         }
@@ -119,7 +120,7 @@ class EvaluateModule(L.LightningModule):
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         # A schedule for each sample has too few of them for a distribution.
-        shared = [label for label, steps in schedules.items() if steps.samples is None]
+        shared = [label for label, steps in schedules.items() if not steps.per_sample]
         self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
         self.save_images = save_images
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
@@ -141,9 +142,8 @@ class EvaluateModule(L.LightningModule):
         solver = self.setting.solver
         plain = replace(solver, calibration=None)
         original, grid = self.model.original, self.setting.teacher
-        reference, teacher = self.trajectories.sample(
-            "teacher", original, plain, grid, noise, condition, None, index, TEACHER_STEPS
-        )
+        recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
+        reference, teacher = run(original, plain, grid, noise, condition, None, recorder)
         width = spread(reference)
         # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
         number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size
@@ -152,15 +152,14 @@ class EvaluateModule(L.LightningModule):
         self._keep("teacher", batch, teacher, teacher, fresh)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
-            if steps.samples is not None:
+            if steps.per_sample:
                 known = torch.isin(index, torch.tensor(steps.samples, device=index.device)).nonzero()[:, 0]
                 if len(known) == 0:
                     continue
                 steps = steps.rows(index[known].tolist())
             own, group = (None if each is None else each[known] for each in (condition, classes))
-            x0, images = self.trajectories.sample(
-                label, self.model, solver, steps, noise[known], own, group, index[known]
-            )
+            recorder = self.trajectories.recorder(label, self.model, steps, index[known])
+            x0, images = run(self.model, solver, steps, noise[known], own, group, recorder)
             values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
             self.values[label].append(torch.stack(values, dim=1))
             part = {key: value[known] for key, value in batch.items()}
@@ -343,6 +342,23 @@ class MetricSet(nn.ModuleList):
 
     def compute(self) -> dict[str, float]:
         return {name: value for metric in self for name, value in metric.compute().items()}
+
+
+def run(
+    model: Model,
+    solver: Solver,
+    steps: StepSchedule,
+    noise: Tensor,
+    condition: Tensor | None,
+    group: Tensor | None,
+    recorder: Recorder | None,
+) -> tuple[Tensor, Tensor]:
+    """Return x0 (B, *E) and its pixels for noise (B, *E) at steps.start_time."""
+    x0 = model.sample(solver, steps, noise, condition, group, recorder)
+    images = model.decode(x0)
+    if recorder is not None:
+        recorder.finish(images)
+    return x0, images
 
 
 def slug(label: str) -> str:

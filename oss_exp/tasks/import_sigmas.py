@@ -29,4 +29,4 @@ class ImportSigmas(Task):
         imported = {"sigmas": self.sigmas, "network": self.network}
         steps = SCHEDULES[self.network](read_sigmas(self.sigmas), imported=imported)
         steps.save(self.output)
-        Console().print(f"{self.output}: {steps.num_steps} steps, start={steps.start}", soft_wrap=True)
+        Console().print(f"{self.output}: {steps.num_steps} steps, start={steps.start.kind}", soft_wrap=True)

@@ -137,7 +137,7 @@ class PretrainModule(Training):
         noise = torch.randn(1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0))
         chosen = torch.linspace(0, known - 1, rows, device=self.device).round().long().repeat_interleave(len(noise))
         times = FlowSchedule(1.0).nodes(GRID_STEPS)
-        steps = StepSchedule(times, "pinned", float(times[0]))
+        steps = StepSchedule(times)
         noise = noise.to(self.device, self.dtype).repeat(rows, *[1] * len(shape))
         pictures = frames_of(self.model.generate(Euler(), steps, noise, chosen if known else None))
         grid = make_grid(pictures, nrow=len(pictures) // rows)[:3]

@@ -97,7 +97,7 @@ class SearchModule(L.LightningModule):
                     taught.add(loader)
                     calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
                     with self._measured("teacher", calls, problem, meter, f"teacher_{loader}"):
-                        problem.teacher, problem.goals  # noqa: B018  (made now and kept for all strategies)
+                        problem.teacher.run()  # once, for all strategies
                 self._plan(name, strategy, problem, meter)
         self.trainer.strategy.barrier("schedules are on disk")
         if self.calls is not None:

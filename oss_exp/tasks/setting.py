@@ -32,7 +32,7 @@ class Setting:
     @property
     def teacher(self) -> StepSchedule:
         """The grid as a schedule: sampling it is running the teacher."""
-        return StepSchedule(self.grid, "pinned", float(self.grid[0]))
+        return StepSchedule(self.grid)
 
     def velocity(self, batch: Mapping[str, Tensor]) -> BoundVelocity:
         """Bound to the batch's conditions (B, ...) where its data has any, else to its classes."""

@@ -33,7 +33,10 @@ def whole(tmp_path_factory):
 def outcome(folder) -> tuple[dict, dict]:
     """Schedules and measurements: all but how long it took."""
     plans = {path.stem: StepSchedule.load(path) for path in (folder / "schedules").glob("*_[0-9].json")}
-    times = {name: (plan.times.tolist(), str(plan.orders), str(plan.weights)) for name, plan in plans.items()}
+    times = {
+        name: (plan.times.tolist(), str(plan.orders), str(getattr(plan.steps, "weights", None)))
+        for name, plan in plans.items()
+    }
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
     for row in rows:
         row["planning"].pop("seconds")

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from helpers import run_cli
 
 from oss_exp.export.oss_scheduler import OSSScheduler
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, Free, SolverSteps, StepSchedule
 
 FLOW = {"native": {"clock": "flow time"}}
 
@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lists(tmp_path) -> StepSchedule:
-    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], "free", provenance=FLOW)
+    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], Free(), provenance=FLOW)
     steps.save(tmp_path / "lists.json")
     return steps
 
@@ -77,9 +77,8 @@ def test_a_scheduler_of_its_own(run, tmp_path):
     solver = {"_target_": "oss_exp.solvers.dpm_solver_pp.DPMSolverPP", "order": 2, "lower_order_final": True}
     steps = StepSchedule(
         [0.9, 0.5, 0.2, 0.0],
-        "analytic",
-        mean=torch.ones(1, 3),
-        orders=torch.tensor([1, 2, 1]),
+        Analytic(torch.ones(1, 3)),
+        steps=SolverSteps(torch.tensor([1, 2, 1])),
         provenance={"solver": solver},
     )
     steps.save(tmp_path / "x.json")

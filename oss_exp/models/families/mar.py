@@ -235,7 +235,7 @@ class MAR(Published):
             for label in classes.tolist()
         ]
         grid = DDIMSchedule(self.path.betas).nodes(CONTEXT_STEPS)
-        steps = StepSchedule(grid, start_time=float(grid[0]))
+        steps = StepSchedule(grid)
         noise = torch.from_numpy(np.stack(noise)).to(classes.device) * steps.start_time
         labels = None if condition is None else classes
         tokens = self._make(Euler(), steps, noise, labels, None, guidance, self.search_iteration)

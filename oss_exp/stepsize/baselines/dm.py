@@ -76,7 +76,7 @@ class DM:
             times = torch.sigmoid(-optimise(guess, self.path, self.p, self.separate_steps))
             times[-1] = 0
             remedy = f"choose a smaller sigma_max (now {self.sigma_max}) or a teacher that starts at more noise"
-            plans[k] = StepSchedule(begin_at(times, start_time, "DM", remedy), "pinned", start_time)
+            plans[k] = StepSchedule(begin_at(times, start_time, "DM", remedy))
         return plans
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:

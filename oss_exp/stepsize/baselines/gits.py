@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oss_exp.checks import require_choice, require_range
 from oss_exp.noise import EDMPath, EDMSchedule, NoiseSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, StepSchedule
 from oss_exp.solvers import Euler, Solver, nfe, trajectory, walk
 from oss_exp.stepsize.base import begin_at, check_num_steps
 from oss_exp.stepsize.problem import Collective, Problem
@@ -86,7 +86,7 @@ class GITS:
 
         def analytic(nodes: list[int]) -> StepSchedule:
             mean = torch.zeros(problem.num_groups, *problem.noise.shape[1:])
-            return StepSchedule(times[nodes], "analytic", start_time, mean=mean)
+            return StepSchedule(times[nodes], Analytic(mean, start_time))
 
         def run(nodes: list[int]) -> Tensor:
             start = analytic(nodes).initial_state(problem.noise, problem.group)
@@ -95,12 +95,12 @@ class GITS:
         free = [node for node in range(1, path[1]) if times[node] < start_time] if self.afs else []
         if free:
             return analytic([best_free_node(free, path, run, goal, problem.collective), *path[1:]])
-        return StepSchedule(pinned, "pinned", start_time)
+        return StepSchedule(pinned)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """The teacher's own calls; with afs also those of the tries, an estimate: half of the nodes for every K."""
         tries = self.num_nodes // 2 if self.afs else 0
-        teacher = StepSchedule(self.schedule.nodes(self.num_nodes), "pinned", 1.0)
+        teacher = StepSchedule(self.schedule.nodes(self.num_nodes))
         return nfe(self.solver, teacher) + tries * sum(set(num_steps)) * (1 + edge_calls)
 
 

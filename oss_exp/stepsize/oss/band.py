@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.checks import require_range
-from oss_exp.schedule import Start
+from oss_exp.schedule import StartKind
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Band:
         return self.width if stride > 1 else 2 * self.width
 
 
-def layers(num_nodes: int, budgets: Sequence[int], start: Start, stride: int, device) -> list[Tensor]:
+def layers(num_nodes: int, budgets: Sequence[int], start: StartKind, stride: int, device) -> list[Tensor]:
     """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left."""
     nodes = torch.arange(0, num_nodes, stride, device=device)[:, None]
     result = []

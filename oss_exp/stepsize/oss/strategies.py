@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from oss_exp.checks import require_choice, require_range
-from oss_exp.schedule import Start, StepSchedule
+from oss_exp.schedule import FittedSteps, SolverSteps, StartKind, Steps, StepSchedule
 from oss_exp.solvers.base import LinearMultistep
-from oss_exp.stepsize.base import check_num_steps
+from oss_exp.stepsize.base import check_num_steps, student_start
 from oss_exp.stepsize.oss.band import Band, layers, stretch, strictly_monotone
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Mean, Objective, PerSample, Shared
 from oss_exp.stepsize.oss.recursion import Path, recurse
 from oss_exp.stepsize.oss.refine import refine
 from oss_exp.stepsize.problem import Problem
-from oss_exp.velocity import BoundVelocity
 
 Aggregate = Literal["median", "mean"]
 
@@ -40,14 +39,14 @@ class _Search:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
 
-    start: Start = "free"
+    start: StartKind = "free"
     band: Band | None = None
     refine: bool = False
     max_order: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_range(at_least=1, max_order=self.max_order)
-        require_choice(get_args(Start), start=self.start)
+        require_choice(get_args(StartKind), start=self.start)
 
     def paths(
         self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None = None
@@ -104,7 +103,7 @@ class _Search:
             return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1)
         # Only the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
-        if isinstance(problem.velocity, BoundVelocity):
+        if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
         again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
@@ -158,7 +157,7 @@ class OSS(_Search):
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
         """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
-        chunk = self.chunk if isinstance(problem.velocity, BoundVelocity) else count
+        chunk = self.chunk if problem.velocity.divisible else count
         parts = []
         for rows in torch.arange(count, device=problem.noise.device).split(chunk):
             parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
@@ -209,7 +208,7 @@ class OSSAve(_Search):
 class OSSShared(_Search):
     """One schedule for all samples, chosen inside the recursion by the batch's mean cost or mean log cost (ours)."""
 
-    start: Start = "analytic"
+    start: StartKind = "analytic"
     refine: bool = True
     objective: Mean = "log_mean"
 
@@ -227,7 +226,7 @@ class OSSShared(_Search):
 class OSSFit(_Search):
     """`OSSShared` whose steps have fitted coefficients instead of a solver's (ours); see `edges.Fit`."""
 
-    start: Start = "analytic"
+    start: StartKind = "analytic"
     refine: bool = True
     objective: Mean = "log_mean"
     history: int = 3
@@ -260,25 +259,24 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _schedule(problem: Problem, path: Path, start: Start, samples: Sequence[int] | None = None) -> StepSchedule:
-    """A path of b = 1 for all samples, or one for each of these.
+def _schedule(problem: Problem, path: Path, start: StartKind, samples: Sequence[int] | None = None) -> StepSchedule:
+    """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
 
     Its provenance says what the recursion's cost was after each of its rounds, before anything was agreed or refined.
     """
     times = problem.grid[_closed(path.nodes.T, problem)].cpu()
-    orders = None
-    if path.weights is None and isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
-        orders = path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu()
+    steps: Steps = SolverSteps()
+    if path.weights is not None:
+        steps = FittedSteps(path.weights.cpu(), problem.teacher.mean.cpu())
+    elif isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
+        steps = SolverSteps(path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu())
     total = problem.collective.sum(path.costs.double().sum(1))
     count = problem.collective.sum(total.new_tensor([path.costs.shape[1]]))
     costs = [float(f"{cost:.4g}") for cost in (total / count).tolist()]
     return StepSchedule(
         times if samples is not None else times[0],
-        start,
-        float(problem.grid[0]),
-        mean=problem.mean.cpu() if start == "analytic" or path.weights is not None else None,
+        student_start(problem, start),
+        steps,
         samples=None if samples is None else tuple(samples),
-        orders=orders,
-        weights=None if path.weights is None else path.weights.cpu(),
         provenance={"planning": {"cost_per_round": costs}},
     )

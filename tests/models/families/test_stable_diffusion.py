@@ -157,8 +157,7 @@ def test_pictures_are_those_of_the_whole_pipeline(build, pipeline):
     images = pipeline(PROMPTS, num_inference_steps=steps, guidance_scale=7.5, latents=z, output_type="np").images
     pipeline.scheduler.set_timesteps(steps)
     times = model.path.canonical(pipeline.scheduler.timesteps.double())
-    start = float(times[0])
-    schedule = StepSchedule(torch.cat([times, torch.zeros(1)]).double(), "pinned", start)
+    schedule = StepSchedule(torch.cat([times, torch.zeros(1)]).double())
     first = z / model.path.scale(times[:1]).float()
     decoded, model.decoder = model.decoder, torch.nn.Identity()
     latents = model.generate(Euler(), schedule, first, torch.arange(4))

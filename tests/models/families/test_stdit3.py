@@ -20,7 +20,7 @@ from oss_exp.models.families.open_sora import OpenSora, public_t5, time_shift
 from oss_exp.models.families.stdit3 import STDiT3, position_table, turned
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.oss.band import layers
@@ -166,7 +166,7 @@ def test_noise_schedule_open_sora_is_the_transform_of_the_original(case):
 
 
 def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    return sample(Euler(), model.velocity(torch.zeros(len(noise), dtype=int)), noise, StepSchedule(times, "free", 1.0))
+    return sample(Euler(), model.velocity(torch.zeros(len(noise), dtype=int)), noise, StepSchedule(times, Free()))
 
 
 @pytest.mark.parametrize("name", ["transform1", "transform0"])

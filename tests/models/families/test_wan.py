@@ -128,7 +128,7 @@ def test_videos_are_those_of_the_whole_pipeline(build, pipeline, negative):
     ask |= {"num_inference_steps": 5, "guidance_scale": 5.0}
     expected = pipeline(PROMPTS, output_type="latent", return_dict=False, **ask)[0]
     times = pipeline.scheduler.sigmas.double()
-    schedule = StepSchedule(times, "pinned", float(times[0]))
+    schedule = StepSchedule(times)
     decoded, model.decoder = model.decoder, torch.nn.Identity()
     latents = model.generate(Euler(), schedule, z, torch.arange(3))
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)

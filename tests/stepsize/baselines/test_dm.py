@@ -181,7 +181,7 @@ def test_plans(problem, path):
     plans = replace(DEFAULT, path=path).plan(problem, [10, 1, 2, 5])
     assert list(plans) == [1, 2, 5, 10]
     for k, plan in plans.items():  # strictly decreasing to 0, or StepSchedule would not have it
-        assert (plan.num_steps, plan.start, plan.times.dtype) == (k, "pinned", torch.float64)
+        assert (plan.num_steps, plan.start.kind, plan.times.dtype) == (k, "pinned", torch.float64)
         assert (plan.times[0], plan.times[-1]) == (1, 0)
     optimum = optimise(spaced("unif", path, *ENDS, 5), path, 2, None)
     assert plans[5].times[1:-1].tolist() == pytest.approx(torch.sigmoid(-optimum[1:-1]).tolist(), rel=1e-12)

@@ -9,10 +9,11 @@ from replay import assert_tables_replay, final_error, schedule
 
 from oss_exp.distances import XtMSE
 from oss_exp.noise import EDMSchedule, FlowSchedule
+from oss_exp.schedule import FittedSteps
 from oss_exp.solvers import Euler, LinearMultistep, Solver, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.heun import Heun
-from oss_exp.solvers.sampling import FittedSteps
+from oss_exp.solvers.sampling import stepper
 from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSFit, OSSShared, Problem
 from oss_exp.stepsize.oss.band import layers, stretch, strictly_monotone
 from oss_exp.stepsize.oss.objectives import PerSample, Shared
@@ -93,8 +94,8 @@ def test_a_schedule_says_what_the_rounds_cost(strategy, problem):
         return
     times = steps.times if steps.samples is None else steps.times.T
     solver = problem.solver
-    if steps.weights is not None:
-        solver = FittedSteps(steps.weights, (problem.noise, steps.mean_of(problem.noise, problem.group)))
+    if isinstance(steps.steps, FittedSteps):
+        solver = stepper(problem.solver, steps, problem.noise, problem.group)[0]
     _, *states = walk(solver, problem.velocity, problem.noise, times)
     nodes = [torch.stack([(problem.grid == t).nonzero()[0, 0] for t in state.t]) for state in states]
     found = [problem.cost(state.x, at).mean().item() for state, at in zip(states, nodes, strict=True)]
@@ -255,8 +256,8 @@ def test_mean_is_per_condition(mixture, gmm):
     grid = FlowSchedule(shift=1.0).nodes(5)
     problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE(), group=labels, num_groups=10)
     expected = gmm["means"][:4]
-    torch.testing.assert_close(problem.mean[:4].double(), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(problem.mean[7].double(), expected.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(problem.teacher.mean[:4].double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(problem.teacher.mean[7].double(), expected.mean(0), rtol=0, atol=1e-6)
 
 
 def test_exact_number_of_network_calls(problem, velocity):
@@ -269,7 +270,7 @@ def test_exact_number_of_network_calls(problem, velocity):
 
     for start, strategy in itertools.product(STARTS, (OSS, OSSShared)):
         counted = replace(problem, velocity=BoundVelocity(fn, None, 1000))
-        counted.teacher  # noqa: B018
+        counted.teacher.run()
         rows[0] = 0
         last = {"chunk": 4} if strategy is OSS else {"objective": "mean"}
         search = strategy(start=start, band=None, refine=False, **last)

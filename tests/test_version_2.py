@@ -1,0 +1,82 @@
+"""Files of format version 2, written by release 0.1 (`tests/version_2`), mean today what they meant then."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oss_exp.calibration import Calibration
+from oss_exp.models.families.mixture import GaussianMixture
+from oss_exp.models.guidance import Guidance
+from oss_exp.names import named_object
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, named_solver, nfe, sample
+
+FILES = Path(__file__).parent / "version_2"
+REPLAYS = json.loads((FILES / "replay.json").read_text())
+SCHEDULES = sorted(
+    str(path.relative_to(FILES)) for path in FILES.glob("**/schedules/**/*.json") if ".mean." not in path.name
+)
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    return load_file(FILES / "replay.safetensors")
+
+
+def test_there_is_one_of_every_kind():
+    schedules = [StepSchedule.load(FILES / name) for name in SCHEDULES]
+    kinds = {(each.kind, each.per_sample, each.orders is not None) for each in schedules}
+    assert {start for start, _, _ in kinds} >= {f"{kind} start" for kind in ("free", "pinned", "analytic")}
+    assert {"analytic start, fitted steps", "pinned start, fitted steps"} <= {start for start, _, _ in kinds}
+    assert len(kinds) >= 11
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_saved_again_is_the_same(name, tmp_path):
+    old = StepSchedule.load(FILES / name)
+    path = old.save(tmp_path / "again.json")
+    again, record = StepSchedule.load(path), json.loads(path.read_text())
+    assert record["version"] == 3
+    assert torch.equal(again.times, old.times)
+    for key in ("kind", "start_time", "samples", "provenance"):
+        assert getattr(again, key) == getattr(old, key)
+    pairs = [(each.mean, each.orders, getattr(each.steps, "weights", None)) for each in (again, old)]
+    for value, expected in zip(*pairs, strict=True):
+        assert (value is None and expected is None) or torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_names_public_objects_only(name, tmp_path):
+    text = StepSchedule.load(FILES / name).save(tmp_path / "again.json").read_text()
+    names = re.findall(r'"_target_": "([^"]*)"', text)
+    assert all(re.fullmatch(r"oss_exp\.([a-z]\w*|[A-Z]\w*(\.[a-z]\w*)?)", each) for each in names)
+    assert all(callable(named_object(each)) for each in names)
+
+
+@pytest.mark.parametrize("name", sorted(REPLAYS))
+def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
+    """The same bits on the machine that made them; another processor may round its last bits otherwise."""
+    monkeypatch.chdir(FILES.parents[1])  # some name a calibration by its path
+    replay, steps = REPLAYS[name], StepSchedule.load(FILES / name)
+    guidance = Guidance(**replay["guidance"])
+    model = GaussianMixture.from_asset(f"{replay['model']}.safetensors", guidance=guidance, micro_batch=1024).double()
+    condition = None if replay["condition"] is None else torch.tensor(replay["condition"])
+    if replay["samples"] is not None:
+        steps = steps.rows(replay["samples"])
+    solver = Euler() if replay["solver"] is None else named_solver(steps.about("solver"))
+    velocity = model.velocity(condition)
+    noise = tensors[replay["noise"]] * replay["start_time"]
+    x0 = sample(solver, velocity, noise, steps, group=condition)
+    torch.testing.assert_close(x0, tensors[replay["x0"]], rtol=1e-12, atol=1e-12)
+    assert nfe(solver, steps, velocity) == replay["nfe"]
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "calibration_per_channel.json"])
+def test_a_calibration_loads(name):
+    assert len(Calibration.load(FILES / name).times) == 21
