@@ -195,22 +195,22 @@ CONFIGURED = {
     "LogitNormalTimes": "tasks.pretrain",
     "UniformTimes": "tasks.pretrain",
     "wandb_logger": "report.logging",
-    "Calibrate": "tasks.calibrate:calibrate",
-    "Compare": "tasks.run:compare",
-    "Convert": "tasks.convert:convert",
-    "Evaluate": "tasks.run:evaluate",
-    "Export": "tasks.export:export",
-    "Finetune": "tasks.finetune:finetune",
-    "FitClassifier": "tasks.fit_classifier:fit_classifier",
-    "FitDetector": "tasks.fit_detector:fit_detector",
-    "FitMixture": "tasks.fit_mixture:fit_mixture",
-    "GenEval": "tasks.geneval:geneval",
-    "ImportSigmas": "tasks.export:import_sigmas",
-    "Pretrain": "tasks.pretrain:pretrain",
-    "Search": "tasks.run:search",
-    "Statistics": "tasks.statistics:statistics",
-    "Reproduce": "reproduce.task:reproduce",
-    "Report": "report:gather",
+    "Calibrate": "tasks.calibrate",
+    "Compare": "tasks.compare",
+    "Convert": "tasks.convert",
+    "Evaluate": "tasks.evaluate",
+    "Export": "tasks.export",
+    "Finetune": "tasks.finetune",
+    "FitClassifier": "tasks.fit_classifier",
+    "FitDetector": "tasks.fit_detector",
+    "FitMixture": "tasks.fit_mixture",
+    "GenEval": "tasks.geneval",
+    "ImportSigmas": "tasks.import_sigmas",
+    "Pretrain": "tasks.pretrain",
+    "Search": "tasks.search",
+    "Statistics": "tasks.statistics",
+    "Reproduce": "reproduce.task",
+    "Report": "report.page",
 }
 
 __all__ = [*PUBLIC]
@@ -220,8 +220,7 @@ def __getattr__(name: str) -> Any:
     place = PUBLIC.get(name) or CONFIGURED.get(name)
     if place is None:
         raise AttributeError(f"module 'oss_exp' has no attribute {name!r}")
-    module, _, attribute = place.partition(":")
-    value = getattr(import_module(f"oss_exp.{module}"), attribute or name)
+    value = getattr(import_module(f"oss_exp.{place}"), name)
     globals()[name] = value
     return value
 

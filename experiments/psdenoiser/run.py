@@ -112,7 +112,7 @@ def figure(results: dict[str, list[Result]]) -> bytes:
     for row, (name, color) in enumerate(COLORS.items()):
         steps = schedule("euler", name, 10)
         right.plot(native(steps), [row] * 10, "o-", color=color, ms=5, lw=1)
-        if steps.start == "analytic":
+        if isinstance(steps.start, Analytic):
             right.plot([1, native(steps)[0]], [row, row], "--", color=color, lw=1)
             right.plot([1], [row], "o", color=color, ms=5, mfc="white")
     right.set_yticks(range(len(COLORS)), COLORS)

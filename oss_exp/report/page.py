@@ -6,22 +6,25 @@ import html
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from oss_exp.evaluation.comparison import NOTE, Line, columns, markdown, terminal, with_gains
 from oss_exp.files import write_atomically
+from oss_exp.noise import NoiseSchedule
 from oss_exp.report import geneval, plots, web
 from oss_exp.report.records import read_amplitude, read_finetuning, read_metrics, read_training
 from oss_exp.report.results import read_run, read_schedules
 from oss_exp.report.table import stages
 from oss_exp.schedule import StepSchedule
+from oss_exp.tasks import border
+from oss_exp.tasks.task import Task
 
 SCHEDULES = """<h2>Step schedules</h2>
 <div class="panels" id="panels"></div><div class="legend" id="legend"></div>
@@ -88,11 +91,18 @@ def write(folder: Path) -> None:
         console.print(f"{path}", soft_wrap=True)
 
 
-def gather(cfg: DictConfig) -> None:
-    """task=report: one table over all runs below `sweep`, and why those that failed did."""
-    if OmegaConf.is_missing(cfg, "sweep"):
-        raise ValueError("sweep is not set; add sweep=FOLDER, the folder of a --multirun")
-    sweep = Path(cfg.sweep).expanduser()
+@dataclass(frozen=True)
+class Report(Task):
+    """Gather the runs of the folder `sweep`, of a --multirun, into one table, picture and page."""
+
+    sweep: str
+
+    def __call__(self, cfg: DictConfig) -> None:
+        gather(Path(self.sweep).expanduser())
+
+
+def gather(sweep: Path) -> None:
+    """One table over all runs below `sweep`, and why those that failed did."""
     runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
     if not runs:
         raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
@@ -127,7 +137,7 @@ def _console() -> Console:
 
 def _teacher_nodes(folder: Path) -> Sequence[float]:
     cfg = OmegaConf.load(folder / "config.yaml")
-    return instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps).tolist()
+    return border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(cfg.num_teacher_steps).tolist()
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

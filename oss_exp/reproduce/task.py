@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
@@ -15,21 +17,36 @@ from oss_exp.reproduce.figures import draw
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.plans import TABLES, Plan, values_of
 from oss_exp.reproduce.render import Reproduction, summary
+from oss_exp.tasks.task import Count, Task
 
 
-def reproduce(cfg: DictConfig) -> None:
-    """Make the missing runs of `table` (1 to 7, or all), then write <task.experiments>/table_N/<scale>.*.
+@dataclass(frozen=True, kw_only=True)
+class Reproduce(Task):
+    """Make the missing runs of `table` (1 to 7, or all), then write <experiments>/table_N/<scale>.*.
+
+    cells: the folder of the runs. jobs: runs at a time; null: one a CPU core, on a GPU one. overrides: for every run.
+    """
+
+    table: Literal["all"] | Annotated[int, Ge(1), Le(7)] = "all"
+    scale: Literal["small", "paper"] = "small"
+    experiments: str = "experiments"
+    cells: str = "outputs/cells"
+    jobs: Count | None = None
+    overrides: dict[str, Any] | None = None
+
+    def __call__(self, cfg: DictConfig) -> None:
+        reproduce(self)
+
+
+def reproduce(task: Reproduce) -> None:
+    """Make the runs and write the tables.
 
     A table of which a run failed is left as it was; the others are written, and a ValueError says what failed.
     """
-    names = list(TABLES) if cfg.table == "all" else [f"table_{cfg.table}"]
-    if not TABLES.keys() >= set(names):
-        raise ValueError(f"table must be 1 to 7 or all, got {cfg.table!r}")
-    if cfg.task.scale not in ("small", "paper"):
-        raise ValueError(f"scale must be small or paper, got {cfg.task.scale!r}")
-    small, root, experiments = cfg.task.scale == "small", Path(cfg.task.cells), Path(cfg.task.experiments)
-    jobs = cfg.task.jobs or (os.cpu_count() or 1 if small else 1)
-    more = [f"{key}={value}" for key, value in (cfg.task.overrides or {}).items()]
+    names = list(TABLES) if task.table == "all" else [f"table_{task.table}"]
+    small, root, experiments = task.scale == "small", Path(task.cells), Path(task.experiments)
+    jobs = task.jobs or (os.cpu_count() or 1 if small else 1)
+    more = [f"{key}={value}" for key, value in (task.overrides or {}).items()]
     papers = {name: Paper.load(experiments / name) for name in names}
     plans = {name: _with(TABLES[name](paper, small), more) for name, paper in papers.items()}
     root.mkdir(parents=True, exist_ok=True)
@@ -43,14 +60,14 @@ def reproduce(cfg: DictConfig) -> None:
     made = []
     for name in names:
         if failed.keys().isdisjoint(cell for each in _cells(plans[name]) for cell in each.lineage()):
-            made.append(Reproduction(papers[name], plans[name], cfg.task.scale, values_of(plans[name], root)))
+            made.append(Reproduction(papers[name], plans[name], task.scale, values_of(plans[name], root)))
             files = made[-1].write(experiments / name, root)
             for figure, picture in draw(papers[name], plans[name], root).items():
-                files.append(write_atomically(experiments / figure / f"{cfg.task.scale}.png", picture))
+                files.append(write_atomically(experiments / figure / f"{task.scale}.png", picture))
             print(f"\n{made[-1].markdown()}\n{', '.join(map(str, files))}")
-    if cfg.table == "all" and not failed:
+    if task.table == "all" and not failed:
         path = write_atomically(
-            experiments / f"{cfg.task.scale}.md", f"# All tables, `scale={cfg.task.scale}`\n\n{summary(made)}"
+            experiments / f"{task.scale}.md", f"# All tables, `scale={task.scale}`\n\n{summary(made)}"
         )
         print(path.read_text())
     if failed:

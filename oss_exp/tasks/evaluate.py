@@ -1,4 +1,4 @@
-"""Evaluation as a Lightning loop: the same held-out noises through the teacher and every schedule."""
+"""task=evaluate: the same held-out noises through the teacher and every schedule, as a Lightning loop."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import io
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -28,13 +27,70 @@ from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
+from oss_exp.tasks import border
 from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.compatibility import check_fits
+from oss_exp.tasks.run import Run
+from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
+from oss_exp.tasks.task import Task
 from oss_exp.tasks.trajectories import Recorder, Trajectories
 
 SHOWN = 8  # images a row in the picture of samples
 TEACHER_STEPS = 8  # of a trajectory
 KEPT_EVERY = 30  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Task):
+    """Measure the saved step schedule of the file `schedule`; without one, plan `stepsize` first.
+
+    allow_other_model: run a schedule that was searched on other weights.
+    """
+
+    schedule: str | None = None
+    allow_other_model: bool = False
+
+    def __call__(self, cfg: DictConfig) -> None:
+        run, metrics = Run(cfg), Metrics(cfg.evaluation)
+        if self.schedule is None:
+            plan_and_measure(run, metrics)
+            return
+        path = Path(self.schedule).expanduser()
+        steps = StepSchedule.load(path)
+        check_fits(run, path, steps, self.allow_other_model)
+        measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
+        rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
+
+
+def plan_and_measure(run: Run, metrics: Metrics) -> None:
+    """Plan every strategy for every budget, and measure all."""
+    plan(run)
+    measure(run, metrics, [(name, run.file(name, k)) for name in run.strategies for k in run.num_steps])
+
+
+def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> None:
+    """Measure the schedules of these files, each with its strategy's name, on the held-out noises of a run."""
+    schedules, rows = {}, {}
+    for name, path in files:
+        steps = StepSchedule.load(path)
+        if run.config["run_orders"] == "fixed":
+            steps = steps.with_own_orders()
+        label = f"{name} K={steps.num_steps}"
+        schedules[label] = steps
+        rows[label] = {
+            "strategy": name,
+            "num_steps": steps.num_steps,
+            "baseline": steps.about("strategy").get("baseline", False),
+            "start": steps.start.kind,
+            "schedule": f"schedules/{path.name}",
+            "planning": dict(steps.about("planning")),
+        }
+    evaluation = run.config["evaluation"]
+    trajectories = Trajectories(evaluation["trajectories"])
+    shown = evaluation["save_images"], trajectories, run.data.eval_samples
+    module = EvaluateModule(run.setting, schedules, rows, run.folder, run.about, metrics, *shown)
+    run.trainer.test(module, dataloaders=run.data.test_dataloader(), verbose=False)
 
 
 class EvaluateModule(L.LightningModule):
@@ -231,13 +287,12 @@ class Metrics:
         ]
         if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
             raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")
-        if cfg.save_images not in (None, "png", "npz"):
-            raise ValueError(f"evaluation.save_images must be null, png or npz, got {cfg.save_images!r}")
         self.cfg = cfg
-        self.kinds = {name: get_class(cfg[name]._target_) for name in cfg.metrics if name != "psnr"}
+        self.kinds = {name: border.class_of(cfg[name], f"evaluation.{name}") for name in cfg.metrics if name != "psnr"}
         self.features = {name for name, kind in self.kinds.items() if issubclass(kind, FeatureMetric)}
-        self.extractor = instantiate(cfg.extractor) if self.features or ClassAgreement in self.kinds.values() else None
-        self.reference = instantiate(cfg.reference) if self.features else None
+        needs_extractor = self.features or ClassAgreement in self.kinds.values()
+        self.extractor = border.build(cfg.extractor, "evaluation.extractor", nn.Module) if needs_extractor else None
+        self.reference = border.build(cfg.reference, "evaluation.reference") if self.features else None
         self()  # what is wrong shows before any work
 
     def __call__(self) -> MetricSet:
@@ -248,10 +303,12 @@ class Metrics:
         return MetricSet(made.values())
 
     def _make(self, name: str) -> ImageMetric:
-        make = instantiate(self.cfg[name], _partial_=True)  # Hydra would turn a Reference, a dataclass, into a config
+        more = {}
         if name in self.features:
-            return make(extractor=self.extractor, reference=self.reference)
-        return make(classifier=self.extractor) if self.kinds[name] is ClassAgreement else make()
+            more = {"extractor": self.extractor, "reference": self.reference}
+        elif self.kinds[name] is ClassAgreement:
+            more = {"classifier": self.extractor}
+        return border.build(self.cfg[name], f"evaluation.{name}", ImageMetric, **more)
 
 
 class Once(nn.Module):

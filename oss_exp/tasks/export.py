@@ -1,14 +1,15 @@
-"""Take a step schedule to other programs, and make one of their lists of sigmas."""
+"""Take a step schedule to other programs."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import JsonValue, TypeAdapter
 from rich.console import Console
 
@@ -18,46 +19,47 @@ from oss_exp.export.numbers import save_in_numbers
 from oss_exp.export.sigmas import (
     comfyui_nodes,
     flow_sigmas,
-    from_flow_sigmas,
-    from_ratio_sigmas,
     ratio_sigmas,
-    read_sigmas,
     sigma_text,
     webui_text,
 )
 from oss_exp.files import load_record, write_atomically
 from oss_exp.models.families.flux import flux_shift
 from oss_exp.schedule import StepSchedule
+from oss_exp.tasks.task import Count, Task
 
 CODE = "oss_scheduler.py"  # without which its schedules run nowhere
-NETWORKS = {"flow": (flow_sigmas, from_flow_sigmas), "eps": (ratio_sigmas, from_ratio_sigmas)}
+SIGMAS = {"flow": flow_sigmas, "eps": ratio_sigmas}  # of the kinds of networks
 
 
-def export(cfg: DictConfig) -> None:
-    """Write task.schedule as task.to wants it, and print what there is to paste."""
-    task = cfg.task
-    if task.to not in TARGETS:
-        raise ValueError(f"task.to must be one of {', '.join(TARGETS)}, got {task.to!r}")
-    steps, output = StepSchedule.load(task.schedule), Path(task.output)
-    if output.suffix != ".json":
-        raise ValueError(f"task.output must end in .json, got {output}")
-    if output.resolve() == Path(task.schedule).resolve():
-        raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
-    said = TARGETS[task.to](steps, task, output)
-    Console().print(f"{output}: {steps.num_steps} steps for {task.to}\n{said}", soft_wrap=True, markup=False)
+@dataclass(frozen=True, kw_only=True)
+class Export(Task):
+    """Write the step schedule of a file as `to` wants it, and print what there is to paste.
+
+    network: what a list is for, flow or eps (any model of sigma / alpha); null: as the schedule's file says.
+    scheduler, mu, height, width: of to=diffusers; height and width in pixels, in place of mu.
+    """
+
+    schedule: str
+    to: Literal["diffusers", "oss_scheduler", "comfyui", "k_diffusion", "webui"]
+    network: Literal["flow", "eps"] | None = None
+    scheduler: str | None = None
+    mu: float | None = None
+    height: Count | None = None
+    width: Count | None = None
+    output: str
+
+    def __call__(self, cfg: DictConfig) -> None:
+        steps, output = StepSchedule.load(self.schedule), Path(self.output)
+        if output.suffix != ".json":
+            raise ValueError(f"task.output must end in .json, got {output}")
+        if output.resolve() == Path(self.schedule).resolve():
+            raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
+        said = TARGETS[self.to](steps, self, output)
+        Console().print(f"{output}: {steps.num_steps} steps for {self.to}\n{said}", soft_wrap=True, markup=False)
 
 
-def import_sigmas(cfg: DictConfig) -> None:
-    """Write task.output (.json): the step schedule of the list task.sigmas."""
-    task = cfg.task
-    given = OmegaConf.to_object(task.sigmas) if OmegaConf.is_list(task.sigmas) else str(task.sigmas)
-    _, make = _network(task.network, "the list")
-    steps = make(read_sigmas(given), imported={"sigmas": given, "network": task.network})
-    steps.save(task.output)
-    Console().print(f"{task.output}: {steps.num_steps} steps, start={steps.start.kind}", soft_wrap=True)
-
-
-def _to_diffusers(steps: StepSchedule, task: DictConfig, output: Path) -> str:
+def _to_diffusers(steps: StepSchedule, task: Export, output: Path) -> str:
     scheduler = _scheduler(task.scheduler)
     mu = task.mu
     if mu is None and task.height is not None and task.width is not None:
@@ -67,18 +69,20 @@ def _to_diffusers(steps: StepSchedule, task: DictConfig, output: Path) -> str:
     return f"pipe(..., {', '.join(f'{key}={value}' for key, value in given.items() if key != 'mu')})"
 
 
-def _to_oss_scheduler(steps: StepSchedule, task: DictConfig, output: Path) -> str:
+def _to_oss_scheduler(steps: StepSchedule, task: Export, output: Path) -> str:
     save_in_numbers(steps, output)
     write_atomically(output.with_name(CODE), (Path(oss_exp.__file__).parent / "export" / CODE).read_text())
     return f'from oss_scheduler import OSSScheduler\nOSSScheduler.from_schedule("{output.name}", pipe.scheduler.config)'
 
 
-def _listed(make: Callable[[list[float]], tuple[str, str]]) -> Callable[[StepSchedule, DictConfig, Path], str]:
+def _listed(make: Callable[[list[float]], tuple[str, str]]) -> Callable[[StepSchedule, Export, Path], str]:
     """make: sigmas -> the text of the file, what is said."""
 
-    def target(steps: StepSchedule, task: DictConfig, output: Path) -> str:
-        sigmas, _ = _network(task.network or _network_of(steps), "the schedule")
-        text, said = make(sigmas(steps))
+    def target(steps: StepSchedule, task: Export, output: Path) -> str:
+        network = task.network or _network_of(steps)
+        if network is None:
+            raise ValueError(f"task.network must be one of {', '.join(SIGMAS)}: what the schedule is for; got null")
+        text, said = make(SIGMAS[network](steps))
         write_atomically(output, f"{text}\n")
         more = steps.start_time / float(steps.times[0])
         if more > 1.001:
@@ -104,12 +108,6 @@ TARGETS = {
         lambda sigmas: (webui_text(sigmas), f"webUI_ExtraSchedulers, custom, with Euler: {webui_text(sigmas)}")
     ),
 }
-
-
-def _network(name: str | None, what: str) -> tuple[Callable, Callable]:
-    if name not in NETWORKS:
-        raise ValueError(f"task.network must be one of {', '.join(NETWORKS)}: what {what} is for; got {name!r}")
-    return NETWORKS[name]
 
 
 def _network_of(steps: StepSchedule) -> str | None:

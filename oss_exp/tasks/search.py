@@ -1,16 +1,17 @@
-"""Planning as a Lightning loop: the ranks share the search samples, rank 0 writes every schedule as JSON."""
+"""task=search, and planning as a Lightning loop: the ranks share the search samples, rank 0 writes every schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.call_counter import CallCounter
@@ -19,7 +20,39 @@ from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
 from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.run import Run
 from oss_exp.tasks.setting import Setting
+from oss_exp.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Search(Task):
+    """Plan every strategy of `stepsize` for every K of `num_steps`; write schedules/<strategy>_<K>.json."""
+
+    def __call__(self, cfg: DictConfig) -> None:
+        plan(Run(cfg))
+
+
+def plan(run: Run) -> None:
+    """Write the schedules of a run that are not there yet."""
+    missing = {
+        name: strategy
+        for name, strategy in run.strategies.items()
+        if not all(run.file(name, k).is_file() for k in run.num_steps)
+    }
+    if not missing:
+        return
+    module = SearchModule(
+        run.setting,
+        missing,
+        run.num_steps,
+        run.folder / "schedules",
+        run.about,
+        run.config["stepsize"],
+        run.config["offload_states"],
+        run.config["keep_calls"],
+    )
+    run.trainer.predict(module, dataloaders=run.data.predict_dataloader(), return_predictions=False)
 
 
 class SearchModule(L.LightningModule):

@@ -23,8 +23,6 @@ class Trajectories:
     """
 
     def __init__(self, count: int):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(f"evaluation.trajectories must be a number of samples, 0 for none, got {count!r}")
         self.count = count
         self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
