@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 import oss_exp
 from oss_exp import report
 from oss_exp.files import remove_unfinished, write_atomically
+from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
@@ -55,9 +56,11 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
-    if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.trainer.devices not in (1, "1"):
+    refuse_unread(cfg, CONF)
+    devices = cfg.trainer.devices if "trainer" in cfg else 1
+    if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
         raise ValueError(
-            f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep "
+            f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep "
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
     logger = get_method(cfg.task._target_)(cfg)  # a task that logs as it goes returns its logger
@@ -78,6 +81,7 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     try:
+        refuse_unknown(sys.argv[1:], CONF)
         run()
     except USER_ERRORS as error:
         if wants_traceback:

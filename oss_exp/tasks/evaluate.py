@@ -6,10 +6,11 @@ PSNR per image, and the spread: the 5 to 95 % amplitude of a sample relative to 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from oss_exp.calibration import amplitude
 from oss_exp.data.noise import HELD_OUT
-from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
+from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
@@ -37,6 +38,10 @@ from oss_exp.tasks.trajectories import Trajectories
 SHOWN = 8  # images a row in the picture of samples
 TEACHER_STEPS = 8  # of a trajectory
 KEPT_EVERY = 30  # seconds
+ABSENT = {
+    "classes": "the samples have none (data.classes)",
+    "prompts": "the model takes none (data=prompts and a model of prompts)",
+}
 
 
 class EvaluateModule(L.LightningModule):
@@ -228,36 +233,51 @@ class EvaluateModule(L.LightningModule):
         write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
 
 
-class Metrics:
-    """evaluation.metrics besides PSNR: a call makes a set of them anew, around one extractor and one reference."""
+PARTS = ("extractor", "reference", "classifier")  # what constructors of metrics may take of conf/evaluation
 
-    def __init__(self, cfg: DictConfig):
-        known = [
-            name for name in cfg if name not in ("metrics", "save_images", "trajectories", "extractor", "reference")
-        ]
-        if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
-            raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")
-        if cfg.save_images not in (None, "png", "npz"):
-            raise ValueError(f"evaluation.save_images must be null, png or npz, got {cfg.save_images!r}")
-        self.cfg = cfg
-        self.kinds = {name: get_class(cfg[name]._target_) for name in cfg.metrics if name != "psnr"}
-        self.features = {name for name, kind in self.kinds.items() if issubclass(kind, FeatureMetric)}
-        self.extractor = instantiate(cfg.extractor) if self.features or ClassAgreement in self.kinds.values() else None
-        self.reference = instantiate(cfg.reference) if self.features else None
+
+class Metrics:
+    """The metrics of conf/metric: a call makes a set of them anew, around one extractor and one reference.
+
+    inputs: of `classes` and `prompts`, those that the run's images are made for.
+    Raises ValueError where a metric needs what this run does not have.
+    """
+
+    def __init__(self, metric: DictConfig, evaluation: DictConfig, inputs: Collection[str]):
+        if evaluation.save_images not in (None, "png", "npz"):
+            raise ValueError(f"evaluation.save_images must be null, png or npz, got {evaluation.save_images!r}")
+        self.settings = metric
+        kinds = {name: get_class(each._target_) for name, each in metric.items()}
+        self.parts_of = {
+            name: [part for part in PARTS if part in inspect.signature(kind).parameters] for name, kind in kinds.items()
+        }
+        for name, kind in kinds.items():
+            if unset := OmegaConf.missing_keys(metric[name]):
+                raise ValueError(f"metric.{name}.{min(unset)} is not set")
+            if missing := [need for need in kind.needs if need not in inputs]:
+                raise ValueError(f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out")
+
+        wanted = {part for parts in self.parts_of.values() for part in parts}
+        extractor = instantiate(evaluation.extractor) if wanted else None
+        reference = instantiate(evaluation.reference) if "reference" in wanted else None
+        if "classifier" in wanted and not hasattr(extractor, "logits"):
+            name = next(name for name, parts in self.parts_of.items() if "classifier" in parts)
+            raise ValueError(
+                f"metric={name} needs a classifier, and evaluation.extractor={type(extractor).__name__} knows no "
+                "classes; choose evaluation=fashion, or leave it out"
+            )
+        self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
         self()  # what is wrong shows before any work
 
     def __call__(self) -> MetricSet:
-        made = {name: self._make(name) for name in self.kinds}
-        once = Once(self.extractor)
-        for name in self.features:
-            made[name].extractor = once
-        return MetricSet(made.values())
-
-    def _make(self, name: str) -> ImageMetric:
-        make = instantiate(self.cfg[name], _partial_=True)  # Hydra would turn a Reference, a dataclass, into a config
-        if name in self.features:
-            return make(extractor=self.extractor, reference=self.reference)
-        return make(classifier=self.extractor) if self.kinds[name] is ClassAgreement else make()
+        metrics, once = [], Once(self.parts["extractor"])
+        for name, settings in self.settings.items():
+            make = instantiate(settings, _partial_=True)  # Hydra would make a config of a Reference, a dataclass
+            metric: ImageMetric = make(**{part: self.parts[part] for part in self.parts_of[name]})
+            if "extractor" in self.parts_of[name]:
+                metric.extractor = once
+            metrics.append(metric)
+        return MetricSet(metrics)
 
 
 class Once(nn.Module):

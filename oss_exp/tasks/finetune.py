@@ -32,7 +32,7 @@ from torch.utils.data import Dataset, default_collate
 
 from oss_exp.data.noise import TRAINING
 from oss_exp.files import read_json, write_atomically
-from oss_exp.models.network import Network
+from oss_exp.models.network import Network, adaptive_norms
 from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StageParameters
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
@@ -45,23 +45,22 @@ OBJECTIVES = ("jump", "progressive", "diffusion")
 TRAINABLE = ("full", "adaln", "lora")
 LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
 CHECKED = 256  # examples that a stage is measured on before and after
-# What turns clock and condition into shifts, scales and gates, as diffusers and the public networks spell it.
-ADALN = re.compile(
-    r"adaLN_modulation|norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear|norm_out\.linear|proj_out_1"
-    r"|scale_shift_table|t_block|time_emb_proj|time_embed|timestep_embedder"
-)
 
 
 def finetune(cfg: DictConfig) -> Logger | None:
     """Train task.stage (all: one after the other, from the noise on) of the task.num_stages of a schedule."""
     task, output = cfg.task, Path(cfg.task.output)
-    _check(task)
+    _check(task, "images" in cfg)
     require_same(cfg, output, "stage", "output")
     asked = OmegaConf.to_yaml(cfg, resolve=True)
-    images = load_images(task.images) if "images" in task else None
+    images = load_images(cfg.images) if "images" in cfg else None
     run = Run(cfg)
     if not isinstance(run.setting.model, Network):
         raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
+    if task.trainable == "adaln" and not adaptive_norms(run.setting.model.backbone):
+        raise ValueError(
+            f"task.trainable=adaln: model={run.setting.model.name} names no adaptive layer norms; choose full or lora"
+        )
     if images is not None:
         _check_images(images, run.setting.model)
     if task.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
@@ -92,24 +91,24 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
     return list(starmap(range, pairwise(ends)))
 
 
-def _check(task: DictConfig) -> None:
+def _check(task: DictConfig, has_images: bool) -> None:
     require_whole(task, num_stages=2, max_steps=1, batch_size=1, save_every=1, trajectories=1)
     if task.stage != "all" and not (isinstance(task.stage, int) and 0 <= task.stage < task.num_stages):
         raise ValueError(f"task.stage must be all, or a number from 0 to {task.num_stages - 1}, got {task.stage!r}")
     for name, known in (("objective", OBJECTIVES), ("trainable", TRAINABLE)):
         if task[name] not in known:
             raise ValueError(f"task.{name} must be one of {', '.join(known)}, got {task[name]!r}")
-    if (task.objective == "diffusion") != ("images" in task):
-        wants = "takes no images" if "images" in task else "needs images: data@task.images=fashion_mnist_32, or other"
+    if (task.objective == "diffusion") != has_images:
+        wants = "takes no images" if has_images else "needs images: images=fashion_mnist_32, or other"
         raise ValueError(f"task.objective={task.objective} {wants}")
 
 
 def _check_images(images: Dataset, model: Network) -> None:
     if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"task.images has items of shape {found}, model={model.name} takes {model.image_shape}")
+        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
     if getattr(images, "captions", None) != getattr(model, "prompts", None):
         raise ValueError(
-            f"the captions of task.images are not the prompts of model={model.name}, which they number; choose images "
+            f"the captions of `images` are not the prompts of model={model.name}, which they number; choose images "
             "that belong together with data.prompts"
         )
 
@@ -220,14 +219,12 @@ def _diffusion_loss(network: Network, batch: Mapping[str, Tensor]) -> Tensor:
 def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters to train, by the names that stages are saved under; afterwards the backbone is as it was."""
     tuner = _low_rank(backbone, rank) if kind == "lora" else None
-    chosen = {}
+    chosen, adaptive = {}, adaptive_norms(backbone)
     for name, parameter in backbone.named_parameters():
-        if kind == "full" or (kind == "adaln" and ADALN.search(name)):
+        if kind == "full" or (kind == "adaln" and name in adaptive):
             chosen[name] = parameter
         elif kind == "lora" and (match := LORA.fullmatch(name)):
             chosen[f"{match['layer']}.weight{DOWN if match['part'] == 'A' else UP}"] = parameter
-    if not chosen:
-        raise ValueError(f"task.trainable={kind}: the network has no such parameters; choose full or lora")
     before = [parameter.detach().cpu().clone() for parameter in chosen.values()]
     for parameter in chosen.values():
         parameter.requires_grad_(True)

@@ -20,13 +20,13 @@ from oss_exp.tasks.fitting import loss_bar, provenance
 
 
 def fit_classifier(cfg: DictConfig) -> None:
-    """Write task.output (.safetensors and .json): trained on the train split of `data`, measured on its test split."""
+    """Write task.output (.safetensors and .json): trained on the train split, measured on the test split."""
     task, output = cfg.task, Path(cfg.task.output)
     for name, least in {"epochs": 1, "batch_size": 1, "shift": 0, "erase": 0}.items():
         if not isinstance(task[name], int) or task[name] < least:
             raise ValueError(f"task.{name} must be a whole number of at least {least}, got {task[name]!r}")
-    images, labels = pixels(call(cfg.data, split="train"))
-    test_images, test_labels = pixels(call(cfg.data, split="test"))
+    images, labels = pixels(call(cfg.images, split="train"))
+    test_images, test_labels = pixels(call(cfg.images, split="test"))
     torch.manual_seed(task.seed)
     network = FashionFeatures()
     started = time.perf_counter()

@@ -29,7 +29,7 @@ def fit_detector(cfg: DictConfig) -> None:
     for name in ("steps", "batch_size"):
         if not isinstance(task[name], int) or task[name] < 1:
             raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
-    train_set, test_set = (Wardrobe(*fashion_mnist(cfg.data.root, split, SIDE)) for split in ("train", "test"))
+    train_set, test_set = (Wardrobe(*fashion_mnist(cfg.images.root, split, SIDE)) for split in ("train", "test"))
     torch.manual_seed(task.seed)
     network = FashionDetector()
     started = time.perf_counter()

@@ -16,8 +16,8 @@ from oss_exp.tasks.fitting import versions
 
 
 def fit_mixture(cfg: DictConfig) -> None:
-    """Write task.output (.safetensors and .json) from the images that `data` loads."""
-    images, labels = call(cfg.data)
+    """Write task.output (.safetensors and .json) from the `images`."""
+    images, labels = call(cfg.images)
     task = cfg.task
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("fitting classes", total=None)
@@ -37,7 +37,7 @@ def fit_mixture(cfg: DictConfig) -> None:
     provenance = {
         "name": output.stem,
         "event_shape": list(images.shape[1:]),
-        "made_by": f"oss-exp task=fit_mixture data={task.data_name} "
+        "made_by": f"oss-exp task=fit_mixture images={task.data_name} "
         + " ".join(f"task.{key}={value}" for key, value in settings.items()),
         "data": {"name": task.data_name, "images": len(images), "sha256": data_hash},
         "versions": versions(),

@@ -1,4 +1,4 @@
-"""Train a denoiser: `model` from its initial weights, on the images or latents of `data`.
+"""Train a denoiser: `model` from its initial weights, on `images` (pictures, or latents).
 
 Training example i is a function of (seed, i) alone: image, noise, time and whether its label is dropped. So a run that
 was killed resumes exactly, and any number of ranks with the same global batch takes the same steps.
@@ -44,10 +44,10 @@ def pretrain(cfg: DictConfig) -> Logger | None:
     folder, task = Path(cfg.paths.output_dir), cfg.task
     require_whole(task, max_steps=1, save_every=1, batch_size=1)
     torch.manual_seed(task.seed)  # the initial weights, the same on every rank
-    images = load_images(cfg.data)
+    images = load_images(cfg.images)
     model = _untrained(cfg, images)
     if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.image_shape}")
+        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
     examples = Examples(images, task.seed, task.label_dropout, instantiate(task.times), task.batch_size)
     rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     module = PretrainModule(
@@ -71,10 +71,10 @@ def pretrain(cfg: DictConfig) -> Logger | None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def load_images(data: DictConfig) -> Dataset:
-    """Items (image, label), of a configuration of conf/data."""
-    images = call(data)
-    return TensorDataset(*images) if isinstance(images, tuple) else images
+def load_images(images: DictConfig) -> Dataset:
+    """Return the items (image, label) of a configuration of conf/images."""
+    items = call(images)
+    return TensorDataset(*items) if isinstance(items, tuple) else items
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _untrained(cfg: DictConfig, images: Dataset) -> Network:
     captions = getattr(images, "captions", None)
     if ("prompts" in cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
-        raise ValueError(f"model={cfg.model.name} needs images with {wants} and data has {has}; choose another data")
+        raise ValueError(f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images")
     return instantiate(cfg.model, checkpoint=UNTRAINED, **({} if captions is None else {"prompts": captions}))
 
 

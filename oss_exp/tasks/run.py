@@ -98,13 +98,15 @@ class Run:
         for name in ("offload_states", "keep_calls"):
             if not isinstance(cfg[name], bool):
                 raise ValueError(f"{name} must be true or false, got {cfg[name]!r}")
-        if cfg.run_orders not in ("searched", "fixed"):
+        if "run_orders" in cfg and cfg.run_orders not in ("searched", "fixed"):
             raise ValueError(f"run_orders must be searched or fixed, got {cfg.run_orders!r}")
         self.strategies = {name: instantiate(strategy, _convert_="all") for name, strategy in cfg.stepsize.items()}
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data: NoiseData = instantiate(cfg.data, event_shape=model.event_shape, num_classes=model.num_classes)
-        self.metrics = Metrics(cfg.evaluation)
-        self.trajectories = Trajectories(cfg.evaluation.trajectories)
+        if "metric" in cfg:  # of tasks that measure
+            inputs = {"classes": self.data.classes, "prompts": getattr(model, "prompts", None)}
+            self.metrics = Metrics(cfg.metric, cfg.evaluation, [name for name, value in inputs.items() if value])
+            self.trajectories = Trajectories(cfg.evaluation.trajectories)
         for strategy in self.strategies.values():
             strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)  # refuses a band that does not fit
         self.about = describe(self.setting, self.config)

@@ -5,7 +5,7 @@ A class of -1 stands for none; every network has one more label embedding for it
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ class UNet(nn.Module):
 
     Patches as channels make the network of small images three times as fast, as in Simple Diffusion (arXiv 2301.11093).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
 
     def __init__(self, channels: int, size: int, num_classes: int | None, patch: int, **config: Any):
         from diffusers import UNet2DModel
@@ -42,6 +44,8 @@ class UNet(nn.Module):
 
 class DiT(nn.Module):
     """diffusers.DiTTransformer2DModel (Peebles & Xie 2022, arXiv 2212.09748); `config` is its own, for `channels`."""
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("norm1.linear", "timestep_embedder", "proj_out_1")
 
     def __init__(self, channels: int, size: int, num_classes: int, patch: int, **config: Any):
         from diffusers import DiTTransformer2DModel
