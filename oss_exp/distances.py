@@ -128,6 +128,8 @@ class Inception(X0MSE):
         return replace(self, decode=partial(_decoded, model))
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        if self.decode is None:
+            raise ValueError("distance Inception looks at a model's pixels; give a Model, or use XtMSE()")
         images = self.decode(super().features(x, t, velocity))
         return self.extractor.to(images.device)(images).to(x.device)
 
@@ -166,6 +168,8 @@ class Perceptual(Distance):
         return replace(self, module=layers[self.layer])
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        if self.module is None:
+            raise ValueError("distance Perceptual looks at a model's layer; give a Model, or use XtMSE()")
         seen: list[Tensor] = []
 
         def watched(*rows: Tensor | None) -> Tensor:

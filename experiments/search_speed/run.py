@@ -95,7 +95,7 @@ def measure(name: str, threads: int, seed: int) -> dict:
 
 def held_out_psnr(model: GaussianMixture, plan: StepSchedule, grid: torch.Tensor) -> float | None:
     """Against the teacher on other noises; None for schedules that belong to the search samples."""
-    if plan.samples is not None:
+    if plan.per_sample:
         return None
     velocity, noise = model.velocity(None), noises(1_000_000, HELD_OUT, model.event_shape)
     teacher, student = (model.decode(sample(Euler(), velocity, noise, steps)) for steps in (StepSchedule(grid), plan))

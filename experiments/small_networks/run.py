@@ -19,12 +19,12 @@ from hydra.utils import instantiate
 from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, configuration, finished, keep, measure, table
+from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.noise import FlowSchedule
 from oss_exp.report.plots import samples
-from oss_exp.report.results import Result
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 

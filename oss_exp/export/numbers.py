@@ -13,7 +13,7 @@ from torch import Tensor
 from oss_exp.export.base import Exporter
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
-from oss_exp.solvers import Solver, named_solver, walk
+from oss_exp.solvers import Solver, solver_of, walk
 from oss_exp.tensors import rowwise
 
 CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
@@ -41,7 +41,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
     fitted = isinstance(steps.steps, FittedSteps)
     if solver is None and not fitted:
-        solver = _solver_of(steps)
+        solver = solver_of(steps)
     if solver is not None and solver.calibration is not None:
         raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
     weights = _from_first(steps) if fitted else _summed(steps, solver)
@@ -102,9 +102,3 @@ def _from_first(steps: StepSchedule) -> Tensor:
         weights[:, 1] /= ratio
         weights[:, 2] -= (1 - ratio) * weights[:, 1]
     return weights
-
-
-def _solver_of(steps: StepSchedule) -> Solver:
-    if not steps.about("solver") and steps.orders is not None:
-        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
-    return named_solver(steps.about("solver"))

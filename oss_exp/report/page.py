@@ -15,12 +15,13 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from oss_exp.evaluation.comparison import NOTE, Line, columns, markdown, terminal, with_gains
 from oss_exp.files import write_atomically
 from oss_exp.noise import NoiseSchedule
 from oss_exp.report import geneval, plots, web
 from oss_exp.report.records import read_amplitude, read_finetuning, read_metrics, read_training
-from oss_exp.report.results import Line, compare, read_run, read_schedules
-from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
+from oss_exp.report.results import read_run, read_schedules
+from oss_exp.report.table import stages
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks import border
 from oss_exp.tasks.task import Task
@@ -61,7 +62,7 @@ def write(folder: Path) -> None:
         made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, teacher)))
     if (folder / "metrics.json").exists():
         results = read_run(folder)
-        lines = compare(results)
+        lines = with_gains(results)
         pictures, ways = _arrays(folder / "samples.npz"), _arrays(folder / "trajectories.npz")
         made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
         if (moving := plots.animation(pictures, results)) is not None:
@@ -105,7 +106,7 @@ def gather(sweep: Path) -> None:
     runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
     if not runs:
         raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
-    lines = compare([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
+    lines = with_gains([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
     plans = [(run, name, plan) for run in runs for name, plan in read_schedules(run)]
     times_seen = Counter((name, plan.num_steps) for _, name, plan in plans)
     named = [

@@ -2,7 +2,7 @@
 
 from oss_exp.solvers.base import LinearMultistep, Solver, State, named_solver
 from oss_exp.solvers.euler import Euler
-from oss_exp.solvers.sampling import Watch, nfe, sample, trajectory, walk
+from oss_exp.solvers.sampling import Watch, nfe, sample, solver_of, trajectory, walk
 
 __all__ = [
     "Euler",
@@ -13,6 +13,7 @@ __all__ = [
     "named_solver",
     "nfe",
     "sample",
+    "solver_of",
     "trajectory",
     "walk",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oss_exp.calibration import Calibration
 from oss_exp.schedule import FittedSteps, StepSchedule, group_mean
-from oss_exp.solvers.base import LinearMultistep, Solver, State, combine
+from oss_exp.solvers.base import LinearMultistep, Solver, State, combine, named_solver
 from oss_exp.solvers.euler import Euler
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity, VelocityFn
@@ -81,6 +81,16 @@ def sample(
             watch(step, torch.cat(predictions)[-len(noise) :])  # before them: calls within the step that led here
             predictions.clear()
     return final
+
+
+def solver_of(steps: StepSchedule) -> Solver:
+    """Return the solver that the schedule was searched with, Euler where its provenance names none.
+
+    Raises ValueError where it names none of this package, or names none and its steps have orders.
+    """
+    if not steps.about("solver") and steps.orders is not None:
+        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
+    return named_solver(steps.about("solver"))
 
 
 def stepper(

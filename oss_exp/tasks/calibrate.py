@@ -19,11 +19,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.calibration import Calibration, amplitude
+from oss_exp.call_counter import CallCounter
 from oss_exp.data.noise import HELD_OUT
 from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import sample, walk
-from oss_exp.tasks.call_counter import Meter
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
@@ -100,7 +100,7 @@ class CalibrateModule(L.LightningModule):
             raise ValueError("a rank got no noises; use fewer devices or more task.samples")
         mine = sum(len(batch["index"]) for batch in self.batches)
         self.samples = int(DistributedCollective().sum(torch.tensor(mine, device=self.device)))
-        meter = Meter()
+        meter = CallCounter(show=rank_zero_only.rank == 0)
         calls = self.setting.solver.evals_per_step
         with meter.progress:
             with meter.measure("teacher", calls * (len(self.setting.grid) - 1), mine):
@@ -117,7 +117,7 @@ class CalibrateModule(L.LightningModule):
         self.trainer.strategy.barrier("the calibration is on disk")
 
     def _mean(
-        self, follow: Callable[[BoundVelocity, Batch], Points], meter: Meter
+        self, follow: Callable[[BoundVelocity, Batch], Points], meter: CallCounter
     ) -> tuple[list[float], Tensor, Tensor]:
         """follow(velocity, batch) yields the (t, x (b, *E)) of P points -> times, and low and high over all ranks.
 

@@ -1,7 +1,4 @@
-"""task=evaluate, and evaluation as a Lightning loop: the same held-out noises through the teacher and every schedule.
-
-PSNR per image, and the spread: the 5 to 95 % amplitude of a sample relative to the teacher's (below 1: it blurs).
-"""
+"""task=evaluate: the same held-out noises through the teacher and every schedule, as a Lightning loop."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from oss_exp.calibration import amplitude
 from oss_exp.data.noise import HELD_OUT
+from oss_exp.evaluation.comparison import measured, spread
 from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
-from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
@@ -244,10 +241,8 @@ class EvaluateModule(L.LightningModule):
                 {
                     **self.rows[label],
                     "nfe": nfe(self.setting.solver, steps, self.velocity),
-                    "psnr": Interval.of(value).to_dict(),
-                    "spread": Interval.of(ratio).to_dict(),
+                    **measured(index, value, ratio),
                     "metrics": self._measured(label),
-                    "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},
                 }
             )
         pictures = {}
@@ -386,9 +381,3 @@ def run(
 def slug(label: str) -> str:
     """A schedule's label as a file's name."""
     return label.replace(" K=", "_")
-
-
-def spread(x: Tensor) -> Tensor:
-    """(B, *E) -> (B,) float64, from the 5 to the 95 % quantile of each sample."""
-    low, high = amplitude(x, per_channel=False)
-    return high - low

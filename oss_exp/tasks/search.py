@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
 
+from oss_exp.call_counter import CallCounter
+from oss_exp.provenance import native_times
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
-from oss_exp.tasks.call_counter import Meter
 from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.run import Run
-from oss_exp.tasks.setting import Setting, native_times
+from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Task
 
 
@@ -85,7 +86,7 @@ class SearchModule(L.LightningModule):
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
-        meter = Meter()
+        meter = CallCounter(show=rank_zero_only.rank == 0)
         self.calls = Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
         with meter.progress:
             problems: dict[int, Problem] = {}
@@ -104,14 +105,14 @@ class SearchModule(L.LightningModule):
             self.calls.forget()
 
     @contextmanager
-    def _measured(self, name: str, calls: int, problem: Problem, meter: Meter, file: str) -> Iterator[None]:
+    def _measured(self, name: str, calls: int, problem: Problem, meter: CallCounter, file: str) -> Iterator[None]:
         """A piece of planning, its calls (so many expected a sample) counted, shown and kept."""
         size = calls * problem.noise.numel() * problem.noise.element_size()
         kept = nullcontext() if self.calls is None else self.calls.of(file, size)
         with kept, meter.measure(name, calls, len(problem.noise)):
             yield
 
-    def _problem(self, batches: list[dict[str, Tensor]], meter: Meter) -> Problem:
+    def _problem(self, batches: list[dict[str, Tensor]], meter: CallCounter) -> Problem:
         if not batches:
             raise ValueError("a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample")
         batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
@@ -136,7 +137,7 @@ class SearchModule(L.LightningModule):
     def _calls(self, strategy: StepsizeStrategy, problem: Problem) -> int:
         return strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
 
-    def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
+    def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: CallCounter) -> None:
         with self._measured(name, self._calls(strategy, problem), problem, meter, name):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
@@ -146,12 +147,6 @@ class SearchModule(L.LightningModule):
                 **self.provenance,
                 "native": native_times(self.model.path, plan.times),
                 "strategy": {"name": name, "baseline": strategy.baseline, **self.strategy_configs[name]},
-                "planning": {
-                    "for_num_steps": self.num_steps,
-                    "search_samples": samples,
-                    "network_calls_per_sample": round(rows / samples, 1),
-                    "seconds": round(meter.seconds, 2),
-                    **plan.about("planning"),
-                },
+                "planning": {**meter.cost(self.num_steps, samples, rows), **plan.about("planning")},
             }
             rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")
