@@ -28,6 +28,7 @@ from oss_exp import report
 from oss_exp.files import remove_unfinished, write_atomically
 from oss_exp.tasks import border
 from oss_exp.tasks.configuration import check_configuration
+from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
@@ -58,12 +59,14 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
-    if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.trainer.devices not in (1, "1"):
+    refuse_unread(cfg, CONF)
+    check_configuration(cfg)
+    devices = cfg.trainer.devices if "trainer" in cfg else 1
+    if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
         raise ValueError(
-            f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep "
+            f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep "
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
-    check_configuration(cfg)
     logger = border.build(cfg.task, "task", Task)(cfg)  # a task that logs as it goes returns its logger
     if rank_zero_only.rank == 0:
         report.write(folder)
@@ -75,6 +78,7 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     try:
+        refuse_unknown(sys.argv[1:], CONF)
         run()
     except USER_ERRORS as error:
         if wants_traceback:

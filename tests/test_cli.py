@@ -323,9 +323,9 @@ def test_a_report_needs_runs(refused, tmp_path):
 
 def test_fitting_needs_images(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    error = refused("task=fit_mixture", "data.root=empty", "hydra.run.dir=run")
+    error = refused("task=fit_mixture", "images.root=empty", "hydra.run.dir=run")
     assert "train-images-idx3-ubyte" in error
-    assert "data.root" in error
+    assert "images.root" in error
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -19,10 +19,10 @@ COMPARE = [*SEARCH, "stepsize=[edm,oss_shared]"]
 NETWORK = ["model=dit_fashion", "model.event_shape=[1,8,8]", "model.backbone.size=8", "model.backbone.num_layers=1"]
 NETWORK += ["model.backbone.num_attention_heads=2", "model.backbone.attention_head_dim=8"]
 TRAIN = ["task.max_steps=6", "task.save_every=2", "task.batch_size=8", "task.warmup_steps=1", "logger=none"]
-PRETRAIN = ["task=pretrain", "data=digits", "trainer.precision=32-true", *NETWORK, *TRAIN]
+PRETRAIN = ["task=pretrain", "images=digits", "trainer.precision=32-true", *NETWORK, *TRAIN]
 FINETUNE = ["task=finetune", "task.num_stages=2", "task.trajectories=8", "task.precision=32-true", *NETWORK, *TRAIN]
 FINETUNE += ["stepsize=ddim", "num_teacher_steps=10", "num_steps=[3]", "data.search_samples=2"]
-EXPORT = ["task=export", "task.to=comfyui"]
+EXPORT = ["task=export", "exporter=comfyui"]
 
 
 @pytest.fixture

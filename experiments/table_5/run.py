@@ -46,7 +46,7 @@ def cell(network: str, stages: int, cuts: str) -> dict[str, Any]:
     run = finished(name, "task=finetune", *model, *search, *training, file="finetune.json")
     schedule = [f"task.schedule={run / 'stages' / 'schedule.json'}", "data.batch_size=100"]
     few = [f"num_teacher_steps={stages}", f"num_steps=[{stages}]"]
-    images = [f"data.eval_samples={count}", *few, "evaluation.metrics=[fid,class_agreement]"]
+    images = [f"data.eval_samples={count}", *few, "metric=[fid,class_agreement]"]
     records = json.loads((run / "finetune.json").read_text())["stages"]
     found: dict[str, Any] = {"stages": records, "n": count, "steps": steps}
     for when, more in (("before", []), ("after", [f"stages={run / 'stages'}"])):

@@ -18,7 +18,7 @@ from oss_exp.tasks.fit_detector import ceiling
 
 def main() -> None:
     torch.set_grad_enabled(False)
-    root = configuration("data=fashion_scenes").data.root
+    root = configuration("task=fit_detector").images.root
     rows = {}
     for split in ("train", "test"):
         wardrobe = Wardrobe(*fashion_mnist(root, split, SIDE))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from oss_exp.data.images import Split, fashion_mnist
-from oss_exp.geneval.detectors import COLOURS, GARMENTS
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 FRAMES, SIDE = 8, 32
 MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor

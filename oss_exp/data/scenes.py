@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oss_exp.data.captioned import COLOURS, GARMENTS, CaptionedImages
+from oss_exp.data.captioned import CaptionedImages
 from oss_exp.data.images import Split
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import TASKS, Rules, relative_position
 
 CANVAS = 64

@@ -2,6 +2,7 @@
 
 Every metric is a `torchmetrics.Metric` with one interface: `update(images, teacher, labels)` with each sample once,
 then `compute()` -> {name: number}. The first three compare with statistics of real images (`statistics.Reference`).
+Those that take `extractor`, `reference` or `classifier` are given the evaluation's, by the name of the argument.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ class ImageMetric(Metric):
     """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class.
 
     prompts (B): those of a model that takes prompts.
+    needs: of `classes` and `prompts`, those that every image must have been made for.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     full_state_update = False
 
@@ -229,6 +233,7 @@ class ClassAgreement(MeanMetric):
     """
 
     name = "class_agreement"
+    needs = ("classes",)
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -288,13 +293,14 @@ class CLIPScore(MeanMetric):
     """
 
     name = "clip_score"
+    needs = ("prompts",)
 
     def __init__(self, checkpoint: str):
         super().__init__()
-        self.clip = CLIP(checkpoint, "evaluation.clip_score.checkpoint")
+        self.clip = CLIP(checkpoint, "metric.clip_score.checkpoint")
 
     def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
         if prompts is None:
-            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of evaluation.metrics")
+            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of metric")
         cosines = (self.clip.images(list(as_rgb(images))) * self.clip.texts(prompts)).sum(1)
         return 100 * cosines.clamp(min=0)

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oss_exp.export.base import Exporter
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Solver, solver_of, walk
 from oss_exp.tensors import rowwise
+
+CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
+
+
+@dataclass(frozen=True)
+class OSSSchedulerFile(Exporter):
+    """What `OSSScheduler.from_schedule` reads, and beside it the one file of code that it is in."""
+
+    def write(self, steps: StepSchedule, path: Path) -> str:
+        save_in_numbers(steps, path)
+        write_atomically(path.with_name(CODE.name), CODE.read_text())
+        return (
+            f'from oss_scheduler import OSSScheduler\nOSSScheduler.from_schedule("{path.name}", pipe.scheduler.config)'
+        )
 
 
 def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, Any]:

@@ -70,22 +70,6 @@ def sigma_text(sigmas: Sequence[float]) -> str:
     return ", ".join(np.format_float_positional(sigma, trim="0") for sigma in sigmas)
 
 
-def comfyui_nodes(sigmas: Sequence[float]) -> dict[str, Any]:
-    """ComfyUI's API format: the sigmas, and the sampler that they are for."""
-    return {
-        "sigmas": {"class_type": "ManualSigmas", "inputs": {"sigmas": sigma_text(sigmas)}},
-        "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
-    }
-
-
-def webui_text(sigmas: Sequence[float]) -> str:
-    """For the field "custom" of the extension webUI_ExtraSchedulers; AUTOMATIC1111 and Forge alone take no list.
-
-    It stretches a list from 1 to 0 to the model's own range: a first 1 is written as a little less.
-    """
-    return f"[{sigma_text([min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0], *sigmas[1:]])}]"
-
-
 class ManualSigmas(Record):
     """A node of this kind in ComfyUI's API format."""
 

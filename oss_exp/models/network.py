@@ -117,6 +117,16 @@ class Network(Model):
         self.backbone.load_state_dict(tensors)
 
 
+def adaptive_norms(backbone: nn.Module) -> list[str]:
+    """Return the names of the parameters that turn clock and condition into shifts, scales and gates.
+
+    A backbone that has such names their layers in its class attribute `adaptive_norms`, such as ("norm1.linear",).
+    """
+    layers = getattr(backbone, "adaptive_norms", ())
+    names = [name for name, _ in backbone.named_parameters()]
+    return [name for name in names if any(f".{layer}." in f".{name}." for layer in layers)]
+
+
 def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
     """The name of a model at one of its sizes; ValueError where it has no such one."""
     require_choice(sizes, size=size)

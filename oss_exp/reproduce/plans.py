@@ -212,10 +212,8 @@ def table_5(paper: Paper, small: bool) -> Plan:
         length = ["task.max_steps=100", "task.save_every=50", "task.trajectories=512"] if small else []
         trained = Cell.of("task=finetune", *base, f"stepsize={strategy}", f"task.num_stages={stages}", *length)
         images = ["data.eval_samples=2000", "data.batch_size=100"]
-        images = (
-            images if small else ["data.eval_samples=50000", "evaluation.fid.num_images=50000", "evaluation=inception"]
-        )
-        few = ["evaluation.metrics=[fid]", f"num_steps=[{stages}]", f"num_teacher_steps={stages}"]  # nobody looks at it
+        images = images if small else ["data.eval_samples=50000", "metric.fid.num_images=50000", "evaluation=inception"]
+        few = ["metric=[fid]", f"num_steps=[{stages}]", f"num_teacher_steps={stages}"]  # nobody looks at it
         parts = [f"stages={PARENT}/stages"] if row["trained"] else []
         file = f"task.schedule={PARENT}/stages/schedule.json"
         measured = Cell.of("task=evaluate", *base, file, *parts, *images, *few, parent=trained)

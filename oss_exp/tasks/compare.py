@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from oss_exp.tasks.evaluate import Metrics, plan_and_measure
+from oss_exp.tasks.evaluate import metrics_of, plan_and_measure
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.task import Task
 
@@ -16,4 +16,5 @@ class Compare(Task):
     """Plan every strategy of `stepsize` for every K of `num_steps`, then measure all schedules against the teacher."""
 
     def __call__(self, cfg: DictConfig) -> None:
-        plan_and_measure(Run(cfg), Metrics(cfg.evaluation))
+        run = Run(cfg)
+        plan_and_measure(run, metrics_of(run))

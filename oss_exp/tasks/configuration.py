@@ -9,7 +9,9 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from oss_exp.data.noise import NoiseData
 from oss_exp.distances import Distance
+from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.models.base import Model
 from oss_exp.noise import NoiseSchedule
 from oss_exp.solvers import Solver
@@ -21,7 +23,6 @@ from oss_exp.tasks.task import Count, Task, Whole
 class Evaluation(TypedDict):
     """What is measured besides PSNR, and what is saved."""
 
-    metrics: list[str]
     save_images: Literal["png", "npz"] | None
     trajectories: Whole
 
@@ -34,14 +35,16 @@ class Paths(TypedDict):
 
 
 class Configuration(TypedDict):
-    """A composed configuration; tasks and experiments may add keys."""
+    """A composed configuration: each task has those of these keys that it reads, and may have more."""
 
     model: Model
     noise_schedule: NoiseSchedule
     solver: Solver
     distance: Distance
     stepsize: Mapping[str, StepsizeStrategy]
-    data: Any
+    data: NoiseData
+    images: Any
+    metric: Mapping[str, ImageMetric]
     evaluation: Evaluation
     trainer: L.Trainer
     logger: Logger | None

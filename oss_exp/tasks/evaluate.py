@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.comparison import measured, spread
-from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
+from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
@@ -39,6 +40,10 @@ from oss_exp.tasks.trajectories import Recorder, Trajectories
 SHOWN = 8  # images a row in the picture of samples
 TEACHER_STEPS = 8  # of a trajectory
 KEPT_EVERY = 30  # seconds
+ABSENT = {
+    "classes": "the samples have none (data.classes)",
+    "prompts": "the model takes none (data=prompts and a model of prompts)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,8 @@ class Evaluate(Task):
     allow_other_model: bool = False
 
     def __call__(self, cfg: DictConfig) -> None:
-        run, metrics = Run(cfg), Metrics(cfg.evaluation)
+        run = Run(cfg)
+        metrics = metrics_of(run)
         if self.schedule is None:
             plan_and_measure(run, metrics)
             return
@@ -61,6 +67,12 @@ class Evaluate(Task):
         check_fits(run, path, steps, self.allow_other_model)
         measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
         rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
+
+
+def metrics_of(run: Run) -> Metrics:
+    """Return what the configuration of a run measures with."""
+    inputs = {"classes": run.data.classes, "prompts": getattr(run.setting.model, "prompts", None)}
+    return Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value])
 
 
 def plan_and_measure(run: Run, metrics: Metrics) -> None:
@@ -278,37 +290,47 @@ class EvaluateModule(L.LightningModule):
         write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
 
 
-class Metrics:
-    """evaluation.metrics besides PSNR: a call makes a set of them anew, around one extractor and one reference."""
+PARTS = ("extractor", "reference", "classifier")  # what constructors of metrics may take of conf/evaluation
 
-    def __init__(self, cfg: DictConfig):
-        known = [
-            name for name in cfg if name not in ("metrics", "save_images", "trajectories", "extractor", "reference")
-        ]
-        if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
-            raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")
-        self.cfg = cfg
-        self.kinds = {name: border.class_of(cfg[name], f"evaluation.{name}") for name in cfg.metrics if name != "psnr"}
-        self.features = {name for name, kind in self.kinds.items() if issubclass(kind, FeatureMetric)}
-        needs_extractor = self.features or ClassAgreement in self.kinds.values()
-        self.extractor = border.build(cfg.extractor, "evaluation.extractor", nn.Module) if needs_extractor else None
-        self.reference = border.build(cfg.reference, "evaluation.reference") if self.features else None
+
+class Metrics:
+    """The metrics of conf/metric: a call makes a set of them anew, around one extractor and one reference.
+
+    inputs: of `classes` and `prompts`, those that the run's images are made for.
+    Raises ValueError where a metric needs what this run does not have.
+    """
+
+    def __init__(self, metric: DictConfig, evaluation: DictConfig, inputs: Collection[str]):
+        self.settings = metric
+        kinds = {name: border.class_of(each, f"metric.{name}") for name, each in metric.items()}
+        self.parts_of = {
+            name: [part for part in PARTS if part in inspect.signature(kind).parameters] for name, kind in kinds.items()
+        }
+        for name, kind in kinds.items():
+            if missing := [need for need in kind.needs if need not in inputs]:
+                raise ValueError(f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out")
+
+        wanted = {part for parts in self.parts_of.values() for part in parts}
+        extractor = border.build(evaluation.extractor, "evaluation.extractor", nn.Module) if wanted else None
+        reference = border.build(evaluation.reference, "evaluation.reference") if "reference" in wanted else None
+        if "classifier" in wanted and not hasattr(extractor, "logits"):
+            name = next(name for name, parts in self.parts_of.items() if "classifier" in parts)
+            raise ValueError(
+                f"metric={name} needs a classifier, and evaluation.extractor={type(extractor).__name__} knows no "
+                "classes; choose evaluation=fashion, or leave it out"
+            )
+        self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
         self()  # what is wrong shows before any work
 
     def __call__(self) -> MetricSet:
-        made = {name: self._make(name) for name in self.kinds}
-        once = Once(self.extractor)
-        for name in self.features:
-            made[name].extractor = once
-        return MetricSet(made.values())
-
-    def _make(self, name: str) -> ImageMetric:
-        more = {}
-        if name in self.features:
-            more = {"extractor": self.extractor, "reference": self.reference}
-        elif self.kinds[name] is ClassAgreement:
-            more = {"classifier": self.extractor}
-        return border.build(self.cfg[name], f"evaluation.{name}", ImageMetric, **more)
+        metrics, once = [], Once(self.parts["extractor"])
+        for name, settings in self.settings.items():
+            parts = {part: self.parts[part] for part in self.parts_of[name]}
+            metric: ImageMetric = border.build(settings, f"metric.{name}", ImageMetric, **parts)
+            if "extractor" in self.parts_of[name]:
+                metric.extractor = once
+            metrics.append(metric)
+        return MetricSet(metrics)
 
 
 class Once(nn.Module):

@@ -31,14 +31,14 @@ from torch.utils.data import Dataset, default_collate
 
 from oss_exp.data.noise import TRAINING
 from oss_exp.files import TABLE_LIMIT, load_record, write_atomically
-from oss_exp.models.network import Network
+from oss_exp.models.network import Network, adaptive_norms
 from oss_exp.models.stages import BASE, DOWN, UP, FinetuneRecord, Staged, StageFolder, StageParameters, StageRecord
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
 from oss_exp.tasks.compatibility import check_fits, require_same
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
-from oss_exp.tasks.pretrain import Examples, Times, as_dataset
+from oss_exp.tasks.pretrain import Examples, Times, load_images
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.task import Count, Positive, Share, Whole
@@ -46,22 +46,16 @@ from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origi
 
 LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
 CHECKED = 256  # examples that a stage is measured on before and after
-# What turns clock and condition into shifts, scales and gates, as diffusers and the public networks spell it.
-ADALN = re.compile(
-    r"adaLN_modulation|norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear|norm_out\.linear|proj_out_1"
-    r"|scale_shift_table|t_block|time_emb_proj|time_embed|timestep_embedder"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(TrainingTask):
     """Train `stage` (all: one after the other, from the noise on) of the `num_stages` of a schedule.
 
-    images: what objective=diffusion learns from. schedule: a step schedule's file; null: plan the one `stepsize` for
-    the one K of num_steps. stage: from 0, the noisiest, on. trajectories: of the teacher, to learn jumps from.
+    schedule: a step schedule's file; null: plan the one `stepsize` for the one K of num_steps. stage: from 0, the
+    noisiest, on. trajectories: of the teacher, to learn jumps from.
     """
 
-    images: Dataset | tuple[Tensor, Tensor] | None = None
     schedule: str | None = None
     allow_other_model: bool = False
     num_stages: Annotated[int, Ge(2)] = 5
@@ -81,20 +75,23 @@ class Finetune(TrainingTask):
     def __post_init__(self) -> None:
         if self.stage != "all" and self.stage >= self.num_stages:
             raise ValueError(f"task.stage must be all, or a number from 0 to {self.num_stages - 1}, got {self.stage}")
-        if (self.objective == "diffusion") != (self.images is not None):
-            needs = "needs images: data@task.images=fashion_mnist_32, or other"
-            raise ValueError(
-                f"task.objective={self.objective} {'takes no images' if self.images is not None else needs}"
-            )
 
     def __call__(self, cfg: DictConfig) -> Logger | None:
         output = Path(self.output)
+        if (self.objective == "diffusion") != ("images" in cfg):
+            wants = "takes no images" if "images" in cfg else "needs images: images=fashion_mnist_32, or other"
+            raise ValueError(f"task.objective={self.objective} {wants}")
         require_same(cfg, output, "stage", "output")
         asked = OmegaConf.to_yaml(cfg, resolve=True)
-        images = None if self.images is None else as_dataset(self.images)
+        images = load_images(cfg.images) if "images" in cfg else None
         run = Run(cfg)
         if not isinstance(run.setting.model, Network):
             raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
+        if self.trainable == "adaln" and not adaptive_norms(run.setting.model.backbone):
+            raise ValueError(
+                f"task.trainable=adaln: model={run.setting.model.name} names no adaptive layer norms; choose full or "
+                "lora"
+            )
         if images is not None:
             _check_images(images, run.setting.model)
         if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
@@ -127,10 +124,10 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
 
 def _check_images(images: Dataset, model: Network) -> None:
     if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"task.images has items of shape {found}, model={model.name} takes {model.image_shape}")
+        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
     if getattr(images, "captions", None) != getattr(model, "prompts", None):
         raise ValueError(
-            f"the captions of task.images are not the prompts of model={model.name}, which they number; choose images "
+            f"the captions of `images` are not the prompts of model={model.name}, which they number; choose images "
             "that belong together with data.prompts"
         )
 
@@ -241,14 +238,12 @@ def _diffusion_loss(network: Network, batch: Mapping[str, Tensor]) -> Tensor:
 def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters to train, by the names that stages are saved under; afterwards the backbone is as it was."""
     tuner = _low_rank(backbone, rank) if kind == "lora" else None
-    chosen = {}
+    chosen, adaptive = {}, adaptive_norms(backbone)
     for name, parameter in backbone.named_parameters():
-        if kind == "full" or (kind == "adaln" and ADALN.search(name)):
+        if kind == "full" or (kind == "adaln" and name in adaptive):
             chosen[name] = parameter
         elif kind == "lora" and (match := LORA.fullmatch(name)):
             chosen[f"{match['layer']}.weight{DOWN if match['part'] == 'A' else UP}"] = parameter
-    if not chosen:
-        raise ValueError(f"task.trainable={kind}: the network has no such parameters; choose full or lora")
     before = [parameter.detach().cpu().clone() for parameter in chosen.values()]
     for parameter in chosen.values():
         parameter.requires_grad_(True)

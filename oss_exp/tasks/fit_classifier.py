@@ -23,7 +23,7 @@ from oss_exp.tasks.task import Amount, Count, Positive, Task, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class FitClassifier(Task):
-    """Write `output` (.safetensors and .json): trained on the train split of `data`, measured on its test split.
+    """Write `output` (.safetensors and .json): trained on the train split, measured on the test split.
 
     shift: pixels, at most, up, down or sideways; erase: side of the black square in every second image.
     """
@@ -38,8 +38,8 @@ class FitClassifier(Task):
     seed: Whole = 0
 
     def __call__(self, cfg: DictConfig) -> None:
-        images, labels = pixels(border.build(cfg.data, "data", split="train"))
-        test_images, test_labels = pixels(border.build(cfg.data, "data", split="test"))
+        images, labels = pixels(border.build(cfg.images, "images", split="train"))
+        test_images, test_labels = pixels(border.build(cfg.images, "images", split="test"))
         torch.manual_seed(self.seed)
         network = FashionFeatures()
         started = time.perf_counter()

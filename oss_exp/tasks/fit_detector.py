@@ -36,7 +36,7 @@ class FitDetector(Task):
     seed: Whole = 0
 
     def __call__(self, cfg: DictConfig) -> None:
-        train_set, test_set = (Wardrobe(*fashion_mnist(cfg.data.root, split, SIDE)) for split in ("train", "test"))
+        train_set, test_set = (Wardrobe(*fashion_mnist(cfg.images.root, split, SIDE)) for split in ("train", "test"))
         torch.manual_seed(self.seed)
         network = FashionDetector()
         started = time.perf_counter()

@@ -19,7 +19,7 @@ from oss_exp.tasks.task import Count, Positive, Task, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class FitMixture(Task):
-    """Write `output` (.safetensors and .json) from the images that `data` loads.
+    """Write `output` (.safetensors and .json) from the `images`.
 
     clusters: of a class; rank: of each component's covariance; floor: variance in every other direction.
     """
@@ -33,7 +33,7 @@ class FitMixture(Task):
     iterations: Whole = 10
 
     def __call__(self, cfg: DictConfig) -> None:
-        images, labels = border.build(cfg.data, "data")
+        images, labels = border.build(cfg.images, "images")
         settings = {key: getattr(self, key) for key in ("clusters", "rank", "floor", "seed", "iterations")}
         with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task("fitting classes", total=None)
@@ -48,7 +48,7 @@ class FitMixture(Task):
         provenance = {
             "name": output.stem,
             "event_shape": list(images.shape[1:]),
-            "made_by": f"oss-exp task=fit_mixture data={self.data_name} "
+            "made_by": f"oss-exp task=fit_mixture images={self.data_name} "
             + " ".join(f"task.{key}={value}" for key, value in settings.items()),
             "data": {"name": self.data_name, "images": len(images), "sha256": data_hash},
             "versions": versions(),

@@ -1,4 +1,4 @@
-"""Train a denoiser: `model` from its initial weights, on the images or latents of `data`.
+"""Train a denoiser: `model` from its initial weights, on `images` (pictures, or latents).
 
 Training example i is a function of (seed, i) alone: image, noise, time and whether its label is dropped. So a run that
 was killed resumes exactly, and any number of ranks with the same global batch takes the same steps.
@@ -176,10 +176,10 @@ class Pretrain(TrainingTask):
     def __call__(self, cfg: DictConfig) -> Logger | None:
         folder = Path(cfg.paths.output_dir)
         torch.manual_seed(self.seed)  # the initial weights, the same on every rank
-        images = as_dataset(border.build(cfg.data, "data"))
+        images = load_images(cfg.images)
         model = _untrained(cfg, images)
         if (found := tuple(images[0][0].shape)) != model.image_shape:
-            raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.image_shape}")
+            raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
         examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
         rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         module = PretrainModule(
@@ -198,9 +198,10 @@ class Pretrain(TrainingTask):
         return logger
 
 
-def as_dataset(images: tuple[Tensor, Tensor] | Dataset) -> Dataset:
-    """Items (image, label), of what an option of conf/data makes."""
-    return TensorDataset(*images) if isinstance(images, tuple) else images
+def load_images(images: DictConfig) -> Dataset:
+    """Return the items (image, label) of a configuration of conf/images."""
+    items = border.build(images, "images")
+    return TensorDataset(*items) if isinstance(items, tuple) else items
 
 
 def _untrained(cfg: DictConfig, images: Dataset) -> Network:
@@ -211,7 +212,7 @@ def _untrained(cfg: DictConfig, images: Dataset) -> Network:
     captions = getattr(images, "captions", None)
     if ("prompts" in cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
-        raise ValueError(f"model={cfg.model.name} needs images with {wants} and data has {has}; choose another data")
+        raise ValueError(f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images")
     more = {} if captions is None else {"prompts": captions}
     return border.build(cfg.model, "model", Network, checkpoint=UNTRAINED, **more)
 

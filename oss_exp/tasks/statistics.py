@@ -1,4 +1,4 @@
-"""Statistics of real images, for FID, KID, precision and recall: from the images of `data`, once."""
+"""Statistics of real images, for FID, KID, precision and recall: from `images`, once."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from oss_exp.evaluation.statistics import write_statistics
 from oss_exp.tasks import border
+from oss_exp.tasks.pretrain import load_images
 from oss_exp.tasks.task import Count, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics(Task):
-    """Write `output` (.npz): what evaluation.extractor sees in the images of `data`."""
+    """Write `output` (.npz): what evaluation.extractor sees in the `images`."""
 
     output: str = "fashion_mnist_test.npz"
     batch_size: Count = 256
 
     def __call__(self, cfg: DictConfig) -> None:
-        images = border.build(cfg.data, "data")
-        images = TensorDataset(*images) if isinstance(images, tuple) else images
+        images = load_images(cfg.images)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         extractor = border.build(cfg.evaluation.extractor, "evaluation.extractor", nn.Module).to(device)
         batches = DataLoader(images, self.batch_size)

@@ -21,19 +21,18 @@ from hydra.utils import instantiate
 
 from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
+from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import diffusers_arguments, diffusers_sigmas
 from oss_exp.export.sigmas import (
-    comfyui_nodes,
     flow_sigmas,
     from_flow_sigmas,
     from_ratio_sigmas,
     ratio_sigmas,
     read_sigmas,
     sigma_text,
-    webui_text,
 )
-from oss_exp.models.families.flux import flux_shift
-from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, scaled_linear_betas
+from oss_exp.export.webui import webui_text
+from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
 from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, sample

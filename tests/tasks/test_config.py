@@ -8,16 +8,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from oss_exp.cli import CONF
+from oss_exp.evaluation.metrics import ImageMetric
+from oss_exp.export.base import Exporter
 from oss_exp.tasks.evaluate import Metrics
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
 TO_BE_TRAINED = {"video_fashion"}  # by task=pretrain; their weights are not shipped yet
 OPTIONS = [
-    (group.name, file.stem) for group in GROUPS if group.name != "experiment" for file in sorted(group.glob("*.yaml"))
+    (group.name, file.stem)
+    for group in GROUPS
+    if group.name not in ("experiment", "base")  # composed below, and by the tasks
+    for file in sorted(group.glob("*.yaml"))
 ]
 
 
@@ -35,16 +41,18 @@ def config(*overrides: str):
 
 def test_there_are_the_groups_that_the_design_names():
     names = {group.name for group in GROUPS}
-    expected = "task model noise_schedule solver distance stepsize data trainer logger paths hydra"
-    assert names >= set(expected.split())
+    expected = "task exporter model noise_schedule solver distance stepsize data images metric trainer logger paths"
+    assert names >= {*expected.split(), "hydra"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    added = "+" if group == "detector" else ""  # other groups have a place in every configuration
-    cfg = config(f"{added}{group}={option}", *(["sweep=x"] if option == "report" else []))
+    # Options of most groups have a place in the main job.
+    needed = {"images": ["task=statistics"], "exporter": ["task=export"]}.get(group, [])
+    needed += {"report": ["sweep=x"], "export": ["exporter=comfyui"]}.get(option, [])
+    cfg = config(*needed, f"{'+' if group == 'detector' else ''}{group}={option}")
     if group == "task":
         assert callable(get_method(cfg.task._target_))
     elif group == "stepsize":
@@ -79,10 +87,17 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert config("task=reproduce", f"scale={option}").task.scale == option
     elif group == "scale":
         assert config("model=dit_xl_2_256", f"scale={option}").model.size == option
-    elif group == "data" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
+    elif group == "images" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
         place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
         with pytest.raises(InstantiationException, match="absent"):
-            instantiate(cfg.data, **place)
+            instantiate(cfg.images, **place)
+    elif group == "exporter":
+        exporter = instantiate(cfg.task.exporter)
+        assert isinstance(exporter, Exporter)
+        assert exporter == type(exporter)()  # its defaults are the yaml's
+        assert cfg.task.output == f"out/{option}.json"
+    elif group == "metric":
+        assert issubclass(get_class(cfg.metric[option]._target_), ImageMetric)
     elif (group, option) in (("trainer", "gpu"), ("trainer", "fsdp")) and not torch.cuda.is_available():
         with pytest.raises(InstantiationException, match="No supported gpu"):
             instantiate(cfg.trainer)
@@ -90,12 +105,12 @@ def test_option(group, option, tmp_path, monkeypatch):
         with pytest.raises(InstantiationException, match=r"Inception weights .* do not exist"):
             instantiate(cfg.distance, extractor={"weights": "w.pth"})
     elif group == "evaluation":
-        cfg.evaluation.metrics = ["psnr", "fid", "kid", "precision_recall", "class_agreement"]
+        cfg = config(f"evaluation={option}", "metric=[fid,kid,precision_recall,class_agreement]")
         if option == "fashion":
-            assert len(Metrics(cfg.evaluation)()) == 4
+            assert len(Metrics(cfg.metric, cfg.evaluation, ["classes"])()) == 4
         else:  # with weights: tests/evaluation
             with pytest.raises(MissingMandatoryValue, match="weights"):
-                Metrics(cfg.evaluation)
+                Metrics(cfg.metric, cfg.evaluation, ["classes"])
     elif group in ("paths", "hydra"):
         assert cfg.hydra.run.dir
     else:
@@ -113,6 +128,51 @@ def test_stepsize_takes_one_or_several():
     assert set(config("stepsize=[edm,oss_shared]").stepsize) == {"edm", "oss_shared"}
     assert list(config("task=search").stepsize) == ["oss_shared"]
     assert list(config("task=search", "stepsize=oss_ave").stepsize) == ["oss_ave"]
+
+
+COMMON = {
+    "oss": {"start": "free", "refine": False, "chunk": 16, "max_order": None},
+    "oss_ave": {"start": "free", "refine": False, "aggregate": "median", "chunk": 16, "max_order": None},
+    "oss_shared": {"start": "analytic", "refine": True, "objective": "log_mean", "max_order": None},
+    "oss_fit": {"start": "analytic", "refine": True, "objective": "log_mean", "history": 3, "ridge": 1e-6},
+}
+
+
+def test_searches_share_a_yaml_and_keep_their_own_options():
+    cfg = config(f"stepsize=[{','.join(COMMON)}]")
+    assert list(cfg.stepsize) == list(COMMON)
+    for name, options in COMMON.items():
+        found = OmegaConf.to_container(cfg.stepsize[name])
+        assert found.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
+        assert found == {"band": None, **options}
+
+
+def test_metrics_are_chosen_as_strategies_are():
+    assert config().metric == {}
+    assert list(config("metric=fid").metric) == ["fid"]
+    cfg = config("metric=[fid,kid]", "metric.fid.num_images=50", "experiment=table_2")
+    assert list(cfg.metric) == ["fid", "kid"]
+    assert cfg.metric.fid.num_images == 50
+
+
+def test_a_task_has_the_groups_that_it_reads_and_no_others():
+    groups = {group.name for group in GROUPS} - {"task", "logger", "paths", "hydra"}
+    planning = {"model", "noise_schedule", "solver", "distance", "stepsize", "data", "trainer"}
+    expected = {
+        "compare": {*planning, "evaluation", "metric"},
+        "search": planning,
+        "finetune": planning,
+        "pretrain": {"model", "images", "trainer"},
+        "statistics": {"images", "evaluation"},
+        "fit_mixture": {"images"},
+        "convert": {"model"},
+        "import_sigmas": set(),
+        "report": set(),
+        "reproduce": set(),
+    }
+    for task, names in expected.items():
+        cfg = config(f"task={task}", *(["sweep=x"] if task == "report" else []))
+        assert groups & set(cfg) == names, task
 
 
 def test_every_yaml_explains_itself():

@@ -6,6 +6,7 @@ A class of -1 stands for none; every network has one more label embedding for it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ class UNet(nn.Module):
 
     Patches as channels make the network of small images three times as fast, as in Simple Diffusion (arXiv 2301.11093).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
 
     def __init__(
         self,
@@ -63,6 +66,8 @@ class UNet(nn.Module):
 
 class DiT(nn.Module):
     """diffusers.DiTTransformer2DModel (Peebles & Xie 2022, arXiv 2212.09748); arguments after `patch` are its own."""
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("norm1.linear", "timestep_embedder", "proj_out_1")
 
     def __init__(
         self,

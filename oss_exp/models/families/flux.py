@@ -6,9 +6,8 @@ has none. A condition is a prompt's number: CLIP's pooled vector and T5's text. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +37,7 @@ PARTS = {
     "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
     "vae": ("AutoencoderKL",),
 }
-MOST_TOKENS = 256**2  # far above, the shift leaves nothing but noise
 PATCH = 16  # pixels a side of what a token stands for: 8 of a latent, 2 x 2 latents
-
-
-def flux_shift(height: int = 1024, width: int = 1024) -> float:
-    """`FlowSchedule`'s shift for pictures of so many pixels: exp(mu), mu linear in their tokens.
-
-    From 0.5 at 256 tokens to 1.15 at 4096, as dev's scheduler; 1024 x 1024: 3.158.
-    """
-    require_multiples(PATCH, height=height, width=width)
-    tokens = height // PATCH * (width // PATCH)
-    if tokens > MOST_TOKENS:
-        raise ValueError(f"height and width must be at most those of 4096 x 4096 pixels, got {height} x {width}")
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 class Flux(Prompted):
@@ -128,6 +114,14 @@ class PromptedFlux(PromptedBackbone):
 
     A token is patch x patch latents of all channels. tables: `pooled` (P + 1, D) and `text` (P + 1, L, D).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = (
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
+        "norm_out.linear",
+        "timestep_embedder",
+    )
 
     def __init__(self, network: nn.Module, guidance: float | None, patch: int, **tables: Tensor):
         super().__init__(network, **tables)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -94,6 +94,8 @@ class MARNetwork(nn.Module):
     Called, it is the head: x (M, n, D), clock (M,), contexts (M, n, E) -> eps (M, n, D).
     buffer_size: S, class tokens in front. diffloss_d, diffloss_w: depth and width of the head.
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("adaLN_modulation", "time_embed")
 
     FILES = ("checkpoint-last.pth",)
 

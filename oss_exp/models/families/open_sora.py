@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,8 @@ class PromptedSTDiT3(nn.Module):
     The null prompt is a learned encoding of which as many tokens are read as prompt p has, in training and sampling.
     text (P, L, D), mask (P, L): encodings of all prompts, and which tokens are theirs.
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("scale_shift_table", "t_block")
 
     def __init__(self, network: STDiT3, text: Tensor, mask: Tensor, fps: float, image_size: float):
         super().__init__()

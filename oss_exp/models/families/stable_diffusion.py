@@ -8,7 +8,7 @@ Legend: M rows, *E event dims, P prompts, L tokens, D features; t (M,) float64.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class PromptedUNet(PromptedBackbone):
 
     table: encodings (P + 1, L, D).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         return self.network(x, clock, encoder_hidden_states=self.table[prompts]).sample

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -103,6 +103,8 @@ class PromptedWan(PromptedBackbone):
 
     text: encodings (P + 1, L, D).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("scale_shift_table", "time_embedder")
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         return self.network(x.to(self.text), clock, encoder_hidden_states=self.text[prompts]).sample

@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
-from oss_exp.models.families.flux import Flux, flux_shift
+from oss_exp.models.families.flux import Flux
 from oss_exp.models.text.encoders import clip_bytes
-from oss_exp.noise import FlowSchedule
+from oss_exp.noise import FlowSchedule, flux_shift
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import Problem
