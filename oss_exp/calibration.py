@@ -12,15 +12,38 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, JsonValue, field_validator
 from torch import Tensor
 
-from oss_exp.files import read_record, write_atomically
+from oss_exp.files import TABLE_LIMIT, Numbers, Record, load_record, write_atomically
 
 LOW, HIGH = 0.05, 0.95
 FORMAT, VERSION = "oss_exp/calibration", 1
+
+
+class CalibrationRecord(Record):
+    """The file of a `Calibration`, whose words these are. quantiles: what low and high are, LOW and HIGH."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["oss_exp/calibration"]
+    version: Literal[1]
+    quantiles: tuple[float, float]
+    last_step_only: bool
+    times: Numbers
+    low: Numbers | list[Numbers]
+    high: Numbers | list[Numbers]
+    provenance: dict[str, JsonValue]
+
+    @field_validator("quantiles")
+    @classmethod
+    def _of_this_program(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value != (LOW, HIGH):
+            raise ValueError(f"must be {[LOW, HIGH]}, got {list(value)}")
+        return value
 
 
 def amplitude(x: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -163,17 +186,10 @@ class Calibration:
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote. FileNotFoundError or ValueError names the file, the fault and the remedy."""
         path = Path(path)
-        remedy = "; make one with oss-exp task=calibrate"
-        record = read_record(path, "calibration", FORMAT, VERSION, remedy)
+        remedy = "make one with oss-exp task=calibrate"
+        record = load_record(path, CalibrationRecord, "calibration", remedy, TABLE_LIMIT)
         try:
-            if record["quantiles"] != [LOW, HIGH]:
-                raise ValueError(f"quantiles must be {[LOW, HIGH]}, got {record['quantiles']}")
-            if not isinstance(record["last_step_only"], bool) or not isinstance(record["provenance"], dict):
-                raise ValueError("last_step_only must be true or false, and provenance an object")
-            tables = {key: torch.tensor(record[key], dtype=torch.float64) for key in ("times", "low", "high")}
-            return cls(**tables, last_step_only=record["last_step_only"], provenance=record["provenance"])
-        except KeyError as error:
-            fault = f"lacks the field {error}"
-        except (TypeError, ValueError) as error:
-            fault = f"is damaged: {error}"
-        raise ValueError(f"calibration {path} {fault}; make it again with oss-exp task=calibrate")
+            times, low, high = (torch.tensor(x, dtype=torch.float64) for x in (record.times, record.low, record.high))
+            return cls(times, low, high, record.last_step_only, record.provenance)
+        except ValueError as error:
+            raise ValueError(f"calibration {path} is damaged: {error}; {remedy}") from None

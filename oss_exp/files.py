@@ -1,26 +1,39 @@
-"""Files that are whole or absent: atomic writes, hashes, and tensors that prove where they come from.
+"""Files that are whole or absent: atomic writes, hashes, records, and tensors that prove where they come from.
 
 Every result of a run goes through `write_atomically`, so an interrupt or a full disk leaves the old file or none.
+What is read becomes a record in `load_record`: there its size and its types are checked, and nowhere else.
 A tensor asset `x.safetensors` travels with `x.json`, which holds its SHA-256 and its provenance.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import safetensors.torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
-Model = TypeVar("Model", bound=BaseModel)
+from oss_exp.validation import describe, find_fault
 
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
+LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
+TABLE_LIMIT = 1 << 28  # 256 MiB: of files with numbers for every sample, or for every step of a training
+AGAIN = "write it again with the command that made it"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+# There may be millions: the first that is wrong ends the reading.
+Numbers = TypeAliasType("Numbers", Annotated[list[float], FailFast()])
+R = TypeVar("R")
+P = TypeVar("P", bound="Provenance")
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
@@ -54,39 +67,97 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file; ValueError with path, reason and remedy where it is missing, empty or broken."""
+class Record(BaseModel):
+    """What a file holds: strict (`true` is no 1, 1.0 no whole number), finite; fields not named here are passed over.
+
+    A format of our own has `format: Literal[...]` and `version: Literal[...]` first, and `extra="forbid"`.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="ignore")
+
+
+class Provenance(Record):
+    """The JSON beside a file of tensors: their hash, and whatever else is known of them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def load_record(
+    path: str | Path, form: type[R] | TypeAdapter[R], what: str, remedy: str = AGAIN, limit: int = LIMIT
+) -> R:
+    """Read a JSON file as `form`, a Record or a TypeAdapter.
+
+    UTF-8, with or without a byte order mark; of two fields of one name the last counts, as in other programs.
+    Raises FileNotFoundError or ValueError, which names the file, the field and the remedy: for a file of more than
+    `limit` bytes or 200 levels, one that is no JSON, of another format or version, or not what `form` asks for.
+    """
+    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy)
+
+
+def load_records(
+    path: str | Path, form: type[R] | TypeAdapter[R], what: str, remedy: str = AGAIN, limit: int = LIMIT
+) -> list[R]:
+    """Read a file with one JSON value a line (.jsonl), each as `form`; empty lines are passed over.
+
+    Raises as `load_record` does, and names the line.
+    """
+    lines = enumerate(read_bytes(path, what, limit).splitlines(), start=1)
+    return [parse_record(line, form, f"{what} {path}, line {i}", remedy) for i, line in lines if line.strip()]
+
+
+def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
+    """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
+    try:
+        return form.validate_json(data) if isinstance(form, TypeAdapter) else form.model_validate_json(data)
+    except ValidationError as error:
+        raise ValueError(f"{name}{_reason(data, error)}; {remedy}") from None
+
+
+def _reason(data: str | bytes, error: ValidationError) -> str:
+    """What is wrong; another format or version is told apart from damage."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        reason = first["ctx"]["error"]
+        if not data.strip():
+            return " is empty"
+        if reason.startswith("recursion limit"):
+            return f" has lists or objects more than 200 levels deep ({reason})"
+        return f" is not complete JSON ({reason})"
+    given = from_json(data)
+    fault = find_fault(error, given)
+    if fault.field in ("format", "version") and fault.field in given:
+        return f" is of another {fault.field}: `{fault.field}` {fault.text}"
+    return f": {'field ' * bool(fault.field)}{describe(error, given=given)}"
+
+
+def read_json(path: str | Path, what: str, limit: int = TABLE_LIMIT) -> Any:
+    """Parse a JSON file of any form; raises as `load_record` does."""
+    return load_record(path, TypeAdapter(Any), what, limit=limit)
+
+
+def read_text(path: str | Path, what: str, limit: int = LIMIT) -> str:
+    """Read UTF-8, with or without a byte order mark. ValueError for a file of more than `limit` bytes, or no text."""
+    try:
+        return read_bytes(path, what, limit).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is no UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
+    """Read a file, without its byte order mark. ValueError where it holds more than `limit` bytes."""
     path = Path(path)
     try:
-        text = path.read_text()
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except FileNotFoundError:
         raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        reason = "is empty" if not text.strip() else f"is not complete JSON ({error})"
-        raise ValueError(f"{what} {path} {reason}; write it again with the command that made it") from None
-
-
-def read_record(path: Path, what: str, form: str, version: int, remedy: str = "") -> dict[str, Any]:
-    """A JSON object that says it is of this format and version. ValueError names the file, the fault and the remedy."""
-    record = read_json(path, what)
-    if not isinstance(record, dict) or record.get("format") != form:
-        raise ValueError(f'{path} is JSON but not a {what} (no "format": "{form}"){remedy}')
-    if record.get("version") != version:
-        raise ValueError(f"{path} has format version {record.get('version')}, this program reads {version}")
-    return record
-
-
-def parse_record(content: Any, model: type[Model], path: Path, what: str) -> Model:
-    """Return parsed JSON as a record of this model. ValueError names the file and the fields at fault."""
-    try:
-        return model.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]]
-        raise ValueError(f"{what} {path} is damaged: {'; '.join(faults)}") from None
+    if len(data) > limit:
+        raise ValueError(f"{what} {path} is larger than {limit >> 20} MiB, the most that is read of such a file")
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
@@ -99,14 +170,11 @@ def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapp
     return record["sha256"]
 
 
-def load_asset(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_asset(path: str | Path, what: str, form: type[P] = Provenance) -> tuple[dict[str, Tensor], P]:
     """Tensors and provenance of an asset; ValueError when its bytes are not those its `.json` vouches for."""
     path = Path(path)
-    record = read_json(path.with_suffix(".json"), f"provenance of {what}")
-    if not isinstance(record, dict):
-        raise ValueError(f"provenance of {what} {path.with_suffix('.json')} must be a JSON object; restore the file")
-    tensors = load_tensors(path, record.get("sha256"), what)
-    return tensors, record
+    record = load_record(path.with_suffix(".json"), form, f"provenance of {what}", "restore the file")
+    return load_tensors(path, record.sha256, what), record
 
 
 def find_asset(file: str | Path, what: str) -> Path:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
-from oss_exp.files import load_tensors, parse_record, read_json
+from oss_exp.files import TABLE_LIMIT, Record, load_record, load_tensors
 from oss_exp.names import with_public_names
 
 FORMAT, VERSION = "oss_exp/step_schedule", 3
@@ -21,8 +21,8 @@ StartTime = Annotated[float, Field(gt=0, le=1)]
 Order = Annotated[int, Field(ge=1)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+class _Record(Record):
+    model_config = ConfigDict(extra="forbid")
 
 
 class MeanFile(_Record):
@@ -91,15 +91,8 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
 
     Raises FileNotFoundError or ValueError that names the file, the fault and the remedy.
     """
-    what = "step schedule"
-    content = read_json(path, what)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f'{path} is JSON but not a {what} (no "format": "{FORMAT}")')
-    if content.get("version") not in (2, VERSION):
-        raise ValueError(f"{path} has format version {content.get('version')}, this program reads 2 and {VERSION}")
-    if content["version"] == 2:
-        content = _from_version_2(parse_record(content, _Version2, path, what))
-    record = parse_record(content, ScheduleFile, path, what)
+    content = load_record(path, _VERSIONS, "step schedule", limit=TABLE_LIMIT)
+    record = _from_version_2(content) if isinstance(content, _Version2) else content
     means = [part.mean for part in (record.start, record.steps) if isinstance(part, AnalyticStart | FittedStepsRecord)]
     if not means:
         return record, None
@@ -108,6 +101,11 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
     if "mean" not in tensors:
         raise ValueError(f"{file} holds no tensor `mean`; restore it or plan the schedule again")
     return record, tensors["mean"]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ScheduleFile.model_json_schema()}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -129,8 +127,8 @@ class _Version2(_Record):
     provenance: dict[str, Any]
 
 
-def _from_version_2(old: _Version2) -> dict[str, Any]:
-    """Return the content of version 3."""
+def _from_version_2(old: _Version2) -> ScheduleFile:
+    """Return the record of version 3."""
     first = old.times[0] if old.samples is None else max(row[0] for row in old.times)
     # A pinned start whose noise lived elsewhere ran as a free one.
     kind = "free" if old.start == "pinned" and first != old.start_time else old.start
@@ -144,12 +142,15 @@ def _from_version_2(old: _Version2) -> dict[str, Any]:
         steps = {"kind": "solver", "orders": old.orders}
     else:
         steps = {"kind": "fitted", "weights": old.weights, "mean": mean}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "times": old.times,
-        "samples": old.samples,
-        "start": start,
-        "steps": steps,
-        "provenance": with_public_names(old.provenance),
-    }
+    return ScheduleFile.model_validate(
+        {
+            "times": old.times,
+            "samples": old.samples,
+            "start": start,
+            "steps": steps,
+            "provenance": with_public_names(old.provenance),
+        }
+    )
+
+
+_VERSIONS = TypeAdapter(Annotated[_Version2 | ScheduleFile, Field(discriminator="version")])

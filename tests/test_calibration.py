@@ -206,17 +206,22 @@ def test_a_file_gives_the_same_calibration(calibration, tmp_path):
 
 
 DAMAGE = {
-    "format": (lambda r: {**r, "format": "oss_exp/step_schedule"}, 'no "format": "oss_exp/calibration"'),
-    "a list": (lambda r: [r], 'no "format"'),
-    "version": (lambda r: {**r, "version": 99}, "has format version 99, this program reads 1"),
-    "no low": (lambda r: {k: v for k, v in r.items() if k != "low"}, "lacks the field 'low'"),
-    "no flag": (lambda r: {k: v for k, v in r.items() if k != "last_step_only"}, "lacks the field 'last_step_only'"),
-    "quantiles": (lambda r: {**r, "quantiles": [0.01, 0.99]}, r"quantiles must be \[0\.05, 0\.95\]"),
-    "flag": (lambda r: {**r, "last_step_only": "no"}, "last_step_only must be true or false"),
-    "provenance": (lambda r: {**r, "provenance": [1]}, "provenance an object"),
-    "words": (lambda r: {**r, "high": ["a"] * 4}, "is damaged"),
-    "ragged": (lambda r: {**r, "high": [[1.0], 2.0]}, "is damaged"),
-    "null": (lambda r: {**r, "times": None}, "is damaged"),
+    "format": (
+        lambda r: {**r, "format": "oss_exp/step_schedule"},
+        "is of another format: `format` must be 'oss_exp/calibration', got \"oss_exp/step_schedule\"",
+    ),
+    "a list": (lambda r: [r], r"must be an object, got \[\{\.\.\.\}\]"),
+    "version": (lambda r: {**r, "version": 99}, "is of another version: `version` must be 1, got 99"),
+    "no low": (lambda r: {k: v for k, v in r.items() if k != "low"}, "field `low` is missing"),
+    "no flag": (lambda r: {k: v for k, v in r.items() if k != "last_step_only"}, "field `last_step_only` is missing"),
+    "more": (lambda r: {**r, "hihg": []}, "field `hihg` is unknown"),
+    "quantiles": (lambda r: {**r, "quantiles": [0.01, 0.99]}, r"field `quantiles` must be \[0\.05, 0\.95\]"),
+    "flag": (lambda r: {**r, "last_step_only": "no"}, 'field `last_step_only` must be true or false, got "no"'),
+    "provenance": (lambda r: {**r, "provenance": [1]}, r"field `provenance` must be an object, got \[1\]"),
+    "words": (lambda r: {**r, "high": ["a"] * 4}, 'field `high.0` must be a number or a list, got "a"'),
+    "half": (lambda r: {**r, "high": [[1.0], 2.0]}, r"field `high.0` must be a number, got \[1.0\]"),
+    "ragged": (lambda r: {**r, "high": [[1.0], [2.0, 3.0]]}, "is damaged"),
+    "null": (lambda r: {**r, "times": None}, "field `times` must be a list, got null"),
     "values": (lambda r: {**r, "high": [-9.0] * 4}, "low of a calibration must not exceed high"),
 }
 

@@ -272,7 +272,8 @@ def other_weights(folder: Path) -> Path:
     """A mixture of the shape and the file name of mixture_digits, with other means."""
     path = folder / "mixture_digits.safetensors"
     tensors, about = load_asset(ASSETS / path.name, "mixture")
-    save_asset(path, {**tensors, "means": 0.9 * tensors["means"]}, {k: about[k] for k in ("name", "event_shape")})
+    about = about.model_dump(include={"name", "event_shape"})
+    save_asset(path, {**tensors, "means": 0.9 * tensors["means"]}, about)
     return path
 
 

@@ -56,7 +56,7 @@ def test_an_asset_gives_back_tensors_and_provenance(tmp_path):
     tensors, record = load_asset(tmp_path / "x.safetensors", "asset")
     assert torch.equal(tensors["x"], x)
     assert tensors["n"].tolist() == [0, 1, 2]
-    assert record == {"file": "x.safetensors", "sha256": digest, "made_by": "a test"}
+    assert record.model_dump() == {"file": "x.safetensors", "sha256": digest, "made_by": "a test"}
 
 
 @pytest.mark.parametrize("position", [0, 20, -1], ids=["length", "header", "last number"])

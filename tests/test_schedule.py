@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from oss_exp.schedule import Analytic, FittedSteps, Free, Pinned, SolverSteps, StepSchedule, analytic_jump, group_mean
+from oss_exp.schedule_file import json_schema
 
 
 def float64(values) -> torch.Tensor:
@@ -218,11 +220,11 @@ MEAN = {"file": "x.safetensors", "sha256": "0" * 64}
         (lambda path: path.write_text(""), ValueError, "is empty"),
         (lambda path: path.write_text(path.read_text()[:60]), ValueError, "not complete JSON"),
         (lambda path: path.write_text("0.9, 0.5, 0"), ValueError, "not complete JSON"),
-        (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "cannot be read"),
-        (lambda path: path.write_text('{"sigmas": [1, 0]}'), ValueError, "not a step schedule"),
-        (lambda path: path.write_text("[1, 0.5, 0]"), ValueError, "not a step schedule"),
-        (edit(version=1), ValueError, "version 1, this program reads 2 and 3"),
-        (edit(version=...), ValueError, "version None"),
+        (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "not complete JSON"),
+        (lambda path: path.write_text('{"sigmas": [1, 0]}'), ValueError, "`version` is missing|must be an object"),
+        (lambda path: path.write_text("[1, 0.5, 0]"), ValueError, "`version` is missing|must be an object"),
+        (edit(version=1), ValueError, "another version: `version` must be one of 2, 3, got"),
+        (edit(version=...), ValueError, "`version` is missing"),
         (edit(times=...), ValueError, "times"),
         (edit(start=...), ValueError, "start"),
         (edit(samples=...), ValueError, "samples"),
@@ -245,7 +247,7 @@ MEAN = {"file": "x.safetensors", "sha256": "0" * 64}
         (edit(steps={"kind": "solver", "orders": [1.5, 1, 1]}), ValueError, "orders"),
         (edit(steps={"kind": "solver", "orders": [1, 3, 1]}), ValueError, "cannot exceed the calls made so far"),
         (edit(steps={"kind": "solver", "orders": "1, 1, 1"}), ValueError, "orders"),
-        (edit(steps={"kind": "solver", "weights": [[1, 0, 0, 0]] * 3}), ValueError, "weights"),
+        (edit(steps={"kind": "solver", "orders": None, "weights": [[1, 0, 0, 0]] * 3}), ValueError, "weights"),
         (edit(steps={"kind": "fitted", "weights": [[1, 0, 0, 0]] * 3}), ValueError, "mean"),
     ],
 )
@@ -291,3 +293,8 @@ def test_a_missing_mean_file_is_named(tmp_path):
     (tmp_path / "schedule.mean.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"schedule\.mean\.safetensors does not exist"):
         StepSchedule.load(path)
+
+
+def test_the_documented_schema_is_that_of_the_code():
+    documented = json.loads((Path(__file__).parents[1] / "docs" / "step_schedule.schema.json").read_text())
+    assert documented == json_schema()

@@ -6,17 +6,20 @@ The python version is pickled, and a pickle may run code: it is not read. Nothin
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import FailFast, Field, TypeAdapter
 from torch import Tensor
 
 from oss_exp.checks import require_choice
 from oss_exp.data.images import Split
-from oss_exp.files import read_json
+from oss_exp.files import load_record
 
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+LABELS = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, le=9)]], FailFast()])
 RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then red, green and blue planes
 
 
@@ -47,7 +50,9 @@ def _read_binary(folder: Path, split: str) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{path} is truncated: {len(data)} bytes are not whole images of {RECORD}; get it again")
         records.append(np.frombuffer(data, np.uint8).reshape(-1, RECORD))
     table = torch.from_numpy(np.concatenate(records))
-    return table[:, 1:].reshape(-1, 3, 32, 32), _labels(table[:, 0].tolist(), folder)
+    if table[:, 0].max() > 9:
+        raise ValueError(f"{folder} has labels other than the classes 0 to 9; it is not CIFAR-10")
+    return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long()
 
 
 def _read_sheets(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -61,20 +66,13 @@ def _read_sheets(folder: Path, split: str) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{path} must be 1024 wide, a row for an image of 32 x 32, got {sheet.shape[1]}")
         sheets.append(sheet.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
     images, path = torch.from_numpy(np.concatenate(sheets)), folder / f"{split}_lables.json"  # the package's spelling
-    labels = read_json(path, "labels of CIFAR-10")
-    if not isinstance(labels, list) or len(labels) != len(images):
-        count = len(labels) if isinstance(labels, list) else "no list of"
-        raise ValueError(f"{path} has {count} labels for {len(images)} images; get the package again")
-    return images, _labels(labels, path)
+    labels = load_record(path, LABELS, "labels of CIFAR-10", "get the package again")
+    if len(labels) != len(images):
+        raise ValueError(f"{path} has {len(labels)} labels for {len(images)} images; get the package again")
+    return images, torch.tensor(labels)
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing beside the other files of CIFAR-10; unpack the archive again")
     return path
-
-
-def _labels(labels: list, path: Path) -> Tensor:
-    if not all(isinstance(label, int) and 0 <= label <= 9 for label in labels):
-        raise ValueError(f"{path} has labels other than the classes 0 to 9; it is not CIFAR-10")
-    return torch.tensor(labels)

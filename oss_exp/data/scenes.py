@@ -54,7 +54,7 @@ def wishes() -> dict[str, list[dict[str, Any]]]:
         ],
         "colors": [_wish("colors", _one(c, name), [_clause(name, color=c)]) for c, name in kinds],
         "position": [
-            _wish("position", f"{_one(a)} {where} {_one(b)}", [_clause(b), _clause(a, position=[where, 0])])
+            _wish("position", f"{_one(a)} {where} {_one(b)}", [_clause(b), _clause(a, position=(where, 0))])
             for (a, b), where in product(pairs, RELATIONS)
         ],
         "color_attr": [

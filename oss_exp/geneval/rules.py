@@ -7,22 +7,55 @@ score; objects are listed by class, in any order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+from pydantic import AfterValidator, Field, TypeAdapter
 from scipy.stats import binomtest
+from typing_extensions import NotRequired, TypedDict
 
 from oss_exp.evaluation.psnr import Interval
+from oss_exp.files import Count, Record, load_records
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+TASKS = get_args(Task)
+Relation = Literal["left of", "right of", "above", "below"]
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 Box = Sequence[float]
 """x1, y1, x2, y2, score."""
+
+Clause = TypedDict(
+    "Clause",
+    {
+        "class": str,
+        "count": Count,
+        "color": NotRequired[str],
+        "position": NotRequired[tuple[Relation, Count]],
+    },
+)
+"""So many objects of a class. position: where they stand, seen from those of the clause of this number."""
+
+
+def _related(clauses: list[Clause]) -> list[Clause]:
+    for number, clause in enumerate(clauses):
+        if "position" in clause and clause["position"][1] >= number:
+            raise ValueError(f"must relate objects to those of an earlier clause, got {clause['position']}")
+    return clauses
+
+
+class Wish(TypedDict):
+    """A line of GenEval's metadata: what a picture of the prompt must show, and what it must not."""
+
+    __pydantic_config__ = Record.model_config
+
+    tag: Task
+    include: Annotated[list[Clause], Field(min_length=1), AfterValidator(_related)]
+    exclude: NotRequired[list[Clause]]
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +75,14 @@ class Rules:
     position_threshold: float = 0.1
 
 
+class VerdictRecord(Record):
+    """What is kept of a `Verdict` on the picture of this number: boxes of x1, y1, x2, y2 and score, by class."""
+
+    number: Count
+    reasons: list[str]
+    objects: dict[str, list[tuple[float, float, float, float, float]]]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """reasons: what is wrong, empty where all is right. objects: those that counted, the most confident first."""
@@ -55,12 +96,12 @@ class Verdict:
 
 
 def judge(
-    wanted: Mapping[str, Any],
+    wanted: Wish,
     found: Mapping[str, Sequence[Box]],
     colour_of: Callable[[str, Box], str],
     rules: Rules = Rules(),
 ) -> Verdict:
-    """Is what a line of GenEval's metadata wants among what was found? colour_of(class, box): asked only if it matters.
+    """Is what a prompt of GenEval's wants among what was found? colour_of(class, box): asked only if it matters.
 
     Of a class as many objects as wanted are looked at, the most confident: all must have the colour, and all must stand
     where they should to all objects of the clause they are related to. `exclude` bounds their number.
@@ -82,7 +123,7 @@ def judge(
 
 
 def _clause(
-    clause: Mapping[str, Any],
+    clause: Clause,
     seen: Sequence[Box],
     groups: Sequence[Sequence[Box] | None],
     colour_of: Callable[[str, Box], str],
@@ -148,7 +189,7 @@ def relative_position(a: Box, b: Box, threshold: float) -> list[str]:
     return [name for name, holds in known if holds]
 
 
-def read_metadata(file: str | Path) -> list[dict[str, Any]]:
+def read_metadata(file: str | Path) -> list[Wish]:
     """Lines of GenEval's `evaluation_metadata.jsonl`; ValueError says which line is not as it should be."""
     path = Path(file).expanduser()
     if not path.is_file():
@@ -156,21 +197,10 @@ def read_metadata(file: str | Path) -> list[dict[str, Any]]:
             f"GenEval's prompts {path} do not exist; get prompts/evaluation_metadata.jsonl from "
             "github.com/djghosh13/geneval"
         )
-    found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            if record["tag"] not in TASKS or not record["include"] or not isinstance(record["prompt"], str):
-                raise ValueError("its tag, include or prompt")
-            for clause in [*record["include"], *record.get("exclude", ())]:
-                if not isinstance(clause["class"], str) or not isinstance(clause["count"], int):
-                    raise ValueError("a clause's class or count")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is no metadata of GenEval: {error}") from None
-        found.append(record)
-    if not found:
+    wishes = load_records(path, TypeAdapter(Wish), "metadata of GenEval", "get evaluation_metadata.jsonl again")
+    if not wishes:
         raise ValueError(f"{path} has 0 prompts; get evaluation_metadata.jsonl again")
-    return found
+    return wishes
 
 
 def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:

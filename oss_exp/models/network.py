@@ -99,7 +99,7 @@ class Network(Model):
         path = find_asset(checkpoint, "checkpoint")
         tensors, record = load_asset(path, "checkpoint")
         self._fill(tensors, path)
-        return record["sha256"]
+        return record.sha256
 
     def _fill(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Every weight of the backbone from a file's tensors, none left over."""

@@ -10,14 +10,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, field_validator
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from oss_exp.files import read_json, read_record, save_asset, sha256, write_atomically
+from oss_exp.files import (
+    TABLE_LIMIT,
+    Count,
+    Numbers,
+    Provenance,
+    Record,
+    load_record,
+    save_asset,
+    sha256,
+    write_atomically,
+)
 from oss_exp.models.base import Model
 from oss_exp.models.checkpoints.weights import file_sha256
 from oss_exp.models.guidance import Guidance
@@ -26,6 +38,57 @@ from oss_exp.velocity import BoundVelocity
 FORMAT, VERSION = "oss_exp/stages", 1
 DOWN, UP = ".lora_A", ".lora_B"  # after a weight's name: (r, in) and (out, r), whose product is its change
 BASE = -1  # the stage that changes nothing
+
+
+class StagesRecord(Record):
+    """stages.json, in the words of a `StageFolder`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    class Base(Record):
+        """The model that the stages began as."""
+
+        name: str
+        sha256: str
+
+    format: Literal["oss_exp/stages"]
+    version: Literal[1]
+    base: Base
+    cuts: list[float]
+
+    @field_validator("cuts")
+    @classmethod
+    def _decreasing(cls, cuts: list[float]) -> list[float]:
+        if not all(a > b for a, b in pairwise([1.0, *cuts, 0.0])):
+            raise ValueError(f"must be times between 1 and 0, noise first, got {cuts[:8]}")
+        return cuts
+
+
+class StageRecord(Provenance):
+    """stage_<k>.json: what a stage is and how its training went. times: its first and its last; steps: between them."""
+
+    class Training(Record):
+        """losses: of every step; loss_before, loss_after: of the same examples; peak_bytes: of memory."""
+
+        model_config = ConfigDict(extra="allow")
+
+        losses: Numbers
+        loss_before: float
+        loss_after: float
+        seconds: float
+        peak_bytes: Count
+
+    stage: Count
+    times: tuple[float, float]
+    steps: Count
+    parameters: Count
+    training: Training
+
+
+class FinetuneRecord(StagesRecord.Base):
+    """finetune.json: the model that the stages began as, and those that are there."""
+
+    stages: list[StageRecord]
 
 
 @dataclass(frozen=True)
@@ -39,11 +102,9 @@ class StageFolder:
     @classmethod
     def load(cls, path: str | Path) -> StageFolder:
         path = Path(path).expanduser()
-        record = read_record(path / "stages.json", "record of stages", FORMAT, VERSION)
-        try:
-            return cls(path, record["base"], tuple(record["cuts"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"record of stages {path / 'stages.json'} lacks {error}; make the folder again") from None
+        remedy = "make the folder again with oss-exp task=finetune"
+        record = load_record(path / "stages.json", StagesRecord, "record of stages", remedy)
+        return cls(path, record.base.model_dump(), tuple(record.cuts))
 
     def save(self) -> None:
         record = {"base": dict(self.base), "cuts": list(self.cuts)}
@@ -70,10 +131,11 @@ class StageFolder:
         remedy = f"train it with task=finetune task.stage={stage} task.output={self.path}"
         if not path.is_file() or not path.with_suffix(".json").is_file():
             raise FileNotFoundError(f"{self.path} has {len(self)} stages and lacks {path.name} or its .json; {remedy}")
-        expected, found = read_json(path.with_suffix(".json"), "provenance of a stage").get("sha256"), file_sha256(path)
-        if found != expected:
+        beside = path.with_suffix(".json")
+        expected = load_record(beside, Provenance, "provenance of a stage", remedy, TABLE_LIMIT).sha256
+        if (found := file_sha256(path)) != expected:
             raise ValueError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected!s:.12}...; {remedy}"
+                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; {remedy}"
             )
         return found
 

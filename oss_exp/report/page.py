@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from oss_exp.evaluation.comparison import NOTE, Line, columns, markdown, terminal, with_gains
-from oss_exp.files import read_json, write_atomically
+from oss_exp.files import write_atomically
 from oss_exp.report import geneval, plots, web
+from oss_exp.report.records import read_amplitude, read_finetuning, read_metrics, read_training
 from oss_exp.report.results import read_run, read_schedules
 from oss_exp.report.table import stages
 from oss_exp.schedule import StepSchedule
@@ -69,15 +70,14 @@ def write(folder: Path) -> None:
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
     if (folder / "amplitude.json").exists():
-        curves = read_json(folder / "amplitude.json", "amplitudes of a run")["curves"]
-        made.append(write_atomically(folder / "amplitude.png", plots.amplitude(curves)))
+        made.append(write_atomically(folder / "amplitude.png", plots.amplitude(read_amplitude(folder).curves)))
         console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
     if (folder / "training.json").exists():
-        made.append(write_atomically(folder / "training.png", plots.training(_training(folder))))
+        made.append(write_atomically(folder / "training.png", plots.training(read_training(folder).losses)))
         made += sorted((folder / "samples").glob("step_*.png"))[-1:]
     if (folder / "finetune.json").exists():
-        finetuned = read_json(folder / "finetune.json", "stages of a finetuning")
-        made.append(write_atomically(folder / "stages.png", plots.stages(finetuned["stages"])))
+        finetuned = read_finetuning(folder)
+        made.append(write_atomically(folder / "stages.png", plots.stages(finetuned.stages)))
         console.print(stages(finetuned))
     if (folder / "geneval.json").exists():
         made += geneval.write(folder)
@@ -138,10 +138,6 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def _training(folder: Path) -> list[float]:
-    return read_json(folder / "training.json", "losses of a training run")["losses"]
-
-
 def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
     """One line a schedule; those of single samples are only in their files."""
     shared = [(name, plan) for name, plan in plans if not plan.per_sample]
@@ -154,10 +150,10 @@ def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
 
 
 def _title(folder: Path) -> str:
-    run = read_json(folder / "metrics.json", "metrics of a run")
-    teacher = ", ".join(f"{name} {value:.4g}" for name, value in run["teacher_metrics"].items())
+    run = read_metrics(folder)
+    teacher = ", ".join(f"{name} {value:.4g}" for name, value in run.teacher_metrics.items())
     return (
-        f"{run['model']['name']}: few-step students against the {run['teacher']['num_steps']}-step teacher"
+        f"{run.model.name}: few-step students against the {run.teacher.num_steps}-step teacher"
         + f" ({teacher})" * bool(teacher)
     )
 

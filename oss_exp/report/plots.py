@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 
@@ -16,6 +15,8 @@ from PIL import Image
 
 from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.pictures import encoded
+from oss_exp.models.stages import StageRecord
+from oss_exp.report.records import Curve
 from oss_exp.schedule import StepSchedule
 
 MUTED = (*plt.get_cmap("tab20b").colors[::2], *plt.get_cmap("tab20c").colors[::2])
@@ -145,21 +146,21 @@ def training(losses: Sequence[float]) -> bytes:
     return png(figure)
 
 
-def stages(records: Sequence[Mapping[str, Any]]) -> bytes:
+def stages(records: Sequence[StageRecord]) -> bytes:
     """PNG: how hard each stage is before and after its training, and the losses on the way; of finetune.json."""
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     places = np.arange(len(records))
     for offset, key, color in ((-0.2, "loss_before", "0.7"), (0.2, "loss_after", "tab:blue")):
-        heights = [record["training"][key] for record in records]
+        heights = [getattr(record.training, key) for record in records]
         bars.bar(places + offset, heights, 0.4, color=color, label=key.removeprefix("loss_"))
-    labels = [f"{record['stage']}\n{record['times'][0]:.3g} to {record['times'][1]:.3g}" for record in records]
+    labels = [f"{record.stage}\n{record.times[0]:.3g} to {record.times[1]:.3g}" for record in records]
     bars.set_xticks(places, labels, fontsize=8)
     bars.set(xlabel="stage, and its times (1 noise, 0 data)", ylabel="loss", yscale="log")
     for record in records:
-        losses = record["training"]["losses"]
+        losses = record.training.losses
         width = max(1, len(losses) // 50)
         means = np.array(losses[: len(losses) // width * width]).reshape(-1, width).mean(1)
-        curves.plot((np.arange(len(means)) + 0.5) * width, means, label=f"stage {record['stage']}")
+        curves.plot((np.arange(len(means)) + 0.5) * width, means, label=f"stage {record.stage}")
     curves.set(xlabel="step", ylabel="loss", yscale="log")
     for axis in (bars, curves):
         axis.legend(frameon=False, fontsize=8)
@@ -167,16 +168,16 @@ def stages(records: Sequence[Mapping[str, Any]]) -> bytes:
     return png(figure)
 
 
-def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
+def amplitude(curves: Sequence[Curve]) -> bytes:
     """PNG: 5 and 95 % quantiles of the state against t, a column a strategy; below, how far off the teacher's.
 
     curves: of amplitude.json, the teacher's and each student's without and with calibration. A table of each channel is
     drawn as its mean. With calibration a state has two points at a time: as it arrives, and as the network sees it.
     """
-    (teacher,) = [c for c in curves if c["strategy"] == "teacher"]
+    (teacher,) = [c for c in curves if c.strategy == "teacher"]
     students = [c for c in curves if c is not teacher]
-    names, budgets = (list(dict.fromkeys(c[key] for c in students)) for key in ("strategy", "num_steps"))
-    times = np.array(teacher["times"])
+    names, budgets = (list(dict.fromkeys(getattr(c, key) for c in students)) for key in ("strategy", "num_steps"))
+    times = np.array(teacher.times)
     figure, axes = plt.subplots(
         2 * len(budgets),
         len(names),
@@ -188,13 +189,14 @@ def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
         layout="constrained",
     )
     for c in students:
-        row, column = 2 * budgets.index(c["num_steps"]), names.index(c["strategy"])
+        row, column = 2 * budgets.index(c.num_steps), names.index(c.strategy)
         above, below = axes[row : row + 2, column]
-        above.set_title(f"{c['strategy']}, K = {c['num_steps']}")
-        style = {"color": "tab:blue", "marker": "o"} if c["calibrated"] else {"color": "tab:red", "marker": "s"}
+        above.set_title(f"{c.strategy}, K = {c.num_steps}")
+        style = {"color": "tab:blue", "marker": "o"} if c.calibrated else {"color": "tab:red", "marker": "s"}
         for edge, line in (("high", "-"), ("low", "--")):
-            truth, t, values = _over_channels(teacher[edge]), np.array(c["times"]), _over_channels(c[edge])
-            if not c["calibrated"]:
+            truth, values = (_over_channels(getattr(curve, edge)) for curve in (teacher, c))
+            t = np.array(c.times)
+            if not c.calibrated:
                 above.plot(times, truth, "0.6", lw=5)
             above.plot(t, values, line, **style, ms=4, lw=1.3)
             below.plot(t, values - np.interp(t, times[::-1], truth[::-1]), line, **style, ms=4, lw=1.3)
@@ -209,7 +211,7 @@ def amplitude(curves: Sequence[Mapping[str, Any]]) -> bytes:
         axis.set_xlabel("time t  (1 noise, 0 data)")
     axes[0][0].invert_xaxis()
     truth, plain, *_, corrected, _ = axes[0][0].lines  # 95 % before 5 %
-    labels = [f"teacher, {teacher['num_steps']} steps", "uncalibrated", "calibrated"]
+    labels = [f"teacher, {teacher.num_steps} steps", "uncalibrated", "calibrated"]
     figure.legend([truth, plain, corrected], labels, loc="outside upper center", ncols=3, frameon=False)
     return png(figure)
 

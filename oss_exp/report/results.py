@@ -10,19 +10,31 @@ from pathlib import Path
 import numpy as np
 
 from oss_exp.evaluation.comparison import Line, Result
-from oss_exp.files import read_json
+from oss_exp.report.records import read_metrics
 from oss_exp.schedule import StepSchedule
 
 
 def read_run(folder: Path, run: str = "") -> list[Result]:
-    """Results of <folder>/metrics.json; ValueError when the file is not one that an evaluation wrote."""
-    path = folder / "metrics.json"
-    metrics = read_json(path, "metrics of a run")
-    try:
-        shared = [metrics[key] for key in ("model", "teacher", "solver", "seed")]
-        return [Result.of(row, json.dumps([*shared, row["nfe"]]), run) for row in metrics["rows"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not what an evaluation writes ({error!r}); measure again") from None
+    """Results of <folder>/metrics.json; ValueError where an evaluation did not write it."""
+    metrics = read_metrics(folder)
+    arena = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
+    return [
+        Result(
+            run=run,
+            strategy=row.strategy,
+            num_steps=row.num_steps,
+            nfe=row.nfe,
+            baseline=row.baseline,
+            start=row.start,
+            psnr=row.psnr,
+            spread=row.spread,
+            values=dict(zip(row.per_image.index, row.per_image.psnr, strict=True)),
+            planning=dict(row.planning),
+            metrics=row.metrics,
+            arena=json.dumps([*arena.values(), row.nfe]),
+        )
+        for row in metrics.rows
+    ]
 
 
 def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 
+from oss_exp.models.stages import FinetuneRecord
 
-def stages(record: Mapping[str, Any]) -> Table:
-    """Of finetune.json."""
-    table = Table(title=f"{record['name']}, finetuned by stages")
+
+def stages(record: FinetuneRecord) -> Table:
+    """A row for each stage of finetune.json."""
+    table = Table(title=f"{record.name}, finetuned by stages")
     for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
         table.add_column(name, justify="right")
-    for stage in record["stages"]:
-        (first, last), training = stage["times"], stage["training"]
+    for stage in record.stages:
+        (first, last), training = stage.times, stage.training
         table.add_row(
-            str(stage["stage"]),
+            str(stage.stage),
             f"{first:.4f} to {last:.4f}",
-            str(stage["steps"]),
-            f"{stage['parameters']:,}",
-            f"{training['loss_before']:.3g}",
-            f"{training['loss_after']:.3g}",
-            f"{training['seconds']:.0f}",
-            f"{training['peak_bytes'] / 2**30:.2f} GiB",
+            str(stage.steps),
+            f"{stage.parameters:,}",
+            f"{training.loss_before:.3g}",
+            f"{training.loss_after:.3g}",
+            f"{training.seconds:.0f}",
+            f"{training.peak_bytes / 2**30:.2f} GiB",
         )
     return table

@@ -21,7 +21,7 @@ from hydra import compose
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from oss_exp.files import ASSETS, read_json, sha256, write_atomically
+from oss_exp.files import ASSETS, Count, Record, load_record, sha256, write_atomically
 
 PARENT = "PARENT"  # in overrides: the folder of the cell that must be there before
 ELSEWHERE = ("trainer", "logger", "paths", "hydra", "keep_calls", "offload_states")  # what no result depends on
@@ -160,6 +160,14 @@ class _Running:
                 process.kill()  # it goes on where it was when it is wanted again
 
 
-def record(cell: Cell, root: Path) -> dict[str, Any]:
+class CellRecord(Record):
+    """cell.json: what was run, with which versions of packages, and the seconds of the last go."""
+
+    overrides: list[str]
+    packages: dict[str, str]
+    seconds: Count
+
+
+def record(cell: Cell, root: Path) -> CellRecord:
     """What cell.json says."""
-    return read_json(cell.folder(root) / "cell.json", "record of a run")
+    return load_record(cell.folder(root) / "cell.json", CellRecord, "record of a run")

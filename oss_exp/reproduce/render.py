@@ -142,7 +142,7 @@ class Reproduction:
             cell.key: {
                 "overrides": list(cell.overrides),
                 "parent": cell.parent and cell.parent.key,
-                "packages": record(cell, cells)["packages"],
+                "packages": record(cell, cells).packages,
             }
             for cell in used
         }

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.files import read_json
 from oss_exp.geneval.rules import differences, scores
+from oss_exp.report.geneval import right
+from oss_exp.report.records import read_geneval, read_metrics
 from oss_exp.report.results import read_run
 from oss_exp.schedule import StepSchedule
 
@@ -56,7 +57,7 @@ def metric(name: str, strategy: str | None = None, num_steps: int | None = None)
         rows = read_run(folder)
         n = rows[0].psnr.n
         if strategy is None:
-            found = read_json(folder / "metrics.json", "metrics of a run")["teacher_metrics"][name]
+            found = read_metrics(folder).teacher_metrics[name]
         else:
             (found,) = [r.metrics[name] for r in rows if (r.strategy, r.num_steps) == (strategy, num_steps)]
         return Value(Interval(found, None, None, n))
@@ -68,11 +69,11 @@ def geneval(label: str, part: str) -> Reader:
     """A score of task=geneval; label: of the schedule, or teacher."""
 
     def read(folder: Path) -> Value:
-        found = read_json(folder / "geneval.json", "GenEval's results")
-        tags = tuple(wish["tag"] for wish in found["prompts"] for _ in range(found["images_per_prompt"]))
-        (row,) = [row for row in found["rows"] if row["label"] == label]
-        right = [not each["reasons"] for each in row["verdicts"]]
-        return Value(scores(tags, right)[part], {i: float(each) for i, each in enumerate(right)}, tags, part)
+        record = read_geneval(folder)
+        (row,) = [row for row in record.rows if row.label == label]
+        answers = right(row)
+        pairs = {i: float(each) for i, each in enumerate(answers)}
+        return Value(scores(record.tags, answers)[part], pairs, tuple(record.tags), part)
 
     return read
 

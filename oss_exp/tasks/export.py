@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import JsonValue, TypeAdapter
 from rich.console import Console
 
 import oss_exp
@@ -24,7 +25,7 @@ from oss_exp.export.sigmas import (
     sigma_text,
     webui_text,
 )
-from oss_exp.files import read_json, write_atomically
+from oss_exp.files import load_record, write_atomically
 from oss_exp.models.families.flux import flux_shift
 from oss_exp.schedule import StepSchedule
 
@@ -129,9 +130,15 @@ def _scheduler(given: str | None) -> Any:
     name, config, path = given, {}, Path(given)
     if path.exists():
         folder = next((place for place in (path / "scheduler", path) if place.is_dir()), path.parent)
-        config = read_json(path if path.is_file() else folder / "scheduler_config.json", "config of a scheduler")
-        name = config.get("_class_name") if isinstance(config, dict) else None
+        file = path if path.is_file() else folder / "scheduler_config.json"
+        config = load_record(file, TypeAdapter(dict[str, JsonValue]), "config of a scheduler", "get it again")
+        name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"task.scheduler={given} is neither a class of diffusers' schedulers nor a file of one")
-    return kind.from_config(config)
+    try:
+        return kind.from_config(config)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"task.scheduler={given}: {name} cannot be made of its config: {error}; get it again"
+        ) from None

@@ -10,7 +10,6 @@ All is kept in task.output, which several jobs with a stage each may share: the 
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from oss_exp.data.noise import TRAINING
-from oss_exp.files import read_json, write_atomically
+from oss_exp.files import TABLE_LIMIT, load_record, write_atomically
 from oss_exp.models.network import Network
-from oss_exp.models.stages import BASE, DOWN, UP, Staged, StageFolder, StageParameters
+from oss_exp.models.stages import BASE, DOWN, UP, FinetuneRecord, Staged, StageFolder, StageParameters, StageRecord
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
@@ -327,8 +326,10 @@ class StageModule(Training):
 def _report(folder: StageFolder, run_folder: Path) -> None:
     """finetune.json: all that is known of the stages that are there."""
     files = [folder.file(stage).with_suffix(".json") for stage in range(len(folder))]
-    records = [read_json(file, "record of a stage") for file in files if file.is_file()]
-    write_atomically(run_folder / "finetune.json", json.dumps({**folder.base, "stages": records}) + "\n")
+    made = [file for file in files if file.is_file()]
+    stages = [load_record(file, StageRecord, "record of a stage", limit=TABLE_LIMIT) for file in made]
+    record = FinetuneRecord(**folder.base, stages=stages)
+    write_atomically(run_folder / "finetune.json", record.model_dump_json() + "\n")
     missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
     told = f"still to train: stages {', '.join(missing)}" if missing else f"run it with stages={folder.path}"
     Console().print(f"{folder.path}: {told}", soft_wrap=True)

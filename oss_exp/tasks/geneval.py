@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.evaluation.pictures import as_bytes, encoded
-from oss_exp.files import find_asset, write_atomically
+from oss_exp.files import find_asset, load_records, write_atomically
 from oss_exp.geneval.detectors import Detector, look
-from oss_exp.geneval.rules import read_metadata
+from oss_exp.geneval.rules import VerdictRecord, read_metadata
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
@@ -185,8 +185,10 @@ class Judge(L.LightningModule):
 
     def verdicts(self, label: str) -> list[dict[str, Any]]:
         """Of all pictures of a schedule, in order."""
-        lines = [line for batch in self.batches for line in self._file(label, batch).read_text().splitlines()]
-        return [json.loads(line) for line in lines]
+        files = [self._file(label, batch) for batch in self.batches]
+        remedy = "remove it, and it is made again"
+        lines = [line for file in files for line in load_records(file, VerdictRecord, "verdicts", remedy)]
+        return [line.model_dump() for line in lines]
 
     def _file(self, label: str, numbers: Sequence[int]) -> Path:
         return self.folder / "verdicts" / label / f"{numbers[0]:06d}.jsonl"

@@ -96,10 +96,10 @@ def test_pickles_are_not_read(tmp_path):
     ("labels", "message"),
     [
         ([1, 2], "has 2 labels for 3 images"),
-        ({"0": 1}, "no list of labels for 3 images"),
-        ([1, 2, 10], "other than the classes 0 to 9"),
-        ([1, 2, 0.5], "other than the classes 0 to 9"),
-        ([[1], [2], [3]], "other than the classes 0 to 9"),
+        ({"0": 1}, "must be a list"),
+        ([1, 2, 10], "field `2` must be at most 9, got 10"),
+        ([1, 2, 0.5], "field `2` must be a whole number, got 0.5"),
+        ([[1], [2], [3]], r"field `0` must be a whole number, got \[1\]"),
     ],
 )
 def test_labels_of_other_images(tmp_path, labels, message):

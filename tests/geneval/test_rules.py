@@ -79,12 +79,17 @@ def test_the_published_prompts():
     ("text", "message"),
     [
         ("", "has 0 prompts"),
-        ('{"tag": "single_object"}', "line 1, is no metadata of GenEval: 'include'"),
-        ('{"tag": "x", "include": [{}], "prompt": "a"}', "line 1, .*: its tag"),
+        ('{"tag": "single_object"}', "line 1: field `include` is missing"),
+        ('{"tag": "x", "include": [{}], "prompt": "a"}', "line 1: field `tag` must be 'single_object', .*, got \"x\""),
         ("{", "line 1"),
+        ('{"tag": "colors", "include": [], "prompt": "a"}', "field `include` must be a list of at least 1"),
+        (
+            '{"tag": "position", "include": [{"class": "car", "count": 1, "position": ["above", 0]}], "prompt": "a"}',
+            "field `include` must relate objects to those of an earlier clause",
+        ),
         (
             '{"tag": "colors", "include": [{"class": "car", "count": "two"}], "prompt": "a"}',
-            "a clause's class or count",
+            'field `include.0.count` must be a whole number, got "two"',
         ),
     ],
 )

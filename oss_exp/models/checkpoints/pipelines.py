@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue, TypeAdapter
 from torch import Tensor, nn
 
-from oss_exp.files import read_json, sha256
+from oss_exp.files import load_record, sha256
 from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, Network
@@ -117,9 +118,7 @@ class Pipeline:
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object of diffusers, without its notes about itself."""
-    record = read_json(file, "config")
-    if not isinstance(record, dict):
-        raise ValueError(f"config {file} is no JSON object; get it again")
+    record = load_record(file, TypeAdapter(dict[str, JsonValue]), "config", "get it again")
     return {key: value for key, value in record.items() if not key.startswith("_")}
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 
-from oss_exp.files import ASSETS, read_json
+from oss_exp.files import ASSETS, Record, load_record, read_json
 from oss_exp.models.checkpoints import safe_pickle
 from oss_exp.models.network import UNTRAINED
 
@@ -33,6 +34,20 @@ LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 # --------------------------------------------------------------------------------------------------------------
 # Where
 # --------------------------------------------------------------------------------------------------------------
+
+
+class ShardIndex(Record):
+    """model.safetensors.index.json, as the hub has it. weight_map: {key: the file of it}, beside the index."""
+
+    weight_map: dict[str, str]
+
+    @field_validator("weight_map")
+    @classmethod
+    def _beside(cls, files: dict[str, str]) -> dict[str, str]:
+        for file in files.values():
+            if file != Path(file).name or not file:
+                raise ValueError(f"must name files beside the index, got {file!r:.80}")
+        return files
 
 
 def locate(checkpoint: str, files: Sequence[str], source: str, setting: str = "model.checkpoint") -> Path:
@@ -197,13 +212,7 @@ def _torch(path: Path) -> Any:
 
 def _shards(index: Path) -> dict[str, str]:
     """The file of every key."""
-    record = read_json(index, "index of shards")
-    shards = record.get("weight_map") if isinstance(record, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
-        raise ValueError(
-            f'{index} is no index of shards ("weight_map": {{key: file beside it}}); give a file of weights'
-        )
-    return shards
+    return load_record(index, ShardIndex, "index of shards", "download it again, or give a file of weights").weight_map
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:

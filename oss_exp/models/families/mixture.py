@@ -13,15 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from oss_exp.checks import require_range
-from oss_exp.files import find_asset, load_asset
+from oss_exp.files import Provenance, find_asset, load_asset
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import NO_CLASS, UNGUIDED, Guidance
 from oss_exp.noise import FlowPath, GaussianPath
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
+
+
+class MixtureProvenance(Provenance):
+    """Of a mixture's file: the name of the model, and the shape of its samples."""
+
+    name: str
+    event_shape: tuple[PositiveInt, ...]
 
 
 class GaussianMixture(Model):
@@ -74,12 +82,12 @@ class GaussianMixture(Model):
         micro_batch: int = 1024,
     ) -> GaussianMixture:
         """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
-        tensors, record = load_asset(find_asset(file, "mixture file"), "mixture")
+        tensors, record = load_asset(find_asset(file, "mixture file"), "mixture", MixtureProvenance)
         return cls(
             **tensors,
-            event_shape=record["event_shape"],
-            name=record["name"],
-            fingerprint=record["sha256"],
+            event_shape=record.event_shape,
+            name=record.name,
+            fingerprint=record.sha256,
             guidance=guidance,
             micro_batch=micro_batch,
         )

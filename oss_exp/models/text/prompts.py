@@ -7,22 +7,32 @@ of a family give, tensors by name. Legend: P prompts.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Protocol
 
 import safetensors.torch
 import torch
+from pydantic import FailFast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from oss_exp.files import find_asset, read_json, sha256, write_atomically
+from oss_exp.files import (
+    TABLE_LIMIT,
+    Record,
+    find_asset,
+    load_record,
+    load_records,
+    read_text,
+    sha256,
+    write_atomically,
+)
 from oss_exp.models.checkpoints.weights import digest
 
 BATCH = 32  # prompts encoded at a time
+REMEDY = "give a text file (.txt) with one prompt a line"
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +47,9 @@ def read_prompts(file: str | Path | Sequence[str]) -> list[str]:
         return list(file)
     path = find_asset(file, "prompts")
     read = {".json": _captions, ".jsonl": _metadata}.get(path.suffix, _lines)
-    try:
-        prompts = [prompt.strip() for prompt in read(path)]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"prompts {path} cannot be read: {error}; give a text file with one prompt a line") from None
+    prompts = [prompt.strip() for prompt in read(path)]
     if not any(prompts):
-        raise ValueError(f"prompts {path} has 0 prompts; give a text file with one prompt a line")
+        raise ValueError(f"prompts {path} has 0 prompts; {REMEDY}")
     return [prompt for prompt in prompts if prompt]
 
 
@@ -106,26 +113,34 @@ class PromptCache:
 # --------------------------------------------------------------------------------------------------------------
 
 
+class PromptRecord(Record):
+    """A line of a .jsonl file."""
+
+    prompt: str
+
+
+class CaptionsRecord(Record):
+    """COCO's captions_*.json: several captions of each image."""
+
+    class Annotation(Record):
+        """A caption of an image."""
+
+        image_id: int | str
+        caption: str
+
+    annotations: Annotated[list[Annotation], FailFast()]
+
+
 def _lines(path: Path) -> list[str]:
-    return path.read_text("utf-8-sig").splitlines()
+    return read_text(path, "prompts", TABLE_LIMIT).splitlines()
 
 
 def _metadata(path: Path) -> list[str]:
-    return [_field(path, json.loads(line), "prompt") for line in _lines(path) if line.strip()]
+    return [line.prompt for line in load_records(path, PromptRecord, "prompts", REMEDY, TABLE_LIMIT)]
 
 
 def _captions(path: Path) -> list[str]:
-    record = read_json(path, "prompts")
-    if not isinstance(record, dict) or not isinstance(record.get("annotations"), list):
-        raise ValueError(f'prompts {path} has no "annotations", as captions of COCO do; give others as .txt')
-    first: dict[str, str] = {}
-    for annotation in record["annotations"]:
-        caption = _field(path, annotation, "caption")
-        first.setdefault(str(annotation.get("image_id")), caption)
+    first: dict[int | str, str] = {}
+    for annotation in load_record(path, CaptionsRecord, "prompts", REMEDY, TABLE_LIMIT).annotations:
+        first.setdefault(annotation.image_id, annotation.caption)
     return list(first.values())
-
-
-def _field(path: Path, record: Any, key: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise ValueError(f'prompts {path}: every entry must have a "{key}", got {json.dumps(record)[:80]}')
-    return record[key]

@@ -102,7 +102,7 @@ def test_the_hub_cache_serves_files_and_shards_offline(tmp_path):
     write_shards(index, state())
     write_shards(in_hub(tmp_path, "owner/half") / FILES[1], state())[1].unlink()
     script = f"""
-from oss_exp.models.weights import digest, locate, read
+from oss_exp.models.checkpoints.weights import digest, locate, read
 for name in ("single", "single@{"0" * 40}", "sharded", "half", "absent", "single@other"):
     try:
         path = locate(f"owner/{{name}}", {FILES!r}, {SOURCE!r})

@@ -62,12 +62,17 @@ def test_prompts_are_shipped():
         ("p.txt", " \n\n", "has 0 prompts"),
         ("p.jsonl", "\n", "has 0 prompts"),
         ("p.json", {"annotations": []}, "has 0 prompts"),
-        ("p.jsonl", '{"text": "a"}', 'every entry must have a "prompt"'),
-        ("p.jsonl", "3", 'every entry must have a "prompt"'),
-        ("p.jsonl", "a cat", "cannot be read"),
+        ("p.jsonl", '{"text": "a"}', "line 1: field `prompt` is missing"),
+        ("p.jsonl", '{"prompt": "a"}\n3', "line 2: must be an object, got 3"),
+        ("p.jsonl", "a cat", "line 1 is not complete JSON"),
         ("p.json", "{", "is not complete JSON"),
-        ("p.json", ["a cat"], 'has no "annotations"'),
-        ("p.json", {"annotations": [{"caption": None}]}, 'every entry must have a "caption"'),
+        ("p.json", ["a cat"], "must be an object"),
+        ("p.json", {"info": 1}, "field `annotations` is missing"),
+        (
+            "p.json",
+            {"annotations": [{"image_id": 1, "caption": None}]},
+            "`annotations.0.caption` must be text",
+        ),
     ],
 )
 def test_what_holds_no_prompts_is_refused(tmp_path, name, content, words):
@@ -77,7 +82,7 @@ def test_what_holds_no_prompts_is_refused(tmp_path, name, content, words):
 
 def test_other_files(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"p\.txt cannot be read"):
+    with pytest.raises(ValueError, match=r"p\.txt is no UTF-8 text"):
         read_prompts(tmp_path / "p.txt")
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path)
