@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.distances import Select as Select
     from oss_exp.distances import XtMSE as XtMSE
     from oss_exp.export.oss_scheduler import OSSScheduler as OSSScheduler
-    from oss_exp.models.families.mixture import GaussianMixture as GaussianMixture
     from oss_exp.models.guidance import Guidance as Guidance
     from oss_exp.models.parameterization import DataPrediction as DataPrediction
     from oss_exp.models.parameterization import EDMPrediction as EDMPrediction
@@ -132,7 +131,6 @@ PUBLIC = {
     "ScorePrediction": "models.parameterization",
     "VPVelocity": "models.parameterization",
     "Guidance": "models.guidance",
-    "GaussianMixture": "models.families.mixture",
     # Elsewhere.
     "OSSScheduler": "export.oss_scheduler",
 }
@@ -141,6 +139,7 @@ CONFIGURED = {
     "cosine_betas": "noise.paths",
     "linear_betas": "noise.paths",
     "scaled_linear_betas": "noise.paths",
+    "GaussianMixture": "models.families.mixture",
     "Network": "models.network",
     "DiT": "models.families.backbones",
     "UNet": "models.families.backbones",

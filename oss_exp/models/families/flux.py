@@ -112,7 +112,7 @@ class Flux(Prompted):
             name=name,
             prompts=listed,
             encoder_sha256=sha256,
-            backbone=PromptedFlux(network, embedded_guidance, **encodings),
+            backbone=PromptedFlux(network, embedded_guidance, patch=2, **encodings),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1.0)),
             event_shape=(config.in_channels // 4, height // 8, width // 8),
             decoder=VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae),
@@ -129,7 +129,7 @@ class PromptedFlux(PromptedBackbone):
     A token is patch x patch latents of all channels. tables: `pooled` (P + 1, D) and `text` (P + 1, L, D).
     """
 
-    def __init__(self, network: nn.Module, guidance: float | None, patch: int = 2, **tables: Tensor):
+    def __init__(self, network: nn.Module, guidance: float | None, patch: int, **tables: Tensor):
         super().__init__(network, **tables)
         require_range(at_least=1, patch=patch)
         require_range(at_least=0, at_most=1000, guidance=guidance)

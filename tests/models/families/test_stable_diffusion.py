@@ -327,7 +327,7 @@ def test_numbers_that_no_prompt_has(build, number):
 
 
 def test_sizes(build):
-    with pytest.raises(InstantiationException, match=r"model\.size must be one of full, tiny, got 'small'"):
+    with pytest.raises(InstantiationException, match=r"size must be one of full, tiny, got 'small'"):
         build(size="small")
 
 

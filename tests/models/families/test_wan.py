@@ -192,12 +192,12 @@ def test_the_weights_are_the_files_and_none_else(build, pipeline):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"height": 488}, r"model\.height must be a multiple of 16 pixels, got 488"),
-        ({"width": -16}, r"model\.width must be a multiple of 16 pixels, got -16"),
-        ({"frames": 80}, r"model\.frames must be 4 n \+ 1, such as 81, got 80"),
-        ({"frames": -3}, r"model\.frames must be 4 n \+ 1, such as 81, got -3"),
-        ({"frames": 5.0}, r"model\.frames must be 4 n \+ 1, such as 81, got 5.0"),
-        ({"size": "small"}, r"model\.size must be one of full, tiny, got 'small'"),
+        ({"height": 488}, "height must be a multiple of 16 pixels, got 488"),
+        ({"width": -16}, "width must be a multiple of 16 pixels, got -16"),
+        ({"frames": 80}, r"frames must be 4 n \+ 1, such as 81, got 80"),
+        ({"frames": -3}, r"frames must be 4 n \+ 1, such as 81, got -3"),
+        ({"text_length": 0}, "text_length must be at least 1, got 0"),
+        ({"size": "small"}, "size must be one of full, tiny, got 'small'"),
         ({"prompts": "nowhere.txt"}, r"prompts nowhere\.txt is neither"),
     ],
 )
