@@ -7,7 +7,7 @@ blurs). The table is Markdown for files, HTML for notebooks and a rich table for
 from __future__ import annotations
 
 import html as escaping
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,24 +42,6 @@ class Result:
     planning: dict[str, Any]
     metrics: dict[str, float]  # FID and the like, by name
     arena: str
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any], arena: str, run: str = "") -> Result:
-        """Return the result that a row of metrics.json or of a `Comparison` records."""
-        return cls(
-            run=run,
-            strategy=row["strategy"],
-            num_steps=row["num_steps"],
-            nfe=row["nfe"],
-            baseline=row["baseline"],
-            start=row["start"],
-            psnr=Interval(**row["psnr"]),
-            spread=Interval(**row["spread"]),
-            values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
-            planning=row["planning"],
-            metrics=row["metrics"],
-            arena=arena,
-        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         result = line.result
         plan = result.planning
         gain = "*" if line.rival is result else "" if line.gain is None else f"{'+' * (line.gain.mean >= 0)}{line.gain}"
-        calls = plan.get("network_calls_per_sample")
+        calls, seconds = plan.get("network_calls_per_sample"), plan.get("seconds")
         cells.append(
             [
                 result.strategy,
@@ -122,7 +104,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 f"{result.spread.mean:.3f}",
                 *(f"{result.metrics[name]:.4g}" if name in result.metrics else "-" for name in more),
                 str(result.psnr.n),
-                "-" if not calls else f"{calls:.0f} calls, {plan['seconds']:.1f} s",
+                "-" if not calls or seconds is None else f"{calls:.0f} calls, {seconds:.1f} s",
             ]
         )
     if len({line.result.run for line in lines}) > 1:
