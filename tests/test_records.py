@@ -12,15 +12,16 @@ import safetensors.torch
 import torch
 
 from oss_exp.calibration import Calibration
+from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.statistics import Reference
-from oss_exp.export.sigmas import comfyui_nodes, read_sigmas
+from oss_exp.export.comfyui import comfyui_nodes
+from oss_exp.export.sigmas import read_sigmas
 from oss_exp.files import Provenance, load_asset, load_record, save_asset
 from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.pipelines import read_object
 from oss_exp.models.checkpoints.weights import read
 from oss_exp.models.families.mixture import MixtureProvenance
 from oss_exp.models.stages import StageFolder, StageRecord
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.report.records import read_amplitude, read_finetuning, read_geneval, read_metrics, read_training
 from oss_exp.reproduce.cells import CellRecord
 from oss_exp.tasks.export import _scheduler

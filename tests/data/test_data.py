@@ -87,7 +87,7 @@ def test_fashion_mnist_files(tmp_path, layout):
 
 
 def test_broken_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"set data\.root"):
+    with pytest.raises(FileNotFoundError, match=r"set images\.root"):
         fashion_mnist(str(tmp_path))
     images, labels = np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8)
     write_fashion(tmp_path, images, labels[:2], zipped=True)

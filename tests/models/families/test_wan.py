@@ -83,13 +83,11 @@ def copy(pipeline, tmp_path) -> Path:
 
 
 @pytest.fixture
-def build(yaml, pipeline, tmp_path):
+def build(yaml, pipeline):
     """model=wan2_1_1_3b of the pipeline's folder and PROMPTS."""
-    file = tmp_path / "given.txt"
-    file.write_text("\n".join(PROMPTS))
 
     def make(**changes) -> Wan:
-        settings = {"checkpoint": pipeline.config._name_or_path, "prompts": str(file), "dtype": "float32"}
+        settings = {"checkpoint": pipeline.config._name_or_path, "prompts": PROMPTS, "dtype": "float32"}
         settings |= {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
         return instantiate(yaml.model, **(settings | changes))
 
