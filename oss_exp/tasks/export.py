@@ -139,6 +139,5 @@ def _scheduler(given: str | None) -> Any:
     try:
         return kind.from_config(config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"task.scheduler={given}: {name} cannot be made of its config: {error}; get it again"
-        ) from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"task.scheduler={given}: its config makes no {name} ({reason:.200}); get it again") from None
