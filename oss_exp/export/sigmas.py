@@ -93,9 +93,8 @@ def read_sigmas(given: str | Sequence[float]) -> list[float]:
     try:
         return [float(word) for word in text.strip().strip("[]").replace(",", " ").split()]
     except ValueError as error:
-        raise ValueError(
-            f"{said} is no list of sigmas ({error!s:.80}); give numbers with commas, noise first"
-        ) from None
+        reason = f"{error!s:.80}"
+        raise ValueError(f"{said} is no list of sigmas ({reason}); give numbers with commas, noise first") from None
 
 
 def _sigmas_of(workflow: str, name: str) -> str:
