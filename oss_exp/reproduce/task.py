@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from filelock import FileLock, Timeout
+from hydra import compose
 from omegaconf import DictConfig
 
 from oss_exp.files import write_atomically
@@ -85,10 +87,14 @@ def _cells(plan: Plan) -> list[Cell]:
 
 
 def _with(plan: Plan, overrides: list[str]) -> Plan:
-    """The same with these values in every run."""
+    """The same with these values in every run that reads them."""
 
     def more(cell: Cell | None) -> Cell | None:
-        return cell and Cell.of(*cell.overrides, *overrides, parent=more(cell.parent))
+        if cell is None or not overrides:
+            return cell
+        read = compose("config", list(cell.overrides))
+        values = [override for override in overrides if re.split(r"[.@=]", override)[0] in read]
+        return Cell.of(*cell.overrides, *values, parent=more(cell.parent))
 
     sources = [source and replace(source, cells=tuple(map(more, source.cells))) for source in plan.sources]
     return replace(plan, sources=sources)
