@@ -209,7 +209,7 @@ CONFIGURED = {
     "Pretrain": "tasks.pretrain:pretrain",
     "Search": "tasks.run:search",
     "Statistics": "tasks.statistics:statistics",
-    "Reproduce": "reproduce.task:reproduce",
+    "Reproduce": "reproduce.task",
     "Report": "report:gather",
 }
 

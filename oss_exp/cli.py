@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -60,7 +60,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep "
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
-    logger = get_method(cfg.task._target_)(cfg)  # a task that logs as it goes returns its logger
+    task = get_object(cfg.task._target_)
+    task = instantiate(cfg.task, _convert_="all") if isinstance(task, type) else task
+    logger = task(cfg)  # a task that logs as it goes returns its logger
     if rank_zero_only.rank == 0:
         report.write(folder)
         if (logger := logger or instantiate(cfg.logger)) is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.reproduce.cells import PARENT, Cell
+from oss_exp.reproduce.cells import Cell
+from oss_exp.reproduce.older_cells import PARENT
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.values import Reader, Value, differ, geneval, metric, psnr
 

@@ -134,24 +134,24 @@ class Reproduction:
         return buffer.getvalue()
 
     def json(self, cells: Path) -> str:
-        """Numbers, claims, and the runs behind them: overrides and versions of packages."""
-        used = dict.fromkeys(
-            each for source in self.plan.sources if source for cell in source.cells for each in cell.lineage()
-        )
-        runs = {
-            cell.key: {
+        """Numbers, claims, and the runs behind them, counted from 0: overrides and versions of packages."""
+        sources = [source for source in self.plan.sources if source]
+        used = dict.fromkeys(member for source in sources for cell in source.cells for member in cell.lineage())
+        places = {cell: place for place, cell in enumerate(used)}
+        runs = [
+            {
                 "overrides": list(cell.overrides),
-                "parent": cell.parent and cell.parent.key,
+                "parent": cell.parent and places[cell.parent],
                 "packages": record(cell, cells)["packages"],
             }
             for cell in used
-        }
+        ]
         numbers = [
             {
                 "place": list(self.plan.place(row)),
                 "paper": row["value"],
                 "ours": value and asdict(value.interval),
-                "cells": source and [cell.key for cell in source.cells],
+                "runs": source and [places[cell] for cell in source.cells],
             }
             for row, value, source in zip(self.paper.rows, self.values, self.plan.sources, strict=True)
         ]

@@ -21,6 +21,7 @@ from oss_exp.models.stages import Staged
 from oss_exp.schedule import StepSchedule
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks.evaluate import EvaluateModule, Metrics
+from oss_exp.tasks.older_configs import canonical, changed
 from oss_exp.tasks.search import SearchModule
 from oss_exp.tasks.setting import Setting, describe
 from oss_exp.tasks.trajectories import Trajectories
@@ -52,7 +53,6 @@ def evaluate(cfg: DictConfig) -> None:
     rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 
 
-FREE = ("trainer", "logger", "hydra", "paths")  # what may differ when a run goes on
 RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
 
 
@@ -60,13 +60,15 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
     """ValueError where the folder holds results of another configuration, but for FREE and these keys of cfg.task."""
     if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
-    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(folder / "config.yaml"), cfg))
+    old, new = (
+        canonical(OmegaConf.to_container(each, resolve=resolve))
+        for each, resolve in ((OmegaConf.load(folder / "config.yaml"), False), (cfg, True))
+    )
     for each in (old, new):
         each["task"] = {key: value for key, value in each.get("task", {}).items() if key not in free}
-    if changed := [key for key in new if key not in FREE and old.get(key) != new[key]]:
+    if keys := changed(old, new):
         raise ValueError(
-            f"{folder} holds a run with another {', '.join(changed)}; go on with the same values, or choose another "
-            "folder"
+            f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
         )
 
 
