@@ -66,9 +66,22 @@ class Cell:
         parent = str(self.parent.folder(root)) if self.parent else ""
         return [each.replace(PARENT, parent) for each in self.overrides]
 
+    def has(self, key: str) -> bool:
+        """Return whether its configuration has a group or an option of this name."""
+        return _has(self.overrides, key)
+
     def lineage(self) -> list[Cell]:
         """Itself after all that it needs."""
         return [*(self.parent.lineage() if self.parent else []), self]
+
+
+@cache
+def _has(overrides: tuple[str, ...], key: str) -> bool:
+    config = compose("config", list(overrides), return_hydra_config=True)
+    folder, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, folder) if folder else config
+    options = OmegaConf.to_container(node) if OmegaConf.is_dict(node) else {}  # with those that are not set yet
+    return key in config.hydra.runtime.choices or name in options
 
 
 @cache

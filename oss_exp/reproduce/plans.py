@@ -1,7 +1,8 @@
-"""Which runs give the numbers that stand for the paper's: a function for each table, at both scales.
+"""What a table of the paper is: a function for each says which runs give our numbers in the place of the paper's.
 
 `small` has our own networks in the place of the public ones, and fewer pictures; numbers of steps, noise schedules,
-solvers and strategies are the paper's. `paper` has its models, by the yamls in conf/experiment.
+solvers and strategies are the paper's. `paper` has its models; conf/experiment/table_N.yaml is the setting that the runs
+of table N have in common there, to be run alone as well.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ def table_6(paper: Paper, small: bool) -> Plan:
 
     def cell(row: Row) -> Cell:
         if not small:
-            return Cell.of(*public[row["dataset"]], strategies, "trainer=gpu")
+            return Cell.of(*public[row["dataset"]], "trainer=gpu")
         coarse = [f"stepsize.oss_ave.{COARSE}"] if row["dataset"] == "mscoco512" else []
         return Cell.of(*own[row["dataset"]], strategies, "num_steps=[5,10]", *sizes, *coarse)
 

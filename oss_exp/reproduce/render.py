@@ -92,7 +92,7 @@ class Reproduction:
         doubts += [f"- {row['label']}: {row['doubt']}." for row in self.paper.rows if row["doubt"]]
         parts = [
             f"# {self.paper.name.replace('_', ' ').capitalize()}: {self.paper.title}",
-            f"The paper's number / ours at `scale={self.scale}`, with an interval of 95 % where one is known; "
+            f"The paper's number / ours at {self.scale} scale, with an interval of 95 % where one is known; "
             f"{self.paper.metric['better']} is better. Ours: {self.plan.standing_for}",
             _markdown(header, rows),
             "## Claims",
@@ -116,7 +116,7 @@ class Reproduction:
             rows.append(" & ".join([_escape(line), *both]) + r" \\")
         head = " & ".join(["", *map(_escape, columns)]) + r" \\"
         body = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", head, r"\midrule", *rows]
-        caption = f"% {self.paper.title}: the paper's number / ours (scale={self.scale}), {self.paper.metric['name']}"
+        caption = f"% {self.paper.title}: the paper's number / ours ({self.scale} scale), {self.paper.metric['name']}"
         return "\n".join([caption, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def csv(self) -> str:

@@ -31,7 +31,7 @@ class Reproduce:
         output: folder of the tables and figures.
         cells: folder of the runs, each in a folder of its own.
         jobs: runs at a time; None: one a CPU core at scale small, else one.
-        overrides: {key: value} for every run.
+        overrides: {key: value} for every run that has the key; ValueError where none has.
     """
 
     scale: Literal["small", "paper"] = "small"
@@ -49,9 +49,10 @@ class Reproduce:
         small, root, output = self.scale == "small", Path(self.cells), Path(self.output)
 
         # The plans, with the user's values in every run.
-        more = [f"{key}={value}" for key, value in (self.overrides or {}).items()]
         papers = {name: Paper.load(name) for name in names}
-        plans = {name: _with(TABLES[name](paper, small), more) for name, paper in papers.items()}
+        plans = {name: TABLES[name](paper, small) for name, paper in papers.items()}
+        if self.overrides:
+            plans = _with(plans, self.overrides)
 
         # The runs, those of the last table first.
         root.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ class Reproduce:
 
         # What can be said of all of them.
         if cfg.table == "all" and not failed:
-            text = f"# All tables, `scale={self.scale}`\n\n{summary(written)}"
+            text = f"# All tables at {self.scale} scale\n\n{summary(written)}"
             print(write_atomically(output / f"{self.scale}.md", text).read_text())
         if failed:
             reasons = "\n".join(
@@ -94,11 +95,24 @@ def _cells(plan: Plan) -> list[Cell]:
     return [cell for source in plan.sources if source for cell in source.cells]
 
 
-def _with(plan: Plan, overrides: list[str]) -> Plan:
-    """The same with these values in every run."""
+def _with(plans: Mapping[str, Plan], overrides: Mapping[str, Any]) -> dict[str, Plan]:
+    """Return the same plans with these values in every run that has their keys."""
+    unknown = set(overrides)
 
-    def more(cell: Cell | None) -> Cell | None:
-        return cell and Cell.of(*cell.overrides, *overrides, parent=more(cell.parent))
+    def changed(cell: Cell | None) -> Cell | None:
+        if cell is None:
+            return None
+        own = list(cell.overrides)
+        for key, value in overrides.items():
+            if Cell.of(*own).has(key):
+                own.append(f"{key}={value}")
+                unknown.discard(key)
+        return Cell.of(*own, parent=changed(cell.parent))
 
-    sources = [source and replace(source, cells=tuple(map(more, source.cells))) for source in plan.sources]
-    return replace(plan, sources=sources)
+    made = {}
+    for name, plan in plans.items():
+        sources = [source and replace(source, cells=tuple(map(changed, source.cells))) for source in plan.sources]
+        made[name] = replace(plan, sources=sources)
+    if unknown:
+        raise ValueError(f"task.overrides.{min(unknown)} is an option of none of these runs; see oss-exp --cfg job")
+    return made

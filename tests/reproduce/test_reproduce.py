@@ -23,6 +23,7 @@ from oss_exp.reproduce.figures import draw
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.plans import TABLES, Plan
 from oss_exp.reproduce.render import Reproduction, summary
+from oss_exp.reproduce.task import _with
 from oss_exp.reproduce.values import Value
 
 SMALL = "model: mixture_fashion, num_teacher_steps: 60, data.eval_samples: 4, data.per_sample: 4"
@@ -225,3 +226,20 @@ def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
     assert not results(tmp_path)
     assert len(list((tmp_path / "cells").glob("*/cell.json"))) == 3
     assert not (tmp_path / "paper").exists()
+
+
+def test_overrides_are_for_the_runs_that_have_their_keys(composing):
+    plans = {name: plan(name)[1] for name in ("table_5", "table_6")}
+    more = {"task.max_steps": 1, "data.prompts": "prompts.txt", "evaluation": "inception"}
+    more |= {"evaluation.extractor.weights": "w.pth"}
+    changed = _with(plans, more)
+    runs = {member for each in changed.values() for s in each.sources for cell in s.cells for member in cell.lineage()}
+    trained = [cell for cell in runs if "task=finetune" in cell.overrides]
+    assert all("task.max_steps=1" in cell.overrides for cell in trained)
+    prompted = [cell for cell in runs if "data.prompts=prompts.txt" in cell.overrides]
+    assert [cell for cell in runs if "data=prompts" in cell.overrides] == prompted != []
+    measured = [cell for cell in runs if "task=finetune" not in cell.overrides]
+    assert all("evaluation.extractor.weights=w.pth" in cell.overrides for cell in measured)
+    assert all(cell.key for cell in runs)
+    with pytest.raises(ValueError, match=r"task\.overrides\.data\.prompt is an option of none of these runs"):
+        _with(plans, {"data.prompt": "prompts.txt"})
