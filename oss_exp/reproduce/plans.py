@@ -1,8 +1,8 @@
 """What a table of the paper is: a function for each says which runs give our numbers in the place of the paper's.
 
 `small` has our own networks in the place of the public ones, and fewer pictures; numbers of steps, noise schedules,
-solvers and strategies are the paper's. `paper` has its models; conf/experiment/table_N.yaml is the setting that the runs
-of table N have in common there, to be run alone as well.
+solvers and strategies are the paper's. `paper` has its models; conf/experiment/table_N.yaml is the setting that the
+runs of table N have in common there, to be run alone as well.
 """
 
 from __future__ import annotations

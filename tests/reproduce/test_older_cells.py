@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import run_cli
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from oss_exp.cli import CONF
 from oss_exp.files import ASSETS
@@ -80,6 +82,7 @@ def test_another_parent_is_another_cell(root):
     assert cell.parent.folder(root).name == cell.parent.key
 
 
+@pytest.mark.slow
 def test_a_new_run_goes_on_from_an_older_one(root):
     cell = Cell.of(*EVALUATION, "num_teacher_steps=30", "evaluation.trajectories=0", parent=Cell.of(*SEARCH))
     assert make([cell], root, jobs=1) == {}
@@ -97,12 +100,24 @@ def test_other_shipped_weights_make_another_cell(root, tmp_path, monkeypatch):
     assert cell.folder(root).name == cell.key
 
 
+def test_an_older_run_goes_on_by_its_own_command(root, capsys):
+    folder = root / "d9954cc975e95b73"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("schedules/*.json")}
+    GlobalHydra.instance().clear()
+    run_cli(*SEARCH, "logger=none", f"hydra.run.dir={folder}")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("schedules/*.json")} == before
+    with pytest.raises(SystemExit):
+        run_cli(*SEARCH, "logger=none", "num_teacher_steps=21", f"hydra.run.dir={folder}")
+    assert "holds a run with another num_teacher_steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{paths: {}}", "a: [", "!!python/object/apply:os.abort []"])
 def test_a_folder_that_cannot_be_read_is_no_cell(root, content):
     (root / "d9954cc975e95b73" / "config.yaml").write_text(content)
     assert evaluation().folder(root).name == evaluation().key
 
 
+@pytest.mark.slow
 def test_a_cell_of_this_version_is_found_under_any_name(root):
     """As it will be when a later version spells its configuration in another way."""
     cell = Cell.of(*SEARCH, "data.seed=7", "stepsize=oss_ave")
