@@ -131,7 +131,7 @@ class Note(Record):
     times: Numbers | list[Numbers]
     count: int = 0
     flag: bool = False
-    more: dict[str, float] = {}
+    more: dict[str, float] = Field(default_factory=dict)
 
 
 WHOLE = {"format": "a/note", "version": 2, "times": [1.0, 0.5]}
