@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from pydantic import Field
 
 from oss_exp.files import (
     Numbers,
