@@ -24,7 +24,7 @@ from oss_exp.call_counter import CallCounter
 from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.distances import Distance, XtMSE
 from oss_exp.evaluation.comparison import Line, Result, html, measured, spread, terminal, with_gains
-from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.evaluation.psnr import psnr
 from oss_exp.models.base import Model
 from oss_exp.noise import DDIMSchedule, EDMSchedule, FlowSchedule, LogSNRSchedule, NoiseSchedule
 from oss_exp.provenance import configuration, model_record, native_times, provenance
@@ -260,7 +260,7 @@ class Comparison:
         records: Sequence[Mapping[str, Any]],
     ):
         self.about, self.schedules = about, schedules
-        self.lines: list[Line] = with_gains([_result(record) for record in records])
+        self.lines: list[Line] = with_gains([Result.of(record, str(record["nfe"])) for record in records])
         by_key = {(record["strategy"], record["num_steps"]): record for record in records}
         self.rows = [
             {
@@ -292,16 +292,6 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return html(self.lines, self.title)
-
-
-def _result(record: Mapping[str, Any]) -> Result:
-    """The entry of a table that a row of a `Comparison` is."""
-    values = dict(zip(record["per_image"]["index"], record["per_image"]["psnr"], strict=True))
-    shared = {
-        name: record[name] for name in ("strategy", "num_steps", "nfe", "baseline", "start", "planning", "metrics")
-    }
-    intervals = {name: Interval(**record[name]) for name in ("psnr", "spread")}
-    return Result(run="", **intervals, values=values, arena=str(record["nfe"]), **shared)
 
 
 # --------------------------------------------------------------------------------------------------------------

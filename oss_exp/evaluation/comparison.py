@@ -7,7 +7,7 @@ blurs). The table is Markdown for files, HTML for notebooks and a rich table for
 from __future__ import annotations
 
 import html as escaping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,19 @@ class Result:
     planning: dict[str, Any]
     metrics: dict[str, float]  # FID and the like, by name
     arena: str
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], arena: str, run: str = "") -> Result:
+        """Return the result that a row of metrics.json or of a `Comparison` records."""
+        shared = ("strategy", "num_steps", "nfe", "baseline", "start", "planning", "metrics")
+        return cls(
+            run=run,
+            psnr=Interval(**row["psnr"]),
+            spread=Interval(**row["spread"]),
+            values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
+            arena=arena,
+            **{name: row[name] for name in shared},
+        )
 
 
 @dataclass(frozen=True)
