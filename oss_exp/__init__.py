@@ -46,6 +46,11 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.noise.schedules import LogSNRSchedule as LogSNRSchedule
     from oss_exp.noise.schedules import QuadraticSchedule as QuadraticSchedule
     from oss_exp.noise.schedules import VPSchedule as VPSchedule
+    from oss_exp.schedule import Analytic as Analytic
+    from oss_exp.schedule import FittedSteps as FittedSteps
+    from oss_exp.schedule import Free as Free
+    from oss_exp.schedule import Pinned as Pinned
+    from oss_exp.schedule import SolverSteps as SolverSteps
     from oss_exp.schedule import StepSchedule as StepSchedule
     from oss_exp.solvers.adams_bashforth import AdamsBashforth as AdamsBashforth
     from oss_exp.solvers.deis import DEIS as DEIS
@@ -77,6 +82,11 @@ PUBLIC = {
     "search": "api",
     # Schedules of steps, and the search.
     "StepSchedule": "schedule",
+    "Pinned": "schedule",
+    "Free": "schedule",
+    "Analytic": "schedule",
+    "SolverSteps": "schedule",
+    "FittedSteps": "schedule",
     "BoundVelocity": "velocity",
     "Problem": "stepsize.problem",
     # Stepsize strategies.

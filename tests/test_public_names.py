@@ -56,8 +56,7 @@ OTHER_DEFAULTS = {
     "FashionDetector.from_asset": "its file is named by the class",
     "FashionFeatures.from_asset": "its file is named by the class",
 }
-WITHOUT_DEFAULTS = {"BoundVelocity", "OSSScheduler", "Problem", "StepSchedule"}
-PUBLIC_CLASSES = [name for name in oss_exp.PUBLIC if name[0].isupper() and name not in WITHOUT_DEFAULTS]
+PUBLIC_CLASSES = [name for name in oss_exp.PUBLIC if name[0].isupper()]
 
 
 # --------------------------------------------------------------------------------------------------------------
