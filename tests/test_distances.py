@@ -124,7 +124,7 @@ def test_mse_equals_numpy_on_any_event_shape_and_in_float32(shape, norm):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("norm", [0, 3, -1, 1.5, None, "2", float("nan")])
+@pytest.mark.parametrize("norm", [0, 3, -1, 1.5, None, "2", True, float("nan")])
 @pytest.mark.parametrize(
     "make",
     [

@@ -48,6 +48,8 @@ class Network(Model):
         super().__init__()
         require_choice(get_args(Dtype), dtype=dtype)
         require_range(at_least=1, num_classes=num_classes, micro_batch=micro_batch)
+        if min(event_shape, default=0) < 1:
+            raise ValueError(f"event_shape must be sizes of at least 1, got {list(event_shape)}")
         self.name, self.backbone, self.parameterization = name, backbone, parameterization
         self.path, self.event_shape, self.num_classes = parameterization.path, tuple(event_shape), num_classes
         self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
@@ -131,6 +133,14 @@ def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
     """The name of a model at one of its sizes; ValueError where it has no such one."""
     require_choice(sizes, size=size)
     return name if size == "full" else f"{name}_{size}"
+
+
+def build_part(sizes: Mapping[str, Mapping[str, Any]], size: str, part: str) -> Any:
+    """What the partial `part` of a size makes; ValueError says where the settings are that make nothing."""
+    try:
+        return sizes[size][part]()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"sizes.{size}.{part}: {error}") from error
 
 
 def shape(tensor: Tensor | None) -> str:

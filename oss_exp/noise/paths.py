@@ -215,6 +215,6 @@ def require_betas(beta_min: float, beta_max: float) -> None:
 
 
 def require_chain(num_steps: int, **betas: float) -> None:
-    """ValueError unless there are from 2 to a million betas, in (0, 1)."""
+    """ValueError unless there are from 2 to a million betas, in (0, 1) and not too small for float64."""
     require_range(at_least=2, at_most=LONGEST_CHAIN, num_steps=num_steps)
-    require_range(above=0, below=1, **betas)
+    require_range(at_least=1e-9, below=1, **betas)

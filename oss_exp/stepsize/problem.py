@@ -15,7 +15,7 @@ from oss_exp.distances import Distance, XtMSE
 from oss_exp.noise import FlowSchedule
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, LinearMultistep, Solver, walk
-from oss_exp.velocity import BoundVelocity, VelocityFn, standard_normal_velocity
+from oss_exp.velocity import BoundVelocity, VelocityFn
 
 
 class Collective:
@@ -132,7 +132,7 @@ class Problem:
     Raises ValueError where the noise is empty, not finite or too narrow, or the grid is none.
     """
 
-    velocity: VelocityFn = standard_normal_velocity
+    velocity: VelocityFn = field(default_factory=BoundVelocity)
     noise: Tensor = field(default_factory=lambda: torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
     grid: Tensor = field(default_factory=lambda: FlowSchedule().nodes(100))
     solver: Solver = field(default_factory=Euler)

@@ -265,9 +265,9 @@ def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
         (lambda: DDIMSchedule(torch.full((1000,), 0.9)), "float64 cannot tell"),
         (lambda: linear_betas(1), "num_steps must be from 2 to .*, got 1"),
         (lambda: linear_betas(10**12), "num_steps must be from 2 to 1e"),
-        (lambda: linear_betas(end=1e30), "end must be above 0 and below 1"),
-        (lambda: scaled_linear_betas(start=-1), "start must be above 0"),
-        (lambda: cosine_betas(max_beta=1), "max_beta must be above 0 and below 1, got 1"),
+        (lambda: linear_betas(end=1e30), "end must be at least 1e-09 and below 1"),
+        (lambda: scaled_linear_betas(start=-1), "start must be at least 1e-09"),
+        (lambda: cosine_betas(max_beta=1), "max_beta must be .* below 1, got 1"),
     ],
 )
 def test_impossible_physics_is_refused_by_name(make, words):

@@ -109,6 +109,11 @@ class VAE(Autoencoder):
         require_range(at_least=-1e6, at_most=1e6, shift_factor=shift_factor)
         require_range(at_least=1, tile=tile, latent_channels=latent_channels)
         require_range(at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
+        if not block_out_channels or any(width < 1 or width % norm_num_groups for width in block_out_channels):
+            raise ValueError(
+                f"block_out_channels must be multiples of norm_num_groups={norm_num_groups}, got "
+                f"{list(block_out_channels)}"
+            )
         network = AutoencoderKL(
             latent_channels=latent_channels,
             block_out_channels=block_out_channels,

@@ -7,9 +7,9 @@ L tokens, D features; t (M,) float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from oss_exp.models.checkpoints.weights import locate
 from oss_exp.models.decoders.video_vae import latent_frames
 from oss_exp.models.families.stdit3 import STDiT3
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Dtype, at_size
+from oss_exp.models.network import Dtype, at_size, build_part
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import TextModel, encode, open_text_model, random_text_model
 from oss_exp.noise import FlowPath
@@ -33,6 +33,17 @@ T5_OTHERS = (
     ("tokenizer/tokenizer_config.json",),
     ("tokenizer/tokenizer.json", "tokenizer/spiece.model"),
 )
+
+
+class OpenSoraSize(TypedDict):
+    """One of the sizes of `OpenSora`. video: frames, height and width that the configuration takes by default."""
+
+    video: Sequence[int]
+    micro_batch: int
+    checkpoint: str
+    network: Callable[..., STDiT3]
+    text_encoder: Callable[..., TextModel]
+    decoder: Callable[..., nn.Module]
 
 
 class OpenSora(Prompted):
@@ -53,7 +64,7 @@ class OpenSora(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, OpenSoraSize],
         num_frames: int,
         height: int,
         width: int,
@@ -74,8 +85,8 @@ class OpenSora(Prompted):
         if checkpoint != "random":  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, WEIGHTS, source))
         texts = [f"{prompt} {ending}".strip().lower() for prompt in prompts or [""]]
-        encoded, encoder_sha256 = encode(chosen["text_encoder"](), texts)
-        network = chosen["network"]()
+        encoded, encoder_sha256 = encode(build_part(sizes, size, "text_encoder"), texts)
+        network = build_part(sizes, size, "network")
         super().__init__(
             name=name,
             prompts=prompts,
@@ -88,7 +99,7 @@ class OpenSora(Prompted):
             ),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1000.0)),
             event_shape=(network.channels, *shape),
-            decoder=chosen["decoder"](),
+            decoder=build_part(sizes, size, "decoder"),
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
