@@ -24,7 +24,7 @@ from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.models.families.psdenoiser import PSDenoiser
 from oss_exp.noise import VPPath, VPSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, StepSchedule
 from oss_exp.solvers import Euler, sample
 
 SOLVERS, BUDGETS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}, (5, 10, 20)

@@ -60,11 +60,14 @@ def check(node: Any, key: str = "", kind: Any = Any) -> None:
 
 
 def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
-    """Return the object that `node` describes, with further arguments that a configuration does not know.
+    """Return the object that `node` describes; further arguments are passed on, in place of the node's own.
 
     ValueError or OSError, with the key, for wrong values, and for whatever the constructors refuse.
     """
-    checked = _Check(unset_passes=False, given=arguments).of(_plain(node), kind, key)
+    plain = _plain(node)
+    if isinstance(plain, Mapping):
+        plain = {name: value for name, value in plain.items() if name not in arguments}
+    checked = _Check(unset_passes=False, given=arguments).of(plain, kind, key)
     if checked is None:
         return None
     if not isinstance(checked, Mapping) or "_target_" not in checked:
@@ -255,8 +258,7 @@ def parameters_of(target: Callable) -> _Parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
             base = _next_constructor(target)
             inherited = _Parameters({}, (), True) if base is None else parameters_of(base)
-            kinds = {**inherited.kinds, **kinds}
-            required += [each for each in inherited.required if each not in signature.parameters]
+            kinds = {**inherited.kinds, **kinds}  # which are required, only `target` knows: it may give some itself
             takes_more = inherited.takes_more
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             optional = parameter.default is not parameter.empty
@@ -480,7 +482,7 @@ def _cause(error: BaseException) -> BaseException:
 def _with_key(key: str, node: Mapping, error: BaseException) -> Exception:
     """The error as a user reads it: with the full key of the value, or of the node, that it is about."""
     text = str(error)
-    if not isinstance(error, ValueError | TypeError | OSError | RuntimeError):
+    if not isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     last = key.rpartition(".")[2]
     if re.search(rf"(?<![\w.]){re.escape(key)}[.=]", text):
@@ -491,4 +493,6 @@ def _with_key(key: str, node: Mapping, error: BaseException) -> Exception:
         text = f"{key}.{text}"
     else:
         text = f"{key}: {text}"
-    return OSError(text) if isinstance(error, OSError) else ValueError(text)
+    if isinstance(error, OSError):
+        return FileNotFoundError(text) if isinstance(error, FileNotFoundError) else OSError(text)
+    return ValueError(text)
