@@ -88,7 +88,7 @@ def composed(option: str) -> DictConfig:
 
 
 def keys_of(cfg: DictConfig, option: str) -> list[str]:
-    """Return the keys of all values of an option, lists included; of a task, those of the whole run but other groups."""
+    """Return the keys of all values of an option, lists included; of a task, of the whole run but for other groups."""
     group, _, name = option.partition("/")
     plain: Any = OmegaConf.to_container(cfg)
     if group in ("task", "experiment"):
@@ -112,10 +112,10 @@ def _leaves(node: Any, key: str) -> Iterator[str]:
         yield key
 
 
-def tried(option: str, cfg: DictConfig, key: str, value: str, built: set[tuple]) -> Outcome:
+def tried(option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tuple, Exception | None]) -> Outcome:
     """Replace one value, check the configuration, and build what the value belongs to, once for each class.
 
-    built: what has been built already, of all options.
+    refusals: what came of building, by class, parameter and value, of all options.
     """
     changed = copy.deepcopy(cfg)
     try:
@@ -123,9 +123,15 @@ def tried(option: str, cfg: DictConfig, key: str, value: str, built: set[tuple])
         OmegaConf.update(changed, key, override.value(), merge=True)
         check_configuration(changed)
         same = (_owner(cfg, key), key.rpartition(".")[2], value)
-        if same not in built:
-            built.add(same)
-            _build(changed, key)
+        if refusals.get(same) is not None:
+            return Outcome(option, key, value, "refused", str(refusals[same]))
+        if same not in refusals:
+            refusals[same] = None
+            try:
+                _build(changed, key)
+            except Exception as error:
+                refusals[same] = error
+                raise
     except USER_ERRORS as error:
         node, _, name = key.rpartition(".")
         names = key in str(error) or (node in str(error) and name in str(error))
@@ -160,6 +166,8 @@ def _build(cfg: DictConfig, key: str) -> None:
         strategy = border.build(cfg.stepsize[name], f"stepsize.{name}")
         strategy.network_calls(cfg.num_teacher_steps, list(cfg.num_steps), 0)
     elif part == "data":
+        if cfg.data.get("classes") == "auto":
+            cfg.data.classes = "all"
         border.build(cfg.data, "data", NoiseData, **SMALL_PARTS)
     elif part in ("solver", "distance", "trainer"):
         border.build(cfg[part], part)
@@ -171,13 +179,13 @@ def _build(cfg: DictConfig, key: str) -> None:
 
 def fuzz(chosen: list[str], values: tuple[str, ...] = VALUES) -> Iterator[Outcome]:
     """Yield what became of every value of these options."""
-    built: set[tuple] = set()
+    refusals: dict[tuple, Exception | None] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for option in chosen:
             cfg = composed(option)
             for key in keys_of(cfg, option):
                 for value in values:
-                    yield tried(option, cfg, key, value, built)
+                    yield tried(option, cfg, key, value, refusals)
 
 
 def taker(outcome: Outcome) -> tuple[str, str]:

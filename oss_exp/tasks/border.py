@@ -137,7 +137,7 @@ class _Check:
         for option in _options(kind):
             if is_typeddict(option):
                 return self._fields(value, _Parameters(get_type_hints(option, include_extras=True), (), True), key)
-            if is_dataclass(option):
+            if _is_record(option):
                 filled = self._fields(value, parameters_of(option), key, str(option.__name__), ())
                 return {"_target_": f"{option.__module__}.{option.__qualname__}", **filled}
             if get_origin(option) in (dict, Mapping):
@@ -366,6 +366,8 @@ def _accepts_one(kind: Any, value: Any) -> bool:
         return False
     if _is_object(kind):
         return False
+    if get_origin(kind) is Literal:  # for pydantic, true is a 1 here
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     try:
         _adapter(kind).validate_json(json.dumps(value, default=str))
     except ValidationError:
@@ -378,6 +380,13 @@ def _accepts_one(kind: Any, value: Any) -> bool:
 def _is_object(kind: Any) -> bool:
     """Whether only a _target_ can make it."""
     return inspect.isclass(kind) and get_origin(kind) is None and not issubclass(kind, PLAIN)
+
+
+def _is_record(kind: Any) -> bool:
+    """Whether it is a dataclass of plain values, which a mapping of its fields describes, also without a _target_."""
+    if not inspect.isclass(kind) or not is_dataclass(kind) or inspect.isabstract(kind):
+        return False
+    return not any(_is_object(each) for part in parameters_of(kind).kinds.values() for each in _options(part))
 
 
 PLAIN = (bool, int, float, str, Path, list, tuple, dict)
@@ -423,10 +432,10 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"{several} of {describe(items[0], plural=True)}" if items and items[0] is not Any else several
     if kind is dict or get_origin(kind) in (dict, Mapping):
         return "mappings" if plural else "a mapping"
-    if is_dataclass(kind) and not any(_is_object(each) for each in parameters_of(kind).kinds.values()):
+    if _is_record(kind):
         return f"a mapping of {', '.join(parameters_of(kind).kinds)}"
     name = getattr(kind, "__name__", str(kind))
-    return f"a {name}, described by a mapping with _target_"
+    return f"a {name} (a mapping with _target_)"
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
