@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.distances import Select as Select
     from oss_exp.distances import XtMSE as XtMSE
     from oss_exp.export.oss_scheduler import OSSScheduler as OSSScheduler
-    from oss_exp.models.families.mixture import GaussianMixture as GaussianMixture
     from oss_exp.models.guidance import Guidance as Guidance
     from oss_exp.models.parameterization import DataPrediction as DataPrediction
     from oss_exp.models.parameterization import EDMPrediction as EDMPrediction
@@ -47,6 +46,11 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.noise.schedules import LogSNRSchedule as LogSNRSchedule
     from oss_exp.noise.schedules import QuadraticSchedule as QuadraticSchedule
     from oss_exp.noise.schedules import VPSchedule as VPSchedule
+    from oss_exp.schedule import Analytic as Analytic
+    from oss_exp.schedule import FittedSteps as FittedSteps
+    from oss_exp.schedule import Free as Free
+    from oss_exp.schedule import Pinned as Pinned
+    from oss_exp.schedule import SolverSteps as SolverSteps
     from oss_exp.schedule import StepSchedule as StepSchedule
     from oss_exp.solvers.adams_bashforth import AdamsBashforth as AdamsBashforth
     from oss_exp.solvers.deis import DEIS as DEIS
@@ -78,6 +82,11 @@ PUBLIC = {
     "search": "api",
     # Schedules of steps, and the search.
     "StepSchedule": "schedule",
+    "Pinned": "schedule",
+    "Free": "schedule",
+    "Analytic": "schedule",
+    "SolverSteps": "schedule",
+    "FittedSteps": "schedule",
     "BoundVelocity": "velocity",
     "Problem": "stepsize.problem",
     # Stepsize strategies.
@@ -132,7 +141,6 @@ PUBLIC = {
     "ScorePrediction": "models.parameterization",
     "VPVelocity": "models.parameterization",
     "Guidance": "models.guidance",
-    "GaussianMixture": "models.families.mixture",
     # Elsewhere.
     "OSSScheduler": "export.oss_scheduler",
 }
@@ -141,6 +149,7 @@ CONFIGURED = {
     "cosine_betas": "noise.paths",
     "linear_betas": "noise.paths",
     "scaled_linear_betas": "noise.paths",
+    "GaussianMixture": "models.families.mixture",
     "Network": "models.network",
     "DiT": "models.families.backbones",
     "UNet": "models.families.backbones",

@@ -73,13 +73,21 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
 
     Of a union the type that fits furthest counts; several that fit as far are all named.
     """
-    details = [(_location(each, given), each) for each in map(_by_field, error.errors(include_url=False))]
-    first = details[0][0]
-    location = max((place for place, _ in details if place[: len(first)] == first), key=len)
-    faults = [each for place, each in details if place == location]
+    details = [_by_field(each) for each in error.errors(include_url=False)]
+    places = [_location(each, given) for each in details]
 
-    others = {place for place, _ in details if place[: len(first)] != first}
-    return Fault(_cut(".".join(map(str, location))), _text(faults), len(others))
+    # Of a union, the first fault that each of its types finds.
+    location, first = details[0]["loc"], places[0]
+    depth = next((i for i, part in enumerate(location) if first[i : i + 1] != (part,)), len(location))
+    inside = [i for i, each in enumerate(details) if each["loc"][:depth] == location[:depth]]
+    by_type: dict[Any, int] = {}
+    for i in inside:
+        by_type.setdefault(details[i]["loc"][depth : depth + 1], i)
+
+    furthest = max((places[i] for i in by_type.values()), key=lambda place: _progress(place[depth:]))
+    faults = [details[i] for i in by_type.values() if places[i] == furthest]
+    others = set(places) - {places[i] for i in inside}
+    return Fault(_cut(".".join(map(str, furthest))), _text(faults), len(others))
 
 
 def shown(value: Any) -> str:
@@ -137,6 +145,11 @@ def _location(fault: ErrorDetails, given: Any) -> tuple[str | int, ...]:
     if fault["loc"] and (fault["type"] in ABSENT or _has(given, last)):
         fields.append(last)
     return tuple(fields)
+
+
+def _progress(place: tuple[str | int, ...]) -> list[int]:
+    """Orders places by how far into the value they are."""
+    return [part if isinstance(part, int) else 0 for part in place]
 
 
 def _has(given: Any, part: str | int) -> bool:

@@ -241,8 +241,8 @@ def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
         for name in ("strategy", "num_steps", "nfe", "baseline", "start", "psnr", "spread"):
             assert getattr(ours.result, name) == getattr(theirs.result, name), name
         assert ours.gain == theirs.gain
-        for name in ("for_num_steps", "search_samples", "network_calls_per_sample"):
-            assert ours.result.planning[name] == theirs.result.planning[name]
+        calls = "network_calls_per_sample"
+        assert ours.result.planning.get(calls) == theirs.result.planning.get(calls)
     for label, plans in comparison.schedules.items():
         for k, steps in plans.items():
             assert_same(steps, oss_exp.StepSchedule.load(run / "schedules" / f"{label}_{k}.json"))

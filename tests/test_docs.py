@@ -42,6 +42,8 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
     """Option -> default, of a task's yaml: what it sets itself, and the groups that it chooses, but for the logger."""
     found = {}
     for entry in config.get("defaults", []):
+        if isinstance(entry, str):  # what tasks have in common
+            continue
         ((group, choice),) = entry.items()
         found[group.removeprefix("override ").removeprefix("/")] = choice
     found.pop("logger", None)
@@ -123,7 +125,8 @@ def default_of(key: str, task: str) -> Any:
 @lru_cache
 def composed(task: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"task={task}"], return_hydra_config=True)
+        exporter = ["exporter=comfyui"] if task == "export" else []  # required
+        return compose("config", [f"task={task}", *exporter], return_hydra_config=True)
 
 
 @pytest.mark.slow

@@ -1,12 +1,26 @@
 """Files are whole or absent, and an asset is what its hash says."""
 
+import json
 import os
 import sys
+from typing import Literal
 
 import pytest
 import torch
+from pydantic import Field
 
-from oss_exp.files import load_asset, read_json, remove_unfinished, save_asset, write_atomically
+from oss_exp.files import (
+    Numbers,
+    Record,
+    load_asset,
+    load_record,
+    load_records,
+    read_json,
+    read_text,
+    remove_unfinished,
+    save_asset,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -105,3 +119,88 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_unfinished(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Records (tests/test_records.py gives every reader the same broken contents)
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Note(Record):
+    format: Literal["a/note"]
+    version: Literal[2]
+    times: Numbers | list[Numbers]
+    count: int = 0
+    flag: bool = False
+    more: dict[str, float] = Field(default_factory=dict)
+
+
+WHOLE = {"format": "a/note", "version": 2, "times": [1.0, 0.5]}
+
+
+def note(path, content) -> Note:
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return load_record(path, Note, "note", "ask for another")
+
+
+def test_a_record_is_read_with_a_byte_order_mark_and_fields_of_others(tmp_path):
+    read = note(tmp_path / "n.json", b"\xef\xbb\xbf" + json.dumps({**WHOLE, "by": "somebody", "count": 3}).encode())
+    assert (read.times, read.count) == ([1.0, 0.5], 3)
+    assert (
+        note(tmp_path / "n.json", b'{"count": 1, "count": 2,' + json.dumps(WHOLE).encode()[1:]).count == 2
+    )  # the last
+
+
+def test_numbers_are_read_to_the_bit(tmp_path):
+    bits = torch.randint(0, 2**62, (20_000,), generator=torch.Generator().manual_seed(0))
+    values = bits.view(torch.float64)[bits.view(torch.float64).isfinite()].tolist()
+    assert note(tmp_path / "n.json", {**WHOLE, "times": values}).times == values
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({**WHOLE, "format": "another"}, "is of another format: `format` must be 'a/note', got \"another\"; ask"),
+        ({**WHOLE, "version": 1, "times": 3}, "is of another version: `version` must be 2, got 1; ask"),
+        ({"version": 2, "times": []}, ": field `format` is missing; ask"),
+        ({**WHOLE, "times": [1.0, "abc", 3]}, ': field `times.1` must be a number or a list, got "abc"'),
+        ({**WHOLE, "times": [[1.0], [float("nan")]]}, ": field `times.1.0` must be a finite number, got nan"),
+        ({**WHOLE, "count": True}, ": field `count` must be a whole number, got true; ask"),
+        ({**WHOLE, "count": 1.0, "flag": 1}, ": field `count` must be a whole number, got 1.0 (1 more fault); ask"),
+        ({**WHOLE, "count": "x" * 10_000_000}, f': field `count` must be a whole number, got "{"x" * 76}...; ask'),
+        ({**WHOLE, "more": {"a": 1, "b": {"c": 1}}}, ': field `more.b` must be a number, got {"c": 1}; ask'),
+        ({**WHOLE, "more": 10**400}, ": field `more` must be an object, got a number of over 80 digits; ask"),
+        ({**WHOLE, "more": {"a": 10**400}}, ": field `more.a` must be a finite number, got a number of over 80 digits"),
+        ([WHOLE], ": must be an object, got [{...}]; ask"),
+        (b"", " is empty; ask"),
+        (b"{", " is not complete JSON (EOF while parsing an object at line 1 column 1); ask"),
+        (b"[" * 10**6, " has lists or objects more than 200 levels deep (recursion limit exceeded"),
+        (b'"\xff"', " is not complete JSON (invalid unicode code point at line 1 column 2); ask"),
+    ],
+)
+def test_what_is_no_such_record_is_refused_in_one_line(content, words, tmp_path):
+    with pytest.raises(ValueError, match="note") as caught:
+        note(tmp_path / "n.json", content)
+    assert str(caught.value).startswith(f"note {tmp_path / 'n.json'}{words}")
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_larger_than_its_kind_is_not_read(tmp_path):
+    path = tmp_path / "n.json"
+    path.write_text(json.dumps(WHOLE) + " " * (1 << 20))
+    assert load_record(path, Note, "note", limit=2 << 20).version == 2
+    with pytest.raises(ValueError, match=r"n\.json is larger than 1 MiB"):
+        load_record(path, Note, "note", limit=1 << 20)
+    with pytest.raises(ValueError, match=r"n\.json is larger than 1 MiB"):
+        read_text(path, "text", limit=1 << 20)
+
+
+def test_a_line_is_named_by_its_number(tmp_path):
+    path = tmp_path / "n.jsonl"
+    line = json.dumps({**WHOLE, "more": {"a\u2028b": 1}}, ensure_ascii=False)  # no end of a line in JSON
+    path.write_text(f"{line}\n\n{line}\r\n", encoding="utf-8")
+    assert len(load_records(path, Note, "notes")) == 2
+    path.write_text(f"{line}\n\n{{}}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"notes .*n\.jsonl, line 3: field `format` is missing"):
+        load_records(path, Note, "notes")

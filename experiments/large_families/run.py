@@ -21,11 +21,11 @@ from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, finished, keep, measure, png, table
 from oss_exp.data.captioned import MOVES
+from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.geneval.detectors import nearest_colours
 from oss_exp.geneval.garments import GARMENTS
-from oss_exp.models.text.prompts import read_prompts
 
 NETWORKS = {
     "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt", "data.eval_samples=256"],

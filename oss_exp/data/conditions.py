@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseDataset
-from oss_exp.models.text.prompts import read_prompts
+from oss_exp.data.prompts import read_prompts
 
 
 class ConditionedDataset(Dataset):
@@ -86,7 +86,7 @@ class ConditionedNoiseData(ConditionedData):
 
 
 class PromptData(ConditionedData):
-    """prompts: their file, as `read_prompts` takes it. A condition is a prompt's number in it."""
+    """Noises with the prompts of a file, as `read_prompts` takes it. A condition is a prompt's number in the file."""
 
     def __init__(
         self,
@@ -99,9 +99,10 @@ class PromptData(ConditionedData):
         per_sample: int = 8,
         batch_size: int = 8,
     ):
-        numbers = np.arange(len(read_prompts(prompts)))
+        listed = read_prompts(prompts)
         noises = seed, search_samples, eval_samples, per_sample, batch_size
-        super().__init__(numbers, event_shape, num_classes, *noises)
+        super().__init__(np.arange(len(listed)), event_shape, num_classes, *noises)
+        self.prompts = listed
 
 
 def read_array(path: Path, key: str) -> np.ndarray:

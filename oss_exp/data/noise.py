@@ -43,7 +43,10 @@ class NoiseData:
 
     classes: null (unconditional), "all", or a list; "auto" is for runs, which put one of these in its place.
     per_sample: how many held-out noises the strategies that plan one schedule per sample are given.
+    prompts: those that conditions number, where they number prompts.
     """
+
+    prompts: list[str] | None = None
 
     def __init__(
         self,

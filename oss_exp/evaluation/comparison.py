@@ -46,19 +46,14 @@ class Result:
     @classmethod
     def of(cls, row: Mapping[str, Any], arena: str, run: str = "") -> Result:
         """Return the result that a row of metrics.json or of a `Comparison` records."""
+        shared = ("strategy", "num_steps", "nfe", "baseline", "start", "planning", "metrics")
         return cls(
             run=run,
-            strategy=row["strategy"],
-            num_steps=row["num_steps"],
-            nfe=row["nfe"],
-            baseline=row["baseline"],
-            start=row["start"],
             psnr=Interval(**row["psnr"]),
             spread=Interval(**row["spread"]),
             values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
-            planning=row["planning"],
-            metrics=row["metrics"],
             arena=arena,
+            **{name: row[name] for name in shared},
         )
 
 
@@ -110,7 +105,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         result = line.result
         plan = result.planning
         gain = "*" if line.rival is result else "" if line.gain is None else f"{'+' * (line.gain.mean >= 0)}{line.gain}"
-        calls = plan.get("network_calls_per_sample")
+        calls, seconds = plan.get("network_calls_per_sample"), plan.get("seconds")
         cells.append(
             [
                 result.strategy,
@@ -122,7 +117,7 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 f"{result.spread.mean:.3f}",
                 *(f"{result.metrics[name]:.4g}" if name in result.metrics else "-" for name in more),
                 str(result.psnr.n),
-                "-" if not calls else f"{calls:.0f} calls, {plan['seconds']:.1f} s",
+                "-" if not calls or seconds is None else f"{calls:.0f} calls, {seconds:.1f} s",
             ]
         )
     if len({line.result.run for line in lines}) > 1:

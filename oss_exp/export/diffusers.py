@@ -43,7 +43,7 @@ class Diffusers(Exporter):
             raise ValueError("task.exporter.height and task.exporter.width stand for task.exporter.mu; give either")
 
     def write(self, steps: StepSchedule, path: Path) -> str:
-        scheduler = self._scheduler()
+        scheduler = self.own_scheduler()
         mu = self.mu
         if mu is None and self.height is not None and self.width is not None:
             mu = math.log(flux_shift(self.height, self.width))
@@ -51,7 +51,8 @@ class Diffusers(Exporter):
         write_atomically(path, json.dumps({"scheduler": type(scheduler).__name__, **arguments}, indent=2) + "\n")
         return f"pipe(..., {', '.join(f'{key}={value}' for key, value in arguments.items() if key != 'mu')})"
 
-    def _scheduler(self) -> Any:
+    def own_scheduler(self) -> Any:
+        """Return a scheduler of diffusers as `scheduler` names it. ValueError where it names none."""
         import diffusers
 
         if self.scheduler is None:
@@ -74,8 +75,9 @@ class Diffusers(Exporter):
         try:
             return kind.from_config(config)
         except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"task.exporter.scheduler={self.scheduler}: {name} cannot be made of its config: {error}; get it again"
+                f"task.exporter.scheduler={self.scheduler}: its config makes no {name} ({reason:.200}); get it again"
             ) from None
 
 

@@ -53,8 +53,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        times: Sequence[float],
-        weights: Sequence[Sequence[float]],
+        times: Sequence[float] = (1.0, 0.0),
+        weights: Sequence[Sequence[float]] = ((0.0, 0.0, 0.0, 1.0),),
         start: str = "pinned",
         start_time: float = 1.0,
         prediction_type: str = "flow_prediction",

@@ -87,13 +87,14 @@ def read_sigmas(given: str | Sequence[float]) -> list[float]:
         return [float(sigma) for sigma in given]
     text, said = given, given if len(given) < 60 else f"{given[:57]}..."
     if given.endswith((".json", ".txt")) or (len(given) < 256 and Path(given).is_file()):
-        text = read_text(given, "list of sigmas")
+        text, said = read_text(given, "list of sigmas"), f"list of sigmas {given}"
     if text.lstrip().startswith("{"):
         text = _sigmas_of(text, said)
     try:
         return [float(word) for word in text.strip().strip("[]").replace(",", " ").split()]
     except ValueError as error:
-        raise ValueError(f"{said} is no list of sigmas ({error}); give numbers with commas, noise first") from None
+        reason = f"{error!s:.80}"
+        raise ValueError(f"{said} is no list of sigmas ({reason}); give numbers with commas, noise first") from None
 
 
 def _sigmas_of(workflow: str, name: str) -> str:

@@ -17,8 +17,24 @@ from oss_exp.schedule import StepSchedule
 def read_run(folder: Path, run: str = "") -> list[Result]:
     """Results of <folder>/metrics.json; ValueError where an evaluation did not write it."""
     metrics = read_metrics(folder)
-    shared = list(metrics.model_dump(include={"model", "teacher", "solver", "seed"}).values())
-    return [Result.of(row.model_dump(), json.dumps([*shared, row.nfe]), run) for row in metrics.rows]
+    arena = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
+    return [
+        Result(
+            run=run,
+            strategy=row.strategy,
+            num_steps=row.num_steps,
+            nfe=row.nfe,
+            baseline=row.baseline,
+            start=row.start,
+            psnr=row.psnr,
+            spread=row.spread,
+            values=dict(zip(row.per_image.index, row.per_image.psnr, strict=True)),
+            planning=dict(row.planning),
+            metrics=row.metrics,
+            arena=json.dumps([*arena.values(), row.nfe]),
+        )
+        for row in metrics.rows
+    ]
 
 
 def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:

@@ -1,7 +1,8 @@
-"""Which runs give the numbers that stand for the paper's: a function for each table, at both scales.
+"""What a table of the paper is: a function for each says which runs give our numbers in the place of the paper's.
 
 `small` has our own networks in the place of the public ones, and fewer pictures; numbers of steps, noise schedules,
-solvers and strategies are the paper's. `paper` has its models, by the yamls in conf/experiment.
+solvers and strategies are the paper's. `paper` has its models; conf/experiment/table_N.yaml is the setting that the
+runs of table N have in common there, to be run alone as well.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.reproduce.cells import PARENT, Cell
+from oss_exp.reproduce.cells import Cell
+from oss_exp.reproduce.older_cells import PARENT
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.values import Reader, Value, differ, geneval, metric, psnr
 
@@ -246,7 +248,7 @@ def table_6(paper: Paper, small: bool) -> Plan:
 
     def cell(row: Row) -> Cell:
         if not small:
-            return Cell.of(*public[row["dataset"]], strategies, "trainer=gpu")
+            return Cell.of(*public[row["dataset"]], "trainer=gpu")
         coarse = [f"stepsize.oss_ave.{COARSE}"] if row["dataset"] == "mscoco512" else []
         return Cell.of(*own[row["dataset"]], strategies, "num_steps=[5,10]", *sizes, *coarse)
 

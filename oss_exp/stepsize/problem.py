@@ -134,9 +134,9 @@ class Problem:
 
     velocity: VelocityFn = standard_normal_velocity
     noise: Tensor = field(default_factory=lambda: torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
-    grid: Tensor = field(default_factory=lambda: FlowSchedule(shift=1.0).nodes(100))
+    grid: Tensor = field(default_factory=lambda: FlowSchedule().nodes(100))
     solver: Solver = field(default_factory=Euler)
-    distance: Distance = field(default_factory=lambda: XtMSE(norm=2))
+    distance: Distance = field(default_factory=XtMSE)
     collective: Collective = field(default_factory=Collective)
     samples: Tensor = None  # type: ignore[assignment]  # set in __post_init__, like all below
     group: Tensor = None  # type: ignore[assignment]

@@ -10,25 +10,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import named_solver
+from oss_exp.tasks.older_configs import canonical, changed
 
 if TYPE_CHECKING:
     from oss_exp.tasks.run import Run
 
-FREE = ("trainer", "logger", "hydra", "paths")  # what may differ when a run goes on
 RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
 
 
 def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
-    """ValueError where the folder holds results of another configuration, but for FREE and these keys of cfg.task."""
+    """ValueError where the folder holds results of another configuration. free: keys of cfg.task that may differ."""
     if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
-    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(folder / "config.yaml"), cfg))
-    for each in (old, new):
-        each["task"] = {key: value for key, value in each.get("task", {}).items() if key not in free}
-    if changed := [key for key in new if key not in FREE and old.get(key) != new[key]]:
+    old = canonical(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False))
+    new = canonical(OmegaConf.to_container(cfg, resolve=True))
+    for values in (old, new):
+        values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+    if keys := changed(old, new):
         raise ValueError(
-            f"{folder} holds a run with another {', '.join(changed)}; go on with the same values, or choose another "
-            "folder"
+            f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
         )
 
 

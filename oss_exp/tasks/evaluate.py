@@ -71,7 +71,7 @@ class Evaluate(Task):
 
 def metrics_of(run: Run) -> Metrics:
     """Return what the configuration of a run measures with."""
-    inputs = {"classes": run.data.classes, "prompts": getattr(run.setting.model, "prompts", None)}
+    inputs = {"classes": run.data.classes, "prompts": run.data.prompts}
     return Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value])
 
 
@@ -100,7 +100,7 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
         }
     evaluation = run.config["evaluation"]
     trajectories = Trajectories(evaluation["trajectories"])
-    shown = evaluation["save_images"], trajectories, run.data.eval_samples
+    shown = evaluation["save_images"], trajectories, run.data.eval_samples, run.data.prompts
     module = EvaluateModule(run.setting, schedules, rows, run.folder, run.about, metrics, *shown)
     run.trainer.test(module, dataloaders=run.data.test_dataloader(), verbose=False)
 
@@ -124,6 +124,7 @@ class EvaluateModule(L.LightningModule):
         save_images: str | None,
         trajectories: Trajectories,
         eval_samples: int,
+        prompts: Sequence[str] | None,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
@@ -135,7 +136,7 @@ class EvaluateModule(L.LightningModule):
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
-        self.trajectories, self.eval_samples = trajectories, eval_samples
+        self.trajectories, self.eval_samples, self.prompts = trajectories, eval_samples, prompts
 
     def on_test_start(self) -> None:
         for metric in self.metrics.values():
@@ -212,8 +213,9 @@ class EvaluateModule(L.LightningModule):
         if label in self.metrics:
             frames = images.shape[2] if images.ndim == 5 else 1
             labels = batch["label"][fresh].repeat_interleave(frames)
-            known = getattr(self.model, "prompts", None)
-            prompts = known and [known[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
+            prompts = None
+            if self.prompts is not None:
+                prompts = [self.prompts[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
             self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts)
         everything = self.save_images == "npz"
         shown = batch["index"] < HELD_OUT + (self.eval_samples if everything else SHOWN)

@@ -93,7 +93,7 @@ class Finetune(TrainingTask):
                 "lora"
             )
         if images is not None:
-            _check_images(images, run.setting.model)
+            _check_images(images, run.setting.model, run.data.prompts)
         if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
             raise ValueError(f"task.objective={self.objective} trains jumps of solver=euler; choose it, or diffusion")
         steps = _schedule(self, run, output)
@@ -122,10 +122,10 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
     return list(starmap(range, pairwise(ends)))
 
 
-def _check_images(images: Dataset, model: Network) -> None:
+def _check_images(images: Dataset, model: Network, prompts: list[str] | None) -> None:
     if (found := tuple(images[0][0].shape)) != model.image_shape:
         raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
-    if getattr(images, "captions", None) != getattr(model, "prompts", None):
+    if getattr(images, "captions", None) != prompts:
         raise ValueError(
             f"the captions of `images` are not the prompts of model={model.name}, which they number; choose images "
             "that belong together with data.prompts"

@@ -34,6 +34,7 @@ from oss_exp.noise import FlowSchedule
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
+from oss_exp.tasks.run import takes_prompts
 from oss_exp.tasks.task import Count, Positive, Share, Whole
 from oss_exp.tasks.training import Training, TrainingTask, fit, origin, shuffled
 
@@ -210,7 +211,7 @@ def _untrained(cfg: DictConfig, images: Dataset) -> Network:
     if not (isinstance(kind, type) and issubclass(kind, Network)):
         raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
     captions = getattr(images, "captions", None)
-    if ("prompts" in cfg.model) != (captions is not None):
+    if takes_prompts(cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
         raise ValueError(f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images")
     more = {} if captions is None else {"prompts": captions}

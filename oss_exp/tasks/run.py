@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.data.noise import NoiseData
+from oss_exp.data.prompts import read_prompts
 from oss_exp.distances import Distance
 from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
@@ -29,7 +30,7 @@ class Run:
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
-        model = border.build(cfg.model, "model", Model)
+        model = border.build(cfg.model, "model", Model, **prompts_for(cfg))
         if cfg.stages is not None:
             model = Staged.load(model, cfg.stages)
         if cfg.data.get("classes") == "auto":
@@ -69,3 +70,13 @@ class Run:
     def file(self, strategy: str, num_steps: int) -> Path:
         """Return where the schedule of a strategy is saved."""
         return self.folder / "schedules" / f"{strategy}_{num_steps}.json"
+
+
+def takes_prompts(model: DictConfig) -> bool:
+    """Whether a configuration of conf/model is of a model of prompts."""
+    return "prompts" in border.parameters_of(border.class_of(model, "model")).kinds
+
+
+def prompts_for(cfg: DictConfig) -> dict[str, list[str]]:
+    """Return the data's prompts as the argument of a model that takes prompts, which encodes them before it loads."""
+    return {"prompts": read_prompts(cfg.data.prompts)} if "prompts" in cfg.data and takes_prompts(cfg.model) else {}

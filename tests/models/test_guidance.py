@@ -103,15 +103,14 @@ def test_no_class_is_the_whole_mixture(digits, x):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scale": "much"},
-        {"scale": True},
+        {"scale": 1e30},
+        {"scale": float("nan")},
         {"scale": 2.0, "channels": 0},
-        {"scale": 2.0, "channels": 1.5},
         {"scale": 2.0, "interval": [0.5]},
         {"scale": 2.0, "interval": [0.8, 0.2]},
         {"scale": 2.0, "interval": [0.0, 1.5]},
     ],
 )
 def test_settings_without_meaning_are_refused(settings):
-    with pytest.raises(ValueError, match=r"model\.guidance\."):
+    with pytest.raises(ValueError, match=f"{list(settings)[-1]} must be"):
         Guidance(**settings)

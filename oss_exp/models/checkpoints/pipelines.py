@@ -174,8 +174,8 @@ class Prompted(Network):
             raise ValueError(f"{self.name} needs the numbers of prompts; set data=prompts data.prompts=FILE")
         if not bool(((condition >= 0) & (condition < len(self.prompts))).all()):
             raise ValueError(
-                f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; give "
-                "model.prompts and data.prompts the same file"
+                f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; "
+                "set data=prompts data.prompts=FILE"
             )
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 

@@ -6,7 +6,7 @@ has none. A condition is a prompt's number: CLIP's pooled vector and T5's text. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,6 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import Together, clip_pooled, encode, t5_text
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import FlowPath
 
 PARTS = {
@@ -50,7 +49,7 @@ class Flux(Prompted):
     text_length:       T5's tokens.
     embedded_guidance: the network's own input, one row a call; null for schnell, which has none.
     guidance:          two rows a call besides, against the empty prompt, for a scale other than 1.
-    prompts:           the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:           those that conditions number.
     decode_batch:      images decoded at a time. decode_tile: as VAE's `tile`.
     checkpoint:        a pipeline folder or a hub id, whose own configs count; `random`; null: that of the size.
     source:            where the public checkpoint is had, for the message when it is missing.
@@ -66,19 +65,18 @@ class Flux(Prompted):
         text_length: int,
         embedded_guidance: float | None,
         guidance: Guidance,
-        prompts: str,
         micro_batch: int,
         decode_batch: int,
         decode_tile: int | None,
         dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name = at_size(name, size, sizes)
         require_multiples(PATCH, height=height, width=width)
         require_range(at_least=1, text_length=text_length)
         require_range(at_least=0, at_most=1000, embedded_guidance=embedded_guidance)
-        listed = read_prompts(prompts)
         pipeline = Pipeline("FluxPipeline", PARTS, size, sizes, checkpoint, source)
         network = pipeline.network("transformer")
         config = network.config
@@ -89,16 +87,16 @@ class Flux(Prompted):
             )
         clip = pipeline.text_model("text_encoder", "tokenizer", clip_pooled)
         t5 = pipeline.text_model("text_encoder_2", "tokenizer_2", t5_text, text_length)
-        encodings, sha256 = encode(Together(clip, t5), [*listed, ""])
+        encodings, sha256 = encode(Together(clip, t5), [*prompts, ""])
         del clip, t5  # gigabytes, before the transformer is read
         require_features(pipeline, "transformer", encodings["pooled"], config.pooled_projection_dim)
         require_features(pipeline, "transformer", encodings["text"], config.joint_attention_dim)
         vae = pipeline.configs["vae"] | {"tile": decode_tile}
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=sha256,
-            backbone=PromptedFlux(network, embedded_guidance, **encodings),
+            backbone=PromptedFlux(network, embedded_guidance, patch=2, **encodings),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1.0)),
             event_shape=(config.in_channels // 4, height // 8, width // 8),
             decoder=VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae),
@@ -123,7 +121,7 @@ class PromptedFlux(PromptedBackbone):
         "timestep_embedder",
     )
 
-    def __init__(self, network: nn.Module, guidance: float | None, patch: int = 2, **tables: Tensor):
+    def __init__(self, network: nn.Module, guidance: float | None, patch: int, **tables: Tensor):
         super().__init__(network, **tables)
         require_range(at_least=1, patch=patch)
         require_range(at_least=0, at_most=1000, guidance=guidance)

@@ -7,7 +7,7 @@ L tokens, D features; t (M,) float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,6 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import TextModel, encode, open_text_model, random_text_model
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import FlowPath
 
 WEIGHTS = ("model.safetensors",)
@@ -42,7 +41,7 @@ class OpenSora(Prompted):
     sizes:      by name the `checkpoint` and, partial, `network`, `text_encoder` and `decoder`: only the chosen ones are
                 built. `full` is the public one; `tiny` has the same layers, small.
     num_frames: of the video, 1 for a picture. height, width: pixels. fps: frames a second.
-    prompts:    the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:    those that conditions number.
     ending:     what is added to each prompt, for captions in training ended with such scores. Prompts are in lower
                 case, as captions were; their cleaning of addresses, file names and the like is not repeated.
     checkpoint: a file, a folder or a hub id; `random`: reproducible random weights, to try all but the pictures; null:
@@ -60,27 +59,26 @@ class OpenSora(Prompted):
         width: int,
         fps: float,
         guidance: Guidance,
-        prompts: str,
         ending: str,
         micro_batch: int,
         dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
-        listed = read_prompts(prompts)
         shape = (latent_frames(num_frames), height // 8, width // 8)
         require_range(at_least=8, height=height, width=width)
         require_range(above=0, at_most=1e6, fps=fps)
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint != "random":  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, WEIGHTS, source))
-        texts = [f"{prompt} {ending}".strip().lower() for prompt in listed]
+        texts = [f"{prompt} {ending}".strip().lower() for prompt in prompts or [""]]
         encoded, encoder_sha256 = encode(chosen["text_encoder"](), texts)
         network = chosen["network"]()
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=encoder_sha256,
             backbone=PromptedSTDiT3(
                 network,

@@ -7,7 +7,7 @@ Legend: M rows, *E event dims, P prompts, L tokens, D features; t (M,) float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,6 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import NoisePrediction, Parameterization, VPVelocity
 from oss_exp.models.text.encoders import clip_text, encode
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import DDPMPath, linear_betas, scaled_linear_betas
 
 PARTS = {
@@ -37,7 +36,7 @@ class StableDiffusion(Prompted):
 
     sizes:        by name the `checkpoint`, and for random weights the configs of `unet`, `text_encoder`, `vae` and
                   `scheduler` as diffusers writes them. `full` is the public one; `tiny` has the same layers, small.
-    prompts:      the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:      those that conditions number.
     decode_batch: images decoded at a time.
     checkpoint:   a pipeline folder or a hub id, whose own configs count; `random`: reproducible random weights, to try
                   all but the pictures; null: that of the size.
@@ -50,26 +49,25 @@ class StableDiffusion(Prompted):
         size: str,
         sizes: Mapping[str, Mapping[str, Any]],
         guidance: Guidance,
-        prompts: str,
         micro_batch: int,
         decode_batch: int,
         dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name = at_size(name, size, sizes)
-        listed = read_prompts(prompts)
         pipeline = Pipeline("StableDiffusionPipeline", PARTS, size, sizes, checkpoint, source)
         parameterization, unet = trained_as(pipeline.configs["scheduler"]), pipeline.network("unet")
         channels, side = unet.config.in_channels, unet.config.sample_size
         if not isinstance(side, int):
             raise ValueError(f"the unet has sample_size={side}; choose a model.checkpoint of square images")
-        encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*listed, ""])
+        encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*prompts, ""])
         require_features(pipeline, "U-Net", encodings["text"], unet.config.cross_attention_dim)
         vae = SCALE | pipeline.configs["vae"]
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=sha256,
             backbone=PromptedUNet(unet, table=encodings["text"]),
             parameterization=parameterization,

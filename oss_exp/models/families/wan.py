@@ -8,7 +8,7 @@ Legend: M rows, P prompts, L tokens, D features.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,7 +26,6 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import encode, t5_prompt
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import FlowPath
 
 PARTS = {
@@ -46,7 +45,7 @@ class Wan(Prompted):
     frames:          4 n + 1. height, width: in pixels.
     text_length:     UMT5's tokens.
     negative_prompt: what guidance leads away from.
-    prompts:         the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:         those that conditions number.
     decode_batch:    videos decoded at a time.
     checkpoint:      a pipeline folder or a hub id, whose own configs count; `random`; null: that of the size.
     source:          where the public checkpoint is had, for the message when it is missing.
@@ -63,29 +62,28 @@ class Wan(Prompted):
         text_length: int,
         negative_prompt: str,
         guidance: Guidance,
-        prompts: str,
         micro_batch: int,
         decode_batch: int,
         dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name = at_size(name, size, sizes)
         require_multiples(16, height=height, width=width)  # 8 of a latent, 2 x 2 latents a token
         require_range(at_least=1, text_length=text_length)
         if frames < 1 or frames % 4 != 1:
             raise ValueError(f"frames must be 4 n + 1, such as 81, got {frames!r}")
-        listed = read_prompts(prompts)
         pipeline = Pipeline("WanPipeline", PARTS, size, sizes, checkpoint, source)
         network = pipeline.network("transformer")
         config = network.config
         network.rope = type(network.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
-        texts = [cleaned(prompt) for prompt in (*listed, negative_prompt)]
+        texts = [cleaned(prompt) for prompt in (*prompts, negative_prompt)]
         encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", t5_prompt, text_length), texts)
         require_features(pipeline, "transformer", encodings["text"], config.text_dim)
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=sha256,
             backbone=PromptedWan(network, text=encodings["text"]),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1000.0)),

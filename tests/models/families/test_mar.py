@@ -521,10 +521,10 @@ def test_models_of_conf(name, scale):
     ("changes", "message"),
     [
         ({"num_iter": 17}, "num_iter=17 exceeds the 16 tokens"),
-        ({"num_iter": 0}, r"model\.num_iter must be a whole number of at least 1, got 0"),
-        ({"search_iteration": 5}, "must be below num_iter=5, got 5"),
-        ({"search_iteration": -1}, r"model\.search_iteration must be a whole number of at least 0"),
-        ({"search_cfg": "two"}, r"model\.search_cfg must be a number .* got 'two'"),
+        ({"num_iter": 0}, "num_iter must be at least 1, got 0"),
+        ({"search_iteration": 5}, "search_iteration must be below num_iter=5, .*, got 5"),
+        ({"search_iteration": -1}, "search_iteration must be at least 0, got -1"),
+        ({"search_cfg": 1e30}, "search_cfg must be from -1000 to 1000, got"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):

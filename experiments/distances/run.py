@@ -1,6 +1,6 @@
-"""What the search minimises: four distances, two norms, per sample and shared (the paper's table 4).
+"""What the search minimises: four distances, two norms, per sample and shared.
 
-python -m experiments.table_4.run
+python -m experiments.distances.run
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     header = ["distance", *(f"{s}, K={k}" for k in (5, 10) for s in ("oss", "oss_ave", "oss_shared")), "calls a sample"]
     rows = []
     for name, distance in DISTANCES.items():
-        results = measure(f"table_4/{'_'.join(distance).replace('=', '_')}", *SETTING, *distance)
+        results = measure(f"distances/{'_'.join(distance).replace('=', '_')}", *SETTING, *distance)
         found = {(r.strategy, r.num_steps): r for r in results}
         calls = found["oss", 5].planning["network_calls_per_sample"]
         cells = [str(found[s, k].psnr) for k in (5, 10) for s in ("oss", "oss_ave", "oss_shared")]

@@ -1,6 +1,6 @@
 """How high a score on our own scenes can be: the detector's verdicts on scenes that show exactly what is wished.
 
-python -m experiments.table_7.ceiling
+python -m experiments.detector.run
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     for split in ("train", "test"):
         wardrobe = Wardrobe(*fashion_mnist(root, split, SIDE))
         rows[f"scenes of {split} garments"] = (0, ceiling(FashionDetector.from_asset(), wardrobe, seed=1))
-    keep(__file__, "ceiling.md", table(rows).replace(" (0)", ""))
+    keep(__file__, "table.md", table(rows).replace(" (0)", ""))
 
 
 if __name__ == "__main__":

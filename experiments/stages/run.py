@@ -1,6 +1,6 @@
-"""Table 5: stages cut at uniform (DDIM) times and at searched ones, before and after they are trained.
+"""Stages cut at uniform (DDIM) times and at searched ones, before and after they are trained.
 
-python -m experiments.table_5.run dit_fashion 5    # a network and a number of stages; without any: all of them
+python -m experiments.stages.run dit_fashion 5    # a network and a number of stages; without any: all of them
 
 Each cell is a training of every stage and four evaluations, and goes on where it was stopped.
 """
@@ -38,7 +38,7 @@ def cell(network: str, stages: int, cuts: str) -> dict[str, Any]:
 
     The teacher of the images for FID takes few steps, for it is not looked at. PSNR is of 256 images.
     """
-    name = f"table_5/{network}_{stages}_{cuts}"
+    name = f"stages/{network}_{stages}_{cuts}"
     steps, trajectories, count = (250, 1024, 10_000) if (network, stages) == LONG else (100, 512, 2_000)
     training = [f"task.max_steps={steps}", f"task.save_every={steps // 2}", f"task.trajectories={trajectories}"]
     model = [f"model={network}", f"noise_schedule={'edm' if network == 'unet_fashion' else 'fm'}"]
@@ -65,7 +65,7 @@ def show() -> None:
     lines, records = [], {}
     for network in NETWORKS:
         for stages in sorted(STAGES):
-            folders = [OUTPUTS / f"table_5/{network}_{stages}_{cuts}_after_psnr" for cuts in CUTS]
+            folders = [OUTPUTS / f"stages/{network}_{stages}_{cuts}_after_psnr" for cuts in CUTS]
             if not all((folder / "metrics.json").is_file() for folder in folders):
                 continue
             for cuts, label in CUTS.items():
