@@ -73,7 +73,7 @@ WRONG = [
         {"band": {"strid": 8, "width": 1}},
         "top.thing.band.strid is no option of Band; did you mean top.thing.band.stride?",
     ),
-    ({"solver": 3}, "top.thing.solver must be a Solver, described by a mapping with _target_ or null, got 3"),
+    ({"solver": 3}, "top.thing.solver must be a Solver (a mapping with _target_) or null, got 3"),
     ({"solver": {"_target_": "oss_exp.XtMSE"}}, "top.thing.solver must be a Solver"),
     ({"solver": {"_target_": "oss_exp.Eulr"}}, "got 'oss_exp.Eulr'; did you mean oss_exp.Euler?"),
     ({"solver": {"_target_": "oss_exp.DEIS", "order": "x"}}, "top.thing.solver.order must be"),
@@ -127,8 +127,8 @@ def test_nonsense_is_refused_by_name_in_one_option_of_every_group(monkeypatch, t
     fuzz = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fuzz)
     chosen = (
-        "model/mixture_digits noise_schedule/edm solver/unipc distance/select stepsize/oss_shared data/noise trainer/cpu "
-        "evaluation/fashion metric/kid exporter/diffusers detector/fashion logger/wandb task/compare task/calibrate"
+        "model/mixture_digits noise_schedule/edm solver/unipc distance/select stepsize/oss_shared data/noise "
+        "trainer/cpu evaluation/fashion metric/kid exporter/diffusers detector/fashion logger/wandb task/compare task/calibrate"
     )
     outcomes = list(fuzz.fuzz(chosen.split()))
     counts = Counter(outcome.kind for outcome in outcomes)

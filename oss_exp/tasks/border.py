@@ -379,7 +379,7 @@ def _accepts_one(kind: Any, value: Any) -> bool:
 
 def _is_object(kind: Any) -> bool:
     """Whether only a _target_ can make it."""
-    return inspect.isclass(kind) and get_origin(kind) is None and not issubclass(kind, PLAIN)
+    return inspect.isclass(kind) and get_origin(kind) is None and kind is not Any and not issubclass(kind, PLAIN)
 
 
 def _is_record(kind: Any) -> bool:
@@ -389,7 +389,7 @@ def _is_record(kind: Any) -> bool:
     return not any(_is_object(each) for part in parameters_of(kind).kinds.values() for each in _options(part))
 
 
-PLAIN = (bool, int, float, str, Path, list, tuple, dict)
+PLAIN = (bool, int, float, str, Path, list, tuple, dict, type(None))
 
 
 @cache
