@@ -60,11 +60,14 @@ def check(node: Any, key: str = "", kind: Any = Any) -> None:
 
 
 def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
-    """Return the object that `node` describes, with further arguments that a configuration does not know.
+    """Return the object that `node` describes; further arguments are passed on, in place of the node's own.
 
     ValueError or OSError, with the key, for wrong values, and for whatever the constructors refuse.
     """
-    checked = _Check(unset_passes=False, given=arguments).of(_plain(node), kind, key)
+    plain = _plain(node)
+    if isinstance(plain, Mapping):
+        plain = {name: value for name, value in plain.items() if name not in arguments}
+    checked = _Check(unset_passes=False, given=arguments).of(plain, kind, key)
     if checked is None:
         return None
     if not isinstance(checked, Mapping) or "_target_" not in checked:
@@ -134,7 +137,7 @@ class _Check:
         for option in _options(kind):
             if is_typeddict(option):
                 return self._fields(value, _Parameters(get_type_hints(option, include_extras=True), (), True), key)
-            if is_dataclass(option):
+            if _is_record(option):
                 filled = self._fields(value, parameters_of(option), key, str(option.__name__), ())
                 return {"_target_": f"{option.__module__}.{option.__qualname__}", **filled}
             if get_origin(option) in (dict, Mapping):
@@ -255,8 +258,7 @@ def parameters_of(target: Callable) -> _Parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
             base = _next_constructor(target)
             inherited = _Parameters({}, (), True) if base is None else parameters_of(base)
-            kinds = {**inherited.kinds, **kinds}
-            required += [each for each in inherited.required if each not in signature.parameters]
+            kinds = {**inherited.kinds, **kinds}  # which are required, only `target` knows: it may give some itself
             takes_more = inherited.takes_more
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             optional = parameter.default is not parameter.empty
@@ -364,6 +366,8 @@ def _accepts_one(kind: Any, value: Any) -> bool:
         return False
     if _is_object(kind):
         return False
+    if get_origin(kind) is Literal:  # for pydantic, true is a 1 here
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     try:
         _adapter(kind).validate_json(json.dumps(value, default=str))
     except ValidationError:
@@ -375,10 +379,17 @@ def _accepts_one(kind: Any, value: Any) -> bool:
 
 def _is_object(kind: Any) -> bool:
     """Whether only a _target_ can make it."""
-    return inspect.isclass(kind) and get_origin(kind) is None and not issubclass(kind, PLAIN)
+    return inspect.isclass(kind) and get_origin(kind) is None and kind is not Any and not issubclass(kind, PLAIN)
 
 
-PLAIN = (bool, int, float, str, Path, list, tuple, dict)
+def _is_record(kind: Any) -> bool:
+    """Whether it is a dataclass of plain values, which a mapping of its fields describes, also without a _target_."""
+    if not inspect.isclass(kind) or not is_dataclass(kind) or inspect.isabstract(kind):
+        return False
+    return not any(_is_object(each) for part in parameters_of(kind).kinds.values() for each in _options(part))
+
+
+PLAIN = (bool, int, float, str, Path, list, tuple, dict, type(None))
 
 
 @cache
@@ -421,10 +432,10 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"{several} of {describe(items[0], plural=True)}" if items and items[0] is not Any else several
     if kind is dict or get_origin(kind) in (dict, Mapping):
         return "mappings" if plural else "a mapping"
-    if is_dataclass(kind) and not any(_is_object(each) for each in parameters_of(kind).kinds.values()):
+    if _is_record(kind):
         return f"a mapping of {', '.join(parameters_of(kind).kinds)}"
     name = getattr(kind, "__name__", str(kind))
-    return f"a {name}, described by a mapping with _target_"
+    return f"a {name} (a mapping with _target_)"
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
@@ -480,7 +491,7 @@ def _cause(error: BaseException) -> BaseException:
 def _with_key(key: str, node: Mapping, error: BaseException) -> Exception:
     """The error as a user reads it: with the full key of the value, or of the node, that it is about."""
     text = str(error)
-    if not isinstance(error, ValueError | TypeError | OSError | RuntimeError):
+    if not isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     last = key.rpartition(".")[2]
     if re.search(rf"(?<![\w.]){re.escape(key)}[.=]", text):
@@ -491,4 +502,6 @@ def _with_key(key: str, node: Mapping, error: BaseException) -> Exception:
         text = f"{key}.{text}"
     else:
         text = f"{key}: {text}"
-    return OSError(text) if isinstance(error, OSError) else ValueError(text)
+    if isinstance(error, OSError):
+        return FileNotFoundError(text) if isinstance(error, FileNotFoundError) else OSError(text)
+    return ValueError(text)
