@@ -20,7 +20,8 @@ import oss_exp
 from oss_exp.names import named_object
 
 CONF = Path(__file__).parents[1] / "conf"
-OF_A_RUN = {
+# Groups that build no class of these.
+OF_A_RUN = {"base", "experiment", "hydra", "logger", "paths", "scale", "task", "trainer"}
     "base",
     "experiment",
     "hydra",
@@ -54,7 +55,7 @@ OWN_YAML = {
     "Guidance": ("model/dit_fashion", "guidance"),
     "NoisePrediction": ("model/dit_xl_2_256", "parameterization"),
     "cosine_betas": ("noise_schedule/cosine", "betas"),
-    "fashion_mnist": ("data/fashion_mnist", ""),
+    "fashion_mnist": ("images/fashion_mnist", ""),
     "linear_betas": ("noise_schedule/ddim", "betas"),
 }
 FUNCTIONS = ["GaussianMixture.from_asset", "FashionDetector.from_asset", "FashionFeatures.from_asset"]
