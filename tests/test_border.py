@@ -128,7 +128,8 @@ def test_nonsense_is_refused_by_name_in_one_option_of_every_group(monkeypatch, t
     spec.loader.exec_module(fuzz)
     chosen = (
         "model/mixture_digits noise_schedule/edm solver/unipc distance/select stepsize/oss_shared data/noise "
-        "trainer/cpu evaluation/fashion metric/kid exporter/diffusers detector/fashion logger/wandb task/compare task/calibrate"
+        "trainer/cpu evaluation/fashion metric/kid exporter/diffusers detector/fashion logger/wandb task/compare "
+        "task/calibrate"
     )
     outcomes = list(fuzz.fuzz(chosen.split()))
     counts = Counter(outcome.kind for outcome in outcomes)

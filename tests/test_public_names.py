@@ -22,15 +22,6 @@ from oss_exp.names import named_object
 CONF = Path(__file__).parents[1] / "conf"
 # Groups that build no class of these.
 OF_A_RUN = {"base", "experiment", "hydra", "logger", "paths", "scale", "task", "trainer"}
-    "base",
-    "experiment",
-    "hydra",
-    "logger",
-    "paths",
-    "scale",
-    "task",
-    "trainer",
-}  # groups that build no class of these
 FILES = sorted(file for file in CONF.glob("*/*.yaml") if file.parent.name not in OF_A_RUN)
 
 # Of classes that several yamls build, the yaml whose values are the defaults, and the key in it. Any other class has
