@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,12 +38,13 @@ from oss_exp.tasks.configuration import check_configuration
 from oss_exp.tasks.task import Task
 
 VALUES = ("abc", "-1", "0", "1e30", "nan", "inf", "[]", "null", "{a: 1}", "1.5", "true", "[1,2]")
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 NEEDED = {  # by option, what it is composed with
     "task/report": ["sweep=x"],
     "task/export": ["exporter=comfyui", "task.schedule=x"],
     "task/import_sigmas": ["task.sigmas=x", "task.network=eps"],
     "experiment/table_7": ["data.prompts=x"],
+    "data/conditions": ["data.conditions=conditions.npz", "data.search_samples=4", "data.eval_samples=4"],
 }
 NEEDED_BY_GROUP = {
     "images": ["task=statistics"],
@@ -50,7 +53,6 @@ NEEDED_BY_GROUP = {
 }
 PLACES = {"detector": "task.detector", "exporter": "task.exporter"}
 NOT_BUILT = ("logger", "images", "evaluation", "metric", "task.detector")  # would read files or start something
-SMALL_PARTS = {"event_shape": (1, 32, 32), "num_classes": 10}  # of a model, for data
 
 
 class Outcome(NamedTuple):
@@ -133,12 +135,18 @@ def tried(option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tup
                 refusals[same] = error
                 raise
     except USER_ERRORS as error:
-        node, _, name = key.rpartition(".")
-        names = key in str(error) or (node in str(error) and name in str(error))
+        names = _names(str(error), key)
         return Outcome(option, key, value, "refused" if names else "fault", str(error))
     except Exception as error:
         return Outcome(option, key, value, "fault", f"{type(error).__name__}: {error}")
     return Outcome(option, key, value, "accepted")
+
+
+def _names(message: str, key: str) -> bool:
+    """Whether a message holds the key; or that of a node above, and the parameter, where the node builds its parts."""
+    *above, name = key.split(".")
+    nodes = [".".join(above[: end + 1]) for end in range(len(above))]
+    return key in message or (name in message and any(re.search(rf"\b{re.escape(n)}\b", message) for n in nodes))
 
 
 def _owner(cfg: DictConfig, key: str) -> str:
@@ -168,7 +176,8 @@ def _build(cfg: DictConfig, key: str) -> None:
     elif part == "data":
         if cfg.data.get("classes") == "auto":
             cfg.data.classes = "all"
-        border.build(cfg.data, "data", NoiseData, **SMALL_PARTS)
+        num_classes = 10 if "classes" in cfg.data else None
+        border.build(cfg.data, "data", NoiseData, event_shape=(1, 8, 8), num_classes=num_classes)
     elif part in ("solver", "distance", "trainer"):
         border.build(cfg[part], part)
     elif part == "num_steps":
@@ -232,6 +241,8 @@ def main() -> None:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OSS_EXP_CACHE"] = folder
+        os.chdir(folder)
+        np.savez("conditions.npz", deltasq_realisations=np.zeros((16, 8), np.float32))
         for outcome in fuzz(chosen):
             outcomes.append(outcome)
             counts[outcome.kind] += 1

@@ -414,9 +414,7 @@ def describe(kind: Any, plural: bool = False) -> str:
         inner, *metadata = get_args(kind)
         return describe(inner, plural) + _bounds(metadata)
     if get_origin(kind) is Literal:
-        choices = list(map(_word, get_args(kind)))
-        few = " or ".join(choices)
-        return f"each {few}" if plural else few if len(choices) < 3 else f"one of {', '.join(choices)}"
+        return ("each " if plural else "") + f"one of {', '.join(map(_word, get_args(kind)))}"
     if kind in (str, bool):
         return ("texts" if plural else "text") if kind is str else WORDS[bool]
     if kind in WORDS:
