@@ -219,7 +219,7 @@ DAMAGE = {
     "flag": (lambda r: {**r, "last_step_only": "no"}, 'field `last_step_only` must be true or false, got "no"'),
     "provenance": (lambda r: {**r, "provenance": [1]}, r"field `provenance` must be an object, got \[1\]"),
     "words": (lambda r: {**r, "high": ["a"] * 4}, 'field `high.0` must be a number or a list, got "a"'),
-    "half": (lambda r: {**r, "high": [[1.0], 2.0]}, r"field `high.0` must be a number, got \[1.0\]"),
+    "half": (lambda r: {**r, "high": [[1.0], 2.0]}, "field `high.1` must be a list, got 2.0"),
     "ragged": (lambda r: {**r, "high": [[1.0], [2.0, 3.0]]}, "is damaged"),
     "null": (lambda r: {**r, "times": None}, "field `times` must be a list, got null"),
     "values": (lambda r: {**r, "high": [-9.0] * 4}, "low of a calibration must not exceed high"),

@@ -7,7 +7,6 @@ from typing import Literal
 
 import pytest
 import torch
-from pydantic import Field
 
 from oss_exp.files import (
     Numbers,
@@ -132,7 +131,7 @@ class Note(Record):
     times: Numbers | list[Numbers]
     count: int = 0
     flag: bool = False
-    more: dict[str, float] = Field(default_factory=dict)
+    more: dict[str, float] | None = None
 
 
 WHOLE = {"format": "a/note", "version": 2, "times": [1.0, 0.5]}
@@ -146,9 +145,8 @@ def note(path, content) -> Note:
 def test_a_record_is_read_with_a_byte_order_mark_and_fields_of_others(tmp_path):
     read = note(tmp_path / "n.json", b"\xef\xbb\xbf" + json.dumps({**WHOLE, "by": "somebody", "count": 3}).encode())
     assert (read.times, read.count) == ([1.0, 0.5], 3)
-    assert (
-        note(tmp_path / "n.json", b'{"count": 1, "count": 2,' + json.dumps(WHOLE).encode()[1:]).count == 2
-    )  # the last
+    twice = b'{"count": 1, "count": 2,' + json.dumps(WHOLE).encode()[1:]
+    assert note(tmp_path / "n.json", twice).count == 2
 
 
 def test_numbers_are_read_to_the_bit(tmp_path):
@@ -160,10 +158,10 @@ def test_numbers_are_read_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({**WHOLE, "format": "another"}, "is of another format: `format` must be 'a/note', got \"another\"; ask"),
-        ({**WHOLE, "version": 1, "times": 3}, "is of another version: `version` must be 2, got 1; ask"),
+        ({**WHOLE, "format": "another"}, " is of another format: `format` must be 'a/note', got \"another\"; ask"),
+        ({**WHOLE, "version": 1, "times": 3}, " is of another version: `version` must be 2, got 1; ask"),
         ({"version": 2, "times": []}, ": field `format` is missing; ask"),
-        ({**WHOLE, "times": [1.0, "abc", 3]}, ': field `times.1` must be a number or a list, got "abc"'),
+        ({**WHOLE, "times": [1.0, "abc", 3]}, ': field `times.1` must be a number, got "abc"'),
         ({**WHOLE, "times": [[1.0], [float("nan")]]}, ": field `times.1.0` must be a finite number, got nan"),
         ({**WHOLE, "count": True}, ": field `count` must be a whole number, got true; ask"),
         ({**WHOLE, "count": 1.0, "flag": 1}, ": field `count` must be a whole number, got 1.0 (1 more fault); ask"),

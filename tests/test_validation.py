@@ -48,10 +48,7 @@ def described(given: dict, prefix: str = "task") -> str:
         ({"mixed": 1.5}, "`task.mixed` must be a whole number or text or a list, got 1.5"),
         ({"mixed": [1, "a"]}, '`task.mixed.1` must be a whole number, got "a"'),
         ({"names": {"int": True}}, "`task.names.int` must be a whole number, got true"),
-        (
-            {"nmaes": {}, "mixed": None},
-            "`task.mixed` must be a whole number or text or a list, got null (1 more fault)",
-        ),
+        ({"nmaes": 1, "names": 2}, "`task.names` must be an object, got 2 (1 more fault)"),
         ({"nmaes": {}}, "`task.nmaes` is unknown"),
         ({"n" * 10_000: {}}, f"`task.{'n' * 77}...` is unknown"),
     ],
