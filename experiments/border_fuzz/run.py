@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from oss_exp.tasks.configuration import check_configuration
 from oss_exp.tasks.task import Task
 
 VALUES = ("abc", "-1", "0", "1e30", "nan", "inf", "[]", "null", "{a: 1}", "1.5", "true", "[1,2]")
+PSDENOISER = importlib.util.find_spec("psdenoiser") is not None
 HERE = Path(__file__).resolve().parent
 NEEDED = {  # by option, what it is composed with
     "task/report": ["sweep=x"],
@@ -167,6 +169,8 @@ def _build(cfg: DictConfig, key: str) -> None:
     if key.startswith(NOT_BUILT):
         return
     part = key.split(".")[0]
+    if part == "model" and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package" and not PSDENOISER:
+        return
     if part == "model":
         border.build(cfg.model, "model", Model)
     elif part == "noise_schedule":

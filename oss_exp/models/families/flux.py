@@ -105,6 +105,7 @@ class Flux(Prompted):
         del clip, t5  # gigabytes, before the transformer is read
         require_features(pipeline, "transformer", encodings["pooled"], config.pooled_projection_dim)
         require_features(pipeline, "transformer", encodings["text"], config.joint_attention_dim)
+        require_range(at_least=1, decode_batch=decode_batch, decode_tile=decode_tile)
         with pipeline.making("vae"):
             vae = pipeline.configs["vae"] | {"tile": decode_tile}
             decoder = VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from oss_exp.checks import SettingsOf
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.pipelines import Pipeline, Prompted, PromptedBackbone, require_features
 from oss_exp.models.decoders.image import VAE
 from oss_exp.models.guidance import Guidance
@@ -77,6 +77,7 @@ class StableDiffusion(Prompted):
             raise ValueError(f"the unet has sample_size={side}; choose a model.checkpoint of square images")
         encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*prompts, ""])
         require_features(pipeline, "U-Net", encodings["text"], unet.config.cross_attention_dim)
+        require_range(at_least=1, decode_batch=decode_batch)
         with pipeline.making("vae"):
             vae = SCALE | pipeline.configs["vae"]
             decoder = VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae)
@@ -119,6 +120,8 @@ def trained_as(scheduler: Mapping[str, Any]) -> Parameterization:
         )
     if scheduler.get("rescale_betas_zero_snr"):
         raise ValueError("the pipeline's scheduler has rescale_betas_zero_snr=true; choose a model.checkpoint without")
-    num_steps = scheduler["num_train_timesteps"]
-    path = DDPMPath(rules[rule](num_steps, scheduler["beta_start"], scheduler["beta_end"]))
+    num_steps, start, end = (scheduler[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    require_range(at_least=2, num_train_timesteps=num_steps)
+    require_range(above=0, below=1, beta_start=start, beta_end=end)
+    path = DDPMPath(rules[rule](num_steps, start, end))
     return answers[answer](path, float(path.canonical(torch.tensor(num_steps - 1.0, dtype=torch.float64))))

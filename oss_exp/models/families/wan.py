@@ -95,6 +95,7 @@ class Wan(Prompted):
         texts = [cleaned(prompt) for prompt in (*prompts, negative_prompt)]
         encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", t5_prompt, text_length), texts)
         require_features(pipeline, "transformer", encodings["text"], config.text_dim)
+        require_range(at_least=1, decode_batch=decode_batch)
         with pipeline.making("vae"):
             decoder = WanVAE(pipeline.checkpoint, decode_batch, source, **pipeline.configs["vae"])
         super().__init__(
