@@ -226,6 +226,12 @@ class StepSchedule:
         """Return the schedule with steps of the solver's own orders, whatever a search chose; fitted steps stay."""
         return replace(self, steps=SolverSteps()) if isinstance(self.steps, SolverSteps) else self
 
+    def with_mean(self, mean: Tensor) -> StepSchedule:
+        """Return the schedule with another mean in its analytic start and its fitted steps, whichever it has."""
+        start = replace(self.start, mean=mean) if isinstance(self.start, Analytic) else self.start
+        steps = replace(self.steps, mean=mean) if isinstance(self.steps, FittedSteps) else self.steps
+        return replace(self, start=start, steps=steps)
+
     def rows(self, samples: list[int]) -> StepSchedule:
         """Return the per-sample schedule cut to these sample indices, in their order."""
         position = {sample: row for row, sample in enumerate(self.samples or ())}

@@ -231,18 +231,23 @@ WRONG_SCHEDULES = {
     "empty": (lambda good: "", "is empty"),
     "truncated": (lambda good: json.dumps(good)[:-40], "not complete JSON"),
     "not JSON": (lambda good: "1.0, 0.5, 0.0", "JSON"),
-    "a list": (lambda good: "[1.0, 0.5, 0.0]", "not a step schedule"),
-    "another format": (lambda good: json.dumps({**good, "format": "x"}), "not a step schedule"),
-    "another version": (lambda good: json.dumps({**good, "version": 99}), "version 99"),
+    "a list": (lambda good: "[1.0, 0.5, 0.0]", "must be an object"),
+    "another format": (lambda good: json.dumps({**good, "format": "x"}), "is of another format"),
+    "another version": (lambda good: json.dumps({**good, "version": 99}), "is of another version"),
     "increasing": (lambda good: json.dumps({**good, "times": [0.5, 0.9, 0.0]}), "strictly decrease"),
     "NaN": (lambda good: json.dumps({**good, "times": [1.0, float("nan"), 0.0]}), "finite"),
     "words for times": (lambda good: json.dumps({**good, "times": ["1", "0.5", "0"]}), "step schedule"),
-    "no times": (lambda good: json.dumps({k: v for k, v in good.items() if k != "times"}), "lacks the field 'times'"),
+    "no times": (lambda good: json.dumps({k: v for k, v in good.items() if k != "times"}), "field `times` is missing"),
     "no model": (lambda good: json.dumps({**good, "provenance": {}}), "task.allow_other_model=true"),
     "null model": (lambda good: json.dumps({**good, "provenance": {"model": None}}), "schedule.json"),
     "a word for the model": (lambda good: json.dumps({**good, "provenance": {"model": "digits"}}), "schedule.json"),
     "a mean that is not there": (
-        lambda good: json.dumps({**good, "start": "analytic", "mean": {"file": "x.safetensors", "sha256": "0"}}),
+        lambda good: json.dumps(
+            {
+                **good,
+                "start": {"kind": "analytic", "start_time": 1.0, "mean": {"file": "x.safetensors", "sha256": "0" * 64}},
+            }
+        ),
         "x.safetensors does not exist",
     ),
 }

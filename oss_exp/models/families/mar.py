@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from oss_exp.models.families.dit import Frequencies
 from oss_exp.models.families.published import Published
 from oss_exp.models.guidance import NO_CLASS, Guidance
 from oss_exp.noise import DDIMSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import StepSchedule, group_mean
 from oss_exp.solvers import Euler, Solver, Watch, sample
 from oss_exp.velocity import BoundVelocity
 
@@ -327,13 +326,13 @@ class MAR(Published):
         classes = self._classes(condition, len(noise), guidance)
         orders, tokens = self.orders(noise), torch.zeros_like(noise)
         rows = torch.arange(len(noise), device=noise.device)
-        mean = None if steps.mean is None else steps.mean_of(noise, group)
+        mean = None if steps.mean is None else group_mean(steps.mean, noise, group)
         for iteration in range(iterations):
             before, after = self.unknown[iteration], self.unknown[iteration + 1]
             places, scale = orders[:, after:before].sort(dim=1).values, self.scale(guidance, iteration)
             contexts = self.contexts(tokens, orders[:, before:], classes, scale != 1)
             velocity = self._bind(at(contexts, places), rows, scale)
-            own = steps if mean is None else replace(steps, mean=at(mean, places))
+            own = steps if mean is None else steps.with_mean(at(mean, places))
             made = sample(solver, velocity, at(noise, places), own, group=None if mean is None else rows)
             tokens = tokens.scatter(1, places[..., None].expand_as(made), made)
         return tokens

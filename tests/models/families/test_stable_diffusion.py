@@ -244,7 +244,7 @@ def lack_a_weight(folder: Path) -> None:
         (lambda f: change(f / "model_index.json", vae=[None, None]), "its vae is None, that of .* is AutoencoderKL"),
         (lambda f: change(f / "unet" / "config.json", in_channels=9), "takes 9 channels, gives 4.*not of inpainting"),
         (lambda f: change(f / "unet" / "config.json", block_out_channels=[16, 64]), "is of another architecture"),
-        (lambda f: (f / "model_index.json").write_text("[]"), "is no JSON object"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "must be an object"),
         (
             lambda f: change(f / "unet" / "config.json", cross_attention_dim=32),
             "gives 24 features, its U-Net takes 32",

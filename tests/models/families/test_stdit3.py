@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from oss_exp.cli import CONF
+from oss_exp.data.prompts import read_prompts
 from oss_exp.distances import Select, XtMSE
 from oss_exp.models.decoders.image import Pixels
 from oss_exp.models.decoders.video_vae import VideoVAE
@@ -201,7 +202,7 @@ def test_the_search_of_the_released_code(build, arrays):
 def small(yaml, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OSS_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return instantiate(yaml.model, size="tiny", dtype="float64")
+        return instantiate(yaml.model, size="tiny", dtype="float64", prompts=read_prompts("prompts.txt"))
 
 
 @pytest.mark.parametrize("interval", [None, [0.3, 0.8]])
