@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,7 @@ def options() -> list[str]:
     ]
 
 
+@lru_cache(maxsize=1)
 def composed(option: str) -> DictConfig:
     """Return the configuration of a run with this option; its models are small ones."""
     group, _, name = option.partition("/")
@@ -254,7 +256,7 @@ def main() -> None:
             counts[outcome.kind] += 1
             if outcome.kind == "fault":
                 print(f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True)
-    text, table = report([each for each in outcomes if each.kind == "accepted"])
+        text, table = report([each for each in outcomes if each.kind == "accepted"])
     counted = f"{sum(counts.values())} tried, {', '.join(f'{counts[kind]} {kind}' for kind in sorted(counts))}"
     print(counted)
     (HERE / "accepted.md").write_text(f"{counted}\n\n{text}")
