@@ -134,7 +134,9 @@ def tried(option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tup
         if same not in refusals:
             refusals[same] = None
             try:
-                _build(changed, key)
+                if not _build(changed, key):
+                    del refusals[same]
+                    return Outcome(option, key, value, "accepted, not built")
             except Exception as error:
                 refusals[same] = error
                 raise
@@ -166,13 +168,13 @@ def _owner(cfg: DictConfig, key: str) -> str:
     return "the run"
 
 
-def _build(cfg: DictConfig, key: str) -> None:
-    """What a run builds of this part of its configuration."""
-    if key.startswith(NOT_BUILT):
-        return
+def _build(cfg: DictConfig, key: str) -> bool:
+    """Build what a run builds of this part of its configuration; return whether it is built here."""
+    if key.startswith(NOT_BUILT) or key.startswith("model.sizes.full."):
+        return False
     part = key.split(".")[0]
     if part == "model" and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package" and not PSDENOISER:
-        return
+        return False
     if part == "model":
         border.build(cfg.model, "model", Model)
     elif part == "noise_schedule":
@@ -192,6 +194,7 @@ def _build(cfg: DictConfig, key: str) -> None:
         check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
     elif part == "task" and "detector" not in cfg.task:
         border.build(cfg.task, "task", Task)
+    return True
 
 
 def fuzz(chosen: list[str], values: tuple[str, ...] = VALUES) -> Iterator[Outcome]:
@@ -257,9 +260,10 @@ def main() -> None:
             if outcome.kind == "fault":
                 print(f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True)
         text, table = report([each for each in outcomes if each.kind == "accepted"])
+        unbuilt, _ = report([each for each in outcomes if each.kind == "accepted, not built"])
     counted = f"{sum(counts.values())} tried, {', '.join(f'{counts[kind]} {kind}' for kind in sorted(counts))}"
     print(counted)
-    (HERE / "accepted.md").write_text(f"{counted}\n\n{text}")
+    (HERE / "accepted.md").write_text(f"{counted}\n\n{text}\nNot built here:\n\n{unbuilt}")
     (HERE / "accepted.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

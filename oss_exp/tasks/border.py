@@ -18,9 +18,10 @@ import difflib
 import inspect
 import json
 import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache, reduce
@@ -300,14 +301,18 @@ def _next_constructor(target: Any) -> type | None:
 
 
 def _hints(target: Any) -> Mapping[str, Any]:
-    """Annotations; of a library that does not tell them when it runs, none."""
+    """Annotations; of another library those that can be understood when it runs."""
     holder = target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
     try:
         return get_type_hints(holder, include_extras=True)
     except Exception:
         if _is_ours(target):
             raise
-        return {}
+        hints, names = {}, vars(sys.modules[target.__module__])
+        for name, written in inspect.get_annotations(holder).items():
+            with suppress(Exception):
+                hints[name] = eval(written, dict(names)) if isinstance(written, str) else written
+        return hints
 
 
 def _loosened(kind: Any, default: Any) -> Any:
@@ -377,7 +382,11 @@ def _metadata(kind: Any) -> tuple[Any, ...]:
 
 def _is_list(kind: Any) -> bool:
     origin = get_origin(kind) or kind
-    return inspect.isclass(origin) and origin is not str and issubclass(origin, list | tuple | Sequence)
+    return (
+        inspect.isclass(origin)
+        and origin is not str
+        and (origin is Iterable or issubclass(origin, list | tuple | Sequence))
+    )
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -392,6 +401,8 @@ def _accepts_one(kind: Any, value: Any) -> bool:
     if get_origin(kind) is Callable or kind is Callable:
         return False
     if _is_object(kind):
+        with suppress(TypeError):  # a protocol
+            return isinstance(value, kind)  # as interpolations can be, such as ${hydra:mode}
         return False
     if get_origin(kind) is Literal:  # for pydantic, true is a 1 here
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
@@ -448,6 +459,8 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"{WORDS[kind]}s" if plural else f"a {WORDS[kind]}"
     if kind is None or kind is type(None):
         return "null"
+    if kind is Any:
+        return "anything"
     if _is_list(kind):
         items = [each for each in get_args(kind) if each is not Ellipsis]
         several = "lists" if plural else "a list"
