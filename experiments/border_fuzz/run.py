@@ -5,7 +5,7 @@
 Every option of every group and every task is composed once; then every value in it is replaced, one at a time, by each
 of VALUES, as an override on the command line does it. What a run does before it works is done: the whole configuration
 is checked, and the object that the value belongs to is built. Published models are built at size=tiny. Writes
-accepted.md and accepted.json beside this file: all nonsense that was taken, by the type that took it.
+accepted.md beside this file: all nonsense that was taken, by the type that took it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import os
 import re
 import tempfile
@@ -219,8 +218,8 @@ def taker(outcome: Outcome) -> tuple[str, str]:
     return words, f"{owner.removeprefix('oss_exp.')}.{name}"
 
 
-def report(accepted: list[Outcome]) -> tuple[str, dict[str, Any]]:
-    """Return the table of what was accepted, and the same as data: {type: {parameter: values}}."""
+def report(accepted: list[Outcome]) -> str:
+    """Return the table of what was accepted: the type, the values, how many parameters."""
     table: dict[str, dict[str, list[str]]] = defaultdict(dict)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         words: dict[tuple[str, str], tuple[str, str]] = {}
@@ -239,7 +238,7 @@ def report(accepted: list[Outcome]) -> tuple[str, dict[str, Any]]:
         for found, parameters in sorted(by_values.items(), key=lambda item: -len(item[1])):
             shown = ", ".join(f"`{each}`" for each in found)
             lines.append(f"| {kind} | {shown} | {len(parameters)} | {', '.join(parameters[:4])} |")
-    return "\n".join(lines) + "\n", table
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -259,12 +258,11 @@ def main() -> None:
             counts[outcome.kind] += 1
             if outcome.kind == "fault":
                 print(f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True)
-        text, table = report([each for each in outcomes if each.kind == "accepted"])
-        unbuilt, _ = report([each for each in outcomes if each.kind == "accepted, not built"])
+        text = report([each for each in outcomes if each.kind == "accepted"])
+        unbuilt = report([each for each in outcomes if each.kind == "accepted, not built"])
     counted = f"{sum(counts.values())} tried, {', '.join(f'{counts[kind]} {kind}' for kind in sorted(counts))}"
     print(counted)
     (HERE / "accepted.md").write_text(f"{counted}\n\n{text}\nNot built here:\n\n{unbuilt}")
-    (HERE / "accepted.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

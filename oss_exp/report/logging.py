@@ -17,7 +17,7 @@ from oss_exp.report.results import cost_lines, metric_lines, read_run, read_sche
 TABLE, COSTS, PICTURES = "comparison", "cost per round", ("schedules", "samples")  # keys of what W&B is sent
 
 
-def wandb_logger(output_dir: str, project: str, mode: RunMode) -> WandbLogger:
+def wandb_logger(output_dir: str, project: str, mode: RunMode | None) -> WandbLogger:
     """A W&B run named after its folder; the jobs of a sweep share a group. Offline where nobody is logged in."""
     import wandb
 
