@@ -117,8 +117,8 @@ def test_every_step_schedule_says_what_made_it(compared):
         assert about["model"]["name"] == "mixture_digits"
         assert about["model"]["sha256"] == sha256((ASSETS / "mixture_digits.safetensors").read_bytes())
         assert about["teacher"]["num_steps"] == 20
-        assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.FlowSchedule", "shift": 1.0}
-        assert about["solver"]["_target_"] == "oss_exp.Euler"
+        assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.schedules.FlowSchedule", "shift": 1.0}
+        assert about["solver"]["_target_"] == "oss_exp.solvers.Euler"
         assert about["distance"]["_target_"] == "oss_exp.distances.XtMSE"
         assert about["strategy"]["name"] == strategy
         assert about["strategy"]["baseline"] == (not strategy.startswith("oss"))
@@ -243,7 +243,7 @@ def test_a_run_without_trajectories_has_a_page_without_them(compared, tmp_path, 
     for wrong in ("-1", "1.5", "true"):
         with pytest.raises(SystemExit):
             oss_exp(tmp_path / "wrong", f"evaluation.trajectories={wrong}")
-        assert "evaluation.trajectories must be a whole number of at least 0" in capsys.readouterr().err
+        assert "evaluation.trajectories must be a number of samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["edm_2", "oss_ave_4", "oss_shared_4", "oss_4"])
