@@ -5,7 +5,7 @@
 Every option of every group and every task is composed once; then every value in it is replaced, one at a time, by each
 of VALUES, as an override on the command line does it. What a run does before it works is done: the whole configuration
 is checked, and the object that the value belongs to is built. Published models are built at size=tiny. Writes
-accepted.md and accepted.json beside this file: all nonsense that was taken, by the type that took it.
+accepted.md beside this file: all nonsense that was taken, by the type that took it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import os
 import re
 import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,7 @@ def options() -> list[str]:
     ]
 
 
+@lru_cache(maxsize=1)
 def composed(option: str) -> DictConfig:
     """Return the configuration of a run with this option; its models are small ones."""
     group, _, name = option.partition("/")
@@ -132,7 +133,9 @@ def tried(option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tup
         if same not in refusals:
             refusals[same] = None
             try:
-                _build(changed, key)
+                if not _build(changed, key):
+                    del refusals[same]
+                    return Outcome(option, key, value, "accepted, not built")
             except Exception as error:
                 refusals[same] = error
                 raise
@@ -164,13 +167,13 @@ def _owner(cfg: DictConfig, key: str) -> str:
     return "the run"
 
 
-def _build(cfg: DictConfig, key: str) -> None:
-    """What a run builds of this part of its configuration."""
-    if key.startswith(NOT_BUILT):
-        return
+def _build(cfg: DictConfig, key: str) -> bool:
+    """Build what a run builds of this part of its configuration; return whether it is built here."""
+    if key.startswith(NOT_BUILT) or key.startswith("model.sizes.full."):
+        return False
     part = key.split(".")[0]
     if part == "model" and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package" and not PSDENOISER:
-        return
+        return False
     if part == "model":
         border.build(cfg.model, "model", Model)
     elif part == "noise_schedule":
@@ -190,6 +193,7 @@ def _build(cfg: DictConfig, key: str) -> None:
         check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
     elif part == "task" and "detector" not in cfg.task:
         border.build(cfg.task, "task", Task)
+    return True
 
 
 def fuzz(chosen: list[str], values: tuple[str, ...] = VALUES) -> Iterator[Outcome]:
@@ -214,8 +218,8 @@ def taker(outcome: Outcome) -> tuple[str, str]:
     return words, f"{owner.removeprefix('oss_exp.')}.{name}"
 
 
-def report(accepted: list[Outcome]) -> tuple[str, dict[str, Any]]:
-    """Return the table of what was accepted, and the same as data: {type: {parameter: values}}."""
+def report(accepted: list[Outcome]) -> str:
+    """Return the table of what was accepted: the type, the values, how many parameters."""
     table: dict[str, dict[str, list[str]]] = defaultdict(dict)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         words: dict[tuple[str, str], tuple[str, str]] = {}
@@ -234,7 +238,7 @@ def report(accepted: list[Outcome]) -> tuple[str, dict[str, Any]]:
         for found, parameters in sorted(by_values.items(), key=lambda item: -len(item[1])):
             shown = ", ".join(f"`{each}`" for each in found)
             lines.append(f"| {kind} | {shown} | {len(parameters)} | {', '.join(parameters[:4])} |")
-    return "\n".join(lines) + "\n", table
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -254,11 +258,11 @@ def main() -> None:
             counts[outcome.kind] += 1
             if outcome.kind == "fault":
                 print(f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True)
-    text, table = report([each for each in outcomes if each.kind == "accepted"])
+        text = report([each for each in outcomes if each.kind == "accepted"])
+        unbuilt = report([each for each in outcomes if each.kind == "accepted, not built"])
     counted = f"{sum(counts.values())} tried, {', '.join(f'{counts[kind]} {kind}' for kind in sorted(counts))}"
     print(counted)
-    (HERE / "accepted.md").write_text(f"{counted}\n\n{text}")
-    (HERE / "accepted.json").write_text(json.dumps(table, indent=1) + "\n")
+    (HERE / "accepted.md").write_text(f"{counted}\n\n{text}\nNot built here:\n\n{unbuilt}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import JsonValue, TypeAdapter
 
+from oss_exp.checks import require_range
 from oss_exp.export.base import Exporter
 from oss_exp.export.sigmas import flow_sigmas, ratio_sigmas
 from oss_exp.files import load_record, write_atomically
@@ -39,6 +40,7 @@ class Diffusers(Exporter):
     def __post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
             raise ValueError("task.exporter.height and task.exporter.width belong together; give both, or neither")
+        require_range(at_least=-10, at_most=10, mu=self.mu)
         if self.mu is not None and self.height is not None:
             raise ValueError("task.exporter.height and task.exporter.width stand for task.exporter.mu; give either")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,12 +17,12 @@ from oss_exp.report.results import cost_lines, metric_lines, read_run, read_sche
 TABLE, COSTS, PICTURES = "comparison", "cost per round", ("schedules", "samples")  # keys of what W&B is sent
 
 
-def wandb_logger(output_dir: str, project: str, mode: Any) -> WandbLogger:
+def wandb_logger(output_dir: str, project: str, mode: RunMode | None) -> WandbLogger:
     """A W&B run named after its folder; the jobs of a sweep share a group. Offline where nobody is logged in."""
     import wandb
 
     folder = Path(output_dir)
-    sweep = str(mode).endswith("MULTIRUN")
+    sweep = mode is RunMode.MULTIRUN
     group = "/".join(folder.parent.parts[-2:]) if sweep else None
     name = "/".join(folder.parts[-3:] if sweep else folder.parts[-2:])
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):

@@ -18,13 +18,13 @@ import difflib
 import inspect
 import json
 import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
-from functools import cache, reduce
-from operator import getitem
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -78,10 +78,11 @@ def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
         return instantiate(checked, _convert_="all", _partial_=True)(**arguments)
     except InstantiationException as error:
         below = re.search(r"\nfull_key: (\S+)$", str(error))
-        path = below[1].split(".") if below else []
-        raise _with_key(".".join([key, *path]), reduce(getitem, path, checked), _cause(error)) from error
+        path = below[1] if below else ""
+        written = OmegaConf.select(node, path) if OmegaConf.is_config(node) and path else node
+        raise _with_key(".".join(filter(None, [key, path])), _at(checked, path), written, _cause(error)) from error
     except Exception as error:
-        raise _with_key(key, {**checked, **arguments}, error) from error
+        raise _with_key(key, {**checked, **arguments}, node, error) from error
 
 
 def class_of(node: Any, key: str) -> Any:
@@ -133,16 +134,9 @@ class _Check:
         return value
 
     def _refuse(self, key: str, kind: Any, given: str) -> None:
-        self.faults.append(f"{key} must be {describe(kind)}, got {given}{self._origin(key)}")
-
-    def _origin(self, key: str) -> str:
-        """Where a value is from that is another's, as in num_classes: ${model.num_classes}."""
-        if not OmegaConf.is_config(self.node):
-            return ""
-        node = OmegaConf.to_container(self.node)
-        for part in filter(None, key.removeprefix(self.key).split(".")):
-            node = node.get(part) if isinstance(node, dict) else None
-        return f" from {node}" if isinstance(node, str) and "${" in node else ""
+        self.faults.append(
+            f"{key} must be {describe(kind)}, got {given}{_origin(self.node, key.removeprefix(self.key))}"
+        )
 
     def _mapping(self, value: Mapping, kind: Any, key: str, given: Collection[str] | None) -> Any:
         if "_target_" in value:
@@ -210,6 +204,19 @@ class _Check:
                 if name not in values and name not in given:
                     self.faults.append(f"{_below(key, name)} is missing; it must be {describe(parameters.kinds[name])}")
         return filled
+
+
+def _origin(node: Any, path: str) -> str:
+    """Where the value at a path is from, if it is another's, as in num_classes: ${model.num_classes}."""
+    written = _at(OmegaConf.to_container(node) if OmegaConf.is_config(node) else {}, path)
+    return f" from {written}" if isinstance(written, str) and "${" in written else ""
+
+
+def _at(node: Any, path: str) -> Any:
+    """What lies at a path such as sizes.tiny.decoder; None where there is nothing."""
+    for part in filter(None, path.split(".")):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def _below(key: str, name: Any) -> str:
@@ -300,14 +307,18 @@ def _next_constructor(target: Any) -> type | None:
 
 
 def _hints(target: Any) -> Mapping[str, Any]:
-    """Annotations; of a library that does not tell them when it runs, none."""
+    """Annotations; of another library those that can be understood when it runs."""
     holder = target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
     try:
         return get_type_hints(holder, include_extras=True)
     except Exception:
         if _is_ours(target):
             raise
-        return {}
+        hints, names = {}, vars(sys.modules[target.__module__])
+        for name, written in inspect.get_annotations(holder).items():
+            with suppress(Exception):
+                hints[name] = eval(written, dict(names)) if isinstance(written, str) else written
+        return hints
 
 
 def _loosened(kind: Any, default: Any) -> Any:
@@ -377,7 +388,11 @@ def _metadata(kind: Any) -> tuple[Any, ...]:
 
 def _is_list(kind: Any) -> bool:
     origin = get_origin(kind) or kind
-    return inspect.isclass(origin) and origin is not str and issubclass(origin, list | tuple | Sequence)
+    return (
+        inspect.isclass(origin)
+        and origin is not str
+        and (origin is Iterable or issubclass(origin, list | tuple | Sequence))
+    )
 
 
 def _accepts(kind: Any, value: Any) -> bool:
@@ -392,6 +407,8 @@ def _accepts_one(kind: Any, value: Any) -> bool:
     if get_origin(kind) is Callable or kind is Callable:
         return False
     if _is_object(kind):
+        with suppress(TypeError):  # a protocol
+            return isinstance(value, kind)  # as interpolations can be, such as ${hydra:mode}
         return False
     if get_origin(kind) is Literal:  # for pydantic, true is a 1 here
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
@@ -448,6 +465,8 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"{WORDS[kind]}s" if plural else f"a {WORDS[kind]}"
     if kind is None or kind is type(None):
         return "null"
+    if kind is Any:
+        return "anything"
     if _is_list(kind):
         items = [each for each in get_args(kind) if each is not Ellipsis]
         several = "lists" if plural else "a list"
@@ -513,18 +532,24 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _with_key(key: str, node: Mapping, error: BaseException) -> Exception:
-    """The error as a user reads it: with the full key of the value, or of the node, that it is about."""
+def _with_key(key: str, node: Any, written: Any, error: BaseException) -> Exception:
+    """The error as a user reads it: with the full key of the value, or of the node, that it is about.
+
+    written: the node with its interpolations.
+    """
     text = str(error)
     if not isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     last = key.rpartition(".")[2]
-    if re.search(rf"(?<![\w.]){re.escape(key)}[.=]", text):
+    # "sizes.tiny.decoder: tile must be ..." is said of sizes.tiny.decoder.tile.
+    if (part := re.match(r"([\w.]+): (\w+) ", text)) and part[2] in (_at(node, part[1]) or ()):
+        text = f"{part[1]}.{text[part.start(2) :]}{_origin(written, f'{part[1]}.{part[2]}')}"
+    if (name := re.match(r"(\w+)( must| is| has|=|\.|:)", text)) and name[1] in (node or ()):
+        text = f"{key}.{text}"
+    elif re.search(rf"(?<![\w.]){re.escape(key)}[.=]", text):
         pass
     elif re.match(rf"{re.escape(last)}[.=]", text):
         text = key.removesuffix(last) + text
-    elif (name := re.match(r"(\w+)( must| is| has|=|\.)", text)) and name[1] in node:
-        text = f"{key}.{text}"
     else:
         text = f"{key}: {text}"
     if isinstance(error, OSError):

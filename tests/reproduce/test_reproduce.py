@@ -158,8 +158,8 @@ def test_summary_counts_the_answers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table=9"], "table must be 1 to 7 or all, got 9"),
-        (["table=2", "task.scale=large"], "task.scale must be small or paper, got 'large'"),
+        (["table=9"], "task.table must be one of all or a whole number from 1 to 7, got 9"),
+        (["table=2", "task.scale=large"], "task.scale must be one of small, paper, got 'large'"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, capsys):

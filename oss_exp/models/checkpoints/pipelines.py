@@ -16,6 +16,7 @@ import torch
 from pydantic import JsonValue, TypeAdapter
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.files import load_record, sha256
 from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
 from oss_exp.models.guidance import Guidance
@@ -79,12 +80,14 @@ class Pipeline:
 
         with self.making(part), torch.device("cpu" if self.folder is None else "meta"):
             network = getattr(diffusers, self.parts[part][0]).from_config(self.configs[part])
-        channels, answers = network.config.in_channels, network.config.out_channels or network.config.in_channels
-        if channels != answers:
-            raise ValueError(
-                f"the {part} of {self.checkpoint} takes {channels} channels, gives {answers}; choose a "
-                "model.checkpoint that makes pictures of text alone, not of inpainting or upscaling"
-            )
+        with self.making(part):
+            channels, answers = network.config.in_channels, network.config.out_channels or network.config.in_channels
+            require_range(at_least=1, in_channels=channels)
+            if channels != answers:
+                raise ValueError(
+                    f"the {part} of {self.checkpoint} takes {channels} channels, gives {answers}; choose a "
+                    "model.checkpoint that makes pictures of text alone, not of inpainting or upscaling"
+                )
         return network
 
     def weights(self, part: str) -> str:
@@ -223,10 +226,11 @@ class PromptedBackbone(nn.Module):
 def require_features(pipeline: Pipeline, taker: str, encodings: Tensor, features: int) -> None:
     """ValueError where encodings (P, ..., D) do not have the features D that the network `taker` has been built for."""
     if encodings.shape[-1] != features:
-        raise ValueError(
-            f"the text encoder of {pipeline.checkpoint} gives {encodings.shape[-1]} features, its {taker} takes "
-            f"{features}; choose a model.checkpoint whose parts belong together"
-        )
+        with pipeline.making(taker):
+            raise ValueError(
+                f"the text encoder of {pipeline.checkpoint} gives {encodings.shape[-1]} features, its {taker} takes "
+                f"{features}; choose a model.checkpoint whose parts belong together"
+            )
 
 
 def require_multiples(of: int, **pixels: int) -> None:

@@ -102,6 +102,11 @@ class TemporalDecoder(nn.Module):
     ):
         super().__init__()
         require_range(at_least=1, features=features, num_layers=num_layers, num_groups=num_groups)
+        if len(doublings) != len(multipliers) - 1:
+            raise ValueError(
+                f"doublings must have an entry for each of the {len(multipliers)} multipliers but the last, "
+                f"got {len(doublings)}"
+            )
         self.doublings = tuple(doublings)
         widths = [features * multiplier for multiplier in multipliers]
         self.conv1 = CausalConv(channels, widths[-1], 3)

@@ -46,7 +46,7 @@ class FluxSize(TypedDict):
     height: int
     width: int
     text_length: int
-    dtype: str
+    dtype: Dtype
     transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.FluxTransformer2DModel")]
     text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.CLIPTextConfig")]
     text_encoder_2: Annotated[Mapping[str, Any], SettingsOf("transformers.T5Config")]

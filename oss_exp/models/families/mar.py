@@ -221,8 +221,8 @@ class MAR(Published):
         super().__init__(**published)
         if num_iter > self.event_shape[0]:
             raise ValueError(
-                f"num_iter={num_iter} exceeds the {self.event_shape[0]} tokens of an image, of which every "
-                "iteration makes at least one; choose fewer"
+                f"num_iter={num_iter} exceeds the {self.event_shape[0]} tokens of an image (event_shape), of which "
+                "every iteration makes at least one; choose fewer"
             )
         _require_plain(self.guidance)
         self.num_iter, self.search_iteration, self.search_cfg, self.seed = num_iter, search_iteration, search_cfg, seed

@@ -73,10 +73,11 @@ class StableDiffusion(Prompted):
             parameterization = trained_as(pipeline.configs["scheduler"])
         unet = pipeline.network("unet")
         channels, side = unet.config.in_channels, unet.config.sample_size
-        if not isinstance(side, int):
-            raise ValueError(f"the unet has sample_size={side}; choose a model.checkpoint of square images")
+        with pipeline.making("unet"):
+            if not isinstance(side, int) or side < 1:
+                raise ValueError(f"the unet has sample_size={side}; choose a model.checkpoint of square images")
         encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*prompts, ""])
-        require_features(pipeline, "U-Net", encodings["text"], unet.config.cross_attention_dim)
+        require_features(pipeline, "unet", encodings["text"], unet.config.cross_attention_dim)
         require_range(at_least=1, decode_batch=decode_batch)
         with pipeline.making("vae"):
             vae = SCALE | pipeline.configs["vae"]

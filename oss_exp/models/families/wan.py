@@ -44,7 +44,7 @@ class WanSize(TypedDict):
     height: int
     width: int
     text_length: int
-    dtype: str
+    dtype: Dtype
     transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.WanTransformer3DModel")]
     text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.UMT5Config")]
     vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKLWan")]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.files import sha256
 from oss_exp.models.checkpoints.weights import digest, randomise, read
 from oss_exp.models.text.prompts import PromptCache, TextEncoder
@@ -149,6 +150,7 @@ def clip_bytes(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
 
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    require_range(at_least=len(tokens), vocab_size=config.get("vocab_size"))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
@@ -160,6 +162,7 @@ def t5_bytes(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
     """The same with 259 tokens; T5 knows its end."""
     from transformers import ByT5Tokenizer
 
+    require_range(at_least=259, vocab_size=config.get("vocab_size"))
     return ByT5Tokenizer(extra_ids=0), {}
 
 
