@@ -43,10 +43,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
         solver = Euler() if isinstance(steps.steps, FittedSteps) else solver_of(steps)  # fitted steps need none
     if solver.calibration is not None:
         raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
-    if isinstance(steps.steps, FittedSteps):
-        weights = _from_first(steps, steps.steps)
-    else:
-        weights = _summed(steps, solver)
+    weights = _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(steps, solver)
     return {
         "times": steps.times.tolist(),
         "weights": weights.tolist(),

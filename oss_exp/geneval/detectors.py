@@ -63,6 +63,7 @@ class FashionDetector(Shipped):
         self.down = nn.ModuleList([_stage(48, 64), _stage(64, 96)])
         self.up = nn.ModuleList([_conv(96 + 64, 64), _conv(64 + 48, 64)])
         self.heat, self.edges = nn.Conv2d(64, len(GARMENTS), 1), nn.Conv2d(64, 4, 1)
+        assert self.heat.bias is not None
         nn.init.constant_(self.heat.bias, -4.0)  # few cells have an object
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

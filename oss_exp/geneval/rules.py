@@ -161,8 +161,8 @@ def counted(boxes: Sequence[Box], tag: str, rules: Rules) -> list[Box]:
     return kept
 
 
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of boxes whose last pixel is theirs."""
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of boxes, with or without a score, whose last pixel is theirs."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
@@ -172,8 +172,8 @@ def iou(a: Box, b: Box) -> float:
     return common / union if union else 0.0
 
 
-def relative_position(a: Box, b: Box, threshold: float) -> list[str]:
-    """Where a is, seen from b: of left of, right of, above and below none, one, or two for a diagonal.
+def relative_position(a: Sequence[float], b: Sequence[float], threshold: float) -> list[str]:
+    """Where box a is, seen from b: of left of, right of, above and below none, one, or two for a diagonal.
 
     Offsets of the middles count for what exceeds `threshold` of the two sizes together, in units of the whole offset.
     """
