@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SettingsOf:
+    """Annotates a mapping whose entries are arguments of a class; of another library by name, imported when needed.
+
+    `Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKL")]`
+    """
+
+    kind: type | str
 
 
 def require_range(

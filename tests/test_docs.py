@@ -50,7 +50,8 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key != "defaults":
             found |= leaves(value, key) if key != "_target_" else {}
-    return found
+    # What a task is handed on (task.table: ${table}) has the row of the value itself.
+    return {key: value for key, value in found.items() if value != f"${{{key.removeprefix('task.')}}}"}
 
 
 def leaves(value: Any, path: str) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from helpers import run_cli
 from safetensors.torch import load_file
 
 from oss_exp.calibration import Calibration
@@ -80,3 +83,50 @@ def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
 @pytest.mark.parametrize("name", ["calibration.json", "calibration_per_channel.json"])
 def test_a_calibration_loads(name):
     assert len(Calibration.load(FILES / name).times) == 21
+
+
+NETWORK = [
+    "model=dit_fashion",
+    "model.event_shape=[1,8,8]",
+    "model.backbone.size=8",
+    "model.backbone.num_layers=1",
+    "model.backbone.num_attention_heads=2",
+    "model.backbone.attention_head_dim=8",
+    f"model.checkpoint={FILES / 'base' / 'base.safetensors'}",
+]
+SHORT = ["num_teacher_steps=10", "data.search_samples=2", "data.eval_samples=4", "data.per_sample=4"]
+
+
+@pytest.mark.parametrize("name", ["stages", "stages_lora"])
+def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
+    stages = FILES / name
+    measured = [f"stages={stages}", f"task.schedule={stages / 'schedule.json'}", f"hydra.run.dir={tmp_path}"]
+    run_cli("task=evaluate", *NETWORK, *SHORT, *measured, "data.batch_size=4", "logger=none")
+    (old,) = json.loads((FILES / f"{name}.metrics.json").read_text())["rows"]
+    (new,) = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert new["per_image"]["index"] == old["per_image"]["index"]
+    assert new["per_image"]["psnr"] == pytest.approx(old["per_image"]["psnr"], abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["run_search", "run_compare"])
+def test_an_older_run_goes_on_by_its_own_command(name, tmp_path):
+    """It plans nothing anew, and measures the same."""
+    old, folder = FILES / "run" / name, tmp_path / "run"
+    shutil.copytree(old, folder)
+    run_cli(*yaml.safe_load((old / "overrides.yaml").read_text()), f"hydra.run.dir={folder}")
+    for file in (old / "schedules").iterdir():
+        assert (folder / "schedules" / file.name).read_bytes() == file.read_bytes()
+    if name == "run_compare":
+        before, after = (json.loads((place / "metrics.json").read_text())["rows"] for place in (old, folder))
+        assert [row["schedule"] for row in after] == [row["schedule"] for row in before]
+        for row, expected in zip(after, before, strict=True):
+            assert row["per_image"]["psnr"] == pytest.approx(expected["per_image"]["psnr"], abs=2e-4)
+
+
+def test_an_older_run_of_another_command_is_refused(tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(FILES / "run" / "run_search", folder)
+    overrides = yaml.safe_load((folder / "overrides.yaml").read_text())
+    with pytest.raises(SystemExit):
+        run_cli(*overrides, "solver.order=1", f"hydra.run.dir={folder}")
+    assert "holds a run with another solver" in capsys.readouterr().err

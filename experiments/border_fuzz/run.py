@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from oss_exp.tasks.configuration import check_configuration
 from oss_exp.tasks.task import Task
 
 VALUES = ("abc", "-1", "0", "1e30", "nan", "inf", "[]", "null", "{a: 1}", "1.5", "true", "[1,2]")
+PSDENOISER = importlib.util.find_spec("psdenoiser") is not None
 HERE = Path(__file__).resolve().parent
 NEEDED = {  # by option, what it is composed with
     "task/report": ["sweep=x"],
@@ -56,7 +58,7 @@ NOT_BUILT = ("logger", "images", "evaluation", "metric", "task.detector")  # wou
 
 
 class Outcome(NamedTuple):
-    """What became of one value: `accepted`, `refused`, `fault`. message: of a refusal or a fault."""
+    """What became of one value: `accepted`, `refused` (perhaps with its node named only), `fault`, and its message."""
 
     config: str
     key: str
@@ -135,18 +137,20 @@ def tried(option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tup
                 refusals[same] = error
                 raise
     except USER_ERRORS as error:
-        names = _names(str(error), key)
-        return Outcome(option, key, value, "refused" if names else "fault", str(error))
+        return Outcome(option, key, value, _kind(str(error), key), str(error))
     except Exception as error:
         return Outcome(option, key, value, "fault", f"{type(error).__name__}: {error}")
     return Outcome(option, key, value, "accepted")
 
 
-def _names(message: str, key: str) -> bool:
-    """Whether a message holds the key; or that of a node above, and the parameter, where the node builds its parts."""
+def _kind(message: str, key: str) -> str:
+    """Of a refusal: whether its message holds the key, or that of a node above and the parameter's name."""
     *above, name = key.split(".")
     nodes = [".".join(above[: end + 1]) for end in range(len(above))]
-    return key in message or (name in message and any(re.search(rf"\b{re.escape(n)}\b", message) for n in nodes))
+    if key in message or (name in message and any(re.search(rf"\b{re.escape(node)}\b", message) for node in nodes)):
+        return "refused"
+    # Classes of other libraries often do not say which of their arguments they cannot take.
+    return "refused, its node named" if re.search(rf"\b{re.escape(nodes[-1])}\b", message) else "fault"
 
 
 def _owner(cfg: DictConfig, key: str) -> str:
@@ -165,6 +169,8 @@ def _build(cfg: DictConfig, key: str) -> None:
     if key.startswith(NOT_BUILT):
         return
     part = key.split(".")[0]
+    if part == "model" and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package" and not PSDENOISER:
+        return
     if part == "model":
         border.build(cfg.model, "model", Model)
     elif part == "noise_schedule":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -137,10 +138,20 @@ def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
 
 def build_part(sizes: Mapping[str, Mapping[str, Any]], size: str, part: str) -> Any:
     """What the partial `part` of a size makes; ValueError says where the settings are that make nothing."""
-    try:
+    with settings_named(f"sizes.{size}.{part}"):
         return sizes[size][part]()
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"sizes.{size}.{part}: {error}") from error
+
+
+@contextmanager
+def settings_named(place: str) -> Iterator[None]:
+    """Raise what goes wrong within, where a part of a model is made, as a ValueError that names its settings."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, RuntimeError | TypeError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{place}: {kind}{error}") from error
 
 
 def shape(tensor: Tensor | None) -> str:

@@ -35,6 +35,7 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 import oss_exp
+from oss_exp.checks import SettingsOf
 from oss_exp.names import named_object, with_public_names
 
 # Hydra's own keys beside a _target_.
@@ -56,7 +57,7 @@ def check(node: Any, key: str = "", kind: Any = Any) -> None:
 
     Values that are not set (???) pass: a group may have options that this run does not use.
     """
-    _Check(unset_passes=True).of(_plain(node), kind, key)
+    _Check(node, key, unset_passes=True).of(_plain(node), kind)
 
 
 def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
@@ -67,7 +68,7 @@ def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
     plain = _plain(node)
     if isinstance(plain, Mapping):
         plain = {name: value for name, value in plain.items() if name not in arguments}
-    checked = _Check(unset_passes=False, given=arguments).of(plain, kind, key)
+    checked = _Check(node, key, unset_passes=False, given=arguments).of(plain, kind)
     if checked is None:
         return None
     if not isinstance(checked, Mapping) or "_target_" not in checked:
@@ -104,15 +105,15 @@ def _plain(node: Any) -> Any:
 class _Check:
     """One walk: collects the faults, and returns the nodes as Hydra's `instantiate` takes them.
 
-    given: arguments of the topmost target that are no part of the configuration.
+    node, key: with interpolations as they are written. given: arguments of the topmost target that are no part of it.
     """
 
-    def __init__(self, unset_passes: bool, given: Collection[str] = ()):
-        self.unset_passes, self.given = unset_passes, given
+    def __init__(self, node: Any, key: str, unset_passes: bool, given: Collection[str] = ()):
+        self.node, self.key, self.unset_passes, self.given = node, key, unset_passes, given
         self.faults: list[str] = []
 
-    def of(self, value: Any, kind: Any, key: str) -> Any:
-        checked = self._value(value, kind, key, None if self.unset_passes else self.given)
+    def of(self, value: Any, kind: Any) -> Any:
+        checked = self._value(value, kind, self.key, None if self.unset_passes else self.given)
         if self.faults:
             raise ValueError("\n".join(self.faults))
         return checked
@@ -128,13 +129,29 @@ class _Check:
             item = next((get_args(each)[0] for each in _options(kind) if _is_list(each) and get_args(each)), Any)
             return [self._value(each, item, f"{key}.{place}") for place, each in enumerate(value)]
         elif not _accepts(kind, value):
-            self.faults.append(f"{key} must be {describe(kind)}, got {shown(value)}")
+            self._refuse(key, kind, shown(value))
         return value
+
+    def _refuse(self, key: str, kind: Any, given: str) -> None:
+        self.faults.append(f"{key} must be {describe(kind)}, got {given}{self._origin(key)}")
+
+    def _origin(self, key: str) -> str:
+        """Where a value is from that is another's, as in num_classes: ${model.num_classes}."""
+        if not OmegaConf.is_config(self.node):
+            return ""
+        node = OmegaConf.to_container(self.node)
+        for part in filter(None, key.removeprefix(self.key).split(".")):
+            node = node.get(part) if isinstance(node, dict) else None
+        return f" from {node}" if isinstance(node, str) and "${" in node else ""
 
     def _mapping(self, value: Mapping, kind: Any, key: str, given: Collection[str] | None) -> Any:
         if "_target_" in value:
             return self._call(value, kind, key, given)
         for option in _options(kind):
+            for settings in _metadata(option):
+                if isinstance(settings, SettingsOf):
+                    target = _target(settings.kind) if isinstance(settings.kind, str) else settings.kind
+                    return self._fields(value, parameters_of(target), key, target.__name__)
             if is_typeddict(option):
                 return self._fields(value, _Parameters(get_type_hints(option, include_extras=True), (), True), key)
             if _is_record(option):
@@ -147,7 +164,7 @@ class _Check:
                     for name, each in value.items()
                 }
         if kind is not Any and not _has_target(value) and not _accepts(kind, value):
-            self.faults.append(f"{key} must be {describe(kind)}, got {shown(value)}")
+            self._refuse(key, kind, shown(value))
             return value
         return {
             name: self._value(each, Any, _below(key, name), None if given is None else ())
@@ -162,11 +179,11 @@ class _Check:
             self.faults.append(f"{_below(key, '_target_')} {error}")
             return dict(node)
         if not _fits(target, node.get("_partial_", False), kind):
-            self.faults.append(f"{key} must be {describe(kind)}, got {node['_target_']}")
+            self._refuse(key, kind, node["_target_"])
         own = {name: value for name, value in node.items() if name not in ("_target_", *RESERVED)}
         for name, expected in RESERVED.items():
             if name in node and not _accepts(expected, node[name]):
-                self.faults.append(f"{_below(key, name)} must be {describe(expected)}, got {shown(node[name])}")
+                self._refuse(_below(key, name), expected, shown(node[name]))
         parameters = parameters_of(target)
         if node.get("_partial_", False) or "_args_" in node:
             given = None
@@ -207,7 +224,8 @@ def _has_target(value: Any) -> bool:
 
 def _unknown(key: str, name: str, owner: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
-    advice = f"did you mean {_below(key, near[0])}?" if near else f"it takes {', '.join(known) or 'none'}"
+    some = [*known][:12] + ["..."] * (len(known) > 12)
+    advice = f"did you mean {_below(key, near[0])}?" if near else f"it takes {', '.join(some) or 'none'}"
     return f"{_below(key, name)} is no option of {owner}; {advice}"
 
 
@@ -295,12 +313,17 @@ def _hints(target: Any) -> Mapping[str, Any]:
 def _loosened(kind: Any, default: Any) -> Any:
     """The annotation of another library's parameter, as far as it can be trusted.
 
-    Not for what is in lists and mappings; and null may be written where it is the default.
+    Not for the length of tuples and what is in mappings; and null may be written where it is the default.
     """
     options = []
     for each in _options(kind):
-        is_mapping = get_origin(each) in (dict, Mapping)
-        options.append(dict if is_mapping else list if _is_list(each) else each)
+        items = [_loosened(item, ...) for item in get_args(each) if item is not Ellipsis]
+        if get_origin(each) in (dict, Mapping):
+            options.append(dict)
+        elif _is_list(each):
+            options.append(list[Union[tuple(items)]] if items else list)  # noqa: UP007
+        else:
+            options.append(each)
     if default is None:
         options.append(type(None))
     return Union[tuple(options)]  # noqa: UP007  (its members are computed)
@@ -346,6 +369,10 @@ def _options(kind: Any) -> Iterator[Any]:
             yield from _options(each)
     else:
         yield kind
+
+
+def _metadata(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind)[1:] if get_origin(kind) is Annotated else ()
 
 
 def _is_list(kind: Any) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.files import save_asset
 from oss_exp.tasks import border
-from oss_exp.tasks.fitting import loss_bar, provenance
+from oss_exp.tasks.fitting import loss_bar, provenance, require_both_splits
 from oss_exp.tasks.task import Amount, Count, Positive, Task, Whole
 
 
@@ -38,6 +38,7 @@ class FitClassifier(Task):
     seed: Whole = 0
 
     def __call__(self, cfg: DictConfig) -> None:
+        require_both_splits(cfg.images)
         images, labels = pixels(border.build(cfg.images, "images", split="train"))
         test_images, test_labels = pixels(border.build(cfg.images, "images", split="test"))
         torch.manual_seed(self.seed)

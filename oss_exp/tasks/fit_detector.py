@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import fashion_mnist
-from oss_exp.data.scenes import CANVAS, Wardrobe, listed
+from oss_exp.data.scenes import CANVAS, FashionScenes, Wardrobe, listed
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
 from oss_exp.geneval.detectors import FashionDetector, look, targets
 from oss_exp.geneval.rules import scores
-from oss_exp.tasks.fitting import loss_bar, provenance
+from oss_exp.tasks import border
+from oss_exp.tasks.fitting import loss_bar, provenance, require_both_splits
 from oss_exp.tasks.task import Count, Positive, Task, Whole
 
 
@@ -36,6 +37,9 @@ class FitDetector(Task):
     seed: Whole = 0
 
     def __call__(self, cfg: DictConfig) -> None:
+        require_both_splits(cfg.images)
+        if border.class_of(cfg.images, "images") is not FashionScenes:
+            raise ValueError("task=fit_detector draws scenes of its own from images=fashion_scenes; leave others out")
         train_set, test_set = (Wardrobe(*fashion_mnist(cfg.images.root, split, SIDE)) for split in ("train", "test"))
         torch.manual_seed(self.seed)
         network = FashionDetector()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -48,6 +49,12 @@ def provenance(task: Task, network: nn.Module, seconds: float, found: Mapping[st
         "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": versions(),
     }
+
+
+def require_both_splits(images: DictConfig) -> None:
+    """Raise ValueError where a split was chosen, which a task does not heed that reads train and test."""
+    if images.get("split", "train") != "train":
+        raise ValueError(f"images.split={images.split} does nothing here: train and test are read; leave it out")
 
 
 def versions() -> dict[str, str]:

@@ -33,6 +33,11 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
         values["metric"] = {name: options[name] for name in chosen if name in options}
         values["evaluation"] = evaluation
 
+    # Version 0.1 named the file of the shipped extractor, which is its default.
+    extractor = evaluation.get("extractor")
+    if isinstance(extractor, Mapping) and extractor.get("file") == "fashion_features.safetensors":
+        values["evaluation"] = {**evaluation, "extractor": {**extractor, "file": None}}
+
     # Version 0.1 had the images of task=finetune at data@task.images.
     if "images" in task:
         values["images"] = task.pop("images")

@@ -175,7 +175,9 @@ class Pretrain(TrainingTask):
     output: str
 
     def __call__(self, cfg: DictConfig) -> Logger | None:
-        folder = Path(cfg.paths.output_dir)
+        kind, folder = border.class_of(cfg.model, "model"), Path(cfg.paths.output_dir)
+        if not (isinstance(kind, type) and issubclass(kind, Network)):
+            raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
         torch.manual_seed(self.seed)  # the initial weights, the same on every rank
         images = load_images(cfg.images)
         model = _untrained(cfg, images)
@@ -207,9 +209,6 @@ def load_images(images: DictConfig) -> Dataset:
 
 def _untrained(cfg: DictConfig, images: Dataset) -> Network:
     """The model, of the prompts that the images have for captions where they have such."""
-    kind = border.class_of(cfg.model, "model")
-    if not (isinstance(kind, type) and issubclass(kind, Network)):
-        raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
     captions = getattr(images, "captions", None)
     if takes_prompts(cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]

@@ -100,7 +100,7 @@ def test_a_scheduler_of_its_own(run, tmp_path):
         ("exporter=comfyui task.output=x.txt", "task.output must end in .json, got x.txt"),
         (
             "exporter=comfyui task.exporter.network=wan",
-            "task.exporter.network must be one of flow, eps: what the schedule is for; got 'wan'",
+            "task.exporter.network must be one of flow, eps or null, got 'wan'",
         ),
         ("exporter=comfyui task.output=lists.json", "are the same file lists.json; choose another output"),
         ("exporter=diffusers", "exporter=diffusers needs task.exporter.scheduler: a scheduler_config.json"),

@@ -48,12 +48,16 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
         ("task=search evaluation.trajectories=0", "Could not override 'evaluation.trajectories'"),
         ("task=fit_mixture experiment=table_2", "In 'experiment/table_2': Could not override"),
         ("metric.fid.num_images=10", "Could not override 'metric.fid.num_images'"),
+        ("scale=small", "task.scale is no option of oss_exp.Compare"),
+        ("task=reproduce scale=tiny", "task=reproduce does not read data; leave out scale=tiny"),
         ("+images=digits", "+images=digits does nothing: task=compare does not read images"),
         ("+number=1", "+number=1 does nothing: task=compare does not read number"),
         (
             "task=import_sigmas task.sigmas=[1] task.network=eps +data.seed=1",
             "task=import_sigmas does not read data; leave out what sets it",
         ),
+        ("task=fit_classifier images.split=test", "images.split=test does nothing here: train and test are read"),
+        ("task=fit_detector images=digits", "task=fit_detector draws scenes of its own from images=fashion_scenes"),
         ("task=fit_mixture scale=tiny", "task=fit_mixture does not read data; leave out scale=tiny"),
     ],
 )

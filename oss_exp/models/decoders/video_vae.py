@@ -7,13 +7,13 @@ holds an encoder of each besides. Legend: B videos, C channels, T latent frames,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oss_exp.checks import require_range
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.weights import locate, randomise, read
 from oss_exp.models.decoders.image import VAE
 
@@ -49,8 +49,8 @@ class VideoVAE(nn.Module):
         checkpoint: str,
         scale: Sequence[float],
         shift: Sequence[float],
-        temporal: Mapping[str, Any],
-        spatial: Mapping[str, Any],
+        temporal: Annotated[Mapping[str, Any], SettingsOf(TemporalDecoder)],
+        spatial: Annotated[Mapping[str, Any], SettingsOf(VAE)],
         source: str,
     ):
         super().__init__()

@@ -7,13 +7,13 @@ has none. A condition is a prompt's number: CLIP's pooled vector and T5's text. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from oss_exp.checks import require_range
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.pipelines import (
     Pipeline,
     Prompted,
@@ -39,6 +39,20 @@ PARTS = {
 PATCH = 16  # pixels a side of what a token stands for: 8 of a latent, 2 x 2 latents
 
 
+class FluxSize(TypedDict):
+    """One of the sizes of `Flux`."""
+
+    checkpoint: str
+    height: int
+    width: int
+    text_length: int
+    dtype: str
+    transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.FluxTransformer2DModel")]
+    text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.CLIPTextConfig")]
+    text_encoder_2: Annotated[Mapping[str, Any], SettingsOf("transformers.T5Config")]
+    vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKL")]
+
+
 class Flux(Prompted):
     """A text-to-image network at one of its sizes.
 
@@ -59,7 +73,7 @@ class Flux(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, FluxSize],
         height: int,
         width: int,
         text_length: int,
@@ -91,7 +105,10 @@ class Flux(Prompted):
         del clip, t5  # gigabytes, before the transformer is read
         require_features(pipeline, "transformer", encodings["pooled"], config.pooled_projection_dim)
         require_features(pipeline, "transformer", encodings["text"], config.joint_attention_dim)
-        vae = pipeline.configs["vae"] | {"tile": decode_tile}
+        require_range(at_least=1, decode_batch=decode_batch, decode_tile=decode_tile)
+        with pipeline.making("vae"):
+            vae = pipeline.configs["vae"] | {"tile": decode_tile}
+            decoder = VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae)
         super().__init__(
             name=name,
             prompts=prompts,
@@ -99,7 +116,7 @@ class Flux(Prompted):
             backbone=PromptedFlux(network, embedded_guidance, patch=2, **encodings),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1.0)),
             event_shape=(config.in_channels // 4, height // 8, width // 8),
-            decoder=VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae),
+            decoder=decoder,
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict
 
 from torch import Tensor
 
-from oss_exp.checks import require_range
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.pipelines import (
     Pipeline,
     Prompted,
@@ -36,6 +36,20 @@ PARTS = {
 }
 
 
+class WanSize(TypedDict):
+    """One of the sizes of `Wan`."""
+
+    checkpoint: str
+    frames: int
+    height: int
+    width: int
+    text_length: int
+    dtype: str
+    transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.WanTransformer3DModel")]
+    text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.UMT5Config")]
+    vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKLWan")]
+
+
 class Wan(Prompted):
     """A text-to-video network at one of its sizes.
 
@@ -55,7 +69,7 @@ class Wan(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, WanSize],
         frames: int,
         height: int,
         width: int,
@@ -81,6 +95,9 @@ class Wan(Prompted):
         texts = [cleaned(prompt) for prompt in (*prompts, negative_prompt)]
         encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", t5_prompt, text_length), texts)
         require_features(pipeline, "transformer", encodings["text"], config.text_dim)
+        require_range(at_least=1, decode_batch=decode_batch)
+        with pipeline.making("vae"):
+            decoder = WanVAE(pipeline.checkpoint, decode_batch, source, **pipeline.configs["vae"])
         super().__init__(
             name=name,
             prompts=prompts,
@@ -88,7 +105,7 @@ class Wan(Prompted):
             backbone=PromptedWan(network, text=encodings["text"]),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1000.0)),
             event_shape=(config.in_channels, frames // 4 + 1, height // 8, width // 8),
-            decoder=WanVAE(pipeline.checkpoint, decode_batch, source, **pipeline.configs["vae"]),
+            decoder=decoder,
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
