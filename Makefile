@@ -10,10 +10,11 @@ demo: .venv/.ready  ## search, compare and save step schedules (the main job)
 test: .venv/.ready  ## all tests
 	$(BIN)/pytest -n 2
 
-check: .venv/.ready  ## lint, format, import floors
+check: .venv/.ready  ## lint, format, import floors, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/type_errors.py
 
 clean:  ## remove the environment and all outputs
 	rm -rf .venv outputs multirun

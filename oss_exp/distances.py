@@ -9,20 +9,32 @@ B bound samples (row m belongs to sample m % B), *E event dims, F features.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from oss_exp.checks import require_choice, require_range
 from oss_exp.tensors import rowwise
+from oss_exp.velocity import BoundVelocity
 
-VelocityFn = Callable[[Tensor, Tensor], Tensor]
 Norm = Literal[1, 2]
+
+
+class Source(Protocol):
+    """What a distance may look at in a model: its pixels and its layers."""
+
+    def decode(self, x0: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,10 @@ class Distance(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         """x (M, *E) at t (M,) float64 -> (M, ...)."""
 
-    def bind(self, model: nn.Module) -> Distance:
+    def bind(self, model: Source) -> Distance:
         """The same, looking at this model's pixels or layers where it needs any."""
         return self
 
@@ -71,7 +83,7 @@ class XtMSE(Distance):
     def linear(self) -> bool:
         return True
 
-    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         return x
 
 
@@ -83,7 +95,7 @@ class X0MSE(Distance):
     def calls(self) -> int:
         return 1
 
-    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         if bool((t == 0).all()):
             return x
         return x - rowwise(t, x) * velocity(x, t)
@@ -98,10 +110,12 @@ class RandomFeatures(nn.Module):
         require_range(at_least=1, at_most=4096, width=width)
         require_range(at_least=0, seed=seed)
         sizes = [channels, width, 2 * width, 4 * width]
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
+        layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes)]
+        self.layers = nn.ModuleList(layers)
         generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers:
+        for layer in layers:
             nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         self.requires_grad_(False)
 
@@ -124,17 +138,17 @@ class Inception(X0MSE):
     extractor: nn.Module = field(default_factory=RandomFeatures)
     decode: Callable[[Tensor], Tensor] | None = None
 
-    def bind(self, model: nn.Module) -> Inception:
+    def bind(self, model: Source) -> Inception:
         return replace(self, decode=partial(_decoded, model))
 
-    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         if self.decode is None:
             raise ValueError("distance Inception looks at a model's pixels; give a Model, or use XtMSE()")
         images = self.decode(super().features(x, t, velocity))
         return self.extractor.to(images.device)(images).to(x.device)
 
 
-def _decoded(model: nn.Module, x0: Tensor) -> Tensor:
+def _decoded(model: Source, x0: Tensor) -> Tensor:
     """On the model's device, wherever the states are."""
     return model.decode(x0.to(next(chain(model.parameters(), model.buffers()), x0).device))
 
@@ -144,7 +158,7 @@ class Perceptual(Distance):
     """What a layer of the denoising network itself puts out at (x, t): the paper's x_t-perceptual.
 
     layer: dotted name of a submodule of the model; all its outputs in a call are compared, under guidance both (but for
-              guidance in an interval only the conditional one). The velocity must be a `BoundVelocity`.
+              guidance in an interval only the conditional one).
     min_time: the time told to the network where t is smaller, for at t = 0 a trained network has no input scale.
     """
 
@@ -160,30 +174,33 @@ class Perceptual(Distance):
     def calls(self) -> int:
         return 1
 
-    def bind(self, model: nn.Module) -> Perceptual:
+    def bind(self, model: Source) -> Perceptual:
         layers = dict(model.named_modules())
         if not self.layer or self.layer not in layers:
             shown = ", ".join([name for name in layers if name][:20])
             raise ValueError(f"distance.layer={self.layer!r} is no layer of the model; it has {shown}")
         return replace(self, module=layers[self.layer])
 
-    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         if self.module is None:
             raise ValueError("distance Perceptual looks at a model's layer; give a Model, or use XtMSE()")
         seen: list[Tensor] = []
 
-        def watched(*rows: Tensor | None) -> Tensor:
+        def watched(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             seen.clear()
-            velocity.fn(*rows)
+            velocity.fn(x, t, condition)
             if not seen:
                 raise ValueError(f"layer {self.layer} does not run when the model gives a velocity; choose another")
-            outputs = torch.cat(seen) if len(seen[0]) == len(rows[0]) else seen[0]
+            outputs = torch.cat(seen) if len(seen[0]) == len(x) else seen[0]
             if velocity.mixed_within != (0.0, 1.0):  # the second answers are of some rows only
-                outputs = outputs[: len(rows[0])]
+                outputs = outputs[: len(x)]
             # Several calls with a row each, or one with several rows a sample: (c * M, ...) -> (M, c * F).
-            return outputs.flatten(1).unflatten(0, (-1, len(rows[0]))).transpose(0, 1).flatten(1).to(rows[0].device)
+            return outputs.flatten(1).unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1).to(x.device)
 
-        handle = self.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            seen.append(output)
+
+        handle = self.module.register_forward_hook(keep)
         try:
             return replace(velocity, fn=watched).raw(x, t.clamp(min=self.min_time))
         finally:
@@ -215,10 +232,10 @@ class Select(Distance):
     def calls(self) -> int:
         return self.distance.calls
 
-    def bind(self, model: nn.Module) -> Select:
+    def bind(self, model: Source) -> Select:
         return replace(self, distance=self.distance.bind(model))
 
-    def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         x = self.distance.features(x, t, velocity)
         if self.channels is not None:
             self._check("channels", self.channels, x.shape[1])

@@ -110,7 +110,10 @@ def load_records(
 def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
     """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
     try:
-        return form.validate_json(data) if isinstance(form, TypeAdapter) else form.model_validate_json(data)
+        if isinstance(form, TypeAdapter):
+            return form.validate_json(data)
+        assert issubclass(form, BaseModel)
+        return form.model_validate_json(data)
     except ValidationError as error:
         raise ValueError(f"{name}{_reason(data, error)}; {remedy}") from None
 
@@ -119,7 +122,7 @@ def _reason(data: str | bytes, error: ValidationError) -> str:
     """What is wrong; another format or version is told apart from damage."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
-        reason = first["ctx"]["error"]
+        reason = first.get("ctx", {})["error"]
         if not data.strip():
             return " is empty"
         if reason.startswith("recursion limit"):

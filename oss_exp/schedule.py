@@ -126,7 +126,7 @@ Steps = SolverSteps | FittedSteps
 # --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class StepSchedule:
     """K + 1 strictly decreasing times ending at 0; the network is called at the first K of them.
 
@@ -138,15 +138,25 @@ class StepSchedule:
     steps do not fit them.
     """
 
-    times: Tensor | Sequence[float] = (1.0, 0.0)
-    start: Start = field(default_factory=Pinned)
-    steps: Steps = field(default_factory=SolverSteps)
-    samples: tuple[int, ...] | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    times: Tensor
+    start: Start
+    steps: Steps
+    samples: tuple[int, ...] | None
+    provenance: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        times = torch.as_tensor(self.times, dtype=torch.float64).clone()  # nobody else's to change
-        object.__setattr__(self, "times", times)
+    def __init__(
+        self,
+        times: Tensor | Sequence[float] | Sequence[Sequence[float]] = (1.0, 0.0),
+        start: Start = Pinned(),
+        steps: Steps = SolverSteps(),
+        samples: tuple[int, ...] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ):
+        times = torch.as_tensor(times, dtype=torch.float64).clone()  # nobody else's to change
+        provenance = {} if provenance is None else provenance
+        values = {"times": times, "start": start, "steps": steps, "samples": samples, "provenance": provenance}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         shown = f"got {times.tolist()}" if times.numel() < 64 else f"got a tensor of shape {tuple(times.shape)}"
 
         # Times.
@@ -276,10 +286,12 @@ class StepSchedule:
         record, mean = read_schedule_file(path)
         try:
             if record.start.kind == "analytic":
+                assert mean is not None
                 start: Start = Analytic(mean, record.start.start_time)
             else:
                 start = Pinned() if record.start.kind == "pinned" else Free(record.start.start_time)
             if record.steps.kind == "fitted":
+                assert mean is not None
                 steps: Steps = FittedSteps(torch.tensor(record.steps.weights, dtype=torch.float64), mean)
             else:
                 orders = record.steps.orders

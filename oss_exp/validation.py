@@ -124,25 +124,26 @@ def _by_field(fault: ErrorDetails) -> ErrorDetails:
     """A fault of the field that tells the types of a union apart is that field's."""
     if fault["type"] not in ("union_tag_invalid", "union_tag_not_found"):
         return fault
-    context = fault["ctx"]
+    context = fault.get("ctx", {})
     field = (*fault["loc"], context["discriminator"].strip("'"))
     if "tag" not in context:
         return {**fault, "loc": field, "type": "missing"}
-    context = {"expected": f"one of {context['expected_tags']}"}
-    return {**fault, "loc": field, "type": "literal_error", "ctx": context, "input": fault["ctx"]["tag"]}
+    tags = {"expected": f"one of {context['expected_tags']}"}
+    return {**fault, "loc": field, "type": "literal_error", "ctx": tags, "input": context["tag"]}
 
 
 def _location(fault: ErrorDetails, given: Any) -> tuple[str | int, ...]:
     """The fields of a fault, without the names that pydantic gives to the types of a union."""
-    if given is None:
-        return fault["loc"]
-    *outer, last = fault["loc"] or (None,)
+    location = fault["loc"]
+    if given is None or not location:
+        return location
+    *outer, last = location
     fields: list[str | int] = []
     for part in outer:
         if _has(given, part):
             fields.append(part)
             given = given[part]
-    if fault["loc"] and (fault["type"] in ABSENT or _has(given, last)):
+    if fault["type"] in ABSENT or _has(given, last):
         fields.append(last)
     return tuple(fields)
 
@@ -164,7 +165,7 @@ def _text(faults: list[ErrorDetails]) -> str:
     if kind in UNKNOWN:
         return "is unknown"
     if kind == "value_error":  # of our own validators, which say all
-        return str(faults[0]["ctx"]["error"])
+        return str(faults[0].get("ctx", {})["error"])
     wanted = dict.fromkeys(_wanted(each) for each in faults)
     return f"must be {' or '.join(wanted)}, got {shown(value)}"
 

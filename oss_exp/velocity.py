@@ -74,7 +74,8 @@ class BoundVelocity:
         """Return the velocity (M, *E) of R outputs."""
         if len(outputs) == 1:
             return outputs[0]
-        return sum(weight * output for weight, output in zip(self.mix, outputs, strict=True))
+        first, *rest = (weight * output for weight, output in zip(self.mix, outputs, strict=True))
+        return sum(rest, first)
 
     def raw(self, x: Tensor, t: Tensor) -> Tensor:
         """Return what fn returns, for all rows."""

@@ -14,14 +14,14 @@ from oss_exp.schedule import FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers import LinearMultistep, sample, walk
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.base import student_start
-from oss_exp.stepsize.oss.recursion import Path, Round
+from oss_exp.stepsize.oss.recursion import FittedPath, Path, Round
 
 
 def schedule(problem: Problem, path: Path, start: str) -> StepSchedule:
     nodes = torch.nn.functional.pad(path.nodes.T, (0, 1), value=problem.num_nodes)
     shared = len(nodes) == 1
     steps = SolverSteps()
-    if path.weights is not None:
+    if isinstance(path, FittedPath):
         steps = FittedSteps(path.weights, problem.teacher.mean)
     elif isinstance(problem.solver, LinearMultistep):
         steps = SolverSteps(path.orders[:, 0] if shared else path.orders.T)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from oss_exp.checks import require_range
 
 LONGEST_CHAIN = 1_000_000  # betas
+
+Number = TypeVar("Number", float, Tensor)
 
 
 class GaussianPath(abc.ABC):
@@ -126,7 +128,7 @@ class VPPath(GaussianPath):
     def _slope(self) -> float:
         return self.beta_max - self.beta_min
 
-    def _integral(self, tau: Tensor | float) -> Tensor | float:
+    def _integral(self, tau: Number) -> Number:
         """of beta from 0 to tau: -2 log alpha, which is log(1 + (sigma / alpha)^2)."""
         return tau * self.beta_min + tau**2 * self._slope / 2
 

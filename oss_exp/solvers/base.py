@@ -201,12 +201,13 @@ class LinearMultistep(Solver):
 
     def by_order(self, rule: WeightRule, times: Sequence[Tensor], t: Tensor, order: Tensor) -> list[Tensor]:
         """rule(times of the row's order, t) with both ends seen to, each row (M,) at its own order, 0 beyond it."""
-        weights, highest = None, len(times)
+        weights: list[Tensor] = []
+        highest = len(times)
         for o in order.unique().tolist():
             if not 1 <= o <= highest:
                 raise ValueError(f"a step of order {o} was asked for; {highest} outputs allow orders 1 to {highest}")
             found = [*self.at_ends(rule, times[:o], t), *[torch.zeros_like(t)] * (highest - o)]
-            if weights is not None:
+            if weights:
                 found = [torch.where(order == o, new, old) for new, old in zip(found, weights, strict=True)]
             weights = found
         return weights

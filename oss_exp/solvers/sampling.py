@@ -74,8 +74,8 @@ def sample(
     if watch is not None:
         velocity = _with_predictions(velocity, predictions)
     times = steps.times.movedim(-1, 0)  # (K+1, B), or unchanged (K+1,)
-    start = steps.initial_state(noise, group)
-    for step, state in enumerate(walk(solver, velocity, start, times, orders, calibration)):
+    final = steps.initial_state(noise, group)
+    for step, state in enumerate(walk(solver, velocity, final, times, orders, calibration)):
         final = state.x
         if watch is not None and step < steps.num_steps:
             watch(step, torch.cat(predictions)[-len(noise) :])  # before them: calls within the step that led here
@@ -167,7 +167,7 @@ class FittedSolver(Solver):
 
     def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
         vectors = (state.x, *self.constants, *state.outputs)
-        x = combine(self.weights[state.step][: len(vectors)], vectors)
+        x = combine(self.weights[state.step][: len(vectors)].unbind(), vectors)
         return replace(state, x=x, t=t_next.expand_as(state.t), step=state.step + 1)
 
 

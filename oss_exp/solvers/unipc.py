@@ -84,4 +84,4 @@ class UniPC(LinearMultistep):
         scaled = (-(1 - t_next) * self._b(hh))[..., None] * rho / ratios
         weights = list(scaled.unbind(-1))
         new = [weights.pop()] if corrector else []
-        return [*new, -sum(weights + new), *weights]
+        return [*new, -sum(weights + new, torch.zeros_like(h)), *weights]

@@ -118,13 +118,13 @@ class Teacher:
         return part
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Problem:
     """One search set: a bound network, noises, the teacher's grid, the student's solver and the distance.
 
     The default problem is a standard normal law in two dimensions, whose velocity is exact.
 
-    velocity: see `VelocityFn`; a plain function is wrapped as a `BoundVelocity` that cannot be divided.
+    velocity: a `VelocityFn`; a plain function is wrapped as a `BoundVelocity` that cannot be divided.
     noise:    (B, *E) the teacher's state at grid[0], float32 or wider.
     grid:     (N+1,) strictly decreasing canonical times, the last one 0.
     samples:  (B,) global index of each noise (default 0 .. B-1), group: (B,) its condition in 0 .. num_groups-1.
@@ -132,34 +132,52 @@ class Problem:
     Raises ValueError where the noise is empty, not finite or too narrow, or the grid is none.
     """
 
-    velocity: VelocityFn = field(default_factory=BoundVelocity)
-    noise: Tensor = field(default_factory=lambda: torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
-    grid: Tensor = field(default_factory=lambda: FlowSchedule().nodes(100))
-    solver: Solver = field(default_factory=Euler)
-    distance: Distance = field(default_factory=XtMSE)
-    collective: Collective = field(default_factory=Collective)
-    samples: Tensor = None  # type: ignore[assignment]  # set in __post_init__, like all below
-    group: Tensor = None  # type: ignore[assignment]
-    num_groups: int = 1
+    velocity: BoundVelocity
+    noise: Tensor
+    grid: Tensor
+    solver: Solver
+    distance: Distance
+    collective: Collective
+    samples: Tensor
+    group: Tensor
+    num_groups: int
     teacher: Teacher = field(init=False)
 
-    def __post_init__(self) -> None:
-        StepSchedule(self.grid)  # the same rules: finite, decreasing, closed by 0
-        if len(self.noise) == 0:
+    def __init__(
+        self,
+        velocity: VelocityFn = BoundVelocity(),
+        noise: Tensor | None = None,
+        grid: Tensor | None = None,
+        solver: Solver = Euler(),
+        distance: Distance = XtMSE(),
+        collective: Collective = Collective(),
+        samples: Tensor | None = None,
+        group: Tensor | None = None,
+        num_groups: int = 1,
+    ):
+        noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) if noise is None else noise
+        grid = FlowSchedule().nodes(100) if grid is None else grid
+        StepSchedule(grid)  # the same rules: finite, decreasing, closed by 0
+        if len(noise) == 0:
             raise ValueError("a search needs at least one noise on every rank; use fewer ranks or more search samples")
-        if not bool(self.noise.isfinite().all()):
+        if not bool(noise.isfinite().all()):
             raise ValueError("the noise holds NaN or infinity")
-        if self.noise.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the noise must be float32 or float64, got {self.noise.dtype}")
+        if noise.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the noise must be float32 or float64, got {noise.dtype}")
 
-        device, count = self.noise.device, len(self.noise)
-        samples = torch.arange(count) if self.samples is None else self.samples
-        group = torch.zeros(count, dtype=torch.long) if self.group is None else self.group
+        device, count = noise.device, len(noise)
+        samples = torch.arange(count) if samples is None else samples
+        group = torch.zeros(count, dtype=torch.long) if group is None else group
         self._set(
-            velocity=BoundVelocity.of(self.velocity),
-            grid=self.grid.to(device, torch.float64),
+            velocity=BoundVelocity.of(velocity),
+            noise=noise,
+            grid=grid.to(device, torch.float64),
+            solver=solver,
+            distance=distance,
+            collective=collective,
             samples=samples.to(device),
             group=group.to(device),
+            num_groups=num_groups,
         )
         parts = self.velocity, self.noise, self.grid, self.solver, self.distance, self.collective
         self._set(teacher=Teacher(*parts, self.group, self.num_groups))

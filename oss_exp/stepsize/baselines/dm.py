@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -96,11 +96,12 @@ def spaced(init: Init, path: GaussianPath, low: float, high: float, num_steps: i
         share = evenly(torch.ones(()), (data - clean) / (noise - clean), power)
         return -torch.logit(path.canonical(clean + (noise - clean) * share))
 
+    ratios = torch.exp(-ends[:2])  # sigma / alpha
     rules: dict[str, Callable[[], Tensor]] = {
         "unif": lambda: evenly(ends[0], ends[1], 1),
         "unif_t": lambda: evenly_in_native(1),
         "quad": lambda: evenly_in_native(2),
-        "edm": lambda: -evenly(*torch.exp(-ends[:2]), 7).log(),
+        "edm": lambda: -evenly(ratios[0], ratios[1], 7).log(),
     }
     nodes = rules[init]()
     nodes[0], nodes[-1] = low, high
@@ -156,7 +157,8 @@ def parts(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | N
     separate = (step < first) | (step == 0) | (step == num_steps - 1)
     smooth = torch.linalg.vector_norm(each[..., separate], dim=-2).sum(-1)
     shared = torch.where(separate, 0.0, each)
-    return smooth, sum(pad(shared[..., n, n:], (0, n)) for n in range(min(3, num_steps)))
+    totals = (pad(shared[..., n, n:], (0, n)) for n in range(min(3, num_steps)))
+    return smooth, sum(totals, shared.new_zeros(()))
 
 
 def objective(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> Tensor:
@@ -231,9 +233,12 @@ def optimise(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int 
 
     spacing = np.diff(np.eye(num_steps + 1), axis=0)  # (K, K+1): nodes -> steps
     monotone = np.hstack([spacing[:, 1:-1], np.zeros((num_steps, bounds))])
-    constraints = [LinearConstraint(monotone, least - spacing[:, [0, -1]] @ ends, np.inf, keep_feasible=True)]
+    constraints: list[LinearConstraint | NonlinearConstraint] = [
+        LinearConstraint(monotone, least - spacing[:, [0, -1]] @ ends, np.inf, keep_feasible=True)
+    ]
     if bounds:
-        constraints.append(NonlinearConstraint(margins, 0, np.inf, jac=margins_jacobian))
+        jac: Any = margins_jacobian  # scipy has no annotations: of the default pyright infers text
+        constraints.append(NonlinearConstraint(margins, 0, np.inf, jac=jac))
     inner = lambdas[1:-1].numpy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "delta_grad == 0.0")  # a step in the bounds alone, which enter linearly

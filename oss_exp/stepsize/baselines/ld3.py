@@ -104,6 +104,7 @@ class LD3:
             raise ValueError(
                 "ld3 trains on one half of the search samples and checks on the other: it needs two or more"
             )
+        orders = None if steps.orders is None else list(steps.orders)
         total = torch.zeros((), dtype=torch.float64, device=chosen.device)
         for part in rows.split(self.micro_batch) if len(rows) else ():  # a rank may hold none of a half
             piece = problem.subset(part)
@@ -112,7 +113,7 @@ class LD3:
                 times = nodes[1:]
                 x = analytic_jump(x, piece.teacher.sample_mean, steps.start_time, times[0])
             with torch.set_grad_enabled(nodes.requires_grad):
-                *_, last = walk(piece.solver, piece.velocity, x, times, steps.orders)
+                *_, last = walk(piece.solver, piece.velocity, x, times, orders)
                 error = (last.x - piece.teacher.states[-1]).double().square().flatten(1).mean(1).sum() / count
                 if nodes.requires_grad:
                     error.backward(retain_graph=True)

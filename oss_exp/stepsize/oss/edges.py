@@ -19,7 +19,7 @@ from oss_exp.checks import require_range
 from oss_exp.solvers.base import LinearMultistep, State, combine
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.sampling import remember_parts
-from oss_exp.stepsize.oss.objectives import COST_FLOOR, Objective, PerSample
+from oss_exp.stepsize.oss.objectives import COST_FLOOR, Objective, PerSample, Shared
 from oss_exp.stepsize.problem import Problem
 
 SCORE_GROUP = 16  # samples, and
@@ -150,12 +150,14 @@ class LinearEdges(Edges):
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
+        solver = problem.solver
+        assert isinstance(solver, LinearMultistep)
         histories = count if isinstance(self.objective, PerSample) else 1  # else all samples have the same past
         times = [time.unflatten(0, (num_sources, count))[:, :histories, None] for time in self.state.times]
         t_next = problem.grid[targets].T[None]  # (1, b, J)
         weights = []
         for order in range(1, len(times) + 1):
-            a, b = problem.solver.coefficients(times[:order], t_next)
+            a, b = solver.coefficients(times[:order], t_next)
             weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))  # (S, b, J, order + 1)
         state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
         inner = _inner_products(problem, [state.x, *state.outputs])
@@ -221,6 +223,7 @@ class FittedEdges(LinearEdges):
     def __init__(self, problem: Problem, objective: Objective, aims: Tensor, fit: Fit):
         super().__init__(problem, objective, aims)
         self.fit = fit
+        self.log_mean = isinstance(objective, Shared) and objective.objective == "log_mean"
         self.capacity = fit.history * len(problem.teacher.first_outputs)
         self.constants = problem.noise, problem.teacher.sample_mean
         everywhere = torch.full((1, 1), -1, device=problem.noise.device)  # before the first node: all can be reached
@@ -244,17 +247,20 @@ class FittedEdges(LinearEdges):
             [product[..., torch.searchsorted(self.aims, targets[:, 0])] for product in products], dim=-1
         )  # (S, B, J, P)
         ordinary = self._ordinary(num_sources, targets, len(basis))
-        emphasis = torch.ones(num_sources, len(targets), count, dtype=torch.float64, device=targets.device)
-        for _ in range(REWEIGHTINGS if self.objective.objective == "log_mean" else 1):
+
+        def solve(emphasis: Tensor) -> tuple[Tensor, Tensor]:
+            """Weights of the samples (S, J, B) -> w (S, J, P) and the costs (1, S, J, B)."""
             gram = problem.collective.sum(torch.einsum("sjb,sbpq->sjpq", emphasis, inner))
             right = problem.collective.sum(torch.einsum("sjb,sbjp->sjp", emphasis, goals))
-            length = gram.diagonal(
-                dim1=2, dim2=3
-            )  # (S, J, P); 0 for a mean of 0, whose weight is then the ordinary one
+            length = gram.diagonal(dim1=2, dim2=3)  # (S, J, P); where 0, as of a mean of 0, w is the ordinary one
             pull = self.fit.ridge * torch.where(length > 0, length, 1.0)
             w = torch.linalg.solve(gram + torch.diag_embed(pull), right + pull * ordinary)
-            cost = self._costs(inner, products, targets, [w[:, None]])
-            emphasis = 1 / cost[0].clamp(min=COST_FLOOR)
+            return w, self._costs(inner, products, targets, [w[:, None]])
+
+        w, cost = solve(torch.ones(num_sources, len(targets), count, dtype=torch.float64, device=targets.device))
+        for _ in range(REWEIGHTINGS - 1 if self.log_mean else 0):
+            w, cost = solve(1 / cost[0].clamp(min=COST_FLOOR))
+
         parent, _, cost = self._best(cost, legal)
         weights = w[parent[:, 0], torch.arange(len(targets), device=targets.device)]  # (J, P)
         each, rows = weights.repeat_interleave(count, 0).T, self._rows(parent)
@@ -268,7 +274,7 @@ class FittedEdges(LinearEdges):
         """(S, J, P) coefficients of the solver's step, or of the Euler step where it does not predict x0."""
         problem, parts = self.problem, len(self.problem.teacher.first_outputs)
         solver = problem.solver
-        if getattr(solver, "prediction", None) != "x0":
+        if not (isinstance(solver, LinearMultistep) and solver.prediction == "x0"):
             solver = DPMSolverPP(1, lower_order_final=True)
         times = [time.unflatten(0, (num_sources, -1))[:, :1] for time in self.state.times[::parts]][: solver.order]
         a, b = solver.coefficients(times, problem.grid[targets].T)

@@ -25,16 +25,27 @@ from oss_exp.stepsize.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
-    """nodes (k, b) of a student's calls, and how each of the k steps is taken: orders (k, b) or weights (k, P).
+class SolverPath:
+    """The nodes (k, b) of a student's calls, and the orders (k, b) of the solver's steps.
 
-    costs (k, B): the table's entries along it, each sample's distance to the teacher after every step.
+    costs (k, B): the recursion's entries along it, each sample's distance to the teacher after every step.
     """
 
     nodes: Tensor
-    orders: Tensor | None = None
-    weights: Tensor | None = None
-    costs: Tensor | None = None
+    orders: Tensor
+    costs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FittedPath:
+    """The nodes (k, b) of a student's calls, and the weights (k, P) of its fitted steps; costs as of `SolverPath`."""
+
+    nodes: Tensor
+    weights: Tensor
+    costs: Tensor
+
+
+Path = SolverPath | FittedPath
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,5 +144,4 @@ def _trace(rounds: Sequence[Round], fitted: bool) -> Path:
         nodes.append(step.sources.expand(-1, width).gather(0, position[None])[0])
     how = torch.stack([h.expand(len(nodes[-1])) if not fitted else h for h in hows[::-1]])
     nodes = torch.stack([n.expand(len(nodes[-1])) for n in nodes[::-1]])
-    made = {"weights" if fitted else "orders": how}
-    return Path(nodes, **made, costs=torch.stack(costs[::-1]))
+    return (FittedPath if fitted else SolverPath)(nodes, how, torch.stack(costs[::-1]))

@@ -6,6 +6,8 @@ anew, repairs what that missed, most of all a free start node. Legend: B samples
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from oss_exp.schedule import StartKind
 from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Objective
-from oss_exp.stepsize.oss.recursion import Path, recurse, start_states
+from oss_exp.stepsize.oss.recursion import FittedPath, Path, SolverPath, recurse, start_states
 from oss_exp.stepsize.problem import Problem
 
 MOVES = (8, 4, 2, 1)  # nodes, coarse to fine
@@ -24,7 +26,7 @@ MAX_SWEEPS = 4  # passes over all nodes at one move size
 def refine(problem: Problem, path: Path, start: StartKind, objective: Objective, fit: Fit | None = None) -> Path:
     """A path with no larger final error under the objective; the states before a change are reused.
 
-    Fitted steps are fitted anew for every try, from the first step on.
+    Fitted steps are fitted anew for every try, from the first step on. Costs stay those of the recursion's own path.
     """
     end = torch.tensor([problem.num_nodes], device=problem.noise.device)
     count = len(problem.noise)
@@ -34,8 +36,9 @@ def refine(problem: Problem, path: Path, start: StartKind, objective: Objective,
         """Sample from node `first` on; kept[r] is the observed state at node r < first. -> all k states, error (b,)."""
         if fit is not None:
             solution = recurse(problem, list(path.nodes[:, None]), [len(path.nodes)], start, objective, fit)
-            ((path,), (cost,)) = solution.paths.values(), solution.costs.values()
-            return path, kept, objective(cost, problem.collective)
+            ((fitted,), (cost,)) = solution.paths.values(), solution.costs.values()
+            return replace(fitted, costs=path.costs), kept, objective(cost, problem.collective)
+        assert isinstance(path, SolverPath)
         states = kept[:first]
         for r in range(first, len(path.nodes)):
             if r == 0:
@@ -83,20 +86,22 @@ def _moved(problem: Problem, path: Path, r: int, step: int) -> Path | None:
     low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
     high = nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
     nodes[r] = torch.minimum(torch.maximum(nodes[r] + step, low), high)
-    return None if torch.equal(nodes, path.nodes) else Path(nodes, path.orders)
+    return None if torch.equal(nodes, path.nodes) else replace(path, nodes=nodes)
 
 
 def _reordered(path: Path, r: int, order: int) -> Path | None:
     """The step from node r taken at this order; None where it is already."""
+    assert isinstance(path, SolverPath)
     orders = path.orders.clone()
     orders[r] = order
-    return None if torch.equal(orders, path.orders) else Path(path.nodes, orders)
+    return None if torch.equal(orders, path.orders) else replace(path, orders=orders)
 
 
 def _where(better: Tensor, new: Path, old: Path) -> Path:
-    if new.weights is not None:
+    if isinstance(new, FittedPath) or isinstance(old, FittedPath):
         return new
-    return Path(torch.where(better, new.nodes, old.nodes), torch.where(better, new.orders, old.orders))
+    nodes, orders = torch.where(better, new.nodes, old.nodes), torch.where(better, new.orders, old.orders)
+    return replace(old, nodes=nodes, orders=orders)
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

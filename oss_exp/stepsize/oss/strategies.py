@@ -22,7 +22,7 @@ from oss_exp.stepsize.base import check_num_steps, student_start
 from oss_exp.stepsize.oss.band import Band, layers, stretch, strictly_monotone
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Mean, Objective, PerSample, Shared
-from oss_exp.stepsize.oss.recursion import Path, recurse
+from oss_exp.stepsize.oss.recursion import FittedPath, Path, SolverPath, recurse
 from oss_exp.stepsize.oss.refine import refine
 from oss_exp.stepsize.problem import Problem
 
@@ -58,13 +58,13 @@ class _Search:
         else:
             found = self._coarse_to_fine(problem, budgets, objective, fit)
         if self.refine:
-            refined = {k: refine(problem, path, self.start, objective, fit) for k, path in found.items()}
-            found = {k: replace(path, costs=found[k].costs) for k, path in refined.items()}
+            found = {k: refine(problem, path, self.start, objective, fit) for k, path in found.items()}
         return found
 
     def _coarse_to_fine(
         self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None
     ) -> dict[int, Path]:
+        assert self.band is not None
         levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
         fewer = sorted({steps for (_, steps), *_ in levels.values()})
         layers = self._layers(problem, fewer, self.band.stride)
@@ -85,6 +85,7 @@ class _Search:
         self, problem: Problem, nodes: Tensor, stride: int, objective: Objective, fit: Fit | None, shifts: int
     ) -> Path:
         """The best path of every stride-th node in the band around `nodes` (k, b)."""
+        assert self.band is not None
         k, count = len(nodes), len(range(0, problem.num_nodes, stride))
         windows = []
         touched = torch.zeros(nodes.shape[1], dtype=torch.bool, device=nodes.device)
@@ -99,7 +100,7 @@ class _Search:
             touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (node < highest * stride)
         if shifts == 0 or not bool(touched.any()):
             return found
-        if fit is not None or found.nodes.shape[1] == 1:
+        if isinstance(found, FittedPath) or found.nodes.shape[1] == 1:
             return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1)
         # Only the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
@@ -107,6 +108,7 @@ class _Search:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
         again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
+        assert isinstance(again, SolverPath)
         for old, new in ((found.nodes, again.nodes), (found.orders, again.orders), (found.costs, again.costs)):
             old[:, rows] = torch.where(touched[rows], new, old[:, rows])
         return found
@@ -118,11 +120,10 @@ class _Search:
         if self.band is not None:
             levels = [self.band.levels(num_nodes, k) for k in budgets]
             stride, steps = self.band.stride, sorted({pilot for (_, pilot), *_ in levels})
-            finer = [level for _, *rest in levels for level in rest]
+            finer = [(k, 2 * self.band.reach(apart) + 1) for _, *rest in levels for apart, k in rest]
         sizes = [len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")]
         calls = sum(sizes) - 1 + edge_calls * sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
-        for stride, k in finer:
-            width = 2 * self.band.reach(stride) + 1
+        for k, width in finer:
             calls += k * width * (1 + edge_calls * width)
         if self.refine:
             calls += sum(8 * k * (k + 2) for k in budgets)  # two sweeps at each of four sizes, half a run a try
@@ -154,7 +155,7 @@ class OSS(_Search):
         }
         return {k: _schedule(problem, path, self.start, samples[order].tolist()) for k, path in in_order.items()}
 
-    def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
+    def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, SolverPath]:
         """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
         chunk = self.chunk if problem.velocity.divisible else count
@@ -165,7 +166,7 @@ class OSS(_Search):
         for k in budgets:
             tables = {name: [getattr(part[k], name) for part in parts] for name in ("nodes", "orders", "costs")}
             whole = {name: torch.cat(table, dim=1).T.contiguous() for name, table in tables.items()}
-            gathered[k] = Path(**{name: problem.collective.gather(table).T for name, table in whole.items()})
+            gathered[k] = SolverPath(**{name: problem.collective.gather(table).T for name, table in whole.items()})
         return gathered
 
 
@@ -191,10 +192,10 @@ class OSSAve(_Search):
         plans = {}
         for k, path in alone.sample_paths(problem, budgets).items():
             nodes = strictly_monotone(self._agree(path.nodes), problem.num_nodes)
-            agreed = Path(nodes[:, None], self._agree(path.orders)[:, None])
+            agreed: Path = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
             if self.refine:
                 agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"))
-            plans[k] = _schedule(problem, replace(agreed, costs=path.costs), self.start)
+            plans[k] = _schedule(problem, agreed, self.start)
         return plans
 
     def _agree(self, values: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ def _schedule(problem: Problem, path: Path, start: StartKind, samples: Sequence[
     """
     times = problem.grid[_closed(path.nodes.T, problem)].cpu()
     steps: Steps = SolverSteps()
-    if path.weights is not None:
+    if isinstance(path, FittedPath):
         steps = FittedSteps(path.weights.cpu(), problem.teacher.mean.cpu())
     elif isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
         steps = SolverSteps(path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu())
