@@ -28,7 +28,7 @@ from oss_exp.models.families.dit import Frequencies
 from oss_exp.models.families.published import Published
 from oss_exp.models.guidance import NO_CLASS, Guidance
 from oss_exp.noise import DDIMSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, StepSchedule, group_mean
 from oss_exp.solvers import Euler, Solver, Watch, sample
 from oss_exp.velocity import BoundVelocity
 
@@ -327,13 +327,13 @@ class MAR(Published):
         classes = self._classes(condition, len(noise), guidance)
         orders, tokens = self.orders(noise), torch.zeros_like(noise)
         rows = torch.arange(len(noise), device=noise.device)
-        mean = None if steps.mean is None else steps.mean_of(noise, group)
+        mean = None if steps.mean is None else group_mean(steps.mean, noise, group)
         for iteration in range(iterations):
             before, after = self.unknown[iteration], self.unknown[iteration + 1]
             places, scale = orders[:, after:before].sort(dim=1).values, self.scale(guidance, iteration)
             contexts = self.contexts(tokens, orders[:, before:], classes, scale != 1)
             velocity = self._bind(at(contexts, places), rows, scale)
-            own = steps if mean is None else replace(steps, mean=at(mean, places))
+            own = steps if mean is None else _with_mean(steps, at(mean, places))
             made = sample(solver, velocity, at(noise, places), own, group=None if mean is None else rows)
             tokens = tokens.scatter(1, places[..., None].expand_as(made), made)
         return tokens
@@ -392,3 +392,13 @@ def at(x: Tensor, places: Tensor) -> Tensor:
 def _require_plain(guidance: Guidance) -> None:
     if guidance.channels is not None or guidance.interval is not None:
         raise ValueError(f"MAR guides all channels at all times; set model.guidance to a scale alone, got {guidance}")
+
+
+def _with_mean(steps: StepSchedule, mean: Tensor) -> StepSchedule:
+    """Return the same schedule with this mean (G, *E) in place of its own."""
+    start, taken = steps.start, steps.steps
+    if isinstance(start, Analytic):
+        start = replace(start, mean=mean)
+    if isinstance(taken, FittedSteps):
+        taken = replace(taken, mean=mean)
+    return replace(steps, start=start, steps=taken)
