@@ -1,4 +1,4 @@
-"""Compare pyright's errors with the numbers in type_errors.json: room -> errors that it may have, 0 where it is not named.
+"""Compare the errors that pyright finds with type_errors.json: how many each room may have, 0 where it is not named.
 
 A room is the first folder or file below oss_exp. The numbers may only fall: fails where a room has more errors than
 its number, and where it has fewer, so that the number is lowered.

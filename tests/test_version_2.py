@@ -54,6 +54,17 @@ def test_a_schedule_saved_again_is_the_same(name, tmp_path):
         assert (value is None and expected is None) or torch.equal(value, expected)
 
 
+@pytest.mark.parametrize(
+    ("times", "samples"), [([1.0, 0.5, 0.0], [0]), ([[1.0, 0.5, 0.0]], None), ([], None), ([[]], [0])]
+)
+def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_path):
+    file = next(FILES / name for name in SCHEDULES if StepSchedule.load(FILES / name).kind == "pinned start")
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({**json.loads(file.read_text()), "times": times, "samples": samples, "orders": None}))
+    with pytest.raises(ValueError, match=r"steps\.json: (times of shape|a step schedule needs at least two times)"):
+        StepSchedule.load(path)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_names_public_objects_only(name, tmp_path):
     text = StepSchedule.load(FILES / name).save(tmp_path / "again.json").read_text()
