@@ -201,16 +201,19 @@ def compare(
     fresh = source.noises(held_out, "held_out", seed, HELD_OUT, like=x)
     held_out_condition = condition if held_out_condition is None else held_out_condition
     rows = source.conditions(held_out_condition, len(fresh))
-    shared, alone = planner.problem(x, condition), None
+    shared = planner.problem(x, condition)
+    alone: Problem | None = None
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
 
     # Schedules, and what they are worth.
     with planner.counter.progress:
         schedules: dict[str, dict[int, StepSchedule]] = {}
         for label, strategy in strategies.items():
-            if strategy.per_sample and alone is None:
-                alone = planner.problem(fresh[:PER_SAMPLE], held_out_condition, HELD_OUT)
-            schedules[label] = planner.plan(label, strategy, alone if strategy.per_sample else shared, about)
+            problem = shared
+            if strategy.per_sample:
+                alone = alone or planner.problem(fresh[:PER_SAMPLE], held_out_condition, HELD_OUT)
+                problem = alone
+            schedules[label] = planner.plan(label, strategy, problem, about)
         runs = {(label, k): steps for label, plans in schedules.items() for k, steps in plans.items()}
         values = planner.measure(runs, fresh, rows, decode or source.decode, batch_size)
 
@@ -284,9 +287,9 @@ class Comparison:
 
     def __str__(self) -> str:
         width = Console(width=10_000).measure(self.__rich__()).maximum
-        console = Console(file=io.StringIO(), width=max(width, 80))
-        console.print(self)
-        return console.file.getvalue().rstrip()
+        text = io.StringIO()
+        Console(file=text, width=max(width, 80)).print(self)
+        return text.getvalue().rstrip()
 
     __repr__ = __str__
 
@@ -301,32 +304,33 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A model, or (model None) a velocity of this name."""
+    """A model or a velocity, and its name."""
 
     name: str
-    model: Model | None
-    bound: BoundVelocity | None
+    sampled: Model | BoundVelocity
 
     @classmethod
     def of(cls, given: VelocityFn | BoundVelocity | Model) -> _Source:
         if isinstance(given, Model):
-            return cls(given.name, given, None)
+            return cls(given.name, given)
         if isinstance(given, type) or not callable(given):
             raise ValueError(f"velocity_or_model must be a function v(x, t) or a Model, got {_shown(given)}")
         name = getattr(given, "__name__", type(given).__name__)
-        return cls(name, None, given if isinstance(given, BoundVelocity) else BoundVelocity.of(_same_shape(given)))
+        return cls(name, given if isinstance(given, BoundVelocity) else BoundVelocity.of(_same_shape(given)))
 
     @property
     def record(self) -> dict[str, Any]:
         """What the provenance says of it."""
-        if self.model is not None:
-            return model_record(self.model)
-        guidance = {"guidance": {"scale": self.bound.mix[0]}} if len(self.bound.mix) > 1 else {}
+        if isinstance(self.sampled, Model):
+            return model_record(self.sampled)
+        guidance = {"guidance": {"scale": self.sampled.mix[0]}} if len(self.sampled.mix) > 1 else {}
         return {"name": self.name, **guidance}
 
     def noises(self, noise: Tensor | int, name: str, seed: int, first: int, like: Tensor | None = None) -> Tensor:
         """(B, *E): these, or so many drawn from sample number `first` on, of the model's or the other noises' shape."""
-        shape = tuple(like.shape[1:]) if like is not None else self.model and self.model.event_shape
+        shape = self.sampled.event_shape if isinstance(self.sampled, Model) else None
+        if like is not None:
+            shape = tuple(like.shape[1:])
         if not isinstance(noise, Tensor):
             _require_count(name, noise, "or a tensor (B, ...)")
             _require_seed(seed)
@@ -346,19 +350,19 @@ class _Source:
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """The tensor on the model's device; a function's stays where it is."""
-        if self.model is None:
+        if isinstance(self.sampled, BoundVelocity):
             return tensor
-        return tensor.to(next(chain(self.model.parameters(), self.model.buffers()), tensor).device)
+        return tensor.to(next(chain(self.sampled.parameters(), self.sampled.buffers()), tensor).device)
 
     def conditions(self, condition: Tensor | None, count: int) -> Tensor | None:
         """A row of `condition` (C, ...) for each of so many noises, in turn."""
-        if self.model is None:
+        if isinstance(self.sampled, BoundVelocity):
             if condition is not None:
                 raise ValueError("condition is for models; a function, or a BoundVelocity, has its own bound")
             return None
-        classes = self.model.num_classes
+        classes = self.sampled.num_classes
         if condition is None:
-            if not self.model.needs_classes:
+            if classes is None or not self.sampled.needs_classes:
                 return None
             condition = torch.arange(classes)
         if not isinstance(condition, Tensor) or condition.ndim < 1 or len(condition) == 0:
@@ -371,31 +375,36 @@ class _Source:
 
     def velocity(self, condition: Tensor | None, count: int) -> BoundVelocity:
         """The velocity of so many samples, which have these conditions."""
-        if self.model is not None:
-            return self.model.velocity(condition)
-        if self.bound.condition is None:
-            return self.bound
-        return self.bound.subset(torch.arange(count) % len(self.bound.condition))
+        if isinstance(self.sampled, Model):
+            return self.sampled.velocity(condition)
+        if self.sampled.condition is None:
+            return self.sampled
+        return self.sampled.subset(torch.arange(count) % len(self.sampled.condition))
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of a model that has classes."""
+        return self.sampled.num_classes if isinstance(self.sampled, Model) else None
 
     def groups(self, condition: Tensor | None) -> Tensor | None:
         """(B,) which of a schedule's means is each sample's; None: they share one."""
-        return None if self.model is None or self.model.num_classes is None else condition
+        return None if self.num_classes is None else condition
 
     def sample(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None) -> Tensor:
         """noise (B, *E) at steps.start_time -> x0."""
-        if self.model is None:
+        if isinstance(self.sampled, BoundVelocity):
             return solvers.sample(solver, self.velocity(None, len(noise)), noise, steps)
-        return self.model.sample(solver, steps, noise, condition, self.groups(condition))
+        return self.sampled.sample(solver, steps, noise, condition, self.groups(condition))
 
     def teacher(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None) -> Tensor:
         """The same by the model that this one was finetuned from, where it was."""
-        if self.model is None:
+        if isinstance(self.sampled, BoundVelocity):
             return self.sample(solver, steps, noise, None)
-        return self.model.original.sample(solver, steps, noise, condition)
+        return self.sampled.original.sample(solver, steps, noise, condition)
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, *E) -> pixels of a model; what a function samples as it is."""
-        return x0 if self.model is None else self.model.decode(x0)
+        return self.sampled.decode(x0) if isinstance(self.sampled, Model) else x0
 
 
 def _same_shape(function: VelocityFn) -> VelocityFn:
@@ -436,7 +445,7 @@ class _Planner:
         _require("distance", distance, Distance, "XtMSE()")
         self.source, self.budgets, self.solver = source, budgets, solver
         self.noise_schedule, self.grid = teacher, teacher.nodes(num_teacher_steps)
-        self.distance = distance if source.model is None else distance.bind(source.model)
+        self.distance = distance.bind(source.sampled) if isinstance(source.sampled, Model) else distance
         self.described_distance = distance
         self.counter = CallCounter(show=sys.stderr.isatty() if progress is None else progress)
         self.taught: list[Problem] = []
@@ -457,7 +466,7 @@ class _Planner:
     def problem(self, noise: Tensor, condition: Tensor | None, first: int = 0) -> Problem:
         """The search on these noises (B, *E), which are samples `first` and following."""
         rows = self.source.conditions(condition, len(noise))
-        groups = self.source.groups(rows)
+        groups, num_classes = self.source.groups(rows), self.source.num_classes
         return Problem(
             velocity=self.counter.counted(self.source.velocity(rows, len(noise))),
             noise=noise * self.grid[0].to(noise),
@@ -466,7 +475,7 @@ class _Planner:
             distance=self.distance,
             samples=first + torch.arange(len(noise)),
             group=groups,
-            num_groups=1 if groups is None else self.source.model.num_classes,
+            num_groups=1 if groups is None or num_classes is None else num_classes,
         )
 
     def plan(
@@ -486,7 +495,7 @@ class _Planner:
 
         cost = self.counter.cost(self.budgets, count, self.counter.rows)
         described = {"name": label, "baseline": strategy.baseline, **configuration(strategy)}
-        path = self.source.model and self.source.model.path
+        path = self.source.sampled.path if isinstance(self.source.sampled, Model) else None
         return {
             k: replace(
                 steps,
@@ -513,7 +522,7 @@ class _Planner:
         plain = replace(self.solver, calibration=None)
         noise = noise * self.grid[0].to(noise)
         index = HELD_OUT + torch.arange(len(noise))
-        whole = self.source.bound is not None and not self.source.bound.divisible
+        whole = isinstance(self.source.sampled, BoundVelocity) and not self.source.sampled.divisible
         calls = {run: solvers.nfe(self.solver, steps) for run, steps in runs.items()}
         teacher_calls = solvers.nfe(plain, grid)
         values: dict[tuple[str, int], list[Tensor]] = {run: [] for run in runs}
@@ -543,10 +552,10 @@ class _Planner:
 
     def _part(self, rows: Tensor) -> _Source:
         """The source for these of the held-out samples."""
-        bound = self.source.bound
-        if bound is None or bound.condition is None:
+        bound = self.source.sampled
+        if isinstance(bound, Model) or bound.condition is None:
             return self.source
-        return replace(self.source, bound=bound.subset(rows % len(bound.condition)))
+        return replace(self.source, sampled=bound.subset(rows % len(bound.condition)))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -557,8 +566,9 @@ class _Planner:
 def _budgets(num_steps: int | Sequence[int], num_teacher_steps: int) -> list[int]:
     """Sorted distinct K."""
     _require_count("num_teacher_steps", num_teacher_steps)
-    budgets = list(num_steps) if isinstance(num_steps, list | tuple | range) else [num_steps]
-    if any(not isinstance(k, int) or isinstance(k, bool) for k in budgets):
+    given = num_steps if isinstance(num_steps, list | tuple | range) else [num_steps]
+    budgets = [k for k in given if isinstance(k, int) and not isinstance(k, bool)]
+    if len(budgets) < len(given):
         raise ValueError(f"num_steps must be a whole number or a list of them, 5 or [5, 10], got {num_steps!r}")
     return check_num_steps(budgets, num_teacher_steps)
 

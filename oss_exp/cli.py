@@ -68,7 +68,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
     logger = border.build(cfg.task, "task", Task)(cfg)  # a task that logs as it goes returns its logger
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
         report.write(folder)
         if (logger := logger or border.build(cfg.logger, "logger", Logger | None)) is not None:
             report.log_run(logger, cfg, folder)

@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseDataset
+from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseItem
 from oss_exp.data.prompts import read_prompts
 
 
-class ConditionedDataset(Dataset):
-    """The items of `noise`, each with its `condition`: conditions (len(noise), ...)."""
+class ConditionedItem(NoiseItem):
+    """A sample with a condition that is no class."""
 
-    def __init__(self, noise: NoiseDataset, conditions: np.ndarray):
+    condition: Tensor
+
+
+class ConditionedDataset(Dataset[ConditionedItem]):
+    """The first items of `noise`, one for each row of `conditions` (n, ...)."""
+
+    def __init__(self, noise: Dataset[NoiseItem], conditions: np.ndarray):
         self.noise, self.conditions = noise, conditions
 
     def __len__(self) -> int:
-        return len(self.noise)
+        return len(self.conditions)
 
-    def __getitem__(self, position: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, position: int) -> ConditionedItem:
         return {**self.noise[position], "condition": torch.as_tensor(self.conditions[position])}
 
 
@@ -50,7 +56,7 @@ class ConditionedData(NoiseData):
         super().__init__(event_shape, None, None, seed, search_samples, eval_samples, per_sample, batch_size)
         self.conditions = conditions
 
-    def noises(self, first: int, count: int) -> Dataset:
+    def noises(self, first: int, count: int) -> Dataset[ConditionedItem]:
         places = np.arange(count)
         rows = (-1 - places if first == HELD_OUT else places) % len(self.conditions)
         return ConditionedDataset(super().noises(first, count), self.conditions[rows])

@@ -53,10 +53,12 @@ def fashion_mnist(root: str | Path, split: Split = "train", size: int = 28) -> I
 def digits(root: str | Path | None = None) -> Images:
     """scikit-learn's digits: (1797, 1, 8, 8) in [-1, 1] and labels. They come with the package; root stays null."""
     from sklearn.datasets import load_digits
+    from sklearn.utils import Bunch
 
     if root is not None:
         raise ValueError(f"root={root} is not used: the digits come with scikit-learn; set images.root=null")
     data = load_digits()
+    assert isinstance(data, Bunch)  # return_X_y=True would give a tuple
     return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
 
 

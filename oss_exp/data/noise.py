@@ -6,7 +6,7 @@ Sample i is a function of (seed, i) alone, so any batch size and any number of r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -20,8 +20,16 @@ HELD_OUT = 1_000_000  # index of the first held-out sample: the same ones whatev
 TRAINING = 3_000_000  # of the first that stages are trained on
 
 
-class NoiseDataset(Dataset):
-    """Items {index, noise (*E) float32, label}: standard normal noise and a class, or label -1 without classes."""
+class NoiseItem(TypedDict):
+    """A sample: its number, its standard normal noise (*E) float32, and its class, -1 without classes."""
+
+    index: int
+    noise: Tensor
+    label: int
+
+
+class NoiseDataset(Dataset[NoiseItem]):
+    """The samples from number `first` on, which have these classes in turn."""
 
     def __init__(self, seed: int, first: int, count: int, event_shape: tuple[int, ...], classes: Sequence[int] | None):
         self.seed, self.first, self.count, self.event_shape, self.classes = seed, first, count, event_shape, classes
@@ -29,7 +37,7 @@ class NoiseDataset(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, position: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, position: int) -> NoiseItem:
         if not 0 <= position < self.count:
             raise IndexError(position)
         index = self.first + position
@@ -67,7 +75,7 @@ class NoiseData:
         self.search_samples, self.eval_samples, self.batch_size = search_samples, eval_samples, batch_size
         self.per_sample = min(per_sample, eval_samples)
 
-    def noises(self, first: int, count: int) -> Dataset:
+    def noises(self, first: int, count: int) -> Dataset[NoiseItem]:
         """The samples from number `first` on."""
         return NoiseDataset(self.seed, first, count, self.event_shape, self.classes)
 

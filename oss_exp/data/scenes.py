@@ -6,11 +6,11 @@ wants and nothing else, with the boxes of its objects, so that detectors can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, get_args
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 from oss_exp.data.captioned import CaptionedImages
 from oss_exp.data.images import Split
 from oss_exp.geneval.garments import COLOURS, GARMENTS
-from oss_exp.geneval.rules import TASKS, Rules, relative_position
+from oss_exp.geneval.rules import TASKS, Clause, Relation, Rules, Task, Wish, relative_position
 
 CANVAS = 64
 SIDES = {1: (24, 34), 2: (21, 28), 3: (18, 24), 4: (17, 22)}  # pixels of a garment's picture, by how many there are
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
 LINES = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
 DRAWN = 0.15  # of full brightness, above which a pixel is of a garment
 
@@ -39,7 +39,13 @@ class Object:
     box: tuple[int, int, int, int]
 
 
-def wishes() -> dict[str, list[dict[str, Any]]]:
+class Content(TypedDict):
+    """What a scene must show, which is part of a wish."""
+
+    include: list[Clause]
+
+
+def wishes() -> dict[str, list[Wish]]:
     """All that can be wished, by GenEval's task."""
     pairs = list(permutations(GARMENTS, 2))
     kinds = list(product(COLOURS, GARMENTS))
@@ -66,7 +72,7 @@ def wishes() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def listed(seed: int) -> list[dict[str, Any]]:
+def listed(seed: int) -> list[Wish]:
     """As many wishes of each task as GenEval has prompts, 553 in all; some repeat where there are not so many."""
     found = []
     for task, known in wishes().items():
@@ -86,12 +92,19 @@ def _one(*words: str) -> str:
     return " ".join(("an" if words[0] == "orange" else "a", *words))
 
 
-def _clause(garment: str, count: int = 1, **more: Any) -> dict[str, Any]:
-    return {"class": garment, "count": count, **more}
+def _clause(
+    garment: str, count: int = 1, color: str | None = None, position: tuple[Relation, int] | None = None
+) -> Clause:
+    clause: Clause = {"class": garment, "count": count}
+    if color is not None:
+        clause["color"] = color
+    if position is not None:
+        clause["position"] = position
+    return clause
 
 
-def _wish(tag: str, prompt: str, include: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"tag": tag, "include": list(include), "prompt": prompt}
+def _wish(tag: Task, prompt: str, include: list[Clause]) -> Wish:
+    return {"tag": tag, "include": include, "prompt": prompt}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -106,7 +119,7 @@ class Wardrobe:
         self.pictures = (pictures[:, :, 2:-2, 2:-2] + 1) / 2
         self.of = {name: (labels == number).nonzero()[:, 0].numpy() for number, name in enumerate(GARMENTS)}
 
-    def scene(self, wish: Mapping[str, Any], draw: np.random.Generator) -> tuple[Tensor, list[Object]]:
+    def scene(self, wish: Content | Wish, draw: np.random.Generator) -> tuple[Tensor, list[Object]]:
         """(3, 64, 64) in [0, 1]; what the wish leaves open is drawn at random. Objects do not overlap."""
         clauses = [clause for clause in wish["include"] for _ in range(clause["count"])]
         low, high = SIDES[len(clauses)]
@@ -130,10 +143,10 @@ class Wardrobe:
             objects.append(Object(name, colour, box))
         return canvas, objects
 
-    def anything(self, draw: np.random.Generator) -> dict[str, Any]:
-        """A wish for one to four garments of any kinds and colours."""
+    def anything(self, draw: np.random.Generator) -> Content:
+        """One to four garments of any kinds and colours."""
         names = draw.choice(GARMENTS, draw.integers(1, 5))
-        return _wish("any", "", [_clause(str(name)) for name in names])
+        return {"include": [_clause(str(name)) for name in names]}
 
 
 class FashionScenes(CaptionedImages):
@@ -168,7 +181,7 @@ def _overlap(boxes: Sequence[Sequence[int]]) -> bool:
     )
 
 
-def _related(clauses: Sequence[Mapping[str, Any]], boxes: Sequence[Sequence[int]]) -> bool:
+def _related(clauses: Sequence[Clause], boxes: Sequence[Sequence[int]]) -> bool:
     """Is each where it should be to the first, and nowhere else?"""
     return all(
         relative_position(box, boxes[0], Rules().position_threshold) == [clause["position"][0]]

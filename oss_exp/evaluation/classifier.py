@@ -111,11 +111,11 @@ def register() -> str:
         def can_be_compiled() -> bool:
             return False
 
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-                found = f"{images.dtype} {tuple(images.shape)}"
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            if input.dtype != torch.uint8 or input.ndim != 4 or input.shape[1] not in (1, 3):
+                found = f"{input.dtype} {tuple(input.shape)}"
                 raise ValueError(f"{self.name} takes uint8 images (M, 3, 32, 32) or (M, 1, 32, 32), got {found}")
-            features = self.network(images.float().mean(dim=1, keepdim=True) / 255)
+            features = self.network(input.float().mean(dim=1, keepdim=True) / 255)
             layers = {"features": features, "logits": self.network.head(features)}
             return tuple(layers[layer] for layer in self.features_list)
 

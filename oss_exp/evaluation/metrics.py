@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -226,11 +226,17 @@ class MeanMetric(ImageMetric):
         return {self.name: (self.total / self.count).item()}
 
 
-class ClassAgreement(MeanMetric):
-    """How often a classifier sees the class that was asked for, in %.
+@runtime_checkable
+class Classifier(Protocol):
+    """A network that knows classes, as `classifier.FashionFeatures` does."""
 
-    classifier: `logits` of images (B, C, H, W) in [0, 1] -> (B, classes), as `classifier.FashionFeatures` has it.
-    """
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> (B, classes)."""
+        ...
+
+
+class ClassAgreement(MeanMetric):
+    """How often a classifier, a `Classifier`, sees the class that was asked for, in %."""
 
     name = "class_agreement"
     needs = ("classes",)
@@ -240,6 +246,7 @@ class ClassAgreement(MeanMetric):
         self.classifier = classifier.eval().requires_grad_(False)
 
     def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+        assert isinstance(self.classifier, Classifier)
         logits = self.classifier.logits(images)
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(

@@ -47,6 +47,11 @@ class Interval:
         half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
         return cls(mean, mean - half, mean + half, n)
 
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
     def to_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
 

@@ -44,14 +44,14 @@ def gram(features: Tensor) -> Tensor:
 
 def moments(total: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
     """Summed `gram` -> mean (F,), unbiased covariance (F, F) and the number of rows, at least 2."""
-    total = total.cpu().numpy()
-    count = round(total[-1, -1])
+    sums = total.cpu().numpy()
+    count = round(float(sums[-1, -1]))
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {count}")
-    if not np.isfinite(total).all():
+    if not np.isfinite(sums).all():
         raise ValueError("the extractor's features are not all finite; check its precision and the images")
-    mu = total[-1, :-1] / count
-    return mu, (total[:-1, :-1] - count * np.outer(mu, mu)) / (count - 1), count
+    mu = sums[-1, :-1] / count
+    return mu, (sums[:-1, :-1] - count * np.outer(mu, mu)) / (count - 1), count
 
 
 def frechet(mu: np.ndarray, sigma: np.ndarray, other_mu: np.ndarray, other_sigma: np.ndarray) -> float:
@@ -136,7 +136,7 @@ class Reference:
 
 def write_statistics(path: str | Path, extractor: nn.Module, batches: Iterable[Tensor]) -> Reference:
     """Statistics of batches of images (B, C, H, W) in [0, 1] into one .npz, which keeps the first KEPT features too."""
-    total, kept, channels = 0, [], set()
+    total, kept, channels = torch.zeros((), dtype=torch.float64), [], set()
     for images in batches:
         check_pixels(images, f"images for {path}")
         with torch.no_grad():

@@ -56,6 +56,8 @@ class Diffusers(Exporter):
     def own_scheduler(self) -> Any:
         """Return a scheduler of diffusers as `scheduler` names it. ValueError where it names none."""
         import diffusers
+        from diffusers.configuration_utils import ConfigMixin
+        from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
         if self.scheduler is None:
             raise ValueError(
@@ -69,7 +71,7 @@ class Diffusers(Exporter):
             config = load_record(file, TypeAdapter(dict[str, JsonValue]), "config of a scheduler", "get it again")
             name = config.get("_class_name")
         kind = getattr(diffusers, str(name), None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
             raise ValueError(
                 f"task.exporter.scheduler={self.scheduler} is neither a class of diffusers' schedulers nor a file of "
                 "one"
@@ -113,6 +115,7 @@ def diffusers_arguments(steps: StepSchedule, scheduler: Any, mu: float | None = 
     takes = inspect.signature(scheduler.set_timesteps).parameters
     flow = config.get("use_flow_sigmas", "beta_schedule" not in config)
     _refuse_own_times(config)
+    given: dict[str, Any]
     if "sigmas" in takes and (flow or "use_flow_sigmas" in config):
         given = {"sigmas": diffusers_sigmas(steps, config, mu)}
     elif "sigmas" in takes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from oss_exp.export.base import Exporter
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
-from oss_exp.solvers import Solver, solver_of, walk
+from oss_exp.solvers import Euler, Solver, solver_of, walk
 from oss_exp.tensors import rowwise
 
 CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
@@ -39,12 +39,11 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     """
     if steps.per_sample:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
-    fitted = isinstance(steps.steps, FittedSteps)
-    if solver is None and not fitted:
-        solver = solver_of(steps)
-    if solver is not None and solver.calibration is not None:
+    if solver is None:
+        solver = Euler() if isinstance(steps.steps, FittedSteps) else solver_of(steps)  # fitted steps need none
+    if solver.calibration is not None:
         raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
-    weights = _from_first(steps) if fitted else _summed(steps, solver)
+    weights = _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(steps, solver)
     return {
         "times": steps.times.tolist(),
         "weights": weights.tolist(),
@@ -89,14 +88,14 @@ def _summed(steps: StepSchedule, solver: Solver) -> Tensor:
     return weights
 
 
-def _from_first(steps: StepSchedule) -> Tensor:
+def _from_first(steps: StepSchedule, fitted: FittedSteps) -> Tensor:
     """(K, P) fitted weights, over the first state where they are over the noise."""
     if (steps.about("model").get("guidance") or {}).get("scale", 1) != 1:
         raise ValueError(
             "the schedule's steps were fitted to guided and unguided answers apart, and a pipeline gives their mix; "
             "plan it with model.guidance.scale=1, or by stepsize=oss_shared"
         )
-    weights = steps.steps.weights.clone()
+    weights = fitted.weights.clone()
     if isinstance(steps.start, Analytic):  # first = ratio noise + (1 - ratio) mean
         ratio = float(steps.times[0]) / steps.start_time
         weights[:, 1] /= ratio

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 FORMAT, VERSION = "oss_exp/scheduler", 1
@@ -73,7 +73,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         self.condition: Tensor | None = None
         self.flow = prediction_type == "flow_prediction"
         self.ratios = None if self.flow else self._ratios()
-        self.time_max = 1.0 if self.flow else float(self.ratios[-1] / (1 + self.ratios[-1]))
+        self.time_max = 1.0 if self.ratios is None else float(self.ratios[-1] / (1 + self.ratios[-1]))
         clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
         self.timesteps = torch.cat([clock[:1], clock]) if extra_call else clock
         self.sigmas = torch.tensor([t if self.flow else t / (1 - min(t, self.time_max)) for t in self.times])
@@ -98,13 +98,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """What pipelines of eps-networks multiply their noise by; those of flow networks do not ask."""
-        if self.flow or self.config.start == "analytic" or self.config.extra_call:
+        if self.flow or self.config["start"] == "analytic" or self.config["extra_call"]:
             return 1.0
-        return self._scale(self.times[0]) * self.config.start_time
+        return self._scale(self.times[0]) * self.config["start_time"]
 
     def begin(self, noise: Tensor) -> Tensor:
         """noise (B, *E) of size 1 -> the `latents` to give to the pipeline, which spares an analytic start's call."""
-        if self.config.extra_call:
+        if self.config["extra_call"]:
             raise ValueError("extra_call=True makes the first state itself; give the pipeline the noise, or none")
         self.begun = True
         return self._first_state(noise) / self.init_noise_sigma
@@ -117,11 +117,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
     ) -> None:
         """The schedule has its own times: of what a pipeline gives only the number of steps counts."""
-        asked, steps = len(sigmas) if num_inference_steps is None else num_inference_steps, len(self.weights)
+        asked, steps = num_inference_steps, len(self.weights)
+        if asked is None and sigmas is not None:
+            asked = len(sigmas)
         if asked != steps:
             raise ValueError(f"the schedule has {steps} steps, {asked} were asked; set num_inference_steps={steps}")
-        moves = self.config.start == "analytic" or (self.flow and self.config.start_time != 1)
-        if moves and not self.begun and not self.config.extra_call:
+        moves = self.config["start"] == "analytic" or (self.flow and self.config["start_time"] != 1)
+        if moves and not self.begun and not self.config["extra_call"]:
             raise ValueError(
                 "the noise is not the schedule's first state: give the pipeline latents=scheduler.begin(noise), or "
                 "build the scheduler with extra_call=True, which costs one more network call"
@@ -147,7 +149,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "a step schedule runs through all of its times, first to last: call set_timesteps and give step every "
                 "one of scheduler.timesteps"
             )
-        step, x = self.calls - int(self.config.extra_call), sample.to(torch.promote_types(sample.dtype, torch.float32))
+        step = self.calls - int(self.config["extra_call"])
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         self.calls += 1
         if step < 0:
             after = self._first_state(x)
@@ -158,7 +161,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             self._outputs.insert(0, self._clean(model_output.to(x.dtype), x, self.times[step]))
             current, first, mean, *answers = self.weights[step]
             terms = [(current, x), (first, self._first), *zip(answers, self._outputs, strict=False)]
-            after = sum(weight * vector for weight, vector in terms if weight != 0)
+            after = sum((weight * vector for weight, vector in terms if weight != 0), torch.zeros_like(x))
             if mean != 0:
                 after = after + mean * self._mean_of(x)
             after = self._scale(self.times[step + 1]) * after
@@ -166,15 +169,15 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=after) if return_dict else (after,)
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     # Times and coordinates
 
     def _first_state(self, noise: Tensor) -> Tensor:
         """eps (M, *E) -> latents at times[0]."""
-        x, t = self.config.start_time * noise, self.times[0]
-        if self.config.start == "analytic":
-            ratio = t / self.config.start_time
+        x, t = self.config["start_time"] * noise, self.times[0]
+        if self.config["start"] == "analytic":
+            ratio = t / self.config["start_time"]
             x = ratio * x + (1 - ratio) * self._mean_of(x)
         return self._scale(t) * x
 
@@ -195,13 +198,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def _clean(self, output: Tensor, x: Tensor, t: float) -> Tensor:
         """What the network said of x at t -> its x0."""
-        if self.config.prediction_type == "sample":
+        if self.config["prediction_type"] == "sample":
             return output
         asked = min(t, self.time_max)
         velocity = output
-        if self.config.prediction_type == "epsilon":
+        if self.config["prediction_type"] == "epsilon":
             velocity = (output - x) / (1 - asked)
-        if self.config.prediction_type == "v_prediction":
+        if self.config["prediction_type"] == "v_prediction":
             scale = self._scale(t)
             velocity = (2 * asked - 1) * scale**2 * x + scale * output
         return x - t * velocity
@@ -212,8 +215,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def _native(self, t: float) -> float:
         """What the network is told of t: the index of its training chain, log-linear between whole ones."""
-        if self.flow:
-            return t * self.config.num_train_timesteps
+        if self.ratios is None:
+            return t * self.config["num_train_timesteps"]
         ratio = min(t, self.time_max) / (1 - min(t, self.time_max))
         if ratio < self.ratios[0]:
             return ratio / self.ratios[0] - 1  # -1 is clean
@@ -221,15 +224,15 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def _ratios(self) -> np.ndarray:
         """sigma / alpha of each index, float64."""
-        if self.config.beta_schedule is None and self.config.trained_betas is None:
+        if self.config["beta_schedule"] is None and self.config["trained_betas"] is None:
             raise ValueError(
-                f"prediction_type={self.config.prediction_type} needs the betas of the training; give from_schedule "
+                f"prediction_type={self.config['prediction_type']} needs the betas of the training; give from_schedule "
                 "the config of the pipeline's own scheduler, pipe.scheduler.config"
             )
-        if self.config.rescale_betas_zero_snr:
+        if self.config["rescale_betas_zero_snr"]:
             raise ValueError("rescale_betas_zero_snr=True has no last sigma; choose a network without")
         chosen = {key: self.config[key] for key in BETAS if self.config[key] is not None}
-        betas = DDPMScheduler(self.config.num_train_timesteps, **chosen).betas
+        betas = DDPMScheduler(self.config["num_train_timesteps"], **chosen).betas
         alphas = torch.cumprod(1 - betas.double(), 0)
         return ((1 - alphas) / alphas).sqrt().numpy()
 

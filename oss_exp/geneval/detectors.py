@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from oss_exp.evaluation.features import Shipped
 from oss_exp.geneval.garments import COLOURS, GARMENTS
-from oss_exp.geneval.rules import Rules, Verdict, judge
+from oss_exp.geneval.rules import Box, Rules, Verdict, Wish, judge
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """box: x1, y1, x2, y2, pixels, all its own, and the score; mask (H, W): which pixels are the object's."""
 
-    box: tuple[float, float, float, float, float]
+    box: Box
     mask: Tensor
 
 
@@ -41,7 +41,7 @@ class Detector(Protocol):
         ...
 
 
-def look(detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Seen]], wanted: Mapping[str, Any]) -> Verdict:
+def look(detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Seen]], wanted: Wish) -> Verdict:
     """GenEval's verdict on image (3, H, W), of which `detect` gave `seen`."""
     owner = {each.box: each for objects in seen.values() for each in objects}
     boxes = {name: [each.box for each in objects] for name, objects in seen.items()}
@@ -63,6 +63,7 @@ class FashionDetector(Shipped):
         self.down = nn.ModuleList([_stage(48, 64), _stage(64, 96)])
         self.up = nn.ModuleList([_conv(96 + 64, 64), _conv(64 + 48, 64)])
         self.heat, self.edges = nn.Conv2d(64, len(GARMENTS), 1), nn.Conv2d(64, 4, 1)
+        assert self.heat.bias is not None
         nn.init.constant_(self.heat.bias, -4.0)  # few cells have an object
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

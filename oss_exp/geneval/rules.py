@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import numpy as np
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, with_config
 from scipy.stats import binomtest
 from typing_extensions import NotRequired, TypedDict
 
@@ -25,7 +25,7 @@ TASKS = get_args(Task)
 Relation = Literal["left of", "right of", "above", "below"]
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
-Box = Sequence[float]
+Box = tuple[float, float, float, float, float]
 """x1, y1, x2, y2, score."""
 
 Clause = TypedDict(
@@ -47,10 +47,9 @@ def _related(clauses: list[Clause]) -> list[Clause]:
     return clauses
 
 
+@with_config(Record.model_config)
 class Wish(TypedDict):
     """A line of GenEval's metadata: what a picture of the prompt must show, and what it must not."""
-
-    __pydantic_config__ = Record.model_config
 
     tag: Task
     include: Annotated[list[Clause], Field(min_length=1), AfterValidator(_related)]
@@ -80,7 +79,7 @@ class VerdictRecord(Record):
 
     number: Count
     reasons: list[str]
-    objects: dict[str, list[tuple[float, float, float, float, float]]]
+    objects: dict[str, list[Box]]
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,14 @@ def _clause(
     if "color" in clause:
         colours, colour = [colour_of(name, box) for box in seen], clause["color"]
         if (right := colours.count(colour)) < count:
-            others = ", ".join(f"{colours.count(other)} {other}" for other in COLOURS if other in colours)
-            return [f"expected {colour} {name}>={count}, found {right} {colour}; and {others}"]
+            rest = ", ".join(f"{colours.count(other)} {other}" for other in COLOURS if other in colours)
+            return [f"expected {colour} {name}>={count}, found {right} {colour}; and {rest}"]
     if "position" in clause:
         relation, target = clause["position"]
-        if groups[target] is None:
+        if (others := groups[target]) is None:
             return [f"no target for {name} to be {relation}"]
         for box in seen:
-            for other in groups[target]:
+            for other in others:
                 relations = relative_position(box, other, rules.position_threshold)
                 if relation not in relations:
                     return [f"expected {name} {relation} target, found {' and '.join(relations)} target"]
@@ -162,8 +161,8 @@ def counted(boxes: Sequence[Box], tag: str, rules: Rules) -> list[Box]:
     return kept
 
 
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of boxes whose last pixel is theirs."""
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of boxes, with or without a score, whose last pixel is theirs."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
@@ -173,8 +172,8 @@ def iou(a: Box, b: Box) -> float:
     return common / union if union else 0.0
 
 
-def relative_position(a: Box, b: Box, threshold: float) -> list[str]:
-    """Where a is, seen from b: of left of, right of, above and below none, one, or two for a diagonal.
+def relative_position(a: Sequence[float], b: Sequence[float], threshold: float) -> list[str]:
+    """Where box a is, seen from b: of left of, right of, above and below none, one, or two for a diagonal.
 
     Offsets of the middles count for what exceeds `threshold` of the two sizes together, in units of the whole offset.
     """
@@ -208,10 +207,10 @@ def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:
 
     Intervals are of 95 %, a task's Wilson's (1927), overall's from those.
     """
-    tags, correct = np.asarray(tags), np.asarray(correct, dtype=bool)
+    names, right = np.asarray(tags), np.asarray(correct, dtype=bool)
     found = {}
     for task in TASKS:
-        own = correct[tags == task]
+        own = right[names == task]
         if len(own):
             around = binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
             found[task] = Interval(float(own.mean()), around.low, around.high, len(own))
@@ -220,15 +219,16 @@ def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:
 
 def differences(tags: Sequence[str], correct: Sequence[bool], other: Sequence[bool]) -> dict[str, Interval]:
     """As `scores`, of how much larger the shares are than the other's on the same prompts and noises, pair by pair."""
-    tags, gain = np.asarray(tags), np.asarray(correct, dtype=float) - np.asarray(other, dtype=float)
-    found = {task: Interval.of(gain[tags == task]) for task in TASKS if (tags == task).any()}
+    names, gain = np.asarray(tags), np.asarray(correct, dtype=float) - np.asarray(other, dtype=float)
+    found = {task: Interval.of(gain[names == task]) for task in TASKS if (names == task).any()}
     return {**found, "overall": _mean(list(found.values()))}
 
 
 def _mean(parts: Sequence[Interval]) -> Interval:
     """Of independent estimates."""
     mean, n = float(np.mean([part.mean for part in parts])), sum(part.n for part in parts)
-    if any(part.high is None for part in parts):
+    halves = [part.half for part in parts if part.half is not None]
+    if len(halves) < len(parts):
         return Interval(mean, None, None, n)
-    half = float(np.sqrt(sum(((part.high - part.low) / 2) ** 2 for part in parts))) / len(parts)
+    half = float(np.sqrt(sum(half**2 for half in halves))) / len(parts)
     return Interval(mean, mean - half, mean + half, n)

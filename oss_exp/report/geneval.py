@@ -46,9 +46,7 @@ def table(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> str:
 
 
 def _share(each: Interval) -> str:
-    if each.high is None:
-        return f"{each.mean:.3f}"
-    return f"{each.mean:.3f} ± {(each.high - each.low) / 2:.3f}"
+    return f"{each.mean:.3f}" if each.half is None else f"{each.mean:.3f} ± {each.half:.3f}"
 
 
 def write(folder: Path) -> list[Path]:

@@ -52,7 +52,9 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     artifact, every metric against K as a curve a strategy, what the dynamic program's rounds cost, the table and the
     pictures.
     """
-    logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    logger.log_hyperparams({str(key): value for key, value in settings.items()})
     for name in ("amplitude", "training", "stages"):
         if isinstance(logger, WandbLogger) and (folder / f"{name}.png").exists():
             logger.log_image(name, [str(folder / f"{name}.png")])

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,8 @@ DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"
 def write(folder: Path) -> None:
     """Everything that <folder> has the data for; prints the table and where the files are."""
     console = _console()
-    plans, teacher = read_schedules(folder), None
-    made = []
+    plans, made = read_schedules(folder), []
+    teacher: Sequence[float] = ()
     if plans:
         teacher = _teacher_nodes(folder)
         made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, teacher)))
@@ -180,7 +179,7 @@ def _page(
 ) -> Path:
     """report.html; teacher: the nodes of its grid; pictures and ways: of samples.npz and trajectories.npz."""
     kinds = []
-    for above, line in pairwise([None, *lines]):
+    for above, line in zip([None, *lines], lines, strict=False):
         first = above is None or above.result.nfe != line.result.nfe
         kinds.append("best " * (line.rival is line.result) + "first" * first)
     body = [web.table(*columns(lines), kinds), f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>']

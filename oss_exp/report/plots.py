@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from oss_exp.evaluation.comparison import Result
@@ -19,7 +20,17 @@ from oss_exp.models.stages import StageRecord
 from oss_exp.report.records import Curve
 from oss_exp.schedule import StepSchedule
 
-MUTED = (*plt.get_cmap("tab20b").colors[::2], *plt.get_cmap("tab20c").colors[::2])
+Color = tuple[float, float, float]
+"""Red, green and blue in [0, 1]."""
+
+
+def palette(name: str) -> list[Color]:
+    """Return the colours of one of matplotlib's lists, such as tab10."""
+    listed = matplotlib.colormaps[name]
+    return [(red, green, blue) for red, green, blue, _ in listed(np.arange(listed.N)).tolist()]
+
+
+MUTED = (*palette("tab20b")[::2], *palette("tab20c")[::2])
 
 
 def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]) -> bytes:
@@ -63,18 +74,18 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     return png(figure)
 
 
-def colors(plans: Sequence[tuple[str, StepSchedule]]) -> dict[str, tuple[float, ...]]:
+def colors(plans: Sequence[tuple[str, StepSchedule]]) -> dict[str, Color]:
     """Of each strategy."""
     by_hand = _by_hand(plans)
     return strong_and_muted({name: name in by_hand for name, _ in plans})
 
 
-def strong_and_muted(by_hand: Mapping[str, bool]) -> dict[str, tuple[float, ...]]:
+def strong_and_muted(by_hand: Mapping[str, bool]) -> dict[str, Color]:
     """Of each name: muted colours for the schedules made by hand, strong ones for the searched."""
     found = {}
-    for kind, palette in ((True, MUTED), (False, plt.get_cmap("tab10").colors)):
+    for kind, known in ((True, MUTED), (False, palette("tab10"))):
         group = sorted(name for name, made in by_hand.items() if made is kind)
-        found |= {name: palette[i % len(palette)] for i, name in enumerate(group)}
+        found |= {name: known[i % len(known)] for i, name in enumerate(group)}
     return found
 
 
@@ -102,7 +113,7 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
     shown, milliseconds = moments(pictures["teacher"].shape[1])
     drawn = [samples({label: videos[:, [i]] for label, videos in pictures.items()}, results) for i in shown]
     frames = [Image.open(io.BytesIO(each)).convert("RGB") for each in drawn]
-    return encoded(np.stack([each.resize(frames[0].size) for each in frames]), milliseconds)
+    return encoded(np.stack([np.asarray(each.resize(frames[0].size)) for each in frames]), milliseconds)
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
@@ -113,7 +124,7 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     if pictures["teacher"].ndim == 5:
         pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
     teacher = pictures["teacher"].astype(float) / 255
-    rows = [("teacher", teacher, None)]
+    rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [("teacher", teacher, None)]
     for label, result in ordered(pictures, results):
         images = pictures[label].astype(float) / 255
         rows.append((f"{label}\n{result.psnr.mean:.2f} dB", images, np.abs(images - teacher[: len(images)])))
@@ -227,7 +238,7 @@ def _strip(images: np.ndarray) -> np.ndarray:
     return strip[..., 0] if strip.shape[-1] == 1 else strip
 
 
-def png(figure: plt.Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -24,6 +24,7 @@ def build(entity: str, project: str, group: str | None, metrics: Sequence[str]) 
     try:
         import wandb_workspaces.reports.v2 as wr
         from wandb_workspaces import expr
+        from wandb_workspaces.reports.v2.interface import Layout, Report, Runset
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error.name} is not installed: pip install 'oss_exp[wandb-report]'; {OFFLINE}") from None
 
@@ -33,13 +34,13 @@ def build(entity: str, project: str, group: str | None, metrics: Sequence[str]) 
 
     def grid(*panels: Any) -> Any:
         filters = [] if group is None else [expr.Metric("Group") == group]
-        runs = wr.Runset(entity=entity, project=project, name=group or "all runs", filters=filters)
+        runs = Runset(entity=entity, project=project, name=group or "all runs", filters=filters)
         width = 24 // len(panels)
         for place, panel in enumerate(panels):
-            panel.layout = wr.Layout(x=place * width, y=0, w=width, h=10)
+            panel.layout = Layout(x=place * width, y=0, w=width, h=10)
         return wr.PanelGrid(runsets=[runs], panels=list(panels))
 
-    return wr.Report(
+    return Report(
         entity=entity,
         project=project,
         title=f"Step schedules: {group or project}",
@@ -60,7 +61,8 @@ def build(entity: str, project: str, group: str | None, metrics: Sequence[str]) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m oss_exp.report.wandb_report", description=__doc__.partition(":")[0])
+    about = (__doc__ or "").partition(":")[0]
+    parser = argparse.ArgumentParser("python -m oss_exp.report.wandb_report", description=about)
     parser.add_argument("path", metavar="ENTITY/PROJECT")
     parser.add_argument("--group", help="of the sweep; default: all runs of the project")
     parser.add_argument("--metrics", nargs="+", default=["psnr", "fid"], help="default: psnr fid")

@@ -15,7 +15,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -106,7 +105,7 @@ def costs(plans: Sequence[tuple[str, StepSchedule]]) -> list[dict[str, Any]]:
 
 
 def _curves(
-    curves: Mapping[str, Mapping[int, float]], colors: Mapping[str, Sequence[float]], by_hand: Mapping[str, bool]
+    curves: Mapping[str, Mapping[int, float]], colors: Mapping[str, plots.Color], by_hand: Mapping[str, bool]
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -135,7 +134,7 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> di
         rows[-1]["psnr"] = f"{result.psnr.mean:.2f} dB"
     for row in rows:
         row["strip"] = strips[row["label"]]
-    inferno = "".join(to_hex(color)[1:] for color in matplotlib.colormaps["inferno"].colors)
+    inferno = "".join(to_hex(color)[1:] for color in plots.palette("inferno"))
     return {**shape, "frames": len(frames), "milliseconds": milliseconds, "inferno": inferno, "rows": rows}
 
 
@@ -162,12 +161,18 @@ def trajectories(ways: Mapping[str, np.ndarray], results: Sequence[Result]) -> d
 
 def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str, Any]]:
     """(n, F, H, W, C) bytes of each, F its own -> a strip of each in the first form in which all fit; its shape."""
-    for side, form in FORMS:
-        small = {label: _reduced(each, side) for label, each in videos.items()}
-        strips = {label: _strip(each, form) for label, each in small.items()}
-        if sum(map(len, strips.values())) <= MOST_BYTES:
-            break
+    smaller = (_strips_of(videos, side, form) for side, form in FORMS)
+    strips = next(smaller)
+    while sum(map(len, strips[0].values())) > MOST_BYTES and (following := next(smaller, None)):
+        strips = following
+    return strips
+
+
+def _strips_of(videos: Mapping[str, np.ndarray], side: int, form: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """As `_strips`, in this form."""
+    small = {label: _reduced(each, side) for label, each in videos.items()}
     height, width = small["teacher"].shape[2:4]
+    strips = {label: _strip(each, form) for label, each in small.items()}
     return strips, {"width": width, "height": height, "form": form}
 
 

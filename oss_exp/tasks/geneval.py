@@ -26,7 +26,7 @@ from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.files import find_asset, load_records, write_atomically
 from oss_exp.geneval.detectors import Detector, look
-from oss_exp.geneval.rules import VerdictRecord, read_metadata
+from oss_exp.geneval.rules import VerdictRecord, Wish, read_metadata
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
@@ -165,7 +165,7 @@ class Judge(L.LightningModule):
         labels: Sequence[str],
         folder: Path,
         batches: Sequence[Sequence[int]],
-        wanted: Sequence[Mapping[str, Any]],
+        wanted: Sequence[Wish],
         count: int,
     ):
         super().__init__()

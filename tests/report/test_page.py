@@ -51,16 +51,11 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
     StepSchedule(own, samples=(0, 1), provenance={"strategy": {"name": "own"}}).save(
         folder / "schedules" / "own_2.json"
     )
-    run = {
-        "model": {"name": f"m {EVIL}"},
-        "teacher": {"noise_schedule": {"_target_": "oss_exp.FlowSchedule"}, "num_steps": 10},
-        "solver": {},
-        "seed": 0,
-        "teacher_metrics": {},
-    }
+    teacher = {"noise_schedule": {"name": "FlowSchedule"}, "num_steps": 10}
+    run = {"model": {"name": f"m {EVIL}"}, "teacher": teacher, "solver": {}, "seed": 0, "teacher_metrics": {}}
     (folder / "metrics.json").write_text(json.dumps({**run, "rows": rows}))
     (folder / "config.yaml").write_text(
-        "num_teacher_steps: 10\nnoise_schedule: {_target_: oss_exp.FlowSchedule, shift: 1.0}\n"
+        "num_teacher_steps: 10\nnoise_schedule: {_target_: oss_exp.noise.schedules.FlowSchedule, shift: 1.0}\n"
         f"model: {json.dumps(EVIL)}\n"
     )
     np.savez(folder / "samples.npz", **pictures)
@@ -163,9 +158,9 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
         picture = tmp_path / "images" / label / "000000.png"
         picture.parent.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(picture)
-        verdict = {"number": 0, "correct": False, "reasons": [EVIL]}
+        verdict = {"number": 0, "reasons": [EVIL], "objects": {}}
         rows.append({"label": label, "num_steps": k, "nfe": k, "verdicts": [verdict]})
-    wish = {"tag": "colors", "prompt": EVIL, "include": [{"class": "boot", "count": 1}]}
+    wish = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": EVIL}
     found = {"prompts": [wish], "images_per_prompt": 1, "rows": rows}
     (tmp_path / "geneval.json").write_text(json.dumps(found))
     geneval.write(tmp_path)
