@@ -207,7 +207,7 @@ def edit(**changes):
         (lambda path: path.write_text(""), ValueError, "is empty"),
         (lambda path: path.write_text(path.read_text()[:60]), ValueError, "not complete JSON"),
         (lambda path: path.write_text("0.9, 0.5, 0"), ValueError, "not complete JSON"),
-        (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "cannot be read"),
+        (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "is not complete JSON"),
         (lambda path: path.write_text('{"sigmas": [1, 0]}'), ValueError, "not a step schedule"),
         (lambda path: path.write_text("[1, 0.5, 0]"), ValueError, "not a step schedule"),
         (edit(version=1), ValueError, "version 1, this program reads 2"),
