@@ -35,7 +35,7 @@ class Teacher(Record):
 
     model_config = ConfigDict(extra="allow")
 
-    noise_schedule: JsonValue
+    noise_schedule: JsonValue = None
     num_steps: Count
 
 

@@ -157,8 +157,10 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
         picture = tmp_path / "images" / label / "000000.png"
         picture.parent.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(picture)
-        rows.append({"label": label, "num_steps": k, "verdicts": [{"number": 0, "reasons": [EVIL]}]})
-    found = {"prompts": [{"tag": "colors", "prompt": EVIL}], "images_per_prompt": 1, "rows": rows}
+        verdict = {"number": 0, "reasons": [EVIL], "objects": {}}
+        rows.append({"label": label, "num_steps": k, "nfe": k, "verdicts": [verdict]})
+    wish = {"tag": "colors", "include": [{"class": "bag", "count": 1, "color": "red"}], "prompt": EVIL}
+    found = {"prompts": [wish], "images_per_prompt": 1, "rows": rows}
     (tmp_path / "geneval.json").write_text(json.dumps(found))
     geneval.write(tmp_path)
     table, page = ((tmp_path / f"geneval.{kind}").read_text() for kind in ("md", "html"))
