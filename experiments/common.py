@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from oss_exp.cli import CONF
+from oss_exp.evaluation.comparison import Result
 from oss_exp.files import write_atomically
-from oss_exp.report.results import Result, read_run
+from oss_exp.report.results import read_run
 
 OUTPUTS = Path("outputs/experiments")
 

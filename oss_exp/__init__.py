@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.distances import Select as Select
     from oss_exp.distances import XtMSE as XtMSE
     from oss_exp.export.oss_scheduler import OSSScheduler as OSSScheduler
-    from oss_exp.models.families.mixture import GaussianMixture as GaussianMixture
     from oss_exp.models.guidance import Guidance as Guidance
     from oss_exp.models.parameterization import DataPrediction as DataPrediction
     from oss_exp.models.parameterization import EDMPrediction as EDMPrediction
@@ -47,6 +46,11 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.noise.schedules import LogSNRSchedule as LogSNRSchedule
     from oss_exp.noise.schedules import QuadraticSchedule as QuadraticSchedule
     from oss_exp.noise.schedules import VPSchedule as VPSchedule
+    from oss_exp.schedule import Analytic as Analytic
+    from oss_exp.schedule import FittedSteps as FittedSteps
+    from oss_exp.schedule import Free as Free
+    from oss_exp.schedule import Pinned as Pinned
+    from oss_exp.schedule import SolverSteps as SolverSteps
     from oss_exp.schedule import StepSchedule as StepSchedule
     from oss_exp.solvers.adams_bashforth import AdamsBashforth as AdamsBashforth
     from oss_exp.solvers.deis import DEIS as DEIS
@@ -78,6 +82,11 @@ PUBLIC = {
     "search": "api",
     # Schedules of steps, and the search.
     "StepSchedule": "schedule",
+    "Pinned": "schedule",
+    "Free": "schedule",
+    "Analytic": "schedule",
+    "SolverSteps": "schedule",
+    "FittedSteps": "schedule",
     "BoundVelocity": "velocity",
     "Problem": "stepsize.problem",
     # Stepsize strategies.
@@ -132,7 +141,6 @@ PUBLIC = {
     "ScorePrediction": "models.parameterization",
     "VPVelocity": "models.parameterization",
     "Guidance": "models.guidance",
-    "GaussianMixture": "models.families.mixture",
     # Elsewhere.
     "OSSScheduler": "export.oss_scheduler",
 }
@@ -141,6 +149,7 @@ CONFIGURED = {
     "cosine_betas": "noise.paths",
     "linear_betas": "noise.paths",
     "scaled_linear_betas": "noise.paths",
+    "GaussianMixture": "models.families.mixture",
     "Network": "models.network",
     "DiT": "models.families.backbones",
     "UNet": "models.families.backbones",
@@ -158,7 +167,7 @@ CONFIGURED = {
     "time_shift": "models.families.open_sora",
     "Flux": "models.families.flux",
     "PromptedFlux": "models.families.flux",
-    "flux_shift": "models.families.flux",
+    "flux_shift": "noise.schedules",
     "Wan": "models.families.wan",
     "StableDiffusion": "models.families.stable_diffusion",
     "PSDenoiser": "models.families.psdenoiser",
@@ -170,7 +179,7 @@ CONFIGURED = {
     "VideoVAE": "models.decoders.video_vae",
     "FashionFeatures": "evaluation.classifier",
     "InceptionV3": "evaluation.features",
-    "RandomFeatures": "evaluation.features",
+    "RandomFeatures": "distances",
     "CLIPScore": "evaluation.metrics",
     "ClassAgreement": "evaluation.metrics",
     "FID": "evaluation.metrics",
@@ -178,6 +187,11 @@ CONFIGURED = {
     "LPIPS": "evaluation.metrics",
     "PrecisionRecall": "evaluation.metrics",
     "Reference": "evaluation.statistics",
+    "ComfyUI": "export.comfyui",
+    "Diffusers": "export.diffusers",
+    "KDiffusion": "export.k_diffusion",
+    "OSSSchedulerFile": "export.numbers",
+    "WebUI": "export.webui",
     "COCODetector": "geneval.coco",
     "FashionDetector": "geneval.detectors",
     "NoiseData": "data.noise",
@@ -195,22 +209,22 @@ CONFIGURED = {
     "LogitNormalTimes": "tasks.pretrain",
     "UniformTimes": "tasks.pretrain",
     "wandb_logger": "report.logging",
-    "Calibrate": "tasks.calibrate:calibrate",
-    "Compare": "tasks.run:compare",
-    "Convert": "tasks.convert:convert",
-    "Evaluate": "tasks.run:evaluate",
-    "Export": "tasks.export:export",
-    "Finetune": "tasks.finetune:finetune",
-    "FitClassifier": "tasks.fit_classifier:fit_classifier",
-    "FitDetector": "tasks.fit_detector:fit_detector",
-    "FitMixture": "tasks.fit_mixture:fit_mixture",
-    "GenEval": "tasks.geneval:geneval",
-    "ImportSigmas": "tasks.export:import_sigmas",
-    "Pretrain": "tasks.pretrain:pretrain",
-    "Search": "tasks.run:search",
-    "Statistics": "tasks.statistics:statistics",
-    "Reproduce": "reproduce.task:reproduce",
-    "Report": "report:gather",
+    "Calibrate": "tasks.calibrate",
+    "Compare": "tasks.compare",
+    "Convert": "tasks.convert",
+    "Evaluate": "tasks.evaluate",
+    "Export": "tasks.export",
+    "Finetune": "tasks.finetune",
+    "FitClassifier": "tasks.fit_classifier",
+    "FitDetector": "tasks.fit_detector",
+    "FitMixture": "tasks.fit_mixture",
+    "GenEval": "tasks.geneval",
+    "ImportSigmas": "tasks.import_sigmas",
+    "Pretrain": "tasks.pretrain",
+    "Search": "tasks.search",
+    "Statistics": "tasks.statistics",
+    "Reproduce": "reproduce.task",
+    "Report": "report.page",
 }
 
 __all__ = [*PUBLIC]
@@ -220,8 +234,7 @@ def __getattr__(name: str) -> Any:
     place = PUBLIC.get(name) or CONFIGURED.get(name)
     if place is None:
         raise AttributeError(f"module 'oss_exp' has no attribute {name!r}")
-    module, _, attribute = place.partition(":")
-    value = getattr(import_module(f"oss_exp.{module}"), attribute or name)
+    value = getattr(import_module(f"oss_exp.{place}"), name)
     globals()[name] = value
     return value
 

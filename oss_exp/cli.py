@@ -15,10 +15,10 @@ from pathlib import Path
 import hydra
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import get_method, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 import oss_exp
 from oss_exp import report
 from oss_exp.files import remove_unfinished, write_atomically
+from oss_exp.tasks import border
+from oss_exp.tasks.configuration import check_configuration
+from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
+from oss_exp.tasks.task import Task
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
@@ -48,41 +52,38 @@ def run(cfg: DictConfig) -> float | None:
         return report.mean_psnr(folder)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk: what went wrong is to be said all the same
-            rank_zero_only(write_atomically)(folder / "error.log", f"{_message(error)}\n\n{traceback.format_exc()}")
+            rank_zero_only(write_atomically)(folder / "error.log", f"{error}\n\n{traceback.format_exc()}")
         raise
     finally:
         lock.release()
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
-    if HydraConfig.get().mode is RunMode.MULTIRUN and cfg.trainer.devices not in (1, "1"):
+    refuse_unread(cfg, CONF)
+    check_configuration(cfg)
+    devices = cfg.trainer.devices if "trainer" in cfg else 1
+    if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
         raise ValueError(
-            f"--multirun with trainer.devices={cfg.trainer.devices}: every process would start the sweep again; sweep "
+            f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep "
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
-    logger = get_method(cfg.task._target_)(cfg)  # a task that logs as it goes returns its logger
+    logger = border.build(cfg.task, "task", Task)(cfg)  # a task that logs as it goes returns its logger
     if rank_zero_only.rank == 0:
         report.write(folder)
-        if (logger := logger or instantiate(cfg.logger)) is not None:
+        if (logger := logger or border.build(cfg.logger, "logger", Logger | None)) is not None:
             report.log_run(logger, cfg, folder)
-
-
-def _message(error: BaseException) -> str:
-    """The cause that a person can act on: instantiation errors carry it as their cause."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)
 
 
 def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     try:
+        refuse_unknown(sys.argv[1:], CONF)
         run()
     except USER_ERRORS as error:
         if wants_traceback:
             raise
-        print(f"oss-exp: {_message(error)}", file=sys.stderr)
+        print(f"oss-exp: {error}", file=sys.stderr)
         if {"-m", "--multirun"} & set(sys.argv):
             print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
         sys.exit(1)

@@ -12,32 +12,37 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
-from typing import ClassVar
+from itertools import chain, pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_choice, require_range
 from oss_exp.tensors import rowwise
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
+Norm = Literal[1, 2]
 
 
 @dataclass(frozen=True)
 class Distance(abc.ABC):
-    """The mean over the features of |difference| ^ norm, one number a row.
+    """The mean over the features of |difference| ^ norm, one number a row."""
 
-    linear: features is a linear map of x that reads neither t nor the network. calls: network calls it makes a row.
-    """
-
-    linear: ClassVar[bool] = False
-    calls: ClassVar[int] = 0
-
-    norm: int = field(default=2, kw_only=True)
+    norm: Norm = field(default=2, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.norm not in (1, 2):
-            raise ValueError(f"distance.norm must be 1 or 2, got {self.norm!r}")
+        require_choice(get_args(Norm), norm=self.norm)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the features are a linear map of x that reads neither t nor the network."""
+        return False
+
+    @property
+    def calls(self) -> int:
+        """Network calls that the features of a row need."""
+        return 0
 
     @abc.abstractmethod
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
@@ -62,7 +67,9 @@ class Distance(abc.ABC):
 class XtMSE(Distance):
     """x_t-MSE: all elements of the state, the paper's default."""
 
-    linear = True
+    @property
+    def linear(self) -> bool:
+        return True
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
         return x
@@ -72,12 +79,39 @@ class XtMSE(Distance):
 class X0MSE(Distance):
     """x0-MSE: the clean prediction x - t v(x, t) at the candidate itself, one network call for every edge."""
 
-    calls = 1
+    @property
+    def calls(self) -> int:
+        return 1
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
         if bool((t == 0).all()):
             return x
         return x - rowwise(t, x) * velocity(x, t)
+
+
+class RandomFeatures(nn.Module):
+    """A fixed random convolutional network: features without any weights to download; texture rather than meaning."""
+
+    def __init__(self, channels: int = 1, width: int = 32, seed: int = 0):
+        super().__init__()
+        require_range(at_least=1, at_most=4, channels=channels)
+        require_range(at_least=1, at_most=4096, width=width)
+        require_range(at_least=0, seed=seed)
+        sizes = [channels, width, 2 * width, 4 * width]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
+            nn.init.zeros_(layer.bias)
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, features = images.float() * 2 - 1, []
+        for layer in self.layers:
+            x = layer(x).relu()
+            features.append(x.mean(dim=(2, 3)))
+            features.append(x.amax(dim=(2, 3)))
+        return torch.cat(features, dim=1)
 
 
 @dataclass(frozen=True)
@@ -87,13 +121,15 @@ class Inception(X0MSE):
     extractor: images (M, C, H, W) in [0, 1] -> (M, F). decode: the model's, set by `bind`.
     """
 
-    extractor: nn.Module
+    extractor: nn.Module = field(default_factory=RandomFeatures)
     decode: Callable[[Tensor], Tensor] | None = None
 
     def bind(self, model: nn.Module) -> Inception:
         return replace(self, decode=partial(_decoded, model))
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        if self.decode is None:
+            raise ValueError("distance Inception looks at a model's pixels; give a Model, or use XtMSE()")
         images = self.decode(super().features(x, t, velocity))
         return self.extractor.to(images.device)(images).to(x.device)
 
@@ -112,16 +148,17 @@ class Perceptual(Distance):
     min_time: the time told to the network where t is smaller, for at t = 0 a trained network has no input scale.
     """
 
-    calls = 1
-
-    layer: str
-    min_time: float
+    layer: str = "responsibilities"
+    min_time: float = 0.001
     module: nn.Module | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.min_time, int | float) or not 0 <= self.min_time < 1:
-            raise ValueError(f"distance.min_time must be in [0, 1), got {self.min_time!r}")
+        require_range(at_least=0, below=1, min_time=self.min_time)
+
+    @property
+    def calls(self) -> int:
+        return 1
 
     def bind(self, model: nn.Module) -> Perceptual:
         layers = dict(model.named_modules())
@@ -131,6 +168,8 @@ class Perceptual(Distance):
         return replace(self, module=layers[self.layer])
 
     def features(self, x: Tensor, t: Tensor, velocity: VelocityFn) -> Tensor:
+        if self.module is None:
+            raise ValueError("distance Perceptual looks at a model's layer; give a Model, or use XtMSE()")
         seen: list[Tensor] = []
 
         def watched(*rows: Tensor | None) -> Tensor:
@@ -159,16 +198,14 @@ class Select(Distance):
     channels: the first so many. None keeps all.
     """
 
-    distance: Distance
-    frames: int | None
-    channels: int | None
-    norm: int = field(init=False)
+    distance: Distance = field(default_factory=XtMSE)
+    frames: int | None = None
+    channels: int | None = None
+    norm: Norm = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", self.distance.norm)
-        for name, count in (("frames", self.frames), ("channels", self.channels)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1 or null for all, got {count}")
+        require_range(at_least=1, frames=self.frames, channels=self.channels)
 
     @property
     def linear(self) -> bool:

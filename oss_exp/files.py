@@ -160,16 +160,6 @@ def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def read_record(path: Path, what: str, form: str, version: int, remedy: str = "") -> dict[str, Any]:
-    """A JSON object that says it is of this format and version. ValueError names the file, the fault and the remedy."""
-    record = read_json(path, what)
-    if not isinstance(record, dict) or record.get("format") != form:
-        raise ValueError(f'{path} is JSON but not a {what} (no "format": "{form}"){remedy}')
-    if record.get("version") != version:
-        raise ValueError(f"{path} has format version {record.get('version')}, this program reads {version}")
-    return record
-
-
 def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
     """Write `path` (.safetensors) and its `.json` with the hash and the provenance; returns the hash."""
     path = Path(path)

@@ -1,26 +1,129 @@
 """The step schedule: the few canonical times at which a student calls the network, how it starts and how it steps.
 
-This is what every strategy returns, what a sampler runs and what is published as JSON with its provenance.
+This is what every strategy returns, what a sampler runs and what is published as JSON with its provenance
+(docs/schedule_format.md).
+
 Legend: B samples, K network calls, G conditions, *E event dims. Times are canonical (1 noise, 0 data), float64.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from oss_exp.files import load_tensors, read_record, save_asset, write_atomically
+from oss_exp.files import save_asset, write_atomically
+from oss_exp.schedule_file import MeanFile, ScheduleFile, read_schedule_file
 from oss_exp.tensors import rowwise
 
-Start = Literal["free", "pinned", "analytic"]
+StartKind = Literal["free", "pinned", "analytic"]
 
-FORMAT, VERSION = "oss_exp/step_schedule", 2
+
+# --------------------------------------------------------------------------------------------------------------
+# How a student starts
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A start at the time of the initial noise: the first network call is made there."""
+
+    kind: ClassVar[StartKind] = "pinned"
+
+    def state(self, noise: Tensor, t: Tensor, group: Tensor | None) -> Tensor:
+        """Return the state (B, *E) at the first time t, () or (B,): the noise itself."""
+        return noise
+
+
+@dataclass(frozen=True)
+class Free:
+    """A start that uses the noise of `start_time`, unchanged, as the state at a later first time (OSS, Alg. 1)."""
+
+    kind: ClassVar[StartKind] = "free"
+
+    start_time: float = 1.0
+
+    def state(self, noise: Tensor, t: Tensor, group: Tensor | None) -> Tensor:
+        """Return the state (B, *E) at the first time t, () or (B,): the noise itself."""
+        return noise
+
+
+@dataclass(frozen=True, eq=False)
+class Analytic:
+    """A start by one jump without a network call, along the line from the noise at `start_time` to the mean.
+
+    mean: (G, *E) mean clean sample of each of G conditions at pure noise, or (G,) where it is the same everywhere.
+    """
+
+    kind: ClassVar[StartKind] = "analytic"
+
+    mean: Tensor = field(default_factory=lambda: torch.zeros(1))
+    start_time: float = 1.0
+
+    def state(self, noise: Tensor, t: Tensor, group: Tensor | None) -> Tensor:
+        """Return the state (B, *E) at the first time t, () or (B,), for samples of conditions `group` (B,)."""
+        return analytic_jump(noise, group_mean(self.mean, noise, group), self.start_time, t)
+
+
+Start = Pinned | Free | Analytic
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How a student steps
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SolverSteps:
+    """Steps of a solver. orders: (K,) or (B, K) order of each step, where a search chose them; None: the solver's own.
+
+    Raises ValueError where an order is below 1 or above the number of calls made so far.
+    """
+
+    orders: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.orders is None:
+            return
+        orders = torch.as_tensor(self.orders).clone()
+        object.__setattr__(self, "orders", orders)
+        if orders.is_floating_point() or orders.ndim not in (1, 2) or bool((orders < 1).any()):
+            raise ValueError(f"steps need whole orders of at least 1, got {orders.tolist()}")
+        if bool((orders > torch.arange(1, orders.shape[-1] + 1)).any()):
+            raise ValueError(f"a step's order cannot exceed the calls made so far, got {orders.tolist()}")
+
+
+@dataclass(frozen=True, eq=False)
+class FittedSteps:
+    """Steps with coefficients of their own, for all samples.
+
+    weights: (K, P) fitted coefficients of each step, over x, noise, mean and the predictions of x0, newest first
+             (see `solvers.sampling.FittedSolver`).
+    mean:    (G, *E) as that of `Analytic`.
+    Raises ValueError where the weights are not finite or not of this shape.
+    """
+
+    weights: Tensor = field(default_factory=lambda: torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
+    mean: Tensor = field(default_factory=lambda: torch.zeros(1))
+
+    def __post_init__(self) -> None:
+        weights = torch.as_tensor(self.weights, dtype=torch.float64).clone()
+        object.__setattr__(self, "weights", weights)
+        if weights.ndim != 2 or weights.shape[1] < 4 or not bool(weights.isfinite().all()):
+            raise ValueError(f"fitted steps need a row of at least 4 finite weights each, got {weights.tolist()}")
+
+
+Steps = SolverSteps | FittedSteps
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The schedule
+# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,30 +131,25 @@ class StepSchedule:
     """K + 1 strictly decreasing times ending at 0; the network is called at the first K of them.
 
     times:      (K+1,), or (B, K+1) when every sample has its own (then `samples` names the B sample indices).
-    start:      how the first state comes from the initial noise z, which lives at `start_time` (the teacher's first
-                node): `pinned` starts there; `free` uses z unchanged as the state at a later first time (OSS paper,
-                Alg. 1); `analytic` first jumps to times[0] without a network call, along the line from z to `mean`.
-    mean:       (G, *E) mean clean sample of each of G conditions at pure noise; only for `analytic` and for weights.
-    orders:     (K,) or (B, K) order of each step, where a search chose them; None: the solver's own.
-    weights:    (K, P) fitted coefficients of each step, over x, noise, mean and the predictions of x0, newest first
-                (see `solvers.sampling.FittedSteps`); None: a solver's.
+    start:      how the first state comes from the initial noise.
+    steps:      how each step is taken.
     provenance: what made it: model and weights hash, teacher, solver, strategy, search samples, versions.
-    Raises ValueError when the times are not finite, in [0, 1], strictly decreasing and closed by 0.
+    Raises ValueError when the times are not finite, in [0, 1], strictly decreasing and closed by 0, or when start or
+    steps do not fit them.
     """
 
-    times: Tensor
-    start: Start = "pinned"
-    start_time: float = 1.0
-    mean: Tensor | None = None
+    times: Tensor | Sequence[float] = (1.0, 0.0)
+    start: Start = field(default_factory=Pinned)
+    steps: Steps = field(default_factory=SolverSteps)
     samples: tuple[int, ...] | None = None
-    orders: Tensor | None = None
-    weights: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         times = torch.as_tensor(self.times, dtype=torch.float64).clone()  # nobody else's to change
         object.__setattr__(self, "times", times)
         shown = f"got {times.tolist()}" if times.numel() < 64 else f"got a tensor of shape {tuple(times.shape)}"
+
+        # Times.
         if times.ndim not in (1, 2) or times.shape[-1] < 2:
             raise ValueError(f"a step schedule needs at least two times, {shown}")
         if not bool(times.isfinite().all()):
@@ -60,128 +158,164 @@ class StepSchedule:
             raise ValueError(f"step times must strictly decrease (noise to data), {shown}")
         if bool((times[..., -1] != 0).any()):
             raise ValueError(f"the last step time must be 0 (clean data), {shown}")
-        if not 0 < self.start_time <= 1 or bool((times[..., 0] > self.start_time).any()):
-            raise ValueError(f"step times must not exceed start_time={self.start_time} (at most 1), {shown}")
-        if self.start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
-        if (self.mean is None) == (self.start == "analytic" or self.weights is not None):
-            kind = f"start={self.start!r} with{'out' if self.weights is None else ''} weights"
-            raise ValueError(f"{kind} {'needs a' if self.mean is None else 'takes no'} mean")
-        if (self.samples is None) != (times.ndim == 1) or (times.ndim == 2 and len(self.samples) != len(times)):
+        if self.samples is not None if times.ndim == 1 else len(times) != len(self.samples or ()):
             raise ValueError("times of shape (B, K+1) need the B indices of their samples, times of shape (K+1,) none")
 
-        steps = times.shape[-1] - 1
-        if self.orders is not None:
-            orders = torch.as_tensor(self.orders).clone()
-            object.__setattr__(self, "orders", orders)
-            if orders.is_floating_point() or orders.shape != times[..., 1:].shape or bool((orders < 1).any()):
-                raise ValueError(f"the {steps} steps need whole orders of at least 1, got {orders.tolist()}")
-            if bool((orders > torch.arange(1, steps + 1)).any()):
-                raise ValueError(f"a step's order cannot exceed the calls made so far, got {orders.tolist()}")
-        if self.weights is not None:
-            weights = torch.as_tensor(self.weights, dtype=torch.float64).clone()
-            object.__setattr__(self, "weights", weights)
-            if weights.ndim != 2 or len(weights) != steps or weights.shape[1] < 4 or not bool(weights.isfinite().all()):
-                raise ValueError(
-                    f"the {steps} steps need a row of at least 4 finite weights each, got {weights.tolist()}"
-                )
-            if times.ndim == 2 or self.orders is not None:
-                raise ValueError("fitted weights are for all samples and take no orders")
+        # Start.
+        first = times[..., 0]
+        if isinstance(self.start, Pinned) and bool((first != first.max()).any()):
+            raise ValueError(f"samples that start pinned have one first time, {shown}; use start=Free(start_time)")
+        if not 0 < self.start_time <= 1 or bool((first > self.start_time).any()):
+            raise ValueError(f"step times must not exceed start_time={self.start_time} (at most 1), {shown}")
+
+        # Steps.
+        if isinstance(self.steps, FittedSteps):
+            count = len(self.steps.weights)
+            if count != self.num_steps or times.ndim == 2:
+                raise ValueError(f"{count} fitted steps are for {count + 1} times of all samples, {shown}")
+        elif self.steps.orders is not None and self.steps.orders.shape != times[..., 1:].shape:
+            raise ValueError(f"the {self.num_steps} steps need an order each, got {self.steps.orders.tolist()}")
+        means = [part.mean for part in (self.start, self.steps) if isinstance(part, Analytic | FittedSteps)]
+        if len(means) == 2 and not torch.equal(*means):
+            raise ValueError("an analytic start and fitted steps need the same mean")
 
     @property
     def num_steps(self) -> int:
         """K, the number of jumps that call the network."""
         return self.times.shape[-1] - 1
 
+    @property
+    def start_time(self) -> float:
+        """The time of the initial noise, the teacher's first node."""
+        return float(self.times.max()) if isinstance(self.start, Pinned) else self.start.start_time
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample has times of its own."""
+        return self.samples is not None
+
+    @property
+    def orders(self) -> Tensor | None:
+        """The searched order of each step, (K,) or (B, K); None where steps are fitted or have the solver's own."""
+        return self.steps.orders if isinstance(self.steps, SolverSteps) else None
+
+    @property
+    def kind(self) -> str:
+        """The start and the steps in words, such as "analytic start, fitted steps"."""
+        return f"{self.start.kind} start" + ", fitted steps" * isinstance(self.steps, FittedSteps)
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The (G, *E) mean that an analytic start or fitted steps use, None where there is neither."""
+        parts = (self.start, self.steps)
+        return next((part.mean for part in parts if isinstance(part, Analytic | FittedSteps)), None)
+
     def about(self, section: str) -> Mapping[str, Any]:
-        """A section of the provenance, such as "model" or "strategy"; empty where there is none."""
-        found = self.provenance.get(section)
-        return found if isinstance(found, Mapping) else {}
+        """Return a section of the provenance, such as "model" or "strategy"; empty where there is none."""
+        content = self.provenance.get(section)
+        return content if isinstance(content, Mapping) else {}
 
     def initial_state(self, noise: Tensor, group: Tensor | None = None) -> Tensor:
-        """noise (B, *E) at start_time, group (B,) condition of each sample (default all 0) -> state at times[0]."""
-        if self.start != "analytic":
-            return noise
-        return analytic_jump(noise, self.mean_of(noise, group), self.start_time, self.times[..., 0].to(noise.device))
+        """Return the state (B, *E) at times[0] for noise (B, *E) at start_time.
 
-    def mean_of(self, noise: Tensor, group: Tensor | None = None) -> Tensor:
-        """The mean of each sample's condition, (B, *E) like the noise."""
-        wanted, found = tuple(noise.shape[1:]), tuple(self.mean.shape[1:])
-        if found != wanted:
-            raise ValueError(f"the schedule's mean has shape {found}, the noise {wanted}; plan it for this model")
-        conditions = 1 if group is None else int(group.max()) + 1
-        if conditions > len(self.mean) or (group is None and len(self.mean) > 1):
-            raise ValueError(
-                f"the schedule has means for {len(self.mean)} condition(s), the run "
-                f"{'has no conditions' if group is None else f'asks for condition {conditions - 1}'}; "
-                "plan it with the same classes (data.classes)"
-            )
-        return self.mean.to(noise)[torch.zeros(len(noise), dtype=torch.long) if group is None else group]
+        group: (B,) the condition of each sample, default all 0.
+        """
+        return self.start.state(noise, self.times[..., 0].to(noise.device), group)
+
+    def with_own_orders(self) -> StepSchedule:
+        """Return the schedule with steps of the solver's own orders, whatever a search chose; fitted steps stay."""
+        return replace(self, steps=SolverSteps()) if isinstance(self.steps, SolverSteps) else self
 
     def rows(self, samples: list[int]) -> StepSchedule:
-        """The per-sample schedule cut to these sample indices, in their order."""
+        """Return the per-sample schedule cut to these sample indices, in their order."""
         position = {sample: row for row, sample in enumerate(self.samples or ())}
         if missing := [sample for sample in samples if sample not in position]:
             raise ValueError(f"the schedule has no times of its own for samples {missing[:5]}")
-        kept = [position[s] for s in samples]
-        orders = None if self.orders is None else self.orders[kept]
-        return replace(self, times=self.times[kept], samples=tuple(samples), orders=orders)
+        rows = [position[sample] for sample in samples]
+        steps = self.steps
+        if isinstance(steps, SolverSteps) and steps.orders is not None:
+            steps = SolverSteps(steps.orders[rows])
+        return replace(self, times=self.times[rows], samples=tuple(samples), steps=steps)
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON (and, for an analytic start, `<name>.mean.safetensors` first), each file whole or not at all."""
+        """Write JSON (and, where there is a mean, `<name>.mean.safetensors` first), each file whole or not at all."""
         path = Path(path)
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_steps": self.num_steps,
-            "start": self.start,
-            "start_time": self.start_time,
-            "times": self.times.tolist(),
-            "orders": None if self.orders is None else self.orders.tolist(),
-            "weights": None if self.weights is None else self.weights.tolist(),
-            "samples": None if self.samples is None else list(self.samples),
-            "mean": None,
-            "provenance": dict(self.provenance),
-        }
+        mean = None
         if self.mean is not None:
             mean_path = path.with_suffix(".mean.safetensors")
             digest = save_asset(mean_path, {"mean": self.mean.cpu()}, {"made_by": path.name})
-            record["mean"] = {"file": mean_path.name, "sha256": digest}
-        return write_atomically(path, json.dumps(record, indent=2) + "\n")
+            mean = MeanFile(file=mean_path.name, sha256=digest)
+        start: dict[str, Any] = {"kind": self.start.kind}
+        if not isinstance(self.start, Pinned):
+            start["start_time"] = self.start.start_time
+        if isinstance(self.start, Analytic):
+            start["mean"] = mean
+        if isinstance(self.steps, FittedSteps):
+            steps = {"kind": "fitted", "weights": self.steps.weights.tolist(), "mean": mean}
+        else:
+            orders = self.steps.orders
+            steps = {"kind": "solver", "orders": None if orders is None else orders.tolist()}
+        record = ScheduleFile.model_validate(
+            {
+                "times": self.times.tolist(),
+                "samples": self.samples,
+                "start": start,
+                "steps": steps,
+                "provenance": dict(self.provenance),
+            }
+        )
+        return write_atomically(path, json.dumps(record.model_dump(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> StepSchedule:
-        """Read what `save` wrote. FileNotFoundError or ValueError names the file, the fault and the remedy."""
+        """Read what `save` wrote, in this version or version 2. Errors name the file, the fault and the remedy.
+
+        Raises FileNotFoundError where the file or its mean is missing, ValueError where one is damaged.
+        """
         path = Path(path)
-        record = read_record(path, "step schedule", FORMAT, VERSION)
+        record, mean = read_schedule_file(path)
         try:
-            mean = None
-            if record["mean"] is not None:
-                mean_path = path.with_name(record["mean"]["file"])
-                mean = load_tensors(mean_path, record["mean"]["sha256"], "mean of a step schedule")["mean"]
-            provenance = record["provenance"]
-            if not isinstance(provenance, dict) or not isinstance(record["start_time"], (int, float)):
-                raise ValueError("provenance must be an object and start_time a number")
-            return cls(
-                times=torch.tensor(record["times"], dtype=torch.float64),
-                start=record["start"],
-                start_time=record["start_time"],
-                mean=mean,
-                samples=None if record["samples"] is None else tuple(record["samples"]),
-                orders=None if record["orders"] is None else torch.tensor(record["orders"]),
-                weights=None if record["weights"] is None else torch.tensor(record["weights"], dtype=torch.float64),
-                provenance=provenance,
-            )
-        except KeyError as error:
-            raise ValueError(f"step schedule {path} lacks the field {error}") from None
+            if record.start.kind == "analytic":
+                start: Start = Analytic(mean, record.start.start_time)
+            else:
+                start = Pinned() if record.start.kind == "pinned" else Free(record.start.start_time)
+            if record.steps.kind == "fitted":
+                steps: Steps = FittedSteps(torch.tensor(record.steps.weights, dtype=torch.float64), mean)
+            else:
+                orders = record.steps.orders
+                steps = SolverSteps(None if orders is None else torch.tensor(orders))
+            times = torch.tensor(record.times, dtype=torch.float64)
+            return cls(times, start, steps, record.samples, record.provenance)
         except (TypeError, ValueError) as error:
             raise ValueError(f"step schedule {path}: {error}") from None
 
 
-def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:
-    """The Euler jump from the noise at start_time to t when the clean prediction is `mean`, (B, *E) each; t () or (B,).
+def group_mean(mean: Tensor, noise: Tensor, group: Tensor | None) -> Tensor:
+    """Return the mean of each sample's condition, (B, *E) like the noise, from means (G, *E) or (G,).
 
-    x_t = (t / t_N) z + (1 - t / t_N) mean: what a network call at pure noise, which can only answer the mean, gives.
+    group: (B,) condition of each sample; None: all have condition 0, and there must be only one.
+    """
+    shape = tuple(mean.shape[1:])
+    if shape and shape != tuple(noise.shape[1:]):
+        raise ValueError(
+            f"the schedule's mean has shape {shape}, the noise {tuple(noise.shape[1:])}; plan it for this model"
+        )
+    conditions = 1 if group is None else int(group.max()) + 1
+    if conditions > len(mean) or (group is None and len(mean) > 1):
+        raise ValueError(
+            f"the schedule has means for {len(mean)} condition(s), the run "
+            f"{'has no conditions' if group is None else f'asks for condition {conditions - 1}'}; "
+            "plan it with the same classes (data.classes)"
+        )
+    rows = mean.to(noise)[torch.zeros(len(noise), dtype=torch.long) if group is None else group]
+    return rows if shape else rowwise(rows, noise).expand_as(noise)
+
+
+def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:
+    """Return the Euler jump from the noise at start_time to t when the clean prediction is `mean`.
+
+    noise and mean (B, *E), t () or (B,). x_t = (t / t_N) z + (1 - t / t_N) mean: what a network call at pure noise,
+    which can only answer the mean, gives.
     """
     ratio = rowwise(t / start_time, noise)
     return ratio * noise + (1 - ratio) * mean

@@ -15,6 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
 from oss_exp.cli import CONF, main
+from oss_exp.evaluation.comparison import Result
+from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
 from oss_exp.models.checkpoints.weights import randomise
 
@@ -36,6 +38,23 @@ def run_cli(*arguments: str) -> None:
     finally:
         GlobalHydra.instance().clear()
         logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
+
+
+def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe: int = 5, arena: str = "a", **extra):
+    """A measured schedule; values {sample: PSNR}, extra: other fields of `Result`."""
+    interval = Interval.of(np.array(list(values.values())))
+    fields = {
+        "run": "",
+        "num_steps": nfe,
+        "start": "pinned",
+        "planning": {},
+        "metrics": {},
+        "spread": Interval.of(np.ones(2)),
+        **extra,
+    }
+    return Result(
+        strategy=strategy, nfe=nfe, baseline=baseline, psnr=interval, values=values, arena=f"{arena}{nfe}", **fields
+    )
 
 
 def write_fashion(

@@ -10,26 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers import LinearMultistep, sample, walk
 from oss_exp.stepsize import Problem
+from oss_exp.stepsize.base import student_start
 from oss_exp.stepsize.oss.recursion import Path, Round
 
 
 def schedule(problem: Problem, path: Path, start: str) -> StepSchedule:
     nodes = torch.nn.functional.pad(path.nodes.T, (0, 1), value=problem.num_nodes)
     shared = len(nodes) == 1
-    orders = None
-    if path.orders is not None and isinstance(problem.solver, LinearMultistep):
-        orders = path.orders[:, 0] if shared else path.orders.T
+    steps = SolverSteps()
+    if path.weights is not None:
+        steps = FittedSteps(path.weights, problem.teacher.mean)
+    elif isinstance(problem.solver, LinearMultistep):
+        steps = SolverSteps(path.orders[:, 0] if shared else path.orders.T)
     return StepSchedule(
         problem.grid[nodes[0] if shared else nodes],
-        start,
-        float(problem.grid[0]),
-        mean=problem.mean if start == "analytic" or path.weights is not None else None,
+        student_start(problem, start),
+        steps,
         samples=None if shared else tuple(range(len(nodes))),
-        orders=orders,
-        weights=path.weights,
     )
 
 
@@ -63,7 +63,7 @@ def table_costs(problem: Problem, rounds: Sequence[Round], start: str) -> Tensor
     x = problem.noise.repeat(nodes.shape[1], 1)
     if start == "analytic":
         ratio = times[0][:, None] / problem.grid[0]
-        x = ratio * x + (1 - ratio) * problem.mean[problem.group].to(x).repeat(nodes.shape[1], 1)
+        x = ratio * x + (1 - ratio) * problem.teacher.mean[problem.group].to(x).repeat(nodes.shape[1], 1)
     for state in walk(problem.solver, problem.velocity, x, times, list(orders.flatten(1))):
         final = state.x.unflatten(0, (-1, count))
     return torch.stack([problem.cost(x, target) for x, target in zip(final, nodes[-1], strict=True)])

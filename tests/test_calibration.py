@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oss_exp.calibration import Calibration, amplitude
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 from oss_exp.solvers import Euler, sample, trajectory
 
 
@@ -282,7 +282,7 @@ def test_tables_and_replays_are_those_of_the_released_code(velocity, gmm, oss_or
         name = f"{grid}_N{size}_M{k}"
         indices = oss_oracle["cases"][name]["median_schedule"]
         times = nodes[[size - i for i in reversed(indices)] + [size]]
-        steps = StepSchedule(times, "free", float(nodes[0]))
+        steps = StepSchedule(times, Free(float(nodes[0])))
         final = sample(Euler(calibration=str(path)), velocity, gmm["z"], steps)
         assert (final - oss_arrays[f"{name}.student_final_median_renorm"]).abs().max() < 1e-10
         assert (final - sample(Euler(), velocity, gmm["z"], steps)).abs().max() > 1e-3

@@ -42,13 +42,16 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
     """Option -> default, of a task's yaml: what it sets itself, and the groups that it chooses, but for the logger."""
     found = {}
     for entry in config.get("defaults", []):
+        if isinstance(entry, str):  # what tasks have in common
+            continue
         ((group, choice),) = entry.items()
         found[group.removeprefix("override ").removeprefix("/")] = choice
     found.pop("logger", None)
     for key, value in config.items():
         if key != "defaults":
             found |= leaves(value, key) if key != "_target_" else {}
-    return found
+    # What a task is handed on (task.table: ${table}) has the row of the value itself.
+    return {key: value for key, value in found.items() if value != f"${{{key.removeprefix('task.')}}}"}
 
 
 def leaves(value: Any, path: str) -> dict[str, Any]:
@@ -123,7 +126,8 @@ def default_of(key: str, task: str) -> Any:
 @lru_cache
 def composed(task: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"task={task}"], return_hydra_config=True)
+        exporter = ["exporter=comfyui"] if task == "export" else []  # required
+        return compose("config", [f"task={task}", *exporter], return_hydra_config=True)
 
 
 @pytest.mark.slow

@@ -31,3 +31,9 @@ def test_wheel(tmp_path):
     printed = run("-m", "oss_exp", "model=mixture_digits", *small.split(), cwd=elsewhere, env=environment)
     assert "oss_shared" in printed
     assert len(list(elsewhere.glob("outputs/*/*/report.html"))) == 1
+
+    # A table of the paper, whose numbers are inside as well.
+    short = "task.overrides={model: mixture_digits, num_teacher_steps: 12, data.search_samples: 4}"
+    printed = run("-m", "oss_exp", "task=reproduce", "table=1", short, cwd=elsewhere, env=environment)
+    assert "# Table 1: What five ways to choose steps can do" in printed
+    assert (elsewhere / "outputs/paper/table_1/small.md").is_file()

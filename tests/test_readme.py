@@ -47,33 +47,48 @@ def test_commands(tmp_path):
     assert table.count("oss_shared") == 2
 
 
-def test_library_example(tmp_path):
-    example, _ = blocks("python")
-    assert "hydra" not in example
-    check = (
-        "\nimport sys\n"
-        "assert steps.num_steps == 4\n"
-        "assert float((x0[:, None] - centers).norm(dim=-1).amin(1).max()) < 0.1\n"  # it samples the three points
-        "assert not {'hydra', 'lightning', 'wandb'} & set(sys.modules)\n"
-    )
+def run_example(example: str, check: str, folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", example + check], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"{example}\n{check}"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_library_example(tmp_path):
+    """One import line and at most ten lines."""
+    example, *_ = blocks("python")
+    lines = [line for line in example.splitlines() if line]
+    assert sum(line.startswith(("import", "from")) for line in lines) == 1
+    assert len(lines) <= 10
+    check = """
+import sys
+assert steps.num_steps == 5
+assert images.shape == (16, 1, 28, 28)
+assert not {'hydra', 'lightning', 'wandb'} & set(sys.modules)
+"""
+    run_example(example, check, tmp_path)
+    assert (tmp_path / "five_steps.json").exists()
+
+
+def test_velocity_example(tmp_path):
+    """It samples the three points."""
+    _, example, _ = blocks("python")
+    check = """
+assert steps.num_steps == 4
+assert float((x0[:, None] - centers).norm(dim=-1).amin(1).max()) < 0.1
+"""
+    run_example(example, check, tmp_path)
     assert (tmp_path / "four_steps.json").exists()
 
 
 def test_export_example(tmp_path):
-    _, example = blocks("python")
-    check = (
-        "\nimport torch\n"
-        "torch.testing.assert_close(scheduler.sigmas.double(), steps.times, rtol=0, atol=1e-6)\n"
-        "assert steps.num_steps == 10\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", example + check], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    *_, example = blocks("python")
+    check = """
+import torch
+torch.testing.assert_close(scheduler.sigmas.double(), steps.times, rtol=0, atol=1e-6)
+assert steps.num_steps == 10
+"""
+    run_example(example, check, tmp_path)
 
 
 def test_make_runs_what_the_readme_says():

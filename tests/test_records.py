@@ -12,18 +12,19 @@ import safetensors.torch
 import torch
 
 from oss_exp.calibration import Calibration
+from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.statistics import Reference
-from oss_exp.export.sigmas import comfyui_nodes, read_sigmas
+from oss_exp.export.comfyui import comfyui_nodes
+from oss_exp.export.diffusers import Diffusers
+from oss_exp.export.sigmas import read_sigmas
 from oss_exp.files import Provenance, load_asset, load_record, save_asset, sha256
 from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.pipelines import read_object
 from oss_exp.models.checkpoints.weights import read
 from oss_exp.models.families.mixture import MixtureProvenance
 from oss_exp.models.stages import StageFolder, StageRecord
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.report.records import read_amplitude, read_finetuning, read_geneval, read_metrics, read_training
 from oss_exp.reproduce.cells import CellRecord
-from oss_exp.tasks.export import _scheduler
 
 HASH = "0" * 64
 WISH = {
@@ -126,7 +127,7 @@ READERS = {
     "scheduler": Reader(
         "scheduler_config.json",
         {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001},
-        lambda path: _scheduler(str(path)),
+        lambda path: Diffusers(scheduler=str(path)).own_scheduler(),
     ),
     "sigmas": Reader("x.json", comfyui_nodes([1.0, 0.5, 0.0]), lambda path: read_sigmas(str(path))),
     "stage": Reader("stage_0.json", STAGE, lambda path: load_record(path, StageRecord, "record of a stage")),

@@ -5,7 +5,7 @@ import torch
 from references import difference, float64
 
 from oss_exp.models.guidance import Guidance
-from oss_exp.velocity import BoundVelocity, answers, mixed
+from oss_exp.velocity import BoundVelocity
 
 
 @pytest.fixture
@@ -76,15 +76,15 @@ def test_guidance_mixes_the_answers_with_and_without_the_condition(mixture, rows
     apart = [mixture.velocity(y)(x, t) for y in (label, None)]
     assert guided.rows_at(float64(0.5)).tolist() == [2]
     assert guided.raw(x, t).shape == (6, 2, 64)
-    assert difference(torch.stack(answers(guided, x, t)), torch.stack(apart)) < 1e-12
+    assert difference(torch.stack(guided.outputs(x, t)), torch.stack(apart)) < 1e-12
     assert difference(guided(x, t), apart[1] + 1.5 * (apart[0] - apart[1])) < 1e-12
-    assert torch.equal(mixed(guided, answers(guided, x, t)), guided(x, t))
+    assert torch.equal(guided.combine(guided.outputs(x, t)), guided(x, t))
 
 
 def test_without_guidance_the_one_answer_is_the_velocity(mixture, rows):
     x, t, label = rows
     bound = mixture.velocity(label)
-    for f in (bound, lambda x, t: bound(x, t)):
-        (answer,) = answers(f, x, t)
+    for f in (bound, BoundVelocity.of(lambda x, t: bound(x, t))):
+        (answer,) = f.outputs(x, t)
         assert torch.equal(answer, bound(x, t))
-        assert mixed(f, [answer]) is answer
+        assert f.combine([answer]) is answer

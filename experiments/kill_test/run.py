@@ -33,7 +33,7 @@ MODEL = ["model=dit_fashion", "num_teacher_steps=20", "logger=none", "data.searc
 RUNS = {
     "compare": [
         *MODEL, "num_steps=[3,5]", "stepsize=[ddim,oss,oss_shared,oss_fit]", "data.eval_samples=64",
-        "data.batch_size=8", "evaluation.metrics=[fid,class_agreement]",
+        "data.batch_size=8", "metric=[fid,class_agreement]",
     ],
     "finetune": [
         "task=finetune", *MODEL, "num_steps=[4]", "task.num_stages=2", "task.objective=progressive",

@@ -20,11 +20,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, finished, keep, measure, png, table
-from oss_exp.data.captioned import GARMENTS, MOVES
+from oss_exp.data.captioned import MOVES
+from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.geneval.detectors import nearest_colours
-from oss_exp.models.text.prompts import read_prompts
+from oss_exp.geneval.garments import GARMENTS
 
 NETWORKS = {
     "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt", "data.eval_samples=256"],
@@ -167,7 +168,7 @@ def figure_7(count: int = 500) -> None:
         "data.search_samples=32",
         f"data.eval_samples={count}",
         "data.batch_size=100",
-        "evaluation.metrics=[fid,class_agreement]",
+        "metric=[fid,class_agreement]",
     )
     names = list(dict.fromkeys(result.strategy for result in results))
     rows = []

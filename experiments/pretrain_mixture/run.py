@@ -74,7 +74,7 @@ def trained(name: str, settings: list[str], steps: int):
     """The network of `oss-exp task=pretrain`, trained unless it is there already."""
     folder = OUTPUTS / "pretrain_mixture" / f"{name}_{steps}"
     weights = folder / f"{name}.safetensors"
-    command = ["task=pretrain", f"model={name}", "data=mixture_samples", *settings]
+    command = ["task=pretrain", f"model={name}", "images=mixture_samples", *settings]
     command += [f"task.max_steps={steps}", "task.batch_size=128", "trainer.precision=32-true"]
     if not weights.exists():
         program = [sys.executable, "-m", "oss_exp", *command, "logger=none", f"hydra.run.dir={folder}"]

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.data.conditions import ConditionedNoiseData
+from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.models.families.psdenoiser import PSDenoiser
 from oss_exp.noise import VPPath, VPSchedule
-from oss_exp.report.results import Result
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, StepSchedule
 from oss_exp.solvers import Euler, sample
 
 SOLVERS, BUDGETS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}, (5, 10, 20)
@@ -112,7 +112,7 @@ def figure(results: dict[str, list[Result]]) -> bytes:
     for row, (name, color) in enumerate(COLORS.items()):
         steps = schedule("euler", name, 10)
         right.plot(native(steps), [row] * 10, "o-", color=color, ms=5, lw=1)
-        if steps.start == "analytic":
+        if isinstance(steps.start, Analytic):
             right.plot([1, native(steps)[0]], [row, row], "--", color=color, lw=1)
             right.plot([1], [row], "o", color=color, ms=5, mfc="white")
     right.set_yticks(range(len(COLORS)), COLORS)
@@ -146,7 +146,7 @@ def posterior(file: Path) -> str:
     noise, spectra = batch["noise"], batch["condition"][:SPECTRA]
     velocity = model.velocity(spectra.repeat_interleave(SAMPLES, dim=0))
     grid = VPSchedule(**VP, time_min=1e-3).nodes(200)
-    teacher = StepSchedule(grid, "pinned", float(grid[0]))
+    teacher = StepSchedule(grid)
 
     def run(steps: StepSchedule) -> Tensor:
         return sample(Euler(), velocity, steps.start_time * noise, steps)

@@ -31,7 +31,7 @@ from oss_exp.files import write_atomically
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import OSS, Band, OSSAve, OSSShared, Problem
 
@@ -78,7 +78,7 @@ def measure(name: str, threads: int, seed: int) -> dict:
 
         paths = torch.tensor(search(velocity, noise, grid, K))
         nodes = torch.nn.functional.pad(paths, (0, 1), value=N)
-        plan = StepSchedule(grid[nodes], "free", 1.0, samples=tuple(range(SAMPLES)))
+        plan = StepSchedule(grid[nodes], Free(), samples=tuple(range(SAMPLES)))
     else:
         plan = STRATEGIES[name].plan(Problem(velocity, noise, grid, Euler(), XtMSE()), [K])[K]
     seconds = time.perf_counter() - started
@@ -95,7 +95,7 @@ def measure(name: str, threads: int, seed: int) -> dict:
 
 def held_out_psnr(model: GaussianMixture, plan: StepSchedule, grid: torch.Tensor) -> float | None:
     """Against the teacher on other noises; None for schedules that belong to the search samples."""
-    if plan.samples is not None:
+    if plan.per_sample:
         return None
     velocity, noise = model.velocity(None), noises(1_000_000, HELD_OUT, model.event_shape)
     teacher, student = (model.decode(sample(Euler(), velocity, noise, steps)) for steps in (StepSchedule(grid), plan))

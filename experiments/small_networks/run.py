@@ -19,12 +19,12 @@ from hydra.utils import instantiate
 from torchvision.utils import make_grid
 
 from experiments.common import OUTPUTS, configuration, finished, keep, measure, table
+from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.noise import FlowSchedule
 from oss_exp.report.plots import samples
-from oss_exp.report.results import Result
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 
@@ -68,8 +68,8 @@ def quality(networks) -> None:
                 "num_steps=[1]",
                 f"data.eval_samples={count}",
                 "data.batch_size=250",
-                "evaluation.metrics=[fid,kid,precision_recall,class_agreement]",
-                "evaluation.kid.subset_size=1000",
+                "metric=[fid,kid,precision_recall,class_agreement]",
+                "metric.kid.subset_size=1000",
             )
             found = json.loads((folder / "metrics.json").read_text())["teacher_metrics"]
             numbers = [f"{found['fid']:.2f}", f"{1000 * found['kid']:.2f}"]
@@ -108,8 +108,8 @@ def compared(run: str, name: str, solver: str) -> list[Result]:
         "num_steps=[5,10,20]",
         "data.search_samples=32",
         "data.eval_samples=256",
-        "evaluation.metrics=[psnr,fid,kid,class_agreement]",
-        "evaluation.kid.subset_size=256",
+        "metric=[fid,kid,class_agreement]",
+        "metric.kid.subset_size=256",
     )
 
 
@@ -161,7 +161,7 @@ def grid(name: str) -> tuple[bytes, str]:
 
     fine = configuration(*FINE)
     nodes = instantiate(fine.noise_schedule).nodes(fine.num_teacher_steps)
-    steps = StepSchedule(nodes, "pinned", float(nodes[0]))
+    steps = StepSchedule(nodes)
     others = model.generate(instantiate(fine.solver), steps, steps.start_time * noise, classes)
     agreement = str(Interval.of(psnr(others, images).numpy()))
 
@@ -170,8 +170,8 @@ def grid(name: str) -> tuple[bytes, str]:
 
 
 def fid_of_training_images() -> float:
-    cfg = configuration("data=fashion_mnist_32")
-    images = (instantiate(cfg.data)[0][:10_000] + 1) / 2
+    cfg = configuration("task=statistics")
+    images = (instantiate(cfg.images)[0][:10_000] + 1) / 2
     parts = {key: instantiate(cfg.evaluation[key]) for key in ("extractor", "reference")}
     metric = FID(**parts, num_images=10_000)
     for part in images.split(500):

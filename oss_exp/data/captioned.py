@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from oss_exp.data.images import fashion_mnist
-from oss_exp.geneval.detectors import COLOURS, GARMENTS
+from oss_exp.data.images import Split, fashion_mnist
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 FRAMES, SIDE = 8, 32
 MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor
@@ -38,7 +39,7 @@ class CaptionedImages(Dataset, abc.ABC):
 
     captions: list[str]
 
-    def __init__(self, root: str, split: str, items_each: int):
+    def __init__(self, root: str | Path, split: Split, items_each: int):
         self.garments, self.labels = fashion_mnist(root, split, SIDE)
         self.items_each = items_each
         made_of = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
@@ -61,7 +62,7 @@ class CaptionedImages(Dataset, abc.ABC):
 class ColouredFashion(CaptionedImages):
     """(3, 32, 32): every garment once in each of eight colours, on black; "a red sneaker"."""
 
-    def __init__(self, root: str, split: str):
+    def __init__(self, root: str | Path, split: Split = "train"):
         self.captions = [
             f"{'an' if colour == 'orange' else 'a'} {colour} {garment}"
             for garment, colour in product(GARMENTS, COLOURS)
@@ -78,7 +79,7 @@ class ColouredFashion(CaptionedImages):
 class MovingFashion(CaptionedImages):
     """(1, 8, 32, 32): every garment once in each of six moves, from a place and at a size of its own; "boot rising"."""
 
-    def __init__(self, root: str, split: str):
+    def __init__(self, root: str | Path, split: Split = "train"):
         self.captions = [f"{garment} {move}" for garment, move in product(GARMENTS, MOVES)]
         super().__init__(root, split, len(MOVES))
 

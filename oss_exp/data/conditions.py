@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseDataset
-from oss_exp.models.text.prompts import read_prompts
+from oss_exp.data.prompts import read_prompts
 
 
 class ConditionedDataset(Dataset):
@@ -35,10 +34,20 @@ class ConditionedData(NoiseData):
     end; so the held-out ones depend on nothing else, and some are in common only where there are more samples.
     """
 
-    def __init__(self, conditions: np.ndarray, num_classes: int | None, **noise: Any):
+    def __init__(
+        self,
+        conditions: np.ndarray,
+        event_shape: tuple[int, ...],
+        num_classes: int | None,
+        seed: int,
+        search_samples: int,
+        eval_samples: int,
+        per_sample: int,
+        batch_size: int,
+    ):
         if num_classes is not None:
             raise ValueError(f"this data has no classes and the model has {num_classes}; choose data=noise")
-        super().__init__(num_classes=None, classes=None, **noise)
+        super().__init__(event_shape, None, None, seed, search_samples, eval_samples, per_sample, batch_size)
         self.conditions = conditions
 
     def noises(self, first: int, count: int) -> Dataset:
@@ -53,21 +62,47 @@ class ConditionedNoiseData(ConditionedData):
     ValueError where search and held-out samples would have some in common.
     """
 
-    def __init__(self, conditions: str, key: str, **noise: Any):
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        num_classes: int | None,
+        conditions: str | Path,
+        key: str = "deltasq_realisations",
+        seed: int = 0,
+        search_samples: int = 32,
+        eval_samples: int = 128,
+        per_sample: int = 32,
+        batch_size: int = 64,
+    ):
         rows = read_array(Path(conditions).expanduser(), key)
-        super().__init__(rows[np.random.default_rng(0).permutation(len(rows))], **noise)
+        shuffled = rows[np.random.default_rng(0).permutation(len(rows))]
+        noises = seed, search_samples, eval_samples, per_sample, batch_size
+        super().__init__(shuffled, event_shape, num_classes, *noises)
         if self.search_samples + self.eval_samples > len(rows):
             raise ValueError(
-                f"data.conditions={conditions} has {len(rows)} conditions, too few for "
-                f"data.search_samples={self.search_samples} and data.eval_samples={self.eval_samples} that share none"
+                f"conditions={conditions} has {len(rows)} conditions, too few for "
+                f"search_samples={self.search_samples} and eval_samples={self.eval_samples} that share none"
             )
 
 
 class PromptData(ConditionedData):
-    """prompts: their file, as `read_prompts` takes it. A condition is a prompt's number in it."""
+    """Noises with the prompts of a file, as `read_prompts` takes it. A condition is a prompt's number in the file."""
 
-    def __init__(self, prompts: str, **noise: Any):
-        super().__init__(np.arange(len(read_prompts(prompts))), **noise)
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        num_classes: int | None,
+        prompts: str | Path = "prompts.txt",
+        seed: int = 0,
+        search_samples: int = 8,
+        eval_samples: int = 16,
+        per_sample: int = 8,
+        batch_size: int = 8,
+    ):
+        listed = read_prompts(prompts)
+        noises = seed, search_samples, eval_samples, per_sample, batch_size
+        super().__init__(np.arange(len(listed)), event_shape, num_classes, *noises)
+        self.prompts = listed
 
 
 def read_array(path: Path, key: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import safetensors.torch
@@ -12,28 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from oss_exp.checks import require_choice, require_range
 from oss_exp.models.families.mixture import GaussianMixture
-from oss_exp.models.guidance import Guidance
 
+Split = Literal["train", "test"]
 Images = tuple[Tensor, Tensor]
 """images (n, C, H, W) float32 in [-1, 1], labels (n,) int64."""
 
 
-def fashion_mnist(root: str, split: str = "train", size: int = 28) -> Images:
+def fashion_mnist(root: str | Path, split: Split = "train", size: int = 28) -> Images:
     """60,000 grey training or 10,000 test images from the IDX files under root, gzipped or not.
 
     root: a folder with the files, or torchvision's (root/FashionMNIST/raw). size: 28, or more with a black frame.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"data.split must be train or test, got {split!r}")
-    if not isinstance(size, int) or size < 28 or size % 2:
-        raise ValueError(f"data.size must be an even number of at least 28, got {size!r}")
+    require_choice(get_args(Split), split=split)
+    require_range(at_least=28, at_most=1024, size=size)
+    if size % 2:
+        raise ValueError(f"size must be an even number, got {size}")
     prefix = {"train": "train", "test": "t10k"}[split]
     folders = [Path(root), Path(root) / "FashionMNIST" / "raw", Path(root) / "raw"]
     folder = next((f for f in folders if list(f.glob(f"{prefix}-images-idx3-ubyte*"))), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set data.root to the folder of "
+            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set images.root to the folder of "
             "the four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in "
             "/usr/share/datasets/fashion-mnist)"
         )
@@ -48,22 +50,22 @@ def fashion_mnist(root: str, split: str = "train", size: int = 28) -> Images:
     return F.pad(pixels, [frame] * 4, value=-1.0), torch.from_numpy(labels).flatten().long()
 
 
-def digits(root: str | None) -> Images:
+def digits(root: str | Path | None = None) -> Images:
     """scikit-learn's digits: (1797, 1, 8, 8) in [-1, 1] and labels. They come with the package; root stays null."""
     from sklearn.datasets import load_digits
 
     if root is not None:
-        raise ValueError(f"data.root={root} is not used: the digits come with scikit-learn; set data.root=null")
+        raise ValueError(f"root={root} is not used: the digits come with scikit-learn; set images.root=null")
     data = load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
 
 
-def mixture_samples(file: str, count: int, seed: int) -> Images:
+def mixture_samples(file: str | Path = "mixture_digits.safetensors", count: int = 50_000, seed: int = 0) -> Images:
     """Samples of a Gaussian mixture (a path or a shipped file): data whose velocity is known exactly."""
-    return GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=1).draw(count, seed)
+    return GaussianMixture.from_asset(file).draw(count, seed)
 
 
-def image_folder(root: str, size: int, channels: int) -> Dataset:
+def image_folder(root: str | Path, size: int = 32, channels: Literal[1, 3] = 3) -> Dataset:
     """Images in one folder a class, root/<class>/<image>: items (C, size, size) in [-1, 1], label.
 
     The shorter side is resized to `size`, then the middle is cut out; channels 1 (grey) or 3 (RGB). Files are read
@@ -72,10 +74,10 @@ def image_folder(root: str, size: int, channels: int) -> Dataset:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    if channels not in (1, 3):
-        raise ValueError(f"data.channels must be 1 or 3, got {channels!r}")
+    require_choice((1, 3), channels=channels)
+    require_range(at_least=1, at_most=4096, size=size)
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"data.root={root} is no folder; give one that has a folder of images for each class")
+        raise FileNotFoundError(f"root={root} is no folder; give one that has a folder of images for each class")
     steps = [
         v2.ToImage(),
         v2.Grayscale(channels),
@@ -87,22 +89,22 @@ def image_folder(root: str, size: int, channels: int) -> Dataset:
     try:
         return ImageFolder(root, v2.Compose(steps if channels == 1 else [steps[0], *steps[2:]]))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"data.root={root} has no images in folders of classes: {error}") from None
+        raise FileNotFoundError(f"root={root} has no images in folders of classes: {error}") from None
 
 
-def cached_latents(file: str) -> Images:
+def cached_latents(file: str | Path) -> Images:
     """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file."""
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"data.file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
+        raise FileNotFoundError(f"file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"data.file={file} is truncated or no safetensors file: {error}") from None
+        raise ValueError(f"file={file} is truncated or no safetensors file: {error}") from None
     latents, labels = tensors.get("latents"), tensors.get("labels")
     if latents is None or labels is None or latents.ndim != 4 or labels.shape != latents.shape[:1]:
         found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
-        raise ValueError(f"data.file={file} must hold latents (n, C, h, w) and labels (n,), has {found}")
+        raise ValueError(f"file={file} must hold latents (n, C, h, w) and labels (n,), has {found}")
     return latents.float(), labels.long()
 
 

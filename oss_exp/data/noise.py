@@ -6,11 +6,14 @@ Sample i is a function of (seed, i) alone, so any batch size and any number of r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from oss_exp.checks import require_range
 
 HELD_OUT = 1_000_000  # index of the first held-out sample: the same ones whatever the size of the search set
 
@@ -38,38 +41,29 @@ class NoiseDataset(Dataset):
 class NoiseData:
     """The search set, and a disjoint held-out set of noises.
 
-    classes: null (unconditional), "all", or a list; "auto" is settled by the run, which knows the model.
+    classes: null (unconditional), "all", or a list; "auto" is for runs, which put one of these in its place.
     per_sample: how many held-out noises the strategies that plan one schedule per sample are given.
+    prompts: those that conditions number, where they number prompts.
     """
+
+    prompts: list[str] | None = None
 
     def __init__(
         self,
         event_shape: tuple[int, ...],
         num_classes: int | None,
-        seed: int,
-        search_samples: int,
-        eval_samples: int,
-        per_sample: int,
-        batch_size: int,
-        classes: Sequence[int] | str | None,
+        classes: Sequence[int] | Literal["all", "auto"] | None,
+        seed: int = 0,
+        search_samples: int = 64,
+        eval_samples: int = 256,
+        per_sample: int = 32,
+        batch_size: int = 64,
     ):
-        counts = {"search_samples": search_samples, "eval_samples": eval_samples, "batch_size": batch_size}
-        for name, value in {**counts, "per_sample": per_sample}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name} must be a whole number, at least 1, got {value!r}")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"data.seed must be a whole number, at least 0, got {seed!r}")
-        if search_samples > HELD_OUT:
-            raise ValueError(f"data.search_samples must be at most {HELD_OUT}, got {search_samples}")
-        if classes is not None and num_classes is None:
-            raise ValueError("data.classes is set but the model has no classes; set data.classes=null")
-        if classes == "all":
-            classes = range(num_classes)
-        elif isinstance(classes, str) or (classes is not None and not isinstance(classes, Sequence)):
-            raise ValueError(f'data.classes must be null, "all" or a list of class indices, got {classes!r}')
-        if classes is not None and not (classes and all(isinstance(c, int) and 0 <= c < num_classes for c in classes)):
-            raise ValueError(f"data.classes must be indices from 0 to {num_classes - 1}, got {list(classes)}")
-        self.event_shape, self.classes, self.seed = event_shape, None if classes is None else list(classes), seed
+        require_range(at_least=0, seed=seed)
+        require_range(at_least=1, at_most=HELD_OUT, search_samples=search_samples)
+        require_range(at_least=1, at_most=HELD_OUT, eval_samples=eval_samples)
+        require_range(at_least=1, per_sample=per_sample, batch_size=batch_size)
+        self.event_shape, self.classes, self.seed = event_shape, _listed(classes, num_classes), seed
         self.search_samples, self.eval_samples, self.batch_size = search_samples, eval_samples, batch_size
         self.per_sample = min(per_sample, eval_samples)
 
@@ -86,3 +80,18 @@ class NoiseData:
 
     def _loader(self, first: int, count: int) -> DataLoader:
         return DataLoader(self.noises(first, count), batch_size=self.batch_size)
+
+
+def _listed(classes: Sequence[int] | str | None, num_classes: int | None) -> list[int] | None:
+    """The indices of classes, of which the model has so many; None: there are none to condition on."""
+    if classes is None:
+        return None
+    if num_classes is None:
+        raise ValueError("classes is set but the model has no classes; set data.classes=null")
+    if classes == "all":
+        return list(range(num_classes))
+    if isinstance(classes, str):
+        raise ValueError(f'classes must be null, "all" or a list of indices where there is no run, got {classes!r}')
+    if not classes or not all(0 <= number < num_classes for number in classes):
+        raise ValueError(f"classes must be indices from 0 to {num_classes - 1}, got {list(classes)}")
+    return list(classes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oss_exp.data.captioned import COLOURS, GARMENTS, CaptionedImages
+from oss_exp.data.captioned import CaptionedImages
+from oss_exp.data.images import Split
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import TASKS, Rules, relative_position
 
 CANVAS = 64
@@ -136,7 +139,7 @@ class Wardrobe:
 class FashionScenes(CaptionedImages):
     """(3, 64, 64): scenes of all wishes, each task as often as the others, for a model of prompts."""
 
-    def __init__(self, root: str, split: str):
+    def __init__(self, root: str | Path, split: Split = "train"):
         self.wishes = wishes()
         self.captions = [wish["prompt"] for known in self.wishes.values() for wish in known]
         self.first = dict(zip(self.wishes, np.cumsum([0, *map(len, self.wishes.values())]).tolist(), strict=False))

@@ -9,9 +9,8 @@ import io
 import pickle
 import warnings
 import zipfile
-from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +49,9 @@ class NetworkProvenance(Provenance):
     name: str | None = None
 
 
+Network = TypeVar("Network", bound="Shipped")
+
+
 class Shipped(nn.Module):
     """A network whose weights are shipped with the package; without fingerprint (their SHA-256) it is untrained.
 
@@ -65,7 +67,7 @@ class Shipped(nn.Module):
         self.name, self.fingerprint = name, fingerprint
 
     @classmethod
-    def from_asset(cls, file: str | Path | None = None) -> Shipped:
+    def from_asset(cls: type[Network], file: str | Path | None = None) -> Network:
         """Frozen, from a path or a shipped file. ValueError if its bytes were changed or hold another network."""
         path = find_asset(file or cls.asset, cls.what)
         tensors, record = load_asset(path, cls.what, NetworkProvenance)
@@ -88,7 +90,7 @@ class InceptionV3(nn.Module):
     weights: a local file, `pt_inception-2015-12-05-6726825d.pth` or the TorchScript `default_1.pt`: the same network.
     """
 
-    def __init__(self, weights: str):
+    def __init__(self, weights: str | Path):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
@@ -148,25 +150,3 @@ def _is_torchscript(path: str | Path) -> bool:
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-class RandomFeatures(nn.Module):
-    """A fixed random convolutional network: features without any weights to download; texture rather than meaning."""
-
-    def __init__(self, channels: int, width: int, seed: int):
-        super().__init__()
-        sizes = [channels, width, 2 * width, 4 * width]
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
-        generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
-            nn.init.zeros_(layer.bias)
-        self.requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x, features = images.float() * 2 - 1, []
-        for layer in self.layers:
-            x = layer(x).relu()
-            features.append(x.mean(dim=(2, 3)))
-            features.append(x.amax(dim=(2, 3)))
-        return torch.cat(features, dim=1)

@@ -2,23 +2,27 @@
 
 Every metric is a `torchmetrics.Metric` with one interface: `update(images, teacher, labels)` with each sample once,
 then `compute()` -> {name: number}. The first three compare with statistics of real images (`statistics.Reference`).
+Those that take `extractor`, `reference` or `classifier` are given the evaluation's, by the name of the argument.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from oss_exp.checks import require_choice, require_range
 from oss_exp.evaluation.clip import CLIP
 from oss_exp.evaluation.features import as_rgb, load_weights
 from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frechet, gram, moments
 
+Backbone = Literal["alex", "vgg"]
 BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # torchvision's, on download.pytorch.org
 
 
@@ -26,7 +30,10 @@ class ImageMetric(Metric):
     """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class.
 
     prompts (B): those of a model that takes prompts.
+    needs: of `classes` and `prompts`, those that every image must have been made for.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
 
     full_state_update = False
 
@@ -61,8 +68,9 @@ class FeatureMetric(ImageMetric):
     num_images: how many images there must be in the end; null: however many.
     """
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__()
+        require_range(at_least=1, num_images=num_images)
         reference.check_extractor(extractor)
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference, self.num_images = reference, num_images
@@ -89,7 +97,7 @@ class FID(FeatureMetric):
 
     total: Tensor
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         size = len(reference.mu) + 1
         self.add_state("total", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
@@ -108,7 +116,7 @@ class GatheredMetric(FeatureMetric):
 
     rows: list[Tensor]
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         if reference.features is None:
             raise ValueError(
@@ -141,11 +149,13 @@ class KID(GatheredMetric):
         self,
         extractor: nn.Module,
         reference: Reference,
-        num_images: int | None,
+        num_images: int | None = None,
         subsets: int = 100,
         subset_size: int = 1000,
     ):
         super().__init__(extractor, reference, num_images)
+        require_range(at_least=1, subsets=subsets)
+        require_range(at_least=2, subset_size=subset_size)
         self.subsets, self.subset_size = subsets, subset_size
 
     def compute(self) -> dict[str, float]:
@@ -167,8 +177,9 @@ class PrecisionRecall(GatheredMetric):
     Kynkaanniemi et al. 2019. Both depend on the numbers of images.
     """
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None, k: int = 3):
+    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None, k: int = 3):
         super().__init__(extractor, reference, num_images)
+        require_range(at_least=1, k=k)
         self.k = k
 
     def compute(self) -> dict[str, float]:
@@ -222,6 +233,7 @@ class ClassAgreement(MeanMetric):
     """
 
     name = "class_agreement"
+    needs = ("classes",)
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -247,13 +259,12 @@ class LPIPS(MeanMetric):
 
     name = "lpips"
 
-    def __init__(self, weights: str, net: str):
+    def __init__(self, weights: str | Path, net: Backbone = "alex"):
         # The public class would download the backbone.
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         super().__init__()
-        if net not in BACKBONES:
-            raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
+        require_choice(BACKBONES, net=net)
         state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}")
         self.network = _NoTrainLpips(net=net, pnet_rand=True)
         backbone: dict[str, Any] = self.network.net.state_dict()
@@ -282,13 +293,14 @@ class CLIPScore(MeanMetric):
     """
 
     name = "clip_score"
+    needs = ("prompts",)
 
     def __init__(self, checkpoint: str):
         super().__init__()
-        self.clip = CLIP(checkpoint, "evaluation.clip_score.checkpoint")
+        self.clip = CLIP(checkpoint, "metric.clip_score.checkpoint")
 
     def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
         if prompts is None:
-            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of evaluation.metrics")
+            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of metric")
         cosines = (self.clip.images(list(as_rgb(images))) * self.clip.texts(prompts)).sum(1)
         return 100 * cosines.clamp(min=0)

@@ -1,19 +1,84 @@
-"""Arguments with which a scheduler of diffusers runs exactly the times of a step schedule."""
+"""Step schedules for the schedulers of diffusers: arguments with which one runs exactly the times of a schedule."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import JsonValue, TypeAdapter
 
+from oss_exp.export.base import Exporter
 from oss_exp.export.sigmas import flow_sigmas, ratio_sigmas
-from oss_exp.noise import EDMPath, shift_time
+from oss_exp.files import load_record, write_atomically
+from oss_exp.noise import EDMPath, flux_shift, shift_time
 from oss_exp.schedule import StepSchedule
 
 TOLERANCE = 2e-6  # of times: diffusers counts in float32, and its UniPC begins at 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class Diffusers(Exporter):
+    """The arguments of a pipeline's call, tried on the scheduler that they are for.
+
+    scheduler:     a scheduler_config.json, the folder of a pipeline, or the name of a class of diffusers.
+    mu:            of a scheduler with use_dynamic_shifting.
+    height, width: pixels, both in place of mu, as FLUX pipelines have it.
+    """
+
+    scheduler: str | None = None
+    mu: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("task.exporter.height and task.exporter.width belong together; give both, or neither")
+        if self.mu is not None and self.height is not None:
+            raise ValueError("task.exporter.height and task.exporter.width stand for task.exporter.mu; give either")
+
+    def write(self, steps: StepSchedule, path: Path) -> str:
+        scheduler = self.own_scheduler()
+        mu = self.mu
+        if mu is None and self.height is not None and self.width is not None:
+            mu = math.log(flux_shift(self.height, self.width))
+        arguments = diffusers_arguments(steps, scheduler, mu)
+        write_atomically(path, json.dumps({"scheduler": type(scheduler).__name__, **arguments}, indent=2) + "\n")
+        return f"pipe(..., {', '.join(f'{key}={value}' for key, value in arguments.items() if key != 'mu')})"
+
+    def own_scheduler(self) -> Any:
+        """Return a scheduler of diffusers as `scheduler` names it. ValueError where it names none."""
+        import diffusers
+
+        if self.scheduler is None:
+            raise ValueError(
+                "exporter=diffusers needs task.exporter.scheduler: a scheduler_config.json, the folder of a pipeline, "
+                "or a class such as FlowMatchEulerDiscreteScheduler"
+            )
+        name, config, path = self.scheduler, {}, Path(self.scheduler)
+        if path.exists():
+            folder = next((place for place in (path / "scheduler", path) if place.is_dir()), path.parent)
+            file = path if path.is_file() else folder / "scheduler_config.json"
+            config = load_record(file, TypeAdapter(dict[str, JsonValue]), "config of a scheduler", "get it again")
+            name = config.get("_class_name")
+        kind = getattr(diffusers, str(name), None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise ValueError(
+                f"task.exporter.scheduler={self.scheduler} is neither a class of diffusers' schedulers nor a file of "
+                "one"
+            )
+        try:
+            return kind.from_config(config)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"task.exporter.scheduler={self.scheduler}: its config makes no {name} ({reason:.200}); get it again"
+            ) from None
 
 
 def diffusers_sigmas(steps: StepSchedule, config: Mapping[str, Any], mu: float | None = None) -> list[float]:

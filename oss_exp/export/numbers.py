@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oss_exp.export.base import Exporter
 from oss_exp.files import save_asset, write_atomically
-from oss_exp.names import named_object
-from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import Solver, walk
+from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
+from oss_exp.solvers import Solver, solver_of, walk
 from oss_exp.tensors import rowwise
+
+CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
+
+
+@dataclass(frozen=True)
+class OSSSchedulerFile(Exporter):
+    """What `OSSScheduler.from_schedule` reads, and beside it the one file of code that it is in."""
+
+    def write(self, steps: StepSchedule, path: Path) -> str:
+        save_in_numbers(steps, path)
+        write_atomically(path.with_name(CODE.name), CODE.read_text())
+        return (
+            f'from oss_scheduler import OSSScheduler\nOSSScheduler.from_schedule("{path.name}", pipe.scheduler.config)'
+        )
 
 
 def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, Any]:
@@ -22,17 +37,18 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     solver: whose steps they are; None: the one that the schedule's file names, else Euler.
     ValueError where a step is no sum of one call's x0 each, or where it needs a guided call's answers apart.
     """
-    if steps.samples is not None:
+    if steps.per_sample:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
-    if solver is None and steps.weights is None:
-        solver = _named_solver(steps)
+    fitted = isinstance(steps.steps, FittedSteps)
+    if solver is None and not fitted:
+        solver = solver_of(steps)
     if solver is not None and solver.calibration is not None:
         raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
-    weights = _summed(steps, solver) if steps.weights is None else _from_first(steps)
+    weights = _from_first(steps) if fitted else _summed(steps, solver)
     return {
         "times": steps.times.tolist(),
         "weights": weights.tolist(),
-        "start": steps.start,
+        "start": steps.start.kind,
         "start_time": steps.start_time,
     }
 
@@ -80,23 +96,9 @@ def _from_first(steps: StepSchedule) -> Tensor:
             "the schedule's steps were fitted to guided and unguided answers apart, and a pipeline gives their mix; "
             "plan it with model.guidance.scale=1, or by stepsize=oss_shared"
         )
-    weights = steps.weights.clone()
-    if steps.start == "analytic":  # first = ratio noise + (1 - ratio) mean
+    weights = steps.steps.weights.clone()
+    if isinstance(steps.start, Analytic):  # first = ratio noise + (1 - ratio) mean
         ratio = float(steps.times[0]) / steps.start_time
         weights[:, 1] /= ratio
         weights[:, 2] -= (1 - ratio) * weights[:, 1]
     return weights
-
-
-def _named_solver(steps: StepSchedule) -> Solver:
-    settings = dict(steps.about("solver"))
-    if not settings and steps.orders is not None:
-        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
-    target = str(settings.pop("_target_", "oss_exp.Euler"))
-    try:
-        kind = named_object(target)
-    except ValueError:
-        kind = None
-    if not (isinstance(kind, type) and issubclass(kind, Solver)):
-        raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
-    return kind(**settings)

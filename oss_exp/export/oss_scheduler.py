@@ -1,7 +1,7 @@
 """Step schedules in pipelines of diffusers: orders, fitted steps and analytic starts, which no list of sigmas holds.
 
 This file needs torch, diffusers and safetensors, and can lie beside a script that has nothing else of oss_exp. It runs
-what `oss-exp task=export task.to=oss_scheduler` writes: every step as numbers, a sum over the current state, the first
+what `oss-exp task=export exporter=oss_scheduler` writes: every step as numbers, a sum over the current state, the first
 state, a mean and all clean samples predicted so far. Times t are those of flow matching: x_t = (1 - t) x0 + t eps.
 Legend: B samples, M rows (a multiple of B), K steps, G conditions, *E a latent's dims.
 """
@@ -53,8 +53,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        times: Sequence[float],
-        weights: Sequence[Sequence[float]],
+        times: Sequence[float] = (1.0, 0.0),
+        weights: Sequence[Sequence[float]] = ((0.0, 0.0, 0.0, 1.0),),
         start: str = "pinned",
         start_time: float = 1.0,
         prediction_type: str = "flow_prediction",
@@ -84,7 +84,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     def from_schedule(
         cls, file: str | Path, config: Mapping[str, Any] | None = None, extra_call: bool = False, **changes: Any
     ) -> OSSScheduler:
-        """file: what task.to=oss_scheduler wrote; where oss_exp is installed, any of its step schedules.
+        """file: what exporter=oss_scheduler wrote; where oss_exp is installed, any of its step schedules.
 
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """
@@ -250,7 +250,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
         except ImportError:
             raise ValueError(
                 f"{path} has its solver's name and not its numbers; rewrite it where oss_exp is, with oss-exp "
-                f"task=export task.to=oss_scheduler task.schedule={path.name}"
+                f"task=export exporter=oss_scheduler task.schedule={path.name}"
             ) from None
         steps = StepSchedule.load(path)
         return in_numbers(steps), steps.mean

@@ -17,7 +17,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from oss_exp.files import Record, parse_record, read_text
 from oss_exp.noise import EDMPath
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule
 
 
 def flow_sigmas(steps: StepSchedule) -> list[float]:
@@ -26,9 +26,9 @@ def flow_sigmas(steps: StepSchedule) -> list[float]:
     ValueError where times alone do not say what the schedule does.
     """
     lost = {
-        "times of their own for each sample": steps.samples is not None,
-        "an analytic start": steps.start == "analytic",
-        "fitted weights": steps.weights is not None,
+        "times of their own for each sample": steps.per_sample,
+        "an analytic start": isinstance(steps.start, Analytic),
+        "fitted weights": isinstance(steps.steps, FittedSteps),
         "orders above 1": steps.orders is not None and bool((steps.orders > 1).any()),
     }
     if said := [name for name, here in lost.items() if here]:
@@ -56,34 +56,18 @@ def from_flow_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedule
 
     The noise is taken as it is, however large the first sigma: start "free".
     """
-    return StepSchedule([*sigmas[:-1], 0.0], "free", provenance=provenance)
+    return StepSchedule([*sigmas[:-1], 0.0], Free(), provenance=provenance)
 
 
 def from_ratio_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedule:
     """What `ratio_sigmas` gave, the last as in `from_flow_sigmas`. Samplers begin with noise times the first sigma."""
     times = EDMPath().canonical(torch.tensor([*sigmas[:-1], 0.0], dtype=torch.float64))
-    return StepSchedule(times, "pinned", float(times[0]), provenance=provenance)
+    return StepSchedule(times, provenance=provenance)
 
 
 def sigma_text(sigmas: Sequence[float]) -> str:
     """For ComfyUI's ManualSigmas: "14.6, 6.4, 0.0", every digit; its node reads no exponents, so there are none."""
     return ", ".join(np.format_float_positional(sigma, trim="0") for sigma in sigmas)
-
-
-def comfyui_nodes(sigmas: Sequence[float]) -> dict[str, Any]:
-    """ComfyUI's API format: the sigmas, and the sampler that they are for."""
-    return {
-        "sigmas": {"class_type": "ManualSigmas", "inputs": {"sigmas": sigma_text(sigmas)}},
-        "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
-    }
-
-
-def webui_text(sigmas: Sequence[float]) -> str:
-    """For the field "custom" of the extension webUI_ExtraSchedulers; AUTOMATIC1111 and Forge alone take no list.
-
-    It stretches a list from 1 to 0 to the model's own range: a first 1 is written as a little less.
-    """
-    return f"[{sigma_text([min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0], *sigmas[1:]])}]"
 
 
 class ManualSigmas(Record):

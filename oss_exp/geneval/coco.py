@@ -6,6 +6,8 @@ mmdet does, for transformers' own reading passes all masks through 384 x 384 pix
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,12 @@ class COCODetector(nn.Module):
 
     rules = Rules()
 
-    def __init__(self, detector: str, clip: str, names: str):
+    def __init__(
+        self,
+        detector: str = "facebook/mask2former-swin-small-coco-instance",
+        clip: str = "openai/clip-vit-large-patch14",
+        names: str | Path = "geneval_objects.txt",
+    ):
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         super().__init__()

@@ -14,19 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.evaluation.features import Shipped
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import Rules, Verdict, judge
-
-GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-COLOURS = {
-    "red": (0.95, 0.15, 0.15),
-    "orange": (1.0, 0.55, 0.1),
-    "yellow": (1.0, 0.95, 0.2),
-    "green": (0.15, 0.8, 0.25),
-    "blue": (0.2, 0.35, 1.0),
-    "purple": (0.6, 0.2, 0.85),
-    "pink": (1.0, 0.55, 0.8),
-    "white": (1.0, 1.0, 1.0),
-}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oss_exp.checks import require_range
 from oss_exp.velocity import BoundVelocity
 
 NO_CLASS = -1
@@ -28,14 +29,12 @@ class Guidance:
     interval: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
-            raise ValueError(f"model.guidance.scale must be a number (1 for none), got {self.scale!r}")
-        if self.channels is not None and (not isinstance(self.channels, int) or self.channels < 1):
-            raise ValueError(f"model.guidance.channels must be a whole number of at least 1, got {self.channels!r}")
+        require_range(at_least=-1000, at_most=1000, scale=self.scale)
+        require_range(at_least=1, channels=self.channels)
         if self.interval is not None:
             ends = list(self.interval)
             if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
-                raise ValueError(f"model.guidance.interval must be [low, high] within [0, 1], got {self.interval!r}")
+                raise ValueError(f"interval must be [low, high] within [0, 1], got {self.interval!r}")
             object.__setattr__(self, "interval", ends)  # a plain list: it is written into step schedules
 
     def bind(
@@ -62,6 +61,9 @@ class Guidance:
 
         mix = (self.scale, 1 - self.scale)
         return BoundVelocity(both, condition, max(1, micro_batch // 2), mix, mixed_within=(low, high))
+
+
+UNGUIDED = Guidance()
 
 
 def _none(like: Tensor) -> Tensor:

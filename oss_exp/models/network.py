@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.checks import require_choice, require_range
 from oss_exp.files import find_asset, load_asset
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import Guidance
@@ -18,7 +20,7 @@ from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
 UNTRAINED = "untrained"  # in place of a checkpoint: the weights as initialised, for training
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Network(Model):
@@ -41,15 +43,17 @@ class Network(Model):
         decoder: nn.Module,
         guidance: Guidance,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str,
     ):
         super().__init__()
+        require_choice(get_args(Dtype), dtype=dtype)
+        require_range(at_least=1, num_classes=num_classes, micro_batch=micro_batch)
+        if min(event_shape, default=0) < 1:
+            raise ValueError(f"event_shape must be sizes of at least 1, got {list(event_shape)}")
         self.name, self.backbone, self.parameterization = name, backbone, parameterization
         self.path, self.event_shape, self.num_classes = parameterization.path, tuple(event_shape), num_classes
         self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
-        if dtype not in DTYPES:
-            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.fingerprint = UNTRAINED if checkpoint == UNTRAINED else self._load(checkpoint)
         self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
@@ -116,11 +120,38 @@ class Network(Model):
         self.backbone.load_state_dict(tensors)
 
 
+def adaptive_norms(backbone: nn.Module) -> list[str]:
+    """Return the names of the parameters that turn clock and condition into shifts, scales and gates.
+
+    A backbone that has such names their layers in its class attribute `adaptive_norms`, such as ("norm1.linear",).
+    """
+    layers = getattr(backbone, "adaptive_norms", ())
+    names = [name for name, _ in backbone.named_parameters()]
+    return [name for name in names if any(f".{layer}." in f".{name}." for layer in layers)]
+
+
 def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
     """The name of a model at one of its sizes; ValueError where it has no such one."""
-    if size not in sizes:
-        raise ValueError(f"model.size must be one of {', '.join(sizes)}, got {size!r}")
+    require_choice(sizes, size=size)
     return name if size == "full" else f"{name}_{size}"
+
+
+def build_part(sizes: Mapping[str, Mapping[str, Any]], size: str, part: str) -> Any:
+    """What the partial `part` of a size makes; ValueError says where the settings are that make nothing."""
+    with settings_named(f"sizes.{size}.{part}"):
+        return sizes[size][part]()
+
+
+@contextmanager
+def settings_named(place: str) -> Iterator[None]:
+    """Raise what goes wrong within, where a part of a model is made, as a ValueError that names its settings."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, RuntimeError | TypeError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{place}: {kind}{error}") from error
 
 
 def shape(tensor: Tensor | None) -> str:

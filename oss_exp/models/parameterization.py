@@ -8,13 +8,14 @@ Legend: M rows, *E event dims; t (M,) float64.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from oss_exp.noise import EDMPath, GaussianPath
-from oss_exp.noise.paths import require_positive
+from oss_exp.checks import require_range
+from oss_exp.noise import DDPMPath, EDMPath, FlowPath, GaussianPath, cosine_betas
+from oss_exp.noise.paths import require_time_scale
 from oss_exp.noise.schedules import require_sigmas
 from oss_exp.tensors import rowwise
 
@@ -41,7 +42,7 @@ class Parameterization(abc.ABC):
 class FlowVelocity(Parameterization):
     """The network gives v itself: flow matching (Lipman et al. 2022, arXiv 2210.02747)."""
 
-    path: GaussianPath
+    path: GaussianPath = field(default_factory=FlowPath)
 
     def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - x0
@@ -59,15 +60,14 @@ class NoisePrediction(Parameterization):
     whole:        asked at the whole number of a chain's clock that has the nearest sigma / alpha, as EDM does.
     """
 
-    path: GaussianPath
-    time_max: float
+    path: GaussianPath = field(default_factory=DDPMPath)
+    time_max: float = 0.99368716  # the last index of the default chain
     time_scale: float = 1.0
     whole: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.time_max < 1:
-            raise ValueError(f"time_max must lie between 0 and 1, got {self.time_max!r}")
-        require_positive(time_scale=self.time_scale)
+        require_range(above=0, below=1, time_max=self.time_max)
+        require_time_scale(self.time_scale)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.clamp(max=self.time_max)
@@ -90,11 +90,15 @@ class NoisePrediction(Parameterization):
 class VPVelocity(Parameterization):
     """The network gives alpha eps - sigma x0 of a variance-preserving path (Salimans & Ho 2022, arXiv 2202.00512).
 
-    With alpha^2 + sigma^2 = 1 and s = alpha + sigma, v = (2 t - 1) s^2 x + s output. time_max: as in `Noise`.
+    With alpha^2 + sigma^2 = 1 and s = alpha + sigma, v = (2 t - 1) s^2 x + s output. time_max: as in
+    `NoisePrediction`.
     """
 
-    path: GaussianPath
-    time_max: float
+    path: GaussianPath = field(default_factory=lambda: DDPMPath(cosine_betas()))
+    time_max: float = 0.99995072  # the last index of the default chain
+
+    def __post_init__(self) -> None:
+        require_range(above=0, below=1, time_max=self.time_max)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return super().question(x, t.clamp(max=self.time_max))
@@ -116,15 +120,12 @@ class ScorePrediction(Parameterization):
     Its clock is ln(sigma / 2), EDM's table 1; it stops at sigma_min and sigma_max, beyond which nothing was seen.
     """
 
-    sigma_min: float
-    sigma_max: float
+    path: GaussianPath = field(default_factory=EDMPath, init=False, repr=False)
+    sigma_min: float = 0.02  # as in the original, and 100
+    sigma_max: float = 100.0
 
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
-
-    @property
-    def path(self) -> GaussianPath:
-        return EDMPath()
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.path.native(t).clamp(max=self.sigma_max)
@@ -141,12 +142,11 @@ class ScorePrediction(Parameterization):
 class DataPrediction(Parameterization):
     """The network gives x0, v = (x - x0) / t. time_min > 0: the cleanest time that it is asked at."""
 
-    path: GaussianPath
-    time_min: float
+    path: GaussianPath = field(default_factory=lambda: FlowPath(time_scale=1.0))
+    time_min: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.time_min < 1:
-            raise ValueError(f"time_min must lie between 0 and 1, got {self.time_min!r}")
+        require_range(above=0, below=1, time_min=self.time_min)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return super().question(x, t.clamp(min=self.time_min))
@@ -167,18 +167,16 @@ class EDMPrediction(Parameterization):
     sigma_min and sigma_max, beyond which the network has seen nothing.
     """
 
-    sigma_data: float
-    sigma_min: float
-    sigma_max: float
-    time_scale: float  # 1 in the original
+    path: GaussianPath = field(default_factory=EDMPath, init=False, repr=False)
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
-        require_positive(sigma_data=self.sigma_data, time_scale=self.time_scale)
-
-    @property
-    def path(self) -> GaussianPath:
-        return EDMPath()
+        require_range(at_least=1e-3, at_most=1e3, sigma_data=self.sigma_data)
+        require_time_scale(self.time_scale)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.path.native(t).clamp(self.sigma_min, self.sigma_max)

@@ -160,7 +160,7 @@ class Staged(Model):
         self.base, self.parameters_of, self.split = base, parameters, split
         self.name = f"{base.name}_staged" if split else base.name
         self.path, self.event_shape, self.num_classes = base.path, base.event_shape, base.num_classes
-        self.guidance, self.prompts = base.guidance, getattr(base, "prompts", None)
+        self.guidance = base.guidance
         self.cuts = torch.tensor(folder.cuts, dtype=torch.float64)
         identity = " ".join([base.fingerprint, *map(repr, folder.cuts), *parameters.hashes])
         self.fingerprint = sha256(identity.encode()) if split else base.fingerprint

@@ -20,6 +20,7 @@ from oss_exp.noise.schedules import (
     NoiseSchedule,
     QuadraticSchedule,
     VPSchedule,
+    flux_shift,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "VPPath",
     "VPSchedule",
     "cosine_betas",
+    "flux_shift",
     "linear_betas",
     "scaled_linear_betas",
     "shift_time",

@@ -14,8 +14,8 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
+from oss_exp.checks import require_range
 from oss_exp.noise import CosinePath, EDMPath, NoiseSchedule
-from oss_exp.noise.paths import require_positive
 from oss_exp.noise.schedules import even, require_sigmas
 
 
@@ -28,8 +28,8 @@ class KLOptimalSchedule(NoiseSchedule):
     Raises ValueError unless 0 < sigma_min < sigma_max.
     """
 
-    sigma_min: float
-    sigma_max: float
+    sigma_min: float = 0.0292
+    sigma_max: float = 14.6146
 
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
@@ -46,17 +46,17 @@ class BetaSchedule(NoiseSchedule):
     Below 1, alpha crowds the low end and beta the high one; at alpha = beta = 1 the sigmas are uniform. diffusers has
     this as `use_beta_sigmas`, with 0.6 and 0.6. Beta Sampling (arXiv 2407.12173) and ComfyUI spread the indices of the
     network's own clock in that way instead, which puts far fewer calls at high sigmas.
-    Raises ValueError unless 0 < sigma_min < sigma_max and alpha, beta > 0.
+    Raises ValueError unless 0 < sigma_min < sigma_max, and alpha and beta are from 0.01 to 100.
     """
 
-    sigma_min: float
-    sigma_max: float
-    alpha: float
-    beta: float
+    sigma_min: float = 0.0292
+    sigma_max: float = 14.6146
+    alpha: float = 0.6
+    beta: float = 0.6
 
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
-        require_positive(alpha=self.alpha, beta=self.beta)
+        require_range(at_least=0.01, at_most=100, alpha=self.alpha, beta=self.beta)
 
     def _times(self, num_steps: int) -> Tensor:
         share = torch.from_numpy(betaincinv(self.alpha, self.beta, even(1, 0, num_steps).numpy()))
@@ -69,19 +69,17 @@ class LinearQuadraticSchedule(NoiseSchedule):
 
     Movie Gen (arXiv 2410.13720), and Mochi with threshold 0.025: of 50 steps, 25 are those of a run of 1000.
 
-    threshold:    the stretch of flow time that the even steps cover, in (0, 1).
+    threshold:    the stretch of flow time that the even steps cover, from 1e-6 to below 1.
     linear_steps: how many steps are even; None: half of them, rounded down. A single step goes from 1 to 0.
     Raises ValueError for values outside these ranges, and for linear_steps that leave none to be quadratic.
     """
 
-    threshold: float
-    linear_steps: int | None
+    threshold: float = 0.025
+    linear_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, int | float) or not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must be in (0, 1), got {self.threshold!r}")
-        if self.linear_steps is not None and (not isinstance(self.linear_steps, int) or self.linear_steps < 1):
-            raise ValueError(f"linear_steps must be a positive whole number or null, got {self.linear_steps!r}")
+        require_range(at_least=1e-6, below=1, threshold=self.threshold)
+        require_range(at_least=1, linear_steps=self.linear_steps)
 
     def _times(self, num_steps: int) -> Tensor:
         if num_steps == 1:

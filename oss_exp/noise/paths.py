@@ -15,6 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from oss_exp.checks import require_range
+
+LONGEST_CHAIN = 1_000_000  # betas
+
 
 class GaussianPath(abc.ABC):
     """x_native = alpha(tau) x0 + sigma(tau) eps, seen as x_native = (alpha + sigma) x_t at t = sigma / (alpha + sigma).
@@ -62,12 +66,13 @@ class FlowPath(GaussianPath):
     `shift`: t = s u / (1 + (s - 1) u) with u = tau / time_scale (1: the clock is t itself, as in FLUX and SD3).
     """
 
-    shift: float
-    time_scale: float
+    shift: float = 1.0
+    time_scale: float = 1000.0
     clock = "flow time"
 
     def __post_init__(self) -> None:
-        require_positive(shift=self.shift, time_scale=self.time_scale)
+        require_shift(self.shift)
+        require_time_scale(self.time_scale)
 
     def canonical(self, tau: Tensor) -> Tensor:
         return shift_time(tau / self.time_scale, self.shift)
@@ -79,6 +84,7 @@ class FlowPath(GaussianPath):
         return torch.ones_like(t)
 
 
+@dataclass(frozen=True)
 class CosinePath(GaussianPath):
     """Continuous variance-preserving cosine: alpha = cos(pi tau / 2), sigma = sin(pi tau / 2), tau in [0, 1]."""
 
@@ -100,8 +106,8 @@ class VPPath(GaussianPath):
     Song et al. 2021 (arXiv 2011.13456, App. C): beta_min = 0.1, beta_max = 20.
     """
 
-    beta_min: float
-    beta_max: float
+    beta_min: float = 0.1
+    beta_max: float = 20.0
     clock = "tau"
 
     def __post_init__(self) -> None:
@@ -134,7 +140,7 @@ class DDPMPath(GaussianPath):
     Ho et al. 2020 (arXiv 2006.11239). Build the betas with `linear_betas`, `scaled_linear_betas` or `cosine_betas`.
     """
 
-    betas: Tensor = field(repr=False)
+    betas: Tensor = field(default_factory=lambda: linear_betas(), repr=False)
     _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64
     clock = "DDPM index"
 
@@ -143,8 +149,11 @@ class DDPMPath(GaussianPath):
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas must be a list of at least two numbers in (0, 1), got shape {tuple(betas.shape)}")
         alphas_cumprod = torch.cumprod(1 - betas, 0)
+        ratio = torch.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+        if not bool(ratio.isfinite().all() and (ratio.diff(prepend=ratio.new_zeros(1)) > 0).all()):
+            raise ValueError("betas are so small or so large that float64 cannot tell their noise levels apart")
         object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "_ratio", torch.sqrt((1 - alphas_cumprod) / alphas_cumprod))
+        object.__setattr__(self, "_ratio", ratio)
 
     def canonical(self, tau: Tensor) -> Tensor:
         ratios = self._ratio.to(tau.device)
@@ -163,18 +172,21 @@ class DDPMPath(GaussianPath):
         return torch.where(ratio < ratios[0], ratio / ratios[0] - 1, tau)
 
 
-def linear_betas(num_steps: int, start: float, end: float) -> Tensor:
-    """(num_steps,) betas, uniform between the ends (DDPM: 1000, 1e-4, 0.02)."""
+def linear_betas(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
+    """(num_steps,) betas, uniform between the ends; the defaults are DDPM's."""
+    require_chain(num_steps, start=start, end=end)
     return torch.linspace(start, end, num_steps, dtype=torch.float64)
 
 
-def scaled_linear_betas(num_steps: int, start: float, end: float) -> Tensor:
-    """(num_steps,) betas whose square roots are uniform (Stable Diffusion: 1000, 0.00085, 0.012)."""
+def scaled_linear_betas(num_steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """(num_steps,) betas whose square roots are uniform; the defaults are Stable Diffusion's."""
+    require_chain(num_steps, start=start, end=end)
     return torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
 
 
-def cosine_betas(num_steps: int, max_beta: float) -> Tensor:
+def cosine_betas(num_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
     """(num_steps,) betas of Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 17), offset 0.008, clipped at max_beta."""
+    require_chain(num_steps, max_beta=max_beta)
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta)
@@ -185,13 +197,24 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (shift * t + (1 - t))  # the same, and exactly 1 at t = 1
 
 
-def require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
+def require_shift(shift: float) -> None:
+    """ValueError where all shifted times would be 0 or 1 in float64."""
+    require_range(at_least=1e-6, at_most=1e6, shift=shift)
+
+
+def require_time_scale(time_scale: float) -> None:
+    """ValueError where a network's clock would leave float32, or be the same for all times."""
+    require_range(at_least=1e-6, at_most=1e6, time_scale=time_scale)
 
 
 def require_betas(beta_min: float, beta_max: float) -> None:
-    require_positive(beta_min=beta_min, beta_max=beta_max)
+    """ValueError unless 0 < beta_min < beta_max, the last noise level below where its flow time is 1 in float64."""
+    require_range(above=0, at_most=100, beta_min=beta_min, beta_max=beta_max)
     if not beta_min < beta_max:
-        raise ValueError(f"need 0 < beta_min < beta_max, got beta_min={beta_min}, beta_max={beta_max}")
+        raise ValueError(f"beta_min must be below beta_max, got {beta_min} and {beta_max}")
+
+
+def require_chain(num_steps: int, **betas: float) -> None:
+    """ValueError unless there are from 2 to a million betas, in (0, 1) and not too small for float64."""
+    require_range(at_least=2, at_most=LONGEST_CHAIN, num_steps=num_steps)
+    require_range(at_least=1e-9, below=1, **betas)

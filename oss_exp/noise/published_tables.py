@@ -10,11 +10,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from oss_exp.checks import require_choice
 from oss_exp.noise import EDMPath, NoiseSchedule
 
 
@@ -30,8 +31,7 @@ class PublishedSchedule(NoiseSchedule):
     table: str
 
     def __post_init__(self) -> None:
-        if self.table not in self.tables:
-            raise ValueError(f"table must be one of {', '.join(self.tables)}, got {self.table!r}")
+        require_choice(self.tables, table=self.table)
 
     def _times(self, num_steps: int) -> Tensor:
         levels = torch.tensor(self.tables[self.table], dtype=torch.float64)
@@ -60,6 +60,8 @@ class AlignYourSteps(PublishedSchedule):
         "deepfloyd_if": (160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006),
     }
 
+    table: Literal["sd15", "sdxl", "svd", "deepfloyd_if"] = "sd15"
+
     def _canonical(self, levels: Tensor) -> Tensor:
         return EDMPath().canonical(levels)
 
@@ -85,6 +87,8 @@ class OSSComfyUI(PublishedSchedule):
             *(0.232, 0.199, 0.169, 0.143, 0.12, 0.101, 0.084, 0.07, 0.058, 0.048, 0.001),
         ),
     }
+
+    table: Literal["flux", "wan", "chroma"] = "flux"
 
     def _canonical(self, levels: Tensor) -> Tensor:
         return levels

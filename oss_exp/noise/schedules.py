@@ -13,7 +13,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from oss_exp.noise.paths import DDPMPath, EDMPath, VPPath, require_betas, require_positive, shift_time
+from oss_exp.checks import require_range
+from oss_exp.noise.paths import DDPMPath, EDMPath, VPPath, linear_betas, require_betas, require_shift, shift_time
+
+MOST_STEPS = 1_000_000
+LARGEST_SIGMA = 1e12  # far above, the flow times sigma / (1 + sigma) of neighbouring nodes are equal in float64
 
 
 class NoiseSchedule(abc.ABC):
@@ -21,8 +25,7 @@ class NoiseSchedule(abc.ABC):
 
     def nodes(self, num_steps: int) -> Tensor:
         """(num_steps + 1,) float64, strictly decreasing from at most 1 to exactly 0."""
-        if num_steps < 1:
-            raise ValueError(f"a noise schedule needs at least 1 step, got {num_steps}")
+        require_range(at_least=1, at_most=MOST_STEPS, num_steps=num_steps)
         nodes = torch.cat([self._times(num_steps), torch.zeros(1, dtype=torch.float64)])
         if not bool((nodes.diff() < 0).all()):
             raise ValueError(
@@ -39,26 +42,40 @@ class NoiseSchedule(abc.ABC):
 class FlowSchedule(NoiseSchedule):
     """Uniform flow time from 1, then shifted: the default of FLUX, SD3, Wan and Open-Sora."""
 
-    shift: float
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive(shift=self.shift)
+        require_shift(self.shift)
 
     def _times(self, num_steps: int) -> Tensor:
         return shift_time(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, self.shift)
+
+
+def flux_shift(height: int = 1024, width: int = 1024) -> float:
+    """Return `FlowSchedule`'s shift for FLUX pictures of so many pixels: exp(mu), mu linear in their tokens.
+
+    From 0.5 at 256 tokens to 1.15 at 4096, as dev's scheduler; 1024 x 1024: 3.158. A token is 16 x 16 pixels.
+    """
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels < 16 or pixels % 16:
+            raise ValueError(f"{name} must be a multiple of 16 pixels, got {pixels}")
+    tokens = height // 16 * (width // 16)
+    if tokens > 256**2:  # far above, the shift leaves nothing but noise
+        raise ValueError(f"height and width must be at most those of 4096 x 4096 pixels, got {height} x {width}")
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 @dataclass(frozen=True)
 class EDMSchedule(NoiseSchedule):
     """sigma_i = (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho, then 0. arXiv 2206.00364, eq. 5."""
 
-    sigma_min: float
-    sigma_max: float
-    rho: float
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
 
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
-        require_positive(rho=self.rho)
+        require_range(at_least=0.1, at_most=100, rho=self.rho)
 
     def _times(self, num_steps: int) -> Tensor:
         ends = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
@@ -69,8 +86,8 @@ class EDMSchedule(NoiseSchedule):
 class LogSNRSchedule(NoiseSchedule):
     """Uniform in log sigma (so in log SNR) between sigma_max and sigma_min, then 0 (DPM-Solver, arXiv 2206.00927)."""
 
-    sigma_min: float
-    sigma_max: float
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
@@ -84,14 +101,13 @@ class LogSNRSchedule(NoiseSchedule):
 class VPSchedule(NoiseSchedule):
     """Evenly spaced times of `VPPath` from 1 to time_min, then 0: the score-SDE samplers' (arXiv 2011.13456)."""
 
-    beta_min: float
-    beta_max: float
-    time_min: float
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    time_min: float = 0.001
 
     def __post_init__(self) -> None:
         require_betas(self.beta_min, self.beta_max)
-        if not isinstance(self.time_min, int | float) or not 0 < self.time_min < 1:
-            raise ValueError(f"time_min must lie between 0 and 1, got {self.time_min!r}")
+        require_range(above=0, below=1, time_min=self.time_min)
 
     def _times(self, num_steps: int) -> Tensor:
         return VPPath(self.beta_min, self.beta_max).canonical(even(1.0, self.time_min, num_steps))
@@ -101,7 +117,10 @@ class VPSchedule(NoiseSchedule):
 class DDIMSchedule(NoiseSchedule):
     """Evenly spaced DDPM indices T-1 .. 0, rounded as the ADM code base does (a running sum of the stride), then 0."""
 
-    betas: Tensor = field(repr=False)
+    betas: Tensor = field(default_factory=linear_betas, repr=False)
+
+    def __post_init__(self) -> None:
+        DDPMPath(self.betas)  # its checks
 
     def _times(self, num_steps: int) -> Tensor:
         path = DDPMPath(self.betas)
@@ -114,7 +133,10 @@ class DDIMSchedule(NoiseSchedule):
 class QuadraticSchedule(NoiseSchedule):
     """DDPM indices spaced quadratically, denser towards the data. DDIM paper (arXiv 2010.02502), App. D.2."""
 
-    betas: Tensor = field(repr=False)
+    betas: Tensor = field(default_factory=linear_betas, repr=False)
+
+    def __post_init__(self) -> None:
+        DDPMPath(self.betas)  # its checks
 
     def _times(self, num_steps: int) -> Tensor:
         path = DDPMPath(self.betas)
@@ -128,6 +150,7 @@ def even(start: float, end: float, num: int) -> Tensor:
 
 
 def require_sigmas(sigma_min: float, sigma_max: float) -> None:
-    require_positive(sigma_min=sigma_min, sigma_max=sigma_max)
+    """ValueError unless 0 < sigma_min < sigma_max, whose flow times float64 can tell apart."""
+    require_range(above=0, at_most=LARGEST_SIGMA, sigma_min=sigma_min, sigma_max=sigma_max)
     if not sigma_min < sigma_max:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
+        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}")

@@ -1,7 +1,7 @@
 """From run folders to what people read: tables, pictures, one HTML page. Nothing here runs a model."""
 
 from oss_exp.report.logging import log_run
-from oss_exp.report.page import gather, write
+from oss_exp.report.page import write
 from oss_exp.report.results import mean_psnr
 
-__all__ = ["gather", "log_run", "mean_psnr", "write"]
+__all__ = ["log_run", "mean_psnr", "write"]

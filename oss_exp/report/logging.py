@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from oss_exp.report.results import compare, cost_lines, metric_lines, read_run, read_schedules
-from oss_exp.report.table import columns
+from oss_exp.evaluation.comparison import columns, with_gains
+from oss_exp.report.results import cost_lines, metric_lines, read_run, read_schedules
 
 TABLE, COSTS, PICTURES = "comparison", "cost per round", ("schedules", "samples")  # keys of what W&B is sent
 
@@ -62,7 +62,7 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
             logger.experiment.log({COSTS: _chart(curves, "cost per round of the dynamic program", "round")})
     if not (folder / "metrics.json").exists():
         return
-    lines = compare(read_run(folder))
+    lines = with_gains(read_run(folder))
     metrics = {}
     for line in lines:
         key = f"{line.result.strategy}/K{line.result.num_steps}"

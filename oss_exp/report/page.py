@@ -6,21 +6,25 @@ import html
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from oss_exp.evaluation.comparison import NOTE, Line, columns, markdown, terminal, with_gains
 from oss_exp.files import write_atomically
+from oss_exp.noise import NoiseSchedule
 from oss_exp.report import geneval, plots, web
 from oss_exp.report.records import read_amplitude, read_finetuning, read_metrics, read_training
-from oss_exp.report.results import Line, compare, read_run, read_schedules
-from oss_exp.report.table import NOTE, columns, markdown, stages, terminal
+from oss_exp.report.results import read_run, read_schedules
+from oss_exp.report.table import stages
 from oss_exp.schedule import StepSchedule
+from oss_exp.tasks import border
+from oss_exp.tasks.task import Task
 
 SCHEDULES = """<h2>Step schedules</h2>
 <div class="panels" id="panels"></div><div class="legend" id="legend"></div>
@@ -58,7 +62,7 @@ def write(folder: Path) -> None:
         made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, teacher)))
     if (folder / "metrics.json").exists():
         results = read_run(folder)
-        lines = compare(results)
+        lines = with_gains(results)
         pictures, ways = _arrays(folder / "samples.npz"), _arrays(folder / "trajectories.npz")
         made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
         if (moving := plots.animation(pictures, results)) is not None:
@@ -87,15 +91,22 @@ def write(folder: Path) -> None:
         console.print(f"{path}", soft_wrap=True)
 
 
-def gather(cfg: DictConfig) -> None:
-    """task=report: one table over all runs below `sweep`, and why those that failed did."""
-    if OmegaConf.is_missing(cfg, "sweep"):
-        raise ValueError("sweep is not set; add sweep=FOLDER, the folder of a --multirun")
-    sweep = Path(cfg.sweep).expanduser()
+@dataclass(frozen=True)
+class Report(Task):
+    """Gather the runs of the folder `sweep`, of a --multirun, into one table, picture and page."""
+
+    sweep: str
+
+    def __call__(self, cfg: DictConfig) -> None:
+        gather(Path(self.sweep).expanduser())
+
+
+def gather(sweep: Path) -> None:
+    """One table over all runs below `sweep`, and why those that failed did."""
     runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
     if not runs:
         raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
-    lines = compare([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
+    lines = with_gains([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
     plans = [(run, name, plan) for run in runs for name, plan in read_schedules(run)]
     times_seen = Counter((name, plan.num_steps) for _, name, plan in plans)
     named = [
@@ -126,7 +137,7 @@ def _console() -> Console:
 
 def _teacher_nodes(folder: Path) -> Sequence[float]:
     cfg = OmegaConf.load(folder / "config.yaml")
-    return instantiate(cfg.noise_schedule).nodes(cfg.num_teacher_steps).tolist()
+    return border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(cfg.num_teacher_steps).tolist()
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -139,14 +150,12 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
     """One line a schedule; those of single samples are only in their files."""
-    shared = [(name, plan) for name, plan in plans if plan.samples is None]
+    shared = [(name, plan) for name, plan in plans if not plan.per_sample]
     lines = []
     for name, plan in sorted(shared, key=lambda pair: pair[1].num_steps):
-        steps = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
-        steps = steps if plan.weights is None else ", fitted steps"
-        lines.append(
-            f"{name} K={plan.num_steps} {plan.start}{steps}: " + ", ".join(f"{t:.4g}" for t in plan.times.tolist())
-        )
+        orders = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
+        times = ", ".join(f"{t:.4g}" for t in plan.times.tolist())
+        lines.append(f"{name} K={plan.num_steps} {plan.kind}{orders}: {times}")
     return lines
 
 

@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.pictures import encoded
 from oss_exp.models.stages import StageRecord
 from oss_exp.report.records import Curve
-from oss_exp.report.results import Result
 from oss_exp.schedule import StepSchedule
 
 MUTED = (*plt.get_cmap("tab20b").colors[::2], *plt.get_cmap("tab20c").colors[::2])

@@ -1,46 +1,17 @@
-"""Reading run folders, and the comparison that the table shows: paired differences to the best baseline."""
+"""Reading run folders: what was measured there, and the schedules."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from oss_exp.evaluation.psnr import Interval
+from oss_exp.evaluation.comparison import Line, Result
 from oss_exp.report.records import read_metrics
 from oss_exp.schedule import StepSchedule
-
-
-@dataclass(frozen=True)
-class Result:
-    """One measured schedule. values: {sample index: PSNR}; arena: what must agree for a comparison to be fair."""
-
-    run: str
-    strategy: str
-    num_steps: int
-    nfe: int
-    baseline: bool
-    start: str
-    psnr: Interval
-    spread: Interval
-    values: dict[int, float]
-    planning: dict[str, Any]
-    metrics: dict[str, float]  # FID and the like, by name
-    arena: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the table: a result and its paired difference to the best baseline of its arena (None: it is that)."""
-
-    result: Result
-    rival: Result | None
-    gain: Interval | None
 
 
 def read_run(folder: Path, run: str = "") -> list[Result]:
@@ -64,21 +35,6 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
         )
         for row in metrics.rows
     ]
-
-
-def compare(results: Sequence[Result]) -> list[Line]:
-    """Lines by budget, then best first; differences on the samples that both have."""
-    lines = []
-    for result in sorted(results, key=lambda r: (r.nfe, r.arena, -r.psnr.mean)):
-        baselines = [r for r in results if r.baseline and r.arena == result.arena]
-        rival = max(baselines, key=lambda r: r.psnr.mean, default=None)
-        gain = None
-        if rival is not None and rival is not result:
-            common = sorted(result.values.keys() & rival.values.keys())
-            if common:
-                gain = Interval.of(np.array([result.values[i] - rival.values[i] for i in common]))
-        lines.append(Line(result, rival, gain))
-    return lines
 
 
 def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:

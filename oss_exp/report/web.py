@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from oss_exp.evaluation.comparison import Line, Result
 from oss_exp.report import plots
-from oss_exp.report.results import Line, Result, cost_lines, metric_lines
+from oss_exp.report.results import cost_lines, metric_lines
 from oss_exp.schedule import StepSchedule
 
 HERE = Path(__file__).parent
@@ -70,7 +71,7 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
                 "k": plan.num_steps,
                 "color": to_hex(colors[name]),
                 "baseline": bool(plan.about("strategy").get("baseline", False)),
-                "kind": f"{plan.start} start" + ", fitted steps" * (plan.weights is not None),
+                "kind": plan.kind,
                 "times": _rounded(times),
                 **band,
             }

@@ -4,7 +4,3 @@ A `Cell` is one run of the program, kept in a folder named by what it computes (
 says which cell holds the number that stands for each of the paper's (paper.py); render.py writes both, and whether the
 paper's claims hold here.
 """
-
-from oss_exp.reproduce.task import reproduce
-
-__all__ = ["reproduce"]

@@ -1,4 +1,7 @@
-"""Runs of the program, each in a folder whose name is a hash of its configuration: none is ever made twice."""
+"""Runs of the program, each in a folder whose name is a hash of its configuration: none is ever made twice.
+
+A folder that an earlier version named by another hash is found by what it holds (older_cells.py).
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,17 @@ from hydra import compose
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from oss_exp.files import ASSETS, Count, Record, load_record, sha256, write_atomically
-
-PARENT = "PARENT"  # in overrides: the folder of the cell that must be there before
-ELSEWHERE = ("trainer", "logger", "paths", "hydra", "keep_calls", "offload_states")  # what no result depends on
+from oss_exp.files import Count, Record, load_record, sha256, write_atomically
+from oss_exp.reproduce.older_cells import DATA, OUTPUT, PARENT, older_cell, shipped_files
+from oss_exp.tasks.older_configs import canonical
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`oss-exp <overrides>`; of two overrides of one key the later one counts. Needs Hydra to be initialized."""
+    """`oss-exp <overrides>`; of two overrides of one key the later one counts. Needs Hydra to be initialized.
+
+    PARENT in an override stands for the folder of the cell that must be there before.
+    """
 
     overrides: tuple[str, ...]
     parent: Cell | None = None
@@ -40,15 +45,30 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Of the resolved configuration, the shipped files that it names, and the parent's key."""
-        return _key(self)
+        """Of the canonical configuration, the shipped files that it names, and the parent's key."""
+        parent = self.parent.key if self.parent else None
+        return sha256(json.dumps([*_content(self), parent], sort_keys=True).encode())[:16]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return {file: SHA-256} of the shipped files that it reads."""
+        return _content(self)[1]
 
     def folder(self, root: Path) -> Path:
-        return root / self.key
+        """Return the folder that holds it, or will hold it when it is made."""
+        folder = root / self.key
+        if (folder / "cell.json").is_file():
+            return folder
+        parent = self.parent.folder(root).name if self.parent else None
+        return older_cell(root, *_content(self), parent) or folder
 
     def command(self, root: Path) -> list[str]:
         parent = str(self.parent.folder(root)) if self.parent else ""
         return [each.replace(PARENT, parent) for each in self.overrides]
+
+    def has(self, key: str) -> bool:
+        """Return whether its configuration has a group or an option of this name."""
+        return _has(self.overrides, key)
 
     def lineage(self) -> list[Cell]:
         """Itself after all that it needs."""
@@ -56,24 +76,21 @@ class Cell:
 
 
 @cache
-def _key(cell: Cell) -> str:
-    config = compose("config", [*cell.overrides, "logger=none", "paths.output_dir=OUTPUT", "paths.data_dir=DATA"])
-    values = {
-        name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name not in ELSEWHERE
-    }
-    files = {name: sha256((ASSETS / name).read_bytes()) for name in sorted(set(_texts(values))) if _shipped(name)}
-    parent = cell.parent.key if cell.parent else None
-    return sha256(json.dumps([values, files, parent], sort_keys=True).encode())[:16]
+def _has(overrides: tuple[str, ...], key: str) -> bool:
+    config = compose("config", list(overrides), return_hydra_config=True)
+    folder, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, folder) if folder else config
+    options = OmegaConf.to_container(node) if OmegaConf.is_dict(node) else {}  # with those that are not set yet
+    return key in config.hydra.runtime.choices or name in options
 
 
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, dict | list):
-        return [text for each in (value.values() if isinstance(value, dict) else value) for text in _texts(each)]
-    return [value] if isinstance(value, str) else []
-
-
-def _shipped(name: str) -> bool:
-    return bool(name) and "/" not in name and (ASSETS / name).is_file()
+@cache
+def _content(cell: Cell) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a cell computes: its canonical configuration, and hashes of the shipped files that this names."""
+    where = [f"paths.output_dir={OUTPUT}", f"paths.data_dir={DATA}"]
+    config = compose("config", [*cell.overrides, "logger=none", *where])
+    values = canonical(OmegaConf.to_container(config, resolve=True))
+    return values, shipped_files(values)
 
 
 def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
@@ -128,7 +145,8 @@ def _make(cell: Cell, root: Path, jobs: int, without: str | None, running: _Runn
         return text.split("\n\nTraceback")[0].strip()
     packages = {name: version(name) for name in ("oss_exp", "torch", "lightning", "diffusers")}
     seconds = round(time.monotonic() - started)  # of the last go, where it was killed
-    made = {"overrides": command, "packages": packages, "seconds": seconds}
+    parent = cell.parent.folder(root).name if cell.parent else None
+    made = {"overrides": command, "parent": parent, "files": cell.files, "packages": packages, "seconds": seconds}
     write_atomically(folder / "cell.json", json.dumps(made, indent=1) + "\n")
     return None
 

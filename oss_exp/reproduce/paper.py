@@ -1,12 +1,11 @@
-"""The paper's numbers and claims: `paper.json` of a table or figure (experiments/paper.md)."""
+"""The paper's numbers and claims, which are shipped with the program (assets/paper/README.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from oss_exp.files import read_json
+from oss_exp.files import ASSETS, read_json
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,17 @@ class Paper:
     doubts: tuple[str, ...]
 
     @classmethod
-    def load(cls, folder: Path) -> Paper:
-        """ValueError where <folder>/paper.json is missing or not of the form."""
-        found = read_json(folder / "paper.json", "the paper's numbers")
-        try:
-            return cls(
-                name=found["id"],
-                title=found["title"],
-                metric=found["metric"],
-                rows=tuple({**found["setting"], **row} for row in found["rows"]),
-                claims=tuple(Claim(**{key: each[key] for key in Claim.__annotations__}) for each in found["claims"]),
-                doubts=tuple(found["doubts"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / 'paper.json'} is not of the form of experiments/paper.md: {error!r}") from None
+    def load(cls, name: str) -> Paper:
+        """Return what the paper says in a table or figure, such as table_2."""
+        content = read_json(ASSETS / "paper" / f"{name}.json", "the paper's numbers")
+        return cls(
+            name=content["id"],
+            title=content["title"],
+            metric=content["metric"],
+            rows=tuple({**content["setting"], **row} for row in content["rows"]),
+            claims=tuple(Claim(**{key: each[key] for key in Claim.__annotations__}) for each in content["claims"]),
+            doubts=tuple(content["doubts"]),
+        )
 
     def ordered(self, claim: Claim) -> tuple[int, list[int]]:
         """Numbers of the row that is better by the claim, and of those that it beats."""

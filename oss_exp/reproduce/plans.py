@@ -1,7 +1,8 @@
-"""Which runs give the numbers that stand for the paper's: a function for each table, at both scales.
+"""What a table of the paper is: a function for each says which runs give our numbers in the place of the paper's.
 
 `small` has our own networks in the place of the public ones, and fewer pictures; numbers of steps, noise schedules,
-solvers and strategies are the paper's. `paper` has its models, by the yamls in conf/experiment.
+solvers and strategies are the paper's. `paper` has its models; conf/experiment/table_N.yaml is the setting that the
+runs of table N have in common there, to be run alone as well.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.reproduce.cells import PARENT, Cell
+from oss_exp.reproduce.cells import Cell
+from oss_exp.reproduce.older_cells import PARENT
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.values import Reader, Value, differ, geneval, metric, psnr
 
@@ -212,10 +214,8 @@ def table_5(paper: Paper, small: bool) -> Plan:
         length = ["task.max_steps=100", "task.save_every=50", "task.trajectories=512"] if small else []
         trained = Cell.of("task=finetune", *base, f"stepsize={strategy}", f"task.num_stages={stages}", *length)
         images = ["data.eval_samples=2000", "data.batch_size=100"]
-        images = (
-            images if small else ["data.eval_samples=50000", "evaluation.fid.num_images=50000", "evaluation=inception"]
-        )
-        few = ["evaluation.metrics=[fid]", f"num_steps=[{stages}]", f"num_teacher_steps={stages}"]  # nobody looks at it
+        images = images if small else ["data.eval_samples=50000", "metric.fid.num_images=50000", "evaluation=inception"]
+        few = ["metric=[fid]", f"num_steps=[{stages}]", f"num_teacher_steps={stages}"]  # nobody looks at it
         parts = [f"stages={PARENT}/stages"] if row["trained"] else []
         file = f"task.schedule={PARENT}/stages/schedule.json"
         measured = Cell.of("task=evaluate", *base, file, *parts, *images, *few, parent=trained)
@@ -248,7 +248,7 @@ def table_6(paper: Paper, small: bool) -> Plan:
 
     def cell(row: Row) -> Cell:
         if not small:
-            return Cell.of(*public[row["dataset"]], strategies, "trainer=gpu")
+            return Cell.of(*public[row["dataset"]], "trainer=gpu")
         coarse = [f"stepsize.oss_ave.{COARSE}"] if row["dataset"] == "mscoco512" else []
         return Cell.of(*own[row["dataset"]], strategies, "num_steps=[5,10]", *sizes, *coarse)
 

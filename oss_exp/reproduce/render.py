@@ -92,7 +92,7 @@ class Reproduction:
         doubts += [f"- {row['label']}: {row['doubt']}." for row in self.paper.rows if row["doubt"]]
         parts = [
             f"# {self.paper.name.replace('_', ' ').capitalize()}: {self.paper.title}",
-            f"The paper's number / ours at `scale={self.scale}`, with an interval of 95 % where one is known; "
+            f"The paper's number / ours at {self.scale} scale, with an interval of 95 % where one is known; "
             f"{self.paper.metric['better']} is better. Ours: {self.plan.standing_for}",
             _markdown(header, rows),
             "## Claims",
@@ -116,7 +116,7 @@ class Reproduction:
             rows.append(" & ".join([_escape(line), *both]) + r" \\")
         head = " & ".join(["", *map(_escape, columns)]) + r" \\"
         body = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", head, r"\midrule", *rows]
-        caption = f"% {self.paper.title}: the paper's number / ours (scale={self.scale}), {self.paper.metric['name']}"
+        caption = f"% {self.paper.title}: the paper's number / ours ({self.scale} scale), {self.paper.metric['name']}"
         return "\n".join([caption, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def csv(self) -> str:
@@ -134,24 +134,24 @@ class Reproduction:
         return buffer.getvalue()
 
     def json(self, cells: Path) -> str:
-        """Numbers, claims, and the runs behind them: overrides and versions of packages."""
-        used = dict.fromkeys(
-            each for source in self.plan.sources if source for cell in source.cells for each in cell.lineage()
-        )
-        runs = {
-            cell.key: {
+        """Numbers, claims, and the runs behind them, counted from 0: overrides and versions of packages."""
+        sources = [source for source in self.plan.sources if source]
+        used = dict.fromkeys(member for source in sources for cell in source.cells for member in cell.lineage())
+        places = {cell: place for place, cell in enumerate(used)}
+        runs = [
+            {
                 "overrides": list(cell.overrides),
-                "parent": cell.parent and cell.parent.key,
+                "parent": cell.parent and places[cell.parent],
                 "packages": record(cell, cells).packages,
             }
             for cell in used
-        }
+        ]
         numbers = [
             {
                 "place": list(self.plan.place(row)),
                 "paper": row["value"],
                 "ours": value and asdict(value.interval),
-                "cells": source and [cell.key for cell in source.cells],
+                "runs": source and [places[cell] for cell in source.cells],
             }
             for row, value, source in zip(self.paper.rows, self.values, self.plan.sources, strict=True)
         ]

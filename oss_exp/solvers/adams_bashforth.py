@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import LinearMultistep, require_order
+from oss_exp.checks import require_range
+from oss_exp.solvers.base import LinearMultistep
 from oss_exp.solvers.lagrange import integral_weights
 
 
@@ -19,11 +20,11 @@ class AdamsBashforth(LinearMultistep):
 
     prediction = "v"
 
-    order: int
+    order: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_order(self.order, 4)
+        require_range(at_least=1, at_most=4, order=self.order)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         return [torch.ones_like(t_next), *integral_weights(times, t_next)]

@@ -7,15 +7,16 @@ steps need travels in `State`. Legend: M rows, *E event dims, H remembered outpu
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from oss_exp.calibration import Calibration
+from oss_exp.names import named_object
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
 
@@ -27,7 +28,7 @@ WeightRule = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 class State:
     """x (M, *E) at t (M,) float64, and the last H remembered outputs, newest first, with their times (M,) each.
 
-    order (M,): of the step that led here, None before the first.
+    order (M,): of the step that led here, None before the first. step: the number of steps taken so far.
     """
 
     x: Tensor
@@ -35,6 +36,7 @@ class State:
     outputs: tuple[Tensor, ...] = ()
     times: tuple[Tensor, ...] = ()
     order: Tensor | None = None
+    step: int = 0
 
     def map(self, change: Callable[..., Tensor], *others: State) -> State:
         """change(tensor, *the same tensor of the others) on every tensor: reshape, select or merge rows."""
@@ -44,11 +46,18 @@ class State:
             tuple(change(*same) for same in zip(self.outputs, *(o.outputs for o in others), strict=True)),
             tuple(change(*same) for same in zip(self.times, *(o.times for o in others), strict=True)),
             None if self.order is None else change(self.order, *(other.order for other in others)),
+            self.step,
         )
 
 
+class _Ordered:
+    """Declares `order`, which is a class attribute of some solvers and a field of others."""
+
+    order: int
+
+
 @dataclass(frozen=True)
-class Solver(abc.ABC):
+class Solver(_Ordered, abc.ABC):
     """Knows one rule of stepping dx/dt = v. Frozen: everything that changes is in State.
 
     order:       of accuracy; a multistep solver can take any single step at any order up to it.
@@ -56,14 +65,22 @@ class Solver(abc.ABC):
                  teacher run without.
     """
 
-    order: ClassVar[int]
-    evals_per_step: ClassVar[int] = 1  # network calls
-
-    calibration: Calibration | None = field(default=None, kw_only=True)
+    calibration: Calibration | str | Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, str | Path):
             object.__setattr__(self, "calibration", Calibration.load(self.calibration))
+
+    @property
+    def evals_per_step(self) -> int:
+        """Network calls of a step whose ends are both regular."""
+        return 1
+
+    @property
+    def amplitude_table(self) -> Calibration | None:
+        """The calibration, which has been read if a file was given."""
+        assert not isinstance(self.calibration, str | Path)
+        return self.calibration
 
     def init(self, x: Tensor, t: Tensor) -> State:
         """x (M, *E), t () or (M,) -> a state that has not seen the network."""
@@ -77,18 +94,25 @@ class Solver(abc.ABC):
     def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
         """From an observed state to t_next (M,) or (), by a step of this order, () or (M,) (default: the highest)."""
 
-    def orders(self, num_steps: int) -> list[int]:
-        """The order of each of num_steps steps down to t = 0, where nothing else chooses it."""
+    def orders(self, num_steps: int) -> Sequence[int | None]:
+        """The order of each of num_steps steps down to t = 0, where nothing else chooses it; None: steps have none."""
         return [self.order] * num_steps
 
 
 class Singlestep(Solver):
     """A solver that remembers nothing from earlier steps, and calls the network again within a step (`inner_step`).
 
-    singular_at: times at which the method's own variable is infinite; steps from or to them are Euler's, with one call.
+    Methods of order p make p calls.
     """
 
-    singular_at: ClassVar[tuple[float, ...]] = (1.0, 0.0)
+    @property
+    def evals_per_step(self) -> int:
+        return self.order
+
+    @property
+    def singular_at(self) -> tuple[float, ...]:
+        """Times at which the method's own variable is infinite; steps from or to them are Euler's, with one call."""
+        return (1.0, 0.0)
 
     @abc.abstractmethod
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
@@ -105,7 +129,7 @@ class Singlestep(Solver):
             start, end = torch.where(regular, state.t, 0.6), torch.where(regular, t_next, 0.4)
             inner = self.inner_step(f, replace(state, t=start), end)
             x = inner.where(rowwise(regular, x).bool(), x)
-        return replace(state, x=x, t=t_next)
+        return replace(state, x=x, t=t_next, step=state.step + 1)
 
     def observe(self, f: VelocityFn, state: State) -> State:
         return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
@@ -159,7 +183,8 @@ class LinearMultistep(Solver):
         order = len(state.outputs) if order is None else order
         order = torch.as_tensor(order, device=state.t.device).expand(len(state.t))
         weights = self.by_order(self._any_order, state.times, t_next, order)
-        return replace(state, x=combine(weights, (state.x, *state.outputs)), t=t_next, order=order)
+        x = combine(weights, (state.x, *state.outputs))
+        return replace(state, x=x, t=t_next, order=order, step=state.step + 1)
 
     def output(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The velocity v at (x, t), in the form that is remembered; linear in (x, v)."""
@@ -217,13 +242,26 @@ class LinearMultistep(Solver):
         return [torch.where(t < 1, a, t_next), torch.where(t < 1, t_next - a * inner, 1 - t_next)]
 
 
+def named_solver(record: Mapping[str, Any]) -> Solver:
+    """Return the solver that a schedule's provenance names: `_target_`, a public name, and its arguments.
+
+    An empty record is Euler's. Raises ValueError where it names something else, or arguments that the solver refuses.
+    """
+    target, arguments = record.get("_target_", "oss_exp.Euler"), {**record}
+    arguments.pop("_target_", None)
+    try:
+        kind = named_object(str(target))
+    except ValueError:
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, Solver)):
+        raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the schedule's solver {target} cannot be made: {error}; give the solver itself") from None
+
+
 def combine(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
     """sum of weight (M,) * vector (M, *E)."""
     first, *rest = (rowwise(weight, x) * x for weight, x in zip(weights, vectors, strict=True))
     return sum(rest, first)
-
-
-def require_order(order: int, highest: int) -> None:
-    """ValueError unless order is one of 1 .. highest."""
-    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= highest:
-        raise ValueError(f"order must be a whole number from 1 to {highest}, got {order!r}")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oss_exp.noise.paths import require_positive
-from oss_exp.solvers.base import LinearMultistep, require_order
+from oss_exp.checks import require_range
+from oss_exp.solvers.base import LinearMultistep
 
 QUADRATURE = 64  # Gauss-Legendre points: the integrands are smooth in log(1 + sigma)
 
@@ -24,16 +24,15 @@ class DEIS(LinearMultistep):
     prediction = "eps"
     singular_at = (1.0,)
 
-    order: int
-    beta_d: float
-    beta_min: float
+    order: int = 3
+    beta_d: float = 19.9
+    beta_min: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_order(self.order, 3)
-        require_positive(beta_d=self.beta_d)
-        if not isinstance(self.beta_min, int | float):
-            raise ValueError(f"beta_min must be a number, got {self.beta_min!r}")
+        require_range(at_least=1, at_most=3, order=self.order)
+        require_range(at_least=1e-3, at_most=1e3, beta_d=self.beta_d)
+        require_range(at_least=-1e3, at_most=1e3, beta_min=self.beta_min)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         points, quadrature = np.polynomial.legendre.leggauss(QUADRATURE)

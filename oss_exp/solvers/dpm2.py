@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from oss_exp.checks import require_range
 from oss_exp.solvers.base import Singlestep, State
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
@@ -18,14 +19,12 @@ class DPM2(Singlestep):
     """
 
     order = 2
-    evals_per_step = 2
 
-    r: float
+    r: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int | float) or not 0 < self.r <= 1:
-            raise ValueError(f"r must be in (0, 1], got {self.r!r}")
+        require_range(at_least=0.01, at_most=1, r=self.r)
 
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
         x, v, start = state.x, state.outputs[0], state.t

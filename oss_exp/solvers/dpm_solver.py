@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import Singlestep, State, require_order
+from oss_exp.checks import require_range
+from oss_exp.solvers.base import Singlestep, State
 from oss_exp.solvers.dpm_solver_pp import log_snr
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
@@ -18,15 +19,11 @@ class DPMSolver(Singlestep):
     The steps from t = 1 and into t = 0, which are infinitely long in log-SNR, are Euler's, with one call.
     """
 
-    order: int
+    order: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_order(self.order, 3)
-
-    @property
-    def evals_per_step(self) -> int:
-        return self.order
+        require_range(at_least=1, at_most=3, order=self.order)
 
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
         start = state.t

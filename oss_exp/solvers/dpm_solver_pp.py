@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import LinearMultistep, require_order
+from oss_exp.checks import require_range
+from oss_exp.solvers.base import LinearMultistep
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,12 @@ class DPMSolverPP(LinearMultistep):
     prediction = "x0"
     singular_at = (1.0, 0.0)
 
-    order: int
-    lower_order_final: bool
+    order: int = 2
+    lower_order_final: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_order(self.order, 3)
-        if not isinstance(self.lower_order_final, bool):
-            raise ValueError(f"lower_order_final must be true or false, got {self.lower_order_final!r}")
+        require_range(at_least=1, at_most=3, order=self.order)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         lambdas = [log_snr(t) for t in times]

@@ -1,13 +1,16 @@
 """Heun's second-order method."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from oss_exp.checks import require_choice
 from oss_exp.solvers.base import Singlestep, State
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
+
+Clock = Literal["t", "sigma"]
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,12 @@ class Heun(Singlestep):
     """
 
     order = 2
-    evals_per_step = 2
 
-    clock: Literal["t", "sigma"]
+    clock: Clock = "t"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clock not in ("t", "sigma"):
-            raise ValueError(f"clock must be t or sigma, got {self.clock!r}")
+        require_choice(get_args(Clock), clock=self.clock)
 
     @property
     def singular_at(self) -> tuple[float, ...]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from oss_exp.solvers.base import LinearMultistep, require_order
+from oss_exp.checks import require_choice, require_range
+from oss_exp.solvers.base import LinearMultistep
 from oss_exp.solvers.lagrange import integral_weights
 
+Weights = Literal["uniform", "exact"]
 UNIFORM = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
@@ -24,14 +26,13 @@ class IPNDM(LinearMultistep):
     prediction = "eps"
     singular_at = (1.0,)
 
-    order: int
-    weights: Literal["uniform", "exact"]
+    order: int = 3
+    weights: Weights = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_order(self.order, 4)
-        if self.weights not in ("uniform", "exact"):
-            raise ValueError(f"weights must be uniform or exact, got {self.weights!r}")
+        require_range(at_least=1, at_most=4, order=self.order)
+        require_choice(get_args(Weights), weights=self.weights)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         sigmas, sigma_next = [t / (1 - t) for t in times], t_next / (1 - t_next)

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import factorial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from oss_exp.solvers.base import LinearMultistep, State, combine, require_order
+from oss_exp.checks import require_choice, require_range
+from oss_exp.solvers.base import LinearMultistep, State, combine
 from oss_exp.solvers.dpm_solver_pp import log_snr
 from oss_exp.velocity import VelocityFn
+
+Variant = Literal["bh1", "bh2"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,14 @@ class UniPC(LinearMultistep):
     prediction = "x0"
     singular_at = (1.0, 0.0)
 
-    order: int
-    variant: Literal["bh1", "bh2"]
-    lower_order_final: bool
+    order: int = 2
+    variant: Variant = "bh2"
+    lower_order_final: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_order(self.order, 3)
-        if not isinstance(self.lower_order_final, bool):
-            raise ValueError(f"lower_order_final must be true or false, got {self.lower_order_final!r}")
-        if self.variant not in ("bh1", "bh2"):
-            raise ValueError(f"variant must be bh1 or bh2, got {self.variant!r}")
+        require_range(at_least=1, at_most=3, order=self.order)
+        require_choice(get_args(Variant), variant=self.variant)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         current, *older = self._extra(times, t_next, corrector=False)

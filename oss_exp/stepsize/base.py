@@ -6,17 +6,18 @@ Legend: N+1 grid nodes from the noise (node 0) to the data (node N), K steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from oss_exp.distances import Distance
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, Free, Pinned, Start, StartKind, StepSchedule
 from oss_exp.solvers.base import LinearMultistep, Solver
 from oss_exp.stepsize.problem import Problem
 
 
+@runtime_checkable
 class StepsizeStrategy(Protocol):
     """Anything that plans a step schedule. Construct it from its yaml; `plan` is pure but for the network's calls.
 
@@ -37,6 +38,18 @@ class StepsizeStrategy(Protocol):
         edge_calls: what scoring one edge costs, see the function of that name. ValueError when a K does not fit.
         """
         ...
+
+
+def student_start(problem: Problem, kind: StartKind) -> Start:
+    """Return the start of this kind from the problem's noise; an analytic one has the teacher's mean."""
+    start_time = float(problem.grid[0])
+    match kind:
+        case "pinned":
+            return Pinned()
+        case "free":
+            return Free(start_time)
+        case "analytic":
+            return Analytic(problem.teacher.mean.cpu(), start_time)
 
 
 def begin_at(times: Tensor, start_time: float, planner: str, remedy: str) -> Tensor:

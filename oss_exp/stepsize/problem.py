@@ -11,81 +11,56 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from oss_exp.distances import Distance
+from oss_exp.distances import Distance, XtMSE
+from oss_exp.noise import FlowSchedule
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers.base import LinearMultistep, Solver
-from oss_exp.solvers.sampling import walk
-from oss_exp.velocity import BoundVelocity, VelocityFn, answers, mixed
+from oss_exp.solvers import Euler, LinearMultistep, Solver, walk
+from oss_exp.velocity import BoundVelocity, VelocityFn
 
 
 class Collective:
-    """How ranks agree. This one is for a single process; every rank must make the same calls in the same order."""
+    """The way in which ranks agree; this one is for a single process. All ranks make the same calls in one order."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Element-wise sum over ranks."""
+        """Return the element-wise sum over ranks."""
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """(b, ...) with any b on each rank -> all ranks' rows, one after the other."""
+        """Return all ranks' rows, one rank after the other; (b, ...) with any b on each rank."""
         return tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Teacher:
-    """states (N+1, B, *E) of the many-step run, and the network's answers (B, *E) at its first node, for reuse."""
+    """The many-step run that students are compared with. Nothing is computed before it is first asked for.
 
-    states: Tensor
-    first: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """One search set: a bound network, noises, the teacher's grid, the student's solver and the distance.
-
-    velocity: see `VelocityFn`; with a `BoundVelocity` the search can go through the samples in small groups.
-    noise:    (B, *E) the teacher's state at grid[0], float32 or wider.
-    grid:     (N+1,) strictly decreasing canonical times, the last one 0.
-    samples:  (B,) global index of each noise (default 0 .. B-1), group: (B,) its condition in 0 .. num_groups-1.
+    It runs the problem's solver over the whole grid once; the arguments are those of `Problem`.
     """
 
-    velocity: VelocityFn
+    velocity: BoundVelocity
     noise: Tensor
     grid: Tensor
     solver: Solver
     distance: Distance
-    collective: Collective = field(default_factory=Collective)
-    samples: Tensor | None = None
-    group: Tensor | None = None
-    num_groups: int = 1
-
-    def __post_init__(self) -> None:
-        StepSchedule(self.grid)  # the same rules: finite, decreasing, closed by 0
-        if len(self.noise) == 0:
-            raise ValueError("a search needs at least one noise on every rank; use fewer ranks or more search samples")
-        if not bool(self.noise.isfinite().all()):
-            raise ValueError("the noise holds NaN or infinity")
-        if self.noise.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the noise must be float32 or float64, got {self.noise.dtype}")
-        device, count = self.noise.device, len(self.noise)
-        object.__setattr__(self, "grid", self.grid.to(device, torch.float64))
-        for name, default in (("samples", torch.arange(count)), ("group", torch.zeros(count, dtype=torch.long))):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (default if value is None else value).to(device))
-
-    @property
-    def num_nodes(self) -> int:
-        """N, the number of teacher steps."""
-        return len(self.grid) - 1
+    collective: Collective
+    group: Tensor
+    num_groups: int
 
     @cached_property
-    def teacher(self) -> Teacher:
-        """Runs the solver over the whole grid once. ValueError if the network returns NaN or infinity."""
+    def first_outputs(self) -> tuple[Tensor, ...]:
+        """The network's outputs at the first node, (B, *E) each, for reuse."""
         with torch.no_grad():
-            first = answers(self.velocity, self.noise, self.grid[0].expand(len(self.noise)))
+            return self.velocity.outputs(self.noise, self.grid[0].expand(len(self.noise)))
 
-            def f(x: Tensor, t: Tensor) -> Tensor:
-                return mixed(self.velocity, first) if x is self.noise else self.velocity(x, t)
+    @cached_property
+    def states(self) -> Tensor:
+        """The states at all nodes, (N+1, B, *E). Raises ValueError where the network returns NaN or infinity."""
+        first = self.velocity.combine(self.first_outputs)
 
+        def f(x: Tensor, t: Tensor) -> Tensor:
+            return first if x is self.noise else self.velocity(x, t)
+
+        with torch.no_grad():
             states = torch.empty((len(self.grid), *self.noise.shape), dtype=self.noise.dtype, device=self.noise.device)
             for node, state in enumerate(walk(self.solver, f, self.noise, self.grid)):
                 states[node] = state.x
@@ -95,15 +70,15 @@ class Problem:
                 f"the teacher's state is NaN or infinite from node {node} (t = {float(self.grid[node]):.4f}) on; "
                 "check the model's dtype and the noise schedule's first time"
             )
-        return Teacher(states, first)
+        return states
 
     @cached_property
     def mean(self) -> Tensor:
-        """(G, *E) float32 mean clean sample at pure noise, from the teacher's first call: x0 = x - t v, over all ranks.
+        """The (G, *E) float32 mean clean sample at pure noise, from the first call: x0 = x - t v, over all ranks.
 
-        A condition that no search sample has gets the mean over all of them.
+        A condition that no search sample has gets the mean over all of them. Every rank asks for it at the same point.
         """
-        v = mixed(self.velocity, self.teacher.first)
+        v = self.velocity.combine(self.first_outputs)
         x0 = (self.noise - self.grid[0].to(self.noise) * v).double()
         member = torch.nn.functional.one_hot(self.group, self.num_groups).to(x0)  # (B, G)
         total = self.collective.sum(torch.einsum("bg,b...->g...", member, x0))
@@ -112,68 +87,128 @@ class Problem:
         return torch.where(count > 0, total / count.clamp(min=1), overall).float()
 
     @cached_property
-    def goals(self) -> list[Tensor]:
-        """The features (B, ...) of the teacher's state at every node."""
+    def targets(self) -> list[Tensor]:
+        """The distance's features (B, ...) of the state at every node."""
         with torch.no_grad():
             times = self.grid[:, None].expand(-1, len(self.noise))
-            return [
-                self.distance.features(x, t, self.velocity) for x, t in zip(self.teacher.states, times, strict=True)
-            ]
+            return [self.distance.features(x, t, self.velocity) for x, t in zip(self.states, times, strict=True)]
 
     @cached_property
-    def goal_norms(self) -> Tensor:
-        """(N+1, B) float64: the squared length of the goals."""
-        return torch.stack([goal.flatten(1).double().square().sum(1) for goal in self.goals])
+    def target_norms(self) -> Tensor:
+        """The squared length of the targets, (N+1, B) float64."""
+        return torch.stack([target.flatten(1).double().square().sum(1) for target in self.targets])
 
-    def cost(self, x: Tensor, nodes: Tensor) -> Tensor:
-        """x (M, *E), M = c B, reached at nodes (b,) of their samples, b = B or 1 -> distance to the teacher (M,)."""
-        copies, count = len(x) // len(self.noise), len(self.noise)
-        t = self.grid[nodes].expand(count).repeat(copies)
-        if len(nodes) == 1:
-            goal = self.goals[int(nodes)]
-        else:
-            goal = torch.stack([self.goals[node][sample] for sample, node in enumerate(nodes.tolist())])
-        features = self.distance.features(x, t, self.velocity)
-        return self.distance.between(features, goal.repeat(copies, *[1] * (goal.ndim - 1)))
+    @property
+    def sample_mean(self) -> Tensor:
+        """The mean clean sample of each sample's condition, (B, *E)."""
+        return self.mean.to(self.noise)[self.group]
 
-    def at_most(self, order: int | None) -> Problem:
-        """The same question and teacher for students whose steps are of this order or less."""
-        if order is None or not isinstance(self.solver, LinearMultistep) or order >= self.solver.order:
-            return self
-        part = replace(self, solver=replace(self.solver, order=order))
-        for kept in ("teacher", "mean", "goals"):
-            part.__dict__[kept] = getattr(self, kept)
+    def run(self) -> None:
+        """Make all network calls now."""
+        _ = self.states, self.targets
+
+    def subset(self, samples: Tensor | slice, velocity: BoundVelocity) -> Teacher:
+        """Return the same run for some of the samples, whose velocity is given. Nothing is computed anew."""
+        part = replace(self, velocity=velocity, noise=self.noise[samples], group=self.group[samples])
+        part.first_outputs = tuple(output[samples] for output in self.first_outputs)
+        part.states = self.states[:, samples]
+        part.mean = self.mean
+        if self.distance.calls:  # else they are as easily made anew
+            part.targets = [target[samples] for target in self.targets]
         return part
 
-    def subset(self, samples: Tensor) -> Problem:
-        """The same question for some of this rank's samples, (b,) positions, with no other rank to agree with.
 
-        The teacher, its features and the mean are kept. A plain VelocityFn can only be kept whole: else TypeError.
-        """
-        if isinstance(self.velocity, BoundVelocity):
-            velocity = self.velocity.subset(samples)
-        elif len(samples) == len(self.noise):
-            velocity = self.velocity
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One search set: a bound network, noises, the teacher's grid, the student's solver and the distance.
+
+    The default problem is a standard normal law in two dimensions, whose velocity is exact.
+
+    velocity: see `VelocityFn`; a plain function is wrapped as a `BoundVelocity` that cannot be divided.
+    noise:    (B, *E) the teacher's state at grid[0], float32 or wider.
+    grid:     (N+1,) strictly decreasing canonical times, the last one 0.
+    samples:  (B,) global index of each noise (default 0 .. B-1), group: (B,) its condition in 0 .. num_groups-1.
+    teacher:  its run, made from the other fields.
+    Raises ValueError where the noise is empty, not finite or too narrow, or the grid is none.
+    """
+
+    velocity: VelocityFn = field(default_factory=BoundVelocity)
+    noise: Tensor = field(default_factory=lambda: torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
+    grid: Tensor = field(default_factory=lambda: FlowSchedule().nodes(100))
+    solver: Solver = field(default_factory=Euler)
+    distance: Distance = field(default_factory=XtMSE)
+    collective: Collective = field(default_factory=Collective)
+    samples: Tensor = None  # type: ignore[assignment]  # set in __post_init__, like all below
+    group: Tensor = None  # type: ignore[assignment]
+    num_groups: int = 1
+    teacher: Teacher = field(init=False)
+
+    def __post_init__(self) -> None:
+        StepSchedule(self.grid)  # the same rules: finite, decreasing, closed by 0
+        if len(self.noise) == 0:
+            raise ValueError("a search needs at least one noise on every rank; use fewer ranks or more search samples")
+        if not bool(self.noise.isfinite().all()):
+            raise ValueError("the noise holds NaN or infinity")
+        if self.noise.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the noise must be float32 or float64, got {self.noise.dtype}")
+
+        device, count = self.noise.device, len(self.noise)
+        samples = torch.arange(count) if self.samples is None else self.samples
+        group = torch.zeros(count, dtype=torch.long) if self.group is None else self.group
+        self._set(
+            velocity=BoundVelocity.of(self.velocity),
+            grid=self.grid.to(device, torch.float64),
+            samples=samples.to(device),
+            group=group.to(device),
+        )
+        parts = self.velocity, self.noise, self.grid, self.solver, self.distance, self.collective
+        self._set(teacher=Teacher(*parts, self.group, self.num_groups))
+
+    def _set(self, **values: object) -> Problem:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        return self
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the number of teacher steps."""
+        return len(self.grid) - 1
+
+    def cost(self, x: Tensor, nodes: Tensor) -> Tensor:
+        """Return the distance (M,) to the teacher of x (M, *E), M = c B, at nodes (b,) of their samples, b = B or 1."""
+        copies, count = len(x) // len(self.noise), len(self.noise)
+        t = self.grid[nodes].expand(count).repeat(copies)
+        targets = self.teacher.targets
+        if len(nodes) == 1:
+            target = targets[int(nodes)]
         else:
-            raise TypeError("only a problem with a BoundVelocity can be cut to some of its samples")
+            target = torch.stack([targets[node][sample] for sample, node in enumerate(nodes.tolist())])
+        features = self.distance.features(x, t, self.velocity)
+        return self.distance.between(features, target.repeat(copies, *[1] * (target.ndim - 1)))
+
+    def at_most(self, order: int | None) -> Problem:
+        """Return the same problem and teacher for students whose steps are of this order or less."""
+        if order is None or not isinstance(self.solver, LinearMultistep) or order >= self.solver.order:
+            return self
+        return replace(self, solver=replace(self.solver, order=order))._set(teacher=self.teacher)
+
+    def subset(self, samples: Tensor) -> Problem:
+        """Return the same problem for some of this rank's samples, (b,) positions, with no other rank to agree with.
+
+        The teacher, its targets and the mean are those of all. A velocity that cannot be divided must be kept whole:
+        else TypeError.
+        """
+        whole = len(samples) == len(self.noise)
+        velocity = self.velocity if whole and not self.velocity.divisible else self.velocity.subset(samples)
+        rows: Tensor | slice = samples
         if bool((samples.diff() == 1).all()):  # neighbours need no copies
-            samples = slice(int(samples[0]), int(samples[-1]) + 1)
+            rows = slice(int(samples[0]), int(samples[-1]) + 1)
         part = replace(
             self,
             velocity=velocity,
             collective=Collective(),
-            noise=self.noise[samples],
-            samples=self.samples[samples],
-            group=self.group[samples],
+            noise=self.noise[rows],
+            samples=self.samples[rows],
+            group=self.group[rows],
         )
-        first = tuple(answer[samples] for answer in self.teacher.first)
-        part.__dict__["teacher"] = Teacher(self.teacher.states[:, samples], first)
-        part.__dict__["mean"] = self.mean
-        if self.distance.calls:  # else they are as easily made anew
-            part.__dict__["goals"] = [goal[samples] for goal in self.goals]
-        return part
-
-
-def sample_means(problem: Problem) -> Tensor:
-    """The mean clean sample of each sample's condition, (B, *E)."""
-    return problem.mean.to(problem.noise)[problem.group]
+        return part._set(teacher=self.teacher.subset(rows, velocity))

@@ -7,63 +7,66 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
+from annotated_types import Ge, Le
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.calibration import Calibration, amplitude
-from oss_exp.data.noise import HELD_OUT, NoiseData
+from oss_exp.call_counter import CallCounter
+from oss_exp.data.noise import HELD_OUT
 from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import sample, walk
-from oss_exp.tasks.call_counter import Meter
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.run import Run
+from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
+from oss_exp.tasks.task import Task
 from oss_exp.velocity import BoundVelocity
 
 Batch = dict[str, Tensor]
 Points = Iterable[tuple[float, Tensor]]
 
 
-def calibrate(cfg: DictConfig) -> None:
-    """Plan `stepsize`, run the teacher on `task.samples` noises; write calibration.json, and amplitude.json to draw."""
-    task = cfg.task
-    if not isinstance(task.samples, int) or not 1 <= task.samples <= HELD_OUT:
-        raise ValueError(f"task.samples must be a whole number from 1 to {HELD_OUT}, got {task.samples!r}")
-    for name in ("per_channel", "last_step_only"):
-        if not isinstance(task[name], bool):
-            raise ValueError(f"task.{name} must be true or false, got {task[name]!r}")
-    run = Run(cfg)
-    if run.setting.solver.calibration is not None:
-        raise ValueError("task=calibrate runs the solver as it is; set solver.calibration=null")
-    if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
-        raise ValueError(
-            f"stepsize {', '.join(alone)} plans one schedule per sample, which has no mean amplitude in time; choose "
-            "strategies that plan one for all, such as stepsize=[ddim,oss_shared]"
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Task):
+    """Plan `stepsize`, run the teacher on `samples` noises; write calibration.json, and amplitude.json to draw.
+
+    per_channel: a table for each channel; last_step_only: calibrate before the last network call and before no other.
+    """
+
+    samples: Annotated[int, Ge(1), Le(HELD_OUT)] = 512
+    per_channel: bool = False
+    last_step_only: bool = False
+
+    def __call__(self, cfg: DictConfig) -> None:
+        run = Run(cfg)
+        if run.setting.solver.calibration is not None:
+            raise ValueError("task=calibrate runs the solver as it is; set solver.calibration=null")
+        if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
+            raise ValueError(
+                f"stepsize {', '.join(alone)} plans one schedule per sample, which has no mean amplitude in time; "
+                "choose strategies that plan one for all, such as stepsize=[ddim,oss_shared]"
+            )
+        plan(run)
+        files = {(name, k): run.file(name, k) for k in run.num_steps for name in run.strategies}
+        module = CalibrateModule(
+            run.setting,
+            {label: StepSchedule.load(path) for label, path in files.items()},
+            run.folder,
+            run.about,
+            per_channel=self.per_channel,
+            last_step_only=self.last_step_only,
         )
-    run.plan()
-    files = {(name, k): run.folder / "schedules" / f"{name}_{k}.json" for k in run.num_steps for name in run.strategies}
-    module = CalibrateModule(
-        run.setting,
-        {label: StepSchedule.load(path) for label, path in files.items()},
-        run.folder,
-        run.about,
-        per_channel=task.per_channel,
-        last_step_only=task.last_step_only,
-    )
-    model = run.setting.model
-    data: NoiseData = instantiate(
-        cfg.data, event_shape=model.event_shape, num_classes=model.num_classes, search_samples=task.samples
-    )
-    run.trainer.predict(module, dataloaders=data.predict_dataloader()[0], return_predictions=False)
+        data = run.noises(search_samples=self.samples)
+        run.trainer.predict(module, dataloaders=data.predict_dataloader()[0], return_predictions=False)
 
 
 class CalibrateModule(L.LightningModule):
@@ -97,7 +100,7 @@ class CalibrateModule(L.LightningModule):
             raise ValueError("a rank got no noises; use fewer devices or more task.samples")
         mine = sum(len(batch["index"]) for batch in self.batches)
         self.samples = int(DistributedCollective().sum(torch.tensor(mine, device=self.device)))
-        meter = Meter()
+        meter = CallCounter(show=rank_zero_only.rank == 0)
         calls = self.setting.solver.evals_per_step
         with meter.progress:
             with meter.measure("teacher", calls * (len(self.setting.grid) - 1), mine):
@@ -114,7 +117,7 @@ class CalibrateModule(L.LightningModule):
         self.trainer.strategy.barrier("the calibration is on disk")
 
     def _mean(
-        self, follow: Callable[[BoundVelocity, Batch], Points], meter: Meter
+        self, follow: Callable[[BoundVelocity, Batch], Points], meter: CallCounter
     ) -> tuple[list[float], Tensor, Tensor]:
         """follow(velocity, batch) yields the (t, x (b, *E)) of P points -> times, and low and high over all ranks.
 

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from oss_exp.files import save_asset
 from oss_exp.models.checkpoints.weights import file_sha256, locate
 from oss_exp.models.families.published import Published
+from oss_exp.tasks import border
+from oss_exp.tasks.task import Task
 
 
-def convert(cfg: DictConfig) -> None:
-    """Write task.output (.safetensors and .json): the weights of `model` in float32, by the keys of task.layout."""
-    kind = get_object(cfg.model._target_)
-    if not (isinstance(kind, type) and issubclass(kind, Published)):
-        raise ValueError(f"task=convert rewrites published checkpoints; {cfg.model._target_} has none")
-    output, layout = Path(cfg.task.output), cfg.task.layout
-    if output.suffix != ".safetensors":
-        raise ValueError(f"task.output must end in .safetensors, got {output}")
-    model = instantiate(cfg.model, dtype="float32")
-    tensors = model.backbone.state_dict() if layout == "own" else _to_public(model, layout)
-    provenance = {
-        "name": model.name,
-        "layout": layout,
-        "source": _source(cfg.model, type(model.backbone).FILES),
-        "weights_sha256": model.fingerprint,  # of the numbers by our own keys, whatever the layout
-        "model": OmegaConf.to_container(cfg.model, resolve=True),
-    }
-    save_asset(output, tensors, provenance)
-    parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-    Console().print(f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True)
+@dataclass(frozen=True, kw_only=True)
+class Convert(Task):
+    """Write `output` (.safetensors and .json): the weights of `model` in float32, by the keys of `layout`."""
+
+    layout: str = "own"
+    output: str
+
+    def __call__(self, cfg: DictConfig) -> None:
+        kind = border.class_of(cfg.model, "model")
+        if not (isinstance(kind, type) and issubclass(kind, Published)):
+            raise ValueError(f"task=convert rewrites published checkpoints; {cfg.model._target_} has none")
+        output = Path(self.output)
+        if output.suffix != ".safetensors":
+            raise ValueError(f"task.output must end in .safetensors, got {output}")
+        model = border.build(cfg.model, "model", dtype="float32")
+        tensors = model.backbone.state_dict() if self.layout == "own" else _to_public(model, self.layout)
+        provenance = {
+            "name": model.name,
+            "layout": self.layout,
+            "source": _source(cfg.model, type(model.backbone).FILES),
+            "weights_sha256": model.fingerprint,  # of the numbers by our own keys, whatever the layout
+            "model": OmegaConf.to_container(cfg.model, resolve=True),
+        }
+        save_asset(output, tensors, provenance)
+        parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
+        Console().print(f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True)
 
 
 def _to_public(model: Published, layout: str) -> dict[str, Any]:

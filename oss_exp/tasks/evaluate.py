@@ -1,42 +1,108 @@
-"""Evaluation as a Lightning loop: the same held-out noises through the teacher and every schedule.
-
-PSNR per image, and the spread: the 5 to 95 % amplitude of a sample relative to the teacher's (below 1: it blurs).
-"""
+"""task=evaluate: the same held-out noises through the teacher and every schedule, as a Lightning loop."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from oss_exp.calibration import amplitude
 from oss_exp.data.noise import HELD_OUT
-from oss_exp.evaluation.metrics import ClassAgreement, FeatureMetric, ImageMetric
+from oss_exp.evaluation.comparison import measured, spread
+from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
-from oss_exp.evaluation.psnr import Interval, psnr
+from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
+from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import nfe
+from oss_exp.solvers import Solver, nfe
+from oss_exp.tasks import border
 from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.compatibility import check_fits
+from oss_exp.tasks.run import Run
+from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
-from oss_exp.tasks.trajectories import Trajectories
+from oss_exp.tasks.task import Task
+from oss_exp.tasks.trajectories import Recorder, Trajectories
 
 SHOWN = 8  # images a row in the picture of samples
 TEACHER_STEPS = 8  # of a trajectory
 KEPT_EVERY = 30  # seconds
+ABSENT = {
+    "classes": "the samples have none (data.classes)",
+    "prompts": "the model takes none (data=prompts and a model of prompts)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Task):
+    """Measure the saved step schedule of the file `schedule`; without one, plan `stepsize` first.
+
+    allow_other_model: run a schedule that was searched on other weights.
+    """
+
+    schedule: str | None = None
+    allow_other_model: bool = False
+
+    def __call__(self, cfg: DictConfig) -> None:
+        run = Run(cfg)
+        metrics = metrics_of(run)
+        if self.schedule is None:
+            plan_and_measure(run, metrics)
+            return
+        path = Path(self.schedule).expanduser()
+        steps = StepSchedule.load(path)
+        check_fits(run, path, steps, self.allow_other_model)
+        measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
+        rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
+
+
+def metrics_of(run: Run) -> Metrics:
+    """Return what the configuration of a run measures with."""
+    inputs = {"classes": run.data.classes, "prompts": run.data.prompts}
+    return Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value])
+
+
+def plan_and_measure(run: Run, metrics: Metrics) -> None:
+    """Plan every strategy for every budget, and measure all."""
+    plan(run)
+    measure(run, metrics, [(name, run.file(name, k)) for name in run.strategies for k in run.num_steps])
+
+
+def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> None:
+    """Measure the schedules of these files, each with its strategy's name, on the held-out noises of a run."""
+    schedules, rows = {}, {}
+    for name, path in files:
+        steps = StepSchedule.load(path)
+        if run.config["run_orders"] == "fixed":
+            steps = steps.with_own_orders()
+        label = f"{name} K={steps.num_steps}"
+        schedules[label] = steps
+        rows[label] = {
+            "strategy": name,
+            "num_steps": steps.num_steps,
+            "baseline": steps.about("strategy").get("baseline", False),
+            "start": steps.start.kind,
+            "schedule": f"schedules/{path.name}",
+            "planning": dict(steps.about("planning")),
+        }
+    evaluation = run.config["evaluation"]
+    trajectories = Trajectories(evaluation["trajectories"])
+    shown = evaluation["save_images"], trajectories, run.data.eval_samples, run.data.prompts
+    module = EvaluateModule(run.setting, schedules, rows, run.folder, run.about, metrics, *shown)
+    run.trainer.test(module, dataloaders=run.data.test_dataloader(), verbose=False)
 
 
 class EvaluateModule(L.LightningModule):
@@ -58,18 +124,19 @@ class EvaluateModule(L.LightningModule):
         save_images: str | None,
         trajectories: Trajectories,
         eval_samples: int,
+        prompts: Sequence[str] | None,
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         # A schedule for each sample has too few of them for a distribution.
-        shared = [label for label, steps in schedules.items() if steps.samples is None]
+        shared = [label for label, steps in schedules.items() if not steps.per_sample]
         self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
         self.save_images = save_images
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
-        self.trajectories, self.eval_samples = trajectories, eval_samples
+        self.trajectories, self.eval_samples, self.prompts = trajectories, eval_samples, prompts
 
     def on_test_start(self) -> None:
         for metric in self.metrics.values():
@@ -85,9 +152,8 @@ class EvaluateModule(L.LightningModule):
         solver = self.setting.solver
         plain = replace(solver, calibration=None)
         original, grid = self.model.original, self.setting.teacher
-        reference, teacher = self.trajectories.sample(
-            "teacher", original, plain, grid, noise, condition, None, index, TEACHER_STEPS
-        )
+        recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
+        reference, teacher = run(original, plain, grid, noise, condition, None, recorder)
         width = spread(reference)
         # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
         number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size
@@ -96,15 +162,14 @@ class EvaluateModule(L.LightningModule):
         self._keep("teacher", batch, teacher, teacher, fresh)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
-            if steps.samples is not None:
+            if steps.per_sample:
                 known = torch.isin(index, torch.tensor(steps.samples, device=index.device)).nonzero()[:, 0]
                 if len(known) == 0:
                     continue
                 steps = steps.rows(index[known].tolist())
             own, group = (None if each is None else each[known] for each in (condition, classes))
-            x0, images = self.trajectories.sample(
-                label, self.model, solver, steps, noise[known], own, group, index[known]
-            )
+            recorder = self.trajectories.recorder(label, self.model, steps, index[known])
+            x0, images = run(self.model, solver, steps, noise[known], own, group, recorder)
             values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
             self.values[label].append(torch.stack(values, dim=1))
             part = {key: value[known] for key, value in batch.items()}
@@ -148,8 +213,9 @@ class EvaluateModule(L.LightningModule):
         if label in self.metrics:
             frames = images.shape[2] if images.ndim == 5 else 1
             labels = batch["label"][fresh].repeat_interleave(frames)
-            known = getattr(self.model, "prompts", None)
-            prompts = known and [known[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
+            prompts = None
+            if self.prompts is not None:
+                prompts = [self.prompts[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
             self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts)
         everything = self.save_images == "npz"
         shown = batch["index"] < HELD_OUT + (self.eval_samples if everything else SHOWN)
@@ -177,10 +243,8 @@ class EvaluateModule(L.LightningModule):
                 {
                     **self.rows[label],
                     "nfe": nfe(self.setting.solver, steps, self.velocity),
-                    "psnr": Interval.of(value).to_dict(),
-                    "spread": Interval.of(ratio).to_dict(),
+                    **measured(index, value, ratio),
                     "metrics": self._measured(label),
-                    "per_image": {"index": index.tolist(), "psnr": value.round(4).tolist()},
                 }
             )
         pictures = {}
@@ -228,36 +292,47 @@ class EvaluateModule(L.LightningModule):
         write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
 
 
-class Metrics:
-    """evaluation.metrics besides PSNR: a call makes a set of them anew, around one extractor and one reference."""
+PARTS = ("extractor", "reference", "classifier")  # what constructors of metrics may take of conf/evaluation
 
-    def __init__(self, cfg: DictConfig):
-        known = [
-            name for name in cfg if name not in ("metrics", "save_images", "trajectories", "extractor", "reference")
-        ]
-        if not OmegaConf.is_list(cfg.metrics) or any(name not in ("psnr", *known) for name in cfg.metrics):
-            raise ValueError(f"evaluation.metrics must be a list from psnr, {', '.join(known)}, got {cfg.metrics}")
-        if cfg.save_images not in (None, "png", "npz"):
-            raise ValueError(f"evaluation.save_images must be null, png or npz, got {cfg.save_images!r}")
-        self.cfg = cfg
-        self.kinds = {name: get_class(cfg[name]._target_) for name in cfg.metrics if name != "psnr"}
-        self.features = {name for name, kind in self.kinds.items() if issubclass(kind, FeatureMetric)}
-        self.extractor = instantiate(cfg.extractor) if self.features or ClassAgreement in self.kinds.values() else None
-        self.reference = instantiate(cfg.reference) if self.features else None
+
+class Metrics:
+    """The metrics of conf/metric: a call makes a set of them anew, around one extractor and one reference.
+
+    inputs: of `classes` and `prompts`, those that the run's images are made for.
+    Raises ValueError where a metric needs what this run does not have.
+    """
+
+    def __init__(self, metric: DictConfig, evaluation: DictConfig, inputs: Collection[str]):
+        self.settings = metric
+        kinds = {name: border.class_of(each, f"metric.{name}") for name, each in metric.items()}
+        self.parts_of = {
+            name: [part for part in PARTS if part in inspect.signature(kind).parameters] for name, kind in kinds.items()
+        }
+        for name, kind in kinds.items():
+            if missing := [need for need in kind.needs if need not in inputs]:
+                raise ValueError(f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out")
+
+        wanted = {part for parts in self.parts_of.values() for part in parts}
+        extractor = border.build(evaluation.extractor, "evaluation.extractor", nn.Module) if wanted else None
+        reference = border.build(evaluation.reference, "evaluation.reference") if "reference" in wanted else None
+        if "classifier" in wanted and not hasattr(extractor, "logits"):
+            name = next(name for name, parts in self.parts_of.items() if "classifier" in parts)
+            raise ValueError(
+                f"metric={name} needs a classifier, and evaluation.extractor={type(extractor).__name__} knows no "
+                "classes; choose evaluation=fashion, or leave it out"
+            )
+        self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
         self()  # what is wrong shows before any work
 
     def __call__(self) -> MetricSet:
-        made = {name: self._make(name) for name in self.kinds}
-        once = Once(self.extractor)
-        for name in self.features:
-            made[name].extractor = once
-        return MetricSet(made.values())
-
-    def _make(self, name: str) -> ImageMetric:
-        make = instantiate(self.cfg[name], _partial_=True)  # Hydra would turn a Reference, a dataclass, into a config
-        if name in self.features:
-            return make(extractor=self.extractor, reference=self.reference)
-        return make(classifier=self.extractor) if self.kinds[name] is ClassAgreement else make()
+        metrics, once = [], Once(self.parts["extractor"])
+        for name, settings in self.settings.items():
+            parts = {part: self.parts[part] for part in self.parts_of[name]}
+            metric: ImageMetric = border.build(settings, f"metric.{name}", ImageMetric, **parts)
+            if "extractor" in self.parts_of[name]:
+                metric.extractor = once
+            metrics.append(metric)
+        return MetricSet(metrics)
 
 
 class Once(nn.Module):
@@ -288,12 +363,23 @@ class MetricSet(nn.ModuleList):
         return {name: value for metric in self for name, value in metric.compute().items()}
 
 
+def run(
+    model: Model,
+    solver: Solver,
+    steps: StepSchedule,
+    noise: Tensor,
+    condition: Tensor | None,
+    group: Tensor | None,
+    recorder: Recorder | None,
+) -> tuple[Tensor, Tensor]:
+    """Return x0 (B, *E) and its pixels for noise (B, *E) at steps.start_time."""
+    x0 = model.sample(solver, steps, noise, condition, group, recorder)
+    images = model.decode(x0)
+    if recorder is not None:
+        recorder.finish(images)
+    return x0, images
+
+
 def slug(label: str) -> str:
     """A schedule's label as a file's name."""
     return label.replace(" K=", "_")
-
-
-def spread(x: Tensor) -> Tensor:
-    """(B, *E) -> (B,) float64, from the 5 to the 95 % quantile of each sample."""
-    low, high = amplitude(x, per_channel=False)
-    return high - low

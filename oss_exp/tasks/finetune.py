@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, starmap
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from hydra.utils import instantiate
+from annotated_types import Ge
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -31,53 +31,84 @@ from torch.utils.data import Dataset, default_collate
 
 from oss_exp.data.noise import TRAINING
 from oss_exp.files import TABLE_LIMIT, load_record, write_atomically
-from oss_exp.models.network import Network
+from oss_exp.models.network import Network, adaptive_norms
 from oss_exp.models.stages import BASE, DOWN, UP, FinetuneRecord, Staged, StageFolder, StageParameters, StageRecord
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
+from oss_exp.tasks import border
+from oss_exp.tasks.compatibility import check_fits, require_same
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
-from oss_exp.tasks.pretrain import Examples, load_images
-from oss_exp.tasks.run import Run, require_same
-from oss_exp.tasks.training import Training, fit, origin, require_whole, settings
+from oss_exp.tasks.pretrain import Examples, Times, load_images
+from oss_exp.tasks.run import Run
+from oss_exp.tasks.search import plan
+from oss_exp.tasks.task import Count, Positive, Share, Whole
+from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origin
 
-OBJECTIVES = ("jump", "progressive", "diffusion")
-TRAINABLE = ("full", "adaln", "lora")
 LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
 CHECKED = 256  # examples that a stage is measured on before and after
-# What turns clock and condition into shifts, scales and gates, as diffusers and the public networks spell it.
-ADALN = re.compile(
-    r"adaLN_modulation|norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear|norm_out\.linear|proj_out_1"
-    r"|scale_shift_table|t_block|time_emb_proj|time_embed|timestep_embedder"
-)
 
 
-def finetune(cfg: DictConfig) -> Logger | None:
-    """Train task.stage (all: one after the other, from the noise on) of the task.num_stages of a schedule."""
-    task, output = cfg.task, Path(cfg.task.output)
-    _check(task)
-    require_same(cfg, output, "stage", "output")
-    asked = OmegaConf.to_yaml(cfg, resolve=True)
-    images = load_images(task.images) if "images" in task else None
-    run = Run(cfg)
-    if not isinstance(run.setting.model, Network):
-        raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
-    if images is not None:
-        _check_images(images, run.setting.model)
-    if task.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
-        raise ValueError(f"task.objective={task.objective} trains jumps of solver=euler; choose it, or diffusion")
-    steps = _schedule(run, output)
-    stages = spans(steps.num_steps, task.num_stages)
-    base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
-    folder = StageFolder(output, base, tuple(float(steps.times[span.start]) for span in stages[1:]))
-    rank_zero_only(folder.save)()
-    rank_zero_only(write_atomically)(output / "config.yaml", asked)
-    logger = instantiate(cfg.logger)
-    for stage in range(len(folder)) if task.stage == "all" else [task.stage]:
-        if not folder.file(stage).with_suffix(".json").is_file():
-            _train(run, folder, steps, stages, stage, images, logger)
-    if rank_zero_only.rank == 0:
-        _report(folder, Path(cfg.paths.output_dir))
-    return logger
+@dataclass(frozen=True, kw_only=True)
+class Finetune(TrainingTask):
+    """Train `stage` (all: one after the other, from the noise on) of the `num_stages` of a schedule.
+
+    schedule: a step schedule's file; null: plan the one `stepsize` for the one K of num_steps. stage: from 0, the
+    noisiest, on. trajectories: of the teacher, to learn jumps from.
+    """
+
+    schedule: str | None = None
+    allow_other_model: bool = False
+    num_stages: Annotated[int, Ge(2)] = 5
+    stage: Literal["all"] | Whole = "all"
+    objective: Literal["jump", "progressive", "diffusion"] = "jump"
+    trainable: Literal["full", "adaln", "lora"] = "full"
+    lora_rank: Count = 8
+    trajectories: Count = 4096
+    max_steps: Count = 1000
+    learning_rate: Positive = 3.0e-4
+    warmup_steps: Whole = 50
+    ema_decay: Share = 0.99
+    precision: Precision = "bf16-mixed"
+    save_every: Count = 250
+    output: str
+
+    def __post_init__(self) -> None:
+        if self.stage != "all" and self.stage >= self.num_stages:
+            raise ValueError(f"task.stage must be all, or a number from 0 to {self.num_stages - 1}, got {self.stage}")
+
+    def __call__(self, cfg: DictConfig) -> Logger | None:
+        output = Path(self.output)
+        if (self.objective == "diffusion") != ("images" in cfg):
+            wants = "takes no images" if "images" in cfg else "needs images: images=fashion_mnist_32, or other"
+            raise ValueError(f"task.objective={self.objective} {wants}")
+        require_same(cfg, output, "stage", "output")
+        asked = OmegaConf.to_yaml(cfg, resolve=True)
+        images = load_images(cfg.images) if "images" in cfg else None
+        run = Run(cfg)
+        if not isinstance(run.setting.model, Network):
+            raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
+        if self.trainable == "adaln" and not adaptive_norms(run.setting.model.backbone):
+            raise ValueError(
+                f"task.trainable=adaln: model={run.setting.model.name} names no adaptive layer norms; choose full or "
+                "lora"
+            )
+        if images is not None:
+            _check_images(images, run.setting.model, run.data.prompts)
+        if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
+            raise ValueError(f"task.objective={self.objective} trains jumps of solver=euler; choose it, or diffusion")
+        steps = _schedule(self, run, output)
+        stages = spans(steps.num_steps, self.num_stages)
+        base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
+        folder = StageFolder(output, base, tuple(float(steps.times[span.start]) for span in stages[1:]))
+        rank_zero_only(folder.save)()
+        rank_zero_only(write_atomically)(output / "config.yaml", asked)
+        logger = border.build(cfg.logger, "logger", Logger | None)
+        for stage in range(len(folder)) if self.stage == "all" else [self.stage]:
+            if not folder.file(stage).with_suffix(".json").is_file():
+                _train(self, run, folder, steps, stages, stage, images, logger)
+        if rank_zero_only.rank == 0:
+            _report(folder, Path(cfg.paths.output_dir))
+        return logger
 
 
 def spans(num_steps: int, num_stages: int) -> list[range]:
@@ -91,31 +122,19 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
     return list(starmap(range, pairwise(ends)))
 
 
-def _check(task: DictConfig) -> None:
-    require_whole(task, num_stages=2, max_steps=1, batch_size=1, save_every=1, trajectories=1)
-    if task.stage != "all" and not (isinstance(task.stage, int) and 0 <= task.stage < task.num_stages):
-        raise ValueError(f"task.stage must be all, or a number from 0 to {task.num_stages - 1}, got {task.stage!r}")
-    for name, known in (("objective", OBJECTIVES), ("trainable", TRAINABLE)):
-        if task[name] not in known:
-            raise ValueError(f"task.{name} must be one of {', '.join(known)}, got {task[name]!r}")
-    if (task.objective == "diffusion") != ("images" in task):
-        wants = "takes no images" if "images" in task else "needs images: data@task.images=fashion_mnist_32, or other"
-        raise ValueError(f"task.objective={task.objective} {wants}")
-
-
-def _check_images(images: Dataset, model: Network) -> None:
+def _check_images(images: Dataset, model: Network, prompts: list[str] | None) -> None:
     if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"task.images has items of shape {found}, model={model.name} takes {model.image_shape}")
-    if getattr(images, "captions", None) != getattr(model, "prompts", None):
+        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
+    if getattr(images, "captions", None) != prompts:
         raise ValueError(
-            f"the captions of task.images are not the prompts of model={model.name}, which they number; choose images "
+            f"the captions of `images` are not the prompts of model={model.name}, which they number; choose images "
             "that belong together with data.prompts"
         )
 
 
-def _schedule(run: Run, output: Path) -> StepSchedule:
+def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
     """The one of task.output; else task.schedule; else one is planned. It is left in task.output."""
-    task, kept = run.cfg.task, output / "schedule.json"
+    kept = output / "schedule.json"
     path = kept if kept.is_file() else task.schedule and Path(task.schedule).expanduser()
     if path is None:
         if len(run.strategies) != 1 or len(run.num_steps) != 1:
@@ -124,12 +143,12 @@ def _schedule(run: Run, output: Path) -> StepSchedule:
                 f"got {list(run.strategies)} and {run.num_steps}"
             )
         spans(run.num_steps[0], task.num_stages)  # a misfit shows before the work
-        run.plan()
-        path = run.folder / "schedules" / f"{next(iter(run.strategies))}_{run.num_steps[0]}.json"
+        plan(run)
+        path = run.file(next(iter(run.strategies)), run.num_steps[0])
     steps = StepSchedule.load(path)
-    run.check_fits(path, steps)
-    if steps.samples is not None or steps.weights is not None:
-        kind = "a time for every sample" if steps.weights is None else "fitted steps"
+    check_fits(run, path, steps, task.allow_other_model)
+    if steps.per_sample or isinstance(steps.steps, FittedSteps):
+        kind = "a time for every sample" if steps.per_sample else "fitted steps"
         raise ValueError(
             f"step schedule {path} has {kind}; stages need times for all and plain steps, such as oss_ave's"
         )
@@ -139,6 +158,7 @@ def _schedule(run: Run, output: Path) -> StepSchedule:
 
 
 def _train(
+    task: Finetune,
     run: Run,
     folder: StageFolder,
     steps: StepSchedule,
@@ -148,7 +168,7 @@ def _train(
     logger: Logger | None,
 ) -> None:
     """Write the stage's file."""
-    task, setting, span = run.cfg.task, run.setting, stages[stage]
+    setting, span = run.setting, stages[stage]
     network, clean = setting.model, 0.0 if span.stop == steps.num_steps else float(steps.times[span.stop])
     if task.objective == "diffusion":
         noisy = float(steps.start_time if stage == 0 else steps.times[span.start])
@@ -169,9 +189,9 @@ def _train(
         loss = partial(jump_loss, setting, steps, span, progressive)
     torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
     with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
-        module = StageModule(network, parameters, loss, examples, **settings(task))
+        module = StageModule(network, parameters, loss, examples, **task.settings())
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
-        trainer = fit(run.cfg, module, last, logger, last if last.is_file() else None, precision=task.precision)
+        trainer = fit(run.cfg, task, module, last, logger, last if last.is_file() else None, precision=task.precision)
     if rank_zero_only.rank == 0:
         # What a spawned process did is there alone.
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
@@ -195,14 +215,13 @@ def _train(
 
 
 @dataclass(frozen=True)
-class Within:
+class Within(Times):
     """t uniform between two times."""
 
     low: float
     high: float
 
     def __call__(self, u: Tensor) -> Tensor:
-        """u uniform in (0, 1), float64, any shape -> t."""
         return self.low + (self.high - self.low) * u
 
 
@@ -219,14 +238,12 @@ def _diffusion_loss(network: Network, batch: Mapping[str, Tensor]) -> Tensor:
 def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters to train, by the names that stages are saved under; afterwards the backbone is as it was."""
     tuner = _low_rank(backbone, rank) if kind == "lora" else None
-    chosen = {}
+    chosen, adaptive = {}, adaptive_norms(backbone)
     for name, parameter in backbone.named_parameters():
-        if kind == "full" or (kind == "adaln" and ADALN.search(name)):
+        if kind == "full" or (kind == "adaln" and name in adaptive):
             chosen[name] = parameter
         elif kind == "lora" and (match := LORA.fullmatch(name)):
             chosen[f"{match['layer']}.weight{DOWN if match['part'] == 'A' else UP}"] = parameter
-    if not chosen:
-        raise ValueError(f"task.trainable={kind}: the network has no such parameters; choose full or lora")
     before = [parameter.detach().cpu().clone() for parameter in chosen.values()]
     for parameter in chosen.values():
         parameter.requires_grad_(True)
@@ -249,8 +266,6 @@ def _low_rank(backbone: nn.Module, rank: int) -> Any:
         from peft.tuners.lora import LoraModel
     except ImportError:
         raise ValueError("task.trainable=lora needs peft: pip install 'oss_exp[lora]'") from None
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"task.lora_rank must be a whole number of at least 1, got {rank!r}")
     linear = [name for name, module in backbone.named_modules() if type(module) is nn.Linear]
     return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), "stage")
 

@@ -5,42 +5,57 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import call
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.files import save_asset
-from oss_exp.tasks.fitting import loss_bar, provenance
+from oss_exp.tasks import border
+from oss_exp.tasks.fitting import loss_bar, provenance, require_both_splits
+from oss_exp.tasks.task import Amount, Count, Positive, Task, Whole
 
 
-def fit_classifier(cfg: DictConfig) -> None:
-    """Write task.output (.safetensors and .json): trained on the train split of `data`, measured on its test split."""
-    task, output = cfg.task, Path(cfg.task.output)
-    for name, least in {"epochs": 1, "batch_size": 1, "shift": 0, "erase": 0}.items():
-        if not isinstance(task[name], int) or task[name] < least:
-            raise ValueError(f"task.{name} must be a whole number of at least {least}, got {task[name]!r}")
-    images, labels = pixels(call(cfg.data, split="train"))
-    test_images, test_labels = pixels(call(cfg.data, split="test"))
-    torch.manual_seed(task.seed)
-    network = FashionFeatures()
-    started = time.perf_counter()
-    train(network, images, labels, task)
-    seconds = time.perf_counter() - started
-    test_accuracy = accuracy(network, test_images, test_labels)
-    data_hash = hashlib.sha256()
-    for tensor in (images, labels, test_images, test_labels):
-        data_hash.update(tensor.numpy().tobytes())
-    data = {"train_images": len(images), "test_images": len(test_images), "sha256": data_hash.hexdigest()}
-    found = {"test_accuracy": test_accuracy, "data": data}
-    save_asset(output, network.state_dict(), provenance(task, network, seconds, found))
-    size = output.stat().st_size / 1e6
-    Console().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
+@dataclass(frozen=True, kw_only=True)
+class FitClassifier(Task):
+    """Write `output` (.safetensors and .json): trained on the train split, measured on the test split.
+
+    shift: pixels, at most, up, down or sideways; erase: side of the black square in every second image.
+    """
+
+    output: str = "fashion_features.safetensors"
+    epochs: Count = 20
+    batch_size: Count = 256
+    learning_rate: Positive = 0.1
+    weight_decay: Amount = 3.0e-4
+    shift: Whole = 1
+    erase: Whole = 8
+    seed: Whole = 0
+
+    def __call__(self, cfg: DictConfig) -> None:
+        require_both_splits(cfg.images)
+        images, labels = pixels(border.build(cfg.images, "images", split="train"))
+        test_images, test_labels = pixels(border.build(cfg.images, "images", split="test"))
+        torch.manual_seed(self.seed)
+        network = FashionFeatures()
+        started = time.perf_counter()
+        train(network, images, labels, self)
+        seconds = time.perf_counter() - started
+        test_accuracy = accuracy(network, test_images, test_labels)
+        data_hash = hashlib.sha256()
+        for tensor in (images, labels, test_images, test_labels):
+            data_hash.update(tensor.numpy().tobytes())
+        data = {"train_images": len(images), "test_images": len(test_images), "sha256": data_hash.hexdigest()}
+        found = {"test_accuracy": test_accuracy, "data": data}
+        output = Path(self.output)
+        save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
+        size = output.stat().st_size / 1e6
+        Console().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
 
 
 def pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -48,7 +63,7 @@ def pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return (data[0] + 1) / 2, data[1]
 
 
-def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: DictConfig) -> None:
+def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitClassifier) -> None:
     """images (n, 1, 32, 32) in [0, 1], labels (n,): task.epochs times through all of them, in bfloat16."""
     network.train().to(memory_format=torch.channels_last)
     steps = task.epochs * math.ceil(len(images) / task.batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +16,43 @@ from torch.utils.data import DataLoader, Dataset
 
 from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import fashion_mnist
-from oss_exp.data.scenes import CANVAS, Wardrobe, listed
+from oss_exp.data.scenes import CANVAS, FashionScenes, Wardrobe, listed
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
 from oss_exp.geneval.detectors import FashionDetector, look, targets
 from oss_exp.geneval.rules import scores
-from oss_exp.tasks.fitting import loss_bar, provenance
+from oss_exp.tasks import border
+from oss_exp.tasks.fitting import loss_bar, provenance, require_both_splits
+from oss_exp.tasks.task import Count, Positive, Task, Whole
 
 
-def fit_detector(cfg: DictConfig) -> None:
-    """Write task.output (.safetensors and .json): trained on scenes of the train split, judged on the test split's."""
-    task, output = cfg.task, Path(cfg.task.output)
-    for name in ("steps", "batch_size"):
-        if not isinstance(task[name], int) or task[name] < 1:
-            raise ValueError(f"task.{name} must be a whole number of at least 1, got {task[name]!r}")
-    train_set, test_set = (Wardrobe(*fashion_mnist(cfg.data.root, split, SIDE)) for split in ("train", "test"))
-    torch.manual_seed(task.seed)
-    network = FashionDetector()
-    started = time.perf_counter()
-    train(network, AnyScenes(train_set, task.seed, task.steps * task.batch_size), task)
-    seconds = time.perf_counter() - started
-    network.eval()
-    right = ceiling(network, test_set, seed=1)
-    found = {"right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()}}
-    save_asset(output, network.state_dict(), provenance(task, network, seconds, found))
-    shares = ", ".join(f"{name} {share.mean:.1%}" for name, share in right.items())
-    Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
+@dataclass(frozen=True, kw_only=True)
+class FitDetector(Task):
+    """Write `output` (.safetensors and .json): trained on scenes of the train split, judged on the test split's."""
+
+    output: str = "fashion_detector.safetensors"
+    steps: Count = 6000
+    batch_size: Count = 64
+    learning_rate: Positive = 2.0e-3
+    seed: Whole = 0
+
+    def __call__(self, cfg: DictConfig) -> None:
+        require_both_splits(cfg.images)
+        if border.class_of(cfg.images, "images") is not FashionScenes:
+            raise ValueError("task=fit_detector draws scenes of its own from images=fashion_scenes; leave others out")
+        train_set, test_set = (Wardrobe(*fashion_mnist(cfg.images.root, split, SIDE)) for split in ("train", "test"))
+        torch.manual_seed(self.seed)
+        network = FashionDetector()
+        started = time.perf_counter()
+        train(network, AnyScenes(train_set, self.seed, self.steps * self.batch_size), self)
+        seconds = time.perf_counter() - started
+        network.eval()
+        right = ceiling(network, test_set, seed=1)
+        found = {"right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()}}
+        output = Path(self.output)
+        save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
+        shares = ", ".join(f"{name} {share.mean:.1%}" for name, share in right.items())
+        Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
 
 
 class AnyScenes(Dataset):
@@ -58,7 +70,7 @@ class AnyScenes(Dataset):
         return image, *targets([(each.garment, each.box) for each in objects], CANVAS)
 
 
-def train(network: FashionDetector, scenes: AnyScenes, task: DictConfig) -> None:
+def train(network: FashionDetector, scenes: AnyScenes, task: FitDetector) -> None:
     """Once through the scenes, in float32."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate)

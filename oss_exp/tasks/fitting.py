@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.progress import (
 from torch import nn
 
 import oss_exp
+from oss_exp.tasks.task import Task
 
 
 def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Progress, TaskID]:
@@ -35,18 +37,24 @@ def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Pro
     return progress, progress.add_task("", total=total, completed=completed, loss=math.nan)
 
 
-def provenance(task: DictConfig, network: nn.Module, seconds: float, found: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(task: Task, network: nn.Module, seconds: float, found: Mapping[str, Any]) -> dict[str, Any]:
     """Of a network that was trained here for so long: the command, its settings, and what was found."""
     return {
         "name": Path(task.output).stem,
         "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
-        **{key: value for key, value in task.items() if key not in ("_target_", "output")},
+        **{key: value for key, value in asdict(task).items() if key != "output"},
         "parameters": sum(p.numel() for p in network.parameters()),
         **found,
         "seconds": round(seconds),
         "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": versions(),
     }
+
+
+def require_both_splits(images: DictConfig) -> None:
+    """Raise ValueError where a split was chosen, which a task does not heed that reads train and test."""
+    if images.get("split", "train") != "train":
+        raise ValueError(f"images.split={images.split} does nothing here: train and test are read; leave it out")
 
 
 def versions() -> dict[str, str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from PIL import Image
@@ -31,50 +31,57 @@ from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
 from oss_exp.tasks.run import Run
+from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
+from oss_exp.tasks.task import Count, Task
 
 FIRST = 2 * HELD_OUT  # index of the first picture's noise: none that a search or an evaluation sees
 
 
-def geneval(cfg: DictConfig) -> None:
-    """Plan `stepsize` on some prompts, make and judge task.images_per_prompt pictures of each, write geneval.json.
+@dataclass(frozen=True, kw_only=True)
+class GenEval(Task):
+    """Plan `stepsize` on some prompts, make and judge `images_per_prompt` pictures of each, write geneval.json.
 
     In a folder that an earlier run of the same configuration left (hydra.run.dir), it goes on from there.
     """
-    count, folder = cfg.task.images_per_prompt, Path(cfg.paths.output_dir)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"task.images_per_prompt must be a whole number, at least 1, got {count!r}")
-    if "prompts" not in cfg.data:
-        raise ValueError("GenEval needs a model of prompts: set data=prompts data.prompts=FILE.jsonl")
-    wanted = read_metadata(find_asset(cfg.data.prompts, "prompts"))
-    detector = instantiate(cfg.task.detector)
-    run = Run(cfg)
-    if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
-        raise ValueError(f"{alone[0]} has a schedule for each sample, and these are others; leave it out of stepsize")
-    files = [folder / "schedules" / f"{name}_{k}.json" for name in run.strategies for k in run.num_steps]
-    if not all(file.is_file() for file in files):
-        run.plan()
-    schedules = {"teacher": run.setting.teacher} | {file.stem: StepSchedule.load(file) for file in files}
 
-    batches = torch.arange(len(wanted) * count).split(cfg.data.batch_size)
-    maker = Maker(run.setting, schedules, folder, [batch.tolist() for batch in batches], cfg.data.seed, count)
-    judge = Judge(detector, list(schedules), folder, maker.batches, wanted, count)
-    for module in (maker, judge):  # what is missing is known when the one before has ended
-        loaders = [DataLoader(missing, batch_size=None) for missing in module.missing()]
-        if any(len(loader) for loader in loaders):
-            run.trainer.predict(module, loaders, return_predictions=False)
-    velocity = run.setting.model.velocity(torch.zeros(1, dtype=torch.long))
-    rows = [
-        {
-            "label": label,
-            "num_steps": steps.num_steps,
-            "nfe": nfe(run.setting.solver, steps, velocity),
-            "verdicts": judge.verdicts(label),
-        }
-        for label, steps in schedules.items()
-    ]
-    found = {**run.about, "detector": detector.fingerprint, "prompts": wanted, "images_per_prompt": count, "rows": rows}
-    rank_zero_only(write_atomically)(folder / "geneval.json", json.dumps(found) + "\n")
+    images_per_prompt: Count = 4
+    detector: Detector
+
+    def __call__(self, cfg: DictConfig) -> None:
+        if "prompts" not in cfg.data:
+            raise ValueError("GenEval needs a model of prompts: set data=prompts data.prompts=FILE.jsonl")
+        wanted = read_metadata(find_asset(cfg.data.prompts, "prompts"))
+        run, count = Run(cfg), self.images_per_prompt
+        if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
+            raise ValueError(
+                f"{alone[0]} has a schedule for each sample, and these are others; leave it out of stepsize"
+            )
+        plan(run)
+        files = [run.file(name, k) for name in run.strategies for k in run.num_steps]
+        schedules = {"teacher": run.setting.teacher} | {file.stem: StepSchedule.load(file) for file in files}
+
+        batches = torch.arange(len(wanted) * count).split(cfg.data.batch_size)
+        maker = Maker(run.setting, schedules, run.folder, [batch.tolist() for batch in batches], cfg.data.seed, count)
+        judge = Judge(self.detector, list(schedules), run.folder, maker.batches, wanted, count)
+        for module in (maker, judge):  # what is missing is known when the one before has ended
+            loaders = [DataLoader(missing, batch_size=None) for missing in module.missing()]
+            if any(len(loader) for loader in loaders):
+                run.trainer.predict(module, loaders, return_predictions=False)
+
+        velocity = run.setting.model.velocity(torch.zeros(1, dtype=torch.long))
+        rows = [
+            {
+                "label": label,
+                "num_steps": steps.num_steps,
+                "nfe": nfe(run.setting.solver, steps, velocity),
+                "verdicts": judge.verdicts(label),
+            }
+            for label, steps in schedules.items()
+        ]
+        about = {"detector": self.detector.fingerprint, "prompts": wanted, "images_per_prompt": count}
+        record = {**run.about, **about, "rows": rows}
+        rank_zero_only(write_atomically)(run.folder / "geneval.json", json.dumps(record) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------

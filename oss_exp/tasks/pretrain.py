@@ -1,4 +1,4 @@
-"""Train a denoiser: `model` from its initial weights, on the images or latents of `data`.
+"""Train a denoiser: `model` from its initial weights, on `images` (pictures, or latents).
 
 Training example i is a function of (seed, i) alone: image, noise, time and whether its label is dropped. So a run that
 was killed resumes exactly, and any number of ranks with the same global batch takes the same steps.
@@ -6,17 +6,17 @@ was killed resumes exactly, and any number of ranks with the same global batch t
 
 from __future__ import annotations
 
+import abc
 import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import call, get_object, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -33,37 +33,13 @@ from oss_exp.models.network import UNTRAINED, Network
 from oss_exp.noise import FlowSchedule
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
-from oss_exp.tasks.training import Training, fit, origin, require_whole, settings, shuffled
+from oss_exp.tasks import border
+from oss_exp.tasks.run import takes_prompts
+from oss_exp.tasks.task import Count, Positive, Share, Whole
+from oss_exp.tasks.training import Training, TrainingTask, fit, origin, shuffled
 
 SHOWN = 8  # samples of each class in a grid
 GRID_STEPS = 50  # Euler's, for each of them
-
-
-def pretrain(cfg: DictConfig) -> Logger | None:
-    """Write the averaged weights to task.output (.safetensors and .json), checkpoints and grids to the run folder."""
-    folder, task = Path(cfg.paths.output_dir), cfg.task
-    require_whole(task, max_steps=1, save_every=1, batch_size=1)
-    torch.manual_seed(task.seed)  # the initial weights, the same on every rank
-    images = load_images(cfg.data)
-    model = _untrained(cfg, images)
-    if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"data has items of shape {found}, model={model.name} takes {model.image_shape}")
-    examples = Examples(images, task.seed, task.label_dropout, instantiate(task.times), task.batch_size)
-    rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    module = PretrainModule(
-        model,
-        examples,
-        **settings(task),
-        compile=task.compile,
-        output=Path(task.output),
-        folder=folder,
-        about=_about(cfg, model, images),
-    )
-    logger = instantiate(cfg.logger)
-    trainer = fit(cfg, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(task.resume))
-    if trainer.is_global_zero:
-        Console().print(f"{task.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
-    return logger
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -71,31 +47,28 @@ def pretrain(cfg: DictConfig) -> Logger | None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def load_images(data: DictConfig) -> Dataset:
-    """Items (image, label), of a configuration of conf/data."""
-    images = call(data)
-    return TensorDataset(*images) if isinstance(images, tuple) else images
+class Times(abc.ABC):
+    """The times that training examples have."""
+
+    @abc.abstractmethod
+    def __call__(self, u: Tensor) -> Tensor:
+        """u uniform in (0, 1), float64, any shape -> t."""
 
 
 @dataclass(frozen=True)
-class UniformTimes:
+class UniformTimes(Times):
     """t uniform in [0, 1]."""
 
     def __call__(self, u: Tensor) -> Tensor:
-        """u uniform in (0, 1), float64, any shape -> t."""
         return u
 
 
 @dataclass(frozen=True)
-class LogitNormalTimes:
+class LogitNormalTimes(Times):
     """logit t = ln sigma is normal: EDM's training noise (arXiv 2206.00364, table 1) and SD3's (2403.03206) alike."""
 
-    mean: float
-    std: float
-
-    def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"task.times.std must be positive, got {self.std!r}")
+    mean: float = -0.7
+    std: Positive = 1.4
 
     def __call__(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -107,11 +80,7 @@ class Examples(Dataset):
     shared: a number in (0, 1), the same for all items of a step, which are batch_size.
     """
 
-    def __init__(
-        self, images: Any, seed: int, label_dropout: float, times: UniformTimes | LogitNormalTimes, batch_size: int
-    ):
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"task.label_dropout must lie between 0 and 1, got {label_dropout!r}")
+    def __init__(self, images: Any, seed: int, label_dropout: float, times: Times, batch_size: int):
         self.images, self.seed, self.label_dropout, self.times = images, seed, label_dropout, times
         self.batch_size = batch_size
 
@@ -169,7 +138,7 @@ class PretrainModule(Training):
         noise = torch.randn(1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0))
         chosen = torch.linspace(0, known - 1, rows, device=self.device).round().long().repeat_interleave(len(noise))
         times = FlowSchedule(1.0).nodes(GRID_STEPS)
-        steps = StepSchedule(times, "pinned", float(times[0]))
+        steps = StepSchedule(times)
         noise = noise.to(self.device, self.dtype).repeat(rows, *[1] * len(shape))
         pictures = frames_of(self.model.generate(Euler(), steps, noise, chosen if known else None))
         grid = make_grid(pictures, nrow=len(pictures) // rows)[:3]
@@ -187,16 +156,65 @@ class PretrainModule(Training):
         save_asset(self.output, weights, {**self.about, "training": training})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(TrainingTask):
+    """Write the averaged weights to `output` (.safetensors and .json), checkpoints and grids to the run folder.
+
+    label_dropout: share of examples without their class, for guidance; compile: torch.compile, a minute at the start,
+    then faster; resume: run folder or checkpoint to go on from.
+    """
+
+    max_steps: Count = 16000
+    learning_rate: Positive = 1.0e-3
+    warmup_steps: Whole = 500
+    ema_decay: Share = 0.999
+    times: Times = field(default_factory=LogitNormalTimes)
+    save_every: Count = 1000
+    compile: bool = False
+    resume: str | None = None
+    output: str
+
+    def __call__(self, cfg: DictConfig) -> Logger | None:
+        kind, folder = border.class_of(cfg.model, "model"), Path(cfg.paths.output_dir)
+        if not (isinstance(kind, type) and issubclass(kind, Network)):
+            raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
+        torch.manual_seed(self.seed)  # the initial weights, the same on every rank
+        images = load_images(cfg.images)
+        model = _untrained(cfg, images)
+        if (found := tuple(images[0][0].shape)) != model.image_shape:
+            raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
+        examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
+        rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        module = PretrainModule(
+            model,
+            examples,
+            **self.settings(),
+            compile=self.compile,
+            output=Path(self.output),
+            folder=folder,
+            about=_about(cfg, model, images),
+        )
+        logger = border.build(cfg.logger, "logger", Logger | None)
+        trainer = fit(cfg, self, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(self.resume))
+        if trainer.is_global_zero:
+            Console().print(f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
+        return logger
+
+
+def load_images(images: DictConfig) -> Dataset:
+    """Return the items (image, label) of a configuration of conf/images."""
+    items = border.build(images, "images")
+    return TensorDataset(*items) if isinstance(items, tuple) else items
+
+
 def _untrained(cfg: DictConfig, images: Dataset) -> Network:
     """The model, of the prompts that the images have for captions where they have such."""
-    kind = get_object(cfg.model._target_)
-    if not (isinstance(kind, type) and issubclass(kind, Network)):
-        raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
     captions = getattr(images, "captions", None)
-    if ("prompts" in cfg.model) != (captions is not None):
+    if takes_prompts(cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
-        raise ValueError(f"model={cfg.model.name} needs images with {wants} and data has {has}; choose another data")
-    return instantiate(cfg.model, checkpoint=UNTRAINED, **({} if captions is None else {"prompts": captions}))
+        raise ValueError(f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images")
+    more = {} if captions is None else {"prompts": captions}
+    return border.build(cfg.model, "model", Network, checkpoint=UNTRAINED, **more)
 
 
 def _checkpoint(resume: str | None) -> str | None:

@@ -1,24 +1,58 @@
-"""Planning as a Lightning loop: the ranks share the search samples, rank 0 writes every schedule as JSON."""
+"""task=search, and planning as a Lightning loop: the ranks share the search samples, rank 0 writes every schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
 from torch import Tensor
 
+from oss_exp.call_counter import CallCounter
+from oss_exp.provenance import native_times
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
-from oss_exp.tasks.call_counter import Meter
 from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.setting import Setting, native_times
+from oss_exp.tasks.run import Run
+from oss_exp.tasks.setting import Setting
+from oss_exp.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Search(Task):
+    """Plan every strategy of `stepsize` for every K of `num_steps`; write schedules/<strategy>_<K>.json."""
+
+    def __call__(self, cfg: DictConfig) -> None:
+        plan(Run(cfg))
+
+
+def plan(run: Run) -> None:
+    """Write the schedules of a run that are not there yet."""
+    missing = {
+        name: strategy
+        for name, strategy in run.strategies.items()
+        if not all(run.file(name, k).is_file() for k in run.num_steps)
+    }
+    if not missing:
+        return
+    module = SearchModule(
+        run.setting,
+        missing,
+        run.num_steps,
+        run.folder / "schedules",
+        run.about,
+        run.config["stepsize"],
+        run.config["offload_states"],
+        run.config["keep_calls"],
+    )
+    run.trainer.predict(module, dataloaders=run.data.predict_dataloader(), return_predictions=False)
 
 
 class SearchModule(L.LightningModule):
@@ -52,7 +86,7 @@ class SearchModule(L.LightningModule):
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
-        meter = Meter()
+        meter = CallCounter(show=rank_zero_only.rank == 0)
         self.calls = Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
         with meter.progress:
             problems: dict[int, Problem] = {}
@@ -64,21 +98,21 @@ class SearchModule(L.LightningModule):
                     taught.add(loader)
                     calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
                     with self._measured("teacher", calls, problem, meter, f"teacher_{loader}"):
-                        problem.teacher, problem.goals  # noqa: B018  (made now and kept for all strategies)
+                        problem.teacher.run()  # once, for all strategies
                 self._plan(name, strategy, problem, meter)
         self.trainer.strategy.barrier("schedules are on disk")
         if self.calls is not None:
             self.calls.forget()
 
     @contextmanager
-    def _measured(self, name: str, calls: int, problem: Problem, meter: Meter, file: str) -> Iterator[None]:
+    def _measured(self, name: str, calls: int, problem: Problem, meter: CallCounter, file: str) -> Iterator[None]:
         """A piece of planning, its calls (so many expected a sample) counted, shown and kept."""
         size = calls * problem.noise.numel() * problem.noise.element_size()
         kept = nullcontext() if self.calls is None else self.calls.of(file, size)
         with kept, meter.measure(name, calls, len(problem.noise)):
             yield
 
-    def _problem(self, batches: list[dict[str, Tensor]], meter: Meter) -> Problem:
+    def _problem(self, batches: list[dict[str, Tensor]], meter: CallCounter) -> Problem:
         if not batches:
             raise ValueError("a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample")
         batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
@@ -103,7 +137,7 @@ class SearchModule(L.LightningModule):
     def _calls(self, strategy: StepsizeStrategy, problem: Problem) -> int:
         return strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
 
-    def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: Meter) -> None:
+    def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: CallCounter) -> None:
         with self._measured(name, self._calls(strategy, problem), problem, meter, name):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
@@ -113,12 +147,6 @@ class SearchModule(L.LightningModule):
                 **self.provenance,
                 "native": native_times(self.model.path, plan.times),
                 "strategy": {"name": name, "baseline": strategy.baseline, **self.strategy_configs[name]},
-                "planning": {
-                    "for_num_steps": self.num_steps,
-                    "search_samples": samples,
-                    "network_calls_per_sample": round(rows / samples, 1),
-                    "seconds": round(meter.seconds, 2),
-                    **plan.about("planning"),
-                },
+                "planning": {**meter.cost(self.num_steps, samples, rows), **plan.about("planning")},
             }
             rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")

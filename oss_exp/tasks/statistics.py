@@ -1,26 +1,37 @@
-"""Statistics of real images, for FID, KID, precision and recall: from the images of `data`, once."""
+"""Statistics of real images, for FID, KID, precision and recall: from `images`, once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hydra.utils import call, instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 from oss_exp.evaluation.statistics import write_statistics
+from oss_exp.tasks import border
+from oss_exp.tasks.pretrain import load_images
+from oss_exp.tasks.task import Count, Task
 
 
-def statistics(cfg: DictConfig) -> None:
-    """Write task.output (.npz): what evaluation.extractor sees in the images of `data`."""
-    images = call(cfg.data)
-    images = TensorDataset(*images) if isinstance(images, tuple) else images
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    extractor = instantiate(cfg.evaluation.extractor).to(device)
-    batches = DataLoader(images, cfg.task.batch_size)
-    bar = track(batches, "reading images", console=Console(stderr=True))
-    found = write_statistics(Path(cfg.task.output), extractor, ((x.to(device) + 1) / 2 for x, _ in bar))
-    Console().print(f"{found.path}: {found.n} images, {len(found.mu)} features of {found.extractor}", soft_wrap=True)
+@dataclass(frozen=True, kw_only=True)
+class Statistics(Task):
+    """Write `output` (.npz): what evaluation.extractor sees in the `images`."""
+
+    output: str = "fashion_mnist_test.npz"
+    batch_size: Count = 256
+
+    def __call__(self, cfg: DictConfig) -> None:
+        images = load_images(cfg.images)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        extractor = border.build(cfg.evaluation.extractor, "evaluation.extractor", nn.Module).to(device)
+        batches = DataLoader(images, self.batch_size)
+        bar = track(batches, "reading images", console=Console(stderr=True))
+        found = write_statistics(Path(self.output), extractor, ((x.to(device) + 1) / 2 for x, _ in bar))
+        Console().print(
+            f"{found.path}: {found.n} images, {len(found.mu)} features of {found.extractor}", soft_wrap=True
+        )

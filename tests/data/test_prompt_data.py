@@ -57,7 +57,7 @@ def test_noises_are_those_of_noise_data(file):
     ("changes", "error", "words"),
     [
         ({"num_classes": 10}, ValueError, "has no classes and the model has 10"),
-        ({"search_samples": 0}, ValueError, r"data\.search_samples must be a whole number"),
+        ({"search_samples": 0}, ValueError, r"search_samples must be from 1 to .*, got 0"),
         ({"prompts": "nowhere.txt"}, FileNotFoundError, r"prompts nowhere\.txt is neither a path"),
     ],
 )

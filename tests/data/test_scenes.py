@@ -9,11 +9,12 @@ import pytest
 import torch
 from helpers import write_fashion
 
-from oss_exp.data.captioned import COLOURS, GARMENTS, SIDE
+from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import fashion_mnist
 from oss_exp.data.scenes import LINES, FashionScenes, Wardrobe, listed, plural, wishes
 from oss_exp.files import ASSETS, find_asset
 from oss_exp.geneval.detectors import FashionDetector
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import TASKS, judge, read_metadata
 from oss_exp.tasks.fit_detector import ceiling
 

@@ -185,7 +185,7 @@ def write_files(folder: Path, count: int) -> None:
 def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)
-    small = ["task=fit_classifier", f"data.root={tmp_path}", "task.batch_size=32", "task.output=small.safetensors"]
+    small = ["task=fit_classifier", f"images.root={tmp_path}", "task.batch_size=32", "task.output=small.safetensors"]
     run_cli(*small, "task.epochs=3")
     record = json.loads((tmp_path / "small.json").read_text())
     assert record["test_accuracy"] > 0.3  # three times what guessing gets
@@ -202,13 +202,13 @@ def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
     [
         ("task.epochs=0", "task.epochs must be a whole number of at least 1, got 0"),
         ("task.learning_rate=1e38", "the loss is nan in epoch 2; lower task.learning_rate"),
-        ("data.size=30", r"28 x 28 or 32 x 32 .* got \(320, 1, 30, 30\)"),
+        ("images.size=30", r"28 x 28 or 32 x 32 .* got \(320, 1, 30, 30\)"),
     ],
 )
 def test_wrong_settings_end_with_one_message(tmp_path, monkeypatch, capsys, setting, message):
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        run_cli("task=fit_classifier", f"data.root={tmp_path}", "task.epochs=2", "task.batch_size=320", setting)
+        run_cli("task=fit_classifier", f"images.root={tmp_path}", "task.epochs=2", "task.batch_size=320", setting)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "fashion_features.safetensors").exists()

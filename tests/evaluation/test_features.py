@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from oss_exp.distances import Inception
-from oss_exp.evaluation.features import InceptionV3, RandomFeatures
+from oss_exp.distances import Inception, RandomFeatures
+from oss_exp.evaluation.features import InceptionV3
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import OSSShared, Problem

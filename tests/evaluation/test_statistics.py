@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from oss_exp.evaluation.features import RandomFeatures
+from oss_exp.distances import RandomFeatures
 from oss_exp.evaluation.statistics import Reference, fingerprint, frechet, gram, moments, write_statistics
 
 F = 28  # features of EXTRACTOR

@@ -21,21 +21,20 @@ from hydra.utils import instantiate
 
 from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
+from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import diffusers_arguments, diffusers_sigmas
 from oss_exp.export.sigmas import (
-    comfyui_nodes,
     flow_sigmas,
     from_flow_sigmas,
     from_ratio_sigmas,
     ratio_sigmas,
     read_sigmas,
     sigma_text,
-    webui_text,
 )
-from oss_exp.models.families.flux import flux_shift
-from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, scaled_linear_betas
+from oss_exp.export.webui import webui_text
+from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import OSSAve, Problem
 
@@ -59,7 +58,7 @@ def preset(request, tmp_path) -> StepSchedule:
         overrides = ["stepsize=oss_comfyui", f"stepsize.oss_comfyui.schedule.table={table}"]
         schedule = instantiate(compose("config", overrides).stepsize.oss_comfyui.schedule)
     nodes = schedule.nodes(PRESETS[table])
-    StepSchedule(nodes, "pinned", float(nodes[0])).save(tmp_path / "preset.json")
+    StepSchedule(nodes).save(tmp_path / "preset.json")
     return StepSchedule.load(tmp_path / "preset.json")
 
 
@@ -147,7 +146,7 @@ def test_a_flow_scheduler_runs_presets_and_planned_schedules(name, velocity, pre
 def test_euler_of_diffusers_runs_published_levels(table):
     for count in (4, 10, 17):
         nodes = AlignYourSteps(table).nodes(count)
-        steps = StepSchedule(nodes, "pinned", float(nodes[0]))
+        steps = StepSchedule(nodes)
         torch.testing.assert_close(run_through(EulerDiscreteScheduler(**SD), steps), nodes, rtol=0, atol=1e-6)
 
 
@@ -217,7 +216,7 @@ def comfyui_reads(text: str) -> list[float]:
 @pytest.mark.parametrize("network", ["flow", "eps"])
 def test_lists_there_and_back(network):
     times = [0.98, 0.7, 1e-5 / 3, 0.0]
-    steps = StepSchedule(times, "pinned", 0.98)
+    steps = StepSchedule(times)
     sigmas = flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)
     if network == "eps":
         assert sigmas == pytest.approx([t / (1 - t) for t in times], rel=1e-12)
@@ -283,13 +282,13 @@ def test_schedulers_with_times_of_their_own_are_refused(settings, mu, message):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (StepSchedule([0.9, 0.5, 0.0], "analytic", mean=torch.zeros(1, 2)), "an analytic start"),
-        (StepSchedule([1.0, 0.5, 0.0], orders=torch.tensor([1, 2])), "orders above 1"),
+        (StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))), "an analytic start"),
+        (StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 2]))), "orders above 1"),
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), "each sample"),
-        (StepSchedule([1.0, 0.5, 0.0], weights=torch.ones(2, 4), mean=torch.zeros(1, 2)), "fitted weights"),
+        (StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), torch.zeros(1, 2))), "fitted weights"),
     ],
 )
 def test_what_a_list_cannot_hold_is_refused(steps, message):
     with pytest.raises(ValueError, match=f"cannot hold {message}" if "each" not in message else message):
         flow_sigmas(steps)
-    assert flow_sigmas(StepSchedule([1.0, 0.5, 0.0], orders=torch.tensor([1, 1]))) == [1.0, 0.5, 0.0]
+    assert flow_sigmas(StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 1])))) == [1.0, 0.5, 0.0]

@@ -26,7 +26,7 @@ from oss_exp.export.numbers import in_numbers, save_in_numbers
 from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.models.parameterization import NoisePrediction, Parameterization, VPVelocity
 from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, linear_betas, scaled_linear_betas
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.deis import DEIS
@@ -128,7 +128,7 @@ def test_samples_are_our_own(strategy, solver, prediction, velocity, tmp_path):
     found = loop(scheduler, network, noise)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(loop(scheduler, network, noise), found, rtol=0, atol=0)  # and again
-    if steps.start != "analytic":
+    if not isinstance(steps.start, Analytic):
         torch.testing.assert_close(loop(scheduler, network, noise, begin=False), found, rtol=0, atol=1e-12)
     spent = load(steps, solver, tmp_path, {"prediction_type": prediction, **SD}, extra_call=True)
     torch.testing.assert_close(loop(spent, network, noise, begin=False), found, rtol=0, atol=1e-12)
@@ -136,7 +136,7 @@ def test_samples_are_our_own(strategy, solver, prediction, velocity, tmp_path):
 
 
 def test_each_condition_has_its_mean(velocity, tmp_path):
-    steps = StepSchedule([0.8, 0.5, 0.2, 0.1, 0.05, 0.0], "analytic", mean=draw((3, 64), 3, torch.float64))
+    steps = StepSchedule([0.8, 0.5, 0.2, 0.1, 0.05, 0.0], Analytic(draw((3, 64), 3, torch.float64)))
     noise, group = draw((4, 64), dtype=torch.float64), torch.tensor([2, 0, 1, 2])
     scheduler = load(steps, "euler", tmp_path)
     with pytest.raises(ValueError, match=r"means of 3 conditions; set scheduler\.condition"):
@@ -161,7 +161,7 @@ def test_half_precision_does_not_add_up(velocity, tmp_path):
 
 def test_the_clock_is_that_of_our_paths(tmp_path):
     times = [TIME_MAX, 0.9, 0.5, 0.1, 0.02, 0.005, 0.0]  # the last two calls are cleaner than index 0
-    scheduler = load(StepSchedule(times, "pinned", TIME_MAX), "euler", tmp_path, DDIMScheduler(**SD).config)
+    scheduler = load(StepSchedule(times), "euler", tmp_path, DDIMScheduler(**SD).config)
     expected = PATH.native(torch.tensor(times[:-1], dtype=torch.float64)).float()
     torch.testing.assert_close(scheduler.timesteps, expected, rtol=0, atol=2e-3)
     torch.testing.assert_close(scheduler.timesteps[1:4], expected[1:4], rtol=0, atol=1e-4)
@@ -276,7 +276,7 @@ def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
     pipe.scheduler = load(steps, solver, tmp_path, pipe.scheduler.config)
     ask = {"prompt_embeds": text.expand(2, -1, -1), "negative_prompt_embeds": free.expand(2, -1, -1)}
     ask |= {"guidance_scale": 2.0, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": STEPS}
-    if steps.start == "analytic":
+    if isinstance(steps.start, Analytic):
         with pytest.raises(ValueError, match=r"give the pipeline latents=scheduler\.begin\(noise\)"):
             pipe(latents=noise, **ask)
         noise_given = pipe.scheduler.begin(noise)
@@ -373,7 +373,7 @@ def test_without_oss_exp(tmp_path):
 
 def test_with_oss_exp_any_schedule_is_read(tmp_path, velocity):
     solver = {"_target_": "oss_exp.solvers.unipc.UniPC", "order": 2, "variant": "bh2", "lower_order_final": True}
-    steps = StepSchedule([0.9, 0.5, 0.0], orders=torch.tensor([1, 1]), provenance={"solver": solver})
+    steps = StepSchedule([0.9, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 1])), provenance={"solver": solver})
     scheduler = OSSScheduler.from_schedule(steps.save(tmp_path / "raw.json"))
     assert scheduler.weights == in_numbers(steps, UniPC(order=2, variant="bh2", lower_order_final=True))["weights"]
 
@@ -400,11 +400,11 @@ ZEROS = torch.zeros(1, 4)
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), None, "times of its own for each sample"),
         (StepSchedule([1.0, 0.5, 0.0]), Heun(clock="t"), "calls the network again within a step"),
         (
-            StepSchedule([1.0, 0.5, 0.0], weights=torch.ones(2, 4), mean=ZEROS, provenance=GUIDED),
+            StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), ZEROS), provenance=GUIDED),
             None,
             "guided and unguided answers apart",
         ),
-        (StepSchedule([1.0, 0.5, 0.0], orders=torch.tensor([1, 2])), None, "names no solver"),
+        (StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 2]))), None, "names no solver"),
         (StepSchedule([1.0, 0.5, 0.0], provenance={"solver": {"_target_": "os.system"}}), None, "no solver of oss_exp"),
     ],
 )
@@ -415,7 +415,7 @@ def test_what_a_scheduler_cannot_run_is_refused(steps, solver, message, tmp_path
 
 
 def test_wrong_use_says_what_is_right(tmp_path):
-    steps = StepSchedule([0.8, 0.5, 0.0], "analytic", mean=ZEROS)
+    steps = StepSchedule([0.8, 0.5, 0.0], Analytic(ZEROS))
     with pytest.raises(ValueError, match=r"needs the betas of the training; give from_schedule the config"):
         load(steps, "euler", tmp_path, prediction_type="epsilon")
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):

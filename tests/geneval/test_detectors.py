@@ -6,7 +6,8 @@ import torch
 
 from oss_exp.data.scenes import CANVAS, Wardrobe
 from oss_exp.files import save_asset
-from oss_exp.geneval.detectors import COLOURS, GARMENTS, FashionDetector, Seen, look, targets
+from oss_exp.geneval.detectors import FashionDetector, Seen, look, targets
+from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 
 @pytest.fixture(scope="module")

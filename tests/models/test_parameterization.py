@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from oss_exp.models.parameterization import DataPrediction, EDMPrediction, FlowVelocity, NoisePrediction
+from oss_exp.models.parameterization import DataPrediction, EDMPrediction, FlowVelocity, NoisePrediction, VPVelocity
 from oss_exp.noise import CosinePath, DDPMPath, EDMPath, FlowPath, linear_betas
 
 PATHS = [FlowPath(1.0, 1000.0), FlowPath(3.0, 1.0), CosinePath(), DDPMPath(linear_betas(1000, 1e-4, 0.02)), EDMPath()]
@@ -91,7 +91,8 @@ def test_copies_are_independent_and_frozen(kind):
         lambda: DataPrediction(PATHS[0], 0.0),
         lambda: EDMPrediction(0.0, 0.002, 80.0, 1.0),
         lambda: EDMPrediction(0.5, -1.0, 80.0, 1.0),
-        lambda: EDMPrediction(0.5, 0.002, 80.0, "x"),
+        lambda: EDMPrediction(0.5, 0.002, 80.0, 1e30),
+        lambda: VPVelocity(PATHS[0], 1.0),
     ],
 )
 def test_settings_that_have_no_meaning_are_refused(make):

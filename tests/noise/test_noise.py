@@ -243,21 +243,31 @@ def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: EDMSchedule(80.0, 0.002, 7.0), "sigma_min < sigma_max.*sigma_min=80"),
-        (lambda: EDMSchedule(0.0, 80.0, 7.0), "sigma_min must be positive, got 0"),
-        (lambda: EDMSchedule(0.002, 80.0, 0.0), "rho must be positive, got 0"),
-        (lambda: LogSNRSchedule(1.0, 1.0), "sigma_min < sigma_max"),
-        (lambda: FlowSchedule(0.0), "shift must be positive, got 0"),
-        (lambda: FlowSchedule(math.nan), "shift must be positive, got nan"),
-        (lambda: FlowPath(-1.0, 1.0), "shift must be positive, got -1"),
-        (lambda: FlowPath(1.0, 0.0), "time_scale must be positive, got 0"),
-        (lambda: VPPath(0.0, 20.0), "beta_min must be positive, got 0"),
-        (lambda: VPPath(20.0, 0.1), "beta_min < beta_max, got beta_min=20"),
-        (lambda: VPSchedule(20.0, 0.1, 1e-3), "beta_min < beta_max, got beta_min=20"),
-        (lambda: VPSchedule(0.1, 20.0, 0.0), "time_min must lie between 0 and 1, got 0"),
+        (lambda: EDMSchedule(80.0, 0.002, 7.0), "sigma_min must be below sigma_max, got 80.0 and 0.002"),
+        (lambda: EDMSchedule(0.0, 80.0, 7.0), "sigma_min must be above 0 and .*, got 0"),
+        (lambda: EDMSchedule(0.002, 1e30, 7.0), r"sigma_max must be above 0 and at most 1e\+12, got 1e\+30"),
+        (lambda: EDMSchedule(0.002, math.inf, 7.0), "sigma_max must be .* got inf"),
+        (lambda: EDMSchedule(0.002, 80.0, 0.0), "rho must be from 0.1 to 100, got 0"),
+        (lambda: EDMSchedule(0.002, 80.0, 1e-30), "rho must be .* got 1e-30"),
+        (lambda: LogSNRSchedule(1.0, 1.0), "sigma_min must be below sigma_max"),
+        (lambda: FlowSchedule(0.0), "shift must be from 1e-06 to .*, got 0"),
+        (lambda: FlowSchedule(math.nan), "shift must be .* got nan"),
+        (lambda: FlowPath(-1.0, 1.0), "shift must be .* got -1"),
+        (lambda: FlowPath(1.0, 0.0), "time_scale must be .* got 0"),
+        (lambda: VPPath(0.0, 20.0), "beta_min must be above 0 and at most 100, got 0"),
+        (lambda: VPPath(20.0, 0.1), "beta_min must be below beta_max, got 20"),
+        (lambda: VPSchedule(20.0, 0.1, 1e-3), "beta_min must be below beta_max, got 20"),
+        (lambda: VPSchedule(0.1, 20.0, 0.0), "time_min must be above 0 and below 1, got 0"),
         (lambda: DDPMPath(torch.tensor([0.1])), "at least two"),
         (lambda: DDPMPath(torch.tensor([0.0, 0.1])), r"in \(0, 1\)"),
         (lambda: DDPMPath(torch.tensor([0.1, math.nan])), r"in \(0, 1\)"),
+        (lambda: DDPMPath(torch.full((9,), 1e-30)), "float64 cannot tell"),
+        (lambda: DDIMSchedule(torch.full((1000,), 0.9)), "float64 cannot tell"),
+        (lambda: linear_betas(1), "num_steps must be from 2 to .*, got 1"),
+        (lambda: linear_betas(10**12), "num_steps must be from 2 to 1e"),
+        (lambda: linear_betas(end=1e30), "end must be at least 1e-09 and below 1"),
+        (lambda: scaled_linear_betas(start=-1), "start must be at least 1e-09"),
+        (lambda: cosine_betas(max_beta=1), "max_beta must be .* below 1, got 1"),
     ],
 )
 def test_impossible_physics_is_refused_by_name(make, words):
@@ -268,7 +278,7 @@ def test_impossible_physics_is_refused_by_name(make, words):
 @pytest.mark.parametrize("num_steps", [0, -3])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_fewer_than_one_step_is_refused(name, num_steps):
-    with pytest.raises(ValueError, match=f"at least 1 step, got {num_steps}"):
+    with pytest.raises(ValueError, match=f"num_steps must be from 1 to .*, got {num_steps}"):
         SCHEDULES[name].nodes(num_steps)
 
 

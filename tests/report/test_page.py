@@ -20,7 +20,7 @@ from PIL import Image
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.report import geneval, web, write
 from oss_exp.report.results import read_run
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, Pinned, StepSchedule
 
 EVIL = """</script><img src=x onerror="document.title='broken'">&amp;'"""
 NAMES = ("edm", "ours", EVIL)
@@ -44,7 +44,7 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
         about = {"strategy": {"name": name, "baseline": name == "edm"}}
         if k == 3:
             about["planning"] = {"cost_per_round": [1e-20, 0.01, 0.1]}
-        start = "free" if name == EVIL else "pinned"
+        start = Free() if name == EVIL else Pinned()
         plan = StepSchedule(torch.tensor(times), start, provenance=about)
         plan.save(folder / "schedules" / f"{NAMES.index(name)}_{k}.json")
     own = torch.tensor([[1, 0.6, 0.0], [1, 0.8, 0.0]])

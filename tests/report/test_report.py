@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_cli
+from helpers import result, run_cli
 from PIL import Image
-from scipy import stats
 
-from oss_exp.evaluation.psnr import Interval
-from oss_exp.report.results import Line, Result, compare, metric_lines, read_run, read_schedules
-from oss_exp.report.table import columns, markdown
+from oss_exp.evaluation.comparison import with_gains
+from oss_exp.report.results import metric_lines, read_run, read_schedules
 
 SMALL = [
     "model=mixture_digits",
@@ -26,102 +24,6 @@ SMALL = [
     "data.per_sample=4",
     "trainer.enable_progress_bar=false",
 ]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The comparison
-# --------------------------------------------------------------------------------------------------------------
-
-
-def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe: int = 5, arena: str = "a", **extra):
-    interval = Interval.of(np.array(list(values.values())))
-    fields = {
-        "run": "",
-        "num_steps": nfe,
-        "start": "pinned",
-        "planning": {},
-        "metrics": {},
-        "spread": Interval.of(np.ones(2)),
-        **extra,
-    }
-    return Result(
-        strategy=strategy, nfe=nfe, baseline=baseline, psnr=interval, values=values, arena=f"{arena}{nfe}", **fields
-    )
-
-
-def lines_of(*results: Result) -> dict[str, Line]:
-    return {line.result.strategy: line for line in compare(results)}
-
-
-EDM = result("edm", {1: 20.0, 2: 22.0, 3: 24.0, 4: 30.0}, baseline=True)
-DDIM = result("ddim", {1: 19.0, 2: 30.0, 3: 20.0, 4: 20.0}, baseline=True)
-OURS = result("ours", {1: 23.0, 2: 26.0, 3: 26.0, 4: 35.0})
-
-
-def test_the_gain_is_the_paired_difference_to_the_best_baseline():
-    line = lines_of(OURS, DDIM, EDM)["ours"]
-    assert line.rival is EDM
-    # Differences 3, 4, 2, 5: mean 3.5, standard deviation sqrt(5/3), Student's t with 3 degrees of freedom.
-    half = stats.t.ppf(0.975, 3) * (5 / 3) ** 0.5 / 2
-    assert (line.gain.mean, line.gain.n) == (3.5, 4)
-    assert (line.gain.low, line.gain.high) == pytest.approx((3.5 - half, 3.5 + half), abs=1e-12)
-
-
-def test_the_gain_counts_only_the_samples_that_both_have():
-    few = result("few", {3: 30.0, 4: 32.0, 99: 90.0})
-    gain = lines_of(few, EDM)["few"].gain
-    assert (gain.mean, gain.n) == (4.0, 2)
-
-
-def test_without_a_common_sample_there_is_no_gain():
-    assert lines_of(result("far", {7: 30.0, 8: 30.0}), EDM)["far"].gain is None
-
-
-def test_one_common_sample_gives_a_gain_without_an_interval():
-    line = lines_of(result("one", {4: 31.0, 9: 30.0}), EDM)["one"]
-    assert line.gain == Interval(1.0, None, None, 1)
-    assert columns([line])[1][0][5] == "+1.00"
-
-
-def test_the_best_baseline_is_marked_and_the_other_ones_compared_with_it():
-    lines = compare([OURS, DDIM, EDM])
-    assert [(line.result.strategy, line.gain is None) for line in lines] == [
-        ("ours", False),
-        ("edm", True),
-        ("ddim", False),
-    ]
-    assert lines[2].gain.mean == pytest.approx(-1.75)
-    assert [row[5] for row in columns(lines)[1]] == ["+3.50 ± 2.05", "*", "-1.75 ± 11.93"]
-
-
-def test_without_a_baseline_there_is_no_gain():
-    (line,) = compare([OURS])
-    assert (line.rival, line.gain) == (None, None)
-    assert columns([line])[1][0][5] == ""
-
-
-@pytest.mark.parametrize("other", [{"nfe": 10}, {"arena": "another teacher"}])
-def test_a_better_baseline_of_another_budget_or_arena_is_no_rival(other):
-    better = result("better", {1: 50.0, 2: 50.0, 3: 50.0, 4: 50.0}, baseline=True, **other)
-    lines = lines_of(OURS, EDM, better)
-    assert lines["ours"].rival is EDM
-    assert lines["better"].rival is better
-
-
-def test_lines_are_by_budget_then_best_first():
-    results = [result(name, {1: value}, nfe=nfe) for name, value, nfe in [("a", 1, 9), ("b", 2, 3), ("c", 3, 3)]]
-    assert [line.result.strategy for line in compare(results)] == ["c", "b", "a"]
-
-
-def test_the_markdown_table_has_a_row_for_every_result_and_a_run_column_for_several_runs():
-    text = markdown(compare([OURS, DDIM, EDM]))
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == "| strategy | K | NFE | start | PSNR, dB | gain, dB | spread | n | planning |"
-    assert table[2].startswith("| ours | 5 | 5 | pinned | 27.50 ± ")
-    assert len(table) == 2 + 3
-    several = markdown(compare([OURS, result("edm", {1: 20.0}, run="7")]))
-    assert several.startswith("| run | strategy |")
-    assert "| 7 | edm |" in several
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -178,7 +80,7 @@ def test_pictures_open_and_show_something(name, run):
 def test_the_csv_logger_writes_psnr_and_gain_of_every_schedule(run):
     with (run / "csv" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
-    lines = compare(read_run(run))
+    lines = with_gains(read_run(run))
     for line in lines:
         key = f"{line.result.strategy}/K{line.result.num_steps}"
         assert float(row[f"psnr/{key}"]) == pytest.approx(line.result.psnr.mean)
@@ -301,7 +203,7 @@ def test_a_gathered_sweep_has_curves_across_its_jobs(sweep):
 def test_runs_of_one_strategy_have_curves_of_their_own():
     runs = [result(name, {1: value}, nfe=k, run=run) for name, value, k, run in CURVES]
     fid = result("edm", {1: 3}, nfe=4, run="a", metrics={"fid": 7.0, "kid_std": 1.0})
-    found = metric_lines(compare([*runs, fid]))
+    found = metric_lines(with_gains([*runs, fid]))
     assert found == {
         "psnr": {"edm": {2: 1, 4: 3}, "ours (run a)": {2: 2, 4: 4}, "ours (run b)": {2: 5}},
         "fid": {"edm": {4: 7.0}},

@@ -14,7 +14,7 @@ from oss_exp.report import wandb_report
 wr = pytest.importorskip("wandb_workspaces.reports.v2")
 
 RUN = ["model=mixture_fashion", "num_teacher_steps=8", "num_steps=[2,3]", "stepsize=[ddim,oss_shared]", "logger=wandb"]
-RUN += ["data.search_samples=2", "data.eval_samples=4", "evaluation.metrics=[psnr,fid]"]
+RUN += ["data.search_samples=2", "data.eval_samples=4", "metric=[fid]"]
 
 
 def records(file: Path) -> list[Record]:

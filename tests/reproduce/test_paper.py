@@ -1,10 +1,12 @@
-"""What we have written down of the paper (experiments/paper.md) has one form, and agrees with itself."""
+"""What we have written down of the paper (assets/paper) has one form, and agrees with itself."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from oss_exp.files import ASSETS
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ["table_1", "table_2", "table_3", "table_4", "table_5", "table_6", "table_7", "figure_7", "figure_8"]
@@ -31,7 +33,7 @@ CONF = {"strategy": "stepsize", **{name: name for name in ("model", "noise_sched
 
 
 def paper(name: str) -> dict:
-    return json.loads((ROOT / "experiments" / name / "paper.json").read_text())
+    return json.loads((ASSETS / "paper" / f"{name}.json").read_text())
 
 
 def require(found: dict, kinds: dict, more: dict | None = None) -> None:
@@ -57,7 +59,7 @@ def digits(number: str) -> str:
 
 
 def test_every_table_and_figure_has_its_file_and_a_readme():
-    assert {path.parent.name for path in (ROOT / "experiments").glob("*/paper.json")} == set(IDS)
+    assert {path.stem for path in (ASSETS / "paper").glob("*.json")} == set(IDS)
     assert [name for name in IDS if not (ROOT / "experiments" / name / "README.md").is_file()] == []
 
 

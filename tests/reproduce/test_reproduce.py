@@ -2,8 +2,6 @@
 
 import csv
 import io
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +18,14 @@ from PIL import Image
 
 from oss_exp.cli import CONF
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.reproduce.cells import Cell, _key, make
+from oss_exp.reproduce.cells import Cell, _content, make
 from oss_exp.reproduce.figures import draw
 from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.plans import TABLES, Plan
 from oss_exp.reproduce.render import Reproduction, summary
+from oss_exp.reproduce.task import _with
 from oss_exp.reproduce.values import Value
 
-EXPERIMENTS = CONF.parent / "experiments"
 SMALL = "model: mixture_fashion, num_teacher_steps: 60, data.eval_samples: 4, data.per_sample: 4"
 OVERRIDES = f"task.overrides={{{SMALL}}}"
 
@@ -44,7 +42,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def plan(name: str, small: bool = True) -> tuple[Paper, Plan]:
-    paper = Paper.load(EXPERIMENTS / name)
+    paper = Paper.load(name)
     return paper, TABLES[name](paper, small)
 
 
@@ -100,8 +98,10 @@ def test_a_cell_is_named_by_what_it_computes(composing):
 def test_a_cell_is_another_when_the_shipped_weights_are(composing, tmp_path, monkeypatch):
     before = Cell.of("model=unet_fashion").key
     (tmp_path / "unet_fashion.safetensors").write_bytes(b"other")
-    monkeypatch.setattr("oss_exp.reproduce.cells.ASSETS", tmp_path)
-    assert _key.__wrapped__(Cell.of("model=unet_fashion")) != before
+    monkeypatch.setattr("oss_exp.reproduce.older_cells.ASSETS", tmp_path)
+    _content.cache_clear()
+    assert Cell.of("model=unet_fashion").key != before
+    _content.cache_clear()
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -132,7 +132,7 @@ def test_a_claim_holds_on_the_papers_numbers_unless_it_is_doubted(name):
 
 
 def test_a_claim_is_judged_by_the_interval_of_the_difference():
-    paper = Paper.load(EXPERIMENTS / "table_2")
+    paper = Paper.load("table_2")
     claim = next(claim for claim in paper.claims if claim.better)
     better, (other,) = paper.ordered(claim)
     assert (paper.rows[better]["strategy"], paper.rows[other]["strategy"]) == ("oss", "edm")
@@ -159,8 +159,7 @@ def test_summary_counts_the_answers():
     ("arguments", "message"),
     [
         (["table=9"], "table must be 1 to 7 or all, got 9"),
-        (["table=2", "task.scale=large"], "scale must be small or paper, got 'large'"),
-        (["table=2", "task.experiments=nowhere"], "the paper's numbers nowhere/table_2/paper.json does not exist"),
+        (["table=2", "task.scale=large"], "task.scale must be small or paper, got 'large'"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, capsys):
@@ -176,15 +175,12 @@ def test_bad_input(arguments, message, tmp_path, capsys):
 
 
 def command(folder: Path, table: int, *more: str) -> list[str]:
-    target = folder / "experiments" / f"table_{table}"
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(EXPERIMENTS / target.name / "paper.json", target)
-    where = [f"task.experiments={folder}/experiments", f"task.cells={folder}/cells", f"hydra.run.dir={folder}/run"]
+    where = [f"task.output={folder}/paper", f"task.cells={folder}/cells", f"hydra.run.dir={folder}/run"]
     return ["task=reproduce", f"table={table}", *where, *more]
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("experiments/*/small.*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("paper/*/small.*"))}
 
 
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
@@ -229,4 +225,21 @@ def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
     assert error.count("got [5, 10, 20, 50]") >= 3
     assert not results(tmp_path)
     assert len(list((tmp_path / "cells").glob("*/cell.json"))) == 3
-    assert os.listdir(tmp_path / "experiments/table_2") == ["paper.json"]
+    assert not (tmp_path / "paper").exists()
+
+
+def test_overrides_are_for_the_runs_that_have_their_keys(composing):
+    plans = {name: plan(name)[1] for name in ("table_5", "table_6")}
+    more = {"task.max_steps": 1, "data.prompts": "prompts.txt", "evaluation": "inception"}
+    more |= {"evaluation.extractor.weights": "w.pth"}
+    changed = _with(plans, more)
+    runs = {member for each in changed.values() for s in each.sources for cell in s.cells for member in cell.lineage()}
+    trained = [cell for cell in runs if "task=finetune" in cell.overrides]
+    assert all("task.max_steps=1" in cell.overrides for cell in trained)
+    prompted = [cell for cell in runs if "data.prompts=prompts.txt" in cell.overrides]
+    assert [cell for cell in runs if "data=prompts" in cell.overrides] == prompted != []
+    measured = [cell for cell in runs if "task=finetune" not in cell.overrides]
+    assert all("evaluation.extractor.weights=w.pth" in cell.overrides for cell in measured)
+    assert all(cell.key for cell in runs)
+    with pytest.raises(ValueError, match=r"task\.overrides\.data\.prompt is an option of none of these runs"):
+        _with(plans, {"data.prompt": "prompts.txt"})

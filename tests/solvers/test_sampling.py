@@ -7,7 +7,7 @@ import torch
 from references import PINNED, difference, float64, run
 
 from oss_exp.models.guidance import Guidance
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, Free, SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, nfe, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.dpm2 import DPM2
@@ -27,24 +27,24 @@ def test_every_yielded_state_but_the_last_has_seen_the_network_at_its_own_time(v
 def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_first_call(mixture, gmm):
     label = torch.arange(16) % 10
     f, rest = mixture.velocity(label), float64(0.9, 0.4, 0)
-    free = sample(Euler(), f, gmm["z"], StepSchedule(rest, start="free"))
+    free = sample(Euler(), f, gmm["z"], StepSchedule(rest, Free()))
     assert torch.equal(free, run(Euler(), f, gmm["z"], rest))
-    saved = sample(Euler(), f, gmm["z"], StepSchedule(rest, start="analytic", mean=gmm["means"]), group=label)
+    saved = sample(Euler(), f, gmm["z"], StepSchedule(rest, Analytic(gmm["means"])), group=label)
     full = sample(Euler(), f, gmm["z"], StepSchedule(float64(1, *rest)))
     assert difference(saved, full) < 1e-12
 
 
 def test_a_per_sample_schedule_for_other_samples_is_refused(velocity, gmm):
-    steps = StepSchedule(float64([1, 0], [0.9, 0]), start="free", samples=(0, 1))
+    steps = StepSchedule(float64([1, 0], [0.9, 0]), Free(), samples=(0, 1))
     with pytest.raises(ValueError, match="2 samples, the noise has 3"):
         sample(Euler(), velocity, gmm["z"][:3], steps)
 
 
 def test_nfe_is_that_of_the_sample_with_the_most_calls():
-    steps = StepSchedule(float64([1, 0.5, 0], [0.9, 0.5, 0]), start="free", samples=(0, 1))
+    steps = StepSchedule(float64([1, 0.5, 0], [0.9, 0.5, 0]), Free(), samples=(0, 1))
     assert nfe(Heun("sigma"), steps) == 3  # two, but three for the second sample
     assert nfe(Euler(), steps) == 2
-    fitted = StepSchedule(PINNED, weights=torch.ones(6, 4), mean=torch.zeros(1, 64))
+    fitted = StepSchedule(PINNED, steps=FittedSteps(torch.ones(6, 4), torch.zeros(1, 64)))
     assert nfe(Heun("sigma"), fitted) == 6
 
 
@@ -88,7 +88,7 @@ def test_a_watch_of_fitted_steps_sees_the_networks_predictions(mixture, gmm):
     label = torch.arange(16) % 10
     f = mixture.velocity(label, Guidance(1.5))
     fitted = spelled_out(DPMSolverPP(1, lower_order_final=False), PINNED, f.mix)
-    steps = StepSchedule(PINNED, weights=fitted, mean=gmm["means"])
+    steps = StepSchedule(PINNED, steps=FittedSteps(fitted, gmm["means"]))
     found, seen = watched(Euler(), f, gmm["z"], steps, group=label)
     assert difference(seen[-1], found) < 1e-14
     plain, same = watched(Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED))  # a plain function
@@ -119,7 +119,7 @@ def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mix
     solver, label = DPMSolverPP(order, lower_order_final=False), torch.arange(16) % 10
     f = mixture.velocity(label, Guidance(guidance))
     weights = spelled_out(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
-    found = sample(Euler(), f, gmm["z"], StepSchedule(PINNED, weights=weights, mean=gmm["means"]), group=label)
+    found = sample(Euler(), f, gmm["z"], StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"])), group=label)
     assert difference(found, run(solver, f, gmm["z"], PINNED)) < 1e-13
     if order == 1:
         assert difference(found, run(Euler(), f, gmm["z"], PINNED)) < 1e-13
@@ -129,13 +129,13 @@ def test_the_weights_of_noise_and_mean(velocity, gmm):
     """The analytic jump, at every step anew; the network is called all the same."""
     weights = torch.stack([torch.zeros(6), PINNED[1:], 1 - PINNED[1:], torch.zeros(6)], dim=1)
     label = torch.arange(16) % 10
-    steps = StepSchedule(float64(0.9, 0), start="free", weights=weights[-1:], mean=gmm["means"])
+    steps = StepSchedule(float64(0.9, 0), Free(), steps=FittedSteps(weights[-1:], gmm["means"]))
     assert torch.equal(sample(Euler(), velocity, gmm["z"], steps, group=label), gmm["means"][label])
-    steps = StepSchedule(PINNED, weights=weights, mean=gmm["means"])
+    steps = StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"]))
     assert torch.equal(sample(Euler(), velocity, gmm["z"], steps, group=label), gmm["means"][label])
 
 
 def test_stored_orders_need_a_solver_that_takes_them(velocity, gmm):
-    steps = StepSchedule(PINNED, orders=torch.ones(len(PINNED) - 1, dtype=torch.long))
+    steps = StepSchedule(PINNED, steps=SolverSteps(torch.ones(len(PINNED) - 1, dtype=torch.long)))
     with pytest.raises(ValueError, match="takes none; choose run_orders=fixed"):
         sample(Heun("t"), velocity, gmm["z"], steps)

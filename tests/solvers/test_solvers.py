@@ -1,7 +1,7 @@
 """What holds for every solver in conf/solver, at every order and in every variant that its class allows."""
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from references import LATER, PINNED, difference, float64, run
 from scipy.integrate import solve_ivp
 
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, LinearMultistep, State, nfe, sample, trajectory, walk
 from oss_exp.solvers.deis import DEIS
 from oss_exp.solvers.dpm_solver import DPMSolver
@@ -31,7 +31,7 @@ def choices(solver) -> dict[str, list]:
     """The values of each field that names a variant, and of an order that can be chosen."""
     hints = get_type_hints(type(solver))
     found = {name: list(get_args(hint)) for name, hint in hints.items() if get_origin(hint) is Literal}
-    if hints["order"] is int:
+    if "order" in {field.name for field in fields(solver)}:
         found["order"] = []
         for order in range(1, 10):
             with suppress(ValueError):
@@ -189,10 +189,10 @@ def test_rows_may_jump_to_different_times(solver, times, row_by_row, gmm):
 def test_a_per_sample_schedule_gives_each_sample_what_it_gets_alone(solver, orders, row_by_row, gmm):
     times = float64([1, 0.6, 0.3, 0.1, 0], [0.9, 0.7, 0.6, 0.5, 0], [0.99, 0.8, 0.2, 0.01, 0])
     orders = orders.clamp(max=solver.order) if orders is not None and isinstance(solver, LinearMultistep) else None
-    steps = StepSchedule(times, start="free", samples=(0, 1, 2), orders=orders)
+    steps = StepSchedule(times, Free(), steps=SolverSteps(orders), samples=(0, 1, 2))
     together = sample(solver, row_by_row, gmm["z"][:3], steps)
     for i in range(3):
-        steps = StepSchedule(times[i], start="free", orders=None if orders is None else orders[i])
+        steps = StepSchedule(times[i], Free(), steps=SolverSteps(None if orders is None else orders[i]))
         alone = sample(solver, row_by_row, gmm["z"][i : i + 1], steps)
         assert difference(together[i], alone[0]) < 1e-12
 
@@ -272,7 +272,8 @@ def test_orders_warm_up_and_may_fall_at_the_end(solver):
 def test_stored_orders_are_run(solver, velocity, gmm):
     for order in range(1, solver.order + 1):
         lower = replace(solver, order=order)
-        stored = sample(solver, velocity, gmm["z"], StepSchedule(PINNED, orders=torch.tensor(lower.orders(6))))
+        steps = StepSchedule(PINNED, steps=SolverSteps(torch.tensor(lower.orders(6))))
+        stored = sample(solver, velocity, gmm["z"], steps)
         assert difference(stored, run(lower, velocity, gmm["z"], PINNED)) < 1e-12
         if order == 1 and not isinstance(solver, UniPC):  # which corrects it
             assert difference(stored, run(Euler(), velocity, gmm["z"], PINNED)) < 1e-12
@@ -282,7 +283,7 @@ def test_stored_orders_are_run(solver, velocity, gmm):
 def test_a_stored_order_above_the_solvers_is_refused(solver, velocity, gmm):
     orders = torch.arange(1, 7).clamp(max=solver.order + 1)
     with pytest.raises(ValueError, match=f"steps of order {solver.order + 1}, .* goes up to {solver.order}; choose"):
-        sample(solver, velocity, gmm["z"], StepSchedule(PINNED, orders=orders))
+        sample(solver, velocity, gmm["z"], StepSchedule(PINNED, steps=SolverSteps(orders)))
 
 
 @each(MULTISTEP)
@@ -292,11 +293,11 @@ def test_an_order_above_the_outputs_is_refused(solver, velocity, gmm):
         solver.advance(velocity, state, PINNED[1], 2)
 
 
-@pytest.mark.parametrize("order", ["two", 0, -1, 2.5, True, "one above"])
+@pytest.mark.parametrize("order", [0, -1, float("nan"), "one above"])
 @each([solver for solver in BASES if "order" in choices(solver)])
 def test_a_wrong_order_is_refused(solver, order):
     highest = max(choices(solver)["order"])
-    with pytest.raises(ValueError, match=f"order must be a whole number from 1 to {highest}, got"):
+    with pytest.raises(ValueError, match=f"order must be from 1 to {highest}, got"):
         replace(solver, order=highest + 1 if order == "one above" else order)
 
 
@@ -304,5 +305,5 @@ def test_a_wrong_order_is_refused(solver, order):
 def test_a_wrong_variant_is_refused(solver):
     for field, known in choices(solver).items():
         if field != "order":
-            with pytest.raises(ValueError, match=f"{field} must be {' or '.join(known)}, got 'other'"):
+            with pytest.raises(ValueError, match=f"{field} must be one of {', '.join(known)}, got 'other'"):
                 replace(solver, **{field: "other"})

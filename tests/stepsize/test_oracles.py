@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oss_exp.distances import Select, XtMSE
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 from oss_exp.solvers import Euler, sample, trajectory
 from oss_exp.stepsize import OSS, OSSAve, OSSShared, Problem
 from oss_exp.stepsize.oss.band import layers
@@ -76,7 +76,7 @@ def test_replay_of_the_released_schedules(problems, oss_oracle, oss_arrays, velo
         nodes = torch.tensor([[50 - i for i in reversed(row)] + [50] for row in indices])
         samples = tuple(range(16)) if len(nodes) == 16 else None
         times = problem.grid[nodes if samples else nodes[0]]
-        return sample(Euler(), velocity, gmm["z"], StepSchedule(times, "free", float(problem.grid[0]), samples=samples))
+        return sample(Euler(), velocity, gmm["z"], StepSchedule(times, Free(float(problem.grid[0])), samples=samples))
 
     for indices, array, key in (
         (case["schedules"], "persample", "psnr_persample"),
@@ -114,7 +114,7 @@ def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
     end, k = case["N"], case["M"]
     for descending, expected in list(zip(case["all_schedules_descending"], case["all_costs"], strict=True))[::7]:
         nodes = torch.tensor([end - i for i in descending])
-        assert cost(StepSchedule(grid[nodes], "pinned", float(grid[0]))) == pytest.approx(expected, rel=1e-10)
+        assert cost(StepSchedule(grid[nodes])) == pytest.approx(expected, rel=1e-10)
     pinned = cost(OSSShared("pinned", None, False, "mean").plan(problem, [k])[k])
     assert pinned == pytest.approx(case["best_cost"], rel=1e-10)
     best_free = case["free_start"]["best_cost"]
@@ -158,7 +158,7 @@ def test_literal_transcription(velocity, gmm, start):
     problem = Problem(velocity, gmm["z"][:5], grid, Euler(), XtMSE())
     found = OSS(start, None, False, 16).sample_paths(problem, [4])[4].nodes
     for b in range(5):
-        mean = problem.mean[0].double()
+        mean = problem.teacher.mean[0].double()
         literal = literal_search(velocity, gmm["z"][b], grid, 4, start, mean, XtMSE(), carry=False)
         assert found[:, b].tolist() == literal
 

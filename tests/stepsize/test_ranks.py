@@ -13,6 +13,7 @@ from oss_exp.distances import X0MSE, XtMSE
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import EDMSchedule, FlowSchedule
+from oss_exp.schedule import FittedSteps
 from oss_exp.solvers import Euler
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSFit, OSSShared, Problem
@@ -70,7 +71,7 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
             "times": p.times.tolist(),
             "samples": p.samples,
             "orders": None if p.orders is None else p.orders.tolist(),
-            "weights": None if p.weights is None else p.weights.tolist(),
+            "weights": p.steps.weights.tolist() if isinstance(p.steps, FittedSteps) else None,
         }
         for name, plan in plans.items()
         for k, p in plan.items()

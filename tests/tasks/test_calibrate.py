@@ -98,7 +98,7 @@ def test_it_says_what_made_it(calibrated):
     about = table(calibrated).provenance
     assert (about["model"]["name"], about["model"]["sha256"]) == ("mixture_digits", model().fingerprint)
     assert about["teacher"]["num_steps"] == 20
-    assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.noise.schedules.FlowSchedule", "shift": 1.0}
+    assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.FlowSchedule", "shift": 1.0}
     assert about["solver"]["_target_"] == "oss_exp.solvers.Euler"
     assert (about["samples"], about["seed"]) == (25, 0)
     table(calibrated).check(model().fingerprint, "mixture_digits", GRID)

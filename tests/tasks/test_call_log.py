@@ -33,7 +33,10 @@ def whole(tmp_path_factory):
 def outcome(folder) -> tuple[dict, dict]:
     """Schedules and measurements: all but how long it took."""
     plans = {path.stem: StepSchedule.load(path) for path in (folder / "schedules").glob("*_[0-9].json")}
-    times = {name: (plan.times.tolist(), str(plan.orders), str(plan.weights)) for name, plan in plans.items()}
+    times = {
+        name: (plan.times.tolist(), str(plan.orders), str(getattr(plan.steps, "weights", None)))
+        for name, plan in plans.items()
+    }
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
     for row in rows:
         row["planning"].pop("seconds")
@@ -171,8 +174,8 @@ def test_schedules_that_are_there_are_not_searched_again(whole, tmp_path):
 
 
 def test_an_evaluation_goes_on_after_the_batches_that_it_has(tmp_path, monkeypatch):
-    more = ["model=dit_fashion", "stepsize=[ddim,oss]", "evaluation.metrics=[fid,kid,class_agreement]", "num_steps=[2]"]
-    more += ["num_teacher_steps=4", "evaluation.kid.subset_size=4"]
+    more = ["model=dit_fashion", "stepsize=[ddim,oss]", "metric=[fid,kid,class_agreement]", "num_steps=[2]"]
+    more += ["num_teacher_steps=4", "metric.kid.subset_size=4"]
     run_cli(*RUN, *more, f"hydra.run.dir={tmp_path / 'whole'}")
     monkeypatch.setattr(evaluate, "KEPT_EVERY", -1)
     step, asked = evaluate.EvaluateModule.test_step, []

@@ -1,23 +1,30 @@
 """Every yaml of every group composes, and what it names is built."""
 
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
+from oss_exp.evaluation.metrics import ImageMetric
+from oss_exp.export.base import Exporter
+from oss_exp.tasks.border import build, class_of, parameters_of
+from oss_exp.tasks.configuration import check_configuration
 from oss_exp.tasks.evaluate import Metrics
+from oss_exp.tasks.task import Task
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
 TO_BE_TRAINED = {"video_fashion"}  # by task=pretrain; their weights are not shipped yet
 OPTIONS = [
-    (group.name, file.stem) for group in GROUPS if group.name != "experiment" for file in sorted(group.glob("*.yaml"))
+    (group.name, file.stem)
+    for group in GROUPS
+    if group.name not in ("experiment", "base")  # composed below, and by the tasks
+    for file in sorted(group.glob("*.yaml"))
 ]
 
 
@@ -35,76 +42,115 @@ def config(*overrides: str):
 
 def test_there_are_the_groups_that_the_design_names():
     names = {group.name for group in GROUPS}
-    expected = "task model noise_schedule solver distance stepsize data trainer logger paths hydra"
-    assert names >= set(expected.split())
+    expected = "task exporter model noise_schedule solver distance stepsize data images metric trainer logger paths"
+    assert names >= {*expected.split(), "hydra"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    added = "+" if group == "detector" else ""  # other groups have a place in every configuration
-    cfg = config(f"{added}{group}={option}", *(["sweep=x"] if option == "report" else []))
+    # Options of most groups have a place in the main job.
+    needed = {"images": ["task=statistics"], "exporter": ["task=export", "task.schedule=x"]}.get(group, [])
+    needed += {
+        "report": ["sweep=x"],
+        "export": ["exporter=comfyui", "task.schedule=x"],
+        "import_sigmas": ["task.sigmas=x", "task.network=eps"],
+        "small": ["task=reproduce"],
+        "paper": ["task=reproduce"],
+        "tiny": ["model=dit_xl_2_256"],
+    }.get(option, [])
+    cfg = config(*needed, f"{'+' if group == 'detector' else ''}{group}={option}")
+    cfg.hydra = {"run": cfg.hydra.run}  # a run's configuration has none
+    check_configuration(cfg)
     if group == "task":
-        assert callable(get_method(cfg.task._target_))
+        check_task(cfg.task)
     elif group == "stepsize":
-        strategy = instantiate(cfg.stepsize[option])
+        strategy = build(cfg.stepsize[option], "stepsize")
         assert isinstance(strategy.per_sample, bool)
         assert isinstance(strategy.baseline, bool)
         assert strategy.network_calls(100, [5, 10]) >= 0
     elif (group, option) == ("data", "noise"):
-        assert len(instantiate(cfg.data, event_shape=(2,), num_classes=3, classes="all").predict_dataloader()) == 2
+        assert len(build(cfg.data, "data", event_shape=(2,), num_classes=3, classes="all").predict_dataloader()) == 2
     elif (group, option) == ("data", "conditions"):  # with a file: test_conditions.py
-        with pytest.raises(InstantiationException, match=r"set data\.conditions to an \.npz file"):
-            instantiate(cfg.data, event_shape=(2,), num_classes=None, conditions="nowhere.npz")
+        with pytest.raises(FileNotFoundError, match=r"set data\.conditions to an \.npz file"):
+            build(cfg.data, "data", event_shape=(2,), num_classes=None, conditions="nowhere.npz")
     elif (group, option) == ("model", "psdenoiser_21cm"):  # with the package: test_psdenoiser.py
         monkeypatch.setitem(sys.modules, "psdenoiser", None)
-        with pytest.raises(InstantiationException, match="needs the package 21cmpsdenoiser"):
-            instantiate(cfg.model)
+        with pytest.raises(ValueError, match="needs the package 21cmpsdenoiser"):
+            build(cfg.model, "model")
     elif (group, option) == ("data", "prompts"):
-        assert len(instantiate(cfg.data, event_shape=(2,), num_classes=None).predict_dataloader()) == 2
+        assert len(build(cfg.data, "data", event_shape=(2,), num_classes=None).predict_dataloader()) == 2
     elif group == "model" and "tiny" in cfg.model.get("sizes", ()):
         monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
-        with pytest.raises(InstantiationException, match=r"absent.*https://"):
-            instantiate(cfg.model, checkpoint=str(tmp_path / "absent"))
-        assert instantiate(cfg.model, size="tiny").name == f"{option}_tiny"
+        with pytest.raises((ValueError, OSError), match=r"absent.*https://"):
+            build(cfg.model, "model", checkpoint=str(tmp_path / "absent"))
+        cfg.model.size = "tiny"
+        assert build(cfg.model, "model").name == f"{option}_tiny"
     elif group == "model" and option in TO_BE_TRAINED:
-        with pytest.raises(InstantiationException, match=f"{option}.safetensors is n"):
-            instantiate(cfg.model)
-        assert instantiate(cfg.model, checkpoint="untrained").name == option
+        with pytest.raises(FileNotFoundError, match=f"{option}.safetensors is n"):
+            build(cfg.model, "model")
+        assert build(cfg.model, "model", checkpoint="untrained").name == option
     elif group == "detector" and option == "coco":  # with networks: test_coco_detector.py
-        with pytest.raises(InstantiationException, match=r"task\.detector\.detector=.*absent cannot be opened"):
-            instantiate(cfg.detector, detector=str(tmp_path / "absent"))
+        with pytest.raises((ValueError, OSError), match=r"task\.detector\.detector=.*absent cannot be opened"):
+            build(cfg.detector, "task.detector", detector=str(tmp_path / "absent"))
     elif group == "scale" and option != "tiny":
-        assert config("task=reproduce", f"scale={option}").task.scale == option
+        assert cfg.task.scale == option
     elif group == "scale":
-        assert config("model=dit_xl_2_256", f"scale={option}").model.size == option
-    elif group == "data" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
+        assert cfg.model.size == option
+    elif group == "images" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
         place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
-        with pytest.raises(InstantiationException, match="absent"):
-            instantiate(cfg.data, **place)
+        with pytest.raises(FileNotFoundError, match=r"images.*absent"):
+            build(cfg.images, "images", **place)
+    elif group == "exporter":
+        exporter = build(cfg.task.exporter, "task.exporter")
+        assert isinstance(exporter, Exporter)
+        assert exporter == type(exporter)()  # its defaults are the yaml's
+        assert cfg.task.output == f"out/{option}.json"
+    elif group == "metric":
+        assert issubclass(class_of(cfg.metric[option], "metric"), ImageMetric)
     elif (group, option) in (("trainer", "gpu"), ("trainer", "fsdp")) and not torch.cuda.is_available():
-        with pytest.raises(InstantiationException, match="No supported gpu"):
-            instantiate(cfg.trainer)
+        with pytest.raises(ValueError, match=r"trainer: .*No supported gpu"):
+            build(cfg.trainer, "trainer")
     elif (group, option) == ("distance", "inception"):  # with weights: test_features.py
-        with pytest.raises(InstantiationException, match=r"Inception weights .* do not exist"):
-            instantiate(cfg.distance, extractor={"weights": "w.pth"})
+        cfg.distance.extractor.weights = "w.pth"
+        with pytest.raises(FileNotFoundError, match=r"distance\.extractor: Inception weights .* do not exist"):
+            build(cfg.distance, "distance")
     elif group == "evaluation":
-        cfg.evaluation.metrics = ["psnr", "fid", "kid", "precision_recall", "class_agreement"]
+        cfg = config(f"evaluation={option}", "metric=[fid,kid,precision_recall,class_agreement]")
         if option == "fashion":
-            assert len(Metrics(cfg.evaluation)()) == 4
+            assert len(Metrics(cfg.metric, cfg.evaluation, ["classes"])()) == 4
         else:  # with weights: tests/evaluation
-            with pytest.raises(MissingMandatoryValue, match="weights"):
-                Metrics(cfg.evaluation)
+            with pytest.raises(ValueError, match=r"evaluation\.extractor\.weights is not set"):
+                Metrics(cfg.metric, cfg.evaluation, ["classes"])
     elif group in ("paths", "hydra"):
         assert cfg.hydra.run.dir
     else:
-        instantiate(cfg[group])
+        build(cfg[group], group)
+
+
+def check_task(task):
+    """What its yaml says without asking others is what the class takes by default."""
+    kind = class_of(task, "task")
+    assert issubclass(kind, Task)
+    assert {*task} == {"_target_", *parameters_of(kind).kinds}
+    written = OmegaConf.to_container(task)
+    for option in fields(kind):
+        value = written[option.name]
+        if isinstance(value, str) and "${" in value:  # the value of another key
+            assert option.default in (MISSING, task[option.name])
+        elif option.default is not MISSING:
+            assert value == option.default
+        elif option.default_factory is not MISSING:
+            assert build(value, "x") == option.default_factory()
 
 
 def test_experiments_compose():
     for file in sorted((CONF / "experiment").glob("*.yaml")):
-        config(f"experiment={file.stem}")
+        needed = {"table_7": ["data.prompts=x"]}.get(file.stem, [])
+        cfg = config(f"experiment={file.stem}", *needed)
+        cfg.hydra = {}
+        check_configuration(cfg)
         assert config(f"experiment={file.stem}", "scale=tiny").num_steps == [2, 4]
 
 
@@ -113,6 +159,51 @@ def test_stepsize_takes_one_or_several():
     assert set(config("stepsize=[edm,oss_shared]").stepsize) == {"edm", "oss_shared"}
     assert list(config("task=search").stepsize) == ["oss_shared"]
     assert list(config("task=search", "stepsize=oss_ave").stepsize) == ["oss_ave"]
+
+
+COMMON = {
+    "oss": {"start": "free", "refine": False, "chunk": 16, "max_order": None},
+    "oss_ave": {"start": "free", "refine": False, "aggregate": "median", "chunk": 16, "max_order": None},
+    "oss_shared": {"start": "analytic", "refine": True, "objective": "log_mean", "max_order": None},
+    "oss_fit": {"start": "analytic", "refine": True, "objective": "log_mean", "history": 3, "ridge": 1e-6},
+}
+
+
+def test_searches_share_a_yaml_and_keep_their_own_options():
+    cfg = config(f"stepsize=[{','.join(COMMON)}]")
+    assert list(cfg.stepsize) == list(COMMON)
+    for name, options in COMMON.items():
+        found = OmegaConf.to_container(cfg.stepsize[name])
+        assert found.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
+        assert found == {"band": None, **options}
+
+
+def test_metrics_are_chosen_as_strategies_are():
+    assert config().metric == {}
+    assert list(config("metric=fid").metric) == ["fid"]
+    cfg = config("metric=[fid,kid]", "metric.fid.num_images=50", "experiment=table_2")
+    assert list(cfg.metric) == ["fid", "kid"]
+    assert cfg.metric.fid.num_images == 50
+
+
+def test_a_task_has_the_groups_that_it_reads_and_no_others():
+    groups = {group.name for group in GROUPS} - {"task", "logger", "paths", "hydra"}
+    planning = {"model", "noise_schedule", "solver", "distance", "stepsize", "data", "trainer"}
+    expected = {
+        "compare": {*planning, "evaluation", "metric"},
+        "search": planning,
+        "finetune": planning,
+        "pretrain": {"model", "images", "trainer"},
+        "statistics": {"images", "evaluation"},
+        "fit_mixture": {"images"},
+        "convert": {"model"},
+        "import_sigmas": set(),
+        "report": set(),
+        "reproduce": set(),
+    }
+    for task, names in expected.items():
+        cfg = config(f"task={task}", *(["sweep=x"] if task == "report" else []))
+        assert groups & set(cfg) == names, task
 
 
 def test_every_yaml_explains_itself():

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from oss_exp.models.checkpoints.weights import digest, read
-from oss_exp.tasks.convert import convert
+from oss_exp.tasks.border import build
+from oss_exp.tasks.convert import Convert
 
 
 class Plain(nn.Module):
@@ -43,19 +44,19 @@ class Tiny(Plain):
 def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
     size = {
         "backbone": {"_target_": f"{__name__}.{kind.__name__}", "_partial_": True, "width": 4},
-        "decoder": {"_target_": "oss_exp.models.decoders.image.Pixels", "_partial_": True},
+        "decoder": {"_target_": "oss_exp.Pixels", "_partial_": True},
         "event_shape": [1],
         "num_classes": None,
         "checkpoint": str(checkpoint),
     }
     form = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "time_scale": 1000.0}
     model = {
-        "_target_": "oss_exp.models.families.published.Published",
+        "_target_": "oss_exp.Published",
         "name": "two_layers",
         "size": "tiny",
         "sizes": {"tiny": size},
-        "parameterization": {"_target_": "oss_exp.models.parameterization.EDM", **form},
-        "guidance": {"_target_": "oss_exp.models.guidance.Guidance"},
+        "parameterization": {"_target_": "oss_exp.EDMPrediction", **form},
+        "guidance": {"_target_": "oss_exp.Guidance"},
         "micro_batch": 2,
         "dtype": "bfloat16",
         "checkpoint": None,
@@ -63,6 +64,11 @@ def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
     }
     task = {"layout": layout, "output": str(tmp_path / "out" / "tiny.safetensors"), **more}
     return OmegaConf.create({"model": model, "task": task})
+
+
+def convert(cfg):
+    """The task of a configuration, done."""
+    build({"_target_": "oss_exp.Convert", **cfg.task}, "task", Convert)(cfg)
 
 
 @pytest.fixture
@@ -132,4 +138,4 @@ def test_wrong_settings_are_refused_and_write_nothing(more, match, tmp_path, mon
 def test_models_that_are_not_published_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli("task=convert", f"paths.output_dir={tmp_path}", f"hydra.run.dir={tmp_path}")
-    assert "task=convert rewrites published checkpoints; oss_exp.models.families.mixture" in capsys.readouterr().err
+    assert "task=convert rewrites published checkpoints; oss_exp.GaussianMixture" in capsys.readouterr().err

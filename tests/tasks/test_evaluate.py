@@ -22,14 +22,13 @@ SMALL = [
     "data.per_sample=4",
     "data.eval_samples=99",
     "data.batch_size=20",
-    "evaluation.metrics=[psnr,fid,kid,precision_recall,class_agreement]",
-    "evaluation.kid.subset_size=16",
     "logger=none",
 ]
+METRICS = ["metric=[fid,kid,precision_recall,class_agreement]", "metric.kid.subset_size=16"]
 
 
 def measured(folder, *more: str) -> dict:
-    run_cli(*SMALL, *more, f"hydra.run.dir={folder}")
+    run_cli(*SMALL, *METRICS, *more, f"hydra.run.dir={folder}")
     return json.loads((folder / "metrics.json").read_text())
 
 
@@ -71,7 +70,7 @@ def test_schedules_of_single_samples_have_no_distribution(run):
 def test_ranks_share_the_work_and_agree(run, tmp_path):
     """99 samples on two ranks: one is repeated by the sampler, and must not count twice."""
     metrics = measured(
-        tmp_path, "trainer=ddp_spawn_cpu", "evaluation.save_images=npz", "stepsize=fm", "evaluation.fid.num_images=99"
+        tmp_path, "trainer=ddp_spawn_cpu", "evaluation.save_images=npz", "stepsize=fm", "metric.fid.num_images=99"
     )
     for name, value in run[1]["teacher_metrics"].items():
         assert metrics["teacher_metrics"][name] == pytest.approx(value, rel=1e-4)
@@ -79,7 +78,7 @@ def test_ranks_share_the_work_and_agree(run, tmp_path):
 
 
 def test_png_files_are_named_by_sample(run, tmp_path):
-    measured(tmp_path, "evaluation.save_images=png", "evaluation.metrics=[psnr]", "stepsize=fm")
+    run_cli(*SMALL, "evaluation.save_images=png", "stepsize=fm", f"hydra.run.dir={tmp_path}")
     files = sorted((tmp_path / "images" / "fm_3").iterdir())
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(99)]
     picture = torch.from_numpy(np.array(Image.open(files[7])))
@@ -89,20 +88,40 @@ def test_png_files_are_named_by_sample(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluation.metrics=[fdi]"], "evaluation.metrics must be a list from psnr, fid, kid"),
-        (["evaluation.metrics=fid"], "evaluation.metrics must be a list from psnr, fid, kid"),
-        (["evaluation.save_images=jpg"], "evaluation.save_images must be null, png or npz"),
-        (["evaluation.fid.num_images=100"], "FID of 99 images where 100 are expected"),
-        (["evaluation.reference.path=nowhere.npz"], "statistics nowhere.npz"),
-        (["evaluation.metrics=[lpips]", "evaluation.lpips.weights=w.pth"], "LPIPS weights w.pth do not exist; get"),
-        (["data.classes=null"], "class agreement needs a class"),
+        (["evaluation.save_images=jpg"], "evaluation.save_images must be one of png, npz or null"),
+        (["metric=[fid]", "metric.fid.num_images=100"], "FID of 99 images where 100 are expected"),
+        (["metric=[fid]", "evaluation.reference.path=nowhere.npz"], "statistics nowhere.npz"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        measured(tmp_path, "stepsize=fm", *arguments)
+        run_cli(*SMALL, "stepsize=fm", *arguments, f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err
     assert not (tmp_path / "metrics.json").exists()
+
+
+RANDOM_FEATURES = ["evaluation.extractor._target_=oss_exp.RandomFeatures"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["metric=[fdi]"], "metric=fdi does not exist; choose from class_agreement, clip_score, fid,"),
+        (["metric=[lpips]"], "metric.lpips.weights is not set"),
+        (["metric=[lpips]", "metric.lpips.weights=w.pth"], "LPIPS weights w.pth do not exist; get"),
+        (["metric=class_agreement", "data.classes=null"], "metric=class_agreement needs classes, and the samples have"),
+        (
+            ["metric=clip_score", "metric.clip_score.checkpoint=x"],
+            "metric=clip_score needs prompts, and the model",
+        ),
+        (["metric=class_agreement", *RANDOM_FEATURES], "metric=class_agreement needs a classifier, and evaluation."),
+    ],
+)
+def test_a_metric_without_what_it_needs_is_refused_before_any_work(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli(*SMALL, "stepsize=fm", *arguments, f"hydra.run.dir={tmp_path}")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "schedules").exists()
 
 
 def test_an_extractor_for_other_images_is_refused(tmp_path, capsys):

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from helpers import run_cli
 
 from oss_exp.export.oss_scheduler import OSSScheduler
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, Free, SolverSteps, StepSchedule
 
 FLOW = {"native": {"clock": "flow time"}}
 
@@ -25,15 +25,15 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lists(tmp_path) -> StepSchedule:
-    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], "free", provenance=FLOW)
+    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], Free(), provenance=FLOW)
     steps.save(tmp_path / "lists.json")
     return steps
 
 
 def test_comfyui_and_back(run, lists, tmp_path, capsys):
-    run("task=export", "task.schedule=lists.json", "task.to=comfyui", "task.output=comfy.json")
+    run("task=export", "task.schedule=lists.json", "exporter=comfyui", "task.output=comfy.json")
     out = capsys.readouterr().out
-    assert "comfy.json: 3 steps for comfyui\nManualSigmas: 0.95, 0.5, 0.2, 0.0, with euler\n" in out
+    assert "comfy.json: 3 steps for ComfyUI\nManualSigmas: 0.95, 0.5, 0.2, 0.0, with euler\n" in out
     assert "1.053 times less than in the search" in out
     nodes = json.loads((tmp_path / "comfy.json").read_text())
     assert nodes["sigmas"]["inputs"]["sigmas"] == "0.95, 0.5, 0.2, 0.0"
@@ -48,26 +48,26 @@ def test_comfyui_and_back(run, lists, tmp_path, capsys):
 
 
 def test_lists_of_sigma_over_alpha(run, lists, tmp_path, capsys):
-    run("task=export", "task.schedule=lists.json", "task.to=k_diffusion", "task.network=eps")
+    run("task=export", "task.schedule=lists.json", "exporter=k_diffusion", "task.exporter.network=eps")
     sigmas = json.loads((tmp_path / "run" / "k_diffusion.json").read_text())
     assert sigmas == pytest.approx([19.0, 1.0, 0.25, 0.0])
-    run("task=export", "task.schedule=lists.json", "task.to=webui", "task.network=eps", "task.output=w.json")
+    run("task=export", "task.schedule=lists.json", "exporter=webui", "task.exporter.network=eps", "task.output=w.json")
     assert json.loads((tmp_path / "w.json").read_text()) == pytest.approx(sigmas)
     assert "webUI_ExtraSchedulers, custom, with Euler: [" in capsys.readouterr().out
 
 
 def test_diffusers_by_class_or_by_folder(run, lists, tmp_path, capsys):
-    to = ["task=export", "task.schedule=lists.json", "task.to=diffusers", "task.output=d.json"]
+    to = ["task=export", "task.schedule=lists.json", "exporter=diffusers", "task.output=d.json"]
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
-    run(*to, "task.scheduler=pipeline", "task.height=1024", "task.width=1024")
+    run(*to, "task.exporter.scheduler=pipeline", "task.exporter.height=1024", "task.exporter.width=1024")
     given = json.loads((tmp_path / "d.json").read_text())
     assert given.pop("scheduler") == "FlowMatchEulerDiscreteScheduler"
     assert given["mu"] == pytest.approx(1.15)
     scheduler.set_timesteps(**given)
     torch.testing.assert_close(scheduler.sigmas.double(), lists.times, rtol=0, atol=1e-6)
     assert "pipe(..., sigmas=[" in capsys.readouterr().out
-    run(*to, "task.scheduler=EulerDiscreteScheduler")
+    run(*to, "task.exporter.scheduler=EulerDiscreteScheduler")
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=json.loads((tmp_path / "d.json").read_text())["sigmas"])
     assert scheduler.sigmas.tolist() == pytest.approx([19.0, 1.0, 0.25, 0.0])
@@ -77,13 +77,12 @@ def test_a_scheduler_of_its_own(run, tmp_path):
     solver = {"_target_": "oss_exp.solvers.dpm_solver_pp.DPMSolverPP", "order": 2, "lower_order_final": True}
     steps = StepSchedule(
         [0.9, 0.5, 0.2, 0.0],
-        "analytic",
-        mean=torch.ones(1, 3),
-        orders=torch.tensor([1, 2, 1]),
+        Analytic(torch.ones(1, 3)),
+        steps=SolverSteps(torch.tensor([1, 2, 1])),
         provenance={"solver": solver},
     )
     steps.save(tmp_path / "x.json")
-    run("task=export", "task.schedule=x.json", "task.to=oss_scheduler", "task.output=out/x.json")
+    run("task=export", "task.schedule=x.json", "exporter=oss_scheduler", "task.output=out/x.json")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names >= {"x.json", "x.mean.safetensors", "oss_scheduler.py"}
     scheduler = OSSScheduler.from_schedule(tmp_path / "out" / "x.json", DDIMScheduler().config)
@@ -94,17 +93,27 @@ def test_a_scheduler_of_its_own(run, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("task.to=kdiff", "task.to must be one of diffusers, oss_scheduler, comfyui, k_diffusion, webui, got 'kdiff'"),
-        ("task.to=comfyui task.output=x.txt", "task.output must end in .json, got x.txt"),
         (
-            "task.to=comfyui task.network=wan",
-            "task.network must be one of flow, eps: what the schedule is for; got 'wan'",
+            "exporter=kdiff",
+            "exporter=kdiff does not exist; choose from comfyui, diffusers, k_diffusion, oss_scheduler, webui",
         ),
-        ("task.to=comfyui task.output=lists.json", "are the same file lists.json; choose another output"),
-        ("task.to=diffusers", "task.to=diffusers needs task.scheduler: a scheduler_config.json"),
-        ("task.to=diffusers task.scheduler=FluxPipeline", "neither a class of diffusers' schedulers nor a file of one"),
-        ("task.to=diffusers task.scheduler=DDIMScheduler", "DDIMScheduler takes no times; export to oss_scheduler"),
-        ("", "task.to"),
+        ("exporter=comfyui task.output=x.txt", "task.output must end in .json, got x.txt"),
+        (
+            "exporter=comfyui task.exporter.network=wan",
+            "task.exporter.network must be one of flow, eps or null, got 'wan'",
+        ),
+        ("exporter=comfyui task.output=lists.json", "are the same file lists.json; choose another output"),
+        ("exporter=diffusers", "exporter=diffusers needs task.exporter.scheduler: a scheduler_config.json"),
+        (
+            "exporter=diffusers task.exporter.scheduler=FluxPipeline",
+            "neither a class of diffusers' schedulers nor a fi",
+        ),
+        (
+            "exporter=diffusers task.exporter.scheduler=DDIMScheduler",
+            "DDIMScheduler takes no times; export to oss_sche",
+        ),
+        ("exporter=diffusers task.exporter.height=512", "task.exporter.height and task.exporter.width belong together"),
+        ("", "You must specify 'exporter', e.g, exporter=<OPTION>"),
     ],
 )
 def test_wrong_settings_are_refused(run, lists, tmp_path, settings, message, capsys):

@@ -119,7 +119,7 @@ def test_states_are_the_teachers_and_later_the_students(weights, tmp_path):
 
 
 def test_images_train_stages_by_the_models_own_loss(weights, tmp_path):
-    folder = tuned(weights, tmp_path, "task.objective=diffusion", "data@task.images=digits")
+    folder = tuned(weights, tmp_path, "task.objective=diffusion", "images=digits")
     assert not (folder / "states").exists()
     assert record(folder, 1)["training"]["loss_after"] > 0
 
@@ -204,8 +204,8 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
         ("task.num_stages=4", "task.num_stages=4 exceeds the 3 steps of the schedule"),
         ("task.stage=2", "task.stage must be all, or a number from 0 to 1"),
         ("task.objective=jumps", "task.objective must be one of jump, progressive, diffusion"),
-        ("task.objective=diffusion", "needs images: data@task.images=fashion_mnist_32"),
-        ("data@task.images=digits", "task.objective=jump takes no images"),
+        ("task.objective=diffusion", "needs images: images=fashion_mnist_32"),
+        ("images=digits", "task.objective=jump takes no images"),
         ("task.trainable=half", "task.trainable must be one of full, adaln, lora"),
         ("task.trainable=lora task.lora_rank=0", "task.lora_rank must be a whole number of at least 1"),
         ("solver=heun", "task.objective=jump trains jumps of solver=euler"),

@@ -31,7 +31,7 @@ def inputs(tmp_path_factory) -> list[str]:
         write_fashion(folder, pixels, [i % 10 for i in range(20)], split)
     run_cli(
         "task=fit_detector",
-        f"data.root={folder}",
+        f"images.root={folder}",
         "task.steps=12",
         "task.batch_size=8",
         f"task.output={folder / 'detector.safetensors'}",

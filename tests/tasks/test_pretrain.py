@@ -23,7 +23,7 @@ from oss_exp.tasks.pretrain import Examples, LogitNormalTimes, UniformTimes
 TINY = [
     "task=pretrain",
     "model=dit_fashion",
-    "data=digits",
+    "images=digits",
     "model.event_shape=[1,8,8]",
     "model.backbone.size=8",
     "model.backbone.num_layers=1",
@@ -101,8 +101,8 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
 
 
 SMALL = {
-    "flux_fashion": ["data=coloured_fashion", "model.backbone.network.num_single_layers=1"],
-    "video_fashion": ["data=moving_fashion", "model.backbone.network.num_layers=1"],
+    "flux_fashion": ["images=coloured_fashion", "model.backbone.network.num_single_layers=1"],
+    "video_fashion": ["images=moving_fashion", "model.backbone.network.num_layers=1"],
     "mar_fashion": ["model.num_iter=4", "model.sizes.full.backbone.diffloss_w=16"],
 }
 
@@ -110,7 +110,7 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
     """From captions or tokens to weights that run as a model."""
-    run = ["task=pretrain", f"model={name}", *SMALL[name], f"data.root={fashion}", "trainer.precision=32-true"]
+    run = ["task=pretrain", f"model={name}", *SMALL[name], f"images.root={fashion}", "trainer.precision=32-true"]
     more = ["task.batch_size=4", "task.max_steps=3", "task.save_every=3", "logger=none"]
     run_cli(*run, *more, f"hydra.run.dir={tmp_path}")
     record = json.loads((tmp_path / f"{name}.json").read_text())
@@ -118,7 +118,7 @@ def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
     shown = Image.open(tmp_path / "samples" / "step_000003.png").size
     assert shown == (34 * 8 + 2, 34 * 10 + 2)
     network = [f"model={name}", *(each for each in SMALL[name] if each.startswith("model"))]
-    prompts = [] if name == "mar_fashion" else ["data=prompts", f"data.prompts={SMALL[name][0][5:]}.txt"]
+    prompts = [] if name == "mar_fashion" else ["data=prompts", f"data.prompts={SMALL[name][0][7:]}.txt"]
     counts = ["data.search_samples=2", "data.eval_samples=2", "data.per_sample=2", "num_teacher_steps=6"]
     weights = f"model.checkpoint={tmp_path / f'{name}.safetensors'}"
     run_cli(
@@ -191,8 +191,8 @@ def test_logit_normal_times_are_log_normal_sigmas():
         (["model.event_shape=[1,16,16]"], r"items of shape \(1, 8, 8\), model=dit_fashion takes \(1, 16, 16\)"),
         (["task.max_steps=0"], "task.max_steps must be a whole number"),
         (["task.batch_size=many"], "task.batch_size must be a whole number"),
-        (["task.label_dropout=2"], "task.label_dropout must lie between 0 and 1"),
-        (["task.times.std=0"], "task.times.std must be positive"),
+        (["task.label_dropout=2"], "task.label_dropout must be a finite number from 0 to 1"),
+        (["task.times.std=0"], "task.times.std must be a finite number above 0"),
         (["task.resume=/nowhere"], "no checkpoint /nowhere"),
         (["task.batch_size=7", "trainer=ddp_spawn_cpu"], "cannot be split evenly over 2 ranks"),
     ],
@@ -212,13 +212,16 @@ def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=flux_fashion", "data=digits"], "model=flux_fashion needs images with captions and data has classes"),
-        (["model=mar_fashion", "data=moving_fashion"], "model=mar_fashion needs images with classes and data has capt"),
-        (["model=flux_dev", "data=coloured_fashion"], "made of published parts, which are not trained here"),
+        (["model=flux_fashion", "images=digits"], "model=flux_fashion needs images with captions, these have classes"),
+        (
+            ["model=mar_fashion", "images=moving_fashion"],
+            "model=mar_fashion needs images with classes, these have cap",
+        ),
+        (["model=flux_dev", "images=coloured_fashion"], "made of published parts, which are not trained here"),
     ],
 )
 def test_models_and_data_that_do_not_go_together_are_refused(arguments, message, tmp_path, capsys, fashion):
-    root = [] if "data=digits" in arguments else [f"data.root={fashion}"]
+    root = [] if "images=digits" in arguments else [f"images.root={fashion}"]
     with pytest.raises(SystemExit):
         run_cli("task=pretrain", *arguments, *root, "logger=none", f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err

@@ -21,9 +21,9 @@ from oss_exp.files import ASSETS, sha256
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import EDMPath, FlowPath, FlowSchedule
+from oss_exp.provenance import native_times
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
-from oss_exp.tasks.setting import native_times
 
 STRATEGIES = ["ddim", "ddim_analytic", "edm", "fm", "logsnr", "oss", "oss_ave", "oss_fit", "oss_shared", "quadratic"]
 SMALL = [

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
         "stepsize=[ddim,oss_shared]",
         "distance=select",
         "distance.frames=4",
-        "evaluation.metrics=[psnr,fid]",
+        "metric=[fid]",
         "evaluation.save_images=npz",
         "logger=wandb",
         f"hydra.run.dir={folder / 'run'}",

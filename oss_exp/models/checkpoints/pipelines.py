@@ -7,6 +7,7 @@ Legend: M rows, *E event dims, P prompts; t (M,) float64.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from oss_exp.files import load_record, sha256
 from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Network
+from oss_exp.models.network import Dtype, Network, settings_named
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.models.text.encoders import Answer, TextModel, open_text_model, random_text_model
 from oss_exp.velocity import BoundVelocity
@@ -62,17 +63,21 @@ class Pipeline:
     ):
         self.kind, self.parts, self.source = kind, parts, source
         self.checkpoint = checkpoint or sizes[size]["checkpoint"]
-        self.folder, self.configs = None, sizes[size]
+        self.size, self.folder, self.configs = size, None, sizes[size]
         if self.checkpoint != "random":
             self.folder = self._folder()
             self.files = {part: self._locate(part) for part in parts}
             self.configs = {part: read_object(files[0]) for part, files in self.files.items()}
 
+    def making(self, part: str) -> AbstractContextManager[None]:
+        """What goes wrong within, in the making of a part of random weights, is said of the part's settings."""
+        return settings_named(f"sizes.{self.size}.{part}") if self.folder is None else nullcontext()
+
     def network(self, part: str) -> nn.Module:
         """diffusers' network of a part's config; where its weights are in files it has none yet, on device meta."""
         import diffusers
 
-        with torch.device("cpu" if self.folder is None else "meta"):
+        with self.making(part), torch.device("cpu" if self.folder is None else "meta"):
             network = getattr(diffusers, self.parts[part][0]).from_config(self.configs[part])
         channels, answers = network.config.in_channels, network.config.out_channels or network.config.in_channels
         if channels != answers:
@@ -90,7 +95,8 @@ class Pipeline:
         """The text encoder of two parts; `answer` and `length` as TextModel takes them."""
         kind = self.parts[part][0]
         if self.folder is None:
-            return random_text_model(kind, self.configs[part], answer, length)
+            with self.making(part):
+                return random_text_model(kind, self.configs[part], answer, length)
         words = self.parts[tokenizer][0]
         return open_text_model(kind, self.files[part][-1], words, self.folder / tokenizer, answer, length)
 
@@ -147,7 +153,7 @@ class Prompted(Network):
         decoder: nn.Module,
         guidance: Guidance,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str,
     ):
         self.prompts, self.encoder_sha256 = list(prompts), encoder_sha256
@@ -174,8 +180,8 @@ class Prompted(Network):
             raise ValueError(f"{self.name} needs the numbers of prompts; set data=prompts data.prompts=FILE")
         if not bool(((condition >= 0) & (condition < len(self.prompts))).all()):
             raise ValueError(
-                f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; give "
-                "model.prompts and data.prompts the same file"
+                f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; "
+                "set data=prompts data.prompts=FILE"
             )
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
@@ -224,6 +230,7 @@ def require_features(pipeline: Pipeline, taker: str, encodings: Tensor, features
 
 
 def require_multiples(of: int, **pixels: int) -> None:
+    """ValueError for a side of a picture that is no multiple of so many pixels."""
     for name, value in pixels.items():
-        if not isinstance(value, int) or value < of or value % of:
-            raise ValueError(f"model.{name} must be a multiple of {of} pixels, got {value!r}")
+        if value < of or value % of:
+            raise ValueError(f"{name} must be a multiple of {of} pixels, got {value!r}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.weights import locate, randomise, read
 
 
@@ -40,6 +41,7 @@ class Autoencoder(nn.Module, abc.ABC):
 
     def __init__(self, network: nn.Module, checkpoint: str, micro_batch: int, source: str):
         super().__init__()
+        require_range(at_least=1, micro_batch=micro_batch)
         self.micro_batch, self.source = micro_batch, source
         network.encoder = network.quant_conv = None
         self.post_quant_conv, self.decoder = network.post_quant_conv or nn.Identity(), network.decoder
@@ -82,7 +84,7 @@ class VAE(Autoencoder):
     checkpoint, micro_batch, source: as above.
     scaling_factor, shift_factor: the network's latents are (the encoder's - shift) times scale.
     tile:   decode larger images in overlapping squares of so many latents a side, to save memory; null: as a whole.
-    config: AutoencoderKL's own.
+    latent_channels ... norm_num_groups, config: AutoencoderKL's own, with its defaults.
     """
 
     def __init__(
@@ -93,11 +95,34 @@ class VAE(Autoencoder):
         source: str,
         shift_factor: float | None = None,
         tile: int | None = None,
+        latent_channels: int = 4,
+        block_out_channels: Sequence[int] = (64,),
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 32,
         **config: Any,
     ):
         from diffusers import AutoencoderKL
 
-        network = AutoencoderKL(**config)
+        require_range(above=0, at_most=1e6, scaling_factor=scaling_factor)
+        require_range(at_least=-1e6, at_most=1e6, shift_factor=shift_factor)
+        require_range(at_least=1, tile=tile, latent_channels=latent_channels)
+        require_range(at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
+        if not block_out_channels or any(width < 1 or width % norm_num_groups for width in block_out_channels):
+            raise ValueError(
+                f"block_out_channels must be multiples of norm_num_groups={norm_num_groups}, got "
+                f"{list(block_out_channels)}"
+            )
+        network = AutoencoderKL(
+            latent_channels=latent_channels,
+            block_out_channels=block_out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            **config,
+        )
         if tile is not None:
             network.enable_tiling()
             network.tile_latent_min_size = tile

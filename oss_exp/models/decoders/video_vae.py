@@ -7,12 +7,13 @@ holds an encoder of each besides. Legend: B videos, C channels, T latent frames,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.weights import locate, randomise, read
 from oss_exp.models.decoders.image import VAE
 
@@ -26,7 +27,7 @@ def latent_frames(num_frames: int) -> int:
         return 1
     if num_frames < 1 or num_frames % FRAMES:
         raise ValueError(
-            f"model.num_frames must be 1 or a multiple of {FRAMES}, got {num_frames}; "
+            f"num_frames must be 1 or a multiple of {FRAMES}, got {num_frames}; "
             f"choose {max(1, round(num_frames / FRAMES)) * FRAMES}"
         )
     return num_frames // FRAMES * LATENTS
@@ -48,11 +49,13 @@ class VideoVAE(nn.Module):
         checkpoint: str,
         scale: Sequence[float],
         shift: Sequence[float],
-        temporal: Mapping[str, Any],
-        spatial: Mapping[str, Any],
+        temporal: Annotated[Mapping[str, Any], SettingsOf(TemporalDecoder)],
+        spatial: Annotated[Mapping[str, Any], SettingsOf(VAE)],
         source: str,
     ):
         super().__init__()
+        if not scale or len(scale) != len(shift):
+            raise ValueError(f"scale and shift must have a number for each channel, got {list(scale)}, {list(shift)}")
         self.temporal_vae = nn.Module()
         channels = len(scale)
         self.temporal_vae.post_quant_conv = CausalConv(channels, channels, 1)
@@ -98,6 +101,7 @@ class TemporalDecoder(nn.Module):
         num_groups: int,
     ):
         super().__init__()
+        require_range(at_least=1, features=features, num_layers=num_layers, num_groups=num_groups)
         self.doublings = tuple(doublings)
         widths = [features * multiplier for multiplier in multipliers]
         self.conv1 = CausalConv(channels, widths[-1], 3)

@@ -5,25 +5,44 @@ A class of -1 stands for none; every network has one more label embedding for it
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
+
 
 class UNet(nn.Module):
-    """diffusers.UNet2DModel on `patch` x `patch` pixels at a time (1: on pixels); `config` is its own, for `channels`.
+    """diffusers.UNet2DModel on `patch` x `patch` pixels at a time (1: on pixels); the arguments after it are its own.
 
     Patches as channels make the network of small images three times as fast, as in Simple Diffusion (arXiv 2301.11093).
     """
 
-    def __init__(self, channels: int, size: int, num_classes: int | None, patch: int, **config: Any):
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
+
+    def __init__(
+        self,
+        channels: int = 1,
+        size: int = 32,
+        num_classes: int | None = 10,
+        patch: int = 2,
+        layers_per_block: int = 1,
+        block_out_channels: Sequence[int] = (64, 96, 96),
+        down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim: int = 32,
+        norm_num_groups: int = 16,
+    ):
         from diffusers import UNet2DModel
 
         super().__init__()
-        if size % patch:
-            raise ValueError(f"backbone.size={size} is not a multiple of backbone.patch={patch}")
+        require_range(at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch)
+        require_range(at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
+        require_range(at_least=1, attention_head_dim=attention_head_dim)
+        require_multiple(size, patch)
         self.patch, self.num_classes = patch, num_classes
         embeddings = None if num_classes is None else num_classes + 1
         self.network = UNet2DModel(
@@ -31,7 +50,12 @@ class UNet(nn.Module):
             in_channels=channels * patch**2,
             out_channels=channels * patch**2,
             num_class_embeds=embeddings,
-            **config,
+            layers_per_block=layers_per_block,
+            block_out_channels=block_out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
         )
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
@@ -41,13 +65,29 @@ class UNet(nn.Module):
 
 
 class DiT(nn.Module):
-    """diffusers.DiTTransformer2DModel (Peebles & Xie 2022, arXiv 2212.09748); `config` is its own, for `channels`."""
+    """diffusers.DiTTransformer2DModel (Peebles & Xie 2022, arXiv 2212.09748); arguments after `patch` are its own."""
 
-    def __init__(self, channels: int, size: int, num_classes: int, patch: int, **config: Any):
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("norm1.linear", "timestep_embedder", "proj_out_1")
+
+    def __init__(
+        self,
+        channels: int = 1,
+        size: int = 32,
+        num_classes: int = 10,
+        patch: int = 4,
+        num_layers: int = 8,
+        num_attention_heads: int = 4,
+        attention_head_dim: int = 32,
+        norm_eps: float = 1e-5,
+    ):
         from diffusers import DiTTransformer2DModel
         from diffusers.models.embeddings import LabelEmbedding
 
         super().__init__()
+        require_range(at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch)
+        require_range(at_least=1, num_layers=num_layers, num_attention_heads=num_attention_heads)
+        require_range(at_least=1, attention_head_dim=attention_head_dim)
+        require_multiple(size, patch)
         self.num_classes = num_classes
         self.network = DiTTransformer2DModel(
             sample_size=size,
@@ -55,7 +95,10 @@ class DiT(nn.Module):
             in_channels=channels,
             out_channels=channels,
             num_embeds_ada_norm=num_classes,
-            **config,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            norm_eps=norm_eps,
         )
         for module in self.network.modules():
             if isinstance(module, LabelEmbedding):
@@ -64,3 +107,9 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
         labels = torch.where(classes < 0, self.num_classes, classes)
         return self.network(x, timestep=clock, class_labels=labels).sample
+
+
+def require_multiple(size: int, patch: int) -> None:
+    """ValueError for images that are not a whole number of patches wide."""
+    if size % patch:
+        raise ValueError(f"size must be a multiple of patch, got {size} and {patch}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,19 @@ class PublishedDiT(DiT):
         "DiT-XL-2-512x512.pt",
     )
 
-    def __init__(self, channels: int, size: int, num_classes: int, patch: int, **config: Any):
-        super().__init__(channels, size, num_classes, patch, norm_eps=1e-6, **config)
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        num_classes: int,
+        patch: int,
+        num_layers: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+    ):
+        super().__init__(
+            channels, size, num_classes, patch, num_layers, num_attention_heads, attention_head_dim, norm_eps=1e-6
+        )
         self.network.out_channels = 2 * channels
         self.network.proj_out_2 = nn.Linear(self.network.inner_dim, patch**2 * self.network.out_channels)
         for block in self.network.transformer_blocks:

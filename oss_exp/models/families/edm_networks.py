@@ -10,11 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.checks import require_choice, require_range
+
+EmbeddingType = Literal["positional", "fourier"]
+EncoderType = Literal["standard", "residual"]
 HEAD_CHANNELS = 64  # of ADM; where there are fewer channels it has no attention, even if asked for
 GUIDED_ENDS = {  # our modules -> guided-diffusion's
     "map_layer0": "time_embed.0",
@@ -160,6 +165,12 @@ class _UNet(nn.Module):
         eps: float,
     ):
         super().__init__()
+        require_range(at_least=1, img_resolution=img_resolution, img_channels=img_channels, num_blocks=num_blocks)
+        if not widths or min(widths) < 4 or img_resolution % 2 ** (len(widths) - 1):
+            raise ValueError(
+                f"channel_mult must have positive numbers for as many levels as img_resolution={img_resolution} can "
+                f"be halved, got the widths {list(widths)}"
+            )
         self.img_channels = img_channels
         block = partial(block, eps=eps)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
@@ -264,6 +275,10 @@ class ADM(_UNet):
         adaptive_scale: bool,
         legacy_attention: bool = False,
     ):
+        require_range(at_least=4, model_channels=model_channels)
+        require_range(at_least=0, label_dim=label_dim)
+        require_range(at_least=img_channels, out_channels=out_channels)
+        require_range(at_least=1, channel_mult_emb=channel_mult_emb)
         emb_channels = model_channels * channel_mult_emb
         super().__init__(
             img_resolution=img_resolution,
@@ -384,14 +399,15 @@ class Song(_UNet):
         channel_mult_noise: int,
         num_blocks: int,
         attn_resolutions: Sequence[int],
-        embedding_type: str,
-        encoder_type: str,
+        embedding_type: EmbeddingType,
+        encoder_type: EncoderType,
         resample_filter: Sequence[int],
     ):
-        if embedding_type not in ("positional", "fourier"):
-            raise ValueError(f"embedding_type must be positional or fourier, got {embedding_type!r}")
-        if encoder_type not in ("standard", "residual"):
-            raise ValueError(f"encoder_type must be standard or residual, got {encoder_type!r}")
+        require_choice(get_args(EmbeddingType), embedding_type=embedding_type)
+        require_choice(get_args(EncoderType), encoder_type=encoder_type)
+        require_range(at_least=4, model_channels=model_channels)
+        require_range(at_least=0, label_dim=label_dim, augment_dim=augment_dim)
+        require_range(at_least=1, channel_mult_emb=channel_mult_emb, channel_mult_noise=channel_mult_noise)
         emb_channels = model_channels * channel_mult_emb
         super().__init__(
             img_resolution=img_resolution,

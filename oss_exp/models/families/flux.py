@@ -6,14 +6,14 @@ has none. A condition is a prompt's number: CLIP's pooled vector and T5's text. 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.pipelines import (
     Pipeline,
     Prompted,
@@ -23,10 +23,9 @@ from oss_exp.models.checkpoints.pipelines import (
 )
 from oss_exp.models.decoders.image import VAE
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import Together, clip_pooled, encode, t5_text
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import FlowPath
 
 PARTS = {
@@ -40,14 +39,18 @@ PARTS = {
 PATCH = 16  # pixels a side of what a token stands for: 8 of a latent, 2 x 2 latents
 
 
-def flux_shift(height: int, width: int) -> float:
-    """`FlowSchedule`'s shift for pictures of so many pixels: exp(mu), mu linear in their tokens.
+class FluxSize(TypedDict):
+    """One of the sizes of `Flux`."""
 
-    From 0.5 at 256 tokens to 1.15 at 4096, as dev's scheduler; 1024 x 1024: 3.158.
-    """
-    require_multiples(PATCH, height=height, width=width)
-    tokens = height // PATCH * (width // PATCH)
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    checkpoint: str
+    height: int
+    width: int
+    text_length: int
+    dtype: str
+    transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.FluxTransformer2DModel")]
+    text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.CLIPTextConfig")]
+    text_encoder_2: Annotated[Mapping[str, Any], SettingsOf("transformers.T5Config")]
+    vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKL")]
 
 
 class Flux(Prompted):
@@ -60,7 +63,7 @@ class Flux(Prompted):
     text_length:       T5's tokens.
     embedded_guidance: the network's own input, one row a call; null for schnell, which has none.
     guidance:          two rows a call besides, against the empty prompt, for a scale other than 1.
-    prompts:           the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:           those that conditions number.
     decode_batch:      images decoded at a time. decode_tile: as VAE's `tile`.
     checkpoint:        a pipeline folder or a hub id, whose own configs count; `random`; null: that of the size.
     source:            where the public checkpoint is had, for the message when it is missing.
@@ -70,23 +73,24 @@ class Flux(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, FluxSize],
         height: int,
         width: int,
         text_length: int,
         embedded_guidance: float | None,
         guidance: Guidance,
-        prompts: str,
         micro_batch: int,
         decode_batch: int,
         decode_tile: int | None,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name = at_size(name, size, sizes)
         require_multiples(PATCH, height=height, width=width)
-        listed = read_prompts(prompts)
+        require_range(at_least=1, text_length=text_length)
+        require_range(at_least=0, at_most=1000, embedded_guidance=embedded_guidance)
         pipeline = Pipeline("FluxPipeline", PARTS, size, sizes, checkpoint, source)
         network = pipeline.network("transformer")
         config = network.config
@@ -97,19 +101,22 @@ class Flux(Prompted):
             )
         clip = pipeline.text_model("text_encoder", "tokenizer", clip_pooled)
         t5 = pipeline.text_model("text_encoder_2", "tokenizer_2", t5_text, text_length)
-        encodings, sha256 = encode(Together(clip, t5), [*listed, ""])
+        encodings, sha256 = encode(Together(clip, t5), [*prompts, ""])
         del clip, t5  # gigabytes, before the transformer is read
         require_features(pipeline, "transformer", encodings["pooled"], config.pooled_projection_dim)
         require_features(pipeline, "transformer", encodings["text"], config.joint_attention_dim)
-        vae = pipeline.configs["vae"] | {"tile": decode_tile}
+        require_range(at_least=1, decode_batch=decode_batch, decode_tile=decode_tile)
+        with pipeline.making("vae"):
+            vae = pipeline.configs["vae"] | {"tile": decode_tile}
+            decoder = VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae)
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=sha256,
-            backbone=PromptedFlux(network, embedded_guidance, **encodings),
+            backbone=PromptedFlux(network, embedded_guidance, patch=2, **encodings),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1.0)),
             event_shape=(config.in_channels // 4, height // 8, width // 8),
-            decoder=VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae),
+            decoder=decoder,
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
@@ -123,8 +130,18 @@ class PromptedFlux(PromptedBackbone):
     A token is patch x patch latents of all channels. tables: `pooled` (P + 1, D) and `text` (P + 1, L, D).
     """
 
-    def __init__(self, network: nn.Module, guidance: float | None, patch: int = 2, **tables: Tensor):
+    adaptive_norms: ClassVar[tuple[str, ...]] = (
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
+        "norm_out.linear",
+        "timestep_embedder",
+    )
+
+    def __init__(self, network: nn.Module, guidance: float | None, patch: int, **tables: Tensor):
         super().__init__(network, **tables)
+        require_range(at_least=1, patch=patch)
+        require_range(at_least=0, at_most=1000, guidance=guidance)
         self.guidance, self.patch = guidance, patch
         network.time_text_embed.register_forward_pre_hook(_exact)
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.weights import xavier
+from oss_exp.models.families.backbones import require_multiple
 from oss_exp.models.families.dit import Frequencies
 from oss_exp.models.families.published import Published
 from oss_exp.models.guidance import NO_CLASS, Guidance
@@ -93,6 +95,8 @@ class MARNetwork(nn.Module):
     buffer_size: S, class tokens in front. diffloss_d, diffloss_w: depth and width of the head.
     """
 
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("adaLN_modulation", "time_embed")
+
     FILES = ("checkpoint-last.pth",)
 
     def __init__(
@@ -113,8 +117,13 @@ class MARNetwork(nn.Module):
         diffloss_w: int,
     ):
         super().__init__()
-        if size % patch:
-            raise ValueError(f"backbone.size={size} is not a multiple of backbone.patch={patch}")
+        require_range(at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch)
+        require_range(at_least=1, encoder_embed_dim=encoder_embed_dim, encoder_num_heads=encoder_num_heads)
+        require_range(at_least=1, decoder_embed_dim=decoder_embed_dim, decoder_num_heads=decoder_num_heads)
+        require_range(at_least=1, encoder_depth=encoder_depth, decoder_depth=decoder_depth)
+        require_range(at_least=1, buffer_size=buffer_size, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
+        require_range(above=0, at_most=64, mlp_ratio=mlp_ratio)
+        require_multiple(size, patch)
         self.side, self.patch, self.buffer_size = size // patch, patch, buffer_size
         places, token_dim = self.side**2, channels * patch**2
 
@@ -203,19 +212,17 @@ class MAR(Published):
     """
 
     def __init__(self, num_iter: int, search_iteration: int, search_cfg: float | None, seed: int, **published: Any):
-        for name, value, least in (("num_iter", num_iter, 1), ("search_iteration", search_iteration, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"model.{name} must be a whole number of at least {least}, got {value!r}")
+        require_range(at_least=1, num_iter=num_iter)
+        require_range(at_least=0, search_iteration=search_iteration, seed=seed)
         if search_iteration >= num_iter:
             raise ValueError(
-                f"model.search_iteration counts from 0 and must be below num_iter={num_iter}, got {search_iteration}"
+                f"search_iteration must be below num_iter={num_iter}, for it counts from 0, got {search_iteration}"
             )
-        if isinstance(search_cfg, bool) or not isinstance(search_cfg, int | float | None):
-            raise ValueError(f"model.search_cfg must be a number (1 for no guidance) or null, got {search_cfg!r}")
+        require_range(at_least=-1000, at_most=1000, search_cfg=search_cfg)
         super().__init__(**published)
         if num_iter > self.event_shape[0]:
             raise ValueError(
-                f"model.num_iter={num_iter} exceeds the {self.event_shape[0]} tokens of an image, of which every "
+                f"num_iter={num_iter} exceeds the {self.event_shape[0]} tokens of an image, of which every "
                 "iteration makes at least one; choose fewer"
             )
         _require_plain(self.guidance)
@@ -230,7 +237,7 @@ class MAR(Published):
             for label in classes.tolist()
         ]
         grid = DDIMSchedule(self.path.betas).nodes(CONTEXT_STEPS)
-        steps = StepSchedule(grid, start_time=float(grid[0]))
+        steps = StepSchedule(grid)
         noise = torch.from_numpy(np.stack(noise)).to(classes.device) * steps.start_time
         labels = None if condition is None else classes
         tokens = self._make(Euler(), steps, noise, labels, None, guidance, self.search_iteration)

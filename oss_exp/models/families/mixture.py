@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.files import Provenance, find_asset, load_asset
 from oss_exp.models.base import Model
-from oss_exp.models.guidance import NO_CLASS, Guidance
+from oss_exp.models.guidance import NO_CLASS, UNGUIDED, Guidance
 from oss_exp.noise import FlowPath, GaussianPath
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
@@ -51,6 +53,7 @@ class GaussianMixture(Model):
         micro_batch: int,
     ):
         super().__init__()
+        require_range(at_least=1, micro_batch=micro_batch)
         self.path: GaussianPath = FlowPath(shift=1.0, time_scale=1.0)
         self.event_shape = tuple(event_shape)
         self.name, self.fingerprint, self.guidance, self.micro_batch = name, fingerprint, guidance, micro_batch
@@ -72,7 +75,12 @@ class GaussianMixture(Model):
         self.responsibilities = nn.Softmax(dim=-1)  # a layer, so that its output can be looked at
 
     @classmethod
-    def from_asset(cls, file: str, guidance: Guidance, micro_batch: int) -> GaussianMixture:
+    def from_asset(
+        cls,
+        file: str | Path = "mixture_fashion.safetensors",
+        guidance: Guidance = UNGUIDED,
+        micro_batch: int = 1024,
+    ) -> GaussianMixture:
         """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
         tensors, record = load_asset(find_asset(file, "mixture file"), "mixture", MixtureProvenance)
         return cls(
@@ -99,7 +107,7 @@ class GaussianMixture(Model):
             event_shape=event_shape,
             name="covariances",
             fingerprint="",
-            guidance=Guidance(),
+            guidance=UNGUIDED,
             micro_batch=1024,
         )
 
@@ -111,6 +119,8 @@ class GaussianMixture(Model):
 
     def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Samples (count, *E) of the mixture itself and their classes (count,)."""
+        require_range(at_least=1, at_most=10_000_000, count=count)
+        require_range(at_least=0, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         component = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
         (_, rank), dim = self.extra.shape, self.means.shape[1]

@@ -7,22 +7,22 @@ L tokens, D features; t (M,) float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.pipelines import Prompted
 from oss_exp.models.checkpoints.weights import locate
 from oss_exp.models.decoders.video_vae import latent_frames
 from oss_exp.models.families.stdit3 import STDiT3
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size, build_part
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import TextModel, encode, open_text_model, random_text_model
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import FlowPath
 
 WEIGHTS = ("model.safetensors",)
@@ -35,13 +35,24 @@ T5_OTHERS = (
 )
 
 
+class OpenSoraSize(TypedDict):
+    """One of the sizes of `OpenSora`. video: frames, height and width that the configuration takes by default."""
+
+    video: Sequence[int]
+    micro_batch: int
+    checkpoint: str
+    network: Callable[..., STDiT3]
+    text_encoder: Callable[..., TextModel]
+    decoder: Callable[..., nn.Module]
+
+
 class OpenSora(Prompted):
     """A network of text to video at one of its sizes.
 
     sizes:      by name the `checkpoint` and, partial, `network`, `text_encoder` and `decoder`: only the chosen ones are
                 built. `full` is the public one; `tiny` has the same layers, small.
     num_frames: of the video, 1 for a picture. height, width: pixels. fps: frames a second.
-    prompts:    the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:    those that conditions number.
     ending:     what is added to each prompt, for captions in training ended with such scores. Prompts are in lower
                 case, as captions were; their cleaning of addresses, file names and the like is not repeated.
     checkpoint: a file, a folder or a hub id; `random`: reproducible random weights, to try all but the pictures; null:
@@ -53,33 +64,32 @@ class OpenSora(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, OpenSoraSize],
         num_frames: int,
         height: int,
         width: int,
         fps: float,
         guidance: Guidance,
-        prompts: str,
         ending: str,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
-        listed = read_prompts(prompts)
         shape = (latent_frames(num_frames), height // 8, width // 8)
-        if min(shape) < 1:
-            raise ValueError(f"model.height and model.width must be at least 8 pixels, got {height} x {width}")
+        require_range(at_least=8, height=height, width=width)
+        require_range(above=0, at_most=1e6, fps=fps)
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint != "random":  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, WEIGHTS, source))
-        texts = [f"{prompt} {ending}".strip().lower() for prompt in listed]
-        encoded, encoder_sha256 = encode(chosen["text_encoder"](), texts)
-        network = chosen["network"]()
+        texts = [f"{prompt} {ending}".strip().lower() for prompt in prompts or [""]]
+        encoded, encoder_sha256 = encode(build_part(sizes, size, "text_encoder"), texts)
+        network = build_part(sizes, size, "network")
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=encoder_sha256,
             backbone=PromptedSTDiT3(
                 network,
@@ -89,7 +99,7 @@ class OpenSora(Prompted):
             ),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1000.0)),
             event_shape=(network.channels, *shape),
-            decoder=chosen["decoder"](),
+            decoder=build_part(sizes, size, "decoder"),
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
@@ -110,8 +120,11 @@ class PromptedSTDiT3(nn.Module):
     text (P, L, D), mask (P, L): encodings of all prompts, and which tokens are theirs.
     """
 
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("scale_shift_table", "t_block")
+
     def __init__(self, network: STDiT3, text: Tensor, mask: Tensor, fps: float, image_size: float):
         super().__init__()
+        require_range(above=0, at_most=1e6, fps=fps, image_size=image_size)
         null = network.y_embedder.y_embedding
         if text.shape[1:] != null.shape:
             raise ValueError(
@@ -131,8 +144,9 @@ class PromptedSTDiT3(nn.Module):
         return -output.chunk(2, dim=1)[0]
 
 
-def time_shift(num_frames: int, height: int, width: int) -> float:
+def time_shift(num_frames: int = 102, height: int = 720, width: int = 1280) -> float:
     """By which its sampler shifts flow time: sqrt(pixels / 512^2) sqrt(latent frames) (arXiv 2412.20404)."""
+    require_range(at_least=1, at_most=65_536, height=height, width=width)
     return (height * width / 512**2) ** 0.5 * latent_frames(num_frames) ** 0.5
 
 
@@ -162,6 +176,27 @@ def public_t5(checkpoint: str, length: int, source: str) -> TextModel:
     )
 
 
-def random_t5(length: int, **config: Any) -> TextModel:
-    """Reproducible random weights and a token for every byte; config: T5Config's."""
+def random_t5(
+    length: int,
+    vocab_size: int,
+    d_model: int,
+    d_kv: int,
+    d_ff: int,
+    num_layers: int,
+    num_heads: int,
+    feed_forward_proj: str,
+) -> TextModel:
+    """Reproducible random weights and a token for every byte; but for `length` as T5Config takes them."""
+    require_range(at_least=1, length=length, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=num_layers)
+    require_range(at_least=1, num_heads=num_heads)
+    require_range(at_least=259, vocab_size=vocab_size)
+    config = {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": d_kv,
+        "d_ff": d_ff,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "feed_forward_proj": feed_forward_proj,
+    }
     return random_text_model("T5EncoderModel", config, t5_masked, length)

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.files import sha256
 from oss_exp.models.base import Model
-from oss_exp.models.guidance import Guidance
+from oss_exp.models.guidance import UNGUIDED, Guidance
 from oss_exp.models.parameterization import NoisePrediction
 from oss_exp.noise import VPPath
+from oss_exp.noise.paths import require_time_scale
 from oss_exp.velocity import BoundVelocity
 
 
@@ -50,7 +52,7 @@ class PSDenoiser(Model):
     """
 
     num_classes = None
-    guidance = Guidance()  # none: the network was not trained to answer without a condition
+    guidance = UNGUIDED  # none: the network was not trained to answer without a condition
 
     def __init__(
         self,
@@ -66,6 +68,9 @@ class PSDenoiser(Model):
         fingerprint: str,
     ):
         super().__init__()
+        require_range(above=0, below=1, time_min=time_min)
+        require_time_scale(time_scale)
+        require_range(at_least=1, micro_batch=micro_batch)
         self.network = network.eval().requires_grad_(False)
         self.path, self.time_min, self.time_scale = path, time_min, time_scale
         self.parameterization = NoisePrediction(
@@ -77,12 +82,12 @@ class PSDenoiser(Model):
     @classmethod
     def from_package(
         cls,
-        beta_min: float,
-        beta_max: float,
-        time_min: float,
-        time_scale: float,
-        micro_batch: int,
-        checkpoint: str | None,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        time_min: float = 0.001,
+        time_scale: float = 999.0,
+        micro_batch: int = 64,
+        checkpoint: str | Path | None = None,
     ) -> PSDenoiser:
         """The published network. checkpoint: other weights of it, a state dict; null: those of the package.
 

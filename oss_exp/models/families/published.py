@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
+from torch import nn
 
 from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import UNTRAINED, Network, at_size
+from oss_exp.models.network import UNTRAINED, Dtype, Network, at_size, build_part
 from oss_exp.models.parameterization import Parameterization
+
+
+class PublishedSize(TypedDict):
+    """One of the sizes of `Published`."""
+
+    event_shape: Sequence[int]
+    num_classes: int | None
+    checkpoint: str
+    backbone: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
 
 
 class Published(Network):
@@ -31,11 +42,11 @@ class Published(Network):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, PublishedSize],
         parameterization: Parameterization,
         guidance: Guidance,
         micro_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
     ):
@@ -45,8 +56,8 @@ class Published(Network):
             checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source))
         super().__init__(
             name=name,
-            decoder=chosen["decoder"](),
-            backbone=chosen["backbone"](),
+            decoder=build_part(sizes, size, "decoder"),
+            backbone=build_part(sizes, size, "backbone"),
             parameterization=parameterization,
             event_shape=chosen["event_shape"],
             num_classes=chosen["num_classes"],

@@ -7,19 +7,19 @@ Legend: M rows, *E event dims, P prompts, L tokens, D features; t (M,) float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.pipelines import Pipeline, Prompted, PromptedBackbone, require_features
 from oss_exp.models.decoders.image import VAE
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import NoisePrediction, Parameterization, VPVelocity
 from oss_exp.models.text.encoders import clip_text, encode
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import DDPMPath, linear_betas, scaled_linear_betas
 
 PARTS = {
@@ -32,12 +32,22 @@ PARTS = {
 SCALE = {"scaling_factor": 0.18215}  # of a VAE whose config is older than this key
 
 
+class StableDiffusionSize(TypedDict):
+    """One of the sizes of `StableDiffusion`."""
+
+    checkpoint: str
+    unet: Annotated[Mapping[str, Any], SettingsOf("diffusers.UNet2DConditionModel")]
+    text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.CLIPTextConfig")]
+    vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKL")]
+    scheduler: Annotated[Mapping[str, Any], SettingsOf("diffusers.DDIMScheduler")]
+
+
 class StableDiffusion(Prompted):
     """A text-to-image network at one of its sizes.
 
     sizes:        by name the `checkpoint`, and for random weights the configs of `unet`, `text_encoder`, `vae` and
                   `scheduler` as diffusers writes them. `full` is the public one; `tiny` has the same layers, small.
-    prompts:      the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:      those that conditions number.
     decode_batch: images decoded at a time.
     checkpoint:   a pipeline folder or a hub id, whose own configs count; `random`: reproducible random weights, to try
                   all but the pictures; null: that of the size.
@@ -48,33 +58,37 @@ class StableDiffusion(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, StableDiffusionSize],
         guidance: Guidance,
-        prompts: str,
         micro_batch: int,
         decode_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name = at_size(name, size, sizes)
-        listed = read_prompts(prompts)
         pipeline = Pipeline("StableDiffusionPipeline", PARTS, size, sizes, checkpoint, source)
-        parameterization, unet = trained_as(pipeline.configs["scheduler"]), pipeline.network("unet")
+        with pipeline.making("scheduler"):
+            parameterization = trained_as(pipeline.configs["scheduler"])
+        unet = pipeline.network("unet")
         channels, side = unet.config.in_channels, unet.config.sample_size
         if not isinstance(side, int):
             raise ValueError(f"the unet has sample_size={side}; choose a model.checkpoint of square images")
-        encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*listed, ""])
+        encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", clip_text), [*prompts, ""])
         require_features(pipeline, "U-Net", encodings["text"], unet.config.cross_attention_dim)
-        vae = SCALE | pipeline.configs["vae"]
+        require_range(at_least=1, decode_batch=decode_batch)
+        with pipeline.making("vae"):
+            vae = SCALE | pipeline.configs["vae"]
+            decoder = VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae)
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=sha256,
             backbone=PromptedUNet(unet, table=encodings["text"]),
             parameterization=parameterization,
             event_shape=(channels, side, side),
-            decoder=VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae),
+            decoder=decoder,
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
@@ -87,6 +101,8 @@ class PromptedUNet(PromptedBackbone):
 
     table: encodings (P + 1, L, D).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         return self.network(x, clock, encoder_hidden_states=self.table[prompts]).sample
@@ -104,6 +120,8 @@ def trained_as(scheduler: Mapping[str, Any]) -> Parameterization:
         )
     if scheduler.get("rescale_betas_zero_snr"):
         raise ValueError("the pipeline's scheduler has rescale_betas_zero_snr=true; choose a model.checkpoint without")
-    num_steps = scheduler["num_train_timesteps"]
-    path = DDPMPath(rules[rule](num_steps, scheduler["beta_start"], scheduler["beta_end"]))
+    num_steps, start, end = (scheduler[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    require_range(at_least=2, num_train_timesteps=num_steps)
+    require_range(above=0, below=1, beta_start=start, beta_end=end)
+    path = DDPMPath(rules[rule](num_steps, start, end))
     return answers[answer](path, float(path.canonical(torch.tensor(num_steps - 1.0, dtype=torch.float64))))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.models.checkpoints.weights import xavier
 from oss_exp.models.families.dit import Frequencies
 
@@ -36,6 +37,11 @@ class STDiT3(nn.Module):
         patch: int = 2,
     ):
         super().__init__()
+        require_range(at_least=1, channels=channels, features=features, num_layers=num_layers, num_heads=num_heads)
+        require_range(at_least=1, text_features=text_features, text_tokens=text_tokens, image_size=image_size)
+        require_range(at_least=1, patch=patch)
+        if features % (2 * num_heads):
+            raise ValueError(f"features must be a multiple of 2 num_heads={2 * num_heads}, got {features}")
         self.channels, self.features, self.image_size, self.patch = channels, features, image_size, patch
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(channels, features, (1, patch, patch), (1, patch, patch))})
         self.t_embedder, self.fps_embedder = ScalarEmbedder(features), ScalarEmbedder(features)

@@ -8,11 +8,12 @@ Legend: M rows, P prompts, L tokens, D features.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypedDict
 
 from torch import Tensor
 
+from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.pipelines import (
     Pipeline,
     Prompted,
@@ -22,10 +23,9 @@ from oss_exp.models.checkpoints.pipelines import (
 )
 from oss_exp.models.decoders.image import WanVAE
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import at_size
+from oss_exp.models.network import Dtype, at_size
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.models.text.encoders import encode, t5_prompt
-from oss_exp.models.text.prompts import read_prompts
 from oss_exp.noise import FlowPath
 
 PARTS = {
@@ -34,6 +34,20 @@ PARTS = {
     "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
     "vae": ("AutoencoderKLWan",),
 }
+
+
+class WanSize(TypedDict):
+    """One of the sizes of `Wan`."""
+
+    checkpoint: str
+    frames: int
+    height: int
+    width: int
+    text_length: int
+    dtype: str
+    transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.WanTransformer3DModel")]
+    text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.UMT5Config")]
+    vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKLWan")]
 
 
 class Wan(Prompted):
@@ -45,7 +59,7 @@ class Wan(Prompted):
     frames:          4 n + 1. height, width: in pixels.
     text_length:     UMT5's tokens.
     negative_prompt: what guidance leads away from.
-    prompts:         the file of the prompts that conditions number, as `read_prompts` takes it.
+    prompts:         those that conditions number.
     decode_batch:    videos decoded at a time.
     checkpoint:      a pipeline folder or a hub id, whose own configs count; `random`; null: that of the size.
     source:          where the public checkpoint is had, for the message when it is missing.
@@ -55,40 +69,43 @@ class Wan(Prompted):
         self,
         name: str,
         size: str,
-        sizes: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, WanSize],
         frames: int,
         height: int,
         width: int,
         text_length: int,
         negative_prompt: str,
         guidance: Guidance,
-        prompts: str,
         micro_batch: int,
         decode_batch: int,
-        dtype: str,
+        dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        prompts: Sequence[str] = (),
     ):
         name = at_size(name, size, sizes)
         require_multiples(16, height=height, width=width)  # 8 of a latent, 2 x 2 latents a token
-        if not isinstance(frames, int) or frames < 1 or frames % 4 != 1:
-            raise ValueError(f"model.frames must be 4 n + 1, such as 81, got {frames!r}")
-        listed = read_prompts(prompts)
+        require_range(at_least=1, text_length=text_length)
+        if frames < 1 or frames % 4 != 1:
+            raise ValueError(f"frames must be 4 n + 1, such as 81, got {frames!r}")
         pipeline = Pipeline("WanPipeline", PARTS, size, sizes, checkpoint, source)
         network = pipeline.network("transformer")
         config = network.config
         network.rope = type(network.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
-        texts = [cleaned(prompt) for prompt in (*listed, negative_prompt)]
+        texts = [cleaned(prompt) for prompt in (*prompts, negative_prompt)]
         encodings, sha256 = encode(pipeline.text_model("text_encoder", "tokenizer", t5_prompt, text_length), texts)
         require_features(pipeline, "transformer", encodings["text"], config.text_dim)
+        require_range(at_least=1, decode_batch=decode_batch)
+        with pipeline.making("vae"):
+            decoder = WanVAE(pipeline.checkpoint, decode_batch, source, **pipeline.configs["vae"])
         super().__init__(
             name=name,
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=sha256,
             backbone=PromptedWan(network, text=encodings["text"]),
             parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1000.0)),
             event_shape=(config.in_channels, frames // 4 + 1, height // 8, width // 8),
-            decoder=WanVAE(pipeline.checkpoint, decode_batch, source, **pipeline.configs["vae"]),
+            decoder=decoder,
             guidance=guidance,
             micro_batch=micro_batch,
             dtype=dtype,
@@ -101,6 +118,8 @@ class PromptedWan(PromptedBackbone):
 
     text: encodings (P + 1, L, D).
     """
+
+    adaptive_norms: ClassVar[tuple[str, ...]] = ("scale_shift_table", "time_embedder")
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         return self.network(x.to(self.text), clock, encoder_hidden_states=self.text[prompts]).sample

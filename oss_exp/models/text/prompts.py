@@ -1,4 +1,4 @@
-"""Prompts: lists of them in files, and their encodings, which a text encoder makes once and a folder keeps.
+"""Encodings of prompts, which a text encoder makes once and a folder keeps.
 
 A model of text takes the number of a prompt in the run's list as its condition, as other models take the number of a
 class, and looks its encoding up; so no text encoder is in memory while it samples. An encoding is whatever the encoders
@@ -11,46 +11,22 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import safetensors.torch
 import torch
-from pydantic import FailFast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from oss_exp.files import (
-    TABLE_LIMIT,
-    Record,
-    find_asset,
-    load_record,
-    load_records,
-    read_text,
     sha256,
     write_atomically,
 )
 from oss_exp.models.checkpoints.weights import digest
 
 BATCH = 32  # prompts encoded at a time
-REMEDY = "give a text file (.txt) with one prompt a line"
 
 log = logging.getLogger(__name__)
-
-
-def read_prompts(file: str | Path | Sequence[str]) -> list[str]:
-    """The prompts of a path or a shipped file, at least one; or the prompts themselves.
-
-    One a line (.txt); a JSON object with a "prompt" a line (.jsonl, as GenEval's metadata); or COCO's captions (.json),
-    the first of every image.
-    """
-    if not isinstance(file, str | Path):
-        return list(file)
-    path = find_asset(file, "prompts")
-    read = {".json": _captions, ".jsonl": _metadata}.get(path.suffix, _lines)
-    prompts = [prompt.strip() for prompt in read(path)]
-    if not any(prompts):
-        raise ValueError(f"prompts {path} has 0 prompts; {REMEDY}")
-    return [prompt for prompt in prompts if prompt]
 
 
 class TextEncoder(Protocol):
@@ -106,41 +82,3 @@ class PromptCache:
             log.warning("the encoding %s of %r is damaged; it is made again", path, prompt)
             return None
         return encoding
-
-
-# --------------------------------------------------------------------------------------------------------------
-# File formats
-# --------------------------------------------------------------------------------------------------------------
-
-
-class PromptRecord(Record):
-    """A line of a .jsonl file."""
-
-    prompt: str
-
-
-class CaptionsRecord(Record):
-    """COCO's captions_*.json: several captions of each image."""
-
-    class Annotation(Record):
-        """A caption of an image."""
-
-        image_id: int | str
-        caption: str
-
-    annotations: Annotated[list[Annotation], FailFast()]
-
-
-def _lines(path: Path) -> list[str]:
-    return read_text(path, "prompts", TABLE_LIMIT).splitlines()
-
-
-def _metadata(path: Path) -> list[str]:
-    return [line.prompt for line in load_records(path, PromptRecord, "prompts", REMEDY, TABLE_LIMIT)]
-
-
-def _captions(path: Path) -> list[str]:
-    first: dict[int | str, str] = {}
-    for annotation in load_record(path, CaptionsRecord, "prompts", REMEDY, TABLE_LIMIT).annotations:
-        first.setdefault(annotation.image_id, annotation.caption)
-    return list(first.values())

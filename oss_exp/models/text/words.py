@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oss_exp.checks import require_range
 from oss_exp.files import sha256
 from oss_exp.models.checkpoints.pipelines import Prompted
 from oss_exp.models.network import Network
-from oss_exp.models.text.prompts import read_prompts
 
 
 class Words:
@@ -28,6 +28,8 @@ class Words:
     """
 
     def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0, ordered: bool = False):
+        require_range(at_least=1, at_most=10_000, length=length)
+        require_range(above=0, at_most=1e6, scale=scale)
         self.numbers = {word: number for number, word in enumerate(vocabulary)}
         self.length, self.scale, self.ordered = length, scale, ordered
         self.fingerprint = sha256(repr((list(vocabulary), length, scale, ordered)).encode())
@@ -56,7 +58,7 @@ class Words:
 class Worded(Prompted):
     """A small network of prompts, trained by `task=pretrain` on images with captions.
 
-    prompts:    a file, as `read_prompts` takes it, or the prompts themselves.
+    prompts:    those that conditions number.
     words:      how they are read.
     encodings:  which of `Words`' tensors the backbone takes, each with a last row for no prompt.
     backbone:   takes those by name.
@@ -65,16 +67,15 @@ class Worded(Prompted):
 
     def __init__(
         self,
-        prompts: str | Sequence[str],
         words: Words,
         encodings: Sequence[str],
         backbone: Callable[..., nn.Module],
+        prompts: Sequence[str] = (),
         **network: Any,
     ):
-        listed = read_prompts(prompts)
-        tables = words([*listed, ""])
+        tables = words([*prompts, ""])
         super().__init__(
-            prompts=listed,
+            prompts=prompts,
             encoder_sha256=words.fingerprint,
             backbone=backbone(**{name: tables[name] for name in encodings}),
             **network,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 
-from oss_exp.noise import NoiseSchedule
+from oss_exp.checks import require_choice
+from oss_exp.noise import FlowSchedule, NoiseSchedule
 from oss_exp.schedule import StepSchedule
-from oss_exp.stepsize.base import begin_at, check_num_steps
+from oss_exp.stepsize.base import begin_at, check_num_steps, student_start
 from oss_exp.stepsize.problem import Problem
+
+ClosedFormStart = Literal["pinned", "analytic"]
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,20 @@ class ClosedForm:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
 
-    schedule: NoiseSchedule
-    start: Literal["pinned", "analytic"]
+    schedule: NoiseSchedule = field(default_factory=FlowSchedule)
+    start: ClosedFormStart = "pinned"
 
     def __post_init__(self) -> None:
-        if self.start not in ("pinned", "analytic"):
-            raise ValueError(f"a closed form can start pinned or analytic, got start={self.start!r}")
+        require_choice(get_args(ClosedFormStart), start=self.start)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
-        start_time = float(problem.grid[0])
+        start_time, start = float(problem.grid[0]), student_start(problem, self.start)
         plans = {}
         for k in check_num_steps(num_steps, problem.num_nodes):
             if self.start == "analytic":
-                times = self._from(start_time, k + 1)[1:]
-                plans[k] = StepSchedule(times, "analytic", start_time, mean=problem.mean)
+                plans[k] = StepSchedule(self._from(start_time, k + 1)[1:], start)
             else:
-                plans[k] = StepSchedule(self._from(start_time, k), "pinned", start_time)
+                plans[k] = StepSchedule(self._from(start_time, k), start)
         return plans
 
     def _from(self, start_time: float, num_steps: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, Literal, get_args
 
@@ -22,7 +22,9 @@ from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
 from torch import Tensor
 from torch.nn.functional import pad
 
-from oss_exp.noise import GaussianPath
+from oss_exp.checks import require_choice, require_range
+from oss_exp.noise import CosinePath, GaussianPath
+from oss_exp.noise.schedules import require_sigmas
 from oss_exp.schedule import StepSchedule
 from oss_exp.stepsize.base import begin_at, check_num_steps
 from oss_exp.stepsize.problem import Problem
@@ -51,27 +53,18 @@ class DM:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
 
-    path: GaussianPath
-    p: float
-    separate_steps: int | None
-    init: Init
-    sigma_min: float
-    sigma_max: float
+    path: GaussianPath = field(default_factory=CosinePath)
+    p: float = 2
+    separate_steps: int | None = None
+    init: Init = "unif"
+    sigma_min: float = 0.0105
+    sigma_max: float = 152.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, GaussianPath):
-            raise ValueError(f"path must be a GaussianPath such as oss_exp.noise.paths.CosinePath, got {self.path!r}")
-        for name in ("p", "sigma_min", "sigma_max"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        steps = self.separate_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
-            raise ValueError(f"separate_steps must be a whole number from 0 on, or null for all steps, got {steps!r}")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        require_range(above=0, at_most=100, p=self.p)
+        require_sigmas(self.sigma_min, self.sigma_max)
+        require_range(at_least=0, separate_steps=self.separate_steps)
+        require_choice(get_args(Init), init=self.init)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         """ValueError when the second time is not below the teacher's first, or the ends are out of reach."""
@@ -83,7 +76,7 @@ class DM:
             times = torch.sigmoid(-optimise(guess, self.path, self.p, self.separate_steps))
             times[-1] = 0
             remedy = f"choose a smaller sigma_max (now {self.sigma_max}) or a teacher that starts at more noise"
-            plans[k] = StepSchedule(begin_at(times, start_time, "DM", remedy), "pinned", start_time)
+            plans[k] = StepSchedule(begin_at(times, start_time, "DM", remedy))
         return plans
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from oss_exp.noise import EDMPath, NoiseSchedule
-from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import Solver, nfe, trajectory, walk
+from oss_exp.checks import require_choice, require_range
+from oss_exp.noise import EDMPath, EDMSchedule, NoiseSchedule
+from oss_exp.schedule import Analytic, StepSchedule
+from oss_exp.solvers import Euler, Solver, nfe, trajectory, walk
 from oss_exp.stepsize.base import begin_at, check_num_steps
 from oss_exp.stepsize.problem import Collective, Problem
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
+
+Metric = Literal["dev", "l1", "l2"]
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,23 @@ class GITS:
             predicts the noise there. It is written as an analytic start with mean 0, x_t = (t / t_N) z, which is the
             same at t_N = 1, where sigma is infinite, and differs by 1 / (2 sigma_N) of the noise below. Without an own
             node between the first two times there is nothing to insert, and the start stays pinned.
-    Raises ValueError for another metric, a coeff that is not positive, or a schedule that starts at infinite sigma.
+    Raises ValueError for another metric, a coeff outside of 0.1 to 10, or a schedule that starts at infinite sigma.
     """
 
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
 
-    schedule: NoiseSchedule
-    num_nodes: int
-    solver: Solver
-    metric: str
-    coeff: float
-    afs: bool
+    schedule: NoiseSchedule = field(default_factory=EDMSchedule)
+    num_nodes: int = 60
+    solver: Solver = field(default_factory=Euler)
+    metric: Metric = "dev"
+    coeff: float = 1.05
+    afs: bool = False
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        if not isinstance(self.coeff, int | float) or not 0 < self.coeff < math.inf:
-            raise ValueError(f"coeff must be a positive number (the authors take 1.15), got {self.coeff!r}")
-        if not isinstance(self.num_nodes, int) or not isinstance(self.afs, bool):
-            raise ValueError(
-                f"gits needs num_nodes, a whole number, and afs, true or false; got {self.num_nodes!r} and {self.afs!r}"
-            )
+        require_choice(get_args(Metric), metric=self.metric)
+        require_range(at_least=0.1, at_most=10, coeff=self.coeff)
+        require_range(at_least=1, at_most=10_000, num_nodes=self.num_nodes)
         if self.schedule.nodes(self.num_nodes)[0] >= 1:
             raise ValueError(
                 f"{self.schedule} starts at t = 1, where sigma = t / (1 - t) is infinite; "
@@ -88,7 +86,7 @@ class GITS:
 
         def analytic(nodes: list[int]) -> StepSchedule:
             mean = torch.zeros(problem.num_groups, *problem.noise.shape[1:])
-            return StepSchedule(times[nodes], "analytic", start_time, mean=mean)
+            return StepSchedule(times[nodes], Analytic(mean, start_time))
 
         def run(nodes: list[int]) -> Tensor:
             start = analytic(nodes).initial_state(problem.noise, problem.group)
@@ -97,12 +95,12 @@ class GITS:
         free = [node for node in range(1, path[1]) if times[node] < start_time] if self.afs else []
         if free:
             return analytic([best_free_node(free, path, run, goal, problem.collective), *path[1:]])
-        return StepSchedule(pinned, "pinned", start_time)
+        return StepSchedule(pinned)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """The teacher's own calls; with afs also those of the tries, an estimate: half of the nodes for every K."""
         tries = self.num_nodes // 2 if self.afs else 0
-        teacher = StepSchedule(self.schedule.nodes(self.num_nodes), "pinned", 1.0)
+        teacher = StepSchedule(self.schedule.nodes(self.num_nodes))
         return nfe(self.solver, teacher) + tries * sum(set(num_steps)) * (1 + edge_calls)
 
 

@@ -6,16 +6,19 @@ Legend: B samples, K steps, *E event dims.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import StepSchedule, analytic_jump
+from oss_exp.checks import require_range
+from oss_exp.noise import DDIMSchedule
+from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule, analytic_jump
 from oss_exp.solvers.sampling import walk
 from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps
-from oss_exp.stepsize.problem import Problem, sample_means
+from oss_exp.stepsize.baselines.closed_form import ClosedForm
+from oss_exp.stepsize.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -33,28 +36,21 @@ class LD3:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
 
-    init: StepsizeStrategy
-    iterations: int
-    learning_rate: float
-    momentum: float
-    decay: float
-    patience: int
-    micro_batch: int
+    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()))
+    iterations: int = 100
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    decay: float = 0.8
+    patience: int = 5
+    micro_batch: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "micro_batch", "patience"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"ld3.{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        rates = self.learning_rate, self.momentum, self.decay
-        if not all(isinstance(rate, int | float) for rate in rates) or not (
-            self.learning_rate > 0 and 0 <= self.momentum < 1 and 0 < self.decay <= 1
-        ):
-            raise ValueError(
-                "ld3 needs learning_rate > 0, momentum in [0, 1) and decay in (0, 1], got "
-                f"{self.learning_rate!r}, {self.momentum!r} and {self.decay!r}"
-            )
+        require_range(at_least=1, iterations=self.iterations, patience=self.patience, micro_batch=self.micro_batch)
+        require_range(above=0, at_most=100, learning_rate=self.learning_rate)
+        require_range(at_least=0, below=1, momentum=self.momentum)
+        require_range(above=0, at_most=1, decay=self.decay)
         if self.init.per_sample:
-            raise ValueError("ld3.init must plan one schedule for all samples, such as ddim or oss_shared")
+            raise ValueError("init must plan one schedule for all samples, such as ddim or oss_shared")
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
@@ -62,7 +58,7 @@ class LD3:
             raise ValueError(
                 "ld3 needs gradients, which torch's inference mode forbids; set trainer.inference_mode=false"
             )
-        problem.mean  # noqa: B018  (known before the ranks part: some hold no sample of a half)
+        _ = problem.teacher.mean  # known before the ranks part: some hold no sample of a half
         return {k: self._train(problem, steps) for k, steps in self.init.plan(problem, budgets).items()}
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
@@ -71,10 +67,10 @@ class LD3:
 
     @torch.enable_grad()
     def _train(self, problem: Problem, steps: StepSchedule) -> StepSchedule:
-        if steps.start == "free" or steps.weights is not None:
+        if isinstance(steps.start, Free) or isinstance(steps.steps, FittedSteps):
             raise ValueError("ld3.init must start pinned or analytic and step with the solver")
-        first = steps.start_time if steps.start == "analytic" else float(steps.times[0])
-        nodes = steps.times if steps.start == "pinned" else torch.cat([torch.tensor([first]).double(), steps.times])
+        first, analytic = steps.start_time, isinstance(steps.start, Analytic)
+        nodes = torch.cat([torch.tensor([first]).double(), steps.times]) if analytic else steps.times
         gaps = -nodes.to(problem.noise.device).diff()
         logits = gaps.log().requires_grad_()
         optimizer = torch.optim.RMSprop([logits], lr=self.learning_rate, momentum=self.momentum)
@@ -98,7 +94,7 @@ class LD3:
             torch.nn.utils.clip_grad_norm_([logits], 1.0)
             optimizer.step()
         times = times_from(best, first).cpu()
-        return replace(steps, times=times[1:] if steps.start == "analytic" else times)
+        return replace(steps, times=times[1:] if analytic else times)
 
     def _loss(self, problem: Problem, steps: StepSchedule, nodes: Tensor, chosen: Tensor) -> float:
         """Mean error over all ranks' chosen samples; adds its gradient to the nodes' leaves where there are any."""
@@ -112,9 +108,9 @@ class LD3:
         for part in rows.split(self.micro_batch) if len(rows) else ():  # a rank may hold none of a half
             piece = problem.subset(part)
             times, x = nodes, piece.noise
-            if steps.start == "analytic":
+            if isinstance(steps.start, Analytic):
                 times = nodes[1:]
-                x = analytic_jump(x, sample_means(piece), steps.start_time, times[0])
+                x = analytic_jump(x, piece.teacher.sample_mean, steps.start_time, times[0])
             with torch.set_grad_enabled(nodes.requires_grad):
                 *_, last = walk(piece.solver, piece.velocity, x, times, steps.orders)
                 error = (last.x - piece.teacher.states[-1]).double().square().flatten(1).mean(1).sum() / count

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import Start
+from oss_exp.checks import require_range
+from oss_exp.schedule import StartKind
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Band:
     touches the edge of its band, the band is laid around it anew and searched again, at most `shifts` times a level.
     """
 
-    stride: int
-    width: int
+    stride: int = 8
+    width: int = 1
     shifts: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stride, int) or self.stride < 2 or self.stride & (self.stride - 1):
-            raise ValueError(f"band.stride must be a power of two (2, 4, 8, ...), got {self.stride!r}")
-        if not all(isinstance(n, int) for n in (self.width, self.shifts)) or self.width < 1 or self.shifts < 0:
-            raise ValueError(f"band needs width >= 1 and shifts >= 0, got width={self.width!r}, shifts={self.shifts!r}")
+        if self.stride < 2 or self.stride & (self.stride - 1):
+            raise ValueError(f"stride must be a power of two (2, 4, 8, ...), got {self.stride!r}")
+        require_range(at_least=1, width=self.width)
+        require_range(at_least=0, shifts=self.shifts)
 
     def levels(self, num_nodes: int, num_steps: int) -> list[tuple[int, int]]:
         """(stride, steps) of the pilot and of each level after it, the last (1, num_steps)."""
@@ -52,7 +53,7 @@ class Band:
         return self.width if stride > 1 else 2 * self.width
 
 
-def layers(num_nodes: int, budgets: Sequence[int], start: Start, stride: int, device) -> list[Tensor]:
+def layers(num_nodes: int, budgets: Sequence[int], start: StartKind, stride: int, device) -> list[Tensor]:
     """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left."""
     nodes = torch.arange(0, num_nodes, stride, device=device)[:, None]
     result = []

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from oss_exp.checks import require_range
 from oss_exp.solvers.base import LinearMultistep, State, combine
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.sampling import remember_parts
 from oss_exp.stepsize.oss.objectives import COST_FLOOR, Objective, PerSample
-from oss_exp.stepsize.problem import Problem, sample_means
-from oss_exp.velocity import answers, mixed
+from oss_exp.stepsize.problem import Problem
 
 SCORE_GROUP = 16  # samples, and
 
@@ -45,10 +45,8 @@ class Fit:
     ridge: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(f"history must be at least 1 prediction, got {self.history!r}")
-        if not isinstance(self.ridge, int | float) or not self.ridge > 0:
-            raise ValueError(f"ridge must be a positive number, got {self.ridge!r}")
+        require_range(at_least=1, history=self.history)
+        require_range(above=0, ridge=self.ridge)
 
 
 class Edges:
@@ -64,7 +62,7 @@ class Edges:
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
         """One batched network call for all sources."""
-        v = mixed(self.problem.velocity, self._answers(sources, reuse_first))
+        v = self.problem.velocity.combine(self._outputs(sources, reuse_first))
         self.state = self.problem.solver.observe(lambda *_: v, self.state)
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,15 +72,15 @@ class Edges:
     def keep(self, rows: int) -> None:
         self.state = self.state.map(lambda old: old[:rows])
 
-    def _answers(self, sources: Tensor, reuse_first: bool) -> tuple[Tensor, ...]:
+    def _outputs(self, sources: Tensor, reuse_first: bool) -> tuple[Tensor, ...]:
         """The network at all sources; the teacher's own first call serves node 0."""
         problem, x, t = self.problem, self.state.x, self.state.t
         if not (reuse_first and bool((sources[0] == 0).all())):
-            return answers(problem.velocity, x, t)
+            return problem.velocity.outputs(x, t)
         if len(sources) == 1:
-            return problem.teacher.first
-        rest = answers(problem.velocity, x[len(problem.noise) :], t[len(problem.noise) :])
-        return tuple(torch.cat(pair) for pair in zip(problem.teacher.first, rest, strict=True))
+            return problem.teacher.first_outputs
+        rest = problem.velocity.outputs(x[len(problem.noise) :], t[len(problem.noise) :])
+        return tuple(torch.cat(pair) for pair in zip(problem.teacher.first_outputs, rest, strict=True))
 
     def _best(self, cost: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """cost (O, S, J, B) -> parent (J, b), order (J, b) from 1, cost (J, B)."""
@@ -145,7 +143,7 @@ class LinearEdges(Edges):
         self.shadow = replace(state, x=self._products(sources, state.x))
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
-        v = mixed(self.problem.velocity, self._answers(sources, reuse_first))
+        v = self.problem.velocity.combine(self._outputs(sources, reuse_first))
         products = self._products(sources, v)
         self.state = self.problem.solver.observe(lambda *_: v, self.state)
         self.shadow = self.problem.solver.observe(lambda *_: products, self.shadow)
@@ -185,7 +183,7 @@ class LinearEdges(Edges):
         for first in range(0, count, SCORE_GROUP):
             part = slice(first, first + SCORE_GROUP)
             u = _features(problem, vectors[:, part])  # (g, W, F)
-            goals = [problem.goals[aim][part].flatten(1) for aim in self.aims]  # A times (g, F)
+            goals = [problem.teacher.targets[aim][part].flatten(1) for aim in self.aims]  # A times (g, F)
             for some in _slices(u.shape[2]):
                 own, goal = u[..., some].double(), torch.stack([each[:, some] for each in goals], dim=1).double()
                 for block in blocks:
@@ -197,14 +195,14 @@ class LinearEdges(Edges):
     def _costs(self, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """inner (S, B, P, P), products P x (S, B, A), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
         problem, (num_sources, count) = self.problem, inner.shape[:2]
-        size = problem.goals[0][0].numel()
+        size = problem.teacher.targets[0][0].numel()
         cost = torch.empty(len(weights), num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
         nodes = targets.T.expand(count, -1).contiguous()  # (B, J)
         for first in range(0, count, SCORE_GROUP):
             part = slice(first, first + SCORE_GROUP)
             columns = torch.searchsorted(self.aims, nodes[part])[None].expand(num_sources, -1, -1)
             crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]  # P times (S, g, J)
-            length = problem.goal_norms.T[part].gather(1, nodes[part])[None]
+            length = problem.teacher.target_norms.T[part].gather(1, nodes[part])[None]
             for o, table in enumerate(weights):
                 total = length.repeat(num_sources, 1, 1)
                 w = [column[:, part] if column.shape[1] > 1 else column for column in table.unbind(-1)]
@@ -223,13 +221,13 @@ class FittedEdges(LinearEdges):
     def __init__(self, problem: Problem, objective: Objective, aims: Tensor, fit: Fit):
         super().__init__(problem, objective, aims)
         self.fit = fit
-        self.capacity = fit.history * len(problem.teacher.first)
-        self.constants = problem.noise, sample_means(problem)
+        self.capacity = fit.history * len(problem.teacher.first_outputs)
+        self.constants = problem.noise, problem.teacher.sample_mean
         everywhere = torch.full((1, 1), -1, device=problem.noise.device)  # before the first node: all can be reached
         self.constant_products = tuple(self._products(everywhere, vector) for vector in self.constants)
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
-        velocities = self._answers(sources, reuse_first)
+        velocities = self._outputs(sources, reuse_first)
         products = [self._products(sources, v) for v in velocities]
         self.state = remember_parts(self.state, velocities, self.capacity)
         self.shadow = remember_parts(self.shadow, products, self.capacity)
@@ -268,7 +266,7 @@ class FittedEdges(LinearEdges):
 
     def _ordinary(self, num_sources: int, targets: Tensor, size: int) -> Tensor:
         """(S, J, P) coefficients of the solver's step, or of the Euler step where it does not predict x0."""
-        problem, parts = self.problem, len(self.problem.teacher.first)
+        problem, parts = self.problem, len(self.problem.teacher.first_outputs)
         solver = problem.solver
         if getattr(solver, "prediction", None) != "x0":
             solver = DPMSolverPP(1, lower_order_final=True)
@@ -276,9 +274,8 @@ class FittedEdges(LinearEdges):
         a, b = solver.coefficients(times, problem.grid[targets].T)
         anchor = torch.zeros(num_sources, len(targets), size, dtype=torch.float64, device=targets.device)
         anchor[..., 0] = a
-        mix = getattr(problem.velocity, "mix", (1.0,))
         for h, weight in enumerate(b):
-            for r, share in enumerate(mix):
+            for r, share in enumerate(problem.velocity.mix):
                 anchor[..., 3 + h * parts + r] = weight * share
         return anchor
 

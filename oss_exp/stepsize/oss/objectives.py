@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
+from oss_exp.checks import require_choice
 from oss_exp.stepsize.problem import Collective
 
+Mean = Literal["mean", "log_mean"]
 COST_FLOOR = 1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
 
 
@@ -32,11 +34,10 @@ class Shared:
     Returned as sums: they are least where the means are, and need no count from the other ranks.
     """
 
-    objective: Literal["mean", "log_mean"]
+    objective: Mean
 
     def __post_init__(self) -> None:
-        if self.objective not in ("mean", "log_mean"):
-            raise ValueError(f"objective must be mean or log_mean, got {self.objective!r}")
+        require_choice(get_args(Mean), objective=self.objective)
 
     def __call__(self, cost: Tensor, collective: Collective) -> Tensor:
         if self.objective == "log_mean":

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import Start, analytic_jump
+from oss_exp.schedule import StartKind, analytic_jump
 from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.edges import Edges, Fit, FittedEdges, LinearEdges, TriedEdges
 from oss_exp.stepsize.oss.objectives import Objective
-from oss_exp.stepsize.problem import Problem, sample_means
+from oss_exp.stepsize.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def recurse(
     problem: Problem,
     layers: Sequence[Tensor],
     budgets: Sequence[int],
-    start: Start,
+    start: StartKind,
     objective: Objective,
     fit: Fit | None = None,
 ) -> Solution:
@@ -105,13 +105,13 @@ def recurse(
     return Solution(paths, costs, rounds)
 
 
-def start_states(problem: Problem, nodes: Tensor, start: Start) -> State:
+def start_states(problem: Problem, nodes: Tensor, start: StartKind) -> State:
     """nodes (W, b) -> unobserved states (W*B,) of a student that begins there."""
     count = len(problem.noise)
     t = problem.grid[nodes].expand(-1, count)
     x = problem.noise.expand(len(nodes), *problem.noise.shape).flatten(0, 1)
     if start == "analytic":
-        mean = sample_means(problem).repeat(len(nodes), *[1] * (x.ndim - 1))
+        mean = problem.teacher.sample_mean.repeat(len(nodes), *[1] * (x.ndim - 1))
         x = analytic_jump(x, mean, float(problem.grid[0]), t.flatten())
     return problem.solver.init(x, t.flatten())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import Start
+from oss_exp.schedule import StartKind
 from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Objective
@@ -21,7 +21,7 @@ MAX_SWEEPS = 4  # passes over all nodes at one move size
 
 
 @torch.no_grad()
-def refine(problem: Problem, path: Path, start: Start, objective: Objective, fit: Fit | None = None) -> Path:
+def refine(problem: Problem, path: Path, start: StartKind, objective: Objective, fit: Fit | None = None) -> Path:
     """A path with no larger final error under the objective; the states before a change are reused.
 
     Fitted steps are fitted anew for every try, from the first step on.

@@ -8,28 +8,30 @@ Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget; path
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import Start, StepSchedule
+from oss_exp.checks import require_choice, require_range
+from oss_exp.schedule import FittedSteps, SolverSteps, StartKind, Steps, StepSchedule
 from oss_exp.solvers.base import LinearMultistep
-from oss_exp.stepsize.base import check_num_steps
+from oss_exp.stepsize.base import check_num_steps, student_start
 from oss_exp.stepsize.oss.band import Band, layers, stretch, strictly_monotone
 from oss_exp.stepsize.oss.edges import Fit
-from oss_exp.stepsize.oss.objectives import Objective, PerSample, Shared
+from oss_exp.stepsize.oss.objectives import Mean, Objective, PerSample, Shared
 from oss_exp.stepsize.oss.recursion import Path, recurse
 from oss_exp.stepsize.oss.refine import refine
 from oss_exp.stepsize.problem import Problem
-from oss_exp.velocity import BoundVelocity
+
+Aggregate = Literal["median", "mean"]
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What all OSS strategies share: where a student may start, the band (or its fields as a dict), and refinement.
+    """What all OSS strategies share: where a student may start, the band, and refinement.
 
     max_order: of a multistep solver's steps; None: the solver's own.
     """
@@ -37,24 +39,14 @@ class _Search:
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
 
-    start: Start
-    band: Band | None
-    refine: bool
+    start: StartKind = "free"
+    band: Band | None = None
+    refine: bool = False
     max_order: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.max_order is not None and (not isinstance(self.max_order, int) or self.max_order < 1):
-            raise ValueError(f"max_order must be null or a whole number of at least 1, got {self.max_order!r}")
-        if self.start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
-        if isinstance(self.band, Mapping):
-            if not {"stride", "width"} <= set(self.band) <= {"stride", "width", "shifts"}:
-                raise ValueError(f"band must be null or have stride, width and perhaps shifts, got {dict(self.band)}")
-            object.__setattr__(self, "band", Band(**self.band))
-        if not isinstance(self.band, Band | None):
-            raise ValueError(f"band must be null or have stride and width, got {self.band!r}")
-        if not isinstance(self.refine, bool):
-            raise ValueError(f"refine must be true or false, got {self.refine!r}")
+        require_range(at_least=1, max_order=self.max_order)
+        require_choice(get_args(StartKind), start=self.start)
 
     def paths(
         self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None = None
@@ -111,7 +103,7 @@ class _Search:
             return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1)
         # Only the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
-        if isinstance(problem.velocity, BoundVelocity):
+        if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
         again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
@@ -147,11 +139,11 @@ class OSS(_Search):
 
     per_sample: ClassVar[bool] = True
 
-    chunk: int
+    chunk: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_chunk(self.chunk)
+        require_range(at_least=1, chunk=self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
@@ -165,7 +157,7 @@ class OSS(_Search):
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, Path]:
         """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
-        chunk = self.chunk if isinstance(problem.velocity, BoundVelocity) else count
+        chunk = self.chunk if problem.velocity.divisible else count
         parts = []
         for rows in torch.arange(count, device=problem.noise.device).split(chunk):
             parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
@@ -185,14 +177,13 @@ class OSSAve(_Search):
     `refine`, off in the paper, moves the agreed nodes over the batch's mean error.
     """
 
-    aggregate: Literal["median", "mean"]
-    chunk: int
+    aggregate: Aggregate = "median"
+    chunk: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.aggregate not in ("median", "mean"):
-            raise ValueError(f"aggregate must be median or mean, got {self.aggregate!r}")
-        _require_chunk(self.chunk)
+        require_choice(get_args(Aggregate), aggregate=self.aggregate)
+        require_range(at_least=1, chunk=self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
@@ -217,7 +208,13 @@ class OSSAve(_Search):
 class OSSShared(_Search):
     """One schedule for all samples, chosen inside the recursion by the batch's mean cost or mean log cost (ours)."""
 
-    objective: Literal["mean", "log_mean"]
+    start: StartKind = "analytic"
+    refine: bool = True
+    objective: Mean = "log_mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Shared(self.objective)  # its checks
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
@@ -229,13 +226,16 @@ class OSSShared(_Search):
 class OSSFit(_Search):
     """`OSSShared` whose steps have fitted coefficients instead of a solver's (ours); see `edges.Fit`."""
 
-    objective: Literal["mean", "log_mean"]
-    history: int
-    ridge: float
+    start: StartKind = "analytic"
+    refine: bool = True
+    objective: Mean = "log_mean"
+    history: int = 3
+    ridge: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Fit(self.history, self.ridge)
+        Shared(self.objective)  # its checks
+        Fit(self.history, self.ridge)  # its checks
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """As for the others, but every try of a refinement is a whole run."""
@@ -254,35 +254,29 @@ class OSSFit(_Search):
         return {k: _schedule(problem, path, self.start) for k, path in paths.items()}
 
 
-def _require_chunk(chunk: int) -> None:
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be at least 1 sample, got {chunk!r}")
-
-
 def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     """(..., k) -> (..., k+1), node N appended."""
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _schedule(problem: Problem, path: Path, start: Start, samples: Sequence[int] | None = None) -> StepSchedule:
-    """A path of b = 1 for all samples, or one for each of these.
+def _schedule(problem: Problem, path: Path, start: StartKind, samples: Sequence[int] | None = None) -> StepSchedule:
+    """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
 
     Its provenance says what the recursion's cost was after each of its rounds, before anything was agreed or refined.
     """
     times = problem.grid[_closed(path.nodes.T, problem)].cpu()
-    orders = None
-    if path.weights is None and isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
-        orders = path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu()
+    steps: Steps = SolverSteps()
+    if path.weights is not None:
+        steps = FittedSteps(path.weights.cpu(), problem.teacher.mean.cpu())
+    elif isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
+        steps = SolverSteps(path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu())
     total = problem.collective.sum(path.costs.double().sum(1))
     count = problem.collective.sum(total.new_tensor([path.costs.shape[1]]))
     costs = [float(f"{cost:.4g}") for cost in (total / count).tolist()]
     return StepSchedule(
         times if samples is not None else times[0],
-        start,
-        float(problem.grid[0]),
-        mean=problem.mean.cpu() if start == "analytic" or path.weights is not None else None,
+        student_start(problem, start),
+        steps,
         samples=None if samples is None else tuple(samples),
-        orders=orders,
-        weights=None if path.weights is None else path.weights.cpu(),
         provenance={"planning": {"cost_per_round": costs}},
     )

@@ -21,7 +21,7 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Network
 from oss_exp.models.parameterization import NoisePrediction
 from oss_exp.noise import DDIMSchedule, DDPMPath, linear_betas
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.oss.band import layers
@@ -239,7 +239,7 @@ def test_search_of_the_released_code(filled, arrays):
         nodes = [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()]
         assert nodes == case["schedules"]
         times = grid[[case["N"] - i for i in reversed(case["median"])] + [case["N"]]]
-        student = sample(Euler(), f, noise, StepSchedule(times, "free", float(grid[0])))
+        student = sample(Euler(), f, noise, StepSchedule(times, Free(float(grid[0]))))
         assert difference(student, arrays["oss.student_median_final"]) < tolerance
 
 
@@ -258,7 +258,7 @@ def test_models_of_conf(name, size):
     tiny_model = instantiate(configured(name), size="tiny")
     assert (tiny_model.name, tiny_model.guidance) == (f"{name}_tiny", Guidance(1.5, channels=3))
     assert tiny_model.path.canonical(torch.tensor(999.0)) <= tiny_model.parameterization.time_max
-    steps = StepSchedule(DDIMSchedule(BETAS).nodes(3), "free", 1.0)
+    steps = StepSchedule(DDIMSchedule(BETAS).nodes(3), Free())
     noise = torch.randn(2, *tiny_model.event_shape, generator=torch.Generator().manual_seed(0))
     pixels = tiny_model.generate(Euler(), steps, noise, torch.tensor([0, 999]))
     assert pixels.shape == (2, 3, 16, 16)

@@ -183,7 +183,7 @@ def test_the_score_is_finite_at_both_ends():
     x, times = torch.randn(2, 1, 4, 4), torch.tensor([0.0, 1.0], dtype=torch.float64)
     question, clock = kind.question(x, times)
     assert all(bool(found.isfinite().all()) for found in (question, clock, kind.velocity(x, x, times)))
-    with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+    with pytest.raises(ValueError, match="sigma_min must be below sigma_max"):
         ScorePrediction(sigma_min=1.0, sigma_max=0.5)
 
 

@@ -22,14 +22,14 @@ from oss_exp.models.families.mar import MAR, MARNetwork, at, unknown_before
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.parameterization import NoisePrediction
 from oss_exp.noise import DDIMSchedule, DDPMPath, cosine_betas
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, Free, StepSchedule
 from oss_exp.solvers import Euler, nfe, sample
 from oss_exp.tensors import rowwise
 
 BETAS = cosine_betas(1000, 0.999)
 FORM = NoisePrediction(DDPMPath(BETAS), 0.99995072)
 GRID = DDIMSchedule(BETAS).nodes(4)
-STEPS = StepSchedule(GRID, start_time=float(GRID[0]))
+STEPS = StepSchedule(GRID)
 SIZES = {"a": (4, 4, 1), "p2": (3, 12, 2)}  # channels, size, patch
 with safe_open(ORACLES / "mar_tiny.safetensors", "pt") as file:
     META = {key: json.loads(value) for key, value in file.metadata().items() if key in ("meta", "extra")}
@@ -333,8 +333,8 @@ def test_one_iteration_is_sampling_the_velocity(tokens):
     model = mar(num_iter=1)
     for steps in (
         STEPS,
-        StepSchedule(GRID[1:], "analytic", float(GRID[0]), mean),
-        StepSchedule(own, "free", float(GRID[0]), samples=(0, 1, 2, 3)),
+        StepSchedule(GRID[1:], Analytic(mean, float(GRID[0]))),
+        StepSchedule(own, Free(float(GRID[0])), samples=(0, 1, 2, 3)),
     ):
         expected = sample(Euler(), model.velocity(classes), tokens, steps, group=classes)
         torch.testing.assert_close(
@@ -346,7 +346,7 @@ def test_one_iteration_is_sampling_the_velocity(tokens):
 def test_images_do_not_depend_on_their_batch(tokens, start):
     classes = torch.tensor([3, 1, 3, 0])
     mean = torch.randn(10, 16, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    steps = STEPS if start == "pinned" else StepSchedule(GRID[1:], "analytic", float(GRID[0]), mean)
+    steps = STEPS if start == "pinned" else StepSchedule(GRID[1:], Analytic(mean, float(GRID[0])))
     model = mar()
     images = model.generate(Euler(), steps, tokens, classes)
     assert images.shape == (4, 4, 4, 4)
@@ -521,10 +521,10 @@ def test_models_of_conf(name, scale):
     ("changes", "message"),
     [
         ({"num_iter": 17}, "num_iter=17 exceeds the 16 tokens"),
-        ({"num_iter": 0}, r"model\.num_iter must be a whole number of at least 1, got 0"),
-        ({"search_iteration": 5}, "must be below num_iter=5, got 5"),
-        ({"search_iteration": -1}, r"model\.search_iteration must be a whole number of at least 0"),
-        ({"search_cfg": "two"}, r"model\.search_cfg must be a number .* got 'two'"),
+        ({"num_iter": 0}, "num_iter must be at least 1, got 0"),
+        ({"search_iteration": 5}, "search_iteration must be below num_iter=5, .*, got 5"),
+        ({"search_iteration": -1}, "search_iteration must be at least 0, got -1"),
+        ({"search_cfg": 1e30}, "search_cfg must be from -1000 to 1000, got"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):

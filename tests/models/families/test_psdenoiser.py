@@ -55,7 +55,7 @@ def test_many_small_steps_reach_the_exact_end_of_the_flow():
     model, powers, z = exact.default(), exact.spectra(4), noise(4)
     times = VPSchedule(0.1, 20.0, 1e-3).nodes(4000)
     t = float(times[0])
-    found = sample(Euler(), model.velocity(powers), t * z, StepSchedule(times, "pinned", t))
+    found = sample(Euler(), model.velocity(powers), t * z, StepSchedule(times))
     alpha, sigma = exact.alpha_sigma(torch.tensor(1.0, dtype=torch.float64))
     mean = exact.mean(model.noisy.scaled(powers))[:, None]
     spread = (alpha**2 * exact.SPREAD**2 + sigma**2).sqrt()
@@ -162,7 +162,7 @@ def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
     z = float(grid[0]) * noise(2, (1, 8, 8)).float()
     steps = OSSShared("pinned", None, False, "mean").plan(Problem(velocity, z, grid, Euler(), XtMSE()), [3])[3]
     x0 = sample(Euler(), velocity, z, steps)
-    teacher = sample(Euler(), velocity, z, StepSchedule(grid, "pinned", float(grid[0])))
+    teacher = sample(Euler(), velocity, z, StepSchedule(grid))
     assert 0 < float((x0 - teacher).square().mean()) < float(teacher.square().mean())
     assert model.decode(x0).shape == (2, 1, 8, 8)
 

@@ -20,7 +20,7 @@ from oss_exp.models.families.open_sora import OpenSora, public_t5, time_shift
 from oss_exp.models.families.stdit3 import STDiT3, position_table, turned
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Free, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.oss.band import layers
@@ -79,13 +79,12 @@ def build(arrays, weights, tmp_path):
     """A model of the sampler's case, from a file in the public layout."""
     null = arrays["rflow.y_null"][0, 0]  # of that case, not of the state dict
     save_file(weights | {"y_embedder.y_embedding": null}, tmp_path / "model.safetensors")
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     given = partial(Given, text=arrays["rflow.y"][:, 0], mask=arrays["rflow.mask"].bool())
 
     def make(**changes) -> OpenSora:
         sizes = {"full": {"network": tiny, "text_encoder": given, "decoder": Pixels, "checkpoint": "nowhere"}}
         settings = {"guidance": Guidance(4.0), "fps": 24, "checkpoint": str(tmp_path), "dtype": "float32", **VIDEO}
-        settings |= {"prompts": str(tmp_path / "prompts.txt"), "ending": "", "micro_batch": 64, "source": "the authors"}
+        settings |= {"prompts": ["a cat", "a dog"], "ending": "", "micro_batch": 64, "source": "the authors"}
         return OpenSora("open_sora", "full", sizes, **(settings | changes))
 
     return make
@@ -166,7 +165,7 @@ def test_noise_schedule_open_sora_is_the_transform_of_the_original(case):
 
 
 def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    return sample(Euler(), model.velocity(torch.zeros(len(noise), dtype=int)), noise, StepSchedule(times, "free", 1.0))
+    return sample(Euler(), model.velocity(torch.zeros(len(noise), dtype=int)), noise, StepSchedule(times, Free()))
 
 
 @pytest.mark.parametrize("name", ["transform1", "transform0"])
@@ -340,7 +339,7 @@ def test_frames_that_make_no_whole_groups(build, frames):
 
 
 def test_other_bad_settings(build, weights, tmp_path):
-    with pytest.raises(ValueError, match="at least 8 pixels, got 7 x 384"):
+    with pytest.raises(ValueError, match="height must be at least 8, got 7"):
         build(height=7)
     with pytest.raises(ValueError, match="set data=prompts"):
         build().velocity(None)
@@ -354,7 +353,7 @@ def test_other_bad_settings(build, weights, tmp_path):
 
 
 def test_sizes(yaml):
-    with pytest.raises(InstantiationException, match=r"model\.size must be one of full, tiny, got 'small'"):
+    with pytest.raises(InstantiationException, match=r"size must be one of full, tiny, got 'small'"):
         instantiate(yaml.model, size="small")
 
 

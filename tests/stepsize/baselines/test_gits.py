@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from oss_exp.distances import XtMSE
 from oss_exp.noise import EDMPath, EDMSchedule, FlowSchedule, LogSNRSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import Analytic, Pinned, StepSchedule
 from oss_exp.solvers import Euler, sample, trajectory
 from oss_exp.solvers.dpm_solver import DPMSolver
 from oss_exp.solvers.heun import Heun
@@ -190,7 +190,7 @@ def test_plan(velocity, gmm, solver, grid):
     for k, plan in plans.items():
         nodes = exact_steps(cost, k, 1.15)
         assert plan.times.tolist() == [float(grid[0]), *times[nodes[1:]].tolist()]
-        assert (plan.start, plan.start_time, plan.num_steps) == ("pinned", float(grid[0]), k)
+        assert (plan.start.kind, plan.start_time, plan.num_steps) == ("pinned", float(grid[0]), k)
 
 
 def test_plan_with_the_analytical_first_step(velocity, gmm):
@@ -201,13 +201,13 @@ def test_plan_with_the_analytical_first_step(velocity, gmm):
     goal = trajectory(Euler(), velocity, gmm["z"] * times[0], times)[-1]
     for k in (1, 4):
         plan = plans[k]
-        assert (plan.start, plan.num_steps, plan.mean.shape) == ("analytic", k, (3, 64))
+        assert (plan.start.kind, plan.num_steps, plan.mean.shape) == ("analytic", k, (3, 64))
         assert plan.times[1:].tolist() == pinned[k].times[1:].tolist()
         between = times[(times < times[0]) & (times > plan.times[1])]
         tried = [replace(plan, times=torch.cat([t[None], plan.times[1:]])) for t in between]
         errors = [(sample(Euler(), velocity, gmm["z"], p, problem.group) - goal).norm(dim=1).mean() for p in tried]
         assert plan.times[0] == between[torch.stack(errors).argmin()]
-    assert plans[20].start == "pinned"
+    assert plans[20].start == Pinned()
     assert plans[20].times.tolist() == pinned[20].times.tolist()
 
 
@@ -217,7 +217,7 @@ def test_analytic_start_is_the_analytical_first_step(gmm):
         noise, t_n, t = gmm["z"], sigma / (1 + sigma), torch.tensor(0.6, dtype=torch.float64)
         x, sigma_next = noise * sigma, float(EDMPath().native(t))
         jump = x + (sigma_next - sigma) * x / math.sqrt(1 + sigma**2)
-        plan = StepSchedule(torch.tensor([0.6, 0.0]), "analytic", t_n, mean=torch.zeros(1, 64))
+        plan = StepSchedule(torch.tensor([0.6, 0.0]), Analytic(torch.zeros(1, 64), t_n))
         difference = plan.initial_state(noise * t_n) - (1 - t) * jump
         assert (difference.abs() <= bound * noise.abs()).all()
 
@@ -258,12 +258,12 @@ def test_any_split_into_ranks_gives_the_same_steps(velocity, gmm, metric):
     ("wrong", "message"),
     [
         ({"metric": "bdev"}, "metric must be one of dev, l1, l2"),
-        ({"coeff": 0.0}, "coeff must be a positive number"),
-        ({"coeff": -1.0}, "coeff must be a positive number"),
-        ({"coeff": math.nan}, "coeff must be a positive number"),
-        ({"coeff": math.inf}, "coeff must be a positive number"),
+        ({"coeff": 0.0}, "coeff must be from 0.1 to 10, got"),
+        ({"coeff": -1.0}, "coeff must be from 0.1 to 10, got"),
+        ({"coeff": math.nan}, "coeff must be from 0.1 to 10, got"),
+        ({"coeff": math.inf}, "coeff must be from 0.1 to 10, got"),
         ({"schedule": FlowSchedule(3.0)}, r"FlowSchedule\(shift=3.0\) starts at t = 1.*such as edm"),
-        ({"num_nodes": 0}, "at least 1 step"),
+        ({"num_nodes": 0}, "num_nodes must be from 1 to 10000, got 0"),
     ],
 )
 def test_wrong_settings(wrong, message):

@@ -62,7 +62,7 @@ def test_training_lowers_the_error_on_other_noises(mixture, solver, start):
     search, other = problem(velocity, noise[:48], solver), problem(velocity, noise[48:], solver)
     init = ClosedForm(EDMSchedule(0.002, 80, 7), start)
     before, after = init.plan(search, [4])[4], ld3(init).plan(search, [4])[4]
-    assert after.start == start
+    assert after.start.kind == start
     assert error(other, after) < 0.6 * error(other, before)
 
 
@@ -92,10 +92,10 @@ def test_any_micro_batch_and_any_ranks_give_the_same_times(mixture, gmm):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"iterations": 0}, "iterations must be a whole number"),
-        ({"micro_batch": "all"}, "micro_batch must be a whole number"),
-        ({"learning_rate": -1.0}, "learning_rate > 0"),
-        ({"momentum": 1.0}, "momentum in"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"micro_batch": -1}, "micro_batch must be at least 1, got -1"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0 and at most 100, got -1.0"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"init": OSS("free", None, False, 4)}, "one schedule for all samples"),
     ],
 )

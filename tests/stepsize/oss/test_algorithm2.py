@@ -14,7 +14,7 @@ from replay import assert_tables_replay, final_error, schedule
 import oss_exp
 from oss_exp.distances import XtMSE
 from oss_exp.noise import FlowSchedule
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, LinearMultistep, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.dpm_solver import DPMSolver
@@ -166,12 +166,13 @@ def test_searched_orders_do_better_than_fixed_ones(make):
     problem = make(AdamsBashforth(3), 24, 16)
     plan = OSSShared("analytic", None, False, "mean").plan(problem, [6])[6]
     assert plan.orders.tolist() != problem.solver.orders(6)
-    assert final_error(problem, plan).mean() < final_error(problem, replace(plan, orders=None)).mean()
+    assert final_error(problem, plan).mean() < final_error(problem, plan.with_own_orders()).mean()
 
 
 def test_a_schedule_of_a_higher_order_than_the_solver_is_refused(make):
     problem = make(AdamsBashforth(3))
-    plan = replace(OSSShared("pinned", None, False, "mean").plan(problem, [3])[3], orders=torch.tensor([1, 2, 3]))
+    pinned = OSSShared("pinned", None, False, "mean").plan(problem, [3])[3]
+    plan = replace(pinned, steps=SolverSteps(torch.tensor([1, 2, 3])))
     with pytest.raises(ValueError, match=r"steps of order 3, AdamsBashforth.* goes up to 2"):
         sample(AdamsBashforth(2), problem.velocity, problem.noise, plan)
 
@@ -352,7 +353,7 @@ def best_of_all(problem: Problem, k: int, start: str) -> float:
     rows = problem.grid[torch.nn.functional.pad(nodes, (0, 0, 0, 1), value=size)].repeat_interleave(count, 1)
     x = problem.noise.repeat(len(pairs), 1)
     if start == "analytic":
-        mean = problem.mean[0].to(x)
+        mean = problem.teacher.mean[0].to(x)
         x = rows[0][:, None] * x + (1 - rows[0])[:, None] * mean
     *_, last = walk(problem.solver, problem.velocity, x, rows, list(orders.repeat_interleave(count, 1)))
     return float(problem.cost(last.x, torch.tensor([size])).unflatten(0, (-1, count)).mean(1).min())

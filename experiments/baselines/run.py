@@ -1,0 +1,19 @@
+"""Every baseline and every search at 5 and 10 calls, with three solvers.
+
+python -m experiments.baselines.run
+"""
+
+from __future__ import annotations
+
+from experiments.common import OUTPUTS, keep, measure
+
+
+def main() -> None:
+    for solver in ("euler", "dpm_solver_pp", "unipc"):
+        measure(f"baselines/{solver}", "experiment=baselines", f"solver={solver}")
+        keep(__file__, f"{solver}.md", (OUTPUTS / f"baselines/{solver}/table.md").read_text())
+        keep(__file__, f"{solver}.png", (OUTPUTS / f"baselines/{solver}/schedules.png").read_bytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""How high a score on our own scenes can be: the detector's verdicts on scenes that show exactly what is wished.
+
+python -m experiments.detector.run
+"""
+
+from __future__ import annotations
+
+import torch
+
+from experiments.common import configuration, keep
+from oss_exp.data.captioned import SIDE
+from oss_exp.data.images import fashion_mnist
+from oss_exp.data.scenes import Wardrobe
+from oss_exp.geneval.detectors import FashionDetector
+from oss_exp.report.geneval import table
+from oss_exp.tasks.fit_detector import ceiling
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    root = configuration("task=fit_detector").images.root
+    rows = {}
+    for split in ("train", "test"):
+        wardrobe = Wardrobe(*fashion_mnist(root, split, SIDE))
+        rows[f"scenes of {split} garments"] = (0, ceiling(FashionDetector.from_asset(), wardrobe, seed=1))
+    keep(__file__, "table.md", table(rows).replace(" (0)", ""))
+
+
+if __name__ == "__main__":
+    main()

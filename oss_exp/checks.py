@@ -1,0 +1,53 @@
+"""Ranges and choices of parameters, refused in one form. Their types are checked where a configuration is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SettingsOf:
+    """Annotates a mapping whose entries are arguments of a class; of another library by name, imported when needed.
+
+    `Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKL")]`
+    """
+
+    kind: type | str
+
+
+def require_range(
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    **values: float | None,
+) -> None:
+    """ValueError for the first value, called by its name, that is outside of the bounds, nan or infinite.
+
+    None stands for a parameter that is not set, and passes.
+    """
+    for name, value in values.items():
+        if value is None or (
+            math.isfinite(value)
+            and (above is None or value > above)
+            and (at_least is None or value >= at_least)
+            and (below is None or value < below)
+            and (at_most is None or value <= at_most)
+        ):
+            continue
+        limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+        words = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+        if at_least is not None and at_most is not None:
+            words = [f"from {at_least:g} to {at_most:g}"]
+        elif len(words) == 1 and not math.isfinite(value):
+            words.append("finite")
+        raise ValueError(f"{name} must be {' and '.join(words)}, got {value!r}")
+
+
+def require_choice(choices: Collection[object], **values: object) -> None:
+    """ValueError for the first value, called by its name, that is none of the choices."""
+    for name, value in values.items():
+        if (type(value), value) not in [(type(choice), choice) for choice in choices]:  # true is no 1
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

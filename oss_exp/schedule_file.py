@@ -1,0 +1,156 @@
+"""The file of a step schedule, version 3: what stands in its JSON, and how files of version 2 are read.
+
+`docs/schedule_format.md` holds the JSON Schema of `ScheduleFile`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from torch import Tensor
+
+from oss_exp.files import TABLE_LIMIT, Record, load_record, load_tensors
+from oss_exp.names import with_public_names
+
+FORMAT, VERSION = "oss_exp/step_schedule", 3
+
+Time = Annotated[float, Field(ge=0, le=1)]
+StartTime = Annotated[float, Field(gt=0, le=1)]
+Order = Annotated[int, Field(ge=1)]
+
+
+class _Record(Record):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MeanFile(_Record):
+    """The safetensors file beside the JSON that holds the tensor `mean` (G, *E)."""
+
+    file: str = Field(description="Name of a safetensors file in the same folder.", pattern=r"^[^/\\]+$")
+    sha256: str = Field(description="SHA-256 of that file.", pattern=r"^[0-9a-f]{64}$")
+
+
+class PinnedStart(_Record):
+    """The student starts with the initial noise, at the first time."""
+
+    kind: Literal["pinned"]
+
+
+class FreeStart(_Record):
+    """The student takes the initial noise, which is that of `start_time`, for the state at the first time."""
+
+    kind: Literal["free"]
+    start_time: StartTime = Field(description="Time of the initial noise.")
+
+
+class AnalyticStart(_Record):
+    """The student jumps from the noise at `start_time` to the first time without a network call, towards the mean."""
+
+    kind: Literal["analytic"]
+    start_time: StartTime = Field(description="Time of the initial noise.")
+    mean: MeanFile
+
+
+class SolverStepsRecord(_Record):
+    """Steps of the solver that `provenance.solver` names."""
+
+    kind: Literal["solver"]
+    orders: list[Order] | list[list[Order]] | None = Field(
+        description="Order of each of the K steps (or of each sample's steps); null: the solver's own."
+    )
+
+
+class FittedStepsRecord(_Record):
+    """Steps with coefficients of their own."""
+
+    kind: Literal["fitted"]
+    weights: list[list[float]] = Field(
+        description="K rows of coefficients: of x, the noise, the mean, and the predictions of x0, newest first."
+    )
+    mean: MeanFile
+
+
+class ScheduleFile(_Record):
+    """A step schedule: K + 1 canonical times (1 noise, 0 data), how a student starts, and how it steps."""
+
+    format: Literal["oss_exp/step_schedule"] = FORMAT
+    version: Literal[3] = VERSION
+    times: list[Time] | list[list[Time]] = Field(
+        description="K + 1 strictly decreasing times that end at 0; a list of such lists where each sample has its own."
+    )
+    samples: tuple[int, ...] | None = Field(description="Index of each sample, where each has its own times.")
+    start: Annotated[PinnedStart | FreeStart | AnalyticStart, Field(discriminator="kind")]
+    steps: Annotated[SolverStepsRecord | FittedStepsRecord, Field(discriminator="kind")]
+    provenance: dict[str, Any] = Field(description="What made it: model, teacher, solver, strategy, versions.")
+
+
+def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
+    """Return the record of a schedule's file and its mean (G, *E), where it has one.
+
+    Raises FileNotFoundError or ValueError that names the file, the fault and the remedy.
+    """
+    content = load_record(path, _VERSIONS, "step schedule", limit=TABLE_LIMIT)
+    record = _from_version_2(content) if isinstance(content, _Version2) else content
+    means = [part.mean for part in (record.start, record.steps) if isinstance(part, AnalyticStart | FittedStepsRecord)]
+    if not means:
+        return record, None
+    file = path.with_name(means[0].file)
+    tensors = load_tensors(file, means[0].sha256, "mean of a step schedule")
+    if "mean" not in tensors:
+        raise ValueError(f"{file} holds no tensor `mean`; restore it or plan the schedule again")
+    return record, tensors["mean"]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ScheduleFile.model_json_schema()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Version 2, written until release 0.1
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Version2(_Record):
+    format: Literal["oss_exp/step_schedule"]
+    version: Literal[2]
+    num_steps: int
+    start: Literal["free", "pinned", "analytic"]
+    start_time: StartTime
+    times: list[Time] | list[list[Time]]
+    orders: list[Order] | list[list[Order]] | None
+    weights: list[list[float]] | None
+    samples: tuple[int, ...] | None
+    mean: MeanFile | None
+    provenance: dict[str, Any]
+
+
+def _from_version_2(old: _Version2) -> ScheduleFile:
+    """Return the record of version 3."""
+    first = old.times[0] if old.samples is None else max(row[0] for row in old.times)
+    # A pinned start whose noise lived elsewhere ran as a free one.
+    kind = "free" if old.start == "pinned" and first != old.start_time else old.start
+    start: dict[str, Any] = {"kind": kind}
+    if kind != "pinned":
+        start["start_time"] = old.start_time
+    mean = None if old.mean is None else old.mean.model_dump()
+    if kind == "analytic":
+        start["mean"] = mean
+    if old.weights is None:
+        steps = {"kind": "solver", "orders": old.orders}
+    else:
+        steps = {"kind": "fitted", "weights": old.weights, "mean": mean}
+    return ScheduleFile.model_validate(
+        {
+            "times": old.times,
+            "samples": old.samples,
+            "start": start,
+            "steps": steps,
+            "provenance": with_public_names(old.provenance),
+        }
+    )
+
+
+_VERSIONS = TypeAdapter(Annotated[_Version2 | ScheduleFile, Field(discriminator="version")])

@@ -1,0 +1,68 @@
+"""What may not go together: a run folder and another configuration, a saved schedule and another run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from oss_exp.schedule import FittedSteps, StepSchedule
+from oss_exp.solvers import named_solver
+from oss_exp.tasks.older_configs import canonical, changed
+
+if TYPE_CHECKING:
+    from oss_exp.tasks.run import Run
+
+RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
+
+
+def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
+    """ValueError where the folder holds results of another configuration. free: keys of cfg.task that may differ."""
+    if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
+        return
+    old = canonical(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False))
+    new = canonical(OmegaConf.to_container(cfg, resolve=True))
+    for values in (old, new):
+        values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+    if keys := changed(old, new):
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
+        )
+
+
+def check_fits(run: Run, path: Path, steps: StepSchedule, allow_other_model: bool) -> None:
+    """Refuse a schedule made for another model, another first time, or other noises than this run's."""
+    made_for = steps.about("model")
+    model = run.setting.model
+    own = (model.fingerprint, model.original.fingerprint)
+    if made_for.get("sha256") not in own and not allow_other_model:
+        raise ValueError(
+            f"step schedule {path} was searched on model {made_for.get('name')!r} (weights "
+            f"{str(made_for.get('sha256'))[:12]}), this run has {model.name!r} ({model.fingerprint[:12]}); "
+            "choose that model, or set task.allow_other_model=true to measure how it transfers"
+        )
+    first = float(run.setting.grid[0])
+    if abs(steps.start_time - first) > 1e-9:
+        raise ValueError(
+            f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
+            f"{first:.6g}; choose the noise_schedule it was searched on"
+        )
+    solver, searched_with = replace(run.setting.solver, calibration=None), steps.about("solver")
+    searched = steps.orders is not None and run.cfg.run_orders == "searched"
+    if searched and named_solver(searched_with) != solver:
+        raise ValueError(
+            f"step schedule {path} has the orders searched with {dict(searched_with)}, this run steps "
+            f"with {solver}; choose that solver, or run_orders=fixed"
+        )
+    if isinstance(steps.steps, FittedSteps) and made_for.get("guidance") != asdict(model.guidance):
+        raise ValueError(
+            f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
+            f"{asdict(model.guidance)}; choose that guidance, or plan it again"
+        )
+    if steps.per_sample and steps.provenance.get("seed") != run.cfg.data.seed:
+        raise ValueError(
+            f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
+            f"this run has data.seed={run.cfg.data.seed}"
+        )

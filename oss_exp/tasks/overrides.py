@@ -1,0 +1,63 @@
+"""Overrides of a command line that are refused: what is not known (any more), and values that nothing reads.
+
+The yaml of a task lists the groups and values that the task reads, so Hydra refuses any other. What it lets through are
+entries that are appended (`+images=digits`), and those that a yaml without a place in the task sets (`scale=tiny`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+RENAMED = {
+    r"task\.to=(.*)": r"exporter=\1",
+    r"data@task\.images=(.*)": r"images=\1",
+    r"data\.(root|split|size|channels|file|count)=(.*)": r"images.\1=\2",
+    r"evaluation\.metrics=\[?(?:psnr)?,?(.*?)\]?": r"metric=[\1]",
+    r"evaluation\.(fid|kid|precision_recall|class_agreement|lpips|clip_score)\.(.*)": r"metric.\1.\2",
+}
+
+
+def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
+    """Raise ValueError where an override is spelled as in an earlier version, or chooses an option that does not exist.
+
+    conf: the folder with a folder for each group.
+    """
+    for override in overrides:
+        for old, new in RENAMED.items():
+            if match := re.fullmatch(old, override):
+                raise ValueError(f"{override} is now {match.expand(new)}")
+
+        group, _, choice = override.partition("=")
+        if not group or not (conf / group).is_dir():
+            continue
+        options = {file.stem for file in (conf / group).glob("*.yaml")}
+        for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
+            if option in options or option == "null":
+                continue
+            homes = [f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))]
+            advice = f"choose from {', '.join(sorted(options))}"
+            if homes:
+                advice = f"{option} is an option of another group: {' or '.join(homes)}"
+            raise ValueError(f"{group}={option} does not exist; {advice}")
+
+
+def refuse_unread(cfg: DictConfig, conf: Path) -> None:
+    """Raise ValueError where the composed configuration has entries that its task does not read."""
+    run, groups = HydraConfig.get(), {path.name for path in conf.iterdir() if path.is_dir()}
+    task, scale = (run.runtime.choices[name] for name in ("task", "scale"))
+    for override in run.overrides.task:
+        key = override.lstrip("+").partition("=")[0]
+        first = re.split(r"[.@]", key)[0]
+        if override.startswith("+") and (key == first or first not in groups):
+            raise ValueError(f"{override} does nothing: task={task} does not read {first}; leave it out")
+
+    # A group that the task reads is among the choices, or several options were chosen, each of which makes an object.
+    for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
+        if any(not isinstance(entry, DictConfig) or "_target_" not in entry for entry in cfg[name].values()):
+            setter = f"scale={scale}" if scale else "what sets it"
+            raise ValueError(f"task={task} does not read {name}; leave out {setter}")

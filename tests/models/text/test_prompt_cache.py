@@ -1,0 +1,83 @@
+"""Files of prompts, and the cache of their encodings: what is asked of the encoder, and what damage does."""
+
+import pytest
+import torch
+
+from oss_exp.models.text.prompts import BATCH, PromptCache
+
+
+class Encoder:
+    """Letters counted; remembers what it was asked."""
+
+    def __init__(self, fingerprint: str = "a"):
+        self.fingerprint, self.asked = fingerprint, []
+
+    def __call__(self, prompts):
+        self.asked.append(list(prompts))
+        counts = torch.tensor([[float(prompt.count(letter)) for letter in "abc"] for prompt in prompts])
+        return {"text": counts[:, None].expand(-1, 2, 3), "pooled": counts.sum(1, keepdim=True).bfloat16()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The cache
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_new_prompts_are_encoded_once_and_the_order_is_kept(tmp_path):
+    encoder, cache = Encoder(), PromptCache(tmp_path)
+    first = cache.encode(encoder, ["b", "aa", "b"])
+    assert encoder.asked == [["b", "aa"]]
+    second = PromptCache(tmp_path).encode(encoder, ["c", "aa", "", "b"])
+    assert encoder.asked[1:] == [["c", ""]]
+    fresh = Encoder()(["c", "aa", "", "b"])
+    assert {name: tensor.dtype for name, tensor in second.items()} == {"text": torch.float32, "pooled": torch.bfloat16}
+    assert all(second[name].equal(fresh[name]) for name in fresh)
+    assert first["text"][0].equal(first["text"][2])
+    assert len(list(tmp_path.iterdir())) == 4  # and nothing temporary
+
+
+def test_an_encoder_is_not_given_anothers_encodings(tmp_path):
+    PromptCache(tmp_path).encode(Encoder(), ["a"])
+    other = Encoder("b")
+    PromptCache(tmp_path).encode(other, ["a"])
+    assert other.asked == [["a"]]
+
+
+def test_prompts_are_encoded_in_batches_and_kept_as_they_are_made(tmp_path):
+    class Failing(Encoder):
+        def __call__(self, prompts):
+            if self.asked:
+                raise RuntimeError("out of memory")
+            return super().__call__(prompts)
+
+    prompts, encoder = ["a" * n for n in range(BATCH + 3)], Encoder()
+    with pytest.raises(RuntimeError):
+        PromptCache(tmp_path).encode(Failing(), prompts)
+    PromptCache(tmp_path).encode(encoder, prompts)
+    assert encoder.asked == [prompts[BATCH:]]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:-3], lambda data: data[:-1] + b"\x7f", lambda data: b"text"]
+)
+def test_a_damaged_encoding_is_made_again_with_a_note(tmp_path, caplog, damage):
+    cache = PromptCache(tmp_path)
+    whole = cache.encode(Encoder(), ["a cab"])
+    file = next(tmp_path.iterdir())
+    file.write_bytes(damage(file.read_bytes()))
+    encoder = Encoder()
+    assert cache.encode(encoder, ["a cab"])["text"].equal(whole["text"])
+    assert encoder.asked == [["a cab"]]
+    assert "'a cab' is damaged; it is made again" in caplog.text
+    cache.encode(encoder, ["a cab"])
+    assert len(encoder.asked) == 1
+
+
+def test_where_encodings_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "here"))
+    PromptCache().encode(Encoder(), ["a"])
+    assert len(list((tmp_path / "here" / "prompts").glob("*.safetensors"))) == 1
+    monkeypatch.delenv("OSS_EXP_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    PromptCache().encode(Encoder(), ["a"])
+    assert len(list((tmp_path / ".cache" / "oss_exp" / "prompts").glob("*.safetensors"))) == 1

@@ -1,0 +1,70 @@
+"""Overrides that are refused: names of earlier versions, and values that the task does not read."""
+
+import pytest
+from helpers import run_cli
+
+FAST = ["stepsize=[fm,edm]", "num_steps=[1]", "num_teacher_steps=2", "data.search_samples=1", "data.eval_samples=2"]
+
+
+def refused(capsys, folder, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_cli(*arguments, f"hydra.run.dir={folder}")
+    assert stop.value.code == 1
+    assert not (folder / "metrics.json").exists()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("task=export task.schedule=x.json task.to=comfyui", "oss-exp: task.to=comfyui is now exporter=comfyui"),
+        ("evaluation.metrics=[psnr,fid]", "evaluation.metrics=[psnr,fid] is now metric=[fid]"),
+        ("evaluation.metrics=[psnr]", "evaluation.metrics=[psnr] is now metric=[]"),
+        ("evaluation.kid.subset_size=16", "evaluation.kid.subset_size=16 is now metric.kid.subset_size=16"),
+        ("task=finetune data@task.images=digits", "data@task.images=digits is now images=digits"),
+        ("task=statistics data.split=test", "data.split=test is now images.split=test"),
+        (
+            "task=pretrain data=digits",
+            "data=digits does not exist; digits is an option of another group: images=digits",
+        ),
+        ("noise_schedule=karras", "karras is an option of another group: stepsize=karras"),
+    ],
+)
+def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, tmp_path, *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("task=search metric=fid", "Could not override 'metric'"),
+        ("images=digits", "Could not override 'images'"),
+        ("exporter=comfyui", "Could not override 'exporter'"),
+        ("task=statistics solver=heun", "Could not override 'solver'"),
+        ("task=pretrain num_steps=[5]", "Could not override 'num_steps'"),
+        ("task=search run_orders=fixed", "Could not override 'run_orders'"),
+        ("task=search evaluation.trajectories=0", "Could not override 'evaluation.trajectories'"),
+        ("task=fit_mixture experiment=table_2", "In 'experiment/table_2': Could not override"),
+        ("metric.fid.num_images=10", "Could not override 'metric.fid.num_images'"),
+        ("scale=small", "task.scale is no option of oss_exp.Compare"),
+        ("task=reproduce scale=tiny", "task=reproduce does not read data; leave out scale=tiny"),
+        ("+images=digits", "+images=digits does nothing: task=compare does not read images"),
+        ("+number=1", "+number=1 does nothing: task=compare does not read number"),
+        (
+            "task=import_sigmas task.sigmas=[1] task.network=eps +data.seed=1",
+            "task=import_sigmas does not read data; leave out what sets it",
+        ),
+        ("task=fit_classifier images.split=test", "images.split=test does nothing here: train and test are read"),
+        ("task=fit_detector images=digits", "task=fit_detector draws scenes of its own from images=fashion_scenes"),
+        ("task=fit_mixture scale=tiny", "task=fit_mixture does not read data; leave out scale=tiny"),
+    ],
+)
+def test_what_the_task_does_not_read_is_refused(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, tmp_path, *arguments.split())
+
+
+def test_entries_below_what_is_read_may_be_added(tmp_path):
+    run_cli(*FAST, "+trainer.max_time=00:01:00:00", "evaluation.trajectories=0", f"hydra.run.dir={tmp_path}")
+    assert (tmp_path / "metrics.json").is_file()

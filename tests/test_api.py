@@ -1,0 +1,501 @@
+"""The verbs of the front door give what their parts give, to the bit, and refuse what makes no sense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import run_cli
+
+import oss_exp
+from oss_exp import solvers
+from oss_exp.data.noise import HELD_OUT, NoiseDataset
+from oss_exp.evaluation.comparison import NOTE, with_gains
+from oss_exp.models.families.mixture import GaussianMixture
+from oss_exp.models.guidance import Guidance
+from oss_exp.report.results import read_run
+from oss_exp.velocity import BoundVelocity
+
+POINTS = torch.tensor([[2.0, 0.0], [-1.0, 1.5], [-1.0, -1.5]])
+SHORT = {"num_teacher_steps": 20}
+
+
+def velocity(x, t):
+    """Exact for data on three points."""
+    t = t.to(x)[:, None]
+    gap = x[:, None] - (1 - t[..., None]) * POINTS
+    x0 = (-gap.square().sum(-1) / (2 * t**2)).softmax(-1) @ POINTS
+    return (x - x0) / t
+
+
+@pytest.fixture(scope="module")
+def digits() -> GaussianMixture:
+    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=1024)
+
+
+@pytest.fixture(scope="module")
+def guided() -> GaussianMixture:
+    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(scale=2.0), micro_batch=1024)
+
+
+@pytest.fixture(scope="module")
+def noise() -> torch.Tensor:
+    return torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+
+
+def drawn(first: int, count: int, model: GaussianMixture) -> torch.Tensor:
+    dataset = NoiseDataset(0, first, count, model.event_shape, None)
+    return torch.stack([dataset[i]["noise"] for i in range(count)])
+
+
+def assert_same(a: oss_exp.StepSchedule, b: oss_exp.StepSchedule) -> None:
+    """But for the provenance."""
+    assert torch.equal(a.times, b.times)
+    assert a.start_time == b.start_time
+    assert a.samples == b.samples
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The door
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_second():
+    """`python -X importtime -c "import oss_exp"` shows the parts."""
+    command = (
+        "import sys, time; start = time.perf_counter(); import oss_exp; "
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout for _ in range(3)]
+    assert min(float(run.split()[0]) for run in runs) < 0.3
+    assert all(run.split()[1] == "False" for run in runs)
+
+
+def test_the_verbs_need_no_hydra():
+    heavy = {"hydra", "omegaconf", "lightning", "wandb"}
+    command = f"import sys, oss_exp; oss_exp.compare; print({heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------
+# search
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [oss_exp.OSSShared(), oss_exp.OSSAve(), oss_exp.OSS(), oss_exp.ClosedForm()])
+def test_a_search_is_the_plan_of_its_strategy(noise, strategy):
+    grid = oss_exp.FlowSchedule().nodes(20)
+    problem = oss_exp.Problem(velocity, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE())
+    plans = strategy.plan(problem, [3, 5])
+    found = oss_exp.search(velocity, noise, [5, 3], strategy=strategy, **SHORT)
+    assert list(found) == [3, 5]
+    for k, steps in found.items():
+        assert_same(steps, plans[k])
+        assert_same(oss_exp.search(velocity, noise, k, strategy=strategy, **SHORT), strategy.plan(problem, [k])[k])
+
+
+def test_drawn_noises_are_those_of_the_command_line(digits):
+    own = oss_exp.search(digits, drawn(0, 6, digits), 3, **SHORT)
+    assert_same(oss_exp.search(digits, 6, 3, **SHORT), own)
+    assert not torch.equal(oss_exp.search(digits, 6, 3, seed=1, **SHORT).times, own.times)
+
+
+def test_a_model_its_bound_velocity_and_a_function_have_one_schedule(digits):
+    noise, bound = drawn(0, 6, digits), digits.velocity(None)
+    assert isinstance(bound, BoundVelocity)
+    first = oss_exp.search(digits, noise, 3, **SHORT)
+    for other in (bound, lambda x, t: bound(x, t)):
+        assert_same(oss_exp.search(other, noise, 3, **SHORT), first)
+
+
+def test_a_teacher_that_begins_below_one_scales_the_noises(digits):
+    teacher = oss_exp.EDMSchedule()
+    grid = teacher.nodes(20)
+    noise, rows = drawn(0, 6, digits), digits.velocity(None)
+    problem = oss_exp.Problem(rows, noise * grid[0].float(), grid, oss_exp.Euler(), oss_exp.XtMSE())
+    plan = oss_exp.OSSShared().plan(problem, [3])[3]
+    steps = oss_exp.search(digits, noise, 3, teacher=teacher, solver=oss_exp.Euler(), **SHORT)
+    assert_same(steps, plan)
+    expected = solvers.sample(oss_exp.Euler(), rows, noise * float(grid[0]), plan)
+    assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
+
+
+def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
+    noise, condition = drawn(0, 6, guided), torch.tensor([3, 1])
+    rows = condition[torch.arange(6) % 2]
+    bound = guided.velocity(rows)
+    grid = oss_exp.FlowSchedule().nodes(20)
+    problem = oss_exp.Problem(
+        bound, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE(), group=rows, num_groups=guided.num_classes
+    )
+    plan = oss_exp.OSSShared().plan(problem, [3])[3]
+    steps = oss_exp.search(guided, noise, 3, condition=condition, **SHORT)
+    assert_same(steps, plan)
+    expected = solvers.sample(oss_exp.DPMSolverPP(), bound, noise, plan, rows)
+    assert torch.equal(oss_exp.sample(guided, noise, steps, condition=condition), expected)
+    assert steps.about("model")["classes"] == [1, 3]
+
+
+def test_a_guided_model_gets_all_classes_in_turn(guided):
+    assert_same(
+        oss_exp.search(guided, 12, 3, **SHORT),
+        oss_exp.search(guided, 12, 3, condition=torch.arange(guided.num_classes), **SHORT),
+    )
+
+
+def test_progress_is_drawn_where_it_is_asked_for(noise, capfd):
+    oss_exp.search(velocity, noise, 3, **SHORT)
+    assert capfd.readouterr() == ("", "")  # stderr is no terminal here
+    oss_exp.search(velocity, noise, 3, progress=True, **SHORT)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "network calls a sample" in err
+
+
+# --------------------------------------------------------------------------------------------------------------
+# sample
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [oss_exp.Euler(), oss_exp.DPMSolverPP(order=3), oss_exp.Heun()])
+def test_a_schedule_is_replayed_with_the_solver_it_was_searched_with(noise, solver, tmp_path):
+    steps = oss_exp.search(velocity, noise, 4, solver=solver, **SHORT)
+    expected = solvers.sample(solver, velocity, noise, steps)
+    assert torch.equal(oss_exp.sample(velocity, noise, steps), expected)
+    again = oss_exp.StepSchedule.load(steps.save(tmp_path / "steps.json"))
+    assert solvers.solver_of(again) == solver
+    assert torch.equal(oss_exp.sample(velocity, noise, again), expected)
+
+
+def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
+    small = ["num_teacher_steps=20", "num_steps=[3]", "data.search_samples=6", "logger=none", "model=mixture_digits"]
+    run_cli(*small, "task=search", "solver=unipc", "stepsize=[oss_shared]", f"hydra.run.dir={tmp_path}")
+    steps = oss_exp.StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
+    noise = drawn(HELD_OUT, 4, digits)
+    expected = solvers.sample(solvers.solver_of(steps), digits.velocity(None), noise, steps)
+    assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
+    assert torch.equal(oss_exp.sample(digits, 4, steps), expected)
+
+
+def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
+    steps = oss_exp.search(digits, 6, 3, **SHORT)
+    file = steps.save(tmp_path / "steps.json")
+    small = ["num_teacher_steps=20", "data.eval_samples=12", "logger=none", "model=mixture_digits"]
+    run_cli(*small, "task=evaluate", "solver=dpm_solver_pp", f"task.schedule={file}", f"hydra.run.dir={tmp_path}/run")
+    (result,) = read_run(tmp_path / "run")
+    assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSShared", 3, 12)
+
+
+def test_times_by_hand_are_eulers(noise):
+    steps = oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.2, 0.0]))
+    expected = solvers.sample(oss_exp.Euler(), velocity, noise, steps)
+    assert torch.equal(oss_exp.sample(velocity, noise, steps), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# compare
+# --------------------------------------------------------------------------------------------------------------
+
+
+STRATEGIES = {
+    "fm": oss_exp.ClosedForm(),
+    "edm": oss_exp.ClosedForm(oss_exp.EDMSchedule()),
+    "oss": oss_exp.OSS(),
+    "oss_shared": oss_exp.OSSShared(),
+}
+
+
+@pytest.fixture(scope="module")
+def comparison(digits):
+    return oss_exp.compare(digits, 6, [2, 4], held_out=40, strategies=STRATEGIES, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The command line's comparison of the same."""
+    folder = tmp_path_factory.mktemp("compared")
+    run_cli(
+        "model=mixture_digits",
+        "solver=dpm_solver_pp",
+        f"stepsize=[{','.join(STRATEGIES)}]",
+        "num_teacher_steps=20",
+        "num_steps=[2,4]",
+        "data.search_samples=6",
+        "data.eval_samples=40",
+        "logger=none",
+        "trainer.enable_progress_bar=false",
+        f"hydra.run.dir={folder}",
+    )
+    return folder
+
+
+def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
+    lines = with_gains(read_run(run))
+    assert len(lines) == len(comparison.lines) == 8
+    for ours, theirs in zip(comparison.lines, lines, strict=True):
+        assert ours.result.values == theirs.result.values
+        for name in ("strategy", "num_steps", "nfe", "baseline", "start", "psnr", "spread"):
+            assert getattr(ours.result, name) == getattr(theirs.result, name), name
+        assert ours.gain == theirs.gain
+        calls = "network_calls_per_sample"
+        assert ours.result.planning.get(calls) == theirs.result.planning.get(calls)
+    for label, plans in comparison.schedules.items():
+        for k, steps in plans.items():
+            assert_same(steps, oss_exp.StepSchedule.load(run / "schedules" / f"{label}_{k}.json"))
+
+
+def test_a_schedule_says_what_the_command_lines_does(comparison, run):
+    ours = comparison.schedules["oss_shared"][4].provenance
+    theirs = oss_exp.StepSchedule.load(run / "schedules" / "oss_shared_4.json").provenance
+    assert ours.keys() == theirs.keys()
+    for section in ("program", "versions", "teacher", "solver", "distance", "seed", "native", "strategy"):
+        assert ours[section] == theirs[section], section
+    assert ours["planning"].keys() == theirs["planning"].keys()
+    assert {**ours["model"], "prompts": None} == theirs["model"]
+
+
+def test_classes_are_compared_as_on_the_command_line(guided, tmp_path):
+    settings = ["data.search_samples=6", "data.eval_samples=12", "num_teacher_steps=20", "num_steps=[3]", "logger=none"]
+    model = ["model=mixture_digits", "model.guidance.scale=2.0", "solver=dpm_solver_pp", "stepsize=[fm,oss_shared]"]
+    run_cli(*model, *settings, f"hydra.run.dir={tmp_path}")
+    strategies = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
+    found = oss_exp.compare(guided, 6, 3, held_out=12, strategies=strategies, **SHORT)
+    lines = with_gains(read_run(tmp_path))
+    assert [line.result.values for line in found.lines] == [line.result.values for line in lines]
+    assert [line.result.nfe for line in found.lines] == [line.result.nfe for line in lines] == [6, 6]
+    theirs = oss_exp.StepSchedule.load(tmp_path / "schedules" / "fm_3.json")
+    assert {**found.about["model"], "prompts": None} == theirs.about("model")
+
+
+def test_batches_and_given_noises_change_nothing(digits, comparison):
+    held_out = drawn(HELD_OUT, 40, digits)
+    few = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
+    found = oss_exp.compare(
+        digits, drawn(0, 6, digits), [2, 4], held_out=held_out, strategies=few, batch_size=7, **SHORT
+    )
+    for row in found.rows:
+        (same,) = [r for r in comparison.rows if (r["strategy"], r["num_steps"]) == (row["strategy"], row["num_steps"])]
+        assert row["psnr"]["mean"] == pytest.approx(same["psnr"]["mean"], abs=1e-3)
+
+
+def test_a_function_is_compared_on_its_own_values(noise):
+    found = oss_exp.compare(velocity, noise, 3, solver=oss_exp.Euler(), held_out=20, **SHORT)
+    assert {row["strategy"] for row in found.rows} == {"fm", "ddim", "edm", "logsnr", "gits", "oss_shared"}
+    held_out = NoiseDataset(0, HELD_OUT, 20, (2,), None)
+    x = torch.stack([held_out[i]["noise"] for i in range(20)])
+    teacher = solvers.trajectory(oss_exp.Euler(), velocity, x, oss_exp.FlowSchedule().nodes(20))[-1]
+    gap = solvers.sample(oss_exp.Euler(), velocity, x, found.schedules["fm"][3]) - teacher
+    (row,) = [row for row in found.rows if row["strategy"] == "fm"]
+    expected = -10 * gap.double().square().mean(1).log10()
+    assert row["per_image"]["psnr"] == pytest.approx(expected.clamp(max=120).tolist(), abs=1e-3)
+
+
+def test_bound_conditions_are_taken_in_turn(digits):
+    condition = torch.arange(4)
+    bound = digits.velocity(condition)
+    strategies = {"fm": oss_exp.ClosedForm()}
+    noise, held_out = drawn(0, 4, digits), drawn(HELD_OUT, 8, digits)
+    first = oss_exp.compare(bound, noise, 3, held_out=held_out, strategies=strategies, batch_size=3, **SHORT)
+    tiled = digits.velocity(condition.repeat(2))
+    steps = first.schedules["fm"][3]
+    x0 = solvers.sample(oss_exp.DPMSolverPP(), tiled, held_out, steps)
+    teacher = solvers.trajectory(oss_exp.DPMSolverPP(), tiled, held_out, oss_exp.FlowSchedule().nodes(20))[-1]
+    expected = -10 * (x0 - teacher).double().square().flatten(1).mean(1).log10()
+    assert first.rows[0]["per_image"]["psnr"] == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_a_comparison_prints_itself(comparison):
+    text = str(comparison)
+    assert text == repr(comparison)
+    assert text.startswith("mixture_digits: students against the 20-step teacher")
+    for line in comparison.lines:
+        assert str(line.result.psnr) in text
+    assert " ".join(NOTE.split()) in " ".join(text.split())
+    assert "\x1b" not in text  # no colours
+    assert all(name in text for name in ("strategy", "NFE", "PSNR, dB", "gain, dB", "spread", "planning", "oss_shared"))
+
+
+def test_long_labels_are_printed_whole(digits):
+    label = "a strategy with a very long name " * 4
+    found = oss_exp.compare(digits, 4, 2, held_out=4, strategies={label: oss_exp.ClosedForm()}, **SHORT)
+    assert label.strip() in str(found)
+
+
+def test_a_notebook_shows_a_table(comparison):
+    html = comparison._repr_html_()
+    assert html.count("<tr>") == 9
+    assert "<td>oss_shared</td>" in html
+    assert html.count("<th>*</th>") == 2  # a best baseline for each number of calls
+
+
+def test_a_comparison_is_json(comparison):
+    record = json.loads(json.dumps(comparison.to_dict()))
+    assert [row["strategy"] for row in record["rows"]] == [line.result.strategy for line in comparison.lines]
+    assert record["rows"][0]["psnr"].keys() == {"mean", "low", "high", "n"}
+    assert record["rows"][0]["gain"]["mean"] > 0
+    assert [row["gain"] for row in record["rows"]].count(None) == 2
+    assert record["solver"] == {
+        "_target_": "oss_exp.DPMSolverPP",
+        "order": 2,
+        "lower_order_final": True,
+        "calibration": None,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is refused
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "message"),
+    [
+        (0, r"num_steps must be whole numbers from 1 to 20 .*got \[0\].*num_teacher_steps"),
+        (21, r"num_steps must be whole numbers from 1 to 20 .*got \[21\]"),
+        (2.5, r"num_steps must be a whole number or a list of them, 5 or \[5, 10\], got 2.5"),
+        ("abc", "num_steps must be a whole number or a list of them, .*got 'abc'"),
+        (True, "num_steps must be a whole number or a list of them, .*got True"),
+        ([5, "a"], "num_steps must be a whole number or a list of them, .*got"),
+        ([], r"num_steps must be whole numbers .*got \[\]"),
+    ],
+)
+@pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
+def test_num_steps(noise, verb, num_steps, message):
+    with pytest.raises(ValueError, match=message):
+        verb(velocity, noise, num_steps, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.to(torch.int64), "noise must be float32 or float64, got torch.int64"),
+        (lambda x: x.half(), "noise must be float32 or float64, got torch.float16"),
+        (lambda x: x / 0 * 0, "noise hold NaN or infinity"),
+        (lambda x: x[0], r"noise must have the shape \(B, 1, 8, 8\), B at least 1, got \(1, 8, 8\)"),
+        (lambda x: x[:0], r"noise must have the shape \(B, 1, 8, 8\), B at least 1, got \(0, 1, 8, 8\)"),
+        (lambda x: x[:, :, :4], r"noise must have the shape \(B, 1, 8, 8\), .*got \(4, 1, 4, 8\)"),
+        (lambda x: x.numpy(), r"noise must be a whole number of at least 1 or a tensor \(B, ...\), got"),
+        (lambda x: 0, "noise must be a whole number of at least 1 .*got 0"),
+        (lambda x: 2.5, "noise must be a whole number of at least 1 .*got 2.5"),
+    ],
+)
+def test_noises(digits, change, message):
+    noise = change(drawn(0, 4, digits))
+    with pytest.raises(ValueError, match=message):
+        oss_exp.search(digits, noise, 3, **SHORT)
+    with pytest.raises(ValueError, match=message):
+        oss_exp.sample(digits, noise, oss_exp.StepSchedule(torch.tensor([1.0, 0.0])))
+    with pytest.raises(ValueError, match=message.replace("noise", "held_out", 1)):
+        oss_exp.compare(digits, 4, 3, held_out=noise, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": oss_exp.Euler}, r"solver must be an object such as Euler\(\), got the class Euler; call it"),
+        ({"solver": "euler"}, r"solver must be a Solver such as Euler\(\), got 'euler'"),
+        ({"teacher": oss_exp.FlowSchedule}, "teacher must be an object such as .*got the class FlowSchedule"),
+        ({"teacher": 100}, "teacher must be a NoiseSchedule such as .*got 100"),
+        ({"distance": "xt_mse"}, "distance must be a Distance such as .*got 'xt_mse'"),
+        ({"num_teacher_steps": 2.5}, "num_teacher_steps must be a whole number of at least 1, got 2.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"condition": "cat"}, "condition must be a tensor with a row for each condition, got 'cat'"),
+        ({"condition": torch.tensor([10])}, r"condition must be classes \(C,\) from 0 to 9, got \[10\]"),
+        ({"condition": torch.tensor([0.5])}, r"condition must be classes \(C,\) from 0 to 9, got \[0.5\]"),
+    ],
+)
+@pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
+def test_options(digits, verb, options, message):
+    with pytest.raises(ValueError, match=message):
+        verb(digits, 4, 3, **{**SHORT, **options})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (oss_exp.OSSShared, r"must be an object such as OSSShared\(\), got the class OSSShared; call it"),
+        ("oss_shared", r"must be a StepsizeStrategy such as OSSShared\(\), got 'oss_shared'"),
+        (oss_exp.Euler(), r"must be a StepsizeStrategy such as OSSShared\(\), got Euler"),
+    ],
+)
+def test_strategies(noise, strategy, message):
+    with pytest.raises(ValueError, match="strategy " + message):
+        oss_exp.search(velocity, noise, 3, strategy=strategy, **SHORT)
+    with pytest.raises(ValueError, match=r"strategies\['mine'\] " + message):
+        oss_exp.compare(velocity, noise, 3, strategies={"mine": strategy}, **SHORT)
+
+
+@pytest.mark.parametrize("strategies", [["oss_shared"], {}, oss_exp.OSSShared()])
+def test_strategies_are_a_dict(noise, strategies):
+    with pytest.raises(ValueError, match=r"strategies must be a dict such as \{'mine': OSSShared\(\)\}, got"):
+        oss_exp.compare(velocity, noise, 3, strategies=strategies, **SHORT)
+
+
+@pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
+@pytest.mark.parametrize("wrong", ["a model", None, GaussianMixture])
+def test_what_is_no_velocity(noise, verb, wrong):
+    with pytest.raises(ValueError, match=r"velocity_or_model must be a function v\(x, t\) or a Model, got"):
+        verb(wrong, noise, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x, t: x.sum(1), r"must return a tensor of the shape of x, \(\d+, 2\), got .* shape \(\d+,\)"),
+        (
+            lambda x, t: x[:, :1],
+            r"must return a tensor of the shape of x, \(\d+, 2\), got .* shape \(\d+, 1\)",
+        ),
+        (lambda x, t: x.numpy(), r"must return a tensor of the shape of x, \(\d+, 2\), got array"),
+        (lambda x, t: None, r"must return a tensor of the shape of x, \(\d+, 2\), got None"),
+        (lambda x, t: x * float("nan"), "NaN or infini"),
+        (lambda x, t: x / t.to(x)[:, None] ** 1000, "NaN or infini"),
+    ],
+)
+def test_what_a_velocity_returns(noise, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        oss_exp.search(wrong, noise, 3, **SHORT)
+    with pytest.raises(ValueError, match=message):
+        oss_exp.compare(wrong, noise, 3, strategies={"fm": oss_exp.ClosedForm()}, **SHORT)
+    with pytest.raises(ValueError, match=message):
+        oss_exp.sample(wrong, noise, oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0])))
+
+
+def test_a_function_has_no_conditions_and_no_shape(noise):
+    with pytest.raises(ValueError, match="condition is for models"):
+        oss_exp.search(velocity, noise, 3, condition=torch.tensor([1]), **SHORT)
+    with pytest.raises(ValueError, match="noise=8: a function does not tell the shape of its noises; give a tensor"):
+        oss_exp.search(velocity, 8, 3, **SHORT)
+
+
+def test_a_distance_that_looks_inside_needs_a_model(noise):
+    with pytest.raises(ValueError, match="Perceptual looks at a model's layer; give a Model"):
+        oss_exp.search(velocity, noise, 3, distance=oss_exp.Perceptual("layer", 0.0), **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({5: None}, r"steps must be a StepSchedule, got \{5: None\}; choose one of its schedules, such as steps\[5\]"),
+        ("steps.json", "steps must be a StepSchedule, got 'steps.json'"),
+        (torch.tensor([1.0, 0.0]), r"steps must be a StepSchedule, got a tensor of shape \(2,\)"),
+    ],
+)
+def test_steps(noise, steps, message):
+    with pytest.raises(ValueError, match=message):
+        oss_exp.sample(velocity, noise, steps)
+
+
+def test_a_schedule_of_a_solver_from_elsewhere_wants_it(noise):
+    class Mine(oss_exp.Euler):
+        pass
+
+    steps = oss_exp.search(velocity, noise, 3, solver=Mine(), **SHORT)
+    with pytest.raises(ValueError, match=r"Mine is no solver of oss_exp; give the solver itself"):
+        oss_exp.sample(velocity, noise, steps)
+    expected = oss_exp.sample(velocity, noise, steps, solver=oss_exp.Euler())
+    assert torch.equal(oss_exp.sample(velocity, noise, steps, solver=Mine()), expected)
