@@ -127,7 +127,6 @@ class Judged(Record):
 
     label: str
     num_steps: Count
-    nfe: Count
     verdicts: Annotated[list[VerdictRecord], FailFast()]
 
 

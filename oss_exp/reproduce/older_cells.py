@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from oss_exp.files import ASSETS, Count, Record, load_record, sha256
+from oss_exp.files import ASSETS, Record, load_record, sha256
 from oss_exp.tasks.older_configs import canonical, changed
 
 OUTPUT, DATA, PARENT = "OUTPUT", "DATA", "PARENT"  # in a key, in the place of folders
@@ -44,14 +44,13 @@ def older_cell(root: Path, values: Mapping[str, Any], files: Mapping[str, str], 
 class CellRecord(Record):
     """cell.json: what was run, after which run (its folder's name), and the hashes of the shipped files that it named.
 
-    packages: their versions. seconds: of the last go. Version 0.1 wrote neither parent nor files.
+    packages: their versions. Version 0.1 wrote neither parent nor files.
     """
 
     overrides: list[str]
     parent: str | None = None
     files: dict[str, str] | None = None
     packages: dict[str, str]
-    seconds: Count
 
 
 def read_cell(folder: Path) -> CellRecord:
