@@ -135,11 +135,6 @@ def _reason(data: str | bytes, error: ValidationError) -> str:
     return f": {'field ' * bool(fault.field)}{describe(error, given=given)}"
 
 
-def read_json(path: str | Path, what: str, limit: int = TABLE_LIMIT) -> Any:
-    """Parse a JSON file of any form; raises as `load_record` does."""
-    return load_record(path, TypeAdapter(Any), what, limit=limit)
-
-
 def read_text(path: str | Path, what: str, limit: int = LIMIT) -> str:
     """Read UTF-8, with or without a byte order mark. ValueError for a file of more than `limit` bytes, or no text."""
     try:

@@ -14,7 +14,6 @@ from oss_exp.files import (
     load_asset,
     load_record,
     load_records,
-    read_json,
     read_text,
     remove_unfinished,
     save_asset,
@@ -105,7 +104,7 @@ def test_an_asset_whose_json_vouches_for_nothing_is_refused(record, tmp_path):
 
 def test_a_folder_in_place_of_a_json_file_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="cannot be read") as caught:
-        read_json(tmp_path, "record")
+        load_record(tmp_path, Record, "record")
     assert str(tmp_path) in str(caught.value)
 
 

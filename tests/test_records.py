@@ -24,7 +24,8 @@ from oss_exp.models.checkpoints.weights import read
 from oss_exp.models.families.mixture import MixtureProvenance
 from oss_exp.models.stages import StageFolder, StageRecord
 from oss_exp.report.records import read_amplitude, read_finetuning, read_geneval, read_metrics, read_training
-from oss_exp.reproduce.cells import CellRecord
+from oss_exp.reproduce.older_cells import read_cell
+from oss_exp.schedule import StepSchedule
 
 HASH = "0" * 64
 WISH = {
@@ -91,7 +92,7 @@ READERS = {
     "cell": Reader(
         "cell.json",
         {"overrides": ["a=1"], "packages": {"torch": "2"}, "seconds": 3},
-        lambda path: load_record(path, CellRecord, "record of a run"),
+        lambda path: read_cell(path.parent),
     ),
     "config": Reader("config.json", {"_class_name": "UNet", "size": 3}, read_object, any_object=True),
     "finetuning": Reader(
@@ -135,6 +136,36 @@ READERS = {
         "stages.json",
         {"format": "oss_exp/stages", "version": 1, "base": {"name": "m", "sha256": HASH}, "cuts": [0.7, 0.3]},
         lambda path: StageFolder.load(path.parent),
+    ),
+    "step schedule": Reader(
+        "x.json",
+        {
+            "format": "oss_exp/step_schedule",
+            "version": 3,
+            "times": [1.0, 0.5, 0.0],
+            "samples": None,
+            "start": {"kind": "free", "start_time": 1.0},
+            "steps": {"kind": "solver", "orders": [1, 2]},
+            "provenance": {"seed": 0},
+        },
+        StepSchedule.load,
+    ),
+    "step schedule of version 2": Reader(
+        "x.json",
+        {
+            "format": "oss_exp/step_schedule",
+            "version": 2,
+            "num_steps": 2,
+            "start": "free",
+            "start_time": 1.0,
+            "times": [1.0, 0.5, 0.0],
+            "orders": [1, 2],
+            "weights": None,
+            "samples": None,
+            "mean": None,
+            "provenance": {"seed": 0},
+        },
+        StepSchedule.load,
     ),
     "training": Reader("training.json", {"seed": 0, "losses": [1.0, 0.5]}, lambda path: read_training(path.parent)),
 }

@@ -35,7 +35,7 @@ class Teacher(Record):
 
     model_config = ConfigDict(extra="allow")
 
-    noise_schedule: JsonValue
+    noise_schedule: JsonValue = None
     num_steps: Count
 
 
@@ -127,7 +127,6 @@ class Judged(Record):
 
     label: str
     num_steps: Count
-    nfe: Count
     verdicts: Annotated[list[VerdictRecord], FailFast()]
 
 

@@ -24,7 +24,7 @@ from hydra import compose
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from oss_exp.files import Count, Record, load_record, sha256, write_atomically
+from oss_exp.files import sha256, write_atomically
 from oss_exp.reproduce.older_cells import DATA, OUTPUT, PARENT, older_cell, shipped_files
 from oss_exp.tasks.older_configs import canonical
 
@@ -176,16 +176,3 @@ class _Running:
             self.stopped = True
             for process in self.processes:
                 process.kill()  # it goes on where it was when it is wanted again
-
-
-class CellRecord(Record):
-    """cell.json: what was run, with which versions of packages, and the seconds of the last go."""
-
-    overrides: list[str]
-    packages: dict[str, str]
-    seconds: Count
-
-
-def record(cell: Cell, root: Path) -> CellRecord:
-    """What cell.json says."""
-    return load_record(cell.folder(root) / "cell.json", CellRecord, "record of a run")

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from oss_exp.files import ASSETS, read_json, sha256
+from oss_exp.files import ASSETS, Record, load_record, sha256
 from oss_exp.tasks.older_configs import canonical, changed
 
 OUTPUT, DATA, PARENT = "OUTPUT", "DATA", "PARENT"  # in a key, in the place of folders
@@ -41,6 +41,23 @@ def older_cell(root: Path, values: Mapping[str, Any], files: Mapping[str, str], 
     return None
 
 
+class CellRecord(Record):
+    """cell.json: what was run, after which run (its folder's name), and the hashes of the shipped files that it named.
+
+    packages: their versions. Version 0.1 wrote neither parent nor files.
+    """
+
+    overrides: list[str]
+    parent: str | None = None
+    files: dict[str, str] | None = None
+    packages: dict[str, str]
+
+
+def read_cell(folder: Path) -> CellRecord:
+    """Return what cell.json in a folder says; ValueError where it is no such record."""
+    return load_record(folder / "cell.json", CellRecord, "record of a run", "remove its folder, and it is made again")
+
+
 @dataclass(frozen=True)
 class _MadeCell:
     name: str
@@ -61,10 +78,10 @@ def _made_cells(root: Path) -> list[_MadeCell]:
 def _read(folder: Path, names: set[str]) -> _MadeCell | None:
     """Return what a folder holds; None where it cannot be told for certain. names: of the folders beside it."""
     try:
-        config, record = yaml.safe_load((folder / "config.yaml").read_text()), read_json(folder / "cell.json", "record")
-        overrides = record["overrides"]
-        parents = {name for name in names for text in overrides if f"{name}/" in text}
-        parent = record.get("parent", next(iter(parents), None))
+        config, record = yaml.safe_load((folder / "config.yaml").read_text()), read_cell(folder)
+        overrides, parent = record.overrides, record.parent
+        if "parent" not in record.model_fields_set:
+            parent = next((name for name in names if any(f"{name}/" in text for text in overrides)), None)
 
         # As it was before the run knew its folders and its model.
         config = _with_places(config, {folder.name: OUTPUT, parent: PARENT}, config["paths"]["data_dir"])
@@ -74,7 +91,7 @@ def _read(folder: Path, names: set[str]) -> _MadeCell | None:
         return None
 
     # Version 0.1 kept hashes of files in the folder's name alone: they are today's where that name comes out again.
-    files = record.get("files")
+    files = record.files
     if files is None:
         values = {key: value for key, value in config.items() if key not in UNNAMED}
         files = shipped_files(values)

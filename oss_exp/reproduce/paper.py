@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oss_exp.files import ASSETS, read_json
+from pydantic import JsonValue
+
+from oss_exp.files import ASSETS, Record, load_record
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,18 @@ class Claim:
     than: dict[str, Any] | None
     gain: float | None
     doubt: str | None
+
+
+class PaperRecord(Record):
+    """assets/paper/*.json. setting: what holds of all rows; a row may replace it."""
+
+    id: str
+    title: str
+    metric: dict[str, JsonValue] | None
+    setting: dict[str, JsonValue]
+    doubts: list[str]
+    rows: list[dict[str, JsonValue]]
+    claims: list[Claim]
 
 
 @dataclass(frozen=True)
@@ -33,14 +47,14 @@ class Paper:
     @classmethod
     def load(cls, name: str) -> Paper:
         """Return what the paper says in a table or figure, such as table_2."""
-        content = read_json(ASSETS / "paper" / f"{name}.json", "the paper's numbers")
+        record = load_record(ASSETS / "paper" / f"{name}.json", PaperRecord, "the paper's numbers", "restore the file")
         return cls(
-            name=content["id"],
-            title=content["title"],
-            metric=content["metric"],
-            rows=tuple({**content["setting"], **row} for row in content["rows"]),
-            claims=tuple(Claim(**{key: each[key] for key in Claim.__annotations__}) for each in content["claims"]),
-            doubts=tuple(content["doubts"]),
+            name=record.id,
+            title=record.title,
+            metric=record.metric,
+            rows=tuple({**record.setting, **row} for row in record.rows),
+            claims=tuple(record.claims),
+            doubts=tuple(record.doubts),
         )
 
     def ordered(self, claim: Claim) -> tuple[int, list[int]]:

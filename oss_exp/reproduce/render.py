@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from oss_exp.files import write_atomically
 from oss_exp.report.plots import png
-from oss_exp.reproduce.cells import record
+from oss_exp.reproduce.older_cells import read_cell
 from oss_exp.reproduce.paper import Claim, Paper
 from oss_exp.reproduce.plans import Plan, Values, Verdict, verdict
 
@@ -142,7 +142,7 @@ class Reproduction:
             {
                 "overrides": list(cell.overrides),
                 "parent": cell.parent and places[cell.parent],
-                "packages": record(cell, cells).packages,
+                "packages": read_cell(cell.folder(cells)).packages,
             }
             for cell in used
         ]

@@ -128,7 +128,7 @@ def test_a_schedule_for_each_sample_is_refused_before_any_is_planned(inputs, tmp
         (["data.seed=1"], "holds a run with another data; go on with the same values"),
         (["data=noise", "~data.prompts"], "GenEval needs a model of prompts"),
         (["task.detector.file=nowhere.safetensors"], "detector nowhere.safetensors is neither a path"),
-        (["data.prompts=prompts.txt"], "is no metadata of GenEval"),
+        (["data.prompts=prompts.txt"], "prompts.txt, line 1 is not complete JSON"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(arguments, message, run, inputs, capsys):

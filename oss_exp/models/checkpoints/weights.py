@@ -19,10 +19,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import field_validator
+from pydantic import JsonValue, TypeAdapter, field_validator
 from torch import Tensor, nn
 
-from oss_exp.files import ASSETS, Record, load_record, read_json
+from oss_exp.files import ASSETS, Record, load_record
 from oss_exp.models.checkpoints import safe_pickle
 from oss_exp.models.network import UNTRAINED
 
@@ -165,7 +165,7 @@ def _expected(path: Path) -> Iterator[tuple[Path, str]]:
         yield beside, (beside.read_text(errors="replace").split() or [""])[0].lower()
     beside = path.with_suffix(".json")
     if path.suffix == ".safetensors" and beside.is_file():
-        record = read_json(beside, "provenance of checkpoint")
+        record = load_record(beside, TypeAdapter(JsonValue), "provenance of checkpoint", "restore the file")
         if isinstance(record, dict) and "sha256" in record:
             yield beside, str(record["sha256"])
 
