@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from oss_exp.files import TABLE_LIMIT, Record, load_record, load_tensors
+from oss_exp.files import AGAIN, TABLE_LIMIT, Record, load_record, load_tensors
 from oss_exp.names import with_public_names
+from oss_exp.validation import describe
 
 FORMAT, VERSION = "oss_exp/step_schedule", 3
 
@@ -92,7 +93,10 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
     Raises FileNotFoundError or ValueError that names the file, the fault and the remedy.
     """
     content = load_record(path, _VERSIONS, "step schedule", limit=TABLE_LIMIT)
-    record = _from_version_2(content) if isinstance(content, _Version2) else content
+    try:
+        record = _from_version_2(content) if isinstance(content, _Version2) else content
+    except ValidationError as error:
+        raise ValueError(f"step schedule {path} of version 2: field {describe(error)}; {AGAIN}") from None
     means = [part.mean for part in (record.start, record.steps) if isinstance(part, AnalyticStart | FittedStepsRecord)]
     if not means:
         return record, None
@@ -113,13 +117,16 @@ def json_schema() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------
 
 
+_Times = Annotated[list[Time], Field(min_length=1)]
+
+
 class _Version2(_Record):
     format: Literal["oss_exp/step_schedule"]
     version: Literal[2]
     num_steps: int
     start: Literal["free", "pinned", "analytic"]
     start_time: StartTime
-    times: list[Time] | list[list[Time]]
+    times: _Times | Annotated[list[_Times], Field(min_length=1)]
     orders: list[Order] | list[list[Order]] | None
     weights: list[list[float]] | None
     samples: tuple[int, ...] | None
@@ -129,7 +136,8 @@ class _Version2(_Record):
 
 def _from_version_2(old: _Version2) -> ScheduleFile:
     """Return the record of version 3."""
-    first = max((t for row in old.times for t in (row[:1] if isinstance(row, list) else [row])), default=None)
+    rows = old.times if isinstance(old.times[0], list) else [old.times]
+    first = max(row[0] for row in rows)
     # A pinned start whose noise lived elsewhere ran as a free one.
     kind = "free" if old.start == "pinned" and first != old.start_time else old.start
     start: dict[str, Any] = {"kind": kind}
