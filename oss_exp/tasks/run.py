@@ -43,7 +43,7 @@ class Run:
             solver=border.build(cfg.solver, "solver", Solver),
             distance=border.build(cfg.distance, "distance", Distance).bind(model),
         )
-        if (calibration := self.setting.solver.calibration) is not None:
+        if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
         self.strategies: dict[str, StepsizeStrategy] = {
             name: border.build(strategy, f"stepsize.{name}", StepsizeStrategy)
