@@ -136,8 +136,7 @@ class _Version2(_Record):
 
 def _from_version_2(old: _Version2) -> ScheduleFile:
     """Return the record of version 3."""
-    rows = old.times if isinstance(old.times[0], list) else [old.times]
-    first = max(row[0] for row in rows)
+    first = max(t for row in old.times for t in (row[:1] if isinstance(row, list) else [row]))
     # A pinned start whose noise lived elsewhere ran as a free one.
     kind = "free" if old.start == "pinned" and first != old.start_time else old.start
     start: dict[str, Any] = {"kind": kind}
