@@ -33,10 +33,11 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
         values["metric"] = {name: options[name] for name in chosen if name in options}
         values["evaluation"] = evaluation
 
-    # Version 0.1 named the file of the shipped extractor, which is its default.
+    # Version 0.1 named the file of the shipped extractor, which is its default, and null for others, which have none.
     extractor = evaluation.get("extractor")
-    if isinstance(extractor, Mapping) and extractor.get("file") == "fashion_features.safetensors":
-        values["evaluation"] = {**evaluation, "extractor": {**extractor, "file": None}}
+    if isinstance(extractor, Mapping) and extractor.get("file") in (None, "fashion_features.safetensors"):
+        extractor = {key: value for key, value in extractor.items() if key != "file"}
+        values["evaluation"] = {**evaluation, "extractor": extractor}
 
     # Version 0.1 had the images of task=finetune at data@task.images.
     if "images" in task:

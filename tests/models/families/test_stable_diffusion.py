@@ -247,7 +247,7 @@ def lack_a_weight(folder: Path) -> None:
         (lambda f: (f / "model_index.json").write_text("[]"), "must be an object"),
         (
             lambda f: change(f / "unet" / "config.json", cross_attention_dim=32),
-            "gives 24 features, its U-Net takes 32",
+            "gives 24 features, its unet takes 32",
         ),
         (lambda f: change(f / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid"), "beta_schedule=sigmoid"),
         (
