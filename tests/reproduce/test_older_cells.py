@@ -131,7 +131,9 @@ def test_a_cell_of_this_version_is_found_under_any_name(root):
 def test_every_kind_of_cell_of_the_tables_is_found(tmp_path, small):
     """Their folders hold what they held then; the names prove that the configurations are those of then."""
     scale = "small" if small else "paper"
-    old = [each for each in CONFIGURATIONS if each["scale"] == scale]
+    # One that lacks a file (???) was never run as it stands.
+    old = [each for each in CONFIGURATIONS if each["scale"] == scale and "???" not in json.dumps(each["config"])]
+    assert len(old) > 20
     for each in old:
         folder, parent = tmp_path / each["name"], f"outputs/cells/{each['parent']}"
         folder.mkdir()
