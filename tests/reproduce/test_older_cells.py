@@ -137,7 +137,7 @@ def test_every_kind_of_cell_of_the_tables_is_found(tmp_path, small):
     """Their folders hold what they held then; the names prove that the configurations are those of then."""
     scale = "small" if small else "paper"
     old = [each for each in CONFIGURATIONS if each["scale"] == scale and lacks_no_weights(each["config"])]
-    assert len(old) > 20
+    assert len(old) >= 10
     for each in old:
         folder, parent = tmp_path / each["name"], f"outputs/cells/{each['parent']}"
         folder.mkdir()
