@@ -61,7 +61,9 @@ def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_pat
     file = next(FILES / name for name in SCHEDULES if StepSchedule.load(FILES / name).kind == "pinned start")
     path = tmp_path / "steps.json"
     path.write_text(json.dumps({**json.loads(file.read_text()), "times": times, "samples": samples, "orders": None}))
-    with pytest.raises(ValueError, match=r"steps\.json: (times of shape|a step schedule needs at least two times)"):
+    with pytest.raises(
+        ValueError, match=r"steps\.json: (field `times|times of shape|a step schedule needs at least two times)"
+    ):
         StepSchedule.load(path)
 
 
