@@ -89,8 +89,8 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     while not last.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(random.random() / 5)
+        time.sleep(0.01)
+    time.sleep(random.random() / 50)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < len(torch.load(last, weights_only=True)["progress"]["losses"]) < 12
