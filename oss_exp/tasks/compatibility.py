@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import named_solver
 from oss_exp.tasks.older_configs import canonical, changed
-
-if TYPE_CHECKING:
-    from oss_exp.tasks.run import Run
+from oss_exp.tasks.setting import Setting
 
 RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
 
@@ -32,10 +29,10 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
         )
 
 
-def check_fits(run: Run, path: Path, steps: StepSchedule, allow_other_model: bool) -> None:
-    """Refuse a schedule made for another model, another first time, or other noises than this run's."""
+def check_fits(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedule, allow_other_model: bool) -> None:
+    """Refuse a schedule made for another model, another first time, or other noises than those of this run."""
     made_for = steps.about("model")
-    model = run.setting.model
+    model = setting.model
     own = (model.fingerprint, model.original.fingerprint)
     if made_for.get("sha256") not in own and not allow_other_model:
         raise ValueError(
@@ -43,14 +40,14 @@ def check_fits(run: Run, path: Path, steps: StepSchedule, allow_other_model: boo
             f"{str(made_for.get('sha256'))[:12]}), this run has {model.name!r} ({model.fingerprint[:12]}); "
             "choose that model, or set task.allow_other_model=true to measure how it transfers"
         )
-    first = float(run.setting.grid[0])
+    first = float(setting.grid[0])
     if abs(steps.start_time - first) > 1e-9:
         raise ValueError(
             f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
             f"{first:.6g}; choose the noise_schedule it was searched on"
         )
-    solver, searched_with = replace(run.setting.solver, calibration=None), steps.about("solver")
-    searched = steps.orders is not None and run.cfg.run_orders == "searched"
+    solver, searched_with = replace(setting.solver, calibration=None), steps.about("solver")
+    searched = steps.orders is not None and cfg.run_orders == "searched"
     if searched and named_solver(searched_with) != solver:
         raise ValueError(
             f"step schedule {path} has the orders searched with {dict(searched_with)}, this run steps "
@@ -61,8 +58,8 @@ def check_fits(run: Run, path: Path, steps: StepSchedule, allow_other_model: boo
             f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
             f"{asdict(model.guidance)}; choose that guidance, or plan it again"
         )
-    if steps.per_sample and steps.provenance.get("seed") != run.cfg.data.seed:
+    if steps.per_sample and steps.provenance.get("seed") != cfg.data.seed:
         raise ValueError(
             f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
-            f"this run has data.seed={run.cfg.data.seed}"
+            f"this run has data.seed={cfg.data.seed}"
         )

@@ -64,7 +64,7 @@ class Evaluate(Task):
             return
         path = Path(self.schedule).expanduser()
         steps = StepSchedule.load(path)
-        check_fits(run, path, steps, self.allow_other_model)
+        check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
         measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
         rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 

@@ -146,7 +146,7 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
         plan(run)
         path = run.file(next(iter(run.strategies)), run.num_steps[0])
     steps = StepSchedule.load(path)
-    check_fits(run, path, steps, task.allow_other_model)
+    check_fits(run.setting, run.cfg, path, steps, task.allow_other_model)
     if steps.per_sample or isinstance(steps.steps, FittedSteps):
         kind = "a time for every sample" if steps.per_sample else "fitted steps"
         raise ValueError(
