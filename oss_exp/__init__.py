@@ -4,7 +4,8 @@ The front door: every name that a user's code, the `_target_` of a configuration
 attribute of this package, such as `oss_exp.OSSShared`. Files can then move without breaking any of them. A name is
 imported when it is first used, so importing the package takes milliseconds and does not load torch.
 
-`__all__` lists what library users need; `CONFIGURED` are further names that configurations use.
+`__all__` lists what library users need; `CONFIGURED` are further names that configurations use, `BASES` the
+classes that extensions subclass.
 """
 
 from __future__ import annotations
@@ -227,17 +228,42 @@ CONFIGURED = {
     "Report": "report.page",
 }
 
+# What extensions subclass, and what the verbs and files give.
+BASES = {
+    "Calibration": "calibration",
+    "Comparison": "api",
+    "Distance": "distances",
+    "Exporter": "export.base",
+    "ImageMetric": "evaluation.metrics",
+    "LinearMultistep": "solvers.base",
+    "Model": "models.base",
+    "NoiseSchedule": "noise.schedules",
+    "Solver": "solvers.base",
+    "State": "solvers.base",
+    "StepsizeStrategy": "stepsize.base",
+}
+
 __all__ = [*PUBLIC]
+
+_PLACES = {**PUBLIC, **CONFIGURED, **BASES}
 
 
 def __getattr__(name: str) -> Any:
-    place = PUBLIC.get(name) or CONFIGURED.get(name)
+    place = _PLACES.get(name)
     if place is None:
-        raise AttributeError(f"module 'oss_exp' has no attribute {name!r}")
+        near = "" if name.startswith("_") else _near(name)
+        raise AttributeError(f"module 'oss_exp' has no attribute {name!r}{near}")
     value = getattr(import_module(f"oss_exp.{place}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC, *CONFIGURED})
+    return sorted({*_PLACES, "__version__", "__doc__", "__file__", "__path__"})
+
+
+def _near(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, _PLACES, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -117,7 +118,7 @@ def search(
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
     with planner.counter.progress:
         plans = planner.plan(type(strategy).__name__, strategy, problem, about)
-    return plans[budgets[0]] if isinstance(num_steps, int) else plans
+    return plans[budgets[0]] if isinstance(num_steps, Integral) else plans
 
 
 def sample(
@@ -567,7 +568,7 @@ def _budgets(num_steps: int | Sequence[int], num_teacher_steps: int) -> list[int
     """Sorted distinct K."""
     _require_count("num_teacher_steps", num_teacher_steps)
     given = num_steps if isinstance(num_steps, list | tuple | range) else [num_steps]
-    budgets = [k for k in given if isinstance(k, int) and not isinstance(k, bool)]
+    budgets = [int(k) for k in given if isinstance(k, Integral) and not isinstance(k, bool)]
     if len(budgets) < len(given):
         raise ValueError(f"num_steps must be a whole number or a list of them, 5 or [5, 10], got {num_steps!r}")
     return check_num_steps(budgets, num_teacher_steps)

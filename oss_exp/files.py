@@ -158,6 +158,14 @@ def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Return the file that belongs to a JSON file: "oss_5.json" and ".mean.safetensors" -> "oss_5.mean.safetensors".
+
+    Only `.json` is taken off a name, so files of other names keep files of their own.
+    """
+    return path.with_name(path.name.removesuffix(".json") + ending)
+
+
 def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
     """Write `path` (.safetensors) and its `.json` with the hash and the provenance; returns the hash."""
     path = Path(path)

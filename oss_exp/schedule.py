@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from oss_exp.files import save_asset, write_atomically
+from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule_file import MeanFile, ScheduleFile, read_schedule_file
 from oss_exp.tensors import rowwise
 
@@ -64,6 +64,9 @@ class Analytic:
 
     mean: Tensor = field(default_factory=lambda: torch.zeros(1))
     start_time: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", _checked_mean(self.mean))
 
     def state(self, noise: Tensor, t: Tensor, group: Tensor | None) -> Tensor:
         """Return the state (B, *E) at the first time t, () or (B,), for samples of conditions `group` (B,)."""
@@ -116,9 +119,18 @@ class FittedSteps:
         object.__setattr__(self, "weights", weights)
         if weights.ndim != 2 or weights.shape[1] < 4 or not bool(weights.isfinite().all()):
             raise ValueError(f"fitted steps need a row of at least 4 finite weights each, got {weights.tolist()}")
+        object.__setattr__(self, "mean", _checked_mean(self.mean))
 
 
 Steps = SolverSteps | FittedSteps
+
+
+def _checked_mean(mean: Tensor) -> Tensor:
+    """Return the mean as a tensor. ValueError unless it is finite and has a row for each of one or more conditions."""
+    mean = torch.as_tensor(mean)
+    if not mean.is_floating_point() or mean.ndim < 1 or mean.numel() == 0 or not bool(mean.isfinite().all()):
+        raise ValueError(f"a mean needs finite numbers of shape (G, *E) or (G,), got {mean.dtype} {tuple(mean.shape)}")
+    return mean
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -170,6 +182,15 @@ class StepSchedule:
             raise ValueError(f"the last step time must be 0 (clean data), {shown}")
         if self.samples is not None if times.ndim == 1 else len(times) != len(self.samples or ()):
             raise ValueError("times of shape (B, K+1) need the B indices of their samples, times of shape (K+1,) none")
+
+        if self.samples is not None and (len({*self.samples}) < len(self.samples) or min(self.samples, default=0) < 0):
+            raise ValueError("samples must be different indices of at least 0")
+
+        # Start and steps are of a kind.
+        if not isinstance(self.start, Pinned | Free | Analytic):
+            raise ValueError(f"start must be Pinned(), Free(time) or Analytic(mean, time), got {self.start!r}")
+        if not isinstance(self.steps, SolverSteps | FittedSteps):
+            raise ValueError(f"steps must be SolverSteps(orders) or FittedSteps(weights, mean), got {self.steps!r}")
 
         # Start.
         first = times[..., 0]
@@ -258,7 +279,7 @@ class StepSchedule:
         path = Path(path)
         mean = None
         if self.mean is not None:
-            mean_path = path.with_suffix(".mean.safetensors")
+            mean_path = beside(path, ".mean.safetensors")
             digest = save_asset(mean_path, {"mean": self.mean.cpu()}, {"made_by": path.name})
             mean = MeanFile(file=mean_path.name, sha256=digest)
         start: dict[str, Any] = {"kind": self.start.kind}

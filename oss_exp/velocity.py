@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class BoundVelocity:
         """Return the velocity itself, or a plain function wrapped as one that cannot be divided."""
         if isinstance(velocity, BoundVelocity):
             return velocity
-        return cls(lambda x, t, _: velocity(x, t), divisible=False)
+        return cls(partial(_unconditioned, velocity), divisible=False)
 
     def rows_at(self, t: Tensor) -> Tensor:
         """Network rows that one row of x costs at these times."""
@@ -100,3 +101,7 @@ class BoundVelocity:
         if not self.divisible:
             raise TypeError("a plain velocity function cannot be cut to some samples; bind it as a BoundVelocity")
         return replace(self, condition=None if self.condition is None else self.condition[samples])
+
+
+def _unconditioned(velocity: VelocityFn, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    return velocity(x, t)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from oss_exp.calibration import amplitude
@@ -134,12 +135,14 @@ def markdown(lines: Sequence[Line]) -> str:
 
 def terminal(lines: Sequence[Line], title: str) -> Table:
     header, cells = columns(lines)
-    table = Table(title=title, title_justify="left", caption=NOTE, caption_justify="left")
+    table = Table(title=Text(title), title_justify="left", caption=NOTE, caption_justify="left")
     for name in header:
-        table.add_column(name, no_wrap=True, justify="left" if name in ("run", "strategy", "start") else "right")
+        table.add_column(Text(name), no_wrap=True, justify="left" if name in ("run", "strategy", "start") else "right")
     for index, row in enumerate(cells):
         last = index + 1 == len(cells) or lines[index + 1].result.nfe != lines[index].result.nfe
-        table.add_row(*row, end_section=last, style="bold" if lines[index].rival is lines[index].result else None)
+        table.add_row(
+            *map(Text, row), end_section=last, style="bold" if lines[index].rival is lines[index].result else None
+        )
     return table
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.export.base import Exporter
-from oss_exp.files import save_asset, write_atomically
+from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, Solver, solver_of, walk
 from oss_exp.tensors import rowwise
@@ -57,7 +57,7 @@ def save_in_numbers(steps: StepSchedule, path: str | Path, solver: Solver | None
     path = Path(path)
     record = {"format": "oss_exp/scheduler", "version": 1, **in_numbers(steps, solver), "mean": None}
     if steps.mean is not None:
-        file = path.with_suffix(".mean.safetensors")
+        file = beside(path, ".mean.safetensors")
         digest = save_asset(file, {"mean": steps.mean.cpu()}, {"made_by": path.name})
         record["mean"] = {"file": file.name, "sha256": digest}
     record["provenance"] = dict(steps.provenance)

@@ -48,9 +48,22 @@ class Teacher:
 
     @cached_property
     def first_outputs(self) -> tuple[Tensor, ...]:
-        """The network's outputs at the first node, (B, *E) each, for reuse."""
+        """The network's outputs at the first node, (B, *E) each, for reuse.
+
+        Raises ValueError where they are not of the noise's shape, or where the network changes its input.
+        """
         with torch.no_grad():
-            return self.velocity.outputs(self.noise, self.grid[0].expand(len(self.noise)))
+            x = self.noise.clone()
+            outputs = self.velocity.outputs(x, self.grid[0].expand(len(x)))
+        for output in outputs:
+            if output.shape != x.shape or not output.is_floating_point():
+                raise ValueError(
+                    f"the velocity must return floating-point numbers of its input's shape {tuple(x.shape)}, got "
+                    f"{output.dtype} {tuple(output.shape)}"
+                )
+        if not torch.equal(x, self.noise):
+            raise ValueError("the velocity changes its input in place; let it return a new tensor")
+        return outputs
 
     @cached_property
     def states(self) -> Tensor:
@@ -166,6 +179,11 @@ class Problem:
             raise ValueError(f"the noise must be float32 or float64, got {noise.dtype}")
 
         device, count = noise.device, len(noise)
+        for name, index in (("samples", samples), ("group", group)):
+            if index is not None and index.shape != (count,):
+                raise ValueError(f"{name} must have one entry for each of {count} noises, got {tuple(index.shape)}")
+        if group is not None and not bool(((group >= 0) & (group < num_groups)).all()):
+            raise ValueError(f"group must be from 0 to num_groups - 1 = {num_groups - 1}, got {int(group.max())}")
         samples = torch.arange(count) if samples is None else samples
         group = torch.zeros(count, dtype=torch.long) if group is None else group
         self._set(

@@ -33,6 +33,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+from typing_extensions import get_protocol_members, is_protocol
 
 import oss_exp
 from oss_exp.checks import SettingsOf
@@ -363,9 +364,10 @@ def _is_kind(made: type, kind: Any) -> bool:
         return False
     if not inspect.isclass(kind) or get_origin(kind) is not None:
         return get_origin(kind) is not Literal
-    with suppress(TypeError):  # a protocol with attributes: only its objects can be asked
-        return issubclass(made, kind)
-    return True
+    if is_protocol(kind):
+        methods = [name for name in get_protocol_members(kind) if callable(getattr(kind, name, None))]
+        return all(hasattr(made, name) for name in methods)  # other attributes may be those of objects
+    return issubclass(made, kind)
 
 
 # --------------------------------------------------------------------------------------------------------------

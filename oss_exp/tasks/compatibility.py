@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from oss_exp.provenance import configuration
 from oss_exp.schedule import FittedSteps, StepSchedule
-from oss_exp.solvers import named_solver
+from oss_exp.solvers import Solver, named_solver
 from oss_exp.tasks.older_configs import canonical, changed
 from oss_exp.tasks.setting import Setting
 
@@ -48,7 +51,7 @@ def check_fits(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedul
         )
     solver, searched_with = replace(setting.solver, calibration=None), steps.about("solver")
     searched = steps.orders is not None and cfg.run_orders == "searched"
-    if searched and named_solver(searched_with) != solver:
+    if searched and not _is_of(solver, searched_with):
         raise ValueError(
             f"step schedule {path} has the orders searched with {dict(searched_with)}, this run steps "
             f"with {solver}; choose that solver, or run_orders=fixed"
@@ -63,3 +66,14 @@ def check_fits(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedul
             f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
             f"this run has data.seed={cfg.data.seed}"
         )
+
+
+def _is_of(solver: Solver, record: Mapping[str, Any]) -> bool:
+    """Whether the provenance of a schedule names this solver, which may be of a class outside of this package."""
+    own = configuration(solver)
+    if not str(own["_target_"]).startswith("oss_exp."):
+        return {**record} == own
+    try:
+        return named_solver(record) == solver
+    except ValueError:
+        return False

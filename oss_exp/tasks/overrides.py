@@ -25,15 +25,16 @@ RENAMED = {
 def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
     """Raise ValueError where an override is spelled as in an earlier version, or chooses an option that does not exist.
 
-    conf: the folder with a folder for each group.
+    conf: the folder with a folder for each group. With folders of the user's own, Hydra itself says what is not there.
     """
+    own_folders = any(re.match(r"hydra\.searchpath=|--config-dir|-cd", override) for override in overrides)
     for override in overrides:
         for old, new in RENAMED.items():
             if match := re.fullmatch(old, override):
                 raise ValueError(f"{override} is now {match.expand(new)}")
 
         group, _, choice = override.partition("=")
-        if not group or not (conf / group).is_dir():
+        if own_folders or not group or not (conf / group).is_dir():
             continue
         options = {file.stem for file in (conf / group).glob("*.yaml")}
         for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
@@ -53,7 +54,8 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
     for override in run.overrides.task:
         key = override.lstrip("+").partition("=")[0]
         first = re.split(r"[.@]", key)[0]
-        if override.startswith("+") and (key == first or first not in groups):
+        replaced = f"~{first}" in run.overrides.task
+        if override.startswith("+") and not replaced and (key == first or first not in groups):
             raise ValueError(f"{override} does nothing: task={task} does not read {first}; leave it out")
 
     # A group that the task reads is among the choices, or several options were chosen, each of which makes an object.

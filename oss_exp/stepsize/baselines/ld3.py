@@ -58,6 +58,8 @@ class LD3:
             raise ValueError(
                 "ld3 needs gradients, which torch's inference mode forbids; set trainer.inference_mode=false"
             )
+        if not problem.velocity.divisible:
+            raise ValueError("ld3 trains on a half of the samples, and a plain function knows all; use a BoundVelocity")
         _ = problem.teacher.mean  # known before the ranks part: some hold no sample of a half
         return {k: self._train(problem, steps) for k, steps in self.init.plan(problem, budgets).items()}
 
