@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes of their own
 
+import shutil
+
 import pytest
 import torch
 from helpers import ORACLES, write_fashion
@@ -51,3 +53,42 @@ def fashion(tmp_path_factory) -> Path:
     pixels[1, 2:26, 12:16] = 255
     write_fashion(folder, pixels, [8, 1])
     return folder
+
+
+@pytest.fixture(scope="session")
+def garments(tmp_path_factory) -> Path:
+    """A folder as Fashion-MNIST's of 300 real test images, 30 of each class: the test split, and again as training."""
+    folder = tmp_path_factory.mktemp("garments")
+    for file in (ORACLES / "fashion").glob("*.gz"):
+        shutil.copy(file, folder)
+        shutil.copy(file, folder / file.name.replace("t10k", "train"))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------
+# A skipped test is a hole: continuous integration fails on one that has no reason here
+# --------------------------------------------------------------------------------------------------------------
+
+SKIPS = {
+    "tests/data/test_cifar10.py": "needs the CIFAR-10 archive, which no package ships",
+    "tests/evaluation/test_inception.py": "needs the public Inception-V3 weights, which no package ships",
+    "tests/models/families/test_psdenoiser.py": "needs 21cmpsdenoiser without the simulators that it depends on",
+    "tests/test_full_disk.py": "needs the right to mount a file system",
+    "tests/test_cli.py::test_a_gpu_that_is_not_there": "needs a machine without a GPU",
+}
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    skipped = {report.nodeid for report in terminalreporter.stats.get("skipped", [])}
+    for test in sorted(skipped):
+        reason = next((reason for place, reason in SKIPS.items() if test.startswith(place)), "not on the list of skips")
+        terminalreporter.write_line(f"skipped {test}: {reason}")
+
+
+def pytest_sessionfinish(session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if "CI" not in os.environ or reporter is None:
+        return
+    skipped = {report.nodeid for report in reporter.stats.get("skipped", [])}
+    if any(not test.startswith(tuple(SKIPS)) for test in skipped):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

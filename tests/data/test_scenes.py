@@ -1,8 +1,6 @@
 """Scenes show what is wished, by GenEval's own rules, and nothing else."""
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +10,13 @@ from helpers import write_fashion
 from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import fashion_mnist
 from oss_exp.data.scenes import LINES, FashionScenes, Wardrobe, listed, plural, wishes
-from oss_exp.files import ASSETS, find_asset
+from oss_exp.files import find_asset
 from oss_exp.geneval.detectors import FashionDetector
 from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import TASKS, judge, read_metadata
 from oss_exp.tasks.fit_detector import ceiling
 
 WISHES = wishes()
-FILES = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +95,7 @@ def test_items_are_functions_of_their_number(tmp_path):
         assert x0.min() == -1
 
 
-@pytest.mark.skipif(not FILES.is_dir(), reason=f"the Fashion-MNIST files are not in {FILES}")
-def test_the_shipped_detector_reads_scenes_of_garments_that_it_never_saw():
-    wardrobe = Wardrobe(*fashion_mnist(str(FILES), "test", SIDE))
-    found = ceiling(FashionDetector.from_asset(), wardrobe, seed=1)
-    record = json.loads((ASSETS / "fashion_detector.json").read_text())["right_on_test_scenes"]
-    assert {name: round(share.mean, 4) for name, share in found.items()} == pytest.approx(record, abs=0.01)
-    assert found["overall"].mean > 0.75
+def test_the_shipped_detector_reads_scenes_of_garments_that_it_never_saw(garments):
+    """30 garments of each kind; of the 1,000 of the whole test split, 77 % of the scenes are read right."""
+    found = ceiling(FashionDetector.from_asset(), Wardrobe(*fashion_mnist(garments, "test", SIDE)), seed=1)
+    assert found["overall"].mean == pytest.approx(0.8317, abs=2e-3)
