@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchvision
+from helpers import run_ranks
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -244,7 +244,7 @@ def test_any_number_of_ranks_gives_the_same_numbers(real):
     folder = real.path.parent
     measure_all(0, 1, str(folder))
     for world in (2, 4):
-        mp.spawn(measure_all, (world, str(folder)), nprocs=world)
+        run_ranks(measure_all, world, world, str(folder))
     alone = json.loads((folder / "found1_0.json").read_text())
     assert alone.keys() == {"fid", "kid", "kid_std", "precision", "recall", "class_agreement"}
     for world in (2, 4):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import run_ranks
 
 from oss_exp.distances import X0MSE, XtMSE
 from oss_exp.models.families.mixture import GaussianMixture
@@ -84,7 +84,7 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    mp.spawn(plan_all, (1, 14, str(folder)), nprocs=1)
+    run_ranks(plan_all, 1, 1, 14, str(folder))
     return json.loads((folder / "rank0.json").read_text())
 
 
@@ -92,7 +92,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one_process(alone, tmp_path, world):
     """14 samples on 4 ranks: 4, 4, 3 and 3."""
-    mp.spawn(plan_all, (world, 14, str(tmp_path)), nprocs=world)
+    run_ranks(plan_all, world, world, 14, str(tmp_path))
     for rank in range(world):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found.keys() == alone.keys()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import run_cli, run_two_ranks
 from PIL import Image
 
 from oss_exp.evaluation.classifier import FashionFeatures
@@ -69,9 +69,9 @@ def test_schedules_of_single_samples_have_no_distribution(run):
 @pytest.mark.slow
 def test_ranks_share_the_work_and_agree(run, tmp_path):
     """99 samples on two ranks: one is repeated by the sampler, and must not count twice."""
-    metrics = measured(
-        tmp_path, "trainer=ddp_spawn_cpu", "evaluation.save_images=npz", "stepsize=fm", "metric.fid.num_images=99"
-    )
+    more = ["evaluation.save_images=npz", "stepsize=fm", "metric.fid.num_images=99", f"hydra.run.dir={tmp_path}"]
+    run_two_ranks(*SMALL, *METRICS, *more, folder=tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name, value in run[1]["teacher_metrics"].items():
         assert metrics["teacher_metrics"][name] == pytest.approx(value, rel=1e-4)
     assert torch.equal(saved(tmp_path, "teacher"), saved(run[0], "teacher"))

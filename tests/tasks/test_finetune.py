@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import random_weights, run_cli
+from helpers import random_weights, run_cli, run_two_ranks
 from safetensors.torch import load_file
 
 from oss_exp.models.stages import DOWN, UP
@@ -186,10 +186,10 @@ def test_what_is_there_is_not_made_again(whole, weights, tmp_path):
 def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
     progressive = ["task.objective=progressive", "num_steps=[4]", "task.precision=64-true"]
     one = tuned(weights, tmp_path / "one", *progressive)
-    two = tuned(weights, tmp_path / "two", *progressive, "trainer=ddp_spawn_cpu")
+    run_two_ranks(*settings(weights, tmp_path / "two", *progressive), folder=tmp_path)
     for number in range(2):
         for name, tensor in stage(one, number).items():
-            torch.testing.assert_close(stage(two, number)[name], tensor, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(stage(tmp_path / "two" / "stages", number)[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------

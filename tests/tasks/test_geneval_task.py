@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_weights, run_cli, write_fashion
+from helpers import random_weights, run_cli, run_two_ranks, write_fashion
 
 from oss_exp.data.scenes import wishes
 from oss_exp.geneval.rules import TASKS
@@ -90,7 +90,7 @@ def test_the_table_and_the_page_are_written(run):
 
 
 def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
-    run_cli(*inputs, "trainer=ddp_spawn_cpu", f"hydra.run.dir={tmp_path}")
+    run_two_ranks(*inputs, f"hydra.run.dir={tmp_path}", folder=tmp_path)
     assert [row["verdicts"] for row in results(tmp_path)["rows"]] == [row["verdicts"] for row in results(run)["rows"]]
 
 

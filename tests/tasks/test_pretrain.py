@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import run_cli, run_two_ranks
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
@@ -130,8 +130,8 @@ def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
 
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(whole, tmp_path):
-    for name, trainer in (("one", []), ("two", ["trainer=ddp_spawn_cpu"])):
-        run_cli(*settings(tmp_path / name, *trainer, "trainer.precision=64-true"))
+    run_cli(*settings(tmp_path / "one", "trainer.precision=64-true"))
+    run_two_ranks(*settings(tmp_path / "two", "trainer.precision=64-true"), folder=tmp_path)
     (one, losses), (two, losses_of_two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     np.testing.assert_allclose(losses_of_two, losses, rtol=1e-5)
     for key, tensor in one.items():
