@@ -1,0 +1,466 @@
+"""Any pipeline of diffusers as a model: its own loop is run, and a search tells it which state and time come next.
+
+A pipeline's `__call__` encodes prompts, prepares states and conditions, and then asks its scheduler for a time, its
+network for an answer, and its scheduler for the next state, over and over. Here a probe stands in for the scheduler:
+`step` hands the network's answer out and takes the next state and time in, while the call stays suspended in between.
+So guidance, masks, image conditions, ControlNets, adapters, offloading and quantised weights are the pipeline's own.
+
+The call runs in a greenlet, in the caller's thread: grad mode, autocast and CUDA streams are the caller's.
+Legend: B samples, each with its prompt; M rows, a multiple of B; *E a state's dims, as the scheduler sees it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from oss_exp.models.base import Model
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.parameterization import (
+    DataPrediction,
+    EDMPrediction,
+    FlowVelocity,
+    NoisePrediction,
+    Parameterization,
+    VPVelocity,
+)
+from oss_exp.noise import DDPMPath, FlowPath, NoiseSchedule
+from oss_exp.tensors import rowwise
+from oss_exp.velocity import BoundVelocity
+
+LENGTH = 100_000  # steps that a suspended loop believes in
+PER_SAMPLE = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "image", "mask_image",
+              "control_image", "generator")  # fmt: skip
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+
+
+class Pipeline(Model):
+    """A pipeline of diffusers behind canonical time. A condition is a prompt's number.
+
+    pipe:    the pipeline, as it will be used: its dtype, offloading, adapters and quantised weights count.
+    prompts: what conditions number: texts, or the classes or images that a pipeline without texts takes.
+    call:    what else its `__call__` is given, such as `height` or `guidance_scale`. A list as long as `prompts` of
+             what belongs to a sample (`negative_prompt`, `image`, ...) has an entry for each.
+
+    Raises ValueError for a pipeline whose loop is not one of an ODE that is known here.
+    """
+
+    num_classes = None
+
+    def __init__(self, pipe: Any, prompts: Sequence[Any], **call: Any):
+        super().__init__()
+        if not is_pipeline(pipe):
+            raise ValueError(f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}")
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"prompts must be a list of one or more, got {prompts!r}")
+        if refused := {"num_inference_steps", "timesteps", "sigmas", "latents"} & call.keys():
+            raise ValueError(f"{', '.join(sorted(refused))} of the call is for the search to choose; leave it out")
+        if call.get("strength", 1.0) != 1.0:
+            raise ValueError(f"strength={call['strength']} starts inside of the schedule; search with strength=1.0")
+        takes = inspect.signature(type(pipe).__call__).parameters
+        self.pipe, self.call, self.prompts = pipe, call, list(prompts)
+        self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), None)
+        if self.takes is None:
+            raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
+        self.training_of = Training.of(pipe.scheduler)
+        self.path = self.training_of.parameterization.path
+        self.name = type(pipe).__name__
+        self.guidance = Guidance()  # the pipeline's own comes with it
+        self.suspended: dict[tuple[int, ...], _Loop] = {}
+        self._rows: dict[float, float] = {}
+        self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
+        weakref.finalize(self, _release, self.suspended)
+
+    @functools.cached_property
+    def event_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(self._loop(tuple(range(len(self.prompts)))).first.shape[1:])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """SHA-256 of the names, shapes and 1,024 numbers of every weight that the velocity is made with."""
+        digest = hashlib.sha256()
+        for name, part in sorted(self.pipe.components.items()):
+            for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+                if not isinstance(value, Tensor):
+                    continue
+                places = torch.linspace(0, value.numel() - 1, min(value.numel(), 1024)).long()
+                numbers = value.detach().flatten()[places.to(value.device)].double().cpu()
+                digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode() + numbers.numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The times at which the pipeline itself would step."""
+        return PipelineSchedule(self)
+
+    def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
+        if guidance not in (None, Guidance()):
+            raise ValueError("a pipeline guides itself: give Pipeline its guidance_scale")
+        condition = torch.arange(len(self.prompts)) if condition is None else condition
+        return _PipelineVelocity(fn=self._velocity, condition=condition, rows=self._rows)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, *E) -> pixels in [0, 1], by the pipeline's own end. A suspended call of B samples ends with it."""
+        key = next((key for key in self.suspended if len(key) == len(x0)), tuple([0] * len(x0)))
+        loop = self._loop(key)
+        self.suspended.pop(key, None)
+        return _pixels(loop.finish(x0.to(loop.first.dtype)))
+
+    def release(self) -> None:
+        """End all suspended calls. It is done when the model is no longer used, too."""
+        _release(self.suspended)
+
+    def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        velocity = torch.empty_like(x)
+        for rows in self._batches(t, condition):
+            key = tuple(condition[rows].tolist())
+            loop = self._loop(key)
+            try:
+                velocity[rows] = loop.velocity(x[rows], t[rows])
+            except BaseException:
+                del self.suspended[key]  # its call has ended with the error
+                raise
+            self._rows[float(t[rows[0]])] = loop.rows / len(rows)
+        return velocity
+
+    def _batches(self, t: Tensor, condition: Tensor) -> Iterator[Tensor]:
+        """Positions of rows that have one time, each sample at most once: what one call of the network can take."""
+        count = len(t)
+        period = next(
+            p
+            for p in range(1, count + 1)
+            if count % p == 0 and torch.equal(condition, condition[:p].repeat(count // p))
+        )
+        for group in torch.arange(count).split(period):
+            for time in t[group].unique():
+                yield group[(t[group] == time).cpu()]
+
+    def _loop(self, key: tuple[int, ...]) -> _Loop:
+        """The suspended call of these prompts; older calls are ended where there are many."""
+        if key not in self.suspended:
+            while len(self.suspended) >= 4:
+                self.suspended.pop(next(iter(self.suspended))).release()
+            self.suspended[key] = self.begun(key)
+        return self.suspended[key]
+
+    def begun(self, key: Sequence[int], **call: Any) -> _Loop:
+        """A call of these prompts, suspended at the first answer of its network."""
+        own = {
+            name: [value[i] for i in key]
+            if name in PER_SAMPLE and isinstance(value, list) and len(value) == len(self.prompts)
+            else value
+            for name, value in self.call.items()
+        }
+        loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
+        loop.begin(len(key))
+        return loop
+
+
+@dataclass(frozen=True, eq=False)
+class _PipelineVelocity(BoundVelocity):
+    """A bound velocity that knows what a row cost where it was asked."""
+
+    rows: Mapping[float, float] = field(default_factory=dict)
+
+    def rows_at(self, t: Tensor) -> Tensor:
+        usual = next(reversed(self.rows.values()), 1.0) if self.rows else 1.0
+        return torch.tensor([self.rows.get(time, usual) for time in t.flatten().tolist()]).reshape(t.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineSchedule(NoiseSchedule):
+    """The times at which a pipeline itself steps, when it is called with so many steps."""
+
+    pipeline: Pipeline
+
+    def _times(self, num_steps: int) -> Tensor:
+        loop = self.pipeline.begun([0], num_inference_steps=num_steps)
+        try:
+            return loop.probe.own_times()
+        finally:
+            loop.release()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How the network was trained
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a scheduler's config says of its network.
+
+    sign:     of the answer, against what the parameterization expects.
+    inverted: the clock runs up while noise goes away.
+    """
+
+    parameterization: Parameterization
+    sign: float = 1.0
+    inverted: bool = False
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Training:
+        """Read it from a diffusers scheduler. ValueError names what is not known here."""
+        config, kind = scheduler.config, type(scheduler).__name__
+        answer = config.get("prediction_type", "epsilon")
+        if kind.startswith("FlowMatch") or answer == "flow_prediction" or config.get("use_flow_sigmas"):
+            inverted = bool(config.get("invert_sigmas", False))
+            path = FlowPath(time_scale=float(config["num_train_timesteps"]))
+            return cls(FlowVelocity(path), -1.0 if inverted else 1.0, inverted)
+        if kind.startswith("EDM") or config.get("timestep_type") == "continuous":
+            sigma_data = float(config.get("sigma_data", 1.0))
+            bounds = float(config.get("sigma_min") or 0.002), float(config.get("sigma_max") or 80.0)
+            if answer not in ("epsilon", "v_prediction"):
+                raise ValueError(f"{kind} has prediction_type={answer}; known are epsilon and v_prediction")
+            negative = answer == "v_prediction"
+            return cls(EDMPrediction(sigma_data, *bounds), -1.0 if negative else 1.0)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{kind} is not known: it is no flow matching and has no betas. Known are schedulers of flow matching, "
+                "of a chain of betas (epsilon, v_prediction, sample) and of EDM"
+            )
+        alphas = scheduler.alphas_cumprod.double()
+        path = DDPMPath(1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]]))
+        last = float(path.canonical(torch.tensor(len(path.betas) - 1.0, dtype=torch.float64)))
+        known = {
+            "epsilon": NoisePrediction(path, last),
+            "v_prediction": VPVelocity(path, last),
+            "sample": DataPrediction(path, 1e-4),
+        }
+        if answer not in known:
+            raise ValueError(f"{kind} has prediction_type={answer}; known are {', '.join(known)}")
+        return cls(known[answer])
+
+    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x (M, *E) at t (M,) -> what the network gets, and what its loop calls t."""
+        state, clock = self.parameterization.question(x, t)
+        return state, self._scale() - clock if self.inverted else clock
+
+    def state(self, question: Tensor, t: Tensor) -> Tensor:
+        """Undo `question`: what the network gets (M, *E) -> x."""
+        one, _ = self.question(torch.ones_like(question), t)
+        return question / one
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.parameterization.velocity(self.sign * output, x, t)
+
+    def canonical(self, clock: Tensor) -> Tensor:
+        """What the loop calls t -> canonical time, float64."""
+        clock = self._scale() - clock.double() if self.inverted else clock.double()
+        if isinstance(self.parameterization, EDMPrediction):
+            sigma = (4 * clock).exp()
+            return sigma / (1 + sigma)
+        return self.parameterization.path.canonical(clock)
+
+    def _scale(self) -> float:
+        path = self.parameterization.path
+        assert isinstance(path, FlowPath)
+        return path.time_scale
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The suspended call
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Loop(greenlet):
+    """One call of a pipeline, suspended inside its loop."""
+
+    def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any]):
+        super().__init__()
+        self.pipe, self.training, self.call_arguments = pipe, training, dict(call)
+        self.probe = _probe(pipe.scheduler, training)
+        self.own_scheduler = pipe.scheduler
+        self.own_bar = getattr(pipe, "_progress_bar_config", None)
+        self.output_type = {} if "output_type" in call else {"output_type": "pt"}
+        self.pending: Tensor | None = None  # what the loop calls its next t
+        self.ending = False
+        self.rows = 0.0
+        self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
+
+    def run(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.pipe(**self.output_type, **self.call_arguments)
+
+    def begin(self, count: int) -> None:
+        """Run up to the first answer of the network, which tells the state's shape."""
+        answered = self._resume(None)
+        if not isinstance(answered, _Answer):
+            raise ValueError(f"{type(self.pipe).__name__} ended without asking its scheduler for a step")
+        self.first = answered.sample
+        if len(self.first) != count:
+            raise ValueError(f"{type(self.pipe).__name__} has {len(self.first)} states for {count} prompts")
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, *E) at one time t (B,) -> v (B, *E)."""
+        question, clock = self.training.question(x, t)
+        self.pending, self.rows = clock[0].float(), 0.0
+        answered = self._resume(question.to(self.first.dtype))
+        return self.training.velocity(answered.output.to(x), x, t)
+
+    def finish(self, x0: Tensor) -> Any:
+        """Let the loop go, with x0 as its last state; returns what the call returns."""
+        self.ending = True
+        return self._resume(x0)
+
+    def release(self) -> None:
+        """End the call where it is."""
+        if not self.dead and self:
+            with self._inside():
+                self.throw()
+
+    def _resume(self, state: Tensor | None) -> Any:
+        with self._inside():
+            return self.switch() if state is None else self.switch(state)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """The probe in the pipeline's place of its scheduler, for as long as its call runs."""
+        grad = torch.is_grad_enabled()
+        hooks = [part.register_forward_hook(self._count, with_kwargs=True) for part in self.denoisers]
+        bar = getattr(self.pipe, "_progress_bar_config", None)
+        self.parent = getcurrent()
+        self.pipe.__dict__["scheduler"] = self.probe
+        self.pipe.__dict__["_progress_bar_config"] = {"disable": True}
+        try:
+            yield
+        finally:
+            torch.set_grad_enabled(grad)
+            self.pipe.__dict__["scheduler"] = self.own_scheduler
+            if bar is None:
+                self.pipe.__dict__.pop("_progress_bar_config", None)
+            else:
+                self.pipe.__dict__["_progress_bar_config"] = bar
+            for hook in hooks:
+                hook.remove()
+
+    def _count(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
+        if tensors:
+            self.rows += len(tensors[0])
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the network said of its state."""
+
+    output: Tensor
+    sample: Tensor
+
+
+class _Times(Tensor):
+    """The pipeline's own times, and a loop over those that a search asks for."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        loop = getcurrent()
+        if not isinstance(loop, _Loop):
+            yield from self.as_subclass(Tensor)
+            return
+        yield self.as_subclass(Tensor)[0]
+        while not loop.ending:
+            assert loop.pending is not None
+            yield loop.pending
+
+    def __getitem__(self, index: Any) -> Tensor:
+        loop = getcurrent()
+        if isinstance(loop, _Loop) and isinstance(index, int) and loop.pending is not None:
+            return loop.pending
+        return super().__getitem__(index)
+
+
+class _Probe:
+    """Mixed into a copy of the pipeline's scheduler."""
+
+    training: Training
+
+    def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
+        return sample
+
+    @property
+    def init_noise_sigma(self) -> float:
+        t = self.own_times()[:1]
+        return float(self.training.question(t, t)[0])
+
+    def own_times(self) -> Tensor:
+        """Canonical times of the steps, (N,) float64."""
+        times = self.training.canonical(self.own_clock)
+        distinct = torch.unique_consecutive(times)  # Heun's method lists its times twice
+        return distinct[distinct > 0].cpu()
+
+    def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
+        t = self.training.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
+        x = rowwise(1 - t, original) * original + rowwise(t, original) * noise
+        return self.training.question(x, t)[0].to(original.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.noised(original_samples, noise, timesteps)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        return self.noised(sample, noise, timestep)
+
+
+def _probe(scheduler: Any, training: Training) -> Any:
+    """A copy of the scheduler that asks the search for its steps, of a class that pipelines take for its own."""
+    own = type(scheduler)
+
+    @functools.wraps(own.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        own.set_timesteps(self, *args, **kwargs)
+        self.own_clock = self.timesteps.clone()
+        padding = self.timesteps[-1:].expand(LENGTH)
+        self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
+
+    asked = inspect.signature(own.step)
+
+    @functools.wraps(own.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = asked.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        output, sample = given.arguments["model_output"], given.arguments["sample"]
+        if output.shape[1] == 2 * sample.shape[1] and "learned" in str(self.config.get("variance_type")):
+            output = output.chunk(2, dim=1)[0]
+        loop = getcurrent()
+        assert isinstance(loop, _Loop)
+        state = loop.parent.switch(_Answer(output, sample))
+        whole = given.arguments.get("return_dict", True)
+        return SimpleNamespace(prev_sample=state, pred_original_sample=state) if whole else (state, state)
+
+    members = {"set_timesteps": set_timesteps, "step": step, "training": training}
+    probe = copy.deepcopy(scheduler)
+    probe.__class__ = type(own.__name__, (_Probe, own), members)
+    return probe
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether a value is a pipeline of diffusers that has a scheduler; diffusers is not imported for it."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__) and hasattr(value, "scheduler")
+
+
+def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:
+    for loop in suspended.values():
+        loop.release()
+    suspended.clear()
+
+
+def _pixels(output: Any) -> Tensor:
+    """What a pipeline returned -> (B, C, H, W), or (B, C, F, H, W) for videos, in [0, 1]."""
+    for name in ("images", "frames"):
+        if (found := getattr(output, name, None)) is not None:
+            break
+    else:
+        raise ValueError(f"{type(output).__name__} has neither images nor frames")
+    if not isinstance(found, Tensor):
+        raise ValueError("the pipeline returns no tensors; it needs output_type='pt'")
+    return found.movedim(1, 2).float() if found.ndim == 5 else found.float()
