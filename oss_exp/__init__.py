@@ -238,6 +238,7 @@ BASES = {
     "LinearMultistep": "solvers.base",
     "Model": "models.base",
     "NoiseSchedule": "noise.schedules",
+    "Pipeline": "models.pipeline",
     "Solver": "solvers.base",
     "State": "solvers.base",
     "StepsizeStrategy": "stepsize.base",

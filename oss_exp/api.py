@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Integral
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from rich.console import Console
@@ -27,6 +27,7 @@ from oss_exp.distances import Distance, XtMSE
 from oss_exp.evaluation.comparison import Line, Result, html, measured, spread, terminal, with_gains
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.models.base import Model
+from oss_exp.models.pipeline import Pipeline, is_pipeline
 from oss_exp.noise import DDIMSchedule, EDMSchedule, FlowSchedule, LogSNRSchedule, NoiseSchedule
 from oss_exp.provenance import configuration, model_record, native_times, provenance
 from oss_exp.schedule import StepSchedule
@@ -37,19 +38,23 @@ from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.velocity import BoundVelocity, VelocityFn
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 PER_SAMPLE = 32  # held-out noises for strategies that plan a schedule for each of them
 
 
 @overload
 def search(
-    velocity_or_model: VelocityFn | BoundVelocity | Model,
-    noise: Tensor | int,
-    num_steps: int,
+    velocity_or_model: VelocityFn | BoundVelocity | Model | DiffusionPipeline,
+    noise: Tensor | int | None = ...,
+    num_steps: int = ...,
     *,
+    prompts: Sequence[Any] | None = ...,
     solver: Solver = ...,
-    teacher: NoiseSchedule = ...,
+    teacher: NoiseSchedule | None = ...,
     num_teacher_steps: int = ...,
-    strategy: StepsizeStrategy = ...,
+    strategy: StepsizeStrategy | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
     seed: int = ...,
@@ -59,14 +64,15 @@ def search(
 
 @overload
 def search(
-    velocity_or_model: VelocityFn | BoundVelocity | Model,
-    noise: Tensor | int,
-    num_steps: Sequence[int],
+    velocity_or_model: VelocityFn | BoundVelocity | Model | DiffusionPipeline,
+    noise: Tensor | int | None = ...,
     *,
+    num_steps: Sequence[int],
+    prompts: Sequence[Any] | None = ...,
     solver: Solver = ...,
-    teacher: NoiseSchedule = ...,
+    teacher: NoiseSchedule | None = ...,
     num_teacher_steps: int = ...,
-    strategy: StepsizeStrategy = ...,
+    strategy: StepsizeStrategy | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
     seed: int = ...,
@@ -75,14 +81,15 @@ def search(
 
 
 def search(
-    velocity_or_model: VelocityFn | BoundVelocity | Model,
-    noise: Tensor | int,
-    num_steps: int | Sequence[int],
+    velocity_or_model: VelocityFn | BoundVelocity | Model | DiffusionPipeline,
+    noise: Tensor | int | None = None,
+    num_steps: int | Sequence[int] = 10,
     *,
+    prompts: Sequence[Any] | None = None,
     solver: Solver = DPMSolverPP(),
-    teacher: NoiseSchedule = FlowSchedule(),
+    teacher: NoiseSchedule | None = None,
     num_teacher_steps: int = 100,
-    strategy: StepsizeStrategy = OSSShared(),
+    strategy: StepsizeStrategy | None = None,
     distance: Distance = XtMSE(),
     condition: Tensor | None = None,
     seed: int = 0,
@@ -95,12 +102,17 @@ def search(
     `solver=Euler(), strategy=OSSShared(start="pinned")`.
 
     Args:
-        velocity_or_model: a function v(x, t), a `BoundVelocity` or a `Model`.
-        noise: (B, *E) standard normal, float32 or float64; or, for a model, how many to draw. 32 are enough to try.
+        velocity_or_model: a function v(x, t), a `BoundVelocity`, a `Model`, or a pipeline of diffusers with `prompts`.
+            What else its call is given, its size or guidance, goes into `Pipeline(pipe, prompts, guidance_scale=3)`.
+        noise: (B, *E) standard normal, float32 or float64; or, for a model, how many to draw; None: 32, or one for each
+            prompt of a pipeline.
         num_steps: K, or several: one search serves all, and a dict {K: schedule} is returned.
+        prompts: of a pipeline.
         solver: of teacher and student; it searches without its calibration.
-        teacher, num_teacher_steps: the teacher's times. A student's are chosen from these.
-        strategy: what plans. One that plans per sample (`OSS`) has a schedule for each of these noises alone.
+        teacher, num_teacher_steps: the teacher's times. A student's are chosen from these. None: a pipeline's own
+            times, else `FlowSchedule()`.
+        strategy: what plans. One that plans per sample (`OSS`) has a schedule for each of these noises alone. None:
+            `OSSShared()`, with a pinned start for pipelines, which draw their noise themselves.
         distance: what is small between student and teacher.
         condition: classes (C,) or other conditions (C, ...) of a model, which the noises take in turn. None: all
             classes in turn for a model that needs them, none for others.
@@ -109,9 +121,10 @@ def search(
 
     Raises ValueError for an argument of another type, shape or range, and for a velocity with NaN or infinity.
     """
-    source = _Source.of(velocity_or_model)
+    source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
     planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
+    strategy = source.strategy if strategy is None else strategy
     _require("strategy", strategy, StepsizeStrategy, "OSSShared()")
     x = source.noises(noise, "noise", seed, 0)
     problem = planner.problem(x, condition)
@@ -155,14 +168,15 @@ def sample(
 
 
 def compare(
-    velocity_or_model: VelocityFn | BoundVelocity | Model,
-    noise: Tensor | int,
-    num_steps: int | Sequence[int],
+    velocity_or_model: VelocityFn | BoundVelocity | Model | DiffusionPipeline,
+    noise: Tensor | int | None = None,
+    num_steps: int | Sequence[int] = 10,
     *,
+    prompts: Sequence[Any] | None = None,
     strategies: Mapping[str, StepsizeStrategy] | None = None,
     held_out: Tensor | int = 256,
     solver: Solver = DPMSolverPP(),
-    teacher: NoiseSchedule = FlowSchedule(),
+    teacher: NoiseSchedule | None = None,
     num_teacher_steps: int = 100,
     distance: Distance = XtMSE(),
     condition: Tensor | None = None,
@@ -177,7 +191,8 @@ def compare(
     Strategies that plan a schedule per sample (`OSS`) plan, and are measured, on the first 32 held-out noises.
 
     Args:
-        noise, num_steps, solver, teacher, num_teacher_steps, distance, condition, seed, progress: as in `search`.
+        noise, num_steps, prompts, solver, teacher, num_teacher_steps, distance, condition, seed, progress: as in
+            `search`.
         strategies: {label: strategy}; None: those of `oss_exp.api.standard_strategies()`.
         held_out: (n, *E) standard normal noises that the search does not see, or how many to draw.
         held_out_condition: conditions that the held-out noises take in turn; None: `condition`.
@@ -187,7 +202,7 @@ def compare(
 
     Raises ValueError for an argument of another type, shape or range, and for a velocity with NaN or infinity.
     """
-    source = _Source.of(velocity_or_model)
+    source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
     planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
     strategies = standard_strategies() if strategies is None else strategies
@@ -311,7 +326,15 @@ class _Source:
     sampled: Model | BoundVelocity
 
     @classmethod
-    def of(cls, given: VelocityFn | BoundVelocity | Model) -> _Source:
+    def of(
+        cls, given: VelocityFn | BoundVelocity | Model | DiffusionPipeline, prompts: Sequence[Any] | None = None
+    ) -> _Source:
+        if is_pipeline(given):
+            if prompts is None:
+                raise ValueError(f"a {type(given).__name__} needs prompts=['...', ...]")
+            return cls(type(given).__name__, Pipeline(given, prompts))
+        if prompts is not None:
+            raise ValueError(f"prompts are for pipelines of diffusers, got {_shown(given)}")
         if isinstance(given, Model):
             return cls(given.name, given)
         if isinstance(given, type) or not callable(given):
@@ -327,8 +350,22 @@ class _Source:
         guidance = {"guidance": {"scale": self.sampled.mix[0]}} if len(self.sampled.mix) > 1 else {}
         return {"name": self.name, **guidance}
 
-    def noises(self, noise: Tensor | int, name: str, seed: int, first: int, like: Tensor | None = None) -> Tensor:
+    @property
+    def strategy(self) -> StepsizeStrategy:
+        """What plans where nobody chose. A pipeline draws its noise itself, and takes no analytic start."""
+        return OSSShared(start="pinned") if isinstance(self.sampled, Pipeline) else OSSShared()
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The teacher's where nobody chose."""
+        return self.sampled.noise_schedule if isinstance(self.sampled, Pipeline) else FlowSchedule()
+
+    def noises(
+        self, noise: Tensor | int | None, name: str, seed: int, first: int, like: Tensor | None = None
+    ) -> Tensor:
         """(B, *E): these, or so many drawn from sample number `first` on, of the model's or the other noises' shape."""
+        if noise is None:
+            noise = len(self.sampled.prompts) if isinstance(self.sampled, Pipeline) else 32
         shape = self.sampled.event_shape if isinstance(self.sampled, Model) else None
         if like is not None:
             shape = tuple(like.shape[1:])
@@ -362,6 +399,8 @@ class _Source:
                 raise ValueError("condition is for models; a function, or a BoundVelocity, has its own bound")
             return None
         classes = self.sampled.num_classes
+        if condition is None and isinstance(self.sampled, Pipeline):
+            condition = torch.arange(len(self.sampled.prompts))
         if condition is None:
             if classes is None or not self.sampled.needs_classes:
                 return None
@@ -436,11 +475,12 @@ class _Planner:
         source: _Source,
         budgets: list[int],
         solver: Solver,
-        teacher: NoiseSchedule,
+        teacher: NoiseSchedule | None,
         num_teacher_steps: int,
         distance: Distance,
         progress: bool | None,
     ):
+        teacher = source.noise_schedule if teacher is None else teacher
         _require("solver", solver, Solver, "Euler()")
         _require("teacher", teacher, NoiseSchedule, "FlowSchedule()")
         _require("distance", distance, Distance, "XtMSE()")

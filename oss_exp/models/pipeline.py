@@ -41,8 +41,8 @@ from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
 LENGTH = 100_000  # steps that a suspended loop believes in
-PER_SAMPLE = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "image", "mask_image",
-              "control_image", "generator")  # fmt: skip
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+PER_SAMPLE = (*TEXTS, "image", "mask_image", "control_image", "generator")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
@@ -265,6 +265,12 @@ class Training:
             return sigma / (1 + sigma)
         return self.parameterization.path.canonical(clock)
 
+    def sigma(self, t: Tensor) -> Tensor:
+        """Canonical time -> the noise level as the scheduler counts it."""
+        if isinstance(self.parameterization, FlowVelocity):
+            return 1 - t if self.inverted else t
+        return t / (1 - t)
+
     def _scale(self) -> float:
         path = self.parameterization.path
         assert isinstance(path, FlowPath)
@@ -286,7 +292,7 @@ class _Loop(greenlet):
         self.own_scheduler = pipe.scheduler
         self.own_bar = getattr(pipe, "_progress_bar_config", None)
         self.output_type = {} if "output_type" in call else {"output_type": "pt"}
-        self.pending: Tensor | None = None  # what the loop calls its next t
+        self.pending: _Asked | None = None
         self.ending = False
         self.rows = 0.0
         self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
@@ -306,7 +312,7 @@ class _Loop(greenlet):
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, *E) at one time t (B,) -> v (B, *E)."""
         question, clock = self.training.question(x, t)
-        self.pending, self.rows = clock[0].float(), 0.0
+        self.pending, self.rows = _Asked(clock[0].float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(question.to(self.first.dtype))
         return self.training.velocity(answered.output.to(x), x, t)
 
@@ -322,7 +328,7 @@ class _Loop(greenlet):
                 self.throw()
 
     def _resume(self, state: Tensor | None) -> Any:
-        with self._inside():
+        with self._inside(), torch.set_grad_enabled(state is not None and state.requires_grad):
             return self.switch() if state is None else self.switch(state)
 
     @contextmanager
@@ -353,6 +359,14 @@ class _Loop(greenlet):
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A time as the loop calls it, and its noise level, () float32."""
+
+    clock: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
 class _Answer:
     """What the network said of its state."""
 
@@ -371,13 +385,25 @@ class _Times(Tensor):
         yield self.as_subclass(Tensor)[0]
         while not loop.ending:
             assert loop.pending is not None
-            yield loop.pending
+            yield loop.pending.clock
 
     def __getitem__(self, index: Any) -> Tensor:
-        loop = getcurrent()
-        if isinstance(loop, _Loop) and isinstance(index, int) and loop.pending is not None:
-            return loop.pending
-        return super().__getitem__(index)
+        asked = _pending(index)
+        return super().__getitem__(index) if asked is None else asked.clock
+
+
+class _Sigmas(Tensor):
+    """The pipeline's own noise levels, and at a step's number that of the time that a search asks for."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        asked = _pending(index)
+        return super().__getitem__(index) if asked is None else asked.sigma
+
+
+def _pending(index: Any) -> _Asked | None:
+    """What the loop is asked for, where it looks up one of its steps."""
+    loop = getcurrent()
+    return loop.pending if isinstance(loop, _Loop) and isinstance(index, int) else None
 
 
 class _Probe:
@@ -421,6 +447,8 @@ def _probe(scheduler: Any, training: Training) -> Any:
         self.own_clock = self.timesteps.clone()
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
+        if isinstance(getattr(self, "sigmas", None), Tensor):
+            self.sigmas = self.sigmas.as_subclass(_Sigmas)
 
     asked = inspect.signature(own.step)
 
