@@ -1,0 +1,97 @@
+"""Pipelines of diffusers as models: their own loop gives the velocities, the samples and the pictures."""
+
+import math
+
+import pytest
+import torch
+from models.pipelines.families import FAMILIES, Family
+
+import oss_exp
+from oss_exp.evaluation.psnr import psnr
+from oss_exp.models.pipeline import Pipeline
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, sample
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> Family:
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture
+def model(family):
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    yield model
+    model.release()
+
+
+def noises(model: Pipeline, seed: int = 0) -> torch.Tensor:
+    count = len(model.prompts)
+    return torch.randn(count, *model.event_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def at(model: Pipeline, time: float) -> torch.Tensor:
+    return torch.full((len(model.prompts),), time, dtype=torch.float64)
+
+
+def test_a_time_has_one_answer(family, model):
+    """In another call of the pipeline, in another order, and several times in a call."""
+    velocity, x = model.velocity(None), noises(model)
+    first, second = (velocity(x, at(model, time)) for time in (0.7, 0.3))
+    assert first.shape == x.shape
+    assert not torch.equal(first, second)
+    other = Pipeline(family.pipe, family.prompts, **family.call)
+    again = other.velocity(None)
+    assert torch.equal(again(x, at(model, 0.3)), second)
+    assert torch.equal(again(x, at(model, 0.7)), first)
+    both = velocity(torch.cat([x, x]), torch.cat([at(model, 0.3), at(model, 0.7)]))
+    assert torch.equal(both, torch.cat([second, first]))
+    other.release()
+
+
+def test_on_its_own_times_the_samples_are_the_pipelines_own(family, model):
+    noise, grid = noises(model), model.noise_schedule.nodes(STEPS)
+    found = model.decode(sample(Euler(), model.velocity(None), noise * float(grid[0]), StepSchedule(grid)))
+    own = model.own(noise, num_inference_steps=STEPS)
+    assert found.shape == own.shape
+    assert float(own.std()) > 1e-3
+    torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
+
+
+def test_a_searched_schedule_runs_in_the_pipeline(family, model):
+    teacher = model.noise_schedule
+    compared = oss_exp.compare(
+        model,
+        num_steps=4,
+        num_teacher_steps=20,
+        solver=Euler(),
+        held_out=2,
+        batch_size=2,
+        strategies={"even": oss_exp.ClosedForm(teacher), "oss": oss_exp.OSSShared(start="pinned")},
+    )
+    means = {row["strategy"]: row["psnr"]["mean"] for row in compared.rows}
+    assert math.isfinite(means["oss"])
+    steps, noise = compared.schedules["oss"][4], noises(model, seed=1)
+    expected = model.decode(sample(Euler(), model.velocity(None), noise * steps.start_time, steps))
+
+    own = family.pipe.scheduler
+    family.pipe.scheduler = steps.scheduler(own)
+    try:
+        found = model.own(noise, num_inference_steps=4)
+    finally:
+        family.pipe.scheduler = own
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert psnr(expected, expected).isinf().all()
+
+
+def test_nothing_is_left(family):
+    own, hooks = family.pipe.scheduler, [len(part._forward_hooks) for part in parts(family)]
+    oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)
+    assert family.pipe.scheduler is own
+    assert [len(part._forward_hooks) for part in parts(family)] == hooks
+
+
+def parts(family: Family) -> list[torch.nn.Module]:
+    return [part for part in family.pipe.components.values() if isinstance(part, torch.nn.Module)]
