@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ from torch import Tensor
 from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule_file import MeanFile, ScheduleFile, read_schedule_file
 from oss_exp.tensors import rowwise
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    from oss_exp.export.oss_scheduler import OSSScheduler
 
 StartKind = Literal["free", "pinned", "analytic"]
 
@@ -273,6 +279,17 @@ class StepSchedule:
         if isinstance(steps, SolverSteps) and steps.orders is not None:
             steps = SolverSteps(steps.orders[rows])
         return replace(self, times=self.times[rows], samples=tuple(samples), steps=steps)
+
+    def scheduler(self, own: SchedulerMixin) -> OSSScheduler:
+        """Return a scheduler of diffusers that runs these steps, in place of a pipeline's `own`.
+
+        `pipe.scheduler = steps.scheduler(pipe.scheduler)`, then `pipe(..., num_inference_steps=steps.num_steps)`.
+        Raises ValueError where `own` does not say how the network was trained, or what it says is not known.
+        """
+        module = import_module("oss_exp.export.oss_scheduler")  # which is above: schedules themselves need no diffusers
+        if isinstance(own, module.OSSScheduler):
+            raise ValueError("the pipeline's scheduler is an OSSScheduler already; give the one that it came with")
+        return module.OSSScheduler.from_schedule(self, own.config)
 
     def save(self, path: str | Path) -> Path:
         """Write JSON (and, where there is a mean, `<name>.mean.safetensors` first), each file whole or not at all."""

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -22,6 +22,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from oss_exp.schedule import StepSchedule
 
 FORMAT, VERSION = "oss_exp/scheduler", 1
 PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
@@ -82,14 +85,18 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_schedule(
-        cls, file: str | Path, config: Mapping[str, Any] | None = None, extra_call: bool = False, **changes: Any
+        cls,
+        file: str | Path | StepSchedule,
+        config: Mapping[str, Any] | None = None,
+        extra_call: bool = False,
+        **changes: Any,
     ) -> OSSScheduler:
-        """file: what exporter=oss_scheduler wrote; where oss_exp is installed, any of its step schedules.
+        """file: what exporter=oss_scheduler wrote; where oss_exp is installed, any of its step schedules, or one itself.
 
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """
         training = {key: value for key, value in (config or {}).items() if key in TRAINING + BETAS} | changes
-        record, mean = _read(Path(file))
+        record, mean = _read(Path(file)) if isinstance(file, str | Path) else _numbers(file)
         given = {key: record[key] for key in ("times", "weights", "start", "start_time")}
         return cls(**given, **training, extra_call=extra_call, mean=mean)
 
@@ -237,6 +244,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         return ((1 - alphas) / alphas).sqrt().numpy()
 
 
+def _numbers(steps: StepSchedule) -> tuple[Mapping[str, Any], Tensor | None]:
+    """A step schedule's record and its mean (G, *E)."""
+    from oss_exp.export.numbers import in_numbers
+
+    return in_numbers(steps), steps.mean
+
+
 def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
     """A file's record and its mean (G, *E). FileNotFoundError or ValueError says what is wrong with it."""
     if not path.is_file():
@@ -248,15 +262,13 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
     form = record.get("format") if isinstance(record, dict) else None
     if form == "oss_exp/step_schedule":
         try:
-            from oss_exp.export.numbers import in_numbers
             from oss_exp.schedule import StepSchedule
         except ImportError:
             raise ValueError(
                 f"{path} has its solver's name and not its numbers; rewrite it where oss_exp is, with oss-exp "
                 f"task=export exporter=oss_scheduler task.schedule={path.name}"
             ) from None
-        steps = StepSchedule.load(path)
-        return in_numbers(steps), steps.mean
+        return _numbers(StepSchedule.load(path))
     if form != FORMAT or record.get("version") != VERSION:
         raise ValueError(f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export')
     if record["mean"] is None:

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with small random parts, whole: tokenizers, text encoders, networks, autoencoders, schedulers."""
+"""Whole pipelines of diffusers with small random parts: tokenizers, text encoders, networks, autoencoders."""
 
 from __future__ import annotations
 
