@@ -91,7 +91,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         extra_call: bool = False,
         **changes: Any,
     ) -> OSSScheduler:
-        """file: what exporter=oss_scheduler wrote; where oss_exp is installed, any of its step schedules, or one itself.
+        """file: what exporter=oss_scheduler wrote; or, where oss_exp is installed, a step schedule or its file.
 
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """

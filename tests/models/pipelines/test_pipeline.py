@@ -1,14 +1,11 @@
 """Pipelines of diffusers as models: their own loop gives the velocities, the samples and the pictures."""
 
-import math
-
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from models.pipelines.families import FAMILIES, Family
 
 import oss_exp
-from oss_exp.evaluation.psnr import psnr
 from oss_exp.models.pipeline import Pipeline, _pixels
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
@@ -86,7 +83,7 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
         strategies={"even": oss_exp.ClosedForm(teacher), "oss": oss_exp.OSSShared(start="pinned")},
     )
     means = {row["strategy"]: row["psnr"]["mean"] for row in compared.rows}
-    assert math.isfinite(means["oss"])
+    assert means["oss"] > means["even"]
     steps, noise = compared.schedules["oss"][4], noises(model, seed=1)
     expected = model.decode(sample(Euler(), model.velocity(None), noise * steps.start_time, steps))
 
@@ -97,7 +94,6 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
     finally:
         family.pipe.scheduler = before
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert psnr(expected, expected).isinf().all()
 
 
 def test_nothing_is_left(family):
