@@ -3,7 +3,8 @@
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from models.pipelines.families import FAMILIES, Family
+from models.pipelines import images  # noqa: F401  (it registers its families)
+from models.pipelines.parts import FAMILIES, Family
 
 import oss_exp
 from oss_exp.models.pipeline import Pipeline, _pixels

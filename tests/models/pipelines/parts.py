@@ -10,12 +10,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -77,50 +71,3 @@ def t5(width: int = 20) -> tuple[T5EncoderModel, T5Tokenizer]:
     words = [(word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")]
     config = {"vocab_size": 40, "d_model": width, "d_kv": 5, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     return T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu")), T5Tokenizer(vocab=words, extra_ids=0)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Families
-# --------------------------------------------------------------------------------------------------------------
-
-SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-@family
-def stable_diffusion() -> Family:
-    encoder, tokenizer = clip()
-    unet = UNet2DConditionModel(
-        sample_size=12,
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    pipe = StableDiffusionPipeline(
-        image_vae(4), encoder, tokenizer, unet, EulerDiscreteScheduler(**SD_BETAS), None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    return Family(lively(pipe), {"height": 24, "width": 24, "guidance_scale": 3.0})
-
-
-@family
-def flux() -> Family:
-    encoder, tokenizer = clip()
-    transformer = FluxTransformer2DModel(
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=20,
-        pooled_projection_dim=24,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 4),
-    )
-    vae = image_vae(8, 4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    pipe = FluxPipeline(scheduler, vae, encoder, tokenizer, *t5(), transformer)
-    return Family(lively(pipe), {"height": 48, "width": 32, "guidance_scale": 3.5, "max_sequence_length": 16})
