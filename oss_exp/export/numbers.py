@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.export.base import Exporter
-from oss_exp.export.samplers import steps_of, summed_steps, uncalibrated
+from oss_exp.export.samplers import states_of, steps_of, uncalibrated
 from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Solver
@@ -40,7 +40,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     if steps.per_sample:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
     solver = steps_of(steps) if solver is None else uncalibrated(solver)
-    weights = _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else summed_steps(steps, solver)
+    weights = _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(states_of(steps, solver))
     return {
         "times": steps.times.tolist(),
         "weights": weights.tolist(),
@@ -59,6 +59,16 @@ def save_in_numbers(steps: StepSchedule, path: str | Path, solver: Solver | None
         record["mean"] = {"file": file.name, "sha256": digest}
     record["provenance"] = dict(steps.provenance)
     return write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+
+def _summed(states: Tensor) -> Tensor:
+    """States (K, 1 + K) after a solver's steps -> (K, 3 + K) weights over (x, first state, mean, x0 newest first)."""
+    count = len(states)
+    weights = torch.zeros(count, 3 + count, dtype=torch.float64)
+    weights[:, 1] = states[:, 0]
+    for step in range(count):
+        weights[step, 3 : 4 + step] = states[step, 1 : 2 + step].flip(0)
+    return weights
 
 
 def _from_first(steps: StepSchedule, fitted: FittedSteps) -> Tensor:

@@ -72,15 +72,14 @@ def same_steps(steps: StepSchedule, solver: Solver, other: Solver) -> bool:
         return True
     if steps.num_steps > 1 and max(solver.evals_per_step, other.evals_per_step) > 1:
         return False
-    ours, theirs = summed_steps(steps, solver), summed_steps(steps.with_own_orders(), other)
+    ours, theirs = states_of(steps, solver), states_of(steps.with_own_orders(), other)
     return torch.allclose(ours, theirs, rtol=0, atol=1e-9)
 
 
-def summed_steps(steps: StepSchedule, solver: Solver) -> Tensor:
-    """(K, 3 + K) weights over (x, first state, mean, x0 newest first): the solver run on coordinates.
+def states_of(steps: StepSchedule, solver: Solver) -> Tensor:
+    """(K, 1 + K) states after the steps, each a sum over the first state and the x0 of the calls, oldest first.
 
-    Its states are sums of the first state and the x0 of its calls, so it is run on the vectors that stand for them.
-    ValueError where a step calls the network twice.
+    The solver is run on the vectors that stand for these. ValueError where a step calls the network twice.
     """
     count = steps.num_steps
     if solver.evals_per_step != 1 and count > 1:  # a single step, into t = 0, is Euler's
@@ -93,9 +92,4 @@ def summed_steps(steps: StepSchedule, solver: Solver) -> Tensor:
 
     orders = None if steps.orders is None else list(steps.orders)
     *_, last = walk(solver, velocity, basis[:1], steps.times, orders)
-    states = torch.stack([*seen[1:], last.x[0]])
-    weights = torch.zeros(count, 3 + count, dtype=torch.float64)
-    weights[:, 1] = states[:, 0]
-    for step in range(count):
-        weights[step, 3 : 4 + step] = states[step, 1 : 2 + step].flip(0)
-    return weights
+    return torch.stack([*seen[1:], last.x[0]])
