@@ -19,11 +19,12 @@ from torch import Tensor
 
 from oss_exp.checks import require_range
 from oss_exp.export.base import Exporter
-from oss_exp.export.samplers import Network, network_of, states_of, steps_of
+from oss_exp.export.samplers import Network, network_of, states_of, steps_of, words
 from oss_exp.export.sigmas import flow_sigmas, ratio_sigmas
 from oss_exp.files import load_record, write_atomically
 from oss_exp.noise import EDMPath, flux_shift, shift_time
 from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Solver
 
 TOLERANCE = 2e-6  # of times: diffusers counts in float32, and its UniPC begins at 1 - 1e-6
 STEP_TOLERANCE = 2e-3  # of what the steps add up to, in float32 at sigmas of up to 4096
@@ -179,10 +180,13 @@ def diffusers_call(steps: StepSchedule, scheduler: Any, mu: float | None = None)
     if "sigmas" in takes and config.get("use_dynamic_shifting") and mu is None:
         raise ValueError(f"{name} with use_dynamic_shifting shifts by the pipeline's mu; give it")
 
+    solver = None if not steps.about("solver") and steps.orders is None else steps_of(steps)
+    if solver is not None:
+        states_of(steps, solver)  # its refusals
     faults: list[_Fault] = []
     for arguments, wrapper in _candidates(steps, scheduler, sigmas, mu):
         try:
-            noise = _try(steps, scheduler, network, arguments)
+            noise = _try(steps, solver, scheduler, network, arguments)
         except _Fault as fault:
             faults.append(fault)
         except Exception as error:  # of any kind: it is other people's code
@@ -195,7 +199,9 @@ def diffusers_call(steps: StepSchedule, scheduler: Any, mu: float | None = None)
     fault = max(faults, key=lambda fault: fault.stage)  # that of the arguments that came nearest
     own = [key for key in OWN_TIMES if config.get(key)]
     if own and fault.stage in (0, 1, 3):
-        raise ValueError(f"{name} with {own[0]} does not run the sigmas it is given; build it without")
+        raise ValueError(
+            f"{name} with {own[0]} does not run the sigmas it is given; build it without, or export to oss_scheduler"
+        )
     euler = f"{'FlowMatch' if network == 'flow' else ''}EulerDiscreteScheduler"
     choose = "" if name == euler else f"choose another, such as {euler}, or "
     raise ValueError(f"{fault}; {choose}export to oss_scheduler")
@@ -266,9 +272,12 @@ def _shift(config: Mapping[str, Any], mu: float | None) -> float:
     return mu
 
 
-def _try(steps: StepSchedule, scheduler: Any, network: Network, arguments: Mapping[str, Any]) -> float:
+def _try(
+    steps: StepSchedule, solver: Solver | None, scheduler: Any, network: Network, arguments: Mapping[str, Any]
+) -> float:
     """Run a scheduler like this one, and return what the search's first latents are of its own.
 
+    solver: whose steps it should take; None: a bare list, for any.
     Raises _Fault where it steps at random, runs other times, or takes steps of another solver than the schedule's.
     """
     name = type(scheduler).__name__
@@ -282,7 +291,7 @@ def _try(steps: StepSchedule, scheduler: Any, network: Network, arguments: Mappi
     trial = fresh()
     times = _times(trial, network)
     if len(times) != len(steps.times) or len(trial.timesteps) != steps.num_steps:
-        raise _Fault(1, f"{name} takes {len(times) - 1} steps where the schedule has {steps.num_steps}")
+        raise _Fault(1, f"{name} takes {max(len(times) - 1, len(trial.timesteps))} steps where the schedule has {steps.num_steps}")
 
     # Chance.
     noise, states = _walk(trial, steps, network, seed=0)
@@ -296,14 +305,14 @@ def _try(steps: StepSchedule, scheduler: Any, network: Network, arguments: Mappi
         raise _Fault(3, f"{name} would run times that are up to {off:.2g} beside the schedule's: {reason}")
 
     # Steps.
-    if steps.about("solver") or steps.orders is not None:
-        solver = steps_of(steps)
-        expected = states_of(steps, solver)
+    if solver is not None:
+        first = torch.minimum(times[:1], steps.times[:1])  # UniPC's is a little before 1, where its h is finite
+        expected = states_of(replace(steps, times=torch.cat([first, steps.times[1:]])), solver)
         tried = [states]
         if network == "flow":  # of which some velocities point to the noise and some to the data
             tried.append(_walk(fresh(), steps, network, seed=0, sign=-1)[1])
         if not any(float((one - expected).abs().max()) <= STEP_TOLERANCE for one in tried):
-            raise _Fault(4, f"{name} takes other steps than {solver}, for which the schedule was planned")
+            raise _Fault(4, f"{name} takes other steps than {words(solver)}, for which the schedule was planned")
     return noise
 
 

@@ -51,6 +51,11 @@ def uncalibrated(solver: Solver) -> Solver:
     return solver
 
 
+def words(solver: Solver) -> str:
+    """Return the solver's name and the settings that its steps depend on."""
+    return repr(solver).replace("calibration=None, ", "").replace("(calibration=None)", "")
+
+
 def sampler_of(steps: StepSchedule, network: Network, known: Mapping[str, str]) -> str:
     """Return what a program calls the sampler of this schedule's steps.
 
@@ -61,7 +66,7 @@ def sampler_of(steps: StepSchedule, network: Network, known: Mapping[str, str]) 
         if name in known and same_steps(steps, solver, other):
             return known[name]
     raise ValueError(
-        f"the schedule was planned for steps of {solver}, which {', '.join(known.values())} do not take"
+        f"the schedule was planned for steps of {words(solver)}, which {', '.join(known.values())} do not take"
         f"{' on a flow model' if network == 'flow' else ''}; plan with solver=euler, or export to oss_scheduler"
     )
 
@@ -83,7 +88,9 @@ def states_of(steps: StepSchedule, solver: Solver) -> Tensor:
     """
     count = steps.num_steps
     if solver.evals_per_step != 1 and count > 1:  # a single step, into t = 0, is Euler's
-        raise ValueError(f"{solver} calls the network again within a step, which no scheduler can; use a multistep one")
+        raise ValueError(
+            f"{words(solver)} calls the network again within a step, which no scheduler can; use a multistep one"
+        )
     basis, seen = torch.eye(count + 1, dtype=torch.float64), []
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
