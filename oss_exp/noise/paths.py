@@ -18,7 +18,7 @@ from torch import Tensor
 from oss_exp.checks import require_range
 
 LONGEST_CHAIN = 1_000_000  # betas
-LAST_RATIO = 4096.0  # sigma / alpha from which a chain that ends at pure noise is at its end, as in diffusers
+LAST_RATIO = 4096.0  # sigma / alpha from which a chain that ends at pure noise is at its end, as in diffusers' Euler
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -140,12 +140,12 @@ class DDPMPath(GaussianPath):
 
     Between integers the log of sigma / alpha is interpolated linearly; between -1 and 0 sigma / alpha itself is.
     Times noisier than the end of the chain have its last index: the network has seen nothing beyond. A chain whose last
-    beta is 1 ends at t = 1, and above sigma / alpha = 4096 all its times have the last index.
+    beta is 1 ends at t = 1, and above a sigma / alpha of 4096 all its times have the last index.
     Ho et al. 2020 (arXiv 2006.11239). Build the betas with `linear_betas`, `scaled_linear_betas` or `cosine_betas`.
     """
 
     betas: Tensor = field(default_factory=lambda: linear_betas(), repr=False)
-    _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64, at most LAST_RATIO
+    _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64, finite
     clock = "DDPM index"
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class DDPMPath(GaussianPath):
         alphas_cumprod = torch.cumprod(1 - betas, 0)
         ratio = torch.sqrt((1 - alphas_cumprod) / alphas_cumprod)
         if betas[-1] == 1:
-            ratio[-1] = LAST_RATIO
+            ratio[-1] = max(LAST_RATIO, 2 * float(ratio[-2]))
         if not bool(ratio.isfinite().all() and (ratio.diff(prepend=ratio.new_zeros(1)) > 0).all()):
             raise ValueError("betas are so small or so large that float64 cannot tell their noise levels apart")
         object.__setattr__(self, "betas", betas)
