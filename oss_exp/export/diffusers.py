@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -165,9 +166,9 @@ def diffusers_call(steps: StepSchedule, scheduler: Any, mu: float | None = None)
     """
     config, name, network = scheduler.config, type(scheduler).__name__, _network(scheduler.config)
     takes = inspect.signature(scheduler.set_timesteps).parameters
+    none = f"{name}{' with use_flow_sigmas' * bool(config.get('use_flow_sigmas'))} takes no times"
     if not takes.keys() & {"sigmas", "timesteps"}:
-        with_ = " with use_flow_sigmas" if config.get("use_flow_sigmas") else ""
-        raise ValueError(f"{name}{with_} takes no times; export to oss_scheduler")
+        raise ValueError(f"{none}; export to oss_scheduler")
     if network_of(steps) not in (network, None):
         raise ValueError(
             f"the schedule was planned for a network of kind {network_of(steps)}, {name} is for {network}; choose the "
@@ -189,16 +190,13 @@ def diffusers_call(steps: StepSchedule, scheduler: Any, mu: float | None = None)
             noise = _try(steps, solver, scheduler, network, arguments)
         except _Fault as fault:
             faults.append(fault)
-        except Exception as error:  # of any kind: it is other people's code
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
-            faults.append(_Fault(0, f"{name} does not run such a list ({reason})"))
         else:
             return Call(arguments, wrapper, network, sigmas, noise)
     if not faults:
-        raise ValueError(f"{name} takes no times; export to oss_scheduler")
+        raise ValueError(f"{none}; export to oss_scheduler")
     fault = max(faults, key=lambda fault: fault.stage)  # that of the arguments that came nearest
     own = [key for key in OWN_TIMES if config.get(key)]
-    if own and fault.stage in (0, 1, 3):
+    if own and fault.stage in (0, 1, 2, 4):
         raise ValueError(
             f"{name} with {own[0]} does not run the sigmas it is given; build it without, or export to oss_scheduler"
         )
@@ -213,6 +211,16 @@ class _Fault(Exception):
     def __init__(self, stage: int, text: str):
         super().__init__(text)
         self.stage = stage
+
+
+@contextmanager
+def _their_code(stage: int, name: str) -> Iterator[None]:
+    """Turn whatever a scheduler raises into a _Fault of this stage."""
+    try:
+        yield
+    except Exception as error:  # of any kind: it is other people's code
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise _Fault(stage, f"{name} does not run such a list ({reason})") from None
 
 
 def _network(config: Mapping[str, Any]) -> Network:
@@ -283,26 +291,32 @@ def _try(
     name = type(scheduler).__name__
 
     def fresh() -> Any:
-        trial = type(scheduler).from_config(scheduler.config)
-        trial.set_timesteps(**arguments)
-        return trial
+        with _their_code(0, name):
+            trial = type(scheduler).from_config(scheduler.config)
+            trial.set_timesteps(**arguments)
+            return trial
+
+    def run(trial: Any, seed: int = 0, sign: float = 1.0) -> tuple[float, Tensor]:
+        with _their_code(2, name):
+            return _walk(trial, steps, network, seed, sign)
 
     # The number of steps.
     trial = fresh()
-    times = _times(trial, network)
+    with _their_code(0, name):
+        times = _times(trial, network)
     if len(times) != len(steps.times) or len(trial.timesteps) != steps.num_steps:
         raise _Fault(1, f"{name} takes {max(len(times) - 1, len(trial.timesteps))} steps where the schedule has {steps.num_steps}")
 
     # Chance.
-    noise, states = _walk(trial, steps, network, seed=0)
-    if not torch.equal(states, _walk(fresh(), steps, network, seed=1)[1]):
-        raise _Fault(2, f"{name} steps at random where the schedule's steps are fixed")
+    noise, states = run(trial)
+    if not torch.equal(states.nan_to_num(), run(fresh(), seed=1)[1].nan_to_num()):
+        raise _Fault(3, f"{name} steps at random where the schedule's steps are fixed")
 
     # Times.
     off = float((times - steps.times).abs().max())
     if not off <= TOLERANCE:  # nan too
         reason = "it knows whole timesteps only" if "timesteps" in arguments else "it changes the times it is given"
-        raise _Fault(3, f"{name} would run times that are up to {off:.2g} beside the schedule's: {reason}")
+        raise _Fault(4, f"{name} would run times that are up to {off:.2g} beside the schedule's: {reason}")
 
     # Steps.
     if solver is not None:
@@ -310,9 +324,9 @@ def _try(
         expected = states_of(replace(steps, times=torch.cat([first, steps.times[1:]])), solver)
         tried = [states]
         if network == "flow":  # of which some velocities point to the noise and some to the data
-            tried.append(_walk(fresh(), steps, network, seed=0, sign=-1)[1])
+            tried.append(run(fresh(), sign=-1)[1])
         if not any(float((one - expected).abs().max()) <= STEP_TOLERANCE for one in tried):
-            raise _Fault(4, f"{name} takes other steps than {words(solver)}, for which the schedule was planned")
+            raise _Fault(5, f"{name} takes other steps than {words(solver)}, for which the schedule was planned")
     return noise
 
 
@@ -328,9 +342,7 @@ def _times(trial: Any, network: Network) -> Tensor:
     return 1 - sigmas if trial.config.get("invert_sigmas") else sigmas
 
 
-def _walk(
-    trial: Any, steps: StepSchedule, network: Network, seed: int, sign: float = 1.0
-) -> tuple[float, Tensor]:
+def _walk(trial: Any, steps: StepSchedule, network: Network, seed: int, sign: float) -> tuple[float, Tensor]:
     """Run a scheduler on coordinates: of the first state, and of the clean sample that each call predicts.
 
     -> the search's first latents as a multiple of the scheduler's, and the states (K, 1 + K) after the steps.

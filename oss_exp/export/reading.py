@@ -142,12 +142,13 @@ def _sigma_nodes(content: Mapping[str, Any]) -> Iterator[SigmaNode]:
     if isinstance(content.get("nodes"), list):
         definitions = content.get("definitions")
         subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
-        by_id = {graph["id"]: graph for graph in subgraphs or () if isinstance(graph, dict) and "id" in graph}
+        listed = subgraphs if isinstance(subgraphs, list) else []
+        by_id = {str(graph.get("id")): graph for graph in listed if isinstance(graph, dict)}
         yield from _saved_nodes(content, by_id, "")
         return
     prompt = content.get("prompt")
     for key, node in (prompt if isinstance(prompt, dict) else content).items():
-        kind = node.get("class_type") if isinstance(node, dict) else None
+        kind = str(node.get("class_type")) if isinstance(node, dict) else ""
         if kind in SIGMA_NODES:
             inputs = node.get("inputs")
             inputs = inputs if isinstance(inputs, dict) else {}
@@ -160,13 +161,14 @@ def _saved_nodes(graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix:
     for node in nodes if isinstance(nodes, list) else ():
         if not isinstance(node, dict) or node.get("mode") in MUTED:
             continue
-        key, kind = f"{prefix}{node.get('id')}", node.get("type")
+        key, kind = f"{prefix}{node.get('id')}", str(node.get("type"))
         if kind in SIGMA_NODES:
             text, steps = _widgets(node.get("widgets_values"), SIGMA_NODES[kind])
-            inputs = [slot for slot in node.get("inputs") or () if isinstance(slot, dict)]
+            slots = node.get("inputs")
+            inputs = [slot for slot in slots if isinstance(slot, dict)] if isinstance(slots, list) else []
             linked = any(slot.get("name") == SIGMA_NODES[kind] and slot.get("link") is not None for slot in inputs)
             yield _node(key, kind, None if linked else text, steps)
-        elif isinstance(kind, str) and kind in subgraphs:
+        elif kind in subgraphs:
             others = {name: other for name, other in subgraphs.items() if name != kind}  # none holds itself
             yield from _saved_nodes(subgraphs[kind], others, f"{key}:")
 

@@ -132,12 +132,27 @@ def test_a_flow_scheduler_runs_presets_and_planned_schedules(name, velocity, pre
         torch.testing.assert_close(run_through(scheduler, steps, mu), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("table", AlignYourSteps.tables)
-def test_euler_of_diffusers_runs_published_levels(table):
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize(("table", "settings"), [("sd15", {}), ("sdxl", {}), ("svd", CONTINUOUS)])
+def test_euler_of_diffusers_runs_published_levels(table, settings):
     for count in (4, 10, 17):
         nodes = AlignYourSteps(table).nodes(count)
-        steps = StepSchedule(nodes)
-        torch.testing.assert_close(run_through(EulerDiscreteScheduler(**SD), steps), nodes, rtol=0, atol=1e-6)
+        scheduler = EulerDiscreteScheduler(**SD, **settings)
+        torch.testing.assert_close(run_through(scheduler, StepSchedule(nodes)), nodes, rtol=0, atol=1e-6)
+
+
+def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_no_reason_to_refuse():
+    steps = StepSchedule(AlignYourSteps("sd15").nodes(10))
+    found = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
+    torch.testing.assert_close(found, steps.times, rtol=0, atol=1e-6)
+
+
+def test_a_chain_does_not_run_levels_beyond_its_end():
+    """Several would have its last index, and Euler of diffusers begins at the second of them."""
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler does not run such a list \(IndexError"):
+        diffusers_arguments(StepSchedule(AlignYourSteps("svd").nodes(10)), EulerDiscreteScheduler(**SD))
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
@@ -165,7 +180,7 @@ def test_euler_of_diffusers_makes_our_sample(velocity):
     torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)
 
 
-HALF = StepSchedule([0.9, 0.5, 0.0])
+FEW = StepSchedule([0.9, 0.7, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -175,14 +190,13 @@ HALF = StepSchedule([0.9, 0.5, 0.0])
         (DDIMScheduler(), "DDIMScheduler takes no times; export to oss_scheduler"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "with use_flow_sigmas takes no times"),
         (DPMSolverMultistepScheduler(**SD), "beside the schedule's: it knows whole timesteps only"),
-        (HeunDiscreteScheduler(**SD), "HeunDiscreteScheduler takes 3 steps where the schedule has 2"),
+        (HeunDiscreteScheduler(**SD), "HeunDiscreteScheduler takes 5 steps where the schedule has 3"),
         (UniPCMultistepScheduler(), "Please set `use_flow_sigmas=True`"),
         (FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas does not run the sigmas"),
         (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), "with shift_terminal does not run the sigmas"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "shifts by the pipeline's mu"),
         (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "steps at random where the schedule's steps are"),
         (EDMEulerScheduler(), "with sigma_schedule does not run the sigmas"),
-        (EulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas does not run the sigmas"),
         (
             DPMSolverMultistepScheduler(use_lu_lambdas=True, **SD),
             "with use_lu_lambdas does not run the sigmas",
@@ -195,7 +209,7 @@ HALF = StepSchedule([0.9, 0.5, 0.0])
 )
 def test_schedulers_that_would_run_other_times_are_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
-        diffusers_arguments(HALF, scheduler)
+        diffusers_arguments(FEW, scheduler)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def every_scheduler() -> list[type]:
 REQUIRED = {
     "AmusedScheduler": {"mask_token_id": 0},
     "VQDiffusionScheduler": {"num_vec_classes": 8},
-    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "sample", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
 }
 RUNS = {"EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler", "MiniMaxH3Scheduler"}
 
