@@ -16,7 +16,7 @@ from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.statistics import Reference
 from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import Diffusers
-from oss_exp.export.sigmas import read_sigmas
+from oss_exp.export.reading import read_sigmas
 from oss_exp.files import Provenance, load_asset, load_record, save_asset, sha256
 from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.pipelines import read_object

@@ -47,8 +47,8 @@ class SigmaList(Exporter):
             raise ValueError("the schedule's file does not name a kind of network; set task.exporter.network=flow|eps")
         if network is not None and planned not in (network, None):
             raise ValueError(
-                f"the schedule was planned for a network of kind {planned}, task.exporter.network={network} is another; "
-                "leave it out, or plan a schedule on that network"
+                f"the schedule was planned for a network of kind {planned}, task.exporter.network={network} is "
+                "another; leave it out, or plan a schedule on that network"
             )
         network = network or planned
         assert network is not None

@@ -34,7 +34,7 @@ OWN_TIMES = (
     *("shift_terminal", "sigma_schedule"),
 )
 BY_SIZE = re.compile(r"Flux(?!2)|Chroma|QwenImage(?!Layered|21)|StableDiffusion3|ZImage")
-"""Pipelines that compute mu from the picture's tokens of 16 x 16 pixels, linearly, with constants of their scheduler."""
+"""Pipelines that compute mu from the picture's tokens of 16 x 16 pixels, linearly, by their scheduler's constants."""
 
 
 SEQUENCES = {"base_image_seq_len": "base_tokens", "max_image_seq_len": "max_tokens"}
@@ -82,8 +82,8 @@ class Diffusers(Exporter):
         pipeline = self._pipeline()
         if pipeline is not None and not BY_SIZE.match(pipeline):
             raise ValueError(
-                f"{pipeline} does not compute mu from height and width as FLUX's pipeline does; set task.exporter.mu to "
-                "what it gives its scheduler"
+                f"{pipeline} does not compute mu from height and width as FLUX's pipeline does; set task.exporter.mu "
+                "to what it gives its scheduler"
             )
         given = {key: scheduler.config.get(key) for key in ("base_shift", "max_shift", *SEQUENCES)}
         constants = {SEQUENCES.get(key, key): value for key, value in given.items() if value is not None}
@@ -305,7 +305,10 @@ def _try(
     with _their_code(0, name):
         times = _times(trial, network)
     if len(times) != len(steps.times) or len(trial.timesteps) != steps.num_steps:
-        raise _Fault(1, f"{name} takes {max(len(times) - 1, len(trial.timesteps))} steps where the schedule has {steps.num_steps}")
+        raise _Fault(
+            1,
+            f"{name} takes {max(len(times) - 1, len(trial.timesteps))} steps where the schedule has {steps.num_steps}",
+        )
 
     # Chance.
     noise, states = run(trial)

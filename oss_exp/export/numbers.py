@@ -40,7 +40,9 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     if steps.per_sample:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
     solver = steps_of(steps) if solver is None else uncalibrated(solver)
-    weights = _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(states_of(steps, solver))
+    weights = (
+        _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(states_of(steps, solver))
+    )
     return {
         "times": steps.times.tolist(),
         "weights": weights.tolist(),

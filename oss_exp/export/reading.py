@@ -17,7 +17,9 @@ REMEDY = "give the list itself"
 
 COMMENT = re.compile(r"(#|//).*")
 SETTING = re.compile(r",\s*[a-z_]+\s*=\s*[^,()\[\]]*")  # device='cuda:0' in a printed tensor
-WRAPPER = re.compile(r"(\b\w+\s*=)?\s*\b((torch|np|numpy)\.)?(tensor|array|float(16|32|64))\s*\(|^\s*\w+\s*[=:](?=[^=])")
+WRAPPER = re.compile(
+    r"(\b\w+\s*=)?\s*\b((torch|np|numpy)\.)?(tensor|array|float(16|32|64))\s*\(|^\s*\w+\s*[=:](?=[^=])"
+)
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 # Nodes of ComfyUI with a list of sigmas -> the name of the text, which is also their first widget.
@@ -138,7 +140,7 @@ class Listed(Record):
 
 
 def _sigma_nodes(content: Mapping[str, Any]) -> Iterator[SigmaNode]:
-    """Yield the nodes with a list: of a saved workflow, of the API format, or of a request, which has it in `prompt`."""
+    """Yield the nodes with a list: of a saved workflow, of the API format, or of a request with that in `prompt`."""
     if isinstance(content.get("nodes"), list):
         definitions = content.get("definitions")
         subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None

@@ -28,7 +28,7 @@ from oss_exp.export.sigmas import flow_sigmas, from_flow_sigmas, from_ratio_sigm
 from oss_exp.export.webui import webui_text
 from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
-from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import OSSAve, Problem
 

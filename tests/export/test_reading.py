@@ -50,7 +50,11 @@ def test_typed_and_printed_lists_are_read(text, tmp_path):
 @pytest.mark.parametrize(
     ("make", "sigmas", "message"),
     [
-        (from_flow_sigmas, [1.0, 0.9, 0.7, 0.4], r"ends at 0.4 and not at 0. If .* write 0 after it \(4 steps\); if .*3"),
+        (
+            from_flow_sigmas,
+            [1.0, 0.9, 0.7, 0.4],
+            r"ends at 0.4 and not at 0. If .* write 0 after it \(4 steps\); if .*3",
+        ),
         (from_ratio_sigmas, [14.6, 0.9, 0.03], r"ends at 0.03 and not at 0"),
         (from_flow_sigmas, [1.0, 0.5, -0.1], "must be finite numbers of at least 0"),
         (from_ratio_sigmas, [14.0, float("nan"), 0.0], "must be finite"),
@@ -143,7 +147,10 @@ def test_of_two_lists_one_is_chosen_by_its_node():
         ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "gets its list from another node"),
         ({"4": api(TEXT, "CustomSigmas", interpolate_to_steps=10)}, "interpolates its 3 numbers to 10 steps"),
         ({"nodes": [saved(4, "1.0, high, 0.0")]}, r"node 4 \(ManualSigmas\) is no list of sigmas \('high'\)"),
-        ({"nodes": [{"id": 1, "type": "abc"}], "definitions": {"subgraphs": [GRAPH | {"nodes": 3}]}}, "has no node Man"),
+        (
+            {"nodes": [{"id": 1, "type": "abc"}], "definitions": {"subgraphs": [GRAPH | {"nodes": 3}]}},
+            "has no node Man",
+        ),
         (
             {"nodes": [{"id": 1, "type": "a"}], "definitions": {"subgraphs": [{"id": "a", "nodes": [{"type": "a"}]}]}},
             "has no node ManualSigmas",
@@ -188,8 +195,10 @@ def test_files_with_more_than_a_list_say_where_the_list_is(tmp_path):
     with pytest.raises(ValueError, match="is made of a step schedule"):
         read_sigmas(str(save_in_numbers(steps, tmp_path / "n.json")))
     Diffusers("FlowMatchEulerDiscreteScheduler").write(steps, tmp_path / "d.json")
-    with pytest.raises(ValueError, match="for a network of kind flow; set task.network=flow"):
+    with pytest.raises(ValueError, match=r"for a network of kind flow; set task\.network=flow"):
         read_sigmas(str(tmp_path / "d.json"), "eps")
     earlier = {"scheduler": "FlowMatchEulerDiscreteScheduler", "sigmas": [1.0, 0.5]}
-    with pytest.raises(ValueError, match=r"field `runs` is missing; export it again, for earlier versions did not keep"):
+    with pytest.raises(
+        ValueError, match=r"field `runs` is missing; export it again, for earlier versions did not keep"
+    ):
         read_sigmas(json.dumps(earlier))
