@@ -7,7 +7,8 @@ the same sums are the same sampler on these times, whatever their names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +52,12 @@ def uncalibrated(solver: Solver) -> Solver:
     return solver
 
 
+def solver_record(solver: Solver) -> dict[str, Any]:
+    """Return what names the solver in a schedule's file, which `solver_of` reads."""
+    settings = {field.name: getattr(solver, field.name) for field in fields(solver)}
+    return {"_target_": f"oss_exp.{type(solver).__name__}", **settings}
+
+
 def words(solver: Solver) -> str:
     """Return the solver's name and the settings that its steps depend on."""
     return repr(solver).replace("calibration=None, ", "").replace("(calibration=None)", "")
@@ -62,12 +69,14 @@ def sampler_of(steps: StepSchedule, network: Network, known: Mapping[str, str]) 
     known: its samplers, the names of `SAMPLERS` -> its own. Raises ValueError where it has none that takes these steps.
     """
     solver = steps_of(steps)
-    for name, other in SAMPLERS[network].items():
-        if name in known and same_steps(steps, solver, other):
-            return known[name]
+    here = {known[name]: other for name, other in SAMPLERS[network].items() if name in known}
+    for name, other in here.items():
+        if same_steps(steps, solver, other):
+            return name
+    model = "a flow model" if network == "flow" else "such a model"
     raise ValueError(
-        f"the schedule was planned for steps of {words(solver)}, which {', '.join(known.values())} do not take"
-        f"{' on a flow model' if network == 'flow' else ''}; plan with solver=euler, or export to oss_scheduler"
+        f"the schedule was planned for steps of {words(solver)}, which {', '.join(here)} do not take on {model}; plan "
+        "with solver=euler, or export to oss_scheduler"
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
 
-from oss_exp.export.reading import read_sigmas
-from oss_exp.export.samplers import Network
+from oss_exp.export.reading import read_list
+from oss_exp.export.samplers import SAMPLERS, Network, solver_record
 from oss_exp.export.sigmas import from_flow_sigmas, from_ratio_sigmas
+from oss_exp.solvers import Euler
 from oss_exp.tasks.task import Task
 
 SCHEDULES = {"flow": from_flow_sigmas, "eps": from_ratio_sigmas}  # of the kinds of networks
@@ -29,10 +31,18 @@ class ImportSigmas(Task):
     output: str
 
     def __call__(self, cfg: DictConfig) -> None:
-        imported = {"sigmas": self.sigmas, "network": self.network} | ({} if self.node is None else {"node": self.node})
-        steps = SCHEDULES[self.network](read_sigmas(self.sigmas, self.network, self.node), imported=imported)
+        given = read_list(self.sigmas, self.network, self.node)
+        provenance: dict[str, Any] = {"imported": {"sigmas": self.sigmas, "network": self.network}}
+        if self.node is not None:
+            provenance["imported"]["node"] = self.node
+        solver = SAMPLERS[self.network].get(given.sampler or "euler")
+        if solver is not None and solver != Euler():
+            provenance["solver"] = solver_record(solver)
+        steps = SCHEDULES[self.network](given.sigmas, **provenance)
         steps.save(self.output)
         advice = f"{self.output}: {steps.num_steps} steps, start={steps.start.kind}"
+        if solver is None:
+            advice += f"\nThe file runs it with {given.sampler:.50}, which has no name here; it is imported for Euler."
         if (first := float(steps.times[0])) < 0.9:
             advice += (
                 f"\nThe list begins at flow time {first:.3g}, as lists that change an image do (denoise < 1). Here it "

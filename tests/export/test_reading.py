@@ -134,7 +134,7 @@ def test_of_two_lists_one_is_chosen_by_its_node():
         read_sigmas(json.dumps(TWO))
     assert read_sigmas(json.dumps(TWO), node="1:10") == LIST
     assert read_sigmas(json.dumps(TWO), node=11) == [0.8, 0.45, 0.0]
-    with pytest.raises(ValueError, match=r"no list of sigmas in task\.node=5; nodes with one: 1:10, 11"):
+    with pytest.raises(ValueError, match=r"no list of sigmas in task\.node=5; lists by node id: 1:10: 1\., "):
         read_sigmas(json.dumps(TWO), node=5)
     with pytest.raises(ValueError, match=r"task\.node=5 is of a ComfyUI file"):
         read_sigmas("1.0, 0.0", node=5)
@@ -143,10 +143,10 @@ def test_of_two_lists_one_is_chosen_by_its_node():
 @pytest.mark.parametrize(
     ("workflow", "message"),
     [
-        ({"4": api(["5", 0])}, r"node 4 \(ManualSigmas\) gets its list from another node"),
-        ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "gets its list from another node"),
+        ({"4": api(["5", 0])}, r"node 4 \(ManualSigmas\), gets `sigmas` from another node"),
+        ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "gets `sigmas` from another node"),
         ({"4": api(TEXT, "CustomSigmas", interpolate_to_steps=10)}, "interpolates its 3 numbers to 10 steps"),
-        ({"nodes": [saved(4, "1.0, high, 0.0")]}, r"node 4 \(ManualSigmas\) is no list of sigmas \('high'\)"),
+        ({"nodes": [saved(4, "1.0, high, 0.0")]}, r"node 4 \(ManualSigmas\), is no list of sigmas \('high'\)"),
         (
             {"nodes": [{"id": 1, "type": "abc"}], "definitions": {"subgraphs": [GRAPH | {"nodes": 3}]}},
             "has no node Man",

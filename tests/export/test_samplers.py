@@ -93,7 +93,11 @@ def test_the_sampler_is_named(exporter, steps, sampler, tmp_path):
             planned("DPMSolverPP", CHAIN, order=3),
             "which sample_euler, sample_heun, sample_dpm_2, sample_dp",
         ),
-        (WebUI(), planned("DPM2", CHAIN), "which Euler, Heun, DPM.. 2M do not take; plan with solver=euler"),
+        (
+            WebUI(),
+            planned("DPM2", CHAIN),
+            "which Euler, Heun, DPM.. 2M do not take on such a model; plan with solver=euler",
+        ),
         (ComfyUI(), StepSchedule(TIMES, steps=SolverSteps(torch.tensor([1, 2, 1, 1, 1]))), "does not name a kind"),
         (ComfyUI(network="eps"), planned(), "planned for a network of kind flow, task.exporter.network=eps is another"),
     ],

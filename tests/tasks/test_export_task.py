@@ -9,6 +9,8 @@ from helpers import run_cli
 
 from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.schedule import Analytic, Free, SolverSteps, StepSchedule
+from oss_exp.solvers import solver_of
+from oss_exp.solvers.heun import Heun
 
 FLOW = {"native": {"clock": "flow time"}}
 
@@ -46,6 +48,18 @@ def test_comfyui_and_back(run, lists, tmp_path, capsys):
     assert again.times.tolist() == pytest.approx([14.6 / 15.6, 0.9 / 1.9, 0.0])
     assert again.start_time == again.times[0]
     assert "denoise" not in capsys.readouterr().out
+
+
+def test_the_sampler_comes_back(run, tmp_path, capsys):
+    heun = {"_target_": "oss_exp.Heun", "clock": "t"}
+    StepSchedule([0.95, 0.5, 0.0], provenance={**FLOW, "solver": heun}).save(tmp_path / "x.json")
+    run("task=export", "task.schedule=x.json", "exporter=comfyui", "task.output=c.json")
+    assert "with heun" in capsys.readouterr().out
+    run("task=import_sigmas", "task.sigmas=c.json", "task.network=flow", "task.output=back.json")
+    assert solver_of(StepSchedule.load(tmp_path / "back.json")) == Heun(clock="t")
+    (tmp_path / "c.json").write_text((tmp_path / "c.json").read_text().replace('"heun"', '"uni_pc"'))
+    run("task=import_sigmas", "task.sigmas=c.json", "task.network=flow", "task.output=back.json")
+    assert "runs it with uni_pc, which has no name here; it is imported for Euler" in capsys.readouterr().out
 
 
 def test_one_of_two_lists_of_a_workflow(run, tmp_path, capsys):
