@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -215,12 +217,19 @@ class _Fault(Exception):
 
 @contextmanager
 def _their_code(stage: int, name: str) -> Iterator[None]:
-    """Turn whatever a scheduler raises into a _Fault of this stage."""
+    """Turn whatever a scheduler raises into a _Fault of this stage; what it only warns of is not said."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except Exception as error:  # of any kind: it is other people's code
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
         raise _Fault(stage, f"{name} does not run such a list ({reason})") from None
+    finally:
+        logger.setLevel(level)
 
 
 def _network(config: Mapping[str, Any]) -> Network:
