@@ -68,7 +68,8 @@ class Node:
         """Return the list as ComfyUI runs it. ValueError, which names the file, where it is not in there."""
         where = f"{file}, node {self.id:.50} ({self.kind}),"
         if self.first is None:
-            raise ValueError(f"{where} gets `{WIDGETS[self.kind][0]}` from another node; give the list that comes out")
+            slot = f"{self.id:.50}.inputs.{WIDGETS[self.kind][0]}"
+            raise ValueError(f"{where} gets `{slot}` from another node; give the list that comes out")
         sigmas = numbers_in(self.first, where)
         if self.kind == "CustomSigmas":
             steps = self.values.get("interpolate_to_steps")

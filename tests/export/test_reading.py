@@ -143,8 +143,8 @@ def test_of_two_lists_one_is_chosen_by_its_node():
 @pytest.mark.parametrize(
     ("workflow", "message"),
     [
-        ({"4": api(["5", 0])}, r"node 4 \(ManualSigmas\), gets `sigmas` from another node"),
-        ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "gets `sigmas` from another node"),
+        ({"4": api(["5", 0])}, r"node 4 \(ManualSigmas\), gets `4\.inputs\.sigmas` from another node"),
+        ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "sigmas` from another node"),
         ({"4": api(TEXT, "CustomSigmas", interpolate_to_steps=10)}, "interpolates its 3 numbers to 10 steps"),
         ({"nodes": [saved(4, "1.0, high, 0.0")]}, r"node 4 \(ManualSigmas\), is no list of sigmas \('high'\)"),
         (
