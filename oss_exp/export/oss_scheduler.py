@@ -119,15 +119,16 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """
-        training = {key: value for key, value in (config or {}).items() if key in TRAINING} | changes
+        told = {**config} if config is not None else {}
+        training = {key: value for key, value in told.items() if key in TRAINING} | changes
         known = config is None or "prediction_type" in training
-        if not known and not ({"shift", "num_train_timesteps"} <= {*config} or any(map(training.get, BETAS))):
+        if not known and not ({"shift", "num_train_timesteps"} <= {*told} or any(map(training.get, BETAS))):
             raise ValueError(
                 "the config of the pipeline's scheduler does not say how its network was trained; if it predicts the "
                 "velocity from noise to data over a clock of 0 to 1000, give from_schedule "
                 "prediction_type='flow_prediction'"
             )
-        if "sigma_data" in training and "sigma_schedule" not in (config or {}):
+        if "sigma_data" in training and "sigma_schedule" not in told:
             raise ValueError("of the networks with sigma_data only those of diffusers' EDM schedulers are known")
         record, mean = _read(Path(file))
         given = {key: record[key] for key in ("times", "weights", "start", "start_time")}
@@ -276,7 +277,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         """sigma / alpha at t, no larger than the chain's."""
         t = min(t, self.time_max)
         ratio = t / (1 - t) if t < 1 else math.inf
-        return ratio if self.by_log else min(ratio, float(self.ratios[-1]))
+        return ratio if self.ratios is None else min(ratio, float(self.ratios[-1]))
 
     def _ratios(self) -> np.ndarray:
         """sigma / alpha of each index, float64; the last is `LAST_RATIO` where it should be infinite."""
