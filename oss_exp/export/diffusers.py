@@ -313,11 +313,11 @@ def _try(
     trial = fresh()
     with _their_code(0, name):
         times = _times(trial, network)
-    if len(times) != len(steps.times) or len(trial.timesteps) != steps.num_steps:
-        raise _Fault(
-            1,
-            f"{name} takes {max(len(times) - 1, len(trial.timesteps))} steps where the schedule has {steps.num_steps}",
-        )
+    if len(times) != len(steps.times):
+        raise _Fault(1, f"{name} takes {len(times) - 1} steps where the schedule has {steps.num_steps}")
+    if len(trial.timesteps) != steps.num_steps:
+        calls = len(trial.timesteps)
+        raise _Fault(2, f"{name} calls the network {calls} times where the schedule has {steps.num_steps} steps")
 
     # Chance.
     noise, states = run(trial)

@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     MiniMaxH3Scheduler,
     UniPCMultistepScheduler,
 )
