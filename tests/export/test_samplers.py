@@ -183,6 +183,7 @@ def test_a_scheduler_that_takes_the_steps_is_accepted(scheduler, steps):
 @pytest.mark.parametrize(
     ("scheduler", "steps", "message"),
     [
+        (LTXEulerAncestralRFScheduler(), planned(), "calls the network 6 times where the schedule has 5 steps"),
         (FlowMatchEulerDiscreteScheduler(), planned("UniPC", order=3), r"takes other steps than UniPC\(order=3"),
         (FlowMatchEulerDiscreteScheduler(), planned("Heun", FLOW), "calls the network again within a step"),
         (unipc(), planned(), "takes other steps than Euler, for which the schedule was planned; choose another"),
