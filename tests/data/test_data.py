@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import write_fashion
-from PIL import Image
 from safetensors.torch import save_file
 
-from oss_exp.data.images import cached_latents, digits, fashion_mnist, image_folder, mixture_samples
+from oss_exp.data.images import cached_latents, digits, fashion_mnist, mixture_samples
 from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseDataset
 
 
@@ -106,35 +105,6 @@ def test_digits():
     assert float(images.min()) == -1
     assert float(images.max()) == 1
     assert labels.unique().tolist() == list(range(10))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes of RGB images: a wide red one, a tall grey one."""
-    for name, size, color in [("cat", (20, 10), (255, 0, 0)), ("dog", (10, 30), (51, 51, 51))]:
-        (tmp_path / name).mkdir()
-        Image.new("RGB", size, color).save(tmp_path / name / "1.png")
-    return tmp_path
-
-
-def test_image_folder(folder):
-    data = image_folder(str(folder), size=8, channels=3)
-    (red, first), (grey, second) = data[0], data[1]
-    assert (first, second) == (0, 1)
-    assert red.shape == grey.shape == (3, 8, 8)
-    torch.testing.assert_close(red[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
-    torch.testing.assert_close(grey, torch.full((3, 8, 8), 51 / 127.5 - 1))
-    assert image_folder(str(folder), size=8, channels=1)[1][0].shape == (1, 8, 8)
-
-
-def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="root=/nowhere is no folder"):
-        image_folder("/nowhere", 8, 3)
-    with pytest.raises(ValueError, match="channels must be one of 1, 3, got 4"):
-        image_folder(str(folder), 8, 4)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="has no images in folders of classes"):
-        image_folder(str(tmp_path / "empty"), 8, 3)
 
 
 def test_cached_latents(tmp_path):
