@@ -47,9 +47,7 @@ def _read_binary(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     records = []
     for path in (_existing(folder / f"{name}.bin") for name in PARTS[split]):
         if not (size := path.stat().st_size) or size % RECORD or size > MOST * RECORD:
-            raise ValueError(
-                f"{path} is truncated or another file: {size} bytes are not images of {RECORD}; get it again"
-            )
+            raise ValueError(f"{path} is truncated: {size} bytes are not whole images of {RECORD}; get it again")
         data = path.read_bytes()
         records.append(np.frombuffer(data, np.uint8).reshape(-1, RECORD))
     table = torch.from_numpy(np.concatenate(records))

@@ -120,7 +120,5 @@ def read_array(path: Path, key: str) -> np.ndarray:
         names = ", ".join(list(arrays)[:20])
         raise ValueError(f"conditions {path} have no array {key!r}; set data.key to one of {names:.400}")
     if array.ndim < 2 or array.dtype.kind not in "fiu":
-        raise ValueError(
-            f"conditions {path}: {key} must be numbers with a condition in each row, got {array.shape!s:.80}"
-        )
+        raise ValueError(f"conditions {path}: {key} must be numbers, a condition in each row, got {array.shape!s:.80}")
     return array.astype(np.float32)

@@ -76,7 +76,7 @@ def image_folder(
     """Images in one folder a class, root/<class>/<image>, or without classes in root itself.
 
     Items are (C, size, size) in [-1, 1] and a label. The shorter side is resized to `size`, then the middle is cut out;
-    channels 1 (grey) or 3 (RGB). background: what shows through transparent images. Files are read when they are needed.
+    channels 1 (grey) or 3 (RGB); background: what shows through transparent images. Files are read when needed.
     """
     require_choice((1, 3), channels=channels)
     require_choice(get_args(Background), background=background)
@@ -111,7 +111,7 @@ def _listed(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     splits = [name for name in folders if name.casefold() in SPLITS]
     if len(splits) == len(folders) or len(splits) > 1:
         raise ValueError(
-            f"root={root} has the splits {', '.join(splits)} and no classes; choose one, such as root={root / splits[0]}"
+            f"root={root} has the splits {', '.join(splits)} and no classes; choose one, as root={root / splits[0]}"
         )
     if empty := [name for name in folders if not images[name]]:
         log.warning("%s: no images in the folder of class %s, whose number stays free", root, ", ".join(empty[:5]))
