@@ -98,12 +98,12 @@ def fitting(
         else:
             fits[name] = translated
 
-    for name, tensors in sets.tensors.items():
+    tried = {**sets.tensors, **_with_dots(sets.tensors)}
+    for name, tensors in tried.items():
         attempt(name, tensors)
-    for name, tensors in sets.tensors.items():
-        groups = {} if name in fits else _groups(tensors)
-        for prefix, group in groups.items():
-            attempt(_below(name, prefix[:-1]), _with_dots(prefix, group, groups))
+    for name, tensors in tried.items():
+        for prefix, group in _groups(tensors).items() if name not in fits else ():
+            attempt(_below(name, prefix[:-1]), group)
 
     chosen = _preferred(list(fits))
     passed_over = [name for name in (*misfits, *sets.unread) if AVERAGED.search(name)]
@@ -173,15 +173,21 @@ def _groups(tensors: Tensors) -> dict[str, Tensors]:
     }
 
 
-def _with_dots(prefix: str, group: Tensors, groups: Mapping[str, Tensors]) -> Tensors:
+def _with_dots(sets: Mapping[str, Tensors]) -> dict[str, Tensors]:
     """Averages that latent diffusion's trainings keep by names without dots, by those of what they are averages of."""
-    if not AVERAGED.search(prefix) or any("." in key for key in group):
-        return group
-    for other in groups.values():
-        names = {key.replace(".", ""): key for key in other}
-        if other is not group and len(group.keys() & names.keys()) >= len(group) - 2:  # besides: decay, num_updates
-            return {**other, **{names[key]: each for key, each in group.items() if key in names}}
-    return group
+    found = {}
+    for outer, tensors in sets.items():
+        groups = _groups(tensors)
+        flat = {
+            prefix: group for prefix, group in groups.items() if AVERAGED.search(prefix) and "." not in "".join(group)
+        }
+        for prefix, group in flat.items():
+            for other in groups.values():
+                names = {key.replace(".", ""): key for key in other}
+                if other is not group and len(group.keys() & names.keys()) >= len(group) - 2:  # decay, num_updates
+                    average = {names[key]: each for key, each in group.items() if key in names}
+                    found[_below(outer, prefix[:-1])] = {**other, **average}
+    return found
 
 
 def _preferred(names: list[str]) -> list[str]:

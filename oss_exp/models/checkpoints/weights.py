@@ -28,16 +28,9 @@ from oss_exp.models.checkpoints.sets import Sets, Translate, fitting, named, set
 HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ENDINGS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json"}  # owner/name.pt is a file that is missing
 UNTRAINED = "untrained"  # in place of a checkpoint: the weights as initialised, for training
-DATA = (
-    "argparse",
-    "collections",
-    "datetime",
-    "lightning",
-    "numpy",
-    "omegaconf",
-    "pathlib",
-    "pytorch_lightning",
-    "typing",
+DATA = re.compile(  # settings and numbers that trainings keep beside their weights, which stand-ins take the place of
+    r"(argparse|collections|datetime|lightning|numpy|omegaconf|pathlib|pytorch_lightning|typing)\..*"
+    r"|builtins\.(bool|dict|float|int|list|set|str|tuple)"
 )
 KINDS = {  # what else people are given: a file by how it begins
     b"GGUF": "a GGUF file, which is quantised",
@@ -250,12 +243,12 @@ def _single(path: Path, head: bytes) -> Any:
 
 
 def _torch(path: Path, zipped: bool) -> Any:
-    known = [argparse.Namespace]  # settings that some keep beside their weights
+    known: list[Any] = [argparse.Namespace]
     try:
         if zipped:
             _check_zip(path)
             asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            known += [(safe_pickle.Ignored, name) for name in asked if name.partition(".")[0] in DATA]
+            known += [(safe_pickle.Ignored, name) for name in asked if DATA.fullmatch(name)]
         with torch.serialization.safe_globals(known), safe_pickle.Bounded(path) as file:
             return torch.load(path if zipped else file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's text advises to trust the file

