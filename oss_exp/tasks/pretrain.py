@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
 from oss_exp.data.captioned import CaptionedImages
+from oss_exp.data.folder import ImageFolder
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
@@ -210,7 +211,7 @@ def require_fitting(images: Dataset, model: Network) -> None:
     """ValueError where images have another shape than the model's, more classes, or none where it takes some."""
     if (found := tuple(images[0][0].shape)) != model.image_shape:
         raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
-    if model.num_classes is None:
+    if model.num_classes is None or not isinstance(images, ImageFolder | TensorDataset):
         return
     labels = images.tensors[1] if isinstance(images, TensorDataset) else [label for _, label in images.samples]
     classes = int(torch.as_tensor(labels).max()) + 1

@@ -1,6 +1,7 @@
 """Reference statistics: three layouts are read, whatever is wrong with a file is said, and moments are NumPy's."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -117,6 +118,19 @@ def test_damage_inside_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"cannot be read as an \.npz"):
         Reference.load(path)
+
+
+def test_arrays_that_unpack_to_more_than_is_read_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", bytes(1 << 20))  # not read
+        with archive.open("mu.npy", "w") as file:
+            for _ in range(520):
+                file.write(bytes(1 << 20))
+    with pytest.raises(ValueError, match=r"bomb\.npz cannot be read .*: it unpacks to more than 512 MiB"):
+        Reference.load(tmp_path / "bomb.npz")
+    wide = np.lib.stride_tricks.as_strided(np.zeros(1, "f2"), (9000,), (0,))
+    with pytest.raises(ValueError, match="F at most 8192, got"):
+        Reference.load(save(tmp_path / "wide.npz", mu=wide, sigma=np.zeros((1, 1), "f2")))
 
 
 def test_other_files(tmp_path):
