@@ -233,7 +233,7 @@ def parse_safetensors(start: bytes, name: str, parse: Callable[[], dict[str, Ten
         raise ValueError(f"{name} is truncated or no safetensors file ({error!s:.200}); get it again") from None
 
 
-def load_arrays(path: Path, what: str, remedy: str, wanted: Collection[str]) -> dict[str, np.ndarray | None]:
+def load_arrays(path: Path, what: str, remedy: str, wanted: Collection[str]) -> dict[str, Any]:
     """Read the `wanted` arrays of an .npz file; the names of others have None, for they may fill the memory.
 
     Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than ARRAYS_LIMIT.

@@ -52,7 +52,8 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, root: Path, size: int, channels: int, background: Background):
-        self.channels, self.background = channels, background
+        self.channels = channels
+        self.background: Background = background
         self.resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
         self.classes, self.samples = _listed(root)
 

@@ -6,14 +6,15 @@ import csv
 import io
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import FailFast, TypeAdapter
 
-from oss_exp.files import TABLE_LIMIT, Record, find_asset, parse_record, read_text
+from oss_exp.files import LIMIT, Record, find_asset, parse_record, read_text
 from oss_exp.validation import shown
 
 REMEDY = "give a text file (.txt) with one prompt a line, or a table (.csv, .tsv) with a column `prompt`"
+CAPTIONS = 1 << 27  # 128 MiB: bytes of a JSON file; COCO's largest has 92 million
 COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables, whatever their case; the first one counts
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # by the ending of a table's name, the likely one first
 CONTROL = re.compile(r"[\x00-\x08\r\x0e-\x1b\x7f-\x84\x86-\x9f]")  # but white space, which ends no line here
@@ -30,10 +31,10 @@ def read_prompts(file: str | Path) -> list[str]:
     ValueError names the file and its line: for text that is not UTF-8, a table without such a column, and the like.
     """
     path = find_asset(file, "prompts")
-    text = read_text(path, "prompts", TABLE_LIMIT).replace("\r\n", "\n")
+    ending = path.suffix.casefold()
+    text = read_text(path, "prompts", CAPTIONS if ending == ".json" else LIMIT).replace("\r\n", "\n")
     if "\0" in text:
         raise ValueError(f"prompts {path} has null characters, as UTF-16 has; save it as UTF-8")
-    ending = path.suffix.casefold()
     if ending in DELIMITERS:
         prompts = _table(path, text, DELIMITERS[ending])
     elif ending in (".jsonl", ".ndjson") and not text.lstrip().startswith("["):
@@ -130,7 +131,7 @@ def _table(path: Path, text: str, delimiters: str) -> list[str]:
     return [cells[column] for _, cells in rows[1:]]
 
 
-def _rows(text: str, delimiter: str, quoting: int) -> list[tuple[int, list[str]]]:
+def _rows(text: str, delimiter: str, quoting: Literal[0, 3]) -> list[tuple[int, list[str]]]:
     """The number of the last line of every row, and its cells; empty lines are passed over."""
     lines = (f"{line}\n" for line in text.split("\n"))
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)

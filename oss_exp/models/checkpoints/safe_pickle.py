@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS = 1 << 23  # of a pickle; a network of a thousand layers needs a hundred thousand
+STEPS = 1 << 22  # of a pickle; a network of a thousand layers needs a hundred thousand
 
 # All that a pickle can do with what is on its stack: call it, `__new__` it, `__setstate__` it or else set its
 # attributes, append to it and set its items. So a stand-in is a class with slots and a `__setstate__`.
@@ -167,9 +167,14 @@ def _refuse(opcode: str, _: Any) -> None:
     raise Refused(f"the opcode {opcode}")
 
 
+def _skip_frame(unpickler: Any) -> None:
+    """Take a frame's length alone: every step then reads the file itself, where it is counted."""
+    unpickler.read(8)
+
+
 class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from copyreg's cache of extensions
     dispatch = pickle._Unpickler.dispatch | {getattr(pickle, name)[0]: partial(_refuse, name) for name in REFUSED}
-    dispatch[pickle.FRAME[0]] = lambda self: self.read(8)  # every step then reads the file itself
+    dispatch[pickle.FRAME[0]] = _skip_frame
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in STAND_INS:

@@ -38,7 +38,7 @@ class TextModel:
 
     def __init__(
         self,
-        tokenizer: Callable[..., Any],
+        tokenizer: Any,
         weights: str,
         load: Callable[[], nn.Module],
         answer: Answer,
