@@ -372,6 +372,21 @@ def test_a_chain_without_signal_at_its_end_runs_as_in_diffusers():
     torch.testing.assert_close(sample(Euler(), velocity, noise, StepSchedule(times)), latents, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [".fp16.safetensors", ".bin", ".fp16.bin"])
+def test_a_folder_of_other_names_and_half_precision_is_the_same_model(form, copy, build):
+    for file in list(copy.glob("*/*.safetensors")):
+        tensors = {key: each.half() if "fp16" in form else each for key, each in load_file(file).items()}
+        if form.endswith(".bin"):
+            name = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(tensors, file.with_name(f"{name}{form}"))
+        else:
+            save_file(tensors, file.with_name(f"{file.stem}{form}"))
+        file.unlink()
+    x, t, prompts = torch.randn(2, 4, 12, 12), torch.tensor([0.9, 0.4], dtype=torch.float64), torch.tensor([0, 1])
+    found, expected = (model.velocity(prompts)(x, t) for model in (build(checkpoint=str(copy)), build()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if "fp16" in form else 1e-5)
+
+
 def test_tiny_runs_from_the_command_line(tmp_path):
     (tmp_path / "two.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
     run_cli(
