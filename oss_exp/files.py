@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -27,6 +29,8 @@ from oss_exp.validation import describe, find_fault
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
 TABLE_LIMIT = 1 << 28  # 256 MiB: of files with numbers for every sample, or for every step of a training
+NODES = 1 << 24  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
+ARRAYS_LIMIT = 1 << 29  # 512 MiB: of the arrays in an .npz file
 AGAIN = "write it again with the command that made it"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -109,6 +113,10 @@ def load_records(
 
 def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
     """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
+    comma, opening = (",", "[{") if isinstance(data, str) else (b",", b"[{")
+    lists = data.count(opening[:1]) + data.count(opening[1:])  # type: ignore[arg-type]
+    if 4 * lists + data.count(comma) > NODES:  # type: ignore[arg-type]
+        raise ValueError(f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read")
     try:
         if isinstance(form, TypeAdapter):
             return form.validate_json(data)
@@ -202,4 +210,56 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
             f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "
             f"expected {str(expected_sha256)[:12]}...; restore the file or make it again"
         )
-    return safetensors.torch.load(data)
+    return parse_safetensors(data[:8], f"{what} {path}", lambda: safetensors.torch.load(data))
+
+
+def load_safetensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read a safetensors file that nothing vouches for. ValueError where it is damaged or declares too much."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return parse_safetensors(start, f"{what} {path}", lambda: safetensors.torch.load_file(path))
+
+
+def parse_safetensors(start: bytes, name: str, parse: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `parse` makes of a file that begins with `start`: the length of its header, the list of all tensors."""
+    if (header := int.from_bytes(start, "little")) > LIMIT:
+        raise ValueError(
+            f"{name} is no safetensors file, or one whose header of {header >> 20} MiB is larger than the "
+            f"{LIMIT >> 20} MiB that are read"
+        )
+    try:
+        return parse()
+    except Exception as error:  # its own kinds
+        raise ValueError(f"{name} is truncated or no safetensors file ({error!s:.200}); get it again") from None
+
+
+def load_arrays(path: Path, what: str, remedy: str, wanted: Collection[str]) -> dict[str, Any]:
+    """Read the `wanted` arrays of an .npz file; the names of others have None, for they may fill the memory.
+
+    Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than ARRAYS_LIMIT.
+    """
+    try:
+        open_zip(path, "it", ARRAYS_LIMIT, wanted).close()
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] if key in wanted else None for key in arrays.files}
+    except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
+        raise ValueError(f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}") from None
+
+
+def open_zip(path: Path, name: str, limit: int, wanted: Collection[str] | None = None) -> zipfile.ZipFile:
+    """Open a zip archive. ValueError where it lists too many files, or the `wanted` ones (null: all) unpack to more.
+
+    wanted: stems of file names. limit: bytes. What a file unpacks to is cut at what the archive's list says.
+    """
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile reads it
+    if end is None:
+        raise ValueError(f"{name} is no whole zip archive")
+    if end[zipfile._ECD_SIZE] > LIMIT:  # type: ignore[attr-defined]
+        raise ValueError(f"{name} lists more files than are read")
+    archive = zipfile.ZipFile(path)
+    listed = [part for part in archive.infolist() if wanted is None or Path(part.filename).stem in wanted]
+    if sum(part.file_size for part in listed) > limit:
+        archive.close()
+        raise ValueError(f"{name} unpacks to more than {limit >> 20} MiB, the most that is read")
+    return archive
