@@ -11,7 +11,22 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from oss_exp.models.text.encoders import clip_bytes
 
@@ -59,11 +74,12 @@ def image_vae(channels: int, blocks: int = 2, **config: Any) -> AutoencoderKL:
     return AutoencoderKL(latent_channels=channels, **settings, **config)
 
 
-def clip(width: int = 24) -> tuple[CLIPTextModel, Any]:
+def clip(width: int = 24, heads: int = 3) -> tuple[CLIPTextModel, Any]:
     """A text encoder and its tokenizer of bytes."""
     tokenizer, ends = clip_bytes({"max_position_embeddings": 40})
     text = {"vocab_size": 600, "hidden_size": width, "intermediate_size": 32, "max_position_embeddings": 40}
-    return CLIPTextModel(CLIPTextConfig(**text, num_hidden_layers=2, num_attention_heads=3, **ends)), tokenizer
+    text |= {"projection_dim": width}
+    return CLIPTextModel(CLIPTextConfig(**text, num_hidden_layers=2, num_attention_heads=heads, **ends)), tokenizer
 
 
 def t5(width: int = 20) -> tuple[T5EncoderModel, T5Tokenizer]:
@@ -71,3 +87,48 @@ def t5(width: int = 20) -> tuple[T5EncoderModel, T5Tokenizer]:
     words = [(word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")]
     config = {"vocab_size": 40, "d_model": width, "d_kv": 5, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     return T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu")), T5Tokenizer(vocab=words, extra_ids=0)
+
+
+def clip_with_projection(width: int = 24, heads: int = 2) -> tuple[CLIPTextModelWithProjection, Any]:
+    encoder, tokenizer = clip(width, heads)
+    return CLIPTextModelWithProjection(encoder.config), tokenizer
+
+
+def byte_tokenizer(cls: type = PreTrainedTokenizerFast, **config: Any) -> Any:
+    """A tokenizer with a token for every byte, an end, a start, a filling and a chat template."""
+    special = ["<pad>", "<eos>", "<bos>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    vocab = {token: number for number, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    bytewise = Tokenizer(BPE(vocab, []))
+    bytewise.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<pad>"}
+    tokenizer = cls(tokenizer_object=bytewise, additional_special_tokens=special[3:], **names, **config)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def qwen_vision_language(width: int = 24) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+    """A text encoder that sees images too, and its tokenizer of bytes."""
+    tokenizer = byte_tokenizer(Qwen2Tokenizer)
+    text = {
+        "vocab_size": 280,
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width}
+    vision |= {"patch_size": 14, "fullatt_block_indexes": [0], "window_size": 112}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in {"image": "image_pad", "vision_start": "vision_start", "vision_end": "vision_end"}.items()
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config), tokenizer

@@ -41,7 +41,7 @@ def own(model: Pipeline, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         if isinstance(scheduler, EulerDiscreteScheduler):  # its states are larger than what the network gets
             scheduler.set_timesteps(num_steps)
             latents = latents * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 / scheduler.init_noise_sigma
-    call = {model.takes: model.prompts, "latents": latents, "num_inference_steps": num_steps, "output_type": "pt"}
+    call = {model.takes: list(model.prompts), "latents": latents, "num_inference_steps": num_steps, "output_type": "pt"}
     return _pixels(model.pipe(**call, **model.call))
 
 
