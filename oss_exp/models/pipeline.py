@@ -305,27 +305,34 @@ class _Loop(greenlet):
         answered = self._resume(None)
         if not isinstance(answered, _Answer):
             raise ValueError(f"{type(self.pipe).__name__} ended without asking its scheduler for a step")
-        self.first = answered.sample
-        if len(self.first) != count:
-            raise ValueError(f"{type(self.pipe).__name__} has {len(self.first)} states for {count} prompts")
+        states = answered.sample
+        self.copies = max(len(states) // count, 1)  # DiTPipeline steps every state twice under guidance
+        self.first = states[:count]
+        if not torch.equal(states, self._copied(self.first)):
+            raise ValueError(
+                f"{type(self.pipe).__name__} has {len(states)} states for {count} prompts; call it for one image a prompt"
+            )
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """x (B, *E) at one time t (B,) -> v (B, *E)."""
         question, clock = self.training.question(x, t)
         self.pending, self.rows = _Asked(clock[0].float(), self.training.sigma(t[0]).float()), 0.0
-        answered = self._resume(question.to(self.first.dtype))
-        return self.training.velocity(answered.output.to(x), x, t)
+        answered = self._resume(self._copied(question.to(self.first.dtype)))
+        return self.training.velocity(answered.output[: len(x)].to(x), x, t)
 
     def finish(self, x0: Tensor) -> Any:
         """Let the loop go, with x0 as its last state; returns what the call returns."""
         self.ending = True
-        return self._resume(x0)
+        return self._resume(self._copied(x0))
 
     def release(self) -> None:
         """End the call where it is."""
         if not self.dead and self:
             with self._inside():
                 self.throw()
+
+    def _copied(self, states: Tensor) -> Tensor:
+        return states.repeat(self.copies, *[1] * (states.ndim - 1))
 
     def _resume(self, state: Tensor | None) -> Any:
         with self._inside(), torch.set_grad_enabled(state is not None and state.requires_grad):
@@ -353,9 +360,10 @@ class _Loop(greenlet):
                 hook.remove()
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim > 1]
-        if tensors:
-            self.rows += len(tensors[0])
+        # Z-Image's network takes a list of states.
+        states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 1]
+        if states:
+            self.rows += len(states[0])
 
 
 @dataclass(frozen=True)
@@ -445,6 +453,7 @@ def _probe(scheduler: Any, training: Training) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.set_timesteps(self, *args, **kwargs)
         self.own_clock = self.timesteps.clone()
+        _check_clock(self)
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
         if isinstance(getattr(self, "sigmas", None), Tensor):
@@ -469,6 +478,16 @@ def _probe(scheduler: Any, training: Training) -> Any:
     probe = copy.deepcopy(scheduler)
     probe.__class__ = type(own.__name__, (_Probe, own), members)
     return probe
+
+
+def _check_clock(scheduler: Any) -> None:
+    """CogView4 tells its network a time before the shift of its noise levels, which is another for every size."""
+    if isinstance(scheduler.training.parameterization, FlowVelocity) and isinstance(scheduler.sigmas, Tensor):
+        clock = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config["num_train_timesteps"]
+        if clock.shape != scheduler.timesteps.shape or not torch.allclose(
+            clock, scheduler.timesteps, rtol=0, atol=1.01
+        ):
+            raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
 
 
 def is_pipeline(value: Any) -> bool:

@@ -175,7 +175,9 @@ def pixart_sigma() -> Family:
     )
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False)
     pipe = PixArtSigmaPipeline(tokenizer, encoder, image_vae(4), transformer, scheduler)
-    return Family(lively(pipe), SMALL | {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16})
+    return Family(
+        lively(pipe), SMALL | {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16}
+    )
 
 
 @family
@@ -218,7 +220,9 @@ def sana() -> Family:
 @family
 def aura_flow() -> Family:
     encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=280, d_model=20, d_kv=5, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+        UMT5Config(
+            vocab_size=280, d_model=20, d_kv=5, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        )
     )
     transformer = AuraFlowTransformer2DModel(
         sample_size=12,
@@ -366,7 +370,6 @@ def hunyuan_dit() -> Family:
     return Family(lively(pipe), SMALL | {"use_resolution_binning": False})
 
 
-@family
 def cogview_4() -> Family:
     encoder = GlmModel(GlmConfig(**LAYERS, **ENDS))
     transformer = CogView4Transformer2DModel(
@@ -441,8 +444,14 @@ def flux_2_klein() -> Family:
     encoder = Qwen3ForCausalLM(Qwen3Config(**LAYERS, **ENDS))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = Flux2KleinPipeline(scheduler, vae, encoder, byte_tokenizer(Qwen2Tokenizer), transformer)
-    call = {"height": 32, "width": 32, "guidance_scale": 3.0, "max_sequence_length": 32, "text_encoder_out_layers": (0, 1, 2)}
-    return Family(lively(pipe), call)
+    call = {
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 3.0,
+        "max_sequence_length": 32,
+        "text_encoder_out_layers": (0, 1, 2),
+    }
+    return Family(lively(pipe), call, latents=lambda state: state.mT.unflatten(2, (8, 8)))
 
 
 @family

@@ -35,11 +35,15 @@ PROMPTS = ["a red bicycle", "two cats, sleeping"]
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline whose scheduler steps by Euler's method (or DDIM's), and how it is called."""
+    """A pipeline whose scheduler steps by Euler's method (or DDIM's), and how it is called.
+
+    latents: a state as the scheduler sees it -> as the pipeline takes it for its `latents`.
+    """
 
     pipe: DiffusionPipeline
     call: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[Any, ...] = tuple(PROMPTS)
+    latents: Callable[[torch.Tensor], torch.Tensor] = lambda state: state
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {}

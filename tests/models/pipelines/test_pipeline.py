@@ -1,5 +1,7 @@
 """Pipelines of diffusers as models: their own loop gives the velocities, the samples and the pictures."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -32,8 +34,14 @@ def noises(model: Pipeline, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, *model.event_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def own(model: Pipeline, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """What the pipeline makes of the noise with the scheduler that it has."""
+def start(model: Pipeline, noise: torch.Tensor, time: float) -> torch.Tensor:
+    """The state x at the first time; where a pipeline takes no latents, what its network gets is the noise itself."""
+    takes_latents = "latents" in inspect.signature(type(model.pipe).__call__).parameters
+    return noise * time if takes_latents else model.training_of.state(noise, at(model, time))
+
+
+def own(family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, seed: int) -> torch.Tensor:
+    """What the pipeline makes of the noise of this seed with the scheduler that it has."""
     scheduler, latents = model.pipe.scheduler, noise
     if not isinstance(scheduler, oss_exp.OSSScheduler):
         t = model.noise_schedule.nodes(num_steps)[0]
@@ -41,7 +49,10 @@ def own(model: Pipeline, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         if isinstance(scheduler, EulerDiscreteScheduler):  # its states are larger than what the network gets
             scheduler.set_timesteps(num_steps)
             latents = latents * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 / scheduler.init_noise_sigma
-    call = {model.takes: list(model.prompts), "latents": latents, "num_inference_steps": num_steps, "output_type": "pt"}
+    call = {"latents": family.latents(latents)}
+    if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
+        call = {"generator": torch.Generator().manual_seed(seed)}
+    call |= {model.takes: list(model.prompts), "num_inference_steps": num_steps, "output_type": "pt"}
     return _pixels(model.pipe(**call, **model.call))
 
 
@@ -66,8 +77,8 @@ def test_a_time_has_one_answer(family, model):
 
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family, model):
     noise, grid = noises(model), model.noise_schedule.nodes(STEPS)
-    found = model.decode(sample(Euler(), model.velocity(None), noise * float(grid[0]), StepSchedule(grid)))
-    expected = own(model, noise, STEPS)
+    found = model.decode(sample(Euler(), model.velocity(None), start(model, noise, float(grid[0])), StepSchedule(grid)))
+    expected = own(family, model, noise, STEPS, seed=0)
     assert found.shape == expected.shape
     assert float(expected.std()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -88,12 +99,12 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
     means = {row["strategy"]: row["psnr"]["mean"] for row in compared.rows}
     assert means["oss"] >= means["own"]
     steps, noise = compared.schedules["oss"][4], noises(model, seed=1)
-    expected = model.decode(sample(Euler(), model.velocity(None), noise * steps.start_time, steps))
+    expected = model.decode(sample(Euler(), model.velocity(None), start(model, noise, steps.start_time), steps))
 
     before = family.pipe.scheduler
     family.pipe.scheduler = steps.scheduler(before)
     try:
-        found = own(model, noise, 4)
+        found = own(family, model, noise, 4, seed=1)
     finally:
         family.pipe.scheduler = before
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
