@@ -71,6 +71,7 @@ class Pipeline(Model):
             raise ValueError(f"strength={call['strength']} starts inside of the schedule; search with strength=1.0")
         takes = inspect.signature(type(pipe).__call__).parameters
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
+        self.draws = "generator" in takes
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), None)
         if self.takes is None:
             raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
@@ -164,9 +165,18 @@ class Pipeline(Model):
             else value
             for name, value in self.call.items()
         }
+        if self.draws:
+            own["generator"] = self._generators(own.get("generator"), key)
         loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
         loop.begin(len(key))
         return loop
+
+    @staticmethod
+    def _generators(given: Any, key: Sequence[int]) -> Any:
+        """Every call of a prompt draws the same numbers, such as the noise on its image, whatever it is called with."""
+        if given is None:
+            return [torch.Generator().manual_seed(i) for i in key]
+        return [each.clone_state() for each in given] if isinstance(given, list) else given.clone_state()
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,14 +245,19 @@ class Training:
         alphas = scheduler.alphas_cumprod.double()
         path = DDPMPath(1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]]))
         last = float(path.canonical(torch.tensor(len(path.betas) - 1.0, dtype=torch.float64)))
+        if answer == "epsilon" and last == 1:
+            raise ValueError(
+                f"{kind} has a chain that ends at pure noise, of which prediction_type=epsilon says nothing; such a "
+                "network predicts v"
+            )
         known = {
-            "epsilon": NoisePrediction(path, last),
-            "v_prediction": VPVelocity(path, last),
-            "sample": DataPrediction(path, 1e-4),
+            "epsilon": lambda: NoisePrediction(path, last),
+            "v_prediction": lambda: VPVelocity(path, last),
+            "sample": lambda: DataPrediction(path, 1e-4),
         }
         if answer not in known:
             raise ValueError(f"{kind} has prediction_type={answer}; known are {', '.join(known)}")
-        return cls(known[answer])
+        return cls(known[answer]())
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x (M, *E) at t (M,) -> what the network gets, and what its loop calls t."""
@@ -428,8 +443,12 @@ class _Probe:
         return float(self.training.question(t, t)[0])
 
     def own_times(self) -> Tensor:
-        """Canonical times of the steps, (N,) float64."""
+        """Canonical times of the steps, (N,) float64. Those of a flow begin at 1: its first state is pure noise."""
         times = self.training.canonical(self.own_clock)
+        if isinstance(self.training.parameterization, FlowVelocity):
+            if not self.own_clock.is_floating_point():  # UniPC tells the network whole numbers, and steps by its sigmas
+                times = self.training.sigma(self.sigmas.as_subclass(Tensor)[: len(self.own_clock)].double())
+            times = torch.where(times > 0.999, 1.0, times)
         distinct = torch.unique_consecutive(times)  # Heun's method lists its times twice
         return distinct[distinct > 0].cpu()
 

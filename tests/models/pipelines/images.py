@@ -59,7 +59,6 @@ from transformers import (
     Gemma2Model,
     GlmConfig,
     GlmModel,
-    LlamaConfig,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -451,7 +450,7 @@ def flux_2_klein() -> Family:
         "max_sequence_length": 32,
         "text_encoder_out_layers": (0, 1, 2),
     }
-    return Family(lively(pipe), call, latents=lambda state: state.mT.unflatten(2, (8, 8)))
+    return Family(lively(pipe), call, latents=lambda state, draws: state.mT.unflatten(2, (8, 8)))
 
 
 @family

@@ -6,19 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
 )
+from PIL import Image
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -26,6 +35,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from oss_exp.models.text.encoders import clip_bytes
@@ -37,13 +48,15 @@ PROMPTS = ["a red bicycle", "two cats, sleeping"]
 class Family:
     """A pipeline whose scheduler steps by Euler's method (or DDIM's), and how it is called.
 
-    latents: a state as the scheduler sees it -> as the pipeline takes it for its `latents`.
+    num_steps: a number that its own times divide without rounding.
+    latents:   a state as the scheduler sees it, and what its samples draw from -> the `latents` that the call takes.
     """
 
     pipe: DiffusionPipeline
     call: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[Any, ...] = tuple(PROMPTS)
-    latents: Callable[[torch.Tensor], torch.Tensor] = lambda state: state
+    num_steps: int = 6
+    latents: Callable[[Tensor, list[torch.Generator]], Tensor] = lambda state, draws: state
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {}
@@ -81,7 +94,7 @@ def image_vae(channels: int, blocks: int = 2, **config: Any) -> AutoencoderKL:
 def clip(width: int = 24, heads: int = 3) -> tuple[CLIPTextModel, Any]:
     """A text encoder and its tokenizer of bytes."""
     tokenizer, ends = clip_bytes({"max_position_embeddings": 40})
-    text = {"vocab_size": 600, "hidden_size": width, "intermediate_size": 32, "max_position_embeddings": 40}
+    text = {"vocab_size": 600, "hidden_size": width, "intermediate_size": 32, "max_position_embeddings": 80}
     text |= {"projection_dim": width}
     return CLIPTextModel(CLIPTextConfig(**text, num_hidden_layers=2, num_attention_heads=heads, **ends)), tokenizer
 
@@ -136,3 +149,28 @@ def qwen_vision_language(width: int = 24) -> tuple[Qwen2_5_VLForConditionalGener
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return Qwen2_5_VLForConditionalGeneration(config), tokenizer
+
+
+def umt5(width: int = 20) -> tuple[UMT5EncoderModel, T5Tokenizer]:
+    config = {"vocab_size": 40, "d_model": width, "d_kv": 5, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    return UMT5EncoderModel(UMT5Config(**config, feed_forward_proj="gated-gelu")), t5()[1]
+
+
+def llama(width: int = 24) -> tuple[LlamaModel, PreTrainedTokenizerFast]:
+    """A language model as a text encoder, and its tokenizer of bytes."""
+    config = {"vocab_size": 280, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3}
+    model = LlamaModel(LlamaConfig(**config, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0))
+    return model, byte_tokenizer()
+
+
+def clip_vision(width: int = 24, projection: bool = False) -> tuple[CLIPVisionModel, CLIPImageProcessor]:
+    """An image encoder and what prepares its images."""
+    size = {"image_size": 224, "patch_size": 56, "hidden_size": width, "intermediate_size": 32, "projection_dim": width}
+    config = CLIPVisionConfig(**size, num_hidden_layers=2, num_attention_heads=3)
+    kind = CLIPVisionModelWithProjection if projection else CLIPVisionModel
+    return kind(config), CLIPImageProcessor()
+
+
+def pictures(count: int, size: int = 16) -> list[Image.Image]:
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]

@@ -5,15 +5,13 @@ import inspect
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from models.pipelines import images  # noqa: F401  (it registers its families)
+from models.pipelines import images, videos  # noqa: F401  (they register their families)
 from models.pipelines.parts import FAMILIES, Family
 
 import oss_exp
 from oss_exp.models.pipeline import Pipeline, _pixels
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
-
-STEPS = 6
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,11 +47,12 @@ def own(family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, se
         if isinstance(scheduler, EulerDiscreteScheduler):  # its states are larger than what the network gets
             scheduler.set_timesteps(num_steps)
             latents = latents * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 / scheduler.init_noise_sigma
-    call = {"latents": family.latents(latents)}
+    draws = [torch.Generator().manual_seed(i) for i in range(len(noise))]  # as in our own calls
+    call = {"latents": family.latents(latents, draws), "generator": draws}
     if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
         call = {"generator": torch.Generator().manual_seed(seed)}
     call |= {model.takes: list(model.prompts), "num_inference_steps": num_steps, "output_type": "pt"}
-    return _pixels(model.pipe(**call, **model.call))
+    return _pixels(model.pipe(**call | model.call))
 
 
 def at(model: Pipeline, time: float) -> torch.Tensor:
@@ -76,9 +75,9 @@ def test_a_time_has_one_answer(family, model):
 
 
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family, model):
-    noise, grid = noises(model), model.noise_schedule.nodes(STEPS)
+    noise, grid = noises(model), model.noise_schedule.nodes(family.num_steps)
     found = model.decode(sample(Euler(), model.velocity(None), start(model, noise, float(grid[0])), StepSchedule(grid)))
-    expected = own(family, model, noise, STEPS, seed=0)
+    expected = own(family, model, noise, family.num_steps, seed=0)
     assert found.shape == expected.shape
     assert float(expected.std()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
