@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import error, getcurrent, greenlet
 from torch import Tensor, nn
 
 from oss_exp.models.base import Model
@@ -36,11 +37,12 @@ from oss_exp.models.parameterization import (
     Parameterization,
     VPVelocity,
 )
-from oss_exp.noise import DDPMPath, FlowPath, NoiseSchedule
+from oss_exp.noise import CosinePath, DDPMPath, FlowPath, NoiseSchedule
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
 LENGTH = 100_000  # steps that a suspended loop believes in
+MOST_SUSPENDED = 64  # calls; schedules of their own for each of 32 samples need 32
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 PER_SAMPLE = (*TEXTS, "image", "mask_image", "control_image", "generator")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -79,8 +81,15 @@ class Pipeline(Model):
         self.path = self.training_of.parameterization.path
         self.name = type(pipe).__name__
         self.guidance = Guidance()  # the pipeline's own comes with it
+        cached = [name for name in DENOISERS if getattr(getattr(pipe, name, None), "is_cache_enabled", False)]
+        if cached:
+            raise ValueError(
+                f"the {cached[0]} of {type(pipe).__name__} has a cache, which answers from the step before; search "
+                f"without it (pipe.{cached[0]}.disable_cache()), and enable it afterwards"
+            )
         self.suspended: dict[tuple[int, ...], _Loop] = {}
         self._rows: dict[float, float] = {}
+        self._memoryless = False  # not known yet
         self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
         weakref.finalize(self, _release, self.suspended)
 
@@ -113,11 +122,20 @@ class Pipeline(Model):
         return _PipelineVelocity(fn=self._velocity, condition=condition, rows=self._rows)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, *E) -> pixels in [0, 1], by the pipeline's own end. A suspended call of B samples ends with it."""
-        key = next((key for key in self.suspended if len(key) == len(x0)), tuple([0] * len(x0)))
+        """x0 (B, *E) -> pixels in [0, 1], or waveforms (B, channels, samples), by the pipeline's own end.
+
+        The latest suspended call of B samples ends with it. So an image that the end pastes in, as that of
+        image-to-video's first frame, is that of the samples whose velocity was asked for last.
+        """
+        taken = tuple(i % len(self.prompts) for i in range(len(x0)))
+        key = next((key for key in reversed(self.suspended) if len(key) == len(x0)), taken)
         loop = self._loop(key)
         self.suspended.pop(key, None)
-        return _pixels(loop.finish(x0.to(loop.first.dtype)))
+        try:
+            return decoded(loop.finish(x0.to(loop.first.dtype)))
+        except BaseException:
+            loop.release()
+            raise
 
     def release(self) -> None:
         """End all suspended calls. It is done when the model is no longer used, too."""
@@ -125,37 +143,31 @@ class Pipeline(Model):
 
     def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
+        times = t.tolist()
         velocity = torch.empty_like(x)
-        for rows in self._batches(t, condition):
-            key = tuple(condition[rows].tolist())
-            loop = self._loop(key)
+        for key, rows in _calls(times, condition.tolist()):
+            loop, whole = self._loop(key), rows == [*range(len(x))]
             try:
-                velocity[rows] = loop.velocity(x[rows], t[rows])
+                answer = loop.velocity(x if whole else x[rows], times[rows[0]])
             except BaseException:
-                del self.suspended[key]  # its call has ended with the error
+                self.suspended.pop(key).release()
                 raise
-            self._rows[float(t[rows[0]])] = loop.rows / len(rows)
+            self._rows[times[rows[0]]] = loop.rows / len(rows)
+            if whole:
+                return answer
+            velocity[rows] = answer
         return velocity
 
-    def _batches(self, t: Tensor, condition: Tensor) -> Iterator[Tensor]:
-        """Positions of rows that have one time, each sample at most once: what one call of the network can take."""
-        count = len(t)
-        period = next(
-            p
-            for p in range(1, count + 1)
-            if count % p == 0 and torch.equal(condition, condition[:p].repeat(count // p))
-        )
-        for group in torch.arange(count).split(period):
-            for time in t[group].unique():
-                yield group[(t[group] == time).cpu()]
-
     def _loop(self, key: tuple[int, ...]) -> _Loop:
-        """The suspended call of these prompts; older calls are ended where there are many."""
-        if key not in self.suspended:
-            while len(self.suspended) >= 4:
-                self.suspended.pop(next(iter(self.suspended))).release()
-            self.suspended[key] = self.begun(key)
-        return self.suspended[key]
+        """The suspended call of these prompts, which is then the latest; the oldest ends where there are many."""
+        loop = self.suspended.pop(key, None) or self.begun(key)
+        self.suspended[key] = loop
+        if not self._memoryless:
+            loop.require_no_memory()
+            self._memoryless = True
+        while len(self.suspended) > MOST_SUSPENDED:
+            self.suspended.pop(next(iter(self.suspended))).release()
+        return loop
 
     def begun(self, key: Sequence[int], **call: Any) -> _Loop:
         """A call of these prompts, suspended at the first answer of its network."""
@@ -168,7 +180,11 @@ class Pipeline(Model):
         if self.draws:
             own["generator"] = self._generators(own.get("generator"), key)
         loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
-        loop.begin(len(key))
+        try:
+            loop.begin(len(key))
+        except BaseException:
+            loop.release()
+            raise
         return loop
 
     @staticmethod
@@ -230,6 +246,10 @@ class Training:
             inverted = bool(config.get("invert_sigmas", False))
             path = FlowPath(time_scale=float(config["num_train_timesteps"]))
             return cls(FlowVelocity(path), -1.0 if inverted else 1.0, inverted)
+        if kind.startswith("CosineDPM"):
+            if answer != "v_prediction" or config["sigma_data"] != 1:
+                raise ValueError(f"{kind} is known with prediction_type=v_prediction and sigma_data=1")
+            return cls(VPVelocity(CosinePath(), config["sigma_max"] / (1 + config["sigma_max"])))
         if kind.startswith("EDM") or config.get("timestep_type") == "continuous":
             sigma_data = float(config.get("sigma_data", 1.0))
             bounds = float(config.get("sigma_min") or 0.002), float(config.get("sigma_max") or 80.0)
@@ -304,11 +324,9 @@ class _Loop(greenlet):
         super().__init__()
         self.pipe, self.training, self.call_arguments = pipe, training, dict(call)
         self.probe = _probe(pipe.scheduler, training)
-        self.own_scheduler = pipe.scheduler
-        self.own_bar = getattr(pipe, "_progress_bar_config", None)
         self.output_type = {} if "output_type" in call else {"output_type": "pt"}
         self.pending: _Asked | None = None
-        self.ending = False
+        self.ending, self.started = False, False
         self.rows = 0.0
         self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
 
@@ -317,10 +335,11 @@ class _Loop(greenlet):
 
     def begin(self, count: int) -> None:
         """Run up to the first answer of the network, which tells the state's shape."""
+        self.started = True
         answered = self._resume(None)
         if not isinstance(answered, _Answer):
             raise ValueError(f"{type(self.pipe).__name__} ended without asking its scheduler for a step")
-        states = answered.sample
+        states, self.answer = answered.sample, answered.output
         self.copies = max(len(states) // count, 1)  # DiTPipeline steps every state twice under guidance
         self.first = states[:count]
         if not torch.equal(states, self._copied(self.first)):
@@ -328,8 +347,22 @@ class _Loop(greenlet):
                 f"{type(self.pipe).__name__} has {len(states)} states for {count} prompts; call it for one image a prompt"
             )
 
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, *E) at one time t (B,) -> v (B, *E)."""
+    def require_no_memory(self) -> None:
+        """ValueError where the network's first answer is another one when it is asked for again."""
+        sigmas = getattr(self.probe, "sigmas", self.probe.own_clock)
+        self.pending = _Asked(self.probe.own_clock[0], sigmas[0])
+        again = self._resume(self._copied(self.first)).output
+        if not torch.linalg.vector_norm((again - self.answer).float()) <= 1e-2 * torch.linalg.vector_norm(
+            self.answer.float()
+        ):
+            raise ValueError(
+                f"{type(self.pipe).__name__} answers the same state at the same time otherwise in its next step: its "
+                "guidance has a momentum, or draws numbers, and its loop is no ODE; call it without"
+            )
+
+    def velocity(self, x: Tensor, time: float) -> Tensor:
+        """x (B, *E) at one time -> v (B, *E)."""
+        t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
         self.pending, self.rows = _Asked(clock[0].float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
@@ -341,10 +374,16 @@ class _Loop(greenlet):
         return self._resume(self._copied(x0))
 
     def release(self) -> None:
-        """End the call where it is."""
-        if not self.dead and self:
-            with self._inside():
-                self.throw()
+        """End the call where it is, and what it would do last: an offloaded network leaves the GPU."""
+        if self and not self.dead:
+            try:
+                with self._inside():
+                    self.throw()
+            except error:
+                return  # another thread's call, which ends with its thread
+        if self.started:
+            self.started = False
+            self.pipe.maybe_free_model_hooks()
 
     def _copied(self, states: Tensor) -> Tensor:
         return states.repeat(self.copies, *[1] * (states.ndim - 1))
@@ -356,21 +395,20 @@ class _Loop(greenlet):
     @contextmanager
     def _inside(self) -> Iterator[None]:
         """The probe in the pipeline's place of its scheduler, for as long as its call runs."""
-        grad = torch.is_grad_enabled()
-        hooks = [part.register_forward_hook(self._count, with_kwargs=True) for part in self.denoisers]
-        bar = getattr(self.pipe, "_progress_bar_config", None)
-        self.parent = getcurrent()
-        self.pipe.__dict__["scheduler"] = self.probe
-        self.pipe.__dict__["_progress_bar_config"] = {"disable": True}
+        grad, before = torch.is_grad_enabled(), dict(self.pipe.__dict__)
+        hooks = []
         try:
+            self.parent = getcurrent()
+            self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
+            hooks += [part.register_forward_hook(self._count, with_kwargs=True) for part in self.denoisers]
             yield
         finally:
             torch.set_grad_enabled(grad)
-            self.pipe.__dict__["scheduler"] = self.own_scheduler
-            if bar is None:
-                self.pipe.__dict__.pop("_progress_bar_config", None)
-            else:
-                self.pipe.__dict__["_progress_bar_config"] = bar
+            for name in ("scheduler", "_progress_bar_config"):
+                if name in before:
+                    self.pipe.__dict__[name] = before[name]
+                else:
+                    self.pipe.__dict__.pop(name, None)
             for hook in hooks:
                 hook.remove()
 
@@ -520,13 +558,28 @@ def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:
     suspended.clear()
 
 
-def _pixels(output: Any) -> Tensor:
-    """What a pipeline returned -> (B, C, H, W), or (B, C, F, H, W) for videos, in [0, 1]."""
-    for name in ("images", "frames"):
+def _calls(times: Sequence[float], samples: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Each call's samples and rows: rows of one time, a sample at most once, in the samples' order."""
+    seen: Counter[tuple[float, int]] = Counter()
+    calls: dict[tuple[float, int], list[int]] = {}
+    for row, asked in enumerate(zip(times, samples, strict=True)):
+        calls.setdefault((asked[0], seen[asked]), []).append(row)
+        seen[asked] += 1
+    ordered = [sorted(rows, key=samples.__getitem__) for rows in calls.values()]
+    return [(tuple(samples[row] for row in rows), rows) for rows in ordered]
+
+
+def decoded(output: Any) -> Tensor:
+    """What a pipeline returned -> its tensors, float32.
+
+    Images (B, C, H, W) and videos (B, C, F, H, W) are in [0, 1]. Waveforms (B, channels, samples) are as they are,
+    full scale being -1 to 1, and their PSNR, 10 log10(1 / MSE), is against full scale.
+    """
+    for name in ("images", "frames", "audios"):
         if (found := getattr(output, name, None)) is not None:
             break
     else:
-        raise ValueError(f"{type(output).__name__} has neither images nor frames")
+        raise ValueError(f"{type(output).__name__} has no images, frames or audios")
     if not isinstance(found, Tensor):
         raise ValueError("the pipeline returns no tensors; it needs output_type='pt'")
     return found.movedim(1, 2).float() if found.ndim == 5 else found.float()

@@ -5,11 +5,11 @@ import inspect
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from models.pipelines import images, videos  # noqa: F401  (they register their families)
+from models.pipelines import audio, images, videos  # noqa: F401  (they register their families)
 from models.pipelines.parts import FAMILIES, Family
 
 import oss_exp
-from oss_exp.models.pipeline import Pipeline, _pixels
+from oss_exp.models.pipeline import Pipeline, decoded
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
 
@@ -52,7 +52,7 @@ def own(family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, se
     if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
         call = {"generator": torch.Generator().manual_seed(seed)}
     call |= {model.takes: list(model.prompts), "num_inference_steps": num_steps, "output_type": "pt"}
-    return _pixels(model.pipe(**call | model.call))
+    return decoded(model.pipe(**call | model.call))
 
 
 def at(model: Pipeline, time: float) -> torch.Tensor:
