@@ -216,6 +216,18 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         after = after.to(sample.dtype)
         return SchedulerOutput(prev_sample=after) if return_dict else (after,)
 
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents (M, *E) -> latents at one of the schedule's times, as pipelines with masks ask at each step."""
+        index = (self.timesteps.cpu() == timesteps.flatten()[0].cpu()).nonzero().flatten()
+        if len(index) == 0:
+            raise ValueError(f"{float(timesteps.flatten()[0])} is none of the schedule's timesteps")
+        t = self.times[max(int(index[0]) - int(self.config["extra_call"]), 0)]
+        return self._scale(t) * ((1 - t) * original_samples + t * noise)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """The same, in the words of schedulers of flow matching."""
+        return self.add_noise(sample, noise, timestep)
+
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
 

@@ -45,6 +45,15 @@ LENGTH = 100_000  # steps that a suspended loop believes in
 MOST_SUSPENDED = 64  # calls; schedules of their own for each of 32 samples need 32
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 PER_SAMPLE = (*TEXTS, "image", "mask_image", "control_image", "generator")
+# Arguments whose effect goes by a step's number.
+COUNTED = (
+    "control_guidance_start",
+    "control_guidance_end",
+    "cfg_trunc_ratio",
+    "cfg_truncation",
+    "skip_guidance_layers",
+)
+COUNTED += ("denoising_start", "denoising_end", "adapter_conditioning_factor")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
@@ -69,9 +78,12 @@ class Pipeline(Model):
             raise ValueError(f"prompts must be a list of one or more, got {prompts!r}")
         if refused := {"num_inference_steps", "timesteps", "sigmas", "latents"} & call.keys():
             raise ValueError(f"{', '.join(sorted(refused))} of the call is for the search to choose; leave it out")
-        if call.get("strength", 1.0) != 1.0:
-            raise ValueError(f"strength={call['strength']} starts inside of the schedule; search with strength=1.0")
         takes = inspect.signature(type(pipe).__call__).parameters
+        given = {name: parameter.default for name, parameter in takes.items()} | call
+        if given.get("strength", 1.0) != 1.0:
+            raise ValueError(f"strength={given['strength']} starts inside of the schedule; search with strength=1.0")
+        if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
+            raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
         self.draws = "generator" in takes
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), None)
@@ -328,6 +340,9 @@ class _Loop(greenlet):
         self.pending: _Asked | None = None
         self.ending, self.started = False, False
         self.rows = 0.0
+        self.state: Tensor | None = None  # what the last step gave the loop
+        self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
+        self.kept: Tensor | None = None
         self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
 
     def run(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -366,7 +381,13 @@ class _Loop(greenlet):
         question, clock = self.training.question(x, t)
         self.pending, self.rows = _Asked(clock[0].float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
-        return self.training.velocity(answered.output[: len(x)].to(x), x, t)
+        velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
+        if self.image is None:
+            return velocity
+        # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
+        if self.kept is None:
+            self.kept = self._resume(self._copied(torch.zeros_like(self.first))).sample[: len(x)].to(x)
+        return torch.lerp(velocity, (x - self.image[: len(x)].to(x)) / rowwise(t, x), self.kept)
 
     def finish(self, x0: Tensor) -> Any:
         """Let the loop go, with x0 as its last state; returns what the call returns."""
@@ -388,7 +409,13 @@ class _Loop(greenlet):
     def _copied(self, states: Tensor) -> Tensor:
         return states.repeat(self.copies, *[1] * (states.ndim - 1))
 
+    def masked(self, image: Tensor) -> Tensor:
+        """What the loop shall put outside of its mask: the state itself, or 1 to show where that is."""
+        first, self.image = self.image is None, image
+        return self.state if first or self.kept is not None else torch.ones_like(self.state)
+
     def _resume(self, state: Tensor | None) -> Any:
+        self.state = state
         with self._inside(), torch.set_grad_enabled(state is not None and state.requires_grad):
             return self.switch() if state is None else self.switch(state)
 
@@ -491,6 +518,9 @@ class _Probe:
         return distinct[distinct > 0].cpu()
 
     def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
+        loop = getcurrent()
+        if isinstance(loop, _Loop) and loop.state is not None:
+            return loop.masked(original)
         t = self.training.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
         x = rowwise(1 - t, original) * original + rowwise(t, original) * noise
         return self.training.question(x, t)[0].to(original.dtype)

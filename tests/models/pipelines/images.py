@@ -119,6 +119,10 @@ def stable_diffusion_ddim() -> Family:
 
 @family
 def stable_diffusion_xl() -> Family:
+    return Family(lively(StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)), SMALL)
+
+
+def stable_diffusion_xl_parts() -> dict[str, Any]:
     first, second = clip(), clip_with_projection(16)
     network = unet(
         cross_attention_dim=40,
@@ -127,11 +131,15 @@ def stable_diffusion_xl() -> Family:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )
-    scheduler = EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading")
-    pipe = StableDiffusionXLPipeline(
-        image_vae(4), first[0], second[0], first[1], second[1], network, scheduler, add_watermarker=False
-    )
-    return Family(lively(pipe), SMALL)
+    return {
+        "vae": image_vae(4),
+        "text_encoder": first[0],
+        "tokenizer": first[1],
+        "text_encoder_2": second[0],
+        "tokenizer_2": second[1],
+        "unet": network,
+        "scheduler": EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading"),
+    }
 
 
 @family
@@ -286,7 +294,13 @@ def chroma() -> Family:
 def qwen_image() -> Family:
     """True guidance by two calls, with a norm."""
     encoder, tokenizer = qwen_vision_language()
-    transformer = QwenImageTransformer2DModel(
+    pipe = QwenImagePipeline(qwen_image_scheduler(), qwen_vae(), encoder, tokenizer, qwen_image_transformer())
+    call = {"height": 32, "width": 32, "true_cfg_scale": 3.0, "negative_prompt": ["dull", "bad"]}
+    return Family(lively(pipe), call)
+
+
+def qwen_image_transformer() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=1,
@@ -295,12 +309,12 @@ def qwen_image() -> Family:
         joint_attention_dim=24,
         axes_dims_rope=(4, 4, 4),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
+
+
+def qwen_image_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02, max_image_seq_len=8192
     )
-    pipe = QwenImagePipeline(scheduler, qwen_vae(), encoder, tokenizer, transformer)
-    call = {"height": 32, "width": 32, "true_cfg_scale": 3.0, "negative_prompt": ["dull", "bad"]}
-    return Family(lively(pipe), call)
 
 
 def qwen_vae() -> AutoencoderKLQwenImage:

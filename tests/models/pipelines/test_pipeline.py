@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from models.pipelines import audio, images, videos  # noqa: F401  (they register their families)
+from models.pipelines import audio, edits, images, videos  # noqa: F401  (they register their families)
 from models.pipelines.parts import FAMILIES, Family
 
 import oss_exp

@@ -1,0 +1,139 @@
+"""Pipelines of diffusers that change images: ControlNets, masks, instructions, images as tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+from models.pipelines.images import (
+    FLUX_CALL,
+    SD_BETAS,
+    SMALL,
+    flux_parts,
+    flux_transformer,
+    stable_diffusion_xl_parts,
+    unet,
+)
+from models.pipelines.parts import Family, clip, family, image_vae, lively
+
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def image(height: int = 24, width: int = 24, channels: int = 3, count: int = 1) -> torch.Tensor:
+    """(count, channels, height, width) in [0, 1]."""
+    return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(5))
+
+
+def mask(height: int = 24, width: int = 24) -> torch.Tensor:
+    """(1, 1, height, width): the right half is to be painted."""
+    return (torch.arange(width) >= width // 2).float().expand(1, 1, height, width)
+
+
+def exact(pipe: Any) -> Any:
+    """An autoencoder that is sure of its latents: pipelines draw from what it says of an image."""
+    head = pipe.vae.quant_conv if getattr(pipe.vae, "quant_conv", None) is not None else pipe.vae.encoder.conv_out
+    variances = slice(len(head.weight) // 2, None)
+    head.weight.data[variances] = 0
+    head.bias.data[variances] = -60
+    return pipe
+
+
+def stable_diffusion_parts(**config: Any) -> dict[str, Any]:
+    encoder, tokenizer = clip()
+    scheduler = EulerDiscreteScheduler(**SD_BETAS)
+    parts = {"vae": image_vae(4), "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet(**config)}
+    return parts | {"scheduler": scheduler} | UNCHECKED
+
+
+def control_net(network: Any) -> ControlNetModel:
+    return ControlNetModel.from_unet(network, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8))
+
+
+@family
+def control_net_stable_diffusion() -> Family:
+    parts = stable_diffusion_parts()
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=control_net(parts["unet"]))
+    pictures = list(image(count=2).split(1))
+    return Family(lively(pipe), SMALL | {"image": pictures})
+
+
+@family
+def control_net_stable_diffusion_xl() -> Family:
+    parts = stable_diffusion_xl_parts()
+    pipe = StableDiffusionXLControlNetPipeline(**parts, controlnet=control_net(parts["unet"]), add_watermarker=False)
+    return Family(lively(pipe), SMALL | {"image": image(), "controlnet_conditioning_scale": 0.7})
+
+
+@family
+def inpainting() -> Family:
+    """A network that sees the mask and the masked image."""
+    pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts(in_channels=9))
+    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0})
+
+
+@family
+def inpainting_by_blending() -> Family:
+    """A network that does not; the loop puts the image outside of the mask after each step."""
+    pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
+    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0})
+
+
+@family
+def instruct_pix2pix() -> Family:
+    """Guided by the text and by the image: three rows for a sample."""
+    pipe = StableDiffusionInstructPix2PixPipeline(**stable_diffusion_parts(in_channels=8))
+    return Family(lively(pipe), {"guidance_scale": 3.0, "image_guidance_scale": 1.5, "image": image(count=2)})
+
+
+@family
+def flux_control() -> Family:
+    """The control image is in the network's channels."""
+    pipe = FluxControlPipeline(*flux_parts(), flux_transformer(64, out_channels=32))
+    return Family(exact(lively(pipe)), FLUX_CALL | {"control_image": image(48, 32)})
+
+
+@family
+def flux_control_net() -> Family:
+    """True guidance too."""
+    transformer = flux_transformer(32)
+    net = FluxControlNetModel.from_transformer(
+        transformer, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2
+    )
+    pipe = FluxControlNetPipeline(*flux_parts(), transformer, net)
+    call = FLUX_CALL | {"control_image": image(48, 32), "true_cfg_scale": 2.0, "negative_prompt": ["dull", "bad"]}
+    return Family(exact(lively(pipe)), call)
+
+
+@family
+def flux_fill() -> Family:
+    pipe = FluxFillPipeline(*flux_parts(), flux_transformer(2 * 32 + 4 * 64, out_channels=32))
+    call = FLUX_CALL | {"image": image(48, 32), "mask_image": mask(48, 32), "strength": 1.0}
+    return Family(exact(lively(pipe)), call)
+
+
+@family
+def flux_inpainting_by_blending() -> Family:
+    pipe = FluxInpaintPipeline(*flux_parts(), flux_transformer(32))
+    call = FLUX_CALL | {"image": image(48, 32), "mask_image": mask(48, 32), "strength": 1.0}
+    return Family(exact(lively(pipe)), call)
+
+
+@family
+def flux_kontext() -> Family:
+    """The image's tokens stand behind the state's."""
+    pipe = FluxKontextPipeline(*flux_parts(), flux_transformer(32))
+    return Family(lively(pipe), FLUX_CALL | {"image": image(48, 32), "max_area": 48 * 32, "_auto_resize": False})
