@@ -181,14 +181,17 @@ class Pipeline(Model):
             self.suspended.pop(next(iter(self.suspended))).release()
         return loop
 
+    def _rows_of(self, value: Any, key: Sequence[int]) -> Any:
+        """What belongs to these prompts of a list or a batch of images that has an entry for each prompt."""
+        if isinstance(value, list) and len(value) == len(self.prompts):
+            return [value[i] for i in key]
+        if isinstance(value, Tensor) and value.ndim > 3 and len(value) == len(self.prompts):
+            return value[list(key)]
+        return value
+
     def begun(self, key: Sequence[int], **call: Any) -> _Loop:
         """A call of these prompts, suspended at the first answer of its network."""
-        own = {
-            name: [value[i] for i in key]
-            if name in PER_SAMPLE and isinstance(value, list) and len(value) == len(self.prompts)
-            else value
-            for name, value in self.call.items()
-        }
+        own = {name: self._rows_of(value, key) if name in PER_SAMPLE else value for name, value in self.call.items()}
         if self.draws:
             own["generator"] = self._generators(own.get("generator"), key)
         loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
@@ -359,7 +362,7 @@ class _Loop(greenlet):
         self.first = states[:count]
         if not torch.equal(states, self._copied(self.first)):
             raise ValueError(
-                f"{type(self.pipe).__name__} has {len(states)} states for {count} prompts; call it for one image a prompt"
+                f"{type(self.pipe).__name__} has {len(states)} states for {count} prompts; give one image a prompt"
             )
 
     def require_no_memory(self) -> None:
@@ -441,7 +444,7 @@ class _Loop(greenlet):
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         # Z-Image's network takes a list of states.
-        states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 1]
+        states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 1)]
         if states:
             self.rows += len(states[0])
 
@@ -462,7 +465,18 @@ class _Answer:
     sample: Tensor
 
 
-class _Times(Tensor):
+class _Steps(Tensor):
+    """A tensor that answers a loop's lookups with what a search asks for. What is computed of it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+            moved = func in (Tensor.__getitem__, Tensor.to, Tensor.clone) and isinstance(args[0], cls)
+            return result.as_subclass(cls) if moved and 2 * result.numel() > args[0].numel() else result
+
+
+class _Times(_Steps):
     """The pipeline's own times, and a loop over those that a search asks for."""
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -480,7 +494,7 @@ class _Times(Tensor):
         return super().__getitem__(index) if asked is None else asked.clock
 
 
-class _Sigmas(Tensor):
+class _Sigmas(_Steps):
     """The pipeline's own noise levels, and at a step's number that of the time that a search asks for."""
 
     def __getitem__(self, index: Any) -> Tensor:

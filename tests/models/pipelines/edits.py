@@ -87,9 +87,12 @@ def inpainting() -> Family:
 
 @family
 def inpainting_by_blending() -> Family:
-    """A network that does not; the loop puts the image outside of the mask after each step."""
+    """A network that does not; the loop puts the image outside of the mask after each step.
+
+    Its first state is noise alone, where the chain's last time still has 0.6 % of the image.
+    """
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
-    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0})
+    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}, atol=2e-3)
 
 
 @family
@@ -129,7 +132,7 @@ def flux_fill() -> Family:
 def flux_inpainting_by_blending() -> Family:
     pipe = FluxInpaintPipeline(*flux_parts(), flux_transformer(32))
     call = FLUX_CALL | {"image": image(48, 32), "mask_image": mask(48, 32), "strength": 1.0}
-    return Family(exact(lively(pipe)), call)
+    return Family(exact(lively(pipe)), call, latents=lambda state, _: pipe._unpack_latents(state, 48, 32, 8))
 
 
 @family

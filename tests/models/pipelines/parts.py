@@ -50,6 +50,7 @@ class Family:
 
     num_steps: a number that its own times divide without rounding.
     latents:   a state as the scheduler sees it, and what its samples draw from -> the `latents` that the call takes.
+    atol:      of pixels, between its own samples and ours.
     """
 
     pipe: DiffusionPipeline
@@ -57,6 +58,7 @@ class Family:
     prompts: tuple[Any, ...] = tuple(PROMPTS)
     num_steps: int = 6
     latents: Callable[[Tensor, list[torch.Generator]], Tensor] = lambda state, draws: state
+    atol: float = 1e-5
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {}

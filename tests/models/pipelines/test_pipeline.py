@@ -80,7 +80,7 @@ def test_on_its_own_times_the_samples_are_the_pipelines_own(family, model):
     expected = own(family, model, noise, family.num_steps, seed=0)
     assert found.shape == expected.shape
     assert float(expected.std()) > 1e-3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
 
 
 def test_a_searched_schedule_runs_in_the_pipeline(family, model):
@@ -106,7 +106,7 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
         found = own(family, model, noise, 4, seed=1)
     finally:
         family.pipe.scheduler = before
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
 
 
 def test_nothing_is_left(family):
