@@ -346,6 +346,7 @@ class _Loop(greenlet):
         self.state: Tensor | None = None  # what the last step gave the loop
         self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
         self.kept: Tensor | None = None
+        self.showing = False
         self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
 
     def run(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -389,7 +390,9 @@ class _Loop(greenlet):
             return velocity
         # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
         if self.kept is None:
+            self.showing = True
             self.kept = self._resume(self._copied(torch.zeros_like(self.first))).sample[: len(x)].to(x)
+            self.showing = False
         return torch.lerp(velocity, (x - self.image[: len(x)].to(x)) / rowwise(t, x), self.kept)
 
     def finish(self, x0: Tensor) -> Any:
@@ -414,8 +417,9 @@ class _Loop(greenlet):
 
     def masked(self, image: Tensor) -> Tensor:
         """What the loop shall put outside of its mask: the state itself, or 1 to show where that is."""
-        first, self.image = self.image is None, image
-        return self.state if first or self.kept is not None else torch.ones_like(self.state)
+        assert self.state is not None
+        self.image = image
+        return torch.ones_like(self.state) if self.showing else self.state
 
     def _resume(self, state: Tensor | None) -> Any:
         self.state = state
@@ -474,6 +478,10 @@ class _Steps(Tensor):
             result = func(*args, **kwargs or {})
             moved = func in (Tensor.__getitem__, Tensor.to, Tensor.clone) and isinstance(args[0], cls)
             return result.as_subclass(cls) if moved and 2 * result.numel() > args[0].numel() else result
+
+    def __len__(self) -> int:
+        with torch._C.DisableTorchFunctionSubclass():  # ControlNets' loops ask it for each of their steps
+            return self.shape[0]
 
 
 class _Times(_Steps):
