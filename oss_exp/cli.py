@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 import oss_exp
 from oss_exp import report
 from oss_exp.files import remove_unfinished, write_atomically
-from oss_exp.tasks import border
-from oss_exp.tasks.configuration import check_configuration
+from oss_exp.tasks import border, preemption
+from oss_exp.tasks.configuration import check_configuration, expand_home
 from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
@@ -40,6 +40,9 @@ USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, O
 def run(cfg: DictConfig) -> float | None:
     """The mean PSNR of the run's schedules, for sweepers that look for a maximum; None where none was measured."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+    where = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweeps else f"hydra.run.dir={folder}"
+    preemption.advise(f"what was done is kept, and the same command with {where} goes on")
     lock = FileLock(folder / ".lock", timeout=0)  # freed by the system, however the process ends
     try:
         rank_zero_only(lock.acquire)()
@@ -60,6 +63,7 @@ def run(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, folder: Path) -> None:
     refuse_unread(cfg, CONF)
+    expand_home(cfg)
     check_configuration(cfg)
     devices = cfg.trainer.devices if "trainer" in cfg else 1
     if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
@@ -78,8 +82,9 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     try:
-        refuse_unknown(sys.argv[1:], CONF)
-        run()
+        with preemption.watched():
+            refuse_unknown(sys.argv[1:], CONF)
+            run()
     except USER_ERRORS as error:
         if wants_traceback:
             raise
@@ -87,12 +92,6 @@ def main() -> None:
         if {"-m", "--multirun"} & set(sys.argv):
             print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns Ctrl-C inside a loop into an exit.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        print("oss-exp: interrupted; the files already written are whole", file=sys.stderr)
-        sys.exit(130)
     finally:
         if not wants_traceback:
             del os.environ["HYDRA_FULL_ERROR"]

@@ -188,9 +188,9 @@ def _train(
         loss = partial(jump_loss, setting, steps, span, progressive)
     torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
     with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
-        module = StageModule(network, parameters, loss, examples, **task.settings())
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
-        trainer = fit(run.cfg, task, module, last, logger, last if last.is_file() else None, precision=task.precision)
+        module = StageModule(network, parameters, loss, examples, checkpoint=last, **task.settings())
+        trainer = fit(run.cfg, task, module, logger, last if last.is_file() else None, precision=task.precision)
     if rank_zero_only.rank == 0:
         # What a spawned process did is there alone.
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
@@ -299,7 +299,7 @@ class StageModule(Training):
         if not self.checked:
             self.checked["loss_before"] = self._check()
 
-    def on_epoch(self) -> None:
+    def on_save(self) -> None:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else used
         self.peak_bytes = max(self.peak_bytes, used)

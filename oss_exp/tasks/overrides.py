@@ -6,11 +6,15 @@ entries that are appended (`+images=digits`), and those that a yaml without a pl
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 RENAMED = {
@@ -34,6 +38,7 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
                 raise ValueError(f"{override} is now {match.expand(new)}")
 
         group, _, choice = override.partition("=")
+        _check_grammar(override, group, choice)
         if own_folders or not group or not (conf / group).is_dir():
             continue
         options = {file.stem for file in (conf / group).glob("*.yaml")}
@@ -45,6 +50,21 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             if homes:
                 advice = f"{option} is an option of another group: {' or '.join(homes)}"
             raise ValueError(f"{group}={option} does not exist; {advice}")
+
+
+def _check_grammar(override: str, key: str, value: str) -> None:
+    """Raise ValueError where Hydra cannot read an override, or would take the home folder's sign for a name."""
+    if override.startswith("-") or "=" not in override:
+        return
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        command = quote(f'{key}="{quoted}"')
+        raise ValueError(f"{override} cannot be read as it is; quote its value: {command}") from None
+    folder = value.strip("\"'")
+    if key.startswith("hydra.") and key.endswith(".dir") and folder.startswith("~/"):
+        raise ValueError(f"{override} would be a folder called ~; write {key}={os.path.expanduser(folder)}")
 
 
 def refuse_unread(cfg: DictConfig, conf: Path) -> None:
