@@ -15,18 +15,22 @@ from oss_exp.solvers import Solver, named_solver
 from oss_exp.tasks.older_configs import canonical, changed
 from oss_exp.tasks.setting import Setting
 
-RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
+RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json", "checkpoints")
+MEASURING = ("metric", "evaluation")  # measured anew where they change, of the same schedules
 
 
 def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
-    """ValueError where the folder holds results of another configuration. free: keys of cfg.task that may differ."""
+    """Raise ValueError where the folder holds results of another configuration.
+
+    What is measured may differ. free: keys of cfg.task that may differ too.
+    """
     if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
     old = canonical(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False))
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
     for values in (old, new):
         values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
-    if keys := changed(old, new):
+    if keys := [key for key in changed(old, new) if key not in MEASURING]:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
         )
