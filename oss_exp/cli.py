@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import oss_exp
@@ -51,7 +52,10 @@ def run(cfg: DictConfig) -> float | None:
     rank_zero_only(remove_unfinished)(folder)
     rank_zero_only((folder / "error.log").unlink)(missing_ok=True)
     try:
+        if not (folder / ".hydra").exists():
+            _write_command(cfg, folder)
         _run(cfg, folder)
+        _write_command(cfg, folder)  # not before: a refused command is not the one of the folder's run
         return report.mean_psnr(folder)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk: what went wrong is to be said all the same
@@ -61,9 +65,24 @@ def run(cfg: DictConfig) -> float | None:
         lock.release()
 
 
+@rank_zero_only
+def _write_command(cfg: DictConfig, folder: Path) -> None:
+    """Write the files that Hydra has in .hydra: the configuration, Hydra's own, and the overrides."""
+    hydra_cfg = HydraConfig.instance().cfg
+    parts = {
+        "config": cfg,
+        "hydra": OmegaConf.masked_copy(hydra_cfg, "hydra"),
+        "overrides": hydra_cfg.hydra.overrides.task,
+    }
+    for name, part in parts.items():
+        write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
+
+
 def _run(cfg: DictConfig, folder: Path) -> None:
     refuse_unread(cfg, CONF)
     expand_home(cfg)
+    if SLURMEnvironment.detect() and (states := sorted(folder.glob("hpc_ckpt_*"))):
+        raise ValueError(f"{states[0]} is not of this program, and Lightning would load it; remove it")
     check_configuration(cfg)
     devices = cfg.trainer.devices if "trainer" in cfg else 1
     if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):

@@ -31,6 +31,7 @@ LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near i
 TABLE_LIMIT = 1 << 28  # 256 MiB: of files with numbers for every sample, or for every step of a training
 NODES = 1 << 24  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
 ARRAYS_LIMIT = 1 << 29  # 512 MiB: of the arrays in an .npz file
+UNFINISHED = ".oss_exp.tmp"  # how the names of files end that are being written: no other program's do
 AGAIN = "write it again with the command that made it"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -45,7 +46,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -62,8 +63,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """The temporary files below it that a killed process left; nobody else may be writing there."""
-    for path in folder.rglob(".*.tmp"):
+    """Remove the temporary files below a folder that a killed process left; nobody else may be writing there."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 

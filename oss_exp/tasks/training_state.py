@@ -1,7 +1,7 @@
 """What a training keeps to go on from: the record of a checkpoint, and the one place where such a file is read.
 
-A checkpoint may come from anybody. Only tensors, numbers and texts are read from it, all that is not named here is left
-out (Lightning's callbacks would remove the files that a checkpoint names), and what does not fit the network is refused.
+A checkpoint may come from anybody. Only tensors, numbers and texts are read from it, what is not named here is left out
+(Lightning's callbacks would remove the files that a checkpoint names), and what does not fit the network is refused.
 """
 
 from __future__ import annotations
