@@ -73,9 +73,10 @@ def main() -> None:
     given = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
     torch.set_num_threads(1)
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     prompts = [json.dumps(known[0]) + "\n" for known in wishes().values()]
+    for name in given.tasks:
+        (FOLDER / f"{name}.json").unlink(missing_ok=True)
     (FOLDER / "prompts.jsonl").write_text("".join(prompts[:2]))
     lines = [kill(name, given.every) for name in TASKS if name in given.tasks or needed(name, given.tasks)]
     assert all(line[-1] == "0" for line in lines), "some runs do not end as the untouched one"
@@ -89,6 +90,7 @@ def needed(name: str, tasks: Sequence[str]) -> bool:
 def kill(name: str, every: int) -> list[str]:
     """Kill a task in all these ways; returns the line of the table, which is kept too."""
     folder, draw, tally, started = FOLDER / name, random.Random(name), Counter(), time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     seconds = time.monotonic()
     code, renames, _ = run(name, folder / "whole")
@@ -96,8 +98,9 @@ def kill(name: str, every: int) -> list[str]:
     assert code == 0, (folder / "whole.log").read_text()[-2000:]
     expected = outcome(folder / "whole")
 
-    def strike(where: Path, number: int, at: Any) -> None:
-        sent = SIGNALS[number % len(SIGNALS)]
+    def strike(where: Path, at: Any) -> None:
+        sent = SIGNALS[tally["struck"] % len(SIGNALS)]
+        tally["struck"] += 1
         code, _, took = run(name, where, sent, at)
         tally[sent.name] += code == CODES[sent]
         if code not in (0, CODES[sent]) or (sent != signal.SIGKILL and took > 5):
@@ -120,13 +123,13 @@ def kill(name: str, every: int) -> list[str]:
     # Every file, before and after it comes to its name.
     for number in range(0, 2 * renames, every):
         where = folder / f"file_{number}"
-        strike(where, number, (number // 2 + 1, ("before", "after")[number % 2]))
+        strike(where, (number // 2 + 1, ("before", "after")[number % 2]))
         let_alone(where)
 
     # Random moments.
     for number in range(RANDOM):
         where = folder / f"random_{number // A_FOLDER}"
-        strike(where, number, draw.uniform(0.05, 0.9) * seconds)
+        strike(where, draw.uniform(0.05, 0.9) * seconds)
         if number % A_FOLDER == A_FOLDER - 1:
             let_alone(where)
 
