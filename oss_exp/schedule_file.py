@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from oss_exp.files import AGAIN, TABLE_LIMIT, Record, load_record, load_tensors
@@ -73,6 +74,18 @@ class FittedStepsRecord(_Record):
     mean: MeanFile
 
 
+def _finite(value: Any) -> Any:
+    """Return the same with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Provenance = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
 class ScheduleFile(_Record):
     """A step schedule: K + 1 canonical times (1 noise, 0 data), how a student starts, and how it steps."""
 
@@ -84,7 +97,7 @@ class ScheduleFile(_Record):
     samples: tuple[int, ...] | None = Field(description="Index of each sample, where each has its own times.")
     start: Annotated[PinnedStart | FreeStart | AnalyticStart, Field(discriminator="kind")]
     steps: Annotated[SolverStepsRecord | FittedStepsRecord, Field(discriminator="kind")]
-    provenance: dict[str, Any] = Field(description="What made it: model, teacher, solver, strategy, versions.")
+    provenance: Provenance = Field(description="What made it: model, teacher, solver, strategy, versions.")
 
 
 def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:

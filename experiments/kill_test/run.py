@@ -62,7 +62,8 @@ TASKS = {
                 "task.images_per_prompt=2", "data.search_samples=2", "data.batch_size=3", "num_teacher_steps=3",
                 "num_steps=[2]", "logger=none"],
     "calibrate": ["task=calibrate", *MIXTURE, "stepsize=[ddim,oss_shared]", "task.samples=8"],
-    "reproduce": ["task=reproduce", "table=1", "task.output={run}/paper", "task.cells={run}/cells", "task.jobs=1"],
+    "reproduce": ["task=reproduce", "table=1", "task.output={run}/paper", "task.cells={run}/cells", "task.jobs=2",
+                  "task.overrides={{num_teacher_steps: 12, stepsize.ld3.iterations: 2, data.search_samples: 4}}"],
 }  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from shlex import quote
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from oss_exp.tasks import border
 
 RENAMED = {
     r"task\.to=(.*)": r"exporter=\1",
@@ -43,7 +45,7 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             continue
         options = {file.stem for file in (conf / group).glob("*.yaml")}
         for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
-            if option in options or option == "null":
+            if option in options:
                 continue
             homes = [f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))]
             advice = f"choose from {', '.join(sorted(options))}"
@@ -77,6 +79,13 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
         replaced = f"~{first}" in run.overrides.task
         if override.startswith("+") and not replaced and (key == first or first not in groups):
             raise ValueError(f"{override} does nothing: task={task} does not read {first}; leave it out")
+
+    # What a scale sets of a task must be of this task.
+    if scale:
+        options = border.parameters_of(border.class_of(cfg.task, "task")).kinds
+        for name in OmegaConf.load(conf / "scale" / f"{scale}.yaml").get("task") or ():
+            if name not in options:
+                raise ValueError(f"scale={scale} sets task.{name}, which task={task} does not read; leave it out")
 
     # A group that the task reads is among the choices, or several options were chosen, each of which makes an object.
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
