@@ -2,7 +2,7 @@
 
 python -m experiments.kill_test.run                   # 1 hour of a core; saves as it goes
 python -m experiments.kill_test.run compare geneval   # these tasks only
-python -m experiments.kill_test.run --every 5         # every fifth file only
+python -m experiments.kill_test.run --every 5         # every fifth moment at a file only
 
 A file comes to its name by a rename. Before and after the n-th rename of a run, for every n, the process gets SIGKILL,
 SIGTERM or SIGINT in turn, in a folder of its own; the same signals come at random moments, three to a folder. After
@@ -40,8 +40,7 @@ from oss_exp.files import UNFINISHED
 FOLDER = (OUTPUTS / "kill_test").resolve()
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-RANDOM = 6  # kills of a task at random moments
-A_FOLDER = 3  # of these before the run is let alone
+A_FOLDER = 3  # kills at random moments before a run is let alone
 
 MIXTURE = ["model=mixture_digits", "num_teacher_steps=20", "data.search_samples=6", "data.per_sample=4"]
 MIXTURE += ["num_steps=[2,4]", "logger=none", "data.eval_samples=12", "data.batch_size=4"]
@@ -70,7 +69,8 @@ TASKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tasks", nargs="*", default=list(TASKS))
-    parser.add_argument("--every", type=int, default=1, help="of how many files one is tried")
+    parser.add_argument("--every", type=int, default=1, help="of how many moments at files one is tried")
+    parser.add_argument("--random", type=int, default=6, help="kills of a task at random moments")
     given = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def main() -> None:
     for name in given.tasks:
         (FOLDER / f"{name}.json").unlink(missing_ok=True)
     (FOLDER / "prompts.jsonl").write_text("".join(prompts[:2]))
-    lines = [kill(name, given.every) for name in TASKS if name in given.tasks or needed(name, given.tasks)]
+    lines = [kill(name, given.every, given.random) for name in TASKS if name in given.tasks or needed(name, given.tasks)]
     assert all(line[-1] == "0" for line in lines), "some runs do not end as the untouched one"
 
 
@@ -88,7 +88,7 @@ def needed(name: str, tasks: Sequence[str]) -> bool:
     return any(f"{{{name}}}" in " ".join(TASKS[task]) for task in tasks)
 
 
-def kill(name: str, every: int) -> list[str]:
+def kill(name: str, every: int, moments: int) -> list[str]:
     """Kill a task in all these ways; returns the line of the table, which is kept too."""
     folder, draw, tally, started = FOLDER / name, random.Random(name), Counter(), time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
@@ -128,10 +128,10 @@ def kill(name: str, every: int) -> list[str]:
         let_alone(where)
 
     # Random moments.
-    for number in range(RANDOM):
+    for number in range(moments):
         where = folder / f"random_{number // A_FOLDER}"
         strike(where, draw.uniform(0.05, 0.9) * seconds)
-        if number % A_FOLDER == A_FOLDER - 1:
+        if number % A_FOLDER == A_FOLDER - 1 or number == moments - 1:
             let_alone(where)
 
     signals = [str(tally[each.name]) for each in SIGNALS]
@@ -157,9 +157,9 @@ def run(name: str, folder: Path, sent: signal.Signals | None = None, at: Any = N
     child = os.fork()
     if child == 0:
         os.close(reading)
-        with folder.parent.joinpath(f"{folder.name}.log").open("ab") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = folder.parent.joinpath(f"{folder.name}.log").open("a")
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         _patch(writing, sent, None if isinstance(at, float) else at)
         sys.argv = ["oss-exp", *arguments, f"hydra.run.dir={folder}"]
         code = 1
