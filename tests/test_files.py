@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from oss_exp.files import (
+from oss_exp.files import UNFINISHED, (
     Numbers,
     Record,
     load_asset,
@@ -109,8 +109,8 @@ def test_a_folder_in_place_of_a_json_file_is_refused_by_name(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    kept = [tmp_path / name for name in ("a.json", ".lock", "sub/b.tmp")]
-    left = [tmp_path / name for name in (".a.json.x1.tmp", "sub/.b.png.y2.tmp")]
+    kept = [tmp_path / name for name in ("a.json", ".lock", "sub/b.tmp", ".editor.tmp")]
+    left = [tmp_path / name for name in (f".a.json.x1{UNFINISHED}", f"sub/.b.png.y2{UNFINISHED}")]
     for path in (*kept, *left):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")

@@ -79,7 +79,9 @@ def main() -> None:
     for name in given.tasks:
         (FOLDER / f"{name}.json").unlink(missing_ok=True)
     (FOLDER / "prompts.jsonl").write_text("".join(prompts[:2]))
-    lines = [kill(name, given.every, given.random) for name in TASKS if name in given.tasks or needed(name, given.tasks)]
+    lines = [
+        kill(name, given.every, given.random) for name in TASKS if name in given.tasks or needed(name, given.tasks)
+    ]
     assert all(line[-1] == "0" for line in lines), "some runs do not end as the untouched one"
 
 

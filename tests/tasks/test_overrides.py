@@ -20,6 +20,8 @@ def refused(capsys, folder, *arguments: str) -> str:
     ("arguments", "message"),
     [
         ("task=export task.schedule=x.json task.to=comfyui", "oss-exp: task.to=comfyui is now exporter=comfyui"),
+        ("solver=null", "solver=null does not exist; choose from adams_bashforth"),
+        ("task=search scale=small", "scale=small sets task.scale, which task=search does not read"),
         ("evaluation.metrics=[psnr,fid]", "evaluation.metrics=[psnr,fid] is now metric=[fid]"),
         ("evaluation.metrics=[psnr]", "evaluation.metrics=[psnr] is now metric=[]"),
         ("evaluation.kid.subset_size=16", "evaluation.kid.subset_size=16 is now metric.kid.subset_size=16"),
