@@ -8,7 +8,8 @@ from typing import Literal
 import pytest
 import torch
 
-from oss_exp.files import UNFINISHED, (
+from oss_exp.files import (
+    UNFINISHED,
     Numbers,
     Record,
     load_asset,

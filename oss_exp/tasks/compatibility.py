@@ -30,7 +30,11 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
     for values in (old, new):
         values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
-    if keys := [key for key in changed(old, new) if key not in MEASURING]:
+    keys = [key for key in changed(old, new) if key not in MEASURING]
+    if "task" in keys:
+        options = [f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"]
+        keys[keys.index("task")] = ", ".join(options) or "task"
+    if keys:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
         )

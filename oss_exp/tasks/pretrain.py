@@ -130,6 +130,10 @@ class PretrainModule(Training):
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         return list(self.network.parameters()), list(self.model.backbone.parameters())
 
+    def on_fit_start(self) -> None:
+        if self.seen == self.max_steps:  # all were taken in another folder, which alone has the results
+            self.on_save()
+
     def on_save(self) -> None:
         self._save(self._grid())
 

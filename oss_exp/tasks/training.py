@@ -121,7 +121,7 @@ class Training(L.LightningModule, abc.ABC):
             raise ValueError(f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate")
 
     def _save_checkpoint(self) -> None:
-        self.trainer.save_checkpoint(self.checkpoint)
+        self.trainer.save_checkpoint(self.checkpoint, weights_only=False)
         self.started = time.perf_counter()
 
     def configure_optimizers(self) -> dict[str, Any]:

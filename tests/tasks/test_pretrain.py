@@ -109,22 +109,26 @@ def test_the_written_weights_run_as_a_model(whole, tmp_path):
     assert [row["nfe"] for row in rows] == [6, 6]
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [((3, 2), (12, 4)), ((8, 8), (12, 4)), ((4, 4), (12, 1)), ((12, 4), (12, 4))]
-)
-def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(whole, tmp_path, first, then):
-    """A rate that has risen stays: the steps are those of one run, but where its half cosine has another end."""
-    lengths = [[f"task.max_steps={steps}", f"task.save_every={every}"] for steps, every in (first, then)]
-    flat = ["task.learning_rate=1e-30"]  # so that another end of the cosine changes nothing that is seen
-    run_cli(*settings(tmp_path / "first", *lengths[0], *flat))
-    run_cli(*settings(tmp_path / "then", *lengths[1], *flat, f"task.resume={tmp_path / 'first'}"))
-    record = json.loads((tmp_path / "then" / "dit_fashion.json").read_text())
-    assert record["training"]["steps"] == 12
-    losses = outcome(tmp_path / "then")[1]
-    assert len(losses) == 12
-    assert losses[:1] == outcome(whole)[1][:1]
-    kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert [rate["last_epoch"] for rate in kept["lr_schedulers"]] == [12]
+FLAT = ["task.learning_rate=1e-30"]  # so that another end of its half cosine changes nothing
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flat")
+    run_cli(*settings(folder, *FLAT))
+    return folder
+
+
+@pytest.mark.parametrize(("steps", "every", "then"), [(3, 2, 4), (8, 8, 4), (4, 4, 1), (4, 4, 20), (12, 4, 4)])
+def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, steps, every, then):
+    first = settings(tmp_path / "first", *FLAT)
+    run_cli(*first, f"task.max_steps={steps}", f"task.save_every={every}")
+    more = settings(tmp_path / "then", *FLAT, f"task.save_every={then}", f"task.resume={tmp_path / 'first'}")
+    run_cli(*more)
+    assert json.loads((tmp_path / "then" / "training.json").read_text())["losses"] == outcome(flat)[1]
+    if steps < 12:
+        kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert [rate["last_epoch"] for rate in kept["lr_schedulers"]] == [12]
 
 
 def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tmp_path, capsys):
