@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -68,12 +69,8 @@ def run(cfg: DictConfig) -> float | None:
 @rank_zero_only
 def _write_command(cfg: DictConfig, folder: Path) -> None:
     """Write the files that Hydra has in .hydra: the configuration, Hydra's own, and the overrides."""
-    hydra_cfg = HydraConfig.instance().cfg
-    parts = {
-        "config": cfg,
-        "hydra": OmegaConf.masked_copy(hydra_cfg, "hydra"),
-        "overrides": hydra_cfg.hydra.overrides.task,
-    }
+    own: Any = HydraConfig.instance().cfg
+    parts = {"config": cfg, "hydra": OmegaConf.masked_copy(own, "hydra"), "overrides": own.hydra.overrides.task}
     for name, part in parts.items():
         write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
 

@@ -141,6 +141,7 @@ class GatheredMetric(FeatureMetric):
     def require(self, count: int) -> None:
         super().require(count)
         least, setting = self.least
+        assert self.reference.features is not None
         real = len(self.reference.features)
         if min(count, real) < least:
             raise ValueError(

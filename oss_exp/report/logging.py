@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.evaluation.comparison import columns, with_gains

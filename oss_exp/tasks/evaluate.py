@@ -146,8 +146,8 @@ class EvaluateModule(L.LightningModule):
         self.trajectories, self.eval_samples, self.prompts = trajectories, eval_samples, prompts
 
     def on_test_start(self) -> None:
-        for metric in self.metrics.values():
-            metric.reset()  # spawned processes begin with one memory: its sums would be everybody's
+        for _, metrics in self._sets():
+            metrics.reset()  # spawned processes begin with one memory: its sums would be everybody's
         self._go_on()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -192,6 +192,9 @@ class EvaluateModule(L.LightningModule):
             part = {key: value[known] for key, value in batch.items()}
             self._keep(label, part, images, teacher[known], fresh[known])
 
+    def _sets(self) -> list[tuple[str, MetricSet]]:
+        return [(label, each) for label, each in self.metrics.items() if isinstance(each, MetricSet)]
+
     @property
     def progress(self) -> Path:
         """Where this rank keeps what it has measured so far."""
@@ -199,8 +202,8 @@ class EvaluateModule(L.LightningModule):
 
     def _keep_progress(self) -> None:
         states = {
-            label: {name: dict(metric.metric_state) for name, metric in zip(each.names, each, strict=True)}
-            for label, each in self.metrics.items()
+            label: {name: dict(metric.metric_state) for name, metric in each.named()}
+            for label, each in self._sets()
         }
         kept = {"origin": self.origin, "seen": self.seen, "batches": self.batches, "metrics": states}
         kept |= {"values": self.values, "pictures": self.pictures, "trajectories": self.trajectories.parts}
@@ -219,8 +222,8 @@ class EvaluateModule(L.LightningModule):
             return
         if not isinstance(kept, dict) or kept.get("origin") != self.origin:
             return
-        for label, metrics in self.metrics.items():
-            for name, metric in zip(metrics.names, metrics, strict=True):
+        for label, metrics in self._sets():
+            for name, metric in metrics.named():
                 for part in metric.metric_state:
                     setattr(metric, part, kept["metrics"][label][name][part])
                 metric._update_count = kept["batches"]  # else torchmetrics takes it for unused
@@ -297,11 +300,12 @@ class EvaluateModule(L.LightningModule):
 
     def _measured(self, label: str) -> dict[str, float]:
         """What the metrics say of a schedule; those that fail are remembered."""
-        if label not in self.metrics:
-            return {}
-        found, failed = self.metrics[label].compute()
-        self.failed = {**failed, **self.failed}
-        return found
+        for name, metrics in self._sets():
+            if name == label:
+                found, failed = metrics.compute()
+                self.failed = {**failed, **self.failed}
+                return found
+        return {}
 
     @rank_zero_only
     def _write_images(self, label: str, images: np.ndarray) -> None:
@@ -358,9 +362,9 @@ class Metrics:
                 "classes; choose evaluation=fashion, or leave it out"
             )
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
-        self.extractor = OmegaConf.to_container(evaluation.extractor, resolve=True) if wanted else None
+        self.extractor: Any = OmegaConf.to_container(evaluation.extractor, resolve=True) if wanted else None
         metrics = self()  # what is wrong shows before any work
-        for name, each in zip(metrics.names, metrics, strict=True):
+        for name, each in metrics.named():
             if images is None:
                 continue
             try:
@@ -385,7 +389,7 @@ class Metrics:
             if "extractor" in self.parts_of[name]:
                 metric.extractor = once
             metrics.append(metric)
-        return MetricSet(list(self.settings), metrics)
+        return MetricSet([str(name) for name in self.settings], metrics)
 
 
 class Once(nn.Module):
@@ -408,18 +412,21 @@ class MetricSet(nn.ModuleList):
         super().__init__(metrics)
         self.names = names
 
+    def named(self) -> list[tuple[str, ImageMetric]]:
+        return [(name, each) for name, each in zip(self.names, self, strict=True) if isinstance(each, ImageMetric)]
+
     def reset(self) -> None:
-        for metric in self:
+        for _, metric in self.named():
             metric.reset()
 
     def update(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
-        for metric in self:
+        for _, metric in self.named():
             metric.update(images, teacher, labels, prompts)
 
     def compute(self) -> tuple[dict[str, float], dict[str, Exception]]:
         """Return all values, and by their names what went wrong with metrics that have none."""
         values, failed = {}, {}
-        for name, metric in zip(self.names, self, strict=True):
+        for name, metric in self.named():
             try:
                 values |= metric.compute()
             except Exception as error:

@@ -83,7 +83,7 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
     # What a scale sets of a task must be of this task.
     if scale:
         options = border.parameters_of(border.class_of(cfg.task, "task")).kinds
-        for name in OmegaConf.load(conf / "scale" / f"{scale}.yaml").get("task") or ():
+        for name in OmegaConf.select(OmegaConf.load(conf / "scale" / f"{scale}.yaml"), "task") or ():
             if name not in options:
                 raise ValueError(f"scale={scale} sets task.{name}, which task={task} does not read; leave it out")
 

@@ -48,6 +48,7 @@ class _Watch:
     def say(self) -> None:
         """Say once what ended the run, and how it goes on."""
         if self.said.acquire(blocking=False) and rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
+            assert self.received is not None
             how = "interrupted" if self.received is Signals.SIGINT else f"ended by {self.received.name}"
             print(f"\noss-exp: {how}; {self.advice}", file=sys.stderr, flush=True)
 
@@ -63,6 +64,7 @@ class _Watch:
 
     def exit(self) -> None:
         """End the process and those it has started, without waiting for anything."""
+        assert self.received is not None
         for child in multiprocessing.active_children():
             child.kill()
         sys.stdout.flush()
