@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
-from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.evaluation.comparison import columns, with_gains

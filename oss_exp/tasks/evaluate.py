@@ -202,8 +202,7 @@ class EvaluateModule(L.LightningModule):
 
     def _keep_progress(self) -> None:
         states = {
-            label: {name: dict(metric.metric_state) for name, metric in each.named()}
-            for label, each in self._sets()
+            label: {name: dict(metric.metric_state) for name, metric in each.named()} for label, each in self._sets()
         }
         kept = {"origin": self.origin, "seen": self.seen, "batches": self.batches, "metrics": states}
         kept |= {"values": self.values, "pictures": self.pictures, "trajectories": self.trajectories.parts}
