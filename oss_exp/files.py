@@ -10,23 +10,35 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import math
 import os
+import stat
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import safetensors.torch
+import yaml
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from torch import Tensor
 from typing_extensions import TypeAliasType
 
-from oss_exp.validation import describe, find_fault
+from oss_exp.validation import describe, find_fault, shown
 
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
-TABLE_LIMIT = 1 << 28  # 256 MiB: of files with numbers for every sample, or for every step of a training
+TABLE_LIMIT = 1 << 27  # 128 MiB: of files with numbers for every sample, or for every step of a training
+TENSOR_LIMIT = 1 << 30  # 1 GiB: of the tensors or arrays of a file that is no checkpoint
+SHORT = 16  # bytes that a value of a file takes at least, on average: of shorter ones memory would be full
+PARTS = 10_000  # tensors or arrays of such a file
+CONFIG_LIMIT = 1 << 18  # 256 KiB: of a configuration
+DEEP = 200  # levels of a record or a configuration
 AGAIN = "write it again with the command that made it"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -91,9 +103,10 @@ def load_record(
 
     UTF-8, with or without a byte order mark; of two fields of one name the last counts, as in other programs.
     Raises FileNotFoundError or ValueError, which names the file, the field and the remedy: for a file of more than
-    `limit` bytes or 200 levels, one that is no JSON, of another format or version, or not what `form` asks for.
+    `limit` bytes or 200 levels, with too many values for its limit, one that is no JSON, of another format or version,
+    or not what `form` asks for.
     """
-    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy)
+    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy, limit)
 
 
 def load_records(
@@ -103,12 +116,17 @@ def load_records(
 
     Raises as `load_record` does, and names the line.
     """
-    lines = enumerate(read_bytes(path, what, limit).splitlines(), start=1)
+    data = read_bytes(path, what, limit)
+    _check_values(data, f"{what} {path}", limit)
+    lines = enumerate(data.splitlines(), start=1)
     return [parse_record(line, form, f"{what} {path}, line {i}", remedy) for i, line in lines if line.strip()]
 
 
-def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
+def parse_record(
+    data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str, limit: int = TABLE_LIMIT
+) -> R:
     """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
+    _check_values(data.encode() if isinstance(data, str) else data, name, limit)
     try:
         if isinstance(form, TypeAdapter):
             return form.validate_json(data)
@@ -116,6 +134,12 @@ def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, r
         return form.model_validate_json(data)
     except ValidationError as error:
         raise ValueError(f"{name}{_reason(data, error)}; {remedy}") from None
+
+
+def _check_values(data: bytes, name: str, limit: int) -> None:
+    """ValueError for JSON of so many values that they would fill the memory. Counted are commas and brackets."""
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > (most := limit // SHORT):
+        raise ValueError(f"{name} has about {values:,} values, more than the {most:,} that are read of such a file")
 
 
 def _reason(data: str | bytes, error: ValidationError) -> str:
@@ -144,9 +168,17 @@ def read_text(path: str | Path, what: str, limit: int = LIMIT) -> str:
 
 
 def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
-    """Read a file, without its byte order mark. ValueError where it holds more than `limit` bytes."""
+    """Read a text file, without its byte order mark. ValueError where it holds more than `limit` bytes."""
+    return read_binary(path, what, limit).removeprefix(codecs.BOM_UTF8)
+
+
+def read_binary(path: str | Path, what: str, limit: int) -> bytes:
+    """Read a file. ValueError where it holds more than `limit` bytes, or is none."""
     path = Path(path)
     try:
+        kind = path.stat().st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):  # nobody may ever write to it
+            raise ValueError("it is no file but a pipe")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
@@ -155,7 +187,75 @@ def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
     if len(data) > limit:
         raise ValueError(f"{what} {path} is larger than {limit >> 20} MiB, the most that is read of such a file")
-    return data.removeprefix(codecs.BOM_UTF8)
+    return data
+
+
+def load_config(path: Path, what: str) -> dict[str, Any]:
+    """Read a YAML file as plain data: no object is made, no interpolation resolved, no alias followed.
+
+    ValueError for a file of more than 256 KiB or 200 levels, with aliases or repeated merges, or that is no mapping.
+    """
+    text, depth = read_text(path, what, CONFIG_LIMIT), 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases, which no configuration of ours has")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEP:
+                raise ValueError(f"it is more than {DEEP} levels deep")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path} cannot be read: {' '.join(str(error).split()):.200}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{what} {path} must be a mapping of names, got {shown(content)}")
+    return content
+
+
+def load_arrays(path: Path, what: str, kinds: str, most: int = TENSOR_LIMIT) -> dict[str, np.ndarray]:
+    """Read the arrays of an .npz file, of numpy's kinds of dtypes, such as "uif"; nothing is unpickled.
+
+    ValueError where its headers declare more than `most` bytes or PARTS arrays, or it is damaged or no such file.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no whole .npz file")
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if len(parts) > PARTS or sum(part.file_size for part in parts) > most:
+                raise ValueError(f"it declares more than {PARTS} arrays or {most >> 20} MiB")
+            found = {part.filename.removesuffix(".npy"): _read_array(archive, part, kinds) for part in parts}
+    except (OSError, ValueError, TypeError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{what} {path} cannot be read: {error!s:.200}") from None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, struct.error) as error:
+        raise ValueError(f"{what} {path} is damaged ({error!s:.200})") from None
+    return found
+
+
+def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, kinds: str) -> np.ndarray:
+    """One array, whose header must declare what its part of the file holds."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(part) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"{part.filename!r:.80} has a header of version {version}")
+        shape, fortran, dtype = readers[version](file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in kinds or dtype.hasobject:
+            raise ValueError(f"{part.filename!r:.80} holds {dtype!s:.40}")
+        if min(shape, default=0) < 0 or size != part.file_size - file.tell():
+            raise ValueError(f"{part.filename!r:.80} declares {dtype!s:.40} of shape {shape!s:.60}, holds other data")
+        data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"{part.filename!r:.80} is cut short")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """Return a path below a folder that others may have made; ValueError where a link leads out of it."""
+    path = folder.joinpath(*parts)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} leads out of its folder; give a folder of whole files, without links to others")
+    return path
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -196,10 +296,13 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
     """Read a safetensors file whose SHA-256 must be the expected one."""
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})")
-    data = path.read_bytes()
+    data = read_binary(path, what, TENSOR_LIMIT)
     if sha256(data) != expected_sha256:
         raise ValueError(
             f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "
             f"expected {str(expected_sha256)[:12]}...; restore the file or make it again"
         )
-    return safetensors.torch.load(data)
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{what} {path} is no safetensors file: {error!s:.200}") from None
