@@ -7,6 +7,7 @@ these borders has its function here; HTML has Python's `html.escape`.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,10 +63,15 @@ def plain(text: str) -> Text:
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is: no [markup], no :emoji:, no control characters."""
+    """A console that shows text as it is: no [markup], no :emoji:, no control characters.
 
-    def __init__(self, **options: Any):
-        super().__init__(markup=False, emoji=False, **options)
+    In a file or a pipe it is wide enough for a table.
+    """
+
+    def __init__(self, stderr: bool = False, **options: Any):
+        stream = sys.stderr if stderr else sys.stdout
+        options = {"width": None if stream.isatty() else 120, **options}
+        super().__init__(markup=False, emoji=False, stderr=stderr, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)

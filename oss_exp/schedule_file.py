@@ -109,20 +109,20 @@ class _Provenance(Record):
     class Model(Record):
         """What the times were searched on."""
 
-        name: Name | None = None
+        name: Name = "-"
 
     class Strategy(Record):
         """What searched them; baseline: none did, they are made by hand."""
 
-        name: Name | None = None
+        name: Name = "-"
         baseline: bool = False
 
     class Planning(Record):
         """What the search cost."""
 
-        network_calls_per_sample: float | None = None
-        seconds: float | None = None
-        cost_per_round: Numbers | None = None
+        network_calls_per_sample: float = 0
+        seconds: float = 0
+        cost_per_round: Numbers = Field(default=[], max_length=MOST_STEPS)
 
     model: Model | None = None
     strategy: Strategy | None = None

@@ -1,19 +1,38 @@
-"""The files of a run folder that reports read: what each must hold."""
+"""The files of a run folder that reports read: what each must hold.
+
+The folder may be another person's. It is data: nothing in it is made into an object or looked up elsewhere, and no link
+is followed out of it.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, FailFast, Field, JsonValue, PositiveInt, model_validator
+import numpy as np
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, JsonValue, PositiveInt, model_validator
 from typing_extensions import Self, TypedDict
 
+from oss_exp.checks import Name
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.files import TABLE_LIMIT, Count, Numbers, Record, load_record
+from oss_exp.files import CONFIG_LIMIT, TABLE_LIMIT, Count, Numbers, Record, inside, load_arrays, load_record, read_text
 from oss_exp.geneval.rules import VerdictRecord, Wish
 from oss_exp.models.stages import FinetuneRecord
 
 Table = Numbers | list[Numbers]  # a number at each time, or one for each channel
+MOST = 1000  # schedules, metrics, curves or stages of a run
+PICTURES, SIDE = 64, 8192  # that a run keeps of each schedule, and pixels a side
+FRAMES = 4096
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST:
+        raise ValueError(f"must have at most {MOST} entries, got {len(value)}")
+    return value
+
+
+MetricValues = Annotated[dict[Name, float], BeforeValidator(_few)]
 
 
 class Measured(Record):
@@ -27,7 +46,7 @@ class Model(Record):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str
+    name: Name
 
 
 class Teacher(Record):
@@ -37,6 +56,18 @@ class Teacher(Record):
 
     noise_schedule: JsonValue = None
     num_steps: Count
+
+
+class TeacherGrid(Record):
+    """teacher.json: the times of the teacher's nodes, noise first."""
+
+    times: Annotated[list[Annotated[float, Field(ge=0, le=1)]], FailFast(), Field(max_length=100_000)]
+
+    @model_validator(mode="after")
+    def _decreasing(self) -> Self:
+        if not all(a > b for a, b in pairwise(self.times)):
+            raise ValueError("must have times that decrease")
+        return self
 
 
 class Planning(TypedDict, total=False):
@@ -62,15 +93,15 @@ class Images(Measured):
 class Row(Measured):
     """One measured schedule. metrics: FID and the like, by name."""
 
-    strategy: str
+    strategy: Name
     num_steps: Count
     nfe: Count
     baseline: bool
-    start: str
+    start: Name
     planning: Planning
     psnr: Interval
     spread: Interval
-    metrics: dict[str, float]
+    metrics: MetricValues
     per_image: Images
 
 
@@ -81,14 +112,14 @@ class MetricsRecord(Measured):
     teacher: Teacher
     solver: JsonValue
     seed: int
-    teacher_metrics: dict[str, float]
-    rows: list[Row]
+    teacher_metrics: MetricValues
+    rows: Annotated[list[Row], FailFast(), Field(max_length=MOST)]
 
 
 class Curve(Record):
     """Amplitudes of the teacher or of a student along its way: its times, and low and high at each."""
 
-    strategy: str
+    strategy: Name
     num_steps: Count
     calibrated: bool
     times: Numbers
@@ -106,7 +137,7 @@ class Curve(Record):
 class AmplitudeRecord(Record):
     """amplitude.json, of task=calibrate."""
 
-    curves: Annotated[list[Curve], Field(min_length=2)]
+    curves: Annotated[list[Curve], FailFast(), Field(min_length=2, max_length=MOST)]
 
     @model_validator(mode="after")
     def _of_one_teacher(self) -> Self:
@@ -125,7 +156,7 @@ class TrainingRecord(Record):
 class Judged(Record):
     """A schedule, or the teacher, and the verdicts on its pictures."""
 
-    label: str
+    label: Name
     num_steps: Count
     verdicts: Annotated[list[VerdictRecord], FailFast()]
 
@@ -133,15 +164,16 @@ class Judged(Record):
 class GenEvalRecord(Record):
     """geneval.json: what was asked for, and of every schedule the verdicts; the teacher is the first."""
 
-    prompts: Annotated[list[Wish], Field(min_length=1)]
-    images_per_prompt: PositiveInt
-    rows: Annotated[list[Judged], Field(min_length=1)]
+    prompts: Annotated[list[Wish], FailFast(), Field(min_length=1)]
+    images_per_prompt: Annotated[PositiveInt, Field(le=100_000)]
+    rows: Annotated[list[Judged], FailFast(), Field(min_length=1, max_length=MOST)]
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        count = len(self.prompts) * self.images_per_prompt
         for row in self.rows:
-            if len(row.verdicts) != len(self.tags):
-                raise ValueError(f"must have {len(self.tags)} verdicts on {row.label!r:.80}, got {len(row.verdicts)}")
+            if len(row.verdicts) != count:
+                raise ValueError(f"must have {count} verdicts on {row.label!r:.80}, got {len(row.verdicts)}")
         return self
 
     @property
@@ -152,20 +184,71 @@ class GenEvalRecord(Record):
 
 def read_metrics(folder: Path) -> MetricsRecord:
     """metrics.json of a run. FileNotFoundError or ValueError, as all of these, names the file and the field."""
-    return load_record(folder / "metrics.json", MetricsRecord, "metrics of a run", "measure again", TABLE_LIMIT)
+    path = inside(folder, "metrics.json")
+    return load_record(path, MetricsRecord, "metrics of a run", "measure again", TABLE_LIMIT)
 
 
 def read_amplitude(folder: Path) -> AmplitudeRecord:
-    return load_record(folder / "amplitude.json", AmplitudeRecord, "amplitudes of a run", limit=TABLE_LIMIT)
+    return load_record(inside(folder, "amplitude.json"), AmplitudeRecord, "amplitudes of a run", limit=TABLE_LIMIT)
 
 
 def read_training(folder: Path) -> TrainingRecord:
-    return load_record(folder / "training.json", TrainingRecord, "losses of a training run", limit=TABLE_LIMIT)
+    return load_record(inside(folder, "training.json"), TrainingRecord, "losses of a training run", limit=TABLE_LIMIT)
 
 
 def read_finetuning(folder: Path) -> FinetuneRecord:
-    return load_record(folder / "finetune.json", FinetuneRecord, "stages of a finetuning", limit=TABLE_LIMIT)
+    return load_record(inside(folder, "finetune.json"), FinetuneRecord, "stages of a finetuning", limit=TABLE_LIMIT)
 
 
 def read_geneval(folder: Path) -> GenEvalRecord:
-    return load_record(folder / "geneval.json", GenEvalRecord, "GenEval's results", limit=TABLE_LIMIT)
+    return load_record(inside(folder, "geneval.json"), GenEvalRecord, "GenEval's results", limit=TABLE_LIMIT)
+
+
+def read_teacher_times(folder: Path) -> list[float]:
+    """The times of the teacher's nodes; none of a run of a version that did not write them."""
+    if not (folder / "teacher.json").is_file():
+        return []
+    return load_record(inside(folder, "teacher.json"), TeacherGrid, "times of the teacher").times
+
+
+def read_configuration(folder: Path) -> str:
+    """The text of config.yaml, for people to read."""
+    return read_text(inside(folder, "config.yaml"), "configuration", CONFIG_LIMIT)
+
+
+def read_pictures(folder: Path) -> dict[str, np.ndarray]:
+    """samples.npz: bytes (n, H, W, C) or (n, F, H, W, C) of the teacher and of schedules; empty where there is none."""
+    path = folder / "samples.npz"
+    if not path.is_file():
+        return {}
+    pictures = load_arrays(inside(folder, path.name), "samples of a run", "u")
+    _check_pictures(path, pictures, (4, 5))
+    return pictures
+
+
+def read_ways(folder: Path) -> dict[str, np.ndarray]:
+    """trajectories.npz: times/<label> (n, P) and x0/<label>, bytes (n, P, H, W, C); empty where there is none."""
+    path = folder / "trajectories.npz"
+    if not path.is_file():
+        return {}
+    ways = load_arrays(inside(folder, path.name), "predictions of a run", "uf")
+    pictures = {key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")}
+    _check_pictures(path, pictures, (5,))
+    times = {key.removeprefix("times/"): each for key, each in ways.items() if key.startswith("times/")}
+    if {key: each.shape for key, each in times.items()} != {key: each.shape[:2] for key, each in pictures.items()}:
+        raise ValueError(f"predictions of a run {path} must have the time of each; measure again")
+    return ways
+
+
+def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]) -> None:
+    """ValueError unless all are bytes of the teacher's shape, for as many samples or fewer."""
+    teacher = pictures.get("teacher")
+    for label, each in pictures.items():
+        if teacher is None or each.dtype != np.uint8 or each.ndim not in dimensions:
+            raise ValueError(f"{path} must hold pictures of bytes, the teacher's among them; measure again")
+        *_, height, width, channels = each.shape
+        small = 0 < len(each) <= PICTURES and 0 < height <= SIDE and 0 < width <= SIDE and channels in (1, 3)
+        if not small or each.shape[-3:] != teacher.shape[-3:] or each.ndim != teacher.ndim or each.size == 0:
+            raise ValueError(f"{path}: {label!r:.80} has pictures of shape {each.shape}, the teacher {teacher.shape}")
+        if each.ndim == 5 and each.shape[1] > FRAMES:
+            raise ValueError(f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}")

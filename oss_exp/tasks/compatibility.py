@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from oss_exp.files import inside, load_config
 from oss_exp.provenance import configuration
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Solver, named_solver
@@ -22,10 +23,13 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
     """ValueError where the folder holds results of another configuration. free: keys of cfg.task that may differ."""
     if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
-    old = canonical(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False))
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
-    for values in (old, new):
-        values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+    try:
+        old = canonical(load_config(inside(folder, "config.yaml"), "configuration"))
+        for values in (old, new):
+            values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.yaml'} is no configuration of a run; choose another folder") from None
     if keys := changed(old, new):
         raise ValueError(
             f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"

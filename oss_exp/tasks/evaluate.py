@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from oss_exp.checks import require_name
 from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.comparison import measured, spread
 from oss_exp.evaluation.metrics import ImageMetric
@@ -85,6 +86,7 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
     """Measure the schedules of these files, each with its strategy's name, on the held-out noises of a run."""
     schedules, rows = {}, {}
     for name, path in files:
+        require_name(strategy=name)
         steps = StepSchedule.load(path)
         if run.config["run_orders"] == "fixed":
             steps = steps.with_own_orders()
@@ -131,7 +133,10 @@ class EvaluateModule(L.LightningModule):
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         # A schedule for each sample has too few of them for a distribution.
         shared = [label for label, steps in schedules.items() if not steps.per_sample]
-        self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
+        self.metrics = {label: metrics() for label in ("teacher", *shared)}
+        self.registered = nn.ModuleList(
+            self.metrics.values()
+        )  # whose labels may be any names, those of a ModuleDict not
         self.save_images = save_images
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}

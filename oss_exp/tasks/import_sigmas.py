@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from omegaconf import DictConfig
-from rich.console import Console
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.export.sigmas import from_flow_sigmas, from_ratio_sigmas, read_sigmas
 from oss_exp.tasks.task import Task
 
@@ -29,4 +29,4 @@ class ImportSigmas(Task):
         imported = {"sigmas": self.sigmas, "network": self.network}
         steps = SCHEDULES[self.network](read_sigmas(self.sigmas), imported=imported)
         steps.save(self.output)
-        Console().print(f"{self.output}: {steps.num_steps} steps, start={steps.start.kind}", soft_wrap=True)
+        PlainConsole().print(f"{self.output}: {steps.num_steps} steps, start={steps.start.kind}", soft_wrap=True)
