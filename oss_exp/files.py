@@ -17,7 +17,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,7 +34,7 @@ from oss_exp.validation import describe, find_fault, shown
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
 TABLE_LIMIT = 1 << 27  # 128 MiB: of files with numbers for every sample, or for every step of a training
-TENSOR_LIMIT = 1 << 30  # 1 GiB: of the tensors or arrays of a file that is no checkpoint
+TENSOR_LIMIT = 1 << 29  # 512 MiB: of the tensors or arrays of a file that is no checkpoint
 SHORT = 16  # bytes that a value of a file takes at least, on average: of shorter ones memory would be full
 PARTS = 10_000  # tensors or arrays of such a file
 CONFIG_LIMIT = 1 << 18  # 256 KiB: of a configuration
@@ -176,16 +176,16 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
     """Read a file. ValueError where it holds more than `limit` bytes, or is none."""
     path = Path(path)
     try:
-        kind = path.stat().st_mode
-        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):  # nobody may ever write to it
+        about = path.stat()
+        if stat.S_ISFIFO(about.st_mode) or stat.S_ISSOCK(about.st_mode):  # nobody may ever write to it
             raise ValueError("it is no file but a pipe")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = b"" if about.st_size > limit else file.read(limit + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})") from None
+        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
-    if len(data) > limit:
+    if max(len(data), about.st_size) > limit:
         raise ValueError(f"{what} {path} is larger than {limit >> 20} MiB, the most that is read of such a file")
     return data
 
@@ -211,24 +211,33 @@ def load_config(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def load_arrays(path: Path, what: str, kinds: str, most: int = TENSOR_LIMIT) -> dict[str, np.ndarray]:
+def load_arrays(
+    path: Path,
+    what: str,
+    kinds: str,
+    most: int = TENSOR_LIMIT,
+    each: int = TENSOR_LIMIT,
+    taken: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> dict[str, np.ndarray]:
     """Read the arrays of an .npz file, of numpy's kinds of dtypes, such as "uif"; nothing is unpickled.
 
-    ValueError where its headers declare more than `most` bytes or PARTS arrays, or it is damaged or no such file.
+    taken: what is kept of an array, of which one is in memory at a time.
+    ValueError where its headers declare more than PARTS arrays, `most` bytes or `each` of an array, or it is damaged or
+    no such file.
     """
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no whole .npz file")
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-            if len(parts) > PARTS or sum(part.file_size for part in parts) > most:
-                raise ValueError(f"it declares more than {PARTS} arrays or {most >> 20} MiB")
-            found = {part.filename.removesuffix(".npy"): _read_array(archive, part, kinds) for part in parts}
+            sizes = [part.file_size for part in parts]
+            if len(parts) > PARTS or sum(sizes) > most or max(sizes, default=0) > each:
+                raise ValueError(f"it declares more than {PARTS} arrays, {most >> 20} MiB or {each >> 20} MiB of one")
+            return {part.filename.removesuffix(".npy"): taken(_read_array(archive, part, kinds)) for part in parts}
     except (OSError, ValueError, TypeError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
         raise ValueError(f"{what} {path} cannot be read: {error!s:.200}") from None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, struct.error) as error:
         raise ValueError(f"{what} {path} is damaged ({error!s:.200})") from None
-    return found
 
 
 def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, kinds: str) -> np.ndarray:
@@ -253,7 +262,7 @@ def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, kinds: str) -> 
 def inside(folder: Path, *parts: str) -> Path:
     """Return a path below a folder that others may have made; ValueError where a link leads out of it."""
     path = folder.joinpath(*parts)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path} leads out of its folder; give a folder of whole files, without links to others")
     return path
 
@@ -295,13 +304,15 @@ def find_asset(file: str | Path, what: str) -> Path:
 def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:
     """Read a safetensors file whose SHA-256 must be the expected one."""
     if not path.is_file():
-        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})")
+        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})")
     data = read_binary(path, what, TENSOR_LIMIT)
     if sha256(data) != expected_sha256:
         raise ValueError(
             f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "
             f"expected {str(expected_sha256)[:12]}...; restore the file or make it again"
         )
+    if data[: 8 + int.from_bytes(data[:8], "little")].count(b"{") > PARTS:
+        raise ValueError(f"{what} {path} declares more than {PARTS} tensors")
     try:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, TypeError, OverflowError) as error:

@@ -40,7 +40,9 @@ class _Record(Record):
 class MeanFile(_Record):
     """The safetensors file beside the JSON that holds the tensor `mean` (G, *E)."""
 
-    file: str = Field(description="Name of a safetensors file in the same folder.", pattern=r"^[^/\\]+$")
+    file: str = Field(
+        description="Name of a safetensors file in the same folder.", pattern=r"^[^/\\]+$", max_length=255
+    )
     sha256: str = Field(description="SHA-256 of that file.", pattern=r"^[0-9a-f]{64}$")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, JsonValue, PositiveInt, model_validator
 from typing_extensions import Self, TypedDict
 
@@ -22,8 +24,9 @@ from oss_exp.models.stages import FinetuneRecord
 
 Table = Numbers | list[Numbers]  # a number at each time, or one for each channel
 MOST = 1000  # schedules, metrics, curves or stages of a run
-PICTURES, SIDE = 64, 8192  # that a run keeps of each schedule, and pixels a side
-FRAMES = 4096
+PICTURES, FRAMES = 64, 4096  # that a run keeps of each schedule
+LARGEST = 256  # pixels a side of the pictures of a report
+PICTURE_LIMIT, ALL_LIMIT = 1 << 27, 1 << 31  # bytes of a schedule's pictures, 128 MiB, and of all, 2 GiB
 
 
 def _few(value: Any) -> Any:
@@ -221,7 +224,7 @@ def read_pictures(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "samples.npz"
     if not path.is_file():
         return {}
-    pictures = load_arrays(inside(folder, path.name), "samples of a run", "u")
+    pictures = _load(inside(folder, path.name), "samples of a run", "u")
     _check_pictures(path, pictures, (4, 5))
     return pictures
 
@@ -231,13 +234,25 @@ def read_ways(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "trajectories.npz"
     if not path.is_file():
         return {}
-    ways = load_arrays(inside(folder, path.name), "predictions of a run", "uf")
+    ways = _load(inside(folder, path.name), "predictions of a run", "uf")
     pictures = {key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")}
     _check_pictures(path, pictures, (5,))
     times = {key.removeprefix("times/"): each for key, each in ways.items() if key.startswith("times/")}
     if {key: each.shape for key, each in times.items()} != {key: each.shape[:2] for key, each in pictures.items()}:
         raise ValueError(f"predictions of a run {path} must have the time of each; measure again")
     return ways
+
+
+def _load(path: Path, what: str, kinds: str) -> dict[str, np.ndarray]:
+    """The arrays of a file, pictures reduced to the size of those of a report."""
+
+    def small(array: np.ndarray) -> np.ndarray:
+        pictures = array.dtype == np.uint8 and array.ndim in (4, 5) and array.size
+        if not pictures:
+            return array
+        return reduced(array, LARGEST) if array.ndim == 5 else reduced(array[:, None], LARGEST)[:, 0]
+
+    return load_arrays(path, what, kinds, ALL_LIMIT, PICTURE_LIMIT, small)
 
 
 def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]) -> None:
@@ -247,8 +262,19 @@ def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tup
         if teacher is None or each.dtype != np.uint8 or each.ndim not in dimensions:
             raise ValueError(f"{path} must hold pictures of bytes, the teacher's among them; measure again")
         *_, height, width, channels = each.shape
-        small = 0 < len(each) <= PICTURES and 0 < height <= SIDE and 0 < width <= SIDE and channels in (1, 3)
-        if not small or each.shape[-3:] != teacher.shape[-3:] or each.ndim != teacher.ndim or each.size == 0:
+        fits = 0 < len(each) <= PICTURES and height and width and channels in (1, 3)
+        if not fits or each.shape[-3:] != teacher.shape[-3:] or each.ndim != teacher.ndim or each.size == 0:
             raise ValueError(f"{path}: {label!r:.80} has pictures of shape {each.shape}, the teacher {teacher.shape}")
         if each.ndim == 5 and each.shape[1] > FRAMES:
             raise ValueError(f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}")
+
+
+def reduced(videos: np.ndarray, side: int) -> np.ndarray:
+    """(n, F, H, W, C) bytes, at most `side` pixels high and wide."""
+    factor = side / max(videos.shape[2:4])
+    if factor >= 1:
+        return videos
+    size = [max(1, round(factor * pixels)) for pixels in videos.shape[2:4]]
+    channels_first = torch.from_numpy(videos).flatten(0, 1).movedim(-1, 1).float()
+    small = F.interpolate(channels_first, size=size, mode="area").round().byte()
+    return small.movedim(1, -1).unflatten(0, videos.shape[:2]).numpy()
