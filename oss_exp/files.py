@@ -10,14 +10,11 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import math
 import os
 import stat
-import struct
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,9 +31,9 @@ from oss_exp.validation import describe, find_fault, shown
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
 TABLE_LIMIT = 1 << 27  # 128 MiB: of files with numbers for every sample, or for every step of a training
-TENSOR_LIMIT = 1 << 29  # 512 MiB: of the tensors or arrays of a file that is no checkpoint
-SHORT = 16  # bytes that a value of a file takes at least, on average: of shorter ones memory would be full
-PARTS = 10_000  # tensors or arrays of such a file
+NODES = 1 << 24  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
+ARRAYS_LIMIT = 1 << 29  # 512 MiB: of the arrays in an .npz file, or the tensors of a file that is no checkpoint
+PARTS = 10_000  # tensors of such a file
 CONFIG_LIMIT = 1 << 18  # 256 KiB: of a configuration
 DEEP = 200  # levels of a record or a configuration
 AGAIN = "write it again with the command that made it"
@@ -103,10 +100,10 @@ def load_record(
 
     UTF-8, with or without a byte order mark; of two fields of one name the last counts, as in other programs.
     Raises FileNotFoundError or ValueError, which names the file, the field and the remedy: for a file of more than
-    `limit` bytes or 200 levels, with too many values for its limit, one that is no JSON, of another format or version,
+    `limit` bytes or 200 levels, of more than NODES values, one that is no JSON, of another format or version,
     or not what `form` asks for.
     """
-    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy, limit)
+    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy)
 
 
 def load_records(
@@ -117,16 +114,14 @@ def load_records(
     Raises as `load_record` does, and names the line.
     """
     data = read_bytes(path, what, limit)
-    _check_values(data, f"{what} {path}", limit)
+    _check_nodes(data, f"{what} {path}")
     lines = enumerate(data.splitlines(), start=1)
     return [parse_record(line, form, f"{what} {path}, line {i}", remedy) for i, line in lines if line.strip()]
 
 
-def parse_record(
-    data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str, limit: int = TABLE_LIMIT
-) -> R:
+def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
     """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
-    _check_values(data.encode() if isinstance(data, str) else data, name, limit)
+    _check_nodes(data.encode() if isinstance(data, str) else data, name)
     try:
         if isinstance(form, TypeAdapter):
             return form.validate_json(data)
@@ -136,15 +131,15 @@ def parse_record(
         raise ValueError(f"{name}{_reason(data, error)}; {remedy}") from None
 
 
-def _check_values(data: bytes, name: str, limit: int) -> None:
+def _check_nodes(data: bytes, name: str) -> None:
     """ValueError for JSON of so many values that they would fill the memory. Counted are commas and brackets."""
-    if (values := sum(map(data.count, (b",", b"[", b"{")))) > (most := limit // SHORT):
-        raise ValueError(f"{name} has about {values:,} values, more than the {most:,} that are read of such a file")
+    if 4 * (data.count(b"[") + data.count(b"{")) + data.count(b",") > NODES:
+        raise ValueError(f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read")
 
 
 def _reason(data: str | bytes, error: ValidationError) -> str:
     """What is wrong; another format or version is told apart from damage."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {})["error"]
         if not data.strip():
@@ -211,54 +206,6 @@ def load_config(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def load_arrays(
-    path: Path,
-    what: str,
-    kinds: str,
-    most: int = TENSOR_LIMIT,
-    each: int = TENSOR_LIMIT,
-    taken: Callable[[np.ndarray], np.ndarray] = np.asarray,
-) -> dict[str, np.ndarray]:
-    """Read the arrays of an .npz file, of numpy's kinds of dtypes, such as "uif"; nothing is unpickled.
-
-    taken: what is kept of an array, of which one is in memory at a time.
-    ValueError where its headers declare more than PARTS arrays, `most` bytes or `each` of an array, or it is damaged or
-    no such file.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no whole .npz file")
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            sizes = [part.file_size for part in parts]
-            if len(parts) > PARTS or sum(sizes) > most or max(sizes, default=0) > each:
-                raise ValueError(f"it declares more than {PARTS} arrays, {most >> 20} MiB or {each >> 20} MiB of one")
-            return {part.filename.removesuffix(".npy"): taken(_read_array(archive, part, kinds)) for part in parts}
-    except (OSError, ValueError, TypeError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{what} {path} cannot be read: {error!s:.200}") from None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, struct.error) as error:
-        raise ValueError(f"{what} {path} is damaged ({error!s:.200})") from None
-
-
-def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, kinds: str) -> np.ndarray:
-    """One array, whose header must declare what its part of the file holds."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with archive.open(part) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in readers:
-            raise ValueError(f"{part.filename!r:.80} has a header of version {version}")
-        shape, fortran, dtype = readers[version](file)
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in kinds or dtype.hasobject:
-            raise ValueError(f"{part.filename!r:.80} holds {dtype!s:.40}")
-        if min(shape, default=0) < 0 or size != part.file_size - file.tell():
-            raise ValueError(f"{part.filename!r:.80} declares {dtype!s:.40} of shape {shape!s:.60}, holds other data")
-        data = file.read(size)
-    if len(data) != size:
-        raise ValueError(f"{part.filename!r:.80} is cut short")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
-
-
 def inside(folder: Path, *parts: str) -> Path:
     """Return a path below a folder that others may have made; ValueError where a link leads out of it."""
     path = folder.joinpath(*parts)
@@ -305,7 +252,7 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
     """Read a safetensors file whose SHA-256 must be the expected one."""
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})")
-    data = read_binary(path, what, TENSOR_LIMIT)
+    data = read_binary(path, what, ARRAYS_LIMIT)
     if sha256(data) != expected_sha256:
         raise ValueError(
             f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "
@@ -313,7 +260,64 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
         )
     if data[: 8 + int.from_bytes(data[:8], "little")].count(b"{") > PARTS:
         raise ValueError(f"{what} {path} declares more than {PARTS} tensors")
+    return parse_safetensors(data[:8], f"{what} {path}", lambda: safetensors.torch.load(data))
+
+
+def load_safetensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read a safetensors file that nothing vouches for. ValueError where it is damaged or declares too much."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return parse_safetensors(start, f"{what} {path}", lambda: safetensors.torch.load_file(path))
+
+
+def parse_safetensors(start: bytes, name: str, parse: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `parse` makes of a file that begins with `start`: the length of its header, the list of all tensors."""
+    if (header := int.from_bytes(start, "little")) > LIMIT:
+        raise ValueError(
+            f"{name} is no safetensors file, or one whose header of {header >> 20} MiB is larger than the "
+            f"{LIMIT >> 20} MiB that are read"
+        )
     try:
-        return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{what} {path} is no safetensors file: {error!s:.200}") from None
+        return parse()
+    except Exception as error:  # its own kinds
+        raise ValueError(f"{name} is truncated or no safetensors file ({error!s:.200}); get it again") from None
+
+
+def load_arrays(
+    path: Path,
+    what: str,
+    remedy: str,
+    wanted: Collection[str] | None,
+    limit: int = ARRAYS_LIMIT,
+    taken: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> dict[str, np.ndarray | None]:
+    """Read the `wanted` arrays of an .npz file (null: all); the others have None, for they may fill the memory.
+
+    taken: what is kept of an array, of which one is in memory at a time.
+    Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than `limit`.
+    """
+    try:
+        open_zip(path, "it", limit, wanted).close()
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: taken(arrays[key]) if wanted is None or key in wanted else None for key in arrays.files}
+    except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
+        raise ValueError(f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}") from None
+
+
+def open_zip(path: Path, name: str, limit: int, wanted: Collection[str] | None = None) -> zipfile.ZipFile:
+    """Open a zip archive. ValueError where it lists too many files, or the `wanted` ones (null: all) unpack to more.
+
+    wanted: stems of file names. limit: bytes. What a file unpacks to is cut at what the archive's list says.
+    """
+    with path.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile reads it
+    if end is None:
+        raise ValueError(f"{name} is no whole zip archive")
+    if end[zipfile._ECD_SIZE] > LIMIT:  # type: ignore[attr-defined]
+        raise ValueError(f"{name} lists more files than are read")
+    archive = zipfile.ZipFile(path)
+    listed = [part for part in archive.infolist() if wanted is None or Path(part.filename).stem in wanted]
+    if sum(part.file_size for part in listed) > limit:
+        archive.close()
+        raise ValueError(f"{name} unpacks to more than {limit >> 20} MiB, the most that is read")
+    return archive

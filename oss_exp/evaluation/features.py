@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oss_exp.checks import Name
-from oss_exp.files import TENSOR_LIMIT, Provenance, find_asset, load_asset, read_binary
+from oss_exp.files import ARRAYS_LIMIT, Provenance, find_asset, load_asset, read_binary
 from oss_exp.files import sha256 as hash_of
 from oss_exp.models.checkpoints.weights import file_sha256, read
 
@@ -51,7 +51,7 @@ def load_weights(path: str | Path, what: str, where: str, sha256: str | None = N
             if sha256 is not None:
                 _require_hash(file_sha256(path), sha256, what, path)
             return read(path)
-        data = read_binary(path, what, TENSOR_LIMIT)  # what is hashed is what is opened
+        data = read_binary(path, what, ARRAYS_LIMIT)  # what is hashed is what is opened
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
 

@@ -26,7 +26,7 @@ Table = Numbers | list[Numbers]  # a number at each time, or one for each channe
 MOST = 1000  # schedules, metrics, curves or stages of a run
 PICTURES, FRAMES = 64, 4096  # that a run keeps of each schedule
 LARGEST = 256  # pixels a side of the pictures of a report
-PICTURE_LIMIT, ALL_LIMIT = 1 << 27, 1 << 31  # bytes of a schedule's pictures, 128 MiB, and of all, 2 GiB
+PICTURES_LIMIT = 1 << 31  # 2 GiB: of all pictures, of which those of one schedule are in memory at a time
 
 
 def _few(value: Any) -> Any:
@@ -224,7 +224,7 @@ def read_pictures(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "samples.npz"
     if not path.is_file():
         return {}
-    pictures = _load(inside(folder, path.name), "samples of a run", "u")
+    pictures = _load(inside(folder, path.name), "samples of a run")
     _check_pictures(path, pictures, (4, 5))
     return pictures
 
@@ -234,7 +234,7 @@ def read_ways(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "trajectories.npz"
     if not path.is_file():
         return {}
-    ways = _load(inside(folder, path.name), "predictions of a run", "uf")
+    ways = _load(inside(folder, path.name), "predictions of a run")
     pictures = {key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")}
     _check_pictures(path, pictures, (5,))
     times = {key.removeprefix("times/"): each for key, each in ways.items() if key.startswith("times/")}
@@ -243,7 +243,7 @@ def read_ways(folder: Path) -> dict[str, np.ndarray]:
     return ways
 
 
-def _load(path: Path, what: str, kinds: str) -> dict[str, np.ndarray]:
+def _load(path: Path, what: str) -> dict[str, np.ndarray]:
     """The arrays of a file, pictures reduced to the size of those of a report."""
 
     def small(array: np.ndarray) -> np.ndarray:
@@ -252,19 +252,21 @@ def _load(path: Path, what: str, kinds: str) -> dict[str, np.ndarray]:
             return array
         return reduced(array, LARGEST) if array.ndim == 5 else reduced(array[:, None], LARGEST)[:, 0]
 
-    return load_arrays(path, what, kinds, ALL_LIMIT, PICTURE_LIMIT, small)
+    return load_arrays(path, what, "measure again", None, PICTURES_LIMIT, small)
 
 
 def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]) -> None:
     """ValueError unless all are bytes of the teacher's shape, for as many samples or fewer."""
     teacher = pictures.get("teacher")
+    if teacher is None:
+        raise ValueError(f"{path} has no pictures of the teacher; measure again")
     for label, each in pictures.items():
-        if teacher is None or each.dtype != np.uint8 or each.ndim not in dimensions:
-            raise ValueError(f"{path} must hold pictures of bytes, the teacher's among them; measure again")
+        if each.dtype != np.uint8 or each.ndim not in dimensions:
+            raise ValueError(f"{path} must hold pictures of bytes, and {label!r:.80} is {each.dtype!s:.40} of shape {each.shape!s:.80}")
         *_, height, width, channels = each.shape
         fits = 0 < len(each) <= PICTURES and height and width and channels in (1, 3)
         if not fits or each.shape[-3:] != teacher.shape[-3:] or each.ndim != teacher.ndim or each.size == 0:
-            raise ValueError(f"{path}: {label!r:.80} has pictures of shape {each.shape}, the teacher {teacher.shape}")
+            raise ValueError(f"{path}: {label!r:.80} has pictures of shape {each.shape!s:.80}, the teacher {teacher.shape!s:.80}")
         if each.ndim == 5 and each.shape[1] > FRAMES:
             raise ValueError(f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}")
 
