@@ -262,11 +262,12 @@ def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tup
         raise ValueError(f"{path} has no pictures of the teacher; measure again")
     for label, each in pictures.items():
         if each.dtype != np.uint8 or each.ndim not in dimensions:
-            raise ValueError(f"{path} must hold pictures of bytes, and {label!r:.80} is {each.dtype!s:.40} of shape {each.shape!s:.80}")
+            raise ValueError(f"{path} must hold pictures of bytes, and {label!r:.80} is {each.dtype!s:.40}")
         *_, height, width, channels = each.shape
         fits = 0 < len(each) <= PICTURES and height and width and channels in (1, 3)
         if not fits or each.shape[-3:] != teacher.shape[-3:] or each.ndim != teacher.ndim or each.size == 0:
-            raise ValueError(f"{path}: {label!r:.80} has pictures of shape {each.shape!s:.80}, the teacher {teacher.shape!s:.80}")
+            shapes = f"{each.shape!s:.80}, the teacher {teacher.shape!s:.80}"
+            raise ValueError(f"{path}: {label!r:.80} has pictures of shape {shapes}")
         if each.ndim == 5 and each.shape[1] > FRAMES:
             raise ValueError(f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}")
 
