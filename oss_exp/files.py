@@ -181,7 +181,7 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
     if max(len(data), about.st_size) > limit:
-        raise ValueError(f"{what} {path} is larger than {limit >> 20} MiB, the most that is read of such a file")
+        raise ValueError(f"{what} {path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file")
     return data
 
 

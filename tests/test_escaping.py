@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import result
+from helpers import result, run_cli
 from markdown_it import MarkdownIt
 
 from oss_exp.checks import require_name
@@ -179,3 +179,26 @@ def test_pictures_show_names_and_no_formulas(monkeypatch):
     found = {text._preprocess_math(text.get_text()) for text in texts[1:]}
     assert found == {(f"{name} K=2\n1.00 dB", False) for name in NAMES[:30]}
     assert label("$") == r"\$"
+
+
+def test_a_run_of_such_a_schedule_shows_its_name_everywhere(tmp_path, capsys):
+    name, folder = "v1.5|[bold]", tmp_path / "run"
+    StepSchedule([1.0, 0.5, 0.0], provenance={"strategy": {"name": name}}).save(tmp_path / "x.json")
+    run_cli(
+        "task=evaluate",
+        f"task.schedule={tmp_path / 'x.json'}",
+        "task.allow_other_model=true",
+        "model=mixture_digits",
+        "num_steps=[2]",
+        "num_teacher_steps=4",
+        "data.eval_samples=2",
+        "evaluation.save_images=png",
+        "logger=none",
+        f"hydra.run.dir={folder}",
+    )
+    assert f"│ {name} " in capsys.readouterr().out
+    assert "| v1.5\\|\\[bold\\] | 2 |" in (folder / "table.md").read_text()
+    assert f"<td>{name}</td>" in (folder / "report.html").read_text()
+    assert f"{name}_2" in {path.name for path in (folder / "images").iterdir()}
+    with np.load(folder / "samples.npz") as pictures:
+        assert set(pictures) == {"teacher", f"{name} K=2"}
