@@ -94,16 +94,24 @@ class Provenance(Record):
 
 
 def load_record(
-    path: str | Path, form: type[R] | TypeAdapter[R], what: str, remedy: str = AGAIN, limit: int = LIMIT
+    path: str | Path,
+    form: type[R] | TypeAdapter[R],
+    what: str,
+    remedy: str = AGAIN,
+    limit: int = LIMIT,
+    fields: int = NODES,
 ) -> R:
     """Read a JSON file as `form`, a Record or a TypeAdapter.
 
     UTF-8, with or without a byte order mark; of two fields of one name the last counts, as in other programs.
     Raises FileNotFoundError or ValueError, which names the file, the field and the remedy: for a file of more than
-    `limit` bytes or 200 levels, of more than NODES values, one that is no JSON, of another format or version,
-    or not what `form` asks for.
+    `limit` bytes or 200 levels, of more than NODES values or `fields` fields, one that is no JSON, of another format or
+    version, or not what `form` asks for.
     """
-    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy)
+    data = read_bytes(path, what, limit)
+    if data.count(b":") > fields:  # an object may be copied for each field that it lacks
+        raise ValueError(f"{what} {path} has more than the {fields:,} fields that are read of such a file")
+    return parse_record(data, form, f"{what} {path}", remedy)
 
 
 def load_records(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +18,23 @@ from typing_extensions import Self, TypedDict
 
 from oss_exp.checks import Name
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.files import CONFIG_LIMIT, TABLE_LIMIT, Count, Numbers, Record, inside, load_arrays, load_record, read_text
+from oss_exp.files import (
+    AGAIN,
+    CONFIG_LIMIT,
+    TABLE_LIMIT,
+    Count,
+    Numbers,
+    Record,
+    inside,
+    load_arrays,
+    load_record,
+    read_text,
+)
 from oss_exp.geneval.rules import VerdictRecord, Wish
 from oss_exp.models.stages import FinetuneRecord
 
 Table = Numbers | list[Numbers]  # a number at each time, or one for each channel
+FIELDS = 1 << 19  # of a file
 MOST = 1000  # schedules, metrics, curves or stages of a run
 PICTURES, FRAMES = 64, 4096  # that a run keeps of each schedule
 LARGEST = 256  # pixels a side of the pictures of a report
@@ -185,33 +197,39 @@ class GenEvalRecord(Record):
         return [wish["tag"] for wish in self.prompts for _ in range(self.images_per_prompt)]
 
 
+R = TypeVar("R", bound=Record)
+
+
+def _read(folder: Path, name: str, form: type[R], what: str, remedy: str = AGAIN) -> R:
+    return load_record(inside(folder, name), form, what, remedy, TABLE_LIMIT, FIELDS)
+
+
 def read_metrics(folder: Path) -> MetricsRecord:
     """metrics.json of a run. FileNotFoundError or ValueError, as all of these, names the file and the field."""
-    path = inside(folder, "metrics.json")
-    return load_record(path, MetricsRecord, "metrics of a run", "measure again", TABLE_LIMIT)
+    return _read(folder, "metrics.json", MetricsRecord, "metrics of a run", "measure again")
 
 
 def read_amplitude(folder: Path) -> AmplitudeRecord:
-    return load_record(inside(folder, "amplitude.json"), AmplitudeRecord, "amplitudes of a run", limit=TABLE_LIMIT)
+    return _read(folder, "amplitude.json", AmplitudeRecord, "amplitudes of a run")
 
 
 def read_training(folder: Path) -> TrainingRecord:
-    return load_record(inside(folder, "training.json"), TrainingRecord, "losses of a training run", limit=TABLE_LIMIT)
+    return _read(folder, "training.json", TrainingRecord, "losses of a training run")
 
 
 def read_finetuning(folder: Path) -> FinetuneRecord:
-    return load_record(inside(folder, "finetune.json"), FinetuneRecord, "stages of a finetuning", limit=TABLE_LIMIT)
+    return _read(folder, "finetune.json", FinetuneRecord, "stages of a finetuning")
 
 
 def read_geneval(folder: Path) -> GenEvalRecord:
-    return load_record(inside(folder, "geneval.json"), GenEvalRecord, "GenEval's results", limit=TABLE_LIMIT)
+    return _read(folder, "geneval.json", GenEvalRecord, "GenEval's results")
 
 
 def read_teacher_times(folder: Path) -> list[float]:
     """The times of the teacher's nodes; none of a run of a version that did not write them."""
     if not (folder / "teacher.json").is_file():
         return []
-    return load_record(inside(folder, "teacher.json"), TeacherGrid, "times of the teacher").times
+    return _read(folder, "teacher.json", TeacherGrid, "times of the teacher").times
 
 
 def read_configuration(folder: Path) -> str:
