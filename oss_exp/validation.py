@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -75,7 +76,8 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
     """
     found = error.errors(include_url=False, include_input=given is None)
     if given is not None:  # else pydantic would copy what it looked at for every fault
-        found = [{**each, "input": _at(given, each["loc"])} for each in found]
+        for each in found:
+            each["input"] = _at(given, each["loc"])
     details = [_by_field(each) for each in found]
     places = [_location(each, given) for each in details]
 
@@ -154,8 +156,9 @@ def _location(fault: ErrorDetails, given: Any) -> tuple[str | int, ...]:
 def _at(given: Any, location: tuple[str | int, ...]) -> Any:
     """What lies at a location, in which there may be names of a union's types."""
     for part in location:
-        if _has(given, part) and (isinstance(given, Mapping) or part < len(given)):
-            given = given[part]
+        if _has(given, part):
+            with suppress(IndexError):
+                given = given[part]
     return given
 
 

@@ -270,7 +270,8 @@ def _load(path: Path, what: str) -> dict[str, np.ndarray]:
             return array
         return reduced(array, LARGEST) if array.ndim == 5 else reduced(array[:, None], LARGEST)[:, 0]
 
-    return load_arrays(path, what, "measure again", None, PICTURES_LIMIT, small)
+    found = load_arrays(path, what, "measure again", None, PICTURES_LIMIT, small)
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]) -> None:
