@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+import oss_exp
 from oss_exp.calibration import Calibration
 from oss_exp.data.conditions import read_array
-from oss_exp.data.images import cached_latents, fashion_mnist, image_folder
 from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.features import load_weights
@@ -41,7 +41,7 @@ from oss_exp.export.sigmas import read_sigmas
 from oss_exp.files import load_config
 from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.pipelines import read_object
-from oss_exp.models.checkpoints.weights import read
+from oss_exp.models.checkpoints.weights import locate, read
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.stages import StageFolder, StageParameters
 from oss_exp.report import write
@@ -459,7 +459,7 @@ def means() -> dict[str, Callable[[], bytes]]:
         "an unknown dtype": lambda: header({"mean": {**entry, "dtype": "os.system"}}, bytes(4)),
         "no mean": lambda: tensors(other=torch.ones(1)),
         "not finite": lambda: tensors(mean=torch.tensor([float("nan")])),
-        "half a million tensors": lambda: header(million),
+        "large: half a million tensors": lambda: header(million),
         "large: a gigabyte and more": lambda: header({"mean": {**entry, "shape": [1]}}, bytes((1 << 30) + 4)),
     }
 
@@ -836,7 +836,7 @@ def assets() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 
 
 def _first_image(root: Path) -> Any:
-    return image_folder(root, 8)[0]
+    return oss_exp.image_folder(root, 8)[0]
 
 
 def _stage_parameters(folder: Path) -> Any:
@@ -865,18 +865,18 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str,
     "configurations": (lambda path: load_config(path, "configuration"), resumed),
     "calibrations": (Calibration.load, calibrations),
     "stages": (_stage_parameters, stages),
-    "checkpoints": (read, checkpoints),
+    "checkpoints": (lambda path: read(locate(str(path), ["x.safetensors"], "elsewhere")), checkpoints),
     "TorchScript": (lambda path: load_weights(path, "weights", "them"), programs),
     "assets": (FashionFeatures.from_asset, assets),
     "mixtures": (GaussianMixture.from_asset, assets),
     "statistics": (Reference.load, statistics),
     "conditions": (lambda path: read_array(path, "x"), statistics),
     "latents": (
-        cached_latents,
+        lambda path: oss_exp.cached_latents(path),
         lambda: ((t, put("x.safetensors", d), t.startswith("large")) for t, d in means().items()),
     ),
     "folders of images": (_first_image, folders_of_images),
-    "IDX files": (lambda root: fashion_mnist(root), idx),
+    "IDX files": (lambda root: oss_exp.fashion_mnist(root), idx),
     "prompts": (read_prompts, prompts),
     "GenEval's metadata": (read_metadata, records),
     "workflows and lists of sigmas": (lambda path: read_sigmas(str(path)), workflows),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, field_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from oss_exp.checks import Name
@@ -27,6 +27,7 @@ from oss_exp.files import (
     Provenance,
     Record,
     load_record,
+    parse_safetensors,
     save_asset,
     sha256,
     write_atomically,
@@ -250,12 +251,14 @@ class StageParameters:
 
 def _changed_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The weights that a stage's file changes, with their shapes; of two low-rank factors that of their product."""
-    try:
+
+    def read() -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is no safetensors file: {error!s:.200}") from None
-    found = {}
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+    with path.open("rb") as file:
+        start = file.read(8)
+    shapes, found = parse_safetensors(start, f"stage {path}", read), {}
     for key, shape in shapes.items():
         name = key.removesuffix(DOWN).removesuffix(UP)
         if name == key:
