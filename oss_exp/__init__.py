@@ -201,7 +201,7 @@ CONFIGURED = {
     "cached_latents": "data.images",
     "digits": "data.images",
     "fashion_mnist": "data.images",
-    "image_folder": "data.images",
+    "image_folder": "data.folder",
     "mixture_samples": "data.images",
     "cifar10": "data.cifar10",
     "ColouredFashion": "data.captioned",

@@ -296,7 +296,7 @@ def load_arrays(
     wanted: Collection[str] | None,
     limit: int = ARRAYS_LIMIT,
     taken: Callable[[np.ndarray], np.ndarray] = np.asarray,
-) -> dict[str, np.ndarray | None]:
+) -> dict[str, Any]:
     """Read the `wanted` arrays of an .npz file (null: all); the others have None, for they may fill the memory.
 
     taken: what is kept of an array, of which one is in memory at a time.

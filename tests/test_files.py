@@ -195,6 +195,14 @@ def test_a_file_larger_than_its_kind_is_not_read(tmp_path):
         read_text(path, "text", limit=1 << 20)
 
 
+def test_a_file_of_more_values_than_memory_holds_is_not_read(tmp_path):
+    """Four bytes of JSON become a hundred."""
+    path = tmp_path / "n.json"
+    path.write_text("[" + "[]," * 4_200_000 + "[]]")
+    with pytest.raises(ValueError, match=r"note .*n\.json has more values than the 4,194,304 lists or"):
+        load_record(path, Note, "note")
+
+
 def test_a_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "n.jsonl"
     line = json.dumps({**WHOLE, "more": {"a\u2028b": 1}}, ensure_ascii=False)  # no end of a line in JSON

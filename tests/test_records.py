@@ -16,7 +16,7 @@ from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.statistics import Reference
 from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import Diffusers
-from oss_exp.export.sigmas import read_sigmas
+from oss_exp.export.reading import read_sigmas
 from oss_exp.files import Provenance, load_asset, load_record, save_asset, sha256
 from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.pipelines import read_object
@@ -297,7 +297,7 @@ def test_the_field_that_is_wrong_is_named(name, tmp_path):
         path = written(reader, tmp_path, as_json(replaced(reader.valid, place, {"odd": [{}]})))
         message = refusal(reader, path)
         named += f"`{'.'.join(map(str, place))}`" in message
-        assert not message or f"`{place[0]}" in message or "0 nodes ManualSigmas" in message
+        assert not message or f"`{place[0]}" in message or "has no node ManualSigmas" in message
     assert named
 
 

@@ -39,8 +39,8 @@ class CaptionedImages(Dataset, abc.ABC):
 
     captions: list[str]
 
-    def __init__(self, root: str | Path, split: Split, items_each: int):
-        self.garments, self.labels = fashion_mnist(root, split, SIDE)
+    def __init__(self, root: str | Path, split: Split, items_each: int, download: bool = False):
+        self.garments, self.labels = fashion_mnist(root, split, SIDE, download)
         self.items_each = items_each
         made_of = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
         made_of.update(repr((type(self).__name__, self.captions, items_each)).encode())
@@ -62,13 +62,13 @@ class CaptionedImages(Dataset, abc.ABC):
 class ColouredFashion(CaptionedImages):
     """(3, 32, 32): every garment once in each of eight colours, on black; "a red sneaker"."""
 
-    def __init__(self, root: str | Path, split: Split = "train"):
+    def __init__(self, root: str | Path, split: Split = "train", download: bool = False):
         self.captions = [
             f"{'an' if colour == 'orange' else 'a'} {colour} {garment}"
             for garment, colour in product(GARMENTS, COLOURS)
         ]
         self.colours = torch.tensor(list(COLOURS.values()))[:, :, None, None]
-        super().__init__(root, split, len(COLOURS))
+        super().__init__(root, split, len(COLOURS), download)
 
     def _make(self, i: int) -> tuple[Tensor, int]:
         garment, colour = divmod(i, len(COLOURS))
@@ -79,9 +79,9 @@ class ColouredFashion(CaptionedImages):
 class MovingFashion(CaptionedImages):
     """(1, 8, 32, 32): every garment once in each of six moves, from a place and at a size of its own; "boot rising"."""
 
-    def __init__(self, root: str | Path, split: Split = "train"):
+    def __init__(self, root: str | Path, split: Split = "train", download: bool = False):
         self.captions = [f"{garment} {move}" for garment, move in product(GARMENTS, MOVES)]
-        super().__init__(root, split, len(MOVES))
+        super().__init__(root, split, len(MOVES), download)
 
     def _make(self, i: int) -> tuple[Tensor, int]:
         garment, move = divmod(i, len(MOVES))

@@ -10,16 +10,17 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import FailFast, Field, TypeAdapter
 from torch import Tensor
 
 from oss_exp.checks import require_choice
+from oss_exp.data.folder import read_image
 from oss_exp.data.images import Split
 from oss_exp.files import load_record
 
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 LABELS = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, le=9)]], FailFast()])
+MOST = 50_000  # images in a file
 RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then red, green and blue planes
 
 
@@ -45,9 +46,9 @@ def cifar10(root: str | Path, split: Split = "train") -> tuple[Tensor, Tensor]:
 def _read_binary(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     records = []
     for path in (_existing(folder / f"{name}.bin") for name in PARTS[split]):
+        if not (size := path.stat().st_size) or size % RECORD or size > MOST * RECORD:
+            raise ValueError(f"{path} is truncated: {size} bytes are not whole images of {RECORD}; get it again")
         data = path.read_bytes()
-        if not data or len(data) % RECORD:
-            raise ValueError(f"{path} is truncated: {len(data)} bytes are not whole images of {RECORD}; get it again")
         records.append(np.frombuffer(data, np.uint8).reshape(-1, RECORD))
     table = torch.from_numpy(np.concatenate(records))
     if table[:, 0].max() > 9:
@@ -58,14 +59,11 @@ def _read_binary(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def _read_sheets(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     sheets = []
     for path in (_existing(folder / f"{name}.png") for name in PARTS[split]):
-        try:
-            sheet = np.array(Image.open(path).convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is truncated or no PNG file ({error}); get it again") from None
-        if sheet.shape[1] != 32 * 32:
-            raise ValueError(f"{path} must be 1024 wide, a row for an image of 32 x 32, got {sheet.shape[1]}")
-        sheets.append(sheet.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
-    images, path = torch.from_numpy(np.concatenate(sheets)), folder / f"{split}_lables.json"  # the package's spelling
+        sheet = read_image(path, 3, "black")
+        if sheet.shape[2] != 32 * 32:
+            raise ValueError(f"{path} must be 1024 wide, a row for an image of 32 x 32, got {sheet.shape[2]}")
+        sheets.append(sheet.unflatten(2, (32, 32)).movedim(1, 0))
+    images, path = torch.cat(sheets), folder / f"{split}_lables.json"  # the package's spelling
     labels = load_record(path, LABELS, "labels of CIFAR-10", "get the package again")
     if len(labels) != len(images):
         raise ValueError(f"{path} has {len(labels)} labels for {len(images)} images; get the package again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 
 from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseItem
 from oss_exp.data.prompts import read_prompts
+from oss_exp.files import load_arrays
 
 
 class ConditionedItem(NoiseItem):
@@ -115,14 +115,10 @@ def read_array(path: Path, key: str) -> np.ndarray:
     """The array `key` of an .npz file, float32, at least one row. Objects in it are not unpickled."""
     if not path.is_file():
         raise FileNotFoundError(f"conditions {path} do not exist; set data.conditions to an .npz file")
-    try:
-        with np.load(path) as arrays:
-            found = list(arrays)
-            array = arrays[key] if key in found else None
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
-        raise ValueError(f"conditions {path} cannot be read as an .npz file: {error}") from None
-    if array is None:
-        raise ValueError(f"conditions {path} have no array {key!r}; set data.key to one of {', '.join(found)}")
+    arrays = load_arrays(path, "conditions", "make the file again with numpy.savez", {key})
+    if (array := arrays.get(key)) is None:
+        names = ", ".join(list(arrays)[:20])
+        raise ValueError(f"conditions {path} have no array {key!r}; set data.key to one of {names:.400}")
     if array.ndim < 2 or array.dtype.kind not in "fiu":
-        raise ValueError(f"conditions {path}: {key} must be numbers with a condition in each row, got {array.shape}")
+        raise ValueError(f"conditions {path}: {key} must be numbers, a condition in each row, got {array.shape!s:.80}")
     return array.astype(np.float32)

@@ -3,51 +3,59 @@
 from __future__ import annotations
 
 import gzip
+import struct
+import zlib
+from math import prod
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from oss_exp.checks import require_choice, require_range
+from oss_exp.files import load_safetensors
 from oss_exp.models.families.mixture import GaussianMixture
+from oss_exp.models.guidance import NO_CLASS
 
 Split = Literal["train", "test"]
 Images = tuple[Tensor, Tensor]
 """images (n, C, H, W) float32 in [-1, 1], labels (n,) int64."""
+RAW = Path("FashionMNIST") / "raw"  # where torchvision keeps the files
+MOST = 1 << 17  # images in a file
 
 
-def fashion_mnist(root: str | Path, split: Split = "train", size: int = 28) -> Images:
+def fashion_mnist(root: str | Path, split: Split = "train", size: int = 28, download: bool = False) -> Images:
     """60,000 grey training or 10,000 test images from the IDX files under root, gzipped or not.
 
     root: a folder with the files, or torchvision's (root/FashionMNIST/raw). size: 28, or more with a black frame.
+    download: where they are missing, let torchvision fetch them into its folder.
     """
     require_choice(get_args(Split), split=split)
     require_range(at_least=28, at_most=1024, size=size)
     if size % 2:
         raise ValueError(f"size must be an even number, got {size}")
-    prefix = {"train": "train", "test": "t10k"}[split]
-    folders = [Path(root), Path(root) / "FashionMNIST" / "raw", Path(root) / "raw"]
-    folder = next((f for f in folders if list(f.glob(f"{prefix}-images-idx3-ubyte*"))), None)
+    root, prefix = Path(root).expanduser(), {"train": "train", "test": "t10k"}[split]
+    folder = _folder_of(root, prefix)
+    if folder is None and download:
+        _download_fashion(root, split)
+        folder = _folder_of(root, prefix)
     if folder is None:
         raise FileNotFoundError(
-            f"no {prefix}-images-idx3-ubyte[.gz] in {' or '.join(map(str, folders))}; set images.root to the folder of "
-            "the four Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in "
-            "/usr/share/datasets/fashion-mnist)"
+            f"no {prefix}-images-idx3-ubyte[.gz] in {root} or {root / RAW}; set images.root to the folder of the four "
+            "Fashion-MNIST files (Debian's dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist), or "
+            "to any folder with images.download=true to have them downloaded into it"
         )
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", header=16, item=28 * 28)
-    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", header=8, item=1)
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 2051, (28, 28))
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 2049, ())
     if len(images) != len(labels):
         raise ValueError(
             f"{folder} has {len(images)} images but {len(labels)} labels; the files do not belong together"
         )
-    pixels = torch.from_numpy(images).reshape(-1, 1, 28, 28).float() / 127.5 - 1
+    pixels = torch.from_numpy(images)[:, None].float() / 127.5 - 1
     frame = (size - 28) // 2
-    return F.pad(pixels, [frame] * 4, value=-1.0), torch.from_numpy(labels).flatten().long()
+    return F.pad(pixels, [frame] * 4, value=-1.0), torch.from_numpy(labels).long()
 
 
 def digits(root: str | Path | None = None) -> Images:
@@ -67,57 +75,52 @@ def mixture_samples(file: str | Path = "mixture_digits.safetensors", count: int 
     return GaussianMixture.from_asset(file).draw(count, seed)
 
 
-def image_folder(root: str | Path, size: int = 32, channels: Literal[1, 3] = 3) -> Dataset:
-    """Images in one folder a class, root/<class>/<image>: items (C, size, size) in [-1, 1], label.
-
-    The shorter side is resized to `size`, then the middle is cut out; channels 1 (grey) or 3 (RGB). Files are read
-    when they are needed.
-    """
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    require_choice((1, 3), channels=channels)
-    require_range(at_least=1, at_most=4096, size=size)
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"root={root} is no folder; give one that has a folder of images for each class")
-    steps = [
-        v2.ToImage(),
-        v2.Grayscale(channels),
-        v2.Resize(size),
-        v2.CenterCrop(size),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.5], [0.5]),
-    ]
-    try:
-        return ImageFolder(root, v2.Compose(steps if channels == 1 else [steps[0], *steps[2:]]))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"root={root} has no images in folders of classes: {error}") from None
-
-
 def cached_latents(file: str | Path) -> Images:
     """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file."""
-    path = Path(file)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"file={file} is truncated or no safetensors file: {error}") from None
+    tensors = load_safetensors(path, "file")
     latents, labels = tensors.get("latents"), tensors.get("labels")
-    if latents is None or labels is None or latents.ndim != 4 or labels.shape != latents.shape[:1]:
-        found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
-        raise ValueError(f"file={file} must hold latents (n, C, h, w) and labels (n,), has {found}")
+    if latents is None or labels is None or latents.ndim != 4 or labels.shape != latents.shape[:1] or not len(labels):
+        found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:20])
+        raise ValueError(f"file={file} must hold latents (n, C, h, w) and labels (n,), has {found:.400}")
+    if labels.is_floating_point() or not bool((labels >= NO_CLASS).all()):
+        raise ValueError(f"file={file}: labels must be whole numbers from 0 on, or {NO_CLASS} for no class")
     return latents.float(), labels.long()
 
 
-def _read_idx(folder: Path, name: str, header: int, item: int) -> np.ndarray:
+def _folder_of(root: Path, prefix: str) -> Path | None:
+    folders = root, root / RAW, root / "raw"
+    return next((folder for folder in folders if list(folder.glob(f"{prefix}-images-idx3-ubyte*"))), None)
+
+
+def _download_fashion(root: Path, split: Split) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(root), train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:  # torchvision's word for a mirror that fails or a wrong checksum
+        raise ValueError(
+            f"Fashion-MNIST could not be downloaded into {root}: {error}; set images.root to a folder that can be "
+            "written, or to one with the four files"
+        ) from None
+
+
+def _read_idx(folder: Path, name: str, magic: int, item: tuple[int, ...]) -> np.ndarray:
+    """(n, *item) uint8. No more is read than the header says, and it can say no more than MOST."""
     # torchvision reads only unpacked IDX files; packages ship them gzipped.
     path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
+    sizes = struct.Struct(f">{2 + len(item)}i")
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError) as error:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header = file.read(sizes.size)
+            kind, count, *shape = sizes.unpack(header) if len(header) == sizes.size else (None, 0)
+            if kind != magic or tuple(shape) != item or not 0 < count <= MOST:
+                raise ValueError(f"{path} is truncated or no IDX file of {item or 'labels'}; get it again")
+            data = file.read(count * prod(item) + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if len(data) <= header or (len(data) - header) % item:
-        raise ValueError(f"{path} is truncated: {len(data)} bytes are not a header of {header} and items of {item}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(-1, item).copy()
+    if len(data) != count * prod(item):
+        raise ValueError(f"{path} is truncated or damaged: not the {count} items of its header; get it again")
+    return np.frombuffer(data, np.uint8).reshape(count, *item).copy()

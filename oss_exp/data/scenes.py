@@ -152,11 +152,11 @@ class Wardrobe:
 class FashionScenes(CaptionedImages):
     """(3, 64, 64): scenes of all wishes, each task as often as the others, for a model of prompts."""
 
-    def __init__(self, root: str | Path, split: Split = "train"):
+    def __init__(self, root: str | Path, split: Split = "train", download: bool = False):
         self.wishes = wishes()
         self.captions = [wish["prompt"] for known in self.wishes.values() for wish in known]
         self.first = dict(zip(self.wishes, np.cumsum([0, *map(len, self.wishes.values())]).tolist(), strict=False))
-        super().__init__(root, split, items_each=20)
+        super().__init__(root, split, items_each=20, download=download)
         self.wardrobe = Wardrobe(self.garments, self.labels)
 
     def _make(self, i: int) -> tuple[Tensor, int]:

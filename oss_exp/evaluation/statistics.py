@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oss_exp.files import find_asset, write_atomically
+from oss_exp.files import find_asset, load_arrays, write_atomically
 
 KEPT = 50_000  # features in a file, at most: as many images as FID, precision and recall are usually reported with
 PUBLISHED = ("mu", "sigma")
 NUMBERS, WHOLE, TEXT = "f", "iu", "U"  # numpy's kinds of dtypes
 OURS = {"mu": NUMBERS, "sigma": NUMBERS, "n": WHOLE, "channels": WHOLE, "extractor": TEXT, "features": NUMBERS}
-LIMIT = 1 << 31  # bytes of the arrays in a file; KEPT features of Inception-V3 are a tenth of it
+WIDEST = 8192  # features of an image; Inception-V3 has 2048
 REMEDY = "make it again with oss_exp.evaluation.statistics.write_statistics"
 
 
@@ -87,7 +85,7 @@ class Reference:
     def load(cls, path: str | Path) -> Reference:
         """FileNotFoundError, ValueError: what is missing, damaged or not a statistic, and what to do."""
         path = find_asset(path, "statistics")
-        arrays = _read(path)
+        arrays = load_arrays(path, "statistics", REMEDY, OURS)
         missing = [key for key in (OURS if "features" in arrays else PUBLISHED) if key not in arrays]
         if missing and "arr_0" in arrays:
             raise ValueError(
@@ -98,9 +96,13 @@ class Reference:
             found = ", ".join([*arrays][:10]) or "nothing"
             raise ValueError(f"{path} has no {' and no '.join(missing)}, only {found}; {REMEDY}")
         _check(path, arrays)
-        mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-            raise ValueError(f"{path}: mu must be (F,) and sigma (F, F), got {mu.shape} and {sigma.shape}; {REMEDY}")
+        mu, sigma = arrays["mu"], arrays["sigma"]
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or len(mu) > WIDEST:
+            raise ValueError(
+                f"{path}: mu must be (F,) and sigma (F, F), F at most {WIDEST}, got {mu.shape!s:.80} and "
+                f"{sigma.shape!s:.80}; {REMEDY}"
+            )
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
         if "features" not in arrays:
             return cls(path, mu, sigma)
         features = arrays["features"]
@@ -169,17 +171,3 @@ def _check(path: Path, arrays: dict[str, Any]) -> None:
             raise ValueError(f"{path}: {key} must be {wanted}, got {shown:.80}; {REMEDY}")
         if kinds == NUMBERS and not np.isfinite(array).all():
             raise ValueError(f"{path}: {key} has NaN or infinite values; {REMEDY}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """All arrays of the three layouts that are in the file; images only by name, for they may fill the memory."""
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not a whole zip archive")
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist() if part.filename.removesuffix(".npy") in OURS) > LIMIT:
-                raise ValueError(f"its arrays are larger than {LIMIT >> 20} MiB")
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] if key in OURS else None for key in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise ValueError(f"statistics {path} are truncated or no .npz file ({error}); {REMEDY}") from None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
+from oss_exp.export.samplers import Network, network_of, sampler_of
 from oss_exp.export.sigmas import flow_sigmas, ratio_sigmas
 from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
@@ -25,20 +27,33 @@ class Exporter(abc.ABC):
 
 @dataclass(frozen=True)
 class SigmaList(Exporter):
-    """A list of sigmas, which holds times alone.
+    """A list of sigmas, which holds times alone: its program's sampler has to take the schedule's steps.
 
-    network: `flow`, or `eps` for any model whose sigma is sigma / alpha; None: as the schedule's file says.
+    network:  `flow`, or `eps` for any model whose sigma is sigma / alpha; None: as the schedule's file says.
+    samplers: of the program, names of `samplers.SAMPLERS` -> its own.
     """
 
-    network: Literal["flow", "eps"] | None = None
+    samplers: ClassVar[Mapping[str, str]]
+
+    network: Network | None = None
 
     @abc.abstractmethod
-    def texts(self, sigmas: list[float]) -> tuple[str, str]:
+    def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
         """Return the text of the file, and the text to paste."""
 
     def write(self, steps: StepSchedule, path: Path) -> str:
-        sigmas = self._sigmas(steps)
-        content, advice = self.texts(sigmas)
+        network, planned = self.network, network_of(steps)
+        if network is None and planned is None:
+            raise ValueError("the schedule's file does not name a kind of network; set task.exporter.network=flow|eps")
+        if network is not None and planned not in (network, None):
+            raise ValueError(
+                f"the schedule was planned for a network of kind {planned}, task.exporter.network={network} is "
+                "another; leave it out, or plan a schedule on that network"
+            )
+        network = network or planned
+        assert network is not None
+        sigmas = flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)
+        content, advice = self.texts(sigmas, sampler_of(steps, network, self.samplers))
         write_atomically(path, f"{content}\n")
 
         ratio = steps.start_time / float(steps.times[0])
@@ -48,11 +63,3 @@ class SigmaList(Exporter):
                 "start=pinned would have kept."
             )
         return advice
-
-    def _sigmas(self, steps: StepSchedule) -> list[float]:
-        network = self.network
-        if network is None and (clock := steps.about("native").get("clock")):
-            network = "flow" if clock == "flow time" else "eps"
-        if network is None:
-            raise ValueError("the schedule's file does not name a kind of network; set task.exporter.network=flow|eps")
-        return flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)

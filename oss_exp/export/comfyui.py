@@ -15,13 +15,16 @@ from oss_exp.export.sigmas import sigma_text
 class ComfyUI(SigmaList):
     """Nodes in ComfyUI's API format, which `ManualSigmas` and a sampler node take."""
 
-    def texts(self, sigmas: list[float]) -> tuple[str, str]:
-        return json.dumps(comfyui_nodes(sigmas), indent=2), f"ManualSigmas: {sigma_text(sigmas)}, with euler"
+    samplers = {"euler": "euler", "heun": "heun", "dpm_2": "dpm_2", "dpmpp_2m": "dpmpp_2m"}  # noqa: RUF012
+
+    def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
+        nodes = comfyui_nodes(sigmas, sampler)
+        return json.dumps(nodes, indent=2), f"ManualSigmas: {sigma_text(sigmas)}, with {sampler}"
 
 
-def comfyui_nodes(sigmas: Sequence[float]) -> dict[str, Any]:
+def comfyui_nodes(sigmas: Sequence[float], sampler: str = "euler") -> dict[str, Any]:
     """Return ComfyUI's API format of the sigmas, and of the sampler that they are for."""
     return {
         "sigmas": {"class_type": "ManualSigmas", "inputs": {"sigmas": sigma_text(sigmas)}},
-        "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": sampler}},
     }

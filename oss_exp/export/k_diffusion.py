@@ -10,7 +10,9 @@ from oss_exp.export.base import SigmaList
 
 @dataclass(frozen=True)
 class KDiffusion(SigmaList):
-    """A JSON list of sigmas for k-diffusion's `sample_euler`."""
+    """A JSON list of sigmas for k-diffusion's `sample_euler`, or another sampler that takes the schedule's steps."""
 
-    def texts(self, sigmas: list[float]) -> tuple[str, str]:
-        return json.dumps(sigmas), f"sample_euler(model, noise * {sigmas[0]:.6g}, torch.tensor(sigmas))"
+    samplers = {name: f"sample_{name}" for name in ("euler", "heun", "dpm_2", "dpmpp_2m")}  # noqa: RUF012
+
+    def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
+        return json.dumps(sigmas), f"{sampler}(model, noise * {sigmas[0]:.6g}, torch.tensor(sigmas))"

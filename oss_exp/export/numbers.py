@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from oss_exp.export.base import Exporter
+from oss_exp.export.samplers import states_of, steps_of, uncalibrated
 from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
-from oss_exp.solvers import Euler, Solver, solver_of, walk
-from oss_exp.tensors import rowwise
+from oss_exp.solvers import Solver
 
 CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
 
@@ -39,11 +39,10 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     """
     if steps.per_sample:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
-    if solver is None:
-        solver = Euler() if isinstance(steps.steps, FittedSteps) else solver_of(steps)  # fitted steps need none
-    if solver.calibration is not None:
-        raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
-    weights = _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(steps, solver)
+    solver = steps_of(steps) if solver is None else uncalibrated(solver)
+    weights = (
+        _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(states_of(steps, solver))
+    )
     return {
         "times": steps.times.tolist(),
         "weights": weights.tolist(),
@@ -64,23 +63,9 @@ def save_in_numbers(steps: StepSchedule, path: str | Path, solver: Solver | None
     return write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
-def _summed(steps: StepSchedule, solver: Solver) -> Tensor:
-    """(K, 3 + K) weights over (x, first state, mean, x0 newest first): the solver run on coordinates.
-
-    Its states are sums of the first state and the x0 of its calls, so it is run on the vectors that stand for them.
-    """
-    count = steps.num_steps
-    if solver.evals_per_step != 1:
-        raise ValueError(f"{solver} calls the network again within a step, which no scheduler can; use a multistep one")
-    basis, seen = torch.eye(count + 1, dtype=torch.float64), []
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(x[0])
-        return (x - basis[len(seen)]) / rowwise(t, x)
-
-    orders = None if steps.orders is None else list(steps.orders)
-    *_, last = walk(solver, velocity, basis[:1], steps.times, orders)
-    states = torch.stack([*seen[1:], last.x[0]])
+def _summed(states: Tensor) -> Tensor:
+    """States (K, 1 + K) after a solver's steps -> (K, 3 + K) weights over (x, first state, mean, x0 newest first)."""
+    count = len(states)
     weights = torch.zeros(count, 3 + count, dtype=torch.float64)
     weights[:, 1] = states[:, 0]
     for step in range(count):

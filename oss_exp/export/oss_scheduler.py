@@ -26,8 +26,12 @@ from torch import Tensor
 FORMAT, VERSION = "oss_exp/scheduler", 1
 LIMIT, MEAN_LIMIT = 1 << 24, 1 << 29  # bytes that are read of a schedule and of its mean
 PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
-TRAINING = ("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
 BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+TRAINING = (
+    *("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "snr_shift_scale", *BETAS),
+    *("use_flow_sigmas", "invert_sigmas", "timestep_type", "sigma_data"),
+)
+LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
 
 
 class OSSScheduler(SchedulerMixin, ConfigMixin):
@@ -38,7 +42,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     start:      `pinned` and `free`: the noise is the first state. `analytic`: they are a jump apart, see `begin`.
     start_time: the noise is start_time * eps.
     mean:       (G, *E) mean clean latents, in the pipeline's own layout (a FluxPipeline's are packed).
-    prediction_type, num_train_timesteps, beta_...: how the network was trained, in diffusers' words.
+    prediction_type, num_train_timesteps, beta_..., rescale_betas_zero_snr, snr_shift_scale, use_flow_sigmas,
+    invert_sigmas, timestep_type, sigma_data: how the network was trained, in diffusers' words and with its defaults.
     extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
                 `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
 
@@ -58,26 +63,52 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         weights: Sequence[Sequence[float]] = ((0.0, 0.0, 0.0, 1.0),),
         start: str = "pinned",
         start_time: float = 1.0,
-        prediction_type: str = "flow_prediction",
+        prediction_type: str | None = None,
         num_train_timesteps: int = 1000,
         beta_schedule: str | None = None,
         beta_start: float | None = None,
         beta_end: float | None = None,
         trained_betas: Sequence[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
+        use_flow_sigmas: bool = False,
+        invert_sigmas: bool = False,
+        timestep_type: str = "discrete",
+        sigma_data: float | None = None,
         extra_call: bool = False,
         mean: Tensor | None = None,
     ):
-        if prediction_type not in PREDICTIONS:
-            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
         self.times, self.weights, self.mean = list(times), [list(row) for row in weights], mean
         self.condition: Tensor | None = None
-        self.flow = prediction_type == "flow_prediction"
-        self.ratios = None if self.flow else self._ratios()
-        self.time_max = 1.0 if self.ratios is None else float(self.ratios[-1] / (1 + self.ratios[-1]))
+
+        # How the network was trained.
+        chain = beta_schedule is not None or trained_betas is not None or sigma_data is not None
+        self.prediction = prediction_type or ("epsilon" if chain and not use_flow_sigmas else "flow_prediction")
+        self.prediction = {"original_sample": "sample"}.get(self.prediction, self.prediction)
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
+        self.flow = self.prediction == "flow_prediction"
+        if use_flow_sigmas and not self.flow:
+            raise ValueError(
+                f"use_flow_sigmas=True with prediction_type={self.prediction} is no flow network of diffusers' "
+                "pipelines; give from_schedule prediction_type='flow_prediction' where it predicts the velocity"
+            )
+        continuous = timestep_type == "continuous" and self.prediction == "v_prediction"
+        self.by_log = not self.flow and (continuous or sigma_data is not None)  # its clock is ln(sigma) / 4
+        self.ratios = None if self.flow or self.by_log else self._ratios()
+        self.time_max = 1.0
+        if self.ratios is not None and not rescale_betas_zero_snr:
+            self.time_max = float(self.ratios[-1] / (1 + self.ratios[-1]))
+        if self.times[0] == 1 and (self.by_log or (self.prediction == "epsilon" and self.time_max == 1)):
+            raise ValueError(
+                "the schedule begins at t = 1, where sigma is infinite and this network's answer says nothing; plan it "
+                "on a noise_schedule that begins at the network's largest sigma"
+            )
+
+        # Times.
         clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
         self.timesteps = torch.cat([clock[:1], clock]) if extra_call else clock
-        self.sigmas = torch.tensor([t if self.flow else t / (1 - min(t, self.time_max)) for t in self.times])
+        self.sigmas = torch.tensor([t if self.flow else self._ratio(t) for t in self.times])
         self.num_inference_steps, self.begun = len(self.weights), False
         self.calls = len(self.timesteps)  # until set_timesteps
 
@@ -89,7 +120,17 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """
-        training = {key: value for key, value in (config or {}).items() if key in TRAINING + BETAS} | changes
+        told = {**config} if config is not None else {}
+        training = {key: value for key, value in told.items() if key in TRAINING} | changes
+        known = config is None or "prediction_type" in training
+        if not known and not ({"shift", "num_train_timesteps"} <= {*told} or any(map(training.get, BETAS))):
+            raise ValueError(
+                "the config of the pipeline's scheduler does not say how its network was trained; if it predicts the "
+                "velocity from noise to data over a clock of 0 to 1000, give from_schedule "
+                "prediction_type='flow_prediction'"
+            )
+        if "sigma_data" in training and "sigma_schedule" not in told:
+            raise ValueError("of the networks with sigma_data only those of diffusers' EDM schedulers are known")
         record, mean = _read(Path(file))
         given = {key: record[key] for key in ("times", "weights", "start", "start_time")}
         return cls(**given, **training, extra_call=extra_call, mean=mean)
@@ -199,43 +240,65 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def _clean(self, output: Tensor, x: Tensor, t: float) -> Tensor:
         """What the network said of x at t -> its x0."""
-        if self.config["prediction_type"] == "sample":
+        if self.prediction == "sample":
             return output
+        if (data := self.config["sigma_data"]) is not None:
+            # Karras et al. 2022, table 1, with x = (1 - t) x_native; v_prediction has its sign turned in diffusers.
+            sign, scale = -1 if self.prediction == "v_prediction" else 1, self._scale(t)
+            return data**2 * (1 - t) * scale**2 * x + sign * data * t * scale * output
         asked = min(t, self.time_max)
-        velocity = output
-        if self.config["prediction_type"] == "epsilon":
+        velocity = -output if self.config["invert_sigmas"] else output
+        if self.prediction == "epsilon":
             velocity = (output - x) / (1 - asked)
-        if self.config["prediction_type"] == "v_prediction":
+        if self.prediction == "v_prediction":
             scale = self._scale(t)
             velocity = (2 * asked - 1) * scale**2 * x + scale * output
         return x - t * velocity
 
     def _scale(self, t: float) -> float:
-        """alpha + sigma: the latents of a variance-preserving network are as much larger than x_t."""
-        return 1.0 if self.flow else 1 / math.hypot(1 - min(t, self.time_max), min(t, self.time_max))
+        """The latents, as the network takes them, are as much larger than x_t; at t = 0 they are x0."""
+        if self.flow or t == 0:
+            return 1.0
+        if (data := self.config["sigma_data"]) is not None:
+            return 1 / math.hypot(data * (1 - t), t)
+        return 1 / math.hypot(1 - min(t, self.time_max), min(t, self.time_max))  # alpha + sigma
 
     def _native(self, t: float) -> float:
         """What the network is told of t: the index of its training chain, log-linear between whole ones."""
+        if self.flow:
+            return (1 - t if self.config["invert_sigmas"] else t) * self.config["num_train_timesteps"]
+        ratio = self._ratio(t)
         if self.ratios is None:
-            return t * self.config["num_train_timesteps"]
-        ratio = min(t, self.time_max) / (1 - min(t, self.time_max))
+            return math.log(ratio) / 4
         if ratio < self.ratios[0]:
             return ratio / self.ratios[0] - 1  # -1 is clean
         return float(np.interp(math.log(ratio), np.log(self.ratios), np.arange(len(self.ratios))))
 
+    def _ratio(self, t: float) -> float:
+        """sigma / alpha at t, no larger than the chain's."""
+        t = min(t, self.time_max)
+        ratio = t / (1 - t) if t < 1 else math.inf
+        return ratio if self.ratios is None else min(ratio, float(self.ratios[-1]))
+
     def _ratios(self) -> np.ndarray:
-        """sigma / alpha of each index, float64."""
+        """sigma / alpha of each index, float64; the last is `LAST_RATIO` where it should be infinite."""
         if self.config["beta_schedule"] is None and self.config["trained_betas"] is None:
             raise ValueError(
-                f"prediction_type={self.config['prediction_type']} needs the betas of the training; give from_schedule "
+                f"prediction_type={self.prediction} needs the betas of the training; give from_schedule "
                 "the config of the pipeline's own scheduler, pipe.scheduler.config"
             )
-        if self.config["rescale_betas_zero_snr"]:
-            raise ValueError("rescale_betas_zero_snr=True has no last sigma; choose a network without")
         chosen = {key: self.config[key] for key in BETAS if self.config[key] is not None}
-        betas = DDPMScheduler(self.config["num_train_timesteps"], **chosen).betas
-        alphas = torch.cumprod(1 - betas.double(), 0)
-        return ((1 - alphas) / alphas).sqrt().numpy()
+        try:
+            betas = DDPMScheduler(self.config["num_train_timesteps"], **chosen).betas
+        except NotImplementedError:
+            raise ValueError(f"beta_schedule={chosen['beta_schedule']} is none that diffusers' DDPM has") from None
+        kept = torch.cumprod(1 - betas.double(), 0)
+        if (shift := self.config["snr_shift_scale"]) is not None:
+            kept = kept / (shift + (1 - shift) * kept)
+        if self.config["rescale_betas_zero_snr"]:  # Lin et al. 2023, arXiv 2305.08891, Alg. 1
+            alpha = kept.sqrt()
+            kept = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        return ((1 - kept) / kept).sqrt().clamp(max=LAST_RATIO).numpy()
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:

@@ -6,34 +6,31 @@ holds times alone; whatever it cannot hold is refused.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import JsonValue, TypeAdapter
 
-from oss_exp.files import Record, parse_record, read_text
 from oss_exp.noise import EDMPath
 from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule
 
 
 def flow_sigmas(steps: StepSchedule) -> list[float]:
-    """K + 1 sigmas of a flow model, the last 0: what ComfyUI's samplers take. Only times are in it, to be run by Euler.
+    """K + 1 sigmas of a flow model, the last 0: what ComfyUI's samplers take. Which one has to run them is not in it.
 
-    ValueError where times alone do not say what the schedule does.
+    ValueError where no sampler makes of times alone what the schedule does (`samplers.sampler_of` says which does).
     """
     lost = {
         "times of their own for each sample": steps.per_sample,
         "an analytic start": isinstance(steps.start, Analytic),
         "fitted weights": isinstance(steps.steps, FittedSteps),
-        "orders above 1": steps.orders is not None and bool((steps.orders > 1).any()),
     }
     if said := [name for name, here in lost.items() if here]:
         raise ValueError(
-            f"a list of sigmas cannot hold {' and '.join(said)}; plan with first-order steps for all samples and "
+            f"a list of sigmas cannot hold {' and '.join(said)}; plan with a solver's steps for all samples and "
             "start=free or pinned, such as stepsize=oss_ave solver=euler, or, where all samples have the same times, "
             "export to oss_scheduler"
         )
@@ -52,57 +49,55 @@ def ratio_sigmas(steps: StepSchedule) -> list[float]:
 
 
 def from_flow_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedule:
-    """What `flow_sigmas` gave. A last sigma above 0, as published lists have it, is where samplers put 0, and so is it.
+    """Return the schedule of what `flow_sigmas` gave.
 
-    The noise is taken as it is, however large the first sigma: start "free".
+    The noise is taken as it is, however large the first sigma: start "free". Raises ValueError for what is no list of
+    K + 1 sigmas, noise first and 0 last.
     """
-    return StepSchedule([*sigmas[:-1], 0.0], Free(), provenance=provenance)
+    _require_sigmas(sigmas)
+    if sigmas[0] > 1:
+        raise ValueError(
+            f"a flow model's sigmas are at most 1, the list begins at {sigmas[0]:g}; divide a clock's times by its "
+            "length, or set network=eps for sigma / alpha"
+        )
+    return StepSchedule(sigmas, Free(), provenance=provenance)
 
 
 def from_ratio_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedule:
-    """What `ratio_sigmas` gave, the last as in `from_flow_sigmas`. Samplers begin with noise times the first sigma."""
-    times = EDMPath().canonical(torch.tensor([*sigmas[:-1], 0.0], dtype=torch.float64))
+    """Return the schedule of what `ratio_sigmas` gave. Samplers begin with noise times the first sigma.
+
+    Raises ValueError as `from_flow_sigmas` does, and for the indices of a training chain.
+    """
+    _require_sigmas(sigmas)
+    if sigmas[0] > 100 and (sigmas[-2] >= 10 or all(float(sigma).is_integer() for sigma in sigmas)):
+        raise ValueError(
+            f"the list from {sigmas[0]:g} to {sigmas[-2]:g} looks like the indices of a training chain and not like "
+            "sigma / alpha; give the sigmas of these indices, in diffusers scheduler.sigmas"
+        )
+    times = EDMPath().canonical(torch.tensor(sigmas, dtype=torch.float64))
     return StepSchedule(times, provenance=provenance)
+
+
+def _require_sigmas(sigmas: Sequence[float]) -> None:
+    """ValueError unless these are finite numbers that decrease from noise to exactly 0."""
+    if not sigmas or not all(math.isfinite(sigma) and sigma >= 0 for sigma in sigmas):
+        raise ValueError(f"sigmas must be finite numbers of at least 0, got {_shown(sigmas)}")
+    if any(later >= sigma for sigma, later in pairwise(sigmas)):
+        raise ValueError(f"sigmas must strictly decrease, noise first, got {_shown(sigmas)}")
+    if sigmas[-1] != 0:
+        raise ValueError(
+            f"the list ends at {sigmas[-1]:g} and not at 0. If the network is called there, as with diffusers' sigmas, "
+            f"write 0 after it ({len(sigmas)} steps); if it is where samplers put 0, as in published tables, write 0 "
+            f"in its place ({len(sigmas) - 1} steps)"
+        )
+    if len(sigmas) == 1:
+        raise ValueError("the list has no sigma above 0; give noise first, 0 last")
+
+
+def _shown(sigmas: Sequence[float]) -> str:
+    return f"[{', '.join(f'{sigma:g}' for sigma in sigmas[:20])}{', ...' * (len(sigmas) > 20)}]"
 
 
 def sigma_text(sigmas: Sequence[float]) -> str:
     """For ComfyUI's ManualSigmas: "14.6, 6.4, 0.0", every digit; its node reads no exponents, so there are none."""
     return ", ".join(np.format_float_positional(sigma, trim="0") for sigma in sigmas)
-
-
-class ManualSigmas(Record):
-    """A node of this kind in ComfyUI's API format."""
-
-    class Inputs(Record):
-        """sigmas: numbers with commas."""
-
-        sigmas: str
-
-    inputs: Inputs
-
-
-def read_sigmas(given: str | Sequence[float]) -> list[float]:
-    """Numbers, text with commas, or a file of either, of JSON or of ComfyUI's API format with one ManualSigmas."""
-    if not isinstance(given, str):
-        return [float(sigma) for sigma in given]
-    text, said = given, given if len(given) < 60 else f"{given[:57]}..."
-    if given.endswith((".json", ".txt")) or (len(given) < 256 and Path(given).is_file()):
-        text, said = read_text(given, "list of sigmas"), f"list of sigmas {given}"
-    if text.lstrip().startswith("{"):
-        text = _sigmas_of(text, said)
-    try:
-        return [float(word) for word in text.strip().strip("[]").replace(",", " ").split()]
-    except ValueError as error:
-        reason = f"{error!s:.80}"
-        raise ValueError(f"{said} is no list of sigmas ({reason}); give numbers with commas, noise first") from None
-
-
-def _sigmas_of(workflow: str, name: str) -> str:
-    """The text of the one node ManualSigmas in ComfyUI's API format."""
-    remedy = "give the list itself"
-    nodes = parse_record(workflow, TypeAdapter(dict[str, JsonValue]), name, remedy).items()
-    chosen = {key: node for key, node in nodes if isinstance(node, dict) and node.get("class_type") == "ManualSigmas"}
-    if len(chosen) != 1:
-        raise ValueError(f"{name} has {len(chosen)} nodes ManualSigmas and should have one; {remedy}")
-    (node,) = parse_record(json.dumps(chosen), TypeAdapter(dict[str, ManualSigmas]), name, remedy).values()
-    return node.inputs.sigmas

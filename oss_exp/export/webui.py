@@ -13,8 +13,10 @@ from oss_exp.export.sigmas import sigma_text
 class WebUI(SigmaList):
     """The list of sigmas that the extension's scheduler `custom` takes."""
 
-    def texts(self, sigmas: list[float]) -> tuple[str, str]:
-        return webui_text(sigmas), f"webUI_ExtraSchedulers, custom, with Euler: {webui_text(sigmas)}"
+    samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # noqa: RUF012  (DPM2 leaves a sigma out)
+
+    def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
+        return webui_text(sigmas), f"webUI_ExtraSchedulers, custom, with {sampler}: {webui_text(sigmas)}"
 
 
 def webui_text(sigmas: Sequence[float]) -> str:

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.checks import require_choice, require_range
-from oss_exp.files import find_asset, load_asset
+from oss_exp.files import find_asset
 from oss_exp.models.base import Model
+from oss_exp.models.checkpoints.sets import Tensors, Translate
+from oss_exp.models.checkpoints.weights import UNTRAINED, digest, file_sha256, read_for, trained_in
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.parameterization import Parameterization
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
-UNTRAINED = "untrained"  # in place of a checkpoint: the weights as initialised, for training
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -29,8 +30,9 @@ class Network(Model):
     decoder:     x0 (B, *E) -> pixels in [0, 1].
     micro_batch: network rows evaluated at a time.
     dtype:       of the network's weights and its input; states and times stay wider.
-    checkpoint:  a safetensors file that `task=pretrain` wrote, by path or by the name it is shipped under; `untrained`:
-                 the weights as initialised, for training.
+    checkpoint:  a file of weights, by path or by the name it is shipped under, or the run folder of a `task=pretrain`;
+                 `untrained`: the weights as initialised, for training.
+    weights_set: which of several sets in that file; null: the one that fits, of several the average.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Network(Model):
         micro_batch: int,
         dtype: Dtype,
         checkpoint: str,
+        weights_set: str | None = None,
     ):
         super().__init__()
         require_choice(get_args(Dtype), dtype=dtype)
@@ -54,6 +57,7 @@ class Network(Model):
         self.name, self.backbone, self.parameterization = name, backbone, parameterization
         self.path, self.event_shape, self.num_classes = parameterization.path, tuple(event_shape), num_classes
         self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
+        self.weights_set = weights_set
         self.fingerprint = UNTRAINED if checkpoint == UNTRAINED else self._load(checkpoint)
         self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
@@ -98,26 +102,16 @@ class Network(Model):
         return self.parameterization.velocity(output.to(x), x, t)
 
     def _load(self, checkpoint: str) -> str:
-        """Fill the backbone; returns the SHA-256 of what it was filled with."""
+        """Fill the backbone; returns the SHA-256 of what it was filled with: of the file, where that is safetensors."""
         path = find_asset(checkpoint, "checkpoint")
-        tensors, record = load_asset(path, "checkpoint")
-        self._fill(tensors, path)
-        return record.sha256
+        path = trained_in(path) if path.is_dir() else path
+        self._fill(path)
+        return file_sha256(path) if path.suffix == ".safetensors" else digest(self.backbone.state_dict())
 
-    def _fill(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Every weight of the backbone from a file's tensors, none left over."""
+    def _fill(self, path: Path, translate: Translate = Tensors) -> None:
+        """Every weight of the backbone from a file, none left over."""
         own = self.backbone.state_dict()
-        wrong = [
-            f"{key}: {shape(tensors.get(key))} in the file, {shape(own.get(key))} in the network"
-            for key in sorted(own.keys() | tensors.keys())
-            if shape(tensors.get(key)) != shape(own.get(key))
-        ]
-        if wrong:
-            raise ValueError(
-                f"checkpoint {path} is of another architecture than model={self.name}: {len(wrong)} weights differ, "
-                f"first {wrong[0]}; choose the model it was trained as, or change model.backbone"
-            )
-        self.backbone.load_state_dict(tensors)
+        self.backbone.load_state_dict(read_for(path, own, translate, self.weights_set, f"model={self.name}"))
 
 
 def adaptive_norms(backbone: nn.Module) -> list[str]:

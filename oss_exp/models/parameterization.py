@@ -91,14 +91,14 @@ class VPVelocity(Parameterization):
     """The network gives alpha eps - sigma x0 of a variance-preserving path (Salimans & Ho 2022, arXiv 2202.00512).
 
     With alpha^2 + sigma^2 = 1 and s = alpha + sigma, v = (2 t - 1) s^2 x + s output. time_max: as in
-    `NoisePrediction`.
+    `NoisePrediction`, and 1 for a chain that ends at pure noise.
     """
 
     path: GaussianPath = field(default_factory=lambda: DDPMPath(cosine_betas()))
     time_max: float = 0.99995072  # the last index of the default chain
 
     def __post_init__(self) -> None:
-        require_range(above=0, below=1, time_max=self.time_max)
+        require_range(above=0, at_most=1, time_max=self.time_max)
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return super().question(x, t.clamp(max=self.time_max))

@@ -18,6 +18,7 @@ from torch import Tensor
 from oss_exp.checks import require_range
 
 LONGEST_CHAIN = 1_000_000  # betas
+LAST_RATIO = 4096.0  # sigma / alpha from which a chain that ends at pure noise is at its end, as in diffusers' Euler
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -138,20 +139,27 @@ class DDPMPath(GaussianPath):
     """Discrete variance-preserving chain with T betas; tau in [-1, T - 1] is the index, -1 is clean data.
 
     Between integers the log of sigma / alpha is interpolated linearly; between -1 and 0 sigma / alpha itself is.
-    Times noisier than the end of the chain have its last index: the network has seen nothing beyond.
+    Times noisier than the end of the chain have its last index: the network has seen nothing beyond. A chain whose last
+    beta is 1 ends at t = 1, and above a sigma / alpha of 4096 all its times have the last index.
     Ho et al. 2020 (arXiv 2006.11239). Build the betas with `linear_betas`, `scaled_linear_betas` or `cosine_betas`.
     """
 
     betas: Tensor = field(default_factory=lambda: linear_betas(), repr=False)
-    _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64
+    _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64, finite
     clock = "DDPM index"
 
     def __post_init__(self) -> None:
         betas = torch.as_tensor(self.betas, dtype=torch.float64)
-        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas must be a list of at least two numbers in (0, 1), got shape {tuple(betas.shape)}")
+        inside = betas[:-1] if betas.ndim == 1 and len(betas) > 2 and betas[-1] == 1 else betas
+        if betas.ndim != 1 or len(betas) < 2 or not bool(((inside > 0) & (inside < 1)).all()):
+            raise ValueError(
+                "betas must be a list of at least two numbers in (0, 1), of which the last may be 1, got shape "
+                f"{tuple(betas.shape)}"
+            )
         alphas_cumprod = torch.cumprod(1 - betas, 0)
         ratio = torch.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+        if betas[-1] == 1:
+            ratio[-1] = max(LAST_RATIO, 2 * float(ratio[-2]))
         if not bool(ratio.isfinite().all() and (ratio.diff(prepend=ratio.new_zeros(1)) > 0).all()):
             raise ValueError("betas are so small or so large that float64 cannot tell their noise levels apart")
         object.__setattr__(self, "betas", betas)
@@ -163,7 +171,8 @@ class DDPMPath(GaussianPath):
         index = low.long()
         log_ratio = torch.lerp(ratios[index].log(), ratios[index + 1].log(), tau - low)
         ratio = torch.where(tau < 0, (tau + 1) * ratios[0], log_ratio.exp())
-        return ratio / (1 + ratio)
+        t = ratio / (1 + ratio)
+        return torch.where(tau >= len(ratios) - 1, 1.0, t) if self.betas[-1] == 1 else t
 
     def native(self, t: Tensor) -> Tensor:
         ratios = self._ratio.to(t.device)
@@ -174,16 +183,30 @@ class DDPMPath(GaussianPath):
         return torch.where(ratio < ratios[0], ratio / ratios[0] - 1, tau)
 
 
-def linear_betas(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
-    """(num_steps,) betas, uniform between the ends; the defaults are DDPM's."""
+def linear_betas(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_snr: bool = False) -> Tensor:
+    """(num_steps,) betas, uniform between the ends; the defaults are DDPM's. zero_snr: as in `zero_snr_betas`."""
     require_chain(num_steps, start=start, end=end)
-    return torch.linspace(start, end, num_steps, dtype=torch.float64)
+    betas = torch.linspace(start, end, num_steps, dtype=torch.float64)
+    return zero_snr_betas(betas) if zero_snr else betas
 
 
-def scaled_linear_betas(num_steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """(num_steps,) betas whose square roots are uniform; the defaults are Stable Diffusion's."""
+def scaled_linear_betas(
+    num_steps: int = 1000, start: float = 0.00085, end: float = 0.012, zero_snr: bool = False
+) -> Tensor:
+    """(num_steps,) betas whose square roots are uniform; the defaults are Stable Diffusion's. zero_snr: as above."""
     require_chain(num_steps, start=start, end=end)
-    return torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+    betas = torch.linspace(start**0.5, end**0.5, num_steps, dtype=torch.float64) ** 2
+    return zero_snr_betas(betas) if zero_snr else betas
+
+
+def zero_snr_betas(betas: Tensor) -> Tensor:
+    """(T,) betas -> those of a chain that ends at pure noise, the last 1. Lin et al. 2023, arXiv 2305.08891, Alg. 1.
+
+    diffusers calls it rescale_betas_zero_snr. The first index keeps its alpha.
+    """
+    alpha = torch.cumprod(1 - betas, 0).sqrt()
+    kept = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
 
 
 def cosine_betas(num_steps: int = 1000, max_beta: float = 0.999) -> Tensor:

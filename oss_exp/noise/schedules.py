@@ -51,10 +51,18 @@ class FlowSchedule(NoiseSchedule):
         return shift_time(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, self.shift)
 
 
-def flux_shift(height: int = 1024, width: int = 1024) -> float:
+def flux_shift(
+    height: int = 1024,
+    width: int = 1024,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+) -> float:
     """Return `FlowSchedule`'s shift for FLUX pictures of so many pixels: exp(mu), mu linear in their tokens.
 
-    From 0.5 at 256 tokens to 1.15 at 4096, as dev's scheduler; 1024 x 1024: 3.158. A token is 16 x 16 pixels.
+    From base_shift at base_tokens to max_shift at max_tokens, by default as dev's scheduler; 1024 x 1024: 3.158. A
+    token is 16 x 16 pixels.
     """
     for name, pixels in (("height", height), ("width", width)):
         if pixels < 16 or pixels % 16:
@@ -62,7 +70,11 @@ def flux_shift(height: int = 1024, width: int = 1024) -> float:
     tokens = height // 16 * (width // 16)
     if tokens > 256**2:  # far above, the shift leaves nothing but noise
         raise ValueError(f"height and width must be at most those of 4096 x 4096 pixels, got {height} x {width}")
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    if base_tokens == max_tokens:
+        raise ValueError(f"base_tokens and max_tokens must differ, got {base_tokens} twice")
+    mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+    require_range(at_least=-10, at_most=10, mu=mu)
+    return math.exp(mu)
 
 
 @dataclass(frozen=True)

@@ -58,5 +58,5 @@ def _source(cfg: DictConfig, files: Sequence[str]) -> dict[str, str | None]:
     checkpoint = cfg.checkpoint or cfg.sizes[cfg.size].checkpoint
     if checkpoint == "random":
         return {"file": "random", "sha256": None}
-    path = locate(checkpoint, files, cfg.source)
+    path = locate(checkpoint, files, cfg.source, own=True)
     return {"file": path.name, "sha256": file_sha256(path)}

@@ -38,7 +38,7 @@ from oss_exp.solvers import Euler
 from oss_exp.tasks import border
 from oss_exp.tasks.compatibility import check_fits, require_same
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
-from oss_exp.tasks.pretrain import Examples, Times, load_images
+from oss_exp.tasks.pretrain import Examples, Times, load_images, require_fitting
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.task import Count, Positive, Share, Whole
@@ -123,8 +123,7 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
 
 
 def _check_images(images: Dataset, model: Network, prompts: list[str] | None) -> None:
-    if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
+    require_fitting(images, model)
     if getattr(images, "captions", None) != prompts:
         raise ValueError(
             f"the captions of `images` are not the prompts of model={model.name}, which they number; choose images "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oss_exp.data.captioned import SIDE
-from oss_exp.data.images import fashion_mnist
+from oss_exp.data.images import Split, fashion_mnist
 from oss_exp.data.scenes import CANVAS, FashionScenes, Wardrobe, listed
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.psnr import Interval
@@ -40,7 +40,9 @@ class FitDetector(Task):
         require_both_splits(cfg.images)
         if border.class_of(cfg.images, "images") is not FashionScenes:
             raise ValueError("task=fit_detector draws scenes of its own from images=fashion_scenes; leave others out")
-        train_set, test_set = (Wardrobe(*fashion_mnist(cfg.images.root, split, SIDE)) for split in ("train", "test"))
+        root, download = cfg.images.root, cfg.images.get("download", False)
+        splits: tuple[Split, Split] = ("train", "test")
+        train_set, test_set = (Wardrobe(*fashion_mnist(root, split, SIDE, download)) for split in splits)
         torch.manual_seed(self.seed)
         network = FashionDetector()
         started = time.perf_counter()

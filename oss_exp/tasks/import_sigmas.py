@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from omegaconf import DictConfig
 
 from oss_exp.escaping import PlainConsole
-from oss_exp.export.sigmas import from_flow_sigmas, from_ratio_sigmas, read_sigmas
+from oss_exp.export.reading import read_list
+from oss_exp.export.samplers import SAMPLERS, Network, solver_record
+from oss_exp.export.sigmas import from_flow_sigmas, from_ratio_sigmas
+from oss_exp.solvers import Euler
 from oss_exp.tasks.task import Task
 
 SCHEDULES = {"flow": from_flow_sigmas, "eps": from_ratio_sigmas}  # of the kinds of networks
@@ -19,14 +22,30 @@ class ImportSigmas(Task):
     """Write `output` (.json): the step schedule of the list `sigmas`, or of the file or text that holds one.
 
     network: what the list is for, flow or eps (any model of sigma / alpha).
+    node:    id of the node, where a ComfyUI file has several lists.
     """
 
     sigmas: list[float] | str
-    network: Literal["flow", "eps"]
+    network: Network
+    node: int | str | None = None
     output: str
 
     def __call__(self, cfg: DictConfig) -> None:
-        imported = {"sigmas": self.sigmas, "network": self.network}
-        steps = SCHEDULES[self.network](read_sigmas(self.sigmas), imported=imported)
+        given = read_list(self.sigmas, self.network, self.node)
+        provenance: dict[str, Any] = {"imported": {"sigmas": self.sigmas, "network": self.network}}
+        if self.node is not None:
+            provenance["imported"]["node"] = self.node
+        solver = SAMPLERS[self.network].get(given.sampler or "euler")
+        if solver is not None and solver != Euler():
+            provenance["solver"] = solver_record(solver)
+        steps = SCHEDULES[self.network](given.sigmas, **provenance)
         steps.save(self.output)
-        PlainConsole().print(f"{self.output}: {steps.num_steps} steps, start={steps.start.kind}", soft_wrap=True)
+        advice = f"{self.output}: {steps.num_steps} steps, start={steps.start.kind}"
+        if solver is None:
+            advice += f"\nThe file runs it with {given.sampler:.50}, which has no name here; it is imported for Euler."
+        if (first := float(steps.times[0])) < 0.9:
+            advice += (
+                f"\nThe list begins at flow time {first:.3g}, as lists that change an image do (denoise < 1). Here it "
+                "begins with noise alone."
+            )
+        PlainConsole().print(advice, soft_wrap=True)

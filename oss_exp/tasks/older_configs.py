@@ -48,7 +48,11 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("model"), Mapping):
         values["model"] = {key: value for key, value in values["model"].items() if key != "prompts"}
 
-    return _spelled_out(values)
+    # Version 0.1 had no model.weights_set, which is null today.
+    values = _spelled_out(values)
+    if isinstance(values.get("model"), Mapping) and values["model"].get("weights_set") is None:
+        values["model"] = {key: value for key, value in values["model"].items() if key != "weights_set"}
+    return values
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

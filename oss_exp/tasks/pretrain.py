@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
 from oss_exp.data.captioned import CaptionedImages
+from oss_exp.data.folder import ImageFolder
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
@@ -181,8 +182,7 @@ class Pretrain(TrainingTask):
         torch.manual_seed(self.seed)  # the initial weights, the same on every rank
         images = load_images(cfg.images)
         model = _untrained(cfg, images)
-        if (found := tuple(images[0][0].shape)) != model.image_shape:
-            raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
+        require_fitting(images, model)
         examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
         rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         module = PretrainModule(
@@ -205,6 +205,26 @@ def load_images(images: DictConfig) -> Dataset:
     """Return the items (image, label) of a configuration of conf/images."""
     items = border.build(images, "images")
     return TensorDataset(*items) if isinstance(items, tuple) else items
+
+
+def require_fitting(images: Dataset, model: Network) -> None:
+    """ValueError where images have another shape than the model's, more classes, or none where it takes some."""
+    if (found := tuple(images[0][0].shape)) != model.image_shape:
+        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
+    if model.num_classes is None or not isinstance(images, ImageFolder | TensorDataset):
+        return
+    labels = images.tensors[1] if isinstance(images, TensorDataset) else [label for _, label in images.samples]
+    classes = int(torch.as_tensor(labels).max()) + 1
+    if classes > model.num_classes:
+        raise ValueError(
+            f"images has {classes} classes, model={model.name} has {model.num_classes}; set its num_classes to at "
+            f"least {classes}, or choose other images"
+        )
+    if not classes:
+        raise ValueError(
+            f"images has no classes, model={model.name} has {model.num_classes}; set its num_classes to null, or give "
+            "images in a folder for each class"
+        )
 
 
 def _untrained(cfg: DictConfig, images: Dataset) -> Network:

@@ -82,8 +82,8 @@ def test_conditions_have_the_shape_and_numbers_of_the_file(file):
     [
         ({"search_samples": 16}, "has 20 conditions, too few for search_samples=16 and eval_samples=5"),
         ({"key": "images"}, r"have no array 'images'; set data\.key to one of spectra, names, scalar"),
-        ({"key": "names"}, "names must be numbers with a condition in each row"),
-        ({"key": "scalar"}, "scalar must be numbers with a condition in each row"),
+        ({"key": "names"}, "names must be numbers, a condition in each row"),
+        ({"key": "scalar"}, "scalar must be numbers, a condition in each row"),
         ({"num_classes": 10}, "has no classes and the model has 10"),
         ({"search_samples": 0}, r"search_samples must be from 1 to .*, got 0"),
     ],

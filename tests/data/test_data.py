@@ -1,13 +1,21 @@
 """Samples are functions of (seed, index); image files are read whole or refused."""
 
+import gzip
+import hashlib
+import struct
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
 from helpers import write_fashion
-from PIL import Image
 from safetensors.torch import save_file
+from torchvision.datasets import FashionMNIST
 
-from oss_exp.data.images import cached_latents, digits, fashion_mnist, image_folder, mixture_samples
+from oss_exp.data.captioned import ColouredFashion
+from oss_exp.data.images import cached_latents, digits, fashion_mnist, mixture_samples
 from oss_exp.data.noise import HELD_OUT, NoiseData, NoiseDataset
 
 
@@ -108,35 +116,6 @@ def test_digits():
     assert labels.unique().tolist() == list(range(10))
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes of RGB images: a wide red one, a tall grey one."""
-    for name, size, color in [("cat", (20, 10), (255, 0, 0)), ("dog", (10, 30), (51, 51, 51))]:
-        (tmp_path / name).mkdir()
-        Image.new("RGB", size, color).save(tmp_path / name / "1.png")
-    return tmp_path
-
-
-def test_image_folder(folder):
-    data = image_folder(str(folder), size=8, channels=3)
-    (red, first), (grey, second) = data[0], data[1]
-    assert (first, second) == (0, 1)
-    assert red.shape == grey.shape == (3, 8, 8)
-    torch.testing.assert_close(red[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
-    torch.testing.assert_close(grey, torch.full((3, 8, 8), 51 / 127.5 - 1))
-    assert image_folder(str(folder), size=8, channels=1)[1][0].shape == (1, 8, 8)
-
-
-def test_folders_that_cannot_be_read_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="root=/nowhere is no folder"):
-        image_folder("/nowhere", 8, 3)
-    with pytest.raises(ValueError, match="channels must be one of 1, 3, got 4"):
-        image_folder(str(folder), 8, 4)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="has no images in folders of classes"):
-        image_folder(str(tmp_path / "empty"), 8, 3)
-
-
 def test_cached_latents(tmp_path):
     latents, labels = torch.randn(5, 4, 2, 2).half(), torch.arange(5, dtype=torch.int32)
     save_file({"latents": latents, "labels": labels}, tmp_path / "l.safetensors")
@@ -176,3 +155,54 @@ def test_mixture_samples():
     images, labels = mixture_samples("mixture_digits.safetensors", count=30, seed=0)
     assert images.shape == (30, 1, 8, 8)
     assert labels.shape == (30,)
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """torchvision's Fashion-MNIST, from a folder in the place of the internet."""
+    folder = tmp_path / "mirror"
+    for prefix, count in (("train", 3), ("t10k", 2)):
+        write_fashion(folder, np.full((count, 28, 28), 255), [1] * count, prefix, zipped=True)
+    sums = [(file.name, hashlib.md5(file.read_bytes()).hexdigest()) for file in sorted(folder.iterdir())]
+    server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(FashionMNIST, "resources", sums)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_fashion_mnist_is_downloaded_where_it_is_missing_and_asked_for(tmp_path, mirror, monkeypatch):
+    root = tmp_path / "data"
+    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte.* with images\.download=true"):
+        fashion_mnist(root)
+    assert fashion_mnist(root, download=True)[0].shape == (3, 1, 28, 28)
+    assert fashion_mnist(root, "test")[1].tolist() == [1, 1]  # now it is there
+    monkeypatch.setattr(FashionMNIST, "mirrors", [])
+    assert len(ColouredFashion(root, download=True)) == 3 * 8
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"Fashion-MNIST could not be downloaded into .*file.*: .*; set images\.root"):
+        fashion_mnist(tmp_path / "file", download=True)
+
+
+def test_no_more_is_unpacked_than_a_header_says(tmp_path):
+    write_fashion(tmp_path, np.zeros((3, 28, 28)), [0] * 3)
+    for count, words in ((2**31 - 1, "no IDX file"), (0, "no IDX file"), (2, "not the 2 items of its header")):
+        data = struct.pack(">4i", 2051, count, 28, 28) + bytes(1 << 20)
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(data))
+        (tmp_path / "train-images-idx3-ubyte").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte\.gz .*{words}"):
+            fashion_mnist(tmp_path)
+    write_fashion(tmp_path, np.zeros((3, 28, 28)), [0] * 3)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes((tmp_path / "train-images-idx3-ubyte").read_bytes())
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is truncated or no IDX file of labels"):
+        fashion_mnist(tmp_path)
+
+
+def test_labels_of_latents_are_classes(tmp_path):
+    path = tmp_path / "l.safetensors"
+    for labels in (torch.tensor([-2, 0]), torch.tensor([0.5, 1.0])):
+        save_file({"latents": torch.zeros(2, 4, 2, 2), "labels": labels}, path)
+        with pytest.raises(ValueError, match="labels must be whole numbers from 0 on, or -1 for no class"):
+            cached_latents(path)

@@ -17,6 +17,50 @@ def test_a_prompt_a_line(tmp_path):
     assert read_prompts(file) == ["a cat", "a dog, naïve — 猫"]
 
 
+def test_lines_end_at_line_feeds_only(tmp_path):
+    prompts = ["a\u2028cat", "two\x85dogs", "three\x0bfour\x0cfive\x1csix", "a\tb"]
+    for ending in ("txt", "jsonl", "csv"):
+        lines = {
+            "txt": prompts,
+            "jsonl": [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts],
+            "csv": ["prompt", *prompts],
+        }[ending]
+        assert read_prompts(written(tmp_path, f"p.{ending}", "\r\n".join(lines))) == prompts
+
+
+TABLES = {
+    "p.tsv": "Prompt\tCategory\na cup\tThings\n\ntwo cups, one plate\tThings\n",
+    "P.TSV": 'PROMPT\n"a cup"\n"two cups, one plate"\n',
+    "p.csv": 'seed,prompt\r\n3,a cup\r\n4,"two cups, one plate"\r\n',
+    "excel.csv": 'prompt;seed\na cup;3\n"two cups, one plate";4\n',
+    "coco.csv": '"image","Caption "\n1,a cup\n2,"two cups, one plate"\n',
+    "table.txt": "prompt\tseed\na cup\t1\ntwo cups, one plate\t2\n",
+    "P.JSONL": '{"prompt": "a cup"}\n{"prompt": "two cups, one plate"}\n',
+    "lines.json": '{"prompt": "a cup"}\n{"prompt": "two cups, one plate"}\n',
+    "lines.txt": '{"prompt": "a cup"}\n{"prompt": "two cups, one plate"}\n',
+    "array.jsonl": '[{"prompt": "a cup"},\n {"prompt": "two cups, one plate"}]\n',
+    "list.JSON": '[\n"a cup",\n"two cups, one plate"]',
+    "CAPTIONS.JSON": '{"annotations": [{"image_id": 1, "caption": "a cup"},\n{"image_id": 2, "caption": '
+    '"two cups, one plate"}]}',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_files_are_read_by_what_they_hold_and_names_in_any_case(name, tmp_path):
+    assert read_prompts(written(tmp_path, name, TABLES[name])) == ["a cup", "two cups, one plate"]
+
+
+def test_quotes_in_tables(tmp_path):
+    file = written(tmp_path, "p.csv", 'prompt,n\n"a ""red""\ncup",1\n12" ruler,2\n')
+    assert read_prompts(file) == ['a "red"\ncup', '12" ruler']
+    file = written(tmp_path, "p.tsv", 'prompt\tn\n"left\t1\n"a" and "b"\t2\n')  # no quoting there
+    assert read_prompts(file) == ['"left', '"a" and "b"']
+
+
+def test_a_prompt_may_begin_with_brackets(tmp_path):
+    assert read_prompts(written(tmp_path, "p.txt", "{red|blue} cat\n[photo] dog")) == ["{red|blue} cat", "[photo] dog"]
+
+
 def test_geneval_metadata(tmp_path):
     lines = [{"tag": "counting", "prompt": "two cats"}, {"prompt": "a red bus"}]
     assert read_prompts(written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)) + "\n")) == [
@@ -48,7 +92,18 @@ def test_prompts_are_shipped():
         ("p.jsonl", '{"prompt": "a"}\n3', "line 2: must be an object, got 3"),
         ("p.jsonl", "a cat", "line 1 is not complete JSON"),
         ("p.json", "{", "is not complete JSON"),
-        ("p.json", ["a cat"], "must be an object"),
+        ("p.json", ["a cat", 3], "field `1` must be text, got 3"),
+        ("p.json", [{"caption": "a cat"}], "field `0.prompt` is missing"),
+        ("p.csv", "", "has no column prompt"),
+        ("p.csv", "a cat\na dog\n", r'has no column prompt or .* but \["a cat"\]'),
+        ("p.csv", "id,title\n1,a cat\n", r'has no column prompt or .* but \["id", "title"\]'),
+        ("p.csv", "prompt,seed\n", "has 0 prompts"),
+        ("p.csv", "prompt,seed\na cat,1\na cat, a dog,2\n", "line 3 has 3 fields and the first line 2; put"),
+        ("p.csv", 'prompt\n"a cat\n', "is no table: unexpected end of data"),
+        ("p.tsv", "prompt\tseed\na cat\n", "line 2 has 1 fields"),
+        ("p.txt", "a \x1b[31mcat", "has control characters in"),
+        ("p.txt", "a cat\ra dog\r", "has control characters .* end lines by line feeds"),
+        ("p.txt", "a\0 \0c\0a\0t\0", "has null characters, as UTF-16 has"),
         ("p.json", {"info": 1}, "field `annotations` is missing"),
         (
             "p.json",
@@ -63,9 +118,11 @@ def test_what_holds_no_prompts_is_refused(tmp_path, name, content, words):
 
 
 def test_other_files(tmp_path):
-    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"p\.txt is no UTF-8 text"):
-        read_prompts(tmp_path / "p.txt")
+    for name in ("p.txt", "p.csv", "p.jsonl", "p.json"):
+        for encoding in ("utf-16", "latin-1"):
+            (tmp_path / name).write_bytes("naïve".encode(encoding))
+            with pytest.raises(ValueError, match=rf"{name} is no UTF-8 text .*; save it as UTF-8"):
+                read_prompts(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt is neither a path that exists nor a shipped file"):

@@ -4,12 +4,12 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -22,19 +22,13 @@ from hydra.utils import instantiate
 from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.export.comfyui import comfyui_nodes
-from oss_exp.export.diffusers import diffusers_arguments, diffusers_sigmas
-from oss_exp.export.sigmas import (
-    flow_sigmas,
-    from_flow_sigmas,
-    from_ratio_sigmas,
-    ratio_sigmas,
-    read_sigmas,
-    sigma_text,
-)
+from oss_exp.export.diffusers import diffusers_arguments
+from oss_exp.export.reading import read_sigmas
+from oss_exp.export.sigmas import flow_sigmas, from_flow_sigmas, from_ratio_sigmas, ratio_sigmas, sigma_text
 from oss_exp.export.webui import webui_text
 from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
-from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import OSSAve, Problem
 
@@ -74,15 +68,12 @@ def test_there_and_back_is_the_same(preset):
     again = from_flow_sigmas(json.loads(json.dumps(flow_sigmas(preset))), made_by="ComfyUI")
     assert torch.equal(again.times, preset.times)
     assert again.provenance == {"made_by": "ComfyUI"}
-    published = OSSComfyUI.tables["flux"]
-    assert from_flow_sigmas(published).times.tolist() == [*published[:-1], 0.0]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
     scheduler, mu = SCHEDULERS[name]
-    sigmas = diffusers_sigmas(preset, scheduler.config, mu)
-    scheduler.set_timesteps(sigmas=np.array(sigmas), mu=mu)
+    scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
     expected = preset.times.clone()
     if name == "Wan" and expected[0] == 1:
         expected[0] -= 1e-6  # so that its logarithm is finite
@@ -92,7 +83,7 @@ def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
 @pytest.mark.parametrize("name", ["shift 3", "FLUX"])
 def test_a_real_scheduler_makes_our_sample(preset, name):
     scheduler, mu = SCHEDULERS[name]
-    scheduler.set_timesteps(sigmas=diffusers_sigmas(preset, scheduler.config, mu), mu=mu)
+    scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -121,8 +112,7 @@ def planned(velocity, grid: torch.Tensor) -> StepSchedule:
 
 def run_through(scheduler, steps: StepSchedule, mu: float | None = None) -> torch.Tensor:
     """The canonical times that come out."""
-    given = diffusers_arguments(steps, scheduler, mu)
-    scheduler.set_timesteps(**{key: np.array(value) if key == "sigmas" else value for key, value in given.items()})
+    scheduler.set_timesteps(**diffusers_arguments(steps, scheduler, mu))
     assert len(scheduler.timesteps) == steps.num_steps
     sigmas = scheduler.sigmas.double()
     return sigmas if flow(scheduler) else sigmas / (1 + sigmas)
@@ -142,12 +132,27 @@ def test_a_flow_scheduler_runs_presets_and_planned_schedules(name, velocity, pre
         torch.testing.assert_close(run_through(scheduler, steps, mu), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("table", AlignYourSteps.tables)
-def test_euler_of_diffusers_runs_published_levels(table):
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize(("table", "settings"), [("sd15", {}), ("sdxl", {}), ("svd", CONTINUOUS)])
+def test_euler_of_diffusers_runs_published_levels(table, settings):
     for count in (4, 10, 17):
         nodes = AlignYourSteps(table).nodes(count)
-        steps = StepSchedule(nodes)
-        torch.testing.assert_close(run_through(EulerDiscreteScheduler(**SD), steps), nodes, rtol=0, atol=1e-6)
+        scheduler = EulerDiscreteScheduler(**SD, **settings)
+        torch.testing.assert_close(run_through(scheduler, StepSchedule(nodes)), nodes, rtol=0, atol=1e-6)
+
+
+def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_no_reason_to_refuse():
+    steps = StepSchedule(AlignYourSteps("sd15").nodes(10))
+    found = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
+    torch.testing.assert_close(found, steps.times, rtol=0, atol=1e-6)
+
+
+def test_a_chain_does_not_run_levels_beyond_its_end():
+    """Several would have its last index, and Euler of diffusers begins at the second of them."""
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler does not run such a list \(IndexError"):
+        diffusers_arguments(StepSchedule(AlignYourSteps("svd").nodes(10)), EulerDiscreteScheduler(**SD))
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
@@ -175,7 +180,7 @@ def test_euler_of_diffusers_makes_our_sample(velocity):
     torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)
 
 
-HALF = StepSchedule([0.9, 0.5, 0.0])
+FEW = StepSchedule([0.9, 0.7, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -185,9 +190,13 @@ HALF = StepSchedule([0.9, 0.5, 0.0])
         (DDIMScheduler(), "DDIMScheduler takes no times; export to oss_scheduler"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "with use_flow_sigmas takes no times"),
         (DPMSolverMultistepScheduler(**SD), "beside the schedule's: it knows whole timesteps only"),
-        (HeunDiscreteScheduler(**SD), "HeunDiscreteScheduler takes 3 steps where the schedule has 2"),
-        (UniPCMultistepScheduler(), "build it with use_flow_sigmas=True"),
-        (EulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas does not run the sigmas"),
+        (HeunDiscreteScheduler(**SD), "HeunDiscreteScheduler takes 5 steps where the schedule has 3"),
+        (UniPCMultistepScheduler(), "Please set `use_flow_sigmas=True`"),
+        (FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas does not run the sigmas"),
+        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), "with shift_terminal does not run the sigmas"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "shifts by the pipeline's mu"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "steps at random where the schedule's steps are"),
+        (EDMEulerScheduler(), "with sigma_schedule does not run the sigmas"),
         (
             DPMSolverMultistepScheduler(use_lu_lambdas=True, **SD),
             "with use_lu_lambdas does not run the sigmas",
@@ -200,7 +209,7 @@ HALF = StepSchedule([0.9, 0.5, 0.0])
 )
 def test_schedulers_that_would_run_other_times_are_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
-        diffusers_arguments(HALF, scheduler)
+        diffusers_arguments(FEW, scheduler)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -251,7 +260,9 @@ def test_sigma_over_alpha_is_finite():
     ("given", "error", "message"),
     [
         ("1.0, x, 0", ValueError, r"'x'\); give numbers with commas, noise first"),
-        ('{"1": {"class_type": "KSampler"}}', ValueError, "has 0 nodes ManualSigmas and should have one"),
+        ("[1.0, ..., 0.0]", ValueError, r"no list of sigmas \('\.\.\.'\)"),
+        ("", ValueError, "has no numbers"),
+        ('{"1": {"class_type": "KSampler"}}', ValueError, "has no node ManualSigmas or CustomSigmas with a list"),
         ("absent.txt", FileNotFoundError, r"absent\.txt does not exist"),
     ],
 )
@@ -266,24 +277,9 @@ def test_what_is_no_list_is_refused(given, error, message):
 
 
 @pytest.mark.parametrize(
-    ("settings", "mu", "message"),
-    [
-        ({"use_karras_sigmas": True}, None, "with use_karras_sigmas does not run the sigmas"),
-        ({"shift_terminal": 0.1}, None, "with shift_terminal does not run the sigmas"),
-        ({"use_dynamic_shifting": True}, None, "shifts by the pipeline's mu"),
-        ({"use_flow_sigmas": False}, None, "build it with use_flow_sigmas=True"),
-    ],
-)
-def test_schedulers_with_times_of_their_own_are_refused(settings, mu, message):
-    with pytest.raises(ValueError, match=message):
-        diffusers_sigmas(StepSchedule([1.0, 0.5, 0.0]), settings, mu)
-
-
-@pytest.mark.parametrize(
     ("steps", "message"),
     [
         (StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))), "an analytic start"),
-        (StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 2]))), "orders above 1"),
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), "each sample"),
         (StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), torch.zeros(1, 2))), "fitted weights"),
     ],
@@ -291,4 +287,3 @@ def test_schedulers_with_times_of_their_own_are_refused(settings, mu, message):
 def test_what_a_list_cannot_hold_is_refused(steps, message):
     with pytest.raises(ValueError, match=f"cannot hold {message}" if "each" not in message else message):
         flow_sigmas(steps)
-    assert flow_sigmas(StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 1])))) == [1.0, 0.5, 0.0]

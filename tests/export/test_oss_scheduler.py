@@ -10,14 +10,18 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 
 import oss_exp.export.oss_scheduler
@@ -171,6 +175,75 @@ def test_the_clock_is_that_of_our_paths(tmp_path):
     )
     expected = other.native(torch.tensor([0.9, 0.5], dtype=torch.float64)).float()
     torch.testing.assert_close(scheduler.timesteps, expected, rtol=0, atol=1e-3)
+
+
+CONTINUOUS = {"timestep_type": "continuous", "sigma_max": 700.0, "use_karras_sigmas": True, "sigma_min": 0.002}
+EULERS = {
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "500 times": FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),
+    "inverted": FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    "epsilon": EulerDiscreteScheduler(**SD),
+    "400 steps": EulerDiscreteScheduler(**SD, num_train_timesteps=400, prediction_type="v_prediction"),
+    "continuous": EulerDiscreteScheduler(**SD, **CONTINUOUS, prediction_type="v_prediction"),
+    "zero SNR": EulerDiscreteScheduler(**SD, rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "EDM": EDMEulerScheduler(),
+    "EDM, v": EDMEulerScheduler(prediction_type="v_prediction"),
+}
+
+
+@pytest.mark.parametrize("name", EULERS)
+def test_networks_are_asked_as_their_own_scheduler_asks_them(name, tmp_path):
+    """Clock, scaling and the meaning of the answer: an Euler scheduler's own run, on its own times, comes out."""
+    own = EULERS[name]
+    own.set_timesteps(STEPS)
+    sigmas = own.sigmas.double()
+    times = sigmas / (1 + sigmas) if not isinstance(own, FlowMatchEulerDiscreteScheduler) else sigmas
+    steps = StepSchedule(1 - times if name == "inverted" else times)
+    noise = draw((2, 64), dtype=torch.float64)
+
+    def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return (latents * 0.3 + timestep / 500).sin()
+
+    latents = noise * getattr(own, "init_noise_sigma", steps.start_time)
+    for t in own.timesteps:
+        given = own.scale_model_input(latents, t) if hasattr(own, "scale_model_input") else latents
+        latents = own.step(network(given, t), t, latents).prev_sample
+    scheduler = load(steps, "euler", tmp_path, own.config)
+    torch.testing.assert_close(scheduler.timesteps, own.timesteps.float(), rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(loop(scheduler, network, noise), latents, rtol=2e-3, atol=2e-3)
+
+
+def test_a_chain_without_signal_at_its_end_is_run_from_pure_noise(velocity, tmp_path):
+    """At t = 1 exactly; and a config that leaves prediction_type out means epsilon."""
+    path = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012, zero_snr=True))
+    steps = StepSchedule([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **SD}
+    scheduler = load(steps, "euler", tmp_path, config)
+    torch.testing.assert_close(scheduler.timesteps, path.native(steps.times[:-1]).float(), rtol=0, atol=5e-3)
+    assert scheduler.timesteps[0] == 999
+
+    def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        t = steps.times[scheduler.timesteps.tolist().index(float(timestep))].expand(len(latents))
+        scale = rows(path.scale(t), latents)
+        x = latents / scale
+        v, t = velocity(x, t), rows(t, x)
+        return scale * ((1 - t) * (x + (1 - t) * v) - t * (x - t * v))
+
+    noise = draw((3, 64), dtype=torch.float64)
+    found = loop(scheduler, network, noise)
+    torch.testing.assert_close(found, sample(Euler(), velocity, noise, steps), rtol=0, atol=1e-6)
+    assert load(StepSchedule([0.9, 0.5, 0.0]), "euler", tmp_path, SD).prediction == "epsilon"
+
+
+def test_the_shifted_chain_of_cogvideox(tmp_path):
+    """Its signal-to-noise ratio is shifted before the chain is cut to end without signal."""
+    own = CogVideoXDDIMScheduler(snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    kept = own.alphas_cumprod.double()
+    ratio = ((1 - kept[[700, 300]]) / kept[[700, 300]]).sqrt()
+    steps = StepSchedule([*(ratio / (1 + ratio)).tolist(), 0.0])
+    torch.testing.assert_close(
+        load(steps, "euler", tmp_path, own.config).timesteps, torch.tensor([700.0, 300.0]), rtol=0, atol=5e-3
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -415,11 +488,15 @@ def test_what_a_scheduler_cannot_run_is_refused(steps, solver, message, tmp_path
 
 
 def test_wrong_use_says_what_is_right(tmp_path):
-    steps = StepSchedule([0.8, 0.5, 0.0], Analytic(ZEROS))
+    steps, whole = StepSchedule([0.8, 0.5, 0.0], Analytic(ZEROS)), StepSchedule([1.0, 0.5, 0.0])
     with pytest.raises(ValueError, match=r"needs the betas of the training; give from_schedule the config"):
         load(steps, "euler", tmp_path, prediction_type="epsilon")
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        load(steps, "euler", tmp_path, DDIMScheduler(**SD, rescale_betas_zero_snr=True).config)
+    with pytest.raises(ValueError, match=r"begins at t = 1, where sigma is infinite"):
+        load(whole, "euler", tmp_path, DDIMScheduler(**SD, rescale_betas_zero_snr=True).config)
+    with pytest.raises(ValueError, match=r"begins at t = 1, where sigma is infinite"):
+        load(whole, "euler", tmp_path, EDMEulerScheduler().config)
+    with pytest.raises(ValueError, match="use_flow_sigmas=True with prediction_type=epsilon is no flow network"):
+        load(steps, "euler", tmp_path, UniPCMultistepScheduler(use_flow_sigmas=True).config)
     with pytest.raises(ValueError, match="prediction_type must be one of flow_prediction, eps"):
         load(steps, "euler", tmp_path, prediction_type="score")
     scheduler = load(steps, "euler", tmp_path)

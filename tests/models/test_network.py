@@ -1,9 +1,6 @@
 """Networks from files: weights that are not theirs are refused, and every row of a call is on its own."""
 
-import json
-
 import pytest
-import safetensors.torch
 import torch
 
 from oss_exp.distances import Perceptual
@@ -156,13 +153,37 @@ def test_a_changed_byte_is_refused(tmp_path):
         network(unet(), checkpoint=path)
 
 
-def test_weights_without_provenance_are_refused(tmp_path):
-    safetensors.torch.save_file(unet().state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"w\.json"):
-        network(unet(), checkpoint=str(tmp_path / "w.safetensors"))
-    (tmp_path / "w.json").write_text(json.dumps([]))
-    with pytest.raises(ValueError, match=r"w\.json: must be an object"):
-        network(unet(), checkpoint=str(tmp_path / "w.safetensors"))
+def test_weights_without_provenance_are_known_by_their_own_hash(random_network, tmp_path):
+    tensors = random_network.backbone.state_dict()
+    known = save_asset(tmp_path / "with.safetensors", tensors, {})
+    for file in ("without.safetensors", "half.pt", "run/checkpoints/last.ckpt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "without.safetensors").write_bytes((tmp_path / "with.safetensors").read_bytes())
+    torch.save({"model": {f"module.{key}": each.half() for key, each in tensors.items()}}, tmp_path / "half.pt")
+    trained = {f"network.{key}": torch.zeros_like(each) for key, each in tensors.items()}
+    average = {f"model.backbone.{key}": each for key, each in tensors.items()}
+    training = {"state_dict": trained | average, "progress": {"losses": [1.0]}, "optimizer_states": [{"state": {}}]}
+    torch.save(training, tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+    assert network(unet(), checkpoint=str(tmp_path / "without.safetensors")).fingerprint == known
+    found = network(unet(), checkpoint=str(tmp_path / "half.pt"))
+    assert found.fingerprint not in (known, random_network.fingerprint)
+    key = next(iter(tensors))
+    torch.testing.assert_close(found.backbone.state_dict()[key], tensors[key], rtol=1e-3, atol=1e-3)
+    for checkpoint in ("run", "run/checkpoints", "run/checkpoints/last.ckpt"):
+        state = network(unet(), checkpoint=str(tmp_path / checkpoint)).backbone.state_dict()
+        assert all(torch.equal(state[key], each) for key, each in tensors.items())
+    state = network(unet(), checkpoint=str(tmp_path / "run"), weights_set="state_dict.network").backbone.state_dict()
+    assert not state[key].any()
+
+
+def test_a_folder_with_several_files_of_weights_is_asked_about(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no weights .* nor a run's checkpoints/last\.ckpt"):
+        network(unet(), checkpoint=str(tmp_path))
+    for name in ("a.safetensors", "b.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"has 2 files of weights \(a\.safetensors, b\.pt\); give one"):
+        network(unet(), checkpoint=str(tmp_path))
 
 
 def test_a_checkpoint_that_is_nowhere_names_the_shipped_ones():

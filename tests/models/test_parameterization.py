@@ -92,7 +92,7 @@ def test_copies_are_independent_and_frozen(kind):
         lambda: EDMPrediction(0.0, 0.002, 80.0, 1.0),
         lambda: EDMPrediction(0.5, -1.0, 80.0, 1.0),
         lambda: EDMPrediction(0.5, 0.002, 80.0, 1e30),
-        lambda: VPVelocity(PATHS[0], 1.0),
+        lambda: VPVelocity(PATHS[0], 1.01),
     ],
 )
 def test_settings_that_have_no_meaning_are_refused(make):

@@ -29,6 +29,7 @@ BETAS = {
     "linear": LINEAR,
     "scaled_linear": scaled_linear_betas(1000, 0.00085, 0.012),
     "cosine": cosine_betas(1000, 0.999),
+    "zero_snr": scaled_linear_betas(1000, 0.00085, 0.012, zero_snr=True),
 }
 # Clean data, the stretch below index 0, the indices, the last fractions.
 INDICES = torch.cat([torch.linspace(-1, 2, 61), torch.arange(3.0, 990.0), torch.linspace(990, 999, 55)]).double()
@@ -144,6 +145,15 @@ def test_ddpm_fractions_interpolate_log_ratio_above_index_0_and_the_ratio_itself
         (BETAS["linear"], {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
         (BETAS["scaled_linear"], {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
         (BETAS["cosine"], {"beta_schedule": "squaredcos_cap_v2"}),
+        (
+            BETAS["zero_snr"],
+            {
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "rescale_betas_zero_snr": True,
+            },
+        ),
     ],
     ids=list(BETAS),
 )

@@ -9,6 +9,8 @@ from helpers import run_cli
 
 from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.schedule import Analytic, Free, SolverSteps, StepSchedule
+from oss_exp.solvers import solver_of
+from oss_exp.solvers.heun import Heun
 
 FLOW = {"native": {"clock": "flow time"}}
 
@@ -41,13 +43,37 @@ def test_comfyui_and_back(run, lists, tmp_path, capsys):
     again = StepSchedule.load(tmp_path / "back.json")
     assert torch.equal(again.times, lists.times)
     assert again.provenance == {"imported": {"sigmas": "comfy.json", "network": "flow"}}
-    run("task=import_sigmas", "task.sigmas=[14.6,0.9,0.03]", "task.network=eps", "task.output=back.json")
+    run("task=import_sigmas", "task.sigmas=[14.6,0.9,0.0]", "task.network=eps", "task.output=back.json")
     again = StepSchedule.load(tmp_path / "back.json")
     assert again.times.tolist() == pytest.approx([14.6 / 15.6, 0.9 / 1.9, 0.0])
     assert again.start_time == again.times[0]
+    assert "denoise" not in capsys.readouterr().out
 
 
-def test_lists_of_sigma_over_alpha(run, lists, tmp_path, capsys):
+def test_the_sampler_comes_back(run, tmp_path, capsys):
+    heun = {"_target_": "oss_exp.Heun", "clock": "t"}
+    StepSchedule([0.95, 0.5, 0.0], provenance={**FLOW, "solver": heun}).save(tmp_path / "x.json")
+    run("task=export", "task.schedule=x.json", "exporter=comfyui", "task.output=c.json")
+    assert "with heun" in capsys.readouterr().out
+    run("task=import_sigmas", "task.sigmas=c.json", "task.network=flow", "task.output=back.json")
+    assert solver_of(StepSchedule.load(tmp_path / "back.json")) == Heun(clock="t")
+    (tmp_path / "c.json").write_text((tmp_path / "c.json").read_text().replace('"heun"', '"uni_pc"'))
+    run("task=import_sigmas", "task.sigmas=c.json", "task.network=flow", "task.output=back.json")
+    assert "runs it with uni_pc, which has no name here; it is imported for Euler" in capsys.readouterr().out
+
+
+def test_one_of_two_lists_of_a_workflow(run, tmp_path, capsys):
+    nodes = [{"id": i, "type": "ManualSigmas", "widgets_values": [f"{i / 10}, 0.5, 0.0"]} for i in (10, 8)]
+    (tmp_path / "two.json").write_text(json.dumps({"nodes": nodes}))
+    run("task=import_sigmas", "task.sigmas=two.json", "task.network=flow", "task.node=8", "task.output=back.json")
+    steps = StepSchedule.load(tmp_path / "back.json")
+    assert steps.times.tolist() == [0.8, 0.5, 0.0]
+    assert steps.provenance["imported"]["node"] == 8
+    assert "begins at flow time 0.8, as lists that change an image do (denoise < 1)" in capsys.readouterr().out
+
+
+def test_lists_of_sigma_over_alpha(run, tmp_path, capsys):
+    StepSchedule([0.95, 0.5, 0.2, 0.0], Free()).save(tmp_path / "lists.json")
     run("task=export", "task.schedule=lists.json", "exporter=k_diffusion", "task.exporter.network=eps")
     sigmas = json.loads((tmp_path / "run" / "k_diffusion.json").read_text())
     assert sigmas == pytest.approx([19.0, 1.0, 0.25, 0.0])
@@ -63,10 +89,12 @@ def test_diffusers_by_class_or_by_folder(run, lists, tmp_path, capsys):
     run(*to, "task.exporter.scheduler=pipeline", "task.exporter.height=1024", "task.exporter.width=1024")
     given = json.loads((tmp_path / "d.json").read_text())
     assert given.pop("scheduler") == "FlowMatchEulerDiscreteScheduler"
+    assert given.pop("runs") == {"network": "flow", "sigmas": lists.times.tolist()}
     assert given["mu"] == pytest.approx(1.15)
     scheduler.set_timesteps(**given)
     torch.testing.assert_close(scheduler.sigmas.double(), lists.times, rtol=0, atol=1e-6)
     assert "pipe(..., sigmas=[" in capsys.readouterr().out
+    StepSchedule(lists.times).save(tmp_path / "lists.json")
     run(*to, "task.exporter.scheduler=EulerDiscreteScheduler")
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=json.loads((tmp_path / "d.json").read_text())["sigmas"])

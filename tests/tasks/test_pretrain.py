@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_cli, run_two_ranks
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
+from oss_exp.cli import CONF
 from oss_exp.files import sha256
 from oss_exp.tasks.pretrain import Examples, LogitNormalTimes, UniformTimes
 
@@ -51,6 +54,20 @@ def whole(tmp_path_factory):
     return folder
 
 
+def test_images_of_more_classes_than_the_model_or_of_none_are_refused_before_the_first_step(tmp_path, capsys):
+    arguments = [argument for argument in TINY if argument != "images=digits"]
+    for folders, words in ((11, "images has 11 classes, model=dit_fashion has 10"), (0, "images has no classes")):
+        for label in range(folders or 1):
+            folder = tmp_path / str(folders) / (str(label) if folders else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8)).save(folder / "x.png")
+        images = ["images=image_folder", f"images.root={tmp_path / str(folders)}", "images.size=8", "images.channels=1"]
+        with pytest.raises(SystemExit):
+            run_cli(*arguments, *images, "task.max_steps=1", "task.save_every=1", f"hydra.run.dir={tmp_path / 'run'}")
+        assert f"oss-exp: {words}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_run_leaves_weights_provenance_grids_and_a_picture(whole):
     record = json.loads((whole / "dit_fashion.json").read_text())
     assert record["sha256"] == sha256((whole / "dit_fashion.safetensors").read_bytes())
@@ -61,6 +78,21 @@ def test_a_run_leaves_weights_provenance_grids_and_a_picture(whole):
     assert [path.name for path in sorted((whole / "samples").iterdir())] == [f"step_{s:06d}.png" for s in (4, 8, 12)]
     assert Image.open(whole / "samples" / "step_000012.png").size == (8 * 10 + 2, 10 * 10 + 2)
     assert (whole / "training.png").stat().st_size > 5000
+
+
+def test_the_run_and_its_checkpoint_are_the_model(whole):
+    """The average, which is what the run writes in half precision."""
+    shape = [argument for argument in TINY if argument.startswith("model")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        models = [
+            instantiate(compose("config", [*shape, f"model.checkpoint={path}"]).model)
+            for path in (whole, whole / "checkpoints" / "last.ckpt", whole / "dit_fashion.safetensors")
+        ]
+    run, last, written = (model.backbone.state_dict() for model in models)
+    assert models[0].fingerprint == models[2].fingerprint != models[1].fingerprint
+    for key, value in written.items():
+        assert torch.equal(run[key], value)
+        assert torch.equal(last[key].half().float(), value)
 
 
 def test_the_written_weights_run_as_a_model(whole, tmp_path):

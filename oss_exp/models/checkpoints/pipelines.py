@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from oss_exp.checks import require_range
 from oss_exp.files import load_record, sha256
-from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
+from oss_exp.models.checkpoints.weights import digest, locate, randomise
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, Network, settings_named
 from oss_exp.models.parameterization import Parameterization
@@ -142,7 +142,7 @@ class Prompted(Network):
     prompts:        those that conditions number.
     encoder_sha256: of the text encoder, which makes the velocity too.
     backbone:       around a `network`, not yet filled, and the encodings of all prompts.
-    checkpoint:     the file of the network's weights, or `random`.
+    checkpoint:     the file of the network's weights, or `random`. weights_set: as Network's.
     """
 
     def __init__(
@@ -158,6 +158,7 @@ class Prompted(Network):
         micro_batch: int,
         dtype: Dtype,
         checkpoint: str,
+        weights_set: str | None = None,
     ):
         self.prompts, self.encoder_sha256 = list(prompts), encoder_sha256
         super().__init__(
@@ -171,6 +172,7 @@ class Prompted(Network):
             micro_batch=micro_batch,
             dtype=dtype,
             checkpoint=checkpoint,
+            weights_set=weights_set,
         )
 
     @property
@@ -194,8 +196,7 @@ class Prompted(Network):
         if checkpoint == "random":
             randomise(network, torch.Generator().manual_seed(0))
         else:
-            path = Path(checkpoint)
-            self._fill({f"network.{key}": tensor for key, tensor in read(path).items()}, path)
+            self._fill(Path(checkpoint), lambda tensors: {f"network.{key}": each for key, each in tensors.items()})
         return sha256(f"{digest(network.state_dict())} {self.encoder_sha256}".encode())
 
 

@@ -5,7 +5,7 @@ name is looked up in a short table of stand-ins that only keep what they are giv
 that could go around the table, is refused. Tensors are made after that, from sizes that were checked, so no object of
 torch is ever within the pickle's reach.
 
-Not guarded against: files made to exhaust memory, the stack or time.
+A pickle has a limited number of steps, each of which makes one object; no tensor is larger than its bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+STEPS = 1 << 22  # of a pickle; a network of a thousand layers needs a hundred thousand
 
 # All that a pickle can do with what is on its stack: call it, `__new__` it, `__setstate__` it or else set its
 # attributes, append to it and set its items. So a stand-in is a class with slots and a `__setstate__`.
@@ -98,6 +100,8 @@ class Stored:
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("shape, stride and offset must be whole numbers of at least 0")
+        if self.storage.file.startswith(b"PK"):  # which may unpack to more
+            raise ValueError("its numbers are an archive")
         storage = torch.load(io.BytesIO(self.storage.file), map_location="cpu", weights_only=True)
         flat = torch.empty(0, dtype=storage.dtype).set_(storage)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
@@ -141,6 +145,20 @@ STAND_INS: dict[tuple[str, str], type] = {
 REFUSED = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8")
 
 
+class Bounded(io.BufferedReader):
+    """A file from which no more than STEPS pieces are read, as a pickle takes one for every step."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.steps = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.steps += 1
+        if self.steps > STEPS:
+            raise ValueError(f"more than {STEPS:,} steps")
+        return super().read(size)
+
+
 class Refused(Exception):
     """What the file asks for and does not get."""
 
@@ -149,8 +167,14 @@ def _refuse(opcode: str, _: Any) -> None:
     raise Refused(f"the opcode {opcode}")
 
 
+def _skip_frame(unpickler: Any) -> None:
+    """Take a frame's length alone: every step then reads the file itself, where it is counted."""
+    unpickler.read(8)
+
+
 class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from copyreg's cache of extensions
     dispatch = pickle._Unpickler.dispatch | {getattr(pickle, name)[0]: partial(_refuse, name) for name in REFUSED}
+    dispatch[pickle.FRAME[0]] = _skip_frame
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in STAND_INS:
@@ -161,7 +185,7 @@ class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from copyreg
 def load(path: Path) -> Any:
     """What the file holds, in stand-ins. ValueError where it is no whole pickle, or asks for anything else."""
     try:
-        with path.open("rb") as file:
+        with Bounded(path) as file:
             return _Unpickler(file).load()
     except Refused as request:
         raise ValueError(

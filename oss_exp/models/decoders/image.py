@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oss_exp.checks import require_range
-from oss_exp.models.checkpoints.weights import locate, randomise, read
+from oss_exp.models.checkpoints.weights import locate, randomise, read_for
 
 
 class Pixels(nn.Module):
@@ -65,15 +65,15 @@ class Autoencoder(nn.Module, abc.ABC):
     def _load(self, checkpoint: str) -> None:
         """Every weight of the decoder from a file, which may hold an encoder besides but nothing else."""
         path = locate(checkpoint, self.FILES, self.source, "model.sizes.full.decoder.checkpoint")
-        tensors = {
+        self.load_state_dict(read_for(path, self.state_dict(), self.translate, None, "model.decoder"))
+
+    def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors by our names, without its encoder and what it was trained by."""
+        return {
             ATTENTION.sub(lambda old: TODAY[old[0]], key): value
-            for key, value in read(path).items()
-            if not key.startswith(("encoder.", "quant_conv."))
+            for key, value in tensors.items()
+            if not key.startswith(("encoder.", "quant_conv.", "loss."))
         }
-        try:
-            self.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"VAE {path} is of another architecture than model.decoder: {error!s:.400}") from None
 
 
 class VAE(Autoencoder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -29,8 +28,8 @@ class LDMVAE(VAE):
 
     FILES = ("kl16.ckpt", *VAE.FILES)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return super().load_state_dict(diffusers_layout(state_dict), *args, **kwargs)
+    def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return diffusers_layout(super().translate(tensors))
 
 
 def diffusers_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.checks import SettingsOf, require_range
-from oss_exp.models.checkpoints.weights import locate, randomise, read
+from oss_exp.models.checkpoints.weights import locate, randomise, read_for
 from oss_exp.models.decoders.image import VAE
 
 FRAMES, LATENTS = 17, 5  # frames that are encoded together, and how many latent ones they become
@@ -78,11 +78,12 @@ class VideoVAE(nn.Module):
     def _load(self, checkpoint: str, source: str) -> None:
         """Every weight of the decoders from a file, which has encoders and the scaling besides but nothing else."""
         path = locate(checkpoint, self.FILES, source, "model.sizes.full.decoder.checkpoint")
-        tensors = {key.replace("spatial_vae.module.", "spatial_vae."): value for key, value in read(path).items()}
-        try:
-            self.load_state_dict({key: value for key, value in tensors.items() if not key.startswith(OTHERS)})
-        except RuntimeError as error:
-            raise ValueError(f"VAE {path} is of another architecture than model.decoder: {error!s:.400}") from None
+        self.load_state_dict(read_for(path, self.state_dict(), _decoders, None, "model.decoder"))
+
+
+def _decoders(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = {key.replace("spatial_vae.module.", "spatial_vae."): value for key, value in tensors.items()}
+    return {key: value for key, value in named.items() if not key.startswith(OTHERS)}
 
 
 class TemporalDecoder(nn.Module):

@@ -76,6 +76,7 @@ class OpenSora(Prompted):
         checkpoint: str | None,
         source: str,
         prompts: Sequence[str] = (),
+        weights_set: str | None = None,
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
         shape = (latent_frames(num_frames), height // 8, width // 8)
@@ -104,6 +105,7 @@ class OpenSora(Prompted):
             micro_batch=micro_batch,
             dtype=dtype,
             checkpoint=checkpoint,
+            weights_set=weights_set,
         )
 
     def _velocity(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:

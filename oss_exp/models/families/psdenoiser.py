@@ -8,8 +8,6 @@ network sees log10 of them. Legend: M rows, B samples.
 
 from __future__ import annotations
 
-import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from oss_exp.checks import require_range
-from oss_exp.files import sha256
 from oss_exp.models.base import Model
+from oss_exp.models.checkpoints.weights import file_sha256, read_for
 from oss_exp.models.guidance import UNGUIDED, Guidance
 from oss_exp.models.parameterization import NoisePrediction
 from oss_exp.noise import VPPath
@@ -148,12 +146,11 @@ def load_weights(network: nn.Module, file: Path) -> str:
     """Fill the network from a state dict on disk, none of which is executed; returns the file's SHA-256."""
     if not file.is_file():
         raise FileNotFoundError(f"psdenoiser weights {file} do not exist; set model.checkpoint=null for the published")
-    data = file.read_bytes()
+    model = "21cmPSDenoiser's U-Net"
     try:
-        network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    except (EOFError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160] or "the file is empty"
+        network.load_state_dict(read_for(file, network.state_dict(), dict, None, model))
+    except ValueError as error:
         raise ValueError(
-            f"{file} holds no weights of 21cmPSDenoiser's U-Net: {reason}; set model.checkpoint=null for the published"
+            f"{file} holds no weights of {model}: {error!s:.400}; set model.checkpoint=null for the published"
         ) from None
-    return sha256(data)
+    return file_sha256(file)

@@ -9,9 +9,9 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from oss_exp.models.checkpoints.weights import digest, locate, randomise, read
+from oss_exp.models.checkpoints.weights import UNTRAINED, digest, locate, randomise
 from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import UNTRAINED, Dtype, Network, at_size, build_part
+from oss_exp.models.network import Dtype, Network, at_size, build_part
 from oss_exp.models.parameterization import Parameterization
 
 
@@ -33,6 +33,7 @@ class Published(Network):
     checkpoint: a file, by path or by the name it is shipped under, a folder or a hub id; `random`: reproducible random
                 weights, to try all but the pictures; `untrained`: as initialised; null: that of the size.
     source:     where the public checkpoint is had, for the message when it is missing.
+    weights_set: as Network's.
 
     The backbone's class says what the public files are called (`FILES`) and how their keys translate (`translate`,
     `to_public`).
@@ -49,11 +50,12 @@ class Published(Network):
         dtype: Dtype,
         checkpoint: str | None,
         source: str,
+        weights_set: str | None = None,
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint not in ("random", UNTRAINED):  # a missing file is found before large networks are built
-            checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source))
+            checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source, own=True))
         super().__init__(
             name=name,
             decoder=build_part(sizes, size, "decoder"),
@@ -65,6 +67,7 @@ class Published(Network):
             micro_batch=micro_batch,
             dtype=dtype,
             checkpoint=checkpoint,
+            weights_set=weights_set,
         )
 
     def _load(self, checkpoint: str) -> str:
@@ -72,6 +75,5 @@ class Published(Network):
         if checkpoint == "random":
             randomise(self.backbone, torch.Generator().manual_seed(0))
         else:
-            path = Path(checkpoint)
-            self._fill(self.backbone.translate(read(path)), path)
+            self._fill(Path(checkpoint), self.backbone.translate)
         return digest(self.backbone.state_dict())

@@ -109,20 +109,34 @@ class PromptedUNet(PromptedBackbone):
         return self.network(x, clock, encoder_hidden_states=self.table[prompts]).sample
 
 
+DEFAULTS: Mapping[str, Any] = {  # of diffusers' schedulers, for what a config leaves out
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
 def trained_as(scheduler: Mapping[str, Any]) -> Parameterization:
     """What the config of a pipeline's scheduler says of its network; ValueError for what is not known here."""
     rules = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
     answers = {"epsilon": NoisePrediction, "v_prediction": VPVelocity}
-    rule, answer = scheduler.get("beta_schedule"), scheduler.get("prediction_type", "epsilon")
+    scheduler = {**DEFAULTS, **scheduler}
+    rule, answer, zero_snr = (scheduler[key] for key in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr"))
     if rule not in rules or answer not in answers or scheduler.get("trained_betas") is not None:
         raise ValueError(
             f"the pipeline's scheduler has beta_schedule={rule}, prediction_type={answer}, trained_betas="
             f"{scheduler.get('trained_betas')}; known are {', '.join(rules)}; {', '.join(answers)}; and null"
         )
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("the pipeline's scheduler has rescale_betas_zero_snr=true; choose a model.checkpoint without")
+    if zero_snr and answer == "epsilon":
+        raise ValueError(
+            "the pipeline's scheduler has rescale_betas_zero_snr=true and prediction_type=epsilon, which says nothing "
+            "at pure noise; choose a model.checkpoint with v_prediction"
+        )
     num_steps, start, end = (scheduler[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
     require_range(at_least=2, num_train_timesteps=num_steps)
     require_range(above=0, below=1, beta_start=start, beta_end=end)
-    path = DDPMPath(rules[rule](num_steps, start, end))
+    path = DDPMPath(rules[rule](num_steps, start, end, bool(zero_snr)))
     return answers[answer](path, float(path.canonical(torch.tensor(num_steps - 1.0, dtype=torch.float64))))

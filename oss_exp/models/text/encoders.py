@@ -7,6 +7,7 @@ Legend: P prompts, L tokens, D features.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 from oss_exp.checks import require_range
 from oss_exp.files import sha256
 from oss_exp.models.checkpoints.weights import digest, randomise, read
-from oss_exp.models.text.prompts import PromptCache, TextEncoder
+from oss_exp.models.text.prompts import PromptCache
+from oss_exp.validation import shown
+
+NAMED = 5  # prompts that are cut, in warnings
+log = logging.getLogger(__name__)
 
 Answer = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]  # model, tokens (P, L), mask (P, L) -> by name
 
@@ -33,7 +38,7 @@ class TextModel:
 
     def __init__(
         self,
-        tokenizer: Callable[..., Any],
+        tokenizer: Any,
         weights: str,
         load: Callable[[], nn.Module],
         answer: Answer,
@@ -54,6 +59,17 @@ class TextModel:
     def _model(self) -> nn.Module:
         return self.load().eval()
 
+    def cuts(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that have more tokens than it reads, and what of each is left out."""
+        found = {}
+        for prompt in dict.fromkeys(prompts):
+            if len(prompt.encode()) < self.length - 2:  # a token is a byte at least
+                continue
+            tokens = self.tokenizer([prompt], verbose=False)["input_ids"][0]
+            if len(tokens) > self.length:  # the last one marks the end
+                found[prompt] = self.tokenizer.decode(tokens[self.length - 1 : -1]).strip()
+        return found
+
     def _tokens(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         padded = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(list(prompts), return_attention_mask=True, **padded)
@@ -62,19 +78,32 @@ class TextModel:
 class Together:
     """Several encoders that give tensors of different names."""
 
-    def __init__(self, *encoders: TextEncoder):
+    def __init__(self, *encoders: TextModel):
         self.encoders = encoders
         self.fingerprint = sha256(" ".join(encoder.fingerprint for encoder in encoders).encode())
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {name: tensor for encoder in self.encoders for name, tensor in encoder(prompts).items()}
 
+    def cuts(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Those that every one of them cuts: the one that reads most counts."""
+        first, *others = (encoder.cuts(prompts) for encoder in self.encoders)
+        shared = set(first).intersection(*others)
+        return {
+            prompt: min((cuts[prompt] for cuts in (first, *others)), key=len) for prompt in first if prompt in shared
+        }
 
-def encode(encoder: TextEncoder, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+
+def encode(encoder: TextModel | Together, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
     """prompts (P) -> their encodings by name, (P, ...) each, through the cache, and the encoder's fingerprint.
 
-    Hand the encoder over without keeping it: its memory is then free.
+    Prompts that it cuts are named in a warning. Hand the encoder over without keeping it: its memory is then free.
     """
+    cuts = encoder.cuts(prompts)
+    for prompt, rest in list(cuts.items())[:NAMED]:
+        log.warning("the text encoder cuts the prompt %s: it does not see %s", shown(prompt), shown(rest))
+    if len(cuts) > NAMED:
+        log.warning("the text encoder cuts %d more prompts", len(cuts) - NAMED)
     return PromptCache().encode(encoder, prompts), encoder.fingerprint
 
 
@@ -117,9 +146,12 @@ def open_text_model(
     """
     import transformers
 
+    cls = getattr(transformers, kind)
+    config = cls.config_class.from_pretrained(weights.parent)
+
     def load() -> nn.Module:
-        model, report = getattr(transformers, kind).from_pretrained(
-            weights.parent, use_safetensors=True, dtype="auto", output_loading_info=True
+        model, report = cls.from_pretrained(  # not from the folder: whichever files are there, these are the weights
+            None, config=config, state_dict=read(weights), dtype="auto", output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{weights} lacks {len(missing)} weights of {kind}, first {missing[0]}; get it again")

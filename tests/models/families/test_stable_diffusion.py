@@ -22,7 +22,7 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.models.text.encoders import clip_bytes
 from oss_exp.noise import DDPMPath, linear_betas
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import Euler
+from oss_exp.solvers import Euler, sample
 
 PROMPTS = [
     "a red bicycle",
@@ -254,7 +254,10 @@ def lack_a_weight(folder: Path) -> None:
             lambda f: change(f / "scheduler" / "scheduler_config.json", prediction_type="sample"),
             "prediction_type=sample",
         ),
-        (lambda f: change(f / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True), "zero_snr=true"),
+        (
+            lambda f: change(f / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True),
+            "zero_snr=true and prediction_type=epsilon, which says nothing",
+        ),
         (lambda f: (f / "unet" / UNET).write_bytes(b"\x10"), "is cut short"),
         (lambda f: (f / "text_encoder" / "config.json").write_text("{"), "is not complete JSON"),
         (lack_a_weight, "lacks 1 weights of CLIPTextModel"),
@@ -344,6 +347,44 @@ def test_the_yaml_is_stable_diffusion_15(yaml):
     alphas_cumprod = (1 - ratio) ** 2 / ((1 - ratio) ** 2 + ratio**2)
     torch.testing.assert_close(alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=0, atol=1e-6)
     assert kind.time_max == pytest.approx(float(ratio[-1]))
+
+
+def test_a_chain_without_signal_at_its_end_runs_as_in_diffusers():
+    """From t = 1 exactly, for v-prediction; and what a config leaves out is as in diffusers."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+    own = DDIMScheduler(**config, timestep_spacing="trailing", clip_sample=False)
+    kind = trained_as(config)
+    assert kind.time_max == 1
+    own.set_timesteps(5)
+
+    def network(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        return (0.5 * latents + clock.view(-1, 1) / 400).sin()
+
+    noise = latents = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in own.timesteps:
+        latents = own.step(network(latents, t), t, latents).prev_sample
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return kind.velocity(network(*kind.question(x, t)), x, t)
+
+    times = kind.path.canonical(torch.cat([own.timesteps.double(), torch.tensor([-1.0])]))
+    assert times[0] == 1
+    torch.testing.assert_close(sample(Euler(), velocity, noise, StepSchedule(times)), latents, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [".fp16.safetensors", ".bin", ".fp16.bin"])
+def test_a_folder_of_other_names_and_half_precision_is_the_same_model(form, copy, build):
+    for file in list(copy.glob("*/*.safetensors")):
+        tensors = {key: each.half() if "fp16" in form else each for key, each in load_file(file).items()}
+        if form.endswith(".bin"):
+            name = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(tensors, file.with_name(f"{name}{form}"))
+        else:
+            save_file(tensors, file.with_name(f"{file.stem}{form}"))
+        file.unlink()
+    x, t, prompts = torch.randn(2, 4, 12, 12), torch.tensor([0.9, 0.4], dtype=torch.float64), torch.tensor([0, 1])
+    found, expected = (model.velocity(prompts)(x, t) for model in (build(checkpoint=str(copy)), build()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if "fp16" in form else 1e-5)
 
 
 def test_tiny_runs_from_the_command_line(tmp_path):

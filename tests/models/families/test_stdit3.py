@@ -74,6 +74,9 @@ class Given:
     def __call__(self, prompts):
         return {name: tensor.expand(len(prompts), *tensor.shape[1:]) for name, tensor in self.encodings.items()}
 
+    def cuts(self, prompts):
+        return {}
+
 
 @pytest.fixture
 def build(arrays, weights, tmp_path):
