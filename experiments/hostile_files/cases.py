@@ -37,7 +37,7 @@ from oss_exp.evaluation.features import load_weights
 from oss_exp.evaluation.statistics import Reference
 from oss_exp.export.diffusers import Diffusers
 from oss_exp.export.oss_scheduler import OSSScheduler
-from oss_exp.export.sigmas import read_sigmas
+from oss_exp.export.reading import read_list
 from oss_exp.files import load_config
 from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.pipelines import read_object
@@ -879,7 +879,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str,
     "IDX files": (lambda root: oss_exp.fashion_mnist(root), idx),
     "prompts": (read_prompts, prompts),
     "GenEval's metadata": (read_metadata, records),
-    "workflows and lists of sigmas": (lambda path: read_sigmas(str(path)), workflows),
+    "workflows and lists of sigmas": (lambda path: read_list(str(path), "flow", None), workflows),
     "configs of pipelines": (read_object, records),
     "schedulers": (lambda path: Diffusers(scheduler=str(path)).own_scheduler(), schedulers),
 }
