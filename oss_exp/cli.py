@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import oss_exp
 from oss_exp import report
+from oss_exp.escaping import on_a_screen
 from oss_exp.files import remove_unfinished, write_atomically
 from oss_exp.tasks import border, preemption
 from oss_exp.tasks.configuration import check_configuration, expand_home
@@ -104,7 +105,7 @@ def main() -> None:
     except USER_ERRORS as error:
         if wants_traceback:
             raise
-        print(f"oss-exp: {error}", file=sys.stderr)
+        print(f"oss-exp: {on_a_screen(str(error))}", file=sys.stderr)
         if {"-m", "--multirun"} & set(sys.argv):
             print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
         sys.exit(1)

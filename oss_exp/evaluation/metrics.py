@@ -284,17 +284,18 @@ class LPIPS(MeanMetric):
     Grey images become RGB; an image with a side under 64 pixels is enlarged to 64, bilinearly, for the network's sake.
 
     net: "alex" or "vgg". weights: torchvision's file of that backbone, local; the linear heads come with torchmetrics.
+    sha256: of that file; needed where it is a TorchScript archive, for that is a program.
     """
 
     name = "lpips"
 
-    def __init__(self, weights: Annotated[str | Path, ALEXNET], net: Backbone = "alex"):
+    def __init__(self, weights: Annotated[str | Path, ALEXNET], net: Backbone = "alex", sha256: str | None = None):
         # The public class would download the backbone.
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         super().__init__()
         require_choice(BACKBONES, net=net)
-        state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}")
+        state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}", sha256)
         self.network = _NoTrainLpips(net=net, pnet_rand=True)
         backbone: dict[str, Any] = self.network.net.state_dict()
         try:  # slice3.6.weight is torchvision's features.6.weight

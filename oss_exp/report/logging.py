@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.evaluation.comparison import columns, with_gains
+from oss_exp.files import inside
 from oss_exp.report.results import cost_lines, metric_lines, read_run, read_schedules
 
 WAIT = 15  # seconds for W&B's server to answer
@@ -139,9 +141,10 @@ def _schedules(folder: Path) -> Any:
     plans = [plan for _, plan in read_schedules(folder)]
     about = {key: plans[0].provenance.get(key) for key in ("model", "teacher", "solver", "distance")} if plans else {}
     model = (about.get("model") or {}).get("name", "unknown")
-    artifact = wandb.Artifact(f"schedules-{model}", type="step_schedules", metadata=about)
+    name = re.sub(r"[^\w.-]+", "_", f"schedules-{model}", flags=re.ASCII)[:128]  # W&B takes no others
+    artifact = wandb.Artifact(name, type="step_schedules", metadata=about)
     for file in sorted((folder / "schedules").iterdir()):
-        artifact.add_file(str(file))
+        artifact.add_file(str(inside(folder, "schedules", file.name)), file.name)
     return artifact
 
 

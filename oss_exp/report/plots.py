@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from oss_exp import escaping
 from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.pictures import encoded
 from oss_exp.models.stages import StageRecord
@@ -30,6 +32,8 @@ def palette(name: str) -> list[Color]:
     return [(red, green, blue) for red, green, blue, _ in listed(np.arange(listed.N)).tolist()]
 
 
+PANELS, ROWS = 12, 60  # of a picture; what is left out is on the page
+ANNOTATED = 50  # steps whose orders are written beside them
 MUTED = (*palette("tab20b")[::2], *palette("tab20c")[::2])
 
 
@@ -38,12 +42,15 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
 
     Steps whose order a search chose carry it as a number.
     """
-    budgets = sorted({plan.num_steps for _, plan in plans})
+    budgets = sorted({plan.num_steps for _, plan in plans})[:PANELS]
     size = (3.5 + 4.5 * len(budgets), 4.6)
     figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
     color_of, by_hand = colors(plans), _by_hand(plans)
+    entries = {}  # one for each strategy, whichever panels it is in
     for axis, k in zip(axes[0], budgets, strict=True):
-        axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
+        ticks = axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6)
+        if teacher:
+            entries["teacher's nodes"] = ticks[0]
         for name, plan in plans:
             if plan.num_steps != k:
                 continue
@@ -57,19 +64,17 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
                 name_shown = name
             style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
             style["zorder"] = 3 if ours else 2
-            axis.plot(steps, times, color=color_of[name], label=name_shown, **style)
-            if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1:
+            entries[escaping.label(name_shown)] = axis.plot(steps, times, color=color_of[name], **style)[0]
+            if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1 and k <= ANNOTATED:
                 for step, order in enumerate(plan.orders.tolist()):
                     middle = step + 0.5, times[step : step + 2].mean()
                     axis.annotate(
                         str(order), middle, (3, 3), textcoords="offset points", color=color_of[name], fontsize=8
                     )
-        axis.set(title=f"K = {k}", xlabel="network call", xticks=np.arange(k + 1))
+        axis.set(title=f"K = {k}", xlabel="network call")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
-    entries = {}  # one for each strategy, whichever panels it is in
-    for axis in axes[0]:
-        entries.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
     figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False)
     return png(figure)
 
@@ -125,9 +130,11 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
         pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
     teacher = pictures["teacher"].astype(float) / 255
     rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [("teacher", teacher, None)]
-    for label, result in ordered(pictures, results):
+    for label, result in ordered(pictures, results)[:ROWS]:
         images = pictures[label].astype(float) / 255
-        rows.append((f"{label}\n{result.psnr.mean:.2f} dB", images, np.abs(images - teacher[: len(images)])))
+        rows.append(
+            (f"{escaping.label(label)}\n{result.psnr.mean:.2f} dB", images, np.abs(images - teacher[: len(images)]))
+        )
     count = len(teacher)
     figure, axes = plt.subplots(len(rows), 2, figsize=(2 + 1.5 * count, 0.85 * len(rows) + 0.6), squeeze=False)
     for row, (label, images, error) in zip(axes, rows, strict=True):
@@ -187,7 +194,10 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     """
     (teacher,) = [c for c in curves if c.strategy == "teacher"]
     students = [c for c in curves if c is not teacher]
-    names, budgets = (list(dict.fromkeys(getattr(c, key) for c in students)) for key in ("strategy", "num_steps"))
+    names, budgets = (
+        list(dict.fromkeys(getattr(c, key) for c in students))[:PANELS] for key in ("strategy", "num_steps")
+    )
+    students = [c for c in students if c.strategy in names and c.num_steps in budgets]
     times = np.array(teacher.times)
     figure, axes = plt.subplots(
         2 * len(budgets),
@@ -202,7 +212,7 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     for c in students:
         row, column = 2 * budgets.index(c.num_steps), names.index(c.strategy)
         above, below = axes[row : row + 2, column]
-        above.set_title(f"{c.strategy}, K = {c.num_steps}")
+        above.set_title(f"{escaping.label(c.strategy)}, K = {c.num_steps}")
         style = {"color": "tab:blue", "marker": "o"} if c.calibrated else {"color": "tab:red", "marker": "s"}
         for edge, line in (("high", "-"), ("low", "--")):
             truth, values = (_over_channels(getattr(curve, edge)) for curve in (teacher, c))

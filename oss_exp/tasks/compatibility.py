@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from oss_exp.files import inside, load_config
 from oss_exp.provenance import configuration
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Solver, named_solver
@@ -26,14 +27,17 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
     """
     if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
-    old = canonical(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False))
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
-    for values in (old, new):
-        values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
-    keys = [key for key in changed(old, new) if key not in MEASURING]
-    if "task" in keys:
-        options = [f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"]
-        keys[keys.index("task")] = ", ".join(options) or "task"
+    try:
+        old = canonical(load_config(inside(folder, "config.yaml"), "configuration"))
+        for values in (old, new):
+            values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+        keys = [key for key in changed(old, new) if key not in MEASURING]
+        if "task" in keys:
+            options = [f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"]
+            keys[keys.index("task")] = ", ".join(options) or "task"
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.yaml'} is no configuration of a run; choose another folder") from None
     if keys:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"

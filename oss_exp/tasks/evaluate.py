@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from oss_exp.checks import require_name
 from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.comparison import measured, spread
 from oss_exp.evaluation.metrics import ImageMetric
@@ -88,6 +89,7 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
     """Measure the schedules of these files, each with its strategy's name, on the held-out noises of a run."""
     schedules, rows = {}, {}
     for name, path in files:
+        require_name(strategy=name)
         steps = StepSchedule.load(path)
         if run.config["run_orders"] == "fixed":
             steps = steps.with_own_orders()
@@ -134,7 +136,8 @@ class EvaluateModule(L.LightningModule):
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         # A schedule for each sample has too few of them for a distribution.
         shared = [label for label, steps in schedules.items() if not steps.per_sample]
-        self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
+        self.metrics = {label: metrics() for label in ("teacher", *shared)}
+        self.registered = nn.ModuleList(self.metrics.values())  # a ModuleDict does not take every label
         self.has_metrics, self.failed = len(metrics.settings) > 0, dict[str, Exception]()
         # What the sums of batches depend on, beside what a run folder has but once.
         self.origin = json.dumps([metrics.origin, save_images, trajectories.count])

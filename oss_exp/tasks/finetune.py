@@ -25,11 +25,11 @@ from annotated_types import Ge
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from oss_exp.data.noise import TRAINING
+from oss_exp.escaping import PlainConsole
 from oss_exp.files import TABLE_LIMIT, load_record, write_atomically
 from oss_exp.models.network import Network, adaptive_norms
 from oss_exp.models.stages import BASE, DOWN, UP, FinetuneRecord, Staged, StageFolder, StageParameters, StageRecord
@@ -346,4 +346,4 @@ def _report(folder: StageFolder, run_folder: Path) -> None:
     write_atomically(run_folder / "finetune.json", record.model_dump_json() + "\n")
     missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
     told = f"still to train: stages {', '.join(missing)}" if missing else f"run it with stages={folder.path}"
-    Console().print(f"{folder.path}: {told}", soft_wrap=True)
+    PlainConsole().print(f"{folder.path}: {told}", soft_wrap=True)

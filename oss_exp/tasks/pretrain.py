@@ -20,13 +20,13 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
 from oss_exp.data.captioned import CaptionedImages
 from oss_exp.data.folder import ImageFolder
+from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
@@ -214,7 +214,7 @@ class Pretrain(TrainingTask):
         logger = border.build(cfg.logger, "logger", Logger | None)
         trainer = fit(cfg, self, module, logger, resume)
         if trainer.is_global_zero:
-            Console().print(f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
+            PlainConsole().print(f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
         return logger
 
 
