@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from oss_exp import escaping
 from oss_exp.evaluation.comparison import Result
@@ -32,6 +32,7 @@ def palette(name: str) -> list[Color]:
     return [(red, green, blue) for red, green, blue, _ in listed(np.arange(listed.N)).tolist()]
 
 
+DPI = 130  # of pictures in files
 PANELS, ROWS = 12, 60  # of a picture; what is left out is on the page
 ANNOTATED = 50  # steps whose orders are written beside them
 MUTED = (*palette("tab20b")[::2], *palette("tab20c")[::2])
@@ -116,9 +117,16 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
     if pictures["teacher"].ndim == 4:
         return None
     shown, milliseconds = moments(pictures["teacher"].shape[1])
-    drawn = [samples({label: videos[:, [i]] for label, videos in pictures.items()}, results) for i in shown]
-    frames = [Image.open(io.BytesIO(each)).convert("RGB") for each in drawn]
-    return encoded(np.stack([np.asarray(each.resize(frames[0].size)) for each in frames]), milliseconds)
+    frames = [{label: videos[:, i] for label, videos in pictures.items()} for i in shown]
+    figure, panels = _sheet(frames[0], results)
+    drawn = []
+    for frame in frames:  # one figure for all: making it takes longer than drawing it
+        for panel, strip in zip(panels, _strips(frame, results), strict=True):
+            panel.set_data(strip)
+        figure.canvas.draw()
+        drawn.append(np.array(figure.canvas.buffer_rgba())[..., :3])  # pyright: ignore[reportAttributeAccessIssue]  # Agg
+    plt.close(figure)
+    return encoded(np.stack(drawn), milliseconds)
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
@@ -128,27 +136,41 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     """
     if pictures["teacher"].ndim == 5:
         pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
-    teacher = pictures["teacher"].astype(float) / 255
-    rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [("teacher", teacher, None)]
-    for label, result in ordered(pictures, results)[:ROWS]:
-        images = pictures[label].astype(float) / 255
-        rows.append(
-            (f"{escaping.label(label)}\n{result.psnr.mean:.2f} dB", images, np.abs(images - teacher[: len(images)]))
-        )
-    count = len(teacher)
-    figure, axes = plt.subplots(len(rows), 2, figsize=(2 + 1.5 * count, 0.85 * len(rows) + 0.6), squeeze=False)
-    for row, (label, images, error) in zip(axes, rows, strict=True):
-        row[0].imshow(_strip(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return png(_sheet(pictures, results)[0])
+
+
+def _sheet(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> tuple[Figure, list[AxesImage]]:
+    """Return the figure of `samples` and its panels, which show `_strips`."""
+    students = ordered(pictures, results)[:ROWS]
+    labels = ["teacher", *(f"{escaping.label(label)}\n{result.psnr.mean:.2f} dB" for label, result in students)]
+    size = 2 + 1.5 * len(pictures["teacher"]), 0.85 * len(labels) + 0.6
+    figure, axes = plt.subplots(len(labels), 2, figsize=size, dpi=DPI, squeeze=False)
+    places = [axes[0][0], *(axis for row in axes[1:] for axis in row)]
+    looks = [("gray", 1), *[("gray", 1), ("inferno", 0.5)] * len(students)]
+    panels = [
+        axis.imshow(strip, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
+        for axis, strip, (colours, top) in zip(places, _strips(pictures, results), looks, strict=True)
+    ]
+    for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        if error is not None:
-            row[1].imshow(_strip(error).clip(0, 0.5), cmap="inferno", vmin=0, vmax=0.5, interpolation="nearest")
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
     axes[0][1].text(0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
-    return png(figure)
+    return figure, panels
+
+
+def _strips(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> list[np.ndarray]:
+    """Return the teacher's pictures side by side, and each student's, followed by their errors; in [0, 1]."""
+    teacher = pictures["teacher"].astype(float) / 255
+    strips = [_strip(teacher)]
+    for label, _ in ordered(pictures, results)[:ROWS]:
+        images = pictures[label].astype(float) / 255
+        error = np.abs(images - teacher[: len(images)])
+        strips += [_strip(images), _strip(error).clip(0, 0.5)]
+    return strips
 
 
 def training(losses: Sequence[float]) -> bytes:
@@ -250,6 +272,6 @@ def _strip(images: np.ndarray) -> np.ndarray:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
