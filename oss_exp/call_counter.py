@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from oss_exp.escaping import PlainConsole, visible
 from oss_exp.velocity import BoundVelocity
 
 
@@ -23,12 +23,12 @@ class CallCounter:
 
     def __init__(self, show: bool) -> None:
         self.progress = Progress(
-            TextColumn("{task.description:14}"),
+            TextColumn("{task.description:14}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} network calls a sample"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=PlainConsole(stderr=True),
             disable=not show,
         )
         self.rows, self.samples, self.seconds = 0, 1, 0.0
@@ -53,7 +53,7 @@ class CallCounter:
     def measure(self, name: str, calls: int, samples: int) -> Iterator[None]:
         """Count from zero; calls: how many are expected for each of this rank's samples."""
         self.rows, self.samples = 0, samples
-        self.bar = self.progress.add_task(name, total=max(calls, 1))
+        self.bar = self.progress.add_task(visible(name), total=max(calls, 1))
         started = time.perf_counter()
         yield
         self.seconds = time.perf_counter() - started

@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from oss_exp.escaping import OBEYED
+
+LONGEST = 200  # bytes of a name: with an ending it is still a file's name
 
 
 @dataclass(frozen=True)
@@ -51,3 +58,31 @@ def require_choice(choices: Collection[object], **values: object) -> None:
     for name, value in values.items():
         if (type(value), value) not in [(type(choice), choice) for choice in choices]:  # true is no 1
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def require_name(**values: str) -> None:
+    """ValueError for the first value, called by its name, that cannot be a part of the names of files and columns."""
+    for name, value in values.items():
+        if fault := _fault(value):
+            raise ValueError(f"{name} must be a name {fault}, got {value!r:.80}")
+
+
+def _fault(name: str) -> str:
+    """What a name should be and is not; empty where it is all of it."""
+    if not name.strip():
+        return "of at least one character"
+    if "/" in name or "\\" in name or ".." in name:
+        return "without / and \\ and .."
+    if OBEYED.search(name) or "\n" in name or "\t" in name:
+        return "without control characters"
+    return f"of at most {LONGEST} bytes" if len(name.encode()) > LONGEST else ""
+
+
+def _as_name(value: str) -> str:
+    if fault := _fault(value):
+        raise ValueError(f"must be a name {fault}, got {value!r:.80}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_as_name)]
+"""A name in a file, of a strategy, a model or a label: one that may become a part of the names of other files."""

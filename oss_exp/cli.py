@@ -11,23 +11,26 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import oss_exp
 from oss_exp import report
+from oss_exp.escaping import on_a_screen
 from oss_exp.files import remove_unfinished, write_atomically
-from oss_exp.tasks import border
-from oss_exp.tasks.configuration import check_configuration
+from oss_exp.tasks import border, preemption
+from oss_exp.tasks.configuration import check_configuration, expand_home
 from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
@@ -40,6 +43,9 @@ USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, O
 def run(cfg: DictConfig) -> float | None:
     """The mean PSNR of the run's schedules, for sweepers that look for a maximum; None where none was measured."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+    where = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweeps else f"hydra.run.dir={folder}"
+    preemption.advise(f"what was done is kept, and the same command with {where} goes on")
     lock = FileLock(folder / ".lock", timeout=0)  # freed by the system, however the process ends
     try:
         rank_zero_only(lock.acquire)()
@@ -48,7 +54,10 @@ def run(cfg: DictConfig) -> float | None:
     rank_zero_only(remove_unfinished)(folder)
     rank_zero_only((folder / "error.log").unlink)(missing_ok=True)
     try:
+        if not (folder / ".hydra").exists():
+            _write_command(cfg, folder)
         _run(cfg, folder)
+        _write_command(cfg, folder)  # not before: a refused command is not the one of the folder's run
         return report.mean_psnr(folder)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk: what went wrong is to be said all the same
@@ -58,8 +67,20 @@ def run(cfg: DictConfig) -> float | None:
         lock.release()
 
 
+@rank_zero_only
+def _write_command(cfg: DictConfig, folder: Path) -> None:
+    """Write the files that Hydra has in .hydra: the configuration, Hydra's own, and the overrides."""
+    own: Any = HydraConfig.instance().cfg
+    parts = {"config": cfg, "hydra": OmegaConf.masked_copy(own, "hydra"), "overrides": own.hydra.overrides.task}
+    for name, part in parts.items():
+        write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
+
+
 def _run(cfg: DictConfig, folder: Path) -> None:
     refuse_unread(cfg, CONF)
+    expand_home(cfg)
+    if SLURMEnvironment.detect() and (states := sorted(folder.glob("hpc_ckpt_*"))):
+        raise ValueError(f"{states[0]} is not of this program, and Lightning would load it; remove it")
     check_configuration(cfg)
     devices = cfg.trainer.devices if "trainer" in cfg else 1
     if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
@@ -78,21 +99,16 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     try:
-        refuse_unknown(sys.argv[1:], CONF)
-        run()
+        with preemption.watched():
+            refuse_unknown(sys.argv[1:], CONF)
+            run()
     except USER_ERRORS as error:
         if wants_traceback:
             raise
-        print(f"oss-exp: {error}", file=sys.stderr)
+        print(f"oss-exp: {on_a_screen(str(error))}", file=sys.stderr)
         if {"-m", "--multirun"} & set(sys.argv):
             print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns Ctrl-C inside a loop into an exit.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        print("oss-exp: interrupted; the files already written are whole", file=sys.stderr)
-        sys.exit(130)
     finally:
         if not wants_traceback:
             del os.environ["HYDRA_FULL_ERROR"]

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -19,24 +20,29 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import safetensors.torch
+import yaml
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from torch import Tensor
 from typing_extensions import TypeAliasType
 
-from oss_exp.validation import describe, find_fault
+from oss_exp.validation import describe, find_fault, shown
 
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
-TABLE_LIMIT = 1 << 28  # 256 MiB: of files with numbers for every sample, or for every step of a training
+TABLE_LIMIT = 1 << 27  # 128 MiB: of files with numbers for every sample, or for every step of a training
 NODES = 1 << 24  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
-ARRAYS_LIMIT = 1 << 29  # 512 MiB: of the arrays in an .npz file
+UNFINISHED = ".oss_exp.tmp"  # how the names of files end that are being written: no other program's do
+ARRAYS_LIMIT = 1 << 29  # 512 MiB: of the arrays in an .npz file, or the tensors of a file that is no checkpoint
+CONFIG_LIMIT = 1 << 18  # 256 KiB: of a configuration
+DEEP = 200  # levels of a record or a configuration
 AGAIN = "write it again with the command that made it"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 # There may be millions: the first that is wrong ends the reading.
 Numbers = TypeAliasType("Numbers", Annotated[list[float], FailFast()])
 R = TypeVar("R")
+T = TypeVar("T")
 P = TypeVar("P", bound="Provenance")
 
 
@@ -45,7 +51,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -62,8 +68,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """The temporary files below it that a killed process left; nobody else may be writing there."""
-    for path in folder.rglob(".*.tmp"):
+    """Remove the temporary files below a folder that a killed process left; nobody else may be writing there."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 
@@ -89,15 +95,24 @@ class Provenance(Record):
 
 
 def load_record(
-    path: str | Path, form: type[R] | TypeAdapter[R], what: str, remedy: str = AGAIN, limit: int = LIMIT
+    path: str | Path,
+    form: type[R] | TypeAdapter[R],
+    what: str,
+    remedy: str = AGAIN,
+    limit: int = LIMIT,
+    fields: int = NODES,
 ) -> R:
     """Read a JSON file as `form`, a Record or a TypeAdapter.
 
     UTF-8, with or without a byte order mark; of two fields of one name the last counts, as in other programs.
     Raises FileNotFoundError or ValueError, which names the file, the field and the remedy: for a file of more than
-    `limit` bytes or 200 levels, one that is no JSON, of another format or version, or not what `form` asks for.
+    `limit` bytes or 200 levels, of more than NODES values or `fields` fields, one that is no JSON, of another format or
+    version, or not what `form` asks for.
     """
-    return parse_record(read_bytes(path, what, limit), form, f"{what} {path}", remedy)
+    data = read_bytes(path, what, limit)
+    if data.count(b":") > fields:  # an object may be copied for each field that it lacks
+        raise ValueError(f"{what} {path} has more than the {fields:,} fields that are read of such a file")
+    return parse_record(data, form, f"{what} {path}", remedy)
 
 
 def load_records(
@@ -107,16 +122,15 @@ def load_records(
 
     Raises as `load_record` does, and names the line.
     """
-    lines = enumerate(read_bytes(path, what, limit).splitlines(), start=1)
+    data = read_bytes(path, what, limit)
+    _check_nodes(data, f"{what} {path}")
+    lines = enumerate(data.splitlines(), start=1)
     return [parse_record(line, form, f"{what} {path}, line {i}", remedy) for i, line in lines if line.strip()]
 
 
 def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
     """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
-    comma, opening = (",", "[{") if isinstance(data, str) else (b",", b"[{")
-    lists = data.count(opening[:1]) + data.count(opening[1:])  # type: ignore[arg-type]
-    if 4 * lists + data.count(comma) > NODES:  # type: ignore[arg-type]
-        raise ValueError(f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read")
+    _check_nodes(data.encode() if isinstance(data, str) else data, name)
     try:
         if isinstance(form, TypeAdapter):
             return form.validate_json(data)
@@ -126,9 +140,15 @@ def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, r
         raise ValueError(f"{name}{_reason(data, error)}; {remedy}") from None
 
 
+def _check_nodes(data: bytes, name: str) -> None:
+    """ValueError for JSON of so many values that they would fill the memory. Counted are commas and brackets."""
+    if 4 * (data.count(b"[") + data.count(b"{")) + data.count(b",") > NODES:
+        raise ValueError(f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read")
+
+
 def _reason(data: str | bytes, error: ValidationError) -> str:
     """What is wrong; another format or version is told apart from damage."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {})["error"]
         if not data.strip():
@@ -152,18 +172,55 @@ def read_text(path: str | Path, what: str, limit: int = LIMIT) -> str:
 
 
 def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
-    """Read a file, without its byte order mark. ValueError where it holds more than `limit` bytes."""
+    """Read a text file, without its byte order mark. ValueError where it holds more than `limit` bytes."""
+    return read_binary(path, what, limit).removeprefix(codecs.BOM_UTF8)
+
+
+def read_binary(path: str | Path, what: str, limit: int) -> bytes:
+    """Read a file. ValueError where it holds more than `limit` bytes, or is none."""
     path = Path(path)
     try:
+        about = path.stat()
+        if stat.S_ISFIFO(about.st_mode) or stat.S_ISSOCK(about.st_mode):  # nobody may ever write to it
+            raise ValueError("it is no file but a pipe")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = b"" if about.st_size > limit else file.read(limit + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})") from None
+        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
-    if len(data) > limit:
-        raise ValueError(f"{what} {path} is larger than {limit >> 20} MiB, the most that is read of such a file")
-    return data.removeprefix(codecs.BOM_UTF8)
+    if max(len(data), about.st_size) > limit:
+        raise ValueError(f"{what} {path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file")
+    return data
+
+
+def load_config(path: Path, what: str) -> dict[str, Any]:
+    """Read a YAML file as plain data: no object is made, no interpolation resolved, no alias followed.
+
+    ValueError for a file of more than 256 KiB or 200 levels, with aliases or repeated merges, or that is no mapping.
+    """
+    text, depth = read_text(path, what, CONFIG_LIMIT), 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases, which no configuration of ours has")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEP:
+                raise ValueError(f"it is more than {DEEP} levels deep")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path} cannot be read: {' '.join(str(error).split()):.200}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{what} {path} must be a mapping of names, got {shown(content)}")
+    return content
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """Return a path below a folder that others may have made; ValueError where a link leads out of it."""
+    path = folder.joinpath(*parts)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{path} leads out of its folder; give a folder of whole files, without links to others")
+    return path
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -194,7 +251,7 @@ def load_asset(path: str | Path, what: str, form: type[P] = Provenance) -> tuple
 def find_asset(file: str | Path, what: str) -> Path:
     """A path that exists, or the name of a file shipped with the package."""
     path = Path(file).expanduser()
-    if not path.exists() and not (path := ASSETS / file).is_file():
+    if not path.is_file() and not (path := ASSETS / file).is_file():
         shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob(f"*{path.suffix}")))
         raise FileNotFoundError(f"{what} {file} is neither a path that exists nor a shipped file ({shipped})")
     return path
@@ -203,8 +260,8 @@ def find_asset(file: str | Path, what: str) -> Path:
 def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:
     """Read a safetensors file whose SHA-256 must be the expected one."""
     if not path.is_file():
-        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.resolve().parent})")
-    data = path.read_bytes()
+        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})")
+    data = read_binary(path, what, ARRAYS_LIMIT)
     if sha256(data) != expected_sha256:
         raise ValueError(
             f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "
@@ -220,7 +277,7 @@ def load_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     return parse_safetensors(start, f"{what} {path}", lambda: safetensors.torch.load_file(path))
 
 
-def parse_safetensors(start: bytes, name: str, parse: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def parse_safetensors(start: bytes, name: str, parse: Callable[[], T]) -> T:
     """What `parse` makes of a file that begins with `start`: the length of its header, the list of all tensors."""
     if (header := int.from_bytes(start, "little")) > LIMIT:
         raise ValueError(
@@ -233,15 +290,23 @@ def parse_safetensors(start: bytes, name: str, parse: Callable[[], dict[str, Ten
         raise ValueError(f"{name} is truncated or no safetensors file ({error!s:.200}); get it again") from None
 
 
-def load_arrays(path: Path, what: str, remedy: str, wanted: Collection[str]) -> dict[str, Any]:
-    """Read the `wanted` arrays of an .npz file; the names of others have None, for they may fill the memory.
+def load_arrays(
+    path: Path,
+    what: str,
+    remedy: str,
+    wanted: Collection[str] | None,
+    limit: int = ARRAYS_LIMIT,
+    taken: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> dict[str, Any]:
+    """Read the `wanted` arrays of an .npz file (null: all); the others have None, for they may fill the memory.
 
-    Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than ARRAYS_LIMIT.
+    taken: what is kept of an array, of which one is in memory at a time.
+    Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than `limit`.
     """
     try:
-        open_zip(path, "it", ARRAYS_LIMIT, wanted).close()
+        open_zip(path, "it", limit, wanted).close()
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] if key in wanted else None for key in arrays.files}
+            return {key: taken(arrays[key]) if wanted is None or key in wanted else None for key in arrays.files}
     except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
         raise ValueError(f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}") from None
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule_file import MeanFile, ScheduleFile, read_schedule_file
 from oss_exp.tensors import rowwise
+from oss_exp.validation import describe
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -102,9 +104,9 @@ class SolverSteps:
         orders = torch.as_tensor(self.orders).clone()
         object.__setattr__(self, "orders", orders)
         if orders.is_floating_point() or orders.ndim not in (1, 2) or bool((orders < 1).any()):
-            raise ValueError(f"steps need whole orders of at least 1, got {orders.tolist()}")
+            raise ValueError(f"steps need whole orders of at least 1, got {_listed(orders)}")
         if bool((orders > torch.arange(1, orders.shape[-1] + 1)).any()):
-            raise ValueError(f"a step's order cannot exceed the calls made so far, got {orders.tolist()}")
+            raise ValueError(f"a step's order cannot exceed the calls made so far, got {_listed(orders)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +126,16 @@ class FittedSteps:
         weights = torch.as_tensor(self.weights, dtype=torch.float64).clone()
         object.__setattr__(self, "weights", weights)
         if weights.ndim != 2 or weights.shape[1] < 4 or not bool(weights.isfinite().all()):
-            raise ValueError(f"fitted steps need a row of at least 4 finite weights each, got {weights.tolist()}")
+            raise ValueError(f"fitted steps need a row of at least 4 finite weights each, got {_listed(weights)}")
         object.__setattr__(self, "mean", _checked_mean(self.mean))
 
 
 Steps = SolverSteps | FittedSteps
+
+
+def _listed(values: Tensor) -> str:
+    """The numbers of a message; of many their shape alone."""
+    return str(values.tolist()) if values.numel() < 64 else f"a tensor of shape {tuple(values.shape)}"
 
 
 def _checked_mean(mean: Tensor) -> Tensor:
@@ -175,7 +182,7 @@ class StepSchedule:
         values = {"times": times, "start": start, "steps": steps, "samples": samples, "provenance": provenance}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        shown = f"got {times.tolist()}" if times.numel() < 64 else f"got a tensor of shape {tuple(times.shape)}"
+        shown = f"got {_listed(times)}"
 
         # Times.
         if times.ndim not in (1, 2) or times.shape[-1] < 2:
@@ -211,7 +218,7 @@ class StepSchedule:
             if count != self.num_steps or times.ndim == 2:
                 raise ValueError(f"{count} fitted steps are for {count + 1} times of all samples, {shown}")
         elif self.steps.orders is not None and self.steps.orders.shape != times[..., 1:].shape:
-            raise ValueError(f"the {self.num_steps} steps need an order each, got {self.steps.orders.tolist()}")
+            raise ValueError(f"the {self.num_steps} steps need an order each, got {_listed(self.steps.orders)}")
         means = [part.mean for part in (self.start, self.steps) if isinstance(part, Analytic | FittedSteps)]
         if len(means) == 2 and not torch.equal(*means):
             raise ValueError("an analytic start and fitted steps need the same mean")
@@ -309,15 +316,11 @@ class StepSchedule:
         else:
             orders = self.steps.orders
             steps = {"kind": "solver", "orders": None if orders is None else orders.tolist()}
-        record = ScheduleFile.model_validate(
-            {
-                "times": self.times.tolist(),
-                "samples": self.samples,
-                "start": start,
-                "steps": steps,
-                "provenance": dict(self.provenance),
-            }
-        )
+        content = {"times": self.times.tolist(), "samples": self.samples, "start": start, "steps": steps}
+        try:
+            record = ScheduleFile.model_validate({**content, "provenance": dict(self.provenance)})
+        except ValidationError as error:
+            raise ValueError(f"the step schedule cannot be saved as {path}: field {describe(error)}") from None
         return write_atomically(path, json.dumps(record.model_dump(), indent=2) + "\n")
 
     @classmethod

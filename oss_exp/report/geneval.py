@@ -6,20 +6,23 @@ The page shows every prompt with its pictures and what is wrong with them, for o
 from __future__ import annotations
 
 import html
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from oss_exp.escaping import markdown_table
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.files import write_atomically
+from oss_exp.files import LIMIT, inside, read_binary, write_atomically
 from oss_exp.geneval.rules import TASKS, differences, scores
 from oss_exp.report import web
 from oss_exp.report.records import GenEvalRecord, Judged, read_geneval
 
 HEADER = ["method (steps)", "overall", "single", "two", "counting", "colors", "position", "color attr"]
 MINUS = "Minus the teacher, pair by pair:"
+SIDE = 4096
 PAGE_PICTURES = 1000  # on the page, of prompts spread over the list; all verdicts are in geneval.json
 CHOICE = """<p><select id="label">{}</select> <label><input type="checkbox" id="wrong"> failures only</label></p>"""
 
@@ -41,8 +44,7 @@ def cells(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> list[list[s
 
 def table(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> str:
     """Those cells as Markdown."""
-    lines = [HEADER, ["---"] * len(HEADER), *cells(rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table(HEADER, cells(rows))
 
 
 def _share(each: Interval) -> str:
@@ -73,20 +75,36 @@ def _gallery(folder: Path, record: GenEvalRecord) -> Iterator[str]:
     count, wished = record.images_per_prompt, record.prompts
     most = max(1, PAGE_PICTURES // (count * len(record.rows)))
     shown = np.linspace(0, len(wished) - 1, min(most, len(wished))).round().astype(int)
-    yield CHOICE.format("".join(f"<option>{html.escape(row.label)}</option>" for row in record.rows))
+    each = max(1, PAGE_PICTURES // len(record.rows))  # of one prompt, at most
+    labels = [html.escape(row.label) for row in record.rows]
+    yield CHOICE.format("".join(f'<option value="{label}">{label}</option>' for label in labels))
     for row in record.rows:
         yield f'<div class="schedule" data-label="{html.escape(row.label)}" hidden>'
         for number in shown:
             prompt, tag = (html.escape(wished[number][key]) for key in ("prompt", "tag"))
             yield f"<section><b>{prompt}</b> ({tag})<br>"
-            for verdict in row.verdicts[number * count : (number + 1) * count]:
-                yield _figure(folder / "images" / row.label / f"{verdict.number:06d}.png", verdict.reasons)
+            for verdict in row.verdicts[number * count : number * count + min(count, each)]:
+                picture = inside(folder, "images", row.label, f"{verdict.number:06d}.png")
+                yield _figure(picture, verdict.reasons)
             yield "</section>"
         yield "</div>"
 
 
+def _picture(file: Path) -> Image.Image:
+    """A picture of at most SIDE pixels a side; ValueError for any other file."""
+    try:
+        with Image.open(io.BytesIO(read_binary(file, "picture", LIMIT)), formats=["png"]) as picture:
+            if max(picture.size) > SIDE:
+                raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels")
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever broken bytes make Pillow do
+        raise ValueError(f"picture {file} cannot be read ({error!s:.100}); make it again with task=geneval") from None
+
+
 def _figure(file: Path, reasons: Sequence[str]) -> str:
-    picture = Image.open(file).convert("RGB")
+    picture = _picture(file)
     form = "png" if max(picture.size) <= 64 else "jpeg"
     picture.thumbnail((128, 128))
     kind = "wrong" if reasons else "right"

@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.evaluation.comparison import columns, with_gains
+from oss_exp.files import inside
 from oss_exp.report.results import cost_lines, metric_lines, read_run, read_schedules
 
+WAIT = 15  # seconds for W&B's server to answer
 TABLE, COSTS, PICTURES = "comparison", "cost per round", ("schedules", "samples")  # keys of what W&B is sent
+
+
+class Dashboard(WandbLogger):
+    """A W&B run that goes on offline where its server cannot be reached or knows nobody: it fails no program."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        import wandb
+
+        try:
+            return super().experiment
+        except (wandb.Error, OSError) as error:
+            if self._wandb_init["mode"] == "offline":
+                raise
+            _warn(self.save_dir, error)
+            self._wandb_init["mode"] = "offline"
+            return super().experiment
 
 
 def wandb_logger(output_dir: str, project: str, mode: RunMode | None) -> WandbLogger:
@@ -25,25 +49,49 @@ def wandb_logger(output_dir: str, project: str, mode: RunMode | None) -> WandbLo
     sweep = mode is RunMode.MULTIRUN
     group = "/".join(folder.parent.parts[-2:]) if sweep else None
     name = "/".join(folder.parts[-3:] if sweep else folder.parts[-2:])
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+    access = os.environ.get("WANDB_MODE", "online")
+    if "WANDB_MODE" not in os.environ and not _is_logged_in(folder):
         access = "offline"  # not WandbLogger(offline=True): it asks for "dryrun", which W&B no longer knows
-    else:
-        access = os.environ.get("WANDB_MODE", "online")
-    settings = wandb.Settings(silent=True, console="off")
-    return WandbLogger(name=name, project=project, group=group, save_dir=output_dir, mode=access, settings=settings)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=WAIT, finish_timeout=WAIT)
+    return Dashboard(name=name, project=project, group=group, save_dir=output_dir, mode=access, settings=settings)
+
+
+def _is_logged_in(folder: Path) -> bool:
+    import wandb
+
+    try:
+        return wandb.login(prompt=False, timeout=WAIT)
+    except (wandb.Error, OSError) as error:
+        _warn(str(folder), error)
+        return False
+
+
+def _warn(folder: str | None, error: Exception) -> None:
+    """Say that a dashboard is out of reach, and how what it misses is sent later."""
+    reason = " ".join(str(error).split())[:200]
+    print(
+        f"oss-exp: W&B cannot be reached or knows nobody here ({reason}); logged offline. To upload it later: "
+        f"wandb login; wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*",
+        file=sys.stderr,
+    )
 
 
 def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
-    """Log the folder and close the logger, one W&B run per job also where a sweep runs many jobs in this process."""
+    """Log the folder and close the logger, one W&B run per job also where a sweep runs many jobs in this process.
+
+    What a dashboard cannot take is a warning: the results are on disk.
+    """
+    import wandb
+
     status = "failed"
     try:
         _log(logger, cfg, folder)
         status = "success"
+    except (wandb.Error, OSError) as error:
+        _warn(str(folder), error)
     finally:
         logger.finalize(status)
         if isinstance(logger, WandbLogger):
-            import wandb
-
             wandb.finish(exit_code=int(status == "failed"))
 
 
@@ -93,9 +141,10 @@ def _schedules(folder: Path) -> Any:
     plans = [plan for _, plan in read_schedules(folder)]
     about = {key: plans[0].provenance.get(key) for key in ("model", "teacher", "solver", "distance")} if plans else {}
     model = (about.get("model") or {}).get("name", "unknown")
-    artifact = wandb.Artifact(f"schedules-{model}", type="step_schedules", metadata=about)
+    name = re.sub(r"[^\w.-]+", "_", f"schedules-{model}", flags=re.ASCII)[:128]  # W&B takes no others
+    artifact = wandb.Artifact(name, type="step_schedules", metadata=about)
     for file in sorted((folder / "schedules").iterdir()):
-        artifact.add_file(str(file))
+        artifact.add_file(str(inside(folder, "schedules", file.name)), file.name)
     return artifact
 
 

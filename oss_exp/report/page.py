@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 
+from oss_exp import escaping
+from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.comparison import NOTE, Line, columns, markdown, terminal, with_gains
-from oss_exp.files import write_atomically
-from oss_exp.noise import NoiseSchedule
+from oss_exp.files import inside, write_atomically
 from oss_exp.report import geneval, plots, web
-from oss_exp.report.records import read_amplitude, read_finetuning, read_metrics, read_training
+from oss_exp.report.records import (
+    read_amplitude,
+    read_configuration,
+    read_finetuning,
+    read_metrics,
+    read_pictures,
+    read_teacher_times,
+    read_training,
+    read_ways,
+)
 from oss_exp.report.results import read_run, read_schedules
 from oss_exp.report.table import stages
 from oss_exp.schedule import StepSchedule
-from oss_exp.tasks import border
 from oss_exp.tasks.task import Task
 
 SCHEDULES = """<h2>Step schedules</h2>
@@ -53,19 +60,19 @@ DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"
 
 def write(folder: Path) -> None:
     """Everything that <folder> has the data for; prints the table and where the files are."""
-    console = _console()
+    console = PlainConsole()
     plans, made = read_schedules(folder), []
-    teacher: Sequence[float] = ()
+    teacher = read_teacher_times(folder)
     if plans:
-        teacher = _teacher_nodes(folder)
         made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, teacher)))
     if (folder / "metrics.json").exists():
         results = read_run(folder)
         lines = with_gains(results)
-        pictures, ways = _arrays(folder / "samples.npz"), _arrays(folder / "trajectories.npz")
-        made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
-        if (moving := plots.animation(pictures, results)) is not None:
-            made.append(write_atomically(folder / "samples.gif", moving))
+        pictures, ways = read_pictures(folder), read_ways(folder)
+        if pictures:
+            made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
+            if (moving := plots.animation(pictures, results)) is not None:
+                made.append(write_atomically(folder / "samples.gif", moving))
         made.append(write_atomically(folder / "table.md", markdown(lines)))
         made.append(_page(folder, _title(folder), lines, plans, teacher, pictures, ways))
         console.print(terminal(lines, _title(folder)))
@@ -82,8 +89,9 @@ def write(folder: Path) -> None:
         made.append(write_atomically(folder / "stages.png", plots.stages(finetuned.stages)))
         console.print(stages(finetuned))
     if (folder / "geneval.json").exists():
-        made += geneval.write(folder)
-        console.print((folder / "geneval.md").read_text(), soft_wrap=True)
+        table, *files = geneval.write(folder)
+        made += [table, *files]
+        console.print(table.read_text(), soft_wrap=True)
     if plans:
         console.print(f"schedules ({len(plans)}): {folder / 'schedules'}", soft_wrap=True)
     for path in made:
@@ -102,6 +110,7 @@ class Report(Task):
 
 def gather(sweep: Path) -> None:
     """One table over all runs below `sweep`, and why those that failed did."""
+    logs = [path for path in sorted(sweep.rglob("error.log")) if path.is_file()]
     runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
     if not runs:
         raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
@@ -112,39 +121,25 @@ def gather(sweep: Path) -> None:
         (name if times_seen[name, plan.num_steps] == 1 else f"{name} (run {run.relative_to(sweep)})", plan)
         for run, name, plan in plans
     ]
-    failed = {
-        str(log.parent.relative_to(sweep)): log.read_text(errors="replace").partition("\n")[0]
-        for log in sorted(sweep.rglob("error.log"))
-        if log.parent not in runs
-    }
+    failed = {str(log.parent.relative_to(sweep)): _reason(sweep, log) for log in logs if log.parent not in runs}
     told = [f"Failed, {len(failed)} of {len(runs) + len(failed)} runs:"] * bool(failed)
     told += [f"- {run}: {why}" for run, why in failed.items()]
-    write_atomically(sweep / "table.md", markdown(lines) + "\n".join(["", *told, ""] if told else []))
-    teacher = _teacher_nodes(runs[0])
+    written = [told[0], "", *(f"- {escaping.markdown(each[2:])}" for each in told[1:])] if told else []
+    write_atomically(sweep / "table.md", markdown(lines) + "\n".join(["", *written, ""] if written else []))
+    teacher = read_teacher_times(runs[0])
     write_atomically(sweep / "schedules.png", plots.schedules(named, teacher))
     page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, {}, {}, "\n".join(told))
-    console = _console()
+    console = PlainConsole()
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     if told:
-        console.print("\n".join(told), soft_wrap=True, markup=False)
+        console.print("\n".join(told), soft_wrap=True)
     console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)  # in a file or a pipe, wide enough for the table
-
-
-def _teacher_nodes(folder: Path) -> Sequence[float]:
-    cfg = OmegaConf.load(folder / "config.yaml")
-    return border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(cfg.num_teacher_steps).tolist()
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Of an .npz file; none where there is no such file."""
-    if not path.is_file():
-        return {}
-    with np.load(path) as file:
-        return dict(file)
+def _reason(sweep: Path, log: Path) -> str:
+    """The first line of an error.log."""
+    with inside(sweep, str(log.relative_to(sweep))).open(errors="replace") as file:
+        return escaping.line(file.read(10_000))
 
 
 def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
@@ -204,5 +199,5 @@ def _page(
         body.append(TRAJECTORIES)
     body.append(DETAILS.format("Times (1 noise, 0 data)", html.escape("\n".join(_times(plans)))))
     if (folder / "config.yaml").exists():
-        body.append(DETAILS.format("Configuration", html.escape((folder / "config.yaml").read_text())))
+        body.append(DETAILS.format("Configuration", html.escape(read_configuration(folder))))
     return write_atomically(folder / "report.html", web.page(title, body, data))

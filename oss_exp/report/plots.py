@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
+from oss_exp import escaping
 from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.pictures import encoded
 from oss_exp.models.stages import StageRecord
@@ -30,6 +32,9 @@ def palette(name: str) -> list[Color]:
     return [(red, green, blue) for red, green, blue, _ in listed(np.arange(listed.N)).tolist()]
 
 
+DPI = 130  # of pictures in files
+PANELS, ROWS = 12, 60  # of a picture; what is left out is on the page
+ANNOTATED = 50  # steps whose orders are written beside them
 MUTED = (*palette("tab20b")[::2], *palette("tab20c")[::2])
 
 
@@ -38,12 +43,15 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
 
     Steps whose order a search chose carry it as a number.
     """
-    budgets = sorted({plan.num_steps for _, plan in plans})
+    budgets = sorted({plan.num_steps for _, plan in plans})[:PANELS]
     size = (3.5 + 4.5 * len(budgets), 4.6)
     figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
     color_of, by_hand = colors(plans), _by_hand(plans)
+    entries = {}  # one for each strategy, whichever panels it is in
     for axis, k in zip(axes[0], budgets, strict=True):
-        axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6, label="teacher's nodes")
+        ticks = axis.plot(np.full(len(teacher), -0.03 * k), teacher, "_", color="0.6", markersize=6)
+        if teacher:
+            entries["teacher's nodes"] = ticks[0]
         for name, plan in plans:
             if plan.num_steps != k:
                 continue
@@ -57,19 +65,17 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
                 name_shown = name
             style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
             style["zorder"] = 3 if ours else 2
-            axis.plot(steps, times, color=color_of[name], label=name_shown, **style)
-            if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1:
+            entries[escaping.label(name_shown)] = axis.plot(steps, times, color=color_of[name], **style)[0]
+            if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1 and k <= ANNOTATED:
                 for step, order in enumerate(plan.orders.tolist()):
                     middle = step + 0.5, times[step : step + 2].mean()
                     axis.annotate(
                         str(order), middle, (3, 3), textcoords="offset points", color=color_of[name], fontsize=8
                     )
-        axis.set(title=f"K = {k}", xlabel="network call", xticks=np.arange(k + 1))
+        axis.set(title=f"K = {k}", xlabel="network call")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
-    entries = {}  # one for each strategy, whichever panels it is in
-    for axis in axes[0]:
-        entries.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
     figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False)
     return png(figure)
 
@@ -111,9 +117,16 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
     if pictures["teacher"].ndim == 4:
         return None
     shown, milliseconds = moments(pictures["teacher"].shape[1])
-    drawn = [samples({label: videos[:, [i]] for label, videos in pictures.items()}, results) for i in shown]
-    frames = [Image.open(io.BytesIO(each)).convert("RGB") for each in drawn]
-    return encoded(np.stack([np.asarray(each.resize(frames[0].size)) for each in frames]), milliseconds)
+    frames = [{label: videos[:, i] for label, videos in pictures.items()} for i in shown]
+    figure, panels = _sheet(frames[0], results)
+    drawn = []
+    for frame in frames:  # one figure for all: making it takes longer than drawing it
+        for panel, strip in zip(panels, _strips(frame, results), strict=True):
+            panel.set_data(strip)
+        figure.canvas.draw()
+        drawn.append(np.array(figure.canvas.buffer_rgba())[..., :3])  # pyright: ignore[reportAttributeAccessIssue]  # Agg
+    plt.close(figure)
+    return encoded(np.stack(drawn), milliseconds)
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
@@ -123,25 +136,41 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     """
     if pictures["teacher"].ndim == 5:
         pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
-    teacher = pictures["teacher"].astype(float) / 255
-    rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [("teacher", teacher, None)]
-    for label, result in ordered(pictures, results):
-        images = pictures[label].astype(float) / 255
-        rows.append((f"{label}\n{result.psnr.mean:.2f} dB", images, np.abs(images - teacher[: len(images)])))
-    count = len(teacher)
-    figure, axes = plt.subplots(len(rows), 2, figsize=(2 + 1.5 * count, 0.85 * len(rows) + 0.6), squeeze=False)
-    for row, (label, images, error) in zip(axes, rows, strict=True):
-        row[0].imshow(_strip(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return png(_sheet(pictures, results)[0])
+
+
+def _sheet(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> tuple[Figure, list[AxesImage]]:
+    """Return the figure of `samples` and its panels, which show `_strips`."""
+    students = ordered(pictures, results)[:ROWS]
+    labels = ["teacher", *(f"{escaping.label(label)}\n{result.psnr.mean:.2f} dB" for label, result in students)]
+    size = 2 + 1.5 * len(pictures["teacher"]), 0.85 * len(labels) + 0.6
+    figure, axes = plt.subplots(len(labels), 2, figsize=size, dpi=DPI, squeeze=False)
+    places = [axes[0][0], *(axis for row in axes[1:] for axis in row)]
+    looks = [("gray", 1), *[("gray", 1), ("inferno", 0.5)] * len(students)]
+    panels = [
+        axis.imshow(strip, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
+        for axis, strip, (colours, top) in zip(places, _strips(pictures, results), looks, strict=True)
+    ]
+    for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        if error is not None:
-            row[1].imshow(_strip(error).clip(0, 0.5), cmap="inferno", vmin=0, vmax=0.5, interpolation="nearest")
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
     axes[0][1].text(0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
-    return png(figure)
+    return figure, panels
+
+
+def _strips(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> list[np.ndarray]:
+    """Return the teacher's pictures side by side, and each student's, followed by their errors; in [0, 1]."""
+    teacher = pictures["teacher"].astype(float) / 255
+    strips = [_strip(teacher)]
+    for label, _ in ordered(pictures, results)[:ROWS]:
+        images = pictures[label].astype(float) / 255
+        error = np.abs(images - teacher[: len(images)])
+        strips += [_strip(images), _strip(error).clip(0, 0.5)]
+    return strips
 
 
 def training(losses: Sequence[float]) -> bytes:
@@ -187,7 +216,10 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     """
     (teacher,) = [c for c in curves if c.strategy == "teacher"]
     students = [c for c in curves if c is not teacher]
-    names, budgets = (list(dict.fromkeys(getattr(c, key) for c in students)) for key in ("strategy", "num_steps"))
+    names, budgets = (
+        list(dict.fromkeys(getattr(c, key) for c in students))[:PANELS] for key in ("strategy", "num_steps")
+    )
+    students = [c for c in students if c.strategy in names and c.num_steps in budgets]
     times = np.array(teacher.times)
     figure, axes = plt.subplots(
         2 * len(budgets),
@@ -202,7 +234,7 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     for c in students:
         row, column = 2 * budgets.index(c.num_steps), names.index(c.strategy)
         above, below = axes[row : row + 2, column]
-        above.set_title(f"{c.strategy}, K = {c.num_steps}")
+        above.set_title(f"{escaping.label(c.strategy)}, K = {c.num_steps}")
         style = {"color": "tab:blue", "marker": "o"} if c.calibrated else {"color": "tab:red", "marker": "s"}
         for edge, line in (("high", "-"), ("low", "--")):
             truth, values = (_over_channels(getattr(curve, edge)) for curve in (teacher, c))
@@ -240,6 +272,6 @@ def _strip(images: np.ndarray) -> np.ndarray:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()

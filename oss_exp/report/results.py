@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from oss_exp.checks import require_name
 from oss_exp.evaluation.comparison import Line, Result
-from oss_exp.report.records import read_metrics
+from oss_exp.files import inside
+from oss_exp.report.records import MOST, read_metrics
 from oss_exp.schedule import StepSchedule
 
 
@@ -40,7 +42,11 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
 def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
     """(strategy, schedule) of <folder>/schedules, tensors' provenance files aside."""
     files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
-    plans = [(path, StepSchedule.load(path)) for path in files]
+    if len(files) > MOST:
+        raise ValueError(f"{folder / 'schedules'} has {len(files)} schedules, more than {MOST}; give a run folder")
+    plans = [(path, StepSchedule.load(inside(folder, "schedules", path.name))) for path in files]
+    for path, _ in plans:
+        require_name(schedule=path.stem)
     return [(plan.about("strategy").get("name", path.stem), plan) for path, plan in plans]
 
 

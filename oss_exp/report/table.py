@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from oss_exp.escaping import plain
 from oss_exp.models.stages import FinetuneRecord
 
 
 def stages(record: FinetuneRecord) -> Table:
     """A row for each stage of finetune.json."""
-    table = Table(title=f"{record.name}, finetuned by stages")
+    table = Table(title=plain(f"{record.name}, finetuned by stages"))
     for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
         table.add_column(name, justify="right")
     for stage in record.stages:

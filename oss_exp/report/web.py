@@ -16,19 +16,24 @@ from string import Template
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.colors import to_hex
 from PIL import Image
 
 from oss_exp.evaluation.comparison import Line, Result
 from oss_exp.report import plots
+from oss_exp.report.records import LARGEST, reduced
 from oss_exp.report.results import cost_lines, metric_lines
 from oss_exp.schedule import StepSchedule
 
 HERE = Path(__file__).parent
 MOST_BYTES = 4 * 2**20  # of pictures in a section of a page
-FORMS = ((256, "png"), (256, "jpeg"), (128, "jpeg"), (64, "jpeg"), (32, "jpeg"))  # pixels a side; the first that fits
+FORMS = (
+    (LARGEST, "png"),
+    (LARGEST, "jpeg"),
+    (128, "jpeg"),
+    (64, "jpeg"),
+    (32, "jpeg"),
+)  # pixels a side; the first that fits
 
 
 def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
@@ -170,7 +175,7 @@ def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str,
 
 def _strips_of(videos: Mapping[str, np.ndarray], side: int, form: str) -> tuple[dict[str, str], dict[str, Any]]:
     """As `_strips`, in this form."""
-    small = {label: _reduced(each, side) for label, each in videos.items()}
+    small = {label: reduced(each, side) for label, each in videos.items()}
     height, width = small["teacher"].shape[2:4]
     strips = {label: _strip(each, form) for label, each in small.items()}
     return strips, {"width": width, "height": height, "form": form}
@@ -178,17 +183,6 @@ def _strips_of(videos: Mapping[str, np.ndarray], side: int, form: str) -> tuple[
 
 def _rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in values]
-
-
-def _reduced(videos: np.ndarray, side: int) -> np.ndarray:
-    """(n, F, H, W, C) bytes, at most `side` pixels high and wide."""
-    factor = side / max(videos.shape[2:4])
-    if factor >= 1:
-        return videos
-    size = [max(1, round(factor * pixels)) for pixels in videos.shape[2:4]]
-    channels_first = torch.from_numpy(videos).flatten(0, 1).movedim(-1, 1).float()
-    small = F.interpolate(channels_first, size=size, mode="area").round().byte()
-    return small.movedim(1, -1).unflatten(0, videos.shape[:2]).numpy()
 
 
 def _strip(videos: np.ndarray, form: str) -> str:

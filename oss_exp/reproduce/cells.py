@@ -28,6 +28,8 @@ from oss_exp.files import sha256, write_atomically
 from oss_exp.reproduce.older_cells import DATA, OUTPUT, PARENT, older_cell, shipped_files
 from oss_exp.tasks.older_configs import canonical
 
+PATIENCE = 2.5  # seconds for runs to keep their states; the program itself has little more
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -172,7 +174,15 @@ class _Running:
         return code
 
     def stop(self) -> None:
+        """End all, each with its state kept: it goes on where it was when it is wanted again."""
         with self.lock:
             self.stopped = True
-            for process in self.processes:
-                process.kill()  # it goes on where it was when it is wanted again
+            running = list(self.processes)
+        for process in running:
+            process.terminate()
+        last = time.monotonic() + PATIENCE
+        for process in running:
+            try:
+                process.wait(max(0.0, last - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from oss_exp.report.plots import png
+from oss_exp.report.records import read_pictures
 from oss_exp.report.results import read_schedules
 from oss_exp.reproduce.cells import Cell
 from oss_exp.reproduce.paper import Paper
@@ -24,8 +25,8 @@ def _runs(paper: Paper, plan: Plan, key: str, strategy: str) -> dict[str, Cell]:
 def figure_1(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
     """Pictures from prompts: of the teacher, and of 10 steps by OSS-ave and at uniform times, from the same noises."""
     folder = _runs(paper, plan, "dataset", "oss_ave")["mscoco512"].folder(root)
-    with np.load(folder / "samples.npz") as file:
-        rows = {"teacher": file["teacher"], **{f"{name}, 10 steps": file[f"{name} K=10"] for name in ("oss_ave", "fm")}}
+    found = read_pictures(folder)
+    rows = {"teacher": found["teacher"], **{f"{name}, 10 steps": found[f"{name} K=10"] for name in ("oss_ave", "fm")}}
     count = min(8, len(rows["teacher"]))
     figure, axes = plt.subplots(len(rows), count, figsize=(1.1 * count + 1, 1.2 * len(rows)), layout="constrained")
     for line, (label, images) in zip(axes, rows.items(), strict=True):

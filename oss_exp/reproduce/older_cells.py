@@ -15,9 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from oss_exp.files import ASSETS, Record, load_record, sha256
+from oss_exp.files import ASSETS, Record, load_config, load_record, sha256
 from oss_exp.tasks.older_configs import canonical, changed
 
 OUTPUT, DATA, PARENT = "OUTPUT", "DATA", "PARENT"  # in a key, in the place of folders
@@ -78,7 +76,7 @@ def _made_cells(root: Path) -> list[_MadeCell]:
 def _read(folder: Path, names: set[str]) -> _MadeCell | None:
     """Return what a folder holds; None where it cannot be told for certain. names: of the folders beside it."""
     try:
-        config, record = yaml.safe_load((folder / "config.yaml").read_text()), read_cell(folder)
+        config, record = load_config(folder / "config.yaml", "configuration"), read_cell(folder)
         overrides, parent = record.overrides, record.parent
         if "parent" not in record.model_fields_set:
             parent = next((name for name in names if any(f"{name}/" in text for text in overrides)), None)
@@ -87,7 +85,7 @@ def _read(folder: Path, names: set[str]) -> _MadeCell | None:
         config = _with_places(config, {folder.name: OUTPUT, parent: PARENT}, config["paths"]["data_dir"])
         if "classes" in config.get("data", {}) and not any(text.startswith("data.classes=") for text in overrides):
             config["data"]["classes"] = "auto"
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
     # Version 0.1 kept hashes of files in the folder's name alone: they are today's where that name comes out again.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from oss_exp import escaping
+from oss_exp.escaping import Markup, csv_cell, latex, markdown_table
 from oss_exp.files import write_atomically
 from oss_exp.report.plots import png
 from oss_exp.reproduce.older_cells import read_cell
@@ -94,9 +96,9 @@ class Reproduction:
             f"# {self.paper.name.replace('_', ' ').capitalize()}: {self.paper.title}",
             f"The paper's number / ours at {self.scale} scale, with an interval of 95 % where one is known; "
             f"{self.paper.metric['better']} is better. Ours: {self.plan.standing_for}",
-            _markdown(header, rows),
+            markdown_table(header, rows),
             "## Claims",
-            _markdown(["the paper's claim", "its gain", "here", "why"], claims),
+            markdown_table(["the paper's claim", "its gain", "here", "why"], claims),
             "Differences are of the same noises, picture by picture, where there are intervals.",
             "## Doubts about the paper's numbers",
             "\n".join(doubts),
@@ -113,8 +115,8 @@ class Reproduction:
         for line in lines:
             numbers = [places.get((line, column)) for column in columns]
             both = ["" if n is None else " / ".join(self.text(n, r" $\pm$ ")) for n in numbers]
-            rows.append(" & ".join([_escape(line), *both]) + r" \\")
-        head = " & ".join(["", *map(_escape, columns)]) + r" \\"
+            rows.append(" & ".join([latex(line), *both]) + r" \\")
+        head = " & ".join(["", *map(latex, columns)]) + r" \\"
         body = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", head, r"\midrule", *rows]
         caption = f"% {self.paper.title}: the paper's number / ours ({self.scale} scale), {self.paper.metric['name']}"
         return "\n".join([caption, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
@@ -130,7 +132,8 @@ class Reproduction:
             )
             ours = ours if value is None else [*ours, value.interval.n]
             theirs = "" if row["value"] is None else row["value"]
-            table.writerow([*self.plan.place(row), row["strategy"] or "", row["num_steps"] or "", theirs, *ours])
+            texts = map(csv_cell, (*self.plan.place(row), row["strategy"] or ""))
+            table.writerow([*texts, row["num_steps"] or "", theirs, *ours])
         return buffer.getvalue()
 
     def json(self, cells: Path) -> str:
@@ -177,10 +180,10 @@ class Reproduction:
                     mean, low, high = ours.interval.mean, ours.interval.low, ours.interval.high
                     bars = None if high is None else [[mean - low], [high - mean]]
                     axis.errorbar(mean, height, xerr=bars, fmt="o", ms=4, color="C0", label=f"ours, {self.scale}")
-            axis.set_title(column, fontsize=9)
+            axis.set_title(escaping.label(column), fontsize=9)
             axis.set_xscale("log" if self.paper.metric["name"] == "fid" else "linear")
             axis.grid(alpha=0.3)
-        axes[0][0].set_yticks(range(len(lines)), lines)
+        axes[0][0].set_yticks(range(len(lines)), map(escaping.label, lines))
         axes[0][0].invert_yaxis()
         figure.supxlabel(self.measure, fontsize=9)
         shown = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
@@ -193,9 +196,9 @@ def summary(made: Sequence[Reproduction]) -> str:
     rows = []
     for each in made:
         answers = [found.answer for _, found in each.verdicts]
-        link = f"[{each.paper.name.replace('_', ' ')}]({each.paper.name}/{each.scale}.md)"
+        link = Markup(f"[{each.paper.name.replace('_', ' ')}]({each.paper.name}/{each.scale}.md)")
         rows.append([link, each.paper.title, *(str(answers.count(answer)) for answer in ANSWERS)])
-    return _markdown(["", "what it is about", *ANSWERS], rows)
+    return markdown_table(["", "what it is about", *ANSWERS], rows)
 
 
 def _gain(claim: Claim) -> str:
@@ -204,13 +207,3 @@ def _gain(claim: Claim) -> str:
 
 def _rounded(*values: float | None) -> list[Any]:
     return ["" if value is None else float(f"{value:.6g}") for value in values]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _escape(text: str) -> str:
-    special: Mapping[str, str] = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
-    return "".join(special.get(letter, letter) for letter in text)

@@ -256,6 +256,9 @@ def named_solver(record: Mapping[str, Any]) -> Solver:
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, Solver)):
         raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
+    for name, value in arguments.items():
+        if isinstance(value, bool) and not isinstance(getattr(kind, name, value), bool):
+            raise ValueError(f"the schedule's solver {target} has {name}={value}, which is no number")
     try:
         return kind(**arguments)
     except TypeError as error:

@@ -124,7 +124,9 @@ class _Check:
         """given: None where a target may get further arguments that are not known here."""
         if value == UNSET:
             if not self.unset_passes:
-                self.faults.append(f"{key} is not set; add {key}={_example(kind)}")
+                explained = any(isinstance(each, str) for each in _metadata(kind))
+                what = f"it must be {describe(kind)}; " if explained else ""
+                self.faults.append(f"{key} is not set; {what}add {key}={_example(kind)}")
         elif isinstance(value, Mapping):
             return self._mapping(value, kind, key, given)
         elif isinstance(value, list) and _has_target(value):

@@ -9,24 +9,36 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from oss_exp.files import inside, load_config
 from oss_exp.provenance import configuration
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Solver, named_solver
 from oss_exp.tasks.older_configs import canonical, changed
 from oss_exp.tasks.setting import Setting
 
-RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json")
+RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json", "checkpoints")
+MEASURING = ("metric", "evaluation")  # measured anew where they change, of the same schedules
 
 
 def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
-    """ValueError where the folder holds results of another configuration. free: keys of cfg.task that may differ."""
+    """Raise ValueError where the folder holds results of another configuration.
+
+    What is measured may differ. free: keys of cfg.task that may differ too.
+    """
     if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
         return
-    old = canonical(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False))
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
-    for values in (old, new):
-        values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
-    if keys := changed(old, new):
+    try:
+        old = canonical(load_config(inside(folder, "config.yaml"), "configuration"))
+        for values in (old, new):
+            values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+        keys = [key for key in changed(old, new) if key not in MEASURING]
+        if "task" in keys:
+            options = [f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"]
+            keys[keys.index("task")] = ", ".join(options) or "task"
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.yaml'} is no configuration of a run; choose another folder") from None
+    if keys:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -56,6 +57,18 @@ class Configuration(TypedDict):
     stages: str | None
     keep_calls: bool
     offload_states: bool
+
+
+def expand_home(node: Any) -> None:
+    """Write the home folder for `~` at the start of every value below a node, in place: such values are paths."""
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if OmegaConf.is_config(value):
+            expand_home(value)
+        elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
+            node[key] = os.path.expanduser(value)
 
 
 def check_configuration(cfg: DictConfig) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.files import save_asset
 from oss_exp.models.checkpoints.weights import file_sha256, locate
 from oss_exp.models.families.published import Published
@@ -42,7 +42,7 @@ class Convert(Task):
         }
         save_asset(output, tensors, provenance)
         parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-        Console().print(f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True)
+        PlainConsole().print(f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True)
 
 
 def _to_public(model: Published, layout: str) -> dict[str, Any]:

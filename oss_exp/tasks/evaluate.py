@@ -16,9 +16,10 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from oss_exp.checks import require_name
 from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.comparison import measured, spread
 from oss_exp.evaluation.metrics import ImageMetric
@@ -28,7 +29,7 @@ from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
-from oss_exp.tasks import border
+from oss_exp.tasks import border, preemption
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.compatibility import check_fits
 from oss_exp.tasks.run import Run
@@ -36,6 +37,7 @@ from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Task
 from oss_exp.tasks.trajectories import Recorder, Trajectories
+from oss_exp.velocity import BoundVelocity
 
 SHOWN = 8  # images a row in the picture of samples
 TEACHER_STEPS = 8  # of a trajectory
@@ -72,7 +74,9 @@ class Evaluate(Task):
 def metrics_of(run: Run) -> Metrics:
     """Return what the configuration of a run measures with."""
     inputs = {"classes": run.data.classes, "prompts": run.data.prompts}
-    return Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value])
+    is_video = len(run.setting.model.event_shape) == 4  # how many frames there are, only the decoder knows
+    images = None if is_video else run.data.eval_samples
+    return Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value], images)
 
 
 def plan_and_measure(run: Run, metrics: Metrics) -> None:
@@ -85,6 +89,7 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
     """Measure the schedules of these files, each with its strategy's name, on the held-out noises of a run."""
     schedules, rows = {}, {}
     for name, path in files:
+        require_name(strategy=name)
         steps = StepSchedule.load(path)
         if run.config["run_orders"] == "fixed":
             steps = steps.with_own_orders()
@@ -131,23 +136,38 @@ class EvaluateModule(L.LightningModule):
         self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
         # A schedule for each sample has too few of them for a distribution.
         shared = [label for label, steps in schedules.items() if not steps.per_sample]
-        self.metrics = nn.ModuleDict({label: metrics() for label in ("teacher", *shared)})
+        self.metrics = {label: metrics() for label in ("teacher", *shared)}
+        self.registered = nn.ModuleList(self.metrics.values())  # a ModuleDict does not take every label
+        self.has_metrics, self.failed = len(metrics.settings) > 0, dict[str, Exception]()
+        # What the sums of batches depend on, beside what a run folder has but once.
+        self.origin = json.dumps([metrics.origin, save_images, trajectories.count])
         self.save_images = save_images
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
+        self.velocity: BoundVelocity | None = None
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
         self.trajectories, self.eval_samples, self.prompts = trajectories, eval_samples, prompts
 
     def on_test_start(self) -> None:
-        for metric in self.metrics.values():
-            metric.reset()  # spawned processes begin with one memory: its sums would be everybody's
+        for _, metrics in self._sets():
+            metrics.reset()  # spawned processes begin with one memory: its sums would be everybody's
         self._go_on()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if batch_idx < self.batches:  # of a run that was killed
+        done = batch_idx < self.batches  # by a run that was ended
+        if not done or self.velocity is None:
+            self.velocity = self.setting.velocity(batch)
+        if done:
             return
+        with preemption.unbroken():
+            self._measure(batch)
+            self.batches += 1
+            if preemption.received() or time.monotonic() - self.kept_at > KEPT_EVERY:
+                self._keep_progress()
+
+    def _measure(self, batch: dict[str, Tensor]) -> None:
         index, classes = batch["index"], self.setting.classes(batch)
-        condition, self.velocity = batch.get("condition", classes), self.setting.velocity(batch)
+        condition = batch.get("condition", classes)
         noise = self.setting.first_state(batch["noise"])
         solver = self.setting.solver
         plain = replace(solver, calibration=None)
@@ -174,9 +194,9 @@ class EvaluateModule(L.LightningModule):
             self.values[label].append(torch.stack(values, dim=1))
             part = {key: value[known] for key, value in batch.items()}
             self._keep(label, part, images, teacher[known], fresh[known])
-        self.batches += 1
-        if time.monotonic() - self.kept_at > KEPT_EVERY:
-            self._keep_progress()
+
+    def _sets(self) -> list[tuple[str, MetricSet]]:
+        return [(label, each) for label, each in self.metrics.items() if isinstance(each, MetricSet)]
 
     @property
     def progress(self) -> Path:
@@ -184,22 +204,30 @@ class EvaluateModule(L.LightningModule):
         return self.folder / "evaluation" / f"{self.global_rank}_of_{self.trainer.world_size}.pt"
 
     def _keep_progress(self) -> None:
-        states = {label: [dict(each.metric_state) for each in self.metrics[label]] for label in self.metrics}
-        kept = {"seen": self.seen, "batches": self.batches, "values": self.values, "pictures": self.pictures}
-        kept["trajectories"] = self.trajectories.parts
+        states = {
+            label: {name: dict(metric.metric_state) for name, metric in each.named()} for label, each in self._sets()
+        }
+        kept = {"origin": self.origin, "seen": self.seen, "batches": self.batches, "metrics": states}
+        kept |= {"values": self.values, "pictures": self.pictures, "trajectories": self.trajectories.parts}
         buffer = io.BytesIO()
-        torch.save({**kept, "metrics": states}, buffer)
+        torch.save(kept, buffer)
         write_atomically(self.progress, buffer.getvalue())
         self.kept_at = time.monotonic()
 
     def _go_on(self) -> None:
+        """Take up what was kept, where it was measured as it is to be now."""
         if not self.progress.is_file():
             return
-        kept = torch.load(self.progress, map_location=self.device, weights_only=True)
-        for label, states in kept["metrics"].items():
-            for metric, state in zip(self.metrics[label], states, strict=True):
-                for name, value in state.items():
-                    setattr(metric, name, value)
+        try:
+            kept = torch.load(self.progress, map_location=self.device, weights_only=True)
+        except Exception:  # damage: then from the beginning
+            return
+        if not isinstance(kept, dict) or kept.get("origin") != self.origin:
+            return
+        for label, metrics in self._sets():
+            for name, metric in metrics.named():
+                for part in metric.metric_state:
+                    setattr(metric, part, kept["metrics"][label][name][part])
                 metric._update_count = kept["batches"]  # else torchmetrics takes it for unused
         self.seen, self.batches = kept["seen"], kept["batches"]
         self.values, self.pictures = kept["values"], kept["pictures"]
@@ -228,6 +256,8 @@ class EvaluateModule(L.LightningModule):
                 write_atomically(file, encoded(picture.numpy()))
 
     def on_test_epoch_end(self) -> None:
+        if self.has_metrics:  # which may fail, or be long about it
+            self._keep_progress()
         collective = DistributedCollective()
         records = []
         for label, steps in self.schedules.items():
@@ -261,12 +291,23 @@ class EvaluateModule(L.LightningModule):
         ways = self.trajectories.gathered(self.pictures, self.eval_samples, collective)
         self._write(records, self._measured("teacher"), pictures, ways)
         self.trainer.strategy.barrier("metrics are on disk")
+        for name, error in self.failed.items():
+            raise ValueError(
+                f"metric.{name}: {error}; the rest is in {self.folder / 'metrics.json'}, and the same command with "
+                f"other values of metric.{name}, or without it, measures no image again"
+            ) from error
         self.progress.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # absent, or another rank's is still there
             self.progress.parent.rmdir()
 
     def _measured(self, label: str) -> dict[str, float]:
-        return self.metrics[label].compute() if label in self.metrics else {}
+        """What the metrics say of a schedule; those that fail are remembered."""
+        for name, metrics in self._sets():
+            if name == label:
+                found, failed = metrics.compute()
+                self.failed = {**failed, **self.failed}
+                return found
+        return {}
 
     @rank_zero_only
     def _write_images(self, label: str, images: np.ndarray) -> None:
@@ -299,12 +340,13 @@ class Metrics:
     """The metrics of conf/metric: a call makes a set of them anew, around one extractor and one reference.
 
     inputs: of `classes` and `prompts`, those that the run's images are made for.
+    images: how many there will be; None: not known yet.
     Raises ValueError where a metric needs what this run does not have.
     """
 
-    def __init__(self, metric: DictConfig, evaluation: DictConfig, inputs: Collection[str]):
+    def __init__(self, metric: DictConfig, evaluation: DictConfig, inputs: Collection[str], images: int | None = None):
         self.settings = metric
-        kinds = {name: border.class_of(each, f"metric.{name}") for name, each in metric.items()}
+        kinds: dict[str, Any] = {name: border.class_of(each, f"metric.{name}") for name, each in metric.items()}
         self.parts_of = {
             name: [part for part in PARTS if part in inspect.signature(kind).parameters] for name, kind in kinds.items()
         }
@@ -322,7 +364,24 @@ class Metrics:
                 "classes; choose evaluation=fashion, or leave it out"
             )
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
-        self()  # what is wrong shows before any work
+        self.extractor: Any = OmegaConf.to_container(evaluation.extractor, resolve=True) if wanted else None
+        metrics = self()  # what is wrong shows before any work
+        for name, each in metrics.named():
+            if images is None:
+                continue
+            try:
+                each.require(images)
+            except ValueError as error:
+                raise ValueError(f"metric.{name}: {error}") from None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """All settings that a metric's sums of images depend on."""
+        values: Any = OmegaConf.to_container(self.settings, resolve=True)
+        for name, settings in values.items():
+            for late in border.class_of(settings, f"metric.{name}").at_the_end:
+                settings.pop(late, None)
+        return {"metric": values, "extractor": self.extractor}
 
     def __call__(self) -> MetricSet:
         metrics, once = [], Once(self.parts["extractor"])
@@ -332,7 +391,7 @@ class Metrics:
             if "extractor" in self.parts_of[name]:
                 metric.extractor = once
             metrics.append(metric)
-        return MetricSet(metrics)
+        return MetricSet([str(name) for name in self.settings], metrics)
 
 
 class Once(nn.Module):
@@ -349,18 +408,32 @@ class Once(nn.Module):
 
 
 class MetricSet(nn.ModuleList):
-    """Metrics fed together."""
+    """Metrics fed together, each with its name."""
+
+    def __init__(self, names: list[str], metrics: list[ImageMetric]):
+        super().__init__(metrics)
+        self.names = names
+
+    def named(self) -> list[tuple[str, ImageMetric]]:
+        return [(name, each) for name, each in zip(self.names, self, strict=True) if isinstance(each, ImageMetric)]
 
     def reset(self) -> None:
-        for metric in self:
+        for _, metric in self.named():
             metric.reset()
 
     def update(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
-        for metric in self:
+        for _, metric in self.named():
             metric.update(images, teacher, labels, prompts)
 
-    def compute(self) -> dict[str, float]:
-        return {name: value for metric in self for name, value in metric.compute().items()}
+    def compute(self) -> tuple[dict[str, float], dict[str, Exception]]:
+        """Return all values, and by their names what went wrong with metrics that have none."""
+        values, failed = {}, {}
+        for name, metric in self.named():
+            try:
+                values |= metric.compute()
+            except Exception as error:
+                failed[name] = error
+        return values, failed
 
 
 def run(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.export.base import Exporter
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks.task import Task
@@ -29,4 +29,4 @@ class Export(Task):
             raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
         advice = self.exporter.write(steps, output)
         heading = f"{output}: {steps.num_steps} steps for {type(self.exporter).__name__}"
-        Console().print(f"{heading}\n{advice}", soft_wrap=True, markup=False)
+        PlainConsole().print(f"{heading}\n{advice}", soft_wrap=True)

@@ -25,11 +25,11 @@ from annotated_types import Ge
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from oss_exp.data.noise import TRAINING
+from oss_exp.escaping import PlainConsole
 from oss_exp.files import TABLE_LIMIT, load_record, write_atomically
 from oss_exp.models.network import Network, adaptive_norms
 from oss_exp.models.stages import BASE, DOWN, UP, FinetuneRecord, Staged, StageFolder, StageParameters, StageRecord
@@ -188,9 +188,9 @@ def _train(
         loss = partial(jump_loss, setting, steps, span, progressive)
     torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
     with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
-        module = StageModule(network, parameters, loss, examples, **task.settings())
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
-        trainer = fit(run.cfg, task, module, last, logger, last if last.is_file() else None, precision=task.precision)
+        module = StageModule(network, parameters, loss, examples, checkpoint=last, **task.settings())
+        trainer = fit(run.cfg, task, module, logger, last if last.is_file() else None, precision=task.precision)
     if rank_zero_only.rank == 0:
         # What a spawned process did is there alone.
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
@@ -299,7 +299,7 @@ class StageModule(Training):
         if not self.checked:
             self.checked["loss_before"] = self._check()
 
-    def on_epoch(self) -> None:
+    def on_save(self) -> None:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else used
         self.peak_bytes = max(self.peak_bytes, used)
@@ -346,4 +346,4 @@ def _report(folder: StageFolder, run_folder: Path) -> None:
     write_atomically(run_folder / "finetune.json", record.model_dump_json() + "\n")
     missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
     told = f"still to train: stages {', '.join(missing)}" if missing else f"run it with stages={folder.path}"
-    Console().print(f"{folder.path}: {told}", soft_wrap=True)
+    PlainConsole().print(f"{folder.path}: {told}", soft_wrap=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import Tensor
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.files import save_asset
 from oss_exp.tasks import border
@@ -55,7 +55,7 @@ class FitClassifier(Task):
         output = Path(self.output)
         save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
         size = output.stat().st_size / 1e6
-        Console().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
+        PlainConsole().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
 
 
 def pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import Split, fashion_mnist
 from oss_exp.data.scenes import CANVAS, FashionScenes, Wardrobe, listed
+from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.files import save_asset
 from oss_exp.geneval.detectors import FashionDetector, look, targets
@@ -54,7 +54,7 @@ class FitDetector(Task):
         output = Path(self.output)
         save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
         shares = ", ".join(f"{name} {share.mean:.1%}" for name, share in right.items())
-        Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
+        PlainConsole().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
 
 
 class AnyScenes(Dataset):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import Progress
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.files import save_asset
 from oss_exp.models.families.mixture import fit
 from oss_exp.tasks import border
@@ -35,7 +35,7 @@ class FitMixture(Task):
     def __call__(self, cfg: DictConfig) -> None:
         images, labels = border.build(cfg.images, "images")
         settings = {key: getattr(self, key) for key in ("clusters", "rank", "floor", "seed", "iterations")}
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=PlainConsole(stderr=True)) as progress:
             bar = progress.add_task("fitting classes", total=None)
             tensors = fit(
                 images.flatten(1),
@@ -54,4 +54,6 @@ class FitMixture(Task):
             "versions": versions(),
         }
         digest = save_asset(output, tensors, provenance)
-        Console().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {len(labels)} images, SHA-256 {digest[:12]}")
+        PlainConsole().print(
+            f"{output}: {output.stat().st_size / 1e6:.2f} MB, {len(labels)} images, SHA-256 {digest[:12]}"
+        )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +25,7 @@ from rich.progress import (
 from torch import nn
 
 import oss_exp
+from oss_exp.escaping import PlainConsole
 from oss_exp.tasks.task import Task
 
 
@@ -33,7 +33,7 @@ def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Pro
     """Steps with their `loss` and the time left; the one task of the progress, which has still to be started."""
     columns = (TextColumn("loss {task.fields[loss]:<8.3g}"), BarColumn(), MofNCompleteColumn())
     clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, *clocks, console=Console(stderr=True), disable=disable)
+    progress = Progress(*columns, *clocks, console=PlainConsole(stderr=True), disable=disable)
     return progress, progress.add_task("", total=total, completed=completed, loss=math.nan)
 
 

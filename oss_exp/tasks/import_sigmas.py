@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.export.reading import read_list
 from oss_exp.export.samplers import SAMPLERS, Network, solver_record
 from oss_exp.export.sigmas import from_flow_sigmas, from_ratio_sigmas
@@ -48,4 +48,4 @@ class ImportSigmas(Task):
                 f"\nThe list begins at flow time {first:.3g}, as lists that change an image do (denoise < 1). Here it "
                 "begins with noise alone."
             )
-        Console().print(advice, soft_wrap=True, markup=False)
+        PlainConsole().print(advice, soft_wrap=True)

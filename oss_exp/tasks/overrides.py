@@ -6,12 +6,18 @@ entries that are appended (`+images=digits`), and those that a yaml without a pl
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from oss_exp.tasks import border
 
 RENAMED = {
     r"task\.to=(.*)": r"exporter=\1",
@@ -34,17 +40,33 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
                 raise ValueError(f"{override} is now {match.expand(new)}")
 
         group, _, choice = override.partition("=")
+        _check_grammar(override, group, choice)
         if own_folders or not group or not (conf / group).is_dir():
             continue
         options = {file.stem for file in (conf / group).glob("*.yaml")}
         for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
-            if option in options or option == "null":
+            if option in options:
                 continue
             homes = [f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))]
             advice = f"choose from {', '.join(sorted(options))}"
             if homes:
                 advice = f"{option} is an option of another group: {' or '.join(homes)}"
             raise ValueError(f"{group}={option} does not exist; {advice}")
+
+
+def _check_grammar(override: str, key: str, value: str) -> None:
+    """Raise ValueError where Hydra cannot read an override, or would take the home folder's sign for a name."""
+    if override.startswith("-") or "=" not in override:
+        return
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        command = quote(f'{key}="{quoted}"')
+        raise ValueError(f"{override} cannot be read as it is; quote its value: {command}") from None
+    folder = value.strip("\"'")
+    if key.startswith("hydra.") and key.endswith(".dir") and folder.startswith("~/"):
+        raise ValueError(f"{override} would be a folder called ~; write {key}={os.path.expanduser(folder)}")
 
 
 def refuse_unread(cfg: DictConfig, conf: Path) -> None:
@@ -57,6 +79,13 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
         replaced = f"~{first}" in run.overrides.task
         if override.startswith("+") and not replaced and (key == first or first not in groups):
             raise ValueError(f"{override} does nothing: task={task} does not read {first}; leave it out")
+
+    # What a scale sets of a task must be of this task.
+    if scale:
+        options = border.parameters_of(border.class_of(cfg.task, "task")).kinds
+        for name in OmegaConf.select(OmegaConf.load(conf / "scale" / f"{scale}.yaml"), "task") or ():
+            if name not in options:
+                raise ValueError(f"scale={scale} sets task.{name}, which task={task} does not read; leave it out")
 
     # A group that the task reads is among the choices, or several options were chosen, each of which makes an object.
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):

@@ -20,13 +20,13 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
 from oss_exp.data.captioned import CaptionedImages
 from oss_exp.data.folder import ImageFolder
+from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
 from oss_exp.models.guidance import NO_CLASS
@@ -35,12 +35,14 @@ from oss_exp.noise import FlowSchedule
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
+from oss_exp.tasks.compatibility import require_same
 from oss_exp.tasks.run import takes_prompts
 from oss_exp.tasks.task import Count, Positive, Share, Whole
 from oss_exp.tasks.training import Training, TrainingTask, fit, origin, shuffled
 
 SHOWN = 8  # samples of each class in a grid
 GRID_STEPS = 50  # Euler's, for each of them
+FREE = ("resume", "init_from", "max_steps", "save_every", "num_workers", "compile", "output")  # of a run that goes on
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class Examples(Dataset):
 class PretrainModule(Training):
     """Regresses a network's output on what its parameterization asks for; `model` holds the average of its weights.
 
-    After every epoch a grid of samples and the weights are saved. about: the provenance that is known before.
+    With every checkpoint a grid of samples and the weights are saved. about: the provenance that is known before.
     """
 
     def __init__(
@@ -128,7 +130,11 @@ class PretrainModule(Training):
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         return list(self.network.parameters()), list(self.model.backbone.parameters())
 
-    def on_epoch(self) -> None:
+    def on_fit_start(self) -> None:
+        if self.seen == self.max_steps:  # all were taken in another folder, which alone has the results
+            self.on_save()
+
+    def on_save(self) -> None:
         self._save(self._grid())
 
     @torch.no_grad()
@@ -162,7 +168,8 @@ class Pretrain(TrainingTask):
     """Write the averaged weights to `output` (.safetensors and .json), checkpoints and grids to the run folder.
 
     label_dropout: share of examples without their class, for guidance; compile: torch.compile, a minute at the start,
-    then faster; resume: run folder or checkpoint to go on from.
+    then faster; resume: run folder or checkpoint to go on from, None: where this folder's own run was ended; init_from:
+    weights to begin with, as for model.checkpoint.
     """
 
     max_steps: Count = 16000
@@ -173,15 +180,24 @@ class Pretrain(TrainingTask):
     save_every: Count = 1000
     compile: bool = False
     resume: str | None = None
+    init_from: str | None = None
     output: str
 
     def __call__(self, cfg: DictConfig) -> Logger | None:
         kind, folder = border.class_of(cfg.model, "model"), Path(cfg.paths.output_dir)
         if not (isinstance(kind, type) and issubclass(kind, Network)):
             raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
+        if self.resume is not None and self.init_from is not None:
+            raise ValueError("task.resume goes on with weights of its own; leave out task.init_from")
+        last = folder / "checkpoints" / "last.ckpt"
+        resume = last if last.is_file() else None
+        if self.resume is not None:
+            resume = _checkpoint(self.resume)
+        elif resume is not None:
+            require_same(cfg, folder, *FREE)
         torch.manual_seed(self.seed)  # the initial weights, the same on every rank
         images = load_images(cfg.images)
-        model = _untrained(cfg, images)
+        model = _initial(cfg, images, self.init_from or UNTRAINED)
         require_fitting(images, model)
         examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
         rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -193,11 +209,12 @@ class Pretrain(TrainingTask):
             output=Path(self.output),
             folder=folder,
             about=_about(cfg, model, images),
+            checkpoint=last,
         )
         logger = border.build(cfg.logger, "logger", Logger | None)
-        trainer = fit(cfg, self, module, folder / "checkpoints" / "last.ckpt", logger, _checkpoint(self.resume))
+        trainer = fit(cfg, self, module, logger, resume)
         if trainer.is_global_zero:
-            Console().print(f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
+            PlainConsole().print(f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
         return logger
 
 
@@ -227,31 +244,30 @@ def require_fitting(images: Dataset, model: Network) -> None:
         )
 
 
-def _untrained(cfg: DictConfig, images: Dataset) -> Network:
-    """The model, of the prompts that the images have for captions where they have such."""
+def _initial(cfg: DictConfig, images: Dataset, checkpoint: str) -> Network:
+    """The model with its first weights, of the prompts that the images have for captions where they have such."""
     captions = getattr(images, "captions", None)
     if takes_prompts(cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
         raise ValueError(f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images")
     more = {} if captions is None else {"prompts": captions}
-    return border.build(cfg.model, "model", Network, checkpoint=UNTRAINED, **more)
+    return border.build(cfg.model, "model", Network, checkpoint=checkpoint, **more)
 
 
-def _checkpoint(resume: str | None) -> str | None:
+def _checkpoint(resume: str) -> Path:
     """A checkpoint file, or the run folder that has it."""
-    if resume is None:
-        return None
-    path = Path(resume).expanduser()
+    path = Path(resume)
     path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"task.resume: no checkpoint {path}; give the run folder of an earlier task=pretrain")
-    return str(path)
+    return path
 
 
 def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
     return {
         "name": model.name,
         "seed": cfg.task.seed,
+        "init_from": cfg.task.init_from and {"file": Path(cfg.task.init_from).name, "sha256": model.fingerprint},
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "data": {"images": len(images), "sha256": _fingerprint(images)},
         **origin(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from oss_exp.checks import require_name
 from oss_exp.data.noise import NoiseData
 from oss_exp.data.prompts import read_prompts
 from oss_exp.distances import Distance
@@ -30,9 +32,12 @@ class Run:
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
+        for name in cfg.stepsize:
+            require_name(stepsize=str(name))
         model = border.build(cfg.model, "model", Model, **prompts_for(cfg))
         if cfg.stages is not None:
             model = Staged.load(model, cfg.stages)
+        require_name(**{"model.name": model.name})
         if cfg.data.get("classes") == "auto":
             cfg.data.classes = "all" if model.needs_classes else None
         require_same(cfg, self.folder)
@@ -58,6 +63,8 @@ class Run:
             self.trainer: L.Trainer = border.build(cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder)
         except ValueError as error:
             raise ValueError(f"{error}; choose one that this machine has, such as trainer=cpu") from error
+        grid = json.dumps({"times": self.setting.grid.tolist()})
+        rank_zero_only(write_atomically)(self.folder / "teacher.json", f"{grid}\n")
         rank_zero_only(write_atomically)(self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def noises(self, **changes: Any) -> NoiseData:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
+from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.statistics import write_statistics
 from oss_exp.tasks import border
 from oss_exp.tasks.pretrain import load_images
@@ -30,8 +30,8 @@ class Statistics(Task):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         extractor = border.build(cfg.evaluation.extractor, "evaluation.extractor", nn.Module).to(device)
         batches = DataLoader(images, self.batch_size)
-        bar = track(batches, "reading images", console=Console(stderr=True))
+        bar = track(batches, "reading images", console=PlainConsole(stderr=True))
         found = write_statistics(Path(self.output), extractor, ((x.to(device) + 1) / 2 for x, _ in bar))
-        Console().print(
+        PlainConsole().print(
             f"{found.path}: {found.n} images, {len(found.mu)} features of {found.extractor}", soft_wrap=True
         )

@@ -12,6 +12,7 @@ import os
 import platform
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
@@ -30,10 +31,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from oss_exp.files import write_atomically
-from oss_exp.tasks import border
+from oss_exp.tasks import border, preemption
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.tasks.fitting import loss_bar, versions
 from oss_exp.tasks.task import Amount, Count, Positive, Share, Task, Whole
+from oss_exp.tasks.training_state import check_state, prune
 
 Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true"]
 
@@ -41,8 +43,8 @@ Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true",
 class Training(L.LightningModule, abc.ABC):
     """Steps of AdamW on `loss`, and an exponential average of the weights.
 
-    An epoch of the trainer is `save_every` steps, after which `on_epoch` is called and a checkpoint is written.
-    batch_size: of all ranks together.
+    After every `save_every` steps, and after the last, `on_save` is called and a checkpoint is written; to the trainer
+    all steps are one epoch, so that a run that goes on may have other lengths. batch_size: of all ranks together.
     """
 
     def __init__(
@@ -55,13 +57,15 @@ class Training(L.LightningModule, abc.ABC):
         warmup_steps: int,
         ema_decay: float,
         num_workers: int,
+        checkpoint: Path,
     ):
         super().__init__()
+        self.checkpoint = checkpoint
         self.examples, self.batch_size, self.num_workers = examples, batch_size, num_workers
         self.max_steps, self.save_every = max_steps, save_every
         self.learning_rate, self.warmup_steps, self.ema_decay = learning_rate, warmup_steps, ema_decay
         self.losses: list[float] = []  # of every step, the mean over ranks
-        self.latest: list[Tensor] = []  # of this epoch's steps, this rank's
+        self.latest: list[Tensor] = []  # of the steps since the last checkpoint, this rank's
         self.seconds, self.started = 0.0, time.perf_counter()
 
     @abc.abstractmethod
@@ -72,8 +76,8 @@ class Training(L.LightningModule, abc.ABC):
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those that are trained, and their averages."""
 
-    def on_epoch(self) -> None:
-        """On every rank, when the losses are known."""
+    def on_save(self) -> None:
+        """Called on every rank before a checkpoint is written, when the losses are known."""
 
     @property
     def seen(self) -> int:
@@ -84,31 +88,40 @@ class Training(L.LightningModule, abc.ABC):
         return float(np.mean(self.losses[-self.save_every :]))
 
     def train_dataloader(self) -> DataLoader:
-        """This rank's part of the examples of this epoch's steps."""
-        steps = len(self.losses), min(len(self.losses) + self.save_every, self.max_steps)
-        first, last = (step * self.batch_size for step in steps)
+        """This rank's part of the examples of the steps that are still to be taken."""
+        first, last = (step * self.batch_size for step in (self.seen, self.max_steps))
         examples = Subset(self.examples, range(first + self.global_rank, last, self.trainer.world_size))
         return DataLoader(examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.latest.append(loss.detach())
-        self.log("loss", loss.detach())
+        self.log_dict({"loss": loss.detach(), "step": float(self.seen - 1)})  # Lightning's own steps begin anew
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         decay = min(self.ema_decay, self.seen / (self.seen + 9))  # young averages forget their start faster
         trained, averages = self.weights()
         get_ema_multi_avg_fn(decay)(averages, trained, self.seen)
+        if self.seen % self.save_every == 0 or self.seen == self.max_steps:
+            self._gather_losses()
+            self.on_save()
+            self._save_checkpoint()
+        elif preemption.received() and self.trainer.world_size == 1:
+            self._gather_losses()
+            self._save_checkpoint()
+        preemption.end_if_received()
 
-    def on_train_epoch_end(self) -> None:
+    def _gather_losses(self) -> None:
         losses = torch.stack(self.latest)
         self.losses += (DistributedCollective().sum(losses) / self.trainer.world_size).tolist()
         self.latest = []
+        self.seconds += time.perf_counter() - self.started
         if not math.isfinite(self.losses[-1]):
             raise ValueError(f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate")
-        self.seconds += time.perf_counter() - self.started
-        self.on_epoch()
+
+    def _save_checkpoint(self) -> None:
+        self.trainer.save_checkpoint(self.checkpoint, weights_only=False)
         self.started = time.perf_counter()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -130,6 +143,8 @@ class Training(L.LightningModule, abc.ABC):
         checkpoint["progress"] = self.progress()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take from a checkpoint what `TrainingState` names."""
+        prune(checkpoint)
         self.losses, self.seconds = checkpoint["progress"]["losses"], checkpoint["progress"]["seconds"]
 
 
@@ -162,35 +177,42 @@ def fit(
     cfg: DictConfig,
     task: TrainingTask,
     module: Training,
-    checkpoint: Path,
     logger: Logger | None,
-    resume: str | Path | None,
+    resume: Path | None,
     **more: Any,
 ) -> L.Trainer:
-    """Train on cfg.trainer; checkpoint: the file that is kept of the last epoch. more: for the trainer."""
+    """Train on cfg.trainer up to task.max_steps; resume: the checkpoint to go on from. more: for the trainer.
+
+    A signal to end waits for the end of the step, whose state is kept; of several ranks, which would have to agree on
+    a step, the last checkpoint is.
+    """
     trainer: L.Trainer = border.build(
         cfg.trainer,
         "trainer",
         L.Trainer,
         default_root_dir=Path(cfg.paths.output_dir),
         logger=logger or False,
-        enable_checkpointing=True,
+        enable_checkpointing=False,  # the module writes them
         enable_progress_bar=False,
-        reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         log_every_n_steps=min(50, task.save_every),
-        max_epochs=math.ceil(task.max_steps / task.save_every),
+        max_epochs=1,
         gradient_clip_val=task.gradient_clip,
-        callbacks=[Bar(), ModelCheckpoint(checkpoint.parent, checkpoint.stem, enable_version_counter=False)],
+        callbacks=[Bar()],
         plugins=[WholeCheckpoints()],
         **more,
     )
     if task.batch_size % trainer.world_size:
         raise ValueError(f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks")
+    if resume is not None:
+        state = check_state(resume, module.state_dict(), module.weights()[0], partial=not module.strict_loading)
+        if (steps := len(state.progress.losses)) > task.max_steps:
+            raise ValueError(f"checkpoint {resume} has taken {steps} steps, more than task.max_steps={task.max_steps}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average is; what is trained is not
-        warnings.filterwarnings("ignore", "Checkpoint directory .* exists")  # of a run that goes on
-        trainer.fit(module, ckpt_path=resume)
+        warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # all steps were taken
+        with preemption.unbroken() if trainer.world_size == 1 else nullcontext():
+            trainer.fit(module, ckpt_path=resume, weights_only=True)
     return trainer
 
 

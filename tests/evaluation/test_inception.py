@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models.inception import BasicConv2d, Inception3
 
+from oss_exp.evaluation import features
 from oss_exp.evaluation.features import InceptionV3, inception_from_torchscript, load_weights
+from oss_exp.evaluation.metrics import LPIPS
 from oss_exp.evaluation.statistics import fingerprint
+from oss_exp.models.checkpoints.weights import file_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript
 UNITS = 94
@@ -44,9 +47,10 @@ def script(tmp_path_factory):
 
 
 def test_every_weight_of_the_script_has_its_place(script):
-    network = InceptionV3(str(script)).network
+    digest = file_sha256(script)
+    network = InceptionV3(str(script), sha256=digest).network
     layers = [layer for layer in network.modules() if type(layer).__name__ == "BasicConv2d"]
-    tensors = load_weights(script, "weights", "them")
+    tensors = load_weights(script, "weights", "them", digest)
     assert (len(layers), len(tensors)) == (UNITS, 4 * UNITS)
     for i, layer in enumerate(layers):
         assert torch.equal(layer.conv.weight, tensors[f"{i}.weight"])
@@ -56,8 +60,9 @@ def test_every_weight_of_the_script_has_its_place(script):
         assert bool((layer.bn.weight == 1).all())
 
 
-def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path):
-    torch.save(inception_from_torchscript(script), tmp_path / "inception.pth")
+def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(features.KNOWN_PROGRAMS, file_sha256(script), "the script of this test")
+    torch.save(inception_from_torchscript(load_weights(script, "", ""), script), tmp_path / "inception.pth")
     one, other = InceptionV3(str(script)), InceptionV3(str(tmp_path / "inception.pth"))
     assert fingerprint(one) == fingerprint(other)
     one.train()
@@ -65,13 +70,14 @@ def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path)
 
 
 def test_other_networks_are_refused(tmp_path):
+    few = write_script(tmp_path / "few.pt", count=3)
     with pytest.raises(ValueError, match=r"few\.pt is TorchScript of another network.*get pt_inception.*default_1\.pt"):
-        InceptionV3(str(write_script(tmp_path / "few.pt", count=3)))
+        InceptionV3(str(few), sha256=file_sha256(few))
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
     with pytest.raises(ValueError, match=r"torchvision\.pth is not the Inception-V3 of the FID literature"):
         InceptionV3(str(tmp_path / "torchvision.pth"))
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(ValueError, match=r"tensor\.pth is not the Inception-V3"):
+    with pytest.raises(ValueError, match=r"tensor\.pth cannot be read .*no weights by name.*get pt_inception"):
         InceptionV3(str(tmp_path / "tensor.pth"))
 
 
@@ -94,6 +100,40 @@ def test_a_weights_file_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+class Program(nn.Module):
+    """Writes a file as soon as its archive is opened."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.file = file
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.file, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.file, self.training = state
+        torch.save(torch.ones(1), self.file)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_torchscript_that_is_not_known_is_not_opened(tmp_path):
+    path, written = tmp_path / "lpips.pt", tmp_path / "written"
+    torch.jit.script(Program(str(written))).save(path)
+    digest = file_sha256(path)
+    for load in (lambda **sha: InceptionV3(path, **sha), lambda **sha: LPIPS(path, **sha)):
+        with pytest.raises(ValueError, match=rf"lpips\.pt is a TorchScript archive, a program .*set sha256={digest}"):
+            load()
+        with pytest.raises(ValueError, match=rf"lpips\.pt has the SHA-256 {digest}, and sha256=0{{64}} is asked for"):
+            load(sha256="0" * 64)
+    assert not written.exists()
+    load_weights(path, "weights", "them", digest)
+    assert written.exists()  # so it is a program
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("OSS_EXP_INCEPTION" not in os.environ, reason="OSS_EXP_INCEPTION must point at default_1.pt")
 def test_the_real_weights_give_the_scripts_and_torch_fidelitys_features(tmp_path):
@@ -104,7 +144,7 @@ def test_the_real_weights_give_the_scripts_and_torch_fidelitys_features(tmp_path
     with torch.no_grad():
         expected = torch.jit.load(path)(((large * 255).round() - 128) / 128)  # it neither rounds nor resizes
     torch.testing.assert_close(extractor(large), expected, rtol=1e-4, atol=1e-5)
-    torch.save(inception_from_torchscript(path), tmp_path / "inception.pth")
+    torch.save(inception_from_torchscript(load_weights(path, "", ""), path), tmp_path / "inception.pth")
     library = FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
     (expected,) = library((small * 255).round().byte())
     torch.testing.assert_close(extractor(small), expected, rtol=1e-4, atol=1e-5)

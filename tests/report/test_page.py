@@ -22,11 +22,12 @@ from oss_exp.report import geneval, web, write
 from oss_exp.report.results import read_run
 from oss_exp.schedule import Free, Pinned, StepSchedule
 
-EVIL = """</script><img src=x onerror="document.title='broken'">&amp;'"""
+EVIL = """<script><img src=x onerror="document.title='broken'">&amp;'"""
 NAMES = ("edm", "ours", EVIL)
 PLANS = {("edm", 2): [1, 0.4, 0], ("ours", 2): [1, 0.7, 0], (EVIL, 2): [0.9, 0.5, 0], ("ours", 3): [1, 0.8, 0.3, 0]}
 VALUES = {("edm", 2): 30.0, ("ours", 2): 9.5, (EVIL, 2): 20.0, ("ours", 3): 40.0}
 COUNT = 3
+END = f"</script>{EVIL}"  # which no name may hold, for its /
 
 
 def made(folder: Path, shape: tuple[int, ...]) -> Path:
@@ -55,9 +56,10 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
     run = {"model": {"name": f"m {EVIL}"}, "teacher": teacher, "solver": {}, "seed": 0, "teacher_metrics": {}}
     (folder / "metrics.json").write_text(json.dumps({**run, "rows": rows}))
     (folder / "config.yaml").write_text(
-        "num_teacher_steps: 10\nnoise_schedule: {_target_: oss_exp.noise.schedules.FlowSchedule, shift: 1.0}\n"
-        f"model: {json.dumps(EVIL)}\n"
+        "num_teacher_steps: ${oc.env:HOME}\nnoise_schedule: {_target_: os.mkdir, path: made_by_a_report}\n"
+        f"model: {json.dumps(END)}\n"
     )
+    (folder / "teacher.json").write_text(json.dumps({"times": np.linspace(1, 0, 11).tolist()}))
     np.savez(folder / "samples.npz", **pictures)
     ways = {f"times/{name} K={k}": np.array([times] * 2) for (name, k), times in PLANS.items()}
     ways = {"times/teacher": np.array([[1, 0.25, 0]] * 2), **ways, **{"times/own K=2": own.numpy()}}
@@ -136,7 +138,12 @@ def test_what_users_write_is_text(run):
     shown = html.escape(EVIL)
     assert page.count(f"<td>{shown}</td>") == 1
     assert page.count(f"m {shown}: few-step") == 2  # title and headline
-    assert f"model: {html.escape(json.dumps(EVIL))}" in page
+    assert f"model: {html.escape(json.dumps(END))}" in page
+
+
+def test_a_configuration_is_only_shown(run):
+    assert "num_teacher_steps: ${oc.env:HOME}\nnoise_schedule: {_target_: os.mkdir" in (run / "report.html").read_text()
+    assert not Path("made_by_a_report").exists()
 
 
 def test_pictures_are_reduced_until_they_fit(run, monkeypatch):
@@ -158,9 +165,9 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
         picture = tmp_path / "images" / label / "000000.png"
         picture.parent.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(picture)
-        verdict = {"number": 0, "reasons": [EVIL], "objects": {}}
+        verdict = {"number": 0, "reasons": [END], "objects": {}}
         rows.append({"label": label, "num_steps": k, "nfe": k, "verdicts": [verdict]})
-    wish = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": EVIL}
+    wish = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": END}
     found = {"prompts": [wish], "images_per_prompt": 1, "rows": rows}
     (tmp_path / "geneval.json").write_text(json.dumps(found))
     geneval.write(tmp_path)
@@ -170,7 +177,7 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
         *("oss (2)", "oss (4)"),
     ]
     assert 'onerror="' not in page
-    assert page.count(html.escape(EVIL)) == 6
+    assert page.count(html.escape(END)) == 6
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from helpers import result, run_cli
+from omegaconf import OmegaConf
 from PIL import Image
 
 from oss_exp.evaluation.comparison import with_gains
+from oss_exp.report.logging import log_run, wandb_logger
 from oss_exp.report.results import metric_lines, read_run, read_schedules
 
 SMALL = [
@@ -236,3 +239,23 @@ def test_a_gathered_sweep_has_a_page_and_a_picture(sweep):
     assert page.count("<tr class=") == 4
     assert sorted(line["name"] for line in data_of(page)["schedules"]["lines"]) == ["edm"] * 2 + ["oss_shared"] * 2
     assert "<h2>Samples</h2>" not in page, "they are on the pages of the runs"
+
+
+def test_a_dashboard_out_of_reach_is_a_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, capsys):
+    """W&B without a key, asked to be online; and one whose server does not answer when the run is logged."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    logger = wandb_logger(str(tmp_path / "a run"), "oss_exp", None)
+    logger.log_metrics({"loss": 1.0})
+    error = capsys.readouterr().err
+    assert f"To upload it later: wandb login; wandb sync '{tmp_path}/a run'/wandb/offline-run-*" in error
+    assert len(list((tmp_path / "a run" / "wandb").glob("offline-run-*"))) == 1
+
+    def unreachable(*_):
+        raise wandb.errors.CommError("no answer")
+
+    monkeypatch.setattr("oss_exp.report.logging._log", unreachable)
+    log_run(logger, OmegaConf.create({}), tmp_path / "a run")
+    assert "no answer" in capsys.readouterr().err

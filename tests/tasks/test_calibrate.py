@@ -83,6 +83,7 @@ def test_it_leaves_exactly_these_files(calibrated):
     plans = {f"schedules/{name}" for name in ("ddim_3.json", "oss_shared_3.json")}
     plans |= {f"schedules/oss_shared_3.mean.{suffix}" for suffix in ("json", "safetensors")}
     expected = {"config.yaml", "schedules.png", "calibration.json", "amplitude.json", "amplitude.png", *plans}
+    expected.add("teacher.json")
     assert left == expected | {".lock"} | {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
 
 

@@ -2,13 +2,7 @@
 
 import fcntl
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -147,20 +141,6 @@ def test_a_finished_run_leaves_no_calls_and_none_are_kept_unasked(whole, tmp_pat
 # --------------------------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_killed_comparison_goes_on_with_the_same_command(whole, tmp_path):
-    """SIGKILL as soon as it keeps calls, and some time later; then the command is let alone."""
-    command = [sys.executable, "-m", "oss_exp", *RUN, f"hydra.run.dir={tmp_path}"]
-    for wait in (0.0, random.random()):
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-        while not list(tmp_path.glob("calls/*")) and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run_cli(*RUN, f"hydra.run.dir={tmp_path}")
-    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_schedules_that_are_there_are_not_searched_again(whole, tmp_path):

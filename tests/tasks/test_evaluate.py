@@ -9,8 +9,9 @@ from helpers import run_cli, run_two_ranks
 from PIL import Image
 
 from oss_exp.evaluation.classifier import FashionFeatures
-from oss_exp.evaluation.metrics import FID, ClassAgreement
+from oss_exp.evaluation.metrics import FID, KID, ClassAgreement
 from oss_exp.evaluation.statistics import Reference
+from oss_exp.tasks import evaluate
 
 SMALL = [
     "model=mixture_fashion",
@@ -128,3 +129,70 @@ def test_an_extractor_for_other_images_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         measured(tmp_path, "model=mixture_digits", "stepsize=fm")
     assert "fashion_features sees grey images" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a metric needs, and what is left where one fails
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("metric=kid", "metric.kid: KID needs at least 1000 images on both sides, got 99 generated ones and 10000"),
+        (
+            "metric=precision_recall metric.precision_recall.k=99",
+            "PrecisionRecall needs at least 100",
+        ),
+        ("metric=fid metric.fid.num_images=50000", "metric.fid: FID of 99 images where 50000 are expected"),
+        (
+            "metric=lpips",
+            "metric.lpips.weights is not set; it must be text or a path to torchvision's weights",
+        ),
+        ("metric=lpips metric.lpips.weights=none.pth", "none.pth"),
+    ],
+)
+def test_what_a_metric_needs_is_said_before_anything_is_planned(metric, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli(*SMALL, *metric.split(), f"hydra.run.dir={tmp_path}")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "schedules").exists()
+
+
+def test_what_was_measured_is_kept_where_a_metric_fails_and_the_mended_command_measures_no_image(
+    tmp_path, capsys, monkeypatch
+):
+    few = ["stepsize=fm", "data.eval_samples=20", "metric=[fid,kid]", "metric.kid.subset_size=16"]
+    run_cli(*SMALL, *few, f"hydra.run.dir={tmp_path / 'whole'}")
+    expected = json.loads((tmp_path / "whole" / "metrics.json").read_text())["rows"][0]
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def fails(self):
+            raise ValueError("no such luck")
+
+        patch.setattr(KID, "compute", fails)
+        with pytest.raises(SystemExit):
+            run_cli(*SMALL, *few, "metric.kid.subset_size=20", f"hydra.run.dir={folder}")
+    error = capsys.readouterr().err
+    assert "oss-exp: metric.kid: no such luck; the rest is in" in error
+    (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert row["metrics"] == {"fid": expected["metrics"]["fid"]}
+    assert row["psnr"] == expected["psnr"]
+
+    # Other subsets of the same features.
+    monkeypatch.setattr(evaluate, "psnr", None)  # of whose images none is seen again
+    run_cli(*SMALL, *few, f"hydra.run.dir={folder}")
+    (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert (row["metrics"], row["psnr"], row["nfe"]) == (expected["metrics"], expected["psnr"], expected["nfe"])
+    assert not (folder / "evaluation").exists()
+
+
+def test_another_metric_is_measured_in_the_same_folder(tmp_path):
+    few = ["stepsize=fm", "data.eval_samples=20", "metric=fid"]
+    run_cli(*SMALL, *few, f"hydra.run.dir={tmp_path}")
+    before = (tmp_path / "schedules" / "fm_3.json").stat().st_mtime_ns
+    run_cli(*SMALL, *few[:2], "metric=class_agreement", f"hydra.run.dir={tmp_path}")
+    (row,) = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert list(row["metrics"]) == ["class_agreement"]
+    assert (tmp_path / "schedules" / "fm_3.json").stat().st_mtime_ns == before

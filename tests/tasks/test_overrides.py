@@ -20,6 +20,7 @@ def refused(capsys, folder, *arguments: str) -> str:
     ("arguments", "message"),
     [
         ("task=export task.schedule=x.json task.to=comfyui", "oss-exp: task.to=comfyui is now exporter=comfyui"),
+        ("solver=null", "solver=null does not exist; choose from adams_bashforth"),
         ("evaluation.metrics=[psnr,fid]", "evaluation.metrics=[psnr,fid] is now metric=[fid]"),
         ("evaluation.metrics=[psnr]", "evaluation.metrics=[psnr] is now metric=[]"),
         ("evaluation.kid.subset_size=16", "evaluation.kid.subset_size=16 is now metric.kid.subset_size=16"),
@@ -48,7 +49,7 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
         ("task=search evaluation.trajectories=0", "Could not override 'evaluation.trajectories'"),
         ("task=fit_mixture experiment=table_2", "In 'experiment/table_2': Could not override"),
         ("metric.fid.num_images=10", "Could not override 'metric.fid.num_images'"),
-        ("scale=small", "task.scale is no option of oss_exp.Compare"),
+        ("scale=small", "scale=small sets task.scale, which task=compare does not read"),
         ("task=reproduce scale=tiny", "task=reproduce does not read data; leave out scale=tiny"),
         ("+images=digits", "+images=digits does nothing: task=compare does not read images"),
         ("+number=1", "+number=1 does nothing: task=compare does not read number"),

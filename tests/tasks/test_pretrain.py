@@ -1,13 +1,7 @@
 """Training: exact resume, any number of ranks, and a network that learns the exact velocity of a mixture."""
 
 import json
-import os
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -115,21 +109,87 @@ def test_the_written_weights_run_as_a_model(whole, tmp_path):
     assert [row["nfe"] for row in rows] == [6, 6]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
-    """SIGKILL at whatever step it is some time after its first checkpoint; then task.resume."""
-    command = [sys.executable, "-m", "oss_exp", *settings(tmp_path / "killed")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.random() / 50)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < len(torch.load(last, weights_only=True)["progress"]["losses"]) < 12
-    run_cli(*settings(tmp_path / "resumed", f"task.resume={tmp_path / 'killed'}"))
-    (weights, losses), (expected, expected_losses) = outcome(tmp_path / "resumed"), outcome(whole)
-    assert losses == expected_losses
-    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+FLAT = ["task.learning_rate=1e-30"]  # so that another end of its half cosine changes nothing
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flat")
+    run_cli(*settings(folder, *FLAT))
+    return folder
+
+
+@pytest.mark.parametrize(("steps", "every", "then"), [(3, 2, 4), (8, 8, 4), (4, 4, 1), (4, 4, 20), (12, 4, 4)])
+def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, steps, every, then):
+    first = settings(tmp_path / "first", *FLAT)
+    run_cli(*first, f"task.max_steps={steps}", f"task.save_every={every}")
+    more = settings(tmp_path / "then", *FLAT, f"task.save_every={then}", f"task.resume={tmp_path / 'first'}")
+    run_cli(*more)
+    assert json.loads((tmp_path / "then" / "training.json").read_text())["losses"] == outcome(flat)[1]
+    if steps < 12:
+        kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert [rate["last_epoch"] for rate in kept["lr_schedulers"]] == [12]
+
+
+def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_cli(*settings(folder, "task.max_steps=4"))
+    command = (folder / ".hydra" / "overrides.yaml").read_text()
+    with pytest.raises(SystemExit):
+        run_cli(*settings(folder, "task.learning_rate=1"))
+    assert f"{folder} holds a run with another task.learning_rate" in capsys.readouterr().err
+    assert (folder / ".hydra" / "overrides.yaml").read_text() == command
+    before = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["progress"]["losses"]
+    run_cli(*settings(folder))
+    assert outcome(folder)[1][:4] == before
+    assert len(outcome(folder)[1]) == 12
+    with pytest.raises(SystemExit):
+        run_cli(*settings(folder, "task.max_steps=3"))
+    assert "has taken 12 steps, more than task.max_steps=3" in capsys.readouterr().err
+
+
+def test_a_run_may_begin_from_weights(whole, tmp_path):
+    weights = whole / "dit_fashion.safetensors"
+    still = ["task.max_steps=1", "task.learning_rate=1e-30", f"task.init_from={weights}"]
+    run_cli(*settings(tmp_path, *still))
+    found, given = outcome(tmp_path)[0], load_file(weights)
+    assert all(torch.equal(found[key], tensor) for key, tensor in given.items())
+    about = json.loads((tmp_path / "dit_fashion.json").read_text())
+    assert about["init_from"] == {"file": weights.name, "sha256": sha256(weights.read_bytes())}
+
+
+def test_a_checkpoint_of_somebody_else_removes_nothing_and_is_read_as_data(whole, tmp_path, capsys):
+    """Lightning's callbacks remove the file that they kept before, whose name they read from a checkpoint."""
+    victim, path = tmp_path / "victim.ckpt", tmp_path / "given.ckpt"
+    victim.write_text("mine")
+    kept = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    names = {"best_model_path": str(victim), "last_model_path": str(victim), "dirpath": str(tmp_path)}
+    keys = [f"ModelCheckpoint{{'monitor': None, 'mode': 'min', 'every_n_train_steps': {n}}}" for n in (0, 1)]
+    torch.save({**kept, "callbacks": dict.fromkeys([*keys, "ModelCheckpoint"], names)}, path)
+    run_cli(*settings(tmp_path / "run", "task.max_steps=14", f"task.resume={path}"))
+    assert victim.read_text() == "mine"
+    assert len(outcome(tmp_path / "run")[1]) == 14
+
+    other = {**kept["state_dict"], next(iter(kept["state_dict"])): torch.zeros(3)}
+    broken = {
+        "is none of a training": [1, 2],
+        "`progress` is missing": {key: value for key, value in kept.items() if key != "progress"},
+        "is of another network": {**kept, "state_dict": other},
+        "has no `exp_avg` of weight 0": {**kept, "optimizer_states": [{"state": {0: {}}, "param_groups": []}]},
+        "must be": {**kept, "progress": {"losses": ["1"], "seconds": 1.0}},
+    }
+    for message, content in broken.items():
+        torch.save(content, path)
+        with pytest.raises(SystemExit):
+            run_cli(*settings(tmp_path / "refused", f"task.resume={path}"))
+        error = capsys.readouterr().err
+        assert message in error
+        assert str(path) in error
+        assert "Traceback" not in error
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit):
+        run_cli(*settings(tmp_path / "refused", f"task.resume={path}"))
+    assert "or is damaged" in capsys.readouterr().err
 
 
 SMALL = {

@@ -101,7 +101,7 @@ def test_a_comparison_leaves_exactly_these_files(compared):
     expected = {f"schedules/{plan}.json" for plan in plans}
     expected |= {f"schedules/{plan}.mean{suffix}" for plan in analytic for suffix in (".json", ".safetensors")}
     expected |= {"config.yaml", "metrics.json", "table.md", "schedules.png", "samples.png", "samples.npz"}
-    expected |= {"trajectories.npz"}
+    expected |= {"trajectories.npz", "teacher.json"}
     expected |= {"report.html", ".lock", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))}
     left = {path.relative_to(compared).as_posix() for path in compared.rglob("*") if path.is_file()}
     assert left == expected
@@ -157,7 +157,7 @@ def test_a_search_leaves_step_schedules_and_no_measurement(tmp_path, compared):
     folder = oss_exp(tmp_path / "run", "task=search", "stepsize=[edm,oss_ave]")
     assert times(folder) == {name: t for name, t in times(compared).items() if name.startswith(("edm", "oss_ave"))}
     left = {path.name for path in folder.iterdir()}
-    assert left == {"config.yaml", "schedules", "schedules.png", ".hydra", ".lock"}
+    assert left == {"config.yaml", "teacher.json", "schedules", "schedules.png", ".hydra", ".lock"}
 
 
 def test_the_saved_configuration_is_resolved_and_holds_what_was_asked_for(compared):

@@ -16,7 +16,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from oss_exp.checks import require_range
+from oss_exp.checks import Name, require_range
 from oss_exp.files import Provenance, find_asset, load_asset
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import NO_CLASS, UNGUIDED, Guidance
@@ -28,7 +28,7 @@ from oss_exp.velocity import BoundVelocity
 class MixtureProvenance(Provenance):
     """Of a mixture's file: the name of the model, and the shape of its samples."""
 
-    name: str
+    name: Name
     event_shape: tuple[PositiveInt, ...]
 
 
@@ -82,7 +82,14 @@ class GaussianMixture(Model):
         micro_batch: int = 1024,
     ) -> GaussianMixture:
         """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
-        tensors, record = load_asset(find_asset(file, "mixture file"), "mixture", MixtureProvenance)
+        path = find_asset(file, "mixture file")
+        tensors, record = load_asset(path, "mixture", MixtureProvenance)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        count, dim, rank = shapes.get("basis", ()) if len(shapes.get("basis", ())) == 3 else (0, 0, 0)
+        wanted = {"means": (count, dim), "basis": (count, dim, rank), "extra": (count, rank)}
+        wanted |= dict.fromkeys(("weights", "floor", "labels"), (count,))
+        if shapes != wanted or 0 in (count, dim) or math.prod(record.event_shape) != dim:
+            raise ValueError(f"{path} holds no mixture of samples of shape {record.event_shape}; take another file")
         return cls(
             **tensors,
             event_shape=record.event_shape,

@@ -1,0 +1,890 @@
+"""Files that want to run code, to write elsewhere, or to fill the memory, for every reader of the program.
+
+A case is made in a folder of its own and then read. Beside that folder lies `outside`, with a secret that must not be
+read and where nothing may appear.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+import oss_exp
+from oss_exp.calibration import Calibration
+from oss_exp.data.conditions import read_array
+from oss_exp.data.prompts import read_prompts
+from oss_exp.evaluation.classifier import FashionFeatures
+from oss_exp.evaluation.features import load_weights
+from oss_exp.evaluation.statistics import Reference
+from oss_exp.export.diffusers import Diffusers
+from oss_exp.export.oss_scheduler import OSSScheduler
+from oss_exp.export.reading import read_list
+from oss_exp.files import load_config
+from oss_exp.geneval.rules import read_metadata
+from oss_exp.models.checkpoints.pipelines import read_object
+from oss_exp.models.checkpoints.weights import locate, read
+from oss_exp.models.families.mixture import GaussianMixture
+from oss_exp.models.stages import StageFolder, StageParameters
+from oss_exp.report import write
+from oss_exp.report.page import gather
+from oss_exp.reproduce.older_cells import older_cell
+from oss_exp.schedule import StepSchedule
+
+MARK = "executed"  # the file that a payload leaves in `outside`
+HASH = "0" * 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """make: writes the files into a folder and returns what is read. large: it takes a second, or disk or memory."""
+
+    reader: str
+    name: str
+    make: Callable[[Path], Path]
+    large: bool = False
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Payloads
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, name: str = "system"):
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        if self.name == "eval":
+            return eval, (f"open({str(mark())!r}, 'w')",)
+        return os.system, (f"touch {mark()}",)
+
+
+class Program(nn.Module):
+    """Writes a file as soon as its archive is opened."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.file = file
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.file, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.file, self.training = state
+        torch.save(torch.ones(1), self.file)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def mark() -> Path:
+    return Path.cwd().parent / "outside" / MARK
+
+
+def pickled(value: Any, protocol: int = 2) -> bytes:
+    return pickle.dumps(value, protocol)
+
+
+def torch_file(value: Any, old: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=not old)
+    return buffer.getvalue()
+
+
+def tensors(**values: torch.Tensor) -> bytes:
+    return safetensors.torch.save(values)
+
+
+def header(entries: Any, data: bytes = b"") -> bytes:
+    """A safetensors file with this header."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def npz(compressed: bool = True, **arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy(shape: str, dtype: str = "|u1", data: bytes = b"") -> bytes:
+    """An array whose header says whatever it says."""
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}}}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + data
+
+
+def zipped(**parts: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+@cache
+def zip_bomb(name: str, first: bytes, gigabytes: int) -> bytes:
+    """A zip file of some megabytes with a part of so many gigabytes of zeros."""
+    buffer, block = io.BytesIO(), bytes(1 << 26)
+    archive = zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open(name, "w", force_zip64=True) as part:
+        part.write(first)
+        for _ in range(gigabytes << 4):
+            part.write(block)
+    return buffer.getvalue()
+
+
+@cache
+def gzip_bomb(gigabytes: int) -> bytes:
+    buffer, block = io.BytesIO(), bytes(1 << 26)
+    with gzip.open(buffer, "wb", compresslevel=1) as file:
+        for _ in range(gigabytes << 4):
+            file.write(block)
+    return buffer.getvalue()
+
+
+def bombs() -> dict[str, Callable[[], bytes]]:
+    """Each takes seconds to make, the first time."""
+    return {
+        "pictures": lambda: zip_bomb("teacher.npy", npy("(1073741824, 2, 2, 1)"), 4),
+        "numbers": lambda: zip_bomb("mu.npy", npy("(536870912,)", "<f8"), 4),
+        "tensors": lambda: zip_bomb("x/data/0", b"", 4),
+        "images": lambda: gzip_bomb(4),
+    }
+
+
+def png_of(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG whose header says so."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def picture(size: tuple[int, int] = (4, 4), form: str = "png", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How files are made
+# --------------------------------------------------------------------------------------------------------------
+
+
+def put(name: str, content: bytes | str | Callable[[], bytes]) -> Callable[[Path], Path]:
+    """A file with this content, which is made when it is needed."""
+
+    def make(folder: Path) -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = content() if callable(content) else content
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return path
+
+    return make
+
+
+def link(name: str, target: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target)
+        return path
+
+    return make
+
+
+def pipe(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path)
+        return path
+
+    return make
+
+
+def directory(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).mkdir(parents=True)
+        return folder / name
+
+    return make
+
+
+def sparse(name: str, size: int) -> Callable[[Path], Path]:
+    """A file of so many zeros that takes no room on the disk."""
+
+    def make(folder: Path) -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+        return path
+
+    return make
+
+
+def strange(name: str) -> dict[str, Callable[[Path], Path]]:
+    """What stands where a file should, whatever it holds."""
+    return {
+        "a pipe": pipe(name),
+        "a folder": directory(name),
+        "a link to the end of the memory": link(name, "/dev/zero"),
+        "a link to itself": link(name, name),
+        "a link to a secret": link(name, "../outside/secret.txt"),
+        "40 GiB of zeros": sparse(name, 40 << 30),
+        "nothing": put(name, b""),
+    }
+
+
+def broken_json(name: str) -> dict[str, Callable[[Path], Path]]:
+    return {
+        "a million levels": put(name, lambda: b'{"a":' * 1_000_000),
+        "a million brackets": put(name, lambda: b"[" * 1_000_000),
+        "a number of a million digits": put(name, lambda: b'{"version":' + b"9" * 1_000_000 + b"}"),
+        "a name of 10 MB": put(name, lambda: b'{"' + b"x" * 10_000_000 + b'":1}'),
+        "half a character": put(name, b'{"a":"\\ud800"}'),
+        "control characters": put(name, '{"\\u001b[31m\\u0007": "\\u001b]0;owned\\u0007"}'),
+        "another encoding": put(name, '{"a": 1}'.encode("utf-16")),
+        "a pickle": put(name, lambda: pickled(Command())),
+    }
+
+
+def many_json(name: str) -> dict[str, Callable[[Path], Path]]:
+    return {
+        "40 million empty objects": put(name, lambda: b'{"times":[' + b"{}," * 40_000_000 + b"{}]}"),
+        "60 million numbers": put(name, lambda: b'{"times":[' + b"1," * 60_000_000 + b"0]}"),
+        "a million fields": put(name, lambda: json.dumps({f"f{i}": [] for i in range(1_000_000)}).encode()),
+        "30 million texts": put(name, lambda: b'{"times":[' + b'"",' * 30_000_000 + b'""]}'),
+    }
+
+
+# Each is refused as the name of a strategy, a model or a label.
+NAMES = [
+    "../../outside/executed",
+    "..",
+    "/tmp/executed",
+    "a/b",
+    "a\\b",
+    "C:\\executed",
+    "a\x00b",
+    "\x1b[2J\x1b]0;owned\x07",
+    "a\nb",
+    "a\u202eb",
+    "",
+    "x" * 100_000,
+]
+
+# --------------------------------------------------------------------------------------------------------------
+# Records that are as they should be, but for one thing
+# --------------------------------------------------------------------------------------------------------------
+
+SCHEDULE: dict[str, Any] = {
+    "format": "oss_exp/step_schedule",
+    "version": 3,
+    "times": [1.0, 0.5, 0.0],
+    "samples": None,
+    "start": {"kind": "free", "start_time": 1.0},
+    "steps": {"kind": "solver", "orders": [1, 2]},
+    "provenance": {"model": {"name": "m"}, "strategy": {"name": "s", "baseline": False}},
+}
+INTERVAL = {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 3}
+ROW: dict[str, Any] = {
+    "strategy": "s",
+    "num_steps": 2,
+    "nfe": 2,
+    "baseline": False,
+    "start": "free",
+    "planning": {},
+    "psnr": INTERVAL,
+    "spread": INTERVAL,
+    "metrics": {},
+    "per_image": {"index": [0, 1, 2], "psnr": [1.0, 2.0, 3.0]},
+}
+METRICS: dict[str, Any] = {
+    "model": {"name": "m"},
+    "teacher": {"noise_schedule": {}, "num_steps": 4},
+    "solver": {},
+    "seed": 0,
+    "teacher_metrics": {},
+    "rows": [ROW],
+}
+CALIBRATION: dict[str, Any] = {
+    "format": "oss_exp/calibration",
+    "version": 1,
+    "quantiles": [0.05, 0.95],
+    "last_step_only": False,
+    "times": [1.0, 0.5, 0.0],
+    "low": [-1.0, -1.0, -1.0],
+    "high": [1.0, 1.0, 1.0],
+    "provenance": {},
+}
+CURVE = {"num_steps": 2, "calibrated": False, "times": [1.0, 0.0], "low": [-1.0, -1.0], "high": [1.0, 1.0]}
+WISH = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": "a red dress"}
+VERDICT = {"number": 0, "reasons": [], "objects": {}}
+GENEVAL: dict[str, Any] = {
+    "prompts": [WISH],
+    "images_per_prompt": 1,
+    "rows": [{"label": label, "num_steps": 2, "verdicts": [VERDICT]} for label in ("teacher", "s_2")],
+}
+STAGES: dict[str, Any] = {
+    "format": "oss_exp/stages",
+    "version": 1,
+    "base": {"name": "m", "sha256": HASH},
+    "cuts": [0.5],
+}
+PICTURES = {name: np.zeros((2, 4, 4, 1), np.uint8) for name in ("teacher", "s K=2")}
+
+
+def changed(record: dict[str, Any], way: str, value: Any) -> dict[str, Any]:
+    """A copy with another value at a place such as rows.0.strategy."""
+    record = copy.deepcopy(record)
+    *above, last = (int(part) if part.isdigit() else part for part in way.split("."))
+    inner: Any = record
+    for part in above:
+        inner = inner[part]
+    inner[last] = value
+    return record
+
+
+def as_json(record: Any) -> str:
+    return json.dumps(record)
+
+
+def run_folder(
+    *others: Callable[[Path], Path], without: tuple[str, ...] = (), **records: Any
+) -> Callable[[Path], Path]:
+    """A finished run, with other files in the place of its own; records: by the name of the file without .json."""
+
+    def make(folder: Path) -> Path:
+        run = folder / "sweep" / "0"
+        parts = {"metrics": METRICS, "schedules/s_2": SCHEDULE, "teacher": {"times": [1.0, 0.5, 0.0]}, **records}
+        for name, record in parts.items():
+            if record is not None:
+                put(f"{name}.json", as_json(record))(run)
+        put("config.yaml", "num_teacher_steps: 4\n")(run)
+        put("samples.npz", lambda: npz(**PICTURES))(run)
+        for each in without:
+            path = run / each
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for other in others:
+            path = other(folder / "made")
+            target = run / path.relative_to(folder / "made")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_symlink() or target.is_file():
+                target.unlink()
+            elif target.is_dir():
+                shutil.rmtree(target)
+            os.rename(path, target)
+        return run
+
+    return make
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The cases of each reader
+# --------------------------------------------------------------------------------------------------------------
+
+
+def schedules() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    name = "x.json"
+
+    def made(way: str, value: Any) -> Callable[[Path], Path]:
+        return put(name, as_json(changed(SCHEDULE, way, value)))
+
+    for place in ("strategy", "model"):
+        for number, each in enumerate(NAMES):
+            yield f"the {place}'s name, {number}", made(f"provenance.{place}.name", each), False
+    for number, each in enumerate(["../outside/secret.txt", "..", "/etc/passwd", "a\x00b", "x" * 5000, "\x1b[31m"]):
+        mean = {"kind": "analytic", "start_time": 1.0, "mean": {"file": each, "sha256": HASH}}
+        yield f"the name of its mean, {number}", made("start", mean), False
+    odd = {
+        "a name that is a list": ("provenance.strategy.name", [["x"]]),
+        "a planning that is text": ("provenance.planning", {"cost_per_round": "x", "seconds": "x"}),
+        "20,000 times": ("times", [1 - i / 20_000 for i in range(20_001)]),
+        "times of different lengths": ("times", [[1.0, 0.0], [1.0, 0.5, 0.0]]),
+        "times that are not finite": ("times", [float("nan"), float("inf")]),
+        "an order of 400 digits": ("steps.orders", [1, 10**400]),
+        "an order of 20 digits": ("steps.orders", [1, 10**20]),
+        "a sample of 30 digits": ("samples", [10**30]),
+        "weights of different lengths": ("steps", {"kind": "fitted", "weights": [[1.0], []], "mean": {"file": "m"}}),
+        "a class as its solver": ("provenance.solver", {"_target_": "os.system", "command": f"touch {MARK}"}),
+    }
+    for title, (way, value) in odd.items():
+        yield title, made(way, value), False
+    for title, data in means().items():
+        yield f"a mean: {title}", _with_mean(data), title.startswith("large")
+
+
+def means() -> dict[str, Callable[[], bytes]]:
+    """Safetensors files that are none."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    million = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(500_000)}
+    return {
+        "a pickle": lambda: pickled({"mean": Command()}),
+        "a torch file": lambda: torch_file({"mean": Command()}),
+        "a header of 2^63 bytes": lambda: struct.pack("<Q", 1 << 63) + b"{}",
+        "a header of a gigabyte": lambda: struct.pack("<Q", 1 << 30) + b"{}",
+        "deep": lambda: header(b'{"mean":' * 100_000),
+        "a shape of 2^80": lambda: header({"mean": {**entry, "shape": [1 << 40, 1 << 40]}}, bytes(4)),
+        "negative offsets": lambda: header({"mean": {**entry, "data_offsets": [-4, 0]}}, bytes(4)),
+        "overlapping": lambda: header({"mean": entry, "other": entry}, bytes(4)),
+        "past the end": lambda: header({"mean": {**entry, "shape": [1000], "data_offsets": [0, 4000]}}, bytes(4)),
+        "an unknown dtype": lambda: header({"mean": {**entry, "dtype": "os.system"}}, bytes(4)),
+        "no mean": lambda: tensors(other=torch.ones(1)),
+        "not finite": lambda: tensors(mean=torch.tensor([float("nan")])),
+        "large: half a million tensors": lambda: header(million),
+        "large: a gigabyte and more": lambda: header({"mean": {**entry, "shape": [1]}}, bytes((1 << 30) + 4)),
+    }
+
+
+def _with_mean(data: Callable[[], bytes]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        from oss_exp.files import sha256
+
+        content = data()
+        put("m.safetensors", content)(folder)
+        mean = {"kind": "analytic", "start_time": 1.0, "mean": {"file": "m.safetensors", "sha256": sha256(content)}}
+        return put("x.json", as_json(changed(SCHEDULE, "start", mean)))(folder)
+
+    return make
+
+
+CONFIGS = {
+    "an object of Python": "a: !!python/object/apply:os.system ['touch ../outside/executed']\n",
+    "a name of Python": "a: !!python/name:os.system\n",
+    "a class that is called": "noise_schedule: {_target_: os.system, command: touch ../outside/executed}\n",
+    "a class of ours that reads": "noise_schedule: {_target_: oss_exp.Reference.load, path: ../outside/secret.txt}\n",
+    "the environment": "num_teacher_steps: ${oc.env:HOME}\nmodel: ${oc.decode:'[1]'}\n",
+    "an interpolation of itself": "a: ${b}\nb: ${a}\n",
+    "an interpolation that is none": "a: '${oc.env:'\n",
+    "aliases that multiply": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "an alias of itself": "a: &a [*a]\n",
+    "deep lists": "a: " + "[" * 10_000,
+    "deep mappings": "".join(f"{' ' * i}a:\n" for i in range(400)),
+    "a list": "- 1\n",
+    "text": "x",
+    "nothing": "",
+    "a number of a million digits": "a: " + "9" * 1_000_000,
+    "10 MB": "a: " + "x" * 10_000_000,
+    "control characters": 'a: "\\e[31m"\n',
+    "bytes": b"\xff\xfe\x00",
+    "a task that is a list": "task: [1]\nevaluation: 3\nmodel: [x]\n",
+    "metrics that are mappings": "evaluation: {metrics: [{a: 1}]}\n",
+}
+
+
+def run_folders() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for title, text in CONFIGS.items():
+        yield f"config.yaml: {title}", run_folder(put("config.yaml", text)), False
+    for file in (
+        "config.yaml",
+        "metrics.json",
+        "teacher.json",
+        "samples.npz",
+        "trajectories.npz",
+        "schedules/s_2.json",
+    ):
+        for title, make in strange(file).items():
+            yield f"{file}: {title}", run_folder(make), False
+    for file in ("metrics.json", "teacher.json", "training.json", "amplitude.json", "finetune.json", "geneval.json"):
+        for title, make in broken_json(file).items():
+            yield f"{file}: {title}", run_folder(make), False
+    for title, make in many_json("metrics.json").items():
+        yield f"metrics.json: {title}", run_folder(make), True
+    for number, each in enumerate(NAMES):
+        yield f"the strategy of a row, {number}", run_folder(metrics=changed(METRICS, "rows.0.strategy", each)), False
+        yield f"the model's name, {number}", run_folder(metrics=changed(METRICS, "model.name", each)), False
+        yield f"a metric's name, {number}", run_folder(metrics=changed(METRICS, "rows.0.metrics", {each: 1.0})), False
+        label = changed(GENEVAL, "rows.1.label", each)
+        yield f"a label of GenEval, {number}", run_folder(geneval=label), False
+    yield "2,000 schedules", run_folder(_copies), False
+    yield "schedules elsewhere", run_folder(link("schedules", "../../../outside"), without=("schedules",)), False
+    yield "the teacher's times rise", run_folder(teacher={"times": [0.0, 1.0]}), False
+    yield "a million times of the teacher", run_folder(teacher={"times": [0.5] * 1_000_000}), False
+    for title, data in arrays().items():
+        yield f"samples.npz: {title}", run_folder(put("samples.npz", data)), title.startswith("large")
+        yield f"trajectories.npz: {title}", run_folder(put("trajectories.npz", data)), title.startswith("large")
+    for title, data in images().items():
+        make = put("images/teacher/000000.png", data)
+        yield f"a picture of GenEval: {title}", run_folder(make, geneval=GENEVAL), False
+    secret = link("images/teacher/000000.png", "../../../../../outside/secret.png")
+    yield "a picture of GenEval: a link to a secret", run_folder(secret, geneval=GENEVAL), False
+    yield "half a million losses", run_folder(training={"losses": [1.0] * 500_000}), True
+    curves = [{"strategy": f"s{i}", **CURVE} for i in range(400)]
+    yield "400 curves", run_folder(amplitude={"curves": [{"strategy": "teacher", **CURVE}, *curves]}), True
+    rows = [changed(changed(ROW, "strategy", f"s{i}"), "num_steps", i) for i in range(900)]
+    yield "900 rows", run_folder(metrics=changed(METRICS, "rows", rows)), True
+    yield "a picture count of 10^30", run_folder(geneval=changed(GENEVAL, "images_per_prompt", 10**30)), False
+
+
+def _copies(folder: Path) -> Path:
+    for number in range(2000):
+        put(f"schedules/s_{number}.json", as_json(SCHEDULE))(folder)
+    return folder / "schedules"
+
+
+def sweeps() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    def failing(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+        def made(folder: Path) -> Path:
+            run_folder()(folder)
+            make(folder / "sweep" / "1")
+            return folder / "sweep"
+
+        return made
+
+    for title, make in strange("error.log").items():
+        yield f"error.log: {title}", failing(make), False
+    yield "error.log: control characters", failing(put("error.log", "\x1b]0;owned\x07 [bold]x | <script>\n")), False
+    yield "error.log: a line of 50 MB", failing(put("error.log", lambda: b"x" * 50_000_000)), False
+    yield "a folder in itself", failing(link("loop", "..")), False
+
+
+def resumed() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for title, text in CONFIGS.items():
+        yield title, put("config.yaml", text), False
+    for title, make in strange("config.yaml").items():
+        yield title, make, False
+
+
+def cells() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for title, text in CONFIGS.items():
+
+        def make(folder: Path, text: str | bytes = text) -> Path:
+            put("cells/0123/config.yaml", text)(folder)
+            cell = {"overrides": [], "parent": "../../outside", "files": {"../x": HASH}, "packages": {}}
+            put("cells/0123/cell.json", as_json(cell))(folder)
+            return folder / "cells"
+
+        yield title, make, False
+
+
+def calibrations() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for way, value in [
+        ("provenance", {"model": [1]}),
+        ("times", [[1.0]]),
+        ("low", [[1.0], [1.0, 2.0], []]),
+        ("high", [1e308, -1e308, 10**400]),
+        ("quantiles", ["__import__"]),
+    ]:
+        yield f"{way}", put("x.json", as_json(changed(CALIBRATION, way, value))), False
+
+
+def arrays() -> dict[str, bytes | Callable[[], bytes]]:
+    """Files of arrays, for all that read .npz."""
+    objects = np.array([Command()], dtype=object)
+    return {
+        "a pickled object": lambda: npz(teacher=objects, mu=objects, x=objects, **{"x0/teacher": objects}),
+        "a pickle": lambda: pickled(Command()),
+        "one array alone": lambda: npy("(1,)", data=b"0"),
+        "a header that is code": lambda: zipped(**{"teacher.npy": npy("__import__('os').system('true')")}),
+        "a header of 60,000 digits": lambda: zipped(**{"mu.npy": npy(f"({'9' * 60_000},)")}),
+        "a shape of 2^60": lambda: zipped(**{f"{key}.npy": npy("(1152921504606846976,)") for key in ("teacher", "mu")}),
+        "a negative shape": lambda: zipped(**{f"{key}.npy": npy("(-1, 4)") for key in ("teacher", "mu")}),
+        "texts of a gigabyte": lambda: zipped(**{"mu.npy": npy("(1,)", "<U268435456")}),
+        "a name with ..": lambda: zipped(**{"../../outside/executed.npy": npy("(1,)", data=b"0")}),
+        "20,000 arrays": lambda: zipped(**{f"a{i}.npy": npy("(0,)") for i in range(20_000)}),
+        "a cut zip": lambda: npz(**PICTURES)[:-30],
+        "a wrong checksum": lambda: npz(compressed=False, **PICTURES).replace(b"\0" * 32, b"\1" * 32, 1),
+        "other pictures than the teacher's": lambda: npz(**PICTURES | {"s K=2": np.zeros((2, 9, 4, 1), np.uint8)}),
+        "pictures of numbers": lambda: npz(teacher=np.zeros((2, 4, 4, 1))),
+        "pictures of nothing": lambda: npz(teacher=np.zeros((0, 4, 4, 1), np.uint8)),
+        "pictures in six dimensions": lambda: npz(teacher=np.zeros((1,) * 6, np.uint8)),
+        "no teacher": lambda: npz(other=np.zeros((2, 4, 4, 1), np.uint8)),
+        "large: 4 GiB of zeros": bombs()["pictures"],
+        "large: 4 GiB of numbers": bombs()["numbers"],
+    }
+
+
+def images() -> dict[str, bytes | Callable[[], bytes]]:
+    """Pictures, for all that read them."""
+    return {
+        "60,000 x 60,000 pixels": png_of(60_000, 60_000),
+        "2^31 x 1 pixels": png_of(2**31 - 1, 1),
+        "12,000 x 12,000 pixels": lambda: png_of(12_000, 12_000, bytes(12_000 * 36_001)),
+        "cut": lambda: picture((64, 64))[:60],
+        "no picture": b"touch executed",
+        "a pickle": lambda: pickled(Command()),
+        "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) (w) file closefile\n",
+        "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "nothing": b"",
+    }
+
+
+def statistics() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for title, data in arrays().items():
+        yield title, put("x.npz", data), title.startswith("large")
+    for title, make in strange("x.npz").items():
+        yield title, make, False
+
+
+def folders_of_images() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for title, data in images().items():
+
+        def make(folder: Path, data: Any = data) -> Path:
+            put("root/a/0.png", data)(folder)
+            return folder / "root"
+
+        yield title, make, False
+    for title, form in {"a pipe": pipe, "a folder": directory}.items():
+
+        def strange_one(folder: Path, form: Any = form) -> Path:
+            form("root/a/0.png")(folder)
+            return folder / "root"
+
+        yield title, strange_one, False
+
+
+def idx() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    contents: dict[str, Any] = {
+        "4 GiB of zeros": bombs()["images"],
+        "no gzip": b"x",
+        "cut": gzip.compress(bytes(1000))[:20],
+        "a pickle": lambda: gzip.compress(pickled(Command())),
+        "a header of 2^31 images": gzip.compress(struct.pack(">4i", 2051, 2**31 - 1, 28, 28) + bytes(784)),
+    }
+    for title, data in contents.items():
+
+        def make(folder: Path, data: Any = data) -> Path:
+            for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+                put(name, data)(folder)
+            return folder
+
+        yield title, make, title.startswith("4 GiB")
+
+
+def checkpoints() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for title, data in means().items():
+        yield f"safetensors: {title}", put("x.safetensors", data), title.startswith("large")
+    contents: dict[str, Any] = {
+        "a pickle that runs": lambda: pickled(Command()),
+        "a pickle that evaluates": lambda: pickled({"a": Command("eval")}),
+        "a pickle in a dict": lambda: pickled({"state_dict": {"w": Command()}}, 4),
+        "a torch file that runs": lambda: torch_file({"w": Command()}),
+        "a torch file in the old form": lambda: torch_file({"w": Command()}, old=True),
+        "a whole module": lambda: torch_file(nn.Linear(1, 1)),
+        "a pickle of getattr": b"c__builtin__\ngetattr\n(c__builtin__\ndict\nVget\ntR.",
+        "a pickle of an extension": b"\x80\x02\x82\x01.",
+        "a pickle of an instance": b"(S'touch executed'\nios\nsystem\n.",
+        "a pickle of an outer object": b"\x80\x02U\x01aQ.",
+        "a pickle of os._wrap": b"\x80\x02cos\nsystem\nq\x00.",
+        "a pickle of torch.load": b"\x80\x02ctorch\nload\nX\x01\x00\x00\x00aR.",
+        "a pickle of 2^40 bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
+        "a pickle that is deep": lambda: b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".",
+        "a pickle of itself": b"\x80\x02}q\x00U\x01ah\x00s.",
+        "a pickle without end": b"\x80\x02}",
+        "a zip without records": lambda: zipped(a=b"x"),
+        "a zip whose record is a pickle": lambda: zipped(**{"x/data.pkl": pickled(Command()), "x/version": b"3\n"}),
+        "half a torch file": lambda: torch_file({"w": torch.ones(100)})[:500],
+        "an index of shards elsewhere": as_json({"weight_map": {"w": "../outside/secret.txt"}}),
+        "an index of shards that are missing": as_json({"weight_map": {"w": "a.safetensors"}}),
+        "an index of a million": lambda: as_json({"weight_map": {f"w{i}": [] for i in range(1_000_000)}}),
+        "HTML": b"<!doctype html><script>alert(1)</script>",
+    }
+    for title, data in contents.items():
+        yield title, put("x.pt", data), "million" in title
+    for title, make in strange("x.safetensors").items():
+        yield title, make, False
+    yield "a torch file of 4 GiB of zeros", put("x.pt", bombs()["tensors"]), True
+
+
+def programs() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    def script(folder: Path) -> Path:
+        torch.jit.script(Program(str(folder.parent / "outside" / MARK))).save(folder / "x.pt")
+        return folder / "x.pt"
+
+    yield "a program", script, False
+    contents: dict[str, Any] = {
+        "a pickle": lambda: torch_file({"w": Command()}),
+        "a zip that looks like one": lambda: zipped(**{"x/constants.pkl": pickled(Command()), "x/data.pkl": b"x"}),
+        "a zip of one in another": lambda: zipped(**{"y/x/constants.pkl": b"x", "x/data.pkl": pickled(Command())}),
+        "nothing of one": lambda: zipped(**{"constants.pkl": b""}),
+        "the old form": lambda: torch_file({"w": Command()}, old=True),
+    }
+    for title, data in contents.items():
+        yield title, put("x.pt", data), False
+    for title, make in strange("x.pt").items():
+        yield title, make, False
+
+
+def prompts() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for ending in ("txt", "json", "jsonl"):
+        for title, make in strange(f"x.{ending}").items():
+            yield f".{ending}: {title}", make, False
+    for ending in ("json", "jsonl"):
+        for title, make in broken_json(f"x.{ending}").items():
+            yield f".{ending}: {title}", make, False
+    for title, make in many_json("x.json").items():
+        yield f".json: {title}", make, True
+    yield "60 million lines", put("x.txt", lambda: b"a\n" * 60_000_000), True
+
+
+def workflows() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    node = {"class_type": "ManualSigmas", "inputs": {"sigmas": "1, 0"}}
+    contents: dict[str, Any] = {
+        "sigmas of code": as_json({"1": {**node, "inputs": {"sigmas": "__import__('os').system('true')"}}}),
+        "sigmas that are a list of lists": as_json({"1": {**node, "inputs": {"sigmas": [[[]]]}}}),
+        "a link to a node that is missing": as_json({"1": {**node, "inputs": {"sigmas": ["9", 0]}}}),
+        "nodes that name each other": as_json({"1": {**node, "inputs": {"sigmas": ["1", 0]}}}),
+        "100,000 nodes": lambda: as_json({str(i): node for i in range(100_000)}),
+        "nodes that are texts": as_json({"1": "x", "nodes": [[]], "links": 3}),
+        "a title with control characters": as_json({"\x1b[31m": node, "2": node}),
+        "numbers without end": "1" * 1_000_000,
+        "a million numbers": lambda: ",".join(["1"] * 1_000_000),
+        "code": "[x for x in ().__class__.__bases__[0].__subclasses__()]",
+        "not finite": "nan, inf, -inf",
+    }
+    for title, data in contents.items():
+        yield title, put("x.json", data), False
+    for title, make in {**strange("x.json"), **broken_json("x.json")}.items():
+        yield title, make, False
+
+
+def stages() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    def made(data: Callable[[], bytes], record: Any = STAGES, about: Any = None) -> Callable[[Path], Path]:
+        def make(folder: Path) -> Path:
+            from oss_exp.files import sha256
+
+            put("stages.json", as_json(record))(folder)
+            for number in range(2):
+                content = data()
+                put(f"stage_{number}.safetensors", content)(folder)
+                put(f"stage_{number}.json", as_json(about or {"sha256": sha256(content)}))(folder)
+            return folder
+
+        return make
+
+    for title, data in means().items():
+        yield title, made(data), title.startswith("large")
+    lora = {"weight.lora_A": torch.ones(1, 1)}
+    yield "half of a low-rank change", made(lambda: tensors(**lora)), False
+    other = {**lora, "weight.lora_B": torch.ones(7, 1)}
+    yield "a low-rank change of another shape", made(lambda: tensors(**other)), False
+    yield "another weight", made(lambda: tensors(other=torch.ones(1))), False
+    yield "a million cuts", made(lambda: b"", changed(STAGES, "cuts", [0.5] * 1_000_000)), False
+    yield "a hash that is a list", made(lambda: b"", STAGES, {"sha256": [HASH]}), False
+    for number, each in enumerate(NAMES):
+        yield f"the base's name, {number}", made(lambda: b"", changed(STAGES, "base.name", each)), False
+    for title, make in broken_json("stages.json").items():
+        yield title, lambda folder, make=make: make(folder).parent, False
+
+
+def records() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    """Of the JSON readers that have no cases of their own."""
+    for title, make in {**strange("x.json"), **broken_json("x.json")}.items():
+        yield title, make, False
+    for title, make in many_json("x.json").items():
+        yield title, make, True
+
+
+def schedulers() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    for each in ("os.system", "../../outside/secret", "SchedulerMixin", "__import__", "DDIMScheduler\x00", "AutoModel"):
+        content = as_json({"_class_name": each, "_module": "os", "auto_map": {"AutoModel": "evil.py"}})
+        yield f"the class {each!r:.30}", put("scheduler_config.json", content), False
+    for title, make in broken_json("scheduler_config.json").items():
+        yield title, make, False
+
+
+def assets() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
+    def made(data: Callable[[], bytes], **about: Any) -> Callable[[Path], Path]:
+        def make(folder: Path) -> Path:
+            from oss_exp.files import sha256
+
+            content = data()
+            put("x.json", as_json({"sha256": sha256(content), "name": "m", "event_shape": [1, 4, 4], **about}))(folder)
+            return put("x.safetensors", content)(folder)
+
+        return make
+
+    for title, data in means().items():
+        yield title, made(data), title.startswith("large")
+    for number, each in enumerate(NAMES):
+        yield f"its name, {number}", made(lambda: tensors(a=torch.ones(1)), name=each), False
+    yield "a shape of 2^40", made(lambda: tensors(a=torch.ones(1)), event_shape=[1 << 40]), False
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The readers
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _first_image(root: Path) -> Any:
+    return oss_exp.image_folder(root, 8)[0]
+
+
+def _stage_parameters(folder: Path) -> Any:
+    found = StageFolder.load(folder)
+    parameters = StageParameters(nn.Linear(1, 1), found, range(len(found)))
+    parameters.use(1)
+    return parameters
+
+
+def _resume(file: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    from oss_exp.tasks.compatibility import require_same
+
+    (file.parent / "schedules").mkdir(exist_ok=True)
+    require_same(OmegaConf.create({"task": {"x": 1}}), file.parent)
+
+
+READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str, Callable[[Path], Path], bool]]]]] = {
+    "step schedules": (StepSchedule.load, schedules),
+    "step schedules of other programs": (OSSScheduler.from_schedule, records),
+    "run folders": (write, run_folders),
+    "sweeps": (gather, sweeps),
+    "folders that a run goes on in": (_resume, resumed),
+    "cells of a reproduction": (lambda path: older_cell(path, {}, {}, None), cells),
+    "configurations": (lambda path: load_config(path, "configuration"), resumed),
+    "calibrations": (Calibration.load, calibrations),
+    "stages": (_stage_parameters, stages),
+    "checkpoints": (lambda path: read(locate(str(path), ["x.safetensors"], "elsewhere")), checkpoints),
+    "TorchScript": (lambda path: load_weights(path, "weights", "them"), programs),
+    "assets": (FashionFeatures.from_asset, assets),
+    "mixtures": (GaussianMixture.from_asset, assets),
+    "statistics": (Reference.load, statistics),
+    "conditions": (lambda path: read_array(path, "x"), statistics),
+    "latents": (
+        lambda path: oss_exp.cached_latents(path),
+        lambda: ((t, put("x.safetensors", d), t.startswith("large")) for t, d in means().items()),
+    ),
+    "folders of images": (_first_image, folders_of_images),
+    "IDX files": (lambda root: oss_exp.fashion_mnist(root), idx),
+    "prompts": (read_prompts, prompts),
+    "GenEval's metadata": (read_metadata, records),
+    "workflows and lists of sigmas": (lambda path: read_list(str(path), "flow", None), workflows),
+    "configs of pipelines": (read_object, records),
+    "schedulers": (lambda path: Diffusers(scheduler=str(path)).own_scheduler(), schedulers),
+}
+
+
+def cases() -> list[Case]:
+    """All of them, those of a reader in a row."""
+    return [Case(reader, *parts) for reader, (_, made) in READERS.items() for parts in made()]

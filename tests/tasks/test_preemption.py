@@ -1,0 +1,135 @@
+"""Signals end every task with its state kept; the whole of it is experiments/kill_test, whose forked runs these are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from oss_exp.tasks import preemption
+from oss_exp.tasks.pretrain import PretrainModule
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory):
+    """experiments/kill_test/run.py, in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        spec = importlib.util.spec_from_file_location("kill_test", ROOT / "experiments" / "kill_test" / "run.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    module.FOLDER = tmp_path_factory.mktemp("kills")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("task", "strikes"),
+    [
+        ("search", [(signal.SIGKILL, (9, "before")), (signal.SIGTERM, (8, "after"))]),
+        ("compare", [(signal.SIGKILL, (7, "after")), (signal.SIGINT, (6, "before"))]),
+    ],
+)
+def test_a_task_that_is_ended_at_a_file_goes_on_to_the_same_result(kills, task, strikes):
+    folder = kills.FOLDER / task
+    folder.mkdir()
+    assert kills.run(task, folder / "whole")[0] == 0
+    for sent, at in strikes:
+        code, _, seconds = kills.run(task, folder / "killed", sent, at)
+        assert code == kills.CODES[sent]
+        assert seconds < 5
+        assert kills.require_whole(folder / "killed") > 0
+    assert kills.run(task, folder / "killed")[0] == 0
+    assert kills.outcome(folder / "killed") == kills.outcome(folder / "whole")
+    said = (folder / "killed.log").read_text()
+    assert f"and the same command with hydra.run.dir={folder / 'killed'} goes on" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_keeps_the_step_that_a_training_has_come_to(kills, monkeypatch):
+    """Not a checkpoint's step, and under its feet: the steps before and after are those of an untouched run."""
+    folder = kills.FOLDER / "pretrain"
+    folder.mkdir()
+    assert kills.run("pretrain", folder / "whole")[0] == 0
+    step = PretrainModule.training_step
+
+    def struck(self, batch, batch_idx):
+        if self.seen == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "training_step", struck)
+        assert kills.run("pretrain", folder / "ended")[0] == 143
+    kept = torch.load(folder / "ended" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(kept["progress"]["losses"]) == 7
+    assert kills.run("pretrain", folder / "ended")[0] == 0
+    assert kills.outcome(folder / "ended") == kills.outcome(folder / "whole")
+
+
+def forked(work: Callable[[], object]) -> tuple[int, float]:
+    """The exit code of a process that does this work within `watched`, and how long it took."""
+    started = time.monotonic()
+    if (child := os.fork()) == 0:
+        try:
+            with preemption.watched():
+                work()
+            os._exit(0)
+        finally:
+            os._exit(99)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - started
+
+
+def test_work_that_does_not_end_is_ended(monkeypatch, capfd):
+    monkeypatch.setattr(preemption, "GRACE", 0.2)
+
+    def deaf() -> None:
+        preemption.advise("all is kept")
+        with preemption.unbroken():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    code, seconds = forked(deaf)
+    assert code == 143
+    assert seconds < 5
+    assert capfd.readouterr().err.strip() == "oss-exp: ended by SIGTERM; all is kept"
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
+def test_a_signal_waits_for_a_piece_of_work_and_then_ends_whatever_comes(sent, code, capfd):
+    def work() -> None:
+        with preemption.unbroken():
+            assert not preemption.received()
+            os.kill(os.getpid(), getattr(signal, sent))
+            assert preemption.received()
+            print("done", file=sys.stderr, flush=True)
+        raise AssertionError("not reached")
+
+    assert forked(work)[0] == code
+    done, _, line = capfd.readouterr().err.strip().split("\n")
+    assert done == "done"
+    assert line.startswith("oss-exp: interrupted;" if sent == "SIGINT" else f"oss-exp: ended by {sent};")
+
+
+def test_processes_that_load_data_have_the_signals_as_they_were():
+    def work() -> None:
+        if (child := os.fork()) == 0:
+            os._exit(int(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert forked(work)[0] == 0
+    with preemption.watched():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
