@@ -226,6 +226,9 @@ CONFIGURED = {
     "Statistics": "tasks.statistics",
     "Reproduce": "reproduce.task",
     "Report": "report.page",
+    # Pipelines of diffusers.
+    "Pipeline": "models.pipeline",
+    "PipelineSchedule": "models.pipeline",
 }
 
 # What extensions subclass, and what the verbs and files give.
@@ -238,7 +241,6 @@ BASES = {
     "LinearMultistep": "solvers.base",
     "Model": "models.base",
     "NoiseSchedule": "noise.schedules",
-    "Pipeline": "models.pipeline",
     "Solver": "solvers.base",
     "State": "solvers.base",
     "StepsizeStrategy": "stepsize.base",

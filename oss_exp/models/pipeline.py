@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import Guidance
+from oss_exp.models.network import Dtype
 from oss_exp.models.parameterization import (
     DataPrediction,
     EDMPrediction,
@@ -105,9 +107,56 @@ class Pipeline(Model):
         self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
         weakref.finalize(self, _release, self.suspended)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pipeline: str | Path,
+        prompts: Sequence[Any] = ("a photo of a cat",),
+        pipeline_class: str | None = None,
+        dtype: Dtype = "bfloat16",
+        call: Mapping[str, Any] | None = None,
+        loras: Sequence[str | Path] = (),
+        offload: bool = False,
+    ) -> Pipeline:
+        """Load a pipeline of diffusers from its folder or its hub id. Nothing that it brings is run.
+
+        pipeline_class: of diffusers; None: what the folder says. call: what else its call is given, such as height.
+        loras: files or hub ids, in order. offload: keep the parts in host memory, and one at a time on the GPU.
+        Raises ValueError or FileNotFoundError for what is not there, or not known here.
+        """
+        import diffusers
+
+        kind = getattr(diffusers, pipeline_class or "DiffusionPipeline", None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+            raise ValueError(
+                f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own"
+            )
+        options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
+        try:
+            pipe = kind.from_pretrained(str(pipeline), **options)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"pipeline {pipeline} is neither a folder that diffusers' save_pretrained wrote nor to be had from the "
+                f"hub ({reason}); give a folder with a model_index.json"
+            ) from None
+        for lora in loras:
+            pipe.load_lora_weights(str(lora))
+        if offload:
+            pipe.enable_model_cpu_offload()
+        return cls(pipe, prompts, **(call or {}))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Pipeline:
+        """Move the pipeline with the model. What is offloaded moves by itself."""
+        super()._apply(fn, recurse)
+        if self.place.device != self.pipe._execution_device:
+            self.release()
+            self.pipe.to(self.place.device)
+        return self
+
     @functools.cached_property
     def event_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return tuple(self._loop(tuple(range(len(self.prompts)))).first.shape[1:])
+        return tuple(self._loop((0,)).first.shape[1:])
 
     @functools.cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -125,7 +174,7 @@ class Pipeline(Model):
     @property
     def noise_schedule(self) -> NoiseSchedule:
         """The times at which the pipeline itself would step."""
-        return PipelineSchedule(self)
+        return PipelineSchedule().bind(self)
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         if guidance not in (None, Guidance()):
@@ -225,9 +274,19 @@ class _PipelineVelocity(BoundVelocity):
 class PipelineSchedule(NoiseSchedule):
     """The times at which a pipeline itself steps, when it is called with so many steps."""
 
-    pipeline: Pipeline
+    pipeline: Pipeline | None = field(default=None, init=False, repr=False)
+
+    def bind(self, model: Model) -> PipelineSchedule:
+        """Return the schedule of this pipeline. Raises ValueError for another model."""
+        if not isinstance(model, Pipeline):
+            raise ValueError(f"model={model.name} is no pipeline, and has no times of its own; choose a noise_schedule")
+        bound = PipelineSchedule()
+        object.__setattr__(bound, "pipeline", model)
+        return bound
 
     def _times(self, num_steps: int) -> Tensor:
+        if self.pipeline is None:
+            raise ValueError("PipelineSchedule is bound to no pipeline yet")
         loop = self.pipeline.begun([0], num_inference_steps=num_steps)
         try:
             return loop.probe.own_times()

@@ -9,6 +9,7 @@ import abc
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class NoiseSchedule(abc.ABC):
                 f"{self} has no {num_steps} distinct times; ask for fewer steps or a schedule with a finer clock"
             )
         return nodes
+
+    def bind(self, model: Any) -> NoiseSchedule:
+        """Return the schedule for this model: the same, but where it is a model's own."""
+        return self
 
     @abc.abstractmethod
     def _times(self, num_steps: int) -> Tensor:

@@ -42,9 +42,10 @@ class Run:
             cfg.data.classes = "all" if model.needs_classes else None
         require_same(cfg, self.folder)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
+        schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
         self.setting = Setting(
             model=model,
-            grid=border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(cfg.num_teacher_steps),
+            grid=schedule.bind(model).nodes(cfg.num_teacher_steps),
             solver=border.build(cfg.solver, "solver", Solver),
             distance=border.build(cfg.distance, "distance", Distance).bind(model),
         )
