@@ -60,7 +60,8 @@ def test_option(group, option, tmp_path, monkeypatch):
         "paper": ["task=reproduce"],
         "tiny": ["model=dit_xl_2_256"],
     }.get(option, [])
-    cfg = config(*needed, f"{'+' if group == 'detector' else ''}{group}={option}")
+    chosen = f"{'+' if group == 'detector' else ''}{group}={option}"
+    cfg = config(*needed, chosen, *(["model.pipeline=x"] if chosen == "model=pipeline" else []))
     cfg.hydra = {"run": cfg.hydra.run}  # a run's configuration has none
     check_configuration(cfg)
     if group == "task":
