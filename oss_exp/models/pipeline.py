@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,9 @@ class Pipeline(Model):
         if refused := {"num_inference_steps", "timesteps", "sigmas", "latents"} & call.keys():
             raise ValueError(f"{', '.join(sorted(refused))} of the call is for the search to choose; leave it out")
         takes = inspect.signature(type(pipe).__call__).parameters
+        if unknown := sorted(call.keys() - takes.keys()):
+            near = ", ".join(get_close_matches(unknown[0], takes, n=3) or takes)
+            raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes, among others, {near}")
         given = {name: parameter.default for name, parameter in takes.items()} | call
         if given.get("strength", 1.0) != 1.0:
             raise ValueError(f"strength={given['strength']} starts inside of the schedule; search with strength=1.0")

@@ -80,6 +80,9 @@ def test_option(group, option, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "psdenoiser", None)
         with pytest.raises(ValueError, match="needs the package 21cmpsdenoiser"):
             build(cfg.model, "model")
+    elif (group, option) == ("model", "pipeline"):  # with a folder: test_pretrained.py
+        with pytest.raises(FileNotFoundError, match="pipeline x is neither a folder"):
+            build(cfg.model, "model")
     elif (group, option) == ("data", "prompts"):
         assert len(build(cfg.data, "data", event_shape=(2,), num_classes=None).predict_dataloader()) == 2
     elif group == "model" and "tiny" in cfg.model.get("sizes", ()):
