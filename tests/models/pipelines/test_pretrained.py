@@ -76,7 +76,10 @@ def test_the_whole_job(folder, tmp_path):
         (["model.pipeline=nowhere"], "pipeline nowhere is neither a folder that diffusers' save_pretrained wrote"),
         (["model.pipeline={folder}", "model.pipeline_class=Pipe"], "pipeline_class=Pipe is no pipeline of diffusers"),
         (["model.pipeline={folder}", "model.call={{heigth: 3}}"], "takes no heigth; it takes, among others, height"),
-        (["model.pipeline={folder}", "model.call={{strength: 0.5}}"], "strength=0.5"),
+        (
+            ["model.pipeline={folder}", "model.call={{num_inference_steps: 3}}"],
+            "num_inference_steps of the call is for the search",
+        ),
         (["model=mixture_digits", "noise_schedule=pipeline"], "model=mixture_digits is no pipeline"),
     ],
 )
