@@ -72,8 +72,13 @@ class Pipeline(Model):
 
     def __init__(self, pipe: Any, prompts: Sequence[Any], **call: Any):
         super().__init__()
-        if not is_pipeline(pipe):
+        if not is_pipeline(pipe) or not hasattr(pipe, "scheduler"):
             raise ValueError(f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}")
+        schedulers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
+        if len(schedulers) > 1:
+            raise ValueError(
+                f"{type(pipe).__name__} is a cascade, of {', '.join(schedulers)}; search its pipelines one by one"
+            )
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of one or more, got {prompts!r}")
         if refused := {"num_inference_steps", "timesteps", "sigmas", "latents"} & call.keys():
@@ -82,6 +87,8 @@ class Pipeline(Model):
         given = {name: parameter.default for name, parameter in takes.items()} | call
         if given.get("strength", 1.0) != 1.0:
             raise ValueError(f"strength={given['strength']} starts inside of the schedule; search with strength=1.0")
+        if several := [name for name, value in call.items() if name.endswith("_per_prompt") and value != 1]:
+            raise ValueError(f"{several[0]} must be 1; give a prompt as often as it is wanted")
         if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
@@ -256,6 +263,10 @@ class Training:
     def of(cls, scheduler: Any) -> Training:
         """Read it from a diffusers scheduler. ValueError names what is not known here."""
         config, kind = scheduler.config, type(scheduler).__name__
+        if kind == "OSSScheduler":
+            raise ValueError("the pipeline's scheduler is an OSSScheduler, a schedule's; give it the one it came with")
+        if "LCM" in kind or "original_inference_steps" in config:
+            raise ValueError(f"{kind} is of consistency models, which jump to the data and add noise; that is no ODE")
         answer = config.get("prediction_type", "epsilon")
         if kind.startswith("FlowMatch") or answer == "flow_prediction" or config.get("use_flow_sigmas"):
             inverted = bool(config.get("invert_sigmas", False))
@@ -355,7 +366,10 @@ class _Loop(greenlet):
     def begin(self, count: int) -> None:
         """Run up to the first answer of the network, which tells the state's shape."""
         self.started = True
-        answered = self._resume(None)
+        try:
+            answered = self._resume(None)
+        except ValueError as error:  # of a size, mostly
+            raise ValueError(f"the call of {type(self.pipe).__name__} fails: {error}") from error
         if not isinstance(answered, _Answer):
             raise ValueError(f"{type(self.pipe).__name__} ended without asking its scheduler for a step")
         states, self.answer = answered.sample, answered.output
@@ -600,8 +614,8 @@ def _check_clock(scheduler: Any) -> None:
 
 
 def is_pipeline(value: Any) -> bool:
-    """Whether a value is a pipeline of diffusers that has a scheduler; diffusers is not imported for it."""
-    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__) and hasattr(value, "scheduler")
+    """Whether a value is a pipeline of diffusers, which is not imported for it."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
 
 
 def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:

@@ -118,6 +118,14 @@ def stable_diffusion_ddim() -> Family:
 
 
 @family
+def stable_diffusion_v() -> Family:
+    """A v-network whose chain ends at pure noise."""
+    betas = SD_BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    made = stable_diffusion_of(DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False))
+    return Family(made.pipe, made.call, num_steps=5)
+
+
+@family
 def stable_diffusion_xl() -> Family:
     return Family(lively(StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)), SMALL)
 
@@ -138,7 +146,7 @@ def stable_diffusion_xl_parts() -> dict[str, Any]:
         "text_encoder_2": second[0],
         "tokenizer_2": second[1],
         "unet": network,
-        "scheduler": EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading"),
+        "scheduler": EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
     }
 
 
