@@ -404,9 +404,7 @@ class _Loop(greenlet):
             return velocity
         # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
         if self.kept is None:
-            self.showing = True
-            self.kept = self._resume(self._copied(torch.zeros_like(self.first))).sample[: len(x)].to(x)
-            self.showing = False
+            self.kept = self._shown()[: len(x)].to(x)
         return torch.lerp(velocity, (x - self.image[: len(x)].to(x)) / rowwise(t, x), self.kept)
 
     def finish(self, x0: Tensor) -> Any:
@@ -428,6 +426,13 @@ class _Loop(greenlet):
 
     def _copied(self, states: Tensor) -> Tensor:
         return states.repeat(self.copies, *[1] * (states.ndim - 1))
+
+    def _shown(self) -> Tensor:
+        """1 where the loop puts the image, by one more call of the network; it is not part of what a step costs."""
+        rows, self.showing = self.rows, True
+        shown = self._resume(self._copied(torch.zeros_like(self.first))).sample
+        self.rows, self.showing = rows, False
+        return shown
 
     def masked(self, image: Tensor) -> Tensor:
         """What the loop shall put outside of its mask: the state itself, or 1 to show where that is."""
@@ -545,12 +550,15 @@ class _Probe:
 
     def own_times(self) -> Tensor:
         """Canonical times of the steps, (N,) float64. Those of a flow begin at 1: its first state is pure noise."""
-        times = self.training.canonical(self.own_clock)
-        if isinstance(self.training.parameterization, FlowVelocity):
-            if not self.own_clock.is_floating_point():  # UniPC tells the network whole numbers, and steps by its sigmas
-                times = self.training.sigma(self.sigmas.as_subclass(Tensor)[: len(self.own_clock)].double())
+        times, levels = self.training.canonical(self.own_clock), getattr(self, "sigmas", None)
+        flow = isinstance(self.training.parameterization, FlowVelocity)
+        if not self.own_clock.is_floating_point() and isinstance(levels, Tensor):
+            # Multistep solvers tell the network whole numbers, of which some are the same, and step by their sigmas.
+            levels = levels.as_subclass(Tensor)[: len(self.own_clock)].double()
+            times = self.training.sigma(levels) if flow else levels / (1 + levels)
+        if flow:
             times = torch.where(times > 0.999, 1.0, times)
-        distinct = torch.unique_consecutive(times)  # Heun's method lists its times twice
+        distinct = torch.unique_consecutive(times[:: self.order])  # those between are of methods of second order
         return distinct[distinct > 0].cpu()
 
     def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
