@@ -32,6 +32,8 @@ BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 TRAINING = (
     *("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "snr_shift_scale", *BETAS),
     *("use_flow_sigmas", "invert_sigmas", "timestep_type", "sigma_data"),
+    *("shift", "use_dynamic_shifting", "time_shift_type"),  # and what pipelines make the shift of:
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
 )
 LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
 
@@ -77,6 +79,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         invert_sigmas: bool = False,
         timestep_type: str = "discrete",
         sigma_data: float | None = None,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
         extra_call: bool = False,
         mean: Tensor | None = None,
     ):
@@ -109,7 +118,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
         # Times.
         clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
-        self.timesteps = torch.cat([clock[:1], clock]) if extra_call else clock
+        self.clock = torch.cat([clock[:1], clock]) if extra_call else clock
+        self.timesteps = self.clock
         self.sigmas = torch.tensor([t if self.flow else self._ratio(t) for t in self.times])
         self.num_inference_steps, self.begun = len(self.weights), False
         self.calls = len(self.timesteps)  # until set_timesteps
@@ -163,8 +173,12 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
-        """The schedule has its own times: of what a pipeline gives only the number of steps counts."""
+        """The schedule has its own times: of what a pipeline gives only the number of steps counts.
+
+        One that gives sigmas and timesteps too, as CogView4's, tells its network the times before the shift by mu.
+        """
         asked, steps = num_inference_steps, len(self.weights)
         if asked is None and sigmas is not None:
             asked = len(sigmas)
@@ -176,7 +190,14 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "the noise is not the schedule's first state: give the pipeline latents=scheduler.begin(noise), or "
                 "build the scheduler with extra_call=True, which costs one more network call"
             )
-        self.timesteps = self.timesteps.to(device)
+        self.timesteps = self.clock.to(device)
+        if self.flow and timesteps is not None and sigmas is not None:
+            shift = self.config["shift"]
+            if self.config["use_dynamic_shifting"]:
+                shift = mu if self.config["time_shift_type"] == "linear" else math.exp(mu)
+            self.timesteps = self.timesteps / (
+                shift - (shift - 1) * self.timesteps / self.config["num_train_timesteps"]
+            )
         self.calls, self._outputs = 0, []
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -366,8 +366,12 @@ class _Loop(greenlet):
     def begin(self, count: int) -> None:
         """Run up to the first answer of the network, which tells the state's shape."""
         self.started = True
+        device = self.pipe._execution_device
         try:
-            answered = self._resume(None)
+            # Some draw without the generator that they are given; they draw the same in all calls, too.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                answered = self._resume(None)
         except ValueError as error:  # of a size, mostly
             raise ValueError(f"the call of {type(self.pipe).__name__} fails: {error}") from error
         if not isinstance(answered, _Answer):
@@ -397,7 +401,8 @@ class _Loop(greenlet):
         """x (B, *E) at one time -> v (B, *E)."""
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
-        self.pending, self.rows = _Asked(clock[0].float(), self.training.sigma(t[0]).float()), 0.0
+        clock = self.probe.before_shift(clock[0])
+        self.pending, self.rows = _Asked(clock.float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
         velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
         if self.image is None:
@@ -539,6 +544,7 @@ class _Probe:
     """Mixed into a copy of the pipeline's scheduler."""
 
     training: Training
+    shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
 
     def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
         return sample
@@ -550,7 +556,7 @@ class _Probe:
 
     def own_times(self) -> Tensor:
         """Canonical times of the steps, (N,) float64. Those of a flow begin at 1: its first state is pure noise."""
-        times, levels = self.training.canonical(self.own_clock), getattr(self, "sigmas", None)
+        times, levels = self.canonical(self.own_clock), getattr(self, "sigmas", None)
         flow = isinstance(self.training.parameterization, FlowVelocity)
         if not self.own_clock.is_floating_point() and isinstance(levels, Tensor):
             # Multistep solvers tell the network whole numbers, of which some are the same, and step by their sigmas.
@@ -561,11 +567,22 @@ class _Probe:
         distinct = torch.unique_consecutive(times[:: self.order])  # those between are of methods of second order
         return distinct[distinct > 0].cpu()
 
+    def canonical(self, clock: Tensor) -> Tensor:
+        """What the loop calls t -> canonical time, float64."""
+        t = self.training.canonical(clock)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def before_shift(self, clock: Tensor) -> Tensor:
+        """What a network of this time would be told -> what this loop calls it."""
+        if self.shift == 1:
+            return clock
+        return clock / (self.shift - (self.shift - 1) * clock / self.config["num_train_timesteps"])
+
     def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
         loop = getcurrent()
         if isinstance(loop, _Loop) and loop.state is not None:
             return loop.masked(original)
-        t = self.training.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
+        t = self.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
         x = rowwise(1 - t, original) * original + rowwise(t, original) * noise
         return self.training.question(x, t)[0].to(original.dtype)
 
@@ -584,7 +601,7 @@ def _probe(scheduler: Any, training: Training) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.set_timesteps(self, *args, **kwargs)
         self.own_clock = self.timesteps.clone()
-        _check_clock(self)
+        self.shift = _shift(self)
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
         if isinstance(getattr(self, "sigmas", None), Tensor):
@@ -611,14 +628,19 @@ def _probe(scheduler: Any, training: Training) -> Any:
     return probe
 
 
-def _check_clock(scheduler: Any) -> None:
-    """CogView4 tells its network a time before the shift of its noise levels, which is another for every size."""
-    if isinstance(scheduler.training.parameterization, FlowVelocity) and isinstance(scheduler.sigmas, Tensor):
-        clock = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config["num_train_timesteps"]
-        if clock.shape != scheduler.timesteps.shape or not torch.allclose(
-            clock, scheduler.timesteps, rtol=0, atol=1.01
-        ):
-            raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
+def _shift(scheduler: Any) -> float:
+    """The s of sigma = s t / (1 + (s - 1) t) between the times t that a flow's network is told and its noise levels."""
+    count, scale = len(scheduler.timesteps), scheduler.config["num_train_timesteps"]
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(scheduler.training.parameterization, FlowVelocity) or not isinstance(sigmas, Tensor):
+        return 1.0
+    t, sigma = scheduler.timesteps.double() / scale, sigmas[:count].double()
+    if torch.allclose(t, sigma, rtol=0, atol=1.01 / scale):
+        return 1.0
+    shift = float((sigma * (1 - t) / (t * (1 - sigma)))[(t > 0) & (t < 1)].median())
+    if not torch.allclose(shift * t / (1 + (shift - 1) * t), sigma, rtol=0, atol=1e-4):
+        raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
+    return shift
 
 
 def is_pipeline(value: Any) -> bool:

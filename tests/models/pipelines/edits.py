@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogView4ControlPipeline,
     ControlNetModel,
     EulerDiscreteScheduler,
     FluxControlNetModel,
@@ -21,8 +22,10 @@ from diffusers import (
 )
 from models.pipelines.images import (
     FLUX_CALL,
+    LARGER,
     SD_BETAS,
     SMALL,
+    cogview_4_parts,
     flux_parts,
     flux_transformer,
     stable_diffusion_xl_parts,
@@ -140,3 +143,10 @@ def flux_kontext() -> Family:
     """The image's tokens stand behind the state's."""
     pipe = FluxKontextPipeline(*flux_parts(), flux_transformer(32))
     return Family(lively(pipe), FLUX_CALL | {"image": image(48, 32), "max_area": 48 * 32, "_auto_resize": False})
+
+
+@family
+def cogview_4_control() -> Family:
+    """The control image is in the network's channels, and its clock is not the noise level."""
+    pipe = CogView4ControlPipeline(*cogview_4_parts(8))
+    return Family(exact(lively(pipe)), SMALL | LARGER | {"control_image": image(32, 32)})

@@ -391,10 +391,16 @@ def hunyuan_dit() -> Family:
     return Family(lively(pipe), SMALL | {"use_resolution_binning": False})
 
 
+@family
 def cogview_4() -> Family:
+    """Its network is told whole times, before the shift of its noise levels."""
+    return Family(lively(CogView4Pipeline(*cogview_4_parts(4))), SMALL | LARGER)
+
+
+def cogview_4_parts(channels: int) -> tuple[Any, ...]:
     encoder = GlmModel(GlmConfig(**LAYERS, **ENDS))
     transformer = CogView4Transformer2DModel(
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_layers=2,
         attention_head_dim=8,
@@ -409,8 +415,7 @@ def cogview_4() -> Family:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear"
     )
-    pipe = CogView4Pipeline(byte_tokenizer(), encoder, image_vae(4), transformer, scheduler)
-    return Family(lively(pipe), {"height": 32, "width": 32, "guidance_scale": 3.0})
+    return byte_tokenizer(), encoder, image_vae(4), transformer, scheduler
 
 
 @family

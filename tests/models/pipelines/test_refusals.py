@@ -44,11 +44,6 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
         oss_exp.search(StableCascadeCombinedPipeline(**dict.fromkeys(unused), **two), prompts=PROMPTS)
 
 
-def test_a_clock_that_is_not_the_noise_level():
-    with pytest.raises(ValueError, match="CogView4Pipeline fails: the pipeline tells its network other times"):
-        search(images.cogview_4())
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
