@@ -194,6 +194,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         if self.flow and timesteps is not None and sigmas is not None:
             shift = self.config["shift"]
             if self.config["use_dynamic_shifting"]:
+                if mu is None:
+                    raise ValueError("use_dynamic_shifting=True needs the mu of the pipeline's size")
                 shift = mu if self.config["time_shift_type"] == "linear" else math.exp(mu)
             self.timesteps = self.timesteps / (
                 shift - (shift - 1) * self.timesteps / self.config["num_train_timesteps"]

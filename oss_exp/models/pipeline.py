@@ -93,8 +93,8 @@ class Pipeline(Model):
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
         self.draws = "generator" in takes
-        self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), None)
-        if self.takes is None:
+        self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
+        if not self.takes:
             raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
         self.training_of = Training.of(pipe.scheduler)
         self.path = self.training_of.parameterization.path
@@ -224,7 +224,7 @@ class _PipelineVelocity(BoundVelocity):
     rows: Mapping[float, float] = field(default_factory=dict)
 
     def rows_at(self, t: Tensor) -> Tensor:
-        usual = next(reversed(self.rows.values()), 1.0) if self.rows else 1.0
+        usual = [1.0, *self.rows.values()][-1]
         return torch.tensor([self.rows.get(time, usual) for time in t.flatten().tolist()]).reshape(t.shape)
 
 
@@ -544,6 +544,9 @@ class _Probe:
     """Mixed into a copy of the pipeline's scheduler."""
 
     training: Training
+    config: Mapping[str, Any]
+    order: int
+    own_clock: Tensor
     shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
 
     def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -618,6 +621,7 @@ def _probe(scheduler: Any, training: Training) -> Any:
             output = output.chunk(2, dim=1)[0]
         loop = getcurrent()
         assert isinstance(loop, _Loop)
+        assert loop.parent is not None
         state = loop.parent.switch(_Answer(output, sample))
         whole = given.arguments.get("return_dict", True)
         return SimpleNamespace(prev_sample=state, pred_original_sample=state) if whole else (state, state)
