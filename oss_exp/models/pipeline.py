@@ -401,7 +401,7 @@ class _Loop(greenlet):
         """x (B, *E) at one time -> v (B, *E)."""
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
-        clock = self.probe.before_shift(clock[0])
+        clock = self.probe.before_its_shift(clock[0])
         self.pending, self.rows = _Asked(clock.float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
         velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
@@ -547,7 +547,7 @@ class _Probe:
     config: Mapping[str, Any]
     order: int
     own_clock: Tensor
-    shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
+    clock_shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
 
     def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
         return sample
@@ -573,13 +573,13 @@ class _Probe:
     def canonical(self, clock: Tensor) -> Tensor:
         """What the loop calls t -> canonical time, float64."""
         t = self.training.canonical(clock)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.clock_shift * t / (1 + (self.clock_shift - 1) * t)
 
-    def before_shift(self, clock: Tensor) -> Tensor:
+    def before_its_shift(self, clock: Tensor) -> Tensor:
         """What a network of this time would be told -> what this loop calls it."""
-        if self.shift == 1:
+        if self.clock_shift == 1:
             return clock
-        return clock / (self.shift - (self.shift - 1) * clock / self.config["num_train_timesteps"])
+        return clock / (self.clock_shift - (self.clock_shift - 1) * clock / self.config["num_train_timesteps"])
 
     def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
         loop = getcurrent()
@@ -604,7 +604,7 @@ def _probe(scheduler: Any, training: Training) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.set_timesteps(self, *args, **kwargs)
         self.own_clock = self.timesteps.clone()
-        self.shift = _shift(self)
+        self.clock_shift = _shift(self)
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
         if isinstance(getattr(self, "sigmas", None), Tensor):

@@ -15,10 +15,13 @@ from diffusers import (
     FluxFillPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from models.pipelines.images import (
     FLUX_CALL,
@@ -28,6 +31,7 @@ from models.pipelines.images import (
     cogview_4_parts,
     flux_parts,
     flux_transformer,
+    stable_diffusion_3_parts,
     stable_diffusion_xl_parts,
     unet,
 )
@@ -96,6 +100,20 @@ def inpainting_by_blending() -> Family:
     """
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
     return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}, atol=2e-3)
+
+
+@family
+def inpainting_xl_by_blending() -> Family:
+    pipe = StableDiffusionXLInpaintPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)
+    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}, atol=2e-3)
+
+
+@family
+def control_net_stable_diffusion_3() -> Family:
+    parts = stable_diffusion_3_parts()
+    pipe = StableDiffusion3ControlNetPipeline(*parts, SD3ControlNetModel.from_transformer(parts[0], 1, 0))
+    call = SMALL | {"max_sequence_length": 16, "control_image": image()}
+    return Family(exact(lively(pipe)), call)
 
 
 @family

@@ -152,6 +152,10 @@ def stable_diffusion_xl_parts() -> dict[str, Any]:
 
 @family
 def stable_diffusion_3() -> Family:
+    return Family(lively(StableDiffusion3Pipeline(*stable_diffusion_3_parts())), SMALL | {"max_sequence_length": 16})
+
+
+def stable_diffusion_3_parts() -> tuple[Any, ...]:
     first, second, third = clip_with_projection(12), clip_with_projection(8), t5(20)
     transformer = SD3Transformer2DModel(
         sample_size=12,
@@ -167,10 +171,7 @@ def stable_diffusion_3() -> Family:
         qk_norm="rms_norm",
     )
     vae = image_vae(4, **FLUX_VAE)
-    pipe = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
-    )
-    return Family(lively(pipe), SMALL | {"max_sequence_length": 16})
+    return transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
 
 
 @family
