@@ -27,8 +27,8 @@ from oss_exp.models.text.encoders import clip_bytes
 PROMPTS = ["a red boot", "a blue bag"]
 CALLS = 20  # in a row, of which each gives one number
 NETWORKS = {
-    "tiny": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "size": 32},
-    "of 20 ms": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 16, "size": 96},
+    "tiny": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "size": 16},
+    "of 20 ms": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 8, "size": 32},
 }
 
 

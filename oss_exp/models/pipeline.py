@@ -389,9 +389,8 @@ class _Loop(greenlet):
         sigmas = getattr(self.probe, "sigmas", self.probe.own_clock)
         self.pending = _Asked(self.probe.own_clock[0], sigmas[0])
         again = self._resume(self._copied(self.first)).output
-        if not torch.linalg.vector_norm((again - self.answer).float()) <= 1e-2 * torch.linalg.vector_norm(
-            self.answer.float()
-        ):
+        difference, size = (each.float().norm() for each in (again - self.answer, self.answer))
+        if not difference <= 1e-2 * size:
             raise ValueError(
                 f"{type(self.pipe).__name__} answers the same state at the same time otherwise in its next step: its "
                 "guidance has a momentum, or draws numbers, and its loop is no ODE; call it without"
@@ -423,14 +422,14 @@ class _Loop(greenlet):
             try:
                 with self._inside():
                     self.throw()
-            except error:
+            except (error, ValueError):  # ValueError: a parent in another thread
                 return  # another thread's call, which ends with its thread
         if self.started:
             self.started = False
             self.pipe.maybe_free_model_hooks()
 
     def _copied(self, states: Tensor) -> Tensor:
-        return states.repeat(self.copies, *[1] * (states.ndim - 1))
+        return states if self.copies == 1 else states.repeat(self.copies, *[1] * (states.ndim - 1))
 
     def _shown(self) -> Tensor:
         """1 where the loop puts the image, by one more call of the network; it is not part of what a step costs."""
