@@ -289,7 +289,7 @@ class StepSchedule:
         module = import_module("oss_exp.export.oss_scheduler")  # which is above: schedules themselves need no diffusers
         if isinstance(own, module.OSSScheduler):
             raise ValueError("the pipeline's scheduler is an OSSScheduler already; give the one that it came with")
-        return module.OSSScheduler.from_schedule(self, own.config)
+        return module.OSSScheduler.from_schedule(self, {**own.config, "_class_name": type(own).__name__})
 
     def save(self, path: str | Path) -> Path:
         """Write JSON (and, where there is a mean, `<name>.mean.safetensors` first), each file whole or not at all."""

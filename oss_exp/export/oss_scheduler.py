@@ -47,7 +47,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     start_time: the noise is start_time * eps.
     mean:       (G, *E) mean clean latents, in the pipeline's own layout (a FluxPipeline's are packed).
     prediction_type, num_train_timesteps, beta_..., rescale_betas_zero_snr, snr_shift_scale, use_flow_sigmas,
-    invert_sigmas, timestep_type, sigma_data: how the network was trained, in diffusers' words and with its defaults.
+    invert_sigmas, timestep_type, sigma_data: how the network was trained, in diffusers' words and with its defaults;
+                timestep_type=arctan is the clock of its CosineDPMSolverMultistepScheduler.
     extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
                 `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
 
@@ -105,7 +106,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "pipelines; give from_schedule prediction_type='flow_prediction' where it predicts the velocity"
             )
         continuous = timestep_type == "continuous" and self.prediction == "v_prediction"
-        self.by_log = not self.flow and (continuous or sigma_data is not None)  # its clock is ln(sigma) / 4
+        self.by_log = not self.flow and (continuous or sigma_data is not None)  # its clock is one of sigma
         self.ratios = None if self.flow or self.by_log else self._ratios()
         self.time_max = 1.0
         if self.ratios is not None and not rescale_betas_zero_snr:
@@ -138,6 +139,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         """
         told = {**config} if config is not None else {}
         training = {key: value for key, value in told.items() if key in TRAINING} | changes
+        if str(told.get("_class_name")).startswith("CosineDPM"):
+            training = {"timestep_type": "arctan"} | training
         known = config is None or "prediction_type" in training
         if not known and not ({"shift", "num_train_timesteps"} <= {*told} or any(map(training.get, BETAS))):
             raise ValueError(
@@ -310,7 +313,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             return (1 - t if self.config["invert_sigmas"] else t) * self.config["num_train_timesteps"]
         ratio = self._ratio(t)
         if self.ratios is None:
-            return math.log(ratio) / 4
+            return 2 / math.pi * math.atan(ratio) if self.config["timestep_type"] == "arctan" else math.log(ratio) / 4
         if ratio < self.ratios[0]:
             return ratio / self.ratios[0] - 1  # -1 is clean
         return float(np.interp(math.log(ratio), np.log(self.ratios), np.arange(len(self.ratios))))

@@ -1,8 +1,9 @@
 """Schedulers whose own steps are not Euler's: the network is asked as they ask it, and the searched schedule runs."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler, CosineDPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import CogVideoXDPMScheduler, UniPCMultistepScheduler
 from models.pipelines.audio import stable_audio_of
 from models.pipelines.videos import cogvideox, wan
 
@@ -21,15 +22,22 @@ def asked(family, time: float) -> tuple[torch.Tensor, list]:
     return v, given
 
 
-def runs_as_searched(family) -> None:
+def cosine_scheduler(**config):
+    """That of Stable Audio, whose own steps need torchsde."""
+    pytest.importorskip("torchsde")
+    return diffusers.CosineDPMSolverMultistepScheduler(**config)
+
+
+def runs_as_searched(family) -> oss_exp.OSSScheduler:
     """The three lines, on noises that the pipeline draws itself."""
     before = family.pipe.scheduler
     steps = oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=6)
-    family.pipe.scheduler = steps.scheduler(before)
+    family.pipe.scheduler = ours = steps.scheduler(before)
     prompts = list(family.prompts)
     output = family.pipe(prompts, num_inference_steps=2, output_type="pt", **family.call)
     family.pipe.scheduler = before
     assert decoded(output).isfinite().all()
+    return ours
 
 
 def test_wan_as_it_is_released():
@@ -56,7 +64,7 @@ def test_cogvideox_with_the_dpm_solver():
 
 def test_stable_audio_as_it_is_released():
     """A v-network with the clock 2 atan(sigma) / pi: its scheduler makes x0 of the same answer as we do."""
-    scheduler = CosineDPMSolverMultistepScheduler()
+    scheduler = cosine_scheduler()
     family, t = stable_audio_of(scheduler), torch.tensor([0.7, 0.7], dtype=torch.float64)
     _, [(arguments, _)] = asked(family, 0.7)
     sigma = torch.tensor(0.7 / 0.3)
@@ -70,11 +78,12 @@ def test_stable_audio_as_it_is_released():
     torch.testing.assert_close(x0, scheduler.precondition_outputs(native, output, sigma))
     nodes = Pipeline(family.pipe, family.prompts, **family.call).noise_schedule.nodes(5)
     scheduler.set_timesteps(5)
-    torch.testing.assert_close(
-        nodes[:5], (scheduler.sigmas[:5] / (1 + scheduler.sigmas[:5])).double(), rtol=0, atol=1e-6
-    )
+    sigmas = scheduler.sigmas[:5].double()
+    torch.testing.assert_close(nodes[:5], sigmas / (1 + sigmas), rtol=0, atol=1e-6)
+    ours = runs_as_searched(family)
+    torch.testing.assert_close(ours.timesteps, scheduler.precondition_noise(ours.sigmas[:-1]))
 
 
 def test_a_scheduler_of_another_preconditioning_is_refused():
     with pytest.raises(ValueError, match="CosineDPMSolverMultistepScheduler is known with"):
-        Training.of(CosineDPMSolverMultistepScheduler(sigma_data=0.5))
+        Training.of(cosine_scheduler(sigma_data=0.5))
