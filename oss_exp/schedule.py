@@ -23,8 +23,6 @@ from oss_exp.schedule_file import MeanFile, ScheduleFile, read_schedule_file
 from oss_exp.tensors import rowwise
 
 if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
     from oss_exp.export.oss_scheduler import OSSScheduler
 
 StartKind = Literal["free", "pinned", "analytic"]
@@ -280,7 +278,7 @@ class StepSchedule:
             steps = SolverSteps(steps.orders[rows])
         return replace(self, times=self.times[rows], samples=tuple(samples), steps=steps)
 
-    def scheduler(self, own: SchedulerMixin) -> OSSScheduler:
+    def scheduler(self, own: Any) -> OSSScheduler:
         """Return a scheduler of diffusers that runs these steps, in place of a pipeline's `own`.
 
         `pipe.scheduler = steps.scheduler(pipe.scheduler)`, then `pipe(..., num_inference_steps=steps.num_steps)`.
