@@ -25,8 +25,6 @@ from oss_exp.tensors import rowwise
 from oss_exp.validation import describe
 
 if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
     from oss_exp.export.oss_scheduler import OSSScheduler
 
 StartKind = Literal["free", "pinned", "analytic"]
@@ -287,7 +285,7 @@ class StepSchedule:
             steps = SolverSteps(steps.orders[rows])
         return replace(self, times=self.times[rows], samples=tuple(samples), steps=steps)
 
-    def scheduler(self, own: SchedulerMixin) -> OSSScheduler:
+    def scheduler(self, own: Any) -> OSSScheduler:
         """Return a scheduler of diffusers that runs these steps, in place of a pipeline's `own`.
 
         `pipe.scheduler = steps.scheduler(pipe.scheduler)`, then `pipe(..., num_inference_steps=steps.num_steps)`.
@@ -296,7 +294,7 @@ class StepSchedule:
         module = import_module("oss_exp.export.oss_scheduler")  # which is above: schedules themselves need no diffusers
         if isinstance(own, module.OSSScheduler):
             raise ValueError("the pipeline's scheduler is an OSSScheduler already; give the one that it came with")
-        return module.OSSScheduler.from_schedule(self, own.config)
+        return module.OSSScheduler.from_schedule(self, {**own.config, "_class_name": type(own).__name__})
 
     def save(self, path: str | Path) -> Path:
         """Write JSON (and, where there is a mean, `<name>.mean.safetensors` first), each file whole or not at all."""

@@ -20,7 +20,8 @@ CEILING = 120.0  # dB; stands for images that are equal to float32 precision, wh
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """images, reference (B, ...) in [0, 1] -> (B,) 10 log10(1 / MSE) in dB, at most 120.
 
-    Of videos (B, C, F, H, W) it is the mean over their frames.
+    Of videos (B, C, F, H, W) it is the mean over their frames. Of waveforms (B, C, samples), which are not clipped, it
+    is against full scale, -1 to 1: a peak of 1, as for pixels.
     """
     if images.ndim == 5:
         return psnr(frames_of(images), frames_of(reference)).unflatten(0, (len(images), -1)).mean(1)

@@ -33,6 +33,8 @@ BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 TRAINING = (
     *("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "snr_shift_scale", *BETAS),
     *("use_flow_sigmas", "invert_sigmas", "timestep_type", "sigma_data"),
+    *("shift", "use_dynamic_shifting", "time_shift_type"),  # and what pipelines make the shift of:
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
 )
 LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
 
@@ -46,7 +48,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     start_time: the noise is start_time * eps.
     mean:       (G, *E) mean clean latents, in the pipeline's own layout (a FluxPipeline's are packed).
     prediction_type, num_train_timesteps, beta_..., rescale_betas_zero_snr, snr_shift_scale, use_flow_sigmas,
-    invert_sigmas, timestep_type, sigma_data: how the network was trained, in diffusers' words and with its defaults.
+    invert_sigmas, timestep_type, sigma_data: how the network was trained, in diffusers' words and with its defaults;
+                timestep_type=arctan is the clock of its CosineDPMSolverMultistepScheduler.
     extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
                 `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
 
@@ -78,6 +81,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         invert_sigmas: bool = False,
         timestep_type: str = "discrete",
         sigma_data: float | None = None,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
         extra_call: bool = False,
         mean: Tensor | None = None,
     ):
@@ -97,7 +107,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "pipelines; give from_schedule prediction_type='flow_prediction' where it predicts the velocity"
             )
         continuous = timestep_type == "continuous" and self.prediction == "v_prediction"
-        self.by_log = not self.flow and (continuous or sigma_data is not None)  # its clock is ln(sigma) / 4
+        self.by_log = not self.flow and (continuous or sigma_data is not None)  # its clock is one of sigma
         self.ratios = None if self.flow or self.by_log else self._ratios()
         self.time_max = 1.0
         if self.ratios is not None and not rescale_betas_zero_snr:
@@ -110,7 +120,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
         # Times.
         clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
-        self.timesteps = torch.cat([clock[:1], clock]) if extra_call else clock
+        self.clock = torch.cat([clock[:1], clock]) if extra_call else clock
+        self.timesteps = self.clock
         self.sigmas = torch.tensor([t if self.flow else self._ratio(t) for t in self.times])
         self.num_inference_steps, self.begun = len(self.weights), False
         self.calls = len(self.timesteps)  # until set_timesteps
@@ -129,6 +140,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         """
         told = {**config} if config is not None else {}
         training = {key: value for key, value in told.items() if key in TRAINING} | changes
+        if str(told.get("_class_name")).startswith("CosineDPM"):
+            training = {"timestep_type": "arctan"} | training
         known = config is None or "prediction_type" in training
         if not known and not ({"shift", "num_train_timesteps"} <= {*told} or any(map(training.get, BETAS))):
             raise ValueError(
@@ -164,8 +177,12 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
-        """The schedule has its own times: of what a pipeline gives only the number of steps counts."""
+        """The schedule has its own times: of what a pipeline gives only the number of steps counts.
+
+        One that gives sigmas and timesteps too, as CogView4's, tells its network the times before the shift by mu.
+        """
         asked, steps = num_inference_steps, len(self.weights)
         if asked is None and sigmas is not None:
             asked = len(sigmas)
@@ -177,7 +194,16 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "the noise is not the schedule's first state: give the pipeline latents=scheduler.begin(noise), or "
                 "build the scheduler with extra_call=True, which costs one more network call"
             )
-        self.timesteps = self.timesteps.to(device)
+        self.timesteps = self.clock.to(device)
+        if self.flow and timesteps is not None and sigmas is not None:
+            shift = self.config["shift"]
+            if self.config["use_dynamic_shifting"]:
+                if mu is None:
+                    raise ValueError("use_dynamic_shifting=True needs the mu of the pipeline's size")
+                shift = mu if self.config["time_shift_type"] == "linear" else math.exp(mu)
+            self.timesteps = self.timesteps / (
+                shift - (shift - 1) * self.timesteps / self.config["num_train_timesteps"]
+            )
         self.calls, self._outputs = 0, []
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -288,7 +314,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             return (1 - t if self.config["invert_sigmas"] else t) * self.config["num_train_timesteps"]
         ratio = self._ratio(t)
         if self.ratios is None:
-            return math.log(ratio) / 4
+            return 2 / math.pi * math.atan(ratio) if self.config["timestep_type"] == "arctan" else math.log(ratio) / 4
         if ratio < self.ratios[0]:
             return ratio / self.ratios[0] - 1  # -1 is clean
         return float(np.interp(math.log(ratio), np.log(self.ratios), np.arange(len(self.ratios))))

@@ -47,7 +47,7 @@ class Model(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, *E) -> pixels in [0, 1]: (B, C, H, W), or (B, C, F, H, W) for videos."""
+        """x0 (B, *E) -> pixels in [0, 1]: (B, C, H, W), or (B, C, F, H, W) for videos; or waveforms (B, C, samples)."""
 
     def sample(
         self,

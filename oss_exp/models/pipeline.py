@@ -75,8 +75,13 @@ class Pipeline(Model):
 
     def __init__(self, pipe: Any, prompts: Sequence[Any], **call: Any):
         super().__init__()
-        if not is_pipeline(pipe):
+        if not is_pipeline(pipe) or not hasattr(pipe, "scheduler"):
             raise ValueError(f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}")
+        schedulers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
+        if len(schedulers) > 1:
+            raise ValueError(
+                f"{type(pipe).__name__} is a cascade, of {', '.join(schedulers)}; search its pipelines one by one"
+            )
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of one or more, got {prompts!r}")
         if refused := {"num_inference_steps", "timesteps", "sigmas", "latents"} & call.keys():
@@ -88,12 +93,14 @@ class Pipeline(Model):
         given = {name: parameter.default for name, parameter in takes.items()} | call
         if given.get("strength", 1.0) != 1.0:
             raise ValueError(f"strength={given['strength']} starts inside of the schedule; search with strength=1.0")
+        if several := [name for name, value in call.items() if name.endswith("_per_prompt") and value != 1]:
+            raise ValueError(f"{several[0]} must be 1; give a prompt as often as it is wanted")
         if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
         self.draws = "generator" in takes
-        self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), None)
-        if self.takes is None:
+        self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
+        if not self.takes:
             raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
         self.training_of = Training.of(pipe.scheduler)
         self.path = self.training_of.parameterization.path
@@ -270,7 +277,7 @@ class _PipelineVelocity(BoundVelocity):
     rows: Mapping[float, float] = field(default_factory=dict)
 
     def rows_at(self, t: Tensor) -> Tensor:
-        usual = next(reversed(self.rows.values()), 1.0) if self.rows else 1.0
+        usual = [1.0, *self.rows.values()][-1]
         return torch.tensor([self.rows.get(time, usual) for time in t.flatten().tolist()]).reshape(t.shape)
 
 
@@ -319,6 +326,10 @@ class Training:
     def of(cls, scheduler: Any) -> Training:
         """Read it from a diffusers scheduler. ValueError names what is not known here."""
         config, kind = scheduler.config, type(scheduler).__name__
+        if kind == "OSSScheduler":
+            raise ValueError("the pipeline's scheduler is an OSSScheduler, a schedule's; give it the one it came with")
+        if "LCM" in kind or "original_inference_steps" in config:
+            raise ValueError(f"{kind} is of consistency models, which jump to the data and add noise; that is no ODE")
         answer = config.get("prediction_type", "epsilon")
         if kind.startswith("FlowMatch") or answer == "flow_prediction" or config.get("use_flow_sigmas"):
             inverted = bool(config.get("invert_sigmas", False))
@@ -418,7 +429,14 @@ class _Loop(greenlet):
     def begin(self, count: int) -> None:
         """Run up to the first answer of the network, which tells the state's shape."""
         self.started = True
-        answered = self._resume(None)
+        device = self.pipe._execution_device
+        try:
+            # Some draw without the generator that they are given; they draw the same in all calls, too.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                answered = self._resume(None)
+        except ValueError as error:  # of a size, mostly
+            raise ValueError(f"the call of {type(self.pipe).__name__} fails: {error}") from error
         if not isinstance(answered, _Answer):
             raise ValueError(f"{type(self.pipe).__name__} ended without asking its scheduler for a step")
         states, self.answer = answered.sample, answered.output
@@ -434,9 +452,8 @@ class _Loop(greenlet):
         sigmas = getattr(self.probe, "sigmas", self.probe.own_clock)
         self.pending = _Asked(self.probe.own_clock[0], sigmas[0])
         again = self._resume(self._copied(self.first)).output
-        if not torch.linalg.vector_norm((again - self.answer).float()) <= 1e-2 * torch.linalg.vector_norm(
-            self.answer.float()
-        ):
+        difference, size = (each.float().norm() for each in (again - self.answer, self.answer))
+        if not difference <= 1e-2 * size:
             raise ValueError(
                 f"{type(self.pipe).__name__} answers the same state at the same time otherwise in its next step: its "
                 "guidance has a momentum, or draws numbers, and its loop is no ODE; call it without"
@@ -446,16 +463,15 @@ class _Loop(greenlet):
         """x (B, *E) at one time -> v (B, *E)."""
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
-        self.pending, self.rows = _Asked(clock[0].float(), self.training.sigma(t[0]).float()), 0.0
+        clock = self.probe.before_its_shift(clock[0])
+        self.pending, self.rows = _Asked(clock.float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
         velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
         if self.image is None:
             return velocity
         # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
         if self.kept is None:
-            self.showing = True
-            self.kept = self._resume(self._copied(torch.zeros_like(self.first))).sample[: len(x)].to(x)
-            self.showing = False
+            self.kept = self._shown()[: len(x)].to(x)
         return torch.lerp(velocity, (x - self.image[: len(x)].to(x)) / rowwise(t, x), self.kept)
 
     def finish(self, x0: Tensor) -> Any:
@@ -469,14 +485,21 @@ class _Loop(greenlet):
             try:
                 with self._inside():
                     self.throw()
-            except error:
+            except (error, ValueError):  # ValueError: a parent in another thread
                 return  # another thread's call, which ends with its thread
         if self.started:
             self.started = False
             self.pipe.maybe_free_model_hooks()
 
     def _copied(self, states: Tensor) -> Tensor:
-        return states.repeat(self.copies, *[1] * (states.ndim - 1))
+        return states if self.copies == 1 else states.repeat(self.copies, *[1] * (states.ndim - 1))
+
+    def _shown(self) -> Tensor:
+        """1 where the loop puts the image, by one more call of the network; it is not part of what a step costs."""
+        rows, self.showing = self.rows, True
+        shown = self._resume(self._copied(torch.zeros_like(self.first))).sample
+        self.rows, self.showing = rows, False
+        return shown
 
     def masked(self, image: Tensor) -> Tensor:
         """What the loop shall put outside of its mask: the state itself, or 1 to show where that is."""
@@ -583,6 +606,10 @@ class _Probe:
     """Mixed into a copy of the pipeline's scheduler."""
 
     training: Training
+    config: Mapping[str, Any]
+    order: int
+    own_clock: Tensor
+    clock_shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
 
     def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
         return sample
@@ -594,19 +621,33 @@ class _Probe:
 
     def own_times(self) -> Tensor:
         """Canonical times of the steps, (N,) float64. Those of a flow begin at 1: its first state is pure noise."""
-        times = self.training.canonical(self.own_clock)
-        if isinstance(self.training.parameterization, FlowVelocity):
-            if not self.own_clock.is_floating_point():  # UniPC tells the network whole numbers, and steps by its sigmas
-                times = self.training.sigma(self.sigmas.as_subclass(Tensor)[: len(self.own_clock)].double())
+        times, levels = self.canonical(self.own_clock), getattr(self, "sigmas", None)
+        flow = isinstance(self.training.parameterization, FlowVelocity)
+        if not self.own_clock.is_floating_point() and isinstance(levels, Tensor):
+            # Multistep solvers tell the network whole numbers, of which some are the same, and step by their sigmas.
+            levels = levels.as_subclass(Tensor)[: len(self.own_clock)].double()
+            times = self.training.sigma(levels) if flow else levels / (1 + levels)
+        if flow:
             times = torch.where(times > 0.999, 1.0, times)
-        distinct = torch.unique_consecutive(times)  # Heun's method lists its times twice
+        distinct = torch.unique_consecutive(times[:: self.order])  # those between are of methods of second order
         return distinct[distinct > 0].cpu()
+
+    def canonical(self, clock: Tensor) -> Tensor:
+        """What the loop calls t -> canonical time, float64."""
+        t = self.training.canonical(clock)
+        return self.clock_shift * t / (1 + (self.clock_shift - 1) * t)
+
+    def before_its_shift(self, clock: Tensor) -> Tensor:
+        """What a network of this time would be told -> what this loop calls it."""
+        if self.clock_shift == 1:
+            return clock
+        return clock / (self.clock_shift - (self.clock_shift - 1) * clock / self.config["num_train_timesteps"])
 
     def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
         loop = getcurrent()
         if isinstance(loop, _Loop) and loop.state is not None:
             return loop.masked(original)
-        t = self.training.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
+        t = self.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
         x = rowwise(1 - t, original) * original + rowwise(t, original) * noise
         return self.training.question(x, t)[0].to(original.dtype)
 
@@ -625,7 +666,7 @@ def _probe(scheduler: Any, training: Training) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.set_timesteps(self, *args, **kwargs)
         self.own_clock = self.timesteps.clone()
-        _check_clock(self)
+        self.clock_shift = _shift(self)
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
         if isinstance(getattr(self, "sigmas", None), Tensor):
@@ -642,6 +683,7 @@ def _probe(scheduler: Any, training: Training) -> Any:
             output = output.chunk(2, dim=1)[0]
         loop = getcurrent()
         assert isinstance(loop, _Loop)
+        assert loop.parent is not None
         state = loop.parent.switch(_Answer(output, sample))
         whole = given.arguments.get("return_dict", True)
         return SimpleNamespace(prev_sample=state, pred_original_sample=state) if whole else (state, state)
@@ -652,19 +694,24 @@ def _probe(scheduler: Any, training: Training) -> Any:
     return probe
 
 
-def _check_clock(scheduler: Any) -> None:
-    """CogView4 tells its network a time before the shift of its noise levels, which is another for every size."""
-    if isinstance(scheduler.training.parameterization, FlowVelocity) and isinstance(scheduler.sigmas, Tensor):
-        clock = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config["num_train_timesteps"]
-        if clock.shape != scheduler.timesteps.shape or not torch.allclose(
-            clock, scheduler.timesteps, rtol=0, atol=1.01
-        ):
-            raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
+def _shift(scheduler: Any) -> float:
+    """The s of sigma = s t / (1 + (s - 1) t) between the times t that a flow's network is told and its noise levels."""
+    count, scale = len(scheduler.timesteps), scheduler.config["num_train_timesteps"]
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(scheduler.training.parameterization, FlowVelocity) or not isinstance(sigmas, Tensor):
+        return 1.0
+    t, sigma = scheduler.timesteps.double() / scale, sigmas[:count].double()
+    if torch.allclose(t, sigma, rtol=0, atol=1.01 / scale):
+        return 1.0
+    shift = float((sigma * (1 - t) / (t * (1 - sigma)))[(t > 0) & (t < 1)].median())
+    if not torch.allclose(shift * t / (1 + (shift - 1) * t), sigma, rtol=0, atol=1e-4):
+        raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
+    return shift
 
 
 def is_pipeline(value: Any) -> bool:
-    """Whether a value is a pipeline of diffusers that has a scheduler; diffusers is not imported for it."""
-    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__) and hasattr(value, "scheduler")
+    """Whether a value is a pipeline of diffusers, which is not imported for it."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
 
 
 def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogView4ControlPipeline,
     ControlNetModel,
     EulerDiscreteScheduler,
     FluxControlNetModel,
@@ -14,17 +15,23 @@ from diffusers import (
     FluxFillPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from models.pipelines.images import (
     FLUX_CALL,
+    LARGER,
     SD_BETAS,
     SMALL,
+    cogview_4_parts,
     flux_parts,
     flux_transformer,
+    stable_diffusion_3_parts,
     stable_diffusion_xl_parts,
     unet,
 )
@@ -96,6 +103,20 @@ def inpainting_by_blending() -> Family:
 
 
 @family
+def inpainting_xl_by_blending() -> Family:
+    pipe = StableDiffusionXLInpaintPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)
+    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}, atol=2e-3)
+
+
+@family
+def control_net_stable_diffusion_3() -> Family:
+    parts = stable_diffusion_3_parts()
+    pipe = StableDiffusion3ControlNetPipeline(*parts, SD3ControlNetModel.from_transformer(parts[0], 1, 0))
+    call = SMALL | {"max_sequence_length": 16, "control_image": image()}
+    return Family(exact(lively(pipe)), call)
+
+
+@family
 def instruct_pix2pix() -> Family:
     """Guided by the text and by the image: three rows for a sample."""
     pipe = StableDiffusionInstructPix2PixPipeline(**stable_diffusion_parts(in_channels=8))
@@ -140,3 +161,10 @@ def flux_kontext() -> Family:
     """The image's tokens stand behind the state's."""
     pipe = FluxKontextPipeline(*flux_parts(), flux_transformer(32))
     return Family(lively(pipe), FLUX_CALL | {"image": image(48, 32), "max_area": 48 * 32, "_auto_resize": False})
+
+
+@family
+def cogview_4_control() -> Family:
+    """The control image is in the network's channels, and its clock is not the noise level."""
+    pipe = CogView4ControlPipeline(*cogview_4_parts(8))
+    return Family(exact(lively(pipe)), SMALL | LARGER | {"control_image": image(32, 32)})

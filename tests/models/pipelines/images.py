@@ -118,6 +118,14 @@ def stable_diffusion_ddim() -> Family:
 
 
 @family
+def stable_diffusion_v() -> Family:
+    """A v-network whose chain ends at pure noise."""
+    betas = SD_BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    made = stable_diffusion_of(DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False))
+    return Family(made.pipe, made.call, num_steps=5)
+
+
+@family
 def stable_diffusion_xl() -> Family:
     return Family(lively(StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)), SMALL)
 
@@ -138,12 +146,16 @@ def stable_diffusion_xl_parts() -> dict[str, Any]:
         "text_encoder_2": second[0],
         "tokenizer_2": second[1],
         "unet": network,
-        "scheduler": EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading"),
+        "scheduler": EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
     }
 
 
 @family
 def stable_diffusion_3() -> Family:
+    return Family(lively(StableDiffusion3Pipeline(*stable_diffusion_3_parts())), SMALL | {"max_sequence_length": 16})
+
+
+def stable_diffusion_3_parts() -> tuple[Any, ...]:
     first, second, third = clip_with_projection(12), clip_with_projection(8), t5(20)
     transformer = SD3Transformer2DModel(
         sample_size=12,
@@ -159,10 +171,7 @@ def stable_diffusion_3() -> Family:
         qk_norm="rms_norm",
     )
     vae = image_vae(4, **FLUX_VAE)
-    pipe = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
-    )
-    return Family(lively(pipe), SMALL | {"max_sequence_length": 16})
+    return transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
 
 
 @family
@@ -383,10 +392,16 @@ def hunyuan_dit() -> Family:
     return Family(lively(pipe), SMALL | {"use_resolution_binning": False})
 
 
+@family
 def cogview_4() -> Family:
+    """Its network is told whole times, before the shift of its noise levels."""
+    return Family(lively(CogView4Pipeline(*cogview_4_parts(4))), SMALL | LARGER)
+
+
+def cogview_4_parts(channels: int) -> tuple[Any, ...]:
     encoder = GlmModel(GlmConfig(**LAYERS, **ENDS))
     transformer = CogView4Transformer2DModel(
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_layers=2,
         attention_head_dim=8,
@@ -401,8 +416,7 @@ def cogview_4() -> Family:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear"
     )
-    pipe = CogView4Pipeline(byte_tokenizer(), encoder, image_vae(4), transformer, scheduler)
-    return Family(lively(pipe), {"height": 32, "width": 32, "guidance_scale": 3.0})
+    return byte_tokenizer(), encoder, image_vae(4), transformer, scheduler
 
 
 @family

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
@@ -111,6 +112,7 @@ def wan_two_experts() -> Family:
 @family
 def wan_image_to_video() -> Family:
     """One image for all prompts, as the pipeline has it."""
+    pytest.importorskip("ftfy")  # without which the pipeline fails
     encoder, tokenizer = umt5()
     vision, processor = clip_vision()
     pipe = WanImageToVideoPipeline(
@@ -123,6 +125,7 @@ def wan_image_to_video() -> Family:
 
 @family
 def skyreels() -> Family:
+    pytest.importorskip("ftfy")  # without which the pipeline fails
     encoder, tokenizer = umt5()
     scheduler = EulerUniPC(**FLOW, flow_shift=8.0, solver_order=1, disable_corrector=list(range(100)))
     transformer = SkyReelsV2Transformer3DModel(

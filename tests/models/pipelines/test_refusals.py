@@ -1,0 +1,133 @@
+"""What a search of a pipeline refuses, and what it leaves where the network fails."""
+
+import gc
+import random
+import re
+import resource
+import traceback
+
+import pytest
+import torch
+from diffusers import (
+    DDPMWuerstchenScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableCascadeCombinedPipeline,
+)
+from models.pipelines import edits, images
+from models.pipelines.parts import PROMPTS, Family
+
+import oss_exp
+from oss_exp.models.pipeline import Pipeline, _Loop
+from oss_exp.solvers import Euler
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion() -> Family:
+    torch.manual_seed(0)
+    return images.stable_diffusion()
+
+
+def search(family: Family, num_steps: int = 2, num_teacher_steps: int = 4, **call) -> oss_exp.StepSchedule:
+    model = Pipeline(family.pipe, family.prompts, **family.call | call)
+    return oss_exp.search(model, num_steps=num_steps, num_teacher_steps=num_teacher_steps, solver=Euler())
+
+
+def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
+    parts = {name: part for name, part in stable_diffusion.pipe.components.items() if name != "image_encoder"}
+    parts["scheduler"] = LCMScheduler(**images.SD_BETAS)
+    with pytest.raises(ValueError, match="LCMScheduler is of consistency models"):
+        oss_exp.search(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), prompts=PROMPTS)
+    unused = ("tokenizer", "text_encoder", "decoder", "vqgan", "prior_prior", "prior_text_encoder", "prior_tokenizer")
+    two = {"scheduler": DDPMWuerstchenScheduler(), "prior_scheduler": DDPMWuerstchenScheduler()}
+    with pytest.raises(ValueError, match="StableCascadeCombinedPipeline is a cascade, of scheduler, prior_scheduler"):
+        oss_exp.search(StableCascadeCombinedPipeline(**dict.fromkeys(unused), **two), prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"height": 25}, "the call of StableDiffusionPipeline fails: `height` and `width` have to be divisible by 8"),
+        ({"negative_prompt": ["dull"] * 3}, "the call of StableDiffusionPipeline fails: `negative_prompt`"),
+        ({"num_inference_steps": 4}, "num_inference_steps of the call is for the search to choose"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt must be 1"),
+    ],
+)
+def test_calls(stable_diffusion, call, message):
+    own = stable_diffusion.pipe.scheduler
+    with pytest.raises(ValueError, match=re.escape(message)):
+        search(stable_diffusion, **call)
+    assert stable_diffusion.pipe.scheduler is own
+
+
+def test_arguments_that_go_by_a_steps_number():
+    made = edits.control_net_stable_diffusion()
+    with pytest.raises(ValueError, match="control_guidance_end counts steps"):
+        search(made, control_guidance_end=0.5)
+
+
+@pytest.mark.parametrize("prompts", [[], "", "a red boot"])
+def test_prompts(stable_diffusion, prompts):
+    with pytest.raises(ValueError, match="prompts must be a list of one or more"):
+        oss_exp.search(stable_diffusion.pipe, prompts=prompts)
+
+
+def test_more_steps_than_the_teacher(stable_diffusion):
+    with pytest.raises(ValueError, match="num_steps must be whole numbers from 1 to 4"):
+        search(stable_diffusion, num_steps=5)
+
+
+def test_a_scheduler_that_is_a_schedules(stable_diffusion):
+    own = stable_diffusion.pipe.scheduler
+    stable_diffusion.pipe.scheduler = search(stable_diffusion).scheduler(own)
+    try:
+        with pytest.raises(ValueError, match="the pipeline's scheduler is an OSSScheduler"):
+            search(stable_diffusion)
+    finally:
+        stable_diffusion.pipe.scheduler = own
+
+
+class Fault:
+    """A forward hook that raises at one of the network's calls."""
+
+    def __init__(self, call: int, error: type[BaseException]):
+        self.calls, self.error = call, error
+
+    def __call__(self, *_: object) -> None:
+        self.calls -= 1
+        if self.calls == 0:
+            raise self.error("a fault in the network")
+
+
+def test_an_error_of_the_network_reaches_the_user_and_the_pipeline_goes_on(stable_diffusion):
+    before = search(stable_diffusion)
+    hook = stable_diffusion.pipe.unet.mid_block.register_forward_hook(Fault(5, RuntimeError))
+    with pytest.raises(RuntimeError, match="a fault in the network") as caught:
+        search(stable_diffusion)
+    hook.remove()
+    places = {frame.name for frame in traceback.extract_tb(caught.value.__traceback__)}
+    assert {"__call__", "forward"} <= places  # of the pipeline and of its network
+    assert torch.equal(search(stable_diffusion).times, before.times)
+
+
+def test_many_failures_leave_nothing():
+    """Errors and Ctrl-C at random calls of the network, in the middle of a search."""
+    torch.manual_seed(0)
+    family, draw = images.dit(), random.Random(0)
+    own, keys = family.pipe.scheduler, set(family.pipe.__dict__)
+    used: list[int] = []
+    for number in range(200):
+        error = draw.choice([RuntimeError, ValueError, KeyboardInterrupt])
+        hook = family.pipe.transformer.register_forward_hook(Fault(draw.randrange(1, 13), error))
+        with pytest.raises(error, match="a fault in the network"):
+            search(family)
+        hook.remove()
+        if number in (49, 199):
+            gc.collect()
+            used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            assert not [loop for loop in gc.get_objects() if isinstance(loop, _Loop) and not loop.dead]
+    assert family.pipe.scheduler is own
+    assert set(family.pipe.__dict__) == keys
+    assert not family.pipe.transformer._forward_hooks
+    assert used[1] - used[0] < 20_000  # KiB
+    assert search(family).num_steps == 2

@@ -1,0 +1,189 @@
+"""Suspended calls of a pipeline end on every path: exceptions, Ctrl-C, garbage collection, the interpreter's end."""
+
+import gc
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from models.pipelines.images import stable_diffusion
+from models.pipelines.videos import wan_two_experts
+
+import oss_exp
+from oss_exp.models.pipeline import Pipeline, _Loop
+
+TESTS = Path(__file__).parents[2]
+
+
+class Thrown(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def family():
+    torch.manual_seed(0)
+    return stable_diffusion()
+
+
+def suspended(family) -> Pipeline:
+    """A model with one call of its network suspended."""
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    asked(model)
+    return model
+
+
+def asked(model: Pipeline) -> torch.Tensor:
+    x = torch.ones(len(model.prompts), *model.event_shape)
+    return model.velocity(None)(x, torch.full((len(x),), 0.5, dtype=torch.float64))
+
+
+def suspended_calls() -> int:
+    gc.collect()
+    return sum(isinstance(each, _Loop) and not each.dead for each in gc.get_objects())
+
+
+def raises_at(pipe, call: int, error: type[BaseException]):
+    """A hook that raises in the so-manieth call of the network."""
+    calls = 0
+
+    def hook(*_) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            signal.raise_signal(signal.SIGINT) if error is KeyboardInterrupt else throw(error)
+
+    return pipe.unet.register_forward_pre_hook(hook)
+
+
+def throw(error: type[BaseException]) -> None:
+    raise error("in the network")
+
+
+@pytest.mark.parametrize("error", [Thrown, KeyboardInterrupt])
+def test_an_error_in_the_network_ends_its_call(family, error):
+    """It reaches the user from where it was raised; the pipeline is as before, and another search runs."""
+    own, bar, before = family.pipe.scheduler, family.pipe._progress_bar_config, suspended_calls()
+    draw = random.Random(0)
+    for _ in range(10):
+        hook = raises_at(family.pipe, draw.randint(1, 24), error)
+        model = Pipeline(family.pipe, family.prompts, **family.call)
+        with pytest.raises(error) as caught:
+            oss_exp.search(model, num_steps=2, num_teacher_steps=6)
+        hook.remove()
+        assert any(entry.path.name == "pipeline_stable_diffusion.py" for entry in caught.traceback)
+        assert family.pipe.scheduler is own
+        assert family.pipe._progress_bar_config is bar
+        assert torch.is_grad_enabled()
+        del caught, model
+    assert not family.pipe.unet._forward_hooks
+    assert suspended_calls() == before
+    oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)
+
+
+def test_a_model_that_is_no_longer_used_ends_its_calls(family):
+    before, model = suspended_calls(), suspended(family)
+    assert suspended_calls() == before + 1
+    del model
+    assert suspended_calls() == before
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_may_go_inside_another_ones_call(family):
+    """As the garbage collector does it, wherever it runs."""
+    own, other = family.pipe.scheduler, Pipeline(family.pipe, family.prompts, **family.call)
+    expected = asked(other)
+    held = [suspended(family)]
+
+    def drop(*_) -> None:
+        held.clear()
+        gc.collect()
+        assert family.pipe.scheduler is not own  # the other call's probe
+
+    hook = family.pipe.unet.register_forward_pre_hook(drop)
+    assert torch.equal(asked(other), expected)
+    hook.remove()
+    other.release()
+    assert family.pipe.scheduler is own
+
+
+def test_a_model_of_another_thread(family):
+    """Its calls end with it; releasing them from here does nothing, and says nothing."""
+    models = []
+    thread = threading.Thread(target=lambda: models.append(Pipeline(family.pipe, family.prompts, **family.call)))
+    thread.start()
+    thread.join()
+    begun = threading.Thread(target=lambda: asked(models[0]))
+    begun.start()
+    begun.join()
+    models[0].release()
+    assert not models[0].suspended
+
+
+def test_hooks_are_freed(family, monkeypatch):
+    """As at the end of a whole call: so an offloaded network leaves the GPU."""
+    freed, model = [], suspended(family)
+    monkeypatch.setattr(type(family.pipe), "maybe_free_model_hooks", lambda pipe: freed.append(pipe))
+    model.release()
+    assert freed == [family.pipe]
+    model.release()
+    assert freed == [family.pipe]
+
+    hook = raises_at(family.pipe, 1, Thrown)
+    with pytest.raises(Thrown):
+        asked(model)
+    hook.remove()
+    assert freed == [family.pipe] * 2
+
+
+PROGRAM = """
+import sys
+import torch
+from models.pipelines.images import stable_diffusion
+from oss_exp.models.pipeline import Pipeline
+
+family = stable_diffusion()
+model = Pipeline(family.pipe, family.prompts, **family.call)
+x = torch.ones(2, *model.event_shape)
+model.velocity(None)(x, torch.full((2,), 0.5, dtype=torch.float64))
+print("suspended", len(model.suspended))
+"""
+
+
+@pytest.mark.slow
+def test_the_end_of_the_interpreter():
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", PROGRAM]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=None, check=True)
+    assert run.stdout == "suspended 1\n"
+    assert "Exception" not in run.stderr
+    assert "greenlet" not in run.stderr
+
+
+def test_a_cache_in_the_network_is_refused():
+    from diffusers import FirstBlockCacheConfig
+
+    family = wan_two_experts()
+    family.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="the transformer of WanPipeline has a cache"):
+        Pipeline(family.pipe, family.prompts, **family.call)
+
+
+def test_a_loop_with_a_memory_is_refused(family):
+    """Such as a guidance with momentum: the answer depends on the one before."""
+    sums = {}
+
+    def momentum(module, arguments, output):
+        size = len(output[0])
+        sums[size] = output[0] - 0.75 * sums.get(size, 0)
+        return (sums[size], *output[1:])
+
+    hook = family.pipe.unet.register_forward_hook(momentum)
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline answers the same state .* otherwise"):
+        oss_exp.search(model, num_steps=2, num_teacher_steps=4)
+    hook.remove()
+    model.release()
+    oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)

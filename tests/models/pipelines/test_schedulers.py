@@ -1,0 +1,48 @@
+"""A pipeline's scheduler says how its network was trained and where it steps, whatever its method."""
+
+import diffusers
+import pytest
+import torch
+from models.pipelines import images
+from models.pipelines.parts import Family
+
+from oss_exp.models.pipeline import Pipeline
+
+METHODS = [
+    ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+    ("DDPMScheduler", {}),
+    ("DEISMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("HeunDiscreteScheduler", {}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {}),
+    ("PNDMScheduler", {"skip_prk_steps": True}),
+    ("SASolverScheduler", {}),
+    ("UniPCMultistepScheduler", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    torch.manual_seed(0)
+    return images.stable_diffusion()
+
+
+@pytest.mark.parametrize(("method", "config"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_velocity_is_the_networks(family, method, config):
+    """Of DPM-Solver with Karras's spacing, several whole timesteps are the same."""
+    time, own = torch.tensor([0.5], dtype=torch.float64), family.pipe.scheduler
+    answers = []
+    for scheduler in (own, getattr(diffusers, method)(**images.SD_BETAS, **config)):
+        family.pipe.scheduler = scheduler
+        model = Pipeline(family.pipe, ["a red boot"], **family.call)
+        x = torch.randn(1, *model.event_shape, generator=torch.Generator().manual_seed(0))
+        answers.append(model.velocity(None)(x, time))
+        for num_steps in (4, 50):
+            assert len(model.noise_schedule.nodes(num_steps)) == num_steps + 1
+        model.release()
+    family.pipe.scheduler = own
+    assert torch.equal(*answers)
