@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test quick check clean
 
 demo: .venv/.ready  ## search, compare and save step schedules (the main job)
 	$(BIN)/oss-exp
 
 test: .venv/.ready  ## all tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
+
+quick: .venv/.ready  ## the tests that take no longer than a second or two each
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 check: .venv/.ready  ## lint, format, import floors, types
 	$(BIN)/ruff check .

@@ -74,6 +74,7 @@ def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_se
     assert all(run.split()[1] == "False" for run in runs)
 
 
+@pytest.mark.slow
 def test_the_verbs_need_no_hydra():
     heavy = {"hydra", "omegaconf", "lightning", "wandb"}
     command = f"import sys, oss_exp; oss_exp.compare; print({heavy} & {{*sys.modules}})"

@@ -119,6 +119,7 @@ def test_every_configured_name_tells_its_types():
         border.parameters_of(getattr(oss_exp, name))
 
 
+@pytest.mark.slow
 def test_nonsense_is_refused_by_name_in_one_option_of_every_group(monkeypatch, tmp_path):
     """The whole fuzz, with what it accepts: experiments/border_fuzz."""
     monkeypatch.chdir(tmp_path)

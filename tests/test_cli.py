@@ -381,6 +381,7 @@ def process(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(tmp_path, capsys):
     with process(tmp_path, "--help") as module:
         assert oss_exp(tmp_path, "--help") == 0

@@ -157,6 +157,7 @@ def test_a_public_class_needs_no_arguments(name):
     assert isinstance(kind(), kind)
 
 
+@pytest.mark.slow
 def test_defaults_are_those_of_the_yaml(nodes):
     for name in chain(PUBLIC_CLASSES, FUNCTIONS):
         if name in nodes:

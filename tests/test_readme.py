@@ -56,6 +56,7 @@ def run_example(example: str, check: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_library_example(tmp_path):
     """One import line and at most ten lines."""
     example, *_ = blocks("python")
@@ -72,6 +73,7 @@ assert not {'hydra', 'lightning', 'wandb'} & set(sys.modules)
     assert (tmp_path / "five_steps.json").exists()
 
 
+@pytest.mark.slow
 def test_velocity_example(tmp_path):
     """It samples the three points."""
     _, example, _ = blocks("python")
@@ -83,6 +85,7 @@ assert float((x0[:, None] - centers).norm(dim=-1).amin(1).max()) < 0.1
     assert (tmp_path / "four_steps.json").exists()
 
 
+@pytest.mark.slow
 def test_export_example(tmp_path):
     *_, example = blocks("python")
     check = """
@@ -107,6 +110,7 @@ def test_top_level_is_what_the_design_says():
     assert {name for name in top if not name.startswith(".")} == expected | {"LICENSE", "Makefile"}
 
 
+@pytest.mark.slow
 def test_notebooks_run(tmp_path, monkeypatch):
     import json
 

@@ -423,6 +423,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_oss_exp(tmp_path):
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x * rows(t, x) ** 2 - 0.5

@@ -139,6 +139,7 @@ def sweep(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_one_whole_folder_per_job(sweep):
     jobs = sorted(path.name for path in sweep.iterdir() if path.is_dir())
     assert jobs == ["0", "1", "2", "3"]
@@ -216,6 +217,7 @@ def test_runs_of_one_strategy_have_curves_of_their_own():
 CURVES = [("edm", 1, 2, "a"), ("ours", 2, 2, "a"), ("ours", 4, 4, "a"), ("ours", 5, 2, "b")]
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_take_no_others_along_and_are_explained(tmp_path, capsys):
     """12 jobs, of which two ask for more steps than the teacher has."""
     budgets = "num_steps=" + ",".join(f"[{k}]" for k in (1, 2, 3, 4, 5, 99))

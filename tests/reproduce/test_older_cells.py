@@ -132,6 +132,7 @@ def lacks_no_weights(config) -> bool:
     return "???" not in json.dumps(config.get("evaluation", {}).get("extractor"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [True, False], ids=["small", "paper"])
 def test_every_kind_of_cell_of_the_tables_is_found(tmp_path, small):
     """Their folders hold what they held then; the names prove that the configurations are those of then."""

@@ -183,6 +183,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("paper/*/small.*"))}
 
 
+@pytest.mark.slow
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     """SIGKILL to the command alone, whose runs live on: the next command waits for them."""
     run_cli(*command(tmp_path / "whole", 1))
@@ -204,6 +205,7 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     assert made.stat().st_mtime_ns == when  # not made again
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
     strategies = {"table_3": "[oss,oss_ave] num_steps=[20] task=search", "table_6": "[edm,ddim,fm,dm,gits,oss_ave]"}
     for name, figures in {"table_3": ["figure_5"], "table_6": ["figure_1", "figure_10"]}.items():
@@ -216,6 +218,7 @@ def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
         assert all(min(Image.open(io.BytesIO(picture)).size) > 200 for picture in drawn.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
     """The runs of OSS need 20 steps of a teacher of 20; the naive ones have 50, which are too many."""
     with pytest.raises(SystemExit):
@@ -228,6 +231,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
     assert not (tmp_path / "paper").exists()
 
 
+@pytest.mark.slow
 def test_overrides_are_for_the_runs_that_have_their_keys(composing):
     plans = {name: plan(name)[1] for name in ("table_5", "table_6")}
     more = {"task.max_steps": 1, "data.prompts": "prompts.txt", "evaluation": "inception"}

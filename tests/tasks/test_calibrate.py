@@ -78,6 +78,7 @@ def calibrated(tmp_path_factory) -> Path:
     return oss_exp(tmp_path_factory.mktemp("calibrated") / "run")
 
 
+@pytest.mark.slow
 def test_it_leaves_exactly_these_files(calibrated):
     left = {path.relative_to(calibrated).as_posix() for path in calibrated.rglob("*") if path.is_file()}
     plans = {f"schedules/{name}" for name in ("ddim_3.json", "oss_shared_3.json")}

@@ -132,6 +132,7 @@ def test_gradients_go_through_the_network(tmp_path):
     assert network.asked == 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_leaves_no_calls_and_none_are_kept_unasked(whole, tmp_path):
     assert not (whole / "calls").exists()
     run_cli(*RUN, "keep_calls=false", f"hydra.run.dir={tmp_path}")
@@ -153,6 +154,7 @@ def test_schedules_that_are_there_are_not_searched_again(whole, tmp_path):
     assert changed == {"oss_shared_2.json", "oss_shared_2.mean.json", "oss_shared_4.json", "oss_shared_4.mean.json"}
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_after_the_batches_that_it_has(tmp_path, monkeypatch):
     more = ["model=dit_fashion", "stepsize=[ddim,oss]", "metric=[fid,kid,class_agreement]", "num_steps=[2]"]
     more += ["num_teacher_steps=4", "metric.kid.subset_size=4"]

@@ -149,6 +149,7 @@ def check_task(task):
             assert build(value, "x") == option.default_factory()
 
 
+@pytest.mark.slow
 def test_experiments_compose():
     for file in sorted((CONF / "experiment").glob("*.yaml")):
         needed = {"table_7": ["data.prompts=x"]}.get(file.stem, [])

@@ -44,6 +44,7 @@ def saved(folder, name: str) -> torch.Tensor:
         return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2) / 255
 
 
+@pytest.mark.slow
 def test_the_metrics_are_those_of_the_saved_images(run):
     folder, metrics = run
     extractor, reference = FashionFeatures.from_asset(), Reference.load("fashion_mnist_test.npz")

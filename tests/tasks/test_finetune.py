@@ -124,6 +124,7 @@ def test_images_train_stages_by_the_models_own_loss(weights, tmp_path):
     assert record(folder, 1)["training"]["loss_after"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adaln", "lora"])
 def test_few_parameters_may_be_trained(weights, tmp_path, whole, kind):
     folder = tuned(weights, tmp_path, f"task.trainable={kind}", "task.lora_rank=2")
@@ -156,6 +157,7 @@ def test_stages_share_the_steps_evenly(steps, stages):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
     output = tmp_path / "shared"
     for number in (1, 0):
@@ -163,6 +165,7 @@ def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
     assert_same(whole, output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(whole, weights, tmp_path):
     """SIGKILL some time after its first checkpoint; then the same command."""
     command = [sys.executable, "-m", "oss_exp", *settings(weights, tmp_path)]

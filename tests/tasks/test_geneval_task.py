@@ -66,6 +66,7 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "geneval.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_pictures_and_verdicts(run):
     found = results(run)
     assert [row["label"] for row in found["rows"]] == ["teacher", "ddim_2", "oss_ave_2"]
@@ -89,11 +90,13 @@ def test_the_table_and_the_page_are_written(run):
     assert not re.search(r"(src|href)=[\"']?https?:", page)
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
     run_two_ranks(*inputs, f"hydra.run.dir={tmp_path}", folder=tmp_path)
     assert [row["verdicts"] for row in results(tmp_path)["rows"]] == [row["verdicts"] for row in results(run)["rows"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("awaited", ["images/ddim_2/*.png", "verdicts/teacher/*.jsonl"])
 def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_path):
     folder = tmp_path / "run"

@@ -33,6 +33,7 @@ def kills(tmp_path_factory):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "strikes"),
     [
@@ -56,6 +57,7 @@ def test_a_task_that_is_ended_at_a_file_goes_on_to_the_same_result(kills, task, 
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_signal_keeps_the_step_that_a_training_has_come_to(kills, monkeypatch):
     """Not a checkpoint's step, and under its feet: the steps before and after are those of an untouched run."""
     folder = kills.FOLDER / "pretrain"

@@ -199,6 +199,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
     """From captions or tokens to weights that run as a model."""

@@ -95,6 +95,7 @@ def direct_psnr(steps: StepSchedule, guidance: float = 1.0, classes: list[int] |
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_comparison_leaves_exactly_these_files(compared):
     plans = [f"{name}_{k}" for name in STRATEGIES for k in (2, 4)]
     analytic = [plan for plan in plans if any(word in plan for word in ("analytic", "fit", "shared"))]
@@ -192,11 +193,13 @@ def test_per_sample_rows_are_measured_on_the_samples_that_they_were_planned_for(
     assert [r["psnr"]["n"] for r in metrics(compared)["rows"]] == [4 if n == "oss" else 8 for n, _ in means(compared)]
 
 
+@pytest.mark.slow
 def test_two_identical_runs_are_equal(compared, again):
     assert times(again) == times(compared)
     assert means(again) == means(compared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_size_changes_nothing(batch_size, compared, tmp_path):
     folder = oss_exp(tmp_path / "run", f"data.batch_size={batch_size}")

@@ -1,5 +1,6 @@
 """Launchers and sweepers of Hydra: jobs side by side, and a search for the best value of a setting."""
 
+import pytest
 import yaml
 from helpers import run_cli
 
@@ -7,12 +8,14 @@ RUN = ["--multirun", "model=mixture_digits", "num_teacher_steps=12", "data.eval_
 RUN += ["trainer.enable_progress_bar=false"]
 
 
+@pytest.mark.slow
 def test_joblib_runs_the_jobs_of_a_sweep_side_by_side(tmp_path):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     run_cli(*RUN, *launcher, "stepsize=edm", "num_steps=[2],[3]", f"hydra.sweep.dir={tmp_path}")
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
 
 
+@pytest.mark.slow
 def test_optuna_finds_the_setting_with_the_highest_psnr(tmp_path):
     sweeper = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3"]
     setting = "stepsize.karras.schedule.rho=interval(1,12)"

@@ -245,6 +245,7 @@ def test_nodes_follow_the_size_of_the_model():
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_text_encoders_are_loaded_for_new_prompts_alone_and_freed(build, tmp_path, monkeypatch):
     loaded, read = [], T5EncoderModel.from_pretrained.__func__
 

@@ -307,6 +307,7 @@ def test_the_yaml_is_at_two_sizes(small, yaml):
     assert instantiate(chosen.noise_schedule).shift == pytest.approx(1.875 * 15**0.5)
 
 
+@pytest.mark.slow
 def test_tiny_runs_from_the_command_line(tmp_path):
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
     run_cli(

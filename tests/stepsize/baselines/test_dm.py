@@ -107,6 +107,7 @@ def test_optimum_with_three_separate_steps(oracle, size):
         assert value == pytest.approx(found.setdefault(case["p"], value), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 10])
 def test_optimum_where_all_terms_may_cancel(oracle, size):
     for case in cases(oracle, 0, (size,))[:2]:

@@ -359,6 +359,7 @@ def best_of_all(problem: Problem, k: int, start: str) -> float:
     return float(problem.cost(last.x, torch.tensor([size])).unflatten(0, (-1, count)).mean(1).min())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "worst", "typical", "worst_refined", "typical_refined"),
     [("pinned", 1.50, 1.07, 1 + 1e-9, 1 + 1e-9), ("analytic", 1.88, 1.11, 1.76, 1.06)],
