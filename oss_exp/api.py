@@ -39,7 +39,7 @@ from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.velocity import BoundVelocity, VelocityFn
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 PER_SAMPLE = 32  # held-out noises for strategies that plan a schedule for each of them
 

@@ -139,7 +139,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """
         told = {**config} if config is not None else {}
-        training = {key: value for key, value in told.items() if key in TRAINING} | changes
+        training: dict[str, Any] = {key: value for key, value in told.items() if key in TRAINING} | changes
         if str(told.get("_class_name")).startswith("CosineDPM"):
             training = {"timestep_type": "arctan"} | training
         known = config is None or "prediction_type" in training

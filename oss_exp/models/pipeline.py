@@ -136,9 +136,10 @@ class Pipeline(Model):
         Raises ValueError or FileNotFoundError for what is not there, or not known here.
         """
         import diffusers
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         kind = getattr(diffusers, pipeline_class or "DiffusionPipeline", None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
             raise ValueError(
                 f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own"
             )
@@ -167,7 +168,11 @@ class Pipeline(Model):
 
     @functools.cached_property
     def event_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return tuple(self._loop((0,)).first.shape[1:])
+        loop = self.begun([0])
+        try:
+            return tuple(loop.first.shape[1:])
+        finally:
+            loop.release()
 
     @functools.cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
