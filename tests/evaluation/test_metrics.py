@@ -277,14 +277,16 @@ def test_class_agreement_needs_the_classifiers_classes(label):
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory) -> Path:
-    """A file as torchvision publishes it, in the place where it would be downloaded to; random convolutions."""
-    folder = tmp_path_factory.mktemp("hub") / "checkpoints"
-    folder.mkdir()
+    """torchvision's file with random convolutions alone, all that LPIPS reads; a whole one lies where torch looks."""
+    hub = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     state = torchvision.models.alexnet().state_dict()
-    small = {name: v if name.startswith("features") else torch.zeros(()).expand(v.shape) for name, v in state.items()}
-    torch.save(small, folder / "alexnet-owt-7be5be79.pth")
-    return folder / "alexnet-owt-7be5be79.pth"
+    convolutions = {name: value for name, value in state.items() if name.startswith("features")}
+    rest = {name: torch.zeros(()).expand(value.shape) for name, value in state.items() if name not in convolutions}
+    for folder, content in {"checkpoints": convolutions | rest, "own": convolutions}.items():
+        (hub / folder).mkdir()
+        torch.save(content, hub / folder / "alexnet-owt-7be5be79.pth")
+    return hub / "own" / "alexnet-owt-7be5be79.pth"
 
 
 def lpips_of_torchmetrics(alexnet: Path, a: Tensor, b: Tensor) -> float:
