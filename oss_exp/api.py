@@ -40,6 +40,8 @@ from oss_exp.velocity import BoundVelocity, VelocityFn
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+else:
+    DiffusionPipeline = Any  # diffusers is not imported for its name
 
 PER_SAMPLE = 32  # held-out noises for strategies that plan a schedule for each of them
 

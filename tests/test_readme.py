@@ -30,7 +30,7 @@ def test_no_block_is_forgotten():
 @pytest.mark.slow
 @pytest.mark.parametrize("session", SESSIONS)
 def test_commands(session, tmp_path, garments):
-    """In order, in an empty folder, with few samples, which is all that is changed."""
+    """In order, in an empty folder, with few samples and a teacher of few steps, which is all that is changed."""
     environment = {"OSS_EXP_CACHE": str(tmp_path / "cache"), "OSS_EXP_DATA": str(garments)}
     for command in "\n".join(blocks("bash")[number].strip() for number in SESSIONS[session]).splitlines():
         short = command
@@ -38,8 +38,10 @@ def test_commands(session, tmp_path, garments):
             short = f"{command} logger=none" if "task=pretrain" in command else f"{command} {SHORT}"
         if "task=finetune" in command:
             short = f"{short} {SHORT_TRAINING}"
-        if "model=" in command and "task=" not in command:
+        elif "model=" in command and "task=" not in command:
             short = f"{short} num_teacher_steps=10"
+        elif "num_teacher_steps" not in command and not re.search(f"task=pretrain|{WITHOUT_NOISES}", command):
+            short = f"{short} num_teacher_steps=40"
         listed = short.replace("oss-exp", r"printf '%s\n'", 1)  # as a shell reads them
         arguments = subprocess.run(["bash", "-c", listed], cwd=tmp_path, capture_output=True, text=True, check=True)
         run_process(*arguments.stdout.splitlines(), folder=tmp_path, **environment)

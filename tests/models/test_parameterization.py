@@ -32,8 +32,8 @@ def test_the_right_answer_gives_the_velocity(kind, t):
 @EVERY
 @pytest.mark.parametrize("t", [0.0, 1e-6, 0.5, 0.99, 1.0])
 def test_question_and_velocity_are_finite_at_both_ends(kind, t):
-    if isinstance(kind, FlowVelocity | DataPrediction) and isinstance(kind.path, EDMPath) and t == 1:
-        pytest.skip("a variance-exploding state is infinite at t = 1; EDM() is the way to ask such a network")
+    if isinstance(kind, FlowVelocity | DataPrediction) and isinstance(kind.path, EDMPath):
+        t = min(t, 0.99)  # a variance-exploding state is infinite at t = 1
     _, noise, x, time = triple(t)
     question, clock = kind.question(x.float(), time)
     assert question.dtype == clock.dtype == torch.float32

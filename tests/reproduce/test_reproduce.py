@@ -186,12 +186,13 @@ def results(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     """SIGKILL to the command alone, whose runs live on: the next command waits for them."""
-    run_cli(*command(tmp_path / "whole", 1))
+    short = "task.overrides={model: mixture_digits, num_teacher_steps: 20, data.search_samples: 4}"
+    run_cli(*command(tmp_path / "whole", 1, short))
     expected = results(tmp_path / "whole")
     assert set(expected) == {f"small.{kind}" for kind in ("md", "tex", "csv", "json")}
     folder = tmp_path / "killed"
     for reached in ("cells/*/.lock", "cells/*/schedules/*.json", "cells/*/cell.json"):
-        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder, 1, "task.jobs=1")])
+        process = subprocess.Popen([sys.executable, "-m", "oss_exp", *command(folder, 1, short, "task.jobs=1")])
         limit = time.monotonic() + 200
         while not list(folder.glob(reached)) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -200,7 +201,7 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path):
         assert not results(folder)
     (made,) = folder.glob("cells/*/cell.json")
     when = made.stat().st_mtime_ns
-    run_cli(*command(folder, 1))
+    run_cli(*command(folder, 1, short))
     assert results(folder) == expected
     assert made.stat().st_mtime_ns == when  # not made again
 

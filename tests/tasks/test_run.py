@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import run_cli, run_two_ranks
 from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
@@ -299,10 +297,7 @@ def test_one_held_out_sample_has_no_interval(tmp_path):
 def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path):
     # An odd number of search samples and of images: a rank repeats one, which must not count twice.
     settings = ["data.search_samples=5", "data.eval_samples=7", "data.per_sample=3"]
-    command = [sys.executable, "-m", "oss_exp", *SMALL, *settings, "trainer=ddp_spawn_cpu", "hydra.run.dir=two"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    run_two_ranks(*SMALL, *settings, "hydra.run.dir=two", folder=tmp_path)
     one, two = oss_exp(tmp_path / "one", *settings), tmp_path / "two"
     assert times(two) == times(one)
     assert means(two) == pytest.approx(means(one), abs=1e-3)  # float32 states

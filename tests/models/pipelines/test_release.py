@@ -69,7 +69,7 @@ def test_an_error_in_the_network_ends_its_call(family, error):
     own, bar, before = family.pipe.scheduler, family.pipe._progress_bar_config, suspended_calls()
     draw = random.Random(0)
     for _ in range(10):
-        hook = raises_at(family.pipe, draw.randint(1, 24), error)
+        hook = raises_at(family.pipe, draw.randint(1, 12), error)
         model = Pipeline(family.pipe, family.prompts, **family.call)
         with pytest.raises(error) as caught:
             oss_exp.search(model, num_steps=2, num_teacher_steps=6)
