@@ -24,6 +24,7 @@ RENAMED = {
     r"data@task\.images=(.*)": r"images=\1",
     r"data\.(root|split|size|channels|file|count)=(.*)": r"images.\1=\2",
     r"evaluation\.metrics=\[?(?:psnr)?,?(.*?)\]?": r"metric=[\1]",
+    r"metric=\[?psnr,?(.*?)\]?": r"metric=[\1]",  # PSNR is always measured
     r"evaluation\.(fid|kid|precision_recall|class_agreement|lpips|clip_score)\.(.*)": r"metric.\1.\2",
 }
 

@@ -23,6 +23,7 @@ def refused(capsys, folder, *arguments: str) -> str:
         ("solver=null", "solver=null does not exist; choose from adams_bashforth"),
         ("evaluation.metrics=[psnr,fid]", "evaluation.metrics=[psnr,fid] is now metric=[fid]"),
         ("evaluation.metrics=[psnr]", "evaluation.metrics=[psnr] is now metric=[]"),
+        ("metric=[psnr,fid]", "metric=[psnr,fid] is now metric=[fid]"),
         ("evaluation.kid.subset_size=16", "evaluation.kid.subset_size=16 is now metric.kid.subset_size=16"),
         ("task=finetune data@task.images=digits", "data@task.images=digits is now images=digits"),
         ("task=statistics data.split=test", "data.split=test is now images.split=test"),
