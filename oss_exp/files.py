@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -272,6 +273,8 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
 
 def load_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a safetensors file that nothing vouches for. ValueError where it is damaged or declares too much."""
+    if not path.is_file():
+        raise ValueError(f"{what} {path} is no file")
     with path.open("rb") as file:
         start = file.read(8)
     return parse_safetensors(start, f"{what} {path}", lambda: safetensors.torch.load_file(path))
@@ -304,11 +307,26 @@ def load_arrays(
     Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than `limit`.
     """
     try:
-        open_zip(path, "it", limit, wanted).close()
+        with open_zip(path, "it", limit, wanted) as archive:
+            for part in archive.infolist():
+                if part.filename.endswith(".npy") and (wanted is None or Path(part.filename).stem in wanted):
+                    with archive.open(part) as file:
+                        _check_array(file, limit)
         with np.load(path, allow_pickle=False) as arrays:
             return {key: taken(arrays[key]) if wanted is None or key in wanted else None for key in arrays.files}
     except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
         raise ValueError(f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}") from None
+
+
+def _check_array(file: IO[bytes], limit: int) -> None:
+    """ValueError for an array that declares more bytes than `limit`: NumPy makes room for it before it reads."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if math.prod(shape) * dtype.itemsize > limit:
+        raise ValueError(
+            f"it declares an array of {shape} {dtype!s:.20}, more than the {limit >> 20} MiB that are read"
+        )
 
 
 def open_zip(path: Path, name: str, limit: int, wanted: Collection[str] | None = None) -> zipfile.ZipFile:
@@ -316,6 +334,8 @@ def open_zip(path: Path, name: str, limit: int, wanted: Collection[str] | None =
 
     wanted: stems of file names. limit: bytes. What a file unpacks to is cut at what the archive's list says.
     """
+    if not path.is_file():  # a pipe or a device, which may never end
+        raise ValueError(f"{name} is no file")
     with path.open("rb") as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile reads it
     if end is None:

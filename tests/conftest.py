@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes of their own
 
 import shutil
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from helpers import ORACLES, write_fashion
 from safetensors.torch import load_file
 
 from oss_exp.models.families.mixture import GaussianMixture
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
