@@ -83,8 +83,7 @@ SKIPS = {
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    skipped = {report.nodeid for report in terminalreporter.stats.get("skipped", [])}
-    for test in sorted(skipped):
+    for test in _skipped(terminalreporter):
         reason = next((reason for place, reason in SKIPS.items() if test.startswith(place)), "not on the list of skips")
         terminalreporter.write_line(f"skipped {test}: {reason}")
 
@@ -93,6 +92,10 @@ def pytest_sessionfinish(session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if "CI" not in os.environ or reporter is None:
         return
-    skipped = {report.nodeid for report in reporter.stats.get("skipped", [])}
-    if any(not test.startswith(tuple(SKIPS)) for test in skipped):
+    if any(not test.startswith(tuple(SKIPS)) for test in _skipped(reporter)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _skipped(reporter) -> list[str]:
+    """The tests that were skipped, sorted, each once."""
+    return sorted({report.nodeid for report in reporter.stats.get("skipped", [])})

@@ -55,8 +55,10 @@ COUNTED = (
     "cfg_trunc_ratio",
     "cfg_truncation",
     "skip_guidance_layers",
+    "denoising_start",
+    "denoising_end",
+    "adapter_conditioning_factor",
 )
-COUNTED += ("denoising_start", "denoising_end", "adapter_conditioning_factor")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
