@@ -380,11 +380,6 @@ class Training:
         state, clock = self.parameterization.question(x, t)
         return state, self._scale() - clock if self.inverted else clock
 
-    def state(self, question: Tensor, t: Tensor) -> Tensor:
-        """Undo `question`: what the network gets (M, *E) -> x."""
-        one, _ = self.question(torch.ones_like(question), t)
-        return question / one
-
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return self.parameterization.velocity(self.sign * output, x, t)
 

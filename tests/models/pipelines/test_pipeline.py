@@ -35,7 +35,8 @@ def noises(model: Pipeline, seed: int = 0) -> torch.Tensor:
 def start(model: Pipeline, noise: torch.Tensor, time: float) -> torch.Tensor:
     """The state x at the first time; where a pipeline takes no latents, what its network gets is the noise itself."""
     takes_latents = "latents" in inspect.signature(type(model.pipe).__call__).parameters
-    return noise * time if takes_latents else model.training_of.state(noise, at(model, time))
+    one, _ = model.training_of.question(torch.ones_like(noise), at(model, time))
+    return noise * time if takes_latents else noise / one
 
 
 def own(family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, seed: int) -> torch.Tensor:
