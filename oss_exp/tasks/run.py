@@ -22,6 +22,7 @@ from oss_exp.solvers import Solver
 from oss_exp.stepsize import StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks import border
+from oss_exp.tasks.collective import GroupEnd
 from oss_exp.tasks.compatibility import require_same
 from oss_exp.tasks.setting import Setting, describe
 
@@ -64,6 +65,7 @@ class Run:
             self.trainer: L.Trainer = border.build(cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder)
         except ValueError as error:
             raise ValueError(f"{error}; choose one that this machine has, such as trainer=cpu") from error
+        self.trainer.callbacks.append(GroupEnd())  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it
         grid = json.dumps({"times": self.setting.grid.tolist()})
         rank_zero_only(write_atomically)(self.folder / "teacher.json", f"{grid}\n")
         rank_zero_only(write_atomically)(self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
