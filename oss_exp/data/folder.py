@@ -179,6 +179,8 @@ def read_image(path: str | Path, channels: int, background: Background) -> Tenso
 
 def open_image(path: str | Path) -> Image.Image:
     """An image whose header has been read, of a format that is no program. BrokenImage where it has too many pixels."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, which may never end
+        raise BrokenImage(f"image {path} is no file; remove it")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:

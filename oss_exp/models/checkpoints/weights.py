@@ -38,6 +38,7 @@ KINDS = {  # what else people are given: a file by how it begins
     b"\x89HDF": "an HDF5 file",
     b"<": "a page of the web",
 }
+MOST_TENSORS = 200_000  # of an index of shards; the largest public models have some ten thousand
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 
 # --------------------------------------------------------------------------------------------------------------
@@ -293,7 +294,8 @@ def _check_zip(path: Path) -> None:
 
 def _shards(index: Path) -> dict[str, str]:
     """The file of every key."""
-    return load_record(index, ShardIndex, "index of shards", "download it again, or give a file of weights").weight_map
+    remedy = "download it again, or give a file of weights"
+    return load_record(index, ShardIndex, "index of shards", remedy, fields=MOST_TENSORS).weight_map
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:
