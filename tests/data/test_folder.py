@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,10 +220,14 @@ def program(path):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n(x) run\n")  # would be given to Ghostscript
 
 
-@pytest.mark.parametrize("make", [cut, huge, program, Path.touch, os.mkfifo], ids=["cut", "huge", "eps", "empty", "pipe"])
+@pytest.mark.parametrize(
+    "make", [cut, huge, program, Path.touch, os.mkfifo], ids=["cut", "huge", "eps", "empty", "pipe"]
+)
 def test_a_broken_image_is_one_line_with_its_name(make, tmp_path):
     make(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"^image .*0\.png (cannot be read|is damaged|has more than|is no file)") as caught:
+    with pytest.raises(
+        ValueError, match=r"^image .*0\.png (cannot be read|is damaged|has more than|is no file)"
+    ) as caught:
         next(iter(DataLoader(image_folder(tmp_path, 4, 1))))
     assert "\n" not in str(caught.value)
     from_a_worker = ExceptionWrapper((type(caught.value), caught.value, caught.tb), "in DataLoader worker process 0")
