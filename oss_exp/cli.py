@@ -39,6 +39,10 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, OmegaConfBaseException)
 
 
+class _Failed(BaseException):
+    """The one job of a command failed: its cause says why. Hydra prints a line of its own before an Exception."""
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """The mean PSNR of the run's schedules, for sweepers that look for a maximum; None where none was measured."""
@@ -62,7 +66,9 @@ def run(cfg: DictConfig) -> float | None:
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk: what went wrong is to be said all the same
             rank_zero_only(write_atomically)(folder / "error.log", f"{error}\n\n{traceback.format_exc()}")
-        raise
+        if sweeps:  # where that line says which job it was, and the others go on
+            raise
+        raise _Failed from error
     finally:
         lock.release()
 
@@ -98,20 +104,26 @@ def _run(cfg: DictConfig, folder: Path) -> None:
 def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
+    error: BaseException | None = None
     try:
         with preemption.watched():
             refuse_unknown(sys.argv[1:], CONF)
             run()
-    except USER_ERRORS as error:
-        if wants_traceback:
-            raise
-        print(f"oss-exp: {on_a_screen(str(error))}", file=sys.stderr)
-        if {"-m", "--multirun"} & set(sys.argv):
-            print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
-        sys.exit(1)
+    except _Failed as failed:
+        error = failed.__cause__
+    except USER_ERRORS as refused:
+        error = refused
     finally:
         if not wants_traceback:
             del os.environ["HYDRA_FULL_ERROR"]
+    if error is None:
+        return
+    if wants_traceback or not isinstance(error, USER_ERRORS):
+        raise error
+    print(f"oss-exp: {on_a_screen(str(error))}", file=sys.stderr)
+    if {"-m", "--multirun"} & set(sys.argv):
+        print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -181,18 +181,23 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
     """Read a file. ValueError where it holds more than `limit` bytes, or is none."""
     path = Path(path)
     try:
-        about = path.stat()
-        if stat.S_ISFIFO(about.st_mode) or stat.S_ISSOCK(about.st_mode):  # nobody may ever write to it
-            raise ValueError("it is no file but a pipe")
-        with path.open("rb") as file:
-            data = b"" if about.st_size > limit else file.read(limit + 1)
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = b"" if size > limit else file.read(limit + 1)
     except FileNotFoundError:
         raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
-    if max(len(data), about.st_size) > limit:
+    if max(len(data), size) > limit:
         raise ValueError(f"{what} {path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file")
     return data
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read it. ValueError for a folder, a pipe or a device, which may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no file but a folder, a pipe or a device")
+    return path.open("rb")
 
 
 def load_config(path: Path, what: str) -> dict[str, Any]:
@@ -273,9 +278,7 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
 
 def load_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a safetensors file that nothing vouches for. ValueError where it is damaged or declares too much."""
-    if not path.is_file():
-        raise ValueError(f"{what} {path} is no file")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(8)
     return parse_safetensors(start, f"{what} {path}", lambda: safetensors.torch.load_file(path))
 
@@ -307,44 +310,44 @@ def load_arrays(
     Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than `limit`.
     """
     try:
-        with open_zip(path, "it", limit, wanted) as archive:
-            for part in archive.infolist():
-                if part.filename.endswith(".npy") and (wanted is None or Path(part.filename).stem in wanted):
-                    with archive.open(part) as file:
-                        _check_array(file, limit)
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: taken(arrays[key]) if wanted is None or key in wanted else None for key in arrays.files}
+        with open_zip(path, limit, wanted) as archive:
+            parts = {part.filename.removesuffix(".npy"): part for part in archive.infolist()}
+            return {
+                key: taken(_read_array(archive, part, limit)) if wanted is None or key in wanted else None
+                for key, part in parts.items()
+            }
     except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
         raise ValueError(f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}") from None
 
 
-def _check_array(file: IO[bytes], limit: int) -> None:
-    """ValueError for an array that declares more bytes than `limit`: NumPy makes room for it before it reads."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    if math.prod(shape) * dtype.itemsize > limit:
-        raise ValueError(
-            f"it declares an array of {shape} {dtype!s:.20}, more than the {limit >> 20} MiB that are read"
-        )
+def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, limit: int) -> np.ndarray:
+    """Read one array. ValueError where it declares more bytes than `limit`: NumPy makes room for it before it reads."""
+    with archive.open(part) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if math.prod(shape) * dtype.itemsize > limit:
+            raise ValueError(
+                f"it declares an array of {shape} {dtype!s:.20}, more than the {limit >> 20} MiB that are read"
+            )
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def open_zip(path: Path, name: str, limit: int, wanted: Collection[str] | None = None) -> zipfile.ZipFile:
+def open_zip(path: Path, limit: int, wanted: Collection[str] | None = None) -> zipfile.ZipFile:
     """Open a zip archive. ValueError where it lists too many files, or the `wanted` ones (null: all) unpack to more.
 
-    wanted: stems of file names. limit: bytes. What a file unpacks to is cut at what the archive's list says.
+    wanted: names without `.npy`. limit: bytes. What a file unpacks to is cut at what the archive's list says.
     """
-    if not path.is_file():  # a pipe or a device, which may never end
-        raise ValueError(f"{name} is no file")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile reads it
     if end is None:
-        raise ValueError(f"{name} is no whole zip archive")
+        raise ValueError("it is no whole zip archive")
     if end[zipfile._ECD_SIZE] > LIMIT:  # type: ignore[attr-defined]
-        raise ValueError(f"{name} lists more files than are read")
+        raise ValueError("it lists more files than are read")
     archive = zipfile.ZipFile(path)
-    listed = [part for part in archive.infolist() if wanted is None or Path(part.filename).stem in wanted]
+    listed = [part for part in archive.infolist() if wanted is None or part.filename.removesuffix(".npy") in wanted]
     if sum(part.file_size for part in listed) > limit:
         archive.close()
-        raise ValueError(f"{name} unpacks to more than {limit >> 20} MiB, the most that is read")
+        raise ValueError(f"it unpacks to more than {limit >> 20} MiB, the most that is read")
     return archive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,10 @@ from annotated_types import Ge, Le
 from omegaconf import OmegaConf
 
 import oss_exp
+from experiments.border_fuzz.run import fuzz
 from oss_exp.solvers import Solver
 from oss_exp.stepsize.oss.band import Band
 from oss_exp.tasks import border
-
-PLACE = Path(__file__).parents[1] / "experiments" / "border_fuzz" / "run.py"
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,12 @@ def test_nonsense_is_refused_by_name_in_one_option_of_every_group(monkeypatch, t
     """The whole fuzz, with what it accepts: experiments/border_fuzz."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    spec = importlib.util.spec_from_file_location("border_fuzz", PLACE)
-    fuzz = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fuzz)
     chosen = (
         "model/mixture_digits noise_schedule/edm solver/unipc distance/select stepsize/oss_shared data/noise "
         "trainer/cpu evaluation/fashion metric/kid exporter/diffusers detector/fashion logger/wandb "
         "task/compare task/calibrate"
     )
-    outcomes = list(fuzz.fuzz(chosen.split()))
+    outcomes = list(fuzz(chosen.split()))
     counts = Counter(outcome.kind for outcome in outcomes)
     assert [outcome for outcome in outcomes if outcome.kind == "fault"] == []
     assert counts["refused"] > 5 * counts["accepted"] > 0

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_cli
+from PIL import Image
 
 from oss_exp.cli import CONF, main
 from oss_exp.files import ASSETS, load_asset, save_asset
+from oss_exp.models.families.mixture import GaussianMixture
 
 SMALL = [
     "model=mixture_digits",
@@ -68,6 +71,7 @@ def refused(tmp_path, capsys):
         assert error.strip()
         assert "Traceback" not in error, error
         assert error.count("oss-exp:") <= 1, error
+        assert "--multirun" in arguments or "Error executing job" not in error, error
         left = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
         assert [p for p in left if "schedules" in p.parts or p.name == "metrics.json" or p.suffix == ".tmp"] == []
         message = error.partition("oss-exp: ")[2]  # what precedes it repeats the command line
@@ -362,6 +366,20 @@ def test_fitting_needs_images(refused, tmp_path):
     assert "train-images-idx3-ubyte" in error
     assert "images.root" in error
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_mixture_is_fitted_to_images_in_folders_if_these_are_classes(refused, tmp_path):
+    draw = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (8, 8), np.uint8)).save(path)
+    fit = ["task=fit_mixture", "images=image_folder", "images.size=8", "images.channels=1", "task.output=x.safetensors"]
+    fit += ["task.clusters=1", "task.rank=2"]
+    message = refused(*fit, f"images.root={tmp_path / 'images' / 'a'}", "hydra.run.dir=run")
+    assert message.startswith("images has no classes to fit; give images in a folder for each class")
+    assert oss_exp(tmp_path, *fit, f"images.root={tmp_path / 'images'}", "hydra.run.dir=run") == 0
+    assert GaussianMixture.from_asset(tmp_path / "x.safetensors").event_shape == (1, 8, 8)
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(refused, tmp_path):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import html
-import importlib.util
 import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,18 +15,13 @@ import torch
 from helpers import result, run_cli
 from markdown_it import MarkdownIt
 
+from experiments.hostile_files.names import NAMES
 from oss_exp.checks import require_name
 from oss_exp.escaping import PlainConsole, csv_cell, label, latex, line, markdown, on_a_screen, visible
 from oss_exp.evaluation import comparison
 from oss_exp.evaluation.comparison import with_gains
 from oss_exp.report import plots, web
 from oss_exp.schedule import StepSchedule
-
-PLACE = Path(__file__).parents[1] / "experiments" / "hostile_files" / "names.py"
-spec = importlib.util.spec_from_file_location("hostile_names", PLACE)
-names = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(names)
-NAMES = names.NAMES
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,13 @@ Some for every reader; all of them, with limits of time and memory: experiments/
 
 from __future__ import annotations
 
-import importlib.util
 import signal
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-PLACE = Path(__file__).parents[1] / "experiments" / "hostile_files" / "cases.py"
-spec = importlib.util.spec_from_file_location("hostile_cases", PLACE)
-hostile = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = hostile
-spec.loader.exec_module(hostile)
+from experiments.hostile_files import cases as hostile
 
 EVERY = {"run folders": 7, "sweeps": 3, "prompts": 2, "mixtures": 2, "folders that a run goes on in": 2}
 CHOSEN = defaultdict(list)

@@ -100,6 +100,11 @@ class Program(nn.Module):
         return x
 
 
+def write_program(path: Path, written: Path) -> None:
+    """Save a TorchScript archive that writes a file as soon as it is opened."""
+    torch.jit.script(Program(str(written))).save(path)
+
+
 def mark() -> Path:
     return Path.cwd().parent / "outside" / MARK
 
@@ -717,7 +722,7 @@ def checkpoints() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 
 def programs() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     def script(folder: Path) -> Path:
-        torch.jit.script(Program(str(folder.parent / "outside" / MARK))).save(folder / "x.pt")
+        write_program(folder / "x.pt", folder.parent / "outside" / MARK)
         return folder / "x.pt"
 
     yield "a program", script, False

@@ -16,8 +16,7 @@ from torch import Tensor
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.files import save_asset
-from oss_exp.tasks import border
-from oss_exp.tasks.fitting import loss_bar, provenance, require_both_splits
+from oss_exp.tasks.fitting import labelled_images, loss_bar, provenance, require_both_splits
 from oss_exp.tasks.task import Amount, Count, Positive, Task, Whole
 
 
@@ -39,8 +38,8 @@ class FitClassifier(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         require_both_splits(cfg.images)
-        images, labels = pixels(border.build(cfg.images, "images", split="train"))
-        test_images, test_labels = pixels(border.build(cfg.images, "images", split="test"))
+        images, labels = pixels(labelled_images(cfg.images, split="train"))
+        test_images, test_labels = pixels(labelled_images(cfg.images, split="test"))
         torch.manual_seed(self.seed)
         network = FashionFeatures()
         started = time.perf_counter()

@@ -37,9 +37,9 @@ class FitDetector(Task):
     seed: Whole = 0
 
     def __call__(self, cfg: DictConfig) -> None:
-        require_both_splits(cfg.images)
         if border.class_of(cfg.images, "images") is not FashionScenes:
             raise ValueError("task=fit_detector draws scenes of its own from images=fashion_scenes; leave others out")
+        require_both_splits(cfg.images)
         root, download = cfg.images.root, cfg.images.get("download", False)
         splits: tuple[Split, Split] = ("train", "test")
         train_set, test_set = (Wardrobe(*fashion_mnist(root, split, SIDE, download)) for split in splits)

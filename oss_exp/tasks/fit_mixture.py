@@ -12,8 +12,7 @@ from rich.progress import Progress
 from oss_exp.escaping import PlainConsole
 from oss_exp.files import save_asset
 from oss_exp.models.families.mixture import fit
-from oss_exp.tasks import border
-from oss_exp.tasks.fitting import versions
+from oss_exp.tasks.fitting import labelled_images, versions
 from oss_exp.tasks.task import Count, Positive, Task, Whole
 
 
@@ -33,7 +32,7 @@ class FitMixture(Task):
     iterations: Whole = 10
 
     def __call__(self, cfg: DictConfig) -> None:
-        images, labels = border.build(cfg.images, "images")
+        images, labels = labelled_images(cfg.images)
         settings = {key: getattr(self, key) for key in ("clusters", "rank", "floor", "seed", "iterations")}
         with Progress(console=PlainConsole(stderr=True)) as progress:
             bar = progress.add_task("fitting classes", total=None)

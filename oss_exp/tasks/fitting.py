@@ -22,10 +22,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import oss_exp
+from oss_exp.data.folder import ImageFolder
+from oss_exp.data.images import Split
 from oss_exp.escaping import PlainConsole
+from oss_exp.models.guidance import NO_CLASS
+from oss_exp.tasks import border
 from oss_exp.tasks.task import Task
 
 
@@ -51,8 +55,22 @@ def provenance(task: Task, network: nn.Module, seconds: float, found: Mapping[st
     }
 
 
+def labelled_images(images: DictConfig, **split: Split) -> tuple[Tensor, Tensor]:
+    """Return all images (n, C, H, W) of a configuration of conf/images and their labels (n,), in memory."""
+    items = border.build(images, "images", **split)
+    if isinstance(items, ImageFolder):
+        items = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items.samples])
+    if not isinstance(items, tuple):
+        raise ValueError("images has captions, and what is fitted here are classes; choose other images")
+    if NO_CLASS in items[1]:
+        raise ValueError("images has no classes to fit; give images in a folder for each class")
+    return items
+
+
 def require_both_splits(images: DictConfig) -> None:
-    """Raise ValueError where a split was chosen, which a task does not heed that reads train and test."""
+    """Raise ValueError where images have no splits, or one was chosen: the task reads both train and test."""
+    if "split" not in border.parameters_of(border.class_of(images, "images")).kinds:
+        raise ValueError("images must have a train and a test split; choose images=fashion_mnist_32 or such")
     if images.get("split", "train") != "train":
         raise ValueError(f"images.split={images.split} does nothing here: train and test are read; leave it out")
 

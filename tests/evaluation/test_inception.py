@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models.inception import BasicConv2d, Inception3
 
+from experiments.hostile_files.cases import write_program
 from oss_exp.evaluation import features
 from oss_exp.evaluation.features import InceptionV3, inception_from_torchscript, load_weights
 from oss_exp.evaluation.metrics import LPIPS
@@ -100,29 +101,9 @@ def test_a_weights_file_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-class Program(nn.Module):
-    """Writes a file as soon as its archive is opened."""
-
-    def __init__(self, file: str):
-        super().__init__()
-        self.file = file
-
-    @torch.jit.export
-    def __getstate__(self) -> tuple[str, bool]:
-        return self.file, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]) -> None:
-        self.file, self.training = state
-        torch.save(torch.ones(1), self.file)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 def test_torchscript_that_is_not_known_is_not_opened(tmp_path):
     path, written = tmp_path / "lpips.pt", tmp_path / "written"
-    torch.jit.script(Program(str(written))).save(path)
+    write_program(path, written)
     digest = file_sha256(path)
     for load in (lambda **sha: InceptionV3(path, **sha), lambda **sha: LPIPS(path, **sha)):
         with pytest.raises(ValueError, match=rf"lpips\.pt is a TorchScript archive, a program .*set sha256={digest}"):

@@ -10,7 +10,7 @@ from helpers import run_cli
 
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks import evaluate
-from oss_exp.tasks.call_log import Calls
+from oss_exp.tasks.call_log import HEAD, Calls
 from oss_exp.velocity import BoundVelocity
 
 RUN = ["model=mixture_digits", "num_teacher_steps=12", "num_steps=[2,4]", "data.search_samples=4", "data.per_sample=2"]
@@ -98,6 +98,16 @@ def test_zeros_at_the_end_are_no_answer(tmp_path):
     file.write_bytes(whole + bytes(64))
     assert done(tmp_path, 5)[1] == 1
     file.write_bytes(bytes(len(whole)))
+    found, asked = done(tmp_path, 4)
+    assert torch.equal(found, expected)
+    assert asked == 4
+
+
+def test_a_record_that_declares_more_than_an_answer_can_have_is_not_read(tmp_path):
+    expected, _ = done(tmp_path, 4)
+    (file,) = tmp_path.iterdir()
+    question, answer, _ = HEAD.unpack(file.read_bytes()[: HEAD.size])
+    file.write_bytes(HEAD.pack(question, answer, 1 << 62))
     found, asked = done(tmp_path, 4)
     assert torch.equal(found, expected)
     assert asked == 4

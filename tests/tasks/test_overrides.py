@@ -59,6 +59,7 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
             "task=import_sigmas does not read data; leave out what sets it",
         ),
         ("task=fit_classifier images.split=test", "images.split=test does nothing here: train and test are read"),
+        ("task=fit_classifier images=digits", "images must have a train and a test split"),
         ("task=fit_detector images=digits", "task=fit_detector draws scenes of its own from images=fashion_scenes"),
         ("task=fit_mixture scale=tiny", "task=fit_mixture does not read data; leave out scale=tiny"),
     ],

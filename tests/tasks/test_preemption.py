@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.kill_test import run
 from oss_exp.tasks import preemption
 from oss_exp.tasks.pretrain import PretrainModule
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -25,12 +22,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def kills(tmp_path_factory):
     """experiments/kill_test/run.py, in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        spec = importlib.util.spec_from_file_location("kill_test", ROOT / "experiments" / "kill_test" / "run.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    module.FOLDER = tmp_path_factory.mktemp("kills")
-    return module
+        patch.setattr(run, "FOLDER", tmp_path_factory.mktemp("kills"))
+        yield run
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ class _AnotherKind(Exception):
 
 def _check_zip(path: Path) -> None:
     """Raise what is wrong with a torch file: its checksums, which torch does not compare, its sizes, or its kind."""
-    with open_zip(path, "it", path.stat().st_size) as archive:  # nothing in it is compressed
+    with open_zip(path, path.stat().st_size) as archive:  # nothing in it is compressed
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         sizes = {part.filename.rpartition("/")[2]: part.file_size for part in archive.infolist()}
