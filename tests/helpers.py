@@ -8,7 +8,7 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ def _finish(started: tuple[BaseProcess, Path]) -> str:
     process.join()
     assert process.exitcode == 0, printed.read_text()
     return printed.read_text()
+
+
+def mostly_slow(values: Iterable, *quick: Any) -> list:
+    """Parameters of a test, all of which are slow but these few."""
+
+    def slow(value: Any) -> Any:
+        return pytest.param(*value if isinstance(value, tuple) else [value], marks=pytest.mark.slow)
+
+    return [value if value in quick else slow(value) for value in values]
 
 
 def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe: int = 5, arena: str = "a", **extra):

@@ -150,8 +150,9 @@ def kill(name: str, every: int, moments: int) -> list[str]:
 def run(name: str, folder: Path, sent: signal.Signals | None = None, at: Any = None) -> tuple[int, int, float]:
     """Run a task in a forked process, which saves the start of Python.
 
-    at: when the signal comes, in seconds, or as (n, "before" or "after") the n-th rename. Returns the exit code (or
-    minus the signal), the number of renames, and the seconds from the signal to the end.
+    at: when the signal comes, in seconds, or as (n, "before" or "after") the n-th rename, or as (name, ...) that to a
+    file of this name. Returns the exit code (or minus the signal), the number of renames, and the seconds from the
+    signal to the end.
     """
     places = {"folder": FOLDER, "run": folder, **{task: FOLDER / task / "whole" for task in TASKS}}
     arguments = [each.format(**places) if "{" in each else each for each in TASKS[name]]
@@ -191,23 +192,23 @@ def run(name: str, folder: Path, sent: signal.Signals | None = None, at: Any = N
     return os.waitstatus_to_exitcode(status), said.count(b"."), time.monotonic() - (struck or time.monotonic())
 
 
-def _patch(pipe: int, sent: signal.Signals | None, at: tuple[int, str] | None) -> None:
+def _patch(pipe: int, sent: signal.Signals | None, at: tuple[int | str, str] | None) -> None:
     """Count the renames of this process, and strike at one of them."""
     replace: Callable = os.replace
     count = 0
 
-    def struck(moment: str) -> None:
-        if at == (count, moment):
+    def struck(target: Any, moment: str) -> None:
+        if at in ((count, moment), (Path(target).name, moment)):
             os.write(pipe, b"!")
             os.kill(os.getpid(), sent)
 
     def counted(source: Any, target: Any) -> None:
         nonlocal count
         count += 1
-        struck("before")
+        struck(target, "before")
         replace(source, target)
         os.write(pipe, b".")
-        struck("after")
+        struck(target, "after")
 
     os.replace = counted
 

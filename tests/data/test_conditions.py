@@ -121,6 +121,7 @@ def test_a_missing_file_is_named():
         data("nowhere.npz")
 
 
+@pytest.mark.slow
 def test_a_run_denoises_every_condition_from_its_own_noise(tmp_path):
     np.savez(tmp_path / "given.npz", deltasq_realisations=exact.spectra(ROWS).numpy())
     run_cli(

@@ -179,6 +179,7 @@ def write_files(folder: Path, count: int) -> None:
         write_fashion(folder, images, labels, split, zipped=True)
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)

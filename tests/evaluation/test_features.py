@@ -30,6 +30,7 @@ def weights(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_inception_gives_2048_features_of_colour_and_grey_images(weights):
     extractor = InceptionV3(weights)
     grey = images(3, 1)

@@ -47,6 +47,7 @@ def script(tmp_path_factory):
     return write_script(tmp_path_factory.mktemp("weights") / "default_1.pt", UNITS)
 
 
+@pytest.mark.slow
 def test_every_weight_of_the_script_has_its_place(script):
     digest = file_sha256(script)
     network = InceptionV3(str(script), sha256=digest).network
@@ -61,6 +62,7 @@ def test_every_weight_of_the_script_has_its_place(script):
         assert bool((layer.bn.weight == 1).all())
 
 
+@pytest.mark.slow
 def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path, monkeypatch):
     monkeypatch.setitem(features.KNOWN_PROGRAMS, file_sha256(script), "the script of this test")
     torch.save(inception_from_torchscript(load_weights(script, "", ""), script), tmp_path / "inception.pth")

@@ -322,6 +322,7 @@ def test_lpips_of_small_grey_images_is_of_enlarged_rgb_ones(alexnet):
     assert metric.compute()["lpips"] == pytest.approx(lpips_of_torchmetrics(alexnet, *large), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lpips_says_which_file_it_needs(alexnet, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.pth do not exist; get https://.*/vgg16-397923af\.pth"):
         LPIPS("no.pth", "vgg")

@@ -120,6 +120,7 @@ def test_damage_inside_is_found(tmp_path):
         Reference.load(path)
 
 
+@pytest.mark.slow
 def test_arrays_that_unpack_to_more_than_is_read_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("arr_0.npy", bytes(1 << 20))  # not read

@@ -407,6 +407,7 @@ def test_a_sample_is_chosen_and_its_steps_enlarged(run):
     assert np.array_equal(np.array(found["large"][0][2][0]).reshape(6, 5, 4)[..., :3], ways[4][1, 1])
 
 
+@pytest.mark.slow
 @needs_browser
 def test_videos_move(tmp_path):
     folder = made(tmp_path, (3, 6, 5, 1))

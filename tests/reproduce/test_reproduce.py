@@ -56,6 +56,7 @@ def as_printed(name: str) -> Reproduction:
     return Reproduction(paper, replace(planned, checks={}), "small", values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [True, False], ids=["small", "paper"])
 @pytest.mark.parametrize("name", TABLES)
 def test_every_run_of_a_plan_composes_and_has_the_papers_setting(composing, name, small):

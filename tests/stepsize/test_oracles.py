@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import mostly_slow
 
 from oss_exp.distances import Select, XtMSE
 from oss_exp.schedule import Free, StepSchedule
@@ -46,7 +47,7 @@ def problems(velocity, gmm, oss_arrays):
     }
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", mostly_slow(SIZES, SIZES[0]))
 @pytest.mark.parametrize("grid", GRIDS)
 def test_teacher_and_per_sample_schedules(problems, oss_oracle, oss_arrays, grid, size):
     problem = problems[grid, size]
@@ -88,6 +89,7 @@ def test_replay_of_the_released_schedules(problems, oss_oracle, oss_arrays, velo
         assert psnr.tolist() == pytest.approx(case[key], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_median_is_the_released_one_for_even_samples(problems, oss_oracle):
     for (grid, size), problem in problems.items():
         plans = OSSAve("free", None, False, "median", 16).plan(problem, BUDGETS)

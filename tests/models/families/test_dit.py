@@ -115,6 +115,7 @@ def test_round_trips(filled, original, arrays, layout):
     torch.testing.assert_close(again(*question), filled(*question), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_full_size_has_the_weights_of_the_public_file(size):
     """All there, none left over: 675.1 M numbers with the table (256 x 256), which is the paper's 675 M."""

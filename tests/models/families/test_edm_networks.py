@@ -363,11 +363,13 @@ def model():
         yield lambda yaml, *more: instantiate(compose("config", [f"model={yaml}", "model.size=tiny", *more]).model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("yaml", "parameters"), YAMLS.items())
 def test_full_size(yaml, parameters):
     assert sum(parameter.numel() for parameter in full_size(yaml).parameters()) == parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("yaml", YAMLS)
 def test_tiny(model, yaml):
     tiny = model(yaml)
@@ -381,6 +383,7 @@ def test_tiny(model, yaml):
     assert tiny.fingerprint == model(yaml).fingerprint
 
 
+@pytest.mark.slow
 def test_a_public_file_is_read_whatever_its_layout_and_refused_when_it_is_of_another_network(model, tmp_path):
     tiny = model("edm_bedroom256")
     fingerprints = set()

@@ -360,6 +360,7 @@ def test_random_weights_are_the_same_every_time(build):
     assert tiny.decode(x).shape == (2, 3, 32, 48)
 
 
+@pytest.mark.slow
 def test_tiny_runs_from_the_command_line(tmp_path):
     run_cli(
         "model=flux_dev",

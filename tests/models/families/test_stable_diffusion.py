@@ -387,6 +387,7 @@ def test_a_folder_of_other_names_and_half_precision_is_the_same_model(form, copy
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if "fp16" in form else 1e-5)
 
 
+@pytest.mark.slow
 def test_tiny_runs_from_the_command_line(tmp_path):
     (tmp_path / "two.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
     run_cli(

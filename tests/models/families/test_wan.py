@@ -257,6 +257,7 @@ def test_the_yaml_is_the_public_model(name, count):
         assert shapes == {key: weight.shape for key, weight in default.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_tiny_runs_from_the_command_line(tmp_path):
     run_cli(
         "model=wan2_1_1_3b",

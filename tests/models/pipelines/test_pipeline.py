@@ -13,8 +13,12 @@ from oss_exp.models.pipeline import Pipeline, decoded
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
 
+QUICK = {"dit", "flux", "stable_audio", "stable_diffusion_3", "wan"}  # all others together take a minute
 
-@pytest.fixture(scope="module", params=FAMILIES)
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FAMILIES]
+)
 def family(request) -> Family:
     torch.manual_seed(0)
     return FAMILIES[request.param]()

@@ -60,6 +60,7 @@ def test_an_adapter_is_another_model(folder, lora):
     assert not torch.allclose(velocity(pipeline=folder, loras=[lora]), velocity(pipeline=folder), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_whole_job(folder, tmp_path):
     run_cli(*MODEL, f"model.pipeline={folder}", "noise_schedule=pipeline", *SMALL, f"hydra.run.dir={tmp_path}")
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]

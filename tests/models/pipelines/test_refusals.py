@@ -110,6 +110,7 @@ def test_an_error_of_the_network_reaches_the_user_and_the_pipeline_goes_on(stabl
     assert torch.equal(search(stable_diffusion).times, before.times)
 
 
+@pytest.mark.slow
 def test_many_failures_leave_nothing():
     """Errors and Ctrl-C at random calls of the network, in the middle of a search."""
     torch.manual_seed(0)

@@ -63,6 +63,7 @@ def throw(error: type[BaseException]) -> None:
     raise error("in the network")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Thrown, KeyboardInterrupt])
 def test_an_error_in_the_network_ends_its_call(family, error):
     """It reaches the user from where it was raised; the pipeline is as before, and another search runs."""
@@ -84,6 +85,7 @@ def test_an_error_in_the_network_ends_its_call(family, error):
     oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_longer_used_ends_its_calls(family):
     before, model = suspended_calls(), suspended(family)
     assert suspended_calls() == before + 1

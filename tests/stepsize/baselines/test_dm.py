@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers import mostly_slow
 
 from oss_exp.distances import XtMSE
 from oss_exp.noise import CosinePath, DDPMPath, EDMPath, FlowPath, FlowSchedule, GaussianPath, linear_betas
@@ -92,7 +93,7 @@ def test_starts(oracle):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [5, 6, 7, 8, 10, 12, 15])
+@pytest.mark.parametrize("size", mostly_slow([5, 6, 7, 8, 10, 12, 15], 5))
 def test_optimum_with_three_separate_steps(oracle, size):
     """From every start the same, and nowhere above the best that the released code finds from any."""
     found = {}
@@ -116,6 +117,7 @@ def test_optimum_where_all_terms_may_cancel(oracle, size):
         assert float(objective(nodes, VP, case["p"], 0)) <= best_of(oracle, case)
 
 
+@pytest.mark.slow
 def test_with_one_separate_step_the_nodes_pile_up(oracle):
     """What the class warns of: of ten steps five or more are shorter than a tenth of the mean."""
     steps = {n: optimise(spaced("unif", VP, *ENDS, 10), VP, 2, n).diff() for n in (1, 2)}
@@ -143,6 +145,7 @@ def test_derivatives(path, separate_steps):
     assert float(values[0] + values[1:].abs().sum()) == pytest.approx(float(objective(nodes, path, 2, separate_steps)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_every_start_leads_to_the_same_schedule(path, p):

@@ -51,6 +51,7 @@ def test_the_logarithms_of_the_gaps_give_the_times_back():
     torch.testing.assert_close(times_from((-times.diff()).log(), float(times[0])), times, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "start"),
     [(Euler(), "pinned"), (Euler(), "analytic"), (DPMSolverPP(2, lower_order_final=True), "pinned")],

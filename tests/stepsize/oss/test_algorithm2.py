@@ -6,6 +6,7 @@ from pathlib import Path as File
 
 import pytest
 import torch
+from helpers import mostly_slow
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -85,7 +86,7 @@ def test_every_solver_with_a_yaml_is_searched_here():
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("name", [*MULTISTEP, *SINGLESTEP])
+@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "dpm_solver_pp-3", "heun"))
 def test_every_entry_of_the_table_and_every_schedule_replays(make, name, start):
     problem = make(SOLVERS[name])
     for objective in OBJECTIVES.values():
@@ -258,7 +259,9 @@ def recursions(monkeypatch):
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("name", ["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", *SINGLESTEP])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", *SINGLESTEP], "dpm_solver_pp-3")
+)
 def test_every_level_of_a_band_replays(make, recursions, name, start):
     problem = make(SOLVERS[name], 24, 3, 0.5)
     for strategy in (OSS(start, Band(4, 1, 1), False, 2), OSSShared(start, Band(8, 1), False, "mean")):
@@ -272,7 +275,9 @@ def test_every_level_of_a_band_replays(make, recursions, name, start):
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("name", ["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", "heun", "dpm_solver-3"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", "heun", "dpm_solver-3"], "unipc-3")
+)
 def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
     problem = make(SOLVERS[name])
     for strategy in (OSS(start, None, False, 16), OSSShared(start, None, False, "mean")):
@@ -289,7 +294,9 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
-    "solver", [AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False), Heun("t")], ids=str
+    "solver",
+    mostly_slow([AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False), Heun("t")], DPMSolverPP(3, False)),
+    ids=str,
 )
 def test_refine_never_loses(make, solver, start):
     small, long = make(solver, 10, 16, 1.0), make(solver, 24, 5)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import mostly_slow
 from replay import final_error, schedule
 
 from oss_exp.distances import X0MSE, Select, XtMSE
@@ -65,7 +66,7 @@ def fitted_states(problem: Problem, path, start: str) -> list[State]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("history", mostly_slow([1, 2, 3], 2))
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_replay_equals_table_for_every_k(kind, start, history, request):
@@ -239,7 +240,7 @@ def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "pinned"))
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, start, objective):
     fit = Fit(2, RIDGE)
@@ -269,6 +270,7 @@ def test_a_narrow_band_gives_a_schedule_that_runs(problem):
     assert final_error(problem, plan).log().mean() < final_error(problem, ordinary).log().mean()
 
 
+@pytest.mark.slow
 def test_one_search_serves_every_budget(problem):
     strategy = OSSFit("analytic", None, True, "mean", 2, RIDGE)
     together = strategy.plan(problem, [2, 5])

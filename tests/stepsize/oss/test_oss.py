@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers import mostly_slow
 from replay import assert_tables_replay, final_error, schedule
 
 from oss_exp.distances import XtMSE
@@ -45,7 +46,7 @@ def adams(velocity, gmm, request) -> Problem:
     "objective", [PerSample(), Shared("mean"), Shared("log_mean")], ids=["own", "mean", "log_mean"]
 )
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("kind", ["problem", "heun"])
+@pytest.mark.parametrize("kind", mostly_slow(["problem", "heun"], "problem"))
 def test_replay_equals_table_for_every_k(kind, start, objective, request):
     problem = request.getfixturevalue(kind)
     budgets = list(range(1, 9))
@@ -166,7 +167,7 @@ def small(velocity, gmm, request):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
-@pytest.mark.parametrize("chunk", [1, 3, 16])
+@pytest.mark.parametrize("chunk", mostly_slow([1, 3, 16], 3))
 def test_no_split_of_the_work_changes_a_schedule(small, velocity, chunk, micro_batch):
     problem, plans = small
     part = replace(problem, velocity=replace(velocity, micro_batch=micro_batch))
@@ -202,7 +203,7 @@ def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gm
     assert band.network_calls(60, [6]) <= 0.25 * full.network_calls(60, [6])
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 def test_a_band_serves_every_budget_of_a_small_grid(problem, start):
     budgets = list(range(1, N + 1))
     for k, path in OSSShared(start, Band(8, 1), False, "mean").paths(problem, budgets, Shared("mean")).items():
