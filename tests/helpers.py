@@ -55,7 +55,7 @@ FORKS.set_forkserver_preload(["oss_exp.cli", "oss_exp.tasks.run", "oss_exp.tasks
 
 def run_process(*arguments: str, folder: Path, **environment: str) -> str:
     """`oss-exp ARGUMENTS` in a process and a folder of its own; returns what it printed. AssertionError if it fails."""
-    return _finish(_start(arguments, folder, environment))
+    return _finish(start_process(arguments, folder, environment))
 
 
 def run_two_ranks(*arguments: str, folder: Path) -> None:
@@ -64,7 +64,7 @@ def run_two_ranks(*arguments: str, folder: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "NODE_RANK": "0"}
     together = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    ranks = [_start([*arguments, *together], folder, {**shared, "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    ranks = [start_process([*arguments, *together], folder, {**shared, "LOCAL_RANK": str(rank)}) for rank in range(2)]
     for rank in ranks:
         _finish(rank)
 
@@ -74,7 +74,8 @@ def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
     start_processes(work, arguments, nprocs=world, start_method="forkserver")
 
 
-def _start(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[BaseProcess, Path]:
+def start_process(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[BaseProcess, Path]:
+    """Start `oss-exp ARGUMENTS` in a folder; returns the process, and the file with what it prints."""
     printed = Path(tempfile.mkdtemp()) / "printed.txt"
     process = FORKS.Process(target=_run, args=(arguments, folder, environment, printed))
     process.start()

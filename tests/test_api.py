@@ -234,6 +234,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
     lines = with_gains(read_run(run))
     assert len(lines) == len(comparison.lines) == 8

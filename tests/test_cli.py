@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import mostly_slow, run_cli
 from PIL import Image
 
 from oss_exp.cli import CONF, main
@@ -93,83 +93,84 @@ def test_a_wrong_option_is_answered_with_the_group_and_its_options(group, refuse
 
 
 WRONG_VALUES = [
-    ("stepsize=os", "stepsize=os", "oss_shared"),
-    ("num_steps=[0]", "num_steps", "from 1 to 20", "[0]"),
-    ("num_steps=[-1]", "num_steps", "from 1 to 20", "[-1]"),
-    ("num_steps=[21]", "num_steps", "from 1 to 20", "[21]", "num_teacher_steps"),
-    ("num_steps=5", "num_steps", "list", "[5,10]"),
-    ("num_steps=[]", "num_steps", "from 1 to 20"),
-    ("num_steps=[2.5]", "num_steps", "whole numbers", "2.5"),
-    ("num_steps=[two]", "num_steps", "whole numbers", "two"),
-    ("num_steps=[2,two]", "num_steps", "whole numbers", "two"),
-    ("num_steps=[[2]]", "num_steps", "whole numbers", "[2]"),
-    ("num_steps=null", "num_steps", "list"),
-    ("num_teacher_steps=0", "num_teacher_steps", "at least 1", "0"),
-    ("num_teacher_steps=ten", "num_teacher_steps", "whole number", "ten"),
-    ("num_step=[5]", "num_step"),
-    ("data.search_sample=5", "search_sample"),
-    ("data.classes=some", "data.classes", "some"),
-    ("data.classes=[99]", "data.classes", "0 to 9", "99"),
-    ("data.classes=3", "data.classes", "list", "3"),
-    ("data.classes=[]", "data.classes"),
-    ("data.classes=[cat]", "data.classes", "cat"),
-    ("data.search_samples=0", "search_samples", "from 1 to"),
-    ("data.eval_samples=0", "eval_samples", "from 1 to"),
-    ("data.per_sample=0", "per_sample", "at least 1"),
-    ("data.batch_size=0", "batch_size", "at least 1"),
-    ("data.search_samples=many", "data.search_samples", "many"),
-    ("data.seed=-1", "seed", "-1"),
-    ("model.guidance.scale=3 data.classes=null", "guidance", "data.classes"),
-    ("model.micro_batch=0", "micro_batch", "at least 1"),
-    ("model.file=none.safetensors", "none.safetensors", "mixture_digits.safetensors"),
-    ("noise_schedule.shift=-1", "shift", "from 1e-06 to", "-1"),
-    ("noise_schedule.shift=big", "shift", "big"),
-    ("trainer.accelerator=abacus", "trainer", "abacus"),
-    ("run_orders=any", "run_orders", "one of searched, fixed", "any"),
-    ("distance.norm=3", "norm", "one of 1, 2", "3"),
-    ("distance=perceptual distance.layer=nose", "distance.layer", "responsibilities"),
-    ("distance=inception distance.extractor.weights=w.pth", "Inception weights", "w.pth"),
-    ("distance=inception", "weights"),
-    ("solver=dpm_solver_pp solver.order=0", "order", "1 to 3", "0"),
-    ("solver=dpm_solver_pp solver.order=4", "order", "1 to 3", "4"),
-    ("solver=unipc solver.order=two", "order", "whole number", "two"),
-    ("solver=unipc solver.variant=bh3", "variant", "one of bh1, bh2", "bh3"),
-    ("solver=adams_bashforth solver.order=2.5", "order", "whole number", "2.5"),
-    ("solver=heun solver.clock=x", "clock", "one of t, sigma"),
-    ("solver=ipndm solver.weights=best", "weights", "one of uniform, exact"),
-    ("solver.calibration=none.json", "calibration none.json", "does not exist"),
-    ("stepsize=oss_fit stepsize.oss_fit.ridge=-1", "ridge", "above 0", "-1"),
-    ("stepsize=oss_fit stepsize.oss_fit.history=0", "history", "at least 1", "0"),
-    ("stepsize=oss_fit distance=x0_mse", "oss_fit", "xt_mse"),
-    ("stepsize=oss_shared stepsize.oss_shared.max_order=0", "max_order", "at least 1", "0"),
-    ("stepsize=dm stepsize.dm.p=-1", "p must be", "above 0", "-1"),
-    ("stepsize=gits stepsize.gits.num_nodes=1", "GITS", "1"),
-    ("stepsize=gits stepsize.gits.coeff=0", "coeff", "from 0.1 to 10"),
-    ("stepsize=gits stepsize.gits.metric=bdev", "metric", "dev", "bdev"),
-    ("stepsize=gits stepsize.gits.num_nodes=many", "num_nodes", "many"),
-    ("stepsize=gits stepsize.gits.afs=maybe", "afs", "true or false", "maybe"),
-    ("stepsize=ld3 stepsize.ld3.learning_rate=fast", "learning_rate", "fast"),
-    ("solver=deis solver.beta_d=big", "beta_d", "number", "big"),
-    ("solver=deis solver.beta_min=big", "beta_min", "number", "big"),
-    ("solver=unipc solver.lower_order_final=maybe", "lower_order_final", "true or false", "maybe"),
-    ("solver=dpm2 solver.r=2", "r must be", "2"),
-    ("distance=perceptual distance.min_time=late", "min_time", "late"),
-    ("stepsize=ays stepsize.ays.schedule.table=sd9", "sd9", "sd15", "sdxl"),
-    ("stepsize=ld3 stepsize.ld3.iterations=0", "iterations", "at least 1"),
-    ("stepsize=ld3 data.search_samples=1", "ld3", "two or more"),
-    ("task=calibrate task.samples=0", "task.samples", "1 to"),
-    ("stepsize.edm.start=free", "start", "free"),
-    ("stepsize.edm.schedule.rho=0", "rho", "from 0.1 to 100"),
-    ("stepsize.edm.schedule.sigma_min=100", "sigma_min", "100"),
+    ("stepsize=os", ["stepsize=os", "oss_shared"]),
+    ("num_steps=[0]", ["num_steps", "from 1 to 20", "[0]"]),
+    ("num_steps=[-1]", ["num_steps", "from 1 to 20", "[-1]"]),
+    ("num_steps=[21]", ["num_steps", "from 1 to 20", "[21]", "num_teacher_steps"]),
+    ("num_steps=5", ["num_steps", "list", "[5,10]"]),
+    ("num_steps=[]", ["num_steps", "from 1 to 20"]),
+    ("num_steps=[2.5]", ["num_steps", "whole numbers", "2.5"]),
+    ("num_steps=[two]", ["num_steps", "whole numbers", "two"]),
+    ("num_steps=[2,two]", ["num_steps", "whole numbers", "two"]),
+    ("num_steps=[[2]]", ["num_steps", "whole numbers", "[2]"]),
+    ("num_steps=null", ["num_steps", "list"]),
+    ("num_teacher_steps=0", ["num_teacher_steps", "at least 1", "0"]),
+    ("num_teacher_steps=ten", ["num_teacher_steps", "whole number", "ten"]),
+    ("num_step=[5]", ["num_step"]),
+    ("data.search_sample=5", ["search_sample"]),
+    ("data.classes=some", ["data.classes", "some"]),
+    ("data.classes=[99]", ["data.classes", "0 to 9", "99"]),
+    ("data.classes=3", ["data.classes", "list", "3"]),
+    ("data.classes=[]", ["data.classes"]),
+    ("data.classes=[cat]", ["data.classes", "cat"]),
+    ("data.search_samples=0", ["search_samples", "from 1 to"]),
+    ("data.eval_samples=0", ["eval_samples", "from 1 to"]),
+    ("data.per_sample=0", ["per_sample", "at least 1"]),
+    ("data.batch_size=0", ["batch_size", "at least 1"]),
+    ("data.search_samples=many", ["data.search_samples", "many"]),
+    ("data.seed=-1", ["seed", "-1"]),
+    ("model.guidance.scale=3 data.classes=null", ["guidance", "data.classes"]),
+    ("model.micro_batch=0", ["micro_batch", "at least 1"]),
+    ("model.file=none.safetensors", ["none.safetensors", "mixture_digits.safetensors"]),
+    ("noise_schedule.shift=-1", ["shift", "from 1e-06 to", "-1"]),
+    ("noise_schedule.shift=big", ["shift", "big"]),
+    ("trainer.accelerator=abacus", ["trainer", "abacus"]),
+    ("run_orders=any", ["run_orders", "one of searched, fixed", "any"]),
+    ("distance.norm=3", ["norm", "one of 1, 2", "3"]),
+    ("distance=perceptual distance.layer=nose", ["distance.layer", "responsibilities"]),
+    ("distance=inception distance.extractor.weights=w.pth", ["Inception weights", "w.pth"]),
+    ("distance=inception", ["weights"]),
+    ("solver=dpm_solver_pp solver.order=0", ["order", "1 to 3", "0"]),
+    ("solver=dpm_solver_pp solver.order=4", ["order", "1 to 3", "4"]),
+    ("solver=unipc solver.order=two", ["order", "whole number", "two"]),
+    ("solver=unipc solver.variant=bh3", ["variant", "one of bh1, bh2", "bh3"]),
+    ("solver=adams_bashforth solver.order=2.5", ["order", "whole number", "2.5"]),
+    ("solver=heun solver.clock=x", ["clock", "one of t, sigma"]),
+    ("solver=ipndm solver.weights=best", ["weights", "one of uniform, exact"]),
+    ("solver.calibration=none.json", ["calibration none.json", "does not exist"]),
+    ("stepsize=oss_fit stepsize.oss_fit.ridge=-1", ["ridge", "above 0", "-1"]),
+    ("stepsize=oss_fit stepsize.oss_fit.history=0", ["history", "at least 1", "0"]),
+    ("stepsize=oss_fit distance=x0_mse", ["oss_fit", "xt_mse"]),
+    ("stepsize=oss_shared stepsize.oss_shared.max_order=0", ["max_order", "at least 1", "0"]),
+    ("stepsize=dm stepsize.dm.p=-1", ["p must be", "above 0", "-1"]),
+    ("stepsize=gits stepsize.gits.num_nodes=1", ["GITS", "1"]),
+    ("stepsize=gits stepsize.gits.coeff=0", ["coeff", "from 0.1 to 10"]),
+    ("stepsize=gits stepsize.gits.metric=bdev", ["metric", "dev", "bdev"]),
+    ("stepsize=gits stepsize.gits.num_nodes=many", ["num_nodes", "many"]),
+    ("stepsize=gits stepsize.gits.afs=maybe", ["afs", "true or false", "maybe"]),
+    ("stepsize=ld3 stepsize.ld3.learning_rate=fast", ["learning_rate", "fast"]),
+    ("solver=deis solver.beta_d=big", ["beta_d", "number", "big"]),
+    ("solver=deis solver.beta_min=big", ["beta_min", "number", "big"]),
+    ("solver=unipc solver.lower_order_final=maybe", ["lower_order_final", "true or false", "maybe"]),
+    ("solver=dpm2 solver.r=2", ["r must be", "2"]),
+    ("distance=perceptual distance.min_time=late", ["min_time", "late"]),
+    ("stepsize=ays stepsize.ays.schedule.table=sd9", ["sd9", "sd15", "sdxl"]),
+    ("stepsize=ld3 stepsize.ld3.iterations=0", ["iterations", "at least 1"]),
+    ("stepsize=ld3 data.search_samples=1", ["ld3", "two or more"]),
+    ("task=calibrate task.samples=0", ["task.samples", "1 to"]),
+    ("stepsize.edm.start=free", ["start", "free"]),
+    ("stepsize.edm.schedule.rho=0", ["rho", "from 0.1 to 100"]),
+    ("stepsize.edm.schedule.sigma_min=100", ["sigma_min", "100"]),
 ]
 
 
-@pytest.mark.parametrize(("override", *["words"]), [(case[0], case[1:]) for case in WRONG_VALUES])
+@pytest.mark.parametrize(("override", "words"), mostly_slow(WRONG_VALUES, *WRONG_VALUES[::9]))
 def test_a_wrong_value_is_named(override, words, refused):
     error = refused(*SMALL, *override.split())
     assert [word for word in words if word not in error] == [], error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "override", "words"),
     [
@@ -253,7 +254,7 @@ WRONG_SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("fault", WRONG_SCHEDULES)
+@pytest.mark.parametrize("fault", mostly_slow(WRONG_SCHEDULES, "truncated", "no times"))
 def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(fault, refused, saved, tmp_path):
     text, words = WRONG_SCHEDULES[fault]
     path = tmp_path / "schedule.json"
@@ -282,6 +283,7 @@ def other_weights(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_other_weights_need_leave_and_then_run(refused, saved, tmp_path, capsys):
     arguments = [*SMALL, "task=evaluate", f"task.schedule={saved / 'oss_shared_2.json'}"]
     arguments.append(f"model.file={other_weights(tmp_path)}")
@@ -290,12 +292,14 @@ def test_other_weights_need_leave_and_then_run(refused, saved, tmp_path, capsys)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"][0]["strategy"] == "oss_shared"
 
 
+@pytest.mark.slow
 def test_leave_to_use_another_model_does_not_cover_another_shape(refused, saved):
     arguments = ["model=mixture_fashion", "task=evaluate", "task.allow_other_model=true"]
     error = refused(*SMALL, *arguments, f"task.schedule={saved / 'oss_shared_2.json'}")
     assert "shape" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("searched", "measured"), [("null", "all"), ("all", "null")])
 def test_an_analytic_start_runs_only_with_the_classes_it_has_means_of(searched, measured, refused, tmp_path):
     arguments = [*SMALL, "task=search", "stepsize=oss_shared", "hydra.run.dir=searched"]
@@ -368,6 +372,7 @@ def test_fitting_needs_images(refused, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_mixture_is_fitted_to_images_in_folders_if_these_are_classes(refused, tmp_path):
     draw = np.random.default_rng(0)
     for i in range(12):

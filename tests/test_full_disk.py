@@ -68,6 +68,7 @@ def refused(arguments: list[str], folder: Path, capsys) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "kib", "message"),
     [

@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from helpers import mostly_slow
 
 from experiments.hostile_files import cases as hostile
 
@@ -30,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reader", hostile.READERS)
+@pytest.mark.parametrize("reader", mostly_slow(hostile.READERS, "checkpoints", "TorchScript", "configurations"))
 def test_hostile_files_do_nothing(reader, tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     outside.mkdir()

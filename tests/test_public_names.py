@@ -165,6 +165,7 @@ def test_defaults_are_those_of_the_yaml(nodes):
             assert same(built, named_object(f"oss_exp.{name}")()), name
 
 
+@pytest.mark.slow
 def test_every_default_is_that_of_the_yaml(nodes):
     """Of classes and functions that need some arguments too; what a yaml leaves out has the default anyway."""
     for name in nodes.keys() - OTHER_DEFAULTS.keys():

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SHORT_TRAINING = "num_teacher_steps=10 task.trajectories=8 task.batch_size=8 task.max_steps=2 task.save_every=2"
 WITHOUT_NOISES = "--help|task=report|task=statistics|task=convert|task=export|task=import_sigmas"
-SHORT = "data.search_samples=8 data.eval_samples=16 data.per_sample=8 logger=none"
+SHORT = "data.search_samples=4 data.eval_samples=8 data.per_sample=4 logger=none"
+SMALL = "model.backbone.block_out_channels=[16,16,16] model.backbone.attention_head_dim=16"  # it draws its samples
 
 
 def blocks(language: str) -> list[str]:
@@ -35,13 +36,13 @@ def test_commands(session, tmp_path, garments):
     for command in "\n".join(blocks("bash")[number].strip() for number in SESSIONS[session]).splitlines():
         short = command
         if not re.search(WITHOUT_NOISES, command):
-            short = f"{command} logger=none" if "task=pretrain" in command else f"{command} {SHORT}"
+            short = f"{command} {SMALL} logger=none" if "task=pretrain" in command else f"{command} {SHORT}"
         if "task=finetune" in command:
             short = f"{short} {SHORT_TRAINING}"
         elif "model=" in command and "task=" not in command:
             short = f"{short} num_teacher_steps=10"
         elif "num_teacher_steps" not in command and not re.search(f"task=pretrain|{WITHOUT_NOISES}", command):
-            short = f"{short} num_teacher_steps=40"
+            short = f"{short} num_teacher_steps=20"
         listed = short.replace("oss-exp", r"printf '%s\n'", 1)  # as a shell reads them
         arguments = subprocess.run(["bash", "-c", listed], cwd=tmp_path, capture_output=True, text=True, check=True)
         run_process(*arguments.stdout.splitlines(), folder=tmp_path, **environment)

@@ -278,6 +278,7 @@ def refusal(reader: Reader, path: Path) -> str:
 NONSENSE = [None, True, -1, 0, 1.5, 1e30, 10**400, float("nan"), float("inf"), "abc", "", [], {}, [[1]], {"a": [None]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_nonsense_in_any_field_is_taken_or_refused_by_name(name, tmp_path):
     reader, refused = READERS[name], 0

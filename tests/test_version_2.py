@@ -110,6 +110,7 @@ NETWORK = [
 SHORT = ["num_teacher_steps=10", "data.search_samples=2", "data.eval_samples=4", "data.per_sample=4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stages", "stages_lora"])
 def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
     stages = FILES / name
@@ -121,6 +122,7 @@ def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
     assert new["per_image"]["psnr"] == pytest.approx(old["per_image"]["psnr"], abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run_search", "run_compare"])
 def test_an_older_run_goes_on_by_its_own_command(name, tmp_path):
     """It plans nothing anew, and measures the same."""

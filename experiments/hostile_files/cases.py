@@ -450,7 +450,7 @@ def schedules() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 def means() -> dict[str, Callable[[], bytes]]:
     """Safetensors files that are none."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    million = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(500_000)}
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     return {
         "a pickle": lambda: pickled({"mean": Command()}),
         "a torch file": lambda: torch_file({"mean": Command()}),
@@ -464,7 +464,7 @@ def means() -> dict[str, Callable[[], bytes]]:
         "an unknown dtype": lambda: header({"mean": {**entry, "dtype": "os.system"}}, bytes(4)),
         "no mean": lambda: tensors(other=torch.ones(1)),
         "not finite": lambda: tensors(mean=torch.tensor([float("nan")])),
-        "large: half a million tensors": lambda: header(million),
+        "large: half a million tensors": lambda: header({f"t{i}": empty for i in range(500_000)}),
         "large: a gigabyte and more": lambda: header({"mean": {**entry, "shape": [1]}}, bytes((1 << 30) + 4)),
     }
 

@@ -51,7 +51,7 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
     problem = Problem(
         model.velocity(labels),
         noise[mine],
-        FlowSchedule(shift=2.0).nodes(20),
+        FlowSchedule(shift=2.0).nodes(12),
         Euler(),
         XtMSE(),
         collective=DistributedCollective(),

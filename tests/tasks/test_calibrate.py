@@ -137,6 +137,7 @@ def test_the_picture_opens_and_shows_every_curve(calibrated):
         assert (pixels == color).all(1).sum() > 200
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(calibrated, tmp_path):
     assert same(table(oss_exp(tmp_path / "run", "data.batch_size=4", "stepsize=ddim")), table(calibrated))
 
@@ -200,6 +201,7 @@ def test_a_table_of_each_channel_and_the_last_step_only(calibrated, tmp_path):
     assert (folder / "amplitude.png").exists()
 
 
+@pytest.mark.slow
 def test_conditions_and_guidance_are_those_of_the_run(tmp_path):
     folder = oss_exp(tmp_path / "run", "data.classes=[1,7]", "model.guidance.scale=2", "stepsize=oss_shared")
     noise, labels = noises([1, 7])
@@ -224,6 +226,7 @@ def test_what_cannot_be_done_is_refused(arguments, words, tmp_path, capsys):
     assert not (tmp_path / "run" / "schedules").exists()
 
 
+@pytest.mark.slow
 def test_a_calibrated_solver_is_refused(calibrated, tmp_path, capsys):
     with pytest.raises(SystemExit):
         oss_exp(tmp_path / "run", f"solver.calibration={calibrated / 'calibration.json'}")

@@ -154,6 +154,7 @@ def test_a_finished_run_leaves_no_calls_and_none_are_kept_unasked(whole, tmp_pat
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_schedules_that_are_there_are_not_searched_again(whole, tmp_path):
     run_cli(*RUN, "task=search", f"hydra.run.dir={tmp_path}")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
@@ -198,6 +199,7 @@ def test_an_evaluation_goes_on_after_the_batches_that_it_has(tmp_path, monkeypat
     assert not (tmp_path / "killed" / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(whole, capsys):
     with pytest.raises(SystemExit):
         run_cli(*RUN, "num_teacher_steps=10", f"hydra.run.dir={whole}")

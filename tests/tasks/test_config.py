@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import mostly_slow
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -26,6 +27,7 @@ OPTIONS = [
     if group.name not in ("experiment", "base")  # composed below, and by the tasks
     for file in sorted(group.glob("*.yaml"))
 ]
+FIRST = dict(reversed(OPTIONS))  # one option of every group
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def test_there_are_the_groups_that_the_design_names():
     assert names >= {*expected.split(), "hydra"}
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
+@pytest.mark.parametrize(("group", "option"), mostly_slow(OPTIONS, *FIRST.items()))
 def test_option(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -191,6 +193,7 @@ def test_metrics_are_chosen_as_strategies_are():
     assert cfg.metric.fid.num_images == 50
 
 
+@pytest.mark.slow
 def test_a_task_has_the_groups_that_it_reads_and_no_others():
     groups = {group.name for group in GROUPS} - {"task", "logger", "paths", "hydra"}
     planning = {"model", "noise_schedule", "solver", "distance", "stepsize", "data", "trainer"}

@@ -60,6 +60,7 @@ def test_the_metrics_are_those_of_the_saved_images(run):
         assert set(found) == {"fid", "kid", "kid_std", "precision", "recall", "class_agreement"}
 
 
+@pytest.mark.slow
 def test_schedules_of_single_samples_have_no_distribution(run):
     _, metrics = run
     assert {row["strategy"]: bool(row["metrics"]) for row in metrics["rows"]} == {"fm": True, "oss": False}
@@ -79,6 +80,7 @@ def test_ranks_share_the_work_and_agree(run, tmp_path):
     assert torch.equal(saved(tmp_path, "teacher"), saved(run[0], "teacher"))
 
 
+@pytest.mark.slow
 def test_png_files_are_named_by_sample(run, tmp_path):
     run_cli(*SMALL, "evaluation.save_images=png", "stepsize=fm", f"hydra.run.dir={tmp_path}")
     files = sorted((tmp_path / "images" / "fm_3").iterdir())
@@ -160,6 +162,7 @@ def test_what_a_metric_needs_is_said_before_anything_is_planned(metric, message,
     assert not (tmp_path / "schedules").exists()
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_where_a_metric_fails_and_the_mended_command_measures_no_image(
     tmp_path, capsys, monkeypatch
 ):
@@ -189,6 +192,7 @@ def test_what_was_measured_is_kept_where_a_metric_fails_and_the_mended_command_m
     assert not (folder / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_another_metric_is_measured_in_the_same_folder(tmp_path):
     few = ["stepsize=fm", "data.eval_samples=20", "metric=fid"]
     run_cli(*SMALL, *few, f"hydra.run.dir={tmp_path}")

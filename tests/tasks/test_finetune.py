@@ -70,6 +70,7 @@ def whole(weights, tmp_path_factory):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_stages_that_load_as_a_model(whole, weights, tmp_path):
     assert json.loads((whole / "stages.json").read_text())["cuts"] == [
         StepSchedule.load(whole / "schedule.json").times[1]
@@ -90,6 +91,7 @@ def test_a_run_leaves_stages_that_load_as_a_model(whole, weights, tmp_path):
     assert ddim["psnr"] == found["rows"][0]["psnr"]  # both against the base's own pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["jump", "progressive"])
 def test_every_stage_comes_nearer_to_the_teacher(weights, tmp_path, objective):
     longer = ["task.max_steps=60", "task.save_every=60", "task.learning_rate=0.001", "num_steps=[4]"]
@@ -99,6 +101,7 @@ def test_every_stage_comes_nearer_to_the_teacher(weights, tmp_path, objective):
         assert training["loss_after"] < 0.3 * training["loss_before"]
 
 
+@pytest.mark.slow
 def test_the_teachers_own_steps_have_nothing_to_learn(weights, tmp_path):
     folder = tuned(weights, tmp_path, "stepsize=fm", "num_steps=[10]", "task.max_steps=1", "task.save_every=1")
     for number in range(2):
@@ -106,6 +109,7 @@ def test_the_teachers_own_steps_have_nothing_to_learn(weights, tmp_path):
         assert stage(folder, number) == {}  # so it stays as it was
 
 
+@pytest.mark.slow
 def test_states_are_the_teachers_and_later_the_students(weights, tmp_path):
     """The student's at the end of all stages would be its samples: checked at the end of the first."""
     folder = tuned(weights, tmp_path, "task.objective=progressive", "num_steps=[4]")
@@ -118,6 +122,7 @@ def test_states_are_the_teachers_and_later_the_students(weights, tmp_path):
     assert 0 < error < float((second - second.flip(0)).pow(2).mean())
 
 
+@pytest.mark.slow
 def test_images_train_stages_by_the_models_own_loss(weights, tmp_path):
     folder = tuned(weights, tmp_path, "task.objective=diffusion", "images=digits")
     assert not (folder / "states").exists()
@@ -179,6 +184,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, weights, tmp_path):
     assert_same(whole, tuned(weights, tmp_path))
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(whole, weights, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     run_cli(*settings(weights, tmp_path, f"task.output={whole}"))
@@ -200,6 +206,7 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -226,6 +233,7 @@ def test_bad_values_end_with_one_message(weights, tmp_path, capsys, values, mess
     assert not list(tmp_path.rglob("stage_*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_schedule_of_another_model_is_refused(weights, tmp_path, whole, capsys):
     other = random_weights(tmp_path / "other.safetensors", *MODEL, "model.backbone.num_layers=2")
     schedule = f"task.schedule={whole / 'schedule.json'}"
@@ -234,6 +242,7 @@ def test_a_schedule_of_another_model_is_refused(weights, tmp_path, whole, capsys
     assert "was searched on model 'dit_fashion'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(weights, tmp_path, whole, capsys):
     with pytest.raises(SystemExit):
         run_cli(*settings(weights, tmp_path, f"task.output={whole}", "task.learning_rate=0.1"))

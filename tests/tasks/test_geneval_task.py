@@ -77,6 +77,7 @@ def test_every_prompt_has_its_pictures_and_verdicts(run):
         assert len(list((run / "images" / row["label"]).glob("*.png"))) == 6 * COUNT
 
 
+@pytest.mark.slow
 def test_the_table_and_the_page_are_written(run):
     table = (run / "geneval.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
@@ -117,6 +118,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_pat
             assert (folder / name).read_bytes() == (run / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_schedule_for_each_sample_is_refused_before_any_is_planned(inputs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli(*inputs, "stepsize=[ddim,oss]", f"hydra.run.dir={tmp_path}")
@@ -124,6 +126,7 @@ def test_a_schedule_for_each_sample_is_refused_before_any_is_planned(inputs, tmp
     assert not (tmp_path / "schedules").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -68,6 +68,7 @@ def test_what_the_task_does_not_read_is_refused(arguments, message, tmp_path, ca
     assert message in refused(capsys, tmp_path, *arguments.split())
 
 
+@pytest.mark.slow
 def test_entries_below_what_is_read_may_be_added(tmp_path):
     run_cli(*FAST, "+trainer.max_time=00:01:00:00", "evaluation.trajectories=0", f"hydra.run.dir={tmp_path}")
     assert (tmp_path / "metrics.json").is_file()

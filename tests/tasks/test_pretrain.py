@@ -89,6 +89,7 @@ def test_the_run_and_its_checkpoint_are_the_model(whole):
         assert torch.equal(last[key].half().float(), value)
 
 
+@pytest.mark.slow
 def test_the_written_weights_run_as_a_model(whole, tmp_path):
     network = [argument for argument in TINY if argument.startswith("model")]
     run_cli(
@@ -119,6 +120,7 @@ def flat(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "every", "then"), [(3, 2, 4), (8, 8, 4), (4, 4, 1), (4, 4, 20), (12, 4, 4)])
 def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, steps, every, then):
     first = settings(tmp_path / "first", *FLAT)
@@ -131,6 +133,7 @@ def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, st
         assert [rate["last_epoch"] for rate in kept["lr_schedulers"]] == [12]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tmp_path, capsys):
     folder = tmp_path / "run"
     run_cli(*settings(folder, "task.max_steps=4"))
@@ -148,6 +151,7 @@ def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tm
     assert "has taken 12 steps, more than task.max_steps=3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_from_weights(whole, tmp_path):
     weights = whole / "dit_fashion.safetensors"
     still = ["task.max_steps=1", "task.learning_rate=1e-30", f"task.init_from={weights}"]
@@ -158,6 +162,7 @@ def test_a_run_may_begin_from_weights(whole, tmp_path):
     assert about["init_from"] == {"file": weights.name, "sha256": sha256(weights.read_bytes())}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_somebody_else_removes_nothing_and_is_read_as_data(whole, tmp_path, capsys):
     """Lightning's callbacks remove the file that they kept before, whose name they read from a checkpoint."""
     victim, path = tmp_path / "victim.ckpt", tmp_path / "given.ckpt"
@@ -302,6 +307,7 @@ def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):
     assert "trains networks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -128,6 +128,7 @@ def test_every_step_schedule_says_what_made_it(compared):
         assert planning["seconds"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "classes"),
     [
@@ -205,6 +206,7 @@ def test_the_batch_size_changes_nothing(batch_size, compared, tmp_path):
     assert means(folder) == pytest.approx(means(compared), abs=1e-3)  # float32 states
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_first_samples_whatever_the_batch_size(compared, tmp_path):
     folder = oss_exp(tmp_path / "run", "data.batch_size=3", "stepsize=[edm,oss]")
     with np.load(folder / "samples.npz") as small, np.load(compared / "samples.npz") as whole:
@@ -236,6 +238,7 @@ def test_trajectories_are_the_predictions_on_the_way_to_the_samples(compared, tm
         assert np.abs(small["x0/edm K=4"][:4].astype(int) - whole["x0/edm K=4"]).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_run_without_trajectories_has_a_page_without_them(compared, tmp_path, capsys):
     folder = oss_exp(tmp_path / "run", "evaluation.trajectories=0", "stepsize=edm")
     assert not (folder / "trajectories.npz").exists()
@@ -256,11 +259,13 @@ def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, comp
     assert times(folder) == {name: times(compared)[name]}
 
 
+@pytest.mark.slow
 def test_evaluating_without_a_schedule_plans_one(compared, tmp_path):
     folder = oss_exp(tmp_path / "run", "task=evaluate", "stepsize=edm")
     assert means(folder) == {("edm", k): means(compared)["edm", k] for k in (2, 4)}
 
 
+@pytest.mark.slow
 def test_guidance_doubles_the_network_rows(tmp_path):
     folder = oss_exp(tmp_path / "run", "data.classes=all", "model.guidance.scale=2", "stepsize=[edm,oss_shared]")
     for strategy in ("edm", "oss_shared"):
@@ -271,17 +276,20 @@ def test_guidance_doubles_the_network_rows(tmp_path):
             assert found["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_heun_counts_its_second_calls(tmp_path):
     folder = oss_exp(tmp_path / "run", "solver=heun", "stepsize=edm")
     assert [row(folder, "edm", k)["nfe"] for k in (2, 4)] == [3, 7]
 
 
+@pytest.mark.slow
 def test_a_student_with_the_teachers_steps_is_the_teacher(tmp_path):
     folder = oss_exp(tmp_path / "run", "stepsize=[fm,edm]", "num_steps=[20]")
     assert row(folder, "fm", 20)["psnr"] == {"mean": CEILING, "low": CEILING, "high": CEILING, "n": 8}
     assert row(folder, "edm", 20)["psnr"]["mean"] < CEILING
 
 
+@pytest.mark.slow
 def test_another_seed_measures_other_noises(compared, tmp_path):
     folder = oss_exp(tmp_path / "run", "data.seed=1", "stepsize=edm")
     assert row(folder, "edm", 4)["psnr"]["mean"] != pytest.approx(row(compared, "edm", 4)["psnr"]["mean"], abs=1e-3)
@@ -322,6 +330,7 @@ def multistep(tmp_path_factory) -> Path:
     return oss_exp(tmp_path_factory.mktemp("multistep") / "run", *MULTISTEP)
 
 
+@pytest.mark.slow
 def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
     steps = schedules(multistep)["oss_shared_4"]
     assert steps.orders.tolist()[0] == steps.orders.tolist()[-1] == 1  # warm-up; no polynomial in log-SNR reaches 0
@@ -331,6 +340,7 @@ def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
     assert "oss_shared K=4 analytic start, orders 1-" in (multistep / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_states_in_host_memory_change_nothing(multistep, tmp_path, capsys):
     assert times(oss_exp(tmp_path / "run", *MULTISTEP, "offload_states=true")) == times(multistep)
     for name in ("offload_states", "keep_calls"):
@@ -339,6 +349,7 @@ def test_states_in_host_memory_change_nothing(multistep, tmp_path, capsys):
         assert f"{name} must be true or false, got 'maybe'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fixed_orders_ignore_what_the_search_chose(multistep, tmp_path):
     fixed = oss_exp(tmp_path / "run", *MULTISTEP, "run_orders=fixed")
     assert times(fixed) == times(multistep)
@@ -349,6 +360,7 @@ def test_fixed_orders_ignore_what_the_search_chose(multistep, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_orders_searched_with_another_solver_are_refused(multistep, tmp_path):
     saved = f"task.schedule={multistep / 'schedules' / 'oss_shared_4.json'}"
     with pytest.raises(SystemExit):
@@ -368,6 +380,7 @@ def test_the_spread_is_the_amplitude_relative_to_the_teachers(compared):
     assert row(compared, "edm", 4)["spread"]["mean"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_calibration_changes_the_students_and_not_the_teacher(compared, tmp_path):
     table = oss_exp(tmp_path / "table", "task=calibrate", "task.samples=8", "num_steps=[4]") / "calibration.json"
     run = oss_exp(tmp_path / "run", f"solver.calibration={table}", "stepsize=[edm,oss_shared]")
@@ -384,6 +397,7 @@ def test_calibration_changes_the_students_and_not_the_teacher(compared, tmp_path
         assert words in (tmp_path / "other" / "error.log").read_text()
 
 
+@pytest.mark.slow
 def test_fitted_steps_are_evaluated_at_the_guidance_that_they_were_fitted_at(compared, tmp_path):
     saved = f"task.schedule={compared / 'schedules' / 'oss_fit_4.json'}"
     again = oss_exp(tmp_path / "again", "task=evaluate", saved, "solver=heun")  # they need no solver

@@ -50,6 +50,7 @@ def videos(run, name: str) -> torch.Tensor:
     return torch.from_numpy(np.load(run / "images" / f"{name}.npz")["arr_0"]).double().movedim(4, 1) / 255
 
 
+@pytest.mark.slow
 def test_psnr_is_by_frames(run):
     rows = json.loads((run / "metrics.json").read_text())["rows"]
     assert videos(run, "teacher").shape == (4, 1, 8, 32, 32)
@@ -58,6 +59,7 @@ def test_psnr_is_by_frames(run):
         np.testing.assert_allclose(row["per_image"]["psnr"], expected, atol=0.05)  # bytes
 
 
+@pytest.mark.slow
 def test_frames_are_the_images_of_other_metrics(run):
     found = json.loads((run / "metrics.json").read_text())["rows"][0]["metrics"]["fid"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -68,6 +70,7 @@ def test_frames_are_the_images_of_other_metrics(run):
     assert found == pytest.approx(metric.compute()["fid"], rel=1e-2)  # bytes
 
 
+@pytest.mark.slow
 def test_the_report_moves(run):
     picture = Image.open(run / "samples.gif")
     assert picture.n_frames == 8
@@ -80,6 +83,7 @@ def test_the_report_moves(run):
     assert list(run.rglob("*.gif"))[1:], "W&B has its copy"
 
 
+@pytest.mark.slow
 def test_the_middle_frame_is_shown_on_its_way(run):
     with np.load(run / "trajectories.npz") as ways, np.load(run / "samples.npz") as samples:
         for label in samples:

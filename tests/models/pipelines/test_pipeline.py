@@ -94,7 +94,7 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
         model,
         noises(model, seed=2),
         num_steps=4,
-        num_teacher_steps=20,
+        num_teacher_steps=12,
         solver=Euler(),
         held_out=noises(model, seed=2),
         decode=lambda x0: x0,

@@ -264,6 +264,7 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(kind, start, request):
         torch.testing.assert_close(full[k].steps.weights, band[k].steps.weights, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_narrow_band_gives_a_schedule_that_runs(problem):
     plan = OSSFit("analytic", Band(4, 1, 1), True, "log_mean", 3, RIDGE).plan(problem, [5])[5]
     ordinary = OSSShared("analytic", Band(4, 1, 1), True, "log_mean").plan(problem, [5])[5]

@@ -233,6 +233,7 @@ def test_stretch_keeps_the_curve(path):
     assert (stretch(column, 35, 40).diff(dim=0) > 0).all()
 
 
+@pytest.mark.slow
 def test_refine_never_loses_on_the_search_set(problem):
     for start, objective in itertools.product(STARTS, (PerSample(), Shared("mean"), Shared("log_mean"))):
         path = recurse(problem, layers(N, [4], start, 1, "cpu"), [4], start, objective).paths[4]
