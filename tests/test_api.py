@@ -172,6 +172,7 @@ def test_a_schedule_is_replayed_with_the_solver_it_was_searched_with(noise, solv
     assert torch.equal(oss_exp.sample(velocity, noise, again), expected)
 
 
+@pytest.mark.slow
 def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
     small = ["num_teacher_steps=20", "num_steps=[3]", "data.search_samples=6", "logger=none", "model=mixture_digits"]
     run_cli(*small, "task=search", "solver=unipc", "stepsize=[oss_shared]", f"hydra.run.dir={tmp_path}")
@@ -182,6 +183,7 @@ def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
     assert torch.equal(oss_exp.sample(digits, 4, steps), expected)
 
 
+@pytest.mark.slow
 def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
     steps = oss_exp.search(digits, 6, 3, **SHORT)
     file = steps.save(tmp_path / "steps.json")
@@ -260,6 +262,7 @@ def test_a_schedule_says_what_the_command_lines_does(comparison, run):
     assert {**ours["model"], "prompts": None} == theirs["model"]
 
 
+@pytest.mark.slow
 def test_classes_are_compared_as_on_the_command_line(guided, tmp_path):
     settings = ["data.search_samples=6", "data.eval_samples=12", "num_teacher_steps=20", "num_steps=[3]", "logger=none"]
     model = ["model=mixture_digits", "model.guidance.scale=2.0", "solver=dpm_solver_pp", "stepsize=[fm,oss_shared]"]

@@ -59,6 +59,7 @@ def test_the_order_of_the_elements_and_of_memory_does_not_matter():
     assert all(a.equal(b) for a, b in zip(amplitude(x, False), amplitude(swapped, False), strict=True))
 
 
+@pytest.mark.slow
 def test_more_elements_than_a_float32_can_count():
     """Above 2^24 elements, where torch.quantile gave up for long."""
     count = 2**24 + 2

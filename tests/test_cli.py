@@ -197,6 +197,7 @@ def test_a_gpu_that_is_not_there_is_answered_with_the_trainer_that_works(refused
     assert "trainer=cpu" in refused(*SMALL, "trainer=gpu")
 
 
+@pytest.mark.slow
 def test_a_sweep_with_two_devices_a_job_is_refused(refused):
     error = refused("--multirun", *SMALL, "trainer.devices=2", "num_steps=[2],[3]")
     assert "trainer.devices=2" in error
@@ -333,6 +334,7 @@ def test_an_override_that_cannot_be_read_is_named_with_its_quoting(override, ref
     assert f"{override} cannot be read as it is; quote its value: 'task.schedule=\"{value}\"'" in error
 
 
+@pytest.mark.slow
 def test_the_home_folder_is_meant_in_every_path(refused, saved, tmp_path, monkeypatch):
     """Also below task.overrides, in files that a library opens, and of what is written."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -178,12 +178,14 @@ def test_every_default_is_that_of_the_yaml(nodes):
             assert same(parameter.default, value), f"{name}: {parameter.name}"
 
 
+@pytest.mark.slow
 def test_classes_that_yamls_build_with_several_values_name_one_of_them(nodes):
     values = {name: {OmegaConf.to_yaml(node) for node in places.values()} for name, places in nodes.items()}
     assert {name for name in PUBLIC_CLASSES if len(values.get(name, ())) > 1} <= OWN_YAML.keys()
     assert all(place in nodes[name] for name, place in OWN_YAML.items())
 
 
+@pytest.mark.slow
 def test_yamls_hold_parameters_of_constructors(nodes):
     """And each parameter has an annotation that can be looked up, for the border checks values by it."""
     for name, places in nodes.items():

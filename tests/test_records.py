@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import mostly_slow
 
 from oss_exp.calibration import Calibration
 from oss_exp.data.prompts import read_prompts
@@ -221,9 +222,10 @@ BROKEN = {
 SIGMAS = [kind for kind, content in BROKEN.items() if content.lstrip()[:1] == b"{"]  # others are lists of sigmas
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name in READERS for kind in (SIGMAS if name == "sigmas" else BROKEN)]
-)
+EVERY = [(name, kind) for name in READERS for kind in (SIGMAS if name == "sigmas" else BROKEN)]
+
+
+@pytest.mark.parametrize(("name", "kind"), mostly_slow(EVERY, *EVERY[::7]))
 def test_what_is_broken_is_refused_by_the_name_of_its_file(name, kind, tmp_path):
     reader = READERS[name]
     path = written(reader, tmp_path, BROKEN[kind])

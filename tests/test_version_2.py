@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import run_cli
+from helpers import mostly_slow, run_cli
 from safetensors.torch import load_file
 
 from oss_exp.calibration import Calibration
@@ -40,7 +40,7 @@ def test_there_is_one_of_every_kind():
     assert len(kinds) >= 11
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULES, *SCHEDULES[::9]))
 def test_a_schedule_saved_again_is_the_same(name, tmp_path):
     old = StepSchedule.load(FILES / name)
     path = old.save(tmp_path / "again.json")
@@ -67,7 +67,7 @@ def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_pat
         StepSchedule.load(path)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULES, *SCHEDULES[::9]))
 def test_a_schedule_names_public_objects_only(name, tmp_path):
     text = StepSchedule.load(FILES / name).save(tmp_path / "again.json").read_text()
     names = re.findall(r'"_target_": "([^"]*)"', text)
@@ -75,7 +75,7 @@ def test_a_schedule_names_public_objects_only(name, tmp_path):
     assert all(callable(named_object(each)) for each in names)
 
 
-@pytest.mark.parametrize("name", sorted(REPLAYS))
+@pytest.mark.parametrize("name", mostly_slow(REPLAYS, *[*REPLAYS][::9]))
 def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
     """The same bits on the machine that made them; another processor may round its last bits otherwise."""
     monkeypatch.chdir(FILES.parents[1])  # some name a calibration by its path

@@ -298,6 +298,7 @@ def lpips_of_torchmetrics(alexnet: Path, a: Tensor, b: Tensor) -> float:
         torch.hub.set_dir(before)
 
 
+@pytest.mark.slow
 def test_lpips_is_torchmetrics_without_a_download(alexnet):
     a, b = torch.rand(2, 5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     metric = LPIPS(str(alexnet), "alex")
@@ -311,6 +312,7 @@ def test_lpips_is_torchmetrics_without_a_download(alexnet):
     assert metric.compute() == {"lpips": 0.0}
 
 
+@pytest.mark.slow
 def test_lpips_of_small_grey_images_is_of_enlarged_rgb_ones(alexnet):
     a, b = images(3, 1, size=16), images(3, 2, size=16)
     metric = LPIPS(str(alexnet), "alex")

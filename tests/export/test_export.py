@@ -16,6 +16,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from helpers import mostly_slow
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -70,7 +71,7 @@ def test_there_and_back_is_the_same(preset):
     assert again.provenance == {"made_by": "ComfyUI"}
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, "FLUX"))
 def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
     scheduler, mu = SCHEDULERS[name]
     scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
@@ -80,6 +81,7 @@ def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
     torch.testing.assert_close(scheduler.sigmas.double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shift 3", "FLUX"])
 def test_a_real_scheduler_makes_our_sample(preset, name):
     scheduler, mu = SCHEDULERS[name]
@@ -122,7 +124,7 @@ def flow(scheduler) -> bool:
     return scheduler.config.get("use_flow_sigmas", "beta_schedule" not in scheduler.config)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, "FLUX"))
 def test_a_flow_scheduler_runs_presets_and_planned_schedules(name, velocity, preset):
     scheduler, mu = SCHEDULERS[name]
     for steps in (preset, planned(velocity, FlowSchedule(3.0).nodes(20))):

@@ -313,6 +313,7 @@ def test_flux_pipeline(strategy, solver, tmp_path):
         pipe(**ask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "solver", "prediction"),
     [("oss_ave", "dpm_solver_pp", "epsilon"), ("oss_shared", "unipc", "v_prediction"), ("oss_fit", "euler", "epsilon")],

@@ -37,6 +37,7 @@ def test_what_it_is_taught_is_what_is_read(wardrobe, monkeypatch):
             assert int(seen.mask.sum()) == (x2 - x1 + 1) * (y2 - y1 + 1)
 
 
+@pytest.mark.slow
 def test_training_on_one_scene_finds_it(wardrobe):
     draw = np.random.default_rng(1)
     wish = {"tag": "x", "include": [{"class": "bag", "count": 1}, {"class": "boot", "count": 1}]}

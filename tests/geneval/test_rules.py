@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import ORACLES
+from helpers import ORACLES, mostly_slow
 
 from oss_exp.geneval.rules import TASKS, Rules, iou, judge, read_metadata, relative_position, scores
 
@@ -19,7 +19,7 @@ def plain(reason: str) -> set:
     return {frozenset(re.split(r" and |, found ", line)) for line in reason.split("\n") if line}
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("number", mostly_slow(range(len(CASES)), *range(0, len(CASES), 5)))
 def test_verdicts_of_the_original(number):
     case = CASES[number]
 
@@ -51,6 +51,7 @@ def test_scores_of_the_original():
     assert found["overall"].mean == pytest.approx(float(re.search(r"over tasks\): ([\d.]+)", text)[1]), abs=5e-6)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_overall_score_covers_it():
     """Of many draws with known shares, 95 % of the intervals hold the true mean of the six."""
     draw, truth, inside = np.random.default_rng(0), np.array([0.95, 0.8, 0.7, 0.75, 0.2, 0.4]), 0

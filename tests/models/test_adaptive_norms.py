@@ -39,6 +39,7 @@ def layer(parameter: str) -> str:
     return ".".join(layers[-2:]) if layers[-1].isdigit() else layers[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_names_its_adaptive_layer_norms(name):
     layers, beside = FAMILIES[name]

@@ -246,6 +246,7 @@ def test_a_gathered_sweep_has_a_page_and_a_picture(sweep):
     assert "<h2>Samples</h2>" not in page, "they are on the pages of the runs"
 
 
+@pytest.mark.slow
 def test_a_dashboard_out_of_reach_is_a_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, capsys):
     """W&B without a key, asked to be online; and one whose server does not answer when the run is logged."""
     monkeypatch.setenv("WANDB_MODE", "online")

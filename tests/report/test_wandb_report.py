@@ -70,6 +70,7 @@ def panels(report) -> list:
     return [panel for block in report.blocks if isinstance(block, wr.PanelGrid) for panel in block.panels]
 
 
+@pytest.mark.slow
 def test_the_panels_show_what_the_logger_writes(logged):
     found = panels(wandb_report.build("them", "steps", None, ["psnr", "fid"]))
     charts = [panel for panel in found if isinstance(panel, wr.CustomChart)]

@@ -68,6 +68,7 @@ def test_what_no_result_depends_on_may_differ(root):
         assert evaluation(*more).folder(root).name == "f3024344025e87c6"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value", ["data.seed=1", "solver=heun", "noise_schedule.betas.end=0.03", "model.guidance.scale=2", "num_steps=[6]"]
 )
@@ -100,6 +101,7 @@ def test_other_shipped_weights_make_another_cell(root, tmp_path, monkeypatch):
     assert cell.folder(root).name == cell.key
 
 
+@pytest.mark.slow
 def test_an_older_run_goes_on_by_its_own_command(root, capsys):
     folder = root / "d9954cc975e95b73"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("schedules/*.json")}

@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+from helpers import mostly_slow
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from references import LATER, PINNED, difference, float64, run
@@ -93,6 +94,7 @@ def exact(gmm, velocity):
     return lambda t: torch.from_numpy(path.sol(float(t))).reshape(start.shape)
 
 
+@pytest.mark.slow
 @every_solver
 def test_the_error_falls_with_the_order(solver, velocity, exact):
     """A multistep solver gets its first outputs from the exact solution: its own warm-up is of lower order.
@@ -184,6 +186,7 @@ def test_rows_may_jump_to_different_times(solver, times, row_by_row, gmm):
         assert difference(together.x[m], alone.x[0]) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orders", [None, torch.tensor([[1, 2, 3, 1], [1, 1, 1, 1], [1, 2, 2, 3]])], ids=["", "orders"])
 @every_solver
 def test_a_per_sample_schedule_gives_each_sample_what_it_gets_alone(solver, orders, row_by_row, gmm):
@@ -212,7 +215,7 @@ def test_a_state_can_be_cut_to_some_rows(solver, row_by_row, gmm):
 
 
 @pytest.mark.parametrize("start", [1, 0.98])
-@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("num_steps", mostly_slow([1, 2, 5], 2))
 @every_solver
 def test_a_run_calls_the_network_nfe_times_and_never_at_clean_data(solver, num_steps, start):
     asked = []

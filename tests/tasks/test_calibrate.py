@@ -186,6 +186,7 @@ def test_any_number_of_ranks_gives_the_table_and_the_curves_of_one(world, calibr
             assert curves(folder)[label]["low"] == pytest.approx(curve["low"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_table_of_each_channel_and_the_last_step_only(calibrated, tmp_path):
     """The digits have one channel, so the tables are the same."""
     folder = oss_exp(tmp_path / "run", "task.per_channel=true", "task.last_step_only=true", "stepsize=[edm,fm]")

@@ -107,6 +107,7 @@ def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys
 RANDOM_FEATURES = ["evaluation.extractor._target_=oss_exp.RandomFeatures"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +129,7 @@ def test_a_metric_without_what_it_needs_is_refused_before_any_work(arguments, me
     assert not (tmp_path / "schedules").exists()
 
 
+@pytest.mark.slow
 def test_an_extractor_for_other_images_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         measured(tmp_path, "model=mixture_digits", "stepsize=fm")

@@ -118,6 +118,7 @@ def test_a_scheduler_of_its_own(run, tmp_path):
     assert scheduler.weights[1][4] != 0  # the older answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

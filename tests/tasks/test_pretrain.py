@@ -48,6 +48,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_images_of_more_classes_than_the_model_or_of_none_are_refused_before_the_first_step(tmp_path, capsys):
     arguments = [argument for argument in TINY if argument != "images=digits"]
     for folders, words in ((11, "images has 11 classes, model=dit_fashion has 10"), (0, "images has no classes")):

@@ -106,6 +106,7 @@ def test_a_comparison_leaves_exactly_these_files(compared):
     assert left == expected
 
 
+@pytest.mark.slow
 def test_every_step_schedule_says_what_made_it(compared):
     plans = schedules(compared)
     assert set(plans) == {f"{name}_{k}" for name in STRATEGIES for k in (2, 4)}
@@ -153,6 +154,7 @@ def test_every_step_schedule_lists_its_times_in_the_clock_of_the_model(tmp_path)
     assert native_times(EDMPath(), torch.tensor([1.0, 0.5, 0.0])) == {"clock": "sigma", "times": [None, 1.0, 0.0]}
 
 
+@pytest.mark.slow
 def test_a_search_leaves_step_schedules_and_no_measurement(tmp_path, compared):
     folder = oss_exp(tmp_path / "run", "task=search", "stepsize=[edm,oss_ave]")
     assert times(folder) == {name: t for name, t in times(compared).items() if name.startswith(("edm", "oss_ave"))}
@@ -174,6 +176,7 @@ def test_the_saved_configuration_is_resolved_and_holds_what_was_asked_for(compar
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_psnr_of_a_run_is_that_of_its_saved_schedule(strategy, k, compared):
@@ -214,6 +217,7 @@ def test_pictures_are_those_of_the_first_samples_whatever_the_batch_size(compare
         assert (small["teacher"] == whole["teacher"]).all()
 
 
+@pytest.mark.slow
 def test_trajectories_are_the_predictions_on_the_way_to_the_samples(compared, tmp_path):
     with np.load(compared / "trajectories.npz") as file, np.load(compared / "samples.npz") as samples:
         whole = dict(file)
@@ -250,6 +254,7 @@ def test_a_run_without_trajectories_has_a_page_without_them(compared, tmp_path, 
         assert "evaluation.trajectories must be a whole number" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["edm_2", "oss_ave_4", "oss_shared_4", "oss_4"])
 def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, compared, tmp_path):
     folder = oss_exp(tmp_path / "run", "task=evaluate", f"task.schedule={compared / 'schedules' / name}.json")

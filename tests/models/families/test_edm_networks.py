@@ -153,6 +153,7 @@ def full_size(yaml: str):
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["imagenet-64x64-cond-adm", "ffhq-64x64-uncond-vp", "ffhq-64x64-uncond-ve"])
 def test_full_size_names_and_shapes(name):
     theirs = json.loads((ORACLES / "edm_fullsize_keys.json").read_text())[f"edm-{name}"]

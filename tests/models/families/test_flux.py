@@ -271,6 +271,7 @@ def test_text_encoders_are_loaded_for_new_prompts_alone_and_freed(build, tmp_pat
     assert (len(loaded), counts) == (2, [0, 0, 0])
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_files_and_none_else(build, pipeline):
     model = build()
     assert model.backbone.state_dict().keys() == {f"network.{key}" for key in pipeline.transformer.state_dict()}
@@ -331,6 +332,7 @@ def test_what_is_no_such_pipeline_is_refused(build, copy, spoil, words):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("flux_dev", 11_901_408_320), ("flux_schnell", 11_891_178_560)])
 def test_the_yaml_is_the_public_model(name, count):
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -51,6 +51,7 @@ def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end()
     torch.testing.assert_close(model.velocity(powers)(x, torch.zeros(2, dtype=torch.float64)), eps - x)
 
 
+@pytest.mark.slow
 def test_many_small_steps_reach_the_exact_end_of_the_flow():
     model, powers, z = exact.default(), exact.spectra(4), noise(4)
     times = VPSchedule(0.1, 20.0, 1e-3).nodes(4000)

@@ -123,6 +123,7 @@ def encoded(pipeline, prompts: list[str]) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_network_gives_the_pipelines_eps_at_any_time(build, pipeline):
     model, x = build(guidance=Guidance()), noise(4)
@@ -145,6 +146,7 @@ def test_guidance_mixes_the_prompt_and_the_empty_one(build):
     torch.testing.assert_close(model.velocity(numbers)(x, t), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pictures_are_those_of_the_whole_pipeline(build, pipeline):
     """Euler in canonical time at DDIM's indices is DDIM: the pipeline's own call, end to end."""
@@ -331,6 +333,7 @@ def test_sizes(build):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_yaml_is_stable_diffusion_15(yaml):
     from omegaconf import OmegaConf
 
@@ -372,6 +375,7 @@ def test_a_chain_without_signal_at_its_end_runs_as_in_diffusers():
     torch.testing.assert_close(sample(Euler(), velocity, noise, StepSchedule(times)), latents, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [".fp16.safetensors", ".bin", ".fp16.bin"])
 def test_a_folder_of_other_names_and_half_precision_is_the_same_model(form, copy, build):
     for file in list(copy.glob("*/*.safetensors")):

@@ -145,6 +145,7 @@ def test_positions_of_the_original(filled, arrays):
         torch.testing.assert_close(table, arrays[f"pos_embed.{key}"][0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_full_size_has_the_weights_of_the_public_file(yaml):
     with torch.device("meta"):
         network = instantiate(yaml.model.sizes.full.network)()

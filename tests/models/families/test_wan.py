@@ -118,6 +118,7 @@ def test_the_network_gives_diffusers_velocity_at_any_time(build, pipeline):
     assert (found - model.velocity(torch.tensor([1, 0, 0]))(x, t)).abs().amax((1, 2, 3, 4)).min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negative", ["", "blurred"])
 @torch.no_grad()
 def test_videos_are_those_of_the_whole_pipeline(build, pipeline, negative):
@@ -237,6 +238,7 @@ def test_what_is_no_such_pipeline_is_refused(build, copy, spoil, words):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("wan2_1_1_3b", 1_418_996_800), ("wan2_1_14b", 14_288_491_584)])
 def test_the_yaml_is_the_public_model(name, count):
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -21,6 +21,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "rows"), ROWS.items(), ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_batch_is_its_samples(make, rows):
     torch.manual_seed(0)

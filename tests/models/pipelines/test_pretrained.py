@@ -53,6 +53,7 @@ def test_a_folder_is_the_pipeline_that_was_saved(folder):
     assert torch.equal(velocity(pipeline=folder, pipeline_class="StableDiffusionPipeline"), expected)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_another_model(folder, lora):
     plain = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL)
     adapted = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL, loras=[lora])
@@ -71,6 +72,7 @@ def test_the_whole_job(folder, tmp_path):
     assert set(steps.times.tolist()) <= set(own.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -31,6 +31,7 @@ def family() -> Family:
     return images.stable_diffusion()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "config"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
 def test_the_velocity_is_the_networks(family, method, config):
     """Of DPM-Solver with Karras's spacing, several whole timesteps are the same."""

@@ -66,6 +66,7 @@ def test_prompts_it_cannot_read_are_refused(prompt, message):
         Words(["red", "boot"], 2)([prompt])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
     one, other = model(name, PROMPTS[name]), model(name, PROMPTS[name][::-1])
@@ -76,6 +77,7 @@ def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
     assert (one.velocity(torch.tensor([1, 2, 0]))(x, t) - found).abs().amax((1, *range(2, x.ndim))).min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_guidance_is_away_from_no_prompt(name):
     made = model(name, PROMPTS[name])

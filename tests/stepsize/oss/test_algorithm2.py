@@ -301,7 +301,7 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 @pytest.mark.parametrize(
     "solver",
     mostly_slow([AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False), Heun("t")], DPMSolverPP(3, False)),
@@ -318,6 +318,7 @@ def test_refine_never_loses(make, solver, start):
         assert bool((after <= before).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_refine_leaves_no_single_change_that_helps(make, start):
     """Neither one node moved by 1 nor one step taken at another order: so its errors were those of its schedules."""

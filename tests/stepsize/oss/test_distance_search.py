@@ -88,7 +88,7 @@ def test_replay_equals_table(make, name, solver, start):
             torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["xt-1", "x0-2", "inception"])
+@pytest.mark.parametrize("name", mostly_slow(["xt-1", "x0-2", "inception"], "xt-1"))
 def test_refine_never_loses(make, name):
     problem = make(name, AdamsBashforth(2))
     for start, objective in ((start, objective) for start in STARTS for objective in (PerSample(), Shared("mean"))):
@@ -100,6 +100,7 @@ def test_refine_never_loses(make, name):
         assert bool((after <= before).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x0-2", "inception"])
 def test_no_split_of_the_work_changes_a_schedule(make, name):
     problem = make(name, AdamsBashforth(2))

@@ -81,7 +81,7 @@ def test_replay_equals_table_for_every_k(kind, start, history, request):
             torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_every_entry_of_the_table_replays(kind, start, request):
     problem = request.getfixturevalue(kind)
@@ -121,7 +121,7 @@ def test_a_schedule_survives_a_file(kind, request, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["mean", "log_mean"])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 def test_a_strong_pull_finds_the_ordinary_schedule(problem, start, objective):
     budgets = [1, 3, 5, 8]
     pulled = OSSFit(start, None, False, objective, 1, 1e12).plan(problem, budgets)
@@ -254,7 +254,7 @@ def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, star
     torch.testing.assert_close(better.weights, again.paths[4].weights, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_a_band_as_wide_as_the_grid_is_the_full_search(kind, start, request):
     problem = request.getfixturevalue(kind)
@@ -281,6 +281,7 @@ def test_one_search_serves_every_budget(problem):
         torch.testing.assert_close(together[k].steps.weights, alone.steps.weights, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 7])
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_micro_batches_change_nothing(kind, micro_batch, request):
@@ -320,7 +321,7 @@ def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
     torch.testing.assert_close(replayed, solution.costs[3], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_single_precision_is_enough_at_the_default_ridge(kind, start, request):
     """The search's sums are in double precision; what it sums is not, and must not be taken for more than it is."""

@@ -57,6 +57,7 @@ def test_replay_equals_table_for_every_k(kind, start, objective, request):
         torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_every_node_of_the_table_replays(problem, start):
     """Not only the data end: following the parents from any node of any round gives that node's cost."""
@@ -66,7 +67,7 @@ def test_every_node_of_the_table_replays(problem, start):
 
 
 @pytest.mark.parametrize("objective", [PerSample(), Shared("mean")], ids=["own", "mean"])
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 def test_replay_equals_table_with_a_solver_that_remembers(adams, start, objective):
     budgets = list(range(1, 9))
     solution = recurse(adams, layers(N, budgets, start, 1, "cpu"), budgets, start, objective)
@@ -121,6 +122,7 @@ def test_as_many_steps_as_the_teacher_cost_nothing(kind, request):
         assert final_error(problem, plan).max() == 0
 
 
+@pytest.mark.slow
 def test_inner_products_score_as_candidates_do(problem):
     """The fast path for linear solvers chooses what taking every edge would, at the same cost."""
 
@@ -147,6 +149,7 @@ def test_inner_products_score_as_candidates_do(problem):
             torch.testing.assert_close(quick.cost, careful.cost, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_one_search_serves_every_budget(problem):
     for strategy in (OSS("free", None, False, 5), OSSShared("analytic", None, True, "log_mean")):
         together = strategy.plan(problem, [2, 4, 7])
@@ -186,7 +189,7 @@ def test_a_plain_callable_is_enough(problem):
         assert strategy.plan(plain, [4])[4].times.equal(strategy.plan(problem, [4])[4].times)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 def test_a_band_as_wide_as_the_grid_is_the_full_search(problem, start):
     for make in (lambda band: OSS(start, band, False, 16), lambda band: OSSShared(start, band, False, "mean")):
         full = make(None).plan(problem, [3, 5])
@@ -203,6 +206,7 @@ def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gm
     assert band.network_calls(60, [6]) <= 0.25 * full.network_calls(60, [6])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 def test_a_band_serves_every_budget_of_a_small_grid(problem, start):
     budgets = list(range(1, N + 1))
