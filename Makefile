@@ -10,7 +10,7 @@ demo: .venv/.ready  ## search, compare and save step schedules (the main job)
 test: .venv/.ready  ## all tests
 	$(BIN)/pytest -n 2 --dist worksteal
 
-quick: .venv/.ready  ## the tests that take no longer than a second or two each
+quick: .venv/.ready  ## some tests of everything, within a minute and a half
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 check: .venv/.ready  ## lint, format, import floors, types

@@ -23,8 +23,8 @@ from oss_exp.reproduce.render import Reproduction, summary
 from oss_exp.reproduce.task import _with
 from oss_exp.reproduce.values import Value
 
+SHORT = "model: mixture_digits, num_teacher_steps: 12, data.search_samples: 4, stepsize.ld3.iterations: 2"
 SMALL = "model: mixture_fashion, num_teacher_steps: 60, data.eval_samples: 4, data.per_sample: 4"
-OVERRIDES = f"task.overrides={{{SMALL}}}"
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def results(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     """SIGKILL to the command alone, whose runs live on: the next command waits for them."""
-    short = "task.overrides={model: mixture_digits, num_teacher_steps: 20, data.search_samples: 4}"
+    short = f"task.overrides={{{SHORT}}}"
     run_cli(*command(tmp_path / "whole", 1, short))
     expected = results(tmp_path / "whole")
     assert set(expected) == {f"small.{kind}" for kind in ("md", "tex", "csv", "json")}
@@ -220,7 +220,7 @@ def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path, capsys):
     """One of two has a solver that has an order, and none of order 9."""
-    short = "task.overrides={model: mixture_digits, num_teacher_steps: 12, data.search_samples: 4, solver.order: 9}"
+    short = f"task.overrides={{{SHORT}, solver.order: 9}}"
     with pytest.raises(SystemExit):
         run_cli(*command(tmp_path, 1, short))
     error = capsys.readouterr().err
