@@ -1,4 +1,7 @@
-"""Shared truth: the digits mixture of the oracles in float64, where every number is exact to rounding."""
+"""Shared truth: the digits mixture of the oracles in float64, where every number is exact to rounding.
+
+What takes seconds to import is imported by the fixtures: pytest-xdist's own process reads this file too.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and sta
 
 import shutil
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from helpers import ORACLES, write_fashion
-from safetensors.torch import load_file
 
-from oss_exp.models.families.mixture import GaussianMixture
+if TYPE_CHECKING:
+    import torch
+
+    from oss_exp.models.families.mixture import GaussianMixture
+
+ORACLES = Path(__file__).parent / "oracles"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,12 +30,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 @pytest.fixture(scope="session")
 def gmm() -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     return load_file(ORACLES / "digits_gmm.safetensors")
 
 
 @pytest.fixture(scope="session")
 def mixture(gmm) -> GaussianMixture:
     """Float64, 10 components on 64 pixels."""
+    from oss_exp.models.families.mixture import GaussianMixture
+
     return GaussianMixture.from_covariances(gmm["weights"], gmm["means"], gmm["covariances"], (64,))
 
 
@@ -45,14 +55,19 @@ def oss_oracle() -> dict:
 
 @pytest.fixture(scope="session")
 def oss_arrays() -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     return load_file(ORACLES / "oss_search.safetensors")
 
 
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory) -> Path:
     """A folder as Fashion-MNIST's, of two garments: a square as a bag (8), a tall bar as trousers (1)."""
+    import numpy as np
+    from helpers import write_fashion
+
     folder = tmp_path_factory.mktemp("fashion")
-    pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    pixels = np.zeros((2, 28, 28), np.uint8)
     pixels[0, 6:22, 6:22] = 200
     pixels[1, 2:26, 12:16] = 255
     write_fashion(folder, pixels, [8, 1])

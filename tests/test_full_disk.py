@@ -106,6 +106,7 @@ def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
     assert [file.name for file in folder.iterdir()] == ["other"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [COMPARE, PRETRAIN, EXPORT], ids=["compare", "pretrain", "export"])
 def test_a_folder_that_cannot_be_written_is_told_of(arguments, disk, capsys):
     folder = disk(100, "ro")

@@ -95,6 +95,7 @@ def test_items_are_functions_of_their_number(tmp_path):
         assert x0.min() == -1
 
 
+@pytest.mark.slow
 def test_the_shipped_detector_reads_scenes_of_garments_that_it_never_saw(garments):
     """30 garments of each kind; of the 1,000 of the whole test split, 77 % of the scenes are read right."""
     found = ceiling(FashionDetector.from_asset(), Wardrobe(*fashion_mnist(garments, "test", SIDE)), seed=1)

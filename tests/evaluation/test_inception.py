@@ -84,6 +84,7 @@ def test_other_networks_are_refused(tmp_path):
         InceptionV3(str(tmp_path / "tensor.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_truncated_files_are_refused(script, tmp_path, keep):
     data = script.read_bytes()

@@ -120,6 +120,7 @@ CASES += [("oss_ave", "dpm_solver_pp", kind) for kind in ("flow_prediction", "ep
 CASES += [("oss_shared", "unipc", "epsilon"), ("oss_fit", "euler", "v_prediction")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "solver", "prediction"), CASES)
 def test_samples_are_our_own(strategy, solver, prediction, velocity, tmp_path):
     grid, noise = GRIDS.get(prediction, GRIDS["ddpm"]), draw((6, 64), dtype=torch.float64)

@@ -71,6 +71,7 @@ def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
     torch.testing.assert_close(sigmas(ours[rule], num_steps), theirs.sigmas.double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_steps", "threshold", "linear_steps"),
     [(2, 0.025, None), (3, 0.025, None), (10, 0.025, None), (50, 0.025, None), (64, 0.1, None), (20, 0.05, 4)],

@@ -211,6 +211,7 @@ def visited(folder: Path, script: str) -> dict:
     return json.loads(html.unescape(data))
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_page_sorts_hides_names_and_enlarges(run):
     found = visited(
@@ -321,6 +322,7 @@ def test_a_page_sorts_hides_names_and_enlarges(run):
     assert found["refused"] == "http://127.0.0.1:9/x.png"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_curves_name_their_points_and_hide(run):
     found = visited(

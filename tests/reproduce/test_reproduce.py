@@ -77,6 +77,7 @@ def test_every_run_of_a_plan_composes_and_has_the_papers_setting(composing, name
                 assert cfg.model.checkpoint == composed(f"model={row['model']}").model.checkpoint
 
 
+@pytest.mark.slow
 def test_a_cell_is_named_by_what_it_computes(composing):
     def key(*overrides: str, parent: Cell | None = None) -> str:
         return Cell.of(*overrides, parent=parent).key

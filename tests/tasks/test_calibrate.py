@@ -211,6 +211,7 @@ def test_conditions_and_guidance_are_those_of_the_run(tmp_path):
     assert table(folder).provenance["model"]["classes"] == [1, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -27,7 +27,7 @@ OPTIONS = [
     if group.name not in ("experiment", "base")  # composed below, and by the tasks
     for file in sorted(group.glob("*.yaml"))
 ]
-FIRST = dict(reversed(OPTIONS))  # one option of every group
+FIRST = dict(reversed(OPTIONS))  # an option of every group
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_there_are_the_groups_that_the_design_names():
     assert names >= {*expected.split(), "hydra"}
 
 
-@pytest.mark.parametrize(("group", "option"), mostly_slow(OPTIONS, *FIRST.items()))
+@pytest.mark.parametrize(("group", "option"), mostly_slow(OPTIONS, *[*FIRST.items()][::2]))
 def test_option(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -141,6 +141,7 @@ def test_an_extractor_for_other_images_is_refused(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "message"),
     [

@@ -162,6 +162,7 @@ def test_a_search_leaves_step_schedules_and_no_measurement(tmp_path, compared):
     assert left == {"config.yaml", "teacher.json", "schedules", "schedules.png", ".hydra", ".lock"}
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_is_resolved_and_holds_what_was_asked_for(compared):
     text = (compared / "config.yaml").read_text()
     config = OmegaConf.create(text)
@@ -189,6 +190,7 @@ def test_the_psnr_of_a_run_is_that_of_its_saved_schedule(strategy, k, compared):
     assert found["nfe"] == k
 
 
+@pytest.mark.slow
 def test_per_sample_rows_are_measured_on_the_samples_that_they_were_planned_for(compared):
     steps = schedules(compared)["oss_4"]
     assert steps.samples == tuple(range(HELD_OUT, HELD_OUT + 4))
@@ -373,6 +375,7 @@ def test_orders_searched_with_another_solver_are_refused(multistep, tmp_path):
     oss_exp(tmp_path / "fixed", "task=evaluate", saved, "solver=unipc", "run_orders=fixed")
 
 
+@pytest.mark.slow
 def test_the_spread_is_the_amplitude_relative_to_the_teachers(compared):
     model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096)
     noise = torch.stack([item["noise"] for item in NoiseDataset(0, HELD_OUT, 8, model.event_shape, None)])

@@ -31,6 +31,7 @@ def noise(count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NETWORKS, *RELATIVES])
 def test_provenance(name):
     record = json.loads((ASSETS / f"{name}.json").read_text())

@@ -94,6 +94,7 @@ def test_a_model_that_is_no_longer_used_ends_its_calls(family):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_a_model_may_go_inside_another_ones_call(family):
     """As the garbage collector does it, wherever it runs."""
     own, other = family.pipe.scheduler, Pipeline(family.pipe, family.prompts, **family.call)

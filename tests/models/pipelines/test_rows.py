@@ -24,6 +24,7 @@ def stable_diffusion_controlnet() -> Family:
     return Family(lively(pipe), {**SMALL, "image": pictures(2, 24)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "call", "rows"),
     [

@@ -240,6 +240,7 @@ def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "pinned"))
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, start, objective):
