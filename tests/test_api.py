@@ -252,6 +252,7 @@ def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
             assert_same(steps, oss_exp.StepSchedule.load(run / "schedules" / f"{label}_{k}.json"))
 
 
+@pytest.mark.slow
 def test_a_schedule_says_what_the_command_lines_does(comparison, run):
     ours = comparison.schedules["oss_shared"][4].provenance
     theirs = oss_exp.StepSchedule.load(run / "schedules" / "oss_shared_4.json").provenance
