@@ -14,7 +14,9 @@ from diffusers import (
     StableAudioPipeline,
     StableAudioProjectionModel,
 )
-from models.pipelines.parts import Family, family, lively, t5, umt5
+from models.pipelines.parts import Family, family
+
+from oss_exp.models.tiny.parts import lively, t5, umt5
 
 
 def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepScheduler) -> Family:

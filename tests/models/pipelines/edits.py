@@ -8,13 +8,11 @@ import torch
 from diffusers import (
     CogView4ControlPipeline,
     ControlNetModel,
-    EulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
     FluxFillPipeline,
     FluxInpaintPipeline,
-    FluxKontextPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetPipeline,
@@ -23,21 +21,21 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLInpaintPipeline,
 )
-from models.pipelines.images import (
-    FLUX_CALL,
+from models.pipelines.images import SMALL, cogview_4_parts
+from models.pipelines.parts import Family, family, shipped
+
+from oss_exp.models.tiny.images import (
+    FLUX,
     LARGER,
-    SD_BETAS,
-    SMALL,
-    cogview_4_parts,
     flux_parts,
     flux_transformer,
     stable_diffusion_3_parts,
+    stable_diffusion_parts,
     stable_diffusion_xl_parts,
-    unet,
 )
-from models.pipelines.parts import Family, clip, family, image_vae, lively
+from oss_exp.models.tiny.parts import lively
 
-UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+FLUX_CALL = FLUX | {"guidance_scale": 3.5}
 
 
 def image(height: int = 24, width: int = 24, channels: int = 3, count: int = 1) -> torch.Tensor:
@@ -57,13 +55,6 @@ def exact(pipe: Any) -> Any:
     head.weight.data[variances] = 0
     head.bias.data[variances] = -60
     return pipe
-
-
-def stable_diffusion_parts(**config: Any) -> dict[str, Any]:
-    encoder, tokenizer = clip()
-    scheduler = EulerDiscreteScheduler(**SD_BETAS)
-    parts = {"vae": image_vae(4), "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet(**config)}
-    return parts | {"scheduler": scheduler} | UNCHECKED
 
 
 def control_net(network: Any) -> ControlNetModel:
@@ -158,9 +149,7 @@ def flux_inpainting_by_blending() -> Family:
 
 @family
 def flux_kontext() -> Family:
-    """The image's tokens stand behind the state's."""
-    pipe = FluxKontextPipeline(*flux_parts(), flux_transformer(32))
-    return Family(lively(pipe), FLUX_CALL | {"image": image(48, 32), "max_area": 48 * 32, "_auto_resize": False})
+    return shipped("FluxKontextPipeline", guidance_scale=3.5, image=image(48, 32))
 
 
 @family

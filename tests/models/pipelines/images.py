@@ -7,9 +7,7 @@ from typing import Any
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
-    AutoencoderDC,
     AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -17,97 +15,41 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FluxPipeline,
-    FluxTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    SanaPipeline,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
-from models.pipelines.parts import (
-    Family,
-    byte_tokenizer,
-    clip,
-    clip_with_projection,
-    family,
-    image_vae,
-    lively,
-    qwen_vision_language,
-    t5,
-)
+from models.pipelines.parts import Family, family, shipped
 from transformers import (
     BertConfig,
     BertModel,
-    Gemma2Config,
-    Gemma2Model,
     GlmConfig,
     GlmModel,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3Model,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-SMALL = {"height": 24, "width": 24, "guidance_scale": 3.0}
-LARGER = {"height": 32, "width": 32}
-LAYERS = {
-    "vocab_size": 280,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-FLUX_VAE: dict[str, Any] = {"shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}
+from oss_exp.models.tiny import images
+from oss_exp.models.tiny.images import FLUX_VAE, LARGER, SD_BETAS
+from oss_exp.models.tiny.parts import ENDS, LAYERS, byte_tokenizer, gemma, image_vae, lively, t5
 
-
-def unet(**config: Any) -> UNet2DConditionModel:
-    settings = {
-        "sample_size": 12,
-        "cross_attention_dim": 24,
-        "attention_head_dim": 4,
-        "block_out_channels": (16, 32),
-        "norm_num_groups": 8,
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return UNet2DConditionModel(**settings | config)
+SMALL = images.SMALL | {"guidance_scale": 3.0}
 
 
 def stable_diffusion_of(scheduler: Any) -> Family:
-    encoder, tokenizer = clip()
-    pipe = StableDiffusionPipeline(
-        image_vae(4), encoder, tokenizer, unet(), scheduler, None, None, requires_safety_checker=False
-    )
-    return Family(lively(pipe), SMALL)
+    return Family(lively(images.stable_diffusion(scheduler)), SMALL)
 
 
 @family
 def stable_diffusion() -> Family:
-    return stable_diffusion_of(EulerDiscreteScheduler(**SD_BETAS))
+    return shipped("StableDiffusionPipeline", guidance_scale=3.0)
 
 
 @family
@@ -127,110 +69,22 @@ def stable_diffusion_v() -> Family:
 
 @family
 def stable_diffusion_xl() -> Family:
-    return Family(lively(StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)), SMALL)
-
-
-def stable_diffusion_xl_parts() -> dict[str, Any]:
-    first, second = clip(), clip_with_projection(16)
-    network = unet(
-        cross_attention_dim=40,
-        transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
-    return {
-        "vae": image_vae(4),
-        "text_encoder": first[0],
-        "tokenizer": first[1],
-        "text_encoder_2": second[0],
-        "tokenizer_2": second[1],
-        "unet": network,
-        "scheduler": EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
-    }
+    return shipped("StableDiffusionXLPipeline", guidance_scale=3.0)
 
 
 @family
 def stable_diffusion_3() -> Family:
-    return Family(lively(StableDiffusion3Pipeline(*stable_diffusion_3_parts())), SMALL | {"max_sequence_length": 16})
-
-
-def stable_diffusion_3_parts() -> tuple[Any, ...]:
-    first, second, third = clip_with_projection(12), clip_with_projection(8), t5(20)
-    transformer = SD3Transformer2DModel(
-        sample_size=12,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=20,
-        caption_projection_dim=16,
-        pooled_projection_dim=20,
-        pos_embed_max_size=24,
-        qk_norm="rms_norm",
-    )
-    vae = image_vae(4, **FLUX_VAE)
-    return transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
+    return shipped("StableDiffusion3Pipeline", guidance_scale=3.0)
 
 
 @family
 def pixart_sigma() -> Family:
-    """Its network says a variance too, and its own scheduler is DDIM."""
-    encoder, tokenizer = t5()
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=16,
-        caption_channels=20,
-        sample_size=12,
-        use_additional_conditions=False,
-    )
-    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False)
-    pipe = PixArtSigmaPipeline(tokenizer, encoder, image_vae(4), transformer, scheduler)
-    return Family(
-        lively(pipe), SMALL | {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 16}
-    )
+    return shipped("PixArtSigmaPipeline", guidance_scale=3.0, clean_caption=False)
 
 
 @family
 def sana() -> Family:
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=24,
-        sample_size=6,
-    )
-    vae = AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.4,
-    )
-    encoder = Gemma2Model(Gemma2Config(**LAYERS, **ENDS, query_pre_attn_scalar=8))
-    pipe = SanaPipeline(byte_tokenizer(), encoder, vae, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0))
-    call = {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 16}
-    return Family(lively(pipe), SMALL | LARGER | call)
+    return shipped("SanaPipeline", guidance_scale=3.0)
 
 
 @family
@@ -259,7 +113,7 @@ def aura_flow() -> Family:
 @family
 def lumina_2() -> Family:
     """Its clock runs up in the network, and its answer has the other sign; the loop turns both."""
-    encoder = Gemma2Model(Gemma2Config(**LAYERS, **ENDS, query_pre_attn_scalar=8))
+    encoder, tokenizer = gemma()
     transformer = Lumina2Transformer2DModel(
         sample_size=12,
         in_channels=4,
@@ -274,7 +128,7 @@ def lumina_2() -> Family:
         cap_feat_dim=24,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-    pipe = Lumina2Pipeline(transformer, scheduler, image_vae(4, **FLUX_VAE), encoder, byte_tokenizer())
+    pipe = Lumina2Pipeline(transformer, scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer)
     return Family(lively(pipe), SMALL | LARGER | {"max_sequence_length": 32, "system_prompt": "draw"})
 
 
@@ -302,60 +156,12 @@ def chroma() -> Family:
 @family
 def qwen_image() -> Family:
     """True guidance by two calls, with a norm."""
-    encoder, tokenizer = qwen_vision_language()
-    pipe = QwenImagePipeline(qwen_image_scheduler(), qwen_vae(), encoder, tokenizer, qwen_image_transformer())
-    call = {"height": 32, "width": 32, "true_cfg_scale": 3.0, "negative_prompt": ["dull", "bad"]}
-    return Family(lively(pipe), call)
-
-
-def qwen_image_transformer() -> QwenImageTransformer2DModel:
-    return QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        axes_dims_rope=(4, 4, 4),
-    )
-
-
-def qwen_image_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02, max_image_seq_len=8192
-    )
-
-
-def qwen_vae() -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.1, 0.2, 0.0],
-        latents_std=[1.0, 1.5, 2.0, 0.5],
-    )
+    return shipped("QwenImagePipeline", true_cfg_scale=3.0, negative_prompt=["dull", "bad"])
 
 
 @family
 def z_image() -> Family:
-    """Its network takes lists of states, and its clock is turned by the loop."""
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=24,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=24,
-        axes_dims=[4, 4, 4],
-        axes_lens=[128, 32, 32],
-    )
-    encoder = Qwen3Model(Qwen3Config(**LAYERS, **ENDS))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = ZImagePipeline(scheduler, image_vae(4, **FLUX_VAE), encoder, byte_tokenizer(Qwen2Tokenizer), transformer)
-    return Family(lively(pipe), SMALL | {"max_sequence_length": 64})
+    return shipped("ZImagePipeline", guidance_scale=3.0)
 
 
 @family
@@ -421,30 +227,7 @@ def cogview_4_parts(channels: int) -> tuple[Any, ...]:
 
 @family
 def flux() -> Family:
-    return Family(lively(FluxPipeline(*flux_parts(), flux_transformer(32))), FLUX_CALL)
-
-
-FLUX_CALL = {"height": 48, "width": 32, "guidance_scale": 3.5, "max_sequence_length": 16}
-
-
-def flux_parts() -> tuple[Any, ...]:
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    return scheduler, image_vae(8, 4, **FLUX_VAE), *clip(), *t5()
-
-
-def flux_transformer(channels: int, **config: Any) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        in_channels=channels,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=20,
-        pooled_projection_dim=24,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 4),
-        **config,
-    )
+    return shipped("FluxPipeline", guidance_scale=3.5)
 
 
 @family
