@@ -14,9 +14,9 @@ from pydantic import FailFast, Field, TypeAdapter
 from torch import Tensor
 
 from oss_exp.checks import require_choice
-from oss_exp.data.folder import read_image
 from oss_exp.data.images import Split
 from oss_exp.files import load_record
+from oss_exp.image_files import read_image
 
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 LABELS = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, le=9)]], FailFast()])

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import FailFast, TypeAdapter
 
 from oss_exp.files import LIMIT, Record, find_asset, parse_record, read_text
+from oss_exp.image_files import ENDINGS
 from oss_exp.validation import shown
 
 REMEDY = "give a text file (.txt) with one prompt a line, or a table (.csv, .tsv) with a column `prompt`"
@@ -26,12 +27,15 @@ def read_prompts(file: str | Path) -> list[str]:
 
     One a line (.txt, or any other ending); a table whose first line names a column `prompt` (.csv, .tsv); a JSON object
     with a "prompt" a line (.jsonl, as GenEval's metadata); COCO's captions, the first of every image, or a list of
-    either (.json). JSON and a table with tabs may have any other ending too. Lines end at line feeds only.
+    either (.json). JSON and a table with tabs may have any other ending too. Lines end at line feeds only. For models
+    of images, a prompt is the path of one; that of an image is its own.
 
     ValueError names the file and its line: for text that is not UTF-8, a table without such a column, and the like.
     """
     path = find_asset(file, "prompts")
     ending = path.suffix.casefold()
+    if ending in ENDINGS:
+        return [str(path)]
     text = read_text(path, "prompts", CAPTIONS if ending == ".json" else LIMIT).replace("\r\n", "\n")
     if "\0" in text:
         raise ValueError(f"prompts {path} has null characters, as UTF-16 has; save it as UTF-8")

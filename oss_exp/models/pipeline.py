@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from greenlet import error, getcurrent, greenlet
 from torch import Tensor, nn
 
+from oss_exp.checks import require_choice
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype
@@ -104,6 +105,11 @@ class Pipeline(Model):
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
         if not self.takes:
             raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
+        needed = [
+            key for key, value in takes.items() if value.default is value.empty and value.kind is not value.VAR_KEYWORD
+        ]
+        if missing := [key for key in needed if key not in ("self", self.takes, *call)]:
+            raise ValueError(f"{type(pipe).__name__} needs {missing[0]}; add call.{missing[0]}")
         self.training_of = Training.of(pipe.scheduler)
         self.path = self.training_of.parameterization.path
         self.name = type(pipe).__name__
@@ -126,39 +132,42 @@ class Pipeline(Model):
         pipeline: str | Path,
         prompts: Sequence[Any] = ("a photo of a cat",),
         pipeline_class: str | None = None,
-        dtype: Dtype = "bfloat16",
+        dtype: Dtype | Mapping[str, Dtype] = "bfloat16",
         call: Mapping[str, Any] | None = None,
         loras: Sequence[str | Path] = (),
         offload: bool = False,
+        size: Literal["full", "tiny"] = "full",
+        name: str | None = None,
     ) -> Pipeline:
         """Load a pipeline of diffusers from its folder or its hub id. Nothing that it brings is run.
 
-        pipeline_class: of diffusers; None: what the folder says. call: what else its call is given, such as height.
+        prompts: texts; of a pipeline without texts, files of images.
+        pipeline_class: of diffusers; None: what the folder says. dtype: of all parts, or by part and `default`.
+        call: what else its call is given, such as height; files stand for images.
         loras: files or hub ids, in order. offload: keep the parts in host memory, and one at a time on the GPU.
+        size: `tiny`: small random parts in float32, called at a small size, with images made up where none are given.
+        name: in tables and files; None: the class.
         Raises ValueError or FileNotFoundError for what is not there, or not known here.
         """
-        import diffusers
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+        require_choice(("full", "tiny"), size=size)
+        call = {key: opened(value) if _of_images(key) else value for key, value in (call or {}).items()}
+        call = {key: value for key, value in call.items() if value is not None or not _of_images(key)}
+        made_up: list[Any] = []
+        if size == "tiny":
+            from oss_exp.models.tiny import pictures, tiny
 
-        kind = getattr(diffusers, pipeline_class or "DiffusionPipeline", None)
-        if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
-            raise ValueError(
-                f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own"
-            )
-        options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
-        try:
-            pipe = kind.from_pretrained(str(pipeline), **options)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"pipeline {pipeline} is neither a folder that diffusers' save_pretrained wrote nor to be had from the "
-                f"hub ({reason}); give a folder with a model_index.json"
-            ) from None
+            (pipe, call), made_up = tiny(pipeline_class, call), pictures(len(prompts))
+        else:
+            pipe = _loaded(pipeline, pipeline_class, dtype)
         for lora in loras:
             pipe.load_lora_weights(str(lora))
         if offload:
             pipe.enable_model_cpu_offload()
-        return cls(pipe, prompts, **(call or {}))
+        if {"prompt", "class_labels"}.isdisjoint(inspect.signature(type(pipe).__call__).parameters):
+            prompts = made_up if made_up and not Path(prompts[0]).is_file() else opened(list(prompts))
+        model = cls(pipe, prompts, **call)
+        model.name = f"{name or model.name}{'_tiny' if size == 'tiny' else ''}"
+        return model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pipeline:
         """Move the pipeline with the model. What is offloaded moves by itself."""
@@ -423,6 +432,7 @@ class _Loop(greenlet):
         self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
         self.kept: Tensor | None = None
         self.showing = False
+        self.attributes: dict[str, Any] = {}  # what its call left on the pipeline, such as SVD's guidance of a batch
         self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
 
     def run(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -521,6 +531,7 @@ class _Loop(greenlet):
         hooks = []
         try:
             self.parent = getcurrent()
+            self.pipe.__dict__ |= self.attributes
             self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
             hooks += [part.register_forward_hook(self._count, with_kwargs=True) for part in self.denoisers]
             yield
@@ -531,6 +542,8 @@ class _Loop(greenlet):
                     self.pipe.__dict__[name] = before[name]
                 else:
                     self.pipe.__dict__.pop(name, None)
+            after = self.pipe.__dict__.items()
+            self.attributes |= {name: value for name, value in after if before.get(name, self) is not value}
             for hook in hooks:
                 hook.remove()
 
@@ -709,6 +722,44 @@ def _shift(scheduler: Any) -> float:
     if not torch.allclose(shift * t / (1 + (shift - 1) * t), sigma, rtol=0, atol=1e-4):
         raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
     return shift
+
+
+def _loaded(pipeline: str | Path, pipeline_class: str | None, dtype: Dtype | Mapping[str, Dtype]) -> Any:
+    """The pipeline of a folder or a hub id."""
+    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    kind = getattr(diffusers, pipeline_class or "DiffusionPipeline", None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise ValueError(f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own")
+    by_part = isinstance(dtype, Mapping)
+    number = {part: getattr(torch, each) for part, each in dtype.items()} if by_part else getattr(torch, dtype)
+    try:
+        return kind.from_pretrained(str(pipeline), torch_dtype=number, use_safetensors=True, trust_remote_code=False)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"pipeline {pipeline} is neither a folder that diffusers' save_pretrained wrote nor to be had from the "
+            f"hub ({reason}); give a folder with a model_index.json, or size=tiny for a small random one"
+        ) from None
+
+
+def _of_images(argument: str) -> bool:
+    """Whether an argument of a call takes images."""
+    return argument == "image" or argument.endswith("_image")
+
+
+def opened(value: Any) -> Any:
+    """The images of a file or of a list of files, and what is no file's name as it is."""
+    if isinstance(value, list):
+        return [opened(each) for each in value]
+    if not isinstance(value, str | Path):
+        return value
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    from oss_exp.image_files import read_image
+
+    return to_pil_image(read_image(Path(value).expanduser(), channels=3, background="white"))
 
 
 def is_pipeline(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from oss_exp.models.base import Model
 from oss_exp.models.stages import Staged
 from oss_exp.noise import NoiseSchedule
 from oss_exp.solvers import Solver
-from oss_exp.stepsize import StepsizeStrategy
+from oss_exp.stepsize import ClosedForm, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.tasks import border
 from oss_exp.tasks.collective import GroupEnd
@@ -53,7 +54,7 @@ class Run:
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
         self.strategies: dict[str, StepsizeStrategy] = {
-            name: border.build(strategy, f"stepsize.{name}", StepsizeStrategy)
+            name: self._bound(border.build(strategy, f"stepsize.{name}", StepsizeStrategy))
             for name, strategy in cfg.stepsize.items()
         }
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
@@ -76,6 +77,12 @@ class Run:
         return border.build(
             self.cfg.data, "data", NoiseData, event_shape=model.event_shape, num_classes=model.num_classes, **changes
         )
+
+    def _bound(self, strategy: StepsizeStrategy) -> StepsizeStrategy:
+        """A schedule by hand can be the model's own."""
+        if isinstance(strategy, ClosedForm):
+            return replace(strategy, schedule=strategy.schedule.bind(self.setting.model))
+        return strategy
 
     def file(self, strategy: str, num_steps: int) -> Path:
         """Return where the schedule of a strategy is saved."""

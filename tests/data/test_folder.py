@@ -11,7 +11,8 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from oss_exp.data.folder import BrokenImage, image_folder, in_order, read_image
+from oss_exp.data.folder import image_folder, in_order
+from oss_exp.image_files import BrokenImage, read_image
 from oss_exp.models.guidance import NO_CLASS
 
 RAMP = np.linspace(0, 1, 32)[None].repeat(32, 0)  # dark on the left, bright on the right

@@ -94,7 +94,7 @@ def byte_tokenizer(cls: type = transformers.PreTrainedTokenizerFast, **config: A
 
 
 def clip(width: int = 24, heads: int = 3) -> tuple[Any, Any]:
-    tokenizer, ends = clip_bytes(40)
+    tokenizer, ends = clip_bytes(77)
     text = {"vocab_size": 600, "hidden_size": width, "intermediate_size": 32, "max_position_embeddings": 80}
     text |= {"projection_dim": width, "num_hidden_layers": 2, "num_attention_heads": heads}
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, **ends)), tokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models.pipelines import edits, images
+from models.pipelines import edits, images, videos
 
 from oss_exp.models.pipeline import Pipeline
 
@@ -18,6 +18,7 @@ ROWS = {
     edits.instruct_pix2pix: 3,
     edits.flux_control_net: 2,
     edits.inpainting_by_blending: 2,
+    videos.stable_video_diffusion: 2,
 }
 
 
@@ -36,4 +37,5 @@ def test_a_batch_is_its_samples(make, rows):
         torch.testing.assert_close(alone, both[i : i + 1], rtol=0, atol=2e-5)
         other = model.velocity(torch.tensor([1 - i]))(x[i : i + 1], times[:1])
         assert float((other - alone).abs().max()) > 1e-3
+    assert torch.equal(velocity(x, times), both)  # what the calls of other sizes left on the pipeline is theirs
     model.release()

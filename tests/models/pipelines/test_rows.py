@@ -5,7 +5,6 @@ import torch
 from models.pipelines.audio import longcat_audio
 from models.pipelines.edits import control_net_stable_diffusion
 from models.pipelines.images import chroma, flux, stable_diffusion
-from models.pipelines.parts import Family
 from models.pipelines.videos import ltx, wan, wan_two_experts
 
 from oss_exp.models.pipeline import Pipeline

@@ -32,7 +32,6 @@ from oss_exp.models.tiny import videos
 from oss_exp.models.tiny.parts import clip, image_vae, lively, pictures, t5, umt5
 from oss_exp.models.tiny.videos import COG, LTX, SMALL, wan_transformer, wan_vae
 
-
 # --------------------------------------------------------------------------------------------------------------
 # Wan and its kin
 # --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Presets: what they say is what their pipelines take, and each runs the main job at its tiny size."""
+
+import inspect
+import json
+
+import diffusers
+import pytest
+from helpers import run_cli
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from oss_exp.cli import CONF
+from oss_exp.models.tiny import TINY, tiny
+from oss_exp.schedule import StepSchedule
+
+PRESETS = sorted(
+    file.stem
+    for file in (CONF / "model").glob("*.yaml")
+    if file.stem != "pipeline" and "pipeline:" in file.read_text() and "_target_" not in file.read_text()
+)
+SHORT = ["num_teacher_steps=6", "num_steps=[3]", "data.search_samples=2", "data.eval_samples=2", "data.per_sample=2"]
+SHORT += ["logger=none", "trainer.enable_progress_bar=false"]
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_call_of_its_class(preset):
+    cfg = composed(f"model={preset}")
+    assert cfg.model.name == preset
+    assert cfg.model.pipeline.count("/") == 1, "a hub id"
+    assert (cfg.data.prompts, cfg.start) == ("prompts.txt", "pinned")
+    assert cfg.noise_schedule._target_ == "oss_exp.PipelineSchedule"
+    assert {strategy.get("start") for strategy in cfg.stepsize.values()} == {"pinned"}
+
+    kind = getattr(diffusers, cfg.model.pipeline_class)
+    takes = inspect.signature(kind.__call__).parameters
+    call = OmegaConf.to_container(cfg.model.call)
+    assert call.keys() <= takes.keys()
+    assert {"height", "width"} <= call.keys()
+    assert ("num_frames" in call) == ("num_frames" in takes)
+    small = TINY[cfg.model.pipeline_class].call
+    assert small.keys() <= takes.keys()
+    assert small["height"] * small["width"] < 1e-2 * call["height"] * call["width"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_main_job_at_tiny_size(preset, tmp_path):
+    pytest.importorskip("ftfy") if preset == "wan2_2_i2v" else None  # without which this pipeline fails
+    run_cli(f"model={preset}", "scale=tiny", *SHORT, f"hydra.run.dir={tmp_path}")
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert {row["strategy"] for row in rows} == {"pipeline", "oss_shared", "oss_fit"}
+    assert max(rows, key=lambda row: row["psnr"]["mean"])["strategy"] != "pipeline"
+    steps = StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
+    assert steps.about("model")["name"] == f"{preset}_tiny"
+    cfg = composed(f"model={preset}")
+    pipe, _ = tiny(cfg.model.pipeline_class, cfg.model.call)
+    assert steps.scheduler(pipe.scheduler).config.times == steps.times.tolist()
+
+
+def test_words_of_the_command_line_win():
+    cfg = composed("model=sdxl", "noise_schedule=ddim", "stepsize=oss_shared", "stepsize.oss_shared.start=free")
+    assert cfg.noise_schedule._target_ == "oss_exp.DDIMSchedule"
+    assert cfg.stepsize.oss_shared.start == "free"
