@@ -17,6 +17,11 @@ RENAMED = {  # since version 0.1
     "models.parameterization.Noise": "NoisePrediction",
     "models.parameterization.Score": "ScorePrediction",
 }
+GONE = {  # into pipelines of diffusers
+    "Flux": "model=flux_dev",
+    "StableDiffusion": "model=sd15",
+    "Wan": "model=wan2_1_1_3b",
+}
 
 
 def public_name(path: str) -> str:
@@ -62,6 +67,8 @@ def named_object(path: str) -> Any:
     Raises ValueError where it is no name of this package. Nothing outside of the package is ever imported.
     """
     package, first, *rest = (*public_name(path).split("."), "")[:3]
+    if package == "oss_exp" and (gone := path.rpartition(".")[2]) in GONE:
+        raise ValueError(f"is {path}, which is a pipeline of diffusers now: {GONE[gone]} (docs/pipelines.md)")
     if package != "oss_exp" or first not in {**oss_exp.PUBLIC, **oss_exp.CONFIGURED}:
         raise ValueError(f"{path} is no public name of oss_exp")
     found = getattr(oss_exp, first)

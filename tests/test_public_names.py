@@ -113,7 +113,8 @@ def targets(node, key: str = "") -> dict[str, DictConfig]:
 def composed(file: Path) -> DictConfig:
     group, name = file.parent.name, file.stem
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(overrides=[f"+{group}={name}"])
+        # A pipeline chooses options of other groups, which must be there.
+        config = compose("config", [f"model={name}"]) if group == "model" else compose(overrides=[f"+{group}={name}"])
     if group == "exporter":
         return config.task.exporter
     return config[group][name] if group in ("stepsize", "metric") else config[group]

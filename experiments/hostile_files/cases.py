@@ -40,7 +40,6 @@ from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.export.reading import read_list
 from oss_exp.files import load_config
 from oss_exp.geneval.rules import read_metadata
-from oss_exp.models.checkpoints.pipelines import read_object
 from oss_exp.models.checkpoints.weights import locate, read
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.stages import StageFolder, StageParameters
@@ -885,7 +884,6 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str,
     "prompts": (read_prompts, prompts),
     "GenEval's metadata": (read_metadata, records),
     "workflows and lists of sigmas": (lambda path: read_list(str(path), "flow", None), workflows),
-    "configs of pipelines": (read_object, records),
     "schedulers": (lambda path: Diffusers(scheduler=str(path)).own_scheduler(), schedulers),
 }
 

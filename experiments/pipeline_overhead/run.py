@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from experiments.common import keep, table
 from oss_exp.models.pipeline import Pipeline
-from oss_exp.models.text.encoders import clip_bytes
+from oss_exp.models.tiny.parts import clip_bytes
 
 PROMPTS = ["a red boot", "a blue bag"]
 CALLS = 20  # in a row, of which each gives one number
@@ -93,7 +93,7 @@ def contestants(device: str, **config: int) -> dict[str, Callable[[], Any]]:
 
 def pipeline(size: int, **config: int) -> FluxPipeline:
     torch.manual_seed(0)
-    tokenizer, ends = clip_bytes({"max_position_embeddings": 80})
+    tokenizer, ends = clip_bytes(80)
     text = {"vocab_size": 600, "hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 80}
     clip = CLIPTextModel(CLIPTextConfig(**text, num_hidden_layers=2, num_attention_heads=3, **ends))
     words = [(word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.")]

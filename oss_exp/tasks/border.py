@@ -259,7 +259,9 @@ def _target(name: Any) -> Any:
     package, _, path = name.partition(".")
     try:
         found = named_object(name) if package == "oss_exp" else get_object(name)
-    except Exception:
+    except Exception as error:
+        if str(error).startswith(f"is {name}"):
+            raise ValueError(str(error)) from None
         known = [*oss_exp.PUBLIC, *oss_exp.CONFIGURED] if package == "oss_exp" else []
         near = difflib.get_close_matches(path, known, n=1)
         advice = f"; did you mean oss_exp.{near[0]}?" if near else ""

@@ -26,6 +26,15 @@ RENAMED = {
     r"evaluation\.metrics=\[?(?:psnr)?,?(.*?)\]?": r"metric=[\1]",
     r"metric=\[?psnr,?(.*?)\]?": r"metric=[\1]",  # PSNR is always measured
     r"evaluation\.(fid|kid|precision_recall|class_agreement|lpips|clip_score)\.(.*)": r"metric.\1.\2",
+    r"noise_schedule=flux": r"noise_schedule=pipeline",
+}
+OF_PIPELINES = {  # options of models that were networks with options of their own
+    r"model\.checkpoint=(.*)": r"model.pipeline=\1",
+    r"model\.(?:guidance\.scale|embedded_guidance)=(.*)": r"model.call.guidance_scale=\1",
+    r"model\.(height|width)=(.*)": r"model.call.\1=\2",
+    r"model\.frames=(.*)": r"model.call.num_frames=\1",
+    r"model\.text_length=(.*)": r"model.call.max_sequence_length=\1",
+    r"model\.micro_batch=(.*)": r"data.batch_size=\1",
 }
 
 
@@ -34,9 +43,18 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
 
     conf: the folder with a folder for each group. With folders of the user's own, Hydra itself says what is not there.
     """
+    chosen = dict(override.split("=", 1) for override in overrides if re.match(r"(model|task)=", override))
+    file = conf / "model" / f"{chosen.get('model')}.yaml"
+    pipeline = file.is_file() and "\npipeline: " in file.read_text()
+    if pipeline and chosen.get("task") in ("convert", "pretrain"):
+        raise ValueError(
+            f"model={file.stem} is a pipeline of published parts, which task={chosen['task']} does not take; choose a "
+            "network of this package"
+        )
+    renamed = RENAMED | (OF_PIPELINES if pipeline else {})
     own_folders = any(re.match(r"hydra\.searchpath=|--config-dir|-cd", override) for override in overrides)
     for override in overrides:
-        for old, new in RENAMED.items():
+        for old, new in renamed.items():
             if match := re.fullmatch(old, override):
                 raise ValueError(f"{override} is now {match.expand(new)}")
 

@@ -11,7 +11,7 @@ from oss_exp.files import find_asset
 from oss_exp.geneval.coco import GREY, TEMPLATES, COCODetector
 from oss_exp.geneval.detectors import Seen, look
 from oss_exp.geneval.rules import COLOURS, Rules
-from oss_exp.models.text.encoders import clip_bytes
+from oss_exp.models.tiny.parts import clip_bytes
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, size_divisor=32).save_pretrained(
         folder / "detector"
     )
-    tokenizer, ends = clip_bytes({"max_position_embeddings": 77})
+    tokenizer, ends = clip_bytes(77)
     text = {"vocab_size": 514, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1} | ends
     text |= {"num_attention_heads": 2, "max_position_embeddings": 77}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

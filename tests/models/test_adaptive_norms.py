@@ -15,9 +15,6 @@ FAMILIES = {
     "mar_fashion": ({"adaLN_modulation.1", "mlp.0", "mlp.2"}, "input_proj"),
     "open_sora_1_2": ({"scale_shift_table", "t_block.1"}, "proj"),
     "flux_fashion": ({"linear", "linear_1", "linear_2"}, "to_q"),
-    "flux_dev": ({"linear", "linear_1", "linear_2"}, "to_q"),
-    "wan2_1_1_3b": ({"scale_shift_table", "linear_1", "linear_2"}, "to_q"),
-    "sd15": ({"time_emb_proj", "linear_1", "linear_2"}, "to_q"),
 }
 WITHOUT = ("edm_cifar10_cond", "edm_imagenet64")
 PROMPTS = {"flux_fashion": "coloured_fashion.txt"}
@@ -25,7 +22,7 @@ PROMPTS = {"flux_fashion": "coloured_fashion.txt"}
 
 def backbone(name: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        prompted = name in ("open_sora_1_2", "flux_fashion", "flux_dev", "wan2_1_1_3b", "sd15")
+        prompted = name in ("open_sora_1_2", "flux_fashion")
         prompts = ["data=prompts", f"data.prompts={PROMPTS.get(name, 'prompts.txt')}"] if prompted else []
         model = compose("config", [f"model={name}", *prompts]).model
     return instantiate(model, **({"size": "tiny"} if "tiny" in model.get("sizes", ()) else {})).backbone

@@ -31,6 +31,12 @@ def refused(capsys, folder, *arguments: str) -> str:
             "task=pretrain data=digits",
             "data=digits does not exist; digits is an option of another group: images=digits",
         ),
+        ("model=sd15 model.checkpoint=folder", "model.checkpoint=folder is now model.pipeline=folder"),
+        ("model=wan2_1_14b model.frames=5", "model.frames=5 is now model.call.num_frames=5"),
+        (
+            "model=sd15 model._target_=oss_exp.Flux",
+            "model._target_ is oss_exp.Flux, which is a pipeline of diffusers now",
+        ),
         ("noise_schedule=karras", "karras is an option of another group: stepsize=karras"),
     ],
 )

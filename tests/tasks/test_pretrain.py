@@ -317,7 +317,8 @@ def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):
             ["model=mar_fashion", "images=moving_fashion"],
             "model=mar_fashion needs images with classes, these have cap",
         ),
-        (["model=flux_dev", "images=coloured_fashion"], "made of published parts, which are not trained here"),
+        (["model=open_sora_1_2", "images=coloured_fashion"], "made of published parts, which are not trained here"),
+        (["model=flux_dev", "images=coloured_fashion"], "a pipeline of published parts, which task=pretrain does not"),
     ],
 )
 def test_models_and_data_that_do_not_go_together_are_refused(arguments, message, tmp_path, capsys, fashion):

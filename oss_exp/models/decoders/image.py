@@ -132,33 +132,3 @@ class VAE(Autoencoder):
 
     def _latents(self, x0: Tensor) -> Tensor:
         return x0 / self.scaling_factor + self.shift_factor
-
-
-class WanVAE(Autoencoder):
-    """diffusers.AutoencoderKLWan (Wan 2025, arXiv 2503.20314): videos (B, C, f, h, w) -> (B, 3, 4 f - 3, 8 h, 8 w).
-
-    It decodes one of the f frames after the other.
-
-    checkpoint, micro_batch, source: as above.
-    latents_mean, latents_std: (C,) of the encoder's latents; the network's are normalised by them.
-    config: AutoencoderKLWan's own.
-    """
-
-    def __init__(
-        self,
-        checkpoint: str,
-        micro_batch: int,
-        source: str,
-        latents_mean: Sequence[float],
-        latents_std: Sequence[float],
-        **config: Any,
-    ):
-        from diffusers import AutoencoderKLWan
-
-        network = AutoencoderKLWan(latents_mean=list(latents_mean), latents_std=list(latents_std), **config)
-        super().__init__(network, checkpoint, micro_batch, source)
-        self.register_buffer("mean", torch.tensor(latents_mean)[:, None, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(latents_std)[:, None, None, None], persistent=False)
-
-    def _latents(self, x0: Tensor) -> Tensor:
-        return x0 * self.std + self.mean

@@ -1,127 +1,18 @@
-"""FLUX.1 dev and schnell: Black Forest Labs' rectified-flow transformers (2024), from a pipeline folder of diffusers.
+"""FLUX's rectified-flow transformer (Black Forest Labs 2024) as the backbone of small networks of prompts.
 
-The network's clock is canonical time itself, and it gives v. Guidance is an input of dev, distilled into it; schnell
-has none. A condition is a prompt's number: CLIP's pooled vector and T5's text. Legend: M rows, P prompts, L tokens.
+The network's clock is canonical time itself, and it gives v. Legend: M rows, P prompts, L tokens, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from oss_exp.checks import SettingsOf, require_range
-from oss_exp.models.checkpoints.pipelines import (
-    Pipeline,
-    Prompted,
-    PromptedBackbone,
-    require_features,
-    require_multiples,
-)
-from oss_exp.models.decoders.image import VAE
-from oss_exp.models.guidance import Guidance
-from oss_exp.models.network import Dtype, at_size
-from oss_exp.models.parameterization import FlowVelocity
-from oss_exp.models.text.encoders import Together, clip_pooled, encode, t5_text
-from oss_exp.noise import FlowPath
-
-PARTS = {
-    "transformer": ("FluxTransformer2DModel",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder_2": ("T5EncoderModel",),
-    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
-    "vae": ("AutoencoderKL",),
-}
-PATCH = 16  # pixels a side of what a token stands for: 8 of a latent, 2 x 2 latents
-
-
-class FluxSize(TypedDict):
-    """One of the sizes of `Flux`."""
-
-    checkpoint: str
-    height: int
-    width: int
-    text_length: int
-    dtype: Dtype
-    transformer: Annotated[Mapping[str, Any], SettingsOf("diffusers.FluxTransformer2DModel")]
-    text_encoder: Annotated[Mapping[str, Any], SettingsOf("transformers.CLIPTextConfig")]
-    text_encoder_2: Annotated[Mapping[str, Any], SettingsOf("transformers.T5Config")]
-    vae: Annotated[Mapping[str, Any], SettingsOf("diffusers.AutoencoderKL")]
-
-
-class Flux(Prompted):
-    """A text-to-image network at one of its sizes.
-
-    sizes:             by name the `checkpoint`, and for random weights the configs of `transformer`, `text_encoder`
-                       (CLIP), `text_encoder_2` (T5) and `vae` as diffusers writes them. `full` is the public one;
-                       `tiny` has the same layers, small.
-    height, width:     of the pictures, in pixels.
-    text_length:       T5's tokens.
-    embedded_guidance: the network's own input, one row a call; null for schnell, which has none.
-    guidance:          two rows a call besides, against the empty prompt, for a scale other than 1.
-    prompts:           those that conditions number.
-    decode_batch:      images decoded at a time. decode_tile: as VAE's `tile`.
-    checkpoint:        a pipeline folder or a hub id, whose own configs count; `random`; null: that of the size.
-    source:            where the public checkpoint is had, for the message when it is missing.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        size: str,
-        sizes: Mapping[str, FluxSize],
-        height: int,
-        width: int,
-        text_length: int,
-        embedded_guidance: float | None,
-        guidance: Guidance,
-        micro_batch: int,
-        decode_batch: int,
-        decode_tile: int | None,
-        dtype: Dtype,
-        checkpoint: str | None,
-        source: str,
-        prompts: Sequence[str] = (),
-    ):
-        name = at_size(name, size, sizes)
-        require_multiples(PATCH, height=height, width=width)
-        require_range(at_least=1, text_length=text_length)
-        require_range(at_least=0, at_most=1000, embedded_guidance=embedded_guidance)
-        pipeline = Pipeline("FluxPipeline", PARTS, size, sizes, checkpoint, source)
-        network = pipeline.network("transformer")
-        config = network.config
-        if config.guidance_embeds != (embedded_guidance is not None):
-            raise ValueError(
-                f"model.embedded_guidance is {embedded_guidance} and the transformer of {pipeline.checkpoint} "
-                f"{'takes one' if config.guidance_embeds else 'takes none'}; set a number for dev, null for schnell"
-            )
-        clip = pipeline.text_model("text_encoder", "tokenizer", clip_pooled)
-        t5 = pipeline.text_model("text_encoder_2", "tokenizer_2", t5_text, text_length)
-        encodings, sha256 = encode(Together(clip, t5), [*prompts, ""])
-        del clip, t5  # gigabytes, before the transformer is read
-        require_features(pipeline, "transformer", encodings["pooled"], config.pooled_projection_dim)
-        require_features(pipeline, "transformer", encodings["text"], config.joint_attention_dim)
-        require_range(at_least=1, decode_batch=decode_batch, decode_tile=decode_tile)
-        with pipeline.making("vae"):
-            vae = pipeline.configs["vae"] | {"tile": decode_tile}
-            decoder = VAE(checkpoint=pipeline.checkpoint, micro_batch=decode_batch, source=source, **vae)
-        super().__init__(
-            name=name,
-            prompts=prompts,
-            encoder_sha256=sha256,
-            backbone=PromptedFlux(network, embedded_guidance, patch=2, **encodings),
-            parameterization=FlowVelocity(FlowPath(shift=1.0, time_scale=1.0)),
-            event_shape=(config.in_channels // 4, height // 8, width // 8),
-            decoder=decoder,
-            guidance=guidance,
-            micro_batch=micro_batch,
-            dtype=dtype,
-            checkpoint=pipeline.weights("transformer"),
-        )
+from oss_exp.checks import require_range
+from oss_exp.models.text.prompted import PromptedBackbone
 
 
 class PromptedFlux(PromptedBackbone):

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from oss_exp.checks import require_range
-from oss_exp.models.checkpoints.pipelines import Prompted
 from oss_exp.models.checkpoints.weights import locate
 from oss_exp.models.decoders.video_vae import latent_frames
 from oss_exp.models.families.stdit3 import STDiT3
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, at_size, build_part
 from oss_exp.models.parameterization import FlowVelocity
-from oss_exp.models.text.encoders import TextModel, encode, open_text_model, random_text_model
+from oss_exp.models.text.encoders import TextModel, encode, open_t5, random_t5_model
+from oss_exp.models.text.prompted import Prompted
 from oss_exp.noise import FlowPath
 
 WEIGHTS = ("model.safetensors",)
@@ -173,9 +173,7 @@ def public_t5(checkpoint: str, length: int, source: str) -> TextModel:
     for files in T5_OTHERS:
         locate(checkpoint, files, source, setting)
     weights = locate(checkpoint, T5_WEIGHTS, source, setting)
-    return open_text_model(
-        "T5EncoderModel", weights, "T5Tokenizer", weights.parents[1] / "tokenizer", t5_masked, length
-    )
+    return open_t5(weights, weights.parents[1] / "tokenizer", t5_masked, length)
 
 
 def random_t5(
@@ -201,4 +199,4 @@ def random_t5(
         "num_heads": num_heads,
         "feed_forward_proj": feed_forward_proj,
     }
-    return random_text_model("T5EncoderModel", config, t5_masked, length)
+    return random_t5_model(config, t5_masked, length)

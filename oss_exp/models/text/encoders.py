@@ -1,4 +1,4 @@
-"""Text encoders: CLIP and T5 as the released pipelines use them, from files or with random weights.
+"""Text encoders: T5 as released samplers use it, from files or with random weights.
 
 They are needed once, to fill the cache of encodings, and are not in memory while a model samples.
 Legend: P prompts, L tokens, D features.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ Answer = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]  # model, toke
 class TextModel:
     """A text transformer of transformers: prompts (P) -> tensors by name, (P, ...) each.
 
-    Prompts are filled up or cut to `length` tokens L; null: those that the tokenizer names.
+    Prompts are filled up or cut to `length` tokens L.
     weights: SHA-256 of its weights. load: makes it, once there is a prompt to encode. answer: what is taken of it.
     """
 
@@ -42,10 +41,9 @@ class TextModel:
         weights: str,
         load: Callable[[], nn.Module],
         answer: Answer,
-        length: int | None = None,
+        length: int,
     ):
-        self.tokenizer, self.load, self.answer = tokenizer, load, answer
-        self.length = length or tokenizer.model_max_length
+        self.tokenizer, self.load, self.answer, self.length = tokenizer, load, answer, length
         vocabulary = sorted(tokenizer.get_vocab().items())
         empty = self._tokens([""])["input_ids"].tolist()
         self.fingerprint = sha256(json.dumps([answer.__name__, weights, vocabulary, empty]).encode())
@@ -75,26 +73,7 @@ class TextModel:
         return self.tokenizer(list(prompts), return_attention_mask=True, **padded)
 
 
-class Together:
-    """Several encoders that give tensors of different names."""
-
-    def __init__(self, *encoders: TextModel):
-        self.encoders = encoders
-        self.fingerprint = sha256(" ".join(encoder.fingerprint for encoder in encoders).encode())
-
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {name: tensor for encoder in self.encoders for name, tensor in encoder(prompts).items()}
-
-    def cuts(self, prompts: Sequence[str]) -> dict[str, str]:
-        """Those that every one of them cuts: the one that reads most counts."""
-        first, *others = (encoder.cuts(prompts) for encoder in self.encoders)
-        shared = set(first).intersection(*others)
-        return {
-            prompt: min((cuts[prompt] for cuts in (first, *others)), key=len) for prompt in first if prompt in shared
-        }
-
-
-def encode(encoder: TextModel | Together, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+def encode(encoder: TextModel, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
     """prompts (P) -> their encodings by name, (P, ...) each, through the cache, and the encoder's fingerprint.
 
     Prompts that it cuts are named in a warning. Hand the encoder over without keeping it: its memory is then free.
@@ -108,94 +87,39 @@ def encode(encoder: TextModel | Together, prompts: Sequence[str]) -> tuple[dict[
 
 
 # --------------------------------------------------------------------------------------------------------------
-# What is taken of a model
-# --------------------------------------------------------------------------------------------------------------
-
-
-def clip_text(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """text (P, L, D) of every token, padding too, as Stable Diffusion takes it."""
-    return {"text": model(tokens).last_hidden_state}
-
-
-def clip_pooled(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """pooled (P, D), that of the last token of the prompt."""
-    return {"pooled": model(tokens).pooler_output}
-
-
-def t5_text(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """text (P, L, D) of every token, padding too, as FLUX takes it."""
-    return {"text": model(tokens).last_hidden_state}
-
-
-def t5_prompt(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """text (P, L, D) of the prompt's tokens, which do not see the padding; 0 from there on, as Wan takes it."""
-    return {"text": model(tokens, mask).last_hidden_state * mask[..., None]}
-
-
-# --------------------------------------------------------------------------------------------------------------
 # Where they come from
 # --------------------------------------------------------------------------------------------------------------
 
 
-def open_text_model(
-    kind: str, weights: Path, tokenizer_kind: str, tokenizer: Path, answer: Answer, length: int | None
-) -> TextModel:
-    """transformers' classes `kind` from the file `weights`, and `tokenizer_kind` from the folder `tokenizer`.
+def open_t5(weights: Path, tokenizer: Path, answer: Answer, length: int) -> TextModel:
+    """T5's encoder from the file `weights`, and its tokenizer from a folder.
 
     Its hash does not depend on how transformers calls the weights.
     """
-    import transformers
+    from transformers import T5EncoderModel, T5Tokenizer
 
-    cls = getattr(transformers, kind)
-    config = cls.config_class.from_pretrained(weights.parent)
+    config = T5EncoderModel.config_class.from_pretrained(weights.parent)
 
     def load() -> nn.Module:
-        model, report = cls.from_pretrained(  # not from the folder: whichever files are there, these are the weights
+        model, report = T5EncoderModel.from_pretrained(  # not from the folder: whichever files are there, these count
             None, config=config, state_dict=read(weights), dtype="auto", output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{weights} lacks {len(missing)} weights of {kind}, first {missing[0]}; get it again")
+            raise ValueError(
+                f"{weights} lacks {len(missing)} weights of T5EncoderModel, first {missing[0]}; get it again"
+            )
         return model.float() if model.dtype == torch.float16 else model  # T5 overflows in it
 
-    tensors = {key.removeprefix("text_model."): tensor for key, tensor in read(weights).items()}
-    for copy in ("embeddings.position_ids", "encoder.embed_tokens.weight"):  # a count; what shared.weight is
-        tensors.pop(copy, None)
-    words = getattr(transformers, tokenizer_kind).from_pretrained(tokenizer)
-    return TextModel(words, digest(tensors), load, answer, length)
+    tensors = dict(read(weights))
+    tensors.pop("encoder.embed_tokens.weight", None)  # what shared.weight is
+    return TextModel(T5Tokenizer.from_pretrained(tokenizer), digest(tensors), load, answer, length)
 
 
-def random_text_model(kind: str, config: Mapping[str, Any], answer: Answer, length: int | None) -> TextModel:
-    """transformers' class `kind` with reproducible random weights and a token for every byte."""
-    import transformers
-
-    cls = getattr(transformers, kind)
-    tokenizer, ends = BYTES[kind](config)
-    model = cls(cls.config_class(**config, **ends))
-    randomise(model, torch.Generator().manual_seed(0))
-    return TextModel(tokenizer, digest(model.state_dict()), lambda: model, answer, length)
-
-
-def clip_bytes(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
-    """A tokenizer with a token for every byte, within and at the end of a word, and the numbers of the two ends."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    require_range(at_least=len(tokens), vocab_size=config.get("vocab_size"))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
-        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=config["max_position_embeddings"])
-    return tokenizer, {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
-
-
-def t5_bytes(config: Mapping[str, Any]) -> tuple[Any, dict[str, int]]:
-    """The same with 259 tokens; T5 knows its end."""
-    from transformers import ByT5Tokenizer
+def random_t5_model(config: Mapping[str, Any], answer: Answer, length: int) -> TextModel:
+    """T5's encoder with reproducible random weights and a token for every byte, and its end."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
     require_range(at_least=259, vocab_size=config.get("vocab_size"))
-    return ByT5Tokenizer(extra_ids=0), {}
-
-
-BYTES = {"CLIPTextModel": clip_bytes, "T5EncoderModel": t5_bytes, "UMT5EncoderModel": t5_bytes}
+    model = T5EncoderModel(T5Config(**config))
+    randomise(model, torch.Generator().manual_seed(0))
+    return TextModel(ByT5Tokenizer(extra_ids=0), digest(model.state_dict()), lambda: model, answer, length)

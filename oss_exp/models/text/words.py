@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from oss_exp.checks import require_range
 from oss_exp.files import sha256
-from oss_exp.models.checkpoints.pipelines import Prompted
 from oss_exp.models.network import Network
+from oss_exp.models.text.prompted import Prompted
 
 
 class Words:
