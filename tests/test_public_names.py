@@ -37,6 +37,7 @@ OWN_YAML = {
     "Inception": ("distance/features", ""),
     "LogSNRSchedule": ("noise_schedule/logsnr", ""),
     "OSSShared": ("stepsize/oss_shared", ""),
+    "Pipeline.from_pretrained": ("model/pipeline", ""),
     "XtMSE": ("distance/xt_mse", ""),
     "DDPMPath": ("model/dit_xl_2_256", "parameterization.path"),
     "DataPrediction": ("model/flux_scenes", "parameterization"),

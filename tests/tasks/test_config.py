@@ -85,6 +85,8 @@ def test_option(group, option, tmp_path, monkeypatch):
     elif (group, option) == ("model", "pipeline"):  # with a folder: test_pretrained.py
         with pytest.raises(FileNotFoundError, match="pipeline x is neither a folder"):
             build(cfg.model, "model")
+    elif group == "model" and "pipeline" in cfg.model:
+        assert build(cfg.model, "model", size="tiny").name == f"{option}_tiny"
     elif (group, option) == ("data", "prompts"):
         assert len(build(cfg.data, "data", event_shape=(2,), num_classes=None).predict_dataloader()) == 2
     elif group == "model" and "tiny" in cfg.model.get("sizes", ()):
@@ -180,7 +182,7 @@ def test_searches_share_a_yaml_and_keep_their_own_options():
     cfg = config(f"stepsize=[{','.join(COMMON)}]")
     assert list(cfg.stepsize) == list(COMMON)
     for name, options in COMMON.items():
-        found = OmegaConf.to_container(cfg.stepsize[name])
+        found = OmegaConf.to_container(cfg.stepsize[name], resolve=True)
         assert found.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
         assert found == {"band": None, **options}
 

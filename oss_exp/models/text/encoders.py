@@ -96,9 +96,9 @@ def open_t5(weights: Path, tokenizer: Path, answer: Answer, length: int) -> Text
 
     Its hash does not depend on how transformers calls the weights.
     """
-    from transformers import T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    config = T5EncoderModel.config_class.from_pretrained(weights.parent)
+    config = T5Config.from_pretrained(weights.parent)
 
     def load() -> nn.Module:
         model, report = T5EncoderModel.from_pretrained(  # not from the folder: whichever files are there, these count

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-from oss_exp.models.tiny.parts import clip, clip_with_projection, gemma, image_vae, qwen, qwen_vision_language, t5
+from oss_exp.models.tiny.parts import (
+    clip,
+    clip_with_projection,
+    diffusers,
+    gemma,
+    image_vae,
+    qwen,
+    qwen_vision_language,
+    t5,
+)
 
 SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 FLUX_VAE: dict[str, Any] = {"shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}
@@ -43,7 +49,7 @@ def stable_diffusion_parts(scheduler: Any = None, **network: Any) -> dict[str, A
     }
 
 
-def unet(**config: Any) -> diffusers.UNet2DConditionModel:
+def unet(**config: Any) -> Any:
     settings = {
         "sample_size": 12,
         "cross_attention_dim": 24,
@@ -101,7 +107,7 @@ def stable_diffusion_3_parts() -> tuple[Any, ...]:
         qk_norm="rms_norm",
     )
     vae = image_vae(4, **FLUX_VAE)
-    return transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
+    return transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -159,7 +165,9 @@ def sana() -> Any:
         scaling_factor=0.4,
     )
     encoder, tokenizer = gemma()
-    return diffusers.SanaPipeline(tokenizer, encoder, vae, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return diffusers.SanaPipeline(
+        tokenizer, encoder, vae, transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )
 
 
 def qwen_image() -> Any:
@@ -179,8 +187,8 @@ def qwen_image_transformer() -> Any:
     )
 
 
-def qwen_image_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(
+def qwen_image_scheduler() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02, max_image_seq_len=8192
     )
 
@@ -211,7 +219,7 @@ def z_image() -> Any:
         axes_lens=[128, 32, 32],
     )
     encoder, tokenizer = qwen()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return diffusers.ZImagePipeline(scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer, transformer)
 
 
@@ -230,11 +238,11 @@ def flux_kontext() -> Any:
 
 
 def flux_parts() -> tuple[Any, ...]:
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     return scheduler, image_vae(8, 4, **FLUX_VAE), *clip(), *t5()
 
 
-def flux_transformer(channels: int, **config: Any) -> diffusers.FluxTransformer2DModel:
+def flux_transformer(channels: int, **config: Any) -> Any:
     return diffusers.FluxTransformer2DModel(
         in_channels=channels,
         num_layers=1,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
+
+diffusers: Any = import_module("diffusers")  # type checkers do not see what they export
+transformers: Any = import_module("transformers")
 
 LAYERS = {
     "vocab_size": 280,
@@ -47,7 +49,7 @@ def pictures(count: int, size: int = 16) -> list[Image.Image]:
     return [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def image_vae(channels: int, blocks: int = 2, **config: Any) -> diffusers.AutoencoderKL:
+def image_vae(channels: int, blocks: int = 2, **config: Any) -> Any:
     settings = {"block_out_channels": (8,) * blocks, "down_block_types": ("DownEncoderBlock2D",) * blocks}
     settings |= {"up_block_types": ("UpDecoderBlock2D",) * blocks, "norm_num_groups": 4, "scaling_factor": 0.4}
     return diffusers.AutoencoderKL(latent_channels=channels, **settings, **config)
@@ -69,7 +71,7 @@ def clip_bytes(length: int) -> tuple[Any, dict[str, int]]:
     return tokenizer, {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
 
 
-def t5_letters() -> transformers.T5Tokenizer:
+def t5_letters() -> Any:
     words = [(word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")]
     return transformers.T5Tokenizer(vocab=words, extra_ids=0)
 

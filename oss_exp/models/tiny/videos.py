@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
-from oss_exp.models.tiny.parts import clip, clip_vision, llama, t5, umt5
+from oss_exp.models.tiny.parts import clip, clip_vision, diffusers, llama, t5, umt5
 
 # Sizes, as calls take them.
 SMALL = {"height": 16, "width": 16, "num_frames": 5}
@@ -27,7 +25,7 @@ SVD = {"height": 16, "width": 16, "num_frames": 2}
 def wan(experts: int = 1) -> Any:
     """With two experts: one transformer for noisy states, another one for the rest."""
     encoder, tokenizer = umt5()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     networks = [wan_transformer(), wan_transformer(ffn_dim=40)][:experts]
     config = {"boundary_ratio": 0.875} if experts == 2 else {}
     return diffusers.WanPipeline(tokenizer, encoder, wan_vae(), scheduler, *networks, **config)
@@ -37,7 +35,7 @@ def wan_image_to_video(experts: int = 1) -> Any:
     """Two experts see the image among their channels alone."""
     encoder, tokenizer = umt5()
     parts: dict[str, Any] = {"tokenizer": tokenizer, "text_encoder": encoder, "vae": wan_vae()}
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if experts == 2:
         networks = [wan_transformer(in_channels=12), wan_transformer(in_channels=12, ffn_dim=40)]
         parts |= {"transformer": networks[0], "transformer_2": networks[1], "boundary_ratio": 0.9}
@@ -49,7 +47,7 @@ def wan_image_to_video(experts: int = 1) -> Any:
     return diffusers.WanImageToVideoPipeline(**parts)
 
 
-def wan_vae() -> diffusers.AutoencoderKLWan:
+def wan_vae() -> Any:
     return diffusers.AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
@@ -61,7 +59,7 @@ def wan_vae() -> diffusers.AutoencoderKLWan:
     )
 
 
-def wan_transformer(**config: Any) -> diffusers.WanTransformer3DModel:
+def wan_transformer(**config: Any) -> Any:
     torch.manual_seed(len(str(config)))
     settings = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
     settings |= {"text_dim": 20, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32}
@@ -100,7 +98,7 @@ def ltx_parts() -> dict[str, Any]:
         caption_channels=20,
     )
     return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
         "vae": vae,
         "text_encoder": encoder,
         "tokenizer": tokenizer,
@@ -126,7 +124,7 @@ def hunyuan_video() -> Any:
         pooled_projection_dim=24,
         rope_axes_dim=(4, 4, 4),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
     return diffusers.HunyuanVideoPipeline(encoder, tokenizer, transformer, vae, scheduler, encoder_2, tokenizer_2)
 
 

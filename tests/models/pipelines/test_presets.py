@@ -2,15 +2,19 @@
 
 import inspect
 import json
+import re
+import shlex
+from pathlib import Path
 
 import diffusers
 import pytest
 from helpers import run_cli
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model_state_dict
 
 from oss_exp.cli import CONF
-from oss_exp.models.tiny import TINY, tiny
+from oss_exp.models.tiny import TINY, pictures, tiny
 from oss_exp.schedule import StepSchedule
 
 PRESETS = sorted(
@@ -18,6 +22,11 @@ PRESETS = sorted(
     for file in (CONF / "model").glob("*.yaml")
     if file.stem != "pipeline" and "pipeline:" in file.read_text() and "_target_" not in file.read_text()
 )
+DOCUMENT = (CONF.parent / "docs" / "pipelines.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL) for line in block.splitlines()]
+COMMANDS += re.findall(r"^\| [^|]* \| `(oss-exp [^`]*)`", DOCUMENT, re.MULTILINE)
+ROW = r"^\| `(\w+)` \| \[([\w./-]+)\]\(https://huggingface.co/\2\) \| (\d+) x (\d+)"
+LISTED = {name: (hub, int(height), int(width)) for name, hub, height, width in re.findall(ROW, DOCUMENT, re.MULTILINE)}
 SHORT = ["num_teacher_steps=6", "num_steps=[3]", "data.search_samples=2", "data.eval_samples=2", "data.per_sample=2"]
 SHORT += ["logger=none", "trainer.enable_progress_bar=false"]
 
@@ -31,7 +40,7 @@ def composed(*overrides: str):
 def test_a_preset_is_a_call_of_its_class(preset):
     cfg = composed(f"model={preset}")
     assert cfg.model.name == preset
-    assert cfg.model.pipeline.count("/") == 1, "a hub id"
+    assert (cfg.model.pipeline, cfg.model.call.height, cfg.model.call.width) == LISTED[preset]
     assert (cfg.data.prompts, cfg.start) == ("prompts.txt", "pinned")
     assert cfg.noise_schedule._target_ == "oss_exp.PipelineSchedule"
     assert {strategy.get("start") for strategy in cfg.stepsize.values()} == {"pinned"}
@@ -60,6 +69,25 @@ def test_the_main_job_at_tiny_size(preset, tmp_path):
     cfg = composed(f"model={preset}")
     pipe, _ = tiny(cfg.model.pipeline_class, cfg.model.call)
     assert steps.scheduler(pipe.scheduler).config.times == steps.times.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_documentation(command, tmp_path, monkeypatch):
+    pytest.importorskip("ftfy") if "wan2_2_i2v" in command else None
+    monkeypatch.chdir(tmp_path)
+    pictures(1, 40)[0].save("photo.png")
+    pipe, _ = tiny("StableDiffusionPipeline", {})
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights("style", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    _, *words = shlex.split(command)
+    run_cli(*(word for word in words if not word.startswith("num_steps=")), "scale=tiny", *SHORT, "hydra.run.dir=run")
+    assert list(Path("run", "schedules").glob("*_3.json"))
+    assert "_tiny" in Path("run", "schedules", "oss_shared_3.json").read_text()
+
+
+def test_the_documentation_lists_all_presets():
+    assert sorted(LISTED) == PRESETS
 
 
 def test_words_of_the_command_line_win():
