@@ -41,6 +41,7 @@ from oss_exp.models.parameterization import (
     Parameterization,
     VPVelocity,
 )
+from oss_exp.models.pretrained import images, loaded, require_arguments, with_images
 from oss_exp.noise import CosinePath, DDPMPath, FlowPath, NoiseSchedule
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
@@ -105,11 +106,7 @@ class Pipeline(Model):
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
         if not self.takes:
             raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
-        needed = [
-            key for key, value in takes.items() if value.default is value.empty and value.kind is not value.VAR_KEYWORD
-        ]
-        if missing := [key for key in needed if key not in ("self", self.takes, *call)]:
-            raise ValueError(f"{type(pipe).__name__} needs {missing[0]}; add call.{missing[0]}")
+        require_arguments(type(pipe), call)
         self.training_of = Training.of(pipe.scheduler)
         self.path = self.training_of.parameterization.path
         self.name = type(pipe).__name__
@@ -150,21 +147,20 @@ class Pipeline(Model):
         Raises ValueError or FileNotFoundError for what is not there, or not known here.
         """
         require_choice(("full", "tiny"), size=size)
-        call = {key: opened(value) if _of_images(key) else value for key, value in (call or {}).items()}
-        call = {key: value for key, value in call.items() if value is not None or not _of_images(key)}
+        call = with_images(call or {})
         made_up: list[Any] = []
         if size == "tiny":
             from oss_exp.models.tiny import pictures, tiny
 
             (pipe, call), made_up = tiny(pipeline_class, call), pictures(len(prompts))
         else:
-            pipe = _loaded(pipeline, pipeline_class, dtype)
+            pipe = loaded(pipeline, pipeline_class, dtype, call)
         for lora in loras:
             pipe.load_lora_weights(str(lora))
         if offload:
             pipe.enable_model_cpu_offload()
         if {"prompt", "class_labels"}.isdisjoint(inspect.signature(type(pipe).__call__).parameters):
-            prompts = made_up if made_up and not Path(prompts[0]).is_file() else opened(list(prompts))
+            prompts = made_up if made_up and not Path(prompts[0]).is_file() else images(list(prompts))
         model = cls(pipe, prompts, **call)
         model.name = f"{name or model.name}{'_tiny' if size == 'tiny' else ''}"
         return model
@@ -722,44 +718,6 @@ def _shift(scheduler: Any) -> float:
     if not torch.allclose(shift * t / (1 + (shift - 1) * t), sigma, rtol=0, atol=1e-4):
         raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
     return shift
-
-
-def _loaded(pipeline: str | Path, pipeline_class: str | None, dtype: Dtype | Mapping[str, Dtype]) -> Any:
-    """The pipeline of a folder or a hub id."""
-    import diffusers
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    kind = getattr(diffusers, pipeline_class or "DiffusionPipeline", None)
-    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
-        raise ValueError(f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own")
-    by_part = isinstance(dtype, Mapping)
-    number = {part: getattr(torch, each) for part, each in dtype.items()} if by_part else getattr(torch, dtype)
-    try:
-        return kind.from_pretrained(str(pipeline), torch_dtype=number, use_safetensors=True, trust_remote_code=False)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"pipeline {pipeline} is neither a folder that diffusers' save_pretrained wrote nor to be had from the "
-            f"hub ({reason}); give a folder with a model_index.json, or size=tiny for a small random one"
-        ) from None
-
-
-def _of_images(argument: str) -> bool:
-    """Whether an argument of a call takes images."""
-    return argument == "image" or argument.endswith("_image")
-
-
-def opened(value: Any) -> Any:
-    """The images of a file or of a list of files, and what is no file's name as it is."""
-    if isinstance(value, list):
-        return [opened(each) for each in value]
-    if not isinstance(value, str | Path):
-        return value
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    from oss_exp.image_files import read_image
-
-    return to_pil_image(read_image(Path(value).expanduser(), channels=3, background="white"))
 
 
 def is_pipeline(value: Any) -> bool:

@@ -142,7 +142,7 @@ def test_every_kind_of_cell_of_the_tables_is_found(tmp_path, small):
     scale = "small" if small else "paper"
     old = [each for each in CONFIGURATIONS if each["scale"] == scale and lacks_no_weights(each["config"])]
     old = [each for each in old if each["config"]["model"]["_target_"].rpartition(".")[2] not in GONE]
-    assert len(old) >= 10
+    assert len(old) >= 8
     for each in old:
         folder, parent = tmp_path / each["name"], f"outputs/cells/{each['parent']}"
         folder.mkdir()

@@ -49,7 +49,7 @@ def tiny(kind: str | None, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     the call may have and has not is made up. ValueError for a class of which there is none.
     """
     if kind not in TINY:
-        raise ValueError(f"size=tiny has no pipeline_class={kind}; it has {', '.join(TINY)}")
+        raise ValueError(f"pipeline_class={kind} has no size=tiny; these have one: {', '.join(TINY)}")
     make, small = TINY[kind]
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

@@ -94,3 +94,19 @@ def test_words_of_the_command_line_win():
     cfg = composed("model=sdxl", "noise_schedule=ddim", "stepsize=oss_shared", "stepsize.oss_shared.start=free")
     assert cfg.noise_schedule._target_ == "oss_exp.DDIMSchedule"
     assert cfg.stepsize.oss_shared.start == "free"
+
+
+def test_an_image_that_is_missing_is_asked_for_before_anything_is_loaded(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_cli("model=wan2_2_i2v", "model.pipeline=nowhere", *SHORT, f"hydra.run.dir={tmp_path}")
+    assert "WanImageToVideoPipeline needs image; add call.image=FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_cli("model=wan2_2_i2v", "scale=tiny", "model.call.image=no.png", *SHORT, f"hydra.run.dir={tmp_path}")
+    assert "image no.png cannot be read" in capsys.readouterr().err
+
+
+def test_a_class_without_a_small_pipeline_says_which_have_one(tmp_path, capsys):
+    words = ["model=pipeline", "model.pipeline=x", "model.pipeline_class=MochiPipeline", "scale=tiny", *SHORT]
+    with pytest.raises(SystemExit):
+        run_cli(*words, f"hydra.run.dir={tmp_path}")
+    assert "model.pipeline_class=MochiPipeline has no size=tiny; " in capsys.readouterr().err
