@@ -1,7 +1,6 @@
-"""Images as people have them: files in folders, of any size, depth and orientation, some of them not images at all.
+"""Images as people have them: files in folders, of any size, some of them not images at all.
 
-Folders become classes, in the order of their numbers where they are numbered. A file is opened by what is in it, its
-header is checked before its pixels are read, and a broken one is called by its name. Legend: C channels.
+Folders become classes, in the order of their numbers where they are numbered. Legend: C channels.
 """
 
 from __future__ import annotations
