@@ -147,8 +147,7 @@ class _Check:
         for option in _options(kind):
             for settings in _metadata(option):
                 if isinstance(settings, SettingsOf):
-                    target = _target(settings.kind) if isinstance(settings.kind, str) else settings.kind
-                    return self._fields(value, parameters_of(target), key, target.__name__)
+                    return self._fields(value, parameters_of(settings.kind), key, settings.kind.__name__)
             if is_typeddict(option):
                 return self._fields(value, _Parameters(get_type_hints(option, include_extras=True), (), True), key)
             if _is_record(option):

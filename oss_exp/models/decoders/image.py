@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,66 +25,21 @@ ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)
 TODAY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-class Autoencoder(nn.Module, abc.ABC):
-    """The network works on latents of an autoencoder of diffusers, of which only the decoder is kept, in float32.
+class VAE(nn.Module):
+    """diffusers.AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752): (B, C, h, w) -> (B, 3, H, W).
 
-    network:     the autoencoder, not yet filled.
-    checkpoint:  a file, a folder or a hub id; `random`: reproducible random weights.
-    micro_batch: images or videos decoded at a time.
-    source:      where the public file is had, for the message when it is missing.
+    H = 8 h with four levels. Only the decoder is kept, in float32.
+
+    checkpoint:   a file, a folder or a hub id; `random`: reproducible random weights.
+    micro_batch:  images decoded at a time.
+    source:       where the public file is had, for the message when it is missing.
+    scaling_factor, shift_factor: the network's latents are (the encoder's - shift) times scale.
+    latent_channels ... norm_num_groups, config: AutoencoderKL's own, with its defaults.
     """
 
     FILES = tuple(
         f"{folder}diffusion_pytorch_model.{kind}" for folder in ("vae/", "") for kind in ("safetensors", "bin")
     )
-
-    def __init__(self, network: nn.Module, checkpoint: str, micro_batch: int, source: str):
-        super().__init__()
-        require_range(at_least=1, micro_batch=micro_batch)
-        self.micro_batch, self.source = micro_batch, source
-        network.encoder = network.quant_conv = None
-        self.post_quant_conv, self.decoder = network.post_quant_conv or nn.Identity(), network.decoder
-        self._network = (network,)  # no part beside its own parts
-        if checkpoint == "random":
-            randomise(self, torch.Generator().manual_seed(0))
-        else:
-            self._load(checkpoint)
-        self.eval().requires_grad_(False)
-
-    def forward(self, x0: Tensor) -> Tensor:
-        """(B, C, ...) -> (B, 3, ...) in [0, 1]."""
-        (network,) = self._network
-        pixels = [network.decode(self._latents(rows)).sample for rows in x0.float().split(self.micro_batch)]
-        return ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
-
-    @abc.abstractmethod
-    def _latents(self, x0: Tensor) -> Tensor:
-        """What the diffusion network works on -> what the decoder takes."""
-
-    def _load(self, checkpoint: str) -> None:
-        """Every weight of the decoder from a file, which may hold an encoder besides but nothing else."""
-        path = locate(checkpoint, self.FILES, self.source, "model.sizes.full.decoder.checkpoint")
-        self.load_state_dict(read_for(path, self.state_dict(), self.translate, None, "model.decoder"))
-
-    def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors by our names, without its encoder and what it was trained by."""
-        return {
-            ATTENTION.sub(lambda old: TODAY[old[0]], key): value
-            for key, value in tensors.items()
-            if not key.startswith(("encoder.", "quant_conv.", "loss."))
-        }
-
-
-class VAE(Autoencoder):
-    """diffusers.AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752): (B, C, h, w) -> (B, 3, H, W).
-
-    H = 8 h with four levels.
-
-    checkpoint, micro_batch, source: as above.
-    scaling_factor, shift_factor: the network's latents are (the encoder's - shift) times scale.
-    tile:   decode larger images in overlapping squares of so many latents a side, to save memory; null: as a whole.
-    latent_channels ... norm_num_groups, config: AutoencoderKL's own, with its defaults.
-    """
 
     def __init__(
         self,
@@ -94,7 +48,6 @@ class VAE(Autoencoder):
         micro_batch: int,
         source: str,
         shift_factor: float | None = None,
-        tile: int | None = None,
         latent_channels: int = 4,
         block_out_channels: Sequence[int] = (64,),
         down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
@@ -105,9 +58,10 @@ class VAE(Autoencoder):
     ):
         from diffusers import AutoencoderKL
 
+        super().__init__()
         require_range(above=0, at_most=1e6, scaling_factor=scaling_factor)
         require_range(at_least=-1e6, at_most=1e6, shift_factor=shift_factor)
-        require_range(at_least=1, tile=tile, latent_channels=latent_channels)
+        require_range(at_least=1, micro_batch=micro_batch, latent_channels=latent_channels)
         require_range(at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
         if not block_out_channels or any(width < 1 or width % norm_num_groups for width in block_out_channels):
             raise ValueError(
@@ -123,12 +77,33 @@ class VAE(Autoencoder):
             norm_num_groups=norm_num_groups,
             **config,
         )
-        if tile is not None:
-            network.enable_tiling()
-            network.tile_latent_min_size = tile
-            network.tile_sample_min_size = tile * 2 ** (len(network.config.block_out_channels) - 1)
-        super().__init__(network, checkpoint, micro_batch, source)
+        self.micro_batch, self.source = micro_batch, source
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor or 0.0
+        network.encoder = network.quant_conv = None
+        self.post_quant_conv, self.decoder = network.post_quant_conv or nn.Identity(), network.decoder
+        self._network = (network,)  # no part beside its own parts
+        if checkpoint == "random":
+            randomise(self, torch.Generator().manual_seed(0))
+        else:
+            self._load(checkpoint)
+        self.eval().requires_grad_(False)
 
-    def _latents(self, x0: Tensor) -> Tensor:
-        return x0 / self.scaling_factor + self.shift_factor
+    def forward(self, x0: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) in [0, 1]."""
+        (network,) = self._network
+        latents = x0.float() / self.scaling_factor + self.shift_factor
+        pixels = [network.decode(rows).sample for rows in latents.split(self.micro_batch)]
+        return ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
+
+    def _load(self, checkpoint: str) -> None:
+        """Every weight of the decoder from a file, which may hold an encoder besides but nothing else."""
+        path = locate(checkpoint, self.FILES, self.source, "model.sizes.full.decoder.checkpoint")
+        self.load_state_dict(read_for(path, self.state_dict(), self.translate, None, "model.decoder"))
+
+    def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors by our names, without its encoder and what it was trained by."""
+        return {
+            ATTENTION.sub(lambda old: TODAY[old[0]], key): value
+            for key, value in tensors.items()
+            if not key.startswith(("encoder.", "quant_conv.", "loss."))
+        }

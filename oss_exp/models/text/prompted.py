@@ -5,10 +5,8 @@ Legend: M rows, *E event dims, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,14 +94,3 @@ class PromptedBackbone(nn.Module):
         self.network = network
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
-        """The file's tensors themselves become the weights: a large network is in memory once."""
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def to(self, dtype: torch.dtype) -> PromptedBackbone:
-        """All numbers to dtype, but those that diffusers wants in float32 not to less."""
-        kept = set(self.network._keep_in_fp32_modules or ()) if dtype.itemsize < 4 else set()
-        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
-            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
-        return self

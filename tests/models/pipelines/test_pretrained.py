@@ -53,6 +53,12 @@ def test_a_folder_is_the_pipeline_that_was_saved(folder):
     assert torch.equal(velocity(pipeline=folder, pipeline_class="StableDiffusionPipeline"), expected)
 
 
+def test_a_part_may_have_a_dtype_of_its_own(folder):
+    dtype = {"default": "bfloat16", "vae": "float32"}
+    pipe = Pipeline.from_pretrained(folder, PROMPTS, dtype=dtype, call=CALL).pipe
+    assert (pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
 @pytest.mark.slow
 def test_an_adapter_is_another_model(folder, lora):
     plain = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL)
