@@ -158,6 +158,7 @@ CONFIGURED = {
     "ADM": "models.families.edm_networks",
     "Song": "models.families.edm_networks",
     "PublishedDiT": "models.families.dit",
+    "SiT": "models.families.sit",
     "MAR": "models.families.mar",
     "MARNetwork": "models.families.mar",
     "STDiT3": "models.families.stdit3",

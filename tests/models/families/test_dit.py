@@ -250,8 +250,8 @@ def test_search_of_the_released_code(filled, arrays):
 
 
 def configured(name: str):
-    with initialize_config_dir(str(CONF / "model"), version_base="1.3"):
-        return compose(name)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"model={name}"]).model
 
 
 @pytest.mark.parametrize(("name", "size"), [("dit_xl_2_256", 32), ("dit_xl_2_512", 64)])
