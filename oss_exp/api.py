@@ -29,7 +29,7 @@ from oss_exp.evaluation.psnr import psnr
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline, is_pipeline
 from oss_exp.noise import DDIMSchedule, EDMSchedule, FlowSchedule, LogSNRSchedule, NoiseSchedule
-from oss_exp.provenance import configuration, model_record, native_times, provenance
+from oss_exp.provenance import configuration, model_record, provenance
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
@@ -538,13 +538,13 @@ class _Planner:
 
         cost = self.counter.cost(self.budgets, count, self.counter.rows)
         described = {"name": label, "baseline": strategy.baseline, **configuration(strategy)}
-        path = self.source.sampled.path if isinstance(self.source.sampled, Model) else None
+        model = self.source.sampled
         return {
             k: replace(
                 steps,
                 provenance={
                     **about,
-                    **({} if path is None else {"native": native_times(path, steps.times)}),
+                    **({"native": model.native(steps.times)} if isinstance(model, Model) else {}),
                     "strategy": described,
                     "planning": {**cost, **steps.about("planning")},
                 },

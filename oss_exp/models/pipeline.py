@@ -44,6 +44,7 @@ from oss_exp.noise import CosinePath, DDPMPath, FlowPath, NoiseSchedule
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
+MOST_ASKED = 50  # times the steps that are left: strength is 2 % or more
 LENGTH = 100_000  # steps that a suspended loop believes in
 MOST_SUSPENDED = 64  # calls; schedules of their own for each of 32 samples need 32
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
@@ -93,13 +94,12 @@ class Pipeline(Model):
             near = ", ".join(get_close_matches(unknown[0], takes, n=3) or takes)
             raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes, among others, {near}")
         given = {name: parameter.default for name, parameter in takes.items()} | call
-        if given.get("strength", 1.0) != 1.0:
-            raise ValueError(f"strength={given['strength']} starts inside of the schedule; search with strength=1.0")
         if several := [name for name, value in call.items() if name.endswith("_per_prompt") and value != 1]:
             raise ValueError(f"{several[0]} must be 1; give a prompt as often as it is wanted")
         if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
+        self.strength = given.get("strength", 1.0)
         self.draws = "generator" in takes
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
         if not self.takes:
@@ -117,6 +117,7 @@ class Pipeline(Model):
         self.suspended: dict[tuple[int, ...], _Loop] = {}
         self._rows: dict[float, float] = {}
         self._memoryless = False  # not known yet
+        self._asked: dict[int, tuple[int, Any]] = {}
         self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
         weakref.finalize(self, _release, self.suspended)
 
@@ -169,6 +170,13 @@ class Pipeline(Model):
         return self
 
     @functools.cached_property
+    def begins_at_image(self) -> bool:
+        """Whether the call's first state is an image with noise on it."""
+        loop = self.begun([0])
+        loop.release()
+        return loop.image_start is not None
+
+    @functools.cached_property
     def event_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         loop = self.begun([0])
         try:
@@ -211,10 +219,57 @@ class Pipeline(Model):
         loop = self._loop(key)
         self.suspended.pop(key, None)
         try:
-            return decoded(loop.finish(x0.to(loop.first.dtype)))
+            return decoded(loop.finish(x0))
         except BaseException:
             loop.release()
             raise
+
+    def native(self, times: Tensor) -> dict[str, Any]:
+        """The same; and of a call that begins at an image how it is asked for so many steps, and how many it cuts off."""
+        record = super().native(times)
+        if not self.begins_at_image:
+            return record
+        num_steps = times.shape[-1] - 1
+        asked, probe = self.asked_for(num_steps)
+        if probe.by_length:  # the scheduler's times are cut, whatever was asked
+            asked = num_steps
+        else:
+            asked, probe = self._first_that_runs(num_steps)
+        return record | {
+            "strength": self.strength,
+            "num_inference_steps": asked,
+            "begin_index": probe.cut // probe.order,
+        }
+
+    def asked_for(self, num_steps: int) -> tuple[int, Any]:
+        """The least `num_inference_steps` of which `strength` leaves so many steps, and its scheduler.
+
+        Raises ValueError where there is none.
+        """
+        if num_steps in self._asked:
+            return self._asked[num_steps]
+        asked = max(num_steps, int((num_steps - 1) / self.strength)) if self.strength else 0
+        while 0 < asked <= MOST_ASKED * num_steps:
+            asked, probe = self._first_that_runs(asked)
+            missing = num_steps - len(probe.own_times())
+            if missing == 0 or self.strength == 1:
+                self._asked[num_steps] = asked, probe
+                return asked, probe
+            asked += max(missing, 1)
+        raise ValueError(f"{self.name} makes no {num_steps} steps with strength={self.strength}")
+
+    def _first_that_runs(self, asked: int) -> tuple[int, Any]:
+        """So many `num_inference_steps`, or the next number of which `strength` leaves a step, and its scheduler."""
+        while True:
+            try:
+                loop = self.begun([0], num_inference_steps=asked)
+            except (ValueError, IndexError):
+                if asked * self.strength >= 1:
+                    raise
+                asked += 1
+                continue
+            loop.release()
+            return asked, loop.probe
 
     def release(self) -> None:
         """End all suspended calls. It is done when the model is no longer used, too."""
@@ -264,6 +319,11 @@ class Pipeline(Model):
         loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
         try:
             loop.begin(len(key))
+            if loop.image_start is None and self.strength != 1:
+                raise ValueError(
+                    f"strength={self.strength} of {self.name} starts inside of the schedule, and it is not its "
+                    "scheduler that puts noise on the image; search with strength=1.0"
+                )
         except BaseException:
             loop.release()
             raise
@@ -305,11 +365,7 @@ class PipelineSchedule(NoiseSchedule):
     def _times(self, num_steps: int) -> Tensor:
         if self.pipeline is None:
             raise ValueError("PipelineSchedule is bound to no pipeline yet")
-        loop = self.pipeline.begun([0], num_inference_steps=num_steps)
-        try:
-            return loop.probe.own_times()
-        finally:
-            loop.release()
+        return self.pipeline.asked_for(num_steps)[1].own_times()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -414,12 +470,14 @@ class _Loop(greenlet):
     def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any]):
         super().__init__()
         self.pipe, self.training, self.call_arguments = pipe, training, dict(call)
-        self.probe = _probe(pipe.scheduler, training)
+        cuts = "strength" in inspect.signature(type(pipe).__call__).parameters
+        self.probe = _probe(pipe.scheduler, training, cuts)
         self.output_type = {} if "output_type" in call else {"output_type": "pt"}
         self.pending: _Asked | None = None
         self.ending, self.started = False, False
         self.rows = 0.0
         self.state: Tensor | None = None  # what the last step gave the loop
+        self.image_start: Tensor | None = None  # what the call puts noise on to begin, in its layout, then the state's
         self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
         self.kept: Tensor | None = None
         self.showing = False
@@ -444,6 +502,13 @@ class _Loop(greenlet):
         states, self.answer = answered.sample, answered.output
         self.copies = max(len(states) // count, 1)  # DiTPipeline steps every state twice under guidance
         self.first = states[:count]
+        if self.image_start is not None:
+            own, found = (each.float().norm() for each in (self.image_start, states))
+            if self.image_start.numel() != states.numel() or not torch.isclose(own, found, rtol=1e-3):
+                raise ValueError(
+                    f"{type(self.pipe).__name__} puts noise on what is not its first state; that is not known here"
+                )
+            self.image_start = self.first.float()
         if not torch.equal(states, self._copied(self.first)):
             raise ValueError(
                 f"{type(self.pipe).__name__} has {len(states)} states for {count} prompts; give one image a prompt"
@@ -452,7 +517,8 @@ class _Loop(greenlet):
     def require_no_memory(self) -> None:
         """ValueError where the network's first answer is another one when it is asked for again."""
         sigmas = getattr(self.probe, "sigmas", self.probe.own_clock)
-        self.pending = _Asked(self.probe.own_clock[0], sigmas[0])
+        first = self.probe.cut
+        self.pending = _Asked(self.probe.own_clock[first], sigmas[first])
         again = self._resume(self._copied(self.first)).output
         difference, size = (each.float().norm() for each in (again - self.answer, self.answer))
         if not difference <= 1e-2 * size:
@@ -462,7 +528,17 @@ class _Loop(greenlet):
             )
 
     def velocity(self, x: Tensor, time: float) -> Tensor:
-        """x (B, *E) at one time -> v (B, *E)."""
+        """x (B, *E) at one time -> v (B, *E).
+
+        Of a call that begins at an image, x is the state less the image's share of it, x_t - (1 - t) image, and v that
+        of x: so it begins at noise alone as others do. Solvers make the same steps of both.
+        """
+        if self.image_start is None:
+            return self._velocity(x, time)
+        image = self.image_start.to(x)
+        return self._velocity(x + (1 - time) * image, time) + image
+
+    def _velocity(self, x: Tensor, time: float) -> Tensor:
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
         clock = self.probe.before_its_shift(clock[0])
@@ -479,7 +555,9 @@ class _Loop(greenlet):
     def finish(self, x0: Tensor) -> Any:
         """Let the loop go, with x0 as its last state; returns what the call returns."""
         self.ending = True
-        return self._resume(self._copied(x0))
+        if self.image_start is not None:
+            x0 = x0 + self.image_start.to(x0)
+        return self._resume(self._copied(x0.to(self.first.dtype)))
 
     def release(self) -> None:
         """End the call where it is, and what it would do last: an offloaded network leaves the GPU."""
@@ -503,9 +581,15 @@ class _Loop(greenlet):
         self.rows, self.showing = rows, False
         return shown
 
-    def masked(self, image: Tensor) -> Tensor:
-        """What the loop shall put outside of its mask: the state itself, or 1 to show where that is."""
-        assert self.state is not None
+    def noised(self, image: Tensor) -> Tensor:
+        """What the call shall have for its image with noise on it.
+
+        Before the loop that is its first state: the image alone, which tells it in the state's layout. In the loop it
+        is what goes outside of a mask: the state itself, or 1 to show where that is.
+        """
+        if self.state is None:
+            self.image_start = image
+            return image
         self.image = image
         return torch.ones_like(self.state) if self.showing else self.state
 
@@ -573,13 +657,22 @@ class _Steps(Tensor):
 
 
 class _Times(_Steps):
-    """The pipeline's own times, and a loop over those that a search asks for."""
+    """The pipeline's own times, and a loop over those that a search asks for.
+
+    count: of its own ones, which a call with a strength asks for before it cuts the first ones off.
+    """
+
+    count: int | None = None
+
+    def __len__(self) -> int:
+        return super().__len__() if self.count is None else self.count
 
     def __iter__(self) -> Iterator[Tensor]:
         loop = getcurrent()
         if not isinstance(loop, _Loop):
             yield from self.as_subclass(Tensor)
             return
+        loop.probe.cut = loop.probe.timesteps.numel() - self.numel()
         yield self.as_subclass(Tensor)[0]
         while not loop.ending:
             assert loop.pending is not None
@@ -612,6 +705,8 @@ class _Probe:
     order: int
     own_clock: Tensor
     clock_shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
+    cut: int = 0  # how many of its times the call leaves out, as image-to-image does
+    by_length: bool = False  # and that by how many there are, not by how many it asked for
 
     def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
         return sample
@@ -631,7 +726,9 @@ class _Probe:
             times = self.training.sigma(levels) if flow else levels / (1 + levels)
         if flow:
             times = torch.where(times > 0.999, 1.0, times)
-        distinct = torch.unique_consecutive(times[:: self.order])  # those between are of methods of second order
+        distinct = torch.unique_consecutive(
+            times[self.cut :: self.order]
+        )  # those between are of methods of second order
         return distinct[distinct > 0].cpu()
 
     def canonical(self, clock: Tensor) -> Tensor:
@@ -645,32 +742,36 @@ class _Probe:
             return clock
         return clock / (self.clock_shift - (self.clock_shift - 1) * clock / self.config["num_train_timesteps"])
 
-    def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
-        loop = getcurrent()
-        if isinstance(loop, _Loop) and loop.state is not None:
-            return loop.masked(original)
-        t = self.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
-        x = rowwise(1 - t, original) * original + rowwise(t, original) * noise
-        return self.training.question(x, t)[0].to(original.dtype)
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self.noised(original_samples, noise, timesteps)
+        return self._noised(original_samples)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        return self.noised(sample, noise, timestep)
+        return self._noised(sample)
+
+    @staticmethod
+    def _noised(image: Tensor) -> Tensor:
+        loop = getcurrent()
+        assert isinstance(loop, _Loop)
+        return loop.noised(image)
 
 
-def _probe(scheduler: Any, training: Training) -> Any:
-    """A copy of the scheduler that asks the search for its steps, of a class that pipelines take for its own."""
+def _probe(scheduler: Any, training: Training, cuts: bool) -> Any:
+    """A copy of the scheduler that asks the search for its steps, of a class that pipelines take for its own.
+
+    cuts: the call has a strength, which cuts its first steps off.
+    """
     own = type(scheduler)
 
     @functools.wraps(own.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.set_timesteps(self, *args, **kwargs)
         self.own_clock = self.timesteps.clone()
+        self.by_length = not args and kwargs.get("num_inference_steps") is None
         self.clock_shift = _shift(self)
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
+        if cuts:
+            self.timesteps.count = len(self.own_clock)
         if isinstance(getattr(self, "sigmas", None), Tensor):
             self.sigmas = self.sigmas.as_subclass(_Sigmas)
 
