@@ -225,7 +225,7 @@ class Pipeline(Model):
             raise
 
     def native(self, times: Tensor) -> dict[str, Any]:
-        """The same; and of a call that begins at an image how it is asked for so many steps, and how many it cuts off."""
+        """The same; and of a call that begins at an image, how it is asked for so many steps and what it cuts off."""
         record = super().native(times)
         if not self.begins_at_image:
             return record

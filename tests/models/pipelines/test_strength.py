@@ -151,7 +151,7 @@ def test_a_searched_schedule_runs_in_the_pipeline(family):
         with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
             own(family, 7)
         family.call["strength"] = 0.3
-        with pytest.raises(ValueError, match="the schedule begins at an image; call the pipeline with strength=0.6"):
+        with pytest.raises(ValueError, match=r"the schedule begins at an image; call .* strength=0\.6"):
             own(family, 3)
     finally:
         hook.remove()
