@@ -36,6 +36,7 @@ from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSShared, Problem, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
+from oss_exp.stepsize.oss.strategies import visiting, with_required
 from oss_exp.velocity import BoundVelocity, VelocityFn
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def search(
     teacher: NoiseSchedule | None = ...,
     num_teacher_steps: int = ...,
     strategy: StepsizeStrategy | None = ...,
+    must_visit: Sequence[float] | None = ...,
+    first_sigmas: Sequence[float] | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
     seed: int = ...,
@@ -75,6 +78,8 @@ def search(
     teacher: NoiseSchedule | None = ...,
     num_teacher_steps: int = ...,
     strategy: StepsizeStrategy | None = ...,
+    must_visit: Sequence[float] | None = ...,
+    first_sigmas: Sequence[float] | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
     seed: int = ...,
@@ -92,6 +97,8 @@ def search(
     teacher: NoiseSchedule | None = None,
     num_teacher_steps: int = 100,
     strategy: StepsizeStrategy | None = None,
+    must_visit: Sequence[float] | None = None,
+    first_sigmas: Sequence[float] | None = None,
     distance: Distance = XtMSE(),
     condition: Tensor | None = None,
     seed: int = 0,
@@ -115,6 +122,10 @@ def search(
             times, else `FlowSchedule()`.
         strategy: what plans. One that plans per sample (`OSS`) has a schedule for each of these noises alone. None:
             `OSSShared()`, with a pinned start for pipelines, which draw their noise themselves.
+        must_visit: times t at which the schedule must call the network, such as the switch between two experts. The
+            teacher gets nodes there.
+        first_sigmas: the schedule's first times, where they are given, as a distilled model's are; the search chooses
+            the rest.
         distance: what is small between student and teacher.
         condition: classes (C,) or other conditions (C, ...) of a model, which the noises take in turn. None: all
             classes in turn for a model that needs them, none for others.
@@ -125,9 +136,11 @@ def search(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
     strategy = source.strategy if strategy is None else strategy
     _require("strategy", strategy, StepsizeStrategy, "OSSShared()")
+    if must_visit is not None or first_sigmas is not None:
+        strategy = visiting(strategy, must_visit, first_sigmas)
+    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, [strategy], distance, progress)
     x = source.noises(noise, "noise", seed, 0)
     problem = planner.problem(x, condition)
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
@@ -206,12 +219,13 @@ def compare(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
     strategies = standard_strategies() if strategies is None else strategies
     if not isinstance(strategies, Mapping) or not strategies:
         raise ValueError(f"strategies must be a dict such as {{'mine': OSSShared()}}, got {_shown(strategies)}")
     for label, strategy in strategies.items():
         _require(f"strategies[{label!r}]", strategy, StepsizeStrategy, "OSSShared()")
+    searches = list(strategies.values())
+    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, searches, distance, progress)
     _require_count("batch_size", batch_size)
 
     # Noises.
@@ -479,6 +493,7 @@ class _Planner:
         solver: Solver,
         teacher: NoiseSchedule | None,
         num_teacher_steps: int,
+        strategies: Sequence[StepsizeStrategy],
         distance: Distance,
         progress: bool | None,
     ):
@@ -487,7 +502,7 @@ class _Planner:
         _require("teacher", teacher, NoiseSchedule, "FlowSchedule()")
         _require("distance", distance, Distance, "XtMSE()")
         self.source, self.budgets, self.solver = source, budgets, solver
-        self.noise_schedule, self.grid = teacher, teacher.nodes(num_teacher_steps)
+        self.noise_schedule, self.grid = teacher, with_required(teacher.nodes(num_teacher_steps), strategies)
         self.distance = distance.bind(source.sampled) if isinstance(source.sampled, Model) else distance
         self.described_distance = distance
         self.counter = CallCounter(show=sys.stderr.isatty() if progress is None else progress)

@@ -21,6 +21,7 @@ from oss_exp.noise import NoiseSchedule
 from oss_exp.solvers import Solver
 from oss_exp.stepsize import StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
+from oss_exp.stepsize.oss.strategies import with_required
 from oss_exp.tasks import border
 from oss_exp.tasks.collective import GroupEnd
 from oss_exp.tasks.compatibility import require_same
@@ -44,18 +45,18 @@ class Run:
         require_same(cfg, self.folder)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
         schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
+        self.strategies: dict[str, StepsizeStrategy] = {
+            name: border.build(strategy, f"stepsize.{name}", StepsizeStrategy)
+            for name, strategy in cfg.stepsize.items()
+        }
         self.setting = Setting(
             model=model,
-            grid=schedule.bind(model).nodes(cfg.num_teacher_steps),
+            grid=with_required(schedule.bind(model).nodes(cfg.num_teacher_steps), self.strategies.values()),
             solver=border.build(cfg.solver, "solver", Solver),
             distance=border.build(cfg.distance, "distance", Distance).bind(model),
         )
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
-        self.strategies: dict[str, StepsizeStrategy] = {
-            name: border.build(strategy, f"stepsize.{name}", StepsizeStrategy)
-            for name, strategy in cfg.stepsize.items()
-        }
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data = self.noises()
         for strategy in self.strategies.values():
