@@ -118,6 +118,7 @@ class Pipeline(Model):
         self._rows: dict[float, float] = {}
         self._memoryless = False  # not known yet
         self._asked: dict[int, tuple[int, Any]] = {}
+        self._clock: dict[float, tuple[Tensor, float]] = {}
         self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
         weakref.finalize(self, _release, self.suspended)
 
@@ -227,6 +228,8 @@ class Pipeline(Model):
     def native(self, times: Tensor) -> dict[str, Any]:
         """The same; and of a call that begins at an image, how it is asked for so many steps and what it cuts off."""
         record = super().native(times)
+        if (rounding := self.rounding(times)) is not None:
+            record["rounding"] = rounding
         if not self.begins_at_image:
             return record
         num_steps = times.shape[-1] - 1
@@ -240,6 +243,25 @@ class Pipeline(Model):
             "num_inference_steps": asked,
             "begin_index": probe.cut // probe.order,
         }
+
+    def rounding(self, times: Tensor) -> float | None:
+        """How far the pipeline's rounding of its clock, to whole numbers or to its dtype, moves these times at most.
+
+        None where the network was not asked at them, or is told no number that is known to be of the clock.
+        """
+        pairs = [pair for t in times.flatten().tolist() if (pair := self._clock.get(t)) is not None]
+        if not pairs:
+            return None
+        clock, told = torch.stack([clock for clock, _ in pairs]), torch.tensor([t for _, t in pairs]).double()
+        scale = float(self.pipe.scheduler.config.get("num_train_timesteps") or 1)
+        heard = min(
+            (told, told * scale, scale - told, scale - told * scale),  # pipelines tell a share of it, or what is left
+            key=lambda each: float((each - clock).abs().max()),
+        )
+        if float((heard - clock).abs().max()) > 0.02 * scale:
+            return None
+        t, moved = (self.training_of.canonical(each) for each in (clock, heard))
+        return float((moved - t).abs().max())
 
     def asked_for(self, num_steps: int) -> tuple[int, Any]:
         """The least `num_inference_steps` of which `strength` leaves so many steps, and its scheduler.
@@ -287,6 +309,8 @@ class Pipeline(Model):
                 self.suspended.pop(key).release()
                 raise
             self._rows[times[rows[0]]] = loop.rows / len(rows)
+            if times[rows[0]] not in self._clock and loop.told is not None:
+                self._clock[times[rows[0]]] = loop.asked, float(loop.told)
             if whole:
                 return answer
             velocity[rows] = answer
@@ -476,6 +500,8 @@ class _Loop(greenlet):
         self.pending: _Asked | None = None
         self.ending, self.started = False, False
         self.rows = 0.0
+        self.asked: Tensor | None = None  # a time in the loop's clock, () float64, and what the network heard of it
+        self.told: Tensor | None = None
         self.state: Tensor | None = None  # what the last step gave the loop
         self.image_start: Tensor | None = None  # what the call puts noise on to begin, in its layout, then the state's
         self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
@@ -541,7 +567,7 @@ class _Loop(greenlet):
     def _velocity(self, x: Tensor, time: float) -> Tensor:
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
-        clock = self.probe.before_its_shift(clock[0])
+        self.asked = clock = self.probe.before_its_shift(clock[0])
         self.pending, self.rows = _Asked(clock.float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
         velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
@@ -623,6 +649,17 @@ class _Loop(greenlet):
         states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 1)]
         if states:
             self.rows += len(states[0])
+        name, place = _time_of(type(module))
+        told = kwargs.get(name, args[place] if name and place < len(args) else None)
+        if isinstance(told, Tensor) and told.numel() > 0:
+            self.told = told.detach().flatten()[-1]  # a condition's tokens, which have no noise, are the first
+
+
+@functools.cache
+def _time_of(network: type) -> tuple[str, int]:
+    """The argument of a network's `forward` that is its time, and its place."""
+    names = [*inspect.signature(network.forward).parameters][1:]
+    return next(((name, names.index(name)) for name in ("timestep", "timesteps", "t") if name in names), ("", 0))
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class _Search:
         objective: Objective,
         fit: Fit | None,
         shifts: int,
-        required: Required | None,
+        required: Required | None = None,
     ) -> Path:
         """The best path of every stride-th node in the band around `nodes` (k, b)."""
         assert self.band is not None
