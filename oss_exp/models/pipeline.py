@@ -60,6 +60,8 @@ COUNTED = (
     "denoising_end",
     "adapter_conditioning_factor",
 )
+ADAPTED = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # of a layer of peft
+DECODERS = ("vae", "vqvae", "vocoder")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
@@ -187,15 +189,25 @@ class Pipeline(Model):
 
     @functools.cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """SHA-256 of the names, shapes and 1,024 numbers of every weight that the velocity is made with."""
+        """SHA-256 of what makes the velocity: weights, adapters and their scales, and how the network was trained.
+
+        Of every weight, quantised or not, its name, shape, type and 1,024 of its numbers. What only decodes counts not.
+        """
         digest = hashlib.sha256()
+        images = any(name.endswith("image") and value is not None for name, value in self.call.items())
         for name, part in sorted(self.pipe.components.items()):
-            for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
-                if not isinstance(value, Tensor):
-                    continue
-                places = torch.linspace(0, value.numel() - 1, min(value.numel(), 1024)).long()
-                numbers = value.detach().flatten()[places.to(value.device)].double().cpu()
-                digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode() + numbers.numpy().tobytes())
+            if not isinstance(part, nn.Module) or name in ("safety_checker", *(() if images else DECODERS)):
+                continue
+            for key, weight in _weights(part):
+                digest.update(f"{name}.{key} {tuple(weight.shape)} {weight.dtype}".encode() + _some_bits(weight))
+            for key, module in part.named_modules():
+                # Of peft's layers, and of the processors of image prompts.
+                for owner in (module, getattr(module, "processor", None)):
+                    scales = [getattr(owner, of, None) for of in ADAPTED]
+                    scales.append(getattr(owner, "scale", None) if owner is not module else None)
+                    if any(scales):
+                        digest.update(f"{name}.{key} {scales}".encode())
+        digest.update(self.training_of.formula().encode())
         return digest.hexdigest()
 
     @property
@@ -454,6 +466,13 @@ class Training:
         if answer not in known:
             raise ValueError(f"{kind} has prediction_type={answer}; known are {', '.join(known)}")
         return cls(known[answer]())
+
+    def formula(self) -> str:
+        """What `question` and `velocity` make of one, at several times: two trainings are the same where these are."""
+        t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+        one = torch.ones_like(t)
+        numbers = [*self.question(one, t), self.velocity(one, 0 * one, t), self.velocity(0 * one, one, t)]
+        return " ".join(f"{number:.5g}" for number in torch.cat(numbers).tolist())
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x (M, *E) at t (M,) -> what the network gets, and what its loop calls t."""
@@ -852,6 +871,28 @@ def _shift(scheduler: Any) -> float:
 def is_pipeline(value: Any) -> bool:
     """Whether a value is a pipeline of diffusers, which is not imported for it."""
     return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
+
+
+def _weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All weights and buffers that a part saves, as plain tensors: those of quantised and of offloaded ones, too."""
+    offloaded = {}
+    for name, module in part.named_modules():
+        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None) or {}
+        offloaded |= {f"{name}.{key}".lstrip("."): kept[key] for key in module.state_dict() if key in kept}
+    for name, value in part.state_dict().items():
+        if value is not None and isinstance(value, Tensor):
+            value = offloaded.get(name, value)
+            parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
+            yield from [(f"{name}.{each}", getattr(value, each)) for each in parts] or [(name, value)]
+
+
+def _some_bits(weight: Tensor) -> bytes:
+    """1,024 of a tensor's numbers, or all where it has fewer."""
+    places = torch.linspace(0, weight.numel() - 1, min(weight.numel(), 1024), dtype=torch.float64).long()
+    numbers = weight.detach().flatten()[places.to(weight.device)] if weight.element_size() > 1 else None
+    if numbers is None:  # of a byte each, as float8 has no indices on some devices
+        numbers = weight.detach().flatten().view(torch.uint8)[places.to(weight.device)]
+    return numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:
