@@ -86,7 +86,7 @@ def _from_first(steps: StepSchedule, fitted: FittedSteps) -> Tensor:
     if (steps.about("model").get("guidance") or {}).get("scale", 1) != 1:
         raise ValueError(
             "the schedule's steps were fitted to guided and unguided answers apart, and a pipeline gives their mix; "
-            "plan it with model.guidance.scale=1, or by stepsize=oss_shared"
+            "plan it with model.guidance.scale=1 (a Pipeline: guidance_apart=False), or by stepsize=oss_shared"
         )
     weights = fitted.weights.clone()
     if isinstance(steps.start, Analytic):  # first = ratio noise + (1 - ratio) mean

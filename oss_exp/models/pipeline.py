@@ -70,6 +70,8 @@ class Pipeline(Model):
 
     pipe:    the pipeline, as it will be used: its dtype, offloading, adapters and quantised weights count.
     prompts: what conditions number: texts, or the classes or images that a pipeline without texts takes.
+    guidance_apart: give a call's conditional and unconditional answers apart, which fitted steps (`OSSFit`) may weigh
+             each for itself. Such steps run here, and not in the pipeline.
     call:    what else its `__call__` is given, such as `height` or `guidance_scale`. A list as long as `prompts` of
              what belongs to a sample (`negative_prompt`, `image`, ...) has an entry for each.
 
@@ -78,7 +80,7 @@ class Pipeline(Model):
 
     num_classes = None
 
-    def __init__(self, pipe: Any, prompts: Sequence[Any], **call: Any):
+    def __init__(self, pipe: Any, prompts: Sequence[Any], *, guidance_apart: bool = False, **call: Any):
         super().__init__()
         if not is_pipeline(pipe) or not hasattr(pipe, "scheduler"):
             raise ValueError(f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}")
@@ -110,6 +112,7 @@ class Pipeline(Model):
         self.path = self.training_of.parameterization.path
         self.name = type(pipe).__name__
         self.guidance = Guidance()  # the pipeline's own comes with it
+        self.guidance_apart = guidance_apart
         cached = [name for name in DENOISERS if getattr(getattr(pipe, name, None), "is_cache_enabled", False)]
         if cached:
             raise ValueError(
@@ -219,7 +222,29 @@ class Pipeline(Model):
         if guidance not in (None, Guidance()):
             raise ValueError("a pipeline guides itself: give Pipeline its guidance_scale")
         condition = torch.arange(len(self.prompts)) if condition is None else condition
-        return _PipelineVelocity(fn=self._velocity, condition=condition, rows=self._rows)
+        return _PipelineVelocity(fn=self._velocity, condition=condition, mix=self.mix, rows=self._rows)
+
+    @functools.cached_property
+    def mix(self) -> tuple[float, ...]:
+        """The weights with which the pipeline makes its answer of a call's rows; (1,) where these are not kept apart.
+
+        Raises ValueError for a pipeline that does not guide, or not by such a sum.
+        """
+        if not self.guidance_apart:
+            return (1.0,)
+        loop = self.begun([0])
+        try:
+            parts, output = loop.parts(loop.answer), loop.answer.double()
+            first, *others = parts.double()
+            if not others:
+                raise ValueError(f"{self.name} asks its network once for a sample; call it with guidance_apart=False")
+            basis = torch.stack([(other - first).flatten() for other in others], dim=1)
+            weights = torch.linalg.lstsq(basis, (output - first).flatten()[:, None]).solution[:, 0].tolist()
+        finally:
+            loop.release()
+        mix = (1 - sum(weights), *weights)
+        self.guidance = Guidance(max(mix))
+        return mix
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, *E) -> pixels in [0, 1], or waveforms (B, channels, samples), by the pipeline's own end.
@@ -311,12 +336,12 @@ class Pipeline(Model):
 
     def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
-        times = t.tolist()
-        velocity = torch.empty_like(x)
+        times, parts = t.tolist(), () if len(self.mix) == 1 else (len(self.mix),)
+        velocity = x.new_empty((len(x), *parts, *x.shape[1:]))
         for key, rows in _calls(times, condition.tolist()):
             loop, whole = self._loop(key), rows == [*range(len(x))]
             try:
-                answer = loop.velocity(x if whole else x[rows], times[rows[0]])
+                answer = loop.velocity(x if whole else x[rows], times[rows[0]], self.mix)
             except BaseException:
                 self.suspended.pop(key).release()
                 raise
@@ -352,7 +377,8 @@ class Pipeline(Model):
         own = {name: self._rows_of(value, key) if name in PER_SAMPLE else value for name, value in self.call.items()}
         if self.draws:
             own["generator"] = self._generators(own.get("generator"), key)
-        loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
+        arguments = {self.takes: [self.prompts[i] for i in key], **own, **call}
+        loop = _Loop(self.pipe, self.training_of, arguments, self.guidance_apart)
         try:
             loop.begin(len(key))
             if loop.image_start is None and self.strength != 1:
@@ -510,8 +536,10 @@ class Training:
 class _Loop(greenlet):
     """One call of a pipeline, suspended inside its loop."""
 
-    def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any]):
+    def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any], apart: bool):
         super().__init__()
+        self.apart = apart
+        self.outputs: list[Tensor] = []  # of the network in a step, where they are kept apart
         self.pipe, self.training, self.call_arguments = pipe, training, dict(call)
         cuts = "strength" in inspect.signature(type(pipe).__call__).parameters
         self.probe = _probe(pipe.scheduler, training, cuts)
@@ -572,30 +600,59 @@ class _Loop(greenlet):
                 "guidance has a momentum, or draws numbers, and its loop is no ODE; call it without"
             )
 
-    def velocity(self, x: Tensor, time: float) -> Tensor:
-        """x (B, *E) at one time -> v (B, *E).
+    def velocity(self, x: Tensor, time: float, mix: tuple[float, ...]) -> Tensor:
+        """x (B, *E) at one time -> v (B, *E), or (B, R, *E) of R answers that are kept apart.
 
         Of a call that begins at an image, x is the state less the image's share of it, x_t - (1 - t) image, and v that
         of x: so it begins at noise alone as others do. Solvers make the same steps of both.
         """
         if self.image_start is None:
-            return self._velocity(x, time)
+            return self._velocity(x, time, mix)
         image = self.image_start.to(x)
-        return self._velocity(x + (1 - time) * image, time) + image
+        answer = self._velocity(x + (1 - time) * image, time, mix)
+        return answer + (image if len(mix) == 1 else image[:, None])
 
-    def _velocity(self, x: Tensor, time: float) -> Tensor:
+    def _velocity(self, x: Tensor, time: float, mix: tuple[float, ...]) -> Tensor:
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
         self.asked = clock = self.probe.before_its_shift(clock[0])
         self.pending, self.rows = _Asked(clock.float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
-        velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
-        if self.image is None:
-            return velocity
-        # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
-        if self.kept is None:
-            self.kept = self._shown()[: len(x)].to(x)
-        return torch.lerp(velocity, (x - self.image[: len(x)].to(x)) / rowwise(t, x), self.kept)
+        outputs = answered.output[None] if len(mix) == 1 else self._mixed(answered.output, mix)
+        velocities = [self.training.velocity(output[: len(x)].to(x), x, t) for output in outputs]
+        if self.image is not None:
+            # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
+            if self.kept is None:
+                self.kept = self._shown()[: len(x)].to(x)
+            to_image = (x - self.image[: len(x)].to(x)) / rowwise(t, x)
+            velocities = [torch.lerp(velocity, to_image, self.kept) for velocity in velocities]
+        return velocities[0] if len(mix) == 1 else torch.stack(velocities, dim=1)
+
+    def parts(self, output: Tensor) -> Tensor:
+        """What the network answered in this step, apart: (R, B, *E) like the pipeline's answer (B, *E) of it."""
+        rows = torch.cat(self.outputs)
+        if rows.ndim > 1 and rows.shape[1] == 2 * output.shape[1]:
+            rows = rows.chunk(2, dim=1)[0]  # the other half is of its variance, or of an image's tokens
+        if rows.shape[1:] != output.shape[1:] or len(rows) % len(output) or self.copies > 1:
+            raise ValueError(
+                f"the network of {type(self.pipe).__name__} answers {tuple(rows.shape)}, of which its loop makes "
+                f"{tuple(output.shape)} in a way that is not known here; call it with guidance_apart=False"
+            )
+        return rows.unflatten(0, (-1, len(output)))
+
+    def _mixed(self, output: Tensor, mix: tuple[float, ...]) -> Tensor:
+        """The R answers of this step, (R, B, *E), whose sum with these weights the pipeline's answer (B, *E) is."""
+        parts = self.parts(output)
+        if len(parts) == 1:  # outside of an interval that is guided
+            return output.expand(len(mix), *output.shape)
+        total = torch.einsum("r,r...->...", parts.new_tensor(mix, dtype=torch.float64), parts.double())
+        rounding = max(1e-3, 8 * torch.finfo(output.dtype).eps)
+        if len(parts) != len(mix) or not (total - output).norm() <= rounding * output.double().norm():
+            raise ValueError(
+                f"the guidance of {type(self.pipe).__name__} is no sum of its network's answers with weights that are "
+                "the same at all times, such as one that is rescaled; call it with guidance_apart=False"
+            )
+        return parts
 
     def finish(self, x0: Tensor) -> Any:
         """Let the loop go, with x0 as its last state; returns what the call returns."""
@@ -640,6 +697,7 @@ class _Loop(greenlet):
 
     def _resume(self, state: Tensor | None) -> Any:
         self.state = state
+        self.outputs.clear()
         with self._inside(), torch.set_grad_enabled(state is not None and state.requires_grad):
             return self.switch() if state is None else self.switch(state)
 
@@ -668,6 +726,9 @@ class _Loop(greenlet):
         states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 1)]
         if states:
             self.rows += len(states[0])
+        if self.apart:
+            answer = output if isinstance(output, Tensor) else output[0]
+            self.outputs.append(torch.stack(answer) if isinstance(answer, list) else answer)
         name, place = _time_of(type(module))
         told = kwargs.get(name, args[place] if name and place < len(args) else None)
         if isinstance(told, Tensor) and told.numel() > 0:
