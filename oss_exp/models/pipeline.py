@@ -40,6 +40,7 @@ from oss_exp.models.parameterization import (
     Parameterization,
     VPVelocity,
 )
+from oss_exp.models.quantization import Quantization, cast, loading_options
 from oss_exp.noise import CosinePath, DDPMPath, FlowPath, NoiseSchedule
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
@@ -136,12 +137,14 @@ class Pipeline(Model):
         dtype: Dtype = "bfloat16",
         call: Mapping[str, Any] | None = None,
         loras: Sequence[str | Path] = (),
+        quantization: Quantization | None = None,
         offload: bool = False,
     ) -> Pipeline:
         """Load a pipeline of diffusers from its folder or its hub id. Nothing that it brings is run.
 
         pipeline_class: of diffusers; None: what the folder says. call: what else its call is given, such as height.
-        loras: files or hub ids, in order. offload: keep the parts in host memory, and one at a time on the GPU.
+        loras: files or hub ids, in order. quantization: of the denoisers' weights.
+        offload: keep the parts in host memory, and one at a time on the GPU.
         Raises ValueError or FileNotFoundError for what is not there, or not known here.
         """
         import diffusers
@@ -153,6 +156,7 @@ class Pipeline(Model):
                 f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own"
             )
         options = {"torch_dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
+        options |= loading_options(quantization, DENOISERS, getattr(torch, dtype))
         try:
             pipe = kind.from_pretrained(str(pipeline), **options)
         except OSError as error:
@@ -163,6 +167,8 @@ class Pipeline(Model):
             ) from None
         for lora in loras:
             pipe.load_lora_weights(str(lora))
+        if quantization == "float8":
+            cast(pipe, DENOISERS)
         if offload:
             pipe.enable_model_cpu_offload()
         return cls(pipe, prompts, **(call or {}))
