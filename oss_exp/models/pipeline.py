@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -360,8 +361,20 @@ class Pipeline(Model):
         return velocity
 
     def _loop(self, key: tuple[int, ...]) -> _Loop:
-        """The suspended call of these prompts, which is then the latest; the oldest ends where there are many."""
-        loop = self.suspended.pop(key, None) or self.begun(key)
+        """The suspended call of these prompts, which is then the latest; the oldest ends where there are many.
+
+        Raises ValueError where a thread that still runs has suspended it.
+        """
+        loop = self.suspended.get(key)
+        if loop is not None and loop.thread is not threading.current_thread():
+            if loop.thread.is_alive():
+                raise ValueError(
+                    f"a call of {self.name} is suspended in another thread, {loop.thread.name}, and can go on only "
+                    "there; use the model in that thread, or call its release() there first"
+                )
+            loop = None  # it has ended with its thread
+        loop = loop or self.begun(key)
+        self.suspended.pop(key, None)
         self.suspended[key] = loop
         if not self._memoryless:
             loop.require_no_memory()
@@ -545,6 +558,7 @@ class _Loop(greenlet):
     def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any], apart: bool):
         super().__init__()
         self.apart = apart
+        self.thread = threading.current_thread()
         self.outputs: list[Tensor] = []  # of the network in a step, where they are kept apart
         self.pipe, self.training, self.call_arguments = pipe, training, dict(call)
         cuts = "strength" in inspect.signature(type(pipe).__call__).parameters
