@@ -26,6 +26,7 @@ from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.distances import Distance, XtMSE
 from oss_exp.evaluation.comparison import Line, Result, html, measured, spread, terminal, with_gains
 from oss_exp.evaluation.psnr import psnr
+from oss_exp.evaluation.spectral import spectral_distance
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline, is_pipeline
 from oss_exp.noise import DDIMSchedule, EDMSchedule, FlowSchedule, LogSNRSchedule, NoiseSchedule
@@ -258,8 +259,8 @@ def compare(
             "start": steps.start.kind,
             "planning": dict(steps.about("planning")),
             "nfe": solvers.nfe(solver, steps, velocity),
-            **measured(*values[label, k].T.numpy()),
-            "metrics": {},
+            **measured(*values[label, k].T[:3].numpy()),
+            "metrics": dict(zip(["spectral, dB"], values[label, k].T[3:].mean(1).tolist(), strict=False)),
         }
         for (label, k), steps in runs.items()
     ]
@@ -575,12 +576,16 @@ class _Planner:
         decode: Callable[[Tensor], Tensor],
         batch_size: int,
     ) -> dict[tuple[str, int], Tensor]:
-        """{run: (n, 3) float64}: the number, PSNR and relative spread of the held-out samples that the run is for."""
+        """{run: (n, 3) float64}: the number, PSNR and relative spread of the held-out samples that the run is for.
+
+        Of waveforms (n, 4): their spectral distance too.
+        """
         grid = StepSchedule(self.grid)
         plain = replace(self.solver, calibration=None)
         noise = noise * self.grid[0].to(noise)
         index = HELD_OUT + torch.arange(len(noise))
         whole = isinstance(self.source.sampled, BoundVelocity) and not self.source.sampled.divisible
+        waves = isinstance(self.source.sampled, Pipeline)  # whose decoded samples have three dims where they are sound
         calls = {run: solvers.nfe(self.solver, steps) for run, steps in runs.items()}
         teacher_calls = solvers.nfe(plain, grid)
         values: dict[tuple[str, int], list[Tensor]] = {run: [] for run in runs}
@@ -603,7 +608,10 @@ class _Planner:
                     x0 = self._part(rows[known]).sample(self.solver, steps, noise[rows][known], own)
                     x0 = _finite(x0, f"the samples of {run[0]} with {run[1]} steps")
                     ratio = spread(x0) / width[known]
-                    entries = index[rows][known].double(), psnr(decode(x0), images[known]).double().cpu(), ratio.cpu()
+                    decoded = decode(x0)
+                    entries = [index[rows][known].double(), psnr(decoded, images[known]).double().cpu(), ratio.cpu()]
+                    if waves and decoded.ndim == 3:
+                        entries.append(spectral_distance(decoded, images[known]).cpu())
                     values[run].append(torch.stack(entries, dim=1))
                     self.counter.add(calls[run] * len(known))
         return {run: torch.cat(parts) for run, parts in values.items()}
