@@ -725,21 +725,30 @@ class _Loop(greenlet):
     def _inside(self) -> Iterator[None]:
         """The probe in the pipeline's place of its scheduler, for as long as its call runs."""
         grad, before = torch.is_grad_enabled(), dict(self.pipe.__dict__)
-        hooks = []
         try:
-            self.parent = getcurrent()
-            self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
-            hooks += [part.register_forward_hook(self._count, with_kwargs=True) for part in self.denoisers]
-            yield
+            try:
+                self.parent = getcurrent()
+                self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
+                for part in self.denoisers:
+                    part.register_forward_hook(self._count, with_kwargs=True)
+                yield
+            finally:
+                self._restore(grad, before)
         finally:
-            torch.set_grad_enabled(grad)
-            for name in ("scheduler", "_progress_bar_config"):
-                if name in before:
-                    self.pipe.__dict__[name] = before[name]
-                else:
-                    self.pipe.__dict__.pop(name, None)
-            for hook in hooks:
-                hook.remove()
+            self._restore(grad, before)  # once more, for Ctrl-C may have come while it was done
+
+    def _restore(self, grad: bool, before: Mapping[str, Any]) -> None:
+        torch.set_grad_enabled(grad)
+        for name in ("scheduler", "_progress_bar_config"):
+            if name in before:
+                self.pipe.__dict__[name] = before[name]
+            else:
+                self.pipe.__dict__.pop(name, None)
+        for part in self.denoisers:
+            # Not by their handles, of which Ctrl-C may have left none.
+            for number in [number for number, hook in part._forward_hooks.items() if hook == self._count]:
+                part._forward_hooks_with_kwargs.pop(number, None)
+                part._forward_hooks.pop(number, None)
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         # Z-Image's network takes a list of states.
