@@ -123,9 +123,11 @@ class Pipeline(Model):
             )
         self.suspended: dict[tuple[int, ...], _Loop] = {}
         self._rows: dict[float, float] = {}
-        self._memoryless = False  # not known yet
+        self._memoryless = False  # not known yet, and neither is the next
+        self._begins_at_image = False
         self._asked: dict[int, tuple[int, Any]] = {}
-        self._clock: dict[float, tuple[Tensor, float]] = {}
+        self._clock: dict[float, tuple[Tensor, float]] = {}  # of a time: as the loop calls it, and what was told
+        self._canonical = self.training_of.canonical
         self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
         weakref.finalize(self, _release, self.suspended)
 
@@ -183,13 +185,6 @@ class Pipeline(Model):
         return self
 
     @functools.cached_property
-    def begins_at_image(self) -> bool:
-        """Whether the call's first state is an image with noise on it."""
-        loop = self.begun([0])
-        loop.release()
-        return loop.image_start is not None
-
-    @functools.cached_property
     def event_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         loop = self.begun([0])
         try:
@@ -245,8 +240,9 @@ class Pipeline(Model):
             first, *others = parts.double()
             if not others:
                 raise ValueError(f"{self.name} asks its network once for a sample; call it with guidance_apart=False")
-            basis = torch.stack([(other - first).flatten() for other in others], dim=1)
-            weights = torch.linalg.lstsq(basis, (output - first).flatten()[:, None]).solution[:, 0].tolist()
+            basis = torch.stack([(other - first).flatten() for other in others], dim=1).cpu()
+            right = (output - first).flatten()[:, None].cpu()
+            weights = torch.linalg.lstsq(basis, right).solution[:, 0].tolist()
         finally:
             loop.release()
         mix = (1 - sum(weights), *weights)
@@ -274,7 +270,7 @@ class Pipeline(Model):
         record = super().native(times)
         if (rounding := self.rounding(times)) is not None:
             record["rounding"] = rounding
-        if not self.begins_at_image:
+        if not (self.event_shape and self._begins_at_image):  # the first asks for a call, where none was made yet
             return record
         num_steps = times.shape[-1] - 1
         asked, probe = self.asked_for(num_steps)
@@ -304,7 +300,7 @@ class Pipeline(Model):
         )
         if float((heard - clock).abs().max()) > 0.02 * scale:
             return None
-        t, moved = (self.training_of.canonical(each) for each in (clock, heard))
+        t, moved = (self._canonical(each) for each in (clock, heard))
         return float((moved - t).abs().max())
 
     def asked_for(self, num_steps: int) -> tuple[int, Any]:
@@ -353,8 +349,9 @@ class Pipeline(Model):
                 self.suspended.pop(key).release()
                 raise
             self._rows[times[rows[0]]] = loop.rows / len(rows)
-            if times[rows[0]] not in self._clock and loop.told is not None:
-                self._clock[times[rows[0]]] = loop.asked, float(loop.told)
+            if times[rows[0]] not in self._clock and loop.told is not None and loop.asked is not None:
+                self._clock[times[rows[0]]] = loop.asked.cpu(), float(loop.told)
+                self._canonical = loop.probe.canonical
             if whole:
                 return answer
             velocity[rows] = answer
@@ -400,6 +397,7 @@ class Pipeline(Model):
         loop = _Loop(self.pipe, self.training_of, arguments, self.guidance_apart)
         try:
             loop.begin(len(key))
+            self._begins_at_image = loop.image_start is not None
             if loop.image_start is None and self.strength != 1:
                 raise ValueError(
                     f"strength={self.strength} of {self.name} starts inside of the schedule, and it is not its "
@@ -872,9 +870,8 @@ class _Probe:
             times = self.training.sigma(levels) if flow else levels / (1 + levels)
         if flow:
             times = torch.where(times > 0.999, 1.0, times)
-        distinct = torch.unique_consecutive(
-            times[self.cut :: self.order]
-        )  # those between are of methods of second order
+        # Those between are of methods of second order.
+        distinct = torch.unique_consecutive(times[self.cut :: self.order])
         return distinct[distinct > 0].cpu()
 
     def canonical(self, clock: Tensor) -> Tensor:
@@ -967,8 +964,8 @@ def _weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All weights and buffers that a part saves, as plain tensors: those of quantised and of offloaded ones, too."""
     offloaded = {}
     for name, module in part.named_modules():
-        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None) or {}
-        offloaded |= {f"{name}.{key}".lstrip("."): kept[key] for key in module.state_dict() if key in kept}
+        if kept := getattr(getattr(module, "_hf_hook", None), "weights_map", None):
+            offloaded |= {f"{name}.{key}".lstrip("."): kept[key] for key in module.state_dict() if key in kept}
     for name, value in part.state_dict().items():
         if value is not None and isinstance(value, Tensor):
             value = offloaded.get(name, value)
