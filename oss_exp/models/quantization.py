@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 Quantization = Literal["float8", "int8", "nf4"]
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}  # float8 needs none: diffusers casts layer by layer
@@ -27,10 +26,9 @@ def loading_options(quantization: Quantization | None, parts: Iterable[str], dty
             f"quantization={quantization} needs {package}, which is not installed: pip install {package}, or choose "
             "quantization=float8, which needs nothing"
         )
-    import diffusers
-
+    diffusers: Any = import_module("diffusers")
     if quantization == "int8":
-        config: Any = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
+        config = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
     else:
         config = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -44,6 +42,6 @@ def cast(pipe: Any, parts: Iterable[str]) -> None:
     Norms and embeddings stay as they are, as diffusers has it.
     """
     for name in parts:
-        part = getattr(pipe, name, None)
-        if isinstance(part, nn.Module):
+        part: Any = getattr(pipe, name, None)
+        if part is not None:
             part.enable_layerwise_casting(torch.float8_e4m3fn, part.dtype)
