@@ -26,16 +26,18 @@ from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.distances import Distance, XtMSE
 from oss_exp.evaluation.comparison import Line, Result, html, measured, spread, terminal, with_gains
 from oss_exp.evaluation.psnr import psnr
+from oss_exp.evaluation.spectral import spectral_distance
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline, is_pipeline
 from oss_exp.noise import DDIMSchedule, EDMSchedule, FlowSchedule, LogSNRSchedule, NoiseSchedule
-from oss_exp.provenance import configuration, model_record, native_times, provenance
+from oss_exp.provenance import configuration, model_record, provenance
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSShared, Problem, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
+from oss_exp.stepsize.oss.strategies import visiting, with_required
 from oss_exp.velocity import BoundVelocity, VelocityFn
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def search(
     teacher: NoiseSchedule | None = ...,
     num_teacher_steps: int = ...,
     strategy: StepsizeStrategy | None = ...,
+    must_visit: Sequence[float] | None = ...,
+    first_sigmas: Sequence[float] | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
     seed: int = ...,
@@ -75,6 +79,8 @@ def search(
     teacher: NoiseSchedule | None = ...,
     num_teacher_steps: int = ...,
     strategy: StepsizeStrategy | None = ...,
+    must_visit: Sequence[float] | None = ...,
+    first_sigmas: Sequence[float] | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
     seed: int = ...,
@@ -92,6 +98,8 @@ def search(
     teacher: NoiseSchedule | None = None,
     num_teacher_steps: int = 100,
     strategy: StepsizeStrategy | None = None,
+    must_visit: Sequence[float] | None = None,
+    first_sigmas: Sequence[float] | None = None,
     distance: Distance = XtMSE(),
     condition: Tensor | None = None,
     seed: int = 0,
@@ -115,6 +123,10 @@ def search(
             times, else `FlowSchedule()`.
         strategy: what plans. One that plans per sample (`OSS`) has a schedule for each of these noises alone. None:
             `OSSShared()`, with a pinned start for pipelines, which draw their noise themselves.
+        must_visit: times t at which the schedule must call the network, such as the switch between two experts. The
+            teacher gets nodes there.
+        first_sigmas: the schedule's first times, where they are given, as a distilled model's are; the search chooses
+            the rest.
         distance: what is small between student and teacher.
         condition: classes (C,) or other conditions (C, ...) of a model, which the noises take in turn. None: all
             classes in turn for a model that needs them, none for others.
@@ -125,9 +137,11 @@ def search(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
     strategy = source.strategy if strategy is None else strategy
     _require("strategy", strategy, StepsizeStrategy, "OSSShared()")
+    if must_visit is not None or first_sigmas is not None:
+        strategy = visiting(strategy, must_visit, first_sigmas)
+    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, [strategy], distance, progress)
     x = source.noises(noise, "noise", seed, 0)
     problem = planner.problem(x, condition)
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
@@ -206,12 +220,13 @@ def compare(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, distance, progress)
     strategies = standard_strategies() if strategies is None else strategies
     if not isinstance(strategies, Mapping) or not strategies:
         raise ValueError(f"strategies must be a dict such as {{'mine': OSSShared()}}, got {_shown(strategies)}")
     for label, strategy in strategies.items():
         _require(f"strategies[{label!r}]", strategy, StepsizeStrategy, "OSSShared()")
+    searches = list(strategies.values())
+    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, searches, distance, progress)
     _require_count("batch_size", batch_size)
 
     # Noises.
@@ -244,8 +259,8 @@ def compare(
             "start": steps.start.kind,
             "planning": dict(steps.about("planning")),
             "nfe": solvers.nfe(solver, steps, velocity),
-            **measured(*values[label, k].T.numpy()),
-            "metrics": {},
+            **measured(*values[label, k].T[:3].numpy()),
+            "metrics": dict(zip(["spectral, dB"], values[label, k].T[3:].mean(1).tolist(), strict=False)),
         }
         for (label, k), steps in runs.items()
     ]
@@ -479,6 +494,7 @@ class _Planner:
         solver: Solver,
         teacher: NoiseSchedule | None,
         num_teacher_steps: int,
+        strategies: Sequence[StepsizeStrategy],
         distance: Distance,
         progress: bool | None,
     ):
@@ -487,7 +503,7 @@ class _Planner:
         _require("teacher", teacher, NoiseSchedule, "FlowSchedule()")
         _require("distance", distance, Distance, "XtMSE()")
         self.source, self.budgets, self.solver = source, budgets, solver
-        self.noise_schedule, self.grid = teacher, teacher.nodes(num_teacher_steps)
+        self.noise_schedule, self.grid = teacher, with_required(teacher.nodes(num_teacher_steps), strategies)
         self.distance = distance.bind(source.sampled) if isinstance(source.sampled, Model) else distance
         self.described_distance = distance
         self.counter = CallCounter(show=sys.stderr.isatty() if progress is None else progress)
@@ -538,13 +554,13 @@ class _Planner:
 
         cost = self.counter.cost(self.budgets, count, self.counter.rows)
         described = {"name": label, "baseline": strategy.baseline, **configuration(strategy)}
-        path = self.source.sampled.path if isinstance(self.source.sampled, Model) else None
+        model = self.source.sampled
         return {
             k: replace(
                 steps,
                 provenance={
                     **about,
-                    **({} if path is None else {"native": native_times(path, steps.times)}),
+                    **({"native": model.native(steps.times)} if isinstance(model, Model) else {}),
                     "strategy": described,
                     "planning": {**cost, **steps.about("planning")},
                 },
@@ -560,12 +576,16 @@ class _Planner:
         decode: Callable[[Tensor], Tensor],
         batch_size: int,
     ) -> dict[tuple[str, int], Tensor]:
-        """{run: (n, 3) float64}: the number, PSNR and relative spread of the held-out samples that the run is for."""
+        """{run: (n, 3) float64}: the number, PSNR and relative spread of the held-out samples that the run is for.
+
+        Of waveforms (n, 4): their spectral distance too.
+        """
         grid = StepSchedule(self.grid)
         plain = replace(self.solver, calibration=None)
         noise = noise * self.grid[0].to(noise)
         index = HELD_OUT + torch.arange(len(noise))
         whole = isinstance(self.source.sampled, BoundVelocity) and not self.source.sampled.divisible
+        waves = isinstance(self.source.sampled, Pipeline)  # whose decoded samples have three dims where they are sound
         calls = {run: solvers.nfe(self.solver, steps) for run, steps in runs.items()}
         teacher_calls = solvers.nfe(plain, grid)
         values: dict[tuple[str, int], list[Tensor]] = {run: [] for run in runs}
@@ -588,7 +608,10 @@ class _Planner:
                     x0 = self._part(rows[known]).sample(self.solver, steps, noise[rows][known], own)
                     x0 = _finite(x0, f"the samples of {run[0]} with {run[1]} steps")
                     ratio = spread(x0) / width[known]
-                    entries = index[rows][known].double(), psnr(decode(x0), images[known]).double().cpu(), ratio.cpu()
+                    decoded = decode(x0)
+                    entries = [index[rows][known].double(), psnr(decoded, images[known]).double().cpu(), ratio.cpu()]
+                    if waves and decoded.ndim == 3:
+                        entries.append(spectral_distance(decoded, images[known]).cpu())
                     values[run].append(torch.stack(entries, dim=1))
                     self.counter.add(calls[run] * len(known))
         return {run: torch.cat(parts) for run, parts in values.items()}

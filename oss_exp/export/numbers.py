@@ -13,7 +13,7 @@ from torch import Tensor
 from oss_exp.export.base import Exporter
 from oss_exp.export.samplers import states_of, steps_of, uncalibrated
 from oss_exp.files import beside, save_asset, write_atomically
-from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, Pinned, SolverSteps, StepSchedule
 from oss_exp.solvers import Solver
 
 CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
@@ -39,6 +39,13 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
     """
     if steps.per_sample:
         raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
+    native = steps.about("native")
+    image = {key: native[key] for key in ("strength", "num_inference_steps", "begin_index") if key in native}
+    if image and not (isinstance(steps.start, Pinned) and isinstance(steps.steps, SolverSteps)):
+        raise ValueError(
+            f"the schedule is for a call that begins at an image, and has {steps.kind}; a scheduler does not know the "
+            "image: plan it by stepsize=oss_shared with start=pinned"
+        )
     solver = steps_of(steps) if solver is None else uncalibrated(solver)
     weights = (
         _from_first(steps, steps.steps) if isinstance(steps.steps, FittedSteps) else _summed(states_of(steps, solver))
@@ -48,6 +55,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None) -> dict[str, A
         "weights": weights.tolist(),
         "start": steps.start.kind,
         "start_time": steps.start_time,
+        **image,
     }
 
 
@@ -78,7 +86,7 @@ def _from_first(steps: StepSchedule, fitted: FittedSteps) -> Tensor:
     if (steps.about("model").get("guidance") or {}).get("scale", 1) != 1:
         raise ValueError(
             "the schedule's steps were fitted to guided and unguided answers apart, and a pipeline gives their mix; "
-            "plan it with model.guidance.scale=1, or by stepsize=oss_shared"
+            "plan it with model.guidance.scale=1 (a Pipeline: guidance_apart=False), or by stepsize=oss_shared"
         )
     weights = fitted.weights.clone()
     if isinstance(steps.start, Analytic):  # first = ratio noise + (1 - ratio) mean

@@ -36,6 +36,7 @@ TRAINING = (
     *("shift", "use_dynamic_shifting", "time_shift_type"),  # and what pipelines make the shift of:
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
 )
+SCHEDULE = ("times", "weights", "start", "start_time", "strength", "num_inference_steps", "begin_index")
 LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
 
 
@@ -50,6 +51,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     prediction_type, num_train_timesteps, beta_..., rescale_betas_zero_snr, snr_shift_scale, use_flow_sigmas,
     invert_sigmas, timestep_type, sigma_data: how the network was trained, in diffusers' words and with its defaults;
                 timestep_type=arctan is the clock of its CosineDPMSolverMultistepScheduler.
+    strength, num_inference_steps, begin_index: of a schedule that begins at an image, how its pipeline is called, and
+                how many of `timesteps` it cuts off then: so many come before the first time.
     extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
                 `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
 
@@ -88,6 +91,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         max_shift: float = 1.15,
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
+        begin_index: int = 0,
         extra_call: bool = False,
         mean: Tensor | None = None,
     ):
@@ -120,7 +126,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
         # Times.
         clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
-        self.clock = torch.cat([clock[:1], clock]) if extra_call else clock
+        self.clock = torch.cat([clock[:1].expand(begin_index + extra_call), clock])
         self.timesteps = self.clock
         self.sigmas = torch.tensor([t if self.flow else self._ratio(t) for t in self.times])
         self.num_inference_steps, self.begun = len(self.weights), False
@@ -152,7 +158,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         if "sigma_data" in training and "sigma_schedule" not in told:
             raise ValueError("of the networks with sigma_data only those of diffusers' EDM schedulers are known")
         record, mean = _read(Path(file)) if isinstance(file, str | Path) else _numbers(file)
-        given = {key: record[key] for key in ("times", "weights", "start", "start_time")}
+        given = {key: record[key] for key in SCHEDULE if key in record}
         return cls(**given, **training, extra_call=extra_call, mean=mean)
 
     # What a pipeline asks
@@ -186,9 +192,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         asked, steps = num_inference_steps, len(self.weights)
         if asked is None and sigmas is not None:
             asked = len(sigmas)
-        if asked != steps:
-            raise ValueError(f"the schedule has {steps} steps, {asked} were asked; set num_inference_steps={steps}")
-        moves = self.config["start"] == "analytic" or (self.flow and self.config["start_time"] != 1)
+        if asked != (call := self.config["num_inference_steps"] or steps):
+            with_strength = "" if self.config["strength"] is None else f" and strength={self.config['strength']}"
+            raise ValueError(
+                f"the schedule has {steps} steps, {asked} were asked; set num_inference_steps={call}{with_strength}"
+            )
+        inside = self.flow and self.config["start_time"] != 1 and self.config["strength"] is None
+        moves = self.config["start"] == "analytic" or inside
         if moves and not self.begun and not self.config["extra_call"]:
             raise ValueError(
                 "the noise is not the schedule's first state: give the pipeline latents=scheduler.begin(noise), or "
@@ -204,12 +214,21 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             self.timesteps = self.timesteps / (
                 shift - (shift - 1) * self.timesteps / self.config["num_train_timesteps"]
             )
-        self.calls, self._outputs = 0, []
+        self.calls, self._outputs = self.config["begin_index"], []
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Pipelines call it with 0."""
-        if begin_index != 0:
-            raise ValueError("a step schedule runs from its first time on, not from inside as image-to-image does")
+        """Pipelines call it with 0, or with how many times they leave out to begin at an image."""
+        if begin_index == self.config["begin_index"]:
+            return
+        if self.config["strength"] is None:
+            raise ValueError(
+                "the schedule runs from its first time on, not from inside; search one for image-to-image, with its "
+                "image and its strength: Pipeline(pipe, prompts, image=..., strength=...)"
+            )
+        raise ValueError(
+            f"the schedule begins at an image; call the pipeline with strength={self.config['strength']} and "
+            f"num_inference_steps={self.config['num_inference_steps']}"
+        )
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Latents are as the network takes them."""
@@ -224,7 +243,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "a step schedule runs through all of its times, first to last: call set_timesteps and give step every "
                 "one of scheduler.timesteps"
             )
-        step = self.calls - int(self.config["extra_call"])
+        step = self.calls - self.config["begin_index"] - int(self.config["extra_call"])
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         self.calls += 1
         if step < 0:
@@ -248,7 +267,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         index = (self.timesteps.cpu() == timesteps.flatten()[0].cpu()).nonzero().flatten()
         if len(index) == 0:
             raise ValueError(f"{float(timesteps.flatten()[0])} is none of the schedule's timesteps")
-        t = self.times[max(int(index[0]) - int(self.config["extra_call"]), 0)]
+        t = self.times[max(int(index[0]) - self.config["begin_index"] - int(self.config["extra_call"]), 0)]
         return self._scale(t) * ((1 - t) * original_samples + t * noise)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 from torch import Tensor, nn
 
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import GaussianPath
+from oss_exp.provenance import native_times
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, Watch, sample
 from oss_exp.velocity import BoundVelocity
@@ -48,6 +50,10 @@ class Model(nn.Module, abc.ABC):
     @abc.abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, *E) -> pixels in [0, 1]: (B, C, H, W), or (B, C, F, H, W) for videos; or waveforms (B, C, samples)."""
+
+    def native(self, times: Tensor) -> dict[str, Any]:
+        """Return a schedule's times in the clock of the model's own samplers, for its file; infinite ones are null."""
+        return native_times(self.path, times)
 
     def sample(
         self,

@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,10 +43,12 @@ from oss_exp.models.parameterization import (
     VPVelocity,
 )
 from oss_exp.models.pretrained import images, loaded, require_arguments, with_images
+from oss_exp.models.quantization import Quantization, cast
 from oss_exp.noise import CosinePath, DDPMPath, FlowPath, NoiseSchedule
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
+MOST_ASKED = 50  # times the steps that are left: strength is 2 % or more
 LENGTH = 100_000  # steps that a suspended loop believes in
 MOST_SUSPENDED = 64  # calls; schedules of their own for each of 32 samples need 32
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
@@ -61,6 +64,8 @@ COUNTED = (
     "denoising_end",
     "adapter_conditioning_factor",
 )
+ADAPTED = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # of a layer of peft
+DECODERS = ("vae", "vqvae", "vocoder")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
@@ -69,6 +74,8 @@ class Pipeline(Model):
 
     pipe:    the pipeline, as it will be used: its dtype, offloading, adapters and quantised weights count.
     prompts: what conditions number: texts, or the classes or images that a pipeline without texts takes.
+    guidance_apart: give a call's conditional and unconditional answers apart, which fitted steps (`OSSFit`) may weigh
+             each for itself. Such steps run here, and not in the pipeline.
     call:    what else its `__call__` is given, such as `height` or `guidance_scale`. A list as long as `prompts` of
              what belongs to a sample (`negative_prompt`, `image`, ...) has an entry for each.
 
@@ -77,7 +84,7 @@ class Pipeline(Model):
 
     num_classes = None
 
-    def __init__(self, pipe: Any, prompts: Sequence[Any], **call: Any):
+    def __init__(self, pipe: Any, prompts: Sequence[Any], *, guidance_apart: bool = False, **call: Any):
         super().__init__()
         if not is_pipeline(pipe) or not hasattr(pipe, "scheduler"):
             raise ValueError(f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}")
@@ -95,13 +102,12 @@ class Pipeline(Model):
             near = ", ".join(get_close_matches(unknown[0], takes, n=3) or takes)
             raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes, among others, {near}")
         given = {name: parameter.default for name, parameter in takes.items()} | call
-        if given.get("strength", 1.0) != 1.0:
-            raise ValueError(f"strength={given['strength']} starts inside of the schedule; search with strength=1.0")
         if several := [name for name, value in call.items() if name.endswith("_per_prompt") and value != 1]:
             raise ValueError(f"{several[0]} must be 1; give a prompt as often as it is wanted")
         if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
+        self.strength = given.get("strength", 1.0)
         self.draws = "generator" in takes
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
         if not self.takes:
@@ -111,6 +117,7 @@ class Pipeline(Model):
         self.path = self.training_of.parameterization.path
         self.name = type(pipe).__name__
         self.guidance = Guidance()  # the pipeline's own comes with it
+        self.guidance_apart = guidance_apart
         cached = [name for name in DENOISERS if getattr(getattr(pipe, name, None), "is_cache_enabled", False)]
         if cached:
             raise ValueError(
@@ -119,7 +126,11 @@ class Pipeline(Model):
             )
         self.suspended: dict[tuple[int, ...], _Loop] = {}
         self._rows: dict[float, float] = {}
-        self._memoryless = False  # not known yet
+        self._memoryless = False  # not known yet, and neither is the next
+        self._begins_at_image = False
+        self._asked: dict[int, tuple[int, Any]] = {}
+        self._clock: dict[float, tuple[Tensor, float]] = {}  # of a time: as the loop calls it, and what was told
+        self._canonical = self.training_of.canonical
         self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
         weakref.finalize(self, _release, self.suspended)
 
@@ -132,6 +143,7 @@ class Pipeline(Model):
         dtype: Dtype | Mapping[str, Dtype] = "bfloat16",
         call: Mapping[str, Any] | None = None,
         loras: Sequence[str | Path] = (),
+        quantization: Quantization | None = None,
         offload: bool = False,
         size: Literal["full", "tiny"] = "full",
         name: str | None = None,
@@ -141,7 +153,8 @@ class Pipeline(Model):
         prompts: texts; of a pipeline without texts, files of images.
         pipeline_class: of diffusers; None: what the folder says. dtype: of all parts, or by part and `default`.
         call: what else its call is given, such as height; files stand for images.
-        loras: files or hub ids, in order. offload: keep the parts in host memory, and one at a time on the GPU.
+        loras: files or hub ids, in order. quantization: of the denoisers' weights.
+        offload: keep the parts in host memory, and one at a time on the GPU.
         size: `tiny`: small random parts in float32, called at a small size, with images made up where none are given.
         name: in tables and files; None: the class.
         Raises ValueError or FileNotFoundError for what is not there, or not known here.
@@ -154,9 +167,11 @@ class Pipeline(Model):
 
             (pipe, call), made_up = tiny(pipeline_class, call), pictures(len(prompts))
         else:
-            pipe = loaded(pipeline, pipeline_class, dtype, call)
+            pipe = loaded(pipeline, pipeline_class, dtype, call, quantization, DENOISERS)
         for lora in loras:
             pipe.load_lora_weights(str(lora))
+        if quantization == "float8":
+            cast(pipe, DENOISERS)
         if offload:
             pipe.enable_model_cpu_offload()
         if {"prompt", "class_labels"}.isdisjoint(inspect.signature(type(pipe).__call__).parameters):
@@ -183,15 +198,25 @@ class Pipeline(Model):
 
     @functools.cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """SHA-256 of the names, shapes and 1,024 numbers of every weight that the velocity is made with."""
+        """SHA-256 of what makes the velocity: weights, adapters and their scales, and how the network was trained.
+
+        Of every weight, quantised or not, its name, shape, type and 1,024 of its numbers. What only decodes counts not.
+        """
         digest = hashlib.sha256()
+        images = any(name.endswith("image") and value is not None for name, value in self.call.items())
         for name, part in sorted(self.pipe.components.items()):
-            for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
-                if not isinstance(value, Tensor):
-                    continue
-                places = torch.linspace(0, value.numel() - 1, min(value.numel(), 1024)).long()
-                numbers = value.detach().flatten()[places.to(value.device)].double().cpu()
-                digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode() + numbers.numpy().tobytes())
+            if not isinstance(part, nn.Module) or name in ("safety_checker", *(() if images else DECODERS)):
+                continue
+            for key, weight in _weights(part):
+                digest.update(f"{name}.{key} {tuple(weight.shape)} {weight.dtype}".encode() + _some_bits(weight))
+            for key, module in part.named_modules():
+                # Of peft's layers, and of the processors of image prompts.
+                for owner in (module, getattr(module, "processor", None)):
+                    scales = [getattr(owner, of, None) for of in ADAPTED]
+                    scales.append(getattr(owner, "scale", None) if owner is not module else None)
+                    if any(scales):
+                        digest.update(f"{name}.{key} {scales}".encode())
+        digest.update(self.training_of.formula().encode())
         return digest.hexdigest()
 
     @property
@@ -203,7 +228,30 @@ class Pipeline(Model):
         if guidance not in (None, Guidance()):
             raise ValueError("a pipeline guides itself: give Pipeline its guidance_scale")
         condition = torch.arange(len(self.prompts)) if condition is None else condition
-        return _PipelineVelocity(fn=self._velocity, condition=condition, rows=self._rows)
+        return _PipelineVelocity(fn=self._velocity, condition=condition, mix=self.mix, rows=self._rows)
+
+    @functools.cached_property
+    def mix(self) -> tuple[float, ...]:
+        """The weights with which the pipeline makes its answer of a call's rows; (1,) where these are not kept apart.
+
+        Raises ValueError for a pipeline that does not guide, or not by such a sum.
+        """
+        if not self.guidance_apart:
+            return (1.0,)
+        loop = self.begun([0])
+        try:
+            parts, output = loop.parts(loop.answer), loop.answer.double()
+            first, *others = parts.double()
+            if not others:
+                raise ValueError(f"{self.name} asks its network once for a sample; call it with guidance_apart=False")
+            basis = torch.stack([(other - first).flatten() for other in others], dim=1).cpu()
+            right = (output - first).flatten()[:, None].cpu()
+            weights = torch.linalg.lstsq(basis, right).solution[:, 0].tolist()
+        finally:
+            loop.release()
+        mix = (1 - sum(weights), *weights)
+        self.guidance = Guidance(max(mix))
+        return mix
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (B, *E) -> pixels in [0, 1], or waveforms (B, channels, samples), by the pipeline's own end.
@@ -216,10 +264,78 @@ class Pipeline(Model):
         loop = self._loop(key)
         self.suspended.pop(key, None)
         try:
-            return decoded(loop.finish(x0.to(loop.first.dtype)))
+            return decoded(loop.finish(x0))
         except BaseException:
             loop.release()
             raise
+
+    def native(self, times: Tensor) -> dict[str, Any]:
+        """The same; and of a call that begins at an image, how it is asked for so many steps and what it cuts off."""
+        record = super().native(times)
+        if (rounding := self.rounding(times)) is not None:
+            record["rounding"] = rounding
+        if not (self.event_shape and self._begins_at_image):  # the first asks for a call, where none was made yet
+            return record
+        num_steps = times.shape[-1] - 1
+        asked, probe = self.asked_for(num_steps)
+        if probe.by_length:  # the scheduler's times are cut, whatever was asked
+            asked = num_steps
+        else:
+            asked, probe = self._first_that_runs(num_steps)
+        return record | {
+            "strength": self.strength,
+            "num_inference_steps": asked,
+            "begin_index": probe.cut // probe.order,
+        }
+
+    def rounding(self, times: Tensor) -> float | None:
+        """How far the pipeline's rounding of its clock, to whole numbers or to its dtype, moves these times at most.
+
+        None where the network was not asked at them, or is told no number that is known to be of the clock.
+        """
+        pairs = [pair for t in times.flatten().tolist() if (pair := self._clock.get(t)) is not None]
+        if not pairs:
+            return None
+        clock, told = torch.stack([clock for clock, _ in pairs]), torch.tensor([t for _, t in pairs]).double()
+        scale = float(self.pipe.scheduler.config.get("num_train_timesteps") or 1)
+        heard = min(
+            (told, told * scale, scale - told, scale - told * scale),  # pipelines tell a share of it, or what is left
+            key=lambda each: float((each - clock).abs().max()),
+        )
+        if float((heard - clock).abs().max()) > 0.02 * scale:
+            return None
+        t, moved = (self._canonical(each) for each in (clock, heard))
+        return float((moved - t).abs().max())
+
+    def asked_for(self, num_steps: int) -> tuple[int, Any]:
+        """The least `num_inference_steps` of which `strength` leaves so many steps, and its scheduler.
+
+        Raises ValueError where there is none.
+        """
+        if num_steps in self._asked:
+            return self._asked[num_steps]
+        asked = max(num_steps, int((num_steps - 1) / self.strength)) if self.strength else 0
+        while 0 < asked <= MOST_ASKED * num_steps:
+            asked, probe = self._first_that_runs(asked)
+            missing = num_steps - len(probe.own_times())
+            if missing == 0 or self.strength == 1:
+                self._asked[num_steps] = asked, probe
+                return asked, probe
+            asked += max(missing, 1)
+        raise ValueError(f"{self.name} makes no {num_steps} steps with strength={self.strength}")
+
+    def _first_that_runs(self, asked: int) -> tuple[int, Any]:
+        """So many `num_inference_steps`, or the next number of which `strength` leaves a step, and its scheduler."""
+        while True:
+            try:
+                loop = self.begun([0], num_inference_steps=asked)
+            except (ValueError, IndexError):
+                if asked * self.strength >= 1:
+                    raise
+                asked += 1
+                continue
+            loop.release()
+            return asked, loop.probe
 
     def release(self) -> None:
         """End all suspended calls. It is done when the model is no longer used, too."""
@@ -227,24 +343,39 @@ class Pipeline(Model):
 
     def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
-        times = t.tolist()
-        velocity = torch.empty_like(x)
+        times, parts = t.tolist(), () if len(self.mix) == 1 else (len(self.mix),)
+        velocity = x.new_empty((len(x), *parts, *x.shape[1:]))
         for key, rows in _calls(times, condition.tolist()):
             loop, whole = self._loop(key), rows == [*range(len(x))]
             try:
-                answer = loop.velocity(x if whole else x[rows], times[rows[0]])
+                answer = loop.velocity(x if whole else x[rows], times[rows[0]], self.mix)
             except BaseException:
                 self.suspended.pop(key).release()
                 raise
             self._rows[times[rows[0]]] = loop.rows / len(rows)
+            if times[rows[0]] not in self._clock and loop.told is not None and loop.asked is not None:
+                self._clock[times[rows[0]]] = loop.asked.cpu(), float(loop.told)
+                self._canonical = loop.probe.canonical
             if whole:
                 return answer
             velocity[rows] = answer
         return velocity
 
     def _loop(self, key: tuple[int, ...]) -> _Loop:
-        """The suspended call of these prompts, which is then the latest; the oldest ends where there are many."""
-        loop = self.suspended.pop(key, None) or self.begun(key)
+        """The suspended call of these prompts, which is then the latest; the oldest ends where there are many.
+
+        Raises ValueError where a thread that still runs has suspended it.
+        """
+        loop = self.suspended.get(key)
+        if loop is not None and loop.thread is not threading.current_thread():
+            if loop.thread.is_alive():
+                raise ValueError(
+                    f"a call of {self.name} is suspended in another thread, {loop.thread.name}, and can go on only "
+                    "there; use the model in that thread, or call its release() there first"
+                )
+            loop = None  # it has ended with its thread
+        loop = loop or self.begun(key)
+        self.suspended.pop(key, None)
         self.suspended[key] = loop
         if not self._memoryless:
             loop.require_no_memory()
@@ -266,9 +397,16 @@ class Pipeline(Model):
         own = {name: self._rows_of(value, key) if name in PER_SAMPLE else value for name, value in self.call.items()}
         if self.draws:
             own["generator"] = self._generators(own.get("generator"), key)
-        loop = _Loop(self.pipe, self.training_of, {self.takes: [self.prompts[i] for i in key], **own, **call})
+        arguments = {self.takes: [self.prompts[i] for i in key], **own, **call}
+        loop = _Loop(self.pipe, self.training_of, arguments, self.guidance_apart)
         try:
             loop.begin(len(key))
+            self._begins_at_image = loop.image_start is not None
+            if loop.image_start is None and self.strength != 1:
+                raise ValueError(
+                    f"strength={self.strength} of {self.name} starts inside of the schedule, and it is not its "
+                    "scheduler that puts noise on the image; search with strength=1.0"
+                )
         except BaseException:
             loop.release()
             raise
@@ -310,11 +448,7 @@ class PipelineSchedule(NoiseSchedule):
     def _times(self, num_steps: int) -> Tensor:
         if self.pipeline is None:
             raise ValueError("PipelineSchedule is bound to no pipeline yet")
-        loop = self.pipeline.begun([0], num_inference_steps=num_steps)
-        try:
-            return loop.probe.own_times()
-        finally:
-            loop.release()
+        return self.pipeline.asked_for(num_steps)[1].own_times()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -380,6 +514,13 @@ class Training:
             raise ValueError(f"{kind} has prediction_type={answer}; known are {', '.join(known)}")
         return cls(known[answer]())
 
+    def formula(self) -> str:
+        """What `question` and `velocity` make of one, at several times: two trainings are the same where these are."""
+        t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+        one = torch.ones_like(t)
+        numbers = [*self.question(one, t), self.velocity(one, 0 * one, t), self.velocity(0 * one, one, t)]
+        return " ".join(f"{number:.5g}" for number in torch.cat(numbers).tolist())
+
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x (M, *E) at t (M,) -> what the network gets, and what its loop calls t."""
         state, clock = self.parameterization.question(x, t)
@@ -416,15 +557,22 @@ class Training:
 class _Loop(greenlet):
     """One call of a pipeline, suspended inside its loop."""
 
-    def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any]):
+    def __init__(self, pipe: Any, training: Training, call: Mapping[str, Any], apart: bool):
         super().__init__()
+        self.apart = apart
+        self.thread = threading.current_thread()
+        self.outputs: list[Tensor] = []  # of the network in a step, where they are kept apart
         self.pipe, self.training, self.call_arguments = pipe, training, dict(call)
-        self.probe = _probe(pipe.scheduler, training)
+        cuts = "strength" in inspect.signature(type(pipe).__call__).parameters
+        self.probe = _probe(pipe.scheduler, training, cuts)
         self.output_type = {} if "output_type" in call else {"output_type": "pt"}
         self.pending: _Asked | None = None
         self.ending, self.started = False, False
         self.rows = 0.0
+        self.asked: Tensor | None = None  # a time in the loop's clock, () float64, and what the network heard of it
+        self.told: Tensor | None = None
         self.state: Tensor | None = None  # what the last step gave the loop
+        self.image_start: Tensor | None = None  # what the call puts noise on to begin, in its layout, then the state's
         self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
         self.kept: Tensor | None = None
         self.showing = False
@@ -450,6 +598,13 @@ class _Loop(greenlet):
         states, self.answer = answered.sample, answered.output
         self.copies = max(len(states) // count, 1)  # DiTPipeline steps every state twice under guidance
         self.first = states[:count]
+        if self.image_start is not None:
+            own, found = (each.float().norm() for each in (self.image_start, states))
+            if self.image_start.numel() != states.numel() or not torch.isclose(own, found, rtol=1e-3):
+                raise ValueError(
+                    f"{type(self.pipe).__name__} puts noise on what is not its first state; that is not known here"
+                )
+            self.image_start = self.first.float()
         if not torch.equal(states, self._copied(self.first)):
             raise ValueError(
                 f"{type(self.pipe).__name__} has {len(states)} states for {count} prompts; give one image a prompt"
@@ -458,7 +613,8 @@ class _Loop(greenlet):
     def require_no_memory(self) -> None:
         """ValueError where the network's first answer is another one when it is asked for again."""
         sigmas = getattr(self.probe, "sigmas", self.probe.own_clock)
-        self.pending = _Asked(self.probe.own_clock[0], sigmas[0])
+        first = self.probe.cut
+        self.pending = _Asked(self.probe.own_clock[first], sigmas[first])
         again = self._resume(self._copied(self.first)).output
         difference, size = (each.float().norm() for each in (again - self.answer, self.answer))
         if not difference <= 1e-2 * size:
@@ -467,25 +623,66 @@ class _Loop(greenlet):
                 "guidance has a momentum, or draws numbers, and its loop is no ODE; call it without"
             )
 
-    def velocity(self, x: Tensor, time: float) -> Tensor:
-        """x (B, *E) at one time -> v (B, *E)."""
+    def velocity(self, x: Tensor, time: float, mix: tuple[float, ...]) -> Tensor:
+        """x (B, *E) at one time -> v (B, *E), or (B, R, *E) of R answers that are kept apart.
+
+        Of a call that begins at an image, x is the state less the image's share of it, x_t - (1 - t) image, and v that
+        of x: so it begins at noise alone as others do. Solvers make the same steps of both.
+        """
+        if self.image_start is None:
+            return self._velocity(x, time, mix)
+        image = self.image_start.to(x)
+        answer = self._velocity(x + (1 - time) * image, time, mix)
+        return answer + (image if len(mix) == 1 else image[:, None])
+
+    def _velocity(self, x: Tensor, time: float, mix: tuple[float, ...]) -> Tensor:
         t = x.new_full((len(x),), time, dtype=torch.float64)
         question, clock = self.training.question(x, t)
-        clock = self.probe.before_its_shift(clock[0])
+        self.asked = clock = self.probe.before_its_shift(clock[0])
         self.pending, self.rows = _Asked(clock.float(), self.training.sigma(t[0]).float()), 0.0
         answered = self._resume(self._copied(question.to(self.first.dtype)))
-        velocity = self.training.velocity(answered.output[: len(x)].to(x), x, t)
-        if self.image is None:
-            return velocity
-        # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
-        if self.kept is None:
-            self.kept = self._shown()[: len(x)].to(x)
-        return torch.lerp(velocity, (x - self.image[: len(x)].to(x)) / rowwise(t, x), self.kept)
+        outputs = answered.output[None] if len(mix) == 1 else self._mixed(answered.output, mix)
+        velocities = [self.training.velocity(output[: len(x)].to(x), x, t) for output in outputs]
+        if self.image is not None:
+            # After a step the loop puts the image, with noise on it, outside of its mask: there, x0 is the image.
+            if self.kept is None:
+                self.kept = self._shown()[: len(x)].to(x)
+            to_image = (x - self.image[: len(x)].to(x)) / rowwise(t, x)
+            velocities = [torch.lerp(velocity, to_image, self.kept) for velocity in velocities]
+        return velocities[0] if len(mix) == 1 else torch.stack(velocities, dim=1)
+
+    def parts(self, output: Tensor) -> Tensor:
+        """What the network answered in this step, apart: (R, B, *E) like the pipeline's answer (B, *E) of it."""
+        rows = torch.cat(self.outputs)
+        if rows.ndim > 1 and rows.shape[1] == 2 * output.shape[1]:
+            rows = rows.chunk(2, dim=1)[0]  # the other half is of its variance, or of an image's tokens
+        if rows.shape[1:] != output.shape[1:] or len(rows) % len(output) or self.copies > 1:
+            raise ValueError(
+                f"the network of {type(self.pipe).__name__} answers {tuple(rows.shape)}, of which its loop makes "
+                f"{tuple(output.shape)} in a way that is not known here; call it with guidance_apart=False"
+            )
+        return rows.unflatten(0, (-1, len(output)))
+
+    def _mixed(self, output: Tensor, mix: tuple[float, ...]) -> Tensor:
+        """The R answers of this step, (R, B, *E), whose sum with these weights the pipeline's answer (B, *E) is."""
+        parts = self.parts(output)
+        if len(parts) == 1:  # outside of an interval that is guided
+            return output.expand(len(mix), *output.shape)
+        total = torch.einsum("r,r...->...", parts.new_tensor(mix, dtype=torch.float64), parts.double())
+        rounding = max(1e-3, 8 * torch.finfo(output.dtype).eps)
+        if len(parts) != len(mix) or not (total - output).norm() <= rounding * output.double().norm():
+            raise ValueError(
+                f"the guidance of {type(self.pipe).__name__} is no sum of its network's answers with weights that are "
+                "the same at all times, such as one that is rescaled; call it with guidance_apart=False"
+            )
+        return parts
 
     def finish(self, x0: Tensor) -> Any:
         """Let the loop go, with x0 as its last state; returns what the call returns."""
         self.ending = True
-        return self._resume(self._copied(x0))
+        if self.image_start is not None:
+            x0 = x0 + self.image_start.to(x0)
+        return self._resume(self._copied(x0.to(self.first.dtype)))
 
     def release(self) -> None:
         """End the call where it is, and what it would do last: an offloaded network leaves the GPU."""
@@ -509,14 +706,21 @@ class _Loop(greenlet):
         self.rows, self.showing = rows, False
         return shown
 
-    def masked(self, image: Tensor) -> Tensor:
-        """What the loop shall put outside of its mask: the state itself, or 1 to show where that is."""
-        assert self.state is not None
+    def noised(self, image: Tensor) -> Tensor:
+        """What the call shall have for its image with noise on it.
+
+        Before the loop that is its first state: the image alone, which tells it in the state's layout. In the loop it
+        is what goes outside of a mask: the state itself, or 1 to show where that is.
+        """
+        if self.state is None:
+            self.image_start = image
+            return image
         self.image = image
         return torch.ones_like(self.state) if self.showing else self.state
 
     def _resume(self, state: Tensor | None) -> Any:
         self.state = state
+        self.outputs.clear()
         with self._inside(), torch.set_grad_enabled(state is not None and state.requires_grad):
             return self.switch() if state is None else self.switch(state)
 
@@ -524,30 +728,53 @@ class _Loop(greenlet):
     def _inside(self) -> Iterator[None]:
         """The probe in the pipeline's place of its scheduler, for as long as its call runs."""
         grad, before = torch.is_grad_enabled(), dict(self.pipe.__dict__)
-        hooks = []
         try:
-            self.parent = getcurrent()
-            self.pipe.__dict__ |= self.attributes
-            self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
-            hooks += [part.register_forward_hook(self._count, with_kwargs=True) for part in self.denoisers]
-            yield
+            try:
+                self.parent = getcurrent()
+                self.pipe.__dict__ |= self.attributes
+                self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
+                for part in self.denoisers:
+                    part.register_forward_hook(self._count, with_kwargs=True)
+                yield
+            finally:
+                self._restore(grad, before)
         finally:
-            torch.set_grad_enabled(grad)
-            for name in ("scheduler", "_progress_bar_config"):
-                if name in before:
-                    self.pipe.__dict__[name] = before[name]
-                else:
-                    self.pipe.__dict__.pop(name, None)
-            after = self.pipe.__dict__.items()
-            self.attributes |= {name: value for name, value in after if before.get(name, self) is not value}
-            for hook in hooks:
-                hook.remove()
+            self._restore(grad, before)  # once more, for Ctrl-C may have come while it was done
+
+    def _restore(self, grad: bool, before: Mapping[str, Any]) -> None:
+        torch.set_grad_enabled(grad)
+        for name in ("scheduler", "_progress_bar_config"):
+            if name in before:
+                self.pipe.__dict__[name] = before[name]
+            else:
+                self.pipe.__dict__.pop(name, None)
+        after = self.pipe.__dict__.items()
+        self.attributes |= {name: value for name, value in after if before.get(name, self) is not value}
+        for part in self.denoisers:
+            # Not by their handles, of which Ctrl-C may have left none.
+            for number in [number for number, hook in part._forward_hooks.items() if hook == self._count]:
+                part._forward_hooks_with_kwargs.pop(number, None)
+                part._forward_hooks.pop(number, None)
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         # Z-Image's network takes a list of states.
         states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 1)]
         if states:
             self.rows += len(states[0])
+        if self.apart:
+            answer = output if isinstance(output, Tensor) else output[0]
+            self.outputs.append(torch.stack(answer) if isinstance(answer, list) else answer)
+        name, place = _time_of(type(module))
+        told = kwargs.get(name, args[place] if name and place < len(args) else None)
+        if isinstance(told, Tensor) and told.numel() > 0:
+            self.told = told.detach().flatten()[-1]  # a condition's tokens, which have no noise, are the first
+
+
+@functools.cache
+def _time_of(network: type) -> tuple[str, int]:
+    """The argument of a network's `forward` that is its time, and its place."""
+    names = [*inspect.signature(network.forward).parameters][1:]
+    return next(((name, names.index(name)) for name in ("timestep", "timesteps", "t") if name in names), ("", 0))
 
 
 @dataclass(frozen=True)
@@ -582,13 +809,22 @@ class _Steps(Tensor):
 
 
 class _Times(_Steps):
-    """The pipeline's own times, and a loop over those that a search asks for."""
+    """The pipeline's own times, and a loop over those that a search asks for.
+
+    count: of its own ones, which a call with a strength asks for before it cuts the first ones off.
+    """
+
+    count: int | None = None
+
+    def __len__(self) -> int:
+        return super().__len__() if self.count is None else self.count
 
     def __iter__(self) -> Iterator[Tensor]:
         loop = getcurrent()
         if not isinstance(loop, _Loop):
             yield from self.as_subclass(Tensor)
             return
+        loop.probe.cut = loop.probe.timesteps.numel() - self.numel()
         yield self.as_subclass(Tensor)[0]
         while not loop.ending:
             assert loop.pending is not None
@@ -621,6 +857,8 @@ class _Probe:
     order: int
     own_clock: Tensor
     clock_shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
+    cut: int = 0  # how many of its times the call leaves out, as image-to-image does
+    by_length: bool = False  # and that by how many there are, not by how many it asked for
 
     def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
         return sample
@@ -640,7 +878,8 @@ class _Probe:
             times = self.training.sigma(levels) if flow else levels / (1 + levels)
         if flow:
             times = torch.where(times > 0.999, 1.0, times)
-        distinct = torch.unique_consecutive(times[:: self.order])  # those between are of methods of second order
+        # Those between are of methods of second order.
+        distinct = torch.unique_consecutive(times[self.cut :: self.order])
         return distinct[distinct > 0].cpu()
 
     def canonical(self, clock: Tensor) -> Tensor:
@@ -654,32 +893,36 @@ class _Probe:
             return clock
         return clock / (self.clock_shift - (self.clock_shift - 1) * clock / self.config["num_train_timesteps"])
 
-    def noised(self, original: Tensor, noise: Tensor, clock: Tensor) -> Tensor:
-        loop = getcurrent()
-        if isinstance(loop, _Loop) and loop.state is not None:
-            return loop.masked(original)
-        t = self.canonical(clock.flatten()[:1]).expand(len(original)).to(original.device)
-        x = rowwise(1 - t, original) * original + rowwise(t, original) * noise
-        return self.training.question(x, t)[0].to(original.dtype)
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self.noised(original_samples, noise, timesteps)
+        return self._noised(original_samples)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        return self.noised(sample, noise, timestep)
+        return self._noised(sample)
+
+    @staticmethod
+    def _noised(image: Tensor) -> Tensor:
+        loop = getcurrent()
+        assert isinstance(loop, _Loop)
+        return loop.noised(image)
 
 
-def _probe(scheduler: Any, training: Training) -> Any:
-    """A copy of the scheduler that asks the search for its steps, of a class that pipelines take for its own."""
+def _probe(scheduler: Any, training: Training, cuts: bool) -> Any:
+    """A copy of the scheduler that asks the search for its steps, of a class that pipelines take for its own.
+
+    cuts: the call has a strength, which cuts its first steps off.
+    """
     own = type(scheduler)
 
     @functools.wraps(own.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         own.set_timesteps(self, *args, **kwargs)
         self.own_clock = self.timesteps.clone()
+        self.by_length = not args and kwargs.get("num_inference_steps") is None
         self.clock_shift = _shift(self)
         padding = self.timesteps[-1:].expand(LENGTH)
         self.timesteps = torch.cat([self.timesteps, padding]).as_subclass(_Times)
+        if cuts:
+            self.timesteps.count = len(self.own_clock)
         if isinstance(getattr(self, "sigmas", None), Tensor):
             self.sigmas = self.sigmas.as_subclass(_Sigmas)
 
@@ -723,6 +966,28 @@ def _shift(scheduler: Any) -> float:
 def is_pipeline(value: Any) -> bool:
     """Whether a value is a pipeline of diffusers, which is not imported for it."""
     return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
+
+
+def _weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All weights and buffers that a part saves, as plain tensors: those of quantised and of offloaded ones, too."""
+    offloaded = {}
+    for name, module in part.named_modules():
+        if kept := getattr(getattr(module, "_hf_hook", None), "weights_map", None):
+            offloaded |= {f"{name}.{key}".lstrip("."): kept[key] for key in module.state_dict() if key in kept}
+    for name, value in part.state_dict().items():
+        if value is not None and isinstance(value, Tensor):
+            value = offloaded.get(name, value)
+            parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
+            yield from [(f"{name}.{each}", getattr(value, each)) for each in parts] or [(name, value)]
+
+
+def _some_bits(weight: Tensor) -> bytes:
+    """1,024 of a tensor's numbers, or all where it has fewer."""
+    places = torch.linspace(0, weight.numel() - 1, min(weight.numel(), 1024), dtype=torch.float64).long()
+    numbers = weight.detach().flatten()[places.to(weight.device)] if weight.element_size() > 1 else None
+    if numbers is None:  # of a byte each, as float8 has no indices on some devices
+        numbers = weight.detach().flatten().view(torch.uint8)[places.to(weight.device)]
+    return numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:

@@ -10,13 +10,20 @@ from typing import Any
 import torch
 
 from oss_exp.models.network import Dtype
+from oss_exp.models.quantization import Quantization, loading_options
 
 
 def loaded(
-    pipeline: str | Path, pipeline_class: str | None, dtype: Dtype | Mapping[str, Dtype], given: Collection[str]
+    pipeline: str | Path,
+    pipeline_class: str | None,
+    dtype: Dtype | Mapping[str, Dtype],
+    given: Collection[str],
+    quantization: Quantization | None = None,
+    quantized: Collection[str] = (),
 ) -> Any:
     """The pipeline of a folder or a hub id, to be called with arguments of these names.
 
+    quantized: the parts that are, of those that it has.
     Raises ValueError or FileNotFoundError for what is not there, or not known here, before gigabytes are loaded.
     """
     import diffusers
@@ -28,8 +35,11 @@ def loaded(
     require_arguments(kind, given)
     by_part = isinstance(dtype, Mapping)
     dtypes = {part: getattr(torch, each) for part, each in dtype.items()} if by_part else getattr(torch, dtype)
+    options = {"torch_dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}
+    computed = dtypes.get("default", torch.float32) if isinstance(dtypes, dict) else dtypes
+    options |= loading_options(quantization, quantized, computed)
     try:
-        return kind.from_pretrained(str(pipeline), torch_dtype=dtypes, use_safetensors=True, trust_remote_code=False)
+        return kind.from_pretrained(str(pipeline), **options)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

@@ -73,9 +73,10 @@ def write(folder: Path) -> None:
             made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
             if (moving := plots.animation(pictures, results)) is not None:
                 made.append(write_atomically(folder / "samples.gif", moving))
-        made.append(write_atomically(folder / "table.md", markdown(lines)))
+        made.append(write_atomically(folder / "table.md", markdown(lines) + _rounding(plans)))
         made.append(_page(folder, _title(folder), lines, plans, teacher, pictures, ways))
         console.print(terminal(lines, _title(folder)))
+        console.print(_rounding(plans), end="", soft_wrap=True)
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
     if (folder / "amplitude.json").exists():
@@ -151,6 +152,12 @@ def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
         times = ", ".join(f"{t:.4g}" for t in plan.times.tolist())
         lines.append(f"{name} K={plan.num_steps} {plan.kind}{orders}: {times}")
     return lines
+
+
+def _rounding(plans: Sequence[tuple[str, StepSchedule]]) -> str:
+    """A line on how far a pipeline's rounding of its clock moves the times of its schedules; empty for other models."""
+    moved = [value for _, plan in plans if isinstance(value := plan.about("native").get("rounding"), float)]
+    return f"rounding: the pipeline's own rounding of t moves the steps by at most {max(moved):.2g}\n" if moved else ""
 
 
 def _title(folder: Path) -> str:

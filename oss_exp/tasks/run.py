@@ -22,6 +22,7 @@ from oss_exp.noise import NoiseSchedule
 from oss_exp.solvers import Solver
 from oss_exp.stepsize import ClosedForm, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
+from oss_exp.stepsize.oss.strategies import with_required
 from oss_exp.tasks import border
 from oss_exp.tasks.collective import GroupEnd
 from oss_exp.tasks.compatibility import require_same
@@ -45,18 +46,18 @@ class Run:
         require_same(cfg, self.folder)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
         schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
+        self.strategies: dict[str, StepsizeStrategy] = {
+            name: _bound(border.build(strategy, f"stepsize.{name}", StepsizeStrategy), model)
+            for name, strategy in cfg.stepsize.items()
+        }
         self.setting = Setting(
             model=model,
-            grid=schedule.bind(model).nodes(cfg.num_teacher_steps),
+            grid=with_required(schedule.bind(model).nodes(cfg.num_teacher_steps), self.strategies.values()),
             solver=border.build(cfg.solver, "solver", Solver),
             distance=border.build(cfg.distance, "distance", Distance).bind(model),
         )
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
-        self.strategies: dict[str, StepsizeStrategy] = {
-            name: self._bound(border.build(strategy, f"stepsize.{name}", StepsizeStrategy))
-            for name, strategy in cfg.stepsize.items()
-        }
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data = self.noises()
         for strategy in self.strategies.values():
@@ -78,15 +79,16 @@ class Run:
             self.cfg.data, "data", NoiseData, event_shape=model.event_shape, num_classes=model.num_classes, **changes
         )
 
-    def _bound(self, strategy: StepsizeStrategy) -> StepsizeStrategy:
-        """A schedule by hand can be the model's own."""
-        if isinstance(strategy, ClosedForm):
-            return replace(strategy, schedule=strategy.schedule.bind(self.setting.model))
-        return strategy
-
     def file(self, strategy: str, num_steps: int) -> Path:
         """Return where the schedule of a strategy is saved."""
         return self.folder / "schedules" / f"{strategy}_{num_steps}.json"
+
+
+def _bound(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
+    """A schedule by hand can be the model's own."""
+    if isinstance(strategy, ClosedForm):
+        return replace(strategy, schedule=strategy.schedule.bind(model))
+    return strategy
 
 
 def takes_prompts(model: DictConfig) -> bool:

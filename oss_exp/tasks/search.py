@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.call_counter import CallCounter
-from oss_exp.provenance import native_times
 from oss_exp.stepsize import Problem, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
 from oss_exp.tasks.call_log import Calls
@@ -145,7 +144,7 @@ class SearchModule(L.LightningModule):
         for k, plan in plans.items():
             made = {
                 **self.provenance,
-                "native": native_times(self.model.path, plan.times),
+                "native": self.model.native(plan.times),
                 "strategy": {"name": name, "baseline": strategy.baseline, **self.strategy_configs[name]},
                 "planning": {**meter.cost(self.num_steps, samples, rows), **plan.about("planning")},
             }

@@ -513,7 +513,7 @@ def test_wrong_use_says_what_is_right(tmp_path):
     scheduler.set_timesteps(2)
     with pytest.raises(ValueError, match="runs through all of its times"):
         scheduler.step(torch.zeros(1, 4), scheduler.timesteps[1], torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="not from inside as image-to-image"):
+    with pytest.raises(ValueError, match="not from inside; search one for image-to-image"):
         scheduler.set_begin_index(1)
     (tmp_path / "x.mean.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"is not the one of schedule .*copy both again"):

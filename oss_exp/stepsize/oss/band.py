@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oss_exp.checks import require_range
 from oss_exp.schedule import StartKind
+from oss_exp.stepsize.oss.required import Required
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,26 @@ class Band:
         return self.width if stride > 1 else 2 * self.width
 
 
-def layers(num_nodes: int, budgets: Sequence[int], start: StartKind, stride: int, device) -> list[Tensor]:
-    """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left."""
+def layers(
+    num_nodes: int,
+    budgets: Sequence[int],
+    start: StartKind,
+    stride: int,
+    device,
+    required: Required | None = None,
+) -> list[Tensor]:
+    """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left.
+
+    Required nodes are among them, and those are not from which a path could not contain them all.
+    """
     nodes = torch.arange(0, num_nodes, stride, device=device)[:, None]
+    if required is not None:
+        nodes = torch.cat([nodes[:, 0], required.nodes]).unique()[:, None]
     result = []
     for r in range(budgets[-1]):
         to_go = min(k for k in budgets if k > r) - r  # calls left, this one included, for the nearest budget
-        result.append(nodes[r : len(nodes) - to_go + 1] if r or start != "pinned" else nodes[:1])
+        layer = nodes[r : len(nodes) - to_go + 1] if r or start != "pinned" else nodes[:1]
+        result.append(layer if required is None else required.layer(layer, r, budgets[-1] - r))
     return result
 
 

@@ -21,6 +21,7 @@ from oss_exp.schedule import StartKind, analytic_jump
 from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.edges import Edges, Fit, FittedEdges, LinearEdges, TriedEdges
 from oss_exp.stepsize.oss.objectives import Objective
+from oss_exp.stepsize.oss.required import Required
 from oss_exp.stepsize.problem import Problem
 
 
@@ -79,11 +80,12 @@ def recurse(
     start: StartKind,
     objective: Objective,
     fit: Fit | None = None,
+    required: Required | None = None,
 ) -> Solution:
     """Solve for every k in budgets (max = len(layers)): layers[r] (W, b) are the legal nodes after r calls.
 
     Node N, the data, closes the path in round k of each budget and stands in no layer. A fit needs a quadratic
-    distance and an objective for all samples.
+    distance and an objective for all samples. required: no edge jumps over these nodes.
     """
     end, count = problem.num_nodes, len(problem.noise)
     if fit is None and not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
@@ -96,7 +98,7 @@ def recurse(
     rounds: list[Round] = []
     paths, costs = {}, {}
     sources = layers[0]
-    alive = torch.ones_like(sources, dtype=torch.bool)
+    alive = torch.ones_like(sources, dtype=torch.bool) if required is None else required.starts(sources)
     edges.begin(sources, start_states(problem, sources, start))
     for r in range(1, len(layers) + 1):
         edges.observe(sources, reuse_first=r == 1)
@@ -105,6 +107,8 @@ def recurse(
         width = max(inner.shape[1], sources.shape[1])
         targets = torch.cat([inner.expand(-1, width), inner.new_full((int(closing), width), end)])
         legal = (sources[:, None] < targets[None]) & alive[:, None]  # (S, J, b)
+        if required is not None:
+            legal &= required.allowed(sources, targets)
         parent, how, cost = edges.choose(targets, legal)
         alive = legal.any(0)
         rounds.append(Round(sources, targets, parent, how, cost.masked_fill(~alive, torch.inf)))

@@ -16,6 +16,7 @@ from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Objective
 from oss_exp.stepsize.oss.recursion import FittedPath, Path, SolverPath, recurse, start_states
+from oss_exp.stepsize.oss.required import Required
 from oss_exp.stepsize.problem import Problem
 
 MOVES = (8, 4, 2, 1)  # nodes, coarse to fine
@@ -23,10 +24,18 @@ MAX_SWEEPS = 4  # passes over all nodes at one move size
 
 
 @torch.no_grad()
-def refine(problem: Problem, path: Path, start: StartKind, objective: Objective, fit: Fit | None = None) -> Path:
+def refine(
+    problem: Problem,
+    path: Path,
+    start: StartKind,
+    objective: Objective,
+    fit: Fit | None = None,
+    required: Required | None = None,
+) -> Path:
     """A path with no larger final error under the objective; the states before a change are reused.
 
-    Fitted steps are fitted anew for every try, from the first step on. Costs stay those of the recursion's own path.
+    Required nodes stay where they are. Fitted steps are fitted anew for every try, from the first step on. Costs stay
+    those of the recursion's own path.
     """
     end = torch.tensor([problem.num_nodes], device=problem.noise.device)
     count = len(problem.noise)
@@ -60,7 +69,7 @@ def refine(problem: Problem, path: Path, start: StartKind, objective: Objective,
                 if move == 1:
                     changes += [(0, order) for order in range(1, min(r + 1, highest) + 1)]
                 for step, order in changes:
-                    tried = _moved(problem, path, r, step) if order is None else _reordered(path, r, order)
+                    tried = _moved(problem, path, r, step, required) if order is None else _reordered(path, r, order)
                     if tried is None:
                         continue
                     first = r if order is None else r + 1  # node whose state changes
@@ -80,12 +89,13 @@ def refine(problem: Problem, path: Path, start: StartKind, objective: Objective,
     return path
 
 
-def _moved(problem: Problem, path: Path, r: int, step: int) -> Path | None:
+def _moved(problem: Problem, path: Path, r: int, step: int, required: Required | None) -> Path | None:
     """Node r this many nodes later, as far as its neighbours allow; None where it cannot move."""
     nodes = path.nodes.clone()
     low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
     high = nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
-    nodes[r] = torch.minimum(torch.maximum(nodes[r] + step, low), high)
+    moved = torch.minimum(torch.maximum(nodes[r] + step, low), high)
+    nodes[r] = moved if required is None else torch.where(required.fixed(nodes[r]), nodes[r], moved)
     return None if torch.equal(nodes, path.nodes) else replace(path, nodes=nodes)
 
 

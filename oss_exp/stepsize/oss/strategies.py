@@ -8,7 +8,7 @@ Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget; path
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
@@ -18,12 +18,13 @@ from torch import Tensor
 from oss_exp.checks import require_choice, require_range
 from oss_exp.schedule import FittedSteps, SolverSteps, StartKind, Steps, StepSchedule
 from oss_exp.solvers.base import LinearMultistep
-from oss_exp.stepsize.base import check_num_steps, student_start
+from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps, student_start
 from oss_exp.stepsize.oss.band import Band, layers, stretch, strictly_monotone
 from oss_exp.stepsize.oss.edges import Fit
 from oss_exp.stepsize.oss.objectives import Mean, Objective, PerSample, Shared
 from oss_exp.stepsize.oss.recursion import FittedPath, Path, SolverPath, recurse
 from oss_exp.stepsize.oss.refine import refine
+from oss_exp.stepsize.oss.required import Required, with_nodes
 from oss_exp.stepsize.problem import Problem
 
 Aggregate = Literal["median", "mean"]
@@ -33,7 +34,10 @@ Aggregate = Literal["median", "mean"]
 class _Search:
     """What all OSS strategies share: where a student may start, the band, and refinement.
 
-    max_order: of a multistep solver's steps; None: the solver's own.
+    max_order:    of a multistep solver's steps; None: the solver's own.
+    must_visit:   times at which every schedule calls the network, such as the switch between two experts.
+    first_sigmas: the schedule's first times, which a distilled model is given; the search chooses the rest.
+                  Both are times t, of which the grid's nearest nodes are taken.
     """
 
     per_sample: ClassVar[bool] = False
@@ -43,9 +47,16 @@ class _Search:
     band: Band | None = None
     refine: bool = False
     max_order: int | None = field(default=None, kw_only=True)
+    must_visit: Sequence[float] | None = field(default=None, kw_only=True)
+    first_sigmas: Sequence[float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_range(at_least=1, max_order=self.max_order)
+        for name in ("must_visit", "first_sigmas"):
+            if (times := getattr(self, name)) is not None:
+                for time in times:
+                    require_range(above=0, at_most=1, **{name: time})
+                object.__setattr__(self, name, [float(time) for time in times])  # it is written into schedules
         require_choice(get_args(StartKind), start=self.start)
 
     def paths(
@@ -53,36 +64,62 @@ class _Search:
     ) -> dict[int, Path]:
         """The best path of the recursion for every budget, refined if wanted."""
         problem = problem.at_most(self.max_order)
+        required = self._required(problem, budgets[0])
         if self.band is None:
-            found = recurse(problem, self._layers(problem, budgets, 1), budgets, self.start, objective, fit).paths
+            layers = self._layers(problem, budgets, 1, required)
+            found = recurse(problem, layers, budgets, self.start, objective, fit, required).paths
         else:
-            found = self._coarse_to_fine(problem, budgets, objective, fit)
+            found = self._coarse_to_fine(problem, budgets, objective, fit, required)
         if self.refine:
-            found = {k: refine(problem, path, self.start, objective, fit) for k, path in found.items()}
+            found = {k: refine(problem, path, self.start, objective, fit, required) for k, path in found.items()}
         return found
 
+    @property
+    def required_times(self) -> list[float]:
+        """Times that the teacher's grid should have among its nodes."""
+        return [*(self.first_sigmas or ()), *(self.must_visit or ())]
+
+    def _required(self, problem: Problem, num_steps: int) -> Required | None:
+        """For paths of so many steps or more; ValueError where there is none."""
+        if not self.required_times:
+            return None
+        return Required.of(problem.grid, self.must_visit or (), self.first_sigmas or (), self.start, num_steps)
+
     def _coarse_to_fine(
-        self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None
+        self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None, required: Required | None
     ) -> dict[int, Path]:
         assert self.band is not None
         levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
+        if required is not None:
+            levels = {
+                k: [(stride, required.steps(steps, stride, problem.num_nodes)) for stride, steps in level]
+                for k, level in levels.items()
+            }
         fewer = sorted({steps for (_, steps), *_ in levels.values()})
-        layers = self._layers(problem, fewer, self.band.stride)
-        pilots = recurse(problem, layers, fewer, self.start, objective, fit).paths
+        layers = self._layers(problem, fewer, self.band.stride, required)
+        pilots = recurse(problem, layers, fewer, self.start, objective, fit, required).paths
         found = {}
         for k, ((_, pilot), *finer) in levels.items():
             path = pilots[pilot]
             for stride, steps in finer:
                 nodes = stretch(path.nodes, steps, problem.num_nodes)
-                path = self._in_band(problem, nodes, stride, objective, fit, self.band.shifts)
+                nodes = nodes if required is None else required.behind_the_head(nodes)
+                path = self._in_band(problem, nodes, stride, objective, fit, self.band.shifts, required)
             found[k] = path
         return found
 
-    def _layers(self, problem: Problem, budgets: Sequence[int], stride: int) -> list[Tensor]:
-        return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device)
+    def _layers(self, problem: Problem, budgets: Sequence[int], stride: int, required: Required | None) -> list[Tensor]:
+        return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device, required)
 
     def _in_band(
-        self, problem: Problem, nodes: Tensor, stride: int, objective: Objective, fit: Fit | None, shifts: int
+        self,
+        problem: Problem,
+        nodes: Tensor,
+        stride: int,
+        objective: Objective,
+        fit: Fit | None,
+        shifts: int,
+        required: Required | None = None,
     ) -> Path:
         """The best path of every stride-th node in the band around `nodes` (k, b)."""
         assert self.band is not None
@@ -95,19 +132,20 @@ class _Search:
             size = min(2 * width + 1, highest - lowest + 1)
             first = (position - width).clamp(lowest, highest - size + 1)
             windows.append((first + torch.arange(size, device=nodes.device)[:, None]) * stride)
-        found = recurse(problem, windows, [k], self.start, objective, fit).paths[k]
+        wider = windows if required is None else [required.window(window, r) for r, window in enumerate(windows)]
+        found = recurse(problem, wider, [k], self.start, objective, fit, required).paths[k]
         for node, window, (lowest, highest) in zip(found.nodes, windows, limits, strict=True):
             touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (node < highest * stride)
         if shifts == 0 or not bool(touched.any()):
             return found
         if isinstance(found, FittedPath) or found.nodes.shape[1] == 1:
-            return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1)
+            return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1, required)
         # Only the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
         if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
-        again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1)
+        again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1, required)
         assert isinstance(again, SolverPath)
         for old, new in ((found.nodes, again.nodes), (found.orders, again.orders), (found.costs, again.costs)):
             old[:, rows] = torch.where(touched[rows], new, old[:, rows])
@@ -184,17 +222,20 @@ class OSSAve(_Search):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(get_args(Aggregate), aggregate=self.aggregate)
+        if self.must_visit:
+            raise ValueError("oss_ave agrees on each step's node, and may agree on none of must_visit; use oss_shared")
         require_range(at_least=1, chunk=self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
-        alone = OSS(self.start, self.band, False, self.chunk, max_order=self.max_order)
+        alone = OSS(self.start, self.band, False, self.chunk, max_order=self.max_order, first_sigmas=self.first_sigmas)
         plans = {}
         for k, path in alone.sample_paths(problem, budgets).items():
             nodes = strictly_monotone(self._agree(path.nodes), problem.num_nodes)
             agreed: Path = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
             if self.refine:
-                agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"))
+                required = self._required(problem, k)
+                agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"), required=required)
             plans[k] = _schedule(problem, agreed, self.start)
         return plans
 
@@ -253,6 +294,20 @@ class OSSFit(_Search):
         budgets = check_num_steps(num_steps, problem.num_nodes)
         paths = self.paths(problem, budgets, Shared(self.objective), Fit(self.history, self.ridge))
         return {k: _schedule(problem, path, self.start) for k, path in paths.items()}
+
+
+def with_required(grid: Tensor, strategies: Iterable[object]) -> Tensor:
+    """Return the teacher's grid (N+1,) with a node at every time that one of the strategies must visit."""
+    return with_nodes(grid, [time for each in strategies if isinstance(each, _Search) for time in each.required_times])
+
+
+def visiting(
+    strategy: object, must_visit: Sequence[float] | None, first_sigmas: Sequence[float] | None
+) -> StepsizeStrategy:
+    """Return the strategy with these required times. ValueError where it does not search."""
+    if not isinstance(strategy, OSS | OSSAve | OSSShared | OSSFit):
+        raise ValueError(f"must_visit and first_sigmas are of searches such as OSSShared(), got {strategy!r}")
+    return replace(strategy, must_visit=must_visit, first_sigmas=first_sigmas)
 
 
 def _closed(nodes: Tensor, problem: Problem) -> Tensor:

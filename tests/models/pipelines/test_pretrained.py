@@ -99,3 +99,27 @@ def test_bad_input(settings, message, folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run_cli(*own, *(each.format(folder=folder) for each in settings), *small, f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", ["float8", "int8"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_quantised_weights(folder, lora, quantization, adapted):
+    """Near the velocity of whole weights, and another model's."""
+    if quantization == "int8":
+        pytest.importorskip("torchao")
+    loras = [lora] if adapted else []
+    plain = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL, loras=loras)
+    model = Pipeline.from_pretrained(
+        folder, PROMPTS, dtype="float32", call=CALL, loras=loras, quantization=quantization
+    )
+    assert model.fingerprint != plain.fingerprint
+    expected = velocity(pipeline=folder, loras=loras)
+    found = velocity(pipeline=folder, loras=loras, quantization=quantization)
+    difference = float((found - expected).norm() / expected.norm())
+    assert 1e-4 < difference < 0.2
+
+
+def test_quantisation_whose_package_is_missing(folder, monkeypatch):
+    monkeypatch.setattr("oss_exp.models.quantization.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="quantization=nf4 needs bitsandbytes, which is not installed: pip install"):
+        Pipeline.from_pretrained(folder, PROMPTS, quantization="nf4")

@@ -2,10 +2,12 @@
 
 import gc
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -122,8 +124,35 @@ def test_a_model_of_another_thread(family):
     begun = threading.Thread(target=lambda: asked(models[0]))
     begun.start()
     begun.join()
+    assert asked(models[0]).isfinite().all()  # in a new call
     models[0].release()
     assert not models[0].suspended
+
+
+def test_a_model_that_another_thread_uses(family):
+    """Its call is suspended there, and a message says so; released there, it can be used here."""
+    model, errors, go = suspended(family), [], threading.Event()
+
+    def use() -> None:
+        try:
+            asked(model)
+        except ValueError as error:
+            errors.append(str(error))
+        go.wait()
+        asked(model)
+        model.release()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    while not errors:
+        time.sleep(0.01)
+    assert re.search("suspended in another thread, MainThread, .* or call its release", errors[0])
+    asked(model)
+    model.release()
+    go.set()
+    thread.join()
+    asked(model)
+    model.release()
 
 
 def test_hooks_are_freed(family, monkeypatch):

@@ -258,8 +258,8 @@ def recursions(monkeypatch):
     """(problem, solution) of every recursion that a strategy makes, its start checked by replaying all tables."""
     made = []
 
-    def watched(problem, grid_layers, budgets, start, objective, fit=None):
-        solution = recurse(problem, grid_layers, budgets, start, objective, fit)
+    def watched(problem, grid_layers, budgets, start, objective, fit=None, required=None):
+        solution = recurse(problem, grid_layers, budgets, start, objective, fit, required)
         made.append((problem, solution, start))
         return solution
 

@@ -1,0 +1,215 @@
+"""Image-to-image: a search that begins inside of the schedule, at an image with noise on it."""
+
+import re
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FluxImg2ImgPipeline,
+    HeunDiscreteScheduler,
+    QwenImageImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    ZImageImg2ImgPipeline,
+)
+from models.pipelines import images
+from models.pipelines.edits import SMALL, exact, image, mask
+from models.pipelines.parts import PROMPTS, Family
+
+import oss_exp
+from oss_exp.models.pipeline import Pipeline, decoded
+from oss_exp.models.tiny import images as tiny
+from oss_exp.models.tiny.images import SD_BETAS, stable_diffusion_parts
+from oss_exp.models.tiny.parts import lively
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler, sample
+
+GUIDED = {"guidance_scale": 3.0}
+
+
+def stable_diffusion(strength: float, scheduler=None) -> Family:
+    pipe = StableDiffusionImg2ImgPipeline(**stable_diffusion_parts(scheduler))
+    return Family(exact(lively(pipe)), GUIDED | pictures(strength))
+
+
+def stable_diffusion_ddim(strength: float) -> Family:
+    """Whose scheduler is not told where the loop begins."""
+    return stable_diffusion(strength, DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
+
+
+def stable_diffusion_xl(strength: float) -> Family:
+    pipe = StableDiffusionXLImg2ImgPipeline(**tiny.stable_diffusion_xl_parts(), add_watermarker=False)
+    return Family(exact(lively(pipe)), GUIDED | pictures(strength))
+
+
+def stable_diffusion_3(strength: float) -> Family:
+    pipe = StableDiffusion3Img2ImgPipeline(*tiny.stable_diffusion_3_parts())
+    return Family(exact(lively(pipe)), SMALL | {"max_sequence_length": 16} | pictures(strength))
+
+
+def flux(strength: float) -> Family:
+    """Its states are packed after the noise is put on."""
+    pipe = FluxImg2ImgPipeline(*tiny.flux_parts(), tiny.flux_transformer(32))
+    call = {"guidance_scale": 3.0, "max_sequence_length": 16}
+    return Family(exact(lively(pipe)), call | {"height": 48, "width": 32} | pictures(strength, 48, 32))
+
+
+def inpainting(strength: float) -> Family:
+    """Whose loop puts the image outside of its mask, too."""
+    pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
+    return Family(exact(lively(pipe)), SMALL | pictures(strength) | {"mask_image": mask()}, atol=1e-3)
+
+
+def of_text_to_image(kind, family: Family, strength: float, *size: int) -> Family:
+    call = {name: value for name, value in family.call.items() if name not in ("height", "width")}
+    sizes = {"height": size[0], "width": size[1]}
+    return Family(exact(kind(**family.pipe.components)), call | sizes | pictures(strength, *size))
+
+
+def z_image(strength: float) -> Family:
+    return of_text_to_image(ZImageImg2ImgPipeline, images.z_image(), strength, 32, 32)
+
+
+def qwen_image(strength: float) -> Family:
+    return of_text_to_image(QwenImageImg2ImgPipeline, images.qwen_image(), strength, 32, 32)
+
+
+def pictures(strength: float, *size: int) -> dict:
+    """An image for each prompt."""
+    return {"image": list(image(*size or (24, 24), count=2).split(1)), "strength": strength}
+
+
+FAMILIES = [
+    stable_diffusion,
+    stable_diffusion_ddim,
+    stable_diffusion_xl,
+    stable_diffusion_3,
+    flux,
+    inpainting,
+    z_image,
+    qwen_image,
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda make: make.__name__)
+def family(request) -> Family:
+    torch.manual_seed(0)
+    return request.param(0.6)
+
+
+def own(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the pipeline makes, and the noise that it draws for it, as its scheduler sees both."""
+    scheduler, drawn = family.pipe.scheduler, []
+
+    def add_noise(original, noise, timesteps):
+        drawn.append(noise)
+        return type(scheduler).add_noise(scheduler, original, noise, timesteps)
+
+    def scale_noise(sample, timestep, noise):
+        drawn.append(noise)
+        return type(scheduler).scale_noise(scheduler, sample, timestep, noise)
+
+    scheduler.add_noise, scheduler.scale_noise = add_noise, scale_noise
+    draws = [torch.Generator().manual_seed(i) for i in range(2)]
+    call = family.call | {"prompt": list(PROMPTS), "generator": draws, "output_type": "pt"}
+    try:
+        output = decoded(family.pipe(**call, num_inference_steps=num_steps))
+    finally:
+        del scheduler.add_noise, scheduler.scale_noise
+    return output, drawn[0]
+
+
+def test_on_its_own_times_the_samples_are_the_pipelines_own(family):
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    grid = model.noise_schedule.nodes(6)
+    expected, noise = own(family, model.asked_for(6)[0])
+    assert 0.2 < grid[0] < 0.95
+    start = packed(family, noise) * float(grid[0])
+    found = model.decode(sample(Euler(), model.velocity(None), start, StepSchedule(grid)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
+
+
+def packed(family: Family, noise: torch.Tensor) -> torch.Tensor:
+    """As the scheduler sees it in the loop."""
+    if "Flux" in type(family.pipe).__name__ or "Qwen" in type(family.pipe).__name__:
+        return family.pipe._pack_latents(noise, len(noise), noise.shape[-3], *noise.shape[-2:])
+    return noise
+
+
+def test_a_searched_schedule_runs_in_the_pipeline(family):
+    """With as many steps as it was searched for."""
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    steps = oss_exp.search(model, num_steps=3, num_teacher_steps=12)
+    assert steps.start_time < 1
+    before = family.pipe.scheduler
+    calls = []
+    network = getattr(family.pipe, "unet", None) or family.pipe.transformer
+    family.pipe.scheduler = steps.scheduler(before)
+    hook = network.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found, noise = own(family, steps.about("native")["num_inference_steps"])
+        with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
+            own(family, 7)
+        family.call["strength"] = 0.3
+        with pytest.raises(ValueError, match=r"the schedule begins at an image; call .* strength=0\.6"):
+            own(family, 3)
+    finally:
+        hook.remove()
+        family.call["strength"] = 0.6
+        family.pipe.scheduler = before
+    assert steps.about("native")["num_inference_steps"] == 3
+    assert len(calls) in (3, 6)  # in a call a step, or in two under guidance
+    x0 = oss_exp.sample(model, packed(family, noise), steps)
+    torch.testing.assert_close(found, model.decode(x0), rtol=0, atol=family.atol)
+
+
+def test_a_step_where_the_pipeline_has_none_at_so_few():
+    """A tenth of 1 step is none: it is called with as many as leave 1, and a message says so."""
+    torch.manual_seed(0)
+    family = flux(0.1)
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    steps = oss_exp.search(model, num_steps=1, num_teacher_steps=4)
+    asked = steps.about("native")["num_inference_steps"]
+    before, family.pipe.scheduler = family.pipe.scheduler, steps.scheduler(family.pipe.scheduler)
+    with pytest.raises(ValueError, match=f"set num_inference_steps={asked} and strength=0.1"):
+        own(family, 11)
+    found, noise = own(family, asked)
+    family.pipe.scheduler = before
+    expected = model.decode(oss_exp.sample(model, packed(family, noise), steps))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_fitted_steps_need_the_image():
+    torch.manual_seed(0)
+    family = stable_diffusion(0.6)
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    steps = oss_exp.search(model, num_steps=2, num_teacher_steps=4, strategy=oss_exp.OSSFit(start="pinned"))
+    with pytest.raises(ValueError, match="begins at an image, and has pinned start, fitted steps"):
+        steps.scheduler(family.pipe.scheduler)
+
+
+def test_a_teacher_of_second_order_cuts_whole_steps():
+    torch.manual_seed(0)
+    families = [
+        stable_diffusion(0.6, kind(**SD_BETAS)) for kind in (HeunDiscreteScheduler, DPMSolverMultistepScheduler)
+    ]
+    for family in families:
+        model = Pipeline(family.pipe, family.prompts, **family.call)
+        assert model.native(torch.linspace(1, 0, 6))["begin_index"] == 2
+        assert len(model.noise_schedule.nodes(9)) == 10
+
+
+def test_a_strength_that_is_no_noise_on_an_image():
+    family = images.stable_diffusion()
+    family.pipe.__class__ = type("Odd", (type(family.pipe),), {"__call__": with_strength})
+    with pytest.raises(ValueError, match=r"strength=0.5 of Odd starts inside"):
+        oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call, strength=0.5))
+
+
+def with_strength(self, prompt=None, height=24, width=24, guidance_scale=1.0, strength=1.0, generator=None, **call):
+    base = type(self).__mro__[1]
+    return base.__call__(self, prompt, height, width, guidance_scale=guidance_scale, generator=generator, **call)
