@@ -14,10 +14,11 @@ from oss_exp.schedule import FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers import LinearMultistep, sample, walk
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.base import student_start
-from oss_exp.stepsize.oss.recursion import FittedPath, Path, Round
+from oss_exp.stepsize.oss.coefficients import FittedPath
+from oss_exp.stepsize.oss.recursion import Round, SolverPath
 
 
-def schedule(problem: Problem, path: Path, start: str) -> StepSchedule:
+def schedule(problem: Problem, path: SolverPath | FittedPath, start: str) -> StepSchedule:
     nodes = torch.nn.functional.pad(path.nodes.T, (0, 1), value=problem.num_nodes)
     shared = len(nodes) == 1
     steps = SolverSteps()
@@ -48,7 +49,7 @@ def table_paths(rounds: Sequence[Round]) -> tuple[Tensor, Tensor]:
     for step in reversed(rounds):
         width = max(step.parent.shape[1], position.shape[1])
         position = position.expand(-1, width)
-        orders.append(step.how.expand(-1, width).gather(0, position))
+        orders.append(step.orders.expand(-1, width).gather(0, position))
         position = step.parent.expand(-1, width).gather(0, position)
         nodes.append(step.sources.expand(-1, width).gather(0, position))
     tables = (torch.stack(torch.broadcast_tensors(*found[::-1])) for found in (nodes, orders))

@@ -21,7 +21,8 @@ class Band:
     """Coarse to fine: search every `stride`-th node, then halve the stride again and again down to 1, each time among
     the `width` nearest nodes of that stride on either side of the path so far, and twice as many at stride 1.
 
-    Grids too small for all the steps are searched with fewer, and the path is stretched for the next. Where a path
+    Coarse grids too small for all the steps are searched with fewer, and the path is stretched for the next; a grid
+    that leaves the pilot fewer than three nodes is searched whole. Where a path
     touches the edge of its band, the band is laid around it anew and searched again, at most `shifts` times a level.
     """
 
@@ -35,14 +36,13 @@ class Band:
         require_range(at_least=1, width=self.width)
         require_range(at_least=0, shifts=self.shifts)
 
+    def fits(self, num_nodes: int) -> bool:
+        """Whether the pilot has the three nodes that it needs."""
+        return num_nodes > 2 * self.stride
+
     def levels(self, num_nodes: int, num_steps: int) -> list[tuple[int, int]]:
         """(stride, steps) of the pilot and of each level after it, the last (1, num_steps)."""
         pilot = len(range(0, num_nodes, self.stride))
-        if pilot < 3:
-            raise ValueError(
-                f"band.stride={self.stride} leaves the pilot {pilot} of the grid's {num_nodes} nodes, and it needs 3; "
-                "use a smaller power of two, or band=null"
-            )
         levels = [(self.stride, min(num_steps, pilot // 3))]
         for level in range(1, self.stride.bit_length()):
             stride = self.stride >> level

@@ -1,7 +1,7 @@
 """Edges of the search: the states at the sources of a round, and the best way from them to its targets.
 
 An edge is one step of the solver between two nodes. Every edge is tried at every order that the history of its source
-allows, or its coefficients are fitted; what the samples' costs become before the minimum is the `Objective`'s choice.
+allows; what the samples' costs become before the minimum is the `Objective`'s choice.
 
 Legend: B samples, S sources, J targets (nodes (S, b), (J, b): b is B, or 1 where all samples have the same),
 P basis vectors a step, O orders, A aims: the nodes that some step may end at, *E event dims, F features.
@@ -10,43 +10,20 @@ P basis vectors a step, O orders, A aims: the nodes that some step may end at, *
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from oss_exp.checks import require_range
-from oss_exp.solvers.base import LinearMultistep, State, combine
-from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.solvers.sampling import remember_parts
-from oss_exp.stepsize.oss.objectives import COST_FLOOR, Objective, PerSample, Shared
+from oss_exp.solvers.base import LinearMultistep, State
+from oss_exp.stepsize.oss.objectives import Objective, PerSample
 from oss_exp.stepsize.problem import Problem
 
 SCORE_GROUP = 16  # samples, and
 
 SCORE_FEATURES = 1 << 16  # features, whose inner products are taken at a time; they bound the float64 copies
 
-REWEIGHTINGS = 4  # least squares solved for a mean of logarithms
-
 BLOCK = 20  # nodes whose inner products are taken at a time; those with earlier nodes are skipped
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Every edge fits its own step: x_j = sum_p w_p u_p, u = (x_i, noise, mean, last `history` predictions of x0).
-
-    w is ridge least squares over all samples against the teacher's state; for the mean log cost with the weight of
-    every sample one over its cost, in a few rounds, which lower that mean (log c <= log c0 + c / c0 - 1). `ridge`,
-    relative to each vector's mean square, pulls w towards the ordinary step. Under guidance the R answers of a call are
-    predictions of their own.
-    """
-
-    history: int
-    ridge: float
-
-    def __post_init__(self) -> None:
-        require_range(at_least=1, history=self.history)
-        require_range(above=0, ridge=self.ridge)
 
 
 class Edges:
@@ -160,7 +137,7 @@ class LinearEdges(Edges):
             a, b = solver.coefficients(times[:order], t_next)
             weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))  # (S, b, J, order + 1)
         state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
-        inner = _inner_products(problem, [state.x, *state.outputs])
+        inner = _gram(problem, [state.x, *state.outputs])
         cost = self._costs(inner, [shadow.x, *shadow.outputs], targets, weights)
         parent, order, cost = self._best(cost, legal)
         rows, t_next = self._rows(parent), problem.grid[targets].expand(-1, count).flatten()
@@ -217,89 +194,30 @@ class LinearEdges(Edges):
         return cost.transpose(2, 3)
 
 
-class FittedEdges(LinearEdges):
-    """As above, with coefficients that are fitted to the edge; noise and mean join the basis."""
-
-    def __init__(self, problem: Problem, objective: Objective, aims: Tensor, fit: Fit):
-        super().__init__(problem, objective, aims)
-        self.fit = fit
-        self.log_mean = isinstance(objective, Shared) and objective.objective == "log_mean"
-        self.capacity = fit.history * len(problem.teacher.first_outputs)
-        self.constants = problem.noise, problem.teacher.sample_mean
-        everywhere = torch.full((1, 1), -1, device=problem.noise.device)  # before the first node: all can be reached
-        self.constant_products = tuple(self._products(everywhere, vector) for vector in self.constants)
-
-    def observe(self, sources: Tensor, reuse_first: bool) -> None:
-        velocities = self._outputs(sources, reuse_first)
-        products = [self._products(sources, v) for v in velocities]
-        self.state = remember_parts(self.state, velocities, self.capacity)
-        self.shadow = remember_parts(self.shadow, products, self.capacity)
-
-    def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
-        state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
-        basis, products = (  # P times (S, B, ...)
-            [moving.x, *(vector.expand_as(moving.x) for vector in constants), *moving.outputs]
-            for moving, constants in ((state, self.constants), (shadow, self.constant_products))
-        )
-        inner = _inner_products(problem, basis)  # (S, B, P, P)
-        goals = torch.stack(
-            [product[..., torch.searchsorted(self.aims, targets[:, 0])] for product in products], dim=-1
-        )  # (S, B, J, P)
-        ordinary = self._ordinary(num_sources, targets, len(basis))
-
-        def solve(emphasis: Tensor) -> tuple[Tensor, Tensor]:
-            """Weights of the samples (S, J, B) -> w (S, J, P) and the costs (1, S, J, B)."""
-            gram = problem.collective.sum(torch.einsum("sjb,sbpq->sjpq", emphasis, inner))
-            right = problem.collective.sum(torch.einsum("sjb,sbjp->sjp", emphasis, goals))
-            length = gram.diagonal(dim1=2, dim2=3)  # (S, J, P); where 0, as of a mean of 0, w is the ordinary one
-            pull = self.fit.ridge * torch.where(length > 0, length, 1.0)
-            w = torch.linalg.solve(gram + torch.diag_embed(pull), right + pull * ordinary)
-            return w, self._costs(inner, products, targets, [w[:, None]])
-
-        w, cost = solve(torch.ones(num_sources, len(targets), count, dtype=torch.float64, device=targets.device))
-        for _ in range(REWEIGHTINGS - 1 if self.log_mean else 0):
-            w, cost = solve(1 / cost[0].clamp(min=COST_FLOOR))
-
-        parent, _, cost = self._best(cost, legal)
-        weights = w[parent[:, 0], torch.arange(len(targets), device=targets.device)]  # (J, P)
-        each, rows = weights.repeat_interleave(count, 0).T, self._rows(parent)
-        t_next = problem.grid[targets].expand(-1, count).flatten()
-        x, x_shadow = (combine(list(each), [u[parent[:, 0]].flatten(0, 1) for u in us]) for us in (basis, products))
-        self.state = replace(self.state.map(lambda old: old[rows]), x=x, t=t_next)
-        self.shadow = replace(self.shadow.map(lambda old: old[rows]), x=x_shadow, t=t_next)
-        return parent, torch.nn.functional.pad(weights, (0, self.capacity - len(state.outputs))), cost
-
-    def _ordinary(self, num_sources: int, targets: Tensor, size: int) -> Tensor:
-        """(S, J, P) coefficients of the solver's step, or of the Euler step where it does not predict x0."""
-        problem, parts = self.problem, len(self.problem.teacher.first_outputs)
-        solver = problem.solver
-        if not (isinstance(solver, LinearMultistep) and solver.prediction == "x0"):
-            solver = DPMSolverPP(1, lower_order_final=True)
-        times = [time.unflatten(0, (num_sources, -1))[:, :1] for time in self.state.times[::parts]][: solver.order]
-        a, b = solver.coefficients(times, problem.grid[targets].T)
-        anchor = torch.zeros(num_sources, len(targets), size, dtype=torch.float64, device=targets.device)
-        anchor[..., 0] = a
-        for h, weight in enumerate(b):
-            for r, share in enumerate(problem.velocity.mix):
-                anchor[..., 3 + h * parts + r] = weight * share
-        return anchor
-
-
 def unflatten(state: State, num_nodes: int) -> State:
     """Rows (W*B,) -> (W, B)."""
     return state.map(lambda rows: rows.unflatten(0, (num_nodes, -1)))
 
 
-def _inner_products(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
+def _gram(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
     """basis P x (S, B, *E) -> (S, B, P, P) float64: <u_p, u_q> under the distance's features."""
     parts = []
     for first in range(0, len(problem.noise), SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
         vectors = [_features(problem, u[:, part]) for u in basis]  # P times (g, S, F)
-        slices = (torch.stack([u[..., some].double() for u in vectors], dim=2) for some in _slices(vectors[0].shape[2]))
-        parts.append(sum(some @ some.mT for some in slices))  # (g, S, P, P)
+        parts.append(inner_products(vectors, vectors))  # (g, S, P, P)
     return torch.cat(parts).transpose(0, 1)
+
+
+def inner_products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """first P x (..., F), second Q x (..., F) -> (..., P, Q) float64."""
+    total = 0
+    for some in _slices(first[0].shape[-1]):
+        left = torch.stack([u[..., some].double() for u in first], dim=-2)
+        right = left if second is first else torch.stack([u[..., some].double() for u in second], dim=-2)
+        total = total + left @ right.mT
+    assert isinstance(total, Tensor)
+    return total
 
 
 def _features(problem: Problem, states: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oss_exp.schedule import StartKind, analytic_jump
 from oss_exp.solvers.base import LinearMultistep, State
-from oss_exp.stepsize.oss.edges import Edges, Fit, FittedEdges, LinearEdges, TriedEdges
+from oss_exp.stepsize.oss.edges import Edges, LinearEdges, TriedEdges
 from oss_exp.stepsize.oss.objectives import Objective
 from oss_exp.stepsize.oss.required import Required
 from oss_exp.stepsize.problem import Problem
@@ -38,28 +38,16 @@ class SolverPath:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedPath:
-    """The nodes (k, b) of a student's calls, and the weights (k, P) of its fitted steps; costs as of `SolverPath`."""
-
-    nodes: Tensor
-    weights: Tensor
-    costs: Tensor
-
-
-Path = SolverPath | FittedPath
-
-
-@dataclass(frozen=True, eq=False)
 class Round:
-    """sources (S, b) -> targets (J, b): parent (J, b) position among the sources, cost (J, B) of the best path.
+    """sources (S, b) -> targets (J, b), by steps of these orders (J, b).
 
-    how: the step that each target is reached by, orders (J, b) or weights (J, P).
+    parent (J, b): position among the sources. cost (J, B): of the best path.
     """
 
     sources: Tensor
     targets: Tensor
     parent: Tensor
-    how: Tensor
+    orders: Tensor
     cost: Tensor
 
 
@@ -67,7 +55,7 @@ class Round:
 class Solution:
     """A path for every budget k, its cost (B,) under the distance, and all rounds."""
 
-    paths: dict[int, Path]
+    paths: dict[int, SolverPath]
     costs: dict[int, Tensor]
     rounds: list[Round]
 
@@ -79,22 +67,19 @@ def recurse(
     budgets: Sequence[int],
     start: StartKind,
     objective: Objective,
-    fit: Fit | None = None,
     required: Required | None = None,
 ) -> Solution:
     """Solve for every k in budgets (max = len(layers)): layers[r] (W, b) are the legal nodes after r calls.
 
-    Node N, the data, closes the path in round k of each budget and stands in no layer. A fit needs a quadratic
-    distance and an objective for all samples. required: no edge jumps over these nodes.
+    Node N, the data, closes the path in round k of each budget and stands in no layer. required: no edge jumps over
+    these nodes.
     """
     end, count = problem.num_nodes, len(problem.noise)
-    if fit is None and not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
+    if not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
         edges: Edges = TriedEdges(problem, objective)
     else:
         aims = torch.cat([*(layer.flatten() for layer in layers[1:]), layers[0].new_tensor([end])]).unique()
         edges = LinearEdges(problem, objective, aims)
-        if fit is not None:
-            edges = FittedEdges(problem, objective, aims, fit)
     rounds: list[Round] = []
     paths, costs = {}, {}
     sources = layers[0]
@@ -109,11 +94,11 @@ def recurse(
         legal = (sources[:, None] < targets[None]) & alive[:, None]  # (S, J, b)
         if required is not None:
             legal &= required.allowed(sources, targets)
-        parent, how, cost = edges.choose(targets, legal)
+        parent, orders, cost = edges.choose(targets, legal)
         alive = legal.any(0)
-        rounds.append(Round(sources, targets, parent, how, cost.masked_fill(~alive, torch.inf)))
+        rounds.append(Round(sources, targets, parent, orders, cost.masked_fill(~alive, torch.inf)))
         if closing:
-            paths[r] = _trace(rounds, fitted=fit is not None)
+            paths[r] = _trace(rounds)
             costs[r] = problem.cost(edges.state.x[-count:], torch.tensor([end], device=targets.device))
         sources, alive = inner, alive[: len(inner)]
         edges.keep(len(inner) * count)  # node N stays behind
@@ -131,21 +116,21 @@ def start_states(problem: Problem, nodes: Tensor, start: StartKind) -> State:
     return problem.solver.init(x, t.flatten())
 
 
-def _trace(rounds: Sequence[Round], fitted: bool) -> Path:
+def _trace(rounds: Sequence[Round]) -> SolverPath:
     """Follow the parents from node N, the last target of the last round."""
     last = rounds[-1]
     position = torch.full_like(last.targets[-1], len(last.targets) - 1)
-    nodes, hows, costs = [], [], []
+    nodes, orders, costs = [], [], []
     for step in reversed(rounds):
         costs.append(step.cost.gather(0, position.expand(step.cost.shape[1])[None])[0])
-        if fitted:
-            hows.append(step.how[int(position)])
-        else:
-            width = max(step.how.shape[1], len(position))
-            hows.append(step.how.expand(-1, width).gather(0, position.expand(width)[None])[0])
-        width = max(step.parent.shape[1], len(position))
-        position = step.parent.expand(-1, width).gather(0, position.expand(width)[None])[0]
+        width = max(step.orders.shape[1], step.parent.shape[1], len(position))
+        position = position.expand(width)
+        orders.append(step.orders.expand(-1, width).gather(0, position[None])[0])
+        position = step.parent.expand(-1, width).gather(0, position[None])[0]
         nodes.append(step.sources.expand(-1, width).gather(0, position[None])[0])
-    how = torch.stack([h.expand(len(nodes[-1])) if not fitted else h for h in hows[::-1]])
-    nodes = torch.stack([n.expand(len(nodes[-1])) for n in nodes[::-1]])
-    return (FittedPath if fitted else SolverPath)(nodes, how, torch.stack(costs[::-1]))
+    samples = len(nodes[-1])
+    return SolverPath(
+        torch.stack([each.expand(samples) for each in nodes[::-1]]),
+        torch.stack([each.expand(samples) for each in orders[::-1]]),
+        torch.stack(costs[::-1]),
+    )

@@ -20,10 +20,10 @@ from oss_exp.schedule import FittedSteps, SolverSteps, StartKind, Steps, StepSch
 from oss_exp.solvers.base import LinearMultistep
 from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps, student_start
 from oss_exp.stepsize.oss.band import Band, layers, stretch, strictly_monotone
-from oss_exp.stepsize.oss.edges import Fit
+from oss_exp.stepsize.oss.coefficients import Fit, FittedPath, FittedStudent
 from oss_exp.stepsize.oss.objectives import Mean, Objective, PerSample, Shared
-from oss_exp.stepsize.oss.recursion import FittedPath, Path, SolverPath, recurse
-from oss_exp.stepsize.oss.refine import refine
+from oss_exp.stepsize.oss.recursion import SolverPath, recurse
+from oss_exp.stepsize.oss.refine import FIT_CALLS, refine, refine_fitted
 from oss_exp.stepsize.oss.required import Required, with_nodes
 from oss_exp.stepsize.problem import Problem
 
@@ -59,19 +59,17 @@ class _Search:
                 object.__setattr__(self, name, [float(time) for time in times])  # it is written into schedules
         require_choice(get_args(StartKind), start=self.start)
 
-    def paths(
-        self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None = None
-    ) -> dict[int, Path]:
+    def paths(self, problem: Problem, budgets: Sequence[int], objective: Objective) -> dict[int, SolverPath]:
         """The best path of the recursion for every budget, refined if wanted."""
         problem = problem.at_most(self.max_order)
         required = self._required(problem, budgets[0])
-        if self.band is None:
-            layers = self._layers(problem, budgets, 1, required)
-            found = recurse(problem, layers, budgets, self.start, objective, fit, required).paths
+        if self.band is None or not self.band.fits(problem.num_nodes):
+            steps = self._layers(problem, budgets, 1, required)
+            found = recurse(problem, steps, budgets, self.start, objective, required).paths
         else:
-            found = self._coarse_to_fine(problem, budgets, objective, fit, required)
+            found = self._coarse_to_fine(problem, budgets, objective, required)
         if self.refine:
-            found = {k: refine(problem, path, self.start, objective, fit, required) for k, path in found.items()}
+            found = {k: refine(problem, path, self.start, objective, required) for k, path in found.items()}
         return found
 
     @property
@@ -86,8 +84,8 @@ class _Search:
         return Required.of(problem.grid, self.must_visit or (), self.first_sigmas or (), self.start, num_steps)
 
     def _coarse_to_fine(
-        self, problem: Problem, budgets: Sequence[int], objective: Objective, fit: Fit | None, required: Required | None
-    ) -> dict[int, Path]:
+        self, problem: Problem, budgets: Sequence[int], objective: Objective, required: Required | None
+    ) -> dict[int, SolverPath]:
         assert self.band is not None
         levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
         if required is not None:
@@ -97,14 +95,14 @@ class _Search:
             }
         fewer = sorted({steps for (_, steps), *_ in levels.values()})
         layers = self._layers(problem, fewer, self.band.stride, required)
-        pilots = recurse(problem, layers, fewer, self.start, objective, fit, required).paths
+        pilots = recurse(problem, layers, fewer, self.start, objective, required).paths
         found = {}
         for k, ((_, pilot), *finer) in levels.items():
             path = pilots[pilot]
             for stride, steps in finer:
                 nodes = stretch(path.nodes, steps, problem.num_nodes)
                 nodes = nodes if required is None else required.behind_the_head(nodes)
-                path = self._in_band(problem, nodes, stride, objective, fit, self.band.shifts, required)
+                path = self._in_band(problem, nodes, stride, objective, self.band.shifts, required)
             found[k] = path
         return found
 
@@ -117,10 +115,9 @@ class _Search:
         nodes: Tensor,
         stride: int,
         objective: Objective,
-        fit: Fit | None,
         shifts: int,
         required: Required | None = None,
-    ) -> Path:
+    ) -> SolverPath:
         """The best path of every stride-th node in the band around `nodes` (k, b)."""
         assert self.band is not None
         k, count = len(nodes), len(range(0, problem.num_nodes, stride))
@@ -133,29 +130,35 @@ class _Search:
             first = (position - width).clamp(lowest, highest - size + 1)
             windows.append((first + torch.arange(size, device=nodes.device)[:, None]) * stride)
         wider = windows if required is None else [required.window(window, r) for r, window in enumerate(windows)]
-        found = recurse(problem, wider, [k], self.start, objective, fit, required).paths[k]
+        found = recurse(problem, wider, [k], self.start, objective, required).paths[k]
         for node, window, (lowest, highest) in zip(found.nodes, windows, limits, strict=True):
             touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (node < highest * stride)
         if shifts == 0 or not bool(touched.any()):
             return found
-        if isinstance(found, FittedPath) or found.nodes.shape[1] == 1:
-            return self._in_band(problem, found.nodes, stride, objective, fit, shifts - 1, required)
+        if found.nodes.shape[1] == 1:
+            return self._in_band(problem, found.nodes, stride, objective, shifts - 1, required)
         # Only the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
         if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
-        again = self._in_band(problem, found.nodes[:, rows], stride, objective, fit, shifts - 1, required)
-        assert isinstance(again, SolverPath)
+        again = self._in_band(problem, found.nodes[:, rows], stride, objective, shifts - 1, required)
         for old, new in ((found.nodes, again.nodes), (found.orders, again.orders), (found.costs, again.costs)):
             old[:, rows] = torch.where(touched[rows], new, old[:, rows])
         return found
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """Calls per sample of the recursion (the band not moved) and a typical refinement."""
+        """Calls per sample of the recursion and a typical refinement."""
+        calls = self._recursion_calls(num_nodes, num_steps, edge_calls)
+        if self.refine:
+            calls += sum(8 * k * (k + 2) for k in set(num_steps))  # two sweeps at each of four sizes, half a run a try
+        return calls
+
+    def _recursion_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int) -> int:
+        """Those of the recursion, its band not moved."""
         budgets = check_num_steps(num_steps, num_nodes)
         stride, steps, finer = 1, budgets, []
-        if self.band is not None:
+        if self.band is not None and self.band.fits(num_nodes):
             levels = [self.band.levels(num_nodes, k) for k in budgets]
             stride, steps = self.band.stride, sorted({pilot for (_, pilot), *_ in levels})
             finer = [(k, 2 * self.band.reach(apart) + 1) for _, *rest in levels for apart, k in rest]
@@ -163,8 +166,6 @@ class _Search:
         calls = sum(sizes) - 1 + edge_calls * sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
         for k, width in finer:
             calls += k * width * (1 + edge_calls * width)
-        if self.refine:
-            calls += sum(8 * k * (k + 2) for k in budgets)  # two sweeps at each of four sizes, half a run a try
         return calls
 
 
@@ -232,7 +233,7 @@ class OSSAve(_Search):
         plans = {}
         for k, path in alone.sample_paths(problem, budgets).items():
             nodes = strictly_monotone(self._agree(path.nodes), problem.num_nodes)
-            agreed: Path = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
+            agreed = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
             if self.refine:
                 required = self._required(problem, k)
                 agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"), required=required)
@@ -266,12 +267,18 @@ class OSSShared(_Search):
 
 @dataclass(frozen=True)
 class OSSFit(_Search):
-    """`OSSShared` whose steps have fitted coefficients instead of a solver's (ours); see `edges.Fit`."""
+    """Path first, coefficients after (ours): the path of `OSSShared`, and along it steps with fitted coefficients.
+
+    The nodes are those of Algorithm 2 with the solver's own steps; then every step's coefficients over the state, the
+    noise, the mean and the full history of predictions are fitted in closed form (`coefficients.Fit`); then `refine`
+    moves the nodes, and fits anew for every move. See `Fit` for history and ridge.
+    """
 
     start: StartKind = "analytic"
+    band: Band | None = field(default_factory=Band)
     refine: bool = True
     objective: Mean = "log_mean"
-    history: int = 3
+    history: int | None = None
     ridge: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -280,9 +287,9 @@ class OSSFit(_Search):
         Fit(self.history, self.ridge)  # its checks
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """As for the others, but every try of a refinement is a whole run."""
-        calls = super().network_calls(num_nodes, num_steps, edge_calls)
-        return calls + (sum(8 * k * (k + 2) for k in set(num_steps)) if self.refine else 0)
+        """Calls per sample of the recursion, of a fit, and of a typical refinement."""
+        calls = self._recursion_calls(num_nodes, num_steps, edge_calls) + sum(set(num_steps))
+        return calls + (sum(min(8 * k * k, FIT_CALLS) for k in set(num_steps)) if self.refine else 0)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         if not problem.distance.quadratic:
@@ -291,9 +298,17 @@ class OSSFit(_Search):
             raise ValueError(
                 f"oss_fit.ridge={self.ridge} allows weights that float32 states cannot carry; use 1e-7 or more"
             )
-        budgets = check_num_steps(num_steps, problem.num_nodes)
-        paths = self.paths(problem, budgets, Shared(self.objective), Fit(self.history, self.ridge))
-        return {k: _schedule(problem, path, self.start) for k, path in paths.items()}
+        objective, budgets = Shared(self.objective), check_num_steps(num_steps, problem.num_nodes)
+        required = self._required(problem, budgets[0])
+        student = FittedStudent(problem, self.start, objective, Fit(self.history, self.ridge))
+        plans = {}
+        for k, path in replace(self, refine=False).paths(problem, budgets, objective).items():
+            with torch.no_grad():
+                fitted, *_ = student.run(path)
+            if self.refine:
+                fitted = refine_fitted(student, fitted, required)
+            plans[k] = _schedule(problem, fitted, self.start)
+        return plans
 
 
 def with_required(grid: Tensor, strategies: Iterable[object]) -> Tensor:
@@ -315,7 +330,9 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _schedule(problem: Problem, path: Path, start: StartKind, samples: Sequence[int] | None = None) -> StepSchedule:
+def _schedule(
+    problem: Problem, path: SolverPath | FittedPath, start: StartKind, samples: Sequence[int] | None = None
+) -> StepSchedule:
     """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
 
     Its provenance says what the recursion's cost was after each of its rounds, before anything was agreed or refined.

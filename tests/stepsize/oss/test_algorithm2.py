@@ -230,7 +230,7 @@ def test_inner_products_choose_the_nodes_and_orders_that_candidates_do(make, sol
         for quick, careful in zip(fast.rounds, slow.rounds, strict=True):
             alive = careful.cost.isfinite()
             assert torch.equal(quick.cost.isfinite(), alive)
-            for found, expected in ((quick.parent, careful.parent), (quick.how, careful.how)):
+            for found, expected in ((quick.parent, careful.parent), (quick.orders, careful.orders)):
                 assert torch.equal(found.expand_as(alive)[alive], expected.expand_as(alive)[alive])
             torch.testing.assert_close(quick.cost, careful.cost, rtol=1e-9, atol=1e-14)
 
@@ -258,8 +258,8 @@ def recursions(monkeypatch):
     """(problem, solution) of every recursion that a strategy makes, its start checked by replaying all tables."""
     made = []
 
-    def watched(problem, grid_layers, budgets, start, objective, fit=None, required=None):
-        solution = recurse(problem, grid_layers, budgets, start, objective, fit, required)
+    def watched(problem, grid_layers, budgets, start, objective, required=None):
+        solution = recurse(problem, grid_layers, budgets, start, objective, required)
         made.append((problem, solution, start))
         return solution
 

@@ -15,13 +15,13 @@ from oss_exp.solvers import Euler, State, sample, walk
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
-from oss_exp.solvers.sampling import FittedSolver, stepper
+from oss_exp.solvers.sampling import stepper
 from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem
 from oss_exp.stepsize.oss.band import layers
-from oss_exp.stepsize.oss.edges import Fit
+from oss_exp.stepsize.oss.coefficients import Fit, FittedPath, FittedStudent
 from oss_exp.stepsize.oss.objectives import Shared
-from oss_exp.stepsize.oss.recursion import recurse
-from oss_exp.stepsize.oss.refine import refine
+from oss_exp.stepsize.oss.recursion import SolverPath, recurse
+from oss_exp.stepsize.oss.refine import refine_fitted
 from oss_exp.velocity import BoundVelocity
 
 STARTS = ("free", "pinned", "analytic")
@@ -49,8 +49,17 @@ def as_float32(velocity: BoundVelocity) -> BoundVelocity:
     return replace(velocity, fn=lambda x, t, condition: velocity.fn(x.double(), t, condition).float())
 
 
-def search(problem: Problem, budgets, start: str, objective, fit: Fit | None):
-    return recurse(problem, layers(problem.num_nodes, budgets, start, 1, "cpu"), budgets, start, objective, fit)
+def search(problem: Problem, budgets, start: str, objective, fit: Fit) -> dict[int, FittedPath]:
+    """The paths of Algorithm 2, with coefficients."""
+    steps = layers(problem.num_nodes, budgets, start, 1, "cpu")
+    paths = recurse(problem, steps, budgets, start, objective).paths
+    return {k: fit_along(problem, path.nodes[:, 0].tolist(), start, objective, fit) for k, path in paths.items()}
+
+
+@torch.no_grad()
+def fit_along(problem: Problem, nodes, start: str, objective, fit: Fit) -> FittedPath:
+    along = torch.tensor(nodes)[:, None]
+    return FittedStudent(problem, start, objective, fit).run(SolverPath(along, along, along))[0]
 
 
 def fitted_states(problem: Problem, path, start: str) -> list[State]:
@@ -66,44 +75,19 @@ def fitted_states(problem: Problem, path, start: str) -> list[State]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("history", mostly_slow([1, 2, 3], 2))
+@pytest.mark.parametrize("history", mostly_slow([1, 2, None], None))
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", ["problem", "guided"])
-def test_replay_equals_table_for_every_k(kind, start, history, request):
+def test_replay_equals_table_at_every_node(kind, start, history, request):
     problem = request.getfixturevalue(kind)
     answers = len(problem.teacher.first_outputs)
-    budgets = [1, 2, 3, 5, 8]
     for objective in OBJECTIVES:
-        solution = search(problem, budgets, start, objective, Fit(history, RIDGE))
-        for k in budgets:
-            assert solution.paths[k].weights.shape == (k, 3 + history * answers)
-            replayed = final_error(problem, schedule(problem, solution.paths[k], start))
-            torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
-@pytest.mark.parametrize("kind", ["problem", "guided"])
-def test_every_entry_of_the_table_replays(kind, start, request):
-    problem = request.getfixturevalue(kind)
-    rounds = search(problem, [4], start, Shared("mean"), Fit(2, RIDGE)).rounds
-    for r, last in enumerate(rounds, start=1):
-        for j, node in enumerate(last.targets[:, 0].tolist()):
-            if last.cost[j].isinf().all():
-                continue
-            position, nodes, weights = j, [node], []
-            for step in reversed(rounds[:r]):
-                weights.append(step.how[position])
-                position = int(step.parent[position, 0])
-                nodes.append(int(step.sources[position, 0]))
-            times = problem.grid[nodes[::-1]]
-            mean = problem.teacher.mean[problem.group].double()
-            first = problem.noise
-            if start == "analytic":
-                first = times[0] * first + (1 - times[0]) * mean
-            solver = FittedSolver(torch.stack(weights[::-1]), (problem.noise, mean))
-            *_, state = walk(solver, problem.velocity, first, times)
-            replayed = problem.cost(state.x, torch.tensor([node]))
-            torch.testing.assert_close(replayed, last.cost[j], rtol=1e-9, atol=1e-13)
+        for k, path in search(problem, [1, 2, 5, 8], start, objective, Fit(history, RIDGE)).items():
+            assert path.weights.shape == (k, 3 + (history or k) * answers)
+            states = fitted_states(problem, path, start)[1:]
+            for node, state, cost in zip([*path.nodes[1:, 0], N], states, path.costs, strict=True):
+                replayed = problem.cost(state.x, torch.tensor([int(node)]))
+                torch.testing.assert_close(replayed, cost, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["problem", "guided"])
@@ -120,18 +104,6 @@ def test_a_schedule_survives_a_file(kind, request, tmp_path):
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["mean", "log_mean"])
-@pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
-def test_a_strong_pull_finds_the_ordinary_schedule(problem, start, objective):
-    budgets = [1, 3, 5, 8]
-    pulled = OSSFit(start, None, False, objective, 1, 1e12).plan(problem, budgets)
-    ordinary = OSSShared(start, None, False, objective).plan(problem, budgets)
-    for k in budgets:
-        assert torch.equal(pulled[k].times, ordinary[k].times)
-        errors = [final_error(problem, plan[k]) for plan in (pulled, ordinary)]
-        torch.testing.assert_close(*errors, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_a_strong_pull_gives_the_weights_of_the_solver(kind, order, request):
@@ -139,7 +111,7 @@ def test_a_strong_pull_gives_the_weights_of_the_solver(kind, order, request):
     solver = DPMSolverPP(order, lower_order_final=False)
     problem = replace(request.getfixturevalue(kind), solver=solver)
     mix, history = problem.velocity.mix, 2
-    path = search(problem, [5], "analytic", Shared("mean"), Fit(history, 1e12)).paths[5]
+    path = fit_along(problem, [1, 4, 6, 10, 13], "analytic", Shared("mean"), Fit(history, 1e12))
     times = problem.grid[[*path.nodes[:, 0].tolist(), N]]
     for step, row in enumerate(path.weights):
         highest = min(order, history, step + 1)
@@ -158,18 +130,17 @@ def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state
     """Weak pull, mean objective: least squares may choose any step of DPM-Solver++ that its history allows."""
     problem, fit = request.getfixturevalue(kind), Fit(3, 1e-12)
     nodes = [0 if start == "pinned" else 2, 5, 6, 10, 13]
-    path_layers = [torch.tensor([[node]]) for node in nodes]
-    solution = recurse(problem, path_layers, [5], start, Shared("mean"), fit)
-    states = fitted_states(problem, solution.paths[5], start)
+    path = fit_along(problem, nodes, start, Shared("mean"), fit)
+    states = fitted_states(problem, path, start)
     past = []
-    for node, state, table in zip([*nodes[1:], N], states, solution.rounds, strict=False):
+    for node, state, cost in zip([*nodes[1:], N], states, path.costs, strict=False):
         data = state.x - state.t[:, None] * problem.velocity(state.x, state.t)
         past.insert(0, (data, state.t))
         for order in range(1, min(len(past), 3) + 1):
             outputs, times = zip(*past[:order], strict=True)
             ordinary = DPMSolverPP(3, False).advance(None, State(state.x, state.t, outputs, times), problem.grid[node])
             edge = problem.cost(ordinary.x, torch.tensor([node])).mean()
-            assert table.cost[0].mean() <= edge * (1 + 1e-8)
+            assert cost.mean() <= edge * (1 + 1e-8)
 
 
 @pytest.mark.parametrize("kind", ["problem", "guided"])
@@ -177,8 +148,7 @@ def test_a_fit_for_the_mean_of_logarithms_lowers_it(kind, request):
     """Against least squares of the mean, on every edge from the same source."""
     problem, gains = request.getfixturevalue(kind), []
     for node in range(3, N):
-        edge = [torch.tensor([[2]]), torch.tensor([[node]])]
-        mean, log_mean = (recurse(problem, edge, [2], "free", o, Fit(1, 1e-9)).rounds[0].cost for o in OBJECTIVES)
+        mean, log_mean = (fit_along(problem, [2, node], "free", o, Fit(1, 1e-9)).costs[0] for o in OBJECTIVES)
         assert mean.mean() <= log_mean.mean() * (1 + 1e-6)
         gains.append(float(mean.log().mean() - log_mean.log().mean()))
     assert min(gains) > -1e-6
@@ -188,8 +158,7 @@ def test_a_fit_for_the_mean_of_logarithms_lowers_it(kind, request):
 def test_weights_are_those_of_a_ridge_regression(problem):
     """One edge, solved as an ordinary least-squares problem with the pull as further rows."""
     ridge, node = 1e-2, 7
-    path_layers = [torch.tensor([[3]]), torch.tensor([[node]])]
-    path = recurse(problem, path_layers, [2], "analytic", Shared("mean"), Fit(1, ridge)).paths[2]
+    path = fit_along(problem, [3, node], "analytic", Shared("mean"), Fit(1, ridge))
     x = fitted_states(problem, path, "analytic")[0]
     mean = problem.teacher.mean[problem.group].double()
     basis = torch.stack([u.flatten() for u in (x.x, problem.noise, mean, x.outputs[0])], dim=1)
@@ -227,12 +196,13 @@ def test_both_answers_under_guidance_have_weights_of_their_own(guided):
 
 
 def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
-    """The same search when the network shows nothing but the guided velocity."""
+    """The same nodes when the network shows nothing but the guided velocity."""
     mixed = replace(guided, velocity=guided.velocity.__call__)
-    fit, budgets = Fit(2, RIDGE), [5, 8]
-    apart, together = (search(p, budgets, "analytic", Shared("mean"), fit).costs for p in (guided, mixed))
-    for k in budgets:
-        assert apart[k].mean() < together[k].mean()
+    for nodes in ([2, 4, 7, 10, 13], [1, 2, 4, 6, 8, 10, 12, 14]):
+        apart, together = (
+            fit_along(p, nodes, "analytic", Shared("mean"), Fit(None, RIDGE)).costs[-1] for p in (guided, mixed)
+        )
+        assert apart.mean() < together.mean()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -245,14 +215,14 @@ def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, start, objective):
     fit = Fit(2, RIDGE)
-    path = search(problem, [4], start, objective, fit).paths[4]
-    better = refine(problem, path, start, objective, fit)
+    path = search(problem, [4], start, objective, fit)[4]
+    better = refine_fitted(FittedStudent(problem, start, objective, fit), path)
     before, after = (
         objective(final_error(problem, schedule(problem, p, start)), problem.collective) for p in (path, better)
     )
     assert bool((after <= before).all())
-    again = recurse(problem, list(better.nodes[:, None]), [4], start, objective, fit)
-    torch.testing.assert_close(better.weights, again.paths[4].weights, rtol=1e-9, atol=0)
+    again = fit_along(problem, better.nodes[:, 0].tolist(), start, objective, fit)
+    torch.testing.assert_close(better.weights, again.weights, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
@@ -306,7 +276,7 @@ def test_fitting_costs_no_network_call(problem, velocity):
         rows[0] = 0
         strategy = OSSFit(start, None, False, "mean", 3, RIDGE)
         strategy.plan(counted, [3, 5])
-        assert rows[0] == strategy.network_calls(N, [3, 5]) * 16
+        assert rows[0] == (strategy.network_calls(N, [3, 5]) - 2 * (start == "pinned")) * 16
 
 
 def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
@@ -317,9 +287,9 @@ def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
 
     grid = FlowSchedule(shift=2.0).nodes(8)
     problem = Problem(velocity, gmm["z"].unflatten(1, (8, 8)), grid, Euler(), Select(XtMSE(), None, channels=2))
-    solution = search(problem, [3], "analytic", Shared("mean"), Fit(2, RIDGE))
-    replayed = final_error(problem, schedule(problem, solution.paths[3], "analytic"))
-    torch.testing.assert_close(replayed, solution.costs[3], rtol=1e-9, atol=0)
+    path = search(problem, [3], "analytic", Shared("mean"), Fit(2, RIDGE))[3]
+    replayed = final_error(problem, schedule(problem, path, "analytic"))
+    torch.testing.assert_close(replayed, path.costs[-1], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
@@ -330,9 +300,11 @@ def test_single_precision_is_enough_at_the_default_ridge(kind, start, request):
     single = replace(problem, noise=problem.noise.float(), velocity=as_float32(problem.velocity))
     errors = []
     for same in (problem, single):
-        solution = search(same, [5], start, Shared("log_mean"), Fit(3, RIDGE))
-        replayed = final_error(same, schedule(same, solution.paths[5], start))
-        torch.testing.assert_close(replayed, solution.costs[5], rtol=1e-6, atol=0)
+        path = fit_along(
+            same, [0 if start == "pinned" else 2, 4, 7, 10, 13], start, Shared("log_mean"), Fit(None, RIDGE)
+        )
+        replayed = final_error(same, schedule(same, path, start))
+        torch.testing.assert_close(replayed, path.costs[-1], rtol=1e-3, atol=0)
         errors.append(float(replayed.log().mean()))
     assert errors[1] == pytest.approx(errors[0], abs=0.05)
 
@@ -341,11 +313,11 @@ def test_single_precision_is_enough_at_the_default_ridge(kind, start, request):
 def test_any_solver_may_be_the_teachers(problem, solver):
     """The ordinary step is then Euler's, and the schedule needs no solver of its own."""
     own = replace(problem, solver=solver)
-    solution = search(own, [4], "pinned", Shared("mean"), Fit(2, RIDGE))
-    steps = schedule(own, solution.paths[4], "pinned")
+    path = search(own, [4], "pinned", Shared("mean"), Fit(2, RIDGE))[4]
+    steps = schedule(own, path, "pinned")
     for runs in (Euler(), solver):
         x0 = sample(runs, problem.velocity, problem.noise, steps, problem.group)
-        torch.testing.assert_close(own.cost(x0, torch.tensor([N])), solution.costs[4], rtol=1e-9, atol=0)
+        torch.testing.assert_close(own.cost(x0, torch.tensor([N])), path.costs[-1], rtol=1e-9, atol=0)
 
 
 def test_a_prediction_that_is_zero_at_pure_noise_is_no_obstacle():

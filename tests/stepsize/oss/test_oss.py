@@ -224,7 +224,7 @@ def test_a_band_moves_when_its_path_touches_the_edge(velocity, gmm):
     distances = []
     for shifts in (0, 2, 30):
         search = OSSShared("analytic", Band(8, 1, shifts), False, "mean")
-        moved = search._in_band(problem, far, 1, Shared("mean"), None, shifts)
+        moved = search._in_band(problem, far, 1, Shared("mean"), shifts)
         distances.append(int((moved.nodes - best.nodes).abs().sum()))
     assert distances[0] > distances[1] > distances[2]
 
@@ -331,10 +331,9 @@ def test_wrong_budgets(problem, budgets):
             strategy.plan(problem, budgets)
 
 
-@pytest.mark.parametrize("band", [Band(32, 1), Band(16, 8)])
-def test_a_band_too_coarse_for_the_grid(problem, band):
-    with pytest.raises(ValueError, match="leaves the pilot"):
-        OSSShared("free", band, False, "mean").plan(problem, [10])
+def test_a_grid_too_small_for_the_pilot_is_searched_whole(problem):
+    plans = [OSSShared("free", band, False, "mean").plan(problem, [10])[10] for band in (Band(32, 1), None)]
+    assert torch.equal(plans[0].times, plans[1].times)
 
 
 def test_multistep_solvers_are_linear():
