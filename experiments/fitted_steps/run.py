@@ -1,11 +1,13 @@
-"""Fitted steps: how many search samples they need, what history and ridge do, and whether they blur.
+"""Fitted steps: what they gain on networks, how many search samples they need, what history and ridge do.
 
-python -m experiments.fitted_steps.run
+python -m experiments.fitted_steps.run                       # networks: half an hour of a core; the mixture: as much
+python -m experiments.fitted_steps.run unet_fashion mixture  # some of them
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 
 import matplotlib
 
@@ -14,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from rich.progress import track
 
-from experiments.common import keep, png, table
+from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.calibration import amplitude
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
@@ -23,14 +25,22 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import sample, trajectory
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import OSSFit, OSSShared, Problem
+from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem
 
 SAMPLES, HELD_OUT, BUDGETS, SEEDS = (4, 8, 16, 64), 384, (5, 10), 3
+NETWORKS = ("unet_fashion", "dit_fashion")
+NETWORK = ["solver=dpm_solver_pp", "solver.order=3", "num_steps=[5,10,20]"]
+NETWORK += [
+    "data.search_samples=32",
+    "data.eval_samples=256",
+    "stepsize=[edm,fm,logsnr,quadratic,gits,oss_shared,oss_fit]",
+]
+NETWORK += ["stepsize.oss_shared.band={_target_: oss_exp.Band, stride: 8, width: 1, shifts: 0}"]
 SOLVER, GRID = DPMSolverPP(2, lower_order_final=True), FlowSchedule(1.0).nodes(100)
 
 
-def fit(history=3, ridge=1e-6, start="analytic", refine=True) -> OSSFit:
-    return OSSFit(start, None, refine, "log_mean", history, ridge)
+def fit(history=None, ridge=1e-6, start="analytic", refine=True) -> OSSFit:
+    return OSSFit(start, Band(), refine, "log_mean", history, ridge)
 
 
 ORDINARY = OSSShared("analytic", None, True, "log_mean")
@@ -69,6 +79,16 @@ class Bench:
 
 
 def main() -> None:
+    given = sys.argv[1:] or [*NETWORKS, "mixture"]
+    for name in NETWORKS:
+        if name in given:
+            measure(f"fitted_steps/{name}", f"model={name}", *NETWORK)
+            keep(__file__, f"{name}.md", (OUTPUTS / f"fitted_steps/{name}/table.md").read_text())
+    if "mixture" in given:
+        mixture()
+
+
+def mixture() -> None:
     bench = Bench()
     curve = overfitting(bench)
     keep(__file__, "overfitting.md", _curve_table(curve))
@@ -130,7 +150,7 @@ def _curve_figure(curve) -> bytes:
 def choices(bench: Bench) -> str:
     """History, ridge, start and refinement with 64 search samples, and the amplitudes of what comes out."""
     kinds = {"oss_shared (Algorithm 2)": ORDINARY}
-    kinds |= {f"oss_fit, history {h}": fit(history=h) for h in (1, 2, 3, 4)}
+    kinds |= {f"oss_fit, history {h}": fit(history=h) for h in (1, 2, 3, 5)}
     kinds |= {f"oss_fit, ridge {ridge:g}": fit(ridge=ridge) for ridge in (1e-7, 1e-4, 1e-2)}
     kinds |= {f"oss_fit, {start} start": fit(start=start) for start in ("free", "pinned")}
     kinds["oss_fit, not refined"] = fit(refine=False)
