@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.tasks import border
 
+MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 RENAMED = {
     r"task\.to=(.*)": r"exporter=\1",
     r"data@task\.images=(.*)": r"images=\1",
@@ -59,7 +60,7 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
                 raise ValueError(f"{override} is now {match.expand(new)}")
 
         group, _, choice = override.partition("=")
-        _check_grammar(override, group, choice, several=not {"-m", "--multirun"}.isdisjoint(overrides))
+        _check_grammar(override, group, choice, several=not MULTIRUN.isdisjoint(overrides))
         if own_folders or not group or not (conf / group).is_dir():
             continue
         options = {file.stem for file in (conf / group).glob("*.yaml")}
