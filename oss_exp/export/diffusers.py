@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, FailFast, Field, JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 from torch import Tensor
-from typing_extensions import TypeAliasType
 
 from oss_exp.checks import require_range
 from oss_exp.export.base import Exporter
 from oss_exp.export.samplers import Network, network_of, states_of, steps_of, words
 from oss_exp.export.sigmas import flow_sigmas, ratio_sigmas
-from oss_exp.files import Record, load_record, write_atomically
+from oss_exp.files import load_record, write_atomically
 from oss_exp.noise import EDMPath, flux_shift, shift_time
 from oss_exp.schedule import StepSchedule
+from oss_exp.scheduler_config import read_scheduler_config
 from oss_exp.solvers import Solver
 
 TOLERANCE = 2e-6  # of times: diffusers counts in float32, and its UniPC begins at 1 - 1e-6
@@ -41,45 +41,6 @@ BY_SIZE = re.compile(r"Flux(?!2)|Chroma|QwenImage(?!Layered|21)|StableDiffusion3
 
 
 SEQUENCES = {"base_image_seq_len": "base_tokens", "max_image_seq_len": "max_tokens"}
-
-Whole = Annotated[int, Field(ge=1, le=100_000)]
-Order = Annotated[int, Field(ge=1, le=10)]
-Positive = Annotated[float, Field(gt=0)]
-Exponent = Annotated[float, Field(ge=-10, le=10)]
-Beta = Annotated[float, Field(ge=0, le=1)]
-Betas = TypeAliasType("Betas", Annotated[list[Beta], FailFast(), Field(min_length=1, max_length=100_000)])
-
-
-class SchedulerConfig(Record):
-    """A scheduler_config.json: the numbers that decide how long a chain is and which times it has, and all others.
-
-    Fields that a config leaves out have the default of their class.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    num_train_timesteps: Whole = 1000
-    original_inference_steps: Whole = 50
-    steps_offset: Annotated[int, Field(ge=0, le=100_000)] = 0
-    stages: Order = 3
-    solver_order: Order = 2
-    predictor_order: Order = 2
-    corrector_order: Order = 2
-    beta_start: Beta = 1e-4
-    beta_end: Beta = 0.02
-    trained_betas: Betas | None = None
-    sigma_min: Annotated[float, Field(ge=0)] | None = None
-    sigma_max: Positive | Literal[False] | None = None
-    sigma_data: Positive = 0.5
-    rho: Positive = 7.0
-    shift: Positive | None = None
-    flow_shift: Positive | None = None
-    snr_shift_scale: Positive = 3.0
-    shift_terminal: Annotated[float, Field(gt=0, lt=1)] | Literal[False] | None = None
-    base_shift: Exponent | None = None
-    max_shift: Exponent | None = None
-    base_image_seq_len: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    max_image_seq_len: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,8 +117,7 @@ class Diffusers(Exporter):
         if path.exists():
             folder = next((place for place in (path / "scheduler", path) if place.is_dir()), path.parent)
             file = path if path.is_file() else folder / "scheduler_config.json"
-            form = load_record(file, SchedulerConfig, "config of a scheduler", "get it again")
-            config = form.model_dump(exclude_unset=True)
+            config = read_scheduler_config(file)
             name = config.get("_class_name")
         kind = getattr(diffusers, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
