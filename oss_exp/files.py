@@ -50,9 +50,13 @@ P = TypeVar("P", bound="Provenance")
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """Write to a temporary name in the same folder, then rename. Makes missing folders. Returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+    except OSError as error:
+        reason = f"no file can be made in {path.absolute().parent} ({error.strerror or error})"
+        raise OSError(f"cannot write {path}: {reason}; choose another folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

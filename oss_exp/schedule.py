@@ -188,7 +188,9 @@ class StepSchedule:
         if not bool(times.isfinite().all()):
             raise ValueError(f"step times must be finite numbers, {shown}")
         if not bool((times.diff(dim=-1) < 0).all()):
-            raise ValueError(f"step times must strictly decrease (noise to data), {shown}")
+            raise ValueError(
+                f"step times must strictly decrease (noise to data), {shown}; sort them so, each time once"
+            )
         if bool((times[..., -1] != 0).any()):
             raise ValueError(f"the last step time must be 0 (clean data), {shown}")
         if self.samples is not None if times.ndim == 1 else len(times) != len(self.samples or ()):
@@ -315,10 +317,12 @@ class StepSchedule:
             orders = self.steps.orders
             steps = {"kind": "solver", "orders": None if orders is None else orders.tolist()}
         content = {"times": self.times.tolist(), "samples": self.samples, "start": start, "steps": steps}
+        content["provenance"] = dict(self.provenance)
         try:
-            record = ScheduleFile.model_validate({**content, "provenance": dict(self.provenance)})
+            record = ScheduleFile.model_validate(content)
         except ValidationError as error:
-            raise ValueError(f"the step schedule cannot be saved as {path}: field {describe(error)}") from None
+            reason = describe(error, given=content)
+            raise ValueError(f"the step schedule cannot be saved as {path}: field {reason}") from None
         return write_atomically(path, json.dumps(record.model_dump(), indent=2) + "\n")
 
     @classmethod

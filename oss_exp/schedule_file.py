@@ -150,7 +150,7 @@ def _with_known_entries(provenance: dict[str, Any]) -> dict[str, Any]:
     try:
         _Provenance.model_validate(sections)
     except ValidationError as error:
-        raise ValueError(f"has a wrong entry: {describe(error)}") from None
+        raise ValueError(f"has a wrong entry: {describe(error, given=sections)}") from None
     return provenance
 
 
@@ -159,7 +159,13 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
 
     Raises FileNotFoundError or ValueError that names the file, the fault and the remedy.
     """
-    content = load_record(path, _VERSIONS, "step schedule", limit=TABLE_LIMIT)
+    try:
+        content = load_record(path, _VERSIONS, "step schedule", limit=TABLE_LIMIT)
+    except ValueError:
+        owner = path.with_name(f"{path.name.removesuffix('.mean.json')}.json")
+        if path.name.endswith(".mean.json") and owner.is_file():
+            raise ValueError(f"{path} is no step schedule but belongs to the one beside it; give {owner}") from None
+        raise
     try:
         record = _from_version_2(content) if isinstance(content, _Version2) else content
     except ValidationError as error:

@@ -89,7 +89,9 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
     for i in inside:
         by_type.setdefault(details[i]["loc"][depth : depth + 1], i)
 
-    furthest = max((places[i] for i in by_type.values()), key=lambda place: _progress(place[depth:]))
+    # Of a list that is too long, all items up to there fit.
+    long = [i for i in by_type.values() if details[i]["type"] == "too_long"]
+    furthest = max((places[i] for i in long or by_type.values()), key=lambda place: _progress(place[depth:]))
     faults = [details[i] for i in by_type.values() if places[i] == furthest]
     others = set(places) - {places[i] for i in inside}
     return Fault(_cut(".".join(map(str, furthest))), _text(faults), len(others))

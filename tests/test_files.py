@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -38,6 +39,13 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(error, old, tmp_pa
     with pytest.raises(type(error)):
         write_atomically(path, "new content")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([] if old is None else [(path.name, old)])
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (Path("/proc/x.json"), tmp_path / "file" / "x.json"):
+        with pytest.raises(OSError, match=rf"cannot write {path}: no file can be made in {path.parent} \(.*choose an"):
+            write_atomically(path, "{}")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

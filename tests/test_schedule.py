@@ -77,7 +77,7 @@ ONE, TWO = [[1.0] * 4], [[1.0] * 4] * 2
         ([[[1.0, 0.0]]], {}, "at least two times"),
         ([1.0, math.nan, 0.0], {}, "finite"),
         ([math.inf, 0.5, 0.0], {}, "finite"),
-        ([0.0, 0.5, 1.0], {}, "strictly decrease"),
+        ([0.0, 0.5, 1.0], {}, "strictly decrease .*; sort them so"),
         ([1.0, 0.5, 0.5, 0.0], {}, "strictly decrease"),
         ([[1.0, 0.5, 0.0], [0.5, 0.6, 0.0]], {"samples": (0, 1)}, "strictly decrease"),
         ([1.0, 0.5, 0.1], {}, "last step time must be 0"),
@@ -294,6 +294,17 @@ def test_a_missing_mean_file_is_named(tmp_path):
     (tmp_path / "schedule.mean.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"schedule\.mean\.safetensors does not exist"):
         StepSchedule.load(path)
+
+
+def test_the_file_of_a_mean_says_whose_it_is(tmp_path):
+    analytic().save(tmp_path / "oss_4.json")
+    with pytest.raises(ValueError, match=r"belongs to the one beside it; give .*/oss_4\.json"):
+        StepSchedule.load(tmp_path / "oss_4.mean.json")
+
+
+def test_a_schedule_of_too_many_steps_is_refused_by_its_field(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be saved as .*: field `times` must be a list of at most 10001"):
+        StepSchedule(torch.linspace(1, 0, 10_002, dtype=torch.float64)).save(tmp_path / "x.json")
 
 
 def test_the_documented_schema_is_that_of_the_code():

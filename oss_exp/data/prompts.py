@@ -126,6 +126,12 @@ def _table(path: Path, text: str, delimiters: str) -> list[str]:
             f"prompts {path} has no column {' or '.join(COLUMNS)} in its first line, but {shown(header)}; name the "
             "column of the prompts so, or give a text file (.txt) with one prompt a line"
         )
+    names = [name.strip().casefold() for name in header]
+    if names.count(names[column]) > 1:
+        raise ValueError(
+            f"prompts {path} has {names.count(names[column])} columns {names[column]} in its first line; rename those "
+            "that are not to be read"
+        )
     for number, cells in rows:
         if len(cells) != len(header):
             raise ValueError(

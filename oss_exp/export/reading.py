@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,16 @@ class ListFile(Record):
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a ComfyUI file. values: of its widgets, without those that another node gives."""
+    """A node of a ComfyUI file. values: of its widgets, without those that another node gives, the `linked`."""
 
     id: str
     kind: str
     values: Mapping[str, Any]
+    linked: Collection[str] = ()
 
     @property
     def first(self) -> str | None:
-        """The text of the first widget, None where another node gives it."""
+        """The text of the first widget, None where it has none or another node gives it."""
         value = self.values.get(WIDGETS[self.kind][0])
         return value if isinstance(value, str) else None
 
@@ -69,6 +70,8 @@ class Node:
         where = f"{file}, node {self.id:.50} ({self.kind}),"
         if self.first is None:
             slot = f"{self.id:.50}.inputs.{WIDGETS[self.kind][0]}"
+            if not self.linked:
+                raise ValueError(f"{where} has no list of sigmas in `{slot}`; type one into the node, or {REMEDY}")
             raise ValueError(f"{where} gets `{slot}` from another node; give the list that comes out")
         sigmas = numbers_in(self.first, where)
         if self.kind == "CustomSigmas":
@@ -143,6 +146,10 @@ def _in_json(text: str, name: str, network: Network, chosen: str | None) -> Sigm
             raise ValueError(f"{name} is for a network of kind {runs.network}; set task.network={runs.network}")
         return SigmaFile(runs.sigmas)
     if isinstance(content.get("sigmas"), list):
+        if "times" in content:
+            raise ValueError(
+                f"{name} has both `sigmas` and `times`, of which one is a list to read; take out the other"
+            )
         return SigmaFile(parse_record(text, ListFile, name, REMEDY).sigmas)
     return _in_workflow(content, name, chosen)
 
@@ -153,7 +160,9 @@ def _in_workflow(content: Mapping[str, Any], name: str, chosen: str | None) -> S
     lists = [node for node in nodes if node.kind != "KSamplerSelect"]
     if not lists:
         raise ValueError(f"{name} has no node ManualSigmas or CustomSigmas with a list of sigmas; {REMEDY}")
-    shown = "; ".join(f"{node.id:.20}: {node.first or 'from another node':.60}" for node in lists[:5])
+    shown = "; ".join(
+        f"{node.id:.20}: {node.first or ('from another node' if node.linked else 'no list'):.60}" for node in lists[:5]
+    )
     candidates = [node for node in lists if chosen in (None, node.id)]
     if not candidates:
         raise ValueError(f"{name} has no list of sigmas in task.node={chosen:.50}; lists by node id: {shown}")
@@ -174,8 +183,10 @@ def _nodes(content: Mapping[str, Any]) -> Iterator[Node]:
     prompt = content.get("prompt")
     for key, node in (prompt if isinstance(prompt, dict) else content).items():
         if isinstance(node, dict) and str(node.get("class_type")) in WIDGETS:
-            inputs = node.get("inputs")
-            yield Node(key, str(node["class_type"]), inputs if isinstance(inputs, dict) else {})
+            given = node.get("inputs")
+            inputs = given if isinstance(given, dict) else {}
+            linked = {name for name, value in inputs.items() if isinstance(value, list)}
+            yield Node(key, str(node["class_type"]), inputs, linked)
 
 
 def _saved_nodes(graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix: str) -> Iterator[Node]:
@@ -190,7 +201,7 @@ def _saved_nodes(graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix:
             if isinstance(values, list):
                 values = dict(zip(WIDGETS[kind], values, strict=False))
             values = values if isinstance(values, dict) else {}
-            yield Node(key, kind, {name: value for name, value in values.items() if name not in linked})
+            yield Node(key, kind, {name: value for name, value in values.items() if name not in linked}, linked)
         elif kind in subgraphs:
             others = {name: other for name, other in subgraphs.items() if name != kind}  # none holds itself
             yield from _saved_nodes(subgraphs[kind], others, f"{key}:")

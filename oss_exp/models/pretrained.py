@@ -11,6 +11,7 @@ import torch
 
 from oss_exp.models.network import Dtype
 from oss_exp.models.quantization import Quantization, loading_options
+from oss_exp.scheduler_config import read_scheduler_config
 
 
 def loaded(
@@ -33,6 +34,8 @@ def loaded(
     if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
         raise ValueError(f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own")
     require_arguments(kind, given)
+    if (file := Path(pipeline) / "scheduler" / "scheduler_config.json").is_file():
+        read_scheduler_config(file)
     by_part = isinstance(dtype, Mapping)
     dtypes = {part: getattr(torch, each) for part, each in dtype.items()} if by_part else getattr(torch, dtype)
     options = {"torch_dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from oss_exp.escaping import markdown_table
 from oss_exp.evaluation.psnr import Interval
-from oss_exp.files import LIMIT, inside, read_binary, write_atomically
+from oss_exp.files import LIMIT, inside, read_binary
 from oss_exp.geneval.rules import TASKS, differences, scores
 from oss_exp.report import web
 from oss_exp.report.records import GenEvalRecord, Judged, read_geneval
@@ -51,8 +51,8 @@ def _share(each: Interval) -> str:
     return f"{each.mean:.3f}" if each.half is None else f"{each.mean:.3f} ± {each.half:.3f}"
 
 
-def write(folder: Path) -> list[Path]:
-    """geneval.json -> geneval.md and geneval.html."""
+def files(folder: Path) -> dict[Path, str]:
+    """geneval.json -> geneval.md and geneval.html, each with its text."""
     record = read_geneval(folder)
     tags, (teacher, *others) = record.tags, record.rows
     shares = {row.label: (row.num_steps, scores(tags, right(row))) for row in record.rows}
@@ -64,10 +64,7 @@ def write(folder: Path) -> list[Path]:
     text = f"{table(shares)}\n{MINUS}\n\n{table(apart)}\n{note}\n"
     body = [web.table(HEADER, cells(shares)), f"<p>{MINUS}</p>", web.table(HEADER, cells(apart))]
     body += [f'<p class="note">{note} A click on a column sorts.</p>', *_gallery(folder, record)]
-    return [
-        write_atomically(folder / "geneval.md", text),
-        write_atomically(folder / "geneval.html", web.page("GenEval", body, {})),
-    ]
+    return {folder / "geneval.md": text, folder / "geneval.html": web.page("GenEval", body, {})}
 
 
 def _gallery(folder: Path, record: GenEvalRecord) -> Iterator[str]:

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
 
 from oss_exp import escaping
 from oss_exp.escaping import PlainConsole
-from oss_exp.evaluation.comparison import NOTE, Line, columns, markdown, terminal, with_gains
+from oss_exp.evaluation.comparison import NOTE, Line, Result, columns, markdown, terminal, with_gains
 from oss_exp.files import inside, write_atomically
 from oss_exp.report import geneval, plots, web
 from oss_exp.report.records import (
@@ -59,43 +59,49 @@ DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"
 
 
 def write(folder: Path) -> None:
-    """Everything that <folder> has the data for; prints the table and where the files are."""
+    """Everything that <folder> has the data for; prints the table and where the files are.
+
+    All files are made before the first is written: where one cannot be, those of an earlier report stay as they are.
+    """
     console = PlainConsole()
-    plans, made = read_schedules(folder), []
+    plans, shown = read_schedules(folder), list[Path]()
+    files: dict[Path, str | bytes] = {}
     teacher = read_teacher_times(folder)
     if plans:
-        made.append(write_atomically(folder / "schedules.png", plots.schedules(plans, teacher)))
+        files[folder / "schedules.png"] = plots.schedules(plans, teacher)
     if (folder / "metrics.json").exists():
         results = read_run(folder)
         lines = with_gains(results)
         pictures, ways = read_pictures(folder), read_ways(folder)
         if pictures:
-            made.append(write_atomically(folder / "samples.png", plots.samples(pictures, results)))
+            files[folder / "samples.png"] = plots.samples(pictures, results)
             if (moving := plots.animation(pictures, results)) is not None:
-                made.append(write_atomically(folder / "samples.gif", moving))
-        made.append(write_atomically(folder / "table.md", markdown(lines) + _rounding(plans)))
-        made.append(_page(folder, _title(folder), lines, plans, teacher, pictures, ways))
+                files[folder / "samples.gif"] = moving
+        files[folder / "table.md"] = markdown(lines) + _rounding(plans)
+        files[folder / "report.html"] = _page(folder, _title(folder), lines, plans, teacher, pictures, ways)
         console.print(terminal(lines, _title(folder)))
         console.print(_rounding(plans), end="", soft_wrap=True)
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
     if (folder / "amplitude.json").exists():
-        made.append(write_atomically(folder / "amplitude.png", plots.amplitude(read_amplitude(folder).curves)))
+        files[folder / "amplitude.png"] = plots.amplitude(read_amplitude(folder).curves)
         console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
     if (folder / "training.json").exists():
-        made.append(write_atomically(folder / "training.png", plots.training(read_training(folder).losses)))
-        made += sorted((folder / "samples").glob("step_*.png"))[-1:]
+        files[folder / "training.png"] = plots.training(read_training(folder).losses)
+        shown = sorted((folder / "samples").glob("step_*.png"))[-1:]
     if (folder / "finetune.json").exists():
         finetuned = read_finetuning(folder)
-        made.append(write_atomically(folder / "stages.png", plots.stages(finetuned.stages)))
+        files[folder / "stages.png"] = plots.stages(finetuned.stages)
         console.print(stages(finetuned))
     if (folder / "geneval.json").exists():
-        table, *files = geneval.write(folder)
-        made += [table, *files]
-        console.print(table.read_text(), soft_wrap=True)
+        made = geneval.files(folder)
+        files |= made
+        console.print(made[folder / "geneval.md"], soft_wrap=True)
     if plans:
         console.print(f"schedules ({len(plans)}): {folder / 'schedules'}", soft_wrap=True)
-    for path in made:
+    for path, content in files.items():
+        write_atomically(path, content)
+    for path in [*files, *shown]:
         console.print(f"{path}", soft_wrap=True)
 
 
@@ -110,31 +116,70 @@ class Report(Task):
 
 
 def gather(sweep: Path) -> None:
-    """One table over all runs below `sweep`, and why those that failed did."""
+    """One table over all runs below `sweep`, and why the others are not in it: they failed, or their files are damaged.
+
+    ValueError where none can be reported.
+    """
     logs = [path for path in sorted(sweep.rglob("error.log")) if path.is_file()]
-    runs = sorted(path.parent for path in sweep.rglob("metrics.json"))
-    if not runs:
+    folders = sorted(path.parent for path in sweep.rglob("metrics.json"))
+    if not folders:
         raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
-    lines = with_gains([result for run in runs for result in read_run(run, str(run.relative_to(sweep)))])
-    plans = [(run, name, plan) for run in runs for name, plan in read_schedules(run)]
-    times_seen = Counter((name, plan.num_steps) for _, name, plan in plans)
-    named = [
-        (name if times_seen[name, plan.num_steps] == 1 else f"{name} (run {run.relative_to(sweep)})", plan)
-        for run, name, plan in plans
-    ]
-    failed = {str(log.parent.relative_to(sweep)): _reason(sweep, log) for log in logs if log.parent not in runs}
+    failed = {_name(sweep, log.parent): _reason(sweep, log) for log in logs if log.parent not in folders}
+    runs: list[_Run] = []
+    for folder in folders:
+        try:
+            runs.append(_read(folder, _name(sweep, folder)))
+        except (OSError, ValueError) as error:
+            failed[_name(sweep, folder)] = escaping.line(str(error))
     told = [f"Failed, {len(failed)} of {len(runs) + len(failed)} runs:"] * bool(failed)
     told += [f"- {run}: {why}" for run, why in failed.items()]
+    if not runs:
+        raise ValueError("\n".join([f"no run below {sweep} can be reported", *told]))
+
+    lines = with_gains([result for run in runs for result in run.results])
+    times_seen = Counter((name, plan.num_steps) for run in runs for name, plan in run.plans)
+    named = [
+        (name if times_seen[name, plan.num_steps] == 1 else f"{name} (run {run.name})", plan)
+        for run in runs
+        for name, plan in run.plans
+    ]
     written = [told[0], "", *(f"- {escaping.markdown(each[2:])}" for each in told[1:])] if told else []
-    write_atomically(sweep / "table.md", markdown(lines) + "\n".join(["", *written, ""] if written else []))
-    teacher = read_teacher_times(runs[0])
-    write_atomically(sweep / "schedules.png", plots.schedules(named, teacher))
-    page = _page(sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, {}, {}, "\n".join(told))
+    teacher = runs[0].teacher
+    files: dict[Path, str | bytes] = {
+        sweep / "schedules.png": plots.schedules(named, teacher),
+        sweep / "table.md": markdown(lines) + "\n".join(["", *written, ""] if written else []),
+        sweep / "report.html": _page(
+            sweep, f"Sweep of {len(runs)} runs", lines, named, teacher, {}, {}, "\n".join(told)
+        ),
+    }
+    for path, content in files.items():
+        write_atomically(path, content)
     console = PlainConsole()
     console.print(terminal(lines, f"{len(runs)} runs in {sweep}"))
     if told:
         console.print("\n".join(told), soft_wrap=True)
-    console.print(f"{sweep / 'table.md'}\n{page}", soft_wrap=True)
+    console.print(f"{sweep / 'table.md'}\n{sweep / 'report.html'}", soft_wrap=True)
+
+
+class _Run(NamedTuple):
+    """A run of a sweep. teacher: the nodes of its grid."""
+
+    name: str
+    results: list[Result]
+    plans: list[tuple[str, StepSchedule]]
+    teacher: list[float]
+
+
+def _read(folder: Path, name: str) -> _Run:
+    """Read what a sweep's report takes of a run. ValueError or OSError where it is not whole."""
+    run = _Run(name, read_run(folder, name), read_schedules(folder), read_teacher_times(folder))
+    if not run.plans:
+        raise ValueError(f"{folder / 'schedules'} has no schedules; restore them, or run it again")
+    return run
+
+
+def _name(sweep: Path, folder: Path) -> str:
+    return str(folder.relative_to(sweep))
 
 
 def _reason(sweep: Path, log: Path) -> str:
@@ -178,8 +223,8 @@ def _page(
     pictures: Mapping[str, np.ndarray],
     ways: Mapping[str, np.ndarray],
     failures: str = "",
-) -> Path:
-    """report.html; teacher: the nodes of its grid; pictures and ways: of samples.npz and trajectories.npz."""
+) -> str:
+    """The text of report.html. teacher: the nodes of its grid; pictures, ways: of samples.npz and trajectories.npz."""
     kinds = []
     for above, line in zip([None, *lines], lines, strict=False):
         first = above is None or above.result.nfe != line.result.nfe
@@ -207,4 +252,4 @@ def _page(
     body.append(DETAILS.format("Times (1 noise, 0 data)", html.escape("\n".join(_times(plans)))))
     if (folder / "config.yaml").exists():
         body.append(DETAILS.format("Configuration", html.escape(read_configuration(folder))))
-    return write_atomically(folder / "report.html", web.page(title, body, data))
+    return web.page(title, body, data)

@@ -27,6 +27,8 @@ from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
+from oss_exp.models.pipeline import Pipeline
+from oss_exp.models.stages import Staged
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
 from oss_exp.tasks import border, preemption
@@ -76,7 +78,12 @@ def metrics_of(run: Run) -> Metrics:
     inputs = {"classes": run.data.classes, "prompts": run.data.prompts}
     is_video = len(run.setting.model.event_shape) == 4  # how many frames there are, only the decoder knows
     images = None if is_video else run.data.eval_samples
-    return Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value], images)
+    metrics = Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value], images)
+    model = run.setting.model
+    base = model.base if isinstance(model, Staged) else model
+    if metrics.settings and not isinstance(base, Pipeline):  # whose decoder may take minutes on a CPU
+        metrics.require_images(model.decode(torch.zeros(1, *model.event_shape)))
+    return metrics
 
 
 def plan_and_measure(run: Run, metrics: Metrics) -> None:
@@ -371,6 +378,16 @@ class Metrics:
                 continue
             try:
                 each.require(images)
+            except ValueError as error:
+                raise ValueError(f"metric.{name}: {error}") from None
+
+    @torch.no_grad()
+    def require_images(self, images: Tensor) -> None:
+        """Raise ValueError where a metric does not take images, or videos, like these."""
+        frames = frames_of(images)
+        for name, each in self().named():
+            try:
+                each.update(frames, frames, torch.zeros(len(frames), dtype=torch.long), [""] * len(frames))
             except ValueError as error:
                 raise ValueError(f"metric.{name}: {error}") from None
 

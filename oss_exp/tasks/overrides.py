@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.tasks import border
 
+MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 RENAMED = {
     r"task\.to=(.*)": r"exporter=\1",
     r"data@task\.images=(.*)": r"images=\1",
@@ -59,10 +60,15 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
                 raise ValueError(f"{override} is now {match.expand(new)}")
 
         group, _, choice = override.partition("=")
-        _check_grammar(override, group, choice)
+        _check_grammar(override, group, choice, several=not MULTIRUN.isdisjoint(overrides))
         if own_folders or not group or not (conf / group).is_dir():
             continue
         options = {file.stem for file in (conf / group).glob("*.yaml")}
+        if group != "metric" and re.fullmatch(r"\[\s*\]", choice):
+            raise ValueError(f"{override} chooses none; choose from {', '.join(sorted(options))}")
+        chosen_here = re.findall(r"\w+", choice) if choice.startswith("[") else []
+        if twice := next((option for option in chosen_here if chosen_here.count(option) > 1), None):
+            raise ValueError(f"{override} names {twice} twice; name it once")
         for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
             if option in options:
                 continue
@@ -73,16 +79,24 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             raise ValueError(f"{group}={option} does not exist; {advice}")
 
 
-def _check_grammar(override: str, key: str, value: str) -> None:
-    """Raise ValueError where Hydra cannot read an override, or would take the home folder's sign for a name."""
+def _check_grammar(override: str, key: str, value: str, several: bool) -> None:
+    """Raise ValueError where Hydra cannot read an override, or would take the home folder's sign for a name.
+
+    several: whether there is a job for each of several values.
+    """
     if override.startswith("-") or "=" not in override:
         return
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    command = quote(f'{key}="{quoted}"')
     try:
-        OverridesParser.create().parse_override(override)
+        parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        command = quote(f'{key}="{quoted}"')
         raise ValueError(f"{override} cannot be read as it is; quote its value: {command}") from None
+    if parsed.is_choice_sweep() and not several and not value.startswith("choice("):
+        raise ValueError(
+            f"{override} has several values; write a list, {quote(f'{key}=[{value}]')}, or text, {command}, or add "
+            "--multirun for a job with each"
+        )
     folder = value.strip("\"'")
     if key.startswith("hydra.") and key.endswith(".dir") and folder.startswith("~/"):
         raise ValueError(f"{override} would be a folder called ~; write {key}={os.path.expanduser(folder)}")

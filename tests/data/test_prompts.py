@@ -96,6 +96,7 @@ def test_prompts_are_shipped():
         ("p.json", [{"caption": "a cat"}], "field `0.prompt` is missing"),
         ("p.csv", "", "has no column prompt"),
         ("p.csv", "a cat\na dog\n", r'has no column prompt or .* but \["a cat"\]'),
+        ("p.csv", "prompt,Prompt\na cat,a dog\n", "has 2 columns prompt in its first line; rename"),
         ("p.csv", "id,title\n1,a cat\n", r'has no column prompt or .* but \["id", "title"\]'),
         ("p.csv", "prompt,seed\n", "has 0 prompts"),
         ("p.csv", "prompt,seed\na cat,1\na cat, a dog,2\n", "line 3 has 3 fields and the first line 2; put"),

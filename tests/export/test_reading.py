@@ -156,6 +156,9 @@ def test_of_two_lists_one_is_chosen_by_its_node():
             "has no node ManualSigmas",
         ),
         ({"nodes": [3, {"id": 1, "type": []}], "definitions": {"subgraphs": [7]}}, "has no node ManualSigmas"),
+        ({"nodes": [saved(4, TEXT) | {"widgets_values": []}]}, r"node 4 \(ManualSigmas\), has no list of sigmas in"),
+        ({"4": {"class_type": "ManualSigmas"}}, "has no list of sigmas in `4.inputs.sigmas`; type one"),
+        ({"sigmas": [1.0, 0.0], "times": [1.0, 0.0]}, "has both `sigmas` and `times`"),
         ({"sigmas": [1.0, "x"]}, r"field `sigmas\.1` must be a number"),
     ],
 )

@@ -286,6 +286,24 @@ def test_mu_is_computed_with_the_schedulers_own_constants(place, tmp_path):
     assert given["runs"] == {"network": "flow", "sigmas": TIMES}
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_train_timesteps", 0, "must be at least 1, got 0"),
+        ("num_train_timesteps", 10**12, "must be at most 100000, got 10"),
+        ("num_train_timesteps", 1000.5, "must be a whole number"),
+        ("shift", -1, "must be greater than 0.0, got -1"),
+        ("shift", math.inf, "must be a finite number"),
+        ("trained_betas", [0.1] * 100_001, "must be a list of at most 100000"),
+    ],
+)
+def test_numbers_that_no_scheduler_has_are_refused_by_name(field, value, message, tmp_path):
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", field: value}))
+    with pytest.raises(ValueError, match=rf"{file}: field `{field}.*` {message}.*; get it again"):
+        Diffusers(str(file)).own_scheduler()
+
+
 @pytest.mark.parametrize("place", ["", "scheduler"])
 def test_mu_of_pipelines_with_a_rule_of_their_own_is_asked_for(place, tmp_path):
     pipeline(tmp_path, "Flux2Pipeline", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))

@@ -170,8 +170,7 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
     wish = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": END}
     found = {"prompts": [wish], "images_per_prompt": 1, "rows": rows}
     (tmp_path / "geneval.json").write_text(json.dumps(found))
-    geneval.write(tmp_path)
-    table, page = ((tmp_path / f"geneval.{kind}").read_text() for kind in ("md", "html"))
+    table, page = geneval.files(tmp_path).values()
     assert re.findall(r"^\| (\S+ \(\d\))", table, re.MULTILINE) == [
         *("teacher (9)", "oss (2)", "oss (4)"),
         *("oss (2)", "oss (4)"),

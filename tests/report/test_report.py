@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from oss_exp.evaluation.comparison import with_gains
 from oss_exp.report.logging import log_run, wandb_logger
+from oss_exp.report.page import gather
 from oss_exp.report.results import metric_lines, read_run, read_schedules
 
 SMALL = [
@@ -234,6 +236,33 @@ def test_jobs_that_fail_take_no_others_along_and_are_explained(tmp_path, capsys)
         assert "Failed, 2 of 12 runs:" in text
         assert "- 11: num_steps must be whole numbers from 1 to" in text
         assert "- 5: num_steps must be whole numbers" in text
+
+
+@pytest.mark.slow
+def test_damaged_runs_take_no_others_along_and_a_report_is_written_whole_or_not_at_all(run, tmp_path, capsys):
+    for name in ("whole", "metrics", "teacher", "schedules", "link"):
+        shutil.copytree(run, tmp_path / name)
+    (tmp_path / "metrics" / "metrics.json").write_text("{")
+    (tmp_path / "teacher" / "teacher.json").write_text('{"times": [0.5, 0.7]}')
+    for name in ("schedules", "link"):
+        shutil.rmtree(tmp_path / name / "schedules")
+    (tmp_path / "link" / "schedules").symlink_to(run / "schedules")
+    gather(tmp_path)
+    assert table_of(tmp_path) == table_of(run)
+    told = capsys.readouterr().out
+    assert "Failed, 4 of 5 runs:" in told
+    assert f"- schedules: {tmp_path / 'schedules' / 'schedules'} has no schedules; restore them" in told
+    assert "- link: " in told
+    assert "leads out of its folder" in told
+
+    (tmp_path / "table.md").write_text("of an earlier report")
+    (tmp_path / "config.yaml").write_bytes(b"\xff")  # which only the page reads
+    with pytest.raises(ValueError, match="config"):
+        gather(tmp_path)
+    assert (tmp_path / "table.md").read_text() == "of an earlier report"
+    shutil.rmtree(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"no run below .* can be reported\nFailed, 4 of 4 runs:\n"):
+        gather(tmp_path)
 
 
 @pytest.mark.slow

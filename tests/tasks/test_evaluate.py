@@ -130,10 +130,13 @@ def test_a_metric_without_what_it_needs_is_refused_before_any_work(arguments, me
 
 
 @pytest.mark.slow
-def test_an_extractor_for_other_images_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("metric", ["fid", "kid", "precision_recall", "class_agreement"])
+def test_an_extractor_for_other_images_is_refused_before_any_work(metric, tmp_path, capsys):
+    few = ["metric.kid.subset_size=16"] if metric == "kid" else []
     with pytest.raises(SystemExit):
-        measured(tmp_path, "model=mixture_digits", "stepsize=fm")
-    assert "fashion_features sees grey images" in capsys.readouterr().err
+        run_cli(*SMALL, "model=mixture_digits", f"metric=[{metric}]", *few, f"hydra.run.dir={tmp_path}")
+    assert f"metric.{metric}: fashion_features sees grey images" in capsys.readouterr().err
+    assert not (tmp_path / "schedules").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,12 @@ def refused(capsys, folder, *arguments: str) -> str:
             "model=sd15 model._target_=oss_exp.Flux",
             "model._target_ is oss_exp.Flux, which is a pipeline of diffusers now",
         ),
+        ("stepsize=[]", "stepsize=[] chooses none; choose from ays"),
+        ("stepsize=[ddim,ddim]", "stepsize=[ddim,ddim] names ddim twice; name it once"),
+        (
+            "task=import_sigmas task.sigmas=1.0,0.5,0",
+            "write a list, 'task.sigmas=[1.0,0.5,0]', or text, 'task.sigmas=\"1.0,0.5,0\"', or add --multirun",
+        ),
         ("noise_schedule=karras", "karras is an option of another group: stepsize=karras"),
     ],
 )

@@ -113,6 +113,13 @@ def fitting(
         raise ValueError(_choose(path, fits, weights_set, passed_over if len(chosen) == 1 else ()))
     if not misfits:
         raise ValueError(_choose(path, sets.tensors, weights_set) if refused is None else f"{path}: {refused}")
+    for tensors in tried.values():
+        if partial := _partial_prefix(own, tensors, translate):
+            prefix, count = partial
+            raise ValueError(
+                f"checkpoint {path} has the weights of {model}, but {prefix!r:.80} before only {count} of its "
+                f"{len(tensors)} names; save it with that before all names or none"
+            )
     closest = min(misfits, key=lambda name: misfits[name][0])
     count, first = misfits[closest]
     where = f", in its set {closest!r}," if closest and len(sets.tensors) > 1 else ""
@@ -171,6 +178,21 @@ def _groups(tensors: Tensors) -> dict[str, Tensors]:
         prefix: {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
         for prefix in sorted(shared, key=lambda prefix: (prefix.count("."), prefix))
     }
+
+
+def _partial_prefix(own: Mapping[str, Tensor], tensors: Tensors, translate: Translate) -> tuple[str, int] | None:
+    """The prefix without which a set fits, though only some of its keys have it, and how many have."""
+    for prefix, group in _groups(tensors).items():
+        plain = {key.removeprefix(prefix): each for key, each in tensors.items()}
+        if len(plain) != len(tensors):
+            continue
+        try:
+            fits = _differences(own, translate(plain)) is None
+        except Exception:  # whatever tensors of other networks make it do
+            continue
+        if fits:
+            return prefix, len(group)
+    return None
 
 
 def _with_dots(sets: Mapping[str, Tensors]) -> dict[str, Tensors]:

@@ -170,6 +170,14 @@ def test_weights_that_differ_are_counted_once(tmp_path):
         found(tmp_path, {"a": {"w": torch.zeros(1)}, "b": weights() | {"more": torch.zeros(1)}})
 
 
+def test_a_prefix_of_only_some_names_is_told(tmp_path):
+    content = {f"module.{key}" if key.startswith("layers") else key: each for key, each in weights().items()}
+    with pytest.raises(
+        ValueError, match=r"weights of model=tiny, but 'module\.' before only 2 of its 3 names; save it"
+    ):
+        found(tmp_path, {"state_dict": content})
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,14 @@ def test_a_folder_is_the_pipeline_that_was_saved(folder):
     assert torch.equal(velocity(pipeline=folder, pipeline_class="StableDiffusionPipeline"), expected)
 
 
+def test_a_chain_of_more_steps_than_memory_holds_is_not_made(tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}))
+    with pytest.raises(ValueError, match=rf"{file}: field `num_train_timesteps` must be at most 100000, got 10"):
+        Pipeline.from_pretrained(tmp_path, PROMPTS)
+
+
 def test_a_part_may_have_a_dtype_of_its_own(folder):
     dtype = {"default": "bfloat16", "vae": "float32"}
     pipe = Pipeline.from_pretrained(folder, PROMPTS, dtype=dtype, call=CALL).pipe
