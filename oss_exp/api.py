@@ -220,7 +220,7 @@ def compare(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    strategies = standard_strategies() if strategies is None else strategies
+    strategies = standard_strategies() | {"oss_shared": source.strategy} if strategies is None else strategies
     if not isinstance(strategies, Mapping) or not strategies:
         raise ValueError(f"strategies must be a dict such as {{'mine': OSSShared()}}, got {_shown(strategies)}")
     for label, strategy in strategies.items():

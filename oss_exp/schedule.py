@@ -296,7 +296,17 @@ class StepSchedule:
         module = import_module("oss_exp.export.oss_scheduler")  # which is above: schedules themselves need no diffusers
         if isinstance(own, module.OSSScheduler):
             raise ValueError("the pipeline's scheduler is an OSSScheduler already; give the one that it came with")
-        return module.OSSScheduler.from_schedule(self, {**own.config, "_class_name": type(own).__name__})
+        if isinstance(own, type) or not hasattr(own, "config") or not hasattr(own, "set_timesteps"):
+            raise ValueError(f"own must be a scheduler of diffusers, such as pipe.scheduler, got {own!r:.80}")
+        made = module.OSSScheduler.from_schedule(self, {**own.config, "_class_name": type(own).__name__})
+        clock = self.about("native").get("clock")
+        if clock is not None and (clock == "flow time") != made.flow:
+            kinds = {True: "flow matching", False: "noise prediction"}
+            raise ValueError(
+                f"the schedule was searched on a network of {kinds[not made.flow]}, and {type(own).__name__} is of one "
+                f"of {kinds[made.flow]}; use it in the pipeline that it was searched in, or search again"
+            )
+        return made
 
     def save(self, path: str | Path) -> Path:
         """Write JSON (and, where there is a mean, `<name>.mean.safetensors` first), each file whole or not at all."""

@@ -92,6 +92,7 @@ SKIPS = {
     "tests/data/test_cifar10.py": "needs the CIFAR-10 archive, which no package ships",
     "tests/evaluation/test_inception.py": "needs the public Inception-V3 weights, which no package ships",
     "tests/models/families/test_psdenoiser.py": "needs 21cmpsdenoiser without the simulators that it depends on",
+    "tests/models/pipelines/test_pretrained.py::test_quantised_weights": "needs torchao",
     "tests/test_full_disk.py": "needs the right to mount a file system",
     "tests/test_cli.py::test_a_gpu_that_is_not_there": "needs a machine without a GPU",
 }

@@ -174,7 +174,6 @@ def test_a_wrong_value_is_named(override, words, refused):
 @pytest.mark.parametrize(
     ("strategy", "override", "words"),
     [
-        ("oss_shared", "band={stride:64,width:1}", ["band.stride=64", "band=null"]),
         ("oss_shared", "band={stride:6,width:1}", ["band.stride", "power of two", "6"]),
         ("oss_shared", "band={strid:8,width:1}", ["stride", "strid"]),
         ("oss_shared", "band={stride:8,width:0}", ["width", "at least 1"]),

@@ -102,12 +102,22 @@ class Pipeline(Model):
             near = ", ".join(get_close_matches(unknown[0], takes, n=3) or takes)
             raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes, among others, {near}")
         given = {name: parameter.default for name, parameter in takes.items()} | call
+        strength = given.get("strength", 1.0)
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ValueError(f"strength must be a number above 0 and at most 1, got {strength!r}")
+        if "prompt" in call or "class_labels" in call:
+            raise ValueError("prompt and class_labels of the call are the model's prompts; give them there")
+        for name in {*TEXTS, "generator"} & call.keys():
+            if isinstance(call[name], list | tuple) and len(call[name]) != len(prompts):
+                raise ValueError(
+                    f"{name} has {len(call[name])} entries for {len(prompts)} prompts; give one for each, or no list"
+                )
         if several := [name for name, value in call.items() if name.endswith("_per_prompt") and value != 1]:
             raise ValueError(f"{several[0]} must be 1; give a prompt as often as it is wanted")
         if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
-        self.strength = given.get("strength", 1.0)
+        self.strength = float(strength)
         self.draws = "generator" in takes
         self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
         if not self.takes:
@@ -162,6 +172,10 @@ class Pipeline(Model):
         require_choice(("full", "tiny"), size=size)
         call = with_images(call or {})
         made_up: list[Any] = []
+        if size == "tiny" and quantization not in (None, "float8"):
+            raise ValueError(
+                f"quantization={quantization} is done while weights are loaded, of which size=tiny has none"
+            )
         if size == "tiny":
             from oss_exp.models.tiny import pictures, tiny
 
@@ -616,6 +630,10 @@ class _Loop(greenlet):
         first = self.probe.cut
         self.pending = _Asked(self.probe.own_clock[first], sigmas[first])
         again = self._resume(self._copied(self.first)).output
+        if not bool(self.answer.isfinite().all()):
+            raise ValueError(
+                f"the network of {type(self.pipe).__name__} returns NaN or infinity at its first step; check its dtype"
+            )
         difference, size = (each.float().norm() for each in (again - self.answer, self.answer))
         if not difference <= 1e-2 * size:
             raise ValueError(

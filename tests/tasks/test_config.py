@@ -174,7 +174,7 @@ COMMON = {
     "oss": {"start": "free", "refine": False, "chunk": 16, "max_order": None},
     "oss_ave": {"start": "free", "refine": False, "aggregate": "median", "chunk": 16, "max_order": None},
     "oss_shared": {"start": "analytic", "refine": True, "objective": "log_mean", "max_order": None},
-    "oss_fit": {"start": "analytic", "refine": True, "objective": "log_mean", "history": 3, "ridge": 1e-6},
+    "oss_fit": {"start": "analytic", "refine": True, "objective": "log_mean", "history": None, "ridge": 1e-6},
 }
 
 
@@ -184,7 +184,8 @@ def test_searches_share_a_yaml_and_keep_their_own_options():
     for name, options in COMMON.items():
         found = OmegaConf.to_container(cfg.stepsize[name], resolve=True)
         assert found.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
-        assert found == {"band": None, **options}
+        band = {"_target_": "oss_exp.Band", "stride": 8, "width": 1, "shifts": 0} if name == "oss_fit" else None
+        assert found == {"band": band, "must_visit": None, "first_sigmas": None, **options}
 
 
 def test_metrics_are_chosen_as_strategies_are():

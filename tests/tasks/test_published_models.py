@@ -20,15 +20,17 @@ CLOCKS = {
     "edm_bedroom256": "sigma",
     "dit_xl_2_256": "DDPM index",
     "dit_xl_2_512": "DDPM index",
+    "sit_xl_2_256": "flow time",
     "mar_base": "DDPM index",
     "mar_large": "DDPM index",
     "mar_huge": "DDPM index",
     "open_sora_1_2": "flow time",
 }
-INHERITED = {"dit_xl_2_512", "mar_large", "mar_huge"}  # their size from another yaml
+INHERITED = {"dit_xl_2_256", "dit_xl_2_512", "mar_large", "mar_huge"}  # their size from another yaml
 SCHEDULES = {  # of each family, by how its names begin
     "edm": "edm",
     "dit": "ddim",
+    "sit": "fm",
     "mar": "cosine",
     "open_sora": "open_sora",
 }

@@ -54,6 +54,8 @@ class _Search:
         require_range(at_least=1, max_order=self.max_order)
         for name in ("must_visit", "first_sigmas"):
             if (times := getattr(self, name)) is not None:
+                if isinstance(times, int | float | str):
+                    raise ValueError(f"{name} must be a list of times, such as [{times}]")
                 for time in times:
                     require_range(above=0, at_most=1, **{name: time})
                 object.__setattr__(self, name, [float(time) for time in times])  # it is written into schedules

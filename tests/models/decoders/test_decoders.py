@@ -68,7 +68,7 @@ def test_old_names_of_attention(whole, latents, tmp_path):
 def test_the_vae_of_conf_is_the_public_one(monkeypatch):
     """49.49 M numbers, as in the decoder of Stable Diffusion."""
     monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
-    config = OmegaConf.load(CONF / "model" / "dit_xl_2_256.yaml").sizes.full.decoder
+    config = OmegaConf.load(CONF / "base" / "dit_xl_2.yaml").sizes.full.decoder
     with torch.device("meta"):
         found = instantiate(config, checkpoint="random")()
     assert sum(p.numel() for p in found.parameters()) == 49_490_179 + 20

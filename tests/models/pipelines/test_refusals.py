@@ -10,9 +10,11 @@ import pytest
 import torch
 from diffusers import (
     DDPMWuerstchenScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableCascadeCombinedPipeline,
+    StableDiffusionImg2ImgPipeline,
 )
 from models.pipelines import edits, images
 from models.pipelines.parts import PROMPTS, Family
@@ -48,7 +50,8 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
     ("call", "message"),
     [
         ({"height": 25}, "the call of StableDiffusionPipeline fails: `height` and `width` have to be divisible by 8"),
-        ({"negative_prompt": ["dull"] * 3}, "the call of StableDiffusionPipeline fails: `negative_prompt`"),
+        ({"negative_prompt": ["dull"] * 3}, "negative_prompt has 3 entries for 2 prompts"),
+        ({"prompt": "a hat"}, "prompt and class_labels of the call are the model's prompts"),
         ({"num_inference_steps": 4}, "num_inference_steps of the call is for the search to choose"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt must be 1"),
     ],
@@ -85,6 +88,31 @@ def test_a_scheduler_that_is_a_schedules(stable_diffusion):
             search(stable_diffusion)
     finally:
         stable_diffusion.pipe.scheduler = own
+
+
+@pytest.mark.parametrize("strength", [-0.1, 0, 1.5, "0.6", True])
+def test_a_strength_that_is_none(stable_diffusion, strength):
+    image_to_image = StableDiffusionImg2ImgPipeline(**stable_diffusion.pipe.components)
+    with pytest.raises(ValueError, match="strength must be a number above 0 and at most 1"):
+        oss_exp.Pipeline(image_to_image, PROMPTS, strength=strength)
+
+
+def test_a_schedule_of_another_kind_of_network(stable_diffusion):
+    steps = search(stable_diffusion)
+    with pytest.raises(ValueError, match=r"searched on a network of noise prediction, and FlowMatchEuler"):
+        steps.scheduler(FlowMatchEulerDiscreteScheduler())
+    for own in (None, type(stable_diffusion.pipe.scheduler), {}):
+        with pytest.raises(ValueError, match="own must be a scheduler of diffusers"):
+            steps.scheduler(own)
+
+
+def test_a_network_that_returns_nan(stable_diffusion):
+    hook = stable_diffusion.pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * float("nan"),))
+    try:
+        with pytest.raises(ValueError, match="returns NaN or infinity at its first step"):
+            search(stable_diffusion)
+    finally:
+        hook.remove()
 
 
 class Fault:

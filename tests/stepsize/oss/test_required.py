@@ -110,6 +110,8 @@ def test_what_no_schedule_can_visit(problem, given, message):
 def test_what_is_no_required_time(problem):
     with pytest.raises(ValueError, match="must_visit must be above 0 and at most 1, got 0"):
         OSSShared(must_visit=[0.0])
+    with pytest.raises(ValueError, match=r"must_visit must be a list of times, such as \[0.5\]"):
+        OSSShared(must_visit=0.5)
     with pytest.raises(ValueError, match="may agree on none of must_visit; use oss_shared"):
         OSSAve(must_visit=[0.5])
     with pytest.raises(ValueError, match="must_visit and first_sigmas are of searches such as OSSShared"):
