@@ -13,9 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and sta
 
 import shutil
 import signal
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
+
+if not os.access(Path.home(), os.W_OK):  # a home that cannot be written: caches are elsewhere
+    for name in ("OSS_EXP_CACHE", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        os.environ.setdefault(name, tempfile.gettempdir())
 
 if TYPE_CHECKING:
     import torch
