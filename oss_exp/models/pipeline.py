@@ -42,7 +42,7 @@ from oss_exp.models.parameterization import (
     Parameterization,
     VPVelocity,
 )
-from oss_exp.models.pretrained import images, loaded, require_arguments, with_images
+from oss_exp.models.pretrained import images, loaded, numbered, require_arguments, with_images
 from oss_exp.models.quantization import Quantization, cast
 from oss_exp.noise import CosinePath, DDPMPath, FlowPath, NoiseSchedule
 from oss_exp.tensors import rowwise
@@ -119,7 +119,7 @@ class Pipeline(Model):
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
         self.strength = float(strength)
         self.draws = "generator" in takes
-        self.takes = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
+        self.takes = numbered(takes)
         if not self.takes:
             raise ValueError(f"{type(pipe).__name__} takes no prompt, class_labels or image")
         require_arguments(type(pipe), call)
@@ -328,8 +328,8 @@ class Pipeline(Model):
         """
         if num_steps in self._asked:
             return self._asked[num_steps]
-        asked = max(num_steps, int((num_steps - 1) / self.strength)) if self.strength else 0
-        while 0 < asked <= MOST_ASKED * num_steps:
+        asked = max(num_steps, int((num_steps - 1) / self.strength))
+        while asked <= MOST_ASKED * num_steps:
             asked, probe = self._first_that_runs(asked)
             missing = num_steps - len(probe.own_times())
             if missing == 0 or self.strength == 1:

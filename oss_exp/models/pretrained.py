@@ -54,11 +54,15 @@ def loaded(
 def require_arguments(kind: type, given: Collection[str]) -> None:
     """ValueError for an argument that a pipeline's call needs, and is neither given nor what conditions number."""
     takes = inspect.signature(kind.__call__).parameters
-    numbered = next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, each in takes.items():
-        if each.default is each.empty and each.kind not in several and name not in ("self", numbered, *given):
+        if each.default is each.empty and each.kind not in several and name not in ("self", numbered(takes), *given):
             raise ValueError(f"{kind.__name__} needs {name}; add call.{name}{'=FILE' * of_images(name)}")
+
+
+def numbered(takes: Collection[str]) -> str:
+    """The argument, of those that a call takes, that conditions number; empty where there is none."""
+    return next((name for name in ("prompt", "class_labels", "image") if name in takes), "")
 
 
 def of_images(argument: str) -> bool:
