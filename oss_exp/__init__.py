@@ -30,6 +30,10 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.models.parameterization import NoisePrediction as NoisePrediction
     from oss_exp.models.parameterization import ScorePrediction as ScorePrediction
     from oss_exp.models.parameterization import VPVelocity as VPVelocity
+    from oss_exp.noise.community import BetaLevelsSchedule as BetaLevelsSchedule
+    from oss_exp.noise.community import BongTangentSchedule as BongTangentSchedule
+    from oss_exp.noise.community import SGMUniformSchedule as SGMUniformSchedule
+    from oss_exp.noise.community import SimpleSchedule as SimpleSchedule
     from oss_exp.noise.heuristics import BetaSchedule as BetaSchedule
     from oss_exp.noise.heuristics import CosineSchedule as CosineSchedule
     from oss_exp.noise.heuristics import KLOptimalSchedule as KLOptimalSchedule
@@ -66,6 +70,11 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.stepsize.baselines.dm import DM as DM
     from oss_exp.stepsize.baselines.gits import GITS as GITS
     from oss_exp.stepsize.baselines.ld3 import LD3 as LD3
+    from oss_exp.stepsize.baselines.neural_solver import NeuralSolver as NeuralSolver
+    from oss_exp.stepsize.baselines.olss import OLSS as OLSS
+    from oss_exp.stepsize.baselines.profiles import TORS as TORS
+    from oss_exp.stepsize.baselines.profiles import Entropic as Entropic
+    from oss_exp.stepsize.baselines.profiles import SharpEuler as SharpEuler
     from oss_exp.stepsize.oss.band import Band as Band
     from oss_exp.stepsize.oss.strategies import OSS as OSS
     from oss_exp.stepsize.oss.strategies import OSSAve as OSSAve
@@ -100,6 +109,11 @@ PUBLIC = {
     "DM": "stepsize.baselines.dm",
     "GITS": "stepsize.baselines.gits",
     "LD3": "stepsize.baselines.ld3",
+    "NeuralSolver": "stepsize.baselines.neural_solver",
+    "OLSS": "stepsize.baselines.olss",
+    "TORS": "stepsize.baselines.profiles",
+    "Entropic": "stepsize.baselines.profiles",
+    "SharpEuler": "stepsize.baselines.profiles",
     # Solvers.
     "AdamsBashforth": "solvers.adams_bashforth",
     "DEIS": "solvers.deis",
@@ -127,6 +141,10 @@ PUBLIC = {
     "CosineSchedule": "noise.heuristics",
     "KLOptimalSchedule": "noise.heuristics",
     "LinearQuadraticSchedule": "noise.heuristics",
+    "BetaLevelsSchedule": "noise.community",
+    "BongTangentSchedule": "noise.community",
+    "SGMUniformSchedule": "noise.community",
+    "SimpleSchedule": "noise.community",
     "AlignYourSteps": "noise.published_tables",
     "OSSComfyUI": "noise.published_tables",
     "CosinePath": "noise.paths",

@@ -50,7 +50,8 @@ class AlignYourSteps(PublishedSchedule):
     """Ten steps each for a latent, a video and a pixel model. Align Your Steps (arXiv 2404.14507), table 3.
 
     The levels are sigma / alpha: those of Stable Diffusion's chain (`sd15`, `sdxl`), of Stable Video Diffusion (`svd`)
-    and of the first stage of DeepFloyd-IF (`deepfloyd_if`).
+    and of the first stage of DeepFloyd-IF (`deepfloyd_if`). `sd15_30` and `sdxl_30` are not the authors': lists of 30
+    steps on the same chain, by Koitenshin (github.com/AUTOMATIC1111/stable-diffusion-webui, pull request 15751).
     """
 
     tables: ClassVar[Mapping[str, tuple[float, ...]]] = {
@@ -58,9 +59,19 @@ class AlignYourSteps(PublishedSchedule):
         "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
         "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
         "deepfloyd_if": (160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006),
+        "sd15_30": (
+            *(14.61, 11.22, 8.662, 6.636, 5.581, 4.713, 3.996, 3.514, 3.13, 2.788),
+            *(2.483, 2.22, 1.977, 1.778, 1.613, 1.465, 1.314, 1.168, 1.034, 0.9167),
+            *(0.807, 0.7115, 0.6225, 0.5316, 0.4538, 0.3754, 0.2748, 0.2018, 0.1415, 0.06564, 0.02917),
+        ),
+        "sdxl_30": (
+            *(14.61, 11.15, 8.525, 6.475, 5.426, 4.609, 3.896, 3.269, 2.746, 2.301),
+            *(1.957, 1.673, 1.427, 1.231, 1.069, 0.9261, 0.8041, 0.6958, 0.6054, 0.5293),
+            *(0.4674, 0.4134, 0.3619, 0.3098, 0.2653, 0.223, 0.1763, 0.138, 0.1072, 0.05861, 0.02917),
+        ),
     }
 
-    table: Literal["sd15", "sdxl", "svd", "deepfloyd_if"] = "sd15"
+    table: Literal["sd15", "sdxl", "svd", "deepfloyd_if", "sd15_30", "sdxl_30"] = "sd15"
 
     def _canonical(self, levels: Tensor) -> Tensor:
         return EDMPath().canonical(levels)

@@ -5,7 +5,7 @@ Legend: N+1 grid nodes from the noise (node 0) to the data (node N), K steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -63,6 +63,18 @@ def begin_at(times: Tensor, start_time: float, planner: str, remedy: str) -> Ten
             f"{remedy}"
         )
     return torch.cat([times.new_tensor([start_time]), times[1:]])
+
+
+@torch.no_grad()
+def teacher_velocities(problem: Problem) -> Iterator[Tensor]:
+    """Yield the network's velocity (B, *E) at the teacher's states at nodes 0 .. N-1.
+
+    N - 1 network calls: the first is the teacher's own, and a teacher keeps no others.
+    """
+    teacher = problem.teacher
+    yield problem.velocity.combine(teacher.first_outputs)
+    for x, t in zip(teacher.states[1:-1], problem.grid[1:-1], strict=True):
+        yield problem.velocity(x, t.expand(len(x)))
 
 
 def edge_calls(solver: Solver, distance: Distance) -> int:
