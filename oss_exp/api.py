@@ -34,7 +34,7 @@ from oss_exp.provenance import configuration, model_record, provenance
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import ClosedForm, OSSShared, Problem, StepsizeStrategy
+from oss_exp.stepsize import ClosedForm, OSSShared, Problem, Profile, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.strategies import visiting, with_required
@@ -544,7 +544,7 @@ class _Planner:
         count = len(problem.noise)
         calls = strategy.network_calls(problem.num_nodes, self.budgets, edge_calls(self.solver, self.distance))
         with torch.no_grad():
-            if calls and problem not in self.taught:
+            if (calls or isinstance(strategy, Profile)) and problem not in self.taught:
                 self.taught.append(problem)
                 teacher_calls = problem.num_nodes * (self.solver.evals_per_step + self.distance.calls)
                 with self.counter.measure("teacher", teacher_calls, count):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.call_counter import CallCounter
-from oss_exp.stepsize import Problem, StepsizeStrategy
+from oss_exp.stepsize import Problem, Profile, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
 from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.collective import DistributedCollective
@@ -93,7 +93,8 @@ class SearchModule(L.LightningModule):
             for name, strategy in self.strategies.items():
                 loader = int(strategy.per_sample)
                 problem = problems[loader] = problems.get(loader) or self._problem(self.batches[loader], meter)
-                if loader not in taught and self._calls(strategy, problem):  # times by hand need no teacher
+                # Times by hand need no teacher; a profile may need nothing else.
+                if loader not in taught and (self._calls(strategy, problem) or isinstance(strategy, Profile)):
                     taught.add(loader)
                     calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
                     with self._measured("teacher", calls, problem, meter, f"teacher_{loader}"):

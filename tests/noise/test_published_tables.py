@@ -13,6 +13,10 @@ from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import ClosedForm, Problem
 
+SD15_30 = [999, 954, 907, 855, 819, 782, 744, 713, 684, 654, 623, 592, 559, 528, 499, 470, 437, 401, 364, 328]
+SD15_30 += [291, 256, 221, 183, 149, 114, 70, 41, 21, 4]
+SDXL_30 = [999, 953, 904, 850, 813, 777, 738, 695, 650, 602, 556, 510, 462, 417, 374, 331, 290, 250, 214, 182]
+SDXL_30 += [155, 131, 108, 85, 66, 49, 32, 20, 12, 3]
 STABLE_DIFFUSION = scaled_linear_betas(1000, 0.00085, 0.012)
 SCHEDULES = [*map(AlignYourSteps, AlignYourSteps.tables), *map(OSSComfyUI, OSSComfyUI.tables)]
 DIFFUSERS = {
@@ -42,7 +46,7 @@ def test_own_length_is_the_list_itself(schedule):
 
 def test_lengths():
     lengths = {(type(s).__name__, s.table): len(s.tables[s.table]) - 1 for s in SCHEDULES}
-    assert {n for (family, _), n in lengths.items() if family == "AlignYourSteps"} == {10}
+    assert [n for (family, _), n in lengths.items() if family == "AlignYourSteps"] == [10, 10, 10, 10, 30, 30]
     assert [lengths["OSSComfyUI", table] for table in ("flux", "wan", "chroma")] == [10, 20, 40]
 
 
@@ -58,12 +62,14 @@ def test_align_your_steps_equals_diffusers(table):
     [
         ("sd15", STABLE_DIFFUSION, [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]),
         ("sdxl", STABLE_DIFFUSION, [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]),
+        ("sd15_30", STABLE_DIFFUSION, SD15_30),
+        ("sdxl_30", STABLE_DIFFUSION, SDXL_30),
         ("deepfloyd_if", cosine_betas(1000, 0.999), [995, 920, 811, 686, 555, 418, 315, 174, 109, 12]),
     ],
 )
 def test_sigmas_stand_at_the_published_indices_of_their_chain(table, betas, published):
     """The authors give each schedule twice, as sigmas of three decimals and as whole time indices."""
-    indices = DDPMPath(betas).native(AlignYourSteps(table).nodes(10)[:-1])
+    indices = DDPMPath(betas).native(AlignYourSteps(table).nodes(len(published))[:-1])
     np.testing.assert_allclose(indices, published, rtol=0, atol=0.6)
 
 
@@ -116,7 +122,10 @@ def test_a_schedule_from_beyond_the_teacher_is_refused():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: AlignYourSteps("sd3"), "table must be one of sd15, sdxl, svd, deepfloyd_if, got 'sd3'"),
+        (
+            lambda: AlignYourSteps("sd3"),
+            "table must be one of sd15, sdxl, svd, deepfloyd_if, sd15_30, sdxl_30, got 'sd3'",
+        ),
         (lambda: OSSComfyUI("FLUX"), "table must be one of flux, wan, chroma, got 'FLUX'"),
         (lambda: OSSComfyUI("flux").nodes(0), "num_steps must be from 1 to .*, got 0"),
     ],

@@ -31,7 +31,7 @@ class OLSS:
     """The paper's path and coefficients.
 
     From each node the path goes to the farthest one that is reached with an error of at most a bound, found by
-    bisection over the nodes; the bound is the least, by bisection too, that needs no more than K steps. The authors'
+    bisection over the nodes; the bound is one, by bisection too, below which K steps are no longer enough. The authors'
     network predicts noise; here its answers are velocities, for at t = 1 a prediction of noise is the noise itself.
     """
 
