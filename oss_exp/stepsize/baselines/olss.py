@@ -85,8 +85,7 @@ class LeastSquares:
 
     def path(self, num_steps: int) -> list[int]:
         """The nodes of exactly num_steps calls."""
-        high = float(self.solved((0,))[1].max())
-        best, low = [0], 0.0
+        best, low, high = [0], 0.0, float(self.solved((0,))[1].max())
         for _ in range(HALVINGS):
             bound = (low + high) / 2
             path = self._greedy(bound, num_steps)
@@ -94,14 +93,8 @@ class LeastSquares:
                 low = bound
             else:
                 best, high = path, bound
-        while len(best) < num_steps:  # where two calls are saved at one bound: halve the step of the largest error
-            ends = [*best[1:], self.num_nodes]
-            errors = [
-                float(self.solved((*best[: step + 1],))[1][end - best[step] - 1]) if end - best[step] > 1 else -1.0
-                for step, end in enumerate(ends)
-            ]
-            step = max(range(len(best)), key=errors.__getitem__)
-            best = [*best[: step + 1], (best[step] + ends[step]) // 2, *best[step + 1 :]]
+        while len(best) < num_steps:  # where one bound saves two calls
+            best = self._halved(best)
         return best
 
     def _greedy(self, bound: float, num_steps: int) -> list[int] | None:
@@ -120,6 +113,17 @@ class LeastSquares:
                 return path
             path.append(low)
         return None
+
+    def _halved(self, path: list[int]) -> list[int]:
+        """The path with one more node: in the middle of the step of the largest error, of those that have one."""
+        ends = [*path[1:], self.num_nodes]
+        errors = {
+            step: float(self.solved((*path[: step + 1],))[1][end - start - 1])
+            for step, (start, end) in enumerate(zip(path, ends, strict=True))
+            if end - start > 1
+        }
+        worst = max(errors, key=errors.__getitem__)
+        return sorted([*path, (path[worst] + ends[worst]) // 2])
 
     def _solve(self, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Weights (1 + k, J) and mean squared errors (J,) of the steps to all J later nodes."""

@@ -12,7 +12,7 @@ from oss_exp.stepsize import Problem
 from oss_exp.stepsize.baselines.linear_steps import linear_steps
 from oss_exp.stepsize.baselines.olss import OLSS
 
-N, BUDGETS = 24, [1, 3, 5, 8]
+N, BUDGETS = 24, [1, 3, 5, 8, 24]
 
 
 @pytest.fixture(scope="module")
