@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.stepsize.baselines.profiles import Entropic as Entropic
     from oss_exp.stepsize.baselines.profiles import SharpEuler as SharpEuler
     from oss_exp.stepsize.oss.band import Band as Band
+    from oss_exp.stepsize.oss.best import OSSBest as OSSBest
     from oss_exp.stepsize.oss.strategies import OSS as OSS
     from oss_exp.stepsize.oss.strategies import OSSAve as OSSAve
     from oss_exp.stepsize.oss.strategies import OSSFit as OSSFit
@@ -102,6 +103,7 @@ PUBLIC = {
     # Stepsize strategies.
     "OSS": "stepsize.oss.strategies",
     "OSSAve": "stepsize.oss.strategies",
+    "OSSBest": "stepsize.oss.best",
     "OSSFit": "stepsize.oss.strategies",
     "OSSShared": "stepsize.oss.strategies",
     "Band": "stepsize.oss.band",

@@ -34,7 +34,7 @@ from oss_exp.provenance import configuration, model_record, provenance
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import ClosedForm, OSSShared, Problem, Profile, StepsizeStrategy
+from oss_exp.stepsize import ClosedForm, OSSBest, OSSShared, Problem, Profile, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.strategies import visiting, with_required
@@ -122,7 +122,7 @@ def search(
         teacher, num_teacher_steps: the teacher's times. A student's are chosen from these. None: a pipeline's own
             times, else `FlowSchedule()`.
         strategy: what plans. One that plans per sample (`OSS`) has a schedule for each of these noises alone. None:
-            `OSSShared()`, with a pinned start for pipelines, which draw their noise themselves.
+            `OSSBest()`, with a pinned start for pipelines, which draw their noise themselves.
         must_visit: times t at which the schedule must call the network, such as the switch between two experts. The
             teacher gets nodes there.
         first_sigmas: the schedule's first times, where they are given, as a distilled model's are; the search chooses
@@ -138,7 +138,7 @@ def search(
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
     strategy = source.strategy if strategy is None else strategy
-    _require("strategy", strategy, StepsizeStrategy, "OSSShared()")
+    _require("strategy", strategy, StepsizeStrategy, "OSSBest()")
     if must_visit is not None or first_sigmas is not None:
         strategy = visiting(strategy, must_visit, first_sigmas)
     planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, [strategy], distance, progress)
@@ -220,11 +220,11 @@ def compare(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    strategies = standard_strategies() | {"oss_shared": source.strategy} if strategies is None else strategies
+    strategies = standard_strategies() | {"oss_best": source.strategy} if strategies is None else strategies
     if not isinstance(strategies, Mapping) or not strategies:
-        raise ValueError(f"strategies must be a dict such as {{'mine': OSSShared()}}, got {_shown(strategies)}")
+        raise ValueError(f"strategies must be a dict such as {{'mine': OSSBest()}}, got {_shown(strategies)}")
     for label, strategy in strategies.items():
-        _require(f"strategies[{label!r}]", strategy, StepsizeStrategy, "OSSShared()")
+        _require(f"strategies[{label!r}]", strategy, StepsizeStrategy, "OSSBest()")
     searches = list(strategies.values())
     planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, searches, distance, progress)
     _require_count("batch_size", batch_size)
@@ -275,7 +275,7 @@ def standard_strategies() -> dict[str, StepsizeStrategy]:
         "edm": ClosedForm(EDMSchedule()),
         "logsnr": ClosedForm(LogSNRSchedule()),
         "gits": GITS(),
-        "oss_shared": OSSShared(),
+        "oss_best": OSSBest(),
     }
 
 
@@ -370,7 +370,7 @@ class _Source:
     @property
     def strategy(self) -> StepsizeStrategy:
         """What plans where nobody chose. A pipeline draws its noise itself, and takes no analytic start."""
-        return OSSShared(start="pinned") if isinstance(self.sampled, Pipeline) else OSSShared()
+        return OSSBest(start="pinned") if isinstance(self.sampled, Pipeline) else OSSBest()
 
     @property
     def noise_schedule(self) -> NoiseSchedule:

@@ -4,6 +4,7 @@ from oss_exp.stepsize.base import StepsizeStrategy
 from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.baselines.profiles import Profile
 from oss_exp.stepsize.oss.band import Band
+from oss_exp.stepsize.oss.best import OSSBest
 from oss_exp.stepsize.oss.strategies import OSS, OSSAve, OSSFit, OSSShared
 from oss_exp.stepsize.problem import Collective, Problem, Teacher
 
@@ -13,6 +14,7 @@ __all__ = [
     "ClosedForm",
     "Collective",
     "OSSAve",
+    "OSSBest",
     "OSSFit",
     "OSSShared",
     "Problem",

@@ -16,7 +16,7 @@ from oss_exp.noise import EDMSchedule, FlowSchedule
 from oss_exp.schedule import FittedSteps
 from oss_exp.solvers import Euler
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSFit, OSSShared, Problem
+from oss_exp.stepsize import OSS, Band, ClosedForm, OSSAve, OSSBest, OSSFit, OSSShared, Problem
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.baselines.ld3 import LD3
 from oss_exp.stepsize.baselines.olss import OLSS
@@ -43,6 +43,7 @@ GUIDED = {
     "oss_ave_orders": OSSAve("analytic", None, True, "median", 3),
     "oss_shared_orders": OSSShared("pinned", Band(4, 3, 1), True, "mean"),
     "oss_fit": OSSFit("analytic", None, True, "log_mean", 2, 1e-6),
+    "oss_best": OSSBest("analytic", Band(4, 3, 1), False, "mean", baselines={"fm": ClosedForm()}),
     "oss_fit_band": OSSFit("pinned", Band(4, 3, 1), False, "mean", 3, 1e-6),
 }
 

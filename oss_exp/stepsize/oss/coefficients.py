@@ -23,7 +23,7 @@ from oss_exp.solvers.base import LinearMultistep, State, combine
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.sampling import remember_parts
 from oss_exp.stepsize.oss.edges import inner_products
-from oss_exp.stepsize.oss.objectives import COST_FLOOR, Objective, Shared
+from oss_exp.stepsize.oss.objectives import Shared
 from oss_exp.stepsize.oss.recursion import SolverPath, start_states
 from oss_exp.stepsize.problem import Problem
 
@@ -86,10 +86,10 @@ class FittedStudent:
 
     highest = 0  # its steps have no order
 
-    def __init__(self, problem: Problem, start: StartKind, objective: Objective, fit: Fit):
+    def __init__(self, problem: Problem, start: StartKind, objective: Shared, fit: Fit):
         self.problem, self.objective, self.fit = problem, objective, fit
         self.start: StartKind = start
-        self.rounds = REWEIGHTINGS if isinstance(objective, Shared) and objective.objective == "log_mean" else 1
+        self.rounds = REWEIGHTINGS if objective.objective == "log_mean" else 1
         self.constants = problem.noise, problem.teacher.sample_mean
         self.parts = len(problem.teacher.first_outputs)
 
@@ -152,8 +152,8 @@ class FittedStudent:
         length, size = problem.teacher.target_norms[node], target.shape[1]
         ordinary = self._ordinary(stage.state, node, len(basis))
 
-        emphasis = torch.ones_like(length)
         weights, cost = ordinary, length
+        emphasis = self.objective.emphasis(torch.ones_like(length))
         for _ in range(self.rounds):
             gram = sum_over_ranks(torch.einsum("b,bpq->pq", emphasis, stage.gram))
             right = sum_over_ranks(torch.einsum("b,bp->p", emphasis, aim))
@@ -162,8 +162,7 @@ class FittedStudent:
             weights = torch.linalg.solve(gram + torch.diag(pull), right + pull * ordinary)
             cost = length - 2 * aim @ weights + torch.einsum("p,bpq,q->b", weights, stage.gram, weights)
             cost = cost.clamp(min=0) / size
-            # log c <= log c0 + c / c0 - 1: least squares with these weights lowers the mean of logarithms.
-            emphasis = 1 / cost.clamp(min=COST_FLOOR)
+            emphasis = self.objective.emphasis(cost)
 
         x = combine(list(weights), basis)
         t = problem.grid[node].expand_as(stage.state.t)

@@ -31,7 +31,7 @@ Aggregate = Literal["median", "mean"]
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """What all OSS strategies share: where a student may start, the band, and refinement.
 
     max_order:    of a multistep solver's steps; None: the solver's own.
@@ -172,7 +172,7 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class OSS(_Search):
+class OSS(Search):
     """One schedule per sample (paper, Alg. 1, exactly k steps): how good a schedule can be if it may know the noise.
 
     chunk: samples searched at a time; it bounds the memory and changes nothing else. With a plain VelocityFn, which
@@ -194,7 +194,7 @@ class OSS(_Search):
         in_order = {
             k: replace(path, nodes=path.nodes[:, order], orders=path.orders[:, order]) for k, path in paths.items()
         }
-        return {k: _schedule(problem, path, self.start, samples[order].tolist()) for k, path in in_order.items()}
+        return {k: path_schedule(problem, path, self.start, samples[order].tolist()) for k, path in in_order.items()}
 
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, SolverPath]:
         """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
@@ -212,7 +212,7 @@ class OSS(_Search):
 
 
 @dataclass(frozen=True)
-class OSSAve(_Search):
+class OSSAve(Search):
     """The paper's OSS-ave: node-wise agreement of the per-sample schedules, made strictly monotone again.
 
     aggregate `median` rounds halves towards the data, as the released code does for an even number of samples.
@@ -239,7 +239,7 @@ class OSSAve(_Search):
             if self.refine:
                 required = self._required(problem, k)
                 agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"), required=required)
-            plans[k] = _schedule(problem, agreed, self.start)
+            plans[k] = path_schedule(problem, agreed, self.start)
         return plans
 
     def _agree(self, values: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class OSSAve(_Search):
 
 
 @dataclass(frozen=True)
-class OSSShared(_Search):
+class OSSShared(Search):
     """One schedule for all samples, chosen inside the recursion by the batch's mean cost or mean log cost (ours)."""
 
     start: StartKind = "analytic"
@@ -264,11 +264,11 @@ class OSSShared(_Search):
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         paths = self.paths(problem, budgets, Shared(self.objective))
-        return {k: _schedule(problem, path, self.start) for k, path in paths.items()}
+        return {k: path_schedule(problem, path, self.start) for k, path in paths.items()}
 
 
 @dataclass(frozen=True)
-class OSSFit(_Search):
+class OSSFit(Search):
     """Path first, coefficients after (ours): the path of `OSSShared`, and along it steps with fitted coefficients.
 
     The nodes are those of Algorithm 2 with the solver's own steps; then every step's coefficients over the state, the
@@ -309,21 +309,21 @@ class OSSFit(_Search):
                 fitted, *_ = student.run(path)
             if self.refine:
                 fitted = refine_fitted(student, fitted, required)
-            plans[k] = _schedule(problem, fitted, self.start)
+            plans[k] = path_schedule(problem, fitted, self.start)
         return plans
 
 
 def with_required(grid: Tensor, strategies: Iterable[object]) -> Tensor:
     """Return the teacher's grid (N+1,) with a node at every time that one of the strategies must visit."""
-    return with_nodes(grid, [time for each in strategies if isinstance(each, _Search) for time in each.required_times])
+    return with_nodes(grid, [time for each in strategies if isinstance(each, Search) for time in each.required_times])
 
 
 def visiting(
     strategy: object, must_visit: Sequence[float] | None, first_sigmas: Sequence[float] | None
 ) -> StepsizeStrategy:
     """Return the strategy with these required times. ValueError where it does not search."""
-    if not isinstance(strategy, OSS | OSSAve | OSSShared | OSSFit):
-        raise ValueError(f"must_visit and first_sigmas are of searches such as OSSShared(), got {strategy!r}")
+    if not isinstance(strategy, Search) or not isinstance(strategy, StepsizeStrategy):
+        raise ValueError(f"must_visit and first_sigmas are of searches such as OSSBest(), got {strategy!r}")
     return replace(strategy, must_visit=must_visit, first_sigmas=first_sigmas)
 
 
@@ -332,7 +332,7 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
     return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
-def _schedule(
+def path_schedule(
     problem: Problem, path: SolverPath | FittedPath, start: StartKind, samples: Sequence[int] | None = None
 ) -> StepSchedule:
     """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
