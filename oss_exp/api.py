@@ -35,6 +35,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSBest, OSSShared, Problem, Profile, StepsizeStrategy
+from oss_exp.stepsize import ClosedForm, OSSBest, OSSShared, Problem, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.strategies import visiting, with_required
@@ -122,7 +123,8 @@ def search(
         teacher, num_teacher_steps: the teacher's times. A student's are chosen from these. None: a pipeline's own
             times, else `FlowSchedule()`.
         strategy: what plans. One that plans per sample (`OSS`) has a schedule for each of these noises alone. None:
-            `OSSBest()`, with a pinned start for pipelines, which draw their noise themselves.
+            `OSSBest()`, with a pinned start for pipelines, which draw their noise themselves; `OSSShared()` for those
+            that begin at an image (`strength` below 1).
         must_visit: times t at which the schedule must call the network, such as the switch between two experts. The
             teacher gets nodes there.
         first_sigmas: the schedule's first times, where they are given, as a distilled model's are; the search chooses
@@ -370,7 +372,10 @@ class _Source:
     @property
     def strategy(self) -> StepsizeStrategy:
         """What plans where nobody chose. A pipeline draws its noise itself, and takes no analytic start."""
-        return OSSBest(start="pinned") if isinstance(self.sampled, Pipeline) else OSSBest()
+        if not isinstance(self.sampled, Pipeline):
+            return OSSBest()
+        # Fitted steps would need the image that a strength below 1 begins at, and its scheduler does not know it.
+        return OSSBest(start="pinned") if self.sampled.strength == 1 else OSSShared(start="pinned")
 
     @property
     def noise_schedule(self) -> NoiseSchedule:

@@ -118,7 +118,7 @@ def test_a_teacher_that_begins_below_one_scales_the_noises(digits):
     grid = teacher.nodes(20)
     noise, rows = drawn(0, 6, digits), digits.velocity(None)
     problem = oss_exp.Problem(rows, noise * grid[0].float(), grid, oss_exp.Euler(), oss_exp.XtMSE())
-    plan = oss_exp.OSSShared().plan(problem, [3])[3]
+    plan = oss_exp.OSSBest().plan(problem, [3])[3]
     steps = oss_exp.search(digits, noise, 3, teacher=teacher, solver=oss_exp.Euler(), **SHORT)
     assert_same(steps, plan)
     expected = solvers.sample(oss_exp.Euler(), rows, noise * float(grid[0]), plan)
@@ -133,7 +133,7 @@ def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
     problem = oss_exp.Problem(
         bound, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE(), group=rows, num_groups=guided.num_classes
     )
-    plan = oss_exp.OSSShared().plan(problem, [3])[3]
+    plan = oss_exp.OSSBest().plan(problem, [3])[3]
     steps = oss_exp.search(guided, noise, 3, condition=condition, **SHORT)
     assert_same(steps, plan)
     expected = solvers.sample(oss_exp.DPMSolverPP(), bound, noise, plan, rows)
@@ -190,7 +190,7 @@ def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
     small = ["num_teacher_steps=20", "data.eval_samples=12", "logger=none", "model=mixture_digits"]
     run_cli(*small, "task=evaluate", "solver=dpm_solver_pp", f"task.schedule={file}", f"hydra.run.dir={tmp_path}/run")
     (result,) = read_run(tmp_path / "run")
-    assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSShared", 3, 12)
+    assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSBest", 3, 12)
 
 
 def test_times_by_hand_are_eulers(noise):
@@ -290,7 +290,7 @@ def test_batches_and_given_noises_change_nothing(digits, comparison):
 
 def test_a_function_is_compared_on_its_own_values(noise):
     found = oss_exp.compare(velocity, noise, 3, solver=oss_exp.Euler(), held_out=20, **SHORT)
-    assert {row["strategy"] for row in found.rows} == {"fm", "ddim", "edm", "logsnr", "gits", "oss_shared"}
+    assert {row["strategy"] for row in found.rows} == {"fm", "ddim", "edm", "logsnr", "gits", "oss_best"}
     held_out = NoiseDataset(0, HELD_OUT, 20, (2,), None)
     x = torch.stack([held_out[i]["noise"] for i in range(20)])
     teacher = solvers.trajectory(oss_exp.Euler(), velocity, x, oss_exp.FlowSchedule().nodes(20))[-1]
@@ -423,9 +423,9 @@ def test_options(digits, verb, options, message):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (oss_exp.OSSShared, r"must be an object such as OSSShared\(\), got the class OSSShared; call it"),
-        ("oss_shared", r"must be a StepsizeStrategy such as OSSShared\(\), got 'oss_shared'"),
-        (oss_exp.Euler(), r"must be a StepsizeStrategy such as OSSShared\(\), got Euler"),
+        (oss_exp.OSSShared, r"must be an object such as OSSBest\(\), got the class OSSShared; call it"),
+        ("oss_shared", r"must be a StepsizeStrategy such as OSSBest\(\), got 'oss_shared'"),
+        (oss_exp.Euler(), r"must be a StepsizeStrategy such as OSSBest\(\), got Euler"),
     ],
 )
 def test_strategies(noise, strategy, message):
@@ -437,7 +437,7 @@ def test_strategies(noise, strategy, message):
 
 @pytest.mark.parametrize("strategies", [["oss_shared"], {}, oss_exp.OSSShared()])
 def test_strategies_are_a_dict(noise, strategies):
-    with pytest.raises(ValueError, match=r"strategies must be a dict such as \{'mine': OSSShared\(\)\}, got"):
+    with pytest.raises(ValueError, match=r"strategies must be a dict such as \{'mine': OSSBest\(\)\}, got"):
         oss_exp.compare(velocity, noise, 3, strategies=strategies, **SHORT)
 
 
