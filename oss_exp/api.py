@@ -35,7 +35,6 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSBest, OSSShared, Problem, Profile, StepsizeStrategy
-from oss_exp.stepsize import ClosedForm, OSSBest, OSSShared, Problem, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.strategies import visiting, with_required

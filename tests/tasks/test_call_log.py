@@ -158,15 +158,15 @@ def test_a_finished_run_leaves_no_calls_and_none_are_kept_unasked(whole, tmp_pat
 def test_schedules_that_are_there_are_not_searched_again(whole, tmp_path):
     run_cli(*RUN, "task=search", f"hydra.run.dir={tmp_path}")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    (tmp_path / "schedules" / "oss_shared_4.json").unlink()
+    (tmp_path / "schedules" / "oss_best_4.json").unlink()
     run_cli(*RUN, "task=search", f"hydra.run.dir={tmp_path}")
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     changed = {path.name for path in before if before[path] != after[path]}
     assert changed - {"teacher.json"} == {
-        "oss_shared_2.json",
-        "oss_shared_2.mean.json",
-        "oss_shared_4.json",
-        "oss_shared_4.mean.json",
+        "oss_best_2.json",
+        "oss_best_2.mean.json",
+        "oss_best_4.json",
+        "oss_best_4.mean.json",
     }
 
 

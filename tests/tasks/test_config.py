@@ -166,7 +166,7 @@ def test_experiments_compose():
 def test_stepsize_takes_one_or_several():
     assert list(config("stepsize=edm").stepsize) == ["edm"]
     assert set(config("stepsize=[edm,oss_shared]").stepsize) == {"edm", "oss_shared"}
-    assert list(config("task=search").stepsize) == ["oss_shared"]
+    assert list(config("task=search").stepsize) == ["oss_best"]
     assert list(config("task=search", "stepsize=oss_ave").stepsize) == ["oss_ave"]
 
 
