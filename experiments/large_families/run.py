@@ -34,7 +34,7 @@ NETWORKS = {
 }
 # An analytic start is from a mean: a prompt has its own, and so has each token in MAR's later iterations.
 PINNED = "stepsize.oss_shared.start=pinned"
-STRATEGIES = "stepsize=[fm,fm_shifted,ddim,edm,dm,gits,oss_ave,oss_shared,oss_fit]"
+STRATEGIES = "stepsize=[fm,fm_shifted,ddim,edm,dm,gits,oss_ave,oss_shared,oss_fit,oss_best]"
 QUICK = [  # a search of a twentieth of the calls: coarse to fine, and not refined
     f"stepsize.{name}.{setting}"
     for name in ("oss_ave", "oss_shared", "oss_fit")

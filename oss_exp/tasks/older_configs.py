@@ -48,6 +48,11 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("model"), Mapping):
         values["model"] = {key: value for key, value in values["model"].items() if key != "prompts"}
 
+    # Version 0.1 searched one iteration of MAR, by default the first.
+    if isinstance(values.get("model"), Mapping) and "search_iteration" in values["model"]:
+        values["model"] = dict(values["model"])
+        values["model"]["search_iterations"] = [values["model"].pop("search_iteration")]
+
     # Version 0.1 had no model.weights_set, which is null today.
     values = _spelled_out(values)
     if isinstance(values.get("model"), Mapping) and values["model"].get("weights_set") is None:

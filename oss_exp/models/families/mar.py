@@ -10,7 +10,7 @@ E context dims; S class tokens; R answers, 2 under guidance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from oss_exp.schedule import StepSchedule, group_mean
 from oss_exp.solvers import Euler, Solver, Watch, sample
 from oss_exp.velocity import BoundVelocity
 
-CONTEXT_STEPS = 100  # of the head for each token that a later `search_iteration` finds known; the authors' number
+CONTEXT_STEPS = 100  # of the head for each token that later `search_iterations` find known; the authors' number
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -197,25 +197,36 @@ class MARNetwork(nn.Module):
 class MAR(Published):
     """A `MARNetwork` at one of its sizes, its head behind canonical time. An event is an image's tokens (L, D).
 
-    The velocity, which is what strategies see, is the head's in one iteration, the first unless said otherwise:
-    there nothing is known, all L places have a context, and all their tokens are searched together. Of a later one
-    it takes the places that are then unknown, in turn, until there are L: its tokens are no longer in their places.
-    The schedule found runs in every iteration of `generate` (Optimal Stepsize, arXiv 2503.21774, sec. 4.1.4).
+    The velocity, which is what strategies see, is the head's on the L places of an image in some iterations, which have
+    an equal share of them: a later iteration those that stay unknown longer. Where an iteration has fewer unknown
+    places than its share, their contexts come again in others' places. The schedule found runs in every iteration of
+    `generate` (Optimal Stepsize, arXiv 2503.21774, sec. 4.1.4, which searches the first).
 
-    num_iter:         iterations; each makes at least one token.
-    guidance:         of the last iteration; it grows to that from 1 as 1 + (scale - 1) (share of known tokens).
-    search_iteration: the velocity's, from 0. What is known before it is made of the class alone, of seeded noise.
-    search_cfg:       the velocity's scale; null: that of its iteration (almost 1 in the first).
-    seed:             of the orders in which tokens are made, and of that noise.
-    published:        as for `Published`.
+    num_iter:          iterations; each makes at least one token.
+    guidance:          of the last iteration; it grows to that from 1 as 1 + (scale - 1) (share of known tokens).
+    search_iterations: the velocity's, from 0; null: the first of each quarter. What is known before a later one is
+                       made of the class alone, of seeded noise.
+    search_cfg:        the velocity's scale; null: those of its iterations (almost 1 in the first).
+    seed:              of the orders in which tokens are made, and of that noise.
+    published:         as for `Published`.
     """
 
-    def __init__(self, num_iter: int, search_iteration: int, search_cfg: float | None, seed: int, **published: Any):
+    def __init__(
+        self,
+        num_iter: int,
+        search_iterations: Sequence[int] | None = None,
+        search_cfg: float | None = None,
+        seed: int = 0,
+        **published: Any,
+    ):
         require_range(at_least=1, num_iter=num_iter)
-        require_range(at_least=0, search_iteration=search_iteration, seed=seed)
-        if search_iteration >= num_iter:
+        require_range(at_least=0, seed=seed)
+        quarters = sorted({quarter * num_iter // 4 for quarter in range(4)})
+        searched = quarters if search_iterations is None else sorted(set(search_iterations))
+        if not searched or searched[0] < 0 or searched[-1] >= num_iter:
             raise ValueError(
-                f"search_iteration must be below num_iter={num_iter}, for it counts from 0, got {search_iteration}"
+                f"search_iterations must be some of 0 to {num_iter - 1}, which num_iter={num_iter} makes, got "
+                f"{search_iterations}"
             )
         require_range(at_least=-1000, at_most=1000, search_cfg=search_cfg)
         super().__init__(**published)
@@ -225,7 +236,12 @@ class MAR(Published):
                 "every iteration makes at least one; choose fewer"
             )
         _require_plain(self.guidance)
-        self.num_iter, self.search_iteration, self.search_cfg, self.seed = num_iter, search_iteration, search_cfg, seed
+        if len(searched) > self.event_shape[0]:
+            raise ValueError(
+                f"search_iterations has {len(searched)} entries, and an image {self.event_shape[0]} tokens for them; "
+                "choose fewer"
+            )
+        self.num_iter, self.search_iterations, self.search_cfg, self.seed = num_iter, searched, search_cfg, seed
         self.unknown = unknown_before(self.event_shape[0], num_iter)
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
@@ -239,14 +255,21 @@ class MAR(Published):
         steps = StepSchedule(grid)
         noise = torch.from_numpy(np.stack(noise)).to(classes.device) * steps.start_time
         labels = None if condition is None else classes
-        tokens = self._make(Euler(), steps, noise, labels, None, guidance, self.search_iteration)
+        tokens = self._make(Euler(), steps, noise, labels, None, guidance, self.search_iterations[-1])
 
-        orders, unknown = self.orders(noise), self.unknown[self.search_iteration]
-        scale = self.scale(guidance, self.search_iteration) if self.search_cfg is None else self.search_cfg
-        places = orders[:, :unknown].sort(dim=1).values
-        in_turn = torch.arange(self.event_shape[0], device=places.device) % unknown
-        contexts = self.contexts(tokens, orders[:, unknown:], classes, scale != 1)
-        return self._bind(at(contexts, places[:, in_turn]), None if condition is None else of_sample, scale)
+        # A token that was made stays: what an earlier iteration knew is among the tokens of the last.
+        orders, contexts, scales = self.orders(noise), [], []
+        iterations = self.search_iterations[::-1]
+        used = [self.scale(guidance, each) if self.search_cfg is None else self.search_cfg for each in iterations]
+        shares = torch.arange(self.event_shape[0], device=classes.device).tensor_split(len(iterations))
+        for iteration, scale, share in zip(iterations, used, shares, strict=True):
+            unknown = self.unknown[iteration]
+            found = self.contexts(tokens, orders[:, unknown:], classes, any(each != 1 for each in used))
+            contexts.append(at(found, orders[:, share % unknown]))
+            scales.append(torch.full((len(share), 1), scale, dtype=torch.float64, device=classes.device))
+        in_place = orders.argsort(dim=1)
+        contexts, scales = at(torch.cat(contexts, dim=1), in_place), torch.cat(scales)[in_place]
+        return self._bind(contexts, None if condition is None else of_sample, scales)
 
     def sample(
         self,
@@ -337,15 +360,23 @@ class MAR(Published):
             tokens = tokens.scatter(1, places[..., None].expand_as(made), made)
         return tokens
 
-    def _bind(self, contexts: Tensor, rows: Tensor | None, scale: float) -> BoundVelocity:
-        """contexts (U, n, R, E), rows (B,) of them for each sample, None for the first -> v(x (M, n, D), t (M,))."""
+    def _bind(self, contexts: Tensor, rows: Tensor | None, scale: float | Tensor) -> BoundVelocity:
+        """contexts (U, n, R, E), rows (B,) of them for each sample, None for the first -> v(x (M, n, D), t (M,)).
+
+        scale: of the guidance, one or (U, n, 1).
+        """
         answers = contexts.shape[2]
 
         def guided(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
             z = contexts[:1].expand(len(x), -1, -1, -1) if rows is None else contexts[rows]
             z = z.movedim(2, 0).flatten(0, 1)
             v = self._velocity(x.repeat(answers, 1, 1), t.repeat(answers), z).unflatten(0, (answers, -1))
-            return v[0] if answers == 1 else scale * v[0] + (1 - scale) * v[1]
+            if answers == 1:
+                return v[0]
+            own = scale
+            if isinstance(scale, Tensor):
+                own = (scale[:1] if rows is None else scale[rows]).to(v)
+            return own * v[0] + (1 - own) * v[1]
 
         kind = BoundVelocity if answers == 1 else Guided
         return kind(guided, rows, max(1, self.micro_batch // answers))

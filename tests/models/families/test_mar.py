@@ -5,6 +5,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -54,7 +55,13 @@ def mar(tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int =
             "decoder": nn.Identity,
         }
     }
-    arguments = {"search_iteration": 0, "search_cfg": None, "seed": 0, "dtype": "float64", "micro_batch": 7} | changes
+    arguments = {
+        "search_iterations": [0],
+        "search_cfg": None,
+        "seed": 0,
+        "dtype": "float64",
+        "micro_batch": 7,
+    } | changes
     return MAR(
         num_iter,
         name="mar",
@@ -273,11 +280,11 @@ def test_orders_are_the_samples_own(tokens):
     assert many[torch.arange(2000), first].mean().abs() < 0.05  # and says nothing of the noise
 
 
-@pytest.mark.parametrize("search_iteration", [0, 2])
+@pytest.mark.parametrize("search_iterations", [[0], [2], None])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_velocity_rows_are_independent(scale, search_iteration, tokens, monkeypatch):
+def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeypatch):
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    model, classes = mar(scale=scale, search_iteration=search_iteration), torch.tensor([3, 1, 3, 0])
+    model, classes = mar(scale=scale, search_iterations=search_iterations), torch.tensor([3, 1, 3, 0])
     v, t = model.velocity(classes), torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x = torch.cat([tokens, tokens.flip(0), -tokens])
     together = v(x, t)
@@ -289,17 +296,32 @@ def test_velocity_rows_are_independent(scale, search_iteration, tokens, monkeypa
 
 
 def test_velocity_of_a_later_iteration_knows_some_tokens(tokens, monkeypatch):
-    """The places that are still unknown come in turn, so that slots 0 and 12, 1 and 13, ... have the same context."""
+    """What is unknown has its own context, in its place; what is known has one of theirs again."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    model, classes, t = mar(search_iteration=2), torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
-    unknown = model.unknown[2]
-    assert unknown == 12
-    v = model.velocity(classes)
+    classes, t = torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
+    model = mar(search_iterations=[2])
+    assert model.unknown[2] == 12
+    noise = np.random.default_rng((0, 4)).standard_normal((1, 16, 4), dtype=np.float32)
+    order = model.orders(torch.from_numpy(noise))[0]
     x = tokens[:1, :1].expand(1, 16, 4)
-    found = v(x, t)
-    torch.testing.assert_close(found[:, unknown:], found[:, : 16 - unknown])
-    assert (found[:, 0] - found[:, 1]).abs().max() > 1e-4
-    assert (found - mar().velocity(classes)(x, t)).abs().max() > 1e-4
+    found = model.velocity(classes)(x, t)[0]
+    torch.testing.assert_close(found[order[12:]], found[order[:4]])
+    assert (found[order[0]] - found[order[1]]).abs().max() > 1e-4
+    assert (found - mar().velocity(classes)(x, t)[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monkeypatch):
+    """In their places and at their own scales: those that stay unknown longest are the last iteration's."""
+    monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
+    classes, t = torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
+    noise = np.random.default_rng((0, 4)).standard_normal((1, 16, 4), dtype=np.float32)
+    order = mar().orders(torch.from_numpy(noise))[0]
+    x = tokens[:1, :1].expand(1, 16, 4)
+    found = mar(scale=scale, search_iterations=[0, 3]).velocity(classes)(x, t)[0]
+    for iteration, places in ((3, order[:8]), (0, order[8:])):
+        alone = mar(scale=scale, search_iterations=[iteration]).velocity(classes)(x, t)[0]
+        torch.testing.assert_close(found[places], alone[places], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("search_cfg", [None, 1, 2.0])
@@ -522,8 +544,9 @@ def test_models_of_conf(name, scale):
     [
         ({"num_iter": 17}, "num_iter=17 exceeds the 16 tokens"),
         ({"num_iter": 0}, "num_iter must be at least 1, got 0"),
-        ({"search_iteration": 5}, "search_iteration must be below num_iter=5, .*, got 5"),
-        ({"search_iteration": -1}, "search_iteration must be at least 0, got -1"),
+        ({"search_iterations": [5]}, r"must be some of 0 to 4, which num_iter=5 makes, got \[5\]"),
+        ({"search_iterations": [0, -1]}, r"must be some of 0 to 4, .* got \[0, -1\]"),
+        ({"search_iterations": []}, r"must be some of 0 to 4, .* got \[\]"),
         ({"search_cfg": 1e30}, "search_cfg must be from -1000 to 1000, got"),
     ],
 )
