@@ -116,6 +116,7 @@ def _descend(
 ) -> Path:
     """Change one node or order at a time for as long as it helps; the stages before a change are reused."""
     path, stages, best = student.run(path)
+    tried_before = {_key(path)}  # such as the way back from a change that helped
     calls = 0
     for move in moves:
         for _ in range(MAX_SWEEPS):
@@ -128,8 +129,9 @@ def _descend(
                     changes += [(0, order) for order in range(1, min(r + 1, student.highest) + 1)]
                 for step, order in changes:
                     tried = _reordered(path, r, order) if order else _moved(path, r, step, student.problem, required)
-                    if tried is None:
+                    if tried is None or _key(tried) in tried_before:
                         continue
+                    tried_before.add(_key(tried))
                     first = r if order is None else r + 1  # node whose state changes
                     if calls > most_calls - (len(path.nodes) - first):
                         return path
@@ -143,6 +145,12 @@ def _descend(
             if not improved:
                 break
     return path
+
+
+def _key(path: SolverPath | FittedPath) -> bytes:
+    """What a path's error depends on, its nodes and orders."""
+    orders = path.orders if isinstance(path, SolverPath) else path.nodes
+    return torch.stack([path.nodes, orders.expand_as(path.nodes)]).cpu().numpy().tobytes()
 
 
 def _moved(path: Path, r: int, step: int, problem: Problem, required: Required | None) -> Path | None:
