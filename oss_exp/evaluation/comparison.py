@@ -22,7 +22,8 @@ from oss_exp.evaluation.psnr import Interval
 NOTE = (
     "PSNR: mean over n held-out images against the teacher's image from the same noise, ± 95 % interval. "
     "gain: paired difference to the best baseline at the same NFE (*). NFE: network rows per image. "
-    "worst 1 %: the PSNR that 99 % of the images reach. spread: 5 to 95 % amplitude of the samples relative to the teacher's. "
+    "worst 1 %: the PSNR that 99 % of the images reach. "
+    "spread: 5 to 95 % amplitude of the samples relative to the teacher's. "
     "planning: network calls per search sample and seconds for all budgets together."
 )
 

@@ -100,10 +100,10 @@ def refine(
 def refine_fitted(student: FittedStudent, path: FittedPath, required: Required | None = None) -> FittedPath:
     """A path with no larger final error, its coefficients fitted anew for every try, by at most FIT_CALLS calls.
 
-    Its largest move is half the mean distance of the nodes: more would only swap them.
+    Its largest move is a third of the nodes' mean distance, or 2: larger ones win at once and end in worse places.
     """
     apart = student.problem.num_nodes // (len(path.nodes) + 1)
-    moves = [move for move in MOVES if move <= max(apart // 2, 1)]
+    moves = [move for move in MOVES if move <= max(apart // 3, 2)]
     return _descend(student, path, moves, required, FIT_CALLS)
 
 

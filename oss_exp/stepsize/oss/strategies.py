@@ -303,10 +303,14 @@ class OSSFit(Search):
         objective, budgets = Shared(self.objective), check_num_steps(num_steps, problem.num_nodes)
         required = self._required(problem, budgets[0])
         student = FittedStudent(problem, self.start, objective, Fit(self.history, self.ridge))
-        plans = {}
+        plans, fitted = {}, None
         for k, path in replace(self, refine=False).paths(problem, budgets, objective).items():
+            starts = [path]
+            if fitted is not None and required is None:  # what fewer steps found, stretched, may be a better place
+                nodes = stretch(fitted.nodes, k, problem.num_nodes)
+                starts.append(replace(path, nodes=nodes))
             with torch.no_grad():
-                fitted, *_ = student.run(path)
+                fitted = min((student.run(each) for each in starts), key=lambda run: float(run[2]))[0]
             if self.refine:
                 fitted = refine_fitted(student, fitted, required)
             plans[k] = path_schedule(problem, fitted, self.start)
