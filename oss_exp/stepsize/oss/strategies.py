@@ -303,14 +303,10 @@ class OSSFit(Search):
         objective, budgets = Shared(self.objective), check_num_steps(num_steps, problem.num_nodes)
         required = self._required(problem, budgets[0])
         student = FittedStudent(problem, self.start, objective, Fit(self.history, self.ridge))
-        plans, fitted = {}, None
+        plans = {}
         for k, path in replace(self, refine=False).paths(problem, budgets, objective).items():
-            starts = [path]
-            if fitted is not None and required is None:  # what fewer steps found, stretched, may be a better place
-                nodes = stretch(fitted.nodes, k, problem.num_nodes)
-                starts.append(replace(path, nodes=nodes))
             with torch.no_grad():
-                fitted = min((student.run(each) for each in starts), key=lambda run: float(run[2]))[0]
+                fitted, *_ = student.run(path)
             if self.refine:
                 fitted = refine_fitted(student, fitted, required)
             plans[k] = path_schedule(problem, fitted, self.start)

@@ -114,7 +114,7 @@ def test_what_is_no_required_time(problem):
         OSSShared(must_visit=0.5)
     with pytest.raises(ValueError, match="may agree on none of must_visit; use oss_shared"):
         OSSAve(must_visit=[0.5])
-    with pytest.raises(ValueError, match="must_visit and first_sigmas are of searches such as OSSShared"):
+    with pytest.raises(ValueError, match="must_visit and first_sigmas are of searches such as OSSBest"):
         oss_exp.search(standard_normal_velocity, torch.randn(2, 2), 2, strategy=oss_exp.ClosedForm(), must_visit=[0.5])
     with pytest.raises(ValueError, match=r"a search must visit t = 0.95, and its teacher goes from 0\.9"):
         oss_exp.search(
