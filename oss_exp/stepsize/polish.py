@@ -33,13 +33,18 @@ TIME_CHANGE = 1e-2  # of the distance to the nearer time
 
 @torch.no_grad()
 def polish(
-    problem: Problem, steps: StepSchedule, iterations: int = 10, objective: Mean = "log_mean", micro_batch: int = 16
+    problem: Problem,
+    steps: StepSchedule,
+    iterations: int = 10,
+    objective: Mean = "log_mean",
+    fixed: Tensor | None = None,
+    micro_batch: int = 16,
 ) -> StepSchedule:
     """Return the schedule with better weights and times, as fitted steps; a solver's steps become such first, exactly.
 
     Three of four search samples (by their global number, so that the ranks' shares do not matter) are trained on, and
-    the others choose the best iterate: on them the result is never worse than `steps`. `micro_batch` samples are
-    looked at at a time, each with all changes of a step.
+    the others choose the best iterate: on them the result is never worse than `steps`. Times among `fixed` stay.
+    `micro_batch` samples are looked at at a time, each with all changes of a step.
     Raises ValueError where the distance has no squares, or where there are fewer than four samples.
     """
     require_range(at_least=1, iterations=iterations, micro_batch=micro_batch)
@@ -48,7 +53,7 @@ def polish(
     if not problem.velocity.divisible:
         raise ValueError("polish trains on some of the samples, and a plain function knows all; use a BoundVelocity")
 
-    run = _Run(problem, as_fitted(problem, steps), objective, micro_batch)
+    run = _Run(problem, as_fitted(problem, steps), objective, fixed, micro_batch)
     train = problem.samples % 4 != 3
     values, damping, since = run.start, FIRST_DAMPING, 0
     error, best, chosen = run.error(values, train), run.error(values, ~train), values
@@ -71,6 +76,16 @@ def polish(
     return run.schedule(chosen)
 
 
+def polish_calls(num_steps: int, iterations: int, history: int | None = None, parts: int = 1) -> int:
+    """Network calls per search sample of so many iterations, each with one try."""
+    if iterations == 0:
+        return 0
+    vectors = [2 + parts * min(step + 1, history or num_steps) for step in range(num_steps)]
+    changes = sum(columns * (num_steps - 1 - step) for step, columns in enumerate(vectors))
+    changes += sum(range(1, num_steps))  # of the times
+    return num_steps + iterations * (3 * (changes + num_steps) // 4 + num_steps)
+
+
 @dataclass(frozen=True, eq=False)
 class _Values:
     """What is polished: the times (K+1,) and the weights (K, P)."""
@@ -82,7 +97,7 @@ class _Values:
 class _Run:
     """A student of fitted steps on a search problem, at any values of its times and weights."""
 
-    def __init__(self, problem: Problem, steps: StepSchedule, objective: Mean, micro_batch: int):
+    def __init__(self, problem: Problem, steps: StepSchedule, objective: Mean, fixed: Tensor | None, micro_batch: int):
         assert isinstance(steps.steps, FittedSteps)
         self.problem, self.steps, self.fitted = problem, steps, steps.steps
         self.objective, self.micro_batch = Shared(objective), micro_batch
@@ -96,8 +111,13 @@ class _Run:
         # What changes, step by step: its time where it may move, and the weights of all vectors that there are then;
         # that of x only where the others do not span it.
         parts, capacity = len(problem.velocity.mix), self.start.weights.shape[1] - 3
-        first = 1 if isinstance(steps.start, Pinned) else 0
-        self.times = list(range(first, steps.num_steps))
+        stays = (
+            torch.zeros_like(self.start.times, dtype=torch.bool)
+            if fixed is None
+            else torch.isin(self.start.times, fixed)
+        )
+        stays[0] |= isinstance(steps.start, Pinned)
+        self.times = [step for step in range(steps.num_steps) if not stays[step]]
         self.columns = []
         for step in range(steps.num_steps):
             known = (step + 1) * parts

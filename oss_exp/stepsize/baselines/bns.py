@@ -20,7 +20,7 @@ from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import difference, first_parts, over_basis, solver_sums
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BNS(GradientDescent):
     """Learns the times, and each step's weights over the noise, the mean and all predictions so far, for PSNR.
 

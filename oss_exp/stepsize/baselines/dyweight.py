@@ -24,7 +24,7 @@ from oss_exp.stepsize.solver_weights import first_parts, over_basis
 KEPT = (0.01, 0.99)  # of the last time, at least and at most: times decrease whatever is learned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DyWeight(GradientDescent):
     """Learns the weights of each step's last `history` directions, of any sum, and scales of the times that are told.
 
@@ -34,7 +34,7 @@ class DyWeight(GradientDescent):
     begins with the weights of iPNDM, by Adam on the mean distance. Not taken over: an analytical first direction.
     """
 
-    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(EDMSchedule()))
+    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(EDMSchedule()), kw_only=False)
     learning_rate: float = 0.003
     history: int = 4
 

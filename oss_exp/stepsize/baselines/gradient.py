@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class GradientDescent(abc.ABC):
     objective: ClassVar[Mean] = "mean"
 
     init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()))
+    _: KW_ONLY
     iterations: int = 100
     learning_rate: float = 0.02
     decay: float = 0.8

@@ -18,7 +18,7 @@ from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import difference, step_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GS(GradientDescent):
     """Learns the times of DPM-Solver++ of order 3, differences to its weights, and the times that the network is told.
 

@@ -18,7 +18,7 @@ from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import first_parts, over_basis, solver_sums
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LD3(GradientDescent):
     """Learns the times of the solver's steps, by RMSprop on the logits of their gaps as in the released code.
 
