@@ -24,9 +24,7 @@ from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 
-FIRST_DAMPING = 1e-4  # relative to the diagonal of the Gauss-Newton matrix; a tenth after each iteration, and
-TRIES = 4  # tries with ten times as much each, until the error falls
-PATIENCE = 2  # iterations without progress on the samples that are not trained on
+DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # less would allow weights that float32 states cannot carry
 VERBOSE = True
 TIME_CHANGE = 1e-2  # of the distance to the nearer time
 
@@ -42,8 +40,9 @@ def polish(
 ) -> StepSchedule:
     """Return the schedule with better weights and times, as fitted steps; a solver's steps become such first, exactly.
 
-    Three of four search samples (by their global number, so that the ranks' shares do not matter) are trained on, and
-    the others choose the best iterate: on them the result is never worse than `steps`. Times among `fixed` stay.
+    Three of four search samples (by their global number, so that the ranks' shares do not matter) are trained on. The
+    others choose each iteration's damping (Levenberg's, relative to the diagonal), and end the polish where none makes
+    them better: on them the result is never worse than `steps`. Times among `fixed` stay.
     `micro_batch` samples are looked at at a time, each with all changes of a step.
     Raises ValueError where the distance has no squares, or where there are fewer than four samples.
     """
@@ -55,35 +54,29 @@ def polish(
 
     run = _Run(problem, as_fitted(problem, steps), objective, fixed, micro_batch)
     train = problem.samples % 4 != 3
-    values, damping, since = run.start, FIRST_DAMPING, 0
-    error, best, chosen = run.error(values, train), run.error(values, ~train), values
+    values = run.start
+    error = run.error(values, ~train)
     for _ in range(iterations):
         gradient, curvature = run.slopes(values, train)
-        for _ in range(TRIES):
-            tried = run.moved(values, gradient, curvature, damping)
-            found = run.error(tried, train)
-            if found < error:
-                break
-            damping *= 10
-        else:
+        tried = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
+        errors = [run.error(each, ~train) for each in tried]
+        VERBOSE and print("  it", error, [round(e, 3) for e in errors], flush=True)
+        if min(errors) >= error:
             break
-        values, error, damping, since = tried, found, damping / 10, since + 1
-        VERBOSE and print("  it", error, damping, run.error(values, ~train), best, flush=True)
-        if (held_out := run.error(values, ~train)) < best:
-            best, chosen, since = held_out, values, 0
-        if since == PATIENCE:
-            break
-    return run.schedule(chosen)
+        error = min(errors)
+        values = tried[errors.index(error)]
+    return run.schedule(values)
 
 
 def polish_calls(num_steps: int, iterations: int, history: int | None = None, parts: int = 1) -> int:
-    """Network calls per search sample of so many iterations, each with one try."""
+    """Network calls per search sample of so many iterations."""
     if iterations == 0:
         return 0
     vectors = [2 + parts * min(step + 1, history or num_steps) for step in range(num_steps)]
     changes = sum(columns * (num_steps - 1 - step) for step, columns in enumerate(vectors))
     changes += sum(range(1, num_steps))  # of the times
-    return num_steps + iterations * (3 * (changes + num_steps) // 4 + num_steps)
+    changes += num_steps
+    return (num_steps + iterations * (3 * changes + len(DAMPINGS) * num_steps)) // 4
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch import Tensor
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers.euler import Euler
 from oss_exp.stepsize.baselines.gradient import GradientDescent, Student, gap_logits, learned_times
-from oss_exp.stepsize.oss.objectives import Mean
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import difference, first_parts, over_basis, solver_sums
 
@@ -29,9 +27,7 @@ class BNS(GradientDescent):
     a weight of its own. Not taken over: a larger noise for strong guidance.
     """
 
-    objective: ClassVar[Mean] = "log_mean"
-
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)

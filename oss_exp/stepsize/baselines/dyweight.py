@@ -31,11 +31,11 @@ class DyWeight(GradientDescent):
     A step towards the next time of `init` goes along the weighted directions, and moves the clock by the sum of their
     weights of the way. The network is told the clock times a learned scale; it sees the state as noise of that level.
     The clock is sigma, or flow time where the noise is pure and sigma is infinite, as in the paper's form for FLUX. It
-    begins with the weights of iPNDM, by Adam on the mean distance. Not taken over: an analytical first direction.
+    begins with the weights of iPNDM. Adam. Not taken over: an analytical first direction.
     """
 
     init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(EDMSchedule()), kw_only=False)
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
     history: int = 4
 
     def __post_init__(self) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from oss_exp.checks import require_range
+from oss_exp.checks import require_choice, require_range
 from oss_exp.noise import DDIMSchedule
 from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule, analytic_jump
 from oss_exp.solvers.sampling import FittedSolver, walk
@@ -49,8 +49,6 @@ class GradientDescent(abc.ABC):
 
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
-    objective: ClassVar[Mean] = "mean"
-
     init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()))
     _: KW_ONLY
     iterations: int = 100
@@ -58,8 +56,10 @@ class GradientDescent(abc.ABC):
     decay: float = 0.8
     patience: int = 5
     micro_batch: int = 64
+    objective: Mean = "log_mean"
 
     def __post_init__(self) -> None:
+        require_choice(get_args(Mean), objective=self.objective)
         require_range(at_least=1, iterations=self.iterations, patience=self.patience, micro_batch=self.micro_batch)
         require_range(above=0, at_most=100, learning_rate=self.learning_rate)
         require_range(above=0, at_most=1, decay=self.decay)

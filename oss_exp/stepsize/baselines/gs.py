@@ -23,12 +23,11 @@ class GS(GradientDescent):
     """Learns the times of DPM-Solver++ of order 3, differences to its weights, and the times that the network is told.
 
     The difference is over the state, the noise, the mean and all predictions so far; it first makes the steps those of
-    `init`. The times that the network is told begin as the solver's, and all but the first are learned apart. Adam on
-    the mean distance. The paper trains on 1,400 samples for 10,000 iterations with LPIPS; here the search's samples,
-    `iterations` and the problem's distance count.
+    `init`. The times that the network is told begin as the solver's, and all but the first are learned apart. Adam. The
+    paper has 1,400 samples, 10,000 iterations and LPIPS; here the search's samples, `iterations` and distance count.
     """
 
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from oss_exp.checks import require_range
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.stepsize.baselines.gradient import GradientDescent, Student, gap_logits, learned_times, times_from
+from oss_exp.stepsize.oss.objectives import Mean
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import first_parts, over_basis, solver_sums
 
@@ -27,6 +28,7 @@ class LD3(GradientDescent):
     Not taken over: noises that move in a small ball.
     """
 
+    objective: Mean = "mean"
     momentum: float = 0.9
     decoupled: bool = False
 
