@@ -9,6 +9,7 @@ Legend: B samples, K steps, P basis vectors of a step, R outputs of a guided cal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -24,8 +25,8 @@ from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 
-DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # less would allow weights that float32 states cannot carry
-VERBOSE = True
+DAMPINGS = tuple(10.0**power for power in range(1, -8, -1))  # less allows weights that float32 states cannot carry
+WEIGHT_CHANGE = 1e-2  # large enough for a network of half precision to see
 TIME_CHANGE = 1e-2  # of the distance to the nearer time
 
 
@@ -60,7 +61,6 @@ def polish(
         gradient, curvature = run.slopes(values, train)
         tried = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
         errors = [run.error(each, ~train) for each in tried]
-        VERBOSE and print("  it", error, [round(e, 3) for e in errors], flush=True)
         if min(errors) >= error:
             break
         error = min(errors)
@@ -74,9 +74,9 @@ def polish_calls(num_steps: int, iterations: int, history: int | None = None, pa
         return 0
     vectors = [2 + parts * min(step + 1, history or num_steps) for step in range(num_steps)]
     changes = sum(columns * (num_steps - 1 - step) for step, columns in enumerate(vectors))
-    changes += sum(range(1, num_steps))  # of the times
-    changes += num_steps
-    return (num_steps + iterations * (3 * changes + len(DAMPINGS) * num_steps)) // 4
+    changes += sum(range(1, num_steps + 1))  # of the times
+    trained = 3 * (changes + num_steps)
+    return (num_steps + iterations * (trained + len(DAMPINGS) * num_steps)) // 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +99,10 @@ class _Run:
         self.end = torch.tensor([problem.num_nodes], device=device)
         self.mean = problem.teacher.sample_mean
 
-        self.small = torch.finfo(problem.noise.dtype).eps ** 0.5
-
         # What changes, step by step: its time where it may move, and the weights of all vectors that there are then;
         # that of x only where the others do not span it.
         parts, capacity = len(problem.velocity.mix), self.start.weights.shape[1] - 3
-        stays = (
-            torch.zeros_like(self.start.times, dtype=torch.bool)
-            if fixed is None
-            else torch.isin(self.start.times, fixed)
-        )
+        stays = torch.isin(self.start.times, self.start.times[:0] if fixed is None else fixed)
         stays[0] |= isinstance(steps.start, Pinned)
         self.times = [step for step in range(steps.num_steps) if not stays[step]]
         self.columns = []
@@ -128,11 +122,12 @@ class _Run:
             raise ValueError("polish checks itself on every fourth search sample: it needs four or more")
         limit = values.times.new_tensor([self.steps.start_time])
         if bool((values.times.diff() >= 0).any()) or bool(values.times[:1] > limit):
-            return torch.inf
+            return math.inf
         costs = [self.problem.grid.new_zeros(0)]
         for part, mean in self._parts(chosen):
             costs.append(part.cost(self._run(part, mean, values)[0][-1].x, self.end))
-        return float(self.objective(torch.cat(costs), self.problem.collective)) / float(total)
+        error = float(self.objective(torch.cat(costs), self.problem.collective)) / float(total)
+        return error if math.isfinite(error) else math.inf
 
     def slopes(self, values: _Values, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Half the gradient (C,) and half the Gauss-Newton matrix (C, C) over the chosen samples of all ranks."""
@@ -202,9 +197,9 @@ class _Run:
             vectors = [observed[step].x, part.noise, mean, *observed[step].outputs]
             after, count = states[step + 1], len(columns)
             changed = after.map(lambda each, count=count: each.repeat(count, *[1] * (each.ndim - 1)))
-            changed = replace(changed, x=changed.x + self.small * torch.cat([vectors[p] for p in columns]))
+            changed = replace(changed, x=changed.x + WEIGHT_CHANGE * torch.cat([vectors[p] for p in columns]))
             for end in self._finish(part, mean, values, changed).chunk(count):
-                yield self.small, end
+                yield WEIGHT_CHANGE, end
 
     def _finish(self, part: Problem, mean: Tensor, values: _Values, state: State) -> Tensor:
         """The last state (M, *E) of a state (M, *E) before its network call, M being a multiple of b."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
+from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
 from oss_exp.solvers.base import LinearMultistep, Solver
 from oss_exp.solvers.sampling import walk
 from oss_exp.stepsize.problem import Problem
@@ -89,7 +89,12 @@ def step_weights(solver: LinearMultistep, times: Tensor, mix: Sequence[float]) -
 
 
 def difference(problem: Problem, steps: StepSchedule, base: Tensor) -> Tensor:
-    """(K, P) what the weights of a schedule's steps have more than `base` (K, P)."""
+    """(K, P) what the weights of a schedule's steps have more than `base` (K, P).
+
+    Nothing where the steps are those of a solver that calls the network again within them.
+    """
+    if isinstance(steps.steps, SolverSteps) and problem.solver.evals_per_step > 1:
+        return torch.zeros_like(base)
     fitted = as_fitted(problem, steps).steps
     assert isinstance(fitted, FittedSteps)
     weights = fitted.weights.to(base)

@@ -21,6 +21,7 @@ from oss_exp.stepsize.baselines.gs import GS
 from oss_exp.stepsize.baselines.ld3 import LD3
 from oss_exp.stepsize.problem import Collective
 from oss_exp.stepsize.solver_weights import as_fitted
+from oss_exp.tasks.call_log import Calls
 
 K = 4
 FLOW, EDM = ClosedForm(FlowSchedule(2.0)), ClosedForm(EDMSchedule(0.002, 80.0, 7.0))
@@ -212,3 +213,26 @@ def test_any_micro_batch_and_any_ranks_learn_the_same(problem, name):
     for other in (small, both):
         torch.testing.assert_close(other.times, whole.times, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(other.steps.weights, whole.steps.weights, rtol=1e-8, atol=1e-8)
+
+
+def test_what_was_computed_before_a_kill_is_answered_from_the_file(problem, tmp_path):
+    """Calls that gradients go through are made again, the others are not, and the result is the same."""
+    learner, asked = replace(LEARNERS["bns"], iterations=3), []
+
+    def fn(x, t, condition):
+        asked.append(len(x))
+        if len(asked) == 50:  # the teacher, and some of the training
+            raise KeyboardInterrupt
+        return problem.velocity.fn(x, t, condition)
+
+    expected = learner.plan(problem, [3])[3]
+    calls = Calls(tmp_path, rank=0)
+    kept = replace(problem, velocity=calls.kept(replace(problem.velocity, fn=fn)))
+    with pytest.raises(KeyboardInterrupt), calls.of("bns"):
+        learner.plan(kept, [3])
+    before = len(asked)
+    with calls.of("bns"):
+        found = learner.plan(kept, [3])[3]
+    assert torch.equal(found.times, expected.times)
+    assert torch.equal(found.steps.weights, expected.steps.weights)
+    assert len(asked) - before < 25  # of 60
