@@ -84,6 +84,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.stepsize.oss.strategies import OSSAve as OSSAve
     from oss_exp.stepsize.oss.strategies import OSSFit as OSSFit
     from oss_exp.stepsize.oss.strategies import OSSShared as OSSShared
+    from oss_exp.stepsize.polish import polish as polish
     from oss_exp.stepsize.problem import Problem as Problem
     from oss_exp.velocity import BoundVelocity as BoundVelocity
 
@@ -103,6 +104,7 @@ PUBLIC = {
     "FittedSteps": "schedule",
     "BoundVelocity": "velocity",
     "Problem": "stepsize.problem",
+    "polish": "stepsize.polish",
     # Stepsize strategies.
     "OSS": "stepsize.oss.strategies",
     "OSSAve": "stepsize.oss.strategies",

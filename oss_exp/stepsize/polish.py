@@ -10,8 +10,9 @@ Legend: B samples, K steps, P basis vectors of a step, R outputs of a guided cal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 
 DAMPINGS = tuple(10.0**power for power in range(1, -8, -1))  # less allows weights that float32 states cannot carry
+VERBOSE = False
+REUSES = 5
 WEIGHT_CHANGE = 1e-2  # large enough for a network of half precision to see
 TIME_CHANGE = 1e-2  # of the distance to the nearer time
 
@@ -58,13 +61,20 @@ def polish(
     values = run.start
     error = run.error(values, ~train)
     for _ in range(iterations):
-        gradient, curvature = run.slopes(values, train)
-        tried = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
-        errors = [run.error(each, ~train) for each in tried]
-        if min(errors) >= error:
+        slopes = run.slopes(values, train)
+        before = error
+        for _ in range(REUSES):
+            gradient, curvature = run.normal_equations(values, slopes)
+            tried = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
+            errors = [run.error(each, ~train) for each in tried]
+            if VERBOSE:
+                print("   ", error, [round(e, 3) for e in errors], flush=True)
+            if min(errors) >= error:
+                break
+            error = min(errors)
+            values = tried[errors.index(error)]
+        if error == before:
             break
-        error = min(errors)
-        values = tried[errors.index(error)]
     return run.schedule(values)
 
 
@@ -85,6 +95,18 @@ class _Values:
 
     times: Tensor
     weights: Tensor
+
+
+class _Slopes(NamedTuple):
+    """Of some samples, with their mean (b, *E): how the features of the last state change with everything.
+
+    changes: C x (b, F). gram: (b, C, C) their inner products.
+    """
+
+    problem: Problem
+    mean: Tensor
+    changes: list[Tensor]
+    gram: Tensor
 
 
 class _Run:
@@ -129,21 +151,31 @@ class _Run:
         error = float(self.objective(torch.cat(costs), self.problem.collective)) / float(total)
         return error if math.isfinite(error) else math.inf
 
-    def slopes(self, values: _Values, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Half the gradient (C,) and half the Gauss-Newton matrix (C, C) over the chosen samples of all ranks."""
-        count = len(self.times) + sum(map(len, self.columns))
-        gradient, curvature = self.problem.grid.new_zeros(count), self.problem.grid.new_zeros(count, count)
+    def slopes(self, values: _Values, chosen: Tensor) -> list[_Slopes]:
+        """How the last states of the chosen samples of this rank change."""
+        found = []
         for part, mean in self._parts(chosen):
             states, observed = self._run(part, mean, values)
             features = self._features(part, states[-1].x)
-            residual = features - part.teacher.targets[-1].flatten(1)
             changes = self._changed(part, mean, values, states, observed)
             slopes = [(self._features(part, end) - features) / size for size, end in changes]
-            gram = inner_products(slopes, [*slopes, residual])  # (b, C, C + 1)
+            found.append(_Slopes(part, mean, slopes, inner_products(slopes, slopes)))
+        return found
+
+    def normal_equations(self, values: _Values, slopes: Sequence[_Slopes]) -> tuple[Tensor, Tensor]:
+        """Half the gradient (C,) and half the Gauss-Newton matrix (C, C) over all ranks, of slopes measured nearby."""
+        count = len(self.times) + sum(map(len, self.columns))
+        gradient, curvature = self.problem.grid.new_zeros(count), self.problem.grid.new_zeros(count, count)
+        for part, mean, changes, gram in slopes:
+            residual = self._features(part, self._run(part, mean, values)[0][-1].x) - part.teacher.targets[-1].flatten(
+                1
+            )
+            right = inner_products(changes, [residual])[..., 0]
+            emphasis = torch.ones_like(right[:, 0])
             if self.objective.objective == "log_mean":
-                gram = gram / residual.double().square().sum(1).clamp(min=COST_FLOOR)[:, None, None]
-            gradient += gram[..., -1].sum(0)
-            curvature += gram[..., :-1].sum(0)
+                emphasis = 1 / residual.double().square().sum(1).clamp(min=COST_FLOOR)
+            gradient += emphasis @ right
+            curvature += torch.einsum("b,bpq->pq", emphasis, gram)
         return self.problem.collective.sum(gradient), self.problem.collective.sum(curvature)
 
     def moved(self, values: _Values, gradient: Tensor, curvature: Tensor, damping: float) -> _Values:

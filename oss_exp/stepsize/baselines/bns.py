@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from oss_exp.schedule import StepSchedule
@@ -23,11 +22,9 @@ class BNS(GradientDescent):
     """Learns the times, and each step's weights over the noise, the mean and all predictions so far, for PSNR.
 
     The weights are those of Euler steps between the times, which they follow, and a learned difference, which first
-    makes the steps those of `init`, be they its solver's or fitted ones. Adam. Under guidance each output of a call has
+    makes the steps those of `init`, be they its solver's or fitted ones. Under guidance each output of a call has
     a weight of its own. Not taken over: a larger noise for strong guidance.
     """
-
-    learning_rate: float = 0.01
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)
@@ -37,9 +34,6 @@ class BNS(GradientDescent):
         logits, change = parameters
         times = learned_times(steps, logits)
         return Student(times, self._euler(problem, steps, times) + change)
-
-    def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.learning_rate)
 
     @staticmethod
     def _euler(problem: Problem, steps: StepSchedule, times: Tensor) -> Tensor:

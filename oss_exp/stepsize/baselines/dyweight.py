@@ -6,17 +6,14 @@ Legend: K steps, H calls that a step remembers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from oss_exp.checks import require_range
-from oss_exp.noise import EDMSchedule
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers.ipndm import UNIFORM
-from oss_exp.stepsize.base import StepsizeStrategy
-from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.baselines.gradient import GradientDescent, Student
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import first_parts, over_basis
@@ -31,11 +28,10 @@ class DyWeight(GradientDescent):
     A step towards the next time of `init` goes along the weighted directions, and moves the clock by the sum of their
     weights of the way. The network is told the clock times a learned scale; it sees the state as noise of that level.
     The clock is sigma, or flow time where the noise is pure and sigma is infinite, as in the paper's form for FLUX. It
-    begins with the weights of iPNDM. Adam. Not taken over: an analytical first direction.
+    begins with the weights of iPNDM. The paper's times are those of init=edm; its analytical first direction is
+    not taken over.
     """
 
-    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(EDMSchedule()), kw_only=False)
-    learning_rate: float = 0.01
     history: int = 4
 
     def __post_init__(self) -> None:
@@ -75,6 +71,3 @@ class DyWeight(GradientDescent):
 
         parts = first_parts(steps, nodes[0])
         return Student(torch.stack([*told, nodes[-1]]), over_basis(torch.stack(rows), problem.velocity.mix, parts))
-
-    def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.learning_rate)

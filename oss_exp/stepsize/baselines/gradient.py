@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from oss_exp.checks import require_choice, require_range
-from oss_exp.noise import DDIMSchedule
 from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule, analytic_jump
 from oss_exp.solvers.sampling import FittedSolver, walk
 from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps
@@ -49,10 +48,10 @@ class GradientDescent(abc.ABC):
 
     per_sample: ClassVar[bool] = False
     baseline: ClassVar[bool] = True
-    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()))
+    init: StepsizeStrategy = field(default_factory=ClosedForm)
     _: KW_ONLY
     iterations: int = 100
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     decay: float = 0.8
     patience: int = 5
     micro_batch: int = 64
@@ -74,9 +73,9 @@ class GradientDescent(abc.ABC):
     def student(self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]) -> Student:
         """The student at these parameters, differentiable in them."""
 
-    @abc.abstractmethod
     def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """The rule of descent."""
+        """The rule of descent: Adam, where a strategy has no other."""
+        return torch.optim.Adam(parameters, lr=self.learning_rate)
 
     @property
     def name(self) -> str:

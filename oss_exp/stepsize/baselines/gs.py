@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from oss_exp.schedule import StepSchedule
@@ -23,11 +22,9 @@ class GS(GradientDescent):
     """Learns the times of DPM-Solver++ of order 3, differences to its weights, and the times that the network is told.
 
     The difference is over the state, the noise, the mean and all predictions so far; it first makes the steps those of
-    `init`. The times that the network is told begin as the solver's, and all but the first are learned apart. Adam. The
+    `init`. The times that the network is told begin as the solver's, and all but the first are learned apart. The
     paper has 1,400 samples, 10,000 iterations and LPIPS; here the search's samples, `iterations` and distance count.
     """
-
-    learning_rate: float = 0.01
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)
@@ -38,9 +35,6 @@ class GS(GradientDescent):
         logits, told, change = parameters
         times = learned_times(steps, logits)
         return Student(times_from(told, times[0]), self._base(problem, times) + change)
-
-    def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.learning_rate)
 
     @staticmethod
     def _base(problem: Problem, times: Tensor) -> Tensor:

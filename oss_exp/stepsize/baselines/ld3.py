@@ -6,13 +6,16 @@ Legend: K steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from oss_exp.checks import require_range
+from oss_exp.noise import DDIMSchedule
 from oss_exp.schedule import FittedSteps, StepSchedule
+from oss_exp.stepsize.base import StepsizeStrategy
+from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.baselines.gradient import GradientDescent, Student, gap_logits, learned_times, times_from
 from oss_exp.stepsize.oss.objectives import Mean
 from oss_exp.stepsize.problem import Problem
@@ -28,6 +31,8 @@ class LD3(GradientDescent):
     Not taken over: noises that move in a small ball.
     """
 
+    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()), kw_only=False)
+    learning_rate: float = 0.02
     objective: Mean = "mean"
     momentum: float = 0.9
     decoupled: bool = False
