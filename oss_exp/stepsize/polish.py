@@ -27,8 +27,7 @@ from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 
 DAMPINGS = tuple(10.0**power for power in range(1, -8, -1))  # less allows weights that float32 states cannot carry
-VERBOSE = False
-REUSES = 5
+REUSES = 3  # steps with the same slopes, whose residuals are new
 WEIGHT_CHANGE = 1e-2  # large enough for a network of half precision to see
 TIME_CHANGE = 1e-2  # of the distance to the nearer time
 
@@ -45,8 +44,9 @@ def polish(
     """Return the schedule with better weights and times, as fitted steps; a solver's steps become such first, exactly.
 
     Three of four search samples (by their global number, so that the ranks' shares do not matter) are trained on. The
-    others choose each iteration's damping (Levenberg's, relative to the diagonal), and end the polish where none makes
-    them better: on them the result is never worse than `steps`. Times among `fixed` stay.
+    others choose each step's damping (Levenberg's, relative to the diagonal), and end the polish where none makes them
+    better: on them the result is never worse than `steps`. An iteration measures the slopes, for a few steps. Times
+    among `fixed` stay.
     `micro_batch` samples are looked at at a time, each with all changes of a step.
     Raises ValueError where the distance has no squares, or where there are fewer than four samples.
     """
@@ -61,14 +61,11 @@ def polish(
     values = run.start
     error = run.error(values, ~train)
     for _ in range(iterations):
-        slopes = run.slopes(values, train)
-        before = error
+        slopes, before = run.slopes(values, train), error
         for _ in range(REUSES):
             gradient, curvature = run.normal_equations(values, slopes)
             tried = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
             errors = [run.error(each, ~train) for each in tried]
-            if VERBOSE:
-                print("   ", error, [round(e, 3) for e in errors], flush=True)
             if min(errors) >= error:
                 break
             error = min(errors)
@@ -85,8 +82,8 @@ def polish_calls(num_steps: int, iterations: int, history: int | None = None, pa
     vectors = [2 + parts * min(step + 1, history or num_steps) for step in range(num_steps)]
     changes = sum(columns * (num_steps - 1 - step) for step, columns in enumerate(vectors))
     changes += sum(range(1, num_steps + 1))  # of the times
-    trained = 3 * (changes + num_steps)
-    return (num_steps + iterations * (trained + len(DAMPINGS) * num_steps)) // 4
+    trained, checked = 3 * (changes + (1 + REUSES) * num_steps), REUSES * len(DAMPINGS) * num_steps
+    return (num_steps + iterations * (trained + checked)) // 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +233,8 @@ class _Run:
     def _finish(self, part: Problem, mean: Tensor, values: _Values, state: State) -> Tensor:
         """The last state (M, *E) of a state (M, *E) before its network call, M being a multiple of b."""
         copies = len(state.x) // len(mean)
-        constants = tuple(each.repeat(copies, *[1] * (each.ndim - 1)) for each in (part.noise, mean))
-        solver = FittedSolver(values.weights, constants)
+        noise, mean = (each.repeat(copies, *[1] * (each.ndim - 1)) for each in (part.noise, mean))
+        solver = FittedSolver(values.weights, (noise, mean))
         for t in values.times[state.step + 1 :]:
             state = solver.advance(part.velocity, solver.observe(part.velocity, state), t)
         return state.x

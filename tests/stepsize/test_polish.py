@@ -54,7 +54,7 @@ def test_slopes_are_the_gradient_of_the_mean_logarithm(problem, init):
 
     run = _Run(problem, replace(steps, times=times.detach()), "log_mean", None, 5)
     with torch.no_grad():
-        slopes, curvature = run.slopes(run.start, torch.ones(16, dtype=torch.bool))
+        slopes, curvature = run.normal_equations(run.start, run.slopes(run.start, torch.ones(16, dtype=torch.bool)))
     expected = [times.grad[run.times], *(weights.grad[k, columns] for k, columns in enumerate(run.columns))]
     torch.testing.assert_close(2 * slopes, torch.cat(expected), rtol=0.05, atol=0.1)
     assert float(torch.linalg.eigvalsh(curvature)[0]) > -1e-9
@@ -64,7 +64,8 @@ def test_slopes_are_the_gradient_of_the_mean_logarithm(problem, init):
 def test_an_iteration_on_a_single_step_is_least_squares(problem):
     run = _Run(problem, as_fitted(problem, UNIFORM.plan(problem, [1])[1]), "mean", None, 5)
     whole = torch.ones(16, dtype=torch.bool)
-    better = run.schedule(run.moved(run.start, *run.slopes(run.start, whole), damping=1e-12))
+    gradient, curvature = run.normal_equations(run.start, run.slopes(run.start, whole))
+    better = run.schedule(run.moved(run.start, gradient, curvature, damping=1e-12))
 
     x0 = problem.noise - problem.grid[0] * problem.velocity(problem.noise, problem.grid[:1].expand(16))
     vectors = torch.stack([problem.noise.flatten(), x0.flatten()], 1)

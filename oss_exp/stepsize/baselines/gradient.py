@@ -142,13 +142,16 @@ class GradientDescent(abc.ABC):
         leaves = student.detached()
         for leaf in leaves:
             if leaf is not None:
-                leaf.requires_grad_().grad = torch.zeros_like(leaf)
+                leaf.requires_grad_()
         self._loss(problem, steps, leaves, train)
 
         optimizer.zero_grad()
         for learned, leaf in zip(student, leaves, strict=True):
-            if learned is not None and learned.requires_grad:
-                slope = problem.collective.sum(leaf.grad).nan_to_num(0, 0, 0)  # of a student that left all bounds
+            if learned is None or leaf is None:
+                continue
+            slope = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # a rank may hold no sample
+            slope = problem.collective.sum(slope).nan_to_num(0, 0, 0)  # a student may leave all bounds
+            if learned.requires_grad:
                 learned.backward(slope, retain_graph=True)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
