@@ -66,9 +66,12 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.solvers.heun import Heun as Heun
     from oss_exp.solvers.ipndm import IPNDM as IPNDM
     from oss_exp.solvers.unipc import UniPC as UniPC
+    from oss_exp.stepsize.baselines.bns import BNS as BNS
     from oss_exp.stepsize.baselines.closed_form import ClosedForm as ClosedForm
     from oss_exp.stepsize.baselines.dm import DM as DM
+    from oss_exp.stepsize.baselines.dyweight import DyWeight as DyWeight
     from oss_exp.stepsize.baselines.gits import GITS as GITS
+    from oss_exp.stepsize.baselines.gs import GS as GS
     from oss_exp.stepsize.baselines.ld3 import LD3 as LD3
     from oss_exp.stepsize.baselines.neural_solver import NeuralSolver as NeuralSolver
     from oss_exp.stepsize.baselines.olss import OLSS as OLSS
@@ -81,6 +84,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC 
     from oss_exp.stepsize.oss.strategies import OSSAve as OSSAve
     from oss_exp.stepsize.oss.strategies import OSSFit as OSSFit
     from oss_exp.stepsize.oss.strategies import OSSShared as OSSShared
+    from oss_exp.stepsize.polish import polish as polish
     from oss_exp.stepsize.problem import Problem as Problem
     from oss_exp.velocity import BoundVelocity as BoundVelocity
 
@@ -100,6 +104,7 @@ PUBLIC = {
     "FittedSteps": "schedule",
     "BoundVelocity": "velocity",
     "Problem": "stepsize.problem",
+    "polish": "stepsize.polish",
     # Stepsize strategies.
     "OSS": "stepsize.oss.strategies",
     "OSSAve": "stepsize.oss.strategies",
@@ -107,9 +112,12 @@ PUBLIC = {
     "OSSFit": "stepsize.oss.strategies",
     "OSSShared": "stepsize.oss.strategies",
     "Band": "stepsize.oss.band",
+    "BNS": "stepsize.baselines.bns",
     "ClosedForm": "stepsize.baselines.closed_form",
     "DM": "stepsize.baselines.dm",
+    "DyWeight": "stepsize.baselines.dyweight",
     "GITS": "stepsize.baselines.gits",
+    "GS": "stepsize.baselines.gs",
     "LD3": "stepsize.baselines.ld3",
     "NeuralSolver": "stepsize.baselines.neural_solver",
     "OLSS": "stepsize.baselines.olss",

@@ -418,7 +418,8 @@ def test_fitted_steps_are_evaluated_at_the_guidance_that_they_were_fitted_at(com
 @pytest.mark.slow
 def test_every_strategy_runs_with_every_kind_of_solver(tmp_path):
     every = sorted({file.stem for file in (CONF / "stepsize").glob("*.yaml")} - {"pipeline"})  # of pipelines alone
-    chosen = [f"stepsize=[{','.join(every)}]", "num_steps=[3]", "stepsize.ld3.iterations=3"]
+    chosen = [f"stepsize=[{','.join(every)}]", "num_steps=[3]"]
+    chosen += [f"stepsize.{name}.iterations=3" for name in ("bns", "dyweight", "gs", "ld3")]
     for solver in ("unipc", "heun"):
         folder = oss_exp(tmp_path / solver, *chosen, f"solver={solver}")
         assert {name for name, _ in means(folder)} == set(every)

@@ -23,7 +23,7 @@ class Band:
 
     Coarse grids too small for all the steps are searched with fewer, and the path is stretched for the next; a grid
     that leaves the pilot fewer than three nodes is searched whole. Where a path touches the edge of its band, the band
-    is laid around it anew and searched again, at most `shifts` times a level: 2 double the calls, and with Euler's steps
+    is laid around it anew and searched again, at most `shifts` times a level: 2 double the calls, and with Euler steps
     find what the whole search finds.
     """
 

@@ -25,6 +25,7 @@ from oss_exp.stepsize.oss.objectives import Mean, Objective, PerSample, Shared
 from oss_exp.stepsize.oss.recursion import SolverPath, recurse
 from oss_exp.stepsize.oss.refine import FIT_CALLS, refine, refine_fitted
 from oss_exp.stepsize.oss.required import Required, with_nodes
+from oss_exp.stepsize.polish import polish, polish_calls
 from oss_exp.stepsize.problem import Problem
 
 Aggregate = Literal["median", "mean"]
@@ -273,7 +274,8 @@ class OSSFit(Search):
 
     The nodes are those of Algorithm 2 with the solver's own steps; then every step's coefficients over the state, the
     noise, the mean and the full history of predictions are fitted in closed form (`coefficients.Fit`); then `refine`
-    moves the nodes, and fits anew for every move. See `Fit` for history and ridge.
+    moves the nodes, and fits anew for every move. See `Fit` for history and ridge. `polish`, so many iterations at
+    most, then improves weights and times together (`polish.polish`), at times off the grid too.
     """
 
     start: StartKind = "analytic"
@@ -282,15 +284,18 @@ class OSSFit(Search):
     objective: Mean = "log_mean"
     history: int | None = None
     ridge: float = 1e-6
+    polish: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_range(at_least=0, polish=self.polish)
         Shared(self.objective)  # its checks
         Fit(self.history, self.ridge)  # its checks
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """Calls per sample of the recursion, of a fit, and of a typical refinement."""
+        """Calls per sample of the recursion, of a fit, of a typical refinement, and of all polishing."""
         calls = self._recursion_calls(num_nodes, num_steps, edge_calls) + sum(set(num_steps))
+        calls += sum(polish_calls(k, self.polish, self.history) for k in set(num_steps))
         return calls + (sum(min(8 * k * k, FIT_CALLS) for k in set(num_steps)) if self.refine else 0)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
@@ -310,6 +315,9 @@ class OSSFit(Search):
             if self.refine:
                 fitted = refine_fitted(student, fitted, required)
             plans[k] = path_schedule(problem, fitted, self.start)
+            if self.polish:
+                fixed = None if required is None else problem.grid[required.nodes]
+                plans[k] = polish(problem, plans[k], self.polish, self.objective, fixed)
         return plans
 
 
