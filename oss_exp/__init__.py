@@ -207,6 +207,7 @@ CONFIGURED = {
     "PrecisionRecall": "evaluation.metrics",
     "Reference": "evaluation.statistics",
     "ComfyUI": "export.comfyui",
+    "ComfyUINodes": "export.numbers",
     "Diffusers": "export.diffusers",
     "KDiffusion": "export.k_diffusion",
     "OSSSchedulerFile": "export.numbers",

@@ -394,6 +394,11 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
         return _numbers(StepSchedule.load(path))
     if form != FORMAT or record.get("version") != VERSION:
         raise ValueError(f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export')
+    if record.get("answers", 1) != 1:
+        raise ValueError(
+            f"schedule {path} weighs guided and unguided answers apart, and a pipeline gives their mix; plan it with "
+            "model.guidance.scale=1, or by stepsize=oss_shared"
+        )
     mean = record.get("mean")
     if missing := [key for key in ("times", "weights", "start", "start_time") if key not in record]:
         raise ValueError(f"schedule {path} has no {missing[0]}; write it again")

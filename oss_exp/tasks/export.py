@@ -23,7 +23,9 @@ class Export(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         steps, output = StepSchedule.load(self.schedule), Path(self.output)
-        if output.suffix != ".json":
+        if self.exporter.folder and output.suffix == ".json":
+            output = output.with_suffix("")
+        elif not self.exporter.folder and output.suffix != ".json":
             raise ValueError(f"task.output must end in .json, got {output}")
         if output.resolve() == Path(self.schedule).resolve():
             raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
