@@ -230,6 +230,7 @@ CONFIGURED = {
     "UniformTimes": "tasks.pretrain",
     "wandb_logger": "report.logging",
     "Calibrate": "tasks.calibrate",
+    "Certify": "tasks.certify",
     "Compare": "tasks.compare",
     "Convert": "tasks.convert",
     "Evaluate": "tasks.evaluate",

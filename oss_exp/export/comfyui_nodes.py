@@ -242,7 +242,7 @@ def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
     found = []
     for axis, value in setting.items():
         base = measured["base"].get(axis) if measured else None
-        if value is None or base is None or value == base:
+        if value is None or base is None or value == base or (axis == "shape" and len(value) != len(base)):
             continue
         cells = [cell for cell in measured["cells"] if cell["axis"] == axis]
         near = [cell for cell in cells if value is True or cell["value"] == value]

@@ -90,6 +90,7 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None, apart: bool = 
         "start": steps.start.kind,
         "start_time": steps.start_time,
         **({"answers": answers} if answers > 1 else {}),
+        **({"range": steps.range.model_dump()} if steps.range is not None else {}),
         **image,
     }
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ TRAINING = (
     *("shift", "use_dynamic_shifting", "time_shift_type"),  # and what pipelines make the shift of:
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
 )
-SCHEDULE = ("times", "weights", "start", "start_time", "strength", "num_inference_steps", "begin_index")
+SCHEDULE = ("range", "times", "weights", "start", "start_time", "strength", "num_inference_steps", "begin_index")
 LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
 
 
@@ -55,6 +57,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 how many of `timesteps` it cuts off then: so many come before the first time.
     extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
                 `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
+
+    range:      where the schedule was measured to hold, by task=certify: a call outside of it is warned of, once. The
+                scheduler sees the network's dtype and the latents' shape; `check_range` takes the rest.
 
     `condition` (B,) says which mean is each sample's where there are several; set it before the pipeline is called.
     The state is made anew from the noise and the answers at each step: what a callback does to latents is not kept.
@@ -95,8 +100,10 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         begin_index: int = 0,
         extra_call: bool = False,
+        range: Mapping[str, Any] | None = None,
         mean: Tensor | None = None,
     ):
+        self.said: set[str] = set()
         self.times, self.weights, self.mean = list(times), [list(row) for row in weights], mean
         self.condition: Tensor | None = None
 
@@ -244,6 +251,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "one of scheduler.timesteps"
             )
         step = self.calls - self.config["begin_index"] - int(self.config["extra_call"])
+        self.check_range(dtype=str(model_output.dtype).removeprefix("torch."), shape=list(sample.shape[1:]))
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         self.calls += 1
         if step < 0:
@@ -276,6 +284,13 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+    def check_range(self, **setting: Any) -> None:
+        """Warn, once, where a setting is outside of the schedule's range, as check_range(guidance=7.0, lora="x")."""
+        for text in outside(self.config["range"] or {}, setting):
+            if text not in self.said:
+                self.said.add(text)
+                warnings.warn(f"step schedule: {text}", stacklevel=2)
 
     # Times and coordinates
 
@@ -363,6 +378,27 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             alpha = kept.sqrt()
             kept = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
         return ((1 - kept) / kept).sqrt().clamp(max=LAST_RATIO).numpy()
+
+
+def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
+    """Return where a setting {axis: value, None: unknown} is outside of a certificate, and what was measured there."""
+    found = []
+    for axis, value in setting.items():
+        base = measured["base"].get(axis) if measured else None
+        if value is None or base is None or value == base or (axis == "shape" and len(value) != len(base)):
+            continue
+        cells = [cell for cell in measured["cells"] if cell["axis"] == axis]
+        near = [cell for cell in cells if value is True or cell["value"] == value]
+        if not near and isinstance(value, float):  # between two that were measured
+            points = sorted([*cells, {"value": base, "loss": 0.0}], key=lambda point: point["value"])
+            near = [p for pair in pairwise(points) if pair[0]["value"] < value < pair[1]["value"] for p in pair]
+        if not near:
+            known = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
+            found.append(f"nothing was measured at {axis}={value}, only at {known}")
+        elif (worst := max(near, key=lambda point: point["loss"]))["loss"] > measured["tolerance"]:
+            loss = "{loss:.1f} dB ({loss_interval[0]:.1f} to {loss_interval[1]:.1f}, n={n})".format(**worst)
+            found.append(f"{axis}={value} is outside of its range: at {worst['value']} it lost {loss}")
+    return found
 
 
 def _numbers(steps: StepSchedule) -> tuple[Mapping[str, Any], Tensor | None]:

@@ -33,7 +33,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
 from oss_exp.tasks import border, preemption
 from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.compatibility import check_fits
+from oss_exp.tasks.compatibility import check_fits, warn_outside
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
@@ -69,6 +69,7 @@ class Evaluate(Task):
         path = Path(self.schedule).expanduser()
         steps = StepSchedule.load(path)
         check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
+        warn_outside(run.setting, run.cfg, path, steps)
         measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
         rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 
