@@ -13,12 +13,14 @@ from torch import Tensor
 
 from oss_exp.export.base import Exporter
 from oss_exp.export.samplers import same_steps, states_of, steps_of, uncalibrated
+from oss_exp.export.workflow import with_schedule
 from oss_exp.files import beside, save_asset, write_atomically
 from oss_exp.schedule import Analytic, FittedSteps, Pinned, SolverSteps, StepSchedule
 from oss_exp.solvers import Euler, Solver
 
 CODE = Path(__file__).with_name("oss_scheduler.py")  # without which the files run nowhere
 NODES = Path(__file__).with_name("comfyui_nodes.py")
+INSIDE = 0.9  # schedules whose noise is less begin at an image, as the nodes have it
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,14 @@ class OSSSchedulerFile(Exporter):
 
 @dataclass(frozen=True)
 class ComfyUINodes(Exporter):
-    """A folder of ComfyUI's custom_nodes: the one file of code, and `schedules`, to which further exports add."""
+    """A folder of ComfyUI's custom_nodes: the one file of code, and `schedules`, to which further exports add.
+
+    workflow: of ComfyUI; a copy that samples by the schedule goes into `example_workflows`, which ComfyUI lists.
+    """
 
     folder = True
+
+    workflow: str | None = None
 
     def write(self, steps: StepSchedule, path: Path) -> str:
         code, text = path / "__init__.py", NODES.read_text()
@@ -46,11 +53,16 @@ class ComfyUINodes(Exporter):
         made_of = (steps.about("model").get("name"), steps.about("strategy").get("name"), steps.num_steps)
         name = re.sub(r"[^\w.-]+", "-", "_".join(str(part) for part in made_of if part))
         file = save_in_numbers(steps, path / "schedules" / f"{name}.json", apart=True)
+        copied = []
+        if self.workflow is not None:
+            native = in_numbers(steps, apart=True)
+            inside = native["start_time"] if native["start_time"] < INSIDE else 1.0
+            changed, copied = with_schedule(self.workflow, file.name, native.get("strength", inside))
+            copied.append(str(write_atomically(path / "example_workflows" / Path(self.workflow).name, f"{changed}\n")))
         write_atomically(code, text)
-        return (
-            f"{file}\nRestart ComfyUI once; schedules that are added later need none. OSS Sampler takes the place of "
-            "KSampler, OSS Schedule gives sigmas and sampler to SamplerCustom."
-        )
+        hint = "Restart ComfyUI once; schedules that are added later need none."
+        use = "OSS Sampler takes the place of KSampler, OSS Schedule gives sigmas and sampler to SamplerCustom."
+        return "\n".join([*copied, str(file), hint, use])
 
 
 def in_numbers(steps: StepSchedule, solver: Solver | None = None, apart: bool = False) -> dict[str, Any]:

@@ -15,14 +15,20 @@ from oss_exp.tasks.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Task):
-    """Write the step schedule of a file as `exporter` has it, and print what there is to paste."""
+    """Write the step schedule of a file as `exporter` has it, and print what there is to paste.
+
+    workflow: of ComfyUI, for exporter=comfyui_nodes, which writes a copy of it.
+    """
 
     schedule: str
     exporter: Exporter
     output: str
+    workflow: str | None = None
 
     def __call__(self, cfg: DictConfig) -> None:
         steps, output = StepSchedule.load(self.schedule), Path(self.output)
+        if self.workflow is not None and not hasattr(self.exporter, "workflow"):
+            raise ValueError("task.workflow is for exporter=comfyui_nodes, whose nodes its copy has")
         if self.exporter.folder and output.suffix == ".json":
             output = output.with_suffix("")
         elif not self.exporter.folder and output.suffix != ".json":
