@@ -147,6 +147,8 @@ class _Measuring:
         """Return what was measured of the model with this one thing changed. Skipped where it has no such thing."""
         cfg: Any = self.run.cfg.copy()
         student = None if (axis, value) == BASE else CHANGES[axis](cfg, value)
+        if student is not None and (self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)):
+            raise Skipped(f"its steps are those of {dict(self.steps.about('solver')).get('_target_', 'a fit')} alone")
         key = json.dumps(
             [axis, _plain(value), self.steps.times.tolist(), OmegaConf.to_container(cfg.data, resolve=True)]
         )

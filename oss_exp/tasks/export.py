@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from oss_exp.escaping import PlainConsole
 from oss_exp.export.base import Exporter
+from oss_exp.export.numbers import ComfyUINodes
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks.task import Task
 
@@ -27,14 +28,17 @@ class Export(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         steps, output = StepSchedule.load(self.schedule), Path(self.output)
-        if self.workflow is not None and not hasattr(self.exporter, "workflow"):
-            raise ValueError("task.workflow is for exporter=comfyui_nodes, whose nodes its copy has")
+        exporter = self.exporter
+        if self.workflow is not None:
+            if not isinstance(exporter, ComfyUINodes):
+                raise ValueError("task.workflow is for exporter=comfyui_nodes, whose nodes its copy has")
+            exporter = replace(exporter, workflow=self.workflow)
         if self.exporter.folder and output.suffix == ".json":
             output = output.with_suffix("")
         elif not self.exporter.folder and output.suffix != ".json":
             raise ValueError(f"task.output must end in .json, got {output}")
         if output.resolve() == Path(self.schedule).resolve():
             raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
-        advice = self.exporter.write(steps, output)
+        advice = exporter.write(steps, output)
         heading = f"{output}: {steps.num_steps} steps for {type(self.exporter).__name__}"
         PlainConsole().print(f"{heading}\n{advice}", soft_wrap=True)
