@@ -48,6 +48,10 @@ class Skipped(Exception):
     """An axis does not apply: the message says why."""
 
 
+class OutOfTime(Exception):
+    """A cell would take longer than is left."""
+
+
 class CellRecord(Record):
     """cells/<hash>.json: a cell that was measured. index: of the samples; psnr: of each schedule, of each sample."""
 
@@ -90,20 +94,17 @@ class Certify(Task):
             raise ValueError("task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of them")
         check_fits(run.setting, cfg, path, steps, self.allow_other_model)
 
-        measuring = _Measuring(run, steps, hand_made)
-        started, left, skipped = time.monotonic(), list[str](), dict[str, str]()
+        measuring = _Measuring(run, steps, hand_made, self.max_minutes)
+        left, skipped = list[str](), dict[str, str]()
         base = axes_of(cfg, run.setting.model)
         found: dict[tuple[str, Any], CellRecord] = {BASE: measuring.cell(*BASE)}
         for axis, value in self._wanted(base):
-            label = f"{axis}={value}"
-            longest = measuring.seconds / 60
-            if self.max_minutes is not None and (time.monotonic() - started) / 60 + longest > self.max_minutes:
-                left.append(label)
-                continue
             try:
                 found[axis, _plain(value)] = measuring.cell(axis, value)
+            except OutOfTime:
+                left.append(f"{axis}={value}")
             except Skipped as reason:
-                skipped[label] = str(reason)
+                skipped[f"{axis}={value}"] = str(reason)
         certificate = certificate_of(found, base, self.tolerance, skipped)
         if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
             certified = replace(steps, range=certificate)
@@ -135,16 +136,19 @@ class Certify(Task):
 class _Measuring:
     """Measures cells, each once; what was measured is in <folder>/cells."""
 
-    def __init__(self, run: Run, steps: StepSchedule, baselines: Mapping[str, ClosedForm]):
-        self.run, self.steps, self.baselines = run, steps, dict(baselines)
+    def __init__(self, run: Run, steps: StepSchedule, baselines: Mapping[str, ClosedForm], max_minutes: float | None):
+        self.run, self.steps, self.baselines, self.max_minutes = run, steps, dict(baselines), max_minutes
+        self.started, self.longest = time.monotonic(), 0.0
         self.device = run.trainer.strategy.root_device
         self.models: dict[str, Model] = {}
         self.images: dict[int, Tensor] = {}  # the base's teacher's, by sample
-        self.seconds = 0.0
 
     @torch.no_grad()
     def cell(self, axis: str, value: Any) -> CellRecord:
-        """Return what was measured of the model with this one thing changed. Skipped where it has no such thing."""
+        """Return what was measured of the model with this one thing changed.
+
+        Raises Skipped where it has no such thing, OutOfTime where it would take too long; the first cell never does.
+        """
         cfg: Any = self.run.cfg.copy()
         student = None if (axis, value) == BASE else CHANGES[axis](cfg, value)
         if student is not None and (self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)):
@@ -161,12 +165,15 @@ class _Measuring:
                 self.images = dict(zip(record.index, kept, strict=True))
             return record
         begun = time.monotonic()
+        budget = float("inf") if self.max_minutes is None or axis == "base" else 60 * self.max_minutes
+        if begun - self.started + self.longest > budget:
+            raise OutOfTime
         setting = build_setting(cfg, self._model(cfg, axis, value))
         record = self._measure(setting, student or setting.solver, axis, key)
         if axis == "base":
             save_asset(pictures, {"images": torch.stack([self.images[number] for number in record.index])}, {})
         write_atomically(file, json.dumps(record.model_dump()) + "\n")
-        self.seconds = max(self.seconds, time.monotonic() - begun)
+        self.longest = max(self.longest, time.monotonic() - begun)
         return record
 
     def _model(self, cfg: Any, axis: str, value: Any) -> Model:
