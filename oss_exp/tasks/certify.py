@@ -264,6 +264,8 @@ def certificate_of(
         own, other = np.array(record.psnr["schedule"]), np.array(record.psnr[baseline])
         loss, gain, mean = Interval.of(losses - own), Interval.of(own - other), Interval.of(own)
         sized, told = axis in ("resolution", "frames"), json.loads(json.dumps(value))
+        if axis == "guidance" and base.get("embedded_guidance") is not None:
+            axis = "embedded_guidance"
         cells.append(
             Cell(
                 axis="shape" if sized else axis,
@@ -317,10 +319,12 @@ def _guidance(cfg: Any, value: float) -> None:
         if value != 1 and cfg.data.get("classes") is None and "prompts" not in cfg.data:
             raise Skipped("the samples have no classes (data.classes)")
         cfg.model.guidance.scale = float(value)
-    elif "guidance_scale" in (cfg.model.get("call") or {}):
-        cfg.model.call.guidance_scale = float(value)
-    else:
+        return
+    call = cfg.model.get("call") or {}
+    names = [name for name in ("true_cfg_scale", "guidance_scale") if name in call]
+    if not names:
         raise Skipped("the model's call has no guidance_scale")
+    cfg.model.call[names[0]] = float(value)
 
 
 def _shift(cfg: Any, value: float) -> None:

@@ -85,13 +85,21 @@ def check_fits(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedul
 def axes_of(cfg: DictConfig, model: Model) -> dict[str, Any]:
     """Return what a run is on each axis of a certificate; None: it has no such axis."""
     call = cfg.model.get("call") or {}
-    scale = cfg.model.guidance.scale if "guidance" in cfg.model else call.get("guidance_scale")
+    scale = call.get("true_cfg_scale", call.get("guidance_scale"))
+    if "guidance" in cfg.model:
+        scale = cfg.model.guidance.scale
+    transformer = getattr(getattr(model, "pipe", None), "transformer", None)
+    embedded = bool(getattr(getattr(transformer, "config", None), "guidance_embeds", False))  # it is no CFG then
+    inner = None
+    if embedded:
+        scale, inner = call.get("true_cfg_scale", 1.0), call.get("guidance_scale")
     quantized = {"float8": "float8_e4m3fn"}.get(cfg.model.get("quantization"), cfg.model.get("quantization"))
     dtype, shift = quantized or cfg.model.get("dtype"), cfg.noise_schedule.get("shift")
     loras = ", ".join(cfg.model.get("loras") or [])
     return {
         "dtype": dtype if isinstance(dtype, str) else None,
         "guidance": None if scale is None else float(scale),
+        "embedded_guidance": None if inner is None else float(inner),
         "shift": None if shift is None else float(shift),
         "shape": list(model.event_shape),
         "lora": loras or cfg.stages or "",
