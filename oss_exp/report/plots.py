@@ -278,8 +278,8 @@ def certificates(found: Sequence[tuple[str, Certificate]]) -> bytes:
             axis.errorbar(psnr[chosen], chosen, xerr=spread, fmt="o", ms=5, color=color, label=label)
         told = [str(cell.value) if cell.axis == "base" else f"{cell.axis}={cell.value}" for cell in cells]
         axis.set_yticks(rows, [escaping.label(text) for text in told])
-        values = [*psnr, *(cell.baseline for cell in cells)]
-        axis.set_xlim(min(values) - 1.5, max(values) + 1.5)
+        values = [each for cell in cells for each in (*cell.psnr_interval, cell.baseline)]
+        axis.set_xlim(min(values) - 0.5, max(values) + 0.5)
         axis.invert_yaxis()
         axis.grid(alpha=0.3, axis="x")
         axis.set_title(escaping.label(name))

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.psnr import Interval, psnr
-from oss_exp.files import Numbers, Record, load_asset, load_record, save_asset, write_atomically
+from oss_exp.files import (
+    Numbers,
+    Record,
+    load_asset,
+    load_record,
+    save_asset,
+    shipped_schedule,
+    write_atomically,
+)
 from oss_exp.models.base import Model
 from oss_exp.models.network import Dtype
 from oss_exp.models.stages import Staged
@@ -81,7 +89,7 @@ class Certify(Task):
     allow_other_model: bool = False
 
     def __call__(self, cfg: DictConfig) -> None:
-        path = Path(self.schedule).expanduser()
+        path = shipped_schedule(self.schedule)
         steps = StepSchedule.load(path)
         cfg.num_steps = [steps.num_steps]
         run = Run(cfg, "axes", "tolerance", "max_minutes", "in_place")

@@ -25,7 +25,7 @@ from oss_exp.evaluation.comparison import measured, spread
 from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import psnr
-from oss_exp.files import write_atomically
+from oss_exp.files import shipped_schedule, write_atomically
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.stages import Staged
@@ -66,7 +66,7 @@ class Evaluate(Task):
         if self.schedule is None:
             plan_and_measure(run, metrics)
             return
-        path = Path(self.schedule).expanduser()
+        path = shipped_schedule(self.schedule)
         steps = StepSchedule.load(path)
         check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
         warn_outside(run.setting, run.cfg, path, steps)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from oss_exp.escaping import PlainConsole
 from oss_exp.export.base import Exporter
 from oss_exp.export.numbers import ComfyUINodes
+from oss_exp.files import shipped_schedule
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks.task import Task
 
@@ -27,7 +28,8 @@ class Export(Task):
     workflow: str | None = None
 
     def __call__(self, cfg: DictConfig) -> None:
-        steps, output = StepSchedule.load(self.schedule), Path(self.output)
+        path, output = shipped_schedule(self.schedule), Path(self.output)
+        steps = StepSchedule.load(path)
         exporter = self.exporter
         if self.workflow is not None:
             if not isinstance(exporter, ComfyUINodes):
@@ -37,7 +39,7 @@ class Export(Task):
             output = output.with_suffix("")
         elif not self.exporter.folder and output.suffix != ".json":
             raise ValueError(f"task.output must end in .json, got {output}")
-        if output.resolve() == Path(self.schedule).resolve():
+        if output.resolve() == path.resolve():
             raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
         advice = exporter.write(steps, output)
         heading = f"{output}: {steps.num_steps} steps for {type(self.exporter).__name__}"
