@@ -396,7 +396,7 @@ def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
             known = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
             found.append(f"nothing was measured at {axis}={value}, only at {known}")
         elif (worst := max(near, key=lambda point: point["loss"]))["loss"] > measured["tolerance"]:
-            lost = "{loss:.1f} dB ({loss_interval[0]:.1f} to {loss_interval[1]:.1f}, n={n}; baseline {gain:+.1f})"
+            lost = "{loss:.1f} dB ({loss_interval[0]:.1f} to {loss_interval[1]:.1f}, n={n}; gain {gain:+.1f})"
             found.append(f"{axis}={value} is outside of its range: at {worst['value']} it lost {lost.format(**worst)}")
     return found
 

