@@ -90,7 +90,7 @@ RANGE = Certificate(
         Cell(axis=axis, value=value, n=8, psnr=30.0 - loss, psnr_interval=(29, 31), baseline=20.0, gain=1.0,
              gain_interval=(0, 2), loss=loss, loss_interval=(loss - 0.5, loss + 0.5), moved=None)
         for axis, value, loss in [("base", "as searched", 0.0), ("guidance", 2.0, 0.5), ("guidance", 5.0, 3.0),
-                                  ("dtype", "bfloat16", 0.1), ("dtype", "float8_e4m3fn", 2.0), ("lora", "x", 1.5)]
+                                  ("dtype", "bfloat16", 0.1), ("dtype", "fp8", 2.0), ("lora", "x", 1.5)]
     ],
     skipped={},
     calls=1,
@@ -110,12 +110,10 @@ RANGE = Certificate(
         ),
         ({"guidance": 7.0}, ["nothing was measured at guidance=7.0, only at 1.0, 2.0, 5.0"]),
         (
-            {"dtype": "float8_e4m3fn"},
-            [
-                "dtype=float8_e4m3fn is outside of its range: at float8_e4m3fn it lost 2.0 dB (1.5 to 2.5, n=8; gain +1.0)"
-            ],
+            {"dtype": "fp8"},
+            ["dtype=fp8 is outside of its range: at fp8 it lost 2.0 dB (1.5 to 2.5, n=8; gain +1.0)"],
         ),
-        ({"dtype": "int8"}, ["nothing was measured at dtype=int8, only at float32, bfloat16, float8_e4m3fn"]),
+        ({"dtype": "int8"}, ["nothing was measured at dtype=int8, only at float32, bfloat16, fp8"]),
         ({"lora": True}, ["lora=True is outside of its range: at x it lost 1.5 dB (1.0 to 2.0, n=8; gain +1.0)"]),
         ({"lora": "y"}, ["nothing was measured at lora=y, only at , x"]),
         ({"shape": [5]}, ["nothing was measured at shape=[5], only at [4]"]),
