@@ -251,7 +251,10 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "one of scheduler.timesteps"
             )
         step = self.calls - self.config["begin_index"] - int(self.config["extra_call"])
-        self.check_range(dtype=str(model_output.dtype).removeprefix("torch."), shape=list(sample.shape[1:]))
+        base = (self.config["range"] or {}).get("base", {}).get("dtype")
+        seen = base in ("float32", "bfloat16", "float16")  # else it is of the weights, which a scheduler does not see
+        dtype = str(model_output.dtype).removeprefix("torch.") if seen else None
+        self.check_range(dtype=dtype, shape=list(sample.shape[1:]))
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         self.calls += 1
         if step < 0:

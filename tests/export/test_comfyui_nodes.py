@@ -189,6 +189,7 @@ def test_each_condition_has_its_mean(nodes, velocity, tmp_path):
         sampler(denoiser(velocity, True), noise, sigmas)
 
 
+@pytest.mark.slow
 def test_packed_means_are_unpacked(nodes):
     """Pipelines of FLUX hold 2 x 2 latents in one."""
     from diffusers import FluxPipeline
@@ -266,6 +267,7 @@ assert [name for name in sys.modules if name.startswith(("oss_exp", "diffusers",
 """
 
 
+@pytest.mark.slow
 def test_one_file_without_oss_exp(tmp_path):
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x * rows(t, x) ** 2 - 0.5

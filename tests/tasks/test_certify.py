@@ -197,6 +197,7 @@ def test_rounded_weights_are_close(kind):
     assert 0 < float(worst) < {"int8": 0.5 / 127 + 1e-6, "float8_e4m3fn": 2**-4}[kind]
 
 
+@pytest.mark.slow
 def test_wrong_settings_are_refused(searched, tmp_path, capsys):
     for settings, message in [
         (["+task.axes.seed=[1]"], "task.axes.seed is none of dtype, guidance, shift"),
