@@ -251,7 +251,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "one of scheduler.timesteps"
             )
         step = self.calls - self.config["begin_index"] - int(self.config["extra_call"])
-        base = (self.config["range"] or {}).get("base", {}).get("dtype")
+        told = self.config["range"] or {}
+        base = told["base"].get("dtype") if isinstance(told.get("base"), dict) else None
         seen = base in ("float32", "bfloat16", "float16")  # else it is of the weights, which a scheduler does not see
         dtype = str(model_output.dtype).removeprefix("torch.") if seen else None
         self.check_range(dtype=dtype, shape=list(sample.shape[1:]))
@@ -290,7 +291,11 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def check_range(self, **setting: Any) -> None:
         """Warn, once, where a setting is outside of the schedule's range, as check_range(guidance=7.0, lora="x")."""
-        for text in outside(self.config["range"] or {}, setting):
+        try:
+            found = outside(self.config["range"] or {}, setting)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            found = ["its certificate is damaged; certify it again"]
+        for text in found:
             if text not in self.said:
                 self.said.add(text)
                 warnings.warn(f"step schedule: {text}", stacklevel=2)

@@ -158,6 +158,11 @@ def test_schedulers_and_samplers_warn_once(tmp_path, caplog):
     scheduler.save_pretrained(tmp_path / "saved")
     assert OSSScheduler.from_pretrained(tmp_path / "saved").config["range"] == scheduler.config["range"]
 
+    for damaged in ({"base": 3}, {"base": {"dtype": "float32"}, "cells": [7]}):
+        scheduler = OSSScheduler(range=damaged)
+        with pytest.warns(UserWarning, match="its certificate is damaged"):
+            scheduler.check_range(dtype="float16")
+
     schedule = comfyui_nodes.load(file)
     comfyui_nodes.said.clear()
     with caplog.at_level(logging.WARNING):
