@@ -267,6 +267,13 @@ def find_asset(file: str | Path, what: str) -> Path:
     return path
 
 
+def shipped_schedule(file: str | Path) -> Path:
+    """Return a step schedule's path, or that of the shipped one of this name."""
+    path = Path(file).expanduser()
+    shipped = ASSETS / "schedules" / path.name
+    return shipped if not path.exists() and str(file) == path.name and shipped.is_file() else path
+
+
 def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:
     """Read a safetensors file whose SHA-256 must be the expected one."""
     if not path.is_file():

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from oss_exp.files import beside, save_asset, write_atomically
-from oss_exp.schedule_file import MeanFile, ScheduleFile, read_schedule_file
+from oss_exp.schedule_file import Certificate, MeanFile, ScheduleFile, read_schedule_file
 from oss_exp.tensors import rowwise
 from oss_exp.validation import describe
 
@@ -157,6 +157,7 @@ class StepSchedule:
     start:      how the first state comes from the initial noise.
     steps:      how each step is taken.
     provenance: what made it: model and weights hash, teacher, solver, strategy, search samples, versions.
+    range:      where it was measured to hold, by task=certify.
     Raises ValueError when the times are not finite, in [0, 1], strictly decreasing and closed by 0, or when start or
     steps do not fit them.
     """
@@ -166,6 +167,7 @@ class StepSchedule:
     steps: Steps
     samples: tuple[int, ...] | None
     provenance: Mapping[str, Any]
+    range: Certificate | None
 
     def __init__(
         self,
@@ -174,11 +176,12 @@ class StepSchedule:
         steps: Steps = SolverSteps(),
         samples: tuple[int, ...] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        range: Certificate | None = None,
     ):
         times = torch.as_tensor(times, dtype=torch.float64).clone()  # nobody else's to change
         provenance = {} if provenance is None else provenance
         values = {"times": times, "start": start, "steps": steps, "samples": samples, "provenance": provenance}
-        for name, value in values.items():
+        for name, value in (values | {"range": range}).items():
             object.__setattr__(self, name, value)
         shown = f"got {_listed(times)}"
 
@@ -327,13 +330,14 @@ class StepSchedule:
             orders = self.steps.orders
             steps = {"kind": "solver", "orders": None if orders is None else orders.tolist()}
         content = {"times": self.times.tolist(), "samples": self.samples, "start": start, "steps": steps}
-        content["provenance"] = dict(self.provenance)
+        content |= {"provenance": dict(self.provenance), "range": self.range}
         try:
             record = ScheduleFile.model_validate(content)
         except ValidationError as error:
             reason = describe(error, given=content)
             raise ValueError(f"the step schedule cannot be saved as {path}: field {reason}") from None
-        return write_atomically(path, json.dumps(record.model_dump(), indent=2) + "\n")
+        written = record.model_dump(exclude={"range"} if record.range is None else None)
+        return write_atomically(path, json.dumps(written, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> StepSchedule:
@@ -356,7 +360,7 @@ class StepSchedule:
                 orders = record.steps.orders
                 steps = SolverSteps(None if orders is None else torch.tensor(orders))
             times = torch.tensor(record.times, dtype=torch.float64)
-            return cls(times, start, steps, record.samples, record.provenance)
+            return cls(times, start, steps, record.samples, record.provenance, record.range)
         except (TypeError, ValueError) as error:
             raise ValueError(f"step schedule {path}: {error}") from None
 

@@ -9,7 +9,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 from torch import Tensor
 from typing_extensions import TypeAliasType
 
@@ -87,6 +96,36 @@ class FittedStepsRecord(_Record):
     mean: MeanFile
 
 
+class Cell(_Record):
+    """One setting in which a schedule was measured: the model as it was searched on, with one thing changed.
+
+    Losses and gains are paired, on the same noises. Intervals are of 95 %.
+    """
+
+    axis: str = Field(description="What is changed; `base`: nothing. `shape`: resolution or frames, as latents' sizes.")
+    value: JsonValue = Field(description="What it is changed to.")
+    n: int = Field(description="Held-out samples.", ge=1)
+    psnr: float = Field(description="PSNR to the teacher of this setting, dB.")
+    psnr_interval: tuple[float, float]
+    baseline: float = Field(description="The same of the baseline.")
+    gain: float = Field(description="PSNR less the baseline's.")
+    gain_interval: tuple[float, float]
+    loss: float = Field(description="PSNR of the base less that of this setting.")
+    loss_interval: tuple[float, float]
+    moved: float | None = Field(description="PSNR of this setting's teacher to the base's, where sizes are equal.")
+
+
+class Certificate(_Record):
+    """Where a schedule holds: it was measured in every cell, and is inside of its range up to a loss of `tolerance`."""
+
+    baseline: str = Field(description="The best schedule by hand in the base.")
+    tolerance: float = Field(description="The largest loss, dB, of a setting that is inside.", ge=0)
+    base: dict[str, JsonValue] = Field(description="Each axis's value in the base; null: the model has no such axis.")
+    cells: list[Cell] = Field(max_length=MOST_STEPS)
+    skipped: dict[str, str] = Field(description="What was not measured, and why.")
+    calls: int = Field(description="Network rows that the measurements took.", ge=0)
+
+
 def _finite(value: Any) -> Any:
     """Return the same with null for numbers that JSON has not."""
     if isinstance(value, dict):
@@ -111,6 +150,7 @@ class ScheduleFile(_Record):
     start: Annotated[PinnedStart | FreeStart | AnalyticStart, Field(discriminator="kind")]
     steps: Annotated[SolverStepsRecord | FittedStepsRecord, Field(discriminator="kind")]
     provenance: Provenance = Field(description="What made it: model, teacher, solver, strategy, versions.")
+    range: Certificate | None = Field(default=None, description="Where it was measured to hold, by task=certify.")
 
     @field_validator("provenance")
     @classmethod

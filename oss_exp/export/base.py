@@ -17,9 +17,11 @@ from oss_exp.schedule import StepSchedule
 class Exporter(abc.ABC):
     """A program that step schedules are written for. A new one is one file, one yaml in conf/exporter and one test."""
 
+    folder: ClassVar[bool] = False  # whether it writes a folder, not a .json
+
     @abc.abstractmethod
     def write(self, steps: StepSchedule, path: Path) -> str:
-        """Write the schedule to `path` (.json), and return the text that there is to paste.
+        """Write the schedule to `path`, and return the text that there is to paste.
 
         Raises ValueError where the program cannot run the schedule.
         """

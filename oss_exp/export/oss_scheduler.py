@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ TRAINING = (
     *("shift", "use_dynamic_shifting", "time_shift_type"),  # and what pipelines make the shift of:
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
 )
-SCHEDULE = ("times", "weights", "start", "start_time", "strength", "num_inference_steps", "begin_index")
+SCHEDULE = ("range", "times", "weights", "start", "start_time", "strength", "num_inference_steps", "begin_index")
 LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
 
 
@@ -55,6 +57,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 how many of `timesteps` it cuts off then: so many come before the first time.
     extra_call: one more network call, not used, in which the noise becomes the first state: for pipelines that take no
                 `latents` and do not ask for init_noise_sigma, such as DiTPipeline.
+
+    range:      where the schedule was measured to hold, by task=certify: a call outside of it is warned of, once. The
+                scheduler sees the network's dtype and the latents' shape; `check_range` takes the rest.
 
     `condition` (B,) says which mean is each sample's where there are several; set it before the pipeline is called.
     The state is made anew from the noise and the answers at each step: what a callback does to latents is not kept.
@@ -95,8 +100,10 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         begin_index: int = 0,
         extra_call: bool = False,
+        range: Mapping[str, Any] | None = None,
         mean: Tensor | None = None,
     ):
+        self.said: set[str] = set()
         self.times, self.weights, self.mean = list(times), [list(row) for row in weights], mean
         self.condition: Tensor | None = None
 
@@ -244,6 +251,11 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "one of scheduler.timesteps"
             )
         step = self.calls - self.config["begin_index"] - int(self.config["extra_call"])
+        told = self.config["range"] or {}
+        base = told["base"].get("dtype") if isinstance(told.get("base"), dict) else None
+        seen = base in ("float32", "bfloat16", "float16")  # else it is of the weights, which a scheduler does not see
+        dtype = str(model_output.dtype).removeprefix("torch.") if seen else None
+        self.check_range(dtype=dtype, shape=list(sample.shape[1:]))
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         self.calls += 1
         if step < 0:
@@ -276,6 +288,17 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+    def check_range(self, **setting: Any) -> None:
+        """Warn, once, where a setting is outside of the schedule's range, as check_range(guidance=7.0, lora="x")."""
+        try:
+            found = outside(self.config["range"] or {}, setting)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            found = ["its certificate is damaged; certify it again"]
+        for text in found:
+            if text not in self.said:
+                self.said.add(text)
+                warnings.warn(f"step schedule: {text}", stacklevel=2)
 
     # Times and coordinates
 
@@ -365,6 +388,27 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         return ((1 - kept) / kept).sqrt().clamp(max=LAST_RATIO).numpy()
 
 
+def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
+    """Return where a setting {axis: value, None: unknown} is outside of a certificate, and what was measured there."""
+    found = []
+    for axis, value in setting.items():
+        base = measured["base"].get(axis) if measured else None
+        if value is None or base is None or value == base or (axis == "shape" and len(value) != len(base)):
+            continue
+        cells = [cell for cell in measured["cells"] if cell["axis"] == axis]
+        near = [cell for cell in cells if value is True or cell["value"] == value]
+        if not near and isinstance(value, float):  # between two that were measured
+            points = sorted([*cells, {"value": base, "loss": 0.0}], key=lambda point: point["value"])
+            near = [p for pair in pairwise(points) if pair[0]["value"] < value < pair[1]["value"] for p in pair]
+        if not near:
+            known = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
+            found.append(f"nothing was measured at {axis}={value}, only at {known}")
+        elif (worst := max(near, key=lambda point: point["loss"]))["loss"] > measured["tolerance"]:
+            lost = "{loss:.1f} dB ({loss_interval[0]:.1f} to {loss_interval[1]:.1f}, n={n}; gain {gain:+.1f})"
+            found.append(f"{axis}={value} is outside of its range: at {worst['value']} it lost {lost.format(**worst)}")
+    return found
+
+
 def _numbers(steps: StepSchedule) -> tuple[Mapping[str, Any], Tensor | None]:
     """A step schedule's record and its mean (G, *E)."""
     from oss_exp.export.numbers import in_numbers
@@ -394,6 +438,11 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
         return _numbers(StepSchedule.load(path))
     if form != FORMAT or record.get("version") != VERSION:
         raise ValueError(f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export')
+    if record.get("answers", 1) != 1:
+        raise ValueError(
+            f"schedule {path} weighs guided and unguided answers apart, and a pipeline gives their mix; plan it with "
+            "model.guidance.scale=1, or by stepsize=oss_shared"
+        )
     mean = record.get("mean")
     if missing := [key for key in ("times", "weights", "start", "start_time") if key not in record]:
         raise ValueError(f"schedule {path} has no {missing[0]}; write it again")

@@ -178,7 +178,7 @@ def _nodes(content: Mapping[str, Any]) -> Iterator[Node]:
         definitions = content.get("definitions")
         subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
         listed = subgraphs if isinstance(subgraphs, list) else []
-        yield from _saved_nodes(content, {str(graph.get("id")): graph for graph in _objects(listed)}, "")
+        yield from _saved_nodes(content, {str(graph.get("id")): graph for graph in objects(listed)}, "")
         return
     prompt = content.get("prompt")
     for key, node in (prompt if isinstance(prompt, dict) else content).items():
@@ -191,12 +191,12 @@ def _nodes(content: Mapping[str, Any]) -> Iterator[Node]:
 
 def _saved_nodes(graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix: str) -> Iterator[Node]:
     """Yield the nodes of a saved workflow; those of a subgraph have the id of its place before their own, as 1:10."""
-    for node in _objects(graph.get("nodes")):
+    for node in objects(graph.get("nodes")):
         key, kind = f"{prefix}{node.get('id')}", str(node.get("type"))
         if node.get("mode") in MUTED:
             continue
         if kind in WIDGETS:
-            linked = {str(slot.get("name")) for slot in _objects(node.get("inputs")) if slot.get("link") is not None}
+            linked = {str(slot.get("name")) for slot in objects(node.get("inputs")) if slot.get("link") is not None}
             values = node.get("widgets_values")
             if isinstance(values, list):
                 values = dict(zip(WIDGETS[kind], values, strict=False))
@@ -207,6 +207,6 @@ def _saved_nodes(graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix:
             yield from _saved_nodes(subgraphs[kind], others, f"{key}:")
 
 
-def _objects(values: Any) -> list[dict[str, Any]]:
+def objects(values: Any) -> list[dict[str, Any]]:
     """Return the JSON objects of what should be a list of them."""
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []

@@ -16,7 +16,7 @@ from oss_exp import escaping
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.comparison import NOTE, Line, Result, columns, markdown, terminal, with_gains
 from oss_exp.files import inside, write_atomically
-from oss_exp.report import geneval, plots, web
+from oss_exp.report import certificate, geneval, plots, web
 from oss_exp.report.records import (
     read_amplitude,
     read_configuration,
@@ -83,6 +83,14 @@ def write(folder: Path) -> None:
         console.print(_rounding(plans), end="", soft_wrap=True)
     elif plans:
         console.print("\n".join(_times(plans)), soft_wrap=True)
+    if found := certificate.certified(plans):
+        files[folder / "certificate.png"] = plots.certificates(found)
+        if folder / "report.html" not in files:
+            body = [
+                *certificate.sections(plans),
+                DETAILS.format("Configuration", html.escape(read_configuration(folder))),
+            ]
+            files[folder / "report.html"] = web.page("Where a step schedule holds", body, {"curves": {}})
     if (folder / "amplitude.json").exists():
         files[folder / "amplitude.png"] = plots.amplitude(read_amplitude(folder).curves)
         console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
@@ -242,6 +250,7 @@ def _page(
     if costs := web.costs(plans):
         data["curves"]["costs"] = costs
         body.append(CURVES.format("Cost per round of the search", "costs", COSTS))
+    body += certificate.sections(plans)
     results = [line.result for line in lines]
     if pictures:
         shown = data["samples"] = web.samples(pictures, results)

@@ -21,6 +21,7 @@ from oss_exp.evaluation.pictures import encoded
 from oss_exp.models.stages import StageRecord
 from oss_exp.report.records import Curve
 from oss_exp.schedule import StepSchedule
+from oss_exp.schedule_file import Certificate
 
 Color = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""
@@ -256,6 +257,34 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     truth, plain, *_, corrected, _ = axes[0][0].lines  # 95 % before 5 %
     labels = [f"teacher, {teacher.num_steps} steps", "uncalibrated", "calibrated"]
     figure.legend([truth, plain, corrected], labels, loc="outside upper center", ncols=3, frameon=False)
+    return png(figure)
+
+
+def certificates(found: Sequence[tuple[str, Certificate]]) -> bytes:
+    """PNG: PSNR in every setting of a certificate, a panel a schedule; the shade is what is inside of its range."""
+    found = found[:PANELS]
+    most = max(min(len(certificate.cells), ROWS) for _, certificate in found)
+    size = (1 + 5.5 * len(found), 1.6 + 0.3 * most)
+    figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, certificate) in zip(axes[0], found, strict=True):
+        cells = certificate.cells[:ROWS]
+        rows, psnr = np.arange(len(cells)), np.array([cell.psnr for cell in cells])
+        axis.axvspan(psnr[0] - certificate.tolerance, psnr.max() + 100, color="tab:green", alpha=0.08, lw=0)
+        axis.plot([cell.baseline for cell in cells], rows, "d", color="0.6", ms=5, label=certificate.baseline)
+        for inside, color in ((True, "tab:green"), (False, "tab:red")):
+            chosen = [row for row in rows if (cells[row].loss <= certificate.tolerance) == inside]
+            spread = np.abs(np.array([cells[row].psnr_interval for row in chosen]).reshape(-1, 2).T - psnr[chosen])
+            label = "inside of its range" if inside else f"outside: loses more than {certificate.tolerance:g} dB"
+            axis.errorbar(psnr[chosen], chosen, xerr=spread, fmt="o", ms=5, color=color, label=label)
+        told = [str(cell.value) if cell.axis == "base" else f"{cell.axis}={cell.value}" for cell in cells]
+        axis.set_yticks(rows, [escaping.label(text) for text in told])
+        values = [each for cell in cells for each in (*cell.psnr_interval, cell.baseline)]
+        axis.set_xlim(min(values) - 0.5, max(values) + 0.5)
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3, axis="x")
+        axis.set_title(escaping.label(name))
+        axis.set_xlabel("PSNR to the teacher of the same setting, dB")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45 / size[1] * 1.6), ncols=3)
     return png(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.files import inside, load_config
+from oss_exp.models.base import Model
 from oss_exp.provenance import configuration
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Solver, named_solver
 from oss_exp.tasks.older_configs import canonical, changed
 from oss_exp.tasks.setting import Setting
 
-RESULTS = ("schedules", "calls", "evaluation", "metrics.json", "images", "stages.json", "checkpoints")
+RESULTS = ("schedules", "cells", "calls", "evaluation", "metrics.json", "images", "stages.json", "checkpoints")
 MEASURING = ("metric", "evaluation")  # measured anew where they change, of the same schedules
 
 
@@ -78,6 +80,42 @@ def check_fits(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedul
             f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
             f"this run has data.seed={cfg.data.seed}"
         )
+
+
+def axes_of(cfg: DictConfig, model: Model) -> dict[str, Any]:
+    """Return what a run is on each axis of a certificate; None: it has no such axis."""
+    call = cfg.model.get("call") or {}
+    scale = call.get("true_cfg_scale", call.get("guidance_scale"))
+    if "guidance" in cfg.model:
+        scale = cfg.model.guidance.scale
+    transformer = getattr(getattr(model, "pipe", None), "transformer", None)
+    embedded = bool(getattr(getattr(transformer, "config", None), "guidance_embeds", False))  # it is no CFG then
+    inner = None
+    if embedded:
+        scale, inner = call.get("true_cfg_scale", 1.0), call.get("guidance_scale")
+    quantized = {"float8": "float8_e4m3fn"}.get(cfg.model.get("quantization"), cfg.model.get("quantization"))
+    dtype, shift = quantized or cfg.model.get("dtype"), cfg.noise_schedule.get("shift")
+    loras = ", ".join(cfg.model.get("loras") or [])
+    return {
+        "dtype": dtype if isinstance(dtype, str) else None,
+        "guidance": None if scale is None else float(scale),
+        "embedded_guidance": None if inner is None else float(inner),
+        "shift": None if shift is None else float(shift),
+        "shape": list(model.event_shape),
+        "lora": loras or cfg.stages or "",
+        "teacher_steps": int(cfg.num_teacher_steps),
+        "solver": str(cfg.solver.get("_target_", "")).rpartition(".")[2],
+    }
+
+
+def warn_outside(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedule) -> None:
+    """Warn where a run is outside of the range that a schedule was measured to hold in."""
+    if steps.range is None:
+        return
+    from oss_exp.export.oss_scheduler import outside
+
+    for text in outside(steps.range.model_dump(), axes_of(cfg, setting.model)):
+        warnings.warn(f"step schedule {path}: {text}", stacklevel=2)
 
 
 def _is_of(solver: Solver, record: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from oss_exp.evaluation.comparison import measured, spread
 from oss_exp.evaluation.metrics import ImageMetric
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import psnr
-from oss_exp.files import write_atomically
+from oss_exp.files import shipped_schedule, write_atomically
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.stages import Staged
@@ -33,7 +33,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
 from oss_exp.tasks import border, preemption
 from oss_exp.tasks.collective import DistributedCollective
-from oss_exp.tasks.compatibility import check_fits
+from oss_exp.tasks.compatibility import check_fits, warn_outside
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
@@ -66,9 +66,10 @@ class Evaluate(Task):
         if self.schedule is None:
             plan_and_measure(run, metrics)
             return
-        path = Path(self.schedule).expanduser()
+        path = shipped_schedule(self.schedule)
         steps = StepSchedule.load(path)
         check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
+        warn_outside(run.setting, run.cfg, path, steps)
         measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
         rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,30 +33,23 @@ from oss_exp.tasks.setting import Setting, describe
 class Run:
     """Everything that the configuration names, built once; fails before any work when a value does not fit."""
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig, *free: str):
+        """free: keys of cfg.task in which a run may differ from the one whose results its folder has."""
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
         for name in cfg.stepsize:
             require_name(stepsize=str(name))
-        model = border.build(cfg.model, "model", Model, **prompts_for(cfg))
-        if cfg.stages is not None:
-            model = Staged.load(model, cfg.stages)
+        model = build_model(cfg)
         require_name(**{"model.name": model.name})
         if cfg.data.get("classes") == "auto":
             cfg.data.classes = "all" if model.needs_classes else None
-        require_same(cfg, self.folder)
+        require_same(cfg, self.folder, *free)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
-        schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
         self.strategies: dict[str, StepsizeStrategy] = {
             name: _bound(border.build(strategy, f"stepsize.{name}", StepsizeStrategy), model)
             for name, strategy in cfg.stepsize.items()
         }
-        self.setting = Setting(
-            model=model,
-            grid=with_required(schedule.bind(model).nodes(cfg.num_teacher_steps), self.strategies.values()),
-            solver=border.build(cfg.solver, "solver", Solver),
-            distance=border.build(cfg.distance, "distance", Distance).bind(model),
-        )
+        self.setting = build_setting(cfg, model, self.strategies.values())
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
@@ -74,7 +68,10 @@ class Run:
 
     def noises(self, **changes: Any) -> NoiseData:
         """Return what `data` describes for this model, with some of its values changed."""
-        model = self.setting.model
+        return self.noises_for(self.setting.model, **changes)
+
+    def noises_for(self, model: Model, **changes: Any) -> NoiseData:
+        """Return what `data` describes for such a model, with some of its values changed."""
         return border.build(
             self.cfg.data, "data", NoiseData, event_shape=model.event_shape, num_classes=model.num_classes, **changes
         )
@@ -82,6 +79,23 @@ class Run:
     def file(self, strategy: str, num_steps: int) -> Path:
         """Return where the schedule of a strategy is saved."""
         return self.folder / "schedules" / f"{strategy}_{num_steps}.json"
+
+
+def build_model(cfg: DictConfig) -> Model:
+    """Return the model of a configuration, with the stages that it names."""
+    model = border.build(cfg.model, "model", Model, **prompts_for(cfg))
+    return model if cfg.stages is None else Staged.load(model, cfg.stages)
+
+
+def build_setting(cfg: DictConfig, model: Model, strategies: Iterable[StepsizeStrategy] = ()) -> Setting:
+    """Return what a configuration makes of a model; the grid has the nodes that these strategies require."""
+    schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
+    return Setting(
+        model=model,
+        grid=with_required(schedule.bind(model).nodes(cfg.num_teacher_steps), strategies),
+        solver=border.build(cfg.solver, "solver", Solver),
+        distance=border.build(cfg.distance, "distance", Distance).bind(model),
+    )
 
 
 def _bound(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:

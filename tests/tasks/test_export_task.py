@@ -118,13 +118,21 @@ def test_a_scheduler_of_its_own(run, tmp_path):
     assert scheduler.weights[1][4] != 0  # the older answer
 
 
+def test_a_folder_of_comfyui_nodes(run, lists, tmp_path, capsys):
+    run("task=export", "task.schedule=lists.json", "exporter=comfyui_nodes", "task.output=custom_nodes/oss_exp")
+    assert (tmp_path / "custom_nodes" / "oss_exp" / "schedules" / "3.json").is_file()
+    assert "custom_nodes/oss_exp: 3 steps for ComfyUINodes\n" in capsys.readouterr().out
+    run("task=export", "task.schedule=lists.json", "exporter=comfyui_nodes")
+    assert (tmp_path / "run" / "comfyui_nodes" / "__init__.py").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
             "exporter=kdiff",
-            "exporter=kdiff does not exist; choose from comfyui, diffusers, k_diffusion, oss_scheduler, webui",
+            "exporter=kdiff does not exist; choose from comfyui, comfyui_nodes, diffusers, k_diffusion, oss_sche",
         ),
         ("exporter=comfyui task.output=x.txt", "task.output must end in .json, got x.txt"),
         (
