@@ -22,7 +22,9 @@ check: .venv/.ready  ## lint, format, import floors, types
 clean:  ## remove the environment and all outputs
 	rm -rf .venv outputs multirun
 
+# k-diffusion is for tests: its samplers, without the ten libraries that the rest of it needs.
 .venv/.ready: pyproject.toml .constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c .constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion torchdiffeq -c .constraints.txt
 	touch $@
