@@ -522,8 +522,8 @@ def test_the_vae_of_conf_is_the_authors(monkeypatch):
 
 
 def configured(name: str):
-    with initialize_config_dir(str(CONF / "model"), version_base="1.3"):
-        return compose(name)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"model={name}"]).model
 
 
 @pytest.mark.parametrize(("name", "scale"), [("mar_base", 2.9), ("mar_large", 3.0), ("mar_huge", 3.2)])
