@@ -36,7 +36,7 @@ from oss_exp.noise import FlowSchedule
 from oss_exp.report import web
 from oss_exp.report.results import read_run
 from oss_exp.schedule import FittedSteps, StepSchedule
-from oss_exp.solvers import Heun
+from oss_exp.solvers.heun import Heun
 
 BUDGETS = (3, 4, 5, 6, 8, 10, 15, 20)
 TABULATED = (5, 6, 8, 10, 15)  # budgets for which NeuralSolver published tables
@@ -50,6 +50,7 @@ NETWORKS = {
     "flux_fashion, guidance 3": [*PROMPTS, "model.guidance.scale=3"],
     "mar_fashion": ["noise_schedule=cosine"],
 }
+SHARED = ["solver=dpm_solver_pp", "solver.order=3", "data.search_samples=32"]  # as experiment=leaderboard has them
 METRICS = "metric=[fid,kid,precision_recall,class_agreement]"
 COMMON_STEPS, COMMON_NOISES = 200, 64  # of Heun, 400 calls; it judges the first held-out noises
 HEADER = ["strategy", "K", "NFE", "PSNR, dB", "gain, dB", "worst 1 %", "PSNR to Heun's 400 calls", "parameters"]
@@ -88,12 +89,12 @@ def main() -> None:
 
 def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
     """Every strategy of experiment=leaderboard; NeuralSolver, published for some budgets, in a run of its own."""
-    settings = [f"model={name.split(',')[0]}", "experiment=leaderboard", *NETWORKS[name], f"data.eval_samples={images}"]
+    settings = [f"model={name.split(',')[0]}", *SHARED, *NETWORKS[name], f"data.eval_samples={images}"]
     settings += [METRICS] * (images >= 10_000)
     of_run = f"leaderboard/{name.replace(', guidance ', '_')}_{'_'.join(map(str, steps))}_{images}"
-    folders = [finished(of_run, *settings, f"num_steps={[*steps]}".replace(" ", ""))]
+    folders = [finished(of_run, "experiment=leaderboard", *settings, f"num_steps={[*steps]}".replace(" ", ""))]
     if known := [k for k in steps if k in TABULATED]:
-        only = [f"num_steps={known}".replace(" ", ""), "stepsize=neural_solver", "~stepsize.oss_fit_polished"]
+        only = [f"num_steps={known}".replace(" ", ""), "stepsize=neural_solver"]
         folders.append(finished(f"{of_run}_tables", *settings, *only))
     results = [result for folder in folders for result in read_run(folder)]
     plans = {}
@@ -151,7 +152,7 @@ def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
                 str(result.num_steps),
                 str(result.nfe),
                 str(result.psnr),
-                "*" if result is rival else f"{gain.mean:+.2f} ± {gain.ci95:.2f}",
+                "*" if result is rival else f"{'+' * (gain.mean >= 0)}{gain}",
                 f"{result.worst:.2f}",
                 "-" if entry.common is None else str(entry.common),
                 str(entry.parameters),
