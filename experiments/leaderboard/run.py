@@ -183,6 +183,7 @@ def picture(entries: Sequence[Entry], title: str) -> bytes:
             color = "tab:red" if result.strategy in OURS else "tab:gray" if result.baseline else "tab:blue"
             left.plot(*at, "o", color=color)
             left.annotate(result.strategy, at, xytext=(4, 2), textcoords="offset points", fontsize=7)
+    left.margins(x=0.2)  # for the names
     left.set(xscale="log", xlabel="seconds of planning, all K together", ylabel=f"PSNR, dB, K = {middle}")
 
     # Calls.
@@ -204,7 +205,7 @@ def picture(entries: Sequence[Entry], title: str) -> bytes:
 
 def page() -> str:
     """All tables that were made, as the Markdown files beside this one have them."""
-    body = ["<h1>Leaderboard</h1>"]
+    body: list[str] = []
     for file in sorted(Path(__file__).parent.glob("*.md")):
         lines = [line.strip("| ").split(" | ") for line in file.read_text().splitlines() if line.startswith("|")]
         if file.name != "README.md" and lines:
