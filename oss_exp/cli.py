@@ -102,6 +102,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--version"]:  # else Hydra says its own
+        print(f"oss-exp {oss_exp.__version__}")
+        return
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
     error: BaseException | None = None

@@ -48,6 +48,12 @@ GROUPS = [
 ]
 
 
+def test_the_version_is_that_of_the_package(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["oss-exp", "--version"])
+    main()
+    assert capsys.readouterr().out == f"oss-exp {importlib.metadata.version('oss_exp')}\n"
+
+
 def oss_exp(folder: Path, *arguments: str) -> int:
     """Run the command line in `folder`; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch:

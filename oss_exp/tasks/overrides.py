@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 
@@ -74,6 +75,8 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
                 continue
             homes = [f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))]
             advice = f"choose from {', '.join(sorted(options))}"
+            if near := get_close_matches(option, options, n=3):
+                advice = f"did you mean {' or '.join(near)}? {advice[0].upper()}{advice[1:]}"
             if homes:
                 advice = f"{option} is an option of another group: {' or '.join(homes)}"
             raise ValueError(f"{group}={option} does not exist; {advice}")

@@ -111,7 +111,10 @@ RANDOM_FEATURES = ["evaluation.extractor._target_=oss_exp.RandomFeatures"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["metric=[fdi]"], "metric=fdi does not exist; choose from class_agreement, clip_score, fid,"),
+        (
+            ["metric=[fdi]"],
+            "metric=fdi does not exist; did you mean fid? Choose from class_agreement, clip_score, fid,",
+        ),
         (["metric=[lpips]"], "metric.lpips.weights is not set"),
         (["metric=[lpips]", "metric.lpips.weights=w.pth"], "LPIPS weights w.pth do not exist; get"),
         (["metric=class_agreement", "data.classes=null"], "metric=class_agreement needs classes, and the samples have"),

@@ -21,6 +21,7 @@ def refused(capsys, folder, *arguments: str) -> str:
     [
         ("task=export task.schedule=x.json task.to=comfyui", "oss-exp: task.to=comfyui is now exporter=comfyui"),
         ("solver=null", "solver=null does not exist; choose from adams_bashforth"),
+        ("stepsize=oss_shred", "stepsize=oss_shred does not exist; did you mean oss_shared"),
         ("evaluation.metrics=[psnr,fid]", "evaluation.metrics=[psnr,fid] is now metric=[fid]"),
         ("evaluation.metrics=[psnr]", "evaluation.metrics=[psnr] is now metric=[]"),
         ("metric=[psnr,fid]", "metric=[psnr,fid] is now metric=[fid]"),
