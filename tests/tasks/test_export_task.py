@@ -132,7 +132,7 @@ def test_a_folder_of_comfyui_nodes(run, lists, tmp_path, capsys):
     [
         (
             "exporter=kdiff",
-            "exporter=kdiff does not exist; did you mean k_diffusion? Choose from comfyui, comfyui_nodes, diffusers, k_diffusion, oss_sche",
+            "exporter=kdiff does not exist; did you mean k_diffusion? Choose from comfyui, comfyui_nodes",
         ),
         ("exporter=comfyui task.output=x.txt", "task.output must end in .json, got x.txt"),
         (
