@@ -113,7 +113,7 @@ def _mean(path: Path, named: Any) -> Tensor | None:
     if file.name != name or not file.is_file():
         raise FileNotFoundError(f"the mean {name!r:.200} of schedule {path.name} is not beside it; copy it too")
     data = b"" if file.stat().st_size > MEAN_LIMIT else file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != named.get("sha256"):
+    if hashlib.sha256(data).hexdigest() != _dict(named).get("sha256"):
         raise ValueError(f"{name} is not the mean of schedule {path.name}; copy both again")
     try:
         mean = safetensors.torch.load(data)["mean"]
@@ -147,7 +147,7 @@ def sample_oss(
     guider = getattr(model, "inner_model", None)
     if hasattr(guider, "model_patcher"):  # in ComfyUI
         schedule.for_flow(is_flow(guider.model_patcher))
-        warn(schedule, {"shape": list(x.shape[1:]), **setting_of(guider.model_patcher, guider.cfg)})
+        warn(schedule, {"shape": list(x.shape[1:]), **setting_of(guider.model_patcher, getattr(guider, "cfg", None))})
     begin, count = _part(schedule, sigmas, flow)
     times, mask = schedule.clock(flow)[begin : begin + count + 1], extra_args.get("denoise_mask")
     scale = [1.0 if flow else 1 / (1 - t) for t in times]  # of the model's latents, over x_t
@@ -262,7 +262,7 @@ def warn(schedule: Schedule, setting: dict[str, Any]) -> list[str]:
     """Return what there is to say of the schedule in such a setting, and log it the first time."""
     try:
         found = outside(schedule.measured, setting)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         found = ["its certificate is damaged; certify it again"]
     for text in found:
         if (schedule.name, text) not in said:
@@ -294,7 +294,7 @@ def describe(schedule: Schedule) -> str:
         for cell in measured["cells"]:
             numbers = f"{cell['psnr']:.1f} dB to its teacher, {cell['baseline']:.1f} by {measured['baseline']}"
             lines.append(f"{cell['axis']}={cell['value']}: {numbers}, loss {cell['loss']:.1f}, n={cell['n']}")
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         lines.append("it has no certificate: where it holds was not measured (oss-exp task=certify)")
     return "\n".join(lines)
 

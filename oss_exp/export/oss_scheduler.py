@@ -293,7 +293,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         """Warn, once, where a setting is outside of the schedule's range, as check_range(guidance=7.0, lora="x")."""
         try:
             found = outside(self.config["range"] or {}, setting)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, LookupError, TypeError, ValueError):
             found = ["its certificate is damaged; certify it again"]
         for text in found:
             if text not in self.said:

@@ -36,13 +36,16 @@ def with_schedule(file: str | Path, schedule: str, denoise: float = 1.0) -> tupl
     text = read_text(str(file), "workflow").lstrip("\ufeff")
     content: Any = copy.deepcopy(parse_record(text, TypeAdapter(dict[str, JsonValue]), name, REMEDY))
     said, left = list[str](), list[str]()
-    if isinstance(content.get("nodes"), list):
-        subgraphs = (content.get("definitions") or {}).get("subgraphs") if isinstance(content, dict) else None
-        for graph in [content, *objects(subgraphs)]:
-            _Saved(graph, schedule, denoise, said.append, left.append).replace()
-    else:
-        prompt = content.get("prompt")
-        _replace_in_api(prompt if isinstance(prompt, dict) else content, schedule, denoise, said.append, left.append)
+    try:
+        if isinstance(content.get("nodes"), list):
+            for graph in [content, *objects((content.get("definitions") or {}).get("subgraphs"))]:
+                _Saved(graph, schedule, denoise, said.append, left.append).replace()
+        else:
+            prompt = content.get("prompt")
+            prompt = prompt if isinstance(prompt, dict) else content
+            _replace_in_api(prompt, schedule, denoise, said.append, left.append)
+    except (AttributeError, LookupError, TypeError, ValueError):  # not laid out as ComfyUI does
+        raise ValueError(f"{name} has damaged nodes or links; {REMEDY}") from None
     if not said:
         raise ValueError("\n".join([f"{name} has no sampler to replace (KSampler, {', '.join(CUSTOM)})", *left]))
     return json.dumps(content, indent=2), [*said, *left]
@@ -71,7 +74,7 @@ def _replace_in_api(prompt: dict[str, Any], schedule: str, denoise: float, say: 
                 leave(_cut(key, kind, source["class_type"]))
                 continue
             guider = prompt.get(inputs["guider"][0], {}) if isinstance(inputs.get("guider"), list) else node
-            new = str(1 + max([int(each) for each in prompt if each.isdigit()], default=0))
+            new = str(1 + max([int(each) for each in prompt if each.isdecimal() and len(each) < 20], default=0))
             given = {"schedule": schedule, "denoise": denoise}
             if isinstance(model := (guider.get("inputs") or {}).get("model"), list):
                 given["model"] = model
@@ -103,7 +106,10 @@ class _Saved:
         self.nodes = {node.get("id"): node for node in objects(graph.get("nodes"))}
         links = graph.get("links")
         self.links: list[Any] = links if isinstance(links, list) else []
-        self.last = max((_get(link, 0) for link in self.links), default=0)
+        self.state = graph["state"] if isinstance(graph.get("state"), dict) else {}
+        self.listed = isinstance(self.links[0], list) if self.links else "state" not in graph  # else objects
+        counted = self.state.get("lastLinkId") or 0, graph.get("last_link_id") or 0
+        self.last = max([*counted, *(_get(link, 0) for link in self.links)])
 
     def replace(self) -> None:
         for key, node in [*self.nodes.items()]:
@@ -145,7 +151,7 @@ class _Saved:
         if source.get("type") in CUTS:
             self.leave(_cut(key, node["type"], source["type"]))
             return
-        new = 1 + max((each for each in self.nodes if isinstance(each, int)), default=0)
+        new = 1 + max([self.state.get("lastNodeId") or 0, *(each for each in self.nodes if isinstance(each, int))])
         place = node.get("pos")
         x, y = [*place.values()][:2] if isinstance(place, dict) else (place or [0, 0])[:2]
         outputs: list[dict[str, Any]] = [{"name": name, "type": kind, "links": []} for name, kind in OUTPUTS]
@@ -180,26 +186,26 @@ class _Saved:
         self.say(f"node {key}: {node['type']} takes sigmas and sampler of the new node {new}, OSSSchedule")
 
     def _counters(self, new: int) -> Iterator[tuple[dict[str, Any], str, int]]:
-        if isinstance(state := self.graph.get("state"), dict):
-            yield from ((state, "lastNodeId", new), (state, "lastLinkId", self.last))
+        if self.state:
+            yield from ((self.state, "lastNodeId", new), (self.state, "lastLinkId", self.last))
         if "last_node_id" in self.graph:
             yield from ((self.graph, "last_node_id", new), (self.graph, "last_link_id", self.last))
 
     def _new_link(self, number: int, origin: int, slot: int, target: Any, index: int, kind: str) -> Any:
         values = (number, origin, slot, target, index, kind)
-        listed = not self.links or isinstance(self.links[0], list)
-        return [*values] if listed else dict(zip(PLACES, values, strict=True))
+        return [*values] if self.listed else dict(zip(PLACES, values, strict=True))
 
     def _link(self, number: Any) -> Any:
         return next((link for link in self.links if number is not None and _get(link, 0) == number), None)
 
     def _unlink(self, number: Any) -> None:
-        """Take a link away, at its origin too."""
+        """Take a link away, at its origin too: a node's output, or an input of the subgraph."""
         self.links[:] = [link for link in self.links if _get(link, 0) != number]
-        for node in self.nodes.values():
-            for slot in objects(node.get("outputs")):
-                if isinstance(slot.get("links"), list):
-                    slot["links"] = [each for each in slot["links"] if each != number]
+        outputs = [slot for node in self.nodes.values() for slot in objects(node.get("outputs"))]
+        for slot in [*outputs, *objects(self.graph.get("inputs"))]:
+            for name in ("links", "linkIds"):
+                if isinstance(slot.get(name), list):
+                    slot[name] = [each for each in slot[name] if each != number]
 
     def _named(self, node: dict[str, Any], kind: str) -> None:
         node["type"] = kind

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -102,11 +104,17 @@ class Certify(Task):
             raise ValueError("task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of them")
         check_fits(run.setting, cfg, path, steps, self.allow_other_model)
 
-        measuring = _Measuring(run, steps, hand_made, self.max_minutes)
-        left, skipped = list[str](), dict[str, str]()
         base = axes_of(cfg, run.setting.model)
+        wanted = [*self._wanted(base)]
+        for axis, value in wanted:  # what is wrong is said before hours of measuring
+            with suppress(Skipped):
+                CHANGES[axis](cfg.copy(), value)
+        written = {name: each for name, each in json.loads(path.read_text()).items() if name != "range"}
+        digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()
+        measuring = _Measuring(run, steps, digest, hand_made, self.max_minutes)
+        left, skipped = list[str](), dict[str, str]()
         found: dict[tuple[str, Any], CellRecord] = {BASE: measuring.cell(*BASE)}
-        for axis, value in self._wanted(base):
+        for axis, value in wanted:
             try:
                 found[axis, _plain(value)] = measuring.cell(axis, value)
             except OutOfTime:
@@ -126,7 +134,8 @@ class Certify(Task):
             raise ValueError(f"task.axes.{unknown[0]} is none of {', '.join(CHANGES)}")
         for axis, values in self.axes.items():
             for value in values:
-                if value is not None and value != base.get(axis):
+                told = _solver_class(value) if axis == "solver" else value
+                if value is not None and told != base.get(axis):
                     yield axis, value
 
     def _say(self, certificate: Certificate, left: Sequence[str]) -> None:
@@ -144,8 +153,16 @@ class Certify(Task):
 class _Measuring:
     """Measures cells, each once; what was measured is in <folder>/cells."""
 
-    def __init__(self, run: Run, steps: StepSchedule, baselines: Mapping[str, ClosedForm], max_minutes: float | None):
-        self.run, self.steps, self.baselines, self.max_minutes = run, steps, dict(baselines), max_minutes
+    def __init__(
+        self,
+        run: Run,
+        steps: StepSchedule,
+        digest: str,  # of the schedule's file, whatever its range
+        baselines: Mapping[str, ClosedForm],
+        max_minutes: float | None,
+    ):
+        self.run, self.steps, self.digest, self.baselines = run, steps, digest, dict(baselines)
+        self.max_minutes = max_minutes
         self.started, self.longest = time.monotonic(), 0.0
         self.device = run.trainer.strategy.root_device
         self.models: dict[str, Model] = {}
@@ -161,9 +178,7 @@ class _Measuring:
         student = None if (axis, value) == BASE else CHANGES[axis](cfg, value)
         if student is not None and (self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)):
             raise Skipped(f"its steps are those of {dict(self.steps.about('solver')).get('_target_', 'a fit')} alone")
-        key = json.dumps(
-            [axis, _plain(value), self.steps.times.tolist(), OmegaConf.to_container(cfg.data, resolve=True)]
-        )
+        key = json.dumps([axis, _plain(value), self.digest, OmegaConf.to_container(cfg.data, resolve=True)])
         file = self.run.folder / "cells" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         pictures = self.run.folder / "cells" / "teacher.safetensors"
         if file.is_file() and (axis != "base" or pictures.is_file()):
@@ -274,6 +289,7 @@ def certificate_of(
         sized, told = axis in ("resolution", "frames"), json.loads(json.dumps(value))
         if axis == "guidance" and base.get("embedded_guidance") is not None:
             axis = "embedded_guidance"
+        told = _solver_class(told) if axis == "solver" else told
         cells.append(
             Cell(
                 axis="shape" if sized else axis,
@@ -310,6 +326,18 @@ def _plain(value: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------
 
 
+def _number(axis: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"task.axes.{axis} must have finite numbers, got {value}")
+    return float(value)
+
+
+def _whole(axis: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"task.axes.{axis} must have whole numbers from 1, got {value}")
+    return value
+
+
 def _dtype(cfg: Any, value: str) -> None:
     if "dtype" not in cfg.model:
         raise Skipped("the model is exact and has no dtype")
@@ -326,31 +354,34 @@ def _guidance(cfg: Any, value: float) -> None:
     if "guidance" in cfg.model:
         if value != 1 and cfg.data.get("classes") is None and "prompts" not in cfg.data:
             raise Skipped("the samples have no classes (data.classes)")
-        cfg.model.guidance.scale = float(value)
+        cfg.model.guidance.scale = _number("guidance", value)
         return
     call = cfg.model.get("call") or {}
     names = [name for name in ("true_cfg_scale", "guidance_scale") if name in call]
     if not names:
         raise Skipped("the model's call has no guidance_scale")
-    cfg.model.call[names[0]] = float(value)
+    cfg.model.call[names[0]] = _number("guidance", value)
 
 
 def _shift(cfg: Any, value: float) -> None:
     if "shift" not in cfg.noise_schedule:
         raise Skipped(f"its teacher's noise schedule, {cfg.noise_schedule._target_}, has no shift")
-    cfg.noise_schedule.shift = float(value)
+    cfg.noise_schedule.shift = _number("shift", value)
 
 
 def _resolution(cfg: Any, value: Sequence[int]) -> None:
     if "call" not in cfg.model:
         raise Skipped("the model has one size")
-    cfg.model.call = {**(cfg.model.call or {}), "height": int(value[0]), "width": int(value[1])}
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"task.axes.resolution must have pairs [height, width], got {value}")
+    height, width = (_whole("resolution", each) for each in value)
+    cfg.model.call = {**(cfg.model.call or {}), "height": height, "width": width}
 
 
 def _frames(cfg: Any, value: int) -> None:
     if "num_frames" not in (cfg.model.get("call") or {}):
         raise Skipped("the model's call has no num_frames")
-    cfg.model.call.num_frames = int(value)
+    cfg.model.call.num_frames = _whole("frames", value)
 
 
 def _lora(cfg: Any, value: str) -> None:
@@ -365,14 +396,23 @@ def _lora(cfg: Any, value: str) -> None:
 
 
 def _teacher_steps(cfg: Any, value: int) -> None:
-    cfg.num_teacher_steps = int(value)
+    cfg.num_teacher_steps = _whole("teacher_steps", value)
 
 
 def _solver(cfg: Any, value: str) -> Solver:
-    file = SOLVERS / f"{Path(value).name}.yaml"
-    if not file.is_file():
+    return border.build(_solver_settings(value), "task.axes.solver", Solver)
+
+
+def _solver_settings(value: str) -> Any:
+    file = SOLVERS / f"{value}.yaml"
+    if Path(str(value)).name != value or not file.is_file():
         raise ValueError(f"task.axes.solver={value} is none of conf/solver")
-    return border.build(OmegaConf.load(file), "task.axes.solver", Solver)
+    return OmegaConf.load(file)
+
+
+def _solver_class(value: str) -> str:
+    """What runs call it, in a range."""
+    return str(_solver_settings(value)["_target_"]).rpartition(".")[2]
 
 
 CHANGES: dict[str, Callable[[Any, Any], Solver | None]] = {

@@ -111,6 +111,20 @@ def test_as_saved(links_as_objects, tmp_path):
     assert {kind for origin, kind in ends.values() if origin == 14} == {"SIGMAS", "SAMPLER"}
 
 
+def test_sigmas_from_outside_of_a_subgraph(tmp_path):
+    """The subgraph's input forgets the link, and new links are objects with numbers that no other has."""
+    slots = [{"name": "sigmas", "type": "SIGMAS", "link": 2}, {"name": "sampler", "type": "SAMPLER", "link": None}]
+    outside = {"id": 2, "origin_id": -10, "origin_slot": 0, "target_id": 4, "target_slot": 0, "type": "SIGMAS"}
+    graph = {"nodes": [{"id": 4, "type": "SamplerCustom", "inputs": slots}], "links": [outside]}
+    graph |= {"inputs": [{"id": "a", "linkIds": [2]}], "state": {"lastNodeId": 7, "lastLinkId": 9}}
+    content = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
+    (tmp_path / "my.json").write_text(json.dumps(content))
+    graph = json.loads(with_schedule(tmp_path / "my.json", "x.json")[0])["definitions"]["subgraphs"][0]
+    assert graph["inputs"] == [{"id": "a", "linkIds": []}]
+    assert [(link["id"], link["target_slot"]) for link in graph["links"]] == [(10, 0), (11, 1)]
+    assert graph["state"] == {"lastNodeId": 8, "lastLinkId": 11}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -122,6 +136,12 @@ def test_as_saved(links_as_objects, tmp_path):
             "denoise=0.5 is",
         ),
         ('{"nodes": [{"type": "SamplerCustom", "inputs": 7, "mode": 4}], "definitions": []}', "has no sampler"),
+        ('{"nodes": [{"type": "SamplerCustom", "pos": 7}]}', "my.json has damaged nodes or links; save"),
+        ('{"nodes": [], "definitions": "x"}', "my.json has damaged nodes or links; save"),
+        (
+            '{"1": {"class_type": "SamplerCustom", "inputs": {"sigmas": []}}}',
+            "my.json has damaged nodes or links; save",
+        ),
     ],
 )
 def test_what_is_no_workflow_is_refused(text, message, tmp_path):

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,41 @@ def test_a_certificate(run, searched, tmp_path, capsys):
         run_cli(*measure, "model.guidance.scale=7", "hydra.run.dir=e2")
 
 
+@pytest.mark.slow
+def test_solvers_are_called_as_runs_call_them(run, tmp_path):
+    """Their classes: a run with a solver that was measured is inside."""
+    StepSchedule([1.0, 0.5, 0.2, 0.0]).save("three.json")
+    run("hydra.run.dir=c", "task.allow_other_model=true", "task.axes.solver=[heun,euler]", "task.axes.shift=[]")
+    found = StepSchedule.load("c/schedules/three.json").range
+    assert found.base["solver"] == "Euler"
+    assert [cell.value for cell in found.cells if cell.axis == "solver"] == ["Heun"]
+
+
+@pytest.mark.slow
+def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_path):
+    run("hydra.run.dir=c", "task.axes.guidance=[]", "task.axes.shift=[]")
+    before = StepSchedule.load("c/schedules/three.json").range.cells[0].psnr
+    replace(searched, start=replace(searched.start, mean=searched.start.mean + 1)).save("three.json")
+    run("hydra.run.dir=c", "task.axes.guidance=[]", "task.axes.shift=[]")
+    assert StepSchedule.load("c/schedules/three.json").range.cells[0].psnr != before
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ("shift=[x]", "task.axes.shift must have finite numbers, got x"),
+        ("teacher_steps=[8,2.5]", "task.axes.teacher_steps must have whole numbers from 1, got 2.5"),
+        ("solver=[nosuch]", "task.axes.solver=nosuch is none of conf/solver"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_measured(axis, message, run, tmp_path, capsys):
+    StepSchedule([1.0, 0.5, 0.2, 0.0]).save("three.json")
+    with pytest.raises(SystemExit):
+        run("hydra.run.dir=c", "task.allow_other_model=true", f"task.axes.{axis}")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "c" / "cells").exists()
+
+
 RANGE = Certificate(
     baseline="fm",
     tolerance=1.0,
@@ -158,13 +194,21 @@ def test_schedulers_and_samplers_warn_once(tmp_path, caplog):
     scheduler.save_pretrained(tmp_path / "saved")
     assert OSSScheduler.from_pretrained(tmp_path / "saved").config["range"] == scheduler.config["range"]
 
-    for damaged in ({"base": 3}, {"base": {"dtype": "float32"}, "cells": [7]}):
+    no_interval = {"axis": "dtype", "value": "float16", "loss": 3.0, "loss_interval": [], "n": 1, "gain": 0.0}
+    for damaged in (
+        {"base": 3},
+        {"base": {"dtype": "float32"}, "cells": [7]},
+        {"base": {"dtype": "float32"}, "cells": [no_interval], "tolerance": 1.0},
+    ):
+        found = comfyui_nodes.warn(replace(comfyui_nodes.load(file), measured=damaged), {"dtype": "float16"})
+        assert found == ["its certificate is damaged; certify it again"]
         scheduler = OSSScheduler(range=damaged)
         with pytest.warns(UserWarning, match="its certificate is damaged"):
             scheduler.check_range(dtype="float16")
 
     schedule = comfyui_nodes.load(file)
     comfyui_nodes.said.clear()
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         for guidance in (1.0, 2.0, 5.0, 5.0):
             comfyui_nodes.warn(schedule, {"guidance": guidance})
