@@ -103,7 +103,7 @@ def test_markdown_shows_names_and_obeys_nothing(lines):
     found = Text(reader.render(comparison.markdown(lines)))
     width = len(comparison.columns(lines)[0])
     cells = [found.cells[i : i + width] for i in range(0, len(found.cells), width)]
-    assert [cell.strip() for cell in cells[0][7:-2]] == [row[0].strip() for row in cells[1:]] == NAMES
+    assert [cell.strip() for cell in cells[0][8:-2]] == [row[0].strip() for row in cells[1:]] == NAMES
     assert found.tags <= TABLE
     assert not re.search(r"(?<!\\):[\w+-]+:|(?<!\\)\$|(?<!\\)@\w|www\.", "".join(map(markdown, NAMES)))
 

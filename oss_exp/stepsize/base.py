@@ -52,13 +52,17 @@ def student_start(problem: Problem, kind: StartKind) -> Start:
             return Analytic(problem.teacher.mean.cpu(), start_time)
 
 
+class DoesNotFit(ValueError):
+    """A strategy has no schedule for this teacher, or of so many steps."""
+
+
 def begin_at(times: Tensor, start_time: float, planner: str, remedy: str) -> Tensor:
     """times (K+1,) with the first moved to the teacher's, so that all students share one noise.
 
-    ValueError, naming who planned them and what to do, when the second time is not below it.
+    DoesNotFit, naming who planned them and what to do, when the second time is not below it.
     """
     if len(times) > 2 and times[1] >= start_time:
-        raise ValueError(
+        raise DoesNotFit(
             f"{planner} puts its second time, {float(times[1]):.4f}, above the teacher's first, {start_time:.4f}; "
             f"{remedy}"
         )

@@ -54,6 +54,13 @@ WEIGHTS = {"float8_e4m3fn": "float8", "int8": "int8"}  # quantised weights: as c
 BASE: tuple[str, str] = ("base", "as searched")
 
 
+def usual_axes() -> dict[str, list[Any]]:
+    """Return what is measured where nobody chose: what nearly every model has."""
+    chosen: dict[str, list[Any]] = {"dtype": ["bfloat16", "float16", "float8_e4m3fn", "int8"]}
+    chosen |= {"guidance": [1, 2, 3, 5], "shift": [1, 3, 5]}
+    return chosen | {axis: [] for axis in ("resolution", "frames", "lora", "teacher_steps", "solver")}
+
+
 class Skipped(Exception):
     """An axis does not apply: the message says why."""
 
@@ -84,7 +91,7 @@ class Certify(Task):
     """
 
     schedule: str
-    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=usual_axes)
     tolerance: Amount = 1.0
     max_minutes: Positive | None = None
     in_place: bool = False

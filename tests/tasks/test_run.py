@@ -418,9 +418,9 @@ def test_fitted_steps_are_evaluated_at_the_guidance_that_they_were_fitted_at(com
 @pytest.mark.slow
 def test_every_strategy_runs_with_every_kind_of_solver(tmp_path):
     every = sorted({file.stem for file in (CONF / "stepsize").glob("*.yaml")} - {"pipeline"})  # of pipelines alone
-    chosen = [f"stepsize=[{','.join(every)}]", "num_steps=[3]"]
+    chosen = [f"stepsize=[{','.join(every)}]", "num_steps=[5]"]  # which all have
     chosen += [f"stepsize.{name}.iterations=3" for name in ("bns", "dyweight", "gs", "ld3")]
     for solver in ("unipc", "heun"):
         folder = oss_exp(tmp_path / solver, *chosen, f"solver={solver}")
         assert {name for name, _ in means(folder)} == set(every)
-    assert times(tmp_path / "unipc")["ld3_3"] != times(tmp_path / "unipc")["ddim_3"]
+    assert times(tmp_path / "unipc")["ld3_5"] != times(tmp_path / "unipc")["ddim_5"]

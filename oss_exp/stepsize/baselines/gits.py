@@ -21,7 +21,7 @@ from oss_exp.checks import require_choice, require_range
 from oss_exp.noise import EDMPath, EDMSchedule, NoiseSchedule
 from oss_exp.schedule import Analytic, StepSchedule
 from oss_exp.solvers import Euler, Solver, nfe, trajectory, walk
-from oss_exp.stepsize.base import begin_at, check_num_steps
+from oss_exp.stepsize.base import DoesNotFit, begin_at, check_num_steps
 from oss_exp.stepsize.problem import Collective, Problem
 from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
@@ -67,7 +67,7 @@ class GITS:
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         if budgets[-1] > self.num_nodes:
-            raise ValueError(
+            raise DoesNotFit(
                 f"GITS chooses among its own {self.num_nodes} steps and is asked for {budgets[-1]}; raise its num_nodes"
             )
         times = self.schedule.nodes(self.num_nodes)

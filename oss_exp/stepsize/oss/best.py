@@ -15,7 +15,7 @@ from torch import Tensor
 from oss_exp.noise import DDIMSchedule, EDMSchedule, FlowSchedule, LogSNRSchedule
 from oss_exp.schedule import Pinned, StartKind, StepSchedule
 from oss_exp.solvers.sampling import sample
-from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps
+from oss_exp.stepsize.base import DoesNotFit, StepsizeStrategy, check_num_steps
 from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.band import Band, strictly_monotone
@@ -54,8 +54,8 @@ class OSSBest(Search):
 
     start:     of the portfolio's searches, beside a pinned one. A pipeline, which draws its own noise, has "pinned".
     ridge:     of the fits, see `coefficients.Fit`.
-    baselines: {name: strategy} of one schedule for all samples; one that does not fit the teacher's grid is left out,
-               and so are all where times are required.
+    baselines: {name: strategy} of one schedule for all samples; one that does not fit the teacher or the budgets is
+               left out, and so are all where times are required.
     """
 
     start: StartKind = "analytic"
@@ -114,7 +114,7 @@ class OSSBest(Search):
         for name, strategy in self.baselines.items():
             try:
                 plans = strategy.plan(problem, budgets)
-            except ValueError:  # such as times by hand that begin above the teacher's first
+            except DoesNotFit:
                 continue
             for k, steps in plans.items():
                 found[k].append(Candidate(name, steps))

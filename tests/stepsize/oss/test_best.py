@@ -123,6 +123,21 @@ def test_every_kind_of_problem_has_one(problem, change):
     assert errors[0] < errors[1]
 
 
+def test_a_baseline_that_does_not_fit_is_left_out(problem):
+    """GITS chooses among 12 steps of its own, and is asked for 14; what the network says is no such reason."""
+    strategy = OSSBest("analytic", BAND, False, baselines={"fm": ClosedForm(), "gits": GITS(num_nodes=12)})
+    scores = strategy.plan(problem, [14])[14].about("planning")["chosen_from"]
+    assert "fm" in scores
+    assert "gits" not in scores
+
+    def broken(x, t, condition):
+        raise ValueError("the network's own fault")
+
+    failing = replace(problem, velocity=replace(problem.velocity, fn=broken))
+    with pytest.raises(ValueError, match="the network's own fault"):
+        strategy.plan(failing, [4])
+
+
 def test_a_baseline_has_one_schedule_for_all():
     with pytest.raises(ValueError, match="must plan one schedule for all samples, oss does not"):
         OSSBest(baselines={"oss": oss_exp.OSS()})
