@@ -96,14 +96,14 @@ def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
     if known := [k for k in steps if k in TABULATED]:
         only = [f"num_steps={known}".replace(" ", ""), "stepsize=neural_solver"]
         folders.append(finished(f"{of_run}_tables", *settings, *only))
-    results = [result for folder in folders for result in read_run(folder)]
-    plans = {}
+    results, plans = {}, {}
     for folder in folders:
         for result in read_run(folder):
-            file = folder / "schedules" / f"{result.strategy}_{result.num_steps}.json"
-            plans[result.strategy, result.num_steps] = StepSchedule.load(file)
+            key = result.strategy, result.num_steps
+            results[key] = result
+            plans[key] = StepSchedule.load(folder / "schedules" / f"{result.strategy}_{result.num_steps}.json")
     common = to_common_teacher(settings, plans)
-    return [Entry(r, common.get(key), parameters(plans[key])) for r in results for key in [(r.strategy, r.num_steps)]]
+    return [Entry(result, common.get(key), parameters(plans[key])) for key, result in results.items()]
 
 
 @torch.no_grad()

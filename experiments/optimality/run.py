@@ -112,7 +112,7 @@ def summary(gaps: dict[StartKind, dict[str, list[float]]]) -> str:
             shares = [f"{np.mean(gap < limit):.0%}" for limit in (1e-6, 0.1)]
             rows.append([start, name, *shares, f"{np.median(gap):.3f}", f"{gap.mean():.3f}", f"{gap.max():.2f}"])
     header = ["start", "path", "optimal", "within 0.1 dB", "median, dB", "mean, dB", "worst, dB"]
-    return table(header, rows) + f"\n{len(rows and gaps['free']['refined'])} settings each.\n"
+    return table(header, rows) + f"\n{len(gaps['free']['refined'])} settings each.\n"
 
 
 def picture(gaps: dict[StartKind, dict[str, list[float]]]) -> bytes:

@@ -164,9 +164,8 @@ class _Run:
         count = len(self.times) + sum(map(len, self.columns))
         gradient, curvature = self.problem.grid.new_zeros(count), self.problem.grid.new_zeros(count, count)
         for part, mean, changes, gram in slopes:
-            residual = self._features(part, self._run(part, mean, values)[0][-1].x) - part.teacher.targets[-1].flatten(
-                1
-            )
+            last = self._run(part, mean, values)[0][-1]
+            residual = self._features(part, last.x) - part.teacher.targets[-1].flatten(1)
             right = inner_products(changes, [residual])[..., 0]
             emphasis = torch.ones_like(right[:, 0])
             if self.objective.objective == "log_mean":
