@@ -16,7 +16,15 @@ NUMBERS = Path(__file__).with_suffix(".json")
 
 def errors_by_room() -> dict[str, list[str]]:
     """Return `file:line message` of every error, by room."""
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "oss_exp"]
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--outputjson",
+        "--pythonpath",
+        sys.executable,
+        "oss_exp",
+    ]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     try:
         report = json.loads(answer.stdout)
@@ -40,9 +48,14 @@ def main() -> None:
     for room in sorted(errors.keys() | allowed.keys()):
         count, most = len(errors.get(room, ())), allowed.get(room, 0)
         if count > most:
-            faults += [*errors[room], f"{room} has {count} type errors, {most} are allowed: mend the new ones"]
+            faults += [
+                *errors[room],
+                f"{room} has {count} type errors, {most} are allowed: mend the new ones",
+            ]
         elif count < most:
-            faults.append(f"{room} has {count} type errors: lower its number in .ci/{NUMBERS.name} from {most}")
+            faults.append(
+                f"{room} has {count} type errors: lower its number in .ci/{NUMBERS.name} from {most}"
+            )
     sys.exit("\n".join(faults) or 0)
 
 

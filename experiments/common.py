@@ -29,7 +29,14 @@ def finished(name: str, *overrides: str, file: str = "metrics.json") -> Path:
     folder = OUTPUTS / name
     if not (folder / file).exists():
         print("oss-exp", *overrides, flush=True)
-        command = [sys.executable, "-m", "oss_exp", *overrides, "logger=none", f"hydra.run.dir={folder}"]
+        command = [
+            sys.executable,
+            "-m",
+            "oss_exp",
+            *overrides,
+            "logger=none",
+            f"hydra.run.dir={folder}",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers; the same names as in PUBLIC below (a test compares them)
+if (
+    TYPE_CHECKING
+):  # for editors and type checkers; the same names as in PUBLIC below (a test compares them)
     from oss_exp.api import compare as compare
     from oss_exp.api import sample as sample
     from oss_exp.api import search as search

@@ -142,7 +142,9 @@ def search(
     _require("strategy", strategy, StepsizeStrategy, "OSSBest()")
     if must_visit is not None or first_sigmas is not None:
         strategy = visiting(strategy, must_visit, first_sigmas)
-    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, [strategy], distance, progress)
+    planner = _Planner(
+        source, budgets, solver, teacher, num_teacher_steps, [strategy], distance, progress
+    )
     x = source.noises(noise, "noise", seed, 0)
     problem = planner.problem(x, condition)
     about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
@@ -174,7 +176,9 @@ def sample(
     """
     source = _Source.of(velocity_or_model)
     if not isinstance(steps, StepSchedule):
-        several = "; choose one of its schedules, such as steps[5]" if isinstance(steps, Mapping) else ""
+        several = (
+            "; choose one of its schedules, such as steps[5]" if isinstance(steps, Mapping) else ""
+        )
         raise ValueError(f"steps must be a StepSchedule, got {_shown(steps)}{several}")
     if solver is None:
         solver = solvers.solver_of(steps)
@@ -221,13 +225,19 @@ def compare(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    strategies = standard_strategies() | {"oss_best": source.strategy} if strategies is None else strategies
+    strategies = (
+        standard_strategies() | {"oss_best": source.strategy} if strategies is None else strategies
+    )
     if not isinstance(strategies, Mapping) or not strategies:
-        raise ValueError(f"strategies must be a dict such as {{'mine': OSSBest()}}, got {_shown(strategies)}")
+        raise ValueError(
+            f"strategies must be a dict such as {{'mine': OSSBest()}}, got {_shown(strategies)}"
+        )
     for label, strategy in strategies.items():
         _require(f"strategies[{label!r}]", strategy, StepsizeStrategy, "OSSBest()")
     searches = list(strategies.values())
-    planner = _Planner(source, budgets, solver, teacher, num_teacher_steps, searches, distance, progress)
+    planner = _Planner(
+        source, budgets, solver, teacher, num_teacher_steps, searches, distance, progress
+    )
     _require_count("batch_size", batch_size)
 
     # Noises.
@@ -248,7 +258,9 @@ def compare(
                 alone = alone or planner.problem(fresh[:PER_SAMPLE], held_out_condition, HELD_OUT)
                 problem = alone
             schedules[label] = planner.plan(label, strategy, problem, about)
-        runs = {(label, k): steps for label, plans in schedules.items() for k, steps in plans.items()}
+        runs = {
+            (label, k): steps for label, plans in schedules.items() for k, steps in plans.items()
+        }
         values = planner.measure(runs, fresh, rows, decode or source.decode, batch_size)
 
     velocity = source.velocity(rows, len(fresh))
@@ -261,7 +273,9 @@ def compare(
             "planning": dict(steps.about("planning")),
             "nfe": solvers.nfe(solver, steps, velocity),
             **measured(*values[label, k].T[:3].numpy()),
-            "metrics": dict(zip(["spectral, dB"], values[label, k].T[3:].mean(1).tolist(), strict=False)),
+            "metrics": dict(
+                zip(["spectral, dB"], values[label, k].T[3:].mean(1).tolist(), strict=False)
+            ),
         }
         for (label, k), steps in runs.items()
     ]
@@ -297,7 +311,9 @@ class Comparison:
         records: Sequence[Mapping[str, Any]],
     ):
         self.about, self.schedules = about, schedules
-        self.lines: list[Line] = with_gains([Result.of(record, str(record["nfe"])) for record in records])
+        self.lines: list[Line] = with_gains(
+            [Result.of(record, str(record["nfe"])) for record in records]
+        )
         by_key = {(record["strategy"], record["num_steps"]): record for record in records}
         self.rows = [
             {
@@ -345,7 +361,9 @@ class _Source:
 
     @classmethod
     def of(
-        cls, given: VelocityFn | BoundVelocity | Model | DiffusionPipeline, prompts: Sequence[Any] | None = None
+        cls,
+        given: VelocityFn | BoundVelocity | Model | DiffusionPipeline,
+        prompts: Sequence[Any] | None = None,
     ) -> _Source:
         if is_pipeline(given):
             if prompts is None:
@@ -356,9 +374,14 @@ class _Source:
         if isinstance(given, Model):
             return cls(given.name, given)
         if isinstance(given, type) or not callable(given):
-            raise ValueError(f"velocity_or_model must be a function v(x, t) or a Model, got {_shown(given)}")
+            raise ValueError(
+                f"velocity_or_model must be a function v(x, t) or a Model, got {_shown(given)}"
+            )
         name = getattr(given, "__name__", type(given).__name__)
-        return cls(name, given if isinstance(given, BoundVelocity) else BoundVelocity.of(_same_shape(given)))
+        return cls(
+            name,
+            given if isinstance(given, BoundVelocity) else BoundVelocity.of(_same_shape(given)),
+        )
 
     @property
     def record(self) -> dict[str, Any]:
@@ -382,7 +405,12 @@ class _Source:
         return self.sampled.noise_schedule if isinstance(self.sampled, Pipeline) else FlowSchedule()
 
     def noises(
-        self, noise: Tensor | int | None, name: str, seed: int, first: int, like: Tensor | None = None
+        self,
+        noise: Tensor | int | None,
+        name: str,
+        seed: int,
+        first: int,
+        like: Tensor | None = None,
     ) -> Tensor:
         """(B, *E): these, or so many drawn from sample number `first` on, of the model's or the other noises' shape."""
         if noise is None:
@@ -400,9 +428,15 @@ class _Source:
             dataset = NoiseDataset(seed, first, noise, shape, None)
             noise = torch.stack([dataset[i]["noise"] for i in range(noise)])
             noise = noise if like is None else noise.to(like)
-        if noise.ndim < 2 or len(noise) == 0 or (shape is not None and tuple(noise.shape[1:]) != tuple(shape)):
+        if (
+            noise.ndim < 2
+            or len(noise) == 0
+            or (shape is not None and tuple(noise.shape[1:]) != tuple(shape))
+        ):
             wanted = "..." if shape is None else ", ".join(str(size) for size in shape)
-            raise ValueError(f"{name} must have the shape (B, {wanted}), B at least 1, got {tuple(noise.shape)}")
+            raise ValueError(
+                f"{name} must have the shape (B, {wanted}), B at least 1, got {tuple(noise.shape)}"
+            )
         if noise.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} must be float32 or float64, got {noise.dtype}")
         return self.on_device(_finite(noise, name))
@@ -411,13 +445,17 @@ class _Source:
         """The tensor on the model's device; a function's stays where it is."""
         if isinstance(self.sampled, BoundVelocity):
             return tensor
-        return tensor.to(next(chain(self.sampled.parameters(), self.sampled.buffers()), tensor).device)
+        return tensor.to(
+            next(chain(self.sampled.parameters(), self.sampled.buffers()), tensor).device
+        )
 
     def conditions(self, condition: Tensor | None, count: int) -> Tensor | None:
         """A row of `condition` (C, ...) for each of so many noises, in turn."""
         if isinstance(self.sampled, BoundVelocity):
             if condition is not None:
-                raise ValueError("condition is for models; a function, or a BoundVelocity, has its own bound")
+                raise ValueError(
+                    "condition is for models; a function, or a BoundVelocity, has its own bound"
+                )
             return None
         classes = self.sampled.num_classes
         if condition is None and isinstance(self.sampled, Pipeline):
@@ -427,11 +465,19 @@ class _Source:
                 return None
             condition = torch.arange(classes)
         if not isinstance(condition, Tensor) or condition.ndim < 1 or len(condition) == 0:
-            raise ValueError(f"condition must be a tensor with a row for each condition, got {_shown(condition)}")
+            raise ValueError(
+                f"condition must be a tensor with a row for each condition, got {_shown(condition)}"
+            )
         if classes is not None:
-            known = condition.ndim == 1 and not condition.is_floating_point() and condition.dtype != torch.bool
+            known = (
+                condition.ndim == 1
+                and not condition.is_floating_point()
+                and condition.dtype != torch.bool
+            )
             if not known or not bool(((condition >= 0) & (condition < classes)).all()):
-                raise ValueError(f"condition must be classes (C,) from 0 to {classes - 1}, got {condition.tolist()}")
+                raise ValueError(
+                    f"condition must be classes (C,) from 0 to {classes - 1}, got {condition.tolist()}"
+                )
         return self.on_device(condition[torch.arange(count) % len(condition)])
 
     def velocity(self, condition: Tensor | None, count: int) -> BoundVelocity:
@@ -451,13 +497,17 @@ class _Source:
         """(B,) which of a schedule's means is each sample's; None: they share one."""
         return None if self.num_classes is None else condition
 
-    def sample(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None) -> Tensor:
+    def sample(
+        self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None
+    ) -> Tensor:
         """noise (B, *E) at steps.start_time -> x0."""
         if isinstance(self.sampled, BoundVelocity):
             return solvers.sample(solver, self.velocity(None, len(noise)), noise, steps)
         return self.sampled.sample(solver, steps, noise, condition, self.groups(condition))
 
-    def teacher(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None) -> Tensor:
+    def teacher(
+        self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None
+    ) -> Tensor:
         """The same by the model that this one was finetuned from, where it was."""
         if isinstance(self.sampled, BoundVelocity):
             return self.sample(solver, steps, noise, None)
@@ -507,8 +557,13 @@ class _Planner:
         _require("teacher", teacher, NoiseSchedule, "FlowSchedule()")
         _require("distance", distance, Distance, "XtMSE()")
         self.source, self.budgets, self.solver = source, budgets, solver
-        self.noise_schedule, self.grid = teacher, with_required(teacher.nodes(num_teacher_steps), strategies)
-        self.distance = distance.bind(source.sampled) if isinstance(source.sampled, Model) else distance
+        self.noise_schedule, self.grid = (
+            teacher,
+            with_required(teacher.nodes(num_teacher_steps), strategies),
+        )
+        self.distance = (
+            distance.bind(source.sampled) if isinstance(source.sampled, Model) else distance
+        )
         self.described_distance = distance
         self.counter = CallCounter(show=sys.stderr.isatty() if progress is None else progress)
         self.taught: list[Problem] = []
@@ -520,7 +575,10 @@ class _Planner:
             classes = "all" if condition is None else condition.unique().tolist()
         return provenance(
             model={**self.source.record, "classes": classes},
-            teacher={"noise_schedule": configuration(self.noise_schedule), "num_steps": len(self.grid) - 1},
+            teacher={
+                "noise_schedule": configuration(self.noise_schedule),
+                "num_steps": len(self.grid) - 1,
+            },
             solver=configuration(replace(self.solver, calibration=None)),
             distance=configuration(self.described_distance),
             seed=seed,
@@ -546,11 +604,15 @@ class _Planner:
     ) -> dict[int, StepSchedule]:
         """{K: schedule}, with their provenance. The teacher runs before the first strategy that needs it."""
         count = len(problem.noise)
-        calls = strategy.network_calls(problem.num_nodes, self.budgets, edge_calls(self.solver, self.distance))
+        calls = strategy.network_calls(
+            problem.num_nodes, self.budgets, edge_calls(self.solver, self.distance)
+        )
         with torch.no_grad():
             if (calls or isinstance(strategy, Profile)) and problem not in self.taught:
                 self.taught.append(problem)
-                teacher_calls = problem.num_nodes * (self.solver.evals_per_step + self.distance.calls)
+                teacher_calls = problem.num_nodes * (
+                    self.solver.evals_per_step + self.distance.calls
+                )
                 with self.counter.measure("teacher", teacher_calls, count):
                     problem.teacher.run()
             with self.counter.measure(label, calls, count):
@@ -589,7 +651,9 @@ class _Planner:
         noise = noise * self.grid[0].to(noise)
         index = HELD_OUT + torch.arange(len(noise))
         whole = isinstance(self.source.sampled, BoundVelocity) and not self.source.sampled.divisible
-        waves = isinstance(self.source.sampled, Pipeline)  # whose decoded samples have three dims where they are sound
+        waves = isinstance(
+            self.source.sampled, Pipeline
+        )  # whose decoded samples have three dims where they are sound
         calls = {run: solvers.nfe(self.solver, steps) for run, steps in runs.items()}
         teacher_calls = solvers.nfe(plain, grid)
         values: dict[tuple[str, int], list[Tensor]] = {run: [] for run in runs}
@@ -598,7 +662,9 @@ class _Planner:
             for rows in torch.arange(len(noise)).split(len(noise) if whole else batch_size):
                 conditions = None if condition is None else condition[rows]
                 part = self._part(rows)
-                reference = _finite(part.teacher(plain, grid, noise[rows], conditions), "the teacher's samples")
+                reference = _finite(
+                    part.teacher(plain, grid, noise[rows], conditions), "the teacher's samples"
+                )
                 images, width = decode(reference), spread(reference)
                 self.counter.add(teacher_calls * len(rows))
                 for run, steps in runs.items():
@@ -613,7 +679,11 @@ class _Planner:
                     x0 = _finite(x0, f"the samples of {run[0]} with {run[1]} steps")
                     ratio = spread(x0) / width[known]
                     decoded = decode(x0)
-                    entries = [index[rows][known].double(), psnr(decoded, images[known]).double().cpu(), ratio.cpu()]
+                    entries = [
+                        index[rows][known].double(),
+                        psnr(decoded, images[known]).double().cpu(),
+                        ratio.cpu(),
+                    ]
                     if waves and decoded.ndim == 3:
                         entries.append(spectral_distance(decoded, images[known]).cpu())
                     values[run].append(torch.stack(entries, dim=1))
@@ -639,14 +709,18 @@ def _budgets(num_steps: int | Sequence[int], num_teacher_steps: int) -> list[int
     given = num_steps if isinstance(num_steps, list | tuple | range) else [num_steps]
     budgets = [int(k) for k in given if isinstance(k, Integral) and not isinstance(k, bool)]
     if len(budgets) < len(given):
-        raise ValueError(f"num_steps must be a whole number or a list of them, 5 or [5, 10], got {num_steps!r}")
+        raise ValueError(
+            f"num_steps must be a whole number or a list of them, 5 or [5, 10], got {num_steps!r}"
+        )
     return check_num_steps(budgets, num_teacher_steps)
 
 
 def _require(name: str, value: Any, kind: type, example: str) -> None:
     """ValueError unless value is an instance of this kind, and no class."""
     if isinstance(value, type):
-        raise ValueError(f"{name} must be an object such as {example}, got the class {value.__name__}; call it")
+        raise ValueError(
+            f"{name} must be an object such as {example}, got the class {value.__name__}; call it"
+        )
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {_shown(value)}")
 
@@ -665,7 +739,9 @@ def _require_seed(seed: Any) -> None:
 def _finite(x: Tensor, name: str) -> Tensor:
     """x; ValueError where it holds NaN or infinity."""
     if not bool(x.isfinite().all()):
-        raise ValueError(f"{name} hold NaN or infinity; check the velocity's dtype, and its values at t = 1 and near 0")
+        raise ValueError(
+            f"{name} hold NaN or infinity; check the velocity's dtype, and its values at t = 1 and near 0"
+        )
     return x
 
 

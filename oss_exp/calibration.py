@@ -53,7 +53,9 @@ def amplitude(x: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
     Raises ValueError when x holds NaN or infinity.
     """
     if x.ndim < 1 + per_channel:
-        raise ValueError(f"an amplitude per {'channel' if per_channel else 'sample'} has no axis in {tuple(x.shape)}")
+        raise ValueError(
+            f"an amplitude per {'channel' if per_channel else 'sample'} has no axis in {tuple(x.shape)}"
+        )
     if not bool(x.isfinite().all()):
         raise ValueError(
             f"the state of shape {tuple(x.shape)} holds NaN or infinity, so it has no amplitude; check the model's "
@@ -91,15 +93,21 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name in ("times", "low", "high"):
-            value = torch.as_tensor(getattr(self, name), dtype=torch.float64).clone()  # nobody else's to change
+            value = torch.as_tensor(
+                getattr(self, name), dtype=torch.float64
+            ).clone()  # nobody else's to change
             object.__setattr__(self, name, value)
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{name} of a calibration must be finite numbers")
         times, shape = self.times, tuple(self.low.shape)
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
-            raise ValueError("times of a calibration must be a teacher's grid: two or more, strictly decreasing")
+            raise ValueError(
+                "times of a calibration must be a teacher's grid: two or more, strictly decreasing"
+            )
         if times[0] > 1 or times[-1] < 0:
-            raise ValueError(f"times of a calibration must be in [0, 1], got {float(times[0])} to {float(times[-1])}")
+            raise ValueError(
+                f"times of a calibration must be in [0, 1], got {float(times[0])} to {float(times[-1])}"
+            )
         if len(shape) not in (1, 2) or shape[0] != len(times) or shape != tuple(self.high.shape):
             raise ValueError(
                 f"low and high of a calibration must be ({len(times)},) or ({len(times)}, C), a row for each time, "
@@ -123,13 +131,20 @@ class Calibration:
             return x
         low, high = self.at(torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x)))
         if self.per_channel and (x.ndim < 2 or x.shape[1] != low.shape[1]):
-            raise ValueError(f"the calibration has tables of {low.shape[1]} channels, the state is {tuple(x.shape)}")
+            raise ValueError(
+                f"the calibration has tables of {low.shape[1]} channels, the state is {tuple(x.shape)}"
+            )
         q_low, q_high = amplitude(x, self.per_channel)
         spread = q_high - q_low
-        flat = spread <= (high - low) * torch.finfo(x.dtype).eps  # what is left to stretch is rounding error
+        flat = (
+            spread <= (high - low) * torch.finfo(x.dtype).eps
+        )  # what is left to stretch is rounding error
         a = torch.where(flat, 1.0, (high - low) / torch.where(flat, 1.0, spread))
         b = torch.where(flat, (low + high) / 2 - (q_low + q_high) / 2, low - a * q_low)
-        a, b = (value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - value.ndim)) for value in (a, b))
+        a, b = (
+            value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - value.ndim))
+            for value in (a, b)
+        )
         return a * x + b
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +154,9 @@ class Calibration:
         """
         times, low, high = (value.to(t.device) for value in (self.times, self.low, self.high))
         first, last = float(times[0]), float(times[-1])
-        outside = (t > first + 1e-9) | (t < last - 1e-9) | t.isnan()  # the same time computed twice may differ so much
+        outside = (
+            (t > first + 1e-9) | (t < last - 1e-9) | t.isnan()
+        )  # the same time computed twice may differ so much
         if bool(outside.any()):
             raise ValueError(
                 f"the calibration has amplitudes for t = {first:.6g} to {last:.6g}, asked for "
@@ -149,7 +166,9 @@ class Calibration:
         right = torch.searchsorted(-times, -t).clamp(1, len(times) - 1)
         weight = ((times[right - 1] - t) / (times[right - 1] - times[right])).clamp(0, 1)
         weight = weight.reshape(-1, *[1] * (low.ndim - 1))
-        return torch.lerp(low[right - 1], low[right], weight), torch.lerp(high[right - 1], high[right], weight)
+        return torch.lerp(low[right - 1], low[right], weight), torch.lerp(
+            high[right - 1], high[right], weight
+        )
 
     def check(self, model_fingerprint: str, model_name: str, grid: Tensor) -> None:
         """ValueError when this was made for other weights, or for another teacher's grid (N+1,)."""
@@ -161,7 +180,9 @@ class Calibration:
                 f"{str(made_for.get('sha256'))[:12]}), this run has {model_name!r} ({model_fingerprint[:12]}); choose "
                 "that model, or make another with oss-exp task=calibrate"
             )
-        if len(grid) != len(self.times) or not torch.allclose(grid.to(self.times), self.times, rtol=0, atol=1e-9):
+        if len(grid) != len(self.times) or not torch.allclose(
+            grid.to(self.times), self.times, rtol=0, atol=1e-9
+        ):
             raise ValueError(
                 f"the calibration was made along a teacher of {len(self.times) - 1} steps from t = "
                 f"{float(self.times[0]):.6g}, this run's has {len(grid) - 1} from {float(grid[0]):.6g}, or other "
@@ -189,7 +210,10 @@ class Calibration:
         remedy = "make one with oss-exp task=calibrate"
         record = load_record(path, CalibrationRecord, "calibration", remedy, TABLE_LIMIT)
         try:
-            times, low, high = (torch.tensor(x, dtype=torch.float64) for x in (record.times, record.low, record.high))
+            times, low, high = (
+                torch.tensor(x, dtype=torch.float64)
+                for x in (record.times, record.low, record.high)
+            )
             return cls(times, low, high, record.last_step_only, record.provenance)
         except ValueError as error:
             raise ValueError(f"calibration {path} is damaged: {error}; {remedy}") from None

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from oss_exp.escaping import PlainConsole, visible
@@ -57,7 +64,9 @@ class CallCounter:
         started = time.perf_counter()
         yield
         self.seconds = time.perf_counter() - started
-        total = max(self.rows / samples, 1)  # a refinement may have needed fewer or more than announced
+        total = max(
+            self.rows / samples, 1
+        )  # a refinement may have needed fewer or more than announced
         self.progress.update(self.bar, total=total, completed=total)
 
     def cost(self, num_steps: list[int], samples: int, rows: int) -> dict[str, Any]:

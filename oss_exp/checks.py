@@ -53,7 +53,9 @@ def require_range(
 def require_choice(choices: Collection[object], **values: object) -> None:
     """ValueError for the first value, called by its name, that is none of the choices."""
     for name, value in values.items():
-        if (type(value), value) not in [(type(choice), choice) for choice in choices]:  # true is no 1
+        if (type(value), value) not in [
+            (type(choice), choice) for choice in choices
+        ]:  # true is no 1
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 

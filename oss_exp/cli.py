@@ -35,8 +35,16 @@ from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # wheel, checkout
-USER_ERRORS = (ValueError, OSError, MisconfigurationException, HydraException, OmegaConfBaseException)
+CONF = next(
+    folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()
+)  # wheel, checkout
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    MisconfigurationException,
+    HydraException,
+    OmegaConfBaseException,
+)
 
 
 class _Failed(BaseException):
@@ -48,24 +56,34 @@ def run(cfg: DictConfig) -> float | None:
     """The mean PSNR of the run's schedules, for sweepers that look for a maximum; None where none was measured."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
-    where = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweeps else f"hydra.run.dir={folder}"
+    where = (
+        f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweeps else f"hydra.run.dir={folder}"
+    )
     preemption.advise(f"what was done is kept, and the same command with {where} goes on")
     lock = FileLock(folder / ".lock", timeout=0)  # freed by the system, however the process ends
     try:
         rank_zero_only(lock.acquire)()
     except Timeout:
-        raise ValueError(f"another process works in {folder}; wait for it, or choose another hydra.run.dir") from None
+        raise ValueError(
+            f"another process works in {folder}; wait for it, or choose another hydra.run.dir"
+        ) from None
     rank_zero_only(remove_unfinished)(folder)
     rank_zero_only((folder / "error.log").unlink)(missing_ok=True)
     try:
         if not (folder / ".hydra").exists():
             _write_command(cfg, folder)
         _run(cfg, folder)
-        _write_command(cfg, folder)  # not before: a refused command is not the one of the folder's run
+        _write_command(
+            cfg, folder
+        )  # not before: a refused command is not the one of the folder's run
         return report.mean_psnr(folder)
     except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk: what went wrong is to be said all the same
-            rank_zero_only(write_atomically)(folder / "error.log", f"{error}\n\n{traceback.format_exc()}")
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: what went wrong is to be said all the same
+            rank_zero_only(write_atomically)(
+                folder / "error.log", f"{error}\n\n{traceback.format_exc()}"
+            )
         if sweeps:  # where that line says which job it was, and the others go on
             raise
         raise _Failed from error
@@ -77,7 +95,11 @@ def run(cfg: DictConfig) -> float | None:
 def _write_command(cfg: DictConfig, folder: Path) -> None:
     """Write the files that Hydra has in .hydra: the configuration, Hydra's own, and the overrides."""
     own: Any = HydraConfig.instance().cfg
-    parts = {"config": cfg, "hydra": OmegaConf.masked_copy(own, "hydra"), "overrides": own.hydra.overrides.task}
+    parts = {
+        "config": cfg,
+        "hydra": OmegaConf.masked_copy(own, "hydra"),
+        "overrides": own.hydra.overrides.task,
+    }
     for name, part in parts.items():
         write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
 
@@ -86,7 +108,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     refuse_unread(cfg, CONF)
     expand_home(cfg)
     if SLURMEnvironment.detect() and (states := sorted(folder.glob("hpc_ckpt_*"))):
-        raise ValueError(f"{states[0]} is not of this program, and Lightning would load it; remove it")
+        raise ValueError(
+            f"{states[0]} is not of this program, and Lightning would load it; remove it"
+        )
     check_configuration(cfg)
     devices = cfg.trainer.devices if "trainer" in cfg else 1
     if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
@@ -94,7 +118,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep "
             "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
         )
-    logger = border.build(cfg.task, "task", Task)(cfg)  # a task that logs as it goes returns its logger
+    logger = border.build(cfg.task, "task", Task)(
+        cfg
+    )  # a task that logs as it goes returns its logger
     if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
         report.write(folder)
         if (logger := logger or border.build(cfg.logger, "logger", Logger | None)) is not None:
@@ -125,7 +151,10 @@ def main() -> None:
         raise error
     print(f"oss-exp: {on_a_screen(str(error))}", file=sys.stderr)
     if {"-m", "--multirun"} & set(sys.argv):
-        print("The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.", file=sys.stderr)
+        print(
+            "The sweep went on with its other jobs; task=report sweep=FOLDER says which failed.",
+            file=sys.stderr,
+        )
     sys.exit(1)
 
 

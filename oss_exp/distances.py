@@ -114,7 +114,9 @@ class RandomFeatures(nn.Module):
         self.layers = nn.ModuleList(layers)
         generator = torch.Generator().manual_seed(seed)
         for layer in layers:
-            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
+            nn.init.normal_(
+                layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator
+            )
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         self.requires_grad_(False)
@@ -143,7 +145,9 @@ class Inception(X0MSE):
 
     def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         if self.decode is None:
-            raise ValueError("distance Inception looks at a model's pixels; give a Model, or use XtMSE()")
+            raise ValueError(
+                "distance Inception looks at a model's pixels; give a Model, or use XtMSE()"
+            )
         images = self.decode(super().features(x, t, velocity))
         return self.extractor.to(images.device)(images).to(x.device)
 
@@ -178,24 +182,36 @@ class Perceptual(Distance):
         layers = dict(model.named_modules())
         if not self.layer or self.layer not in layers:
             shown = ", ".join([name for name in layers if name][:20])
-            raise ValueError(f"distance.layer={self.layer!r} is no layer of the model; it has {shown}")
+            raise ValueError(
+                f"distance.layer={self.layer!r} is no layer of the model; it has {shown}"
+            )
         return replace(self, module=layers[self.layer])
 
     def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         if self.module is None:
-            raise ValueError("distance Perceptual looks at a model's layer; give a Model, or use XtMSE()")
+            raise ValueError(
+                "distance Perceptual looks at a model's layer; give a Model, or use XtMSE()"
+            )
         seen: list[Tensor] = []
 
         def watched(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             seen.clear()
             velocity.fn(x, t, condition)
             if not seen:
-                raise ValueError(f"layer {self.layer} does not run when the model gives a velocity; choose another")
+                raise ValueError(
+                    f"layer {self.layer} does not run when the model gives a velocity; choose another"
+                )
             outputs = torch.cat(seen) if len(seen[0]) == len(x) else seen[0]
             if velocity.mixed_within != (0.0, 1.0):  # the second answers are of some rows only
                 outputs = outputs[: len(x)]
             # Several calls with a row each, or one with several rows a sample: (c * M, ...) -> (M, c * F).
-            return outputs.flatten(1).unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1).to(x.device)
+            return (
+                outputs.flatten(1)
+                .unflatten(0, (-1, len(x)))
+                .transpose(0, 1)
+                .flatten(1)
+                .to(x.device)
+            )
 
         def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             seen.append(output)
@@ -242,7 +258,9 @@ class Select(Distance):
             x = x[:, : self.channels]
         if self.frames is not None:
             if x.ndim != 5:
-                raise ValueError(f"frames needs videos of shape (M, C, F, H, W), got {tuple(x.shape)}; set frames=null")
+                raise ValueError(
+                    f"frames needs videos of shape (M, C, F, H, W), got {tuple(x.shape)}; set frames=null"
+                )
             self._check("frames", self.frames, x.shape[2])
             x = x[:, :, torch.linspace(0, x.shape[2] - 1, self.frames).long().to(x.device)]
         return x

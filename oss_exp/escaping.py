@@ -16,7 +16,9 @@ from rich.text import Text
 
 SCREEN = 60, 4000  # lines and characters of a message
 # Control characters but for tabs and line feeds, other ends of lines, and what turns the direction of writing.
-OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 MARKDOWN = re.compile(
     r"[\\`\[\]<>|&~$]"  # code, links, HTML, cells, entities, struck out, formulas
     r"|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])"  # emphasis, which a lone * and the _ within a word are not
@@ -41,7 +43,9 @@ class Markup(str):
 
 def visible(text: str) -> str:
     """Return the text with what a terminal would obey written out: the character 27 as \\x1b."""
-    return OBEYED.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return OBEYED.sub(
+        lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text
+    )
 
 
 def line(text: str, most: int = 300) -> str:
@@ -79,7 +83,11 @@ class PlainConsole(Console):
 
 def markdown(text: str) -> str:
     """Return the text as Markdown, for a cell or within a line."""
-    return text if isinstance(text, Markup) else MARKDOWN.sub(r"\\\g<0>", " ".join(visible(text).splitlines()))
+    return (
+        text
+        if isinstance(text, Markup)
+        else MARKDOWN.sub(r"\\\g<0>", " ".join(visible(text).splitlines()))
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,10 +31,18 @@ from oss_exp.validation import describe, find_fault, shown
 
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
 LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
-TABLE_LIMIT = 1 << 27  # 128 MiB: of files with numbers for every sample, or for every step of a training
-NODES = 1 << 24  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
-UNFINISHED = ".oss_exp.tmp"  # how the names of files end that are being written: no other program's do
-ARRAYS_LIMIT = 1 << 29  # 512 MiB: of the arrays in an .npz file, or the tensors of a file that is no checkpoint
+TABLE_LIMIT = (
+    1 << 27
+)  # 128 MiB: of files with numbers for every sample, or for every step of a training
+NODES = (
+    1 << 24
+)  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
+UNFINISHED = (
+    ".oss_exp.tmp"  # how the names of files end that are being written: no other program's do
+)
+ARRAYS_LIMIT = (
+    1 << 29
+)  # 512 MiB: of the arrays in an .npz file, or the tensors of a file that is no checkpoint
 CONFIG_LIMIT = 1 << 18  # 256 KiB: of a configuration
 DEEP = 200  # levels of a record or a configuration
 AGAIN = "write it again with the command that made it"
@@ -53,7 +61,9 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED
+        )
     except OSError as error:
         reason = f"no file can be made in {path.absolute().parent} ({error.strerror or error})"
         raise OSError(f"cannot write {path}: {reason}; choose another folder") from error
@@ -116,12 +126,18 @@ def load_record(
     """
     data = read_bytes(path, what, limit)
     if data.count(b":") > fields:  # an object may be copied for each field that it lacks
-        raise ValueError(f"{what} {path} has more than the {fields:,} fields that are read of such a file")
+        raise ValueError(
+            f"{what} {path} has more than the {fields:,} fields that are read of such a file"
+        )
     return parse_record(data, form, f"{what} {path}", remedy)
 
 
 def load_records(
-    path: str | Path, form: type[R] | TypeAdapter[R], what: str, remedy: str = AGAIN, limit: int = LIMIT
+    path: str | Path,
+    form: type[R] | TypeAdapter[R],
+    what: str,
+    remedy: str = AGAIN,
+    limit: int = LIMIT,
 ) -> list[R]:
     """Read a file with one JSON value a line (.jsonl), each as `form`; empty lines are passed over.
 
@@ -130,7 +146,11 @@ def load_records(
     data = read_bytes(path, what, limit)
     _check_nodes(data, f"{what} {path}")
     lines = enumerate(data.splitlines(), start=1)
-    return [parse_record(line, form, f"{what} {path}, line {i}", remedy) for i, line in lines if line.strip()]
+    return [
+        parse_record(line, form, f"{what} {path}, line {i}", remedy)
+        for i, line in lines
+        if line.strip()
+    ]
 
 
 def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
@@ -148,7 +168,9 @@ def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, r
 def _check_nodes(data: bytes, name: str) -> None:
     """ValueError for JSON of so many values that they would fill the memory. Counted are commas and brackets."""
     if 4 * (data.count(b"[") + data.count(b"{")) + data.count(b",") > NODES:
-        raise ValueError(f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read")
+        raise ValueError(
+            f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read"
+        )
 
 
 def _reason(data: str | bytes, error: ValidationError) -> str:
@@ -189,11 +211,15 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
             size = os.fstat(file.fileno()).st_size
             data = b"" if size > limit else file.read(limit + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})") from None
+        raise FileNotFoundError(
+            f"{what} {path} does not exist (folder: {path.absolute().parent})"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
     if max(len(data), size) > limit:
-        raise ValueError(f"{what} {path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file")
+        raise ValueError(
+            f"{what} {path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file"
+        )
     return data
 
 
@@ -214,12 +240,16 @@ def load_config(path: Path, what: str) -> dict[str, Any]:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("it has aliases, which no configuration of ours has")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             if depth > DEEP:
                 raise ValueError(f"it is more than {DEEP} levels deep")
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} {path} cannot be read: {' '.join(str(error).split()):.200}") from None
+        raise ValueError(
+            f"{what} {path} cannot be read: {' '.join(str(error).split()):.200}"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{what} {path} must be a mapping of names, got {shown(content)}")
     return content
@@ -229,7 +259,9 @@ def inside(folder: Path, *parts: str) -> Path:
     """Return a path below a folder that others may have made; ValueError where a link leads out of it."""
     path = folder.joinpath(*parts)
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{path} leads out of its folder; give a folder of whole files, without links to others")
+        raise ValueError(
+            f"{path} leads out of its folder; give a folder of whole files, without links to others"
+        )
     return path
 
 
@@ -241,7 +273,9 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name.removesuffix(".json") + ending)
 
 
-def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
+def save_asset(
+    path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> str:
     """Write `path` (.safetensors) and its `.json` with the hash and the provenance; returns the hash."""
     path = Path(path)
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -251,10 +285,14 @@ def save_asset(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapp
     return record["sha256"]
 
 
-def load_asset(path: str | Path, what: str, form: type[P] = Provenance) -> tuple[dict[str, Tensor], P]:
+def load_asset(
+    path: str | Path, what: str, form: type[P] = Provenance
+) -> tuple[dict[str, Tensor], P]:
     """Tensors and provenance of an asset; ValueError when its bytes are not those its `.json` vouches for."""
     path = Path(path)
-    record = load_record(path.with_suffix(".json"), form, f"provenance of {what}", "restore the file")
+    record = load_record(
+        path.with_suffix(".json"), form, f"provenance of {what}", "restore the file"
+    )
     return load_tensors(path, record.sha256, what), record
 
 
@@ -263,7 +301,9 @@ def find_asset(file: str | Path, what: str) -> Path:
     path = Path(file).expanduser()
     if not path.exists() and not (path := ASSETS / file).is_file():
         shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob(f"*{path.suffix}")))
-        raise FileNotFoundError(f"{what} {file} is neither a path that exists nor a shipped file ({shipped})")
+        raise FileNotFoundError(
+            f"{what} {file} is neither a path that exists nor a shipped file ({shipped})"
+        )
     return path
 
 
@@ -304,7 +344,9 @@ def parse_safetensors(start: bytes, name: str, parse: Callable[[], T]) -> T:
     try:
         return parse()
     except Exception as error:  # its own kinds
-        raise ValueError(f"{name} is truncated or no safetensors file ({error!s:.200}); get it again") from None
+        raise ValueError(
+            f"{name} is truncated or no safetensors file ({error!s:.200}); get it again"
+        ) from None
 
 
 def load_arrays(
@@ -324,18 +366,26 @@ def load_arrays(
         with open_zip(path, limit, wanted) as archive:
             parts = {part.filename.removesuffix(".npy"): part for part in archive.infolist()}
             return {
-                key: taken(_read_array(archive, part, limit)) if wanted is None or key in wanted else None
+                key: taken(_read_array(archive, part, limit))
+                if wanted is None or key in wanted
+                else None
                 for key, part in parts.items()
             }
     except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
-        raise ValueError(f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}") from None
+        raise ValueError(
+            f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}"
+        ) from None
 
 
 def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, limit: int) -> np.ndarray:
     """Read one array. ValueError where it declares more bytes than `limit`: NumPy makes room for it before it reads."""
     with archive.open(part) as file:
         version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read(file)
         if math.prod(shape) * dtype.itemsize > limit:
             raise ValueError(
@@ -357,7 +407,11 @@ def open_zip(path: Path, limit: int, wanted: Collection[str] | None = None) -> z
     if end[zipfile._ECD_SIZE] > LIMIT:  # type: ignore[attr-defined]
         raise ValueError("it lists more files than are read")
     archive = zipfile.ZipFile(path)
-    listed = [part for part in archive.infolist() if wanted is None or part.filename.removesuffix(".npy") in wanted]
+    listed = [
+        part
+        for part in archive.infolist()
+        if wanted is None or part.filename.removesuffix(".npy") in wanted
+    ]
     if sum(part.file_size for part in listed) > limit:
         archive.close()
         raise ValueError(f"it unpacks to more than {limit >> 20} MiB, the most that is read")

@@ -18,9 +18,38 @@ from torchvision.transforms import v2
 
 Background = Literal["white", "black"]
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "PPM")  # none of them starts another program
-ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm", ".pnm")
-DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # one channel of 16 bits, which older files keep in 32
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "WEBP",
+    "AVIF",
+    "PPM",
+)  # none of them starts another program
+ENDINGS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".avif",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+)
+DEEP = (
+    "I;16",
+    "I;16B",
+    "I;16L",
+    "I;16N",
+    "I",
+)  # one channel of 16 bits, which older files keep in 32
 
 
 class BrokenImage(ValueError):
@@ -43,7 +72,9 @@ def read_image(path: str | Path, channels: int, background: Background) -> Tenso
     except BrokenImage:
         raise
     except Exception as error:  # decoders raise many kinds
-        raise BrokenImage(f"image {path} cannot be read: {' '.join(str(error).split()):.200}; replace it") from None
+        raise BrokenImage(
+            f"image {path} cannot be read: {' '.join(str(error).split()):.200}; replace it"
+        ) from None
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -60,7 +91,9 @@ def open_image(path: str | Path) -> Image.Image:
                 f"image {path} has more than {most} million pixels, the most that is read; reduce it"
             ) from None
         except Image.UnidentifiedImageError:
-            raise BrokenImage(f"image {path} is damaged, or none of {', '.join(FORMATS)}; replace it") from None
+            raise BrokenImage(
+                f"image {path} is damaged, or none of {', '.join(FORMATS)}; replace it"
+            ) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -87,5 +120,7 @@ def _deep(image: Image.Image) -> Tensor:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= most):  # NaN too
         kind = "floats" if image.mode == "F" else "whole numbers of more than 8 bits"
-        raise ValueError(f"{kind} must be from 0 to {most}, these are from {low:g} to {high:g}; scale them")
+        raise ValueError(
+            f"{kind} must be from 0 to {most}, these are from {low:g} to {high:g}; scale them"
+        )
     return values / most

@@ -53,7 +53,9 @@ def with_public_names(record: Any) -> Any:
     """Return a copy of a configuration in which every `_target_` is a public name."""
     if isinstance(record, Mapping):
         return {
-            key: public_name(value) if key == "_target_" and isinstance(value, str) else with_public_names(value)
+            key: public_name(value)
+            if key == "_target_" and isinstance(value, str)
+            else with_public_names(value)
             for key, value in record.items()
         }
     if isinstance(record, list | tuple):
@@ -68,7 +70,9 @@ def named_object(path: str) -> Any:
     """
     package, first, *rest = (*public_name(path).split("."), "")[:3]
     if package == "oss_exp" and (gone := path.rpartition(".")[2]) in GONE:
-        raise ValueError(f"is {path}, which is a pipeline of diffusers now: {GONE[gone]} (docs/pipelines.md)")
+        raise ValueError(
+            f"is {path}, which is a pipeline of diffusers now: {GONE[gone]} (docs/pipelines.md)"
+        )
     if package != "oss_exp" or first not in {**oss_exp.PUBLIC, **oss_exp.CONFIGURED}:
         raise ValueError(f"{path} is no public name of oss_exp")
     found = getattr(oss_exp, first)

@@ -77,5 +77,9 @@ def configuration(value: Any) -> Any:
     kind = value if hasattr(value, "__qualname__") else type(value)
     record = {"_target_": public_name(f"{kind.__module__}.{kind.__qualname__}")}
     if is_dataclass(value):
-        record |= {field.name: configuration(getattr(value, field.name)) for field in fields(value) if field.init}
+        record |= {
+            field.name: configuration(getattr(value, field.name))
+            for field in fields(value)
+            if field.init
+        }
     return record

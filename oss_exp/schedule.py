@@ -104,7 +104,9 @@ class SolverSteps:
         if orders.is_floating_point() or orders.ndim not in (1, 2) or bool((orders < 1).any()):
             raise ValueError(f"steps need whole orders of at least 1, got {_listed(orders)}")
         if bool((orders > torch.arange(1, orders.shape[-1] + 1)).any()):
-            raise ValueError(f"a step's order cannot exceed the calls made so far, got {_listed(orders)}")
+            raise ValueError(
+                f"a step's order cannot exceed the calls made so far, got {_listed(orders)}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,9 @@ class FittedSteps:
         weights = torch.as_tensor(self.weights, dtype=torch.float64).clone()
         object.__setattr__(self, "weights", weights)
         if weights.ndim != 2 or weights.shape[1] < 4 or not bool(weights.isfinite().all()):
-            raise ValueError(f"fitted steps need a row of at least 4 finite weights each, got {_listed(weights)}")
+            raise ValueError(
+                f"fitted steps need a row of at least 4 finite weights each, got {_listed(weights)}"
+            )
         object.__setattr__(self, "mean", _checked_mean(self.mean))
 
 
@@ -133,14 +137,23 @@ Steps = SolverSteps | FittedSteps
 
 def _listed(values: Tensor) -> str:
     """The numbers of a message; of many their shape alone."""
-    return str(values.tolist()) if values.numel() < 64 else f"a tensor of shape {tuple(values.shape)}"
+    return (
+        str(values.tolist()) if values.numel() < 64 else f"a tensor of shape {tuple(values.shape)}"
+    )
 
 
 def _checked_mean(mean: Tensor) -> Tensor:
     """Return the mean as a tensor. ValueError unless it is finite and has a row for each of one or more conditions."""
     mean = torch.as_tensor(mean)
-    if not mean.is_floating_point() or mean.ndim < 1 or mean.numel() == 0 or not bool(mean.isfinite().all()):
-        raise ValueError(f"a mean needs finite numbers of shape (G, *E) or (G,), got {mean.dtype} {tuple(mean.shape)}")
+    if (
+        not mean.is_floating_point()
+        or mean.ndim < 1
+        or mean.numel() == 0
+        or not bool(mean.isfinite().all())
+    ):
+        raise ValueError(
+            f"a mean needs finite numbers of shape (G, *E) or (G,), got {mean.dtype} {tuple(mean.shape)}"
+        )
     return mean
 
 
@@ -180,7 +193,13 @@ class StepSchedule:
     ):
         times = torch.as_tensor(times, dtype=torch.float64).clone()  # nobody else's to change
         provenance = {} if provenance is None else provenance
-        values = {"times": times, "start": start, "steps": steps, "samples": samples, "provenance": provenance}
+        values = {
+            "times": times,
+            "start": start,
+            "steps": steps,
+            "samples": samples,
+            "provenance": provenance,
+        }
         for name, value in (values | {"range": range}).items():
             object.__setattr__(self, name, value)
         shown = f"got {_listed(times)}"
@@ -197,32 +216,52 @@ class StepSchedule:
         if bool((times[..., -1] != 0).any()):
             raise ValueError(f"the last step time must be 0 (clean data), {shown}")
         if self.samples is not None if times.ndim == 1 else len(times) != len(self.samples or ()):
-            raise ValueError("times of shape (B, K+1) need the B indices of their samples, times of shape (K+1,) none")
+            raise ValueError(
+                "times of shape (B, K+1) need the B indices of their samples, times of shape (K+1,) none"
+            )
 
-        if self.samples is not None and (len({*self.samples}) < len(self.samples) or min(self.samples, default=0) < 0):
+        if self.samples is not None and (
+            len({*self.samples}) < len(self.samples) or min(self.samples, default=0) < 0
+        ):
             raise ValueError("samples must be different indices of at least 0")
 
         # Start and steps are of a kind.
         if not isinstance(self.start, Pinned | Free | Analytic):
-            raise ValueError(f"start must be Pinned(), Free(time) or Analytic(mean, time), got {self.start!r}")
+            raise ValueError(
+                f"start must be Pinned(), Free(time) or Analytic(mean, time), got {self.start!r}"
+            )
         if not isinstance(self.steps, SolverSteps | FittedSteps):
-            raise ValueError(f"steps must be SolverSteps(orders) or FittedSteps(weights, mean), got {self.steps!r}")
+            raise ValueError(
+                f"steps must be SolverSteps(orders) or FittedSteps(weights, mean), got {self.steps!r}"
+            )
 
         # Start.
         first = times[..., 0]
         if isinstance(self.start, Pinned) and bool((first != first.max()).any()):
-            raise ValueError(f"samples that start pinned have one first time, {shown}; use start=Free(start_time)")
+            raise ValueError(
+                f"samples that start pinned have one first time, {shown}; use start=Free(start_time)"
+            )
         if not 0 < self.start_time <= 1 or bool((first > self.start_time).any()):
-            raise ValueError(f"step times must not exceed start_time={self.start_time} (at most 1), {shown}")
+            raise ValueError(
+                f"step times must not exceed start_time={self.start_time} (at most 1), {shown}"
+            )
 
         # Steps.
         if isinstance(self.steps, FittedSteps):
             count = len(self.steps.weights)
             if count != self.num_steps or times.ndim == 2:
-                raise ValueError(f"{count} fitted steps are for {count + 1} times of all samples, {shown}")
+                raise ValueError(
+                    f"{count} fitted steps are for {count + 1} times of all samples, {shown}"
+                )
         elif self.steps.orders is not None and self.steps.orders.shape != times[..., 1:].shape:
-            raise ValueError(f"the {self.num_steps} steps need an order each, got {_listed(self.steps.orders)}")
-        means = [part.mean for part in (self.start, self.steps) if isinstance(part, Analytic | FittedSteps)]
+            raise ValueError(
+                f"the {self.num_steps} steps need an order each, got {_listed(self.steps.orders)}"
+            )
+        means = [
+            part.mean
+            for part in (self.start, self.steps)
+            if isinstance(part, Analytic | FittedSteps)
+        ]
         if len(means) == 2 and not torch.equal(*means):
             raise ValueError("an analytic start and fitted steps need the same mean")
 
@@ -276,7 +315,9 @@ class StepSchedule:
     def with_mean(self, mean: Tensor) -> StepSchedule:
         """Return the schedule with another mean in its analytic start and its fitted steps, whichever it has."""
         start = replace(self.start, mean=mean) if isinstance(self.start, Analytic) else self.start
-        steps = replace(self.steps, mean=mean) if isinstance(self.steps, FittedSteps) else self.steps
+        steps = (
+            replace(self.steps, mean=mean) if isinstance(self.steps, FittedSteps) else self.steps
+        )
         return replace(self, start=start, steps=steps)
 
     def rows(self, samples: list[int]) -> StepSchedule:
@@ -296,12 +337,20 @@ class StepSchedule:
         `pipe.scheduler = steps.scheduler(pipe.scheduler)`, then `pipe(..., num_inference_steps=steps.num_steps)`.
         Raises ValueError where `own` does not say how the network was trained, or what it says is not known.
         """
-        module = import_module("oss_exp.export.oss_scheduler")  # which is above: schedules themselves need no diffusers
+        module = import_module(
+            "oss_exp.export.oss_scheduler"
+        )  # which is above: schedules themselves need no diffusers
         if isinstance(own, module.OSSScheduler):
-            raise ValueError("the pipeline's scheduler is an OSSScheduler already; give the one that it came with")
+            raise ValueError(
+                "the pipeline's scheduler is an OSSScheduler already; give the one that it came with"
+            )
         if isinstance(own, type) or not hasattr(own, "config") or not hasattr(own, "set_timesteps"):
-            raise ValueError(f"own must be a scheduler of diffusers, such as pipe.scheduler, got {own!r:.80}")
-        made = module.OSSScheduler.from_schedule(self, {**own.config, "_class_name": type(own).__name__})
+            raise ValueError(
+                f"own must be a scheduler of diffusers, such as pipe.scheduler, got {own!r:.80}"
+            )
+        made = module.OSSScheduler.from_schedule(
+            self, {**own.config, "_class_name": type(own).__name__}
+        )
         clock = self.about("native").get("clock")
         if clock is not None and (clock == "flow time") != made.flow:
             kinds = {True: "flow matching", False: "noise prediction"}
@@ -329,13 +378,20 @@ class StepSchedule:
         else:
             orders = self.steps.orders
             steps = {"kind": "solver", "orders": None if orders is None else orders.tolist()}
-        content = {"times": self.times.tolist(), "samples": self.samples, "start": start, "steps": steps}
+        content = {
+            "times": self.times.tolist(),
+            "samples": self.samples,
+            "start": start,
+            "steps": steps,
+        }
         content |= {"provenance": dict(self.provenance), "range": self.range}
         try:
             record = ScheduleFile.model_validate(content)
         except ValidationError as error:
             reason = describe(error, given=content)
-            raise ValueError(f"the step schedule cannot be saved as {path}: field {reason}") from None
+            raise ValueError(
+                f"the step schedule cannot be saved as {path}: field {reason}"
+            ) from None
         written = record.model_dump(exclude={"range"} if record.range is None else None)
         return write_atomically(path, json.dumps(written, indent=2) + "\n")
 
@@ -355,7 +411,9 @@ class StepSchedule:
                 start = Pinned() if record.start.kind == "pinned" else Free(record.start.start_time)
             if record.steps.kind == "fitted":
                 assert mean is not None
-                steps: Steps = FittedSteps(torch.tensor(record.steps.weights, dtype=torch.float64), mean)
+                steps: Steps = FittedSteps(
+                    torch.tensor(record.steps.weights, dtype=torch.float64), mean
+                )
             else:
                 orders = record.steps.orders
                 steps = SolverSteps(None if orders is None else torch.tensor(orders))

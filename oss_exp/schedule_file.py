@@ -32,7 +32,9 @@ FORMAT, VERSION = "oss_exp/step_schedule", 3
 MOST_STEPS = 10_000
 Time = Annotated[float, Field(ge=0, le=1)]
 # There may be millions: the first that is wrong ends the reading.
-Times = TypeAliasType("Times", Annotated[list[Time], FailFast(), Field(min_length=1, max_length=MOST_STEPS + 1)])
+Times = TypeAliasType(
+    "Times", Annotated[list[Time], FailFast(), Field(min_length=1, max_length=MOST_STEPS + 1)]
+)
 ManyTimes = TypeAliasType("ManyTimes", Annotated[list[Times], FailFast(), Field(min_length=1)])
 StartTime = Annotated[float, Field(gt=0, le=1)]
 Order = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -40,7 +42,9 @@ Orders = TypeAliasType("Orders", Annotated[list[Order], FailFast(), Field(max_le
 ManyOrders = TypeAliasType("ManyOrders", Annotated[list[Orders], FailFast()])
 Sample = Annotated[int, Field(lt=2**63)]
 Samples = TypeAliasType("Samples", Annotated[tuple[Sample, ...], FailFast()])
-Weights = TypeAliasType("Weights", Annotated[list[Numbers], FailFast(), Field(max_length=MOST_STEPS)])
+Weights = TypeAliasType(
+    "Weights", Annotated[list[Numbers], FailFast(), Field(max_length=MOST_STEPS)]
+)
 
 
 class _Record(Record):
@@ -51,7 +55,9 @@ class MeanFile(_Record):
     """The safetensors file beside the JSON that holds the tensor `mean` (G, *E)."""
 
     file: str = Field(
-        description="Name of a safetensors file in the same folder.", pattern=r"^[^/\\]+$", max_length=255
+        description="Name of a safetensors file in the same folder.",
+        pattern=r"^[^/\\]+$",
+        max_length=255,
     )
     sha256: str = Field(description="SHA-256 of that file.", pattern=r"^[0-9a-f]{64}$")
 
@@ -102,7 +108,9 @@ class Cell(_Record):
     Losses and gains are paired, on the same noises. Intervals are of 95 %.
     """
 
-    axis: str = Field(description="What is changed; `base`: nothing. `shape`: resolution or frames, as latents' sizes.")
+    axis: str = Field(
+        description="What is changed; `base`: nothing. `shape`: resolution or frames, as latents' sizes."
+    )
     value: JsonValue = Field(description="What it is changed to.")
     n: int = Field(description="Held-out samples.", ge=1)
     psnr: float = Field(description="PSNR to the teacher of this setting, dB.")
@@ -112,7 +120,9 @@ class Cell(_Record):
     gain_interval: tuple[float, float]
     loss: float = Field(description="PSNR of the base less that of this setting.")
     loss_interval: tuple[float, float]
-    moved: float | None = Field(description="PSNR of this setting's teacher to the base's, where sizes are equal.")
+    moved: float | None = Field(
+        description="PSNR of this setting's teacher to the base's, where sizes are equal."
+    )
 
 
 class Certificate(_Record):
@@ -120,7 +130,9 @@ class Certificate(_Record):
 
     baseline: str = Field(description="The best schedule by hand in the base.")
     tolerance: float = Field(description="The largest loss, dB, of a setting that is inside.", ge=0)
-    base: dict[str, JsonValue] = Field(description="Each axis's value in the base; null: the model has no such axis.")
+    base: dict[str, JsonValue] = Field(
+        description="Each axis's value in the base; null: the model has no such axis."
+    )
     cells: list[Cell] = Field(max_length=MOST_STEPS)
     skipped: dict[str, str] = Field(description="What was not measured, and why.")
     calls: int = Field(description="Network rows that the measurements took.", ge=0)
@@ -146,11 +158,17 @@ class ScheduleFile(_Record):
     times: Times | ManyTimes = Field(
         description="K + 1 strictly decreasing times that end at 0; a list of such lists where each sample has its own."
     )
-    samples: Samples | None = Field(description="Index of each sample, where each has its own times.")
+    samples: Samples | None = Field(
+        description="Index of each sample, where each has its own times."
+    )
     start: Annotated[PinnedStart | FreeStart | AnalyticStart, Field(discriminator="kind")]
     steps: Annotated[SolverStepsRecord | FittedStepsRecord, Field(discriminator="kind")]
-    provenance: Provenance = Field(description="What made it: model, teacher, solver, strategy, versions.")
-    range: Certificate | None = Field(default=None, description="Where it was measured to hold, by task=certify.")
+    provenance: Provenance = Field(
+        description="What made it: model, teacher, solver, strategy, versions."
+    )
+    range: Certificate | None = Field(
+        default=None, description="Where it was measured to hold, by task=certify."
+    )
 
     @field_validator("provenance")
     @classmethod
@@ -186,7 +204,11 @@ class _Provenance(Record):
 
 def _with_known_entries(provenance: dict[str, Any]) -> dict[str, Any]:
     """Return a provenance as it is. ValueError where an entry that is read again is of another type."""
-    sections = {key: provenance[key] for key in _Provenance.model_fields if isinstance(provenance.get(key), dict)}
+    sections = {
+        key: provenance[key]
+        for key in _Provenance.model_fields
+        if isinstance(provenance.get(key), dict)
+    }
     try:
         _Provenance.model_validate(sections)
     except ValidationError as error:
@@ -204,13 +226,21 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
     except ValueError:
         owner = path.with_name(f"{path.name.removesuffix('.mean.json')}.json")
         if path.name.endswith(".mean.json") and owner.is_file():
-            raise ValueError(f"{path} is no step schedule but belongs to the one beside it; give {owner}") from None
+            raise ValueError(
+                f"{path} is no step schedule but belongs to the one beside it; give {owner}"
+            ) from None
         raise
     try:
         record = _from_version_2(content) if isinstance(content, _Version2) else content
     except ValidationError as error:
-        raise ValueError(f"step schedule {path} of version 2: field {describe(error)}; {AGAIN}") from None
-    means = [part.mean for part in (record.start, record.steps) if isinstance(part, AnalyticStart | FittedStepsRecord)]
+        raise ValueError(
+            f"step schedule {path} of version 2: field {describe(error)}; {AGAIN}"
+        ) from None
+    means = [
+        part.mean
+        for part in (record.start, record.steps)
+        if isinstance(part, AnalyticStart | FittedStepsRecord)
+    ]
     if not means:
         return record, None
     file = path.with_name(means[0].file)
@@ -222,7 +252,10 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of the file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ScheduleFile.model_json_schema()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **ScheduleFile.model_json_schema(),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------

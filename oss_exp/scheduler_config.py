@@ -15,7 +15,9 @@ Order = Annotated[int, Field(ge=1, le=10)]
 Positive = Annotated[float, Field(gt=0)]
 Exponent = Annotated[float, Field(ge=-10, le=10)]
 Beta = Annotated[float, Field(ge=0, le=1)]
-Betas = TypeAliasType("Betas", Annotated[list[Beta], FailFast(), Field(min_length=1, max_length=100_000)])
+Betas = TypeAliasType(
+    "Betas", Annotated[list[Beta], FailFast(), Field(min_length=1, max_length=100_000)]
+)
 
 
 class SchedulerConfig(Record):
@@ -52,4 +54,6 @@ class SchedulerConfig(Record):
 
 def read_scheduler_config(file: Path) -> dict[str, Any]:
     """Return what a scheduler_config.json holds. ValueError names the file, the field and the remedy."""
-    return load_record(file, SchedulerConfig, "config of a scheduler", "get it again").model_dump(exclude_unset=True)
+    return load_record(file, SchedulerConfig, "config of a scheduler", "get it again").model_dump(
+        exclude_unset=True
+    )

@@ -49,7 +49,12 @@ WORDS = {  # by pydantic's type of error: what the value must be
 }
 
 
-ABSENT = ("missing", "missing_argument", "missing_keyword_only_argument", "missing_positional_only_argument")
+ABSENT = (
+    "missing",
+    "missing_argument",
+    "missing_keyword_only_argument",
+    "missing_positional_only_argument",
+)
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
@@ -83,7 +88,9 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
 
     # Of a union, the first fault that each of its types finds.
     location, first = details[0]["loc"], places[0]
-    depth = next((i for i, part in enumerate(location) if first[i : i + 1] != (part,)), len(location))
+    depth = next(
+        (i for i, part in enumerate(location) if first[i : i + 1] != (part,)), len(location)
+    )
     inside = [i for i, each in enumerate(details) if each["loc"][:depth] == location[:depth]]
     by_type: dict[Any, int] = {}
     for i in inside:
@@ -91,7 +98,9 @@ def find_fault(error: ValidationError, given: Any = None) -> Fault:
 
     # Of a list that is too long, all items up to there fit.
     long = [i for i in by_type.values() if details[i]["type"] == "too_long"]
-    furthest = max((places[i] for i in long or by_type.values()), key=lambda place: _progress(place[depth:]))
+    furthest = max(
+        (places[i] for i in long or by_type.values()), key=lambda place: _progress(place[depth:])
+    )
     faults = [details[i] for i in by_type.values() if places[i] == furthest]
     others = set(places) - {places[i] for i in inside}
     return Fault(_cut(".".join(map(str, furthest))), _text(faults), len(others))
@@ -170,7 +179,11 @@ def _progress(place: tuple[str | int, ...]) -> list[int]:
 
 
 def _has(given: Any, part: str | int) -> bool:
-    return part in given if isinstance(given, Mapping) else isinstance(given, list | tuple) and isinstance(part, int)
+    return (
+        part in given
+        if isinstance(given, Mapping)
+        else isinstance(given, list | tuple) and isinstance(part, int)
+    )
 
 
 def _text(faults: list[ErrorDetails]) -> str:

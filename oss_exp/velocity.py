@@ -82,11 +82,17 @@ class BoundVelocity:
         """Return what fn returns, for all rows."""
         rows = None
         if self.condition is not None:
-            rows = self.condition.repeat(len(x) // len(self.condition), *[1] * (self.condition.ndim - 1))
+            rows = self.condition.repeat(
+                len(x) // len(self.condition), *[1] * (self.condition.ndim - 1)
+            )
         if len(x) <= self.micro_batch:
             return self.fn(x, t, rows)
-        parts = [slice(start, start + self.micro_batch) for start in range(0, len(x), self.micro_batch)]
-        return torch.cat([self.fn(x[part], t[part], None if rows is None else rows[part]) for part in parts])
+        parts = [
+            slice(start, start + self.micro_batch) for start in range(0, len(x), self.micro_batch)
+        ]
+        return torch.cat(
+            [self.fn(x[part], t[part], None if rows is None else rows[part]) for part in parts]
+        )
 
     def offloaded(self, device: torch.device) -> BoundVelocity:
         """Return the same for rows in host memory, of which a micro-batch at a time goes to the network's device."""
@@ -99,7 +105,9 @@ class BoundVelocity:
     def subset(self, samples: Tensor) -> BoundVelocity:
         """Return the same for these of the B samples only, (b,) positions. Raises TypeError where it is indivisible."""
         if not self.divisible:
-            raise TypeError("a plain velocity function cannot be cut to some samples; bind it as a BoundVelocity")
+            raise TypeError(
+                "a plain velocity function cannot be cut to some samples; bind it as a BoundVelocity"
+            )
         return replace(self, condition=None if self.condition is None else self.condition[samples])
 
 

@@ -60,18 +60,36 @@ class CFGGuider:
 
     def __call__(self, x, sigma, model_options, seed=None):
         conditional, free = self.inner_model.answers
-        spared = math.isclose(self.cfg, 1) and not model_options.get("disable_cfg1_optimization", False)
+        spared = math.isclose(self.cfg, 1) and not model_options.get(
+            "disable_cfg1_optimization", False
+        )
         cond, uncond = conditional(x, sigma), 0.0 if spared else free(x, sigma)
         denoised = uncond + (cond - uncond) * self.cfg
         for after in model_options.get("sampler_post_cfg_function", []):
-            denoised = after({"denoised": denoised, "cond_denoised": cond, "uncond_denoised": uncond})
+            denoised = after(
+                {"denoised": denoised, "cond_denoised": cond, "uncond_denoised": uncond}
+            )
         return denoised
 
     def sample(
-        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None
+        self,
+        noise,
+        latent_image,
+        sampler,
+        sigmas,
+        denoise_mask=None,
+        callback=None,
+        disable_pbar=False,
+        seed=None,
     ):
         return sampler.sample(
-            self, sigmas, {"model_options": {}, "seed": seed}, callback, noise, latent_image, denoise_mask
+            self,
+            sigmas,
+            {"model_options": {}, "seed": seed},
+            callback,
+            noise,
+            latent_image,
+            denoise_mask,
         )
 
 
@@ -81,18 +99,37 @@ class KSamplerX0Inpaint:
 
     def __call__(self, x, sigma, denoise_mask, model_options=MappingProxyType({}), seed=None):
         if denoise_mask is not None:
-            kept = self.inner_model.inner_model.scale_latent_inpaint(x, sigma, self.noise, self.latent_image)
+            kept = self.inner_model.inner_model.scale_latent_inpaint(
+                x, sigma, self.noise, self.latent_image
+            )
             x = x * denoise_mask + kept * (1 - denoise_mask)
         out = self.inner_model(x, sigma, model_options=model_options, seed=seed)
-        return out if denoise_mask is None else out * denoise_mask + self.latent_image * (1 - denoise_mask)
+        return (
+            out
+            if denoise_mask is None
+            else out * denoise_mask + self.latent_image * (1 - denoise_mask)
+        )
 
 
 class KSAMPLER:
-    def __init__(self, sampler_function, extra_options=MappingProxyType({}), inpaint_options=MappingProxyType({})):
+    def __init__(
+        self,
+        sampler_function,
+        extra_options=MappingProxyType({}),
+        inpaint_options=MappingProxyType({}),
+    ):
         self.sampler_function, self.extra_options = sampler_function, extra_options
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=True
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=True,
     ):
         extra_args["denoise_mask"] = denoise_mask
         model = KSamplerX0Inpaint(model_wrap)
@@ -105,17 +142,28 @@ class KSAMPLER:
             if callback is not None:
                 callback(at["i"], at["denoised"], at["x"], len(sigmas) - 1)
 
-        options = {"extra_args": extra_args, "callback": tell, "disable": True, **self.extra_options}
-        return sampling.inverse_noise_scaling(sigmas[-1], self.sampler_function(model, x, sigmas, **options))
+        options = {
+            "extra_args": extra_args,
+            "callback": tell,
+            "disable": True,
+            **self.extra_options,
+        }
+        return sampling.inverse_noise_scaling(
+            sigmas[-1], self.sampler_function(model, x, sigmas, **options)
+        )
 
 
 def sample_custom(model, noise, cfg, sampler, sigmas, positive, negative, latent_image, noise_mask=None, callback=None,
                   disable_pbar=False, seed=None):  # fmt: skip
-    return CFGGuider(model, cfg).sample(noise, latent_image, sampler, sigmas, noise_mask, callback, disable_pbar, seed)
+    return CFGGuider(model, cfg).sample(
+        noise, latent_image, sampler, sigmas, noise_mask, callback, disable_pbar, seed
+    )
 
 
 def prepare_noise(latent_image, seed, noise_inds=None):
-    return torch.randn(latent_image.shape, generator=torch.manual_seed(seed), dtype=latent_image.dtype)
+    return torch.randn(
+        latent_image.shape, generator=torch.manual_seed(seed), dtype=latent_image.dtype
+    )
 
 
 def install(monkeypatch, folder: Path) -> dict[str, list]:
@@ -124,12 +172,21 @@ def install(monkeypatch, folder: Path) -> dict[str, list]:
     paths: dict[str, tuple[list[str], set[str]]] = {}
 
     def listed(name):
-        found = [path for root in map(Path, paths[name][0]) for path in root.rglob("*") if path.is_file()]
+        found = [
+            path for root in map(Path, paths[name][0]) for path in root.rglob("*") if path.is_file()
+        ]
         return sorted({path.name for path in found})
 
     def full(name, file):
         inside = Path("/", file).resolve().relative_to("/")
-        return next((str(Path(root) / inside) for root in paths[name][0] if (Path(root) / inside).is_file()), None)
+        return next(
+            (
+                str(Path(root) / inside)
+                for root in paths[name][0]
+                if (Path(root) / inside).is_file()
+            ),
+            None,
+        )
 
     def prepare_callback(model, steps):
         return lambda step, x0, x, total: shown["steps"].append((step, total, x0))

@@ -9,7 +9,9 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes of their own
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side, and start processes of their own
 
 import shutil
 import signal
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 ORACLES = Path(__file__).parent / "oracles"
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -105,7 +109,10 @@ SKIPS = {
 
 def pytest_terminal_summary(terminalreporter) -> None:
     for test in _skipped(terminalreporter):
-        reason = next((reason for place, reason in SKIPS.items() if test.startswith(place)), "not on the list of skips")
+        reason = next(
+            (reason for place, reason in SKIPS.items() if test.startswith(place)),
+            "not on the list of skips",
+        )
         terminalreporter.write_line(f"skipped {test}: {reason}")
 
 

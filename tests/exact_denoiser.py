@@ -55,4 +55,6 @@ def default() -> PSDenoiser:
 def spectra(count: int, seed: int = 0) -> Tensor:
     """(count, 4, 3) positive float64 powers over some decades, no two alike."""
     generator = torch.Generator().manual_seed(seed)
-    return 10 ** (math.log10(50) + torch.randn(count, *EVENT[1:], dtype=torch.float64, generator=generator))
+    return 10 ** (
+        math.log10(50) + torch.randn(count, *EVENT[1:], dtype=torch.float64, generator=generator)
+    )

@@ -50,7 +50,9 @@ def run_cli(*arguments: str) -> None:
 
 FORKS = multiprocessing.get_context("forkserver")
 """Processes that start with everything imported: a fraction of a second instead of five seconds."""
-FORKS.set_forkserver_preload(["oss_exp.cli", "oss_exp.tasks.run", "oss_exp.tasks.finetune", "diffusers", "helpers"])
+FORKS.set_forkserver_preload(
+    ["oss_exp.cli", "oss_exp.tasks.run", "oss_exp.tasks.finetune", "diffusers", "helpers"]
+)
 
 
 def run_process(*arguments: str, folder: Path, **environment: str) -> str:
@@ -62,9 +64,16 @@ def run_two_ranks(*arguments: str, folder: Path) -> None:
     """`oss-exp ARGUMENTS` in two processes that work together on the CPU, as a launcher of clusters starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "NODE_RANK": "0"}
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+            "NODE_RANK": "0",
+        }
     together = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    ranks = [start_process([*arguments, *together], folder, {**shared, "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    ranks = [
+        start_process([*arguments, *together], folder, {**shared, "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
     for rank in ranks:
         _finish(rank)
 
@@ -74,7 +83,9 @@ def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
     start_processes(work, arguments, nprocs=world, start_method="forkserver")
 
 
-def start_process(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[BaseProcess, Path]:
+def start_process(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> tuple[BaseProcess, Path]:
     """Start `oss-exp ARGUMENTS` in a folder; returns the process, and the file with what it prints."""
     printed = Path(tempfile.mkdtemp()) / "printed.txt"
     process = FORKS.Process(target=_run, args=(arguments, folder, environment, printed))
@@ -82,13 +93,17 @@ def start_process(arguments: Sequence[str], folder: Path, environment: Mapping[s
     return process, printed
 
 
-def _run(arguments: Sequence[str], folder: Path, environment: Mapping[str, str], printed: Path) -> None:
+def _run(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], printed: Path
+) -> None:
     file = os.open(printed, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.chdir(folder)
     os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it where it is first imported
+    rank_zero_only.rank = int(
+        environment.get("LOCAL_RANK", 0)
+    )  # Lightning reads it where it is first imported
     run_cli(*arguments)
 
 
@@ -108,7 +123,14 @@ def mostly_slow(values: Iterable, *quick: Any) -> list:
     return [value if value in quick else slow(value) for value in values]
 
 
-def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe: int = 5, arena: str = "a", **extra):
+def result(
+    strategy: str,
+    values: dict[int, float],
+    baseline: bool = False,
+    nfe: int = 5,
+    arena: str = "a",
+    **extra,
+):
     """A measured schedule; values {sample: PSNR}, extra: other fields of `Result`."""
     interval = Interval.of(np.array(list(values.values())))
     fields = {
@@ -121,12 +143,22 @@ def result(strategy: str, values: dict[int, float], baseline: bool = False, nfe:
         **extra,
     }
     return Result(
-        strategy=strategy, nfe=nfe, baseline=baseline, psnr=interval, values=values, arena=f"{arena}{nfe}", **fields
+        strategy=strategy,
+        nfe=nfe,
+        baseline=baseline,
+        psnr=interval,
+        values=values,
+        arena=f"{arena}{nfe}",
+        **fields,
     )
 
 
 def write_fashion(
-    folder: Path, pixels: torch.Tensor | np.ndarray, labels: Sequence[int], split: str = "train", zipped: bool = False
+    folder: Path,
+    pixels: torch.Tensor | np.ndarray,
+    labels: Sequence[int],
+    split: str = "train",
+    zipped: bool = False,
 ) -> None:
     """The two files of a split (train, t10k) of Fashion-MNIST: pixels (n, 28, 28) uint8, labels (n,)."""
     folder.mkdir(parents=True, exist_ok=True)

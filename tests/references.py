@@ -41,7 +41,9 @@ def difference_to_released(solver, name: str, velocity, z: Tensor) -> float:
     return max(found)
 
 
-def run_diffusers(scheduler, velocity, x: Tensor, times: Tensor, coordinates: str = "flow") -> Tensor:
+def run_diffusers(
+    scheduler, velocity, x: Tensor, times: Tensor, coordinates: str = "flow"
+) -> Tensor:
     """x (M, *E) at times[0] -> at times[-1], by the steps of a scheduler that is given these times for its own.
 
     coordinates, what it works on: `flow` (x, told v), `sigma` (x / (1 - t), told eps), `variance` (x over its norm,
@@ -55,13 +57,20 @@ def run_diffusers(scheduler, velocity, x: Tensor, times: Tensor, coordinates: st
         scheduler.set_timesteps(len(times) - 1)
         scheduler.set_begin_index(0)
         scheduler.sigmas = times if coordinates == "flow" else times / (1 - times)
-        scheduler.alphas, scheduler.betas = (1 - times) / root, times / root  # alpha and sigma in IPNDMScheduler
+        scheduler.alphas, scheduler.betas = (
+            (1 - times) / root,
+            times / root,
+        )  # alpha and sigma in IPNDMScheduler
         scheduler.timesteps = 1000 * times[:-1]
         for t, factor, timestep in zip(times[:-1], norm[:-1], scheduler.timesteps, strict=True):
             flow = factor * x
             v = velocity(flow, t.expand(len(x)))
             x0, eps = flow - t * v, flow + (1 - t) * v
-            output = {"flow": v, "variance_v": ((1 - t) * eps - t * x0) / factor}.get(coordinates, eps)
-            with mock.patch.object(torch, "float32", torch.float64):  # several round to float32 inside
+            output = {"flow": v, "variance_v": ((1 - t) * eps - t * x0) / factor}.get(
+                coordinates, eps
+            )
+            with mock.patch.object(
+                torch, "float32", torch.float64
+            ):  # several round to float32 inside
                 x = scheduler.step(output, timestep, x).prev_sample
     return x * norm[-1]

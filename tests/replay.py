@@ -64,10 +64,14 @@ def table_costs(problem: Problem, rounds: Sequence[Round], start: str) -> Tensor
     x = problem.noise.repeat(nodes.shape[1], 1)
     if start == "analytic":
         ratio = times[0][:, None] / problem.grid[0]
-        x = ratio * x + (1 - ratio) * problem.teacher.mean[problem.group].to(x).repeat(nodes.shape[1], 1)
+        x = ratio * x + (1 - ratio) * problem.teacher.mean[problem.group].to(x).repeat(
+            nodes.shape[1], 1
+        )
     for state in walk(problem.solver, problem.velocity, x, times, list(orders.flatten(1))):
         final = state.x.unflatten(0, (-1, count))
-    return torch.stack([problem.cost(x, target) for x, target in zip(final, nodes[-1], strict=True)])
+    return torch.stack(
+        [problem.cost(x, target) for x, target in zip(final, nodes[-1], strict=True)]
+    )
 
 
 def assert_tables_replay(problem: Problem, rounds: Sequence[Round], start: str) -> None:

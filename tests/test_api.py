@@ -33,12 +33,16 @@ def velocity(x, t):
 
 @pytest.fixture(scope="module")
 def digits() -> GaussianMixture:
-    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=1024)
+    return GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(), micro_batch=1024
+    )
 
 
 @pytest.fixture(scope="module")
 def guided() -> GaussianMixture:
-    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(scale=2.0), micro_batch=1024)
+    return GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(scale=2.0), micro_batch=1024
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,10 @@ def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_se
         "import sys, time; start = time.perf_counter(); import oss_exp; "
         "print(time.perf_counter() - start, 'torch' in sys.modules)"
     )
-    runs = [subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout
+        for _ in range(3)
+    ]
     assert min(float(run.split()[0]) for run in runs) < 0.3
     assert all(run.split()[1] == "False" for run in runs)
 
@@ -87,7 +94,9 @@ def test_the_verbs_need_no_hydra():
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [oss_exp.OSSShared(), oss_exp.OSSAve(), oss_exp.OSS(), oss_exp.ClosedForm()])
+@pytest.mark.parametrize(
+    "strategy", [oss_exp.OSSShared(), oss_exp.OSSAve(), oss_exp.OSS(), oss_exp.ClosedForm()]
+)
 def test_a_search_is_the_plan_of_its_strategy(noise, strategy):
     grid = oss_exp.FlowSchedule().nodes(20)
     problem = oss_exp.Problem(velocity, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE())
@@ -96,7 +105,10 @@ def test_a_search_is_the_plan_of_its_strategy(noise, strategy):
     assert list(found) == [3, 5]
     for k, steps in found.items():
         assert_same(steps, plans[k])
-        assert_same(oss_exp.search(velocity, noise, k, strategy=strategy, **SHORT), strategy.plan(problem, [k])[k])
+        assert_same(
+            oss_exp.search(velocity, noise, k, strategy=strategy, **SHORT),
+            strategy.plan(problem, [k])[k],
+        )
 
 
 def test_drawn_noises_are_those_of_the_command_line(digits):
@@ -131,7 +143,13 @@ def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
     bound = guided.velocity(rows)
     grid = oss_exp.FlowSchedule().nodes(20)
     problem = oss_exp.Problem(
-        bound, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE(), group=rows, num_groups=guided.num_classes
+        bound,
+        noise,
+        grid,
+        oss_exp.DPMSolverPP(),
+        oss_exp.XtMSE(),
+        group=rows,
+        num_groups=guided.num_classes,
     )
     plan = oss_exp.OSSBest().plan(problem, [3])[3]
     steps = oss_exp.search(guided, noise, 3, condition=condition, **SHORT)
@@ -174,8 +192,16 @@ def test_a_schedule_is_replayed_with_the_solver_it_was_searched_with(noise, solv
 
 @pytest.mark.slow
 def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
-    small = ["num_teacher_steps=20", "num_steps=[3]", "data.search_samples=6", "logger=none", "model=mixture_digits"]
-    run_cli(*small, "task=search", "solver=unipc", "stepsize=[oss_shared]", f"hydra.run.dir={tmp_path}")
+    small = [
+        "num_teacher_steps=20",
+        "num_steps=[3]",
+        "data.search_samples=6",
+        "logger=none",
+        "model=mixture_digits",
+    ]
+    run_cli(
+        *small, "task=search", "solver=unipc", "stepsize=[oss_shared]", f"hydra.run.dir={tmp_path}"
+    )
     steps = oss_exp.StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
     noise = drawn(HELD_OUT, 4, digits)
     expected = solvers.sample(solvers.solver_of(steps), digits.velocity(None), noise, steps)
@@ -188,7 +214,13 @@ def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
     steps = oss_exp.search(digits, 6, 3, **SHORT)
     file = steps.save(tmp_path / "steps.json")
     small = ["num_teacher_steps=20", "data.eval_samples=12", "logger=none", "model=mixture_digits"]
-    run_cli(*small, "task=evaluate", "solver=dpm_solver_pp", f"task.schedule={file}", f"hydra.run.dir={tmp_path}/run")
+    run_cli(
+        *small,
+        "task=evaluate",
+        "solver=dpm_solver_pp",
+        f"task.schedule={file}",
+        f"hydra.run.dir={tmp_path}/run",
+    )
     (result,) = read_run(tmp_path / "run")
     assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSBest", 3, 12)
 
@@ -257,7 +289,16 @@ def test_a_schedule_says_what_the_command_lines_does(comparison, run):
     ours = comparison.schedules["oss_shared"][4].provenance
     theirs = oss_exp.StepSchedule.load(run / "schedules" / "oss_shared_4.json").provenance
     assert ours.keys() == theirs.keys()
-    for section in ("program", "versions", "teacher", "solver", "distance", "seed", "native", "strategy"):
+    for section in (
+        "program",
+        "versions",
+        "teacher",
+        "solver",
+        "distance",
+        "seed",
+        "native",
+        "strategy",
+    ):
         assert ours[section] == theirs[section], section
     assert ours["planning"].keys() == theirs["planning"].keys()
     assert {**ours["model"], "prompts": None} == theirs["model"]
@@ -265,14 +306,27 @@ def test_a_schedule_says_what_the_command_lines_does(comparison, run):
 
 @pytest.mark.slow
 def test_classes_are_compared_as_on_the_command_line(guided, tmp_path):
-    settings = ["data.search_samples=6", "data.eval_samples=12", "num_teacher_steps=20", "num_steps=[3]", "logger=none"]
-    model = ["model=mixture_digits", "model.guidance.scale=2.0", "solver=dpm_solver_pp", "stepsize=[fm,oss_shared]"]
+    settings = [
+        "data.search_samples=6",
+        "data.eval_samples=12",
+        "num_teacher_steps=20",
+        "num_steps=[3]",
+        "logger=none",
+    ]
+    model = [
+        "model=mixture_digits",
+        "model.guidance.scale=2.0",
+        "solver=dpm_solver_pp",
+        "stepsize=[fm,oss_shared]",
+    ]
     run_cli(*model, *settings, f"hydra.run.dir={tmp_path}")
     strategies = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
     found = oss_exp.compare(guided, 6, 3, held_out=12, strategies=strategies, **SHORT)
     lines = with_gains(read_run(tmp_path))
     assert [line.result.values for line in found.lines] == [line.result.values for line in lines]
-    assert [line.result.nfe for line in found.lines] == [line.result.nfe for line in lines] == [6, 6]
+    assert (
+        [line.result.nfe for line in found.lines] == [line.result.nfe for line in lines] == [6, 6]
+    )
     theirs = oss_exp.StepSchedule.load(tmp_path / "schedules" / "fm_3.json")
     assert {**found.about["model"], "prompts": None} == theirs.about("model")
 
@@ -281,16 +335,33 @@ def test_batches_and_given_noises_change_nothing(digits, comparison):
     held_out = drawn(HELD_OUT, 40, digits)
     few = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
     found = oss_exp.compare(
-        digits, drawn(0, 6, digits), [2, 4], held_out=held_out, strategies=few, batch_size=7, **SHORT
+        digits,
+        drawn(0, 6, digits),
+        [2, 4],
+        held_out=held_out,
+        strategies=few,
+        batch_size=7,
+        **SHORT,
     )
     for row in found.rows:
-        (same,) = [r for r in comparison.rows if (r["strategy"], r["num_steps"]) == (row["strategy"], row["num_steps"])]
+        (same,) = [
+            r
+            for r in comparison.rows
+            if (r["strategy"], r["num_steps"]) == (row["strategy"], row["num_steps"])
+        ]
         assert row["psnr"]["mean"] == pytest.approx(same["psnr"]["mean"], abs=1e-3)
 
 
 def test_a_function_is_compared_on_its_own_values(noise):
     found = oss_exp.compare(velocity, noise, 3, solver=oss_exp.Euler(), held_out=20, **SHORT)
-    assert {row["strategy"] for row in found.rows} == {"fm", "ddim", "edm", "logsnr", "gits", "oss_best"}
+    assert {row["strategy"] for row in found.rows} == {
+        "fm",
+        "ddim",
+        "edm",
+        "logsnr",
+        "gits",
+        "oss_best",
+    }
     held_out = NoiseDataset(0, HELD_OUT, 20, (2,), None)
     x = torch.stack([held_out[i]["noise"] for i in range(20)])
     teacher = solvers.trajectory(oss_exp.Euler(), velocity, x, oss_exp.FlowSchedule().nodes(20))[-1]
@@ -305,11 +376,15 @@ def test_bound_conditions_are_taken_in_turn(digits):
     bound = digits.velocity(condition)
     strategies = {"fm": oss_exp.ClosedForm()}
     noise, held_out = drawn(0, 4, digits), drawn(HELD_OUT, 8, digits)
-    first = oss_exp.compare(bound, noise, 3, held_out=held_out, strategies=strategies, batch_size=3, **SHORT)
+    first = oss_exp.compare(
+        bound, noise, 3, held_out=held_out, strategies=strategies, batch_size=3, **SHORT
+    )
     tiled = digits.velocity(condition.repeat(2))
     steps = first.schedules["fm"][3]
     x0 = solvers.sample(oss_exp.DPMSolverPP(), tiled, held_out, steps)
-    teacher = solvers.trajectory(oss_exp.DPMSolverPP(), tiled, held_out, oss_exp.FlowSchedule().nodes(20))[-1]
+    teacher = solvers.trajectory(
+        oss_exp.DPMSolverPP(), tiled, held_out, oss_exp.FlowSchedule().nodes(20)
+    )[-1]
     expected = -10 * (x0 - teacher).double().square().flatten(1).mean(1).log10()
     assert first.rows[0]["per_image"]["psnr"] == pytest.approx(expected.tolist(), abs=1e-3)
 
@@ -322,12 +397,17 @@ def test_a_comparison_prints_itself(comparison):
         assert str(line.result.psnr) in text
     assert " ".join(NOTE.split()) in " ".join(text.split())
     assert "\x1b" not in text  # no colours
-    assert all(name in text for name in ("strategy", "NFE", "PSNR, dB", "gain, dB", "spread", "planning", "oss_shared"))
+    assert all(
+        name in text
+        for name in ("strategy", "NFE", "PSNR, dB", "gain, dB", "spread", "planning", "oss_shared")
+    )
 
 
 def test_long_labels_are_printed_whole(digits):
     label = "a strategy with a very long name " * 4
-    found = oss_exp.compare(digits, 4, 2, held_out=4, strategies={label: oss_exp.ClosedForm()}, **SHORT)
+    found = oss_exp.compare(
+        digits, 4, 2, held_out=4, strategies={label: oss_exp.ClosedForm()}, **SHORT
+    )
     assert label.strip() in str(found)
 
 
@@ -340,7 +420,9 @@ def test_a_notebook_shows_a_table(comparison):
 
 def test_a_comparison_is_json(comparison):
     record = json.loads(json.dumps(comparison.to_dict()))
-    assert [row["strategy"] for row in record["rows"]] == [line.result.strategy for line in comparison.lines]
+    assert [row["strategy"] for row in record["rows"]] == [
+        line.result.strategy for line in comparison.lines
+    ]
     assert record["rows"][0]["psnr"].keys() == {"mean", "low", "high", "n"}
     assert record["rows"][0]["gain"]["mean"] > 0
     assert [row["gain"] for row in record["rows"]].count(None) == 2
@@ -381,10 +463,19 @@ def test_num_steps(noise, verb, num_steps, message):
         (lambda x: x.to(torch.int64), "noise must be float32 or float64, got torch.int64"),
         (lambda x: x.half(), "noise must be float32 or float64, got torch.float16"),
         (lambda x: x / 0 * 0, "noise hold NaN or infinity"),
-        (lambda x: x[0], r"noise must have the shape \(B, 1, 8, 8\), B at least 1, got \(1, 8, 8\)"),
-        (lambda x: x[:0], r"noise must have the shape \(B, 1, 8, 8\), B at least 1, got \(0, 1, 8, 8\)"),
+        (
+            lambda x: x[0],
+            r"noise must have the shape \(B, 1, 8, 8\), B at least 1, got \(1, 8, 8\)",
+        ),
+        (
+            lambda x: x[:0],
+            r"noise must have the shape \(B, 1, 8, 8\), B at least 1, got \(0, 1, 8, 8\)",
+        ),
         (lambda x: x[:, :, :4], r"noise must have the shape \(B, 1, 8, 8\), .*got \(4, 1, 4, 8\)"),
-        (lambda x: x.numpy(), r"noise must be a whole number of at least 1 or a tensor \(B, ...\), got"),
+        (
+            lambda x: x.numpy(),
+            r"noise must be a whole number of at least 1 or a tensor \(B, ...\), got",
+        ),
         (lambda x: 0, "noise must be a whole number of at least 1 .*got 0"),
         (lambda x: 2.5, "noise must be a whole number of at least 1 .*got 2.5"),
     ],
@@ -402,16 +493,34 @@ def test_noises(digits, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": oss_exp.Euler}, r"solver must be an object such as Euler\(\), got the class Euler; call it"),
+        (
+            {"solver": oss_exp.Euler},
+            r"solver must be an object such as Euler\(\), got the class Euler; call it",
+        ),
         ({"solver": "euler"}, r"solver must be a Solver such as Euler\(\), got 'euler'"),
-        ({"teacher": oss_exp.FlowSchedule}, "teacher must be an object such as .*got the class FlowSchedule"),
+        (
+            {"teacher": oss_exp.FlowSchedule},
+            "teacher must be an object such as .*got the class FlowSchedule",
+        ),
         ({"teacher": 100}, "teacher must be a NoiseSchedule such as .*got 100"),
         ({"distance": "xt_mse"}, "distance must be a Distance such as .*got 'xt_mse'"),
-        ({"num_teacher_steps": 2.5}, "num_teacher_steps must be a whole number of at least 1, got 2.5"),
+        (
+            {"num_teacher_steps": 2.5},
+            "num_teacher_steps must be a whole number of at least 1, got 2.5",
+        ),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"condition": "cat"}, "condition must be a tensor with a row for each condition, got 'cat'"),
-        ({"condition": torch.tensor([10])}, r"condition must be classes \(C,\) from 0 to 9, got \[10\]"),
-        ({"condition": torch.tensor([0.5])}, r"condition must be classes \(C,\) from 0 to 9, got \[0.5\]"),
+        (
+            {"condition": "cat"},
+            "condition must be a tensor with a row for each condition, got 'cat'",
+        ),
+        (
+            {"condition": torch.tensor([10])},
+            r"condition must be classes \(C,\) from 0 to 9, got \[10\]",
+        ),
+        (
+            {"condition": torch.tensor([0.5])},
+            r"condition must be classes \(C,\) from 0 to 9, got \[0.5\]",
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
@@ -423,7 +532,10 @@ def test_options(digits, verb, options, message):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (oss_exp.OSSShared, r"must be an object such as OSSBest\(\), got the class OSSShared; call it"),
+        (
+            oss_exp.OSSShared,
+            r"must be an object such as OSSBest\(\), got the class OSSShared; call it",
+        ),
         ("oss_shared", r"must be a StepsizeStrategy such as OSSBest\(\), got 'oss_shared'"),
         (oss_exp.Euler(), r"must be a StepsizeStrategy such as OSSBest\(\), got Euler"),
     ],
@@ -437,21 +549,28 @@ def test_strategies(noise, strategy, message):
 
 @pytest.mark.parametrize("strategies", [["oss_shared"], {}, oss_exp.OSSShared()])
 def test_strategies_are_a_dict(noise, strategies):
-    with pytest.raises(ValueError, match=r"strategies must be a dict such as \{'mine': OSSBest\(\)\}, got"):
+    with pytest.raises(
+        ValueError, match=r"strategies must be a dict such as \{'mine': OSSBest\(\)\}, got"
+    ):
         oss_exp.compare(velocity, noise, 3, strategies=strategies, **SHORT)
 
 
 @pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
 @pytest.mark.parametrize("wrong", ["a model", None, GaussianMixture])
 def test_what_is_no_velocity(noise, verb, wrong):
-    with pytest.raises(ValueError, match=r"velocity_or_model must be a function v\(x, t\) or a Model, got"):
+    with pytest.raises(
+        ValueError, match=r"velocity_or_model must be a function v\(x, t\) or a Model, got"
+    ):
         verb(wrong, noise, 3)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda x, t: x.sum(1), r"must return a tensor of the shape of x, \(\d+, 2\), got .* shape \(\d+,\)"),
+        (
+            lambda x, t: x.sum(1),
+            r"must return a tensor of the shape of x, \(\d+, 2\), got .* shape \(\d+,\)",
+        ),
         (
             lambda x, t: x[:, :1],
             r"must return a tensor of the shape of x, \(\d+, 2\), got .* shape \(\d+, 1\)",
@@ -468,13 +587,17 @@ def test_what_a_velocity_returns(noise, wrong, message):
     with pytest.raises(ValueError, match=message):
         oss_exp.compare(wrong, noise, 3, strategies={"fm": oss_exp.ClosedForm()}, **SHORT)
     with pytest.raises(ValueError, match=message):
-        oss_exp.sample(wrong, noise, oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0])))
+        oss_exp.sample(
+            wrong, noise, oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0]))
+        )
 
 
 def test_a_function_has_no_conditions_and_no_shape(noise):
     with pytest.raises(ValueError, match="condition is for models"):
         oss_exp.search(velocity, noise, 3, condition=torch.tensor([1]), **SHORT)
-    with pytest.raises(ValueError, match="noise=8: a function does not tell the shape of its noises; give a tensor"):
+    with pytest.raises(
+        ValueError, match="noise=8: a function does not tell the shape of its noises; give a tensor"
+    ):
         oss_exp.search(velocity, 8, 3, **SHORT)
 
 
@@ -486,7 +609,10 @@ def test_a_distance_that_looks_inside_needs_a_model(noise):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ({5: None}, r"steps must be a StepSchedule, got \{5: None\}; choose one of its schedules, such as steps\[5\]"),
+        (
+            {5: None},
+            r"steps must be a StepSchedule, got \{5: None\}; choose one of its schedules, such as steps\[5\]",
+        ),
         ("steps.json", "steps must be a StepSchedule, got 'steps.json'"),
         (torch.tensor([1.0, 0.0]), r"steps must be a StepSchedule, got a tensor of shape \(2,\)"),
     ],

@@ -66,7 +66,10 @@ WRONG = [
     ({"few": True}, "top.thing.few must be one of 1, 2, got true"),
     ({"sizes": [1, "x"]}, "top.thing.sizes must be a list of whole numbers, got [1, 'x']"),
     ({"sizes": 3}, "top.thing.sizes must be a list of whole numbers, got 3"),
-    ({"band": {"stride": "x", "width": 1}}, "top.thing.band.stride must be a whole number, got 'x'"),
+    (
+        {"band": {"stride": "x", "width": 1}},
+        "top.thing.band.stride must be a whole number, got 'x'",
+    ),
     (
         {"band": {"strid": 8, "width": 1}},
         "top.thing.band.strid is no option of Band; did you mean top.thing.band.stride?",
@@ -75,7 +78,10 @@ WRONG = [
     ({"solver": {"_target_": "oss_exp.XtMSE"}}, "top.thing.solver must be a Solver"),
     ({"solver": {"_target_": "oss_exp.Eulr"}}, "got 'oss_exp.Eulr'; did you mean oss_exp.Euler?"),
     ({"solver": {"_target_": "oss_exp.DEIS", "order": "x"}}, "top.thing.solver.order must be"),
-    ({"anything": [{"_target_": "oss_exp.DEIS", "order": "x"}]}, "top.thing.anything.0.order must be"),
+    (
+        {"anything": [{"_target_": "oss_exp.DEIS", "order": "x"}]},
+        "top.thing.anything.0.order must be",
+    ),
     ({"chioce": "a"}, "top.thing.chioce is no option of"),
     ({"whole": 13}, "top.thing.whole must not be 13"),
     ({"solver": {"_target_": "oss_exp.DEIS", "order": 7}}, "top.thing.solver.order must be"),
@@ -103,13 +109,18 @@ def test_all_faults_are_told_at_once():
 @pytest.mark.usefixtures("_as_ours")
 def test_values_are_built_as_they_are_written():
     band, solver = {"stride": 8, "width": 1}, {"_target_": "oss_exp.Euler"}
-    made = border.build(node(share=1, path="x", sizes=[1, 2], band=band, solver=solver), "thing", Thing, whole=7)
+    made = border.build(
+        node(share=1, path="x", sizes=[1, 2], band=band, solver=solver), "thing", Thing, whole=7
+    )
     assert made == Thing(7, 1, path="x", sizes=[1, 2], band=Band(8, 1), solver=oss_exp.Euler())
     assert border.build(None, "logger", Thing | None) is None
 
 
 def test_names_of_an_earlier_version_are_known():
-    assert border.build({"_target_": "oss_exp.solvers.euler.Euler"}, "solver", Solver) == oss_exp.Euler()
+    assert (
+        border.build({"_target_": "oss_exp.solvers.euler.Euler"}, "solver", Solver)
+        == oss_exp.Euler()
+    )
 
 
 def test_every_configured_name_tells_its_types():

@@ -22,8 +22,14 @@ def float64(values) -> torch.Tensor:
 
 
 def whole(**changes) -> Calibration:
-    fields = {"times": [1.0, 0.6, 0.1, 0.0], "low": [-1.6, -1.2, -1.0, -0.9], "high": [1.7, 1.0, 0.8, 0.7]}
-    return Calibration(**{k: float64(v) for k, v in fields.items()} | {"provenance": {"seed": 3}} | changes)
+    fields = {
+        "times": [1.0, 0.6, 0.1, 0.0],
+        "low": [-1.6, -1.2, -1.0, -0.9],
+        "high": [1.7, 1.0, 0.8, 0.7],
+    }
+    return Calibration(
+        **{k: float64(v) for k, v in fields.items()} | {"provenance": {"seed": 3}} | changes
+    )
 
 
 def by_channel(**changes) -> Calibration:
@@ -44,19 +50,25 @@ def test_quantiles_are_those_of_numpy(shape, dtype):
     low, high = amplitude(x, per_channel=False)
     assert low.dtype == high.dtype == torch.float64
     for found, q in ((low, 0.05), (high, 0.95)):
-        np.testing.assert_allclose(found.numpy(), np.quantile(rows, q, axis=1), rtol=1e-14, atol=1e-15)
+        np.testing.assert_allclose(
+            found.numpy(), np.quantile(rows, q, axis=1), rtol=1e-14, atol=1e-15
+        )
 
 
 def test_quantiles_of_each_channel():
     x = randn(4, 3, 7, 5)
     for found, q in zip(amplitude(x, per_channel=True), (0.05, 0.95), strict=True):
-        np.testing.assert_allclose(found.numpy(), np.quantile(x.numpy(), q, axis=(2, 3)), rtol=1e-14)
+        np.testing.assert_allclose(
+            found.numpy(), np.quantile(x.numpy(), q, axis=(2, 3)), rtol=1e-14
+        )
 
 
 def test_the_order_of_the_elements_and_of_memory_does_not_matter():
     x = randn(2, 3, 4, 5)
     swapped = x.to(memory_format=torch.channels_last).flip(-1)
-    assert all(a.equal(b) for a, b in zip(amplitude(x, False), amplitude(swapped, False), strict=True))
+    assert all(
+        a.equal(b) for a, b in zip(amplitude(x, False), amplitude(swapped, False), strict=True)
+    )
 
 
 @pytest.mark.slow
@@ -64,7 +76,9 @@ def test_more_elements_than_a_float32_can_count():
     """Above 2^24 elements, where torch.quantile gave up for long."""
     count = 2**24 + 2
     low, high = amplitude(torch.arange(count, dtype=torch.float64).flip(0)[None], per_channel=False)
-    assert (low.item(), high.item()) == pytest.approx((0.05 * (count - 1), 0.95 * (count - 1)), rel=1e-15)
+    assert (low.item(), high.item()) == pytest.approx(
+        (0.05 * (count - 1), 0.95 * (count - 1)), rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -102,8 +116,15 @@ def test_between_two_nodes_the_table_is_linear_in_time(make):
     t = float64([0.6, 0.475, 0.1, 0.025, 0.0, 1.0])
     low, high = calibration.at(t)
     for found, table in ((low, calibration.low), (high, calibration.high)):
-        expected = [table[1], 0.75 * table[1] + 0.25 * table[2], table[2], 0.25 * table[2] + 0.75 * table[3]]
-        torch.testing.assert_close(found, torch.stack([*expected, table[3], table[0]]), rtol=0, atol=1e-15)
+        expected = [
+            table[1],
+            0.75 * table[1] + 0.25 * table[2],
+            table[2],
+            0.25 * table[2] + 0.75 * table[3],
+        ]
+        torch.testing.assert_close(
+            found, torch.stack([*expected, table[3], table[0]]), rtol=0, atol=1e-15
+        )
         assert found[[0, 2, 4, 5]].equal(table[[1, 2, 3, 0]])  # at a node not a bit differs
 
 
@@ -126,7 +147,9 @@ def test_a_state_keeps_its_dtype():
     x = randn(3, 40)
     low = whole()(x.float(), float64(0.3), is_last=False)
     assert low.dtype == torch.float32
-    torch.testing.assert_close(low.double(), whole()(x, float64(0.3), is_last=False), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        low.double(), whole()(x, float64(0.3), is_last=False), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("t", [-0.01, 1.01, math.nan])
@@ -155,7 +178,9 @@ def test_a_state_without_spread_is_only_shifted(spread, dtype):
 
 def test_a_table_without_spread_shrinks_to_its_value():
     flat = whole(low=float64([0.5] * 4), high=float64([0.5] * 4))
-    assert flat(randn(2, 9), float64(0.5), is_last=False).flatten().tolist() == pytest.approx([0.5] * 18, abs=1e-15)
+    assert flat(randn(2, 9), float64(0.5), is_last=False).flatten().tolist() == pytest.approx(
+        [0.5] * 18, abs=1e-15
+    )
 
 
 def test_last_step_only():
@@ -197,10 +222,14 @@ def test_the_constructor_refuses_what_is_not_a_table(fields, words):
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("calibration", [whole(), by_channel(last_step_only=True), whole(provenance={})])
+@pytest.mark.parametrize(
+    "calibration", [whole(), by_channel(last_step_only=True), whole(provenance={})]
+)
 def test_a_file_gives_the_same_calibration(calibration, tmp_path):
     read = Calibration.load(calibration.save(tmp_path / "made" / "calibration.json"))
-    assert all(getattr(read, name).equal(getattr(calibration, name)) for name in ("times", "low", "high"))
+    assert all(
+        getattr(read, name).equal(getattr(calibration, name)) for name in ("times", "low", "high")
+    )
     assert read.last_step_only == calibration.last_step_only
     assert read.per_channel == calibration.per_channel
     assert read.provenance == calibration.provenance
@@ -212,14 +241,32 @@ DAMAGE = {
         "is of another format: `format` must be 'oss_exp/calibration', got \"oss_exp/step_schedule\"",
     ),
     "a list": (lambda r: [r], r"must be an object, got \[\{\.\.\.\}\]"),
-    "version": (lambda r: {**r, "version": 99}, "is of another version: `version` must be 1, got 99"),
+    "version": (
+        lambda r: {**r, "version": 99},
+        "is of another version: `version` must be 1, got 99",
+    ),
     "no low": (lambda r: {k: v for k, v in r.items() if k != "low"}, "field `low` is missing"),
-    "no flag": (lambda r: {k: v for k, v in r.items() if k != "last_step_only"}, "field `last_step_only` is missing"),
+    "no flag": (
+        lambda r: {k: v for k, v in r.items() if k != "last_step_only"},
+        "field `last_step_only` is missing",
+    ),
     "more": (lambda r: {**r, "hihg": []}, "field `hihg` is unknown"),
-    "quantiles": (lambda r: {**r, "quantiles": [0.01, 0.99]}, r"field `quantiles` must be \[0\.05, 0\.95\]"),
-    "flag": (lambda r: {**r, "last_step_only": "no"}, 'field `last_step_only` must be true or false, got "no"'),
-    "provenance": (lambda r: {**r, "provenance": [1]}, r"field `provenance` must be an object, got \[1\]"),
-    "words": (lambda r: {**r, "high": ["a"] * 4}, 'field `high.0` must be a number or a list, got "a"'),
+    "quantiles": (
+        lambda r: {**r, "quantiles": [0.01, 0.99]},
+        r"field `quantiles` must be \[0\.05, 0\.95\]",
+    ),
+    "flag": (
+        lambda r: {**r, "last_step_only": "no"},
+        'field `last_step_only` must be true or false, got "no"',
+    ),
+    "provenance": (
+        lambda r: {**r, "provenance": [1]},
+        r"field `provenance` must be an object, got \[1\]",
+    ),
+    "words": (
+        lambda r: {**r, "high": ["a"] * 4},
+        'field `high.0` must be a number or a list, got "a"',
+    ),
     "half": (lambda r: {**r, "high": [[1.0], 2.0]}, "field `high.1` must be a list, got 2.0"),
     "ragged": (lambda r: {**r, "high": [[1.0], [2.0, 3.0]]}, "is damaged"),
     "null": (lambda r: {**r, "times": None}, "field `times` must be a list, got null"),
@@ -237,7 +284,9 @@ def test_a_damaged_file_is_refused_by_name(kind, tmp_path):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "words"), [("", "is empty"), ('{"format": "oss', "is not complete JSON")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "is empty"), ('{"format": "oss', "is not complete JSON")]
+)
 def test_a_truncated_file_is_refused(text, words, tmp_path):
     path = tmp_path / "calibration.json"
     path.write_text(text)
@@ -246,14 +295,18 @@ def test_a_truncated_file_is_refused(text, words, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"calibration {tmp_path / 'none.json'} does not exist")):
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"calibration {tmp_path / 'none.json'} does not exist")
+    ):
         Calibration.load(tmp_path / "none.json")
 
 
 def test_check_accepts_its_own_model_and_grid_and_no_other():
     made = whole(provenance={"model": {"name": "mixture", "sha256": "a" * 64}})
     made.check("a" * 64, "mixture", made.times)
-    with pytest.raises(ValueError, match=r"made for model 'mixture' \(weights aaaaaaaaaaaa\), this run has 'other'"):
+    with pytest.raises(
+        ValueError, match=r"made for model 'mixture' \(weights aaaaaaaaaaaa\), this run has 'other'"
+    ):
         made.check("b" * 64, "other", made.times)
     with pytest.raises(ValueError, match="a teacher of 3 steps from t = 1, this run's has 2"):
         made.check("a" * 64, "mixture", made.times[1:])
@@ -270,12 +323,18 @@ def test_check_accepts_its_own_model_and_grid_and_no_other():
 
 @pytest.mark.parametrize("size", [20, 50, 100])
 @pytest.mark.parametrize("grid", ["uniform", "edm", "ddpm"])
-def test_tables_and_replays_are_those_of_the_released_code(velocity, gmm, oss_oracle, oss_arrays, tmp_path, grid, size):
+def test_tables_and_replays_are_those_of_the_released_code(
+    velocity, gmm, oss_oracle, oss_arrays, tmp_path, grid, size
+):
     """Its tables leave out t = 0, where no network is called; its students start free, as the paper's do."""
-    arrays = {name: oss_arrays[f"{grid}_N{size}.{name}"] for name in ("fm_steps", "min_amp", "max_amp")}
+    arrays = {
+        name: oss_arrays[f"{grid}_N{size}.{name}"] for name in ("fm_steps", "min_amp", "max_amp")
+    }
     nodes = arrays["fm_steps"].flip(0)
     states = trajectory(Euler(), velocity, gmm["z"], nodes)
-    low, high = (torch.stack(q).mean(1) for q in zip(*(amplitude(x, False) for x in states), strict=True))
+    low, high = (
+        torch.stack(q).mean(1) for q in zip(*(amplitude(x, False) for x in states), strict=True)
+    )
     assert (low[:-1] - arrays["min_amp"].flip(0)).abs().max() < 1e-10
     assert (high[:-1] - arrays["max_amp"].flip(0)).abs().max() < 1e-10
     path = Calibration(nodes, low, high).save(tmp_path / "calibration.json")

@@ -79,7 +79,11 @@ def refused(tmp_path, capsys):
         assert error.count("oss-exp:") <= 1, error
         assert "--multirun" in arguments or "Error executing job" not in error, error
         left = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
-        assert [p for p in left if "schedules" in p.parts or p.name == "metrics.json" or p.suffix == ".tmp"] == []
+        assert [
+            p
+            for p in left
+            if "schedules" in p.parts or p.name == "metrics.json" or p.suffix == ".tmp"
+        ] == []
         message = error.partition("oss-exp: ")[2]  # what precedes it repeats the command line
         return message or error
 
@@ -157,7 +161,10 @@ WRONG_VALUES = [
     ("stepsize=ld3 stepsize.ld3.learning_rate=fast", ["learning_rate", "fast"]),
     ("solver=deis solver.beta_d=big", ["beta_d", "number", "big"]),
     ("solver=deis solver.beta_min=big", ["beta_min", "number", "big"]),
-    ("solver=unipc solver.lower_order_final=maybe", ["lower_order_final", "true or false", "maybe"]),
+    (
+        "solver=unipc solver.lower_order_final=maybe",
+        ["lower_order_final", "true or false", "maybe"],
+    ),
     ("solver=dpm2 solver.r=2", ["r must be", "2"]),
     ("distance=perceptual distance.min_time=late", ["min_time", "late"]),
     ("stepsize=ays stepsize.ays.schedule.table=sd9", ["sd9", "sd15", "sdxl"]),
@@ -241,18 +248,40 @@ WRONG_SCHEDULES = {
     "a list": (lambda good: "[1.0, 0.5, 0.0]", "must be an object"),
     "another format": (lambda good: json.dumps({**good, "format": "x"}), "is of another format"),
     "another version": (lambda good: json.dumps({**good, "version": 99}), "is of another version"),
-    "increasing": (lambda good: json.dumps({**good, "times": [0.5, 0.9, 0.0]}), "strictly decrease"),
+    "increasing": (
+        lambda good: json.dumps({**good, "times": [0.5, 0.9, 0.0]}),
+        "strictly decrease",
+    ),
     "NaN": (lambda good: json.dumps({**good, "times": [1.0, float("nan"), 0.0]}), "finite"),
-    "words for times": (lambda good: json.dumps({**good, "times": ["1", "0.5", "0"]}), "step schedule"),
-    "no times": (lambda good: json.dumps({k: v for k, v in good.items() if k != "times"}), "field `times` is missing"),
-    "no model": (lambda good: json.dumps({**good, "provenance": {}}), "task.allow_other_model=true"),
-    "null model": (lambda good: json.dumps({**good, "provenance": {"model": None}}), "schedule.json"),
-    "a word for the model": (lambda good: json.dumps({**good, "provenance": {"model": "digits"}}), "schedule.json"),
+    "words for times": (
+        lambda good: json.dumps({**good, "times": ["1", "0.5", "0"]}),
+        "step schedule",
+    ),
+    "no times": (
+        lambda good: json.dumps({k: v for k, v in good.items() if k != "times"}),
+        "field `times` is missing",
+    ),
+    "no model": (
+        lambda good: json.dumps({**good, "provenance": {}}),
+        "task.allow_other_model=true",
+    ),
+    "null model": (
+        lambda good: json.dumps({**good, "provenance": {"model": None}}),
+        "schedule.json",
+    ),
+    "a word for the model": (
+        lambda good: json.dumps({**good, "provenance": {"model": "digits"}}),
+        "schedule.json",
+    ),
     "a mean that is not there": (
         lambda good: json.dumps(
             {
                 **good,
-                "start": {"kind": "analytic", "start_time": 1.0, "mean": {"file": "x.safetensors", "sha256": "0" * 64}},
+                "start": {
+                    "kind": "analytic",
+                    "start_time": 1.0,
+                    "mean": {"file": "x.safetensors", "sha256": "0" * 64},
+                },
             }
         ),
         "x.safetensors does not exist",
@@ -261,7 +290,9 @@ WRONG_SCHEDULES = {
 
 
 @pytest.mark.parametrize("fault", mostly_slow(WRONG_SCHEDULES, "truncated", "no times"))
-def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(fault, refused, saved, tmp_path):
+def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(
+    fault, refused, saved, tmp_path
+):
     text, words = WRONG_SCHEDULES[fault]
     path = tmp_path / "schedule.json"
     path.write_text(text(record(saved)))
@@ -271,11 +302,15 @@ def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(fault, refu
 
 
 def test_a_missing_step_schedule_is_named(refused):
-    assert "nowhere.json does not exist" in refused(*SMALL, "task=evaluate", "task.schedule=nowhere.json")
+    assert "nowhere.json does not exist" in refused(
+        *SMALL, "task=evaluate", "task.schedule=nowhere.json"
+    )
 
 
 def test_a_step_schedule_for_another_model_is_refused(refused, saved):
-    error = refused(*SMALL, "model=mixture_fashion", "task=evaluate", f"task.schedule={saved / 'edm_2.json'}")
+    error = refused(
+        *SMALL, "model=mixture_fashion", "task=evaluate", f"task.schedule={saved / 'edm_2.json'}"
+    )
     assert "mixture_digits" in error
     assert "mixture_fashion" in error
 
@@ -295,7 +330,10 @@ def test_other_weights_need_leave_and_then_run(refused, saved, tmp_path, capsys)
     arguments.append(f"model.file={other_weights(tmp_path)}")
     assert "task.allow_other_model=true" in refused(*arguments)
     assert oss_exp(tmp_path, *arguments, "task.allow_other_model=true") == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"][0]["strategy"] == "oss_shared"
+    assert (
+        json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"][0]["strategy"]
+        == "oss_shared"
+    )
 
 
 @pytest.mark.slow
@@ -307,15 +345,21 @@ def test_leave_to_use_another_model_does_not_cover_another_shape(refused, saved)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("searched", "measured"), [("null", "all"), ("all", "null")])
-def test_an_analytic_start_runs_only_with_the_classes_it_has_means_of(searched, measured, refused, tmp_path):
+def test_an_analytic_start_runs_only_with_the_classes_it_has_means_of(
+    searched, measured, refused, tmp_path
+):
     arguments = [*SMALL, "task=search", "stepsize=oss_shared", "hydra.run.dir=searched"]
     assert oss_exp(tmp_path, *arguments, f"data.classes={searched}") == 0
     path = tmp_path / "searched/schedules/oss_shared_2.json"
-    assert "class" in refused(*SMALL, "task=evaluate", f"task.schedule={path}", f"data.classes={measured}")
+    assert "class" in refused(
+        *SMALL, "task=evaluate", f"task.schedule={path}", f"data.classes={measured}"
+    )
 
 
 def test_a_schedule_per_sample_does_not_run_on_the_noises_of_another_seed(refused, saved):
-    assert "seed" in refused(*SMALL, "task=evaluate", f"task.schedule={saved / 'oss_2.json'}", "data.seed=1")
+    assert "seed" in refused(
+        *SMALL, "task=evaluate", f"task.schedule={saved / 'oss_2.json'}", "data.seed=1"
+    )
 
 
 def test_a_mixture_with_one_flipped_byte_is_refused(refused, tmp_path):
@@ -336,7 +380,9 @@ def test_a_mixture_with_one_flipped_byte_is_refused(refused, tmp_path):
 def test_an_override_that_cannot_be_read_is_named_with_its_quoting(override, refused):
     error = refused(*SMALL, "task=evaluate", override)
     value = override.partition("=")[2]
-    assert f"{override} cannot be read as it is; quote its value: 'task.schedule=\"{value}\"'" in error
+    assert (
+        f"{override} cannot be read as it is; quote its value: 'task.schedule=\"{value}\"'" in error
+    )
 
 
 @pytest.mark.slow
@@ -350,7 +396,9 @@ def test_the_home_folder_is_meant_in_every_path(refused, saved, tmp_path, monkey
     assert (tmp_path / "home" / "out.json").is_file()
     assert not (tmp_path / "~").exists()
     (tmp_path / "run").rename(tmp_path / "old")
-    assert str(tmp_path / "home" / "w.safetensors") in refused(*SMALL, 'model.file="~/w.safetensors"')
+    assert str(tmp_path / "home" / "w.safetensors") in refused(
+        *SMALL, 'model.file="~/w.safetensors"'
+    )
     assert str(tmp_path / "home" / "stages") in refused(*SMALL, 'stages="~/stages"')
     error = refused(*SMALL, 'hydra.run.dir="~/run"')
     assert f"would be a folder called ~; write hydra.run.dir={tmp_path}/home/run" in error
@@ -386,10 +434,18 @@ def test_a_mixture_is_fitted_to_images_in_folders_if_these_are_classes(refused, 
         path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (8, 8), np.uint8)).save(path)
-    fit = ["task=fit_mixture", "images=image_folder", "images.size=8", "images.channels=1", "task.output=x.safetensors"]
+    fit = [
+        "task=fit_mixture",
+        "images=image_folder",
+        "images.size=8",
+        "images.channels=1",
+        "task.output=x.safetensors",
+    ]
     fit += ["task.clusters=1", "task.rank=2"]
     message = refused(*fit, f"images.root={tmp_path / 'images' / 'a'}", "hydra.run.dir=run")
-    assert message.startswith("images has no classes to fit; give images in a folder for each class")
+    assert message.startswith(
+        "images has no classes to fit; give images in a folder for each class"
+    )
     assert oss_exp(tmp_path, *fit, f"images.root={tmp_path / 'images'}", "hydra.run.dir=run") == 0
     assert GaussianMixture.from_asset(tmp_path / "x.safetensors").event_shape == (1, 8, 8)
 
@@ -420,7 +476,9 @@ def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(t
             options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
             assert not options or f"{group}: {', '.join(options)}" in text
         assert [
-            name for name in ("task=search", "task=evaluate", "task=report", "--multirun") if name not in text
+            name
+            for name in ("task=search", "task=evaluate", "task=report", "--multirun")
+            if name not in text
         ] == []
         output, error = module.communicate(timeout=60)
     assert (module.returncode, output.strip(), error) == (0, text.strip(), "")

@@ -19,7 +19,9 @@ class Projection(nn.Module):
 
     def forward(self, images):
         flat = images.flatten(1)
-        weights = torch.randn(flat.shape[1], 7, generator=torch.Generator().manual_seed(5), dtype=flat.dtype)
+        weights = torch.randn(
+            flat.shape[1], 7, generator=torch.Generator().manual_seed(5), dtype=flat.dtype
+        )
         return torch.tanh(flat @ weights)
 
 
@@ -45,12 +47,18 @@ def every_distance(norm: int) -> dict:
     }
 
 
-ALL = [pytest.param(d, id=f"{name}-{norm}") for norm in (1, 2) for name, d in every_distance(norm).items()]
+ALL = [
+    pytest.param(d, id=f"{name}-{norm}")
+    for norm in (1, 2)
+    for name, d in every_distance(norm).items()
+]
 LINEAR = [param for param in ALL if param.values[0].linear]
 
 
 def videos(seed: int, rows: int = 5) -> torch.Tensor:
-    return torch.randn(rows, *VIDEO, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        rows, *VIDEO, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 class Network:
@@ -109,7 +117,9 @@ def test_what_is_called_linear_is_linear_and_reads_neither_time_nor_network(dist
         return distance.features(x, None, None)
 
     x, y = videos(0), videos(1)
-    torch.testing.assert_close(features(2 * x - 3 * y), 2 * features(x) - 3 * features(y), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        features(2 * x - 3 * y), 2 * features(x) - 3 * features(y), rtol=1e-12, atol=1e-12
+    )
     assert distance.calls == 0
     assert distance.quadratic == (distance.norm == 2)
 
@@ -181,19 +191,25 @@ def test_inception_takes_the_decoder_of_the_model_through_any_selection(mixture)
     assert XtMSE().bind(mixture) == XtMSE()
 
 
-@pytest.mark.parametrize("make", [X0MSE, lambda: Inception(Projection(), decode)], ids=["x0", "inception"])
+@pytest.mark.parametrize(
+    "make", [X0MSE, lambda: Inception(Projection(), decode)], ids=["x0", "inception"]
+)
 def test_the_cost_of_a_problem_counts_one_call_for_every_row_above_the_data(make, gmm):
     network = Network()
     problem = Problem(network, gmm["z"][:4], FlowSchedule(shift=1.0).nodes(6), Euler(), make())
     problem.teacher.targets  # noqa: B018
     network.rows = 0
-    x = torch.cat([problem.teacher.states[node] for node in (1, 2, 3)])  # three candidates for each sample
+    x = torch.cat(
+        [problem.teacher.states[node] for node in (1, 2, 3)]
+    )  # three candidates for each sample
     cost = problem.cost(x, torch.tensor([2]))
     assert network.rows == 12
     assert bool((cost[4:8] == 0).all())
     assert bool((cost[:4] > 0).all())
     own = problem.cost(x, torch.tensor([0, 6, 3, 1]))  # each sample at a node of its own
-    assert own.tolist() == [float(problem.cost(x, torch.tensor([n]))[m]) for m, n in enumerate([0, 6, 3, 1] * 3)]
+    assert own.tolist() == [
+        float(problem.cost(x, torch.tensor([n]))[m]) for m, n in enumerate([0, 6, 3, 1] * 3)
+    ]
     network.rows = 0
     problem.cost(x, torch.tensor([6]))
     assert network.rows == 0
@@ -205,7 +221,8 @@ def test_the_cost_of_a_problem_counts_one_call_for_every_row_above_the_data(make
 
 
 @pytest.mark.parametrize(
-    ("present", "wanted", "used"), [(4, 2, [0, 3]), (4, 1, [0]), (4, 4, [0, 1, 2, 3]), (4, 3, [0, 1, 3])]
+    ("present", "wanted", "used"),
+    [(4, 2, [0, 3]), (4, 1, [0]), (4, 4, [0, 1, 2, 3]), (4, 3, [0, 1, 3])],
 )
 def test_select_uses_frames_spread_from_the_first_to_the_last(present, wanted, used):
     x = torch.zeros(present, 2, present, 3, 5)
@@ -247,7 +264,9 @@ def test_select_uses_the_frames_and_channels_of_the_released_search(oss_oracle, 
     z = oss_arrays["video.z"]  # (B, C, F, H, W)
     settings = set()
     for case in oss_oracle["video"]:
-        frames, channels = (None if case[key] == "all" else int(case[key]) for key in ("frame_type", "channel_type"))
+        frames, channels = (
+            None if case[key] == "all" else int(case[key]) for key in ("frame_type", "channel_type")
+        )
         expected = z[:, case["channels_used"]][:, :, case["frames_used"]]
         assert torch.equal(Select(XtMSE(), frames, channels).features(z, None, None), expected)
         settings.add((frames, channels))

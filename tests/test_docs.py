@@ -14,23 +14,34 @@ from omegaconf import DictConfig, OmegaConf
 from oss_exp.cli import CONF
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
-TASKS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "task").glob("*.yaml"))}
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("experiments/*/README.md")),
+]
+TASKS = {
+    path.stem: yaml.safe_load(path.read_text()) for path in sorted((CONF / "task").glob("*.yaml"))
+}
 COMMON = "Options of every search and measurement"
-OPTION = re.compile(r"^\| `(?P<key>[^`]+)` \| (`(?P<default>[^`]*)`|(?P<required>required)) \|", re.MULTILINE)
+OPTION = re.compile(
+    r"^\| `(?P<key>[^`]+)` \| (`(?P<default>[^`]*)`|(?P<required>required)) \|", re.MULTILINE
+)
 
 
 def sections() -> dict[str, str]:
     """The text under every heading of docs/tasks.md, comments aside."""
     text = re.sub(r"<!--.*?-->", "", (ROOT / "docs" / "tasks.md").read_text(), flags=re.DOTALL)
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    return {title: body for title, body in zip(parts[1::2], parts[2::2], strict=True) if body.strip()}
+    return {
+        title: body for title, body in zip(parts[1::2], parts[2::2], strict=True) if body.strip()
+    }
 
 
 def stated(section: str) -> dict[str, Any]:
     """Option -> default, of a section's tables."""
     return {
-        found["key"]: "???" if found["required"] else parsed(found["default"]) for found in OPTION.finditer(section)
+        found["key"]: "???" if found["required"] else parsed(found["default"])
+        for found in OPTION.finditer(section)
     }
 
 
@@ -51,7 +62,9 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
         if key != "defaults":
             found |= leaves(value, key) if key != "_target_" else {}
     # What a task is handed on (task.table: ${table}) has the row of the value itself.
-    return {key: value for key, value in found.items() if value != f"${{{key.removeprefix('task.')}}}"}
+    return {
+        key: value for key, value in found.items() if value != f"${{{key.removeprefix('task.')}}}"
+    }
 
 
 def leaves(value: Any, path: str) -> dict[str, Any]:
@@ -71,7 +84,9 @@ def without_code(text: str) -> str:
 
 def headings(path: Path) -> set[str]:
     """As GitHub's anchors."""
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    titles = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -102,7 +117,9 @@ def test_every_task_has_a_section():
 @pytest.mark.parametrize("task", TASKS)
 def test_options_and_defaults(task):
     said, expected = stated(sections()[task]), options(TASKS[task])
-    assert not expected.keys() - said.keys(), f"docs/tasks.md, {task}: no row for {expected.keys() - said.keys()}"
+    assert not expected.keys() - said.keys(), (
+        f"docs/tasks.md, {task}: no row for {expected.keys() - said.keys()}"
+    )
     assert said == expected | {key: default_of(key, task) for key in said.keys() - expected.keys()}
 
 
@@ -118,9 +135,13 @@ def default_of(key: str, task: str) -> Any:
     choices = config.hydra.runtime.choices
     if key in choices:
         return choices[key]
-    assert OmegaConf.select(config, key, default="absent") != "absent", f"{key} is no option of task={task}"
+    assert OmegaConf.select(config, key, default="absent") != "absent", (
+        f"{key} is no option of task={task}"
+    )
     *path, name = key.split(".")
-    return OmegaConf.to_container(OmegaConf.select(config, ".".join(path)) if path else config, resolve=False)[name]
+    return OmegaConf.to_container(
+        OmegaConf.select(config, ".".join(path)) if path else config, resolve=False
+    )[name]
 
 
 @lru_cache
@@ -136,18 +157,26 @@ def test_commands_compose():
     commands = []
     for path in sorted((ROOT / "docs").glob("*.md")):
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL):
-            commands += [line.partition("oss-exp ")[2] for line in block.splitlines() if "oss-exp " in line]
+            commands += [
+                line.partition("oss-exp ")[2] for line in block.splitlines() if "oss-exp " in line
+            ]
     assert len(commands) > 20
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for command in commands:
-            sweep, choose = "--multirun" in command, [word for word in words(command) if "=" in word]
+            sweep, choose = (
+                "--multirun" in command,
+                [word for word in words(command) if "=" in word],
+            )
             choose = [word for word in choose if not word.startswith("hydra.")]
             compose("config", [first_of_sweep(word) if sweep else word for word in choose])
 
 
 def words(command: str) -> list[str]:
     """As a shell splits them, in the folder `here` and in a loop over noise schedules."""
-    return [word.replace("$PWD", "here").replace("$s", "edm") for word in shlex.split(command, comments=True)]
+    return [
+        word.replace("$PWD", "here").replace("$s", "edm")
+        for word in shlex.split(command, comments=True)
+    ]
 
 
 def first_of_sweep(word: str) -> str:

@@ -17,7 +17,16 @@ from markdown_it import MarkdownIt
 
 from experiments.hostile_files.names import NAMES
 from oss_exp.checks import require_name
-from oss_exp.escaping import PlainConsole, csv_cell, label, latex, line, markdown, on_a_screen, visible
+from oss_exp.escaping import (
+    PlainConsole,
+    csv_cell,
+    label,
+    latex,
+    line,
+    markdown,
+    on_a_screen,
+    visible,
+)
 from oss_exp.evaluation import comparison
 from oss_exp.evaluation.comparison import with_gains
 from oss_exp.report import plots, web
@@ -26,7 +35,12 @@ from oss_exp.schedule import StepSchedule
 
 @pytest.fixture(scope="module")
 def lines():
-    return with_gains([result(name, {0: 30.0 - i, 1: 31.0 - i}, metrics={name: 1.0}) for i, name in enumerate(NAMES)])
+    return with_gains(
+        [
+            result(name, {0: 30.0 - i, 1: 31.0 - i}, metrics={name: 1.0})
+            for i, name in enumerate(NAMES)
+        ]
+    )
 
 
 def test_they_are_allowed_as_names():
@@ -35,7 +49,9 @@ def test_they_are_allowed_as_names():
         require_name(strategy=name)
 
 
-@pytest.mark.parametrize("name", ["../x", "..", "a/b", "a\\b", "a\0", "\x1b[31m", "a\nb", "a\u202eb", " ", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["../x", "..", "a/b", "a\\b", "a\0", "\x1b[31m", "a\nb", "a\u202eb", " ", "x" * 201]
+)
 def test_names_that_lead_elsewhere_are_refused_and_shown_in_short(name):
     with pytest.raises(ValueError, match=r"^strategy must be a name ") as caught:
         require_name(strategy=name)
@@ -50,7 +66,9 @@ def test_names_that_lead_elsewhere_are_refused_and_shown_in_short(name):
 
 def printed(*parts) -> str:
     file = io.StringIO()
-    PlainConsole(file=file, width=4000, force_terminal=True, color_system=None).print(*parts, soft_wrap=True)
+    PlainConsole(file=file, width=4000, force_terminal=True, color_system=None).print(
+        *parts, soft_wrap=True
+    )
     return file.getvalue()
 
 
@@ -103,9 +121,13 @@ def test_markdown_shows_names_and_obeys_nothing(lines):
     found = Text(reader.render(comparison.markdown(lines)))
     width = len(comparison.columns(lines)[0])
     cells = [found.cells[i : i + width] for i in range(0, len(found.cells), width)]
-    assert [cell.strip() for cell in cells[0][8:-2]] == [row[0].strip() for row in cells[1:]] == NAMES
+    assert (
+        [cell.strip() for cell in cells[0][8:-2]] == [row[0].strip() for row in cells[1:]] == NAMES
+    )
     assert found.tags <= TABLE
-    assert not re.search(r"(?<!\\):[\w+-]+:|(?<!\\)\$|(?<!\\)@\w|www\.", "".join(map(markdown, NAMES)))
+    assert not re.search(
+        r"(?<!\\):[\w+-]+:|(?<!\\)\$|(?<!\\)@\w|www\.", "".join(map(markdown, NAMES))
+    )
 
 
 def test_pages_show_names_and_obey_nothing(lines):
@@ -114,7 +136,9 @@ def test_pages_show_names_and_obey_nothing(lines):
         assert found.tags <= TABLE
         assert [cell for cell in found.cells if cell in NAMES][: len(NAMES)] == NAMES
     data = json.dumps({"name": NAMES})
-    block = re.search(r'id="data">(.*?)</script>', web.page(NAMES[16], [], json.loads(data)), re.DOTALL)[1]
+    block = re.search(
+        r'id="data">(.*?)</script>', web.page(NAMES[16], [], json.loads(data)), re.DOTALL
+    )[1]
     assert "<" not in block
     assert json.loads(block) == json.loads(data)
     assert f"<h1>{html.escape(NAMES[16])}</h1>" in web.page(NAMES[16], [], {})
@@ -161,10 +185,14 @@ def test_pictures_show_names_and_no_formulas(monkeypatch):
     """And every name has its entry in the legend, one that begins with _ too."""
     drawn = []
     monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
-    plans = [(name, StepSchedule(torch.tensor([1, 0.5 + i / 200, 0]))) for i, name in enumerate(NAMES)]
+    plans = [
+        (name, StepSchedule(torch.tensor([1, 0.5 + i / 200, 0]))) for i, name in enumerate(NAMES)
+    ]
     plots.schedules(plans, [])
     texts = drawn[0].legends[0].get_texts()
-    assert [text._preprocess_math(text.get_text()) for text in texts] == [(name, False) for name in NAMES]
+    assert [text._preprocess_math(text.get_text()) for text in texts] == [
+        (name, False) for name in NAMES
+    ]
     results = [result(name, {0: 1.0}, num_steps=2) for name in NAMES[:30]]
     pictures = {"teacher": np.zeros((1, 2, 2, 1), np.uint8)}
     plots.samples(pictures | {f"{name} K=2": pictures["teacher"] for name in NAMES[:30]}, results)

@@ -38,13 +38,18 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(error, old, tmp_pa
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(type(error)):
         write_atomically(path, "new content")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([] if old is None else [(path.name, old)])
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == (
+        [] if old is None else [(path.name, old)]
+    )
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path):
     (tmp_path / "file").touch()
     for path in (Path("/proc/x.json"), tmp_path / "file" / "x.json"):
-        with pytest.raises(OSError, match=rf"cannot write {path}: no file can be made in {path.parent} \(.*choose an"):
+        with pytest.raises(
+            OSError,
+            match=rf"cannot write {path}: no file can be made in {path.parent} \(.*choose an",
+        ):
             write_atomically(path, "{}")
 
 
@@ -75,7 +80,9 @@ def test_what_is_written_is_read_back_byte_for_byte_over_an_older_file(content, 
 
 def test_an_asset_gives_back_tensors_and_provenance(tmp_path):
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).T  # not contiguous
-    digest = save_asset(tmp_path / "x.safetensors", {"x": x, "n": torch.arange(3)}, {"made_by": "a test"})
+    digest = save_asset(
+        tmp_path / "x.safetensors", {"x": x, "n": torch.arange(3)}, {"made_by": "a test"}
+    )
     tensors, record = load_asset(tmp_path / "x.safetensors", "asset")
     assert torch.equal(tensors["x"], x)
     assert tensors["n"].tolist() == [0, 1, 2]
@@ -153,7 +160,10 @@ def note(path, content) -> Note:
 
 
 def test_a_record_is_read_with_a_byte_order_mark_and_fields_of_others(tmp_path):
-    read = note(tmp_path / "n.json", b"\xef\xbb\xbf" + json.dumps({**WHOLE, "by": "somebody", "count": 3}).encode())
+    read = note(
+        tmp_path / "n.json",
+        b"\xef\xbb\xbf" + json.dumps({**WHOLE, "by": "somebody", "count": 3}).encode(),
+    )
     assert (read.times, read.count) == ([1.0, 0.5], 3)
     twice = b'{"count": 1, "count": 2,' + json.dumps(WHOLE).encode()[1:]
     assert note(tmp_path / "n.json", twice).count == 2
@@ -168,17 +178,41 @@ def test_numbers_are_read_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({**WHOLE, "format": "another"}, " is of another format: `format` must be 'a/note', got \"another\"; ask"),
-        ({**WHOLE, "version": 1, "times": 3}, " is of another version: `version` must be 2, got 1; ask"),
+        (
+            {**WHOLE, "format": "another"},
+            " is of another format: `format` must be 'a/note', got \"another\"; ask",
+        ),
+        (
+            {**WHOLE, "version": 1, "times": 3},
+            " is of another version: `version` must be 2, got 1; ask",
+        ),
         ({"version": 2, "times": []}, ": field `format` is missing; ask"),
         ({**WHOLE, "times": [1.0, "abc", 3]}, ': field `times.1` must be a number, got "abc"'),
-        ({**WHOLE, "times": [[1.0], [float("nan")]]}, ": field `times.1.0` must be a finite number, got nan"),
+        (
+            {**WHOLE, "times": [[1.0], [float("nan")]]},
+            ": field `times.1.0` must be a finite number, got nan",
+        ),
         ({**WHOLE, "count": True}, ": field `count` must be a whole number, got true; ask"),
-        ({**WHOLE, "count": 1.0, "flag": 1}, ": field `count` must be a whole number, got 1.0 (1 more fault); ask"),
-        ({**WHOLE, "count": "x" * 10_000_000}, f': field `count` must be a whole number, got "{"x" * 76}...; ask'),
-        ({**WHOLE, "more": {"a": 1, "b": {"c": 1}}}, ': field `more.b` must be a number, got {"c": 1}; ask'),
-        ({**WHOLE, "more": 10**400}, ": field `more` must be an object, got a number of over 80 digits; ask"),
-        ({**WHOLE, "more": {"a": 10**400}}, ": field `more.a` must be a finite number, got a number of over 80 digits"),
+        (
+            {**WHOLE, "count": 1.0, "flag": 1},
+            ": field `count` must be a whole number, got 1.0 (1 more fault); ask",
+        ),
+        (
+            {**WHOLE, "count": "x" * 10_000_000},
+            f': field `count` must be a whole number, got "{"x" * 76}...; ask',
+        ),
+        (
+            {**WHOLE, "more": {"a": 1, "b": {"c": 1}}},
+            ': field `more.b` must be a number, got {"c": 1}; ask',
+        ),
+        (
+            {**WHOLE, "more": 10**400},
+            ": field `more` must be an object, got a number of over 80 digits; ask",
+        ),
+        (
+            {**WHOLE, "more": {"a": 10**400}},
+            ": field `more.a` must be a finite number, got a number of over 80 digits",
+        ),
         ([WHOLE], ": must be an object, got [{...}]; ask"),
         (b"", " is empty; ask"),
         (b"{", " is not complete JSON (EOF while parsing an object at line 1 column 1); ask"),
@@ -208,13 +242,17 @@ def test_a_file_of_more_values_than_memory_holds_is_not_read(tmp_path):
     """Four bytes of JSON become a hundred."""
     path = tmp_path / "n.json"
     path.write_text("[" + "[]," * 4_200_000 + "[]]")
-    with pytest.raises(ValueError, match=r"note .*n\.json has more values than the 4,194,304 lists or"):
+    with pytest.raises(
+        ValueError, match=r"note .*n\.json has more values than the 4,194,304 lists or"
+    ):
         load_record(path, Note, "note")
 
 
 def test_a_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "n.jsonl"
-    line = json.dumps({**WHOLE, "more": {"a\u2028b": 1}}, ensure_ascii=False)  # no end of a line in JSON
+    line = json.dumps(
+        {**WHOLE, "more": {"a\u2028b": 1}}, ensure_ascii=False
+    )  # no end of a line in JSON
     path.write_text(f"{line}\n\n{line}\r\n", encoding="utf-8")
     assert len(load_records(path, Note, "notes")) == 2
     path.write_text(f"{line}\n\n{{}}\n", encoding="utf-8")

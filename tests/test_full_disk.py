@@ -13,14 +13,38 @@ from safetensors.torch import load_file
 
 from oss_exp.schedule import Free, StepSchedule
 
-SEARCH = ["model=mixture_digits", "num_teacher_steps=20", "num_steps=[2,4]", "data.search_samples=6", "logger=none"]
+SEARCH = [
+    "model=mixture_digits",
+    "num_teacher_steps=20",
+    "num_steps=[2,4]",
+    "data.search_samples=6",
+    "logger=none",
+]
 SEARCH += ["data.eval_samples=8", "data.per_sample=4", "trainer.enable_progress_bar=false"]
 COMPARE = [*SEARCH, "stepsize=[edm,oss_shared]"]
-NETWORK = ["model=dit_fashion", "model.event_shape=[1,8,8]", "model.backbone.size=8", "model.backbone.num_layers=1"]
+NETWORK = [
+    "model=dit_fashion",
+    "model.event_shape=[1,8,8]",
+    "model.backbone.size=8",
+    "model.backbone.num_layers=1",
+]
 NETWORK += ["model.backbone.num_attention_heads=2", "model.backbone.attention_head_dim=8"]
-TRAIN = ["task.max_steps=6", "task.save_every=2", "task.batch_size=8", "task.warmup_steps=1", "logger=none"]
+TRAIN = [
+    "task.max_steps=6",
+    "task.save_every=2",
+    "task.batch_size=8",
+    "task.warmup_steps=1",
+    "logger=none",
+]
 PRETRAIN = ["task=pretrain", "images=digits", "trainer.precision=32-true", *NETWORK, *TRAIN]
-FINETUNE = ["task=finetune", "task.num_stages=2", "task.trajectories=8", "task.precision=32-true", *NETWORK, *TRAIN]
+FINETUNE = [
+    "task=finetune",
+    "task.num_stages=2",
+    "task.trajectories=8",
+    "task.precision=32-true",
+    *NETWORK,
+    *TRAIN,
+]
 FINETUNE += ["stepsize=ddim", "num_teacher_steps=10", "num_steps=[3]", "data.search_samples=2"]
 EXPORT = ["task=export", "exporter=comfyui"]
 
@@ -82,9 +106,21 @@ def refused(arguments: list[str], folder: Path, capsys) -> str:
             28,
             r"cannot write .*/schedules/.*: No space left.*; free space",
         ),
-        ([*COMPARE, "keep_calls=false"], 60, r"cannot write .*\.npz: No space left on device; free space"),
-        (PRETRAIN, 92, r"cannot write .*/checkpoints/last.ckpt: No space left on device; free space"),
-        (FINETUNE, 92, r"cannot write .*/checkpoints/stage_0.ckpt: No space left on device; free space"),
+        (
+            [*COMPARE, "keep_calls=false"],
+            60,
+            r"cannot write .*\.npz: No space left on device; free space",
+        ),
+        (
+            PRETRAIN,
+            92,
+            r"cannot write .*/checkpoints/last.ckpt: No space left on device; free space",
+        ),
+        (
+            FINETUNE,
+            92,
+            r"cannot write .*/checkpoints/stage_0.ckpt: No space left on device; free space",
+        ),
     ],
     ids=["search", "schedules", "compare", "pretrain", "finetune"],
 )
@@ -97,17 +133,25 @@ def test_a_full_disk_is_told_of(arguments, kib, message, disk, tmp_path, capsys)
 
 
 def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
-    steps = StepSchedule([0.95, 0.5, 0.2, 0.0], Free(), provenance={"native": {"clock": "flow time"}})
+    steps = StepSchedule(
+        [0.95, 0.5, 0.2, 0.0], Free(), provenance={"native": {"clock": "flow time"}}
+    )
     steps.save(tmp_path / "lists.json")
     folder = disk(4)
     (folder / "other").write_bytes(bytes(4096))
-    arguments = [*EXPORT, f"task.schedule={tmp_path / 'lists.json'}", f"task.output={folder / 'comfy.json'}"]
+    arguments = [
+        *EXPORT,
+        f"task.schedule={tmp_path / 'lists.json'}",
+        f"task.output={folder / 'comfy.json'}",
+    ]
     assert "comfy.json: No space left on device; free space" in refused(arguments, tmp_path, capsys)
     assert [file.name for file in folder.iterdir()] == ["other"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [COMPARE, PRETRAIN, EXPORT], ids=["compare", "pretrain", "export"])
+@pytest.mark.parametrize(
+    "arguments", [COMPARE, PRETRAIN, EXPORT], ids=["compare", "pretrain", "export"]
+)
 def test_a_folder_that_cannot_be_written_is_told_of(arguments, disk, capsys):
     folder = disk(100, "ro")
     assert "Read-only file system" in refused(arguments, folder, capsys)

@@ -14,7 +14,13 @@ from helpers import mostly_slow
 
 from experiments.hostile_files import cases as hostile
 
-EVERY = {"run folders": 7, "sweeps": 3, "prompts": 2, "mixtures": 2, "folders that a run goes on in": 2}
+EVERY = {
+    "run folders": 7,
+    "sweeps": 3,
+    "prompts": 2,
+    "mixtures": 2,
+    "folders that a run goes on in": 2,
+}
 CHOSEN = defaultdict(list)
 for case in hostile.cases():
     if not case.large:
@@ -31,7 +37,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reader", mostly_slow(hostile.READERS, "checkpoints", "TorchScript", "configurations"))
+@pytest.mark.parametrize(
+    "reader", mostly_slow(hostile.READERS, "checkpoints", "TorchScript", "configurations")
+)
 def test_hostile_files_do_nothing(reader, tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     outside.mkdir()

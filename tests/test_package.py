@@ -28,6 +28,8 @@ def test_wheel(tmp_path):
 
     # A table of the paper, whose numbers are inside as well, with the run that it is made of.
     short = "task.overrides={model: mixture_digits, num_teacher_steps: 12, data.search_samples: 4}"
-    printed = run("-m", "oss_exp", "task=reproduce", "table=1", short, cwd=elsewhere, env=environment)
+    printed = run(
+        "-m", "oss_exp", "task=reproduce", "table=1", short, cwd=elsewhere, env=environment
+    )
     assert "# Table 1: What five ways to choose steps can do" in printed
     assert (elsewhere / "outputs/paper/table_1/small.md").is_file()

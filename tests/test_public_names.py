@@ -50,7 +50,11 @@ OWN_YAML = {
     "fashion_mnist": ("images/fashion_mnist", ""),
     "linear_betas": ("noise_schedule/ddim", "betas"),
 }
-FUNCTIONS = ["GaussianMixture.from_asset", "FashionDetector.from_asset", "FashionFeatures.from_asset"]
+FUNCTIONS = [
+    "GaussianMixture.from_asset",
+    "FashionDetector.from_asset",
+    "FashionFeatures.from_asset",
+]
 FUNCTIONS += ["cosine_betas", "linear_betas", "scaled_linear_betas"]
 OTHER_DEFAULTS = {
     "VAE": "those of diffusers.AutoencoderKL, for a pipeline's config holds only what differs from them",
@@ -85,7 +89,9 @@ def test_importing_the_package_loads_neither_torch_nor_numpy():
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+@pytest.mark.parametrize(
+    "file", sorted(CONF.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
 def test_targets_are_public_names(file):
     for node in targets(OmegaConf.load(file)).values():
         package, _, name = node._target_.partition(".")
@@ -115,7 +121,11 @@ def composed(file: Path) -> DictConfig:
     group, name = file.parent.name, file.stem
     with initialize_config_dir(str(CONF), version_base="1.3"):
         # A pipeline chooses options of other groups, which must be there.
-        config = compose("config", [f"model={name}"]) if group == "model" else compose(overrides=[f"+{group}={name}"])
+        config = (
+            compose("config", [f"model={name}"])
+            if group == "model"
+            else compose(overrides=[f"+{group}={name}"])
+        )
     if group == "exporter":
         return config.task.exporter
     return config[group][name] if group in ("stepsize", "metric") else config[group]
@@ -145,9 +155,13 @@ def same(one, other) -> bool:
         return type(one) is type(other) and same(one.state_dict(), other.state_dict())
     if is_dataclass(one):
         names = [field.name for field in fields(one)]
-        return type(one) is type(other) and all(same(getattr(one, name), getattr(other, name)) for name in names)
+        return type(one) is type(other) and all(
+            same(getattr(one, name), getattr(other, name)) for name in names
+        )
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(
+            same(value, other[key]) for key, value in one.items()
+        )
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
@@ -173,7 +187,9 @@ def test_every_default_is_that_of_the_yaml(nodes):
     for name in nodes.keys() - OTHER_DEFAULTS.keys():
         node = own_node(nodes, name)
         for parameter in inspect.signature(named_object(f"oss_exp.{name}")).parameters.values():
-            if parameter.name not in node or not isinstance(parameter.default, bool | int | float | str | tuple | None):
+            if parameter.name not in node or not isinstance(
+                parameter.default, bool | int | float | str | tuple | None
+            ):
                 continue
             value = node[parameter.name]
             value = list(value) if OmegaConf.is_list(value) else value
@@ -182,7 +198,10 @@ def test_every_default_is_that_of_the_yaml(nodes):
 
 @pytest.mark.slow
 def test_classes_that_yamls_build_with_several_values_name_one_of_them(nodes):
-    values = {name: {OmegaConf.to_yaml(node) for node in places.values()} for name, places in nodes.items()}
+    values = {
+        name: {OmegaConf.to_yaml(node) for node in places.values()}
+        for name, places in nodes.items()
+    }
     assert {name for name in PUBLIC_CLASSES if len(values.get(name, ())) > 1} <= OWN_YAML.keys()
     assert all(place in nodes[name] for name, place in OWN_YAML.items())
 
@@ -194,8 +213,12 @@ def test_yamls_hold_parameters_of_constructors(nodes):
         target = named_object(f"oss_exp.{name}")
         parameters = inspect.signature(target).parameters
         is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        hints = get_type_hints(target if is_dataclass(target) or not inspect.isclass(target) else target.__init__)
+        hints = get_type_hints(
+            target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
+        )
         for (yaml, key), node in places.items():
             keys = {key for key in node if not key.startswith("_")}
-            assert is_open or keys <= parameters.keys(), f"{yaml}, {key}: {keys - parameters.keys()}"
+            assert is_open or keys <= parameters.keys(), (
+                f"{yaml}, {key}: {keys - parameters.keys()}"
+            )
             assert keys & parameters.keys() <= hints.keys()

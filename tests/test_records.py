@@ -23,14 +23,23 @@ from oss_exp.geneval.rules import read_metadata
 from oss_exp.models.checkpoints.weights import read
 from oss_exp.models.families.mixture import MixtureProvenance
 from oss_exp.models.stages import StageFolder, StageRecord
-from oss_exp.report.records import read_amplitude, read_finetuning, read_geneval, read_metrics, read_training
+from oss_exp.report.records import (
+    read_amplitude,
+    read_finetuning,
+    read_geneval,
+    read_metrics,
+    read_training,
+)
 from oss_exp.reproduce.older_cells import read_cell
 from oss_exp.schedule import StepSchedule
 
 HASH = "0" * 64
 WISH = {
     "tag": "position",
-    "include": [{"class": "car", "count": 1}, {"class": "bus", "count": 1, "color": "red", "position": ["above", 0]}],
+    "include": [
+        {"class": "car", "count": 1},
+        {"class": "bus", "count": 1, "color": "red", "position": ["above", 0]},
+    ],
     "exclude": [{"class": "car", "count": 2}],
     "prompt": "a red bus above a car",
 }
@@ -48,9 +57,29 @@ ROW = {
     "metrics": {"fid": 1.5},
     "per_image": {"index": [7], "psnr": [1.0]},
 }
-TRAINING = {"steps": 2, "losses": [1.0, 0.5], "loss_before": 1.0, "loss_after": 0.5, "seconds": 1.5, "peak_bytes": 9}
-STAGE = {"sha256": HASH, "stage": 0, "times": [1.0, 0.0], "steps": 2, "parameters": 5, "training": TRAINING}
-CURVE = {"num_steps": 2, "calibrated": False, "times": [1.0, 0.0], "low": [[0.0], [1.0]], "high": [1.0, 2.0]}
+TRAINING = {
+    "steps": 2,
+    "losses": [1.0, 0.5],
+    "loss_before": 1.0,
+    "loss_after": 0.5,
+    "seconds": 1.5,
+    "peak_bytes": 9,
+}
+STAGE = {
+    "sha256": HASH,
+    "stage": 0,
+    "times": [1.0, 0.0],
+    "steps": 2,
+    "parameters": 5,
+    "training": TRAINING,
+}
+CURVE = {
+    "num_steps": 2,
+    "calibrated": False,
+    "times": [1.0, 0.0],
+    "low": [[0.0], [1.0]],
+    "high": [1.0, 2.0],
+}
 VERDICT = {"number": 0, "reasons": ["none"], "objects": {"car": [[0.0, 0.0, 1.0, 1.0, 0.5]]}}
 
 
@@ -72,7 +101,9 @@ READERS = {
         {"curves": [{"strategy": "teacher", **CURVE}, {"strategy": "oss", **CURVE}]},
         lambda path: read_amplitude(path.parent),
     ),
-    "asset": Reader("x.json", {"file": "x.safetensors", "sha256": HASH, "seed": 3}, asset(Provenance)),
+    "asset": Reader(
+        "x.json", {"file": "x.safetensors", "sha256": HASH, "seed": 3}, asset(Provenance)
+    ),
     "calibration": Reader(
         "x.json",
         {
@@ -94,7 +125,9 @@ READERS = {
         lambda path: read_cell(path.parent),
     ),
     "finetuning": Reader(
-        "finetune.json", {"name": "m", "sha256": HASH, "stages": [STAGE]}, lambda path: read_finetuning(path.parent)
+        "finetune.json",
+        {"name": "m", "sha256": HASH, "stages": [STAGE]},
+        lambda path: read_finetuning(path.parent),
     ),
     "GenEval's metadata": Reader("x.jsonl", WISH, read_metadata),
     "GenEval's results": Reader(
@@ -106,7 +139,9 @@ READERS = {
         },
         lambda path: read_geneval(path.parent),
     ),
-    "index of shards": Reader("x.index.json", {"metadata": {}, "weight_map": {"w": "w.safetensors"}}, read),
+    "index of shards": Reader(
+        "x.index.json", {"metadata": {}, "weight_map": {"w": "w.safetensors"}}, read
+    ),
     "metrics": Reader(
         "metrics.json",
         {
@@ -120,19 +155,32 @@ READERS = {
         lambda path: read_metrics(path.parent),
     ),
     "mixture": Reader(
-        "x.json", {"sha256": HASH, "name": "m", "event_shape": [1, 2], "by": None}, asset(MixtureProvenance)
+        "x.json",
+        {"sha256": HASH, "name": "m", "event_shape": [1, 2], "by": None},
+        asset(MixtureProvenance),
     ),
     "prompts": Reader("x.jsonl", {"prompt": "a"}, read_prompts),
     "scheduler": Reader(
         "scheduler_config.json",
-        {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001},
+        {
+            "_class_name": "EulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "beta_start": 0.0001,
+        },
         lambda path: Diffusers(scheduler=str(path)).own_scheduler(),
     ),
     "sigmas": Reader("x.json", comfyui_nodes([1.0, 0.5, 0.0]), lambda path: read_sigmas(str(path))),
-    "stage": Reader("stage_0.json", STAGE, lambda path: load_record(path, StageRecord, "record of a stage")),
+    "stage": Reader(
+        "stage_0.json", STAGE, lambda path: load_record(path, StageRecord, "record of a stage")
+    ),
     "stages": Reader(
         "stages.json",
-        {"format": "oss_exp/stages", "version": 1, "base": {"name": "m", "sha256": HASH}, "cuts": [0.7, 0.3]},
+        {
+            "format": "oss_exp/stages",
+            "version": 1,
+            "base": {"name": "m", "sha256": HASH},
+            "cuts": [0.7, 0.3],
+        },
         lambda path: StageFolder.load(path.parent),
     ),
     "step schedule": Reader(
@@ -165,7 +213,9 @@ READERS = {
         },
         StepSchedule.load,
     ),
-    "training": Reader("training.json", {"seed": 0, "losses": [1.0, 0.5]}, lambda path: read_training(path.parent)),
+    "training": Reader(
+        "training.json", {"seed": 0, "losses": [1.0, 0.5]}, lambda path: read_training(path.parent)
+    ),
 }
 
 
@@ -216,7 +266,9 @@ BROKEN = {
 }
 
 
-SIGMAS = [kind for kind, content in BROKEN.items() if content.lstrip()[:1] == b"{"]  # others are lists of sigmas
+SIGMAS = [
+    kind for kind, content in BROKEN.items() if content.lstrip()[:1] == b"{"
+]  # others are lists of sigmas
 
 
 EVERY = [(name, kind) for name in READERS for kind in (SIGMAS if name == "sigmas" else BROKEN)]
@@ -247,7 +299,13 @@ def test_a_file_that_is_not_there_is_named(name, tmp_path):
 def places(value: Any, above: tuple = ()) -> Iterator[tuple]:
     """The way to everything inside, and to the whole."""
     yield above
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, each in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(each, (*above, key))
 
 
@@ -271,7 +329,23 @@ def refusal(reader: Reader, path: Path) -> str:
     return ""
 
 
-NONSENSE = [None, True, -1, 0, 1.5, 1e30, 10**400, float("nan"), float("inf"), "abc", "", [], {}, [[1]], {"a": [None]}]
+NONSENSE = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e30,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "abc",
+    "",
+    [],
+    {},
+    [[1]],
+    {"a": [None]},
+]
 
 
 @pytest.mark.slow
@@ -283,7 +357,9 @@ def test_nonsense_in_any_field_is_taken_or_refused_by_name(name, tmp_path):
             path = written(reader, tmp_path, as_json(replaced(reader.valid, place, value)))
             if message := refusal(reader, path):
                 refused += 1
-                assert path.name in message or ".safetensors" in message  # a file that the record names
+                assert (
+                    path.name in message or ".safetensors" in message
+                )  # a file that the record names
                 assert len(message) < 500 + 2 * len(str(path))
     assert refused
 
@@ -330,5 +406,7 @@ def test_arrays_of_other_kinds_are_no_statistics(change, tmp_path):
     np.savez(tmp_path / "whole.npz", **whole)
     Reference.load(tmp_path / "whole.npz")
     np.savez(tmp_path / "x.npz", **{**whole, **change})
-    with pytest.raises(ValueError, match=rf"x\.npz: {next(iter(change))} (must be|has)|x\.npz: mu must be \(F,\)"):
+    with pytest.raises(
+        ValueError, match=rf"x\.npz: {next(iter(change))} (must be|has)|x\.npz: mu must be \(F,\)"
+    ):
         Reference.load(tmp_path / "x.npz")

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from oss_exp.schedule import Analytic, FittedSteps, Free, Pinned, SolverSteps, StepSchedule, analytic_jump, group_mean
+from oss_exp.schedule import (
+    Analytic,
+    FittedSteps,
+    Free,
+    Pinned,
+    SolverSteps,
+    StepSchedule,
+    analytic_jump,
+    group_mean,
+)
 from oss_exp.schedule_file import json_schema
 from oss_exp.solvers import named_solver
 
@@ -18,11 +27,15 @@ def float64(values) -> torch.Tensor:
 
 
 def shared() -> StepSchedule:
-    return StepSchedule(float64([0.97, 1 / 3, 0.1, 0]), Free(), provenance={"model": "é", "n": [1, 2]})
+    return StepSchedule(
+        float64([0.97, 1 / 3, 0.1, 0]), Free(), provenance={"model": "é", "n": [1, 2]}
+    )
 
 
 def per_sample() -> StepSchedule:
-    return StepSchedule(float64([[1, 0.7, 0], [0.9, 0.1, 0], [0.8, 1e-9, 0]]), Free(), samples=(3, 11, 5))
+    return StepSchedule(
+        float64([[1, 0.7, 0], [0.9, 0.1, 0], [0.8, 1e-9, 0]]), Free(), samples=(3, 11, 5)
+    )
 
 
 def analytic() -> StepSchedule:
@@ -42,7 +55,9 @@ def ordered_per_sample() -> StepSchedule:
 def fitted() -> StepSchedule:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, 5, dtype=torch.float64, generator=generator)
-    return StepSchedule(float64([1, 0.4, 0]), steps=FittedSteps(weights, torch.randn(2, 3, generator=generator)))
+    return StepSchedule(
+        float64([1, 0.4, 0]), steps=FittedSteps(weights, torch.randn(2, 3, generator=generator))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -57,7 +72,11 @@ def test_no_field_can_be_set(name):
 
 
 def test_changing_the_tensor_it_was_made_from_changes_nothing():
-    times, orders, weights = float64([1, 0.5, 0]), torch.tensor([1, 2]), float64([[1, 2, 3, 4], [5, 6, 7, 8]])
+    times, orders, weights = (
+        float64([1, 0.5, 0]),
+        torch.tensor([1, 2]),
+        float64([[1, 2, 3, 4], [5, 6, 7, 8]]),
+    )
     schedule, steps, fitted_steps = StepSchedule(times), SolverSteps(orders), FittedSteps(weights)
     before = times.tolist(), orders.tolist(), weights.tolist()
     for tensor in (times, orders, weights):
@@ -89,16 +108,32 @@ ONE, TWO = [[1.0] * 4], [[1.0] * 4] * 2
         ([0.5, 0.0], {"start": Analytic(torch.zeros(1, 2), math.nan)}, "start_time=nan"),
         ([[1.0, 0.0], [0.9, 0.0]], {}, "indices of their samples"),
         ([1.0, 0.0], {"samples": (0,)}, "indices of their samples"),
-        ([[1.0, 0.0], [0.9, 0.0]], {"start": Free(), "samples": (0, 1, 2)}, "indices of their samples"),
+        (
+            [[1.0, 0.0], [0.9, 0.0]],
+            {"start": Free(), "samples": (0, 1, 2)},
+            "indices of their samples",
+        ),
         ([[1.0, 0.0], [0.9, 0.0]], {"start": Free(), "samples": ()}, "indices of their samples"),
         ([[1.0, 0.0], [0.9, 0.0]], {"samples": (0, 1)}, "start pinned have one first time"),
         ([1.0, 0.5, 0.0], {"steps": SolverSteps([1])}, "2 steps need an order each"),
         ([1.0, 0.5, 0.0], {"steps": SolverSteps([1, 2, 1])}, "2 steps need an order each"),
         ([1.0, 0.5, 0.0], {"steps": SolverSteps([[1, 2]])}, "2 steps need an order each"),
-        ([[1.0, 0.5, 0.0]], {"samples": (0,), "steps": SolverSteps([1, 2])}, "2 steps need an order each"),
+        (
+            [[1.0, 0.5, 0.0]],
+            {"samples": (0,), "steps": SolverSteps([1, 2])},
+            "2 steps need an order each",
+        ),
         ([1.0, 0.5, 0.0], {"steps": FittedSteps(ONE)}, "1 fitted steps are for 2 times"),
-        ([[1.0, 0.5, 0.0]], {"samples": (0,), "steps": FittedSteps(TWO)}, "2 fitted steps are for 3 times of all"),
-        ([0.9, 0.5, 0.0], {"start": Analytic(), "steps": FittedSteps(TWO, torch.ones(1))}, "need the same mean"),
+        (
+            [[1.0, 0.5, 0.0]],
+            {"samples": (0,), "steps": FittedSteps(TWO)},
+            "2 fitted steps are for 3 times of all",
+        ),
+        (
+            [0.9, 0.5, 0.0],
+            {"start": Analytic(), "steps": FittedSteps(TWO, torch.ones(1))},
+            "need the same mean",
+        ),
     ],
 )
 def test_the_constructor_refuses_what_is_not_a_schedule(times, fields, words):
@@ -187,7 +222,9 @@ def test_an_analytic_jump_from_below_1_is_euler_with_the_mean_as_clean_predictio
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [shared, per_sample, analytic, ordered, ordered_per_sample, fitted])
+@pytest.mark.parametrize(
+    "make", [shared, per_sample, analytic, ordered, ordered_per_sample, fitted]
+)
 def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
     schedule = make()
     loaded = StepSchedule.load(schedule.save(tmp_path / "new folder" / "oss.K5.json"))
@@ -195,7 +232,10 @@ def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
     assert loaded.times.dtype == torch.float64
     for name in ("kind", "start_time", "samples", "provenance", "num_steps"):
         assert getattr(loaded, name) == getattr(schedule, name)
-    tensors = [(each.mean, each.orders, getattr(each.steps, "weights", None)) for each in (loaded, schedule)]
+    tensors = [
+        (each.mean, each.orders, getattr(each.steps, "weights", None))
+        for each in (loaded, schedule)
+    ]
     for value, expected in zip(*tensors, strict=True):
         assert (value is None) == (expected is None)
         assert expected is None or (torch.equal(value, expected) and value.dtype == expected.dtype)
@@ -206,7 +246,9 @@ def edit(**changes):
 
     def change(path):
         record = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+        path.write_text(
+            json.dumps({key: value for key, value in record.items() if value is not ...})
+        )
 
     return change
 
@@ -222,8 +264,16 @@ MEAN = {"file": "x.safetensors", "sha256": "0" * 64}
         (lambda path: path.write_text(path.read_text()[:60]), ValueError, "not complete JSON"),
         (lambda path: path.write_text("0.9, 0.5, 0"), ValueError, "not complete JSON"),
         (lambda path: path.write_bytes(b"\x89PNG\xff"), ValueError, "not complete JSON"),
-        (lambda path: path.write_text('{"sigmas": [1, 0]}'), ValueError, "`version` is missing|must be an object"),
-        (lambda path: path.write_text("[1, 0.5, 0]"), ValueError, "`version` is missing|must be an object"),
+        (
+            lambda path: path.write_text('{"sigmas": [1, 0]}'),
+            ValueError,
+            "`version` is missing|must be an object",
+        ),
+        (
+            lambda path: path.write_text("[1, 0.5, 0]"),
+            ValueError,
+            "`version` is missing|must be an object",
+        ),
         (edit(version=1), ValueError, "another version: `version` must be one of 2, 3, got"),
         (edit(version=...), ValueError, "`version` is missing"),
         (edit(times=...), ValueError, "times"),
@@ -240,15 +290,31 @@ MEAN = {"file": "x.safetensors", "sha256": "0" * 64}
         (edit(start={"kind": "free", "start_time": None}), ValueError, "start_time"),
         (edit(start={"kind": "pinned", "mean": MEAN}), ValueError, "mean"),
         (edit(start={"kind": "analytic", "start_time": 1.0}), ValueError, "mean"),
-        (edit(start={"kind": "analytic", "start_time": 1.0, "mean": MEAN | {"file": "../x"}}), ValueError, "file"),
+        (
+            edit(start={"kind": "analytic", "start_time": 1.0, "mean": MEAN | {"file": "../x"}}),
+            ValueError,
+            "file",
+        ),
         (edit(provenance=None), ValueError, "provenance"),
         (edit(samples=[0]), ValueError, "samples"),
         (edit(steps=...), ValueError, "steps"),
-        (edit(steps={"kind": "solver", "orders": [1, 2]}), ValueError, "3 steps need an order each"),
+        (
+            edit(steps={"kind": "solver", "orders": [1, 2]}),
+            ValueError,
+            "3 steps need an order each",
+        ),
         (edit(steps={"kind": "solver", "orders": [1.5, 1, 1]}), ValueError, "orders"),
-        (edit(steps={"kind": "solver", "orders": [1, 3, 1]}), ValueError, "cannot exceed the calls made so far"),
+        (
+            edit(steps={"kind": "solver", "orders": [1, 3, 1]}),
+            ValueError,
+            "cannot exceed the calls made so far",
+        ),
         (edit(steps={"kind": "solver", "orders": "1, 1, 1"}), ValueError, "orders"),
-        (edit(steps={"kind": "solver", "orders": None, "weights": [[1, 0, 0, 0]] * 3}), ValueError, "weights"),
+        (
+            edit(steps={"kind": "solver", "orders": None, "weights": [[1, 0, 0, 0]] * 3}),
+            ValueError,
+            "weights",
+        ),
         (edit(steps={"kind": "fitted", "weights": [[1, 0, 0, 0]] * 3}), ValueError, "mean"),
     ],
 )
@@ -303,19 +369,27 @@ def test_the_file_of_a_mean_says_whose_it_is(tmp_path):
 
 
 def test_a_schedule_of_too_many_steps_is_refused_by_its_field(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be saved as .*: field `times` must be a list of at most 10001"):
+    with pytest.raises(
+        ValueError, match=r"cannot be saved as .*: field `times` must be a list of at most 10001"
+    ):
         StepSchedule(torch.linspace(1, 0, 10_002, dtype=torch.float64)).save(tmp_path / "x.json")
 
 
 def test_the_documented_schema_is_that_of_the_code():
-    documented = json.loads((Path(__file__).parents[1] / "docs" / "step_schedule.schema.json").read_text())
+    documented = json.loads(
+        (Path(__file__).parents[1] / "docs" / "step_schedule.schema.json").read_text()
+    )
     assert documented == json_schema()
 
 
 def test_a_provenance_is_json_also_where_it_has_no_number(tmp_path):
-    steps = StepSchedule(float64([1.0, 0.5, 0.0]), provenance={"a": [float("nan"), float("inf"), 1.0]})
+    steps = StepSchedule(
+        float64([1.0, 0.5, 0.0]), provenance={"a": [float("nan"), float("inf"), 1.0]}
+    )
     path = steps.save(tmp_path / "x.json")
-    assert json.loads(path.read_text(), parse_constant=pytest.fail)["provenance"] == {"a": [None, None, 1.0]}
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["provenance"] == {
+        "a": [None, None, 1.0]
+    }
 
 
 def test_an_order_in_a_provenance_is_a_number():

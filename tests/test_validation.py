@@ -41,8 +41,14 @@ def described(given: dict, prefix: str = "task") -> str:
     [
         ({"part": {"kind": "one"}}, "`task.part.rate` is missing"),
         ({"part": {"kind": "one", "rate": 2.0}}, "`task.part.rate` must be at most 1.0, got 2.0"),
-        ({"part": {"kind": "one", "rate": 0.0}}, "`task.part.rate` must be greater than 0.0, got 0.0"),
-        ({"part": {"kind": "three"}}, "`task.part.kind` must be one of 'one', 'two', got \"three\""),
+        (
+            {"part": {"kind": "one", "rate": 0.0}},
+            "`task.part.rate` must be greater than 0.0, got 0.0",
+        ),
+        (
+            {"part": {"kind": "three"}},
+            "`task.part.kind` must be one of 'one', 'two', got \"three\"",
+        ),
         ({"part": {}}, "`task.part.kind` is missing"),
         ({"part": {"kind": "two", "pair": (1,)}}, "`task.part.pair.1` is missing"),
         ({"mixed": 1.5}, "`task.mixed` must be a whole number or text or a list, got 1.5"),

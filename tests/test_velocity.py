@@ -38,7 +38,9 @@ def test_no_rows_at_a_time_are_refused():
 
 def test_conditions_of_any_shape_are_tiled_whole():
     condition = torch.arange(12.0).reshape(3, 2, 2)
-    v = BoundVelocity(lambda x, t, y: x + y, condition, micro_batch=4)(torch.zeros(6, 2, 2), torch.zeros(6))
+    v = BoundVelocity(lambda x, t, y: x + y, condition, micro_batch=4)(
+        torch.zeros(6, 2, 2), torch.zeros(6)
+    )
     assert torch.equal(v, torch.cat([condition, condition]))
 
 

@@ -23,7 +23,9 @@ from oss_exp.solvers import Euler, named_solver, nfe, sample
 FILES = Path(__file__).parent / "version_2"
 REPLAYS = json.loads((FILES / "replay.json").read_text())
 SCHEDULES = sorted(
-    str(path.relative_to(FILES)) for path in FILES.glob("**/schedules/**/*.json") if ".mean." not in path.name
+    str(path.relative_to(FILES))
+    for path in FILES.glob("**/schedules/**/*.json")
+    if ".mean." not in path.name
 )
 
 
@@ -35,8 +37,12 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_there_is_one_of_every_kind():
     schedules = [StepSchedule.load(FILES / name) for name in SCHEDULES]
     kinds = {(each.kind, each.per_sample, each.orders is not None) for each in schedules}
-    assert {start for start, _, _ in kinds} >= {f"{kind} start" for kind in ("free", "pinned", "analytic")}
-    assert {"analytic start, fitted steps", "pinned start, fitted steps"} <= {start for start, _, _ in kinds}
+    assert {start for start, _, _ in kinds} >= {
+        f"{kind} start" for kind in ("free", "pinned", "analytic")
+    }
+    assert {"analytic start, fitted steps", "pinned start, fitted steps"} <= {
+        start for start, _, _ in kinds
+    }
     assert len(kinds) >= 11
 
 
@@ -49,20 +55,30 @@ def test_a_schedule_saved_again_is_the_same(name, tmp_path):
     assert torch.equal(again.times, old.times)
     for key in ("kind", "start_time", "samples", "provenance"):
         assert getattr(again, key) == getattr(old, key)
-    pairs = [(each.mean, each.orders, getattr(each.steps, "weights", None)) for each in (again, old)]
+    pairs = [
+        (each.mean, each.orders, getattr(each.steps, "weights", None)) for each in (again, old)
+    ]
     for value, expected in zip(*pairs, strict=True):
         assert (value is None and expected is None) or torch.equal(value, expected)
 
 
 @pytest.mark.parametrize(
-    ("times", "samples"), [([1.0, 0.5, 0.0], [0]), ([[1.0, 0.5, 0.0]], None), ([], None), ([[]], [0])]
+    ("times", "samples"),
+    [([1.0, 0.5, 0.0], [0]), ([[1.0, 0.5, 0.0]], None), ([], None), ([[]], [0])],
 )
 def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_path):
-    file = next(FILES / name for name in SCHEDULES if StepSchedule.load(FILES / name).kind == "pinned start")
+    file = next(
+        FILES / name for name in SCHEDULES if StepSchedule.load(FILES / name).kind == "pinned start"
+    )
     path = tmp_path / "steps.json"
-    path.write_text(json.dumps({**json.loads(file.read_text()), "times": times, "samples": samples, "orders": None}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(file.read_text()), "times": times, "samples": samples, "orders": None}
+        )
+    )
     with pytest.raises(
-        ValueError, match=r"steps\.json: (field `times|times of shape|a step schedule needs at least two times)"
+        ValueError,
+        match=r"steps\.json: (field `times|times of shape|a step schedule needs at least two times)",
     ):
         StepSchedule.load(path)
 
@@ -81,7 +97,9 @@ def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
     monkeypatch.chdir(FILES.parents[1])  # some name a calibration by its path
     replay, steps = REPLAYS[name], StepSchedule.load(FILES / name)
     guidance = Guidance(**replay["guidance"])
-    model = GaussianMixture.from_asset(f"{replay['model']}.safetensors", guidance=guidance, micro_batch=1024).double()
+    model = GaussianMixture.from_asset(
+        f"{replay['model']}.safetensors", guidance=guidance, micro_batch=1024
+    ).double()
     condition = None if replay["condition"] is None else torch.tensor(replay["condition"])
     if replay["samples"] is not None:
         steps = steps.rows(replay["samples"])
@@ -107,14 +125,23 @@ NETWORK = [
     "model.backbone.attention_head_dim=8",
     f"model.checkpoint={FILES / 'base' / 'base.safetensors'}",
 ]
-SHORT = ["num_teacher_steps=10", "data.search_samples=2", "data.eval_samples=4", "data.per_sample=4"]
+SHORT = [
+    "num_teacher_steps=10",
+    "data.search_samples=2",
+    "data.eval_samples=4",
+    "data.per_sample=4",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stages", "stages_lora"])
 def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
     stages = FILES / name
-    measured = [f"stages={stages}", f"task.schedule={stages / 'schedule.json'}", f"hydra.run.dir={tmp_path}"]
+    measured = [
+        f"stages={stages}",
+        f"task.schedule={stages / 'schedule.json'}",
+        f"hydra.run.dir={tmp_path}",
+    ]
     run_cli("task=evaluate", *NETWORK, *SHORT, *measured, "data.batch_size=4", "logger=none")
     (old,) = json.loads((FILES / f"{name}.metrics.json").read_text())["rows"]
     (new,) = json.loads((tmp_path / "metrics.json").read_text())["rows"]
@@ -132,10 +159,14 @@ def test_an_older_run_goes_on_by_its_own_command(name, tmp_path):
     for file in (old / "schedules").iterdir():
         assert (folder / "schedules" / file.name).read_bytes() == file.read_bytes()
     if name == "run_compare":
-        before, after = (json.loads((place / "metrics.json").read_text())["rows"] for place in (old, folder))
+        before, after = (
+            json.loads((place / "metrics.json").read_text())["rows"] for place in (old, folder)
+        )
         assert [row["schedule"] for row in after] == [row["schedule"] for row in before]
         for row, expected in zip(after, before, strict=True):
-            assert row["per_image"]["psnr"] == pytest.approx(expected["per_image"]["psnr"], abs=2e-4)
+            assert row["per_image"]["psnr"] == pytest.approx(
+                expected["per_image"]["psnr"], abs=2e-4
+            )
 
 
 def test_an_older_run_of_another_command_is_refused(tmp_path, capsys):

@@ -12,7 +12,9 @@ def main() -> None:
     for solver in ("euler", "dpm_solver_pp", "unipc"):
         measure(f"baselines/{solver}", "experiment=baselines", f"solver={solver}")
         keep(__file__, f"{solver}.md", (OUTPUTS / f"baselines/{solver}/table.md").read_text())
-        keep(__file__, f"{solver}.png", (OUTPUTS / f"baselines/{solver}/schedules.png").read_bytes())
+        keep(
+            __file__, f"{solver}.png", (OUTPUTS / f"baselines/{solver}/schedules.png").read_bytes()
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,11 @@ NEEDED = {  # by option, what it is composed with
     "task/export": ["exporter=comfyui", "task.schedule=x"],
     "task/import_sigmas": ["task.sigmas=x", "task.network=eps"],
     "experiment/table_7": ["data.prompts=x"],
-    "data/conditions": ["data.conditions=conditions.npz", "data.search_samples=4", "data.eval_samples=4"],
+    "data/conditions": [
+        "data.conditions=conditions.npz",
+        "data.search_samples=4",
+        "data.eval_samples=4",
+    ],
 }
 NEEDED_BY_GROUP = {
     "images": ["task=statistics"],
@@ -54,7 +58,13 @@ NEEDED_BY_GROUP = {
     "detector": ["task=geneval"],
 }
 PLACES = {"detector": "task.detector", "exporter": "task.exporter"}
-NOT_BUILT = ("logger", "images", "evaluation", "metric", "task.detector")  # would read files or start something
+NOT_BUILT = (
+    "logger",
+    "images",
+    "evaluation",
+    "metric",
+    "task.detector",
+)  # would read files or start something
 
 
 class Outcome(NamedTuple):
@@ -71,7 +81,9 @@ def options() -> list[str]:
     """Return every group/option of conf/ that a run can choose."""
     skipped = ("base", "hydra", "scale", "paths")
     return [
-        f"{file.parent.name}/{file.stem}" for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name not in skipped
+        f"{file.parent.name}/{file.stem}"
+        for file in sorted(CONF.glob("*/*.yaml"))
+        if file.parent.name not in skipped
     ]
 
 
@@ -117,7 +129,9 @@ def _leaves(node: Any, key: str) -> Iterator[str]:
         yield key
 
 
-def tried(option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tuple, Exception | None]) -> Outcome:
+def tried(
+    option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tuple, Exception | None]
+) -> Outcome:
     """Replace one value, check the configuration, and build what the value belongs to, once for each class.
 
     refusals: what came of building, by class, parameter and value, of all options.
@@ -150,10 +164,14 @@ def _kind(message: str, key: str) -> str:
     """Of a refusal: whether its message holds the key, or that of a node above and the parameter's name."""
     *above, name = key.split(".")
     nodes = [".".join(above[: end + 1]) for end in range(len(above))]
-    if key in message or (name in message and any(re.search(rf"\b{re.escape(node)}\b", message) for node in nodes)):
+    if key in message or (
+        name in message and any(re.search(rf"\b{re.escape(node)}\b", message) for node in nodes)
+    ):
         return "refused"
     # Classes of other libraries often do not say which of their arguments they cannot take.
-    return "refused, its node named" if re.search(rf"\b{re.escape(nodes[-1])}\b", message) else "fault"
+    return (
+        "refused, its node named" if re.search(rf"\b{re.escape(nodes[-1])}\b", message) else "fault"
+    )
 
 
 def _owner(cfg: DictConfig, key: str) -> str:
@@ -172,12 +190,18 @@ def _build(cfg: DictConfig, key: str) -> bool:
     if key.startswith(NOT_BUILT) or key.startswith("model.sizes.full."):
         return False
     part = key.split(".")[0]
-    if part == "model" and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package" and not PSDENOISER:
+    if (
+        part == "model"
+        and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package"
+        and not PSDENOISER
+    ):
         return False
     if part == "model":
         border.build(cfg.model, "model", Model)
     elif part == "noise_schedule":
-        border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(cfg.num_teacher_steps)
+        border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(
+            cfg.num_teacher_steps
+        )
     elif part == "stepsize":
         name = key.split(".")[1]
         strategy = border.build(cfg.stepsize[name], f"stepsize.{name}")
@@ -243,7 +267,9 @@ def report(accepted: list[Outcome]) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--only", nargs="*", default=None, help="options such as solver/deis; all without")
+    arguments.add_argument(
+        "--only", nargs="*", default=None, help="options such as solver/deis; all without"
+    )
     chosen = arguments.parse_args().only or options()
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     warnings.simplefilter("ignore")
@@ -257,7 +283,9 @@ def main() -> None:
             outcomes.append(outcome)
             counts[outcome.kind] += 1
             if outcome.kind == "fault":
-                print(f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True)
+                print(
+                    f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True
+                )
         text = report([each for each in outcomes if each.kind == "accepted"])
         unbuilt = report([each for each in outcomes if each.kind == "accepted, not built"])
     counted = f"{sum(counts.values())} tried, {', '.join(f'{counts[kind]} {kind}' for kind in sorted(counts))}"

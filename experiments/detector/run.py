@@ -22,7 +22,10 @@ def main() -> None:
     rows = {}
     for split in ("train", "test"):
         wardrobe = Wardrobe(*fashion_mnist(root, split, SIDE))
-        rows[f"scenes of {split} garments"] = (0, ceiling(FashionDetector.from_asset(), wardrobe, seed=1))
+        rows[f"scenes of {split} garments"] = (
+            0,
+            ceiling(FashionDetector.from_asset(), wardrobe, seed=1),
+        )
     keep(__file__, "table.md", table(rows).replace(" (0)", ""))
 
 

@@ -25,7 +25,11 @@ SETTING = [
 
 
 def main() -> None:
-    header = ["distance", *(f"{s}, K={k}" for k in (5, 10) for s in ("oss", "oss_ave", "oss_shared")), "calls a sample"]
+    header = [
+        "distance",
+        *(f"{s}, K={k}" for k in (5, 10) for s in ("oss", "oss_ave", "oss_shared")),
+        "calls a sample",
+    ]
     rows = []
     for name, distance in DISTANCES.items():
         results = measure(f"distances/{'_'.join(distance).replace('=', '_')}", *SETTING, *distance)

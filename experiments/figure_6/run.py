@@ -31,8 +31,13 @@ def main() -> None:
                 *only,
             )
             for r in results:
-                name = f"{r.strategy}, run at the fixed order" if run_orders == "fixed" else r.strategy
-                psnr[name, order, r.num_steps], mean[name, order, r.num_steps] = str(r.psnr), r.psnr.mean
+                name = (
+                    f"{r.strategy}, run at the fixed order" if run_orders == "fixed" else r.strategy
+                )
+                psnr[name, order, r.num_steps], mean[name, order, r.num_steps] = (
+                    str(r.psnr),
+                    r.psnr.mean,
+                )
     names = sorted({name for name, *_ in mean}, key=lambda name: mean[name, 2, SHOWN[-1]])
     keep(__file__, "table.md", _table(names, psnr, mean))
     keep(__file__, "figure.png", _figure(names, mean))
@@ -45,10 +50,18 @@ def _best_by_hand(names, mean, order, k) -> tuple[float, str]:
 def _table(names, psnr, mean) -> str:
     columns = [(order, k) for k in SHOWN for order in ORDERS]
     rows = [[name, *(psnr[name, order, k] for order, k in columns)] for name in names]
-    ours = [max(mean[name, order, k] for name in names if name.startswith("oss")) for order, k in columns]
-    gains = [f"{best - _best_by_hand(names, mean, *c)[0]:+.2f}" for best, c in zip(ours, columns, strict=True)]
+    ours = [
+        max(mean[name, order, k] for name in names if name.startswith("oss"))
+        for order, k in columns
+    ]
+    gains = [
+        f"{best - _best_by_hand(names, mean, *c)[0]:+.2f}"
+        for best, c in zip(ours, columns, strict=True)
+    ]
     rows.append(["**best search minus best hand-made**", *gains])
-    return table(["PSNR, dB", *(f"K={k}, order {'≤ ' * (order > 1)}{order}" for order, k in columns)], rows)
+    return table(
+        ["PSNR, dB", *(f"K={k}, order {'≤ ' * (order > 1)}{order}" for order, k in columns)], rows
+    )
 
 
 def _figure(names, mean) -> bytes:
@@ -60,12 +73,32 @@ def _figure(names, mean) -> bytes:
                 continue
             axis.plot(budgets, [mean[name, order, k] for k in budgets], color="0.7", lw=1)
         best = [_best_by_hand(names, mean, order, k)[0] for k in budgets]
-        axis.plot(budgets, best, color="0.3", lw=2, marker=".", label="best hand-made (others in grey)")
-        for name, color in zip(OURS, ("tab:orange", "tab:green", "tab:red", "tab:blue"), strict=True):
-            axis.plot(budgets, [mean[name, order, k] for k in budgets], color=color, lw=2, marker="o", ms=4, label=name)
+        axis.plot(
+            budgets, best, color="0.3", lw=2, marker=".", label="best hand-made (others in grey)"
+        )
+        for name, color in zip(
+            OURS, ("tab:orange", "tab:green", "tab:red", "tab:blue"), strict=True
+        ):
+            axis.plot(
+                budgets,
+                [mean[name, order, k] for k in budgets],
+                color=color,
+                lw=2,
+                marker="o",
+                ms=4,
+                label=name,
+            )
         fixed = "oss_ave, run at the fixed order"
-        axis.plot(budgets, [mean[fixed, order, k] for k in budgets], color="tab:orange", ls=":", label=fixed)
-        axis.set(title=f"DPM-Solver++, orders up to {order}", xlabel="network calls K", xticks=budgets)
+        axis.plot(
+            budgets,
+            [mean[fixed, order, k] for k in budgets],
+            color="tab:orange",
+            ls=":",
+            label=fixed,
+        )
+        axis.set(
+            title=f"DPM-Solver++, orders up to {order}", xlabel="network calls K", xticks=budgets
+        )
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PSNR against the 100-step teacher, dB")
     axes[0].legend(fontsize=8)

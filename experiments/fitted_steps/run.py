@@ -50,17 +50,23 @@ class Bench:
     """Noises of one seed, with the teacher's answers on the held-out ones."""
 
     def __init__(self) -> None:
-        self.model = GaussianMixture.from_asset("mixture_fashion.safetensors", guidance=Guidance(), micro_batch=4096)
+        self.model = GaussianMixture.from_asset(
+            "mixture_fashion.safetensors", guidance=Guidance(), micro_batch=4096
+        )
         self.velocity = self.model.velocity(None)
         self.other = self.noise(10**6, HELD_OUT)
         self.truth = self._teacher(self.other)
 
     def noise(self, seed: int, count: int) -> torch.Tensor:
-        return torch.randn(count, *self.model.event_shape, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(
+            count, *self.model.event_shape, generator=torch.Generator().manual_seed(seed)
+        )
 
     def plans(self, strategy, count: int, seed: int):
         noise = self.noise(seed, count)
-        return noise, strategy.plan(Problem(self.velocity, noise, GRID, SOLVER, XtMSE()), list(BUDGETS))
+        return noise, strategy.plan(
+            Problem(self.velocity, noise, GRID, SOLVER, XtMSE()), list(BUDGETS)
+        )
 
     def psnr(self, steps, noise: torch.Tensor, truth: torch.Tensor | None = None) -> torch.Tensor:
         truth = self._teacher(noise) if truth is None else truth
@@ -100,7 +106,9 @@ def overfitting(bench: Bench) -> dict[tuple[str, int, int], tuple[list[float], l
     """{(strategy, samples, K): (train PSNR of each seed, held-out PSNR of each seed)}."""
     curve = {}
     kinds = {"oss_fit": fit(), "oss_shared": ORDINARY}
-    for (name, strategy), count in track(list(itertools.product(kinds.items(), SAMPLES)), "overfitting"):
+    for (name, strategy), count in track(
+        list(itertools.product(kinds.items(), SAMPLES)), "overfitting"
+    ):
         for seed in range(SEEDS):
             noise, plans = bench.plans(strategy, count, seed)
             for k, steps in plans.items():
@@ -118,8 +126,14 @@ def _curve_table(curve) -> str:
             train, other = (sum(values) / len(values) for values in curve[name, count, k])
             cells.append(f"{train:.2f} / {other:.2f}")
         rows.append(cells)
-    header = ["search samples", *(f"{n}, K={k}: train / held-out" for n in ("oss_shared", "oss_fit") for k in BUDGETS)]
-    return table(header, rows) + f"\nPSNR in dB, mean over {SEEDS} search sets; {HELD_OUT} held-out noises.\n"
+    header = [
+        "search samples",
+        *(f"{n}, K={k}: train / held-out" for n in ("oss_shared", "oss_fit") for k in BUDGETS),
+    ]
+    return (
+        table(header, rows)
+        + f"\nPSNR in dB, mean over {SEEDS} search sets; {HELD_OUT} held-out noises.\n"
+    )
 
 
 def _curve_figure(curve) -> bytes:
@@ -165,7 +179,10 @@ def choices(bench: Bench) -> str:
         rows.append(cells)
     truth = "{:.3f} .. {:.3f}".format(*bench.quantiles())
     rows.append(["(teacher)", "", truth, "", truth])
-    header = ["64 search samples", *(text for k in BUDGETS for text in (f"K={k}: PSNR, dB", "5 .. 95 % of x0"))]
+    header = [
+        "64 search samples",
+        *(text for k in BUDGETS for text in (f"K={k}: PSNR, dB", "5 .. 95 % of x0")),
+    ]
     return table(header, rows)
 
 

@@ -183,10 +183,17 @@ def png_of(width: int, height: int, data: bytes = b"") -> bytes:
     """A PNG whose header says so."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def picture(size: tuple[int, int] = (4, 4), form: str = "png", **options: Any) -> bytes:
@@ -282,9 +289,13 @@ def broken_json(name: str) -> dict[str, Callable[[Path], Path]]:
 
 def many_json(name: str) -> dict[str, Callable[[Path], Path]]:
     return {
-        "40 million empty objects": put(name, lambda: b'{"times":[' + b"{}," * 40_000_000 + b"{}]}"),
+        "40 million empty objects": put(
+            name, lambda: b'{"times":[' + b"{}," * 40_000_000 + b"{}]}"
+        ),
         "60 million numbers": put(name, lambda: b'{"times":[' + b"1," * 60_000_000 + b"0]}"),
-        "a million fields": put(name, lambda: json.dumps({f"f{i}": [] for i in range(1_000_000)}).encode()),
+        "a million fields": put(
+            name, lambda: json.dumps({f"f{i}": [] for i in range(1_000_000)}).encode()
+        ),
         "30 million texts": put(name, lambda: b'{"times":[' + b'"",' * 30_000_000 + b'""]}'),
     }
 
@@ -349,13 +360,25 @@ CALIBRATION: dict[str, Any] = {
     "high": [1.0, 1.0, 1.0],
     "provenance": {},
 }
-CURVE = {"num_steps": 2, "calibrated": False, "times": [1.0, 0.0], "low": [-1.0, -1.0], "high": [1.0, 1.0]}
-WISH = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": "a red dress"}
+CURVE = {
+    "num_steps": 2,
+    "calibrated": False,
+    "times": [1.0, 0.0],
+    "low": [-1.0, -1.0],
+    "high": [1.0, 1.0],
+}
+WISH = {
+    "tag": "colors",
+    "include": [{"class": "dress", "count": 1, "color": "red"}],
+    "prompt": "a red dress",
+}
 VERDICT = {"number": 0, "reasons": [], "objects": {}}
 GENEVAL: dict[str, Any] = {
     "prompts": [WISH],
     "images_per_prompt": 1,
-    "rows": [{"label": label, "num_steps": 2, "verdicts": [VERDICT]} for label in ("teacher", "s_2")],
+    "rows": [
+        {"label": label, "num_steps": 2, "verdicts": [VERDICT]} for label in ("teacher", "s_2")
+    ],
 }
 STAGES: dict[str, Any] = {
     "format": "oss_exp/stages",
@@ -388,7 +411,12 @@ def run_folder(
 
     def make(folder: Path) -> Path:
         run = folder / "sweep" / "0"
-        parts = {"metrics": METRICS, "schedules/s_2": SCHEDULE, "teacher": {"times": [1.0, 0.5, 0.0]}, **records}
+        parts = {
+            "metrics": METRICS,
+            "schedules/s_2": SCHEDULE,
+            "teacher": {"times": [1.0, 0.5, 0.0]},
+            **records,
+        }
         for name, record in parts.items():
             if record is not None:
                 put(f"{name}.json", as_json(record))(run)
@@ -425,7 +453,9 @@ def schedules() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     for place in ("strategy", "model"):
         for number, each in enumerate(NAMES):
             yield f"the {place}'s name, {number}", made(f"provenance.{place}.name", each), False
-    for number, each in enumerate(["../outside/secret.txt", "..", "/etc/passwd", "a\x00b", "x" * 5000, "\x1b[31m"]):
+    for number, each in enumerate(
+        ["../outside/secret.txt", "..", "/etc/passwd", "a\x00b", "x" * 5000, "\x1b[31m"]
+    ):
         mean = {"kind": "analytic", "start_time": 1.0, "mean": {"file": each, "sha256": HASH}}
         yield f"the name of its mean, {number}", made("start", mean), False
     odd = {
@@ -437,8 +467,14 @@ def schedules() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
         "an order of 400 digits": ("steps.orders", [1, 10**400]),
         "an order of 20 digits": ("steps.orders", [1, 10**20]),
         "a sample of 30 digits": ("samples", [10**30]),
-        "weights of different lengths": ("steps", {"kind": "fitted", "weights": [[1.0], []], "mean": {"file": "m"}}),
-        "a class as its solver": ("provenance.solver", {"_target_": "os.system", "command": f"touch {MARK}"}),
+        "weights of different lengths": (
+            "steps",
+            {"kind": "fitted", "weights": [[1.0], []], "mean": {"file": "m"}},
+        ),
+        "a class as its solver": (
+            "provenance.solver",
+            {"_target_": "os.system", "command": f"touch {MARK}"},
+        ),
     }
     for title, (way, value) in odd.items():
         yield title, made(way, value), False
@@ -456,15 +492,21 @@ def means() -> dict[str, Callable[[], bytes]]:
         "a header of 2^63 bytes": lambda: struct.pack("<Q", 1 << 63) + b"{}",
         "a header of a gigabyte": lambda: struct.pack("<Q", 1 << 30) + b"{}",
         "deep": lambda: header(b'{"mean":' * 100_000),
-        "a shape of 2^80": lambda: header({"mean": {**entry, "shape": [1 << 40, 1 << 40]}}, bytes(4)),
+        "a shape of 2^80": lambda: header(
+            {"mean": {**entry, "shape": [1 << 40, 1 << 40]}}, bytes(4)
+        ),
         "negative offsets": lambda: header({"mean": {**entry, "data_offsets": [-4, 0]}}, bytes(4)),
         "overlapping": lambda: header({"mean": entry, "other": entry}, bytes(4)),
-        "past the end": lambda: header({"mean": {**entry, "shape": [1000], "data_offsets": [0, 4000]}}, bytes(4)),
+        "past the end": lambda: header(
+            {"mean": {**entry, "shape": [1000], "data_offsets": [0, 4000]}}, bytes(4)
+        ),
         "an unknown dtype": lambda: header({"mean": {**entry, "dtype": "os.system"}}, bytes(4)),
         "no mean": lambda: tensors(other=torch.ones(1)),
         "not finite": lambda: tensors(mean=torch.tensor([float("nan")])),
         "large: half a million tensors": lambda: header({f"t{i}": empty for i in range(500_000)}),
-        "large: a gigabyte and more": lambda: header({"mean": {**entry, "shape": [1]}}, bytes((1 << 30) + 4)),
+        "large: a gigabyte and more": lambda: header(
+            {"mean": {**entry, "shape": [1]}}, bytes((1 << 30) + 4)
+        ),
     }
 
 
@@ -474,7 +516,11 @@ def _with_mean(data: Callable[[], bytes]) -> Callable[[Path], Path]:
 
         content = data()
         put("m.safetensors", content)(folder)
-        mean = {"kind": "analytic", "start_time": 1.0, "mean": {"file": "m.safetensors", "sha256": sha256(content)}}
+        mean = {
+            "kind": "analytic",
+            "start_time": 1.0,
+            "mean": {"file": "m.safetensors", "sha256": sha256(content)},
+        }
         return put("x.json", as_json(changed(SCHEDULE, "start", mean)))(folder)
 
     return make
@@ -489,7 +535,10 @@ CONFIGS = {
     "an interpolation of itself": "a: ${b}\nb: ${a}\n",
     "an interpolation that is none": "a: '${oc.env:'\n",
     "aliases that multiply": "a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    + "".join(
+        f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n"
+        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ),
     "an alias of itself": "a: &a [*a]\n",
     "deep lists": "a: " + "[" * 10_000,
     "deep mappings": "".join(f"{' ' * i}a:\n" for i in range(400)),
@@ -518,24 +567,55 @@ def run_folders() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     ):
         for title, make in strange(file).items():
             yield f"{file}: {title}", run_folder(make), False
-    for file in ("metrics.json", "teacher.json", "training.json", "amplitude.json", "finetune.json", "geneval.json"):
+    for file in (
+        "metrics.json",
+        "teacher.json",
+        "training.json",
+        "amplitude.json",
+        "finetune.json",
+        "geneval.json",
+    ):
         for title, make in broken_json(file).items():
             yield f"{file}: {title}", run_folder(make), False
     for title, make in many_json("metrics.json").items():
         yield f"metrics.json: {title}", run_folder(make), True
     for number, each in enumerate(NAMES):
-        yield f"the strategy of a row, {number}", run_folder(metrics=changed(METRICS, "rows.0.strategy", each)), False
-        yield f"the model's name, {number}", run_folder(metrics=changed(METRICS, "model.name", each)), False
-        yield f"a metric's name, {number}", run_folder(metrics=changed(METRICS, "rows.0.metrics", {each: 1.0})), False
+        yield (
+            f"the strategy of a row, {number}",
+            run_folder(metrics=changed(METRICS, "rows.0.strategy", each)),
+            False,
+        )
+        yield (
+            f"the model's name, {number}",
+            run_folder(metrics=changed(METRICS, "model.name", each)),
+            False,
+        )
+        yield (
+            f"a metric's name, {number}",
+            run_folder(metrics=changed(METRICS, "rows.0.metrics", {each: 1.0})),
+            False,
+        )
         label = changed(GENEVAL, "rows.1.label", each)
         yield f"a label of GenEval, {number}", run_folder(geneval=label), False
     yield "2,000 schedules", run_folder(_copies), False
-    yield "schedules elsewhere", run_folder(link("schedules", "../../../outside"), without=("schedules",)), False
+    yield (
+        "schedules elsewhere",
+        run_folder(link("schedules", "../../../outside"), without=("schedules",)),
+        False,
+    )
     yield "the teacher's times rise", run_folder(teacher={"times": [0.0, 1.0]}), False
     yield "a million times of the teacher", run_folder(teacher={"times": [0.5] * 1_000_000}), False
     for title, data in arrays().items():
-        yield f"samples.npz: {title}", run_folder(put("samples.npz", data)), title.startswith("large")
-        yield f"trajectories.npz: {title}", run_folder(put("trajectories.npz", data)), title.startswith("large")
+        yield (
+            f"samples.npz: {title}",
+            run_folder(put("samples.npz", data)),
+            title.startswith("large"),
+        )
+        yield (
+            f"trajectories.npz: {title}",
+            run_folder(put("trajectories.npz", data)),
+            title.startswith("large"),
+        )
     for title, data in images().items():
         make = put("images/teacher/000000.png", data)
         yield f"a picture of GenEval: {title}", run_folder(make, geneval=GENEVAL), False
@@ -543,10 +623,18 @@ def run_folders() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     yield "a picture of GenEval: a link to a secret", run_folder(secret, geneval=GENEVAL), False
     yield "half a million losses", run_folder(training={"losses": [1.0] * 500_000}), True
     curves = [{"strategy": f"s{i}", **CURVE} for i in range(400)]
-    yield "400 curves", run_folder(amplitude={"curves": [{"strategy": "teacher", **CURVE}, *curves]}), True
+    yield (
+        "400 curves",
+        run_folder(amplitude={"curves": [{"strategy": "teacher", **CURVE}, *curves]}),
+        True,
+    )
     rows = [changed(changed(ROW, "strategy", f"s{i}"), "num_steps", i) for i in range(900)]
     yield "900 rows", run_folder(metrics=changed(METRICS, "rows", rows)), True
-    yield "a picture count of 10^30", run_folder(geneval=changed(GENEVAL, "images_per_prompt", 10**30)), False
+    yield (
+        "a picture count of 10^30",
+        run_folder(geneval=changed(GENEVAL, "images_per_prompt", 10**30)),
+        False,
+    )
 
 
 def _copies(folder: Path) -> Path:
@@ -566,7 +654,11 @@ def sweeps() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 
     for title, make in strange("error.log").items():
         yield f"error.log: {title}", failing(make), False
-    yield "error.log: control characters", failing(put("error.log", "\x1b]0;owned\x07 [bold]x | <script>\n")), False
+    yield (
+        "error.log: control characters",
+        failing(put("error.log", "\x1b]0;owned\x07 [bold]x | <script>\n")),
+        False,
+    )
     yield "error.log: a line of 50 MB", failing(put("error.log", lambda: b"x" * 50_000_000)), False
     yield "a folder in itself", failing(link("loop", "..")), False
 
@@ -583,7 +675,12 @@ def cells() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 
         def make(folder: Path, text: str | bytes = text) -> Path:
             put("cells/0123/config.yaml", text)(folder)
-            cell = {"overrides": [], "parent": "../../outside", "files": {"../x": HASH}, "packages": {}}
+            cell = {
+                "overrides": [],
+                "parent": "../../outside",
+                "files": {"../x": HASH},
+                "packages": {},
+            }
             put("cells/0123/cell.json", as_json(cell))(folder)
             return folder / "cells"
 
@@ -605,19 +702,31 @@ def arrays() -> dict[str, bytes | Callable[[], bytes]]:
     """Files of arrays, for all that read .npz."""
     objects = np.array([Command()], dtype=object)
     return {
-        "a pickled object": lambda: npz(teacher=objects, mu=objects, x=objects, **{"x0/teacher": objects}),
+        "a pickled object": lambda: npz(
+            teacher=objects, mu=objects, x=objects, **{"x0/teacher": objects}
+        ),
         "a pickle": lambda: pickled(Command()),
         "one array alone": lambda: npy("(1,)", data=b"0"),
-        "a header that is code": lambda: zipped(**{"teacher.npy": npy("__import__('os').system('true')")}),
+        "a header that is code": lambda: zipped(
+            **{"teacher.npy": npy("__import__('os').system('true')")}
+        ),
         "a header of 60,000 digits": lambda: zipped(**{"mu.npy": npy(f"({'9' * 60_000},)")}),
-        "a shape of 2^60": lambda: zipped(**{f"{key}.npy": npy("(1152921504606846976,)") for key in ("teacher", "mu")}),
-        "a negative shape": lambda: zipped(**{f"{key}.npy": npy("(-1, 4)") for key in ("teacher", "mu")}),
+        "a shape of 2^60": lambda: zipped(
+            **{f"{key}.npy": npy("(1152921504606846976,)") for key in ("teacher", "mu")}
+        ),
+        "a negative shape": lambda: zipped(
+            **{f"{key}.npy": npy("(-1, 4)") for key in ("teacher", "mu")}
+        ),
         "texts of a gigabyte": lambda: zipped(**{"mu.npy": npy("(1,)", "<U268435456")}),
         "a name with ..": lambda: zipped(**{"../../outside/executed.npy": npy("(1,)", data=b"0")}),
         "20,000 arrays": lambda: zipped(**{f"a{i}.npy": npy("(0,)") for i in range(20_000)}),
         "a cut zip": lambda: npz(**PICTURES)[:-30],
-        "a wrong checksum": lambda: npz(compressed=False, **PICTURES).replace(b"\0" * 32, b"\1" * 32, 1),
-        "other pictures than the teacher's": lambda: npz(**PICTURES | {"s K=2": np.zeros((2, 9, 4, 1), np.uint8)}),
+        "a wrong checksum": lambda: npz(compressed=False, **PICTURES).replace(
+            b"\0" * 32, b"\1" * 32, 1
+        ),
+        "other pictures than the teacher's": lambda: npz(
+            **PICTURES | {"s K=2": np.zeros((2, 9, 4, 1), np.uint8)}
+        ),
         "pictures of numbers": lambda: npz(teacher=np.zeros((2, 4, 4, 1))),
         "pictures of nothing": lambda: npz(teacher=np.zeros((0, 4, 4, 1), np.uint8)),
         "pictures in six dimensions": lambda: npz(teacher=np.zeros((1,) * 6, np.uint8)),
@@ -672,7 +781,9 @@ def idx() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
         "no gzip": b"x",
         "cut": gzip.compress(bytes(1000))[:20],
         "a pickle": lambda: gzip.compress(pickled(Command())),
-        "a header of 2^31 images": gzip.compress(struct.pack(">4i", 2051, 2**31 - 1, 28, 28) + bytes(784)),
+        "a header of 2^31 images": gzip.compress(
+            struct.pack(">4i", 2051, 2**31 - 1, 28, 28) + bytes(784)
+        ),
     }
     for title, data in contents.items():
 
@@ -705,11 +816,15 @@ def checkpoints() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
         "a pickle of itself": b"\x80\x02}q\x00U\x01ah\x00s.",
         "a pickle without end": b"\x80\x02}",
         "a zip without records": lambda: zipped(a=b"x"),
-        "a zip whose record is a pickle": lambda: zipped(**{"x/data.pkl": pickled(Command()), "x/version": b"3\n"}),
+        "a zip whose record is a pickle": lambda: zipped(
+            **{"x/data.pkl": pickled(Command()), "x/version": b"3\n"}
+        ),
         "half a torch file": lambda: torch_file({"w": torch.ones(100)})[:500],
         "an index of shards elsewhere": as_json({"weight_map": {"w": "../outside/secret.txt"}}),
         "an index of shards that are missing": as_json({"weight_map": {"w": "a.safetensors"}}),
-        "an index of a million": lambda: as_json({"weight_map": {f"w{i}": [] for i in range(1_000_000)}}),
+        "an index of a million": lambda: as_json(
+            {"weight_map": {f"w{i}": [] for i in range(1_000_000)}}
+        ),
         "HTML": b"<!doctype html><script>alert(1)</script>",
     }
     for title, data in contents.items():
@@ -727,8 +842,12 @@ def programs() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     yield "a program", script, False
     contents: dict[str, Any] = {
         "a pickle": lambda: torch_file({"w": Command()}),
-        "a zip that looks like one": lambda: zipped(**{"x/constants.pkl": pickled(Command()), "x/data.pkl": b"x"}),
-        "a zip of one in another": lambda: zipped(**{"y/x/constants.pkl": b"x", "x/data.pkl": pickled(Command())}),
+        "a zip that looks like one": lambda: zipped(
+            **{"x/constants.pkl": pickled(Command()), "x/data.pkl": b"x"}
+        ),
+        "a zip of one in another": lambda: zipped(
+            **{"y/x/constants.pkl": b"x", "x/data.pkl": pickled(Command())}
+        ),
         "nothing of one": lambda: zipped(**{"constants.pkl": b""}),
         "the old form": lambda: torch_file({"w": Command()}, old=True),
     }
@@ -753,9 +872,13 @@ def prompts() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 def workflows() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     node = {"class_type": "ManualSigmas", "inputs": {"sigmas": "1, 0"}}
     contents: dict[str, Any] = {
-        "sigmas of code": as_json({"1": {**node, "inputs": {"sigmas": "__import__('os').system('true')"}}}),
+        "sigmas of code": as_json(
+            {"1": {**node, "inputs": {"sigmas": "__import__('os').system('true')"}}}
+        ),
         "sigmas that are a list of lists": as_json({"1": {**node, "inputs": {"sigmas": [[[]]]}}}),
-        "a link to a node that is missing": as_json({"1": {**node, "inputs": {"sigmas": ["9", 0]}}}),
+        "a link to a node that is missing": as_json(
+            {"1": {**node, "inputs": {"sigmas": ["9", 0]}}}
+        ),
         "nodes that name each other": as_json({"1": {**node, "inputs": {"sigmas": ["1", 0]}}}),
         "100,000 nodes": lambda: as_json({str(i): node for i in range(100_000)}),
         "nodes that are texts": as_json({"1": "x", "nodes": [[]], "links": 3}),
@@ -772,7 +895,9 @@ def workflows() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 
 
 def stages() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
-    def made(data: Callable[[], bytes], record: Any = STAGES, about: Any = None) -> Callable[[Path], Path]:
+    def made(
+        data: Callable[[], bytes], record: Any = STAGES, about: Any = None
+    ) -> Callable[[Path], Path]:
         def make(folder: Path) -> Path:
             from oss_exp.files import sha256
 
@@ -795,7 +920,11 @@ def stages() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
     yield "a million cuts", made(lambda: b"", changed(STAGES, "cuts", [0.5] * 1_000_000)), False
     yield "a hash that is a list", made(lambda: b"", STAGES, {"sha256": [HASH]}), False
     for number, each in enumerate(NAMES):
-        yield f"the base's name, {number}", made(lambda: b"", changed(STAGES, "base.name", each)), False
+        yield (
+            f"the base's name, {number}",
+            made(lambda: b"", changed(STAGES, "base.name", each)),
+            False,
+        )
     for title, make in broken_json("stages.json").items():
         yield title, lambda folder, make=make: make(folder).parent, False
 
@@ -809,8 +938,17 @@ def records() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
 
 
 def schedulers() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
-    for each in ("os.system", "../../outside/secret", "SchedulerMixin", "__import__", "DDIMScheduler\x00", "AutoModel"):
-        content = as_json({"_class_name": each, "_module": "os", "auto_map": {"AutoModel": "evil.py"}})
+    for each in (
+        "os.system",
+        "../../outside/secret",
+        "SchedulerMixin",
+        "__import__",
+        "DDIMScheduler\x00",
+        "AutoModel",
+    ):
+        content = as_json(
+            {"_class_name": each, "_module": "os", "auto_map": {"AutoModel": "evil.py"}}
+        )
         yield f"the class {each!r:.30}", put("scheduler_config.json", content), False
     for title, make in broken_json("scheduler_config.json").items():
         yield title, make, False
@@ -822,7 +960,12 @@ def assets() -> Iterator[tuple[str, Callable[[Path], Path], bool]]:
             from oss_exp.files import sha256
 
             content = data()
-            put("x.json", as_json({"sha256": sha256(content), "name": "m", "event_shape": [1, 4, 4], **about}))(folder)
+            put(
+                "x.json",
+                as_json(
+                    {"sha256": sha256(content), "name": "m", "event_shape": [1, 4, 4], **about}
+                ),
+            )(folder)
             return put("x.safetensors", content)(folder)
 
         return make
@@ -859,7 +1002,10 @@ def _resume(file: Path) -> Any:
     require_same(OmegaConf.create({"task": {"x": 1}}), file.parent)
 
 
-READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str, Callable[[Path], Path], bool]]]]] = {
+READERS: dict[
+    str,
+    tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str, Callable[[Path], Path], bool]]]],
+] = {
     "step schedules": (StepSchedule.load, schedules),
     "step schedules of other programs": (OSSScheduler.from_schedule, records),
     "run folders": (write, run_folders),
@@ -869,7 +1015,10 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[], Iterator[tuple[str,
     "configurations": (lambda path: load_config(path, "configuration"), resumed),
     "calibrations": (Calibration.load, calibrations),
     "stages": (_stage_parameters, stages),
-    "checkpoints": (lambda path: read(locate(str(path), ["x.safetensors"], "elsewhere")), checkpoints),
+    "checkpoints": (
+        lambda path: read(locate(str(path), ["x.safetensors"], "elsewhere")),
+        checkpoints,
+    ),
     "TorchScript": (lambda path: load_weights(path, "weights", "them"), programs),
     "assets": (FashionFeatures.from_asset, assets),
     "mixtures": (GaussianMixture.from_asset, assets),

@@ -37,7 +37,15 @@ from oss_exp.report.plots import training
 SECONDS = 20
 BYTES = 1 << 30  # beside the program's own, which is about as much
 ALLOWED = 90  # seconds after which a process is ended
-WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "code.__new__")
+WATCHED = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "code.__new__",
+)
 SECRET = "a secret of the user"
 
 
@@ -73,7 +81,9 @@ def attempt(case: Case) -> Outcome:
         faults = _faults(found, seconds, peak)
         changed = {path for path, content in before.items() if after.get(path) != content}
         appeared = {path for path in after.keys() - before.keys() if path.startswith("outside")}
-        written = {path for path in changed if path.startswith("outside") or path not in after} | appeared
+        written = {
+            path for path in changed if path.startswith("outside") or path not in after
+        } | appeared
         if "outside/executed" in after:
             faults.append("ran")
         if written - {"outside/executed"}:
@@ -128,7 +138,11 @@ def _files(place: Path) -> dict[str, Any]:
 def _tells(work: Path, appeared: set[str]) -> bool:
     """Whether the secret is in a file that a reader wrote."""
     paths = [work.parent / path for path in appeared]
-    return any(SECRET.encode() in path.read_bytes() for path in paths if path.is_file() and not path.is_symlink())
+    return any(
+        SECRET.encode() in path.read_bytes()
+        for path in paths
+        if path.is_file() and not path.is_symlink()
+    )
 
 
 def forked(do: Callable[[], str], seconds: float) -> tuple[dict[str, Any], float, int]:
@@ -147,7 +161,9 @@ def forked(do: Callable[[], str], seconds: float) -> tuple[dict[str, Any], float
         except (ValueError, OSError) as error:
             found = {"refused": str(error)[:10_000]}
         except BaseException as error:
-            found = {"failed": f"{type(error).__name__}: {error!s:.300} {traceback.format_exc()[-1500:]}"}
+            found = {
+                "failed": f"{type(error).__name__}: {error!s:.300} {traceback.format_exc()[-1500:]}"
+            }
         with os.fdopen(mouth, "w") as file:
             file.write(json.dumps(found))
         os._exit(0)
@@ -158,7 +174,11 @@ def forked(do: Callable[[], str], seconds: float) -> tuple[dict[str, Any], float
         said = file.read()
     _, status, usage = os.wait4(child, 0)
     ends.cancel()
-    found = json.loads(said) if said else {"failed": f"the process ended by signal {os.waitstatus_to_exitcode(status)}"}
+    found = (
+        json.loads(said)
+        if said
+        else {"failed": f"the process ended by signal {os.waitstatus_to_exitcode(status)}"}
+    )
     worked = usage.ru_utime + usage.ru_stime  # of the processor: others may be at work here
     passed = time.monotonic() - started
     return found, passed if passed > seconds else worked, usage.ru_maxrss << 10
@@ -178,7 +198,9 @@ def main(only: list[str]) -> None:
         outcomes.append(attempt(case))
         last = outcomes[-1]
         if last.faults:
-            print(f"FAULT {case.reader}: {case.name}: {last.faults} {last.seconds:.1f} s {last.peak >> 20} MiB")
+            print(
+                f"FAULT {case.reader}: {case.name}: {last.faults} {last.seconds:.1f} s {last.peak >> 20} MiB"
+            )
             print(f"      {on_a_screen(last.message)}", flush=True)
     rows = []
     for reader in dict.fromkeys(each.case.reader for each in outcomes):
@@ -187,8 +209,20 @@ def main(only: list[str]) -> None:
         answers = Counter(each.answer for each in own)
         slowest, largest = max(each.seconds for each in own), max(each.peak for each in own)
         faults = [str(kinds[kind]) for kind in ("ran", "wrote", "told", "traceback", "long")]
-        limits = [f"{slowest:.1f} ({kinds['time']})", f"{largest / 2**30:.2f} GiB ({kinds['memory']})"]
-        rows.append([reader, str(len(own)), str(answers["refused"]), str(answers["taken"]), *faults, *limits])
+        limits = [
+            f"{slowest:.1f} ({kinds['time']})",
+            f"{largest / 2**30:.2f} GiB ({kinds['memory']})",
+        ]
+        rows.append(
+            [
+                reader,
+                str(len(own)),
+                str(answers["refused"]),
+                str(answers["taken"]),
+                *faults,
+                *limits,
+            ]
+        )
     columns = list(zip(*(row[1:9] for row in rows), strict=True))
     rows.append(["all", *(str(sum(map(int, column))) for column in columns), "", ""])
     header = [

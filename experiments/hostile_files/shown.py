@@ -46,15 +46,38 @@ def made(folder: Path) -> None:
     rows, pictures = [], {"teacher": np.zeros((1, 8, 8, 1), np.uint8)}
     for number, name in enumerate(NAMES):
         values = 40 - number / 10 + np.arange(2)
-        measured = {"psnr": Interval.of(values).to_dict(), "spread": Interval.of(np.ones(2)).to_dict()}
+        measured = {
+            "psnr": Interval.of(values).to_dict(),
+            "spread": Interval.of(np.ones(2)).to_dict(),
+        }
         images = {"index": [0, 1], "psnr": values.tolist()}
-        row = {"strategy": name, "num_steps": 2, "baseline": number == 0, "start": "pinned", "nfe": 2, "planning": {}}
-        rows.append({**row, **measured, "metrics": {f"fid {name}": 1.0} if number < 3 else {}, "per_image": images})
+        row = {
+            "strategy": name,
+            "num_steps": 2,
+            "baseline": number == 0,
+            "start": "pinned",
+            "nfe": 2,
+            "planning": {},
+        }
+        rows.append(
+            {
+                **row,
+                **measured,
+                "metrics": {f"fid {name}": 1.0} if number < 3 else {},
+                "per_image": images,
+            }
+        )
         pictures[f"{name} K=2"] = np.full((1, 8, 8, 1), 4 * number, np.uint8)
         about = {"strategy": {"name": name, "baseline": number == 0}, "model": {"name": NAMES[0]}}
         plan = StepSchedule([1.0, 0.2 + number / 100, 0.0], provenance=about)
         plan.save(folder / "schedules" / f"{number:02}_2.json")
-    run = {"model": {"name": NAMES[0]}, "teacher": {"num_steps": 10}, "solver": {}, "seed": 0, "teacher_metrics": {}}
+    run = {
+        "model": {"name": NAMES[0]},
+        "teacher": {"num_steps": 10},
+        "solver": {},
+        "seed": 0,
+        "teacher_metrics": {},
+    }
     (folder / "metrics.json").write_text(json.dumps({**run, "rows": rows}))
     (folder / "teacher.json").write_text(json.dumps({"times": np.linspace(1, 0, 11).tolist()}))
     (folder / "config.yaml").write_text("model: " + json.dumps(NAMES[16]) + "\n")
@@ -65,10 +88,19 @@ def browsed(folder: Path) -> dict:
     """What stands on the page, once its script has run."""
     page = folder / "browsed.html"
     page.write_text(SCRIPT + (folder / "report.html").read_text())
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'chromium'}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'chromium'}",
+    ]
     command = [CHROMIUM, *options, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    picture = [f"--screenshot={folder / 'page.png'}", "--window-size=1300,2400", (folder / "report.html").as_uri()]
+    picture = [
+        f"--screenshot={folder / 'page.png'}",
+        "--window-size=1300,2400",
+        (folder / "report.html").as_uri(),
+    ]
     subprocess.run([CHROMIUM, *options, *picture], capture_output=True, timeout=120, check=True)
     return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
 
@@ -116,9 +148,13 @@ def main(folder: Path) -> None:
     assert sorted(found["legend"]) == sorted(NAMES)
     assert found["rows"] == ["teacher", *NAMES]
     assert (found["odd"], "alerted" in found["title"]) == (0, False)
-    print(f"{len(NAMES)} names in the table, the legend and the pictures of the page, as they are; nothing else on it")
+    print(
+        f"{len(NAMES)} names in the table, the legend and the pictures of the page, as they are; nothing else on it"
+    )
     keys, artifact = logged(folder)
-    assert {f"psnr/{name}/K2" for name in NAMES} <= keys, {f"psnr/{name}/K2" for name in NAMES} - keys
+    assert {f"psnr/{name}/K2" for name in NAMES} <= keys, {
+        f"psnr/{name}/K2" for name in NAMES
+    } - keys
     print(f"{len(NAMES)} names among W&B's metrics, as they are; the artifact is {artifact}")
 
 

@@ -37,7 +37,9 @@ PAIRS = {  # two sets of images, and their FID elsewhere
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inception", required=True)
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--cache", type=Path, default=OUTPUTS / "inception_fid")
@@ -47,13 +49,24 @@ def main() -> None:
     images = {split: cifar10(options.cifar10, split)[0] for split in ("train", "test")}
     rows = []
     for name, (*sets, elsewhere) in PAIRS.items():
-        one, other = (features(extractor, images[split], split, first, last, folder) for split, first, last in sets)
-        rows.append([name, f"{fid(one, other):.3f}", f"{fid_of_torchmetrics(one, other):.3f}", elsewhere])
-        keep(__file__, "table.md", table(["real CIFAR-10 images", "FID", "torchmetrics", "elsewhere"], rows))
+        one, other = (
+            features(extractor, images[split], split, first, last, folder)
+            for split, first, last in sets
+        )
+        rows.append(
+            [name, f"{fid(one, other):.3f}", f"{fid_of_torchmetrics(one, other):.3f}", elsewhere]
+        )
+        keep(
+            __file__,
+            "table.md",
+            table(["real CIFAR-10 images", "FID", "torchmetrics", "elsewhere"], rows),
+        )
 
 
 @torch.no_grad()
-def features(extractor: nn.Module, images: Tensor, split: str, first: int, last: int, folder: Path) -> Tensor:
+def features(
+    extractor: nn.Module, images: Tensor, split: str, first: int, last: int, folder: Path
+) -> Tensor:
     """images (n, 3, 32, 32) in [-1, 1] -> (last - first, 2048) float32, from the cache where they are there."""
     parts = []
     for start in track(range(first, last, CHUNK), f"{split} {first} to {last}"):
@@ -69,7 +82,9 @@ def features(extractor: nn.Module, images: Tensor, split: str, first: int, last:
 
 def fid(one: Tensor, other: Tensor) -> float:
     """Features (n, F) and (m, F)."""
-    (mu, sigma, _), (other_mu, other_sigma, _) = (moments(sum(map(gram, x.split(CHUNK)))) for x in (one, other))
+    (mu, sigma, _), (other_mu, other_sigma, _) = (
+        moments(sum(map(gram, x.split(CHUNK)))) for x in (one, other)
+    )
     return frechet(mu, sigma, other_mu, other_sigma)
 
 

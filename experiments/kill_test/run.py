@@ -42,11 +42,30 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 A_FOLDER = 3  # kills at random moments before a run is let alone
 
-MIXTURE = ["model=mixture_digits", "num_teacher_steps=20", "data.search_samples=6", "data.per_sample=4"]
+MIXTURE = [
+    "model=mixture_digits",
+    "num_teacher_steps=20",
+    "data.search_samples=6",
+    "data.per_sample=4",
+]
 MIXTURE += ["num_steps=[2,4]", "logger=none", "data.eval_samples=12", "data.batch_size=4"]
-NETWORK = ["model=dit_fashion", "model.event_shape=[1,8,8]", "model.backbone.size=8", "model.backbone.num_layers=1"]
-NETWORK += ["model.backbone.num_attention_heads=2", "model.backbone.attention_head_dim=8", "logger=none"]
-MEASURED = ["metric=[fid,kid,class_agreement]", "metric.kid.subset_size=4", "data.eval_samples=12", "data.classes=all"]
+NETWORK = [
+    "model=dit_fashion",
+    "model.event_shape=[1,8,8]",
+    "model.backbone.size=8",
+    "model.backbone.num_layers=1",
+]
+NETWORK += [
+    "model.backbone.num_attention_heads=2",
+    "model.backbone.attention_head_dim=8",
+    "logger=none",
+]
+MEASURED = [
+    "metric=[fid,kid,class_agreement]",
+    "metric.kid.subset_size=4",
+    "data.eval_samples=12",
+    "data.classes=all",
+]
 TASKS = {
     "search": ["task=search", *MIXTURE, "stepsize=[edm,oss,oss_shared,oss_fit]"],
     "compare": ["model=mixture_fashion", *MIXTURE[1:], *MEASURED, "stepsize=[ddim,oss_ave]", "num_steps=[2]"],
@@ -69,7 +88,9 @@ TASKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tasks", nargs="*", default=list(TASKS))
-    parser.add_argument("--every", type=int, default=1, help="of how many moments at files one is tried")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of how many moments at files one is tried"
+    )
     parser.add_argument("--random", type=int, default=6, help="kills of a task at random moments")
     given = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
@@ -80,7 +101,9 @@ def main() -> None:
         (FOLDER / f"{name}.json").unlink(missing_ok=True)
     (FOLDER / "prompts.jsonl").write_text("".join(prompts[:2]))
     lines = [
-        kill(name, given.every, given.random) for name in TASKS if name in given.tasks or needed(name, given.tasks)
+        kill(name, given.every, given.random)
+        for name in TASKS
+        if name in given.tasks or needed(name, given.tasks)
     ]
     assert all(line[-1] == "0" for line in lines), "some runs do not end as the untouched one"
 
@@ -141,13 +164,29 @@ def kill(name: str, every: int, moments: int) -> list[str]:
     line = [name, str(renames), *signals, *counts]
     print(f"{line} in {time.monotonic() - started:.0f} s", flush=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(line))
-    lines = [json.loads(path.read_text()) for each in TASKS if (path := FOLDER / f"{each}.json").is_file()]
-    header = ["task", "files", "SIGKILL", "SIGTERM", "SIGINT", "ended runs", "files read", "unfinished ones", "wrong"]
+    lines = [
+        json.loads(path.read_text())
+        for each in TASKS
+        if (path := FOLDER / f"{each}.json").is_file()
+    ]
+    header = [
+        "task",
+        "files",
+        "SIGKILL",
+        "SIGTERM",
+        "SIGINT",
+        "ended runs",
+        "files read",
+        "unfinished ones",
+        "wrong",
+    ]
     keep(__file__, "table.md", table(header, lines))
     return line
 
 
-def run(name: str, folder: Path, sent: signal.Signals | None = None, at: Any = None) -> tuple[int, int, float]:
+def run(
+    name: str, folder: Path, sent: signal.Signals | None = None, at: Any = None
+) -> tuple[int, int, float]:
     """Run a task in a forked process, which saves the start of Python.
 
     at: when the signal comes, in seconds, or as (n, "before" or "after") the n-th rename, or as (name, ...) that to a
@@ -189,7 +228,11 @@ def run(name: str, folder: Path, sent: signal.Signals | None = None, at: Any = N
             if b"!" in data:
                 struck = time.monotonic()
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), said.count(b"."), time.monotonic() - (struck or time.monotonic())
+    return (
+        os.waitstatus_to_exitcode(status),
+        said.count(b"."),
+        time.monotonic() - (struck or time.monotonic()),
+    )
 
 
 def _patch(pipe: int, sent: signal.Signals | None, at: tuple[int | str, str] | None) -> None:
@@ -224,7 +267,11 @@ def require_whole(folder: Path) -> int:
         ".ckpt": lambda path: torch.load(path, weights_only=True),
         ".pt": lambda path: torch.load(path, weights_only=True),
     }
-    paths = [path for path in folder.rglob("*") if path.suffix in readers and not path.name.startswith(".")]
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix in readers and not path.name.startswith(".")
+    ]
     for path in paths:
         readers[path.suffix](path)
     return len(paths)
@@ -233,7 +280,9 @@ def require_whole(folder: Path) -> int:
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a run is for; without how long things took."""
     kinds = (".json", ".jsonl", ".safetensors", ".npz", ".png", ".md", ".csv", ".tex")
-    paths = [path for path in folder.rglob("*") if path.suffix in kinds and not path.name.startswith(".")]
+    paths = [
+        path for path in folder.rglob("*") if path.suffix in kinds and not path.name.startswith(".")
+    ]
     found = {}
     for path in paths:
         name = str(path.relative_to(folder))

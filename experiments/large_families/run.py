@@ -44,9 +44,13 @@ SHARE = 0.2  # of the brightest pixel, above which a pixel is of the garment
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("quality", "compare", "figure_7"))
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS))
+    parser.add_argument(
+        "networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS)
+    )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     if options.part == "figure_7":
@@ -76,16 +80,26 @@ def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
     once = ["stepsize=ddim", "num_steps=[1]", "evaluation.save_images=npz", "data.batch_size=40"]
     settings = [each for each in NETWORKS[name] if "eval_samples" not in each]
     model = [f"model={name}", f"model.guidance.scale={scale}"]
-    folder = finished(f"large_families/{name}_quality", *model, *settings, *once, f"data.eval_samples={count}")
-    images = torch.from_numpy(np.load(folder / "images" / "teacher.npz")["arr_0"]).movedim(-1, 1) / 255
+    folder = finished(
+        f"large_families/{name}_quality", *model, *settings, *once, f"data.eval_samples={count}"
+    )
+    images = (
+        torch.from_numpy(np.load(folder / "images" / "teacher.npz")["arr_0"]).movedim(-1, 1) / 255
+    )
     if name == "mar_fashion":
         texts = [GARMENTS[i % 10] for i in range(count)]
     else:  # held-out prompts are from the back of the list
         prompts = read_prompts(settings[1].removeprefix("data.prompts="))
         texts = [prompts[(-1 - i) % len(prompts)] for i in range(count)]
     rows = [[part, f"{100 * share:.1f} %"] for part, share in agreement(images, texts).items()]
-    keep(__file__, f"{name}_quality.md", table([f"{name}, guidance {scale:g}, n = {count}", "as asked"], rows))
-    shown = frames_of(images).unflatten(0, (count, -1))[: 40 if images.ndim == 5 else 80]  # (n, F, C, H, W)
+    keep(
+        __file__,
+        f"{name}_quality.md",
+        table([f"{name}, guidance {scale:g}, n = {count}", "as asked"], rows),
+    )
+    shown = frames_of(images).unflatten(0, (count, -1))[
+        : 40 if images.ndim == 5 else 80
+    ]  # (n, F, C, H, W)
     grid = torch.stack([make_grid(frame, nrow=10) for frame in shown.unbind(1)])
     frames = as_bytes(grid).numpy()
     if images.ndim == 5:
@@ -104,12 +118,20 @@ def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
     bright = frames.amax(2)
     drawn = bright > SHARE * bright.amax((2, 3), keepdim=True)
     seen = garments(bright, drawn)
-    right = {"garment": np.array([label in text.split() for text, label in zip(texts, seen, strict=True)])}
+    right = {
+        "garment": np.array(
+            [label in text.split() for text, label in zip(texts, seen, strict=True)]
+        )
+    }
     if images.shape[1] == 3:
         names = nearest_colours((frames * drawn[:, :, None]).sum((1, 3, 4)))
-        right["colour"] = np.array([name in text.split() for name, text in zip(names, texts, strict=True)])
+        right["colour"] = np.array(
+            [name in text.split() for name, text in zip(names, texts, strict=True)]
+        )
     if images.ndim == 5:
-        right["move"] = np.array([move in text for move, text in zip(moves(drawn), texts, strict=True)])
+        right["move"] = np.array(
+            [move in text for move, text in zip(moves(drawn), texts, strict=True)]
+        )
     right["all of it"] = np.logical_and.reduce(list(right.values()))
     return {name: float(each.mean()) for name, each in right.items()}
 
@@ -143,7 +165,9 @@ def moves(drawn: Tensor) -> list[str]:
     across = (drawn * place).sum((2, 3)) / area
     down = (drawn * place[:, None]).sum((2, 3)) / area
     late, early = slice(-2, None), slice(0, 2)
-    change = [each[:, late].mean(1) - each[:, early].mean(1) for each in (across, down, area.log() / 2)]
+    change = [
+        each[:, late].mean(1) - each[:, early].mean(1) for each in (across, down, area.log() / 2)
+    ]
     expected = torch.tensor([[x, y, np.log(growth)] for x, y, growth in MOVES.values()])
     nearest = torch.cdist(torch.stack(change, dim=1), expected.float()).argmin(1)
     return [list(MOVES)[i] for i in nearest]
@@ -176,11 +200,17 @@ def figure_7(count: int = 500) -> None:
     for name in names:
         own = {result.num_steps: result for result in results if result.strategy == name}
         fids = [own[k].metrics["fid"] for k in budgets]
-        rows.append([name, *(f"{fid:.3f}" for fid in fids), *(f"{own[k].psnr.mean:.2f}" for k in budgets)])
+        rows.append(
+            [name, *(f"{fid:.3f}" for fid in fids), *(f"{own[k].psnr.mean:.2f}" for k in budgets)]
+        )
         axis.plot(budgets, fids, marker="o", label=name)
-    found = json.loads((OUTPUTS / "large_families" / "figure_7" / "metrics.json").read_text())["teacher_metrics"]["fid"]
+    found = json.loads((OUTPUTS / "large_families" / "figure_7" / "metrics.json").read_text())[
+        "teacher_metrics"
+    ]["fid"]
     axis.axhline(found, color="0.5", ls="--", label="teacher, 100 steps")
-    axis.set(xlabel="steps of each token", ylabel=f"FID, {count} images", xscale="log", ylim=(0, None))
+    axis.set(
+        xlabel="steps of each token", ylabel=f"FID, {count} images", xscale="log", ylim=(0, None)
+    )
     axis.set_xticks(budgets, map(str, budgets))
     axis.minorticks_off()
     axis.grid(alpha=0.3)

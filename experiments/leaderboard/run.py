@@ -50,10 +50,23 @@ NETWORKS = {
     "flux_fashion, guidance 3": [*PROMPTS, "model.guidance.scale=3"],
     "mar_fashion": ["noise_schedule=cosine"],
 }
-SHARED = ["solver=dpm_solver_pp", "solver.order=3", "data.search_samples=32"]  # as experiment=leaderboard has them
+SHARED = [
+    "solver=dpm_solver_pp",
+    "solver.order=3",
+    "data.search_samples=32",
+]  # as experiment=leaderboard has them
 METRICS = "metric=[fid,kid,precision_recall,class_agreement]"
 COMMON_STEPS, COMMON_NOISES = 200, 64  # of Heun, 400 calls; it judges the first held-out noises
-HEADER = ["strategy", "K", "NFE", "PSNR, dB", "gain, dB", "worst 1 %", "PSNR to Heun's 400 calls", "parameters"]
+HEADER = [
+    "strategy",
+    "K",
+    "NFE",
+    "PSNR, dB",
+    "gain, dB",
+    "worst 1 %",
+    "PSNR to Heun's 400 calls",
+    "parameters",
+]
 OURS = ("oss_shared", "oss_fit", "oss_fit_polished", "oss_best")
 
 
@@ -67,8 +80,12 @@ class Entry:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS)
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=BUDGETS, metavar="K")
     parser.add_argument("--images", type=int, default=256, help="held-out samples; 10000 for FID")
     options = parser.parse_args()
@@ -89,10 +106,19 @@ def main() -> None:
 
 def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
     """Every strategy of experiment=leaderboard; NeuralSolver, published for some budgets, in a run of its own."""
-    settings = [f"model={name.split(',')[0]}", *SHARED, *NETWORKS[name], f"data.eval_samples={images}"]
+    settings = [
+        f"model={name.split(',')[0]}",
+        *SHARED,
+        *NETWORKS[name],
+        f"data.eval_samples={images}",
+    ]
     settings += [METRICS] * (images >= 10_000)
     of_run = f"leaderboard/{name.replace(', guidance ', '_')}_{'_'.join(map(str, steps))}_{images}"
-    folders = [finished(of_run, "experiment=leaderboard", *settings, f"num_steps={[*steps]}".replace(" ", ""))]
+    folders = [
+        finished(
+            of_run, "experiment=leaderboard", *settings, f"num_steps={[*steps]}".replace(" ", "")
+        )
+    ]
     if known := [k for k in steps if k in TABULATED]:
         only = [f"num_steps={known}".replace(" ", ""), "stepsize=neural_solver"]
         folders.append(finished(f"{of_run}_tables", *settings, *only))
@@ -101,9 +127,13 @@ def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
         for result in read_run(folder):
             key = result.strategy, result.num_steps
             results[key] = result
-            plans[key] = StepSchedule.load(folder / "schedules" / f"{result.strategy}_{result.num_steps}.json")
+            plans[key] = StepSchedule.load(
+                folder / "schedules" / f"{result.strategy}_{result.num_steps}.json"
+            )
     common = to_common_teacher(settings, plans)
-    return [Entry(result, common.get(key), parameters(plans[key])) for key, result in results.items()]
+    return [
+        Entry(result, common.get(key), parameters(plans[key])) for key, result in results.items()
+    ]
 
 
 @torch.no_grad()
@@ -144,8 +174,12 @@ def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         result = entry.result
         rivals = [e.result for e in entries if e.result.baseline and e.result.nfe == result.nfe]
         rival = max(rivals, key=lambda each: each.psnr.mean)
-        gain = Interval.of(np.array([value - rival.values[i] for i, value in result.values.items()]))
-        calls, seconds = (result.planning.get(key, 0) for key in ("network_calls_per_sample", "seconds"))
+        gain = Interval.of(
+            np.array([value - rival.values[i] for i, value in result.values.items()])
+        )
+        calls, seconds = (
+            result.planning.get(key, 0) for key in ("network_calls_per_sample", "seconds")
+        )
         rows.append(
             [
                 result.strategy,
@@ -156,7 +190,10 @@ def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
                 f"{result.worst:.2f}",
                 "-" if entry.common is None else str(entry.common),
                 str(entry.parameters),
-                *(f"{result.metrics[name]:.4g}" if name in result.metrics else "-" for name in more),
+                *(
+                    f"{result.metrics[name]:.4g}" if name in result.metrics else "-"
+                    for name in more
+                ),
                 f"{calls:.0f} calls, {seconds:.0f} s",
             ]
         )
@@ -164,9 +201,14 @@ def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" & ".join(latex(cell).replace("±", r"$\pm$") for cell in row) + r" \\" for row in (header, *rows)]
+    lines = [
+        " & ".join(latex(cell).replace("±", r"$\pm$") for cell in row) + r" \\"
+        for row in (header, *rows)
+    ]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-    return "\n".join([begin, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}", ""])
+    return "\n".join(
+        [begin, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}", ""]
+    )
 
 
 def picture(entries: Sequence[Entry], title: str) -> bytes:
@@ -180,21 +222,37 @@ def picture(entries: Sequence[Entry], title: str) -> bytes:
     for result in results:
         if result.num_steps == middle:
             at = max(float(result.planning.get("seconds", 0)), 0.1), result.psnr.mean
-            color = "tab:red" if result.strategy in OURS else "tab:gray" if result.baseline else "tab:blue"
+            color = (
+                "tab:red"
+                if result.strategy in OURS
+                else "tab:gray"
+                if result.baseline
+                else "tab:blue"
+            )
             left.plot(*at, "o", color=color)
-            left.annotate(result.strategy, at, xytext=(4, 2), textcoords="offset points", fontsize=7)
+            left.annotate(
+                result.strategy, at, xytext=(4, 2), textcoords="offset points", fontsize=7
+            )
     left.margins(x=0.2)  # for the names
-    left.set(xscale="log", xlabel="seconds of planning, all K together", ylabel=f"PSNR, dB, K = {middle}")
+    left.set(
+        xscale="log", xlabel="seconds of planning, all K together", ylabel=f"PSNR, dB, K = {middle}"
+    )
 
     # Calls.
     curves: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda each: each.nfe):
         curves.setdefault(result.strategy, []).append(result)
     by_fid = all("fid" in result.metrics for result in results)
-    best = sorted(curves, key=lambda name: -np.mean([result.psnr.mean for result in curves[name]]))[:10]
+    best = sorted(curves, key=lambda name: -np.mean([result.psnr.mean for result in curves[name]]))[
+        :10
+    ]
     for strategy in best:
-        heights = [result.metrics["fid"] if by_fid else result.psnr.mean for result in curves[strategy]]
-        right.plot([result.nfe for result in curves[strategy]], heights, marker="o", ms=3, label=strategy)
+        heights = [
+            result.metrics["fid"] if by_fid else result.psnr.mean for result in curves[strategy]
+        ]
+        right.plot(
+            [result.nfe for result in curves[strategy]], heights, marker="o", ms=3, label=strategy
+        )
     right.set(xlabel="network calls of an image", ylabel="FID" if by_fid else "PSNR, dB")
     right.set_yscale("log" if by_fid else "linear")
     right.legend(fontsize=7, title="the ten best")
@@ -207,7 +265,11 @@ def page() -> str:
     """All tables that were made, as the Markdown files beside this one have them."""
     body: list[str] = []
     for file in sorted(Path(__file__).parent.glob("*.md")):
-        lines = [line.strip("| ").split(" | ") for line in file.read_text().splitlines() if line.startswith("|")]
+        lines = [
+            line.strip("| ").split(" | ")
+            for line in file.read_text().splitlines()
+            if line.startswith("|")
+        ]
         if file.name != "README.md" and lines:
             body += [f"<h2>{file.stem}</h2>", web.table(lines[0], lines[2:])]
     return web.page("Leaderboard", body, {})

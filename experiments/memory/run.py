@@ -42,28 +42,62 @@ BARE, PIPELINED = "bare", "in its pipeline"
 BANDED = [search for search in SEARCHES if "band" in search]
 PIPELINES = {  # states of as many numbers
     "FLUX 1024 x 1024": ("FluxPipeline", {"height": 1024, "width": 2048}),
-    "Wan 480p, 81 frames": ("WanPipeline", {"height": 960, "width": 1664, "num_frames": 81, "guidance_scale": 1.0}),
+    "Wan 480p, 81 frames": (
+        "WanPipeline",
+        {"height": 960, "width": 1664, "num_frames": 81, "guidance_scale": 1.0},
+    ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alone", nargs=4, metavar=("SHAPE", "SEARCH", "B", "HOW"), help="one search in this process")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--alone",
+        nargs=4,
+        metavar=("SHAPE", "SEARCH", "B", "HOW"),
+        help="one search in this process",
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.alone:
         shape, search, count, how = options.alone
         make = pipelined if how == PIPELINED else bare
-        print(json.dumps(searched(*make(shape, int(count), options.device), SEARCHES[search], options.device)))
+        print(
+            json.dumps(
+                searched(*make(shape, int(count), options.device), SEARCHES[search], options.device)
+            )
+        )
         return
     rows = []
     every = [*product(SHAPES, SEARCHES, [1], [BARE]), *product(SHAPES, BANDED, [4], [BARE])]
     for shape, search, count, how in [*every, *product(SHAPES, BANDED, [1], [PIPELINED])]:
-        command = [sys.executable, "-m", "experiments.memory.run", "--alone", shape, search, str(count), how]
-        found = subprocess.run([*command, "--device", options.device], capture_output=True, text=True, check=True)
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.memory.run",
+            "--alone",
+            shape,
+            search,
+            str(count),
+            how,
+        ]
+        found = subprocess.run(
+            [*command, "--device", options.device], capture_output=True, text=True, check=True
+        )
         peak, calls, seconds = json.loads(found.stdout.splitlines()[-1])
         states = 101 * count * torch.Size(SHAPES[shape]).numel() * 4 / 2**30
-        row = [shape, how, search, str(count), f"{states:.2f}", f"{peak:.2f}", f"{peak / states:.1f}", str(calls)]
+        row = [
+            shape,
+            how,
+            search,
+            str(count),
+            f"{states:.2f}",
+            f"{peak:.2f}",
+            f"{peak / states:.1f}",
+            str(calls),
+        ]
         rows.append([*row, f"{seconds:.0f}"])
         print(*rows[-1], sep=" | ", flush=True)
     header = [
@@ -82,7 +116,9 @@ def main() -> None:
 
 def bare(shape: str, count: int, device: str) -> tuple[BoundVelocity, Tensor]:
     """The formula, and noises for it."""
-    noise = torch.randn(count, *SHAPES[shape], generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(count, *SHAPES[shape], generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     return BoundVelocity(lambda x, t, condition: gaussian(x, t), None, 4), noise
 
 
@@ -94,7 +130,9 @@ def pipelined(shape: str, count: int, device: str) -> tuple[BoundVelocity, Tenso
         gaussian(hidden_states, timestep / (1 if kind == "FluxPipeline" else 1000)),
     )
     model = Pipeline(pipe.to(device), [f"prompt {i}" for i in range(count)], **call | size)
-    noise = torch.randn(count, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(count, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     assert noise[0].numel() == torch.Size(SHAPES[shape]).numel(), model.event_shape
     return model.velocity(None), noise
 
@@ -107,10 +145,13 @@ def gaussian(x: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def searched(velocity: BoundVelocity, noise: Tensor, settings: list[str], device: str) -> tuple[float, int, float]:
+def searched(
+    velocity: BoundVelocity, noise: Tensor, settings: list[str], device: str
+) -> tuple[float, int, float]:
     """Peak memory in GiB of host and device above that at the beginning, calls a sample, seconds."""
     (strategy,) = (
-        border.build(each, "stepsize", StepsizeStrategy) for each in configuration(*settings).stepsize.values()
+        border.build(each, "stepsize", StepsizeStrategy)
+        for each in configuration(*settings).stepsize.values()
     )
     rows = 0
 
@@ -119,7 +160,9 @@ def searched(velocity: BoundVelocity, noise: Tensor, settings: list[str], device
         rows += len(x)
         return velocity.fn(x, t, condition)
 
-    problem = Problem(replace(velocity, fn=fn), noise, FlowSchedule(3.0).nodes(100), Euler(), XtMSE())
+    problem = Problem(
+        replace(velocity, fn=fn), noise, FlowSchedule(3.0).nodes(100), Euler(), XtMSE()
+    )
     before, started = host(), time.perf_counter()
     strategy.plan(problem, [10])
     seconds = time.perf_counter() - started

@@ -32,29 +32,56 @@ SEARCH, HELD_OUT = 32, 128
 def main() -> None:
     torch.set_grad_enabled(False)
     exact, rounded = network("float32"), network("bfloat16")
-    noise = torch.randn(SEARCH + HELD_OUT, *exact.event_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        SEARCH + HELD_OUT, *exact.event_shape, generator=torch.Generator().manual_seed(0)
+    )
     classes = torch.arange(len(noise)) % 10
-    strategy = OSSShared(start="analytic", band=Band(stride=8, width=1), refine=False, objective="log_mean")
+    strategy = OSSShared(
+        start="analytic", band=Band(stride=8, width=1), refine=False, objective="log_mean"
+    )
     rows = []
     for name, solver in SOLVERS.items():
 
         def images(model: Network, steps: StepSchedule, solver=solver) -> Tensor:
             held = slice(SEARCH, None)
-            return model.decode(sample(solver, model.velocity(classes[held]), noise[held], steps, group=classes[held]))
+            return model.decode(
+                sample(
+                    solver, model.velocity(classes[held]), noise[held], steps, group=classes[held]
+                )
+            )
 
         def search(model: Network, solver=solver) -> dict[int, StepSchedule]:
             velocity = model.velocity(classes[:SEARCH])
             problem = Problem(
-                velocity, noise[:SEARCH], GRID, solver, XtMSE(), group=classes[:SEARCH], num_groups=model.num_classes
+                velocity,
+                noise[:SEARCH],
+                GRID,
+                solver,
+                XtMSE(),
+                group=classes[:SEARCH],
+                num_groups=model.num_classes,
             )
             return strategy.plan(problem, list(BUDGETS))
 
         teacher = StepSchedule(GRID)
         truth, other = images(exact, teacher), images(rounded, teacher)
-        rows.append([name, "100, the teacher", "-", "-", "-", str(Interval.of(psnr(other, truth).numpy())), "-"])
+        rows.append(
+            [
+                name,
+                "100, the teacher",
+                "-",
+                "-",
+                "-",
+                str(Interval.of(psnr(other, truth).numpy())),
+                "-",
+            ]
+        )
         found, found_rounded = search(exact), search(rounded)
         for k in BUDGETS:
-            nodes = [torch.searchsorted(GRID.flip(0), plan[k].times.flip(0)) for plan in (found, found_rounded)]
+            nodes = [
+                torch.searchsorted(GRID.flip(0), plan[k].times.flip(0))
+                for plan in (found, found_rounded)
+            ]
             moved = (nodes[0] - nodes[1]).abs()
             rows.append(
                 [
@@ -63,7 +90,11 @@ def main() -> None:
                     f"{int(moved.max())} ({float(moved.double().mean()):.1f})",
                     *(
                         str(Interval.of(psnr(images(model, steps[k]), truth).numpy()))
-                        for model, steps in ((exact, found), (exact, found_rounded), (rounded, found))
+                        for model, steps in (
+                            (exact, found),
+                            (exact, found_rounded),
+                            (rounded, found),
+                        )
                     ),
                     str(Interval.of(psnr(images(rounded, found_rounded[k]), other).numpy())),
                 ]

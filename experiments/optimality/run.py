@@ -54,7 +54,9 @@ OBJECTIVE = Shared("log_mean")
 
 def main() -> None:
     torch.set_grad_enabled(False)
-    gaps: dict[StartKind, dict[str, list[float]]] = {start: {"recursion": [], "refined": []} for start in STARTS}
+    gaps: dict[StartKind, dict[str, list[float]]] = {
+        start: {"recursion": [], "refined": []} for start in STARTS
+    }
     rows = []
     settings = list(product(MIXTURES, SCHEDULES, SIZES))
     for mixture, schedule, (nodes, k) in track(settings, "settings"):
@@ -63,20 +65,35 @@ def main() -> None:
         for start in STARTS:
             best = min(errors(problem, k, start))
             path = OSSShared(start, None, False, "log_mean").paths(problem, [k], OBJECTIVE)[k]
-            for name, found in (("recursion", path), ("refined", refine(problem, path, start, OBJECTIVE))):
+            for name, found in (
+                ("recursion", path),
+                ("refined", refine(problem, path, start, OBJECTIVE)),
+            ):
                 *_, error = SolverStudent(problem, start, OBJECTIVE).run(found)
                 gaps[start][name].append((float(error) - best) / COUNT * 10 / np.log(10))
                 cells.append(f"{gaps[start][name][-1]:.3f}")
         rows.append(cells)
-    header = ["mixture", "noise schedule", "N", "K", *(f"{s}, {n}" for s in STARTS for n in ("recursion", "refined"))]
-    keep(__file__, "settings.md", table(header, rows) + "\ndB of PSNR below the best of all paths, Euler's steps.\n")
+    header = [
+        "mixture",
+        "noise schedule",
+        "N",
+        "K",
+        *(f"{s}, {n}" for s in STARTS for n in ("recursion", "refined")),
+    ]
+    keep(
+        __file__,
+        "settings.md",
+        table(header, rows) + "\ndB of PSNR below the best of all paths, Euler's steps.\n",
+    )
     keep(__file__, "summary.md", summary(gaps))
     keep(__file__, "gaps.png", picture(gaps))
 
 
 def problem_of(mixture: str, schedule: NoiseSchedule, nodes: int) -> Problem:
     """Noises of a teacher of so many Euler steps; float64, so that equal paths have equal errors."""
-    model = GaussianMixture.from_asset(f"{mixture}.safetensors", guidance=Guidance(), micro_batch=4096).double()
+    model = GaussianMixture.from_asset(
+        f"{mixture}.safetensors", guidance=Guidance(), micro_batch=4096
+    ).double()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(COUNT, *model.event_shape, generator=generator, dtype=torch.float64)
     grid = schedule.nodes(nodes)
@@ -96,7 +113,9 @@ def errors(problem: Problem, k: int, start: StartKind) -> Iterator[float]:
             yield closed(state)
             return
         for after in range(node + 1, end - (k - calls) + 1):
-            moved = problem.solver.advance(problem.velocity, state, problem.grid[after].expand(count))
+            moved = problem.solver.advance(
+                problem.velocity, state, problem.grid[after].expand(count)
+            )
             yield from onwards(problem.solver.observe(problem.velocity, moved), after, calls + 1)
 
     for first in range(1 if start == "pinned" else end - k + 1):
@@ -110,14 +129,25 @@ def summary(gaps: dict[StartKind, dict[str, list[float]]]) -> str:
         for name, values in found.items():
             gap = np.array(values)
             shares = [f"{np.mean(gap < limit):.0%}" for limit in (1e-6, 0.1)]
-            rows.append([start, name, *shares, f"{np.median(gap):.3f}", f"{gap.mean():.3f}", f"{gap.max():.2f}"])
+            rows.append(
+                [
+                    start,
+                    name,
+                    *shares,
+                    f"{np.median(gap):.3f}",
+                    f"{gap.mean():.3f}",
+                    f"{gap.max():.2f}",
+                ]
+            )
     header = ["start", "path", "optimal", "within 0.1 dB", "median, dB", "mean, dB", "worst, dB"]
     return table(header, rows) + f"\n{len(gaps['free']['refined'])} settings each.\n"
 
 
 def picture(gaps: dict[StartKind, dict[str, list[float]]]) -> bytes:
     """Sorted gaps of every start."""
-    figure, axes = plt.subplots(1, len(STARTS), figsize=(12, 3.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, len(STARTS), figsize=(12, 3.6), layout="constrained", sharey=True
+    )
     for axis, start in zip(axes, STARTS, strict=True):
         for name, color in (("recursion", "tab:red"), ("refined", "tab:blue")):
             values = np.sort(gaps[start][name])

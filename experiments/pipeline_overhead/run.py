@@ -17,7 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from experiments.common import keep, table
@@ -33,7 +38,9 @@ NETWORKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -58,7 +65,12 @@ def main() -> None:
             (one - other) / CALLS for one, other in zip(seconds["velocity"], bare, strict=True)
         )
         rows.append([*cells, f"{more:.0f}"])
-    header = ["network", "ms a bare call", *(f"{way} / bare" for way in seconds), "microseconds a velocity more"]
+    header = [
+        "network",
+        "ms a bare call",
+        *(f"{way} / bare" for way in seconds),
+        "microseconds a velocity more",
+    ]
     keep(__file__, f"overhead_{options.device}.md", table(header, rows))
 
 
@@ -66,11 +78,15 @@ def contestants(device: str, **config: int) -> dict[str, Callable[[], Any]]:
     """Each makes CALLS calls of the same network with the same arguments, two prompts a call."""
     pipe = pipeline(**config).to(device)
     size = 2 * config["size"]
-    model = Pipeline(pipe, PROMPTS, height=size, width=size, guidance_scale=3.5, max_sequence_length=16)
+    model = Pipeline(
+        pipe, PROMPTS, height=size, width=size, guidance_scale=3.5, max_sequence_length=16
+    )
     x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(device)
     times = torch.linspace(1, 0.05, CALLS, dtype=torch.float64)
     velocity, given = model.velocity(None), []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
     for t in times:
         velocity(x, t.expand(2))
     hook.remove()
@@ -94,10 +110,19 @@ def contestants(device: str, **config: int) -> dict[str, Callable[[], Any]]:
 def pipeline(size: int, **config: int) -> FluxPipeline:
     torch.manual_seed(0)
     tokenizer, ends = clip_bytes(80)
-    text = {"vocab_size": 600, "hidden_size": 24, "intermediate_size": 32, "max_position_embeddings": 80}
+    text = {
+        "vocab_size": 600,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "max_position_embeddings": 80,
+    }
     clip = CLIPTextModel(CLIPTextConfig(**text, num_hidden_layers=2, num_attention_heads=3, **ends))
-    words = [(word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.")]
-    t5 = T5EncoderModel(T5Config(vocab_size=40, d_model=20, d_kv=5, d_ff=32, num_layers=2, num_heads=4))
+    words = [
+        (word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.")
+    ]
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=40, d_model=20, d_kv=5, d_ff=32, num_layers=2, num_heads=4)
+    )
     transformer = FluxTransformer2DModel(
         in_channels=16,
         attention_head_dim=24,
@@ -107,7 +132,10 @@ def pipeline(size: int, **config: int) -> FluxPipeline:
         axes_dims_rope=(8, 8, 8),
         **config,
     )
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     vae = AutoencoderKL(
         latent_channels=4,
         block_out_channels=(8, 8),
@@ -117,7 +145,9 @@ def pipeline(size: int, **config: int) -> FluxPipeline:
         **blocks,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = FluxPipeline(scheduler, vae, clip, tokenizer, t5, T5Tokenizer(vocab=words, extra_ids=0), transformer)
+    pipe = FluxPipeline(
+        scheduler, vae, clip, tokenizer, t5, T5Tokenizer(vocab=words, extra_ids=0), transformer
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -39,7 +39,9 @@ class Fault(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--searches", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -72,16 +74,24 @@ def main() -> None:
     same = torch.equal(run(pipe), images)
 
     left = [f"other {what}" for what in before]
-    rows = [[way, *(str(count[key]) for key in ("searches", "raised", *left))] for way, count in counts.items()]
+    rows = [
+        [way, *(str(count[key]) for key in ("searches", "raised", *left))]
+        for way, count in counts.items()
+    ]
     text = table(["fault in", "searches", "raised", *left], rows) + "\n"
-    text += table(["after searches", "MiB", "suspended calls"], [[str(n), f"{m:.0f}", str(s)] for n, m, s in memory])
+    text += table(
+        ["after searches", "MiB", "suspended calls"],
+        [[str(n), f"{m:.0f}", str(s)] for n, m, s in memory],
+    )
     text += f"\nThe pipeline makes {'the same' if same else 'OTHER'} images as before.\n"
     keep(__file__, "table.md", text)
 
 
 def search(pipe: Any, **call: Any) -> None:
     model = Pipeline(pipe, PROMPTS, **CALL, **call)
-    oss_exp.search(model, num_steps=2, num_teacher_steps=6, strategy=oss_exp.OSSShared("pinned", refine=False))
+    oss_exp.search(
+        model, num_steps=2, num_teacher_steps=6, strategy=oss_exp.OSSShared("pinned", refine=False)
+    )
 
 
 def in_the_network(pipe: Any, draw: random.Random) -> None:
@@ -137,12 +147,18 @@ def run(pipe: Any) -> torch.Tensor:
 def state(pipe: Any) -> dict[str, Any]:
     """What a search must leave as it was."""
     hooks = sum(len(module._forward_hooks) for module in pipe.transformer.modules())
-    return {"scheduler": id(pipe.scheduler), "progress bar": pipe._progress_bar_config, "hooks": hooks}
+    return {
+        "scheduler": id(pipe.scheduler),
+        "progress bar": pipe._progress_bar_config,
+        "hooks": hooks,
+    }
 
 
 def suspended() -> int:
     gc.collect()
-    calls = [each for each in gc.get_objects() if isinstance(each, greenlet) and each is not getcurrent()]
+    calls = [
+        each for each in gc.get_objects() if isinstance(each, greenlet) and each is not getcurrent()
+    ]
     return sum(not call.dead for call in calls)
 
 

@@ -41,10 +41,14 @@ NETWORKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
-    exact = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096)
+    exact = GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096
+    )
     x0, labels = exact.draw(4096, seed=10**6)  # the training set has seed 0
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     errors = {}
@@ -60,7 +64,11 @@ def main() -> None:
                 found.append(float(((v - truth).square().mean() / truth.square().mean()).sqrt()))
             errors[f"{name}, {asked}"] = found
     header = ["relative error of v at t =", *(f"{t:g}" for t in TIMES)]
-    keep(__file__, "errors.md", table(header, [[name, *(f"{e:.3f}" for e in row)] for name, row in errors.items()]))
+    keep(
+        __file__,
+        "errors.md",
+        table(header, [[name, *(f"{e:.3f}" for e in row)] for name, row in errors.items()]),
+    )
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in errors.items():
         axis.plot(TIMES, row, marker="o", label=name, ls="--" if "all" in name else "-")
@@ -77,7 +85,14 @@ def trained(name: str, settings: list[str], steps: int):
     command = ["task=pretrain", f"model={name}", "images=mixture_samples", *settings]
     command += [f"task.max_steps={steps}", "task.batch_size=128", "trainer.precision=32-true"]
     if not weights.exists():
-        program = [sys.executable, "-m", "oss_exp", *command, "logger=none", f"hydra.run.dir={folder}"]
+        program = [
+            sys.executable,
+            "-m",
+            "oss_exp",
+            *command,
+            "logger=none",
+            f"hydra.run.dir={folder}",
+        ]
         subprocess.run(program, check=True)
     shape = [setting for setting in settings if setting.startswith("model.")]
     return instantiate(configuration(f"model={name}", *shape, f"model.checkpoint={weights}").model)

@@ -28,22 +28,35 @@ from oss_exp.schedule import Analytic, StepSchedule
 from oss_exp.solvers import Euler, sample
 
 SOLVERS, BUDGETS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}, (5, 10, 20)
-DECADES = float(psdenoiser.denoiser_csts.mean_scale[0])  # of power between 0 and 1 of a decoded spectrum
+DECADES = float(
+    psdenoiser.denoiser_csts.mean_scale[0]
+)  # of power between 0 and 1 of a decoded spectrum
 VP = {"beta_min": 0.1, "beta_max": 20.0}
 SCHEDULES = OUTPUTS / "psdenoiser/euler/schedules"
 SPECTRA, SAMPLES = 4, 16  # whose posterior is sampled, how often
-COLORS = {"vp": "0.4", "edm": "tab:olive", "dm": "tab:green", "oss_ave": "tab:orange", "oss_shared": "tab:red"}
+COLORS = {
+    "vp": "0.4",
+    "edm": "tab:olive",
+    "dm": "tab:green",
+    "oss_ave": "tab:orange",
+    "oss_shared": "tab:red",
+}
 COLORS |= {"oss_fit": "tab:blue"}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--conditions", required=True, help="docs/tutorials/test_ps.npz of 21cmpsdenoiser's sdist")
+    arguments.add_argument(
+        "--conditions", required=True, help="docs/tutorials/test_ps.npz of 21cmpsdenoiser's sdist"
+    )
     file = Path(arguments.parse_args().conditions).expanduser().resolve()
     results = {}
     for solver in SOLVERS:
         results[solver] = measure(
-            f"psdenoiser/{solver}", "experiment=psdenoiser", f"solver={solver}", f"data.conditions={file}"
+            f"psdenoiser/{solver}",
+            "experiment=psdenoiser",
+            f"solver={solver}",
+            f"data.conditions={file}",
         )
         keep(__file__, f"{solver}.md", errors(results[solver]))
     keep(__file__, "times.md", times())
@@ -62,7 +75,10 @@ def errors(results: list[Result]) -> str:
     rows = []
     for name in dict.fromkeys(result.strategy for result in results):
         found = {result.num_steps: result for result in results if result.strategy == name}
-        cells = [f"{Interval.of(rmse(found[k]))} ({np.sqrt(np.mean(rmse(found[k]) ** 2)):.1f})" for k in BUDGETS]
+        cells = [
+            f"{Interval.of(rmse(found[k]))} ({np.sqrt(np.mean(rmse(found[k]) ** 2)):.1f})"
+            for k in BUDGETS
+        ]
         planning = found[BUDGETS[0]].planning
         calls, seconds = planning["network_calls_per_sample"], planning["seconds"]
         cost = f"{calls:.0f} calls, {seconds:.0f} s" if calls else "-"
@@ -88,21 +104,51 @@ def native(steps: StepSchedule) -> list[float]:
 
 def times() -> str:
     rows = []
-    for (solver, label), name, k in product(SOLVERS.items(), ("oss_shared", "oss_shared_pinned", "oss_fit"), BUDGETS):
+    for (solver, label), name, k in product(
+        SOLVERS.items(), ("oss_shared", "oss_shared_pinned", "oss_fit"), BUDGETS
+    ):
         listed = ", ".join(f"{t:.4f}" for t in native(schedule(solver, name, k)))
         rows.append([label, f"`{name}`", str(k), listed])
-    return table(["solver", "strategy", "calls", "times t of the calls, in the network's clock from 1 to 0.001"], rows)
+    return table(
+        [
+            "solver",
+            "strategy",
+            "calls",
+            "times t of the calls, in the network's clock from 1 to 0.001",
+        ],
+        rows,
+    )
 
 
 def figure(results: dict[str, list[Result]]) -> bytes:
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1, 1.3))
-    for (solver, style), (name, color) in product(zip(SOLVERS, ("-", ":"), strict=True), COLORS.items()):
-        found = sorted((r for r in results[solver] if r.strategy == name), key=lambda r: r.num_steps)
+    drawing, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1, 1.3)
+    )
+    for (solver, style), (name, color) in product(
+        zip(SOLVERS, ("-", ":"), strict=True), COLORS.items()
+    ):
+        found = sorted(
+            (r for r in results[solver] if r.strategy == name), key=lambda r: r.num_steps
+        )
         means = [Interval.of(rmse(r)) for r in found]
         bars = [i.high - i.mean for i in means]
         label = name if solver == "euler" else None
-        left.errorbar(BUDGETS, [i.mean for i in means], bars, ls=style, color=color, marker="o", ms=4, label=label)
-    left.set(xscale="log", yscale="log", xlabel="network calls", ylabel="RMSE to the 200-step run, 0.001 dex")
+        left.errorbar(
+            BUDGETS,
+            [i.mean for i in means],
+            bars,
+            ls=style,
+            color=color,
+            marker="o",
+            ms=4,
+            label=label,
+        )
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="network calls",
+        ylabel="RMSE to the 200-step run, 0.001 dex",
+    )
     left.set_xticks(BUDGETS, BUDGETS)
     left.set_yticks(ticks := (1, 2, 5, 10, 20), ticks)
     left.minorticks_off()
@@ -129,7 +175,9 @@ def figure(results: dict[str, list[Result]]) -> bytes:
 
 def posterior(file: Path) -> str:
     """Few-step samplers and the package's own against 200 steps, on several samples of a few held-out spectra."""
-    model = PSDenoiser.from_package(**VP, time_min=1e-3, time_scale=999.0, micro_batch=64, checkpoint=None)
+    model = PSDenoiser.from_package(
+        **VP, time_min=1e-3, time_scale=999.0, micro_batch=64, checkpoint=None
+    )
     count = SPECTRA * SAMPLES
     data = ConditionedNoiseData(
         event_shape=model.event_shape,
@@ -156,7 +204,13 @@ def posterior(file: Path) -> str:
         rows.append([f"`{name}`", str(k), *compare(run(schedule("euler", name, k)), reference)])
     own, calls = package_samples(model, spectra, noise)
     rows.append(["the package's RK45", f"{calls:.0f}", *compare(own, reference)])
-    header = ["sampler", "calls", "RMSE, 0.001 dex", "shift of the median, in standard deviations", "width"]
+    header = [
+        "sampler",
+        "calls",
+        "RMSE, 0.001 dex",
+        "shift of the median, in standard deviations",
+        "width",
+    ]
     return table(header, rows) + (
         f"\n{SAMPLES} samples of {SPECTRA} held-out spectra, from the same noises, against 200 DDIM steps. Width: the "
         "samples' standard deviation in a bin, relative to the 200-step run's; shift: root mean square over the bins.\n"
@@ -175,7 +229,12 @@ def compare(samples: Tensor, reference: Tensor) -> list[str]:
 def package_samples(model: PSDenoiser, spectra: Tensor, noise: Tensor) -> tuple[Tensor, float]:
     """By the adaptive sampler of `psdenoiser.Denoiser`, with its own settings; and its mean number of network calls."""
     sampler = psdenoiser.GetODESampler(
-        psdenoiser.VPSDE(**VP), (SAMPLES, *model.event_shape), device="cpu", denoise=True, rtol=1e-5, atol=1e-5
+        psdenoiser.VPSDE(**VP),
+        (SAMPLES, *model.event_shape),
+        device="cpu",
+        denoise=True,
+        rtol=1e-5,
+        atol=1e-5,
     )
     parts = [
         sampler.ode_sampler(model.network, z=z, x_cdn=scaled, return_nfe=True)

@@ -26,13 +26,18 @@ N, K = 100, 10
 SEARCHES = {
     "oss_ave": (Euler(), OSSAve("free", None, False, "median", 8)),
     "oss_shared": (Euler(), OSSShared("analytic", None, True, "log_mean")),
-    "oss_shared, DPM-Solver++ of orders up to 3": (DPMSolverPP(3, True), OSSShared("analytic", None, True, "log_mean")),
+    "oss_shared, DPM-Solver++ of orders up to 3": (
+        DPMSolverPP(3, True),
+        OSSShared("analytic", None, True, "log_mean"),
+    ),
     "oss_fit": (Euler(), None),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=8)
@@ -41,7 +46,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = instantiate(configuration("model=unet_fashion").model).to(options.device)
     fit = instantiate(configuration("stepsize=oss_fit").stepsize.oss_fit, _convert_="all")
-    grid, labels = FlowSchedule(shift=1.0).nodes(N), torch.arange(options.samples, device=options.device) % 10
+    grid, labels = (
+        FlowSchedule(shift=1.0).nodes(N),
+        torch.arange(options.samples, device=options.device) % 10,
+    )
     inner, sizes = model.backbone.forward, []
 
     def watched(x, clock, classes):
@@ -57,7 +65,9 @@ def main() -> None:
     for name, (solver, strategy) in SEARCHES.items():
         ratios, seconds = [], []
         for seed in range(options.repeats):
-            noise = torch.randn(options.samples, *model.event_shape, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(
+                options.samples, *model.event_shape, generator=torch.Generator().manual_seed(seed)
+            )
             noise = noise.to(options.device)
             problem = Problem(model.velocity(labels), noise, grid, solver, XtMSE())
             model.backbone.forward = watched

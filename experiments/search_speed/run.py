@@ -49,13 +49,20 @@ CONTESTANTS = ["plain", *STRATEGIES]
 
 
 def noises(first: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first + i)) for i in range(count)])
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(first + i))
+            for i in range(count)
+        ]
+    )
 
 
 def measure(name: str, threads: int, seed: int) -> dict:
     """Run one contestant in this process."""
     torch.set_num_threads(threads)
-    model = GaussianMixture.from_asset("mixture_fashion.safetensors", guidance=Guidance(), micro_batch=1024)
+    model = GaussianMixture.from_asset(
+        "mixture_fashion.safetensors", guidance=Guidance(), micro_batch=1024
+    )
     noise, grid = noises(1000 * seed, SAMPLES, model.event_shape), FlowSchedule(shift=1.0).nodes(N)
     inner = model.velocity(None)
     network = {"rows": 0, "seconds": 0.0}
@@ -68,7 +75,9 @@ def measure(name: str, threads: int, seed: int) -> dict:
         return v
 
     velocity = replace(inner, fn=fn)
-    velocity(noise[:8].repeat(128, 1, 1, 1), torch.full((1024,), 0.5))  # warm-up, and the network's own memory
+    velocity(
+        noise[:8].repeat(128, 1, 1, 1), torch.full((1024,), 0.5)
+    )  # warm-up, and the network's own memory
     network.update(rows=0, seconds=0.0)
     held = resident()
 
@@ -98,7 +107,10 @@ def held_out_psnr(model: GaussianMixture, plan: StepSchedule, grid: torch.Tensor
     if plan.per_sample:
         return None
     velocity, noise = model.velocity(None), noises(1_000_000, HELD_OUT, model.event_shape)
-    teacher, student = (model.decode(sample(Euler(), velocity, noise, steps)) for steps in (StepSchedule(grid), plan))
+    teacher, student = (
+        model.decode(sample(Euler(), velocity, noise, steps))
+        for steps in (StepSchedule(grid), plan)
+    )
     return float(psnr(student, teacher).mean())
 
 
@@ -108,10 +120,14 @@ def resident() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=CONTESTANTS, help=argparse.SUPPRESS)  # one measurement, as JSON
+    parser.add_argument(
+        "--only", choices=CONTESTANTS, help=argparse.SUPPRESS
+    )  # one measurement, as JSON
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -121,11 +137,24 @@ def main() -> None:
     results: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
     order = [(seed, name) for seed in range(options.repeats) for name in CONTESTANTS]
     for seed, name in track(order, "measuring", console=Console(stderr=True)):
-        command = [sys.executable, __file__, "--only", name, "--threads", str(options.threads), "--seed", str(seed)]
-        results[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        command = [
+            sys.executable,
+            __file__,
+            "--only",
+            name,
+            "--threads",
+            str(options.threads),
+            "--seed",
+            str(seed),
+        ]
+        results[name].append(
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        )
 
     plain = results["plain"]
-    table = Table(title=f"search of {K} steps on {N} nodes, {SAMPLES} samples, {options.repeats} repeats")
+    table = Table(
+        title=f"search of {K} steps on {N} nodes, {SAMPLES} samples, {options.repeats} repeats"
+    )
     for column in (
         "",
         "times faster (lowest-highest)",
@@ -155,7 +184,9 @@ def main() -> None:
         )
     Console(width=140).print(table)
     pairs = [
-        pair for p, r in zip(plain, results["oss"], strict=True) for pair in zip(p["times"], r["times"], strict=True)
+        pair
+        for p, r in zip(plain, results["oss"], strict=True)
+        for pair in zip(p["times"], r["times"], strict=True)
     ]
     same = sum(a == b for a, b in pairs)
     seconds = statistics.median(r["seconds"] for r in plain)

@@ -37,15 +37,24 @@ QUICK = [  # a search of a twentieth of the calls: coarse to fine, and not refin
 ]
 SOLVERS = {  # and what is compared with them
     "euler": ["solver=euler", f"stepsize=[{BY_HAND},oss_ave,oss_shared,oss_fit]"],
-    "dpm_solver_pp": ["solver=dpm_solver_pp", "solver.order=3", f"stepsize=[{BY_HAND},oss_shared,oss_fit]", *QUICK],
+    "dpm_solver_pp": [
+        "solver=dpm_solver_pp",
+        "solver.order=3",
+        f"stepsize=[{BY_HAND},oss_shared,oss_fit]",
+        *QUICK,
+    ],
 }
 FINE = ["solver=dpm_solver_pp", "solver.order=2", "noise_schedule=edm", "num_teacher_steps=25"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("quality", "compare", "transfer"))
-    parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="network", help=" | ".join(NETWORKS))
+    parser.add_argument(
+        "networks", nargs="*", default=NETWORKS, metavar="network", help=" | ".join(NETWORKS)
+    )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     {"quality": quality, "compare": compare, "transfer": transfer}[options.part](options.networks)
@@ -53,7 +62,13 @@ def main() -> None:
 
 def quality(networks) -> None:
     """Grids by 200 Euler steps; the many samples of FID by 25 steps of DPM-Solver++, beside how near the two are."""
-    real = ["60,000 training images, the first 10,000", "-", "10000", f"{fid_of_training_images():.2f}", *["-"] * 4]
+    real = [
+        "60,000 training images, the first 10,000",
+        "-",
+        "10000",
+        f"{fid_of_training_images():.2f}",
+        *["-"] * 4,
+    ]
     rows = [real]
     for name in networks:
         picture, agreement = grid(name)
@@ -73,8 +88,13 @@ def quality(networks) -> None:
             )
             found = json.loads((folder / "metrics.json").read_text())["teacher_metrics"]
             numbers = [f"{found['fid']:.2f}", f"{1000 * found['kid']:.2f}"]
-            numbers += [f"{found['precision']:.3f} / {found['recall']:.3f}", f"{found['class_agreement']:.1f} %"]
-            rows.append([name, f"{scale:g}", str(count), *numbers, agreement if scale == 1.5 else "-"])
+            numbers += [
+                f"{found['precision']:.3f} / {found['recall']:.3f}",
+                f"{found['class_agreement']:.1f} %",
+            ]
+            rows.append(
+                [name, f"{scale:g}", str(count), *numbers, agreement if scale == 1.5 else "-"]
+            )
     header = ["images", "guidance", "n", "FID", "1000 KID", "precision / recall", "class agreement"]
     header += ["PSNR to 200 Euler steps, n = 100"]
     keep(__file__, f"quality_{'_'.join(networks)}.md", table(header, rows))
@@ -96,7 +116,10 @@ def compare(networks) -> None:
 def front(folder: Path, results: list[Result]) -> bytes:
     """The picture of the project's README: a few of the strategies with ten calls."""
     with np.load(folder / "samples.npz") as file:
-        labels = ["teacher", *(f"{name} K=10" for name in ("oss_shared", "dm", "fm", "edm", "ddim"))]
+        labels = [
+            "teacher",
+            *(f"{name} K=10" for name in ("oss_shared", "dm", "fm", "edm", "ddim")),
+        ]
         return samples({label: file[label] for label in labels}, results)
 
 
@@ -129,11 +152,21 @@ def transfer(networks) -> None:
             for k in (5, 10):
                 file = OUTPUTS / f"small_networks/{source}_euler/schedules/oss_shared_{k}.json"
                 settings = ["task=evaluate", f"task.schedule={file}", "task.allow_other_model=true"]
-                (found,) = measure(f"small_networks/{source}_to_{name}_{guidance}_{k}", *settings, *there)
+                (found,) = measure(
+                    f"small_networks/{source}_to_{name}_{guidance}_{k}", *settings, *there
+                )
                 rivals = {result.strategy: result for result in own if result.num_steps == k}
-                best = max((rivals[strategy] for strategy in ("ddim", "dm", "gits")), key=lambda r: r.psnr.mean)
-                numbers = [str(on_the_same(result, found)) for result in (found, rivals["oss_shared"], best)]
-                rows.append([f"{source}, 1", f"{name}, {guidance:g}", str(k), *numbers, best.strategy])
+                best = max(
+                    (rivals[strategy] for strategy in ("ddim", "dm", "gits")),
+                    key=lambda r: r.psnr.mean,
+                )
+                numbers = [
+                    str(on_the_same(result, found))
+                    for result in (found, rivals["oss_shared"], best)
+                ]
+                rows.append(
+                    [f"{source}, 1", f"{name}, {guidance:g}", str(k), *numbers, best.strategy]
+                )
     header = [
         "searched on, guidance",
         "run on, guidance",
@@ -148,7 +181,9 @@ def transfer(networks) -> None:
 
 def on_the_same(result: Result, other: Result) -> Interval:
     """PSNR on the samples that both have."""
-    return Interval.of(np.array([value for index, value in result.values.items() if index in other.values]))
+    return Interval.of(
+        np.array([value for index, value in result.values.items() if index in other.values])
+    )
 
 
 def grid(name: str) -> tuple[bytes, str]:
@@ -157,7 +192,9 @@ def grid(name: str) -> tuple[bytes, str]:
     model = instantiate(configuration(*settings).model)
     noise = torch.randn(100, *model.event_shape, generator=torch.Generator().manual_seed(0))
     classes = torch.arange(10).repeat_interleave(10)
-    images = model.generate(Euler(), StepSchedule(FlowSchedule(shift=1.0).nodes(200)), noise, classes)
+    images = model.generate(
+        Euler(), StepSchedule(FlowSchedule(shift=1.0).nodes(200)), noise, classes
+    )
 
     fine = configuration(*FINE)
     nodes = instantiate(fine.noise_schedule).nodes(fine.num_teacher_steps)

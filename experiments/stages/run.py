@@ -26,7 +26,11 @@ LONG = ("dit_fashion", 5)  # with a longer training and more images for FID
 
 
 def main() -> None:
-    chosen = [(sys.argv[1], int(sys.argv[2]))] if len(sys.argv) > 1 else [(n, k) for k in STAGES for n in NETWORKS]
+    chosen = (
+        [(sys.argv[1], int(sys.argv[2]))]
+        if len(sys.argv) > 1
+        else [(n, k) for k in STAGES for n in NETWORKS]
+    )
     for network, stages in chosen:
         for cuts in CUTS:
             cell(network, stages, cuts)
@@ -39,8 +43,14 @@ def cell(network: str, stages: int, cuts: str) -> dict[str, Any]:
     The teacher of the images for FID takes few steps, for it is not looked at. PSNR is of 256 images.
     """
     name = f"stages/{network}_{stages}_{cuts}"
-    steps, trajectories, count = (250, 1024, 10_000) if (network, stages) == LONG else (100, 512, 2_000)
-    training = [f"task.max_steps={steps}", f"task.save_every={steps // 2}", f"task.trajectories={trajectories}"]
+    steps, trajectories, count = (
+        (250, 1024, 10_000) if (network, stages) == LONG else (100, 512, 2_000)
+    )
+    training = [
+        f"task.max_steps={steps}",
+        f"task.save_every={steps // 2}",
+        f"task.trajectories={trajectories}",
+    ]
     model = [f"model={network}", f"noise_schedule={'edm' if network == 'unet_fashion' else 'fm'}"]
     search = [f"stepsize={cuts}", f"num_steps=[{stages}]", f"task.num_stages={stages}"]
     run = finished(name, "task=finetune", *model, *search, *training, file="finetune.json")
@@ -50,8 +60,12 @@ def cell(network: str, stages: int, cuts: str) -> dict[str, Any]:
     records = json.loads((run / "finetune.json").read_text())["stages"]
     found: dict[str, Any] = {"stages": records, "n": count, "steps": steps}
     for when, more in (("before", []), ("after", [f"stages={run / 'stages'}"])):
-        (quality,) = rows(finished(f"{name}_{when}", "task=evaluate", *model, *schedule, *more, *images))
-        (pictures,) = rows(finished(f"{name}_{when}_psnr", "task=evaluate", *model, *schedule, *more))
+        (quality,) = rows(
+            finished(f"{name}_{when}", "task=evaluate", *model, *schedule, *more, *images)
+        )
+        (pictures,) = rows(
+            finished(f"{name}_{when}_psnr", "task=evaluate", *model, *schedule, *more)
+        )
         found[when] = {**quality["metrics"], "psnr": pictures["psnr"]}
     return found
 
@@ -76,7 +90,17 @@ def show() -> None:
                 fids = [f"{each['fid']:.3f}" for each in (before, after)]
                 sizes = [str(found["steps"]), f"{found['n']:,}"]
                 lines.append([network, str(stages), label, *fids, *psnr, *right, *sizes])
-    header = ["network", "stages", "cuts", "FID before", "after", "PSNR before", "after", "right class before", "after"]
+    header = [
+        "network",
+        "stages",
+        "cuts",
+        "FID before",
+        "after",
+        "PSNR before",
+        "after",
+        "right class before",
+        "after",
+    ]
     keep(__file__, "table.md", table([*header, "training steps a stage", "n of FID"], lines))
     keep(__file__, "difficulty.png", png(difficulty(records)))
 
@@ -95,10 +119,28 @@ def difficulty(records: dict[tuple[str, int, str], dict[str, Any]]) -> plt.Figur
         places = np.arange(stages)
         for offset, (cuts, label) in zip((-0.2, 0.2), CUTS.items(), strict=True):
             training = [stage["training"] for stage in records[network, stages, cuts]["stages"]]
-            bars = axis.bar(places + offset, [each["loss_before"] for each in training], 0.4, label=label, alpha=0.6)
+            bars = axis.bar(
+                places + offset,
+                [each["loss_before"] for each in training],
+                0.4,
+                label=label,
+                alpha=0.6,
+            )
             after = [each["loss_after"] for each in training]
-            axis.plot(places + offset, after, "o", color=bars.patches[0].get_facecolor(), mec="black", ms=5)
-        axis.set(title=f"{network}, {stages} stages", xlabel="stage (0: noise)", yscale="log", xticks=places)
+            axis.plot(
+                places + offset,
+                after,
+                "o",
+                color=bars.patches[0].get_facecolor(),
+                mec="black",
+                ms=5,
+            )
+        axis.set(
+            title=f"{network}, {stages} stages",
+            xlabel="stage (0: noise)",
+            yscale="log",
+            xticks=places,
+        )
         axis.grid(alpha=0.3)
     figure.supylabel("mean squared error of its jump", fontsize=10)
     axes[0][0].legend(frameon=False, fontsize=8)

@@ -21,7 +21,9 @@ from oss_exp.image_files import read_image
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 LABELS = TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=0, le=9)]], FailFast()])
 MOST = 50_000  # images in a file
-RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then red, green and blue planes
+RECORD = (
+    1 + 3 * 32 * 32
+)  # bytes of an image in the binary version: its label, then red, green and blue planes
 
 
 def cifar10(root: str | Path, split: Split = "train") -> tuple[Tensor, Tensor]:
@@ -47,7 +49,9 @@ def _read_binary(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     records = []
     for path in (_existing(folder / f"{name}.bin") for name in PARTS[split]):
         if not (size := path.stat().st_size) or size % RECORD or size > MOST * RECORD:
-            raise ValueError(f"{path} is truncated: {size} bytes are not whole images of {RECORD}; get it again")
+            raise ValueError(
+                f"{path} is truncated: {size} bytes are not whole images of {RECORD}; get it again"
+            )
         data = path.read_bytes()
         records.append(np.frombuffer(data, np.uint8).reshape(-1, RECORD))
     table = torch.from_numpy(np.concatenate(records))
@@ -61,16 +65,22 @@ def _read_sheets(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     for path in (_existing(folder / f"{name}.png") for name in PARTS[split]):
         sheet = read_image(path, 3, "black")
         if sheet.shape[2] != 32 * 32:
-            raise ValueError(f"{path} must be 1024 wide, a row for an image of 32 x 32, got {sheet.shape[2]}")
+            raise ValueError(
+                f"{path} must be 1024 wide, a row for an image of 32 x 32, got {sheet.shape[2]}"
+            )
         sheets.append(sheet.unflatten(2, (32, 32)).movedim(1, 0))
     images, path = torch.cat(sheets), folder / f"{split}_lables.json"  # the package's spelling
     labels = load_record(path, LABELS, "labels of CIFAR-10", "get the package again")
     if len(labels) != len(images):
-        raise ValueError(f"{path} has {len(labels)} labels for {len(images)} images; get the package again")
+        raise ValueError(
+            f"{path} has {len(labels)} labels for {len(images)} images; get the package again"
+        )
     return images, torch.tensor(labels)
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing beside the other files of CIFAR-10; unpack the archive again")
+        raise FileNotFoundError(
+            f"{path} is missing beside the other files of CIFAR-10; unpack the archive again"
+        )
     return path

@@ -52,8 +52,12 @@ class ConditionedData(NoiseData):
         batch_size: int,
     ):
         if num_classes is not None:
-            raise ValueError(f"this data has no classes and the model has {num_classes}; choose data=noise")
-        super().__init__(event_shape, None, None, seed, search_samples, eval_samples, per_sample, batch_size)
+            raise ValueError(
+                f"this data has no classes and the model has {num_classes}; choose data=noise"
+            )
+        super().__init__(
+            event_shape, None, None, seed, search_samples, eval_samples, per_sample, batch_size
+        )
         self.conditions = conditions
 
     def noises(self, first: int, count: int) -> Dataset[ConditionedItem]:
@@ -114,11 +118,17 @@ class PromptData(ConditionedData):
 def read_array(path: Path, key: str) -> np.ndarray:
     """The array `key` of an .npz file, float32, at least one row. Objects in it are not unpickled."""
     if not path.is_file():
-        raise FileNotFoundError(f"conditions {path} do not exist; set data.conditions to an .npz file")
+        raise FileNotFoundError(
+            f"conditions {path} do not exist; set data.conditions to an .npz file"
+        )
     arrays = load_arrays(path, "conditions", "make the file again with numpy.savez", {key})
     if (array := arrays.get(key)) is None:
         names = ", ".join(list(arrays)[:20])
-        raise ValueError(f"conditions {path} have no array {key!r}; set data.key to one of {names:.400}")
+        raise ValueError(
+            f"conditions {path} have no array {key!r}; set data.key to one of {names:.400}"
+        )
     if array.ndim < 2 or array.dtype.kind not in "fiu":
-        raise ValueError(f"conditions {path}: {key} must be numbers, a condition in each row, got {array.shape!s:.80}")
+        raise ValueError(
+            f"conditions {path}: {key} must be numbers, a condition in each row, got {array.shape!s:.80}"
+        )
     return array.astype(np.float32)

@@ -68,7 +68,9 @@ def image_folder(
     require_choice(get_args(Background), background=background)
     require_range(at_least=1, at_most=4096, size=size)
     if not (path := Path(root).expanduser()).is_dir():
-        raise FileNotFoundError(f"root={root} is no folder; give one that has a folder of images for each class")
+        raise FileNotFoundError(
+            f"root={root} is no folder; give one that has a folder of images for each class"
+        )
     return ImageFolder(path, size, channels, background)
 
 
@@ -79,7 +81,9 @@ def image_folder(
 
 def _listed(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """The names of the classes, and (path, label) of every image."""
-    folders = in_order([entry.name for entry in os.scandir(root) if entry.is_dir() and not _hidden(entry.name)])
+    folders = in_order(
+        [entry.name for entry in os.scandir(root) if entry.is_dir() and not _hidden(entry.name)]
+    )
     images = {name: _images(root / name) for name in folders}
     others: Counter[str] = Counter()
     loose = [(path, NO_CLASS) for path in _files(root, deep=False, others=others)]
@@ -88,7 +92,9 @@ def _listed(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
             return [], loose
         for name in folders:
             list(_files(root / name, deep=True, others=others))
-        seen = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.most_common(4))
+        seen = ", ".join(
+            f"{count} {ending or 'without ending'}" for ending, count in others.most_common(4)
+        )
         raise FileNotFoundError(
             f"root={root} has no images, neither in folders of classes nor in itself"
             f"{f' (other files: {seen})' * bool(seen)}; an image ends in {', '.join(ENDINGS)}"
@@ -100,7 +106,11 @@ def _listed(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
             f"root={root} has the splits {', '.join(splits)} and no classes; choose one, as root={root / splits[0]}"
         )
     if empty := [name for name in folders if not images[name]]:
-        log.warning("%s: no images in the folder of class %s, whose number stays free", root, ", ".join(empty[:5]))
+        log.warning(
+            "%s: no images in the folder of class %s, whose number stays free",
+            root,
+            ", ".join(empty[:5]),
+        )
     if loose:
         log.warning("%s: %d images beside the folders of classes are left out", root, len(loose))
     return folders, [(path, label) for label, name in enumerate(folders) for path in images[name]]

@@ -26,7 +26,9 @@ RAW = Path("FashionMNIST") / "raw"  # where torchvision keeps the files
 MOST = 1 << 17  # images in a file
 
 
-def fashion_mnist(root: str | Path, split: Split = "train", size: int = 28, download: bool = False) -> Images:
+def fashion_mnist(
+    root: str | Path, split: Split = "train", size: int = 28, download: bool = False
+) -> Images:
     """60,000 grey training or 10,000 test images from the IDX files under root, gzipped or not.
 
     root: a folder with the files, or torchvision's (root/FashionMNIST/raw). size: 28, or more with a black frame.
@@ -64,13 +66,19 @@ def digits(root: str | Path | None = None) -> Images:
     from sklearn.utils import Bunch
 
     if root is not None:
-        raise ValueError(f"root={root} is not used: the digits come with scikit-learn; set images.root=null")
+        raise ValueError(
+            f"root={root} is not used: the digits come with scikit-learn; set images.root=null"
+        )
     data = load_digits()
     assert isinstance(data, Bunch)  # return_X_y=True would give a tuple
-    return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
+    return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(
+        data.target
+    ).long()
 
 
-def mixture_samples(file: str | Path = "mixture_digits.safetensors", count: int = 50_000, seed: int = 0) -> Images:
+def mixture_samples(
+    file: str | Path = "mixture_digits.safetensors", count: int = 50_000, seed: int = 0
+) -> Images:
     """Samples of a Gaussian mixture (a path or a shipped file): data whose velocity is known exactly."""
     return GaussianMixture.from_asset(file).draw(count, seed)
 
@@ -79,20 +87,36 @@ def cached_latents(file: str | Path) -> Images:
     """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)")
+        raise FileNotFoundError(
+            f"file={file} does not exist; it holds `latents` (n, C, h, w) and `labels` (n,)"
+        )
     tensors = load_safetensors(path, "file")
     latents, labels = tensors.get("latents"), tensors.get("labels")
-    if latents is None or labels is None or latents.ndim != 4 or labels.shape != latents.shape[:1] or not len(labels):
-        found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:20])
-        raise ValueError(f"file={file} must hold latents (n, C, h, w) and labels (n,), has {found:.400}")
+    if (
+        latents is None
+        or labels is None
+        or latents.ndim != 4
+        or labels.shape != latents.shape[:1]
+        or not len(labels)
+    ):
+        found = ", ".join(
+            f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:20]
+        )
+        raise ValueError(
+            f"file={file} must hold latents (n, C, h, w) and labels (n,), has {found:.400}"
+        )
     if labels.is_floating_point() or not bool((labels >= NO_CLASS).all()):
-        raise ValueError(f"file={file}: labels must be whole numbers from 0 on, or {NO_CLASS} for no class")
+        raise ValueError(
+            f"file={file}: labels must be whole numbers from 0 on, or {NO_CLASS} for no class"
+        )
     return latents.float(), labels.long()
 
 
 def _folder_of(root: Path, prefix: str) -> Path | None:
     folders = root, root / RAW, root / "raw"
-    return next((folder for folder in folders if list(folder.glob(f"{prefix}-images-idx3-ubyte*"))), None)
+    return next(
+        (folder for folder in folders if list(folder.glob(f"{prefix}-images-idx3-ubyte*"))), None
+    )
 
 
 def _download_fashion(root: Path, split: Split) -> None:
@@ -100,7 +124,10 @@ def _download_fashion(root: Path, split: Split) -> None:
 
     try:
         FashionMNIST(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:  # torchvision's word for a mirror that fails or a wrong checksum
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torchvision's word for a mirror that fails or a wrong checksum
         raise ValueError(
             f"Fashion-MNIST could not be downloaded into {root}: {error}; set images.root to a folder that can be "
             "written, or to one with the four files"
@@ -117,10 +144,14 @@ def _read_idx(folder: Path, name: str, magic: int, item: tuple[int, ...]) -> np.
             header = file.read(sizes.size)
             kind, count, *shape = sizes.unpack(header) if len(header) == sizes.size else (None, 0)
             if kind != magic or tuple(shape) != item or not 0 < count <= MOST:
-                raise ValueError(f"{path} is truncated or no IDX file of {item or 'labels'}; get it again")
+                raise ValueError(
+                    f"{path} is truncated or no IDX file of {item or 'labels'}; get it again"
+                )
             data = file.read(count * prod(item) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if len(data) != count * prod(item):
-        raise ValueError(f"{path} is truncated or damaged: not the {count} items of its header; get it again")
+        raise ValueError(
+            f"{path} is truncated or damaged: not the {count} items of its header; get it again"
+        )
     return np.frombuffer(data, np.uint8).reshape(count, *item).copy()

@@ -31,8 +31,21 @@ class NoiseItem(TypedDict):
 class NoiseDataset(Dataset[NoiseItem]):
     """The samples from number `first` on, which have these classes in turn."""
 
-    def __init__(self, seed: int, first: int, count: int, event_shape: tuple[int, ...], classes: Sequence[int] | None):
-        self.seed, self.first, self.count, self.event_shape, self.classes = seed, first, count, event_shape, classes
+    def __init__(
+        self,
+        seed: int,
+        first: int,
+        count: int,
+        event_shape: tuple[int, ...],
+        classes: Sequence[int] | None,
+    ):
+        self.seed, self.first, self.count, self.event_shape, self.classes = (
+            seed,
+            first,
+            count,
+            event_shape,
+            classes,
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -41,7 +54,9 @@ class NoiseDataset(Dataset[NoiseItem]):
         if not 0 <= position < self.count:
             raise IndexError(position)
         index = self.first + position
-        noise = np.random.default_rng((self.seed, index)).standard_normal(self.event_shape, dtype=np.float32)
+        noise = np.random.default_rng((self.seed, index)).standard_normal(
+            self.event_shape, dtype=np.float32
+        )
         label = -1 if self.classes is None else self.classes[position % len(self.classes)]
         return {"index": index, "noise": torch.from_numpy(noise), "label": label}
 
@@ -72,7 +87,11 @@ class NoiseData:
         require_range(at_least=1, at_most=HELD_OUT, eval_samples=eval_samples)
         require_range(at_least=1, per_sample=per_sample, batch_size=batch_size)
         self.event_shape, self.classes, self.seed = event_shape, _listed(classes, num_classes), seed
-        self.search_samples, self.eval_samples, self.batch_size = search_samples, eval_samples, batch_size
+        self.search_samples, self.eval_samples, self.batch_size = (
+            search_samples,
+            eval_samples,
+            batch_size,
+        )
         self.per_sample = min(per_sample, eval_samples)
 
     def noises(self, first: int, count: int) -> Dataset[NoiseItem]:
@@ -99,7 +118,11 @@ def _listed(classes: Sequence[int] | str | None, num_classes: int | None) -> lis
     if classes == "all":
         return list(range(num_classes))
     if isinstance(classes, str):
-        raise ValueError(f'classes must be null, "all" or a list of indices where there is no run, got {classes!r}')
+        raise ValueError(
+            f'classes must be null, "all" or a list of indices where there is no run, got {classes!r}'
+        )
     if not classes or not all(0 <= number < num_classes for number in classes):
-        raise ValueError(f"classes must be indices from 0 to {num_classes - 1}, got {list(classes)}")
+        raise ValueError(
+            f"classes must be indices from 0 to {num_classes - 1}, got {list(classes)}"
+        )
     return list(classes)

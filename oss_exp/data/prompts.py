@@ -14,11 +14,20 @@ from oss_exp.files import LIMIT, Record, find_asset, parse_record, read_text
 from oss_exp.image_files import ENDINGS
 from oss_exp.validation import shown
 
-REMEDY = "give a text file (.txt) with one prompt a line, or a table (.csv, .tsv) with a column `prompt`"
+REMEDY = (
+    "give a text file (.txt) with one prompt a line, or a table (.csv, .tsv) with a column `prompt`"
+)
 CAPTIONS = 1 << 27  # 128 MiB: bytes of a JSON file; COCO's largest has 92 million
-COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables, whatever their case; the first one counts
+COLUMNS = (
+    "prompt",
+    "prompts",
+    "caption",
+    "text",
+)  # of tables, whatever their case; the first one counts
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # by the ending of a table's name, the likely one first
-CONTROL = re.compile(r"[\x00-\x08\r\x0e-\x1b\x7f-\x84\x86-\x9f]")  # but white space, which ends no line here
+CONTROL = re.compile(
+    r"[\x00-\x08\r\x0e-\x1b\x7f-\x84\x86-\x9f]"
+)  # but white space, which ends no line here
 LINES_OF_JSON = re.compile(r"\s*\{.*\}[ \t]*\n\s*\{")
 
 
@@ -36,14 +45,18 @@ def read_prompts(file: str | Path) -> list[str]:
     ending = path.suffix.casefold()
     if ending in ENDINGS:
         return [str(path)]
-    text = read_text(path, "prompts", CAPTIONS if ending == ".json" else LIMIT).replace("\r\n", "\n")
+    text = read_text(path, "prompts", CAPTIONS if ending == ".json" else LIMIT).replace(
+        "\r\n", "\n"
+    )
     if "\0" in text:
         raise ValueError(f"prompts {path} has null characters, as UTF-16 has; save it as UTF-8")
     if ending in DELIMITERS:
         prompts = _table(path, text, DELIMITERS[ending])
     elif ending in (".jsonl", ".ndjson") and not text.lstrip().startswith("["):
         prompts = _metadata(path, text)
-    elif ending.startswith((".json", ".ndjson")) or text.lstrip().startswith(('{"', "{\n", '["', "[{", "[\n")):
+    elif ending.startswith((".json", ".ndjson")) or text.lstrip().startswith(
+        ('{"', "{\n", '["', "[{", "[\n")
+    ):
         prompts = _metadata(path, text) if LINES_OF_JSON.match(text) else _json(path, text)
     elif "\t" in (head := text.partition("\n")[0]) and _column(head.split("\t")) is not None:
         prompts = _table(path, text, "\t")
@@ -112,7 +125,9 @@ def _json(path: Path, text: str) -> list[str]:
 def _table(path: Path, text: str, delimiters: str) -> list[str]:
     """The column of prompts. Without quotes by the rules of CSV, a file of tabs is read as it stands."""
     head = text.partition("\n")[0]
-    delimiter = next((each for each in delimiters if _column(_cells(head, each)) is not None), delimiters[0])
+    delimiter = next(
+        (each for each in delimiters if _column(_cells(head, each)) is not None), delimiters[0]
+    )
     try:
         rows = _rows(text, delimiter, csv.QUOTE_MINIMAL)
     except csv.Error as error:

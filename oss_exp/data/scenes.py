@@ -23,10 +23,22 @@ from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import TASKS, Clause, Relation, Rules, Task, Wish, relative_position
 
 CANVAS = 64
-SIDES = {1: (24, 34), 2: (21, 28), 3: (18, 24), 4: (17, 22)}  # pixels of a garment's picture, by how many there are
+SIDES = {
+    1: (24, 34),
+    2: (21, 28),
+    3: (18, 24),
+    4: (17, 22),
+}  # pixels of a garment's picture, by how many there are
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
-LINES = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
+LINES = {
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
 DRAWN = 0.15  # of full brightness, above which a pixel is of a garment
 
 
@@ -51,21 +63,34 @@ def wishes() -> dict[str, list[Wish]]:
     kinds = list(product(COLOURS, GARMENTS))
     return {
         "single_object": [_wish("single_object", _one(name), [_clause(name)]) for name in GARMENTS],
-        "two_object": [_wish("two_object", f"{_one(a)} and {_one(b)}", [_clause(a), _clause(b)]) for a, b in pairs],
+        "two_object": [
+            _wish("two_object", f"{_one(a)} and {_one(b)}", [_clause(a), _clause(b)])
+            for a, b in pairs
+        ],
         "counting": [
             {
-                **_wish("counting", f"{NUMBERS[count]} {plural(name)}", [_clause(name, count=count)]),
+                **_wish(
+                    "counting", f"{NUMBERS[count]} {plural(name)}", [_clause(name, count=count)]
+                ),
                 "exclude": [_clause(name, count=count + 1)],
             }
             for name, count in product(GARMENTS, NUMBERS)
         ],
         "colors": [_wish("colors", _one(c, name), [_clause(name, color=c)]) for c, name in kinds],
         "position": [
-            _wish("position", f"{_one(a)} {where} {_one(b)}", [_clause(b), _clause(a, position=(where, 0))])
+            _wish(
+                "position",
+                f"{_one(a)} {where} {_one(b)}",
+                [_clause(b), _clause(a, position=(where, 0))],
+            )
             for (a, b), where in product(pairs, RELATIONS)
         ],
         "color_attr": [
-            _wish("color_attr", f"{_one(c, a)} and {_one(d, b)}", [_clause(a, color=c), _clause(b, color=d)])
+            _wish(
+                "color_attr",
+                f"{_one(c, a)} and {_one(d, b)}",
+                [_clause(a, color=c), _clause(b, color=d)],
+            )
             for (c, a), (d, b) in product(kinds, kinds)
             if a != b and c != d
         ],
@@ -84,7 +109,9 @@ def listed(seed: int) -> list[Wish]:
 
 def plural(garment: str) -> str:
     return (
-        garment if garment.endswith("s") and garment != "dress" else f"{garment}{'es' if garment == 'dress' else 's'}"
+        garment
+        if garment.endswith("s") and garment != "dress"
+        else f"{garment}{'es' if garment == 'dress' else 's'}"
     )
 
 
@@ -93,7 +120,10 @@ def _one(*words: str) -> str:
 
 
 def _clause(
-    garment: str, count: int = 1, color: str | None = None, position: tuple[Relation, int] | None = None
+    garment: str,
+    count: int = 1,
+    color: str | None = None,
+    position: tuple[Relation, int] | None = None,
 ) -> Clause:
     clause: Clause = {"class": garment, "count": count}
     if color is not None:
@@ -117,7 +147,9 @@ class Wardrobe:
 
     def __init__(self, pictures: Tensor, labels: Tensor):
         self.pictures = (pictures[:, :, 2:-2, 2:-2] + 1) / 2
-        self.of = {name: (labels == number).nonzero()[:, 0].numpy() for number, name in enumerate(GARMENTS)}
+        self.of = {
+            name: (labels == number).nonzero()[:, 0].numpy() for number, name in enumerate(GARMENTS)
+        }
 
     def scene(self, wish: Content | Wish, draw: np.random.Generator) -> tuple[Tensor, list[Object]]:
         """(3, 64, 64) in [0, 1]; what the wish leaves open is drawn at random. Objects do not overlap."""
@@ -128,7 +160,9 @@ class Wardrobe:
             colour = clause.get("color") or str(draw.choice(list(COLOURS)))
             number = draw.choice(self.of[clause["class"]])
             side = int(draw.integers(low, high + 1))
-            picture = F.interpolate(self.pictures[number][None], (side, side), mode="bilinear", antialias=True)[0, 0]
+            picture = F.interpolate(
+                self.pictures[number][None], (side, side), mode="bilinear", antialias=True
+            )[0, 0]
             rows, columns = ((picture > DRAWN).any(axis).nonzero()[:, 0] for axis in (1, 0))
             cut = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             sprites.append((clause["class"], colour, cut))
@@ -155,7 +189,9 @@ class FashionScenes(CaptionedImages):
     def __init__(self, root: str | Path, split: Split = "train", download: bool = False):
         self.wishes = wishes()
         self.captions = [wish["prompt"] for known in self.wishes.values() for wish in known]
-        self.first = dict(zip(self.wishes, np.cumsum([0, *map(len, self.wishes.values())]).tolist(), strict=False))
+        self.first = dict(
+            zip(self.wishes, np.cumsum([0, *map(len, self.wishes.values())]).tolist(), strict=False)
+        )
         super().__init__(root, split, items_each=20, download=download)
         self.wardrobe = Wardrobe(self.garments, self.labels)
 

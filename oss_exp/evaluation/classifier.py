@@ -95,7 +95,9 @@ def register() -> str:
         def __init__(self, name, features_list, feature_extractor_weights_path=None, **settings):
             super().__init__(name, features_list)
             if (dtype := settings.get("feature_extractor_internal_dtype")) not in (None, "float32"):
-                raise ValueError(f"{name} runs in float32, got feature_extractor_internal_dtype={dtype!r}")
+                raise ValueError(
+                    f"{name} runs in float32, got feature_extractor_internal_dtype={dtype!r}"
+                )
             self.network = FashionFeatures.from_asset(feature_extractor_weights_path)
             self.name = f"{name}-{self.network.fingerprint[:12]}"
 
@@ -114,7 +116,9 @@ def register() -> str:
         def forward(self, input: Tensor) -> tuple[Tensor, ...]:
             if input.dtype != torch.uint8 or input.ndim != 4 or input.shape[1] not in (1, 3):
                 found = f"{input.dtype} {tuple(input.shape)}"
-                raise ValueError(f"{self.name} takes uint8 images (M, 3, 32, 32) or (M, 1, 32, 32), got {found}")
+                raise ValueError(
+                    f"{self.name} takes uint8 images (M, 3, 32, 32) or (M, 1, 32, 32), got {found}"
+                )
             features = self.network(input.float().mean(dim=1, keepdim=True) / 255)
             layers = {"features": features, "logits": self.network.head(features)}
             return tuple(layers[layer] for layer in self.features_list)

@@ -23,21 +23,27 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def images(self, pictures: Sequence[Tensor]) -> Tensor:
         """Pictures (3, H, W) in [0, 1], of any sizes -> unit vectors (n, D)."""
-        pixels = self.processor(images=[as_uint8(each.cpu()) for each in pictures], return_tensors="pt")["pixel_values"]
+        pixels = self.processor(
+            images=[as_uint8(each.cpu()) for each in pictures], return_tensors="pt"
+        )["pixel_values"]
         return _unit(self.network.get_image_features(pixel_values=pixels.to(self.network.device)))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """-> unit vectors (n, D); what is longer than its 77 tokens is cut off."""
         length = self.network.config.text_config.max_position_embeddings
-        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
+        tokens = self.processor(
+            text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length
+        )
         return _unit(self.network.get_text_features(**tokens.to(self.network.device)))
 
 
 def opened(kind: Any, checkpoint: str, setting: str) -> Any:
     """transformers' `kind` from a folder or a hub id; ValueError where there is none."""
     try:
-        return kind.from_pretrained(checkpoint, trust_remote_code=False)  # whose own code is not run
+        return kind.from_pretrained(
+            checkpoint, trust_remote_code=False
+        )  # whose own code is not run
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{setting}={checkpoint} cannot be opened ({' '.join(str(error).split())[:200]}); give the folder of a "

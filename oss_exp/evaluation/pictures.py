@@ -24,7 +24,11 @@ def reduced(images: Tensor) -> Tensor:
         return images
     size = [max(1, round(factor * side)) for side in images.shape[-2:]]
     small = F.interpolate(frames_of(images), size=size, mode="area")
-    return small.unflatten(0, (len(images), images.shape[2])).movedim(1, 2) if images.ndim == 5 else small
+    return (
+        small.unflatten(0, (len(images), images.shape[2])).movedim(1, 2)
+        if images.ndim == 5
+        else small
+    )
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -40,5 +44,7 @@ def encoded(picture: np.ndarray, milliseconds: int = 125) -> bytes:
         Image.fromarray(picture).save(buffer, "png")
     else:
         first, *others = map(Image.fromarray, picture)
-        first.save(buffer, "gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
+        first.save(
+            buffer, "gif", save_all=True, append_images=others, duration=milliseconds, loop=0
+        )
     return buffer.getvalue()

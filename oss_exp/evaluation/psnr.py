@@ -26,7 +26,9 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     if images.ndim == 5:
         return psnr(frames_of(images), frames_of(reference)).unflatten(0, (len(images), -1)).mean(1)
     dims = tuple(range(1, images.ndim))
-    value = peak_signal_noise_ratio(images.double(), reference.double(), 1.0, dim=dims, reduction="none")
+    value = peak_signal_noise_ratio(
+        images.double(), reference.double(), 1.0, dim=dims, reduction="none"
+    )
     return value.clamp(max=CEILING)
 
 

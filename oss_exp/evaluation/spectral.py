@@ -21,7 +21,9 @@ def spectral_distance(waves: Tensor, reference: Tensor) -> Tensor:
     def levels(x: Tensor) -> Tensor:
         """(B * channels, frequencies, frames) dB."""
         flat = x.double().flatten(0, 1)
-        spectrum = torch.stft(flat, size, max(size // 4, 1), window=window, center=False, return_complex=True)
+        spectrum = torch.stft(
+            flat, size, max(size // 4, 1), window=window, center=False, return_complex=True
+        )
         return 10 * ((spectrum.abs() / window.sum()) ** 2 + FLOOR).log10()
 
     difference = (levels(waves) - levels(reference)).square().mean(dim=1).sqrt()

@@ -22,7 +22,14 @@ from oss_exp.files import find_asset, load_arrays, write_atomically
 KEPT = 50_000  # features in a file, at most: as many images as FID, precision and recall are usually reported with
 PUBLISHED = ("mu", "sigma")
 NUMBERS, WHOLE, TEXT = "f", "iu", "U"  # numpy's kinds of dtypes
-OURS = {"mu": NUMBERS, "sigma": NUMBERS, "n": WHOLE, "channels": WHOLE, "extractor": TEXT, "features": NUMBERS}
+OURS = {
+    "mu": NUMBERS,
+    "sigma": NUMBERS,
+    "n": WHOLE,
+    "channels": WHOLE,
+    "extractor": TEXT,
+    "features": NUMBERS,
+}
 WIDEST = 8192  # features of an image; Inception-V3 has 2048
 REMEDY = "make it again with oss_exp.evaluation.statistics.write_statistics"
 
@@ -31,7 +38,9 @@ def check_pixels(images: Tensor, what: str) -> None:
     """ValueError unless images (B, C, H, W), B >= 1, are in [0, 1]; a NaN is not."""
     low, high = images.min().item(), images.max().item()
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"{what} must be in [0, 1], decoded and clipped, got values from {low:g} to {high:g}")
+        raise ValueError(
+            f"{what} must be in [0, 1], decoded and clipped, got values from {low:g} to {high:g}"
+        )
 
 
 def gram(features: Tensor) -> Tensor:
@@ -47,12 +56,16 @@ def moments(total: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {count}")
     if not np.isfinite(sums).all():
-        raise ValueError("the extractor's features are not all finite; check its precision and the images")
+        raise ValueError(
+            "the extractor's features are not all finite; check its precision and the images"
+        )
     mu = sums[-1, :-1] / count
     return mu, (sums[:-1, :-1] - count * np.outer(mu, mu)) / (count - 1), count
 
 
-def frechet(mu: np.ndarray, sigma: np.ndarray, other_mu: np.ndarray, other_sigma: np.ndarray) -> float:
+def frechet(
+    mu: np.ndarray, sigma: np.ndarray, other_mu: np.ndarray, other_sigma: np.ndarray
+) -> float:
     """Squared Frechet distance of two Gaussians, mu (F,) and sigma (F, F) float64, as torch-fidelity computes it."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
@@ -86,7 +99,9 @@ class Reference:
         """FileNotFoundError, ValueError: what is missing, damaged or not a statistic, and what to do."""
         path = find_asset(path, "statistics")
         arrays = load_arrays(path, "statistics", REMEDY, OURS)
-        missing = [key for key in (OURS if "features" in arrays else PUBLISHED) if key not in arrays]
+        missing = [
+            key for key in (OURS if "features" in arrays else PUBLISHED) if key not in arrays
+        ]
         if missing and "arr_0" in arrays:
             raise ValueError(
                 f"{path} holds images (arr_0), as ADM's sample batches do, and no statistics: make these of them, "
@@ -107,9 +122,17 @@ class Reference:
             return cls(path, mu, sigma)
         features = arrays["features"]
         if features.ndim != 2 or features.shape[1] != len(mu):
-            raise ValueError(f"{path}: features must be (n, {len(mu)}), got {features.shape}; {REMEDY}")
+            raise ValueError(
+                f"{path}: features must be (n, {len(mu)}), got {features.shape}; {REMEDY}"
+            )
         return cls(
-            path, mu, sigma, int(arrays["channels"]), str(arrays["extractor"]), int(arrays["n"]), features=features
+            path,
+            mu,
+            sigma,
+            int(arrays["channels"]),
+            str(arrays["extractor"]),
+            int(arrays["n"]),
+            features=features,
         )
 
     def check_extractor(self, extractor: nn.Module) -> None:
@@ -136,7 +159,9 @@ class Reference:
             )
 
 
-def write_statistics(path: str | Path, extractor: nn.Module, batches: Iterable[Tensor]) -> Reference:
+def write_statistics(
+    path: str | Path, extractor: nn.Module, batches: Iterable[Tensor]
+) -> Reference:
     """Statistics of batches of images (B, C, H, W) in [0, 1] into one .npz, which keeps the first KEPT features too."""
     total, kept, channels = torch.zeros((), dtype=torch.float64), [], set()
     for images in batches:
@@ -147,12 +172,22 @@ def write_statistics(path: str | Path, extractor: nn.Module, batches: Iterable[T
         kept.append(features[: max(0, KEPT - sum(map(len, kept)))].half().cpu())
         channels.add(images.shape[1])
     if len(channels) != 1:
-        raise ValueError(f"statistics for {path} need images, all of as many channels; got {sorted(channels)}")
+        raise ValueError(
+            f"statistics for {path} need images, all of as many channels; got {sorted(channels)}"
+        )
     mu, sigma, count = moments(total)
     features = torch.cat(kept).numpy()
     if not np.isfinite(features).all():
-        raise ValueError(f"features for {path} exceed float16 (65504); scale the extractor's output down")
-    arrays = {"mu": mu, "sigma": sigma, "n": count, "channels": channels.pop(), "extractor": fingerprint(extractor)}
+        raise ValueError(
+            f"features for {path} exceed float16 (65504); scale the extractor's output down"
+        )
+    arrays = {
+        "mu": mu,
+        "sigma": sigma,
+        "n": count,
+        "channels": channels.pop(),
+        "extractor": fingerprint(extractor),
+    }
     buffer = io.BytesIO()
     np.savez(buffer, **arrays, features=features)
     write_atomically(path, buffer.getvalue())

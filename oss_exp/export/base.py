@@ -46,7 +46,9 @@ class SigmaList(Exporter):
     def write(self, steps: StepSchedule, path: Path) -> str:
         network, planned = self.network, network_of(steps)
         if network is None and planned is None:
-            raise ValueError("the schedule's file does not name a kind of network; set task.exporter.network=flow|eps")
+            raise ValueError(
+                "the schedule's file does not name a kind of network; set task.exporter.network=flow|eps"
+            )
         if network is not None and planned not in (network, None):
             raise ValueError(
                 f"the schedule was planned for a network of kind {planned}, task.exporter.network={network} is "

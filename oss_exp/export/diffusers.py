@@ -59,15 +59,21 @@ class Diffusers(Exporter):
 
     def __post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
-            raise ValueError("task.exporter.height and task.exporter.width belong together; give both, or neither")
+            raise ValueError(
+                "task.exporter.height and task.exporter.width belong together; give both, or neither"
+            )
         require_range(at_least=-10, at_most=10, mu=self.mu)
         if self.mu is not None and self.height is not None:
-            raise ValueError("task.exporter.height and task.exporter.width stand for task.exporter.mu; give either")
+            raise ValueError(
+                "task.exporter.height and task.exporter.width stand for task.exporter.mu; give either"
+            )
 
     def write(self, steps: StepSchedule, path: Path) -> str:
         scheduler = self.own_scheduler()
         call = diffusers_call(steps, scheduler, self._own_mu(scheduler))
-        plain = {key: [*map(float, v)] if key == "sigmas" else v for key, v in call.arguments.items()}
+        plain = {
+            key: [*map(float, v)] if key == "sigmas" else v for key, v in call.arguments.items()
+        }
         record = {"scheduler": type(scheduler).__name__, **plain}
         record["runs"] = {"network": call.network, "sigmas": call.sigmas}
         write_atomically(path, json.dumps(record, indent=2) + "\n")
@@ -89,7 +95,9 @@ class Diffusers(Exporter):
                 "to what it gives its scheduler"
             )
         given = {key: scheduler.config.get(key) for key in ("base_shift", "max_shift", *SEQUENCES)}
-        constants = {SEQUENCES.get(key, key): value for key, value in given.items() if value is not None}
+        constants = {
+            SEQUENCES.get(key, key): value for key, value in given.items() if value is not None
+        }
         return math.log(flux_shift(self.height, self.width, **constants))
 
     def _pipeline(self) -> str | None:
@@ -97,7 +105,10 @@ class Diffusers(Exporter):
         for folder in list(Path(str(self.scheduler), "_").parents)[:3]:
             if (folder / "model_index.json").is_file():
                 index = load_record(
-                    folder / "model_index.json", TypeAdapter(dict[str, JsonValue]), "pipeline", "get it again"
+                    folder / "model_index.json",
+                    TypeAdapter(dict[str, JsonValue]),
+                    "pipeline",
+                    "get it again",
                 )
                 return str(index.get("_class_name"))
         return None
@@ -115,12 +126,18 @@ class Diffusers(Exporter):
             )
         name, config, path = self.scheduler, {}, Path(self.scheduler)
         if path.exists():
-            folder = next((place for place in (path / "scheduler", path) if place.is_dir()), path.parent)
+            folder = next(
+                (place for place in (path / "scheduler", path) if place.is_dir()), path.parent
+            )
             file = path if path.is_file() else folder / "scheduler_config.json"
             config = read_scheduler_config(file)
             name = config.get("_class_name")
         kind = getattr(diffusers, str(name), None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
+        if not (
+            isinstance(kind, type)
+            and issubclass(kind, SchedulerMixin)
+            and issubclass(kind, ConfigMixin)
+        ):
             raise ValueError(
                 f"task.exporter.scheduler={self.scheduler} is neither a class of diffusers' schedulers nor a file of "
                 "one"
@@ -152,7 +169,9 @@ class Call:
     noise: float
 
 
-def diffusers_arguments(steps: StepSchedule, scheduler: Any, mu: float | None = None) -> dict[str, Any]:
+def diffusers_arguments(
+    steps: StepSchedule, scheduler: Any, mu: float | None = None
+) -> dict[str, Any]:
     """What makes `scheduler.set_timesteps` run exactly these times and steps, tried on a scheduler like it.
 
     `sigmas` or `timesteps`, for a pipeline's call too, and mu where there is one. ValueError as of `diffusers_call`.
@@ -266,13 +285,17 @@ def _candidates(
     if "sigmas" in takes:
         lists = [sigmas]
         if network == "flow" and (shift := _shift(config, mu)) != 1:
-            lists.insert(0, shift_time(torch.tensor(sigmas, dtype=torch.float64), 1 / shift).tolist())
+            lists.insert(
+                0, shift_time(torch.tensor(sigmas, dtype=torch.float64), 1 / shift).tolist()
+            )
         wrappers: dict[str, Callable[[list[float]], Any]] = {
             "": list,
             "numpy.array": np.array,
             "torch.tensor": lambda values: torch.tensor(values, dtype=torch.float64),
         }
-        for values, wrapper in product([values[:end] for values in lists for end in (-1, None)], wrappers):
+        for values, wrapper in product(
+            [values[:end] for values in lists for end in (-1, None)], wrappers
+        ):
             yield {"sigmas": wrappers[wrapper](values), **more}, wrapper
     elif network == "eps" and hasattr(scheduler, "alphas_cumprod"):
         ratios = _ratios(scheduler).clamp(max=1e12)
@@ -291,7 +314,11 @@ def _shift(config: Mapping[str, Any], mu: float | None) -> float:
 
 
 def _try(
-    steps: StepSchedule, solver: Solver | None, scheduler: Any, network: Network, arguments: Mapping[str, Any]
+    steps: StepSchedule,
+    solver: Solver | None,
+    scheduler: Any,
+    network: Network,
+    arguments: Mapping[str, Any],
 ) -> float:
     """Run a scheduler like this one, and return what the search's first latents are of its own.
 
@@ -315,10 +342,15 @@ def _try(
     with _their_code(0, name):
         times = _times(trial, network)
     if len(times) != len(steps.times):
-        raise _Fault(1, f"{name} takes {len(times) - 1} steps where the schedule has {steps.num_steps}")
+        raise _Fault(
+            1, f"{name} takes {len(times) - 1} steps where the schedule has {steps.num_steps}"
+        )
     if len(trial.timesteps) != steps.num_steps:
         calls = len(trial.timesteps)
-        raise _Fault(2, f"{name} calls the network {calls} times where the schedule has {steps.num_steps} steps")
+        raise _Fault(
+            2,
+            f"{name} calls the network {calls} times where the schedule has {steps.num_steps} steps",
+        )
 
     # Chance.
     noise, states = run(trial)
@@ -328,18 +360,29 @@ def _try(
     # Times.
     off = float((times - steps.times).abs().max())
     if not off <= TOLERANCE:  # nan too
-        reason = "it knows whole timesteps only" if "timesteps" in arguments else "it changes the times it is given"
-        raise _Fault(4, f"{name} would run times that are up to {off:.2g} beside the schedule's: {reason}")
+        reason = (
+            "it knows whole timesteps only"
+            if "timesteps" in arguments
+            else "it changes the times it is given"
+        )
+        raise _Fault(
+            4, f"{name} would run times that are up to {off:.2g} beside the schedule's: {reason}"
+        )
 
     # Steps.
     if solver is not None:
-        first = torch.minimum(times[:1], steps.times[:1])  # UniPC's is a little before 1, where its h is finite
+        first = torch.minimum(
+            times[:1], steps.times[:1]
+        )  # UniPC's is a little before 1, where its h is finite
         expected = states_of(replace(steps, times=torch.cat([first, steps.times[1:]])), solver)
         tried = [states]
         if network == "flow":  # of which some velocities point to the noise and some to the data
             tried.append(run(fresh(), sign=-1)[1])
         if not any(float((one - expected).abs().max()) <= STEP_TOLERANCE for one in tried):
-            raise _Fault(5, f"{name} takes other steps than {words(solver)}, for which the schedule was planned")
+            raise _Fault(
+                5,
+                f"{name} takes other steps than {words(solver)}, for which the schedule was planned",
+            )
     return noise
 
 
@@ -355,7 +398,9 @@ def _times(trial: Any, network: Network) -> Tensor:
     return 1 - sigmas if trial.config.get("invert_sigmas") else sigmas
 
 
-def _walk(trial: Any, steps: StepSchedule, network: Network, seed: int, sign: float) -> tuple[float, Tensor]:
+def _walk(
+    trial: Any, steps: StepSchedule, network: Network, seed: int, sign: float
+) -> tuple[float, Tensor]:
     """Run a scheduler on coordinates: of the first state, and of the clean sample that each call predicts.
 
     -> the search's first latents as a multiple of the scheduler's, and the states (K, 1 + K) after the steps.
@@ -393,5 +438,10 @@ def _answer(config: Mapping[str, Any], network: Network, x: Tensor, x0: Tensor, 
         square = (t / (1 - t)) ** 2 + data**2
         answer = (x0 - data**2 / square * x / (1 - t)) * square**0.5 * (1 - t) / (t * data)
         return -answer if prediction == "v_prediction" else answer
-    words = {"epsilon": eps, "sample": x0, "original_sample": x0, "v_prediction": scale * ((1 - t) * eps - t * x0)}
+    words = {
+        "epsilon": eps,
+        "sample": x0,
+        "original_sample": x0,
+        "v_prediction": scale * ((1 - t) * eps - t * x0),
+    }
     return words[prediction]

@@ -15,4 +15,6 @@ class KDiffusion(SigmaList):
     samplers = {name: f"sample_{name}" for name in ("euler", "heun", "dpm_2", "dpmpp_2m")}  # noqa: RUF012
 
     def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
-        return json.dumps(sigmas), f"{sampler}(model, noise * {sigmas[0]:.6g}, torch.tensor(sigmas))"
+        return json.dumps(
+            sigmas
+        ), f"{sampler}(model, noise * {sigmas[0]:.6g}, torch.tensor(sigmas))"

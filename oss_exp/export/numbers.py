@@ -30,9 +30,7 @@ class OSSSchedulerFile(Exporter):
     def write(self, steps: StepSchedule, path: Path) -> str:
         save_in_numbers(steps, path)
         write_atomically(path.with_name(CODE.name), CODE.read_text())
-        return (
-            f'from oss_scheduler import OSSScheduler\nOSSScheduler.from_schedule("{path.name}", pipe.scheduler.config)'
-        )
+        return f'from oss_scheduler import OSSScheduler\nOSSScheduler.from_schedule("{path.name}", pipe.scheduler.config)'
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,39 @@ class ComfyUINodes(Exporter):
     def write(self, steps: StepSchedule, path: Path) -> str:
         code, text = path / "__init__.py", NODES.read_text()
         if code.exists() and not code.read_text(errors="replace").startswith(text[:60]):
-            raise ValueError(f"{path} holds another __init__.py; choose a folder of its own, custom_nodes/oss_exp")
-        made_of = (steps.about("model").get("name"), steps.about("strategy").get("name"), steps.num_steps)
+            raise ValueError(
+                f"{path} holds another __init__.py; choose a folder of its own, custom_nodes/oss_exp"
+            )
+        made_of = (
+            steps.about("model").get("name"),
+            steps.about("strategy").get("name"),
+            steps.num_steps,
+        )
         name = re.sub(r"[^\w.-]+", "-", "_".join(str(part) for part in made_of if part))
         file = save_in_numbers(steps, path / "schedules" / f"{name}.json", apart=True)
         copied = []
         if self.workflow is not None:
             native = in_numbers(steps, apart=True)
             inside = native["start_time"] if native["start_time"] < INSIDE else 1.0
-            changed, copied = with_schedule(self.workflow, file.name, native.get("strength", inside))
-            copied.append(str(write_atomically(path / "example_workflows" / Path(self.workflow).name, f"{changed}\n")))
+            changed, copied = with_schedule(
+                self.workflow, file.name, native.get("strength", inside)
+            )
+            copied.append(
+                str(
+                    write_atomically(
+                        path / "example_workflows" / Path(self.workflow).name, f"{changed}\n"
+                    )
+                )
+            )
         write_atomically(code, text)
         hint = "Restart ComfyUI once; schedules that are added later need none."
         use = "OSS Sampler takes the place of KSampler, OSS Schedule gives sigmas and sampler to SamplerCustom."
         return "\n".join([*copied, str(file), hint, use])
 
 
-def in_numbers(steps: StepSchedule, solver: Solver | None = None, apart: bool = False) -> dict[str, Any]:
+def in_numbers(
+    steps: StepSchedule, solver: Solver | None = None, apart: bool = False
+) -> dict[str, Any]:
     """The schedule with every step as numbers: `times`, `weights`, `start` and `start_time` of OSSScheduler.
 
     solver: whose steps they are; None: the one that the schedule's file names, else Euler.
@@ -73,9 +87,15 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None, apart: bool = 
     ValueError where a step is no sum of one call's x0 each, or where it needs answers apart that nobody knows.
     """
     if steps.per_sample:
-        raise ValueError("the schedule has times of its own for each sample; a scheduler runs one schedule for all")
+        raise ValueError(
+            "the schedule has times of its own for each sample; a scheduler runs one schedule for all"
+        )
     native = steps.about("native")
-    image = {key: native[key] for key in ("strength", "num_inference_steps", "begin_index") if key in native}
+    image = {
+        key: native[key]
+        for key in ("strength", "num_inference_steps", "begin_index")
+        if key in native
+    }
     if image and not (isinstance(steps.start, Pinned) and isinstance(steps.steps, SolverSteps)):
         raise ValueError(
             f"the schedule is for a call that begins at an image, and has {steps.kind}; a scheduler does not know the "
@@ -86,7 +106,11 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None, apart: bool = 
     if isinstance(steps.steps, FittedSteps):
         guidance = steps.about("model").get("guidance") or {}
         answers = 1 if guidance.get("scale", 1) == 1 else 2
-        if answers > 1 and (not apart or guidance.get("channels") is not None or guidance.get("interval") is not None):
+        if answers > 1 and (
+            not apart
+            or guidance.get("channels") is not None
+            or guidance.get("interval") is not None
+        ):
             raise ValueError(
                 "the schedule's steps were fitted to guided and unguided answers apart, and a pipeline gives their "
                 "mix; plan it with model.guidance.scale=1 (a Pipeline: guidance_apart=False), or by stepsize=oss_shared"
@@ -107,10 +131,17 @@ def in_numbers(steps: StepSchedule, solver: Solver | None = None, apart: bool = 
     }
 
 
-def save_in_numbers(steps: StepSchedule, path: str | Path, solver: Solver | None = None, apart: bool = False) -> Path:
+def save_in_numbers(
+    steps: StepSchedule, path: str | Path, solver: Solver | None = None, apart: bool = False
+) -> Path:
     """Write what OSSScheduler.from_schedule reads: JSON and, where there is a mean, `<name>.mean.safetensors` first."""
     path = Path(path)
-    record = {"format": "oss_exp/scheduler", "version": 1, **in_numbers(steps, solver, apart), "mean": None}
+    record = {
+        "format": "oss_exp/scheduler",
+        "version": 1,
+        **in_numbers(steps, solver, apart),
+        "mean": None,
+    }
     if steps.mean is not None:
         file = beside(path, ".mean.safetensors")
         digest = save_asset(file, {"mean": steps.mean.cpu()}, {"made_by": path.name})

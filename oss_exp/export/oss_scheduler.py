@@ -33,13 +33,30 @@ LIMIT, MEAN_LIMIT = 1 << 24, 1 << 29  # bytes that are read of a schedule and of
 PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
 BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
 TRAINING = (
-    *("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "snr_shift_scale", *BETAS),
+    *(
+        "prediction_type",
+        "num_train_timesteps",
+        "rescale_betas_zero_snr",
+        "snr_shift_scale",
+        *BETAS,
+    ),
     *("use_flow_sigmas", "invert_sigmas", "timestep_type", "sigma_data"),
     *("shift", "use_dynamic_shifting", "time_shift_type"),  # and what pipelines make the shift of:
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
 )
-SCHEDULE = ("range", "times", "weights", "start", "start_time", "strength", "num_inference_steps", "begin_index")
-LAST_RATIO = 4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
+SCHEDULE = (
+    "range",
+    "times",
+    "weights",
+    "start",
+    "start_time",
+    "strength",
+    "num_inference_steps",
+    "begin_index",
+)
+LAST_RATIO = (
+    4096.0  # sigma / alpha that diffusers gives to the end of a chain that has no signal left
+)
 
 
 class OSSScheduler(SchedulerMixin, ConfigMixin):
@@ -109,10 +126,14 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
         # How the network was trained.
         chain = beta_schedule is not None or trained_betas is not None or sigma_data is not None
-        self.prediction = prediction_type or ("epsilon" if chain and not use_flow_sigmas else "flow_prediction")
+        self.prediction = prediction_type or (
+            "epsilon" if chain and not use_flow_sigmas else "flow_prediction"
+        )
         self.prediction = {"original_sample": "sample"}.get(self.prediction, self.prediction)
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}"
+            )
         self.flow = self.prediction == "flow_prediction"
         if use_flow_sigmas and not self.flow:
             raise ValueError(
@@ -120,12 +141,16 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "pipelines; give from_schedule prediction_type='flow_prediction' where it predicts the velocity"
             )
         continuous = timestep_type == "continuous" and self.prediction == "v_prediction"
-        self.by_log = not self.flow and (continuous or sigma_data is not None)  # its clock is one of sigma
+        self.by_log = not self.flow and (
+            continuous or sigma_data is not None
+        )  # its clock is one of sigma
         self.ratios = None if self.flow or self.by_log else self._ratios()
         self.time_max = 1.0
         if self.ratios is not None and not rescale_betas_zero_snr:
             self.time_max = float(self.ratios[-1] / (1 + self.ratios[-1]))
-        if self.times[0] == 1 and (self.by_log or (self.prediction == "epsilon" and self.time_max == 1)):
+        if self.times[0] == 1 and (
+            self.by_log or (self.prediction == "epsilon" and self.time_max == 1)
+        ):
             raise ValueError(
                 "the schedule begins at t = 1, where sigma is infinite and this network's answer says nothing; plan it "
                 "on a noise_schedule that begins at the network's largest sigma"
@@ -152,18 +177,24 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         config: of the pipeline's own scheduler, which says how the network was trained; `changes` go over it.
         """
         told = {**config} if config is not None else {}
-        training: dict[str, Any] = {key: value for key, value in told.items() if key in TRAINING} | changes
+        training: dict[str, Any] = {
+            key: value for key, value in told.items() if key in TRAINING
+        } | changes
         if str(told.get("_class_name")).startswith("CosineDPM"):
             training = {"timestep_type": "arctan"} | training
         known = config is None or "prediction_type" in training
-        if not known and not ({"shift", "num_train_timesteps"} <= {*told} or any(map(training.get, BETAS))):
+        if not known and not (
+            {"shift", "num_train_timesteps"} <= {*told} or any(map(training.get, BETAS))
+        ):
             raise ValueError(
                 "the config of the pipeline's scheduler does not say how its network was trained; if it predicts the "
                 "velocity from noise to data over a clock of 0 to 1000, give from_schedule "
                 "prediction_type='flow_prediction'"
             )
         if "sigma_data" in training and "sigma_schedule" not in told:
-            raise ValueError("of the networks with sigma_data only those of diffusers' EDM schedulers are known")
+            raise ValueError(
+                "of the networks with sigma_data only those of diffusers' EDM schedulers are known"
+            )
         record, mean = _read(Path(file)) if isinstance(file, str | Path) else _numbers(file)
         given = {key: record[key] for key in SCHEDULE if key in record}
         return cls(**given, **training, extra_call=extra_call, mean=mean)
@@ -180,7 +211,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     def begin(self, noise: Tensor) -> Tensor:
         """noise (B, *E) of size 1 -> the `latents` to give to the pipeline, which spares an analytic start's call."""
         if self.config["extra_call"]:
-            raise ValueError("extra_call=True makes the first state itself; give the pipeline the noise, or none")
+            raise ValueError(
+                "extra_call=True makes the first state itself; give the pipeline the noise, or none"
+            )
         self.begun = True
         return self._first_state(noise) / self.init_noise_sigma
 
@@ -200,7 +233,11 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         if asked is None and sigmas is not None:
             asked = len(sigmas)
         if asked != (call := self.config["num_inference_steps"] or steps):
-            with_strength = "" if self.config["strength"] is None else f" and strength={self.config['strength']}"
+            with_strength = (
+                ""
+                if self.config["strength"] is None
+                else f" and strength={self.config['strength']}"
+            )
             raise ValueError(
                 f"the schedule has {steps} steps, {asked} were asked; set num_inference_steps={call}{with_strength}"
             )
@@ -216,7 +253,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             shift = self.config["shift"]
             if self.config["use_dynamic_shifting"]:
                 if mu is None:
-                    raise ValueError("use_dynamic_shifting=True needs the mu of the pipeline's size")
+                    raise ValueError(
+                        "use_dynamic_shifting=True needs the mu of the pipeline's size"
+                    )
                 shift = mu if self.config["time_shift_type"] == "linear" else math.exp(mu)
             self.timesteps = self.timesteps / (
                 shift - (shift - 1) * self.timesteps / self.config["num_train_timesteps"]
@@ -242,10 +281,16 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """sample (M, *E) and what the network said of it -> the latents at the next time, in the sample's dtype."""
-        if self.calls >= len(self.timesteps) or float(timestep) != float(self.timesteps[self.calls]):
+        if self.calls >= len(self.timesteps) or float(timestep) != float(
+            self.timesteps[self.calls]
+        ):
             raise ValueError(
                 "a step schedule runs through all of its times, first to last: call set_timesteps and give step every "
                 "one of scheduler.timesteps"
@@ -253,7 +298,11 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         step = self.calls - self.config["begin_index"] - int(self.config["extra_call"])
         told = self.config["range"] or {}
         base = told["base"].get("dtype") if isinstance(told.get("base"), dict) else None
-        seen = base in ("float32", "bfloat16", "float16")  # else it is of the weights, which a scheduler does not see
+        seen = base in (
+            "float32",
+            "bfloat16",
+            "float16",
+        )  # else it is of the weights, which a scheduler does not see
         dtype = str(model_output.dtype).removeprefix("torch.") if seen else None
         self.check_range(dtype=dtype, shape=list(sample.shape[1:]))
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
@@ -267,7 +316,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             self._outputs.insert(0, self._clean(model_output.to(x.dtype), x, self.times[step]))
             current, first, mean, *answers = self.weights[step]
             terms = [(current, x), (first, self._first), *zip(answers, self._outputs, strict=False)]
-            after = sum((weight * vector for weight, vector in terms if weight != 0), torch.zeros_like(x))
+            after = sum(
+                (weight * vector for weight, vector in terms if weight != 0), torch.zeros_like(x)
+            )
             if mean != 0:
                 after = after + mean * self._mean_of(x)
             after = self._scale(self.times[step + 1]) * after
@@ -279,7 +330,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         index = (self.timesteps.cpu() == timesteps.flatten()[0].cpu()).nonzero().flatten()
         if len(index) == 0:
             raise ValueError(f"{float(timesteps.flatten()[0])} is none of the schedule's timesteps")
-        t = self.times[max(int(index[0]) - self.config["begin_index"] - int(self.config["extra_call"]), 0)]
+        t = self.times[
+            max(int(index[0]) - self.config["begin_index"] - int(self.config["extra_call"]), 0)
+        ]
         return self._scale(t) * ((1 - t) * original_samples + t * noise)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -313,14 +366,18 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     def _mean_of(self, x: Tensor) -> Tensor:
         """(M, *E) like x; row m is sample m % B, as under guidance."""
         if self.mean is None:
-            raise ValueError("the schedule's mean is not there; load it with from_schedule, from the schedule's file")
+            raise ValueError(
+                "the schedule's mean is not there; load it with from_schedule, from the schedule's file"
+            )
         if self.mean.shape[1:] != x.shape[1:]:
             raise ValueError(
                 f"the schedule's mean has shape {tuple(self.mean.shape[1:])}, the latents {tuple(x.shape[1:])}; set "
                 "scheduler.mean to the mean in the pipeline's layout (FluxPipeline._pack_latents)"
             )
         if self.condition is None and len(self.mean) > 1:
-            raise ValueError(f"the schedule has means of {len(self.mean)} conditions; set scheduler.condition to (B,)")
+            raise ValueError(
+                f"the schedule has means of {len(self.mean)} conditions; set scheduler.condition to (B,)"
+            )
         mean = self.mean.to(x)
         rows = mean if self.condition is None else mean[self.condition.to(x.device)]
         return rows.repeat(len(x) // len(rows), *[1] * (x.ndim - 1))
@@ -353,10 +410,16 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
     def _native(self, t: float) -> float:
         """What the network is told of t: the index of its training chain, log-linear between whole ones."""
         if self.flow:
-            return (1 - t if self.config["invert_sigmas"] else t) * self.config["num_train_timesteps"]
+            return (1 - t if self.config["invert_sigmas"] else t) * self.config[
+                "num_train_timesteps"
+            ]
         ratio = self._ratio(t)
         if self.ratios is None:
-            return 2 / math.pi * math.atan(ratio) if self.config["timestep_type"] == "arctan" else math.log(ratio) / 4
+            return (
+                2 / math.pi * math.atan(ratio)
+                if self.config["timestep_type"] == "arctan"
+                else math.log(ratio) / 4
+            )
         if ratio < self.ratios[0]:
             return ratio / self.ratios[0] - 1  # -1 is clean
         return float(np.interp(math.log(ratio), np.log(self.ratios), np.arange(len(self.ratios))))
@@ -378,7 +441,9 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         try:
             betas = DDPMScheduler(self.config["num_train_timesteps"], **chosen).betas
         except NotImplementedError:
-            raise ValueError(f"beta_schedule={chosen['beta_schedule']} is none that diffusers' DDPM has") from None
+            raise ValueError(
+                f"beta_schedule={chosen['beta_schedule']} is none that diffusers' DDPM has"
+            ) from None
         kept = torch.cumprod(1 - betas.double(), 0)
         if (shift := self.config["snr_shift_scale"]) is not None:
             kept = kept / (shift + (1 - shift) * kept)
@@ -393,19 +458,33 @@ def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
     found = []
     for axis, value in setting.items():
         base = measured["base"].get(axis) if measured else None
-        if value is None or base is None or value == base or (axis == "shape" and len(value) != len(base)):
+        if (
+            value is None
+            or base is None
+            or value == base
+            or (axis == "shape" and len(value) != len(base))
+        ):
             continue
         cells = [cell for cell in measured["cells"] if cell["axis"] == axis]
         near = [cell for cell in cells if value is True or cell["value"] == value]
         if not near and isinstance(value, float):  # between two that were measured
-            points = sorted([*cells, {"value": base, "loss": 0.0}], key=lambda point: point["value"])
-            near = [p for pair in pairwise(points) if pair[0]["value"] < value < pair[1]["value"] for p in pair]
+            points = sorted(
+                [*cells, {"value": base, "loss": 0.0}], key=lambda point: point["value"]
+            )
+            near = [
+                p
+                for pair in pairwise(points)
+                if pair[0]["value"] < value < pair[1]["value"]
+                for p in pair
+            ]
         if not near:
             known = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
             found.append(f"nothing was measured at {axis}={value}, only at {known}")
         elif (worst := max(near, key=lambda point: point["loss"]))["loss"] > measured["tolerance"]:
             lost = "{loss:.1f} dB ({loss_interval[0]:.1f} to {loss_interval[1]:.1f}, n={n}; gain {gain:+.1f})"
-            found.append(f"{axis}={value} is outside of its range: at {worst['value']} it lost {lost.format(**worst)}")
+            found.append(
+                f"{axis}={value} is outside of its range: at {worst['value']} it lost {lost.format(**worst)}"
+            )
     return found
 
 
@@ -419,13 +498,17 @@ def _numbers(steps: StepSchedule) -> tuple[Mapping[str, Any], Tensor | None]:
 def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
     """A file's record and its mean (G, *E). FileNotFoundError or ValueError says what is wrong with it."""
     if not path.is_file():
-        raise FileNotFoundError(f"schedule {path} does not exist (folder: {path.absolute().parent})")
+        raise FileNotFoundError(
+            f"schedule {path} does not exist (folder: {path.absolute().parent})"
+        )
     try:
         if path.stat().st_size > LIMIT:
             raise ValueError(f"more than {LIMIT >> 20} MiB")
         record = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"schedule {path} is not complete JSON ({error!s:.200}); write it again") from None
+        raise ValueError(
+            f"schedule {path} is not complete JSON ({error!s:.200}); write it again"
+        ) from None
     form = record.get("format") if isinstance(record, dict) else None
     if form == "oss_exp/step_schedule":
         try:
@@ -437,7 +520,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
             ) from None
         return _numbers(StepSchedule.load(path))
     if form != FORMAT or record.get("version") != VERSION:
-        raise ValueError(f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export')
+        raise ValueError(
+            f'{path} is not of "format": "{FORMAT}", "version": {VERSION}; write it with task=export'
+        )
     if record.get("answers", 1) != 1:
         raise ValueError(
             f"schedule {path} weighs guided and unguided answers apart, and a pipeline gives their mix; plan it with "
@@ -448,7 +533,11 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
         raise ValueError(f"schedule {path} has no {missing[0]}; write it again")
     if mean is None:
         return record, None
-    if not (isinstance(mean, dict) and isinstance(mean.get("file"), str) and Path(mean["file"]).name == mean["file"]):
+    if not (
+        isinstance(mean, dict)
+        and isinstance(mean.get("file"), str)
+        and Path(mean["file"]).name == mean["file"]
+    ):
         raise ValueError(f"the mean of schedule {path} must name a file beside it; write it again")
     file = path.with_name(mean["file"])
     if not file.is_file():

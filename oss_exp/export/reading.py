@@ -71,8 +71,12 @@ class Node:
         if self.first is None:
             slot = f"{self.id:.50}.inputs.{WIDGETS[self.kind][0]}"
             if not self.linked:
-                raise ValueError(f"{where} has no list of sigmas in `{slot}`; type one into the node, or {REMEDY}")
-            raise ValueError(f"{where} gets `{slot}` from another node; give the list that comes out")
+                raise ValueError(
+                    f"{where} has no list of sigmas in `{slot}`; type one into the node, or {REMEDY}"
+                )
+            raise ValueError(
+                f"{where} gets `{slot}` from another node; give the list that comes out"
+            )
         sigmas = numbers_in(self.first, where)
         if self.kind == "CustomSigmas":
             steps = self.values.get("interpolate_to_steps")
@@ -94,12 +98,16 @@ class SigmaFile:
     sampler: str | None = None
 
 
-def read_sigmas(given: str | Sequence[float], network: Network = "flow", node: str | int | None = None) -> list[float]:
+def read_sigmas(
+    given: str | Sequence[float], network: Network = "flow", node: str | int | None = None
+) -> list[float]:
     """Return the sigmas that are given, as a list, as text, or in a file. Arguments as of `read_list`."""
     return read_list(given, network, node).sigmas
 
 
-def read_list(given: str | Sequence[float], network: Network = "flow", node: str | int | None = None) -> SigmaFile:
+def read_list(
+    given: str | Sequence[float], network: Network = "flow", node: str | int | None = None
+) -> SigmaFile:
     """Return the sigmas that are given, as a list, as text, or in a file.
 
     given:   numbers; text of them, with or without commas, brackets, `tensor(...)` and comments; or a file of such
@@ -110,7 +118,9 @@ def read_list(given: str | Sequence[float], network: Network = "flow", node: str
     if not isinstance(given, str):
         return SigmaFile([float(sigma) for sigma in given])
     text, name = given, given if len(given) < 60 else f"{given[:57]}..."
-    if given.endswith((".json", ".txt")) or (len(given) < 256 and "\n" not in given and Path(given).is_file()):
+    if given.endswith((".json", ".txt")) or (
+        len(given) < 256 and "\n" not in given and Path(given).is_file()
+    ):
         text, name = read_text(given, "list of sigmas"), f"list of sigmas {given}"
     if text.lstrip("\ufeff \t\r\n").startswith("{"):
         return _in_json(text, name, network, None if node is None else str(node))
@@ -126,7 +136,9 @@ def numbers_in(text: str, name: str) -> list[float]:
     words = re.sub(r"[\[\](){},;]", " ", plain).split()
     for word in words:
         if not NUMBER.fullmatch(word):
-            raise ValueError(f"{name} is no list of sigmas ({word!r:.80}); give numbers with commas, noise first")
+            raise ValueError(
+                f"{name} is no list of sigmas ({word!r:.80}); give numbers with commas, noise first"
+            )
     if not words:
         raise ValueError(f"{name} has no numbers; give numbers with commas, noise first")
     return [float(word) for word in words]
@@ -137,13 +149,19 @@ def _in_json(text: str, name: str, network: Network, chosen: str | None) -> Sigm
     text = text.lstrip("\ufeff")
     content = parse_record(text, TypeAdapter(dict[str, JsonValue]), name, REMEDY)
     if str(content.get("format")).startswith("oss_exp/"):
-        what = "a step schedule already" if content["format"] == "oss_exp/step_schedule" else "made of a step schedule"
+        what = (
+            "a step schedule already"
+            if content["format"] == "oss_exp/step_schedule"
+            else "made of a step schedule"
+        )
         raise ValueError(f"{name} is {what}, with more in it than a list; use the step schedule")
     if "scheduler" in content:
         remedy = "export it again, for earlier versions did not keep the scheduler's shift"
         runs = parse_record(text, DiffusersFile, name, remedy).runs
         if runs.network != network:
-            raise ValueError(f"{name} is for a network of kind {runs.network}; set task.network={runs.network}")
+            raise ValueError(
+                f"{name} is for a network of kind {runs.network}; set task.network={runs.network}"
+            )
         return SigmaFile(runs.sigmas)
     if isinstance(content.get("sigmas"), list):
         if "times" in content:
@@ -159,15 +177,22 @@ def _in_workflow(content: Mapping[str, Any], name: str, chosen: str | None) -> S
     nodes = list(_nodes(content))
     lists = [node for node in nodes if node.kind != "KSamplerSelect"]
     if not lists:
-        raise ValueError(f"{name} has no node ManualSigmas or CustomSigmas with a list of sigmas; {REMEDY}")
+        raise ValueError(
+            f"{name} has no node ManualSigmas or CustomSigmas with a list of sigmas; {REMEDY}"
+        )
     shown = "; ".join(
-        f"{node.id:.20}: {node.first or ('from another node' if node.linked else 'no list'):.60}" for node in lists[:5]
+        f"{node.id:.20}: {node.first or ('from another node' if node.linked else 'no list'):.60}"
+        for node in lists[:5]
     )
     candidates = [node for node in lists if chosen in (None, node.id)]
     if not candidates:
-        raise ValueError(f"{name} has no list of sigmas in task.node={chosen:.50}; lists by node id: {shown}")
+        raise ValueError(
+            f"{name} has no list of sigmas in task.node={chosen:.50}; lists by node id: {shown}"
+        )
     if len({(node.kind, *map(str, node.values.items())) for node in candidates}) > 1:
-        raise ValueError(f"{name} has {len(lists)} lists of sigmas, by node id {shown}; choose one with task.node=ID")
+        raise ValueError(
+            f"{name} has {len(lists)} lists of sigmas, by node id {shown}; choose one with task.node=ID"
+        )
     samplers = {node.first for node in nodes if node.kind == "KSamplerSelect"}
     return SigmaFile(candidates[0].sigmas(name), samplers.pop() if len(samplers) == 1 else None)
 
@@ -178,7 +203,9 @@ def _nodes(content: Mapping[str, Any]) -> Iterator[Node]:
         definitions = content.get("definitions")
         subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
         listed = subgraphs if isinstance(subgraphs, list) else []
-        yield from _saved_nodes(content, {str(graph.get("id")): graph for graph in objects(listed)}, "")
+        yield from _saved_nodes(
+            content, {str(graph.get("id")): graph for graph in objects(listed)}, ""
+        )
         return
     prompt = content.get("prompt")
     for key, node in (prompt if isinstance(prompt, dict) else content).items():
@@ -189,24 +216,39 @@ def _nodes(content: Mapping[str, Any]) -> Iterator[Node]:
             yield Node(key, str(node["class_type"]), inputs, linked)
 
 
-def _saved_nodes(graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix: str) -> Iterator[Node]:
+def _saved_nodes(
+    graph: Mapping[str, Any], subgraphs: Mapping[str, Any], prefix: str
+) -> Iterator[Node]:
     """Yield the nodes of a saved workflow; those of a subgraph have the id of its place before their own, as 1:10."""
     for node in objects(graph.get("nodes")):
         key, kind = f"{prefix}{node.get('id')}", str(node.get("type"))
         if node.get("mode") in MUTED:
             continue
         if kind in WIDGETS:
-            linked = {str(slot.get("name")) for slot in objects(node.get("inputs")) if slot.get("link") is not None}
+            linked = {
+                str(slot.get("name"))
+                for slot in objects(node.get("inputs"))
+                if slot.get("link") is not None
+            }
             values = node.get("widgets_values")
             if isinstance(values, list):
                 values = dict(zip(WIDGETS[kind], values, strict=False))
             values = values if isinstance(values, dict) else {}
-            yield Node(key, kind, {name: value for name, value in values.items() if name not in linked}, linked)
+            yield Node(
+                key,
+                kind,
+                {name: value for name, value in values.items() if name not in linked},
+                linked,
+            )
         elif kind in subgraphs:
-            others = {name: other for name, other in subgraphs.items() if name != kind}  # none holds itself
+            others = {
+                name: other for name, other in subgraphs.items() if name != kind
+            }  # none holds itself
             yield from _saved_nodes(subgraphs[kind], others, f"{key}:")
 
 
 def objects(values: Any) -> list[dict[str, Any]]:
     """Return the JSON objects of what should be a list of them."""
-    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+    return (
+        [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+    )

@@ -25,7 +25,12 @@ Network = Literal["flow", "eps"]
 # Names of k-diffusion, which step in sigma / alpha, or with the sigmas of a flow model in flow time.
 SAMPLERS: Mapping[Network, Mapping[str, Solver]] = {
     "flow": {"euler": Euler(), "heun": Heun(clock="t")},
-    "eps": {"euler": Euler(), "heun": Heun(clock="sigma"), "dpm_2": DPM2(r=0.5), "dpmpp_2m": DPMSolverPP(order=2)},
+    "eps": {
+        "euler": Euler(),
+        "heun": Heun(clock="sigma"),
+        "dpm_2": DPM2(r=0.5),
+        "dpmpp_2m": DPMSolverPP(order=2),
+    },
 }
 
 
@@ -48,7 +53,9 @@ def steps_of(steps: StepSchedule) -> Solver:
 def uncalibrated(solver: Solver) -> Solver:
     """Return the solver. ValueError where it has a calibration, which no other program applies."""
     if solver.calibration is not None:
-        raise ValueError("a calibrated solver's steps are no sums; export without solver.calibration")
+        raise ValueError(
+            "a calibrated solver's steps are no sums; export without solver.calibration"
+        )
     return solver
 
 

@@ -83,7 +83,9 @@ def _require_sigmas(sigmas: Sequence[float]) -> None:
     if not sigmas or not all(math.isfinite(sigma) and sigma >= 0 for sigma in sigmas):
         raise ValueError(f"sigmas must be finite numbers of at least 0, got {_shown(sigmas)}")
     if any(later >= sigma for sigma, later in pairwise(sigmas)):
-        raise ValueError(f"sigmas must strictly decrease, noise first, got {_shown(sigmas)}; sort them so, each once")
+        raise ValueError(
+            f"sigmas must strictly decrease, noise first, got {_shown(sigmas)}; sort them so, each once"
+        )
     if sigmas[-1] != 0:
         raise ValueError(
             f"the list ends at {sigmas[-1]:g} and not at 0. If the network is called there, as with diffusers' sigmas, "

@@ -16,7 +16,9 @@ class WebUI(SigmaList):
     samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # noqa: RUF012  (DPM2 leaves a sigma out)
 
     def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
-        return webui_text(sigmas), f"webUI_ExtraSchedulers, custom, with {sampler}: {webui_text(sigmas)}"
+        return webui_text(
+            sigmas
+        ), f"webUI_ExtraSchedulers, custom, with {sampler}: {webui_text(sigmas)}"
 
 
 def webui_text(sigmas: Sequence[float]) -> str:
@@ -24,4 +26,6 @@ def webui_text(sigmas: Sequence[float]) -> str:
 
     It stretches a list from 1 to 0 to the model's own range: a first 1 is written as a little less.
     """
-    return f"[{sigma_text([min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0], *sigmas[1:]])}]"
+    return (
+        f"[{sigma_text([min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0], *sigmas[1:]])}]"
+    )

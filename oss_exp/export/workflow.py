@@ -19,8 +19,22 @@ from oss_exp.files import parse_record, read_text
 
 REMEDY = "save the workflow again, by Save or by Save (API)"
 CUSTOM = ("SamplerCustom", "SamplerCustomAdvanced")
-CUTS = ("SplitSigmas", "SplitSigmasDenoise", "FlipSigmas", "SetFirstSigma", "ExtendIntermediateSigmas")
-KEPT = ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")  # of KSampler's inputs
+CUTS = (
+    "SplitSigmas",
+    "SplitSigmasDenoise",
+    "FlipSigmas",
+    "SetFirstSigma",
+    "ExtendIntermediateSigmas",
+)
+KEPT = (
+    "model",
+    "seed",
+    "cfg",
+    "positive",
+    "negative",
+    "latent_image",
+    "denoise",
+)  # of KSampler's inputs
 WIDGETS = ("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise")
 OUTPUTS = (("sigmas", "SIGMAS"), ("sampler", "SAMPLER"), ("about", "STRING"))  # of OSS Schedule
 Say = Callable[[str], None]
@@ -34,7 +48,9 @@ def with_schedule(file: str | Path, schedule: str, denoise: float = 1.0) -> tupl
     """
     name = f"workflow {file}"
     text = read_text(str(file), "workflow").lstrip("\ufeff")
-    content: Any = copy.deepcopy(parse_record(text, TypeAdapter(dict[str, JsonValue]), name, REMEDY))
+    content: Any = copy.deepcopy(
+        parse_record(text, TypeAdapter(dict[str, JsonValue]), name, REMEDY)
+    )
     said, left = list[str](), list[str]()
     try:
         if isinstance(content.get("nodes"), list):
@@ -47,7 +63,9 @@ def with_schedule(file: str | Path, schedule: str, denoise: float = 1.0) -> tupl
     except (AttributeError, LookupError, TypeError, ValueError):  # not laid out as ComfyUI does
         raise ValueError(f"{name} has damaged nodes or links; {REMEDY}") from None
     if not said:
-        raise ValueError("\n".join([f"{name} has no sampler to replace (KSampler, {', '.join(CUSTOM)})", *left]))
+        raise ValueError(
+            "\n".join([f"{name} has no sampler to replace (KSampler, {', '.join(CUSTOM)})", *left])
+        )
     return json.dumps(content, indent=2), [*said, *left]
 
 
@@ -56,7 +74,9 @@ def with_schedule(file: str | Path, schedule: str, denoise: float = 1.0) -> tupl
 # --------------------------------------------------------------------------------------------------------------
 
 
-def _replace_in_api(prompt: dict[str, Any], schedule: str, denoise: float, say: Say, leave: Say) -> None:
+def _replace_in_api(
+    prompt: dict[str, Any], schedule: str, denoise: float, say: Say, leave: Say
+) -> None:
     for key, node in [*prompt.items()]:
         if not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
             continue
@@ -66,15 +86,30 @@ def _replace_in_api(prompt: dict[str, Any], schedule: str, denoise: float, say: 
                 leave(_other_denoise(key, kind, inputs.get("denoise"), denoise))
                 continue
             node["class_type"] = "OSSSampler"
-            node["inputs"] = {name: inputs[name] for name in KEPT if name in inputs} | {"schedule": schedule}
+            node["inputs"] = {name: inputs[name] for name in KEPT if name in inputs} | {
+                "schedule": schedule
+            }
             say(f"node {key}: KSampler is now OSSSampler")
         elif kind in CUSTOM:
-            source = prompt.get(inputs["sigmas"][0], {}) if isinstance(inputs.get("sigmas"), list) else {}
+            source = (
+                prompt.get(inputs["sigmas"][0], {})
+                if isinstance(inputs.get("sigmas"), list)
+                else {}
+            )
             if source.get("class_type") in CUTS:
                 leave(_cut(key, kind, source["class_type"]))
                 continue
-            guider = prompt.get(inputs["guider"][0], {}) if isinstance(inputs.get("guider"), list) else node
-            new = str(1 + max([int(each) for each in prompt if each.isdecimal() and len(each) < 20], default=0))
+            guider = (
+                prompt.get(inputs["guider"][0], {})
+                if isinstance(inputs.get("guider"), list)
+                else node
+            )
+            new = str(
+                1
+                + max(
+                    [int(each) for each in prompt if each.isdecimal() and len(each) < 20], default=0
+                )
+            )
             given = {"schedule": schedule, "denoise": denoise}
             if isinstance(model := (guider.get("inputs") or {}).get("model"), list):
                 given["model"] = model
@@ -102,12 +137,20 @@ class _Saved:
     """A saved workflow, or a subgraph of one, in which links are objects and not lists."""
 
     def __init__(self, graph: dict[str, Any], schedule: str, denoise: float, say: Say, leave: Say):
-        self.graph, self.schedule, self.denoise, self.say, self.leave = graph, schedule, denoise, say, leave
+        self.graph, self.schedule, self.denoise, self.say, self.leave = (
+            graph,
+            schedule,
+            denoise,
+            say,
+            leave,
+        )
         self.nodes = {node.get("id"): node for node in objects(graph.get("nodes"))}
         links = graph.get("links")
         self.links: list[Any] = links if isinstance(links, list) else []
         self.state = graph["state"] if isinstance(graph.get("state"), dict) else {}
-        self.listed = isinstance(self.links[0], list) if self.links else "state" not in graph  # else objects
+        self.listed = (
+            isinstance(self.links[0], list) if self.links else "state" not in graph
+        )  # else objects
         counted = self.state.get("lastLinkId") or 0, graph.get("last_link_id") or 0
         self.last = max([*counted, *(_get(link, 0) for link in self.links)])
 
@@ -120,17 +163,30 @@ class _Saved:
             elif node.get("type") in CUSTOM:
                 self._custom(key, node)
             elif str(node.get("type")).startswith("KSampler") and node["type"] != "KSamplerSelect":
-                self.leave(f"node {key}: {node['type']} is left as it is; replace it by hand, by OSS Sampler")
+                self.leave(
+                    f"node {key}: {node['type']} is left as it is; replace it by hand, by OSS Sampler"
+                )
 
     def _sampler(self, key: Any, node: dict[str, Any]) -> None:
         """KSampler -> OSSSampler."""
         values = node.get("widgets_values")
-        told = dict(zip(WIDGETS, values, strict=False)) if isinstance(values, list) else dict(values or {})
+        told = (
+            dict(zip(WIDGETS, values, strict=False))
+            if isinstance(values, list)
+            else dict(values or {})
+        )
         if told.get("denoise", 1.0) != self.denoise:
             self.leave(_other_denoise(key, "KSampler", told.get("denoise"), self.denoise))
             return
         seed, control = told.get("seed", 0), told.get("control_after_generate", "randomize")
-        node["widgets_values"] = [self.schedule, seed, control, told.get("cfg", 1.0), self.denoise, 0]
+        node["widgets_values"] = [
+            self.schedule,
+            seed,
+            control,
+            told.get("cfg", 1.0),
+            self.denoise,
+            0,
+        ]
         slots = objects(node.get("inputs"))
         for slot in slots:
             if slot.get("name") not in KEPT and slot.get("link") is not None:
@@ -144,17 +200,27 @@ class _Saved:
 
     def _custom(self, key: Any, node: dict[str, Any]) -> None:
         """Sigmas and sampler of a SamplerCustom from a new OSSSchedule."""
-        slots = {slot.get("name"): (index, slot) for index, slot in enumerate(objects(node.get("inputs")))}
+        slots = {
+            slot.get("name"): (index, slot)
+            for index, slot in enumerate(objects(node.get("inputs")))
+        }
         wanted = {name: slots[name] for name, _ in OUTPUTS if name in slots}
         before = self._link((wanted.get("sigmas") or (0, {}))[1].get("link"))
         source = {} if before is None else self.nodes.get(_get(before, 1), {})
         if source.get("type") in CUTS:
             self.leave(_cut(key, node["type"], source["type"]))
             return
-        new = 1 + max([self.state.get("lastNodeId") or 0, *(each for each in self.nodes if isinstance(each, int))])
+        new = 1 + max(
+            [
+                self.state.get("lastNodeId") or 0,
+                *(each for each in self.nodes if isinstance(each, int)),
+            ]
+        )
         place = node.get("pos")
         x, y = [*place.values()][:2] if isinstance(place, dict) else (place or [0, 0])[:2]
-        outputs: list[dict[str, Any]] = [{"name": name, "type": kind, "links": []} for name, kind in OUTPUTS]
+        outputs: list[dict[str, Any]] = [
+            {"name": name, "type": kind, "links": []} for name, kind in OUTPUTS
+        ]
         for slot, (name, kind) in enumerate(OUTPUTS):
             if name not in wanted:
                 continue
@@ -183,7 +249,9 @@ class _Saved:
         self.nodes[new] = made
         for counts, name, value in self._counters(new):
             counts[name] = max(value, counts.get(name) or 0)
-        self.say(f"node {key}: {node['type']} takes sigmas and sampler of the new node {new}, OSSSchedule")
+        self.say(
+            f"node {key}: {node['type']} takes sigmas and sampler of the new node {new}, OSSSchedule"
+        )
 
     def _counters(self, new: int) -> Iterator[tuple[dict[str, Any], str, int]]:
         if self.state:
@@ -191,12 +259,16 @@ class _Saved:
         if "last_node_id" in self.graph:
             yield from ((self.graph, "last_node_id", new), (self.graph, "last_link_id", self.last))
 
-    def _new_link(self, number: int, origin: int, slot: int, target: Any, index: int, kind: str) -> Any:
+    def _new_link(
+        self, number: int, origin: int, slot: int, target: Any, index: int, kind: str
+    ) -> Any:
         values = (number, origin, slot, target, index, kind)
         return [*values] if self.listed else dict(zip(PLACES, values, strict=True))
 
     def _link(self, number: Any) -> Any:
-        return next((link for link in self.links if number is not None and _get(link, 0) == number), None)
+        return next(
+            (link for link in self.links if number is not None and _get(link, 0) == number), None
+        )
 
     def _unlink(self, number: Any) -> None:
         """Take a link away, at its origin too: a node's output, or an input of the subgraph."""

@@ -18,7 +18,11 @@ from oss_exp.geneval.detectors import Seen
 from oss_exp.geneval.rules import COLOURS, Rules
 from oss_exp.models.checkpoints.weights import digest
 
-TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+TEMPLATES = (
+    "a photo of a {colour} {name}",
+    "a photo of a {colour}-colored {name}",
+    "a photo of a {colour} object",
+)
 GREY = 0x99 / 255  # of what is not the object
 
 
@@ -43,14 +47,18 @@ class COCODetector(nn.Module):
         super().__init__()
         self.names = find_asset(names, "names of classes").read_text().splitlines()
         self.processor = opened(AutoImageProcessor, detector, "task.detector.detector")
-        self.network = opened(Mask2FormerForUniversalSegmentation, detector, "task.detector.detector")
+        self.network = opened(
+            Mask2FormerForUniversalSegmentation, detector, "task.detector.detector"
+        )
         self.clip = CLIP(clip, "task.detector.clip")
         if (count := self.network.config.num_labels) != len(self.names):
             raise ValueError(
                 f"task.detector.detector={detector} has {count} classes, {names} has {len(self.names)} names; choose a "
                 "detector of COCO's instances"
             )
-        self.fingerprint = sha256(" ".join(digest(each.state_dict()) for each in (self.network, self.clip)).encode())
+        self.fingerprint = sha256(
+            " ".join(digest(each.state_dict()) for each in (self.network, self.clip)).encode()
+        )
         self.texts: dict[str, Tensor] = {}  # of each class, the ten colours' features (10, D)
         self.eval().requires_grad_(False)
 
@@ -65,7 +73,9 @@ class COCODetector(nn.Module):
         height, width = image.shape[1:]
         x1, y1, x2, y2 = (round(edge) for edge in seen.box[:4])
         alone = torch.where(seen.mask, image, image.new_tensor(GREY))
-        cut = alone[:, max(y1, 0) : max(min(y2, height), y1 + 1), max(x1, 0) : max(min(x2, width), x1 + 1)]
+        cut = alone[
+            :, max(y1, 0) : max(min(y2, height), y1 + 1), max(x1, 0) : max(min(x2, width), x1 + 1)
+        ]
         return COLOURS[int((self.clip.images([cut]) @ self._texts(name).T).argmax())]
 
     def _instances(self, image: Tensor) -> dict[str, list[Seen]]:
@@ -74,8 +84,12 @@ class COCODetector(nn.Module):
         seen, (height, width) = inputs["pixel_values"].shape[2:], image.shape[1:]
         inside = inputs["pixel_mask"][0].bool()
         rows, columns = int(inside.any(1).sum()), int(inside.any(0).sum())  # the rest is padding
-        masks = F.interpolate(answer.masks_queries_logits, tuple(seen), mode="bilinear", align_corners=False)
-        masks = F.interpolate(masks[..., :rows, :columns], (height, width), mode="bilinear", align_corners=False)[0]
+        masks = F.interpolate(
+            answer.masks_queries_logits, tuple(seen), mode="bilinear", align_corners=False
+        )
+        masks = F.interpolate(
+            masks[..., :rows, :columns], (height, width), mode="bilinear", align_corners=False
+        )[0]
         classes = answer.class_queries_logits[0].softmax(-1)[:, :-1]
         scores, pairs = classes.flatten().topk(min(100, classes.numel()))
         found: dict[str, list[Seen]] = {}
@@ -89,7 +103,8 @@ class COCODetector(nn.Module):
             score *= float(masks[query].sigmoid()[mask].mean())
             if score > self.rules.threshold:
                 (top, bottom), (left, right) = (
-                    (int(each[0]), int(each[-1]) + 1) for each in (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+                    (int(each[0]), int(each[-1]) + 1)
+                    for each in (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
                 )
                 box = (float(left), float(top), float(right), float(bottom), score)
                 found.setdefault(self.names[kind], []).append(Seen(box, mask))
@@ -97,7 +112,9 @@ class COCODetector(nn.Module):
 
     def _texts(self, name: str) -> Tensor:
         if name not in self.texts:
-            prompts = [form.format(colour=colour, name=name) for colour in COLOURS for form in TEMPLATES]
+            prompts = [
+                form.format(colour=colour, name=name) for colour in COLOURS for form in TEMPLATES
+            ]
             each = self.clip.texts(prompts).unflatten(0, (len(COLOURS), -1))
             self.texts[name] = F.normalize(each.mean(1), dim=-1)
         return self.texts[name]

@@ -41,11 +41,15 @@ class Detector(Protocol):
         ...
 
 
-def look(detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Seen]], wanted: Wish) -> Verdict:
+def look(
+    detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Seen]], wanted: Wish
+) -> Verdict:
     """GenEval's verdict on image (3, H, W), of which `detect` gave `seen`."""
     owner = {each.box: each for objects in seen.values() for each in objects}
     boxes = {name: [each.box for each in objects] for name, objects in seen.items()}
-    return judge(wanted, boxes, lambda name, box: detector.colour(image, name, owner[box]), detector.rules)
+    return judge(
+        wanted, boxes, lambda name, box: detector.colour(image, name, owner[box]), detector.rules
+    )
 
 
 class FashionDetector(Shipped):
@@ -122,7 +126,9 @@ def nearest_colours(mean: Tensor) -> list[str]:
     return [list(COLOURS)[i] for i in closest]
 
 
-def targets(objects: Sequence[tuple[str, Sequence[float]]], side: int) -> tuple[Tensor, Tensor, Tensor]:
+def targets(
+    objects: Sequence[tuple[str, Sequence[float]]], side: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Objects (class, x1, y1, x2, y2) of a square image -> heat (classes, h, w), edges (4, h, w), middles (h, w).
 
     Heat falls off as a Gaussian a sixth as wide as the object.
@@ -132,7 +138,10 @@ def targets(objects: Sequence[tuple[str, Sequence[float]]], side: int) -> tuple[
     middles = torch.zeros(cells, cells, dtype=torch.bool)
     place = FashionDetector.CELL * (torch.arange(cells) + 0.5) - 0.5
     for name, (x1, y1, x2, y2) in objects:
-        column, row = (int(((low + high + 1) / 2) // FashionDetector.CELL) for low, high in ((x1, x2), (y1, y2)))
+        column, row = (
+            int(((low + high + 1) / 2) // FashionDetector.CELL)
+            for low, high in ((x1, x2), (y1, y2))
+        )
         across = (torch.arange(cells) - column) * FashionDetector.CELL / max((x2 - x1 + 1) / 6, 1)
         down = (torch.arange(cells) - row) * FashionDetector.CELL / max((y2 - y1 + 1) / 6, 1)
         blob = torch.exp(-(across**2 + down[:, None] ** 2) / 2)
@@ -148,7 +157,9 @@ def _inside(image: Tensor, box: Sequence[float]) -> Tensor:
     """(3, H, W) -> (H, W), True in the box."""
     rows, columns = (torch.arange(side, device=image.device) for side in image.shape[1:])
     x1, y1, x2, y2 = box[:4]
-    return ((rows >= y1 - 0.5) & (rows <= y2 + 0.5))[:, None] & ((columns >= x1 - 0.5) & (columns <= x2 + 0.5))
+    return ((rows >= y1 - 0.5) & (rows <= y2 + 0.5))[:, None] & (
+        (columns >= x1 - 0.5) & (columns <= x2 + 0.5)
+    )
 
 
 def _stage(inputs: int, outputs: int) -> nn.Sequential:
@@ -156,5 +167,9 @@ def _stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    layers = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    layers = (
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
     return nn.Sequential(*layers)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+GARMENTS = (
+    "t-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 COLOURS = {
     "red": (0.95, 0.15, 0.15),
     "orange": (1.0, 0.55, 0.1),

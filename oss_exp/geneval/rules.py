@@ -43,7 +43,9 @@ Clause = TypedDict(
 def _related(clauses: list[Clause]) -> list[Clause]:
     for number, clause in enumerate(clauses):
         if "position" in clause and clause["position"][1] >= number:
-            raise ValueError(f"must relate objects to those of an earlier clause, got {clause['position']}")
+            raise ValueError(
+                f"must relate objects to those of an earlier clause, got {clause['position']}"
+            )
     return clauses
 
 
@@ -105,7 +107,11 @@ def judge(
     Of a class as many objects as wanted are looked at, the most confident: all must have the colour, and all must stand
     where they should to all objects of the clause they are related to. `exclude` bounds their number.
     """
-    objects = {name: kept for name, boxes in found.items() if (kept := counted(boxes, wanted["tag"], rules))}
+    objects = {
+        name: kept
+        for name, boxes in found.items()
+        if (kept := counted(boxes, wanted["tag"], rules))
+    }
     reasons: list[str] = []
     groups: list[Sequence[Box] | None] = []  # of each clause, where it is satisfied
     for clause in wanted.get("include", ()):
@@ -135,7 +141,9 @@ def _clause(
     if "color" in clause:
         colours, colour = [colour_of(name, box) for box in seen], clause["color"]
         if (right := colours.count(colour)) < count:
-            rest = ", ".join(f"{colours.count(other)} {other}" for other in COLOURS if other in colours)
+            rest = ", ".join(
+                f"{colours.count(other)} {other}" for other in COLOURS if other in colours
+            )
             return [f"expected {colour} {name}>={count}, found {right} {colour}; and {rest}"]
     if "position" in clause:
         relation, target = clause["position"]
@@ -145,7 +153,9 @@ def _clause(
             for other in others:
                 relations = relative_position(box, other, rules.position_threshold)
                 if relation not in relations:
-                    return [f"expected {name} {relation} target, found {' and '.join(relations)} target"]
+                    return [
+                        f"expected {name} {relation} target, found {' and '.join(relations)} target"
+                    ]
     return []
 
 
@@ -196,7 +206,9 @@ def read_metadata(file: str | Path) -> list[Wish]:
             f"GenEval's prompts {path} do not exist; get prompts/evaluation_metadata.jsonl from "
             "github.com/djghosh13/geneval"
         )
-    wishes = load_records(path, TypeAdapter(Wish), "metadata of GenEval", "get evaluation_metadata.jsonl again")
+    wishes = load_records(
+        path, TypeAdapter(Wish), "metadata of GenEval", "get evaluation_metadata.jsonl again"
+    )
     if not wishes:
         raise ValueError(f"{path} has 0 prompts; get evaluation_metadata.jsonl again")
     return wishes
@@ -217,9 +229,14 @@ def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:
     return {**found, "overall": _mean(list(found.values()))}
 
 
-def differences(tags: Sequence[str], correct: Sequence[bool], other: Sequence[bool]) -> dict[str, Interval]:
+def differences(
+    tags: Sequence[str], correct: Sequence[bool], other: Sequence[bool]
+) -> dict[str, Interval]:
     """As `scores`, of how much larger the shares are than the other's on the same prompts and noises, pair by pair."""
-    names, gain = np.asarray(tags), np.asarray(correct, dtype=float) - np.asarray(other, dtype=float)
+    names, gain = (
+        np.asarray(tags),
+        np.asarray(correct, dtype=float) - np.asarray(other, dtype=float),
+    )
     found = {task: Interval.of(gain[names == task]) for task in TASKS if (names == task).any()}
     return {**found, "overall": _mean(list(found.values()))}
 

@@ -70,7 +70,9 @@ class Model(nn.Module, abc.ABC):
         """
         return sample(solver, self.velocity(condition), noise, steps, group, watch)
 
-    def generate(self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def generate(
+        self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """noise (B, *E) at steps.start_time -> pixels."""
         classes = None if self.num_classes is None else condition
         return self.decode(self.sample(solver, steps, noise, condition, classes))

@@ -34,8 +34,12 @@ class Guidance:
         if self.interval is not None:
             ends = list(self.interval)
             if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
-                raise ValueError(f"interval must be [low, high] within [0, 1], got {self.interval!r}")
-            object.__setattr__(self, "interval", ends)  # a plain list: it is written into step schedules
+                raise ValueError(
+                    f"interval must be [low, high] within [0, 1], got {self.interval!r}"
+                )
+            object.__setattr__(
+                self, "interval", ends
+            )  # a plain list: it is written into step schedules
 
     def bind(
         self,
@@ -46,7 +50,9 @@ class Guidance:
         """network(x (M, *E), t (M,), classes (M,), NO_CLASS for none) -> v; condition (B,) classes, or None."""
         if condition is None:
             if self.scale != 1:
-                raise ValueError(f"model.guidance.scale={self.scale} needs class labels; set data.classes, or scale 1")
+                raise ValueError(
+                    f"model.guidance.scale={self.scale} needs class labels; set data.classes, or scale 1"
+                )
             return BoundVelocity(lambda x, t, _: network(x, t, _none(t)), None, micro_batch)
         if self.scale == 1:
             return BoundVelocity(network, condition, micro_batch)
@@ -54,13 +60,17 @@ class Guidance:
 
         def both(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             rows = ((t >= low) & (t <= high)).nonzero()[:, 0]
-            v = network(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, _none(rows)]))
+            v = network(
+                torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, _none(rows)])
+            )
             conditional, free = v[: len(x)], v[: len(x)].clone()
             free[rows, : self.channels] = v[len(x) :, : self.channels]
             return torch.stack([conditional, free], dim=1)
 
         mix = (self.scale, 1 - self.scale)
-        return BoundVelocity(both, condition, max(1, micro_batch // 2), mix, mixed_within=(low, high))
+        return BoundVelocity(
+            both, condition, max(1, micro_batch // 2), mix, mixed_within=(low, high)
+        )
 
 
 UNGUIDED = Guidance()

@@ -55,7 +55,11 @@ class Network(Model):
         if min(event_shape, default=0) < 1:
             raise ValueError(f"event_shape must be sizes of at least 1, got {list(event_shape)}")
         self.name, self.backbone, self.parameterization = name, backbone, parameterization
-        self.path, self.event_shape, self.num_classes = parameterization.path, tuple(event_shape), num_classes
+        self.path, self.event_shape, self.num_classes = (
+            parameterization.path,
+            tuple(event_shape),
+            num_classes,
+        )
         self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
         self.weights_set = weights_set
         self.fingerprint = UNTRAINED if checkpoint == UNTRAINED else self._load(checkpoint)
@@ -68,8 +72,12 @@ class Network(Model):
         return self.num_classes is not None
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        if condition is not None and not bool(((condition >= 0) & (condition < (self.num_classes or 0))).all()):
-            raise ValueError(f"{self.name} has {self.num_classes or 'no'} classes, got {condition.unique().tolist()}")
+        if condition is not None and not bool(
+            ((condition >= 0) & (condition < (self.num_classes or 0))).all()
+        ):
+            raise ValueError(
+                f"{self.name} has {self.num_classes or 'no'} classes, got {condition.unique().tolist()}"
+            )
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -92,7 +100,9 @@ class Network(Model):
         (0, 1) that all examples of a step have in common.
         """
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
-        question, clock = self.parameterization.question(rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise, t)
+        question, clock = self.parameterization.question(
+            rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise, t
+        )
         output = network(question, clock, batch["label"])
         return F.mse_loss(output.float(), self.parameterization.answer(x0, noise, t).float())
 
@@ -106,12 +116,18 @@ class Network(Model):
         path = find_asset(checkpoint, "checkpoint")
         path = trained_in(path) if path.is_dir() else path
         self._fill(path)
-        return file_sha256(path) if path.suffix == ".safetensors" else digest(self.backbone.state_dict())
+        return (
+            file_sha256(path)
+            if path.suffix == ".safetensors"
+            else digest(self.backbone.state_dict())
+        )
 
     def _fill(self, path: Path, translate: Translate = Tensors) -> None:
         """Every weight of the backbone from a file, none left over."""
         own = self.backbone.state_dict()
-        self.backbone.load_state_dict(read_for(path, own, translate, self.weights_set, f"model={self.name}"))
+        self.backbone.load_state_dict(
+            read_for(path, own, translate, self.weights_set, f"model={self.name}")
+        )
 
 
 def adaptive_norms(backbone: nn.Module) -> list[str]:
@@ -144,7 +160,11 @@ def settings_named(place: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, RuntimeError | TypeError | ValueError) else f"{type(error).__name__}: "
+        kind = (
+            ""
+            if isinstance(error, RuntimeError | TypeError | ValueError)
+            else f"{type(error).__name__}: "
+        )
         raise ValueError(f"{place}: {kind}{error}") from error
 
 

@@ -82,7 +82,9 @@ class NoisePrediction(Parameterization):
 
     def _nearest(self, t: Tensor) -> Tensor:
         tau = self.path.native(t)
-        below, ratio, above = (time / (1 - time) for time in map(self.path.canonical, (tau.floor(), tau, tau.ceil())))
+        below, ratio, above = (
+            time / (1 - time) for time in map(self.path.canonical, (tau.floor(), tau, tau.ceil()))
+        )
         return torch.where(ratio - below < above - ratio, tau.floor(), tau.ceil())
 
 
@@ -184,7 +186,9 @@ class EDMPrediction(Parameterization):
 
     def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         clean, noisy = t, self.sigma_data**2 * (1 - t)
-        return (rowwise(clean, x0) * x0 - rowwise(noisy, x0) * noise) / rowwise(self.sigma_data * self._length(t), x0)
+        return (rowwise(clean, x0) * x0 - rowwise(noisy, x0) * noise) / rowwise(
+            self.sigma_data * self._length(t), x0
+        )
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         length = self._length(t)

@@ -64,7 +64,12 @@ COUNTED = (
     "denoising_end",
     "adapter_conditioning_factor",
 )
-ADAPTED = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # of a layer of peft
+ADAPTED = (
+    "scaling",
+    "active_adapters",
+    "disable_adapters",
+    "merged_adapters",
+)  # of a layer of peft
 DECODERS = ("vae", "vqvae", "vocoder")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
@@ -84,11 +89,17 @@ class Pipeline(Model):
 
     num_classes = None
 
-    def __init__(self, pipe: Any, prompts: Sequence[Any], *, guidance_apart: bool = False, **call: Any):
+    def __init__(
+        self, pipe: Any, prompts: Sequence[Any], *, guidance_apart: bool = False, **call: Any
+    ):
         super().__init__()
         if not is_pipeline(pipe) or not hasattr(pipe, "scheduler"):
-            raise ValueError(f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}")
-        schedulers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
+            raise ValueError(
+                f"pipe must be a pipeline of diffusers with a scheduler, got {type(pipe).__name__}"
+            )
+        schedulers = [
+            name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")
+        ]
         if len(schedulers) > 1:
             raise ValueError(
                 f"{type(pipe).__name__} is a cascade, of {', '.join(schedulers)}; search its pipelines one by one"
@@ -96,25 +107,39 @@ class Pipeline(Model):
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of one or more, got {prompts!r}")
         if refused := {"num_inference_steps", "timesteps", "sigmas", "latents"} & call.keys():
-            raise ValueError(f"{', '.join(sorted(refused))} of the call is for the search to choose; leave it out")
+            raise ValueError(
+                f"{', '.join(sorted(refused))} of the call is for the search to choose; leave it out"
+            )
         takes = inspect.signature(type(pipe).__call__).parameters
         if unknown := sorted(call.keys() - takes.keys()):
             near = ", ".join(get_close_matches(unknown[0], takes, n=3) or takes)
-            raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes, among others, {near}")
+            raise ValueError(
+                f"{type(pipe).__name__} takes no {unknown[0]}; it takes, among others, {near}"
+            )
         given = {name: parameter.default for name, parameter in takes.items()} | call
         strength = given.get("strength", 1.0)
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        if (
+            isinstance(strength, bool)
+            or not isinstance(strength, int | float)
+            or not 0 < strength <= 1
+        ):
             raise ValueError(f"strength must be a number above 0 and at most 1, got {strength!r}")
         if "prompt" in call or "class_labels" in call:
-            raise ValueError("prompt and class_labels of the call are the model's prompts; give them there")
+            raise ValueError(
+                "prompt and class_labels of the call are the model's prompts; give them there"
+            )
         for name in {*TEXTS, "generator"} & call.keys():
             if isinstance(call[name], list | tuple) and len(call[name]) != len(prompts):
                 raise ValueError(
                     f"{name} has {len(call[name])} entries for {len(prompts)} prompts; give one for each, or no list"
                 )
-        if several := [name for name, value in call.items() if name.endswith("_per_prompt") and value != 1]:
+        if several := [
+            name for name, value in call.items() if name.endswith("_per_prompt") and value != 1
+        ]:
             raise ValueError(f"{several[0]} must be 1; give a prompt as often as it is wanted")
-        if counted := [name for name in COUNTED if name in takes and given[name] != takes[name].default]:
+        if counted := [
+            name for name in COUNTED if name in takes and given[name] != takes[name].default
+        ]:
             raise ValueError(f"{counted[0]} counts steps, and a search goes by times; leave it out")
         self.pipe, self.call, self.prompts = pipe, call, list(prompts)
         self.strength = float(strength)
@@ -128,7 +153,11 @@ class Pipeline(Model):
         self.name = type(pipe).__name__
         self.guidance = Guidance()  # the pipeline's own comes with it
         self.guidance_apart = guidance_apart
-        cached = [name for name in DENOISERS if getattr(getattr(pipe, name, None), "is_cache_enabled", False)]
+        cached = [
+            name
+            for name in DENOISERS
+            if getattr(getattr(pipe, name, None), "is_cache_enabled", False)
+        ]
         if cached:
             raise ValueError(
                 f"the {cached[0]} of {type(pipe).__name__} has a cache, which answers from the step before; search "
@@ -139,9 +168,13 @@ class Pipeline(Model):
         self._memoryless = False  # not known yet, and neither is the next
         self._begins_at_image = False
         self._asked: dict[int, tuple[int, Any]] = {}
-        self._clock: dict[float, tuple[Tensor, float]] = {}  # of a time: as the loop calls it, and what was told
+        self._clock: dict[
+            float, tuple[Tensor, float]
+        ] = {}  # of a time: as the loop calls it, and what was told
         self._canonical = self.training_of.canonical
-        self.register_buffer("place", torch.empty(0, device=pipe._execution_device), persistent=False)
+        self.register_buffer(
+            "place", torch.empty(0, device=pipe._execution_device), persistent=False
+        )
         weakref.finalize(self, _release, self.suspended)
 
     @classmethod
@@ -189,7 +222,9 @@ class Pipeline(Model):
         if offload:
             pipe.enable_model_cpu_offload()
         if {"prompt", "class_labels"}.isdisjoint(inspect.signature(type(pipe).__call__).parameters):
-            prompts = made_up if made_up and not Path(prompts[0]).is_file() else images(list(prompts))
+            prompts = (
+                made_up if made_up and not Path(prompts[0]).is_file() else images(list(prompts))
+            )
         model = cls(pipe, prompts, **call)
         model.name = f"{name or model.name}{'_tiny' if size == 'tiny' else ''}"
         return model
@@ -217,12 +252,20 @@ class Pipeline(Model):
         Of every weight, quantised or not, its name, shape, type and 1,024 of its numbers. What only decodes counts not.
         """
         digest = hashlib.sha256()
-        images = any(name.endswith("image") and value is not None for name, value in self.call.items())
+        images = any(
+            name.endswith("image") and value is not None for name, value in self.call.items()
+        )
         for name, part in sorted(self.pipe.components.items()):
-            if not isinstance(part, nn.Module) or name in ("safety_checker", *(() if images else DECODERS)):
+            if not isinstance(part, nn.Module) or name in (
+                "safety_checker",
+                *(() if images else DECODERS),
+            ):
                 continue
             for key, weight in _weights(part):
-                digest.update(f"{name}.{key} {tuple(weight.shape)} {weight.dtype}".encode() + _some_bits(weight))
+                digest.update(
+                    f"{name}.{key} {tuple(weight.shape)} {weight.dtype}".encode()
+                    + _some_bits(weight)
+                )
             for key, module in part.named_modules():
                 # Of peft's layers, and of the processors of image prompts.
                 for owner in (module, getattr(module, "processor", None)):
@@ -242,7 +285,9 @@ class Pipeline(Model):
         if guidance not in (None, Guidance()):
             raise ValueError("a pipeline guides itself: give Pipeline its guidance_scale")
         condition = torch.arange(len(self.prompts)) if condition is None else condition
-        return _PipelineVelocity(fn=self._velocity, condition=condition, mix=self.mix, rows=self._rows)
+        return _PipelineVelocity(
+            fn=self._velocity, condition=condition, mix=self.mix, rows=self._rows
+        )
 
     @functools.cached_property
     def mix(self) -> tuple[float, ...]:
@@ -257,7 +302,9 @@ class Pipeline(Model):
             parts, output = loop.parts(loop.answer), loop.answer.double()
             first, *others = parts.double()
             if not others:
-                raise ValueError(f"{self.name} asks its network once for a sample; call it with guidance_apart=False")
+                raise ValueError(
+                    f"{self.name} asks its network once for a sample; call it with guidance_apart=False"
+                )
             basis = torch.stack([(other - first).flatten() for other in others], dim=1).cpu()
             right = (output - first).flatten()[:, None].cpu()
             weights = torch.linalg.lstsq(basis, right).solution[:, 0].tolist()
@@ -288,7 +335,9 @@ class Pipeline(Model):
         record = super().native(times)
         if (rounding := self.rounding(times)) is not None:
             record["rounding"] = rounding
-        if not (self.event_shape and self._begins_at_image):  # the first asks for a call, where none was made yet
+        if not (
+            self.event_shape and self._begins_at_image
+        ):  # the first asks for a call, where none was made yet
             return record
         num_steps = times.shape[-1] - 1
         asked, probe = self.asked_for(num_steps)
@@ -310,10 +359,18 @@ class Pipeline(Model):
         pairs = [pair for t in times.flatten().tolist() if (pair := self._clock.get(t)) is not None]
         if not pairs:
             return None
-        clock, told = torch.stack([clock for clock, _ in pairs]), torch.tensor([t for _, t in pairs]).double()
+        clock, told = (
+            torch.stack([clock for clock, _ in pairs]),
+            torch.tensor([t for _, t in pairs]).double(),
+        )
         scale = float(self.pipe.scheduler.config.get("num_train_timesteps") or 1)
         heard = min(
-            (told, told * scale, scale - told, scale - told * scale),  # pipelines tell a share of it, or what is left
+            (
+                told,
+                told * scale,
+                scale - told,
+                scale - told * scale,
+            ),  # pipelines tell a share of it, or what is left
             key=lambda each: float((each - clock).abs().max()),
         )
         if float((heard - clock).abs().max()) > 0.02 * scale:
@@ -367,7 +424,11 @@ class Pipeline(Model):
                 self.suspended.pop(key).release()
                 raise
             self._rows[times[rows[0]]] = loop.rows / len(rows)
-            if times[rows[0]] not in self._clock and loop.told is not None and loop.asked is not None:
+            if (
+                times[rows[0]] not in self._clock
+                and loop.told is not None
+                and loop.asked is not None
+            ):
                 self._clock[times[rows[0]]] = loop.asked.cpu(), float(loop.told)
                 self._canonical = loop.probe.canonical
             if whole:
@@ -408,7 +469,10 @@ class Pipeline(Model):
 
     def begun(self, key: Sequence[int], **call: Any) -> _Loop:
         """A call of these prompts, suspended at the first answer of its network."""
-        own = {name: self._rows_of(value, key) if name in PER_SAMPLE else value for name, value in self.call.items()}
+        own = {
+            name: self._rows_of(value, key) if name in PER_SAMPLE else value
+            for name, value in self.call.items()
+        }
         if self.draws:
             own["generator"] = self._generators(own.get("generator"), key)
         arguments = {self.takes: [self.prompts[i] for i in key], **own, **call}
@@ -431,7 +495,11 @@ class Pipeline(Model):
         """Every call of a prompt draws the same numbers, such as the noise on its image, whatever it is called with."""
         if given is None:
             return [torch.Generator().manual_seed(i) for i in key]
-        return [each.clone_state() for each in given] if isinstance(given, list) else given.clone_state()
+        return (
+            [each.clone_state() for each in given]
+            if isinstance(given, list)
+            else given.clone_state()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,7 +510,9 @@ class _PipelineVelocity(BoundVelocity):
 
     def rows_at(self, t: Tensor) -> Tensor:
         usual = [1.0, *self.rows.values()][-1]
-        return torch.tensor([self.rows.get(time, usual) for time in t.flatten().tolist()]).reshape(t.shape)
+        return torch.tensor([self.rows.get(time, usual) for time in t.flatten().tolist()]).reshape(
+            t.shape
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,7 +524,9 @@ class PipelineSchedule(NoiseSchedule):
     def bind(self, model: Model) -> PipelineSchedule:
         """Return the schedule of this pipeline. Raises ValueError for another model."""
         if not isinstance(model, Pipeline):
-            raise ValueError(f"model={model.name} is no pipeline, and has no times of its own; choose a noise_schedule")
+            raise ValueError(
+                f"model={model.name} is no pipeline, and has no times of its own; choose a noise_schedule"
+            )
         bound = PipelineSchedule()
         object.__setattr__(bound, "pipeline", model)
         return bound
@@ -487,23 +559,35 @@ class Training:
         """Read it from a diffusers scheduler. ValueError names what is not known here."""
         config, kind = scheduler.config, type(scheduler).__name__
         if kind == "OSSScheduler":
-            raise ValueError("the pipeline's scheduler is an OSSScheduler, a schedule's; give it the one it came with")
+            raise ValueError(
+                "the pipeline's scheduler is an OSSScheduler, a schedule's; give it the one it came with"
+            )
         if "LCM" in kind or "original_inference_steps" in config:
-            raise ValueError(f"{kind} is of consistency models, which jump to the data and add noise; that is no ODE")
+            raise ValueError(
+                f"{kind} is of consistency models, which jump to the data and add noise; that is no ODE"
+            )
         answer = config.get("prediction_type", "epsilon")
-        if kind.startswith("FlowMatch") or answer == "flow_prediction" or config.get("use_flow_sigmas"):
+        if (
+            kind.startswith("FlowMatch")
+            or answer == "flow_prediction"
+            or config.get("use_flow_sigmas")
+        ):
             inverted = bool(config.get("invert_sigmas", False))
             path = FlowPath(time_scale=float(config["num_train_timesteps"]))
             return cls(FlowVelocity(path), -1.0 if inverted else 1.0, inverted)
         if kind.startswith("CosineDPM"):
             if answer != "v_prediction" or config["sigma_data"] != 1:
-                raise ValueError(f"{kind} is known with prediction_type=v_prediction and sigma_data=1")
+                raise ValueError(
+                    f"{kind} is known with prediction_type=v_prediction and sigma_data=1"
+                )
             return cls(VPVelocity(CosinePath(), config["sigma_max"] / (1 + config["sigma_max"])))
         if kind.startswith("EDM") or config.get("timestep_type") == "continuous":
             sigma_data = float(config.get("sigma_data", 1.0))
             bounds = float(config.get("sigma_min") or 0.002), float(config.get("sigma_max") or 80.0)
             if answer not in ("epsilon", "v_prediction"):
-                raise ValueError(f"{kind} has prediction_type={answer}; known are epsilon and v_prediction")
+                raise ValueError(
+                    f"{kind} has prediction_type={answer}; known are epsilon and v_prediction"
+                )
             negative = answer == "v_prediction"
             return cls(EDMPrediction(sigma_data, *bounds), -1.0 if negative else 1.0)
         if not hasattr(scheduler, "alphas_cumprod"):
@@ -532,7 +616,11 @@ class Training:
         """What `question` and `velocity` make of one, at several times: two trainings are the same where these are."""
         t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
         one = torch.ones_like(t)
-        numbers = [*self.question(one, t), self.velocity(one, 0 * one, t), self.velocity(0 * one, one, t)]
+        numbers = [
+            *self.question(one, t),
+            self.velocity(one, 0 * one, t),
+            self.velocity(0 * one, one, t),
+        ]
         return " ".join(f"{number:.5g}" for number in torch.cat(numbers).tolist())
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -583,15 +671,25 @@ class _Loop(greenlet):
         self.pending: _Asked | None = None
         self.ending, self.started = False, False
         self.rows = 0.0
-        self.asked: Tensor | None = None  # a time in the loop's clock, () float64, and what the network heard of it
+        self.asked: Tensor | None = (
+            None  # a time in the loop's clock, () float64, and what the network heard of it
+        )
         self.told: Tensor | None = None
         self.state: Tensor | None = None  # what the last step gave the loop
-        self.image_start: Tensor | None = None  # what the call puts noise on to begin, in its layout, then the state's
-        self.image: Tensor | None = None  # where the loop masks after each step, what it keeps, and where
+        self.image_start: Tensor | None = (
+            None  # what the call puts noise on to begin, in its layout, then the state's
+        )
+        self.image: Tensor | None = (
+            None  # where the loop masks after each step, what it keeps, and where
+        )
         self.kept: Tensor | None = None
         self.showing = False
-        self.attributes: dict[str, Any] = {}  # what its call left on the pipeline, such as SVD's guidance of a batch
-        self.denoisers = [part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)]
+        self.attributes: dict[
+            str, Any
+        ] = {}  # what its call left on the pipeline, such as SVD's guidance of a batch
+        self.denoisers = [
+            part for name in DENOISERS if isinstance(part := getattr(pipe, name, None), nn.Module)
+        ]
 
     def run(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.pipe(**self.output_type, **self.call_arguments)
@@ -608,13 +706,19 @@ class _Loop(greenlet):
         except ValueError as error:  # of a size, mostly
             raise ValueError(f"the call of {type(self.pipe).__name__} fails: {error}") from error
         if not isinstance(answered, _Answer):
-            raise ValueError(f"{type(self.pipe).__name__} ended without asking its scheduler for a step")
+            raise ValueError(
+                f"{type(self.pipe).__name__} ended without asking its scheduler for a step"
+            )
         states, self.answer = answered.sample, answered.output
-        self.copies = max(len(states) // count, 1)  # DiTPipeline steps every state twice under guidance
+        self.copies = max(
+            len(states) // count, 1
+        )  # DiTPipeline steps every state twice under guidance
         self.first = states[:count]
         if self.image_start is not None:
             own, found = (each.float().norm() for each in (self.image_start, states))
-            if self.image_start.numel() != states.numel() or not torch.isclose(own, found, rtol=1e-3):
+            if self.image_start.numel() != states.numel() or not torch.isclose(
+                own, found, rtol=1e-3
+            ):
                 raise ValueError(
                     f"{type(self.pipe).__name__} puts noise on what is not its first state; that is not known here"
                 )
@@ -673,7 +777,9 @@ class _Loop(greenlet):
         """What the network answered in this step, apart: (R, B, *E) like the pipeline's answer (B, *E) of it."""
         rows = torch.cat(self.outputs)
         if rows.ndim > 1 and rows.shape[1] == 2 * output.shape[1]:
-            rows = rows.chunk(2, dim=1)[0]  # the other half is of its variance, or of an image's tokens
+            rows = rows.chunk(2, dim=1)[
+                0
+            ]  # the other half is of its variance, or of an image's tokens
         if rows.shape[1:] != output.shape[1:] or len(rows) % len(output) or self.copies > 1:
             raise ValueError(
                 f"the network of {type(self.pipe).__name__} answers {tuple(rows.shape)}, of which its loop makes "
@@ -686,9 +792,14 @@ class _Loop(greenlet):
         parts = self.parts(output)
         if len(parts) == 1:  # outside of an interval that is guided
             return output.expand(len(mix), *output.shape)
-        total = torch.einsum("r,r...->...", parts.new_tensor(mix, dtype=torch.float64), parts.double())
+        total = torch.einsum(
+            "r,r...->...", parts.new_tensor(mix, dtype=torch.float64), parts.double()
+        )
         rounding = max(1e-3, 8 * torch.finfo(output.dtype).eps)
-        if len(parts) != len(mix) or not (total - output).norm() <= rounding * output.double().norm():
+        if (
+            len(parts) != len(mix)
+            or not (total - output).norm() <= rounding * output.double().norm()
+        ):
             raise ValueError(
                 f"the guidance of {type(self.pipe).__name__} is no sum of its network's answers with weights that are "
                 "the same at all times, such as one that is rescaled; call it with guidance_apart=False"
@@ -750,7 +861,10 @@ class _Loop(greenlet):
             try:
                 self.parent = getcurrent()
                 self.pipe.__dict__ |= self.attributes
-                self.pipe.__dict__ |= {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
+                self.pipe.__dict__ |= {
+                    "scheduler": self.probe,
+                    "_progress_bar_config": {"disable": True},
+                }
                 for part in self.denoisers:
                     part.register_forward_hook(self._count, with_kwargs=True)
                 yield
@@ -767,16 +881,24 @@ class _Loop(greenlet):
             else:
                 self.pipe.__dict__.pop(name, None)
         after = self.pipe.__dict__.items()
-        self.attributes |= {name: value for name, value in after if before.get(name, self) is not value}
+        self.attributes |= {
+            name: value for name, value in after if before.get(name, self) is not value
+        }
         for part in self.denoisers:
             # Not by their handles, of which Ctrl-C may have left none.
-            for number in [number for number, hook in part._forward_hooks.items() if hook == self._count]:
+            for number in [
+                number for number, hook in part._forward_hooks.items() if hook == self._count
+            ]:
                 part._forward_hooks_with_kwargs.pop(number, None)
                 part._forward_hooks.pop(number, None)
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         # Z-Image's network takes a list of states.
-        states = [x for x in (*args, *kwargs.values()) if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 1)]
+        states = [
+            x
+            for x in (*args, *kwargs.values())
+            if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim > 1)
+        ]
         if states:
             self.rows += len(states[0])
         if self.apart:
@@ -785,14 +907,19 @@ class _Loop(greenlet):
         name, place = _time_of(type(module))
         told = kwargs.get(name, args[place] if name and place < len(args) else None)
         if isinstance(told, Tensor) and told.numel() > 0:
-            self.told = told.detach().flatten()[-1]  # a condition's tokens, which have no noise, are the first
+            self.told = told.detach().flatten()[
+                -1
+            ]  # a condition's tokens, which have no noise, are the first
 
 
 @functools.cache
 def _time_of(network: type) -> tuple[str, int]:
     """The argument of a network's `forward` that is its time, and its place."""
     names = [*inspect.signature(network.forward).parameters][1:]
-    return next(((name, names.index(name)) for name in ("timestep", "timesteps", "t") if name in names), ("", 0))
+    return next(
+        ((name, names.index(name)) for name in ("timestep", "timesteps", "t") if name in names),
+        ("", 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -818,11 +945,19 @@ class _Steps(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
-            moved = func in (Tensor.__getitem__, Tensor.to, Tensor.clone) and isinstance(args[0], cls)
-            return result.as_subclass(cls) if moved and 2 * result.numel() > args[0].numel() else result
+            moved = func in (Tensor.__getitem__, Tensor.to, Tensor.clone) and isinstance(
+                args[0], cls
+            )
+            return (
+                result.as_subclass(cls)
+                if moved and 2 * result.numel() > args[0].numel()
+                else result
+            )
 
     def __len__(self) -> int:
-        with torch._C.DisableTorchFunctionSubclass():  # ControlNets' loops ask it for each of their steps
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # ControlNets' loops ask it for each of their steps
             return self.shape[0]
 
 
@@ -874,7 +1009,9 @@ class _Probe:
     config: Mapping[str, Any]
     order: int
     own_clock: Tensor
-    clock_shift: float = 1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
+    clock_shift: float = (
+        1.0  # between the loop's clock and the noise level, which CogView4 shifts alone
+    )
     cut: int = 0  # how many of its times the call leaves out, as image-to-image does
     by_length: bool = False  # and that by how many there are, not by how many it asked for
 
@@ -909,7 +1046,9 @@ class _Probe:
         """What a network of this time would be told -> what this loop calls it."""
         if self.clock_shift == 1:
             return clock
-        return clock / (self.clock_shift - (self.clock_shift - 1) * clock / self.config["num_train_timesteps"])
+        return clock / (
+            self.clock_shift - (self.clock_shift - 1) * clock / self.config["num_train_timesteps"]
+        )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self._noised(original_samples)
@@ -951,14 +1090,20 @@ def _probe(scheduler: Any, training: Training, cuts: bool) -> Any:
         given = asked.bind(self, *args, **kwargs)
         given.apply_defaults()
         output, sample = given.arguments["model_output"], given.arguments["sample"]
-        if output.shape[1] == 2 * sample.shape[1] and "learned" in str(self.config.get("variance_type")):
+        if output.shape[1] == 2 * sample.shape[1] and "learned" in str(
+            self.config.get("variance_type")
+        ):
             output = output.chunk(2, dim=1)[0]
         loop = getcurrent()
         assert isinstance(loop, _Loop)
         assert loop.parent is not None
         state = loop.parent.switch(_Answer(output, sample))
         whole = given.arguments.get("return_dict", True)
-        return SimpleNamespace(prev_sample=state, pred_original_sample=state) if whole else (state, state)
+        return (
+            SimpleNamespace(prev_sample=state, pred_original_sample=state)
+            if whole
+            else (state, state)
+        )
 
     members = {"set_timesteps": set_timesteps, "step": step, "training": training}
     probe = copy.deepcopy(scheduler)
@@ -970,14 +1115,18 @@ def _shift(scheduler: Any) -> float:
     """The s of sigma = s t / (1 + (s - 1) t) between the times t that a flow's network is told and its noise levels."""
     count, scale = len(scheduler.timesteps), scheduler.config["num_train_timesteps"]
     sigmas = getattr(scheduler, "sigmas", None)
-    if not isinstance(scheduler.training.parameterization, FlowVelocity) or not isinstance(sigmas, Tensor):
+    if not isinstance(scheduler.training.parameterization, FlowVelocity) or not isinstance(
+        sigmas, Tensor
+    ):
         return 1.0
     t, sigma = scheduler.timesteps.double() / scale, sigmas[:count].double()
     if torch.allclose(t, sigma, rtol=0, atol=1.01 / scale):
         return 1.0
     shift = float((sigma * (1 - t) / (t * (1 - sigma)))[(t > 0) & (t < 1)].median())
     if not torch.allclose(shift * t / (1 + (shift - 1) * t), sigma, rtol=0, atol=1e-4):
-        raise ValueError("the pipeline tells its network other times than its noise levels; that is not known here")
+        raise ValueError(
+            "the pipeline tells its network other times than its noise levels; that is not known here"
+        )
     return shift
 
 
@@ -991,18 +1140,26 @@ def _weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     offloaded = {}
     for name, module in part.named_modules():
         if kept := getattr(getattr(module, "_hf_hook", None), "weights_map", None):
-            offloaded |= {f"{name}.{key}".lstrip("."): kept[key] for key in module.state_dict() if key in kept}
+            offloaded |= {
+                f"{name}.{key}".lstrip("."): kept[key] for key in module.state_dict() if key in kept
+            }
     for name, value in part.state_dict().items():
         if value is not None and isinstance(value, Tensor):
             value = offloaded.get(name, value)
             parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
-            yield from [(f"{name}.{each}", getattr(value, each)) for each in parts] or [(name, value)]
+            yield from [(f"{name}.{each}", getattr(value, each)) for each in parts] or [
+                (name, value)
+            ]
 
 
 def _some_bits(weight: Tensor) -> bytes:
     """1,024 of a tensor's numbers, or all where it has fewer."""
-    places = torch.linspace(0, weight.numel() - 1, min(weight.numel(), 1024), dtype=torch.float64).long()
-    numbers = weight.detach().flatten()[places.to(weight.device)] if weight.element_size() > 1 else None
+    places = torch.linspace(
+        0, weight.numel() - 1, min(weight.numel(), 1024), dtype=torch.float64
+    ).long()
+    numbers = (
+        weight.detach().flatten()[places.to(weight.device)] if weight.element_size() > 1 else None
+    )
     if numbers is None:  # of a byte each, as float8 has no indices on some devices
         numbers = weight.detach().flatten().view(torch.uint8)[places.to(weight.device)]
     return numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -1014,7 +1171,9 @@ def _release(suspended: dict[tuple[int, ...], _Loop]) -> None:
     suspended.clear()
 
 
-def _calls(times: Sequence[float], samples: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
+def _calls(
+    times: Sequence[float], samples: Sequence[int]
+) -> list[tuple[tuple[int, ...], list[int]]]:
     """Each call's samples and rows: rows of one time, a sample at most once, in the samples' order."""
     seen: Counter[tuple[float, int]] = Counter()
     calls: dict[tuple[float, int], list[int]] = {}

@@ -32,12 +32,18 @@ def loaded(
 
     kind = getattr(diffusers, pipeline_class or "DiffusionPipeline", None)
     if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
-        raise ValueError(f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own")
+        raise ValueError(
+            f"pipeline_class={pipeline_class} is no pipeline of diffusers; null takes the folder's own"
+        )
     require_arguments(kind, given)
     if (file := Path(pipeline) / "scheduler" / "scheduler_config.json").is_file():
         read_scheduler_config(file)
     by_part = isinstance(dtype, Mapping)
-    dtypes = {part: getattr(torch, each) for part, each in dtype.items()} if by_part else getattr(torch, dtype)
+    dtypes = (
+        {part: getattr(torch, each) for part, each in dtype.items()}
+        if by_part
+        else getattr(torch, dtype)
+    )
     options = {"torch_dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}
     computed = dtypes.get("default", torch.float32) if isinstance(dtypes, dict) else dtypes
     options |= loading_options(quantization, quantized, computed)
@@ -56,8 +62,14 @@ def require_arguments(kind: type, given: Collection[str]) -> None:
     takes = inspect.signature(kind.__call__).parameters
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, each in takes.items():
-        if each.default is each.empty and each.kind not in several and name not in ("self", numbered(takes), *given):
-            raise ValueError(f"{kind.__name__} needs {name}; add call.{name}{'=FILE' * of_images(name)}")
+        if (
+            each.default is each.empty
+            and each.kind not in several
+            and name not in ("self", numbered(takes), *given)
+        ):
+            raise ValueError(
+                f"{kind.__name__} needs {name}; add call.{name}{'=FILE' * of_images(name)}"
+            )
 
 
 def numbered(takes: Collection[str]) -> str:

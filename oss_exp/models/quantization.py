@@ -10,10 +10,15 @@ from typing import Any, Literal
 import torch
 
 Quantization = Literal["float8", "int8", "nf4"]
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}  # float8 needs none: diffusers casts layer by layer
+PACKAGES = {
+    "int8": "torchao",
+    "nf4": "bitsandbytes",
+}  # float8 needs none: diffusers casts layer by layer
 
 
-def loading_options(quantization: Quantization | None, parts: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
+def loading_options(
+    quantization: Quantization | None, parts: Iterable[str], dtype: torch.dtype
+) -> dict[str, Any]:
     """Arguments of a pipeline's `from_pretrained` that quantise those of these parts that it has as it loads them.
 
     int8: weights, by torchao. nf4: weights in 4 bits, by bitsandbytes, computed with in dtype. float8: see `cast`.
@@ -28,12 +33,18 @@ def loading_options(quantization: Quantization | None, parts: Iterable[str], dty
         )
     diffusers: Any = import_module("diffusers")
     if quantization == "int8":
-        config = diffusers.TorchAoConfig(import_module("torchao.quantization").Int8WeightOnlyConfig())
+        config = diffusers.TorchAoConfig(
+            import_module("torchao.quantization").Int8WeightOnlyConfig()
+        )
     else:
         config = diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, config))}
+    return {
+        "quantization_config": diffusers.PipelineQuantizationConfig(
+            quant_mapping=dict.fromkeys(parts, config)
+        )
+    }
 
 
 def cast(pipe: Any, parts: Iterable[str]) -> None:

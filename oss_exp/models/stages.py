@@ -38,7 +38,10 @@ from oss_exp.models.guidance import Guidance
 from oss_exp.velocity import BoundVelocity
 
 FORMAT, VERSION = "oss_exp/stages", 1
-DOWN, UP = ".lora_A", ".lora_B"  # after a weight's name: (r, in) and (out, r), whose product is its change
+DOWN, UP = (
+    ".lora_A",
+    ".lora_B",
+)  # after a weight's name: (r, in) and (out, r), whose product is its change
 BASE = -1  # the stage that changes nothing
 
 
@@ -123,18 +126,26 @@ class StageFolder:
     def file(self, stage: int) -> Path:
         return self.path / f"stage_{stage}.safetensors"
 
-    def save_stage(self, stage: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    def save_stage(
+        self, stage: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> None:
         """tensors: parameters of the backbone by name, or their low-rank changes; those that are absent stay as is."""
-        save_asset(self.file(stage), {name: tensor.cpu() for name, tensor in tensors.items()}, about)
+        save_asset(
+            self.file(stage), {name: tensor.cpu() for name, tensor in tensors.items()}, about
+        )
 
     def hash_of(self, stage: int) -> str:
         """SHA-256 of a stage's file, which is whole. FileNotFoundError or ValueError says what it lacks."""
         path = self.file(stage)
         remedy = f"train it with task=finetune task.stage={stage} task.output={self.path}"
         if not path.is_file() or not path.with_suffix(".json").is_file():
-            raise FileNotFoundError(f"{self.path} has {len(self)} stages and lacks {path.name} or its .json; {remedy}")
+            raise FileNotFoundError(
+                f"{self.path} has {len(self)} stages and lacks {path.name} or its .json; {remedy}"
+            )
         beside = path.with_suffix(".json")
-        expected = load_record(beside, Provenance, "provenance of a stage", remedy, TABLE_LIMIT).sha256
+        expected = load_record(
+            beside, Provenance, "provenance of a stage", remedy, TABLE_LIMIT
+        ).sha256
         if (found := file_sha256(path)) != expected:
             raise ValueError(
                 f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; {remedy}"
@@ -153,7 +164,9 @@ class Staged(Model):
         super().__init__()
         folder = parameters.folder
         if type(base).sample is not Model.sample:
-            raise ValueError(f"{base.name} samples in a loop of its own, which has no stages; choose another model")
+            raise ValueError(
+                f"{base.name} samples in a loop of its own, which has no stages; choose another model"
+            )
         if folder.base["sha256"] != base.fingerprint:
             raise ValueError(
                 f"the stages in {folder.path} began as {folder.base['name']} ({folder.base['sha256']:.12}), this model "
@@ -161,7 +174,11 @@ class Staged(Model):
             )
         self.base, self.parameters_of, self.split = base, parameters, split
         self.name = f"{base.name}_staged" if split else base.name
-        self.path, self.event_shape, self.num_classes = base.path, base.event_shape, base.num_classes
+        self.path, self.event_shape, self.num_classes = (
+            base.path,
+            base.event_shape,
+            base.num_classes,
+        )
         self.guidance = base.guidance
         self.cuts = torch.tensor(folder.cuts, dtype=torch.float64)
         identity = " ".join([base.fingerprint, *map(repr, folder.cuts), *parameters.hashes])
@@ -184,7 +201,11 @@ class Staged(Model):
 
     def stage_at(self, t: Tensor) -> Tensor:
         """t (M,) -> (M,) numbers of stages, of which 0 is the noisiest."""
-        return (t[:, None] <= self.cuts.to(t.device)).sum(dim=1) if self.split else torch.full_like(t, BASE).long()
+        return (
+            (t[:, None] <= self.cuts.to(t.device)).sum(dim=1)
+            if self.split
+            else torch.full_like(t, BASE).long()
+        )
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         bound = self.base.velocity(condition, guidance)
@@ -195,7 +216,9 @@ class Staged(Model):
             parts = []
             for chosen in rows:
                 self.parameters_of.use(int(stages[chosen[0]]))
-                parts.append(bound.fn(x[chosen], t[chosen], None if condition is None else condition[chosen]))
+                parts.append(
+                    bound.fn(x[chosen], t[chosen], None if condition is None else condition[chosen])
+                )
             return torch.cat(parts)[torch.cat(rows).argsort()]
 
         return replace(bound, fn=routed)
@@ -218,7 +241,9 @@ class StageParameters:
         for stage in stages:
             for name, shape in _changed_shapes(folder.file(stage)).items():
                 if name not in own or shape != tuple(own[name].shape):
-                    raise ValueError(f"{folder.file(stage)} changes {name:.80}, which the network lacks at that shape")
+                    raise ValueError(
+                        f"{folder.file(stage)} changes {name:.80}, which the network lacks at that shape"
+                    )
                 if name not in self.kept:
                     self.kept[name] = own[name].detach().cpu().clone()
         self.now = BASE
@@ -236,7 +261,9 @@ class StageParameters:
 
     def _changed(self, stage: int) -> dict[str, Tensor]:
         if stage not in self.stages:
-            raise ValueError(f"stage {stage} of {self.folder.path} is not loaded, only {list(self.stages)}")
+            raise ValueError(
+                f"stage {stage} of {self.folder.path} is not loaded, only {list(self.stages)}"
+            )
         with safe_open(self.folder.file(stage), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         changed = {}
@@ -266,6 +293,8 @@ def _changed_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             continue
         down, up = shapes.get(name + DOWN, ()), shapes.get(name + UP, ())
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-            raise ValueError(f"{path} has factors of {name:.80} of shapes {down} and {up}, which have no product")
+            raise ValueError(
+                f"{path} has factors of {name:.80} of shapes {down} and {up}, which have no product"
+            )
         found[name] = (up[0], down[1])
     return found

@@ -73,7 +73,9 @@ class BetaLevelsSchedule(LevelsSchedule):
 
     def _positions(self, num_steps: int) -> Tensor:
         remaining = 1 - torch.arange(num_steps).double() / num_steps
-        index = torch.from_numpy(betaincinv(self.alpha, self.beta, remaining.numpy())) * (self.num_levels - 1)
+        index = torch.from_numpy(betaincinv(self.alpha, self.beta, remaining.numpy())) * (
+            self.num_levels - 1
+        )
         return self.num_levels - 1 - index.round()
 
 

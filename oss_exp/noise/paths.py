@@ -123,7 +123,11 @@ class VPPath(GaussianPath):
     def native(self, t: Tensor) -> Tensor:
         integral = torch.log1p((t / (1 - t)) ** 2).clamp(max=self._integral(1.0))
         # The positive root of `_integral`, written so that nothing cancels as t -> 0.
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self._slope * integral))
+        return (
+            2
+            * integral
+            / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self._slope * integral))
+        )
 
     @property
     def _slope(self) -> float:
@@ -145,7 +149,9 @@ class DDPMPath(GaussianPath):
     """
 
     betas: Tensor = field(default_factory=lambda: linear_betas(), repr=False)
-    _ratio: Tensor = field(init=False, repr=False)  # sigma / alpha at index 0 .. T-1, float64, finite
+    _ratio: Tensor = field(
+        init=False, repr=False
+    )  # sigma / alpha at index 0 .. T-1, float64, finite
     clock = "DDPM index"
 
     def __post_init__(self) -> None:
@@ -161,7 +167,9 @@ class DDPMPath(GaussianPath):
         if betas[-1] == 1:
             ratio[-1] = max(LAST_RATIO, 2 * float(ratio[-2]))
         if not bool(ratio.isfinite().all() and (ratio.diff(prepend=ratio.new_zeros(1)) > 0).all()):
-            raise ValueError("betas are so small or so large that float64 cannot tell their noise levels apart")
+            raise ValueError(
+                "betas are so small or so large that float64 cannot tell their noise levels apart"
+            )
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "_ratio", ratio)
 
@@ -183,7 +191,9 @@ class DDPMPath(GaussianPath):
         return torch.where(ratio < ratios[0], ratio / ratios[0] - 1, tau)
 
 
-def linear_betas(num_steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_snr: bool = False) -> Tensor:
+def linear_betas(
+    num_steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_snr: bool = False
+) -> Tensor:
     """(num_steps,) betas, uniform between the ends; the defaults are DDPM's. zero_snr: as in `zero_snr_betas`."""
     require_chain(num_steps, start=start, end=end)
     betas = torch.linspace(start, end, num_steps, dtype=torch.float64)

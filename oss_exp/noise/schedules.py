@@ -15,10 +15,20 @@ import torch
 from torch import Tensor
 
 from oss_exp.checks import require_range
-from oss_exp.noise.paths import DDPMPath, EDMPath, VPPath, linear_betas, require_betas, require_shift, shift_time
+from oss_exp.noise.paths import (
+    DDPMPath,
+    EDMPath,
+    VPPath,
+    linear_betas,
+    require_betas,
+    require_shift,
+    shift_time,
+)
 
 MOST_STEPS = 1_000_000
-LARGEST_SIGMA = 1e12  # far above, the flow times sigma / (1 + sigma) of neighbouring nodes are equal in float64
+LARGEST_SIGMA = (
+    1e12  # far above, the flow times sigma / (1 + sigma) of neighbouring nodes are equal in float64
+)
 
 
 class NoiseSchedule(abc.ABC):
@@ -74,7 +84,9 @@ def flux_shift(
             raise ValueError(f"{name} must be a multiple of 16 pixels, got {pixels}")
     tokens = height // 16 * (width // 16)
     if tokens > 256**2:  # far above, the shift leaves nothing but noise
-        raise ValueError(f"height and width must be at most those of 4096 x 4096 pixels, got {height} x {width}")
+        raise ValueError(
+            f"height and width must be at most those of 4096 x 4096 pixels, got {height} x {width}"
+        )
     if base_tokens == max_tokens:
         raise ValueError(f"base_tokens and max_tokens must differ, got {base_tokens} twice")
     mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)

@@ -10,7 +10,16 @@ from oss_exp.report import plots, web
 from oss_exp.schedule import StepSchedule
 from oss_exp.schedule_file import Cell, Certificate
 
-HEADER = ["setting", "n", "PSNR, dB", "baseline, dB", "gain, dB", "loss, dB", "teacher moved to, dB", ""]
+HEADER = [
+    "setting",
+    "n",
+    "PSNR, dB",
+    "baseline, dB",
+    "gain, dB",
+    "loss, dB",
+    "teacher moved to, dB",
+    "",
+]
 NOTE = """Each line is the model with one thing changed; the schedule and the baseline {baseline} on the same held-out
 noises, against the teacher of the same setting; ± 95 % intervals. gain: over the baseline, paired. loss: against the
 setting that the schedule was searched in, paired; inside: at most {tolerance:g} dB. Teacher moved: PSNR of the
@@ -19,7 +28,9 @@ setting's own teacher to that of the first line, which is what the change itself
 
 def certified(plans: Sequence[tuple[str, StepSchedule]]) -> list[tuple[str, Certificate]]:
     """(name with K, certificate) of the schedules that have one."""
-    return [(f"{name} K={plan.num_steps}", plan.range) for name, plan in plans if plan.range is not None]
+    return [
+        (f"{name} K={plan.num_steps}", plan.range) for name, plan in plans if plan.range is not None
+    ]
 
 
 def setting(cell: Cell) -> str:
@@ -39,7 +50,9 @@ def sections(plans: Sequence[tuple[str, StepSchedule]]) -> Iterator[str]:
         yield web.table(HEADER, [_line(cell, certificate) for cell in certificate.cells])
         yield f'<p class="note">{html.escape(NOTE.format(**certificate.model_dump(include={"baseline", "tolerance"})))}'
         for reason in dict.fromkeys(certificate.skipped.values()):
-            labels = ", ".join(label for label, told in certificate.skipped.items() if told == reason)
+            labels = ", ".join(
+                label for label, told in certificate.skipped.items() if told == reason
+            )
             yield html.escape(f"Not measured: {labels}: {reason}.")
         yield "</p>"
 

@@ -20,10 +20,21 @@ from oss_exp.geneval.rules import TASKS, differences, scores
 from oss_exp.report import web
 from oss_exp.report.records import GenEvalRecord, Judged, read_geneval
 
-HEADER = ["method (steps)", "overall", "single", "two", "counting", "colors", "position", "color attr"]
+HEADER = [
+    "method (steps)",
+    "overall",
+    "single",
+    "two",
+    "counting",
+    "colors",
+    "position",
+    "color attr",
+]
 MINUS = "Minus the teacher, pair by pair:"
 SIDE = 4096
-PAGE_PICTURES = 1000  # on the page, of prompts spread over the list; all verdicts are in geneval.json
+PAGE_PICTURES = (
+    1000  # on the page, of prompts spread over the list; all verdicts are in geneval.json
+)
 CHOICE = """<p><select id="label">{}</select> <label><input type="checkbox" id="wrong"> failures only</label></p>"""
 
 
@@ -38,7 +49,9 @@ def cells(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> list[list[s
     for label, (steps, scored) in rows.items():
         shares = [scored["overall"], *(scored.get(task) for task in TASKS)]
         name = label.removesuffix(f"_{steps}")
-        found.append([f"{name} ({steps})", *("-" if each is None else _share(each) for each in shares)])
+        found.append(
+            [f"{name} ({steps})", *("-" if each is None else _share(each) for each in shares)]
+        )
     return found
 
 
@@ -56,7 +69,9 @@ def files(folder: Path) -> dict[Path, str]:
     record = read_geneval(folder)
     tags, (teacher, *others) = record.tags, record.rows
     shares = {row.label: (row.num_steps, scores(tags, right(row))) for row in record.rows}
-    apart = {row.label: (row.num_steps, differences(tags, right(row), right(teacher))) for row in others}
+    apart = {
+        row.label: (row.num_steps, differences(tags, right(row), right(teacher))) for row in others
+    }
     note = (
         f"Shares of {len(tags)} pictures, {record.images_per_prompt} of each prompt, on the same noises; overall "
         "is the mean of the six. Intervals of 95 %."
@@ -90,14 +105,18 @@ def _gallery(folder: Path, record: GenEvalRecord) -> Iterator[str]:
 def _picture(file: Path) -> Image.Image:
     """A picture of at most SIDE pixels a side; ValueError for any other file."""
     try:
-        with Image.open(io.BytesIO(read_binary(file, "picture", LIMIT)), formats=["png"]) as picture:
+        with Image.open(
+            io.BytesIO(read_binary(file, "picture", LIMIT)), formats=["png"]
+        ) as picture:
             if max(picture.size) > SIDE:
                 raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels")
             return picture.convert("RGB")
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever broken bytes make Pillow do
-        raise ValueError(f"picture {file} cannot be read ({error!s:.100}); make it again with task=geneval") from None
+        raise ValueError(
+            f"picture {file} cannot be read ({error!s:.100}); make it again with task=geneval"
+        ) from None
 
 
 def _figure(file: Path, reasons: Sequence[str]) -> str:

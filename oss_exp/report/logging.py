@@ -20,7 +20,11 @@ from oss_exp.files import inside
 from oss_exp.report.results import cost_lines, metric_lines, read_run, read_schedules
 
 WAIT = 15  # seconds for W&B's server to answer
-TABLE, COSTS, PICTURES = "comparison", "cost per round", ("schedules", "samples")  # keys of what W&B is sent
+TABLE, COSTS, PICTURES = (
+    "comparison",
+    "cost per round",
+    ("schedules", "samples"),
+)  # keys of what W&B is sent
 
 
 class Dashboard(WandbLogger):
@@ -53,7 +57,9 @@ def wandb_logger(output_dir: str, project: str, mode: RunMode | None) -> WandbLo
     if "WANDB_MODE" not in os.environ and not _is_logged_in(folder):
         access = "offline"  # not WandbLogger(offline=True): it asks for "dryrun", which W&B no longer knows
     settings = wandb.Settings(silent=True, console="off", init_timeout=WAIT, finish_timeout=WAIT)
-    return Dashboard(name=name, project=project, group=group, save_dir=output_dir, mode=access, settings=settings)
+    return Dashboard(
+        name=name, project=project, group=group, save_dir=output_dir, mode=access, settings=settings
+    )
 
 
 def _is_logged_in(folder: Path) -> bool:
@@ -110,7 +116,9 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
         logger.experiment.log_artifact(_schedules(folder))
         if costs := cost_lines(read_schedules(folder)):
             curves = {f"{name} K={k}": values for (name, k), values in costs.items()}
-            logger.experiment.log({COSTS: _chart(curves, "cost per round of the dynamic program", "round")})
+            logger.experiment.log(
+                {COSTS: _chart(curves, "cost per round of the dynamic program", "round")}
+            )
     if not (folder / "metrics.json").exists():
         return
     lines = with_gains(read_run(folder))
@@ -127,7 +135,9 @@ def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
         header, cells = columns(lines)
         logger.log_table(TABLE, columns=header, data=cells)
         curves = metric_lines(lines)
-        logger.experiment.log({against(name): _chart(each, against(name), "K") for name, each in curves.items()})
+        logger.experiment.log(
+            {against(name): _chart(each, against(name), "K") for name, each in curves.items()}
+        )
         for name in PICTURES:
             logger.log_image(name, [str(folder / f"{name}.png")])
         if (folder / "samples.gif").exists():
@@ -139,9 +149,15 @@ def _schedules(folder: Path) -> Any:
     import wandb
 
     plans = [plan for _, plan in read_schedules(folder)]
-    about = {key: plans[0].provenance.get(key) for key in ("model", "teacher", "solver", "distance")} if plans else {}
+    about = (
+        {key: plans[0].provenance.get(key) for key in ("model", "teacher", "solver", "distance")}
+        if plans
+        else {}
+    )
     model = (about.get("model") or {}).get("name", "unknown")
-    name = re.sub(r"[^\w.-]+", "_", f"schedules-{model}", flags=re.ASCII)[:128]  # W&B takes no others
+    name = re.sub(r"[^\w.-]+", "_", f"schedules-{model}", flags=re.ASCII)[
+        :128
+    ]  # W&B takes no others
     artifact = wandb.Artifact(name, type="step_schedules", metadata=about)
     for file in sorted((folder / "schedules").iterdir()):
         artifact.add_file(str(inside(folder, "schedules", file.name)), file.name)
@@ -157,5 +173,7 @@ def _chart(curves: Mapping[str, Mapping[int, float]], title: str, xname: str) ->
     """W&B's plot of a line for each name, {x: y}."""
     import wandb
 
-    xs, ys = ([list(getattr(curve, part)()) for curve in curves.values()] for part in ("keys", "values"))
+    xs, ys = (
+        [list(getattr(curve, part)()) for curve in curves.values()] for part in ("keys", "values")
+    )
     return wandb.plot.line_series(xs, ys, list(curves), title, xname)

@@ -14,7 +14,15 @@ from omegaconf import DictConfig
 
 from oss_exp import escaping
 from oss_exp.escaping import PlainConsole
-from oss_exp.evaluation.comparison import NOTE, Line, Result, columns, markdown, terminal, with_gains
+from oss_exp.evaluation.comparison import (
+    NOTE,
+    Line,
+    Result,
+    columns,
+    markdown,
+    terminal,
+    with_gains,
+)
 from oss_exp.files import inside, write_atomically
 from oss_exp.report import certificate, geneval, plots, web
 from oss_exp.report.records import (
@@ -78,7 +86,9 @@ def write(folder: Path) -> None:
             if (moving := plots.animation(pictures, results)) is not None:
                 files[folder / "samples.gif"] = moving
         files[folder / "table.md"] = markdown(lines) + _rounding(plans)
-        files[folder / "report.html"] = _page(folder, _title(folder), lines, plans, teacher, pictures, ways)
+        files[folder / "report.html"] = _page(
+            folder, _title(folder), lines, plans, teacher, pictures, ways
+        )
         console.print(terminal(lines, _title(folder)))
         console.print(_rounding(plans), end="", soft_wrap=True)
     elif plans:
@@ -90,10 +100,15 @@ def write(folder: Path) -> None:
                 *certificate.sections(plans),
                 DETAILS.format("Configuration", html.escape(read_configuration(folder))),
             ]
-            files[folder / "report.html"] = web.page("Where a step schedule holds", body, {"curves": {}})
+            files[folder / "report.html"] = web.page(
+                "Where a step schedule holds", body, {"curves": {}}
+            )
     if (folder / "amplitude.json").exists():
         files[folder / "amplitude.png"] = plots.amplitude(read_amplitude(folder).curves)
-        console.print(f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)", soft_wrap=True)
+        console.print(
+            f"calibration: {folder / 'calibration.json'}  (use it: solver.calibration=FILE)",
+            soft_wrap=True,
+        )
     if (folder / "training.json").exists():
         files[folder / "training.png"] = plots.training(read_training(folder).losses)
         shown = sorted((folder / "samples").glob("step_*.png"))[-1:]
@@ -131,8 +146,12 @@ def gather(sweep: Path) -> None:
     logs = [path for path in sorted(sweep.rglob("error.log")) if path.is_file()]
     folders = sorted(path.parent for path in sweep.rglob("metrics.json"))
     if not folders:
-        raise FileNotFoundError(f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun")
-    failed = {_name(sweep, log.parent): _reason(sweep, log) for log in logs if log.parent not in folders}
+        raise FileNotFoundError(
+            f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun"
+        )
+    failed = {
+        _name(sweep, log.parent): _reason(sweep, log) for log in logs if log.parent not in folders
+    }
     runs: list[_Run] = []
     for folder in folders:
         try:
@@ -151,7 +170,9 @@ def gather(sweep: Path) -> None:
         for run in runs
         for name, plan in run.plans
     ]
-    written = [told[0], "", *(f"- {escaping.markdown(each[2:])}" for each in told[1:])] if told else []
+    written = (
+        [told[0], "", *(f"- {escaping.markdown(each[2:])}" for each in told[1:])] if told else []
+    )
     teacher = runs[0].teacher
     files: dict[Path, str | bytes] = {
         sweep / "schedules.png": plots.schedules(named, teacher),
@@ -201,7 +222,9 @@ def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
     shared = [(name, plan) for name, plan in plans if not plan.per_sample]
     lines = []
     for name, plan in sorted(shared, key=lambda pair: pair[1].num_steps):
-        orders = "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
+        orders = (
+            "" if plan.orders is None else f", orders {'-'.join(map(str, plan.orders.tolist()))}"
+        )
         times = ", ".join(f"{t:.4g}" for t in plan.times.tolist())
         lines.append(f"{name} K={plan.num_steps} {plan.kind}{orders}: {times}")
     return lines
@@ -209,8 +232,16 @@ def _times(plans: Sequence[tuple[str, StepSchedule]]) -> list[str]:
 
 def _rounding(plans: Sequence[tuple[str, StepSchedule]]) -> str:
     """A line on how far a pipeline's rounding of its clock moves the times of its schedules; empty for other models."""
-    moved = [value for _, plan in plans if isinstance(value := plan.about("native").get("rounding"), float)]
-    return f"rounding: the pipeline's own rounding of t moves the steps by at most {max(moved):.2g}\n" if moved else ""
+    moved = [
+        value
+        for _, plan in plans
+        if isinstance(value := plan.about("native").get("rounding"), float)
+    ]
+    return (
+        f"rounding: the pipeline's own rounding of t moves the steps by at most {max(moved):.2g}\n"
+        if moved
+        else ""
+    )
 
 
 def _title(folder: Path) -> str:
@@ -237,7 +268,10 @@ def _page(
     for above, line in zip([None, *lines], lines, strict=False):
         first = above is None or above.result.nfe != line.result.nfe
         kinds.append("best " * (line.rival is line.result) + "first" * first)
-    body = [web.table(*columns(lines), kinds), f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>']
+    body = [
+        web.table(*columns(lines), kinds),
+        f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>',
+    ]
     if failures:
         body.append(f"<pre>{html.escape(failures)}</pre>")
     data: dict[str, Any] = {"curves": {}}

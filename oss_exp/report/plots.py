@@ -46,7 +46,9 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
     """
     budgets = sorted({plan.num_steps for _, plan in plans})[:PANELS]
     size = (3.5 + 4.5 * len(budgets), 4.6)
-    figure, axes = plt.subplots(1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(budgets), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     color_of, by_hand = colors(plans), _by_hand(plans)
     entries = {}  # one for each strategy, whichever panels it is in
     for axis, k in zip(axes[0], budgets, strict=True):
@@ -64,14 +66,30 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
                 name_shown = f"{name} (median, 10-90 % of {len(plan.times)} samples)"
             else:
                 name_shown = name
-            style = {"marker": "o" if ours else ".", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
+            style = {
+                "marker": "o" if ours else ".",
+                "lw": 2 if ours else 1,
+                "ls": "-" if ours else "--",
+            }
             style["zorder"] = 3 if ours else 2
-            entries[escaping.label(name_shown)] = axis.plot(steps, times, color=color_of[name], **style)[0]
-            if plan.orders is not None and plan.orders.ndim == 1 and plan.orders.max() > 1 and k <= ANNOTATED:
+            entries[escaping.label(name_shown)] = axis.plot(
+                steps, times, color=color_of[name], **style
+            )[0]
+            if (
+                plan.orders is not None
+                and plan.orders.ndim == 1
+                and plan.orders.max() > 1
+                and k <= ANNOTATED
+            ):
                 for step, order in enumerate(plan.orders.tolist()):
                     middle = step + 0.5, times[step : step + 2].mean()
                     axis.annotate(
-                        str(order), middle, (3, 3), textcoords="offset points", color=color_of[name], fontsize=8
+                        str(order),
+                        middle,
+                        (3, 3),
+                        textcoords="offset points",
+                        color=color_of[name],
+                        fontsize=8,
                     )
         axis.set(title=f"K = {k}", xlabel="network call")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -106,7 +124,9 @@ def moments(frames: int) -> tuple[np.ndarray, int]:
     return shown, 125 * frames // len(shown)
 
 
-def ordered(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> list[tuple[str, Result]]:
+def ordered(
+    pictures: Mapping[str, np.ndarray], results: Sequence[Result]
+) -> list[tuple[str, Result]]:
     """(label, result) of the students with pictures, by budget, then best first."""
     pairs = [(f"{result.strategy} K={result.num_steps}", result) for result in results]
     pairs = [pair for pair in pairs if pair[0] in pictures]
@@ -140,24 +160,33 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     return png(_sheet(pictures, results)[0])
 
 
-def _sheet(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> tuple[Figure, list[AxesImage]]:
+def _sheet(
+    pictures: Mapping[str, np.ndarray], results: Sequence[Result]
+) -> tuple[Figure, list[AxesImage]]:
     """Return the figure of `samples` and its panels, which show `_strips`."""
     students = ordered(pictures, results)[:ROWS]
-    labels = ["teacher", *(f"{escaping.label(label)}\n{result.psnr.mean:.2f} dB" for label, result in students)]
+    labels = [
+        "teacher",
+        *(f"{escaping.label(label)}\n{result.psnr.mean:.2f} dB" for label, result in students),
+    ]
     size = 2 + 1.5 * len(pictures["teacher"]), 0.85 * len(labels) + 0.6
     figure, axes = plt.subplots(len(labels), 2, figsize=size, dpi=DPI, squeeze=False)
     places = [axes[0][0], *(axis for row in axes[1:] for axis in row)]
     looks = [("gray", 1), *[("gray", 1), ("inferno", 0.5)] * len(students)]
     panels = [
         axis.imshow(strip, cmap=colours, vmin=0, vmax=top, interpolation="nearest")
-        for axis, strip, (colours, top) in zip(places, _strips(pictures, results), looks, strict=True)
+        for axis, strip, (colours, top) in zip(
+            places, _strips(pictures, results), looks, strict=True
+        )
     ]
     for row, label in zip(axes, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
-    axes[0][1].text(0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9)
+    axes[0][1].text(
+        0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9
+    )
     axes[0][1].set(xlim=(0, 1), ylim=(0, 1))
     figure.tight_layout(pad=0.3)
     return figure, panels
@@ -180,8 +209,16 @@ def training(losses: Sequence[float]) -> bytes:
     means = np.array(losses[: len(losses) // width * width]).reshape(-1, width).mean(1)
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axis.plot(np.arange(1, len(losses) + 1), losses, color="0.8", lw=0.5, label="each step")
-    axis.plot((np.arange(len(means)) + 0.5) * width, means, color="tab:blue", lw=2, label=f"mean of {width}")
-    axis.set(xlabel="step", ylabel="loss", ylim=(0.9 * means.min(), 1.1 * np.quantile(losses, 0.95)))
+    axis.plot(
+        (np.arange(len(means)) + 0.5) * width,
+        means,
+        color="tab:blue",
+        lw=2,
+        label=f"mean of {width}",
+    )
+    axis.set(
+        xlabel="step", ylabel="loss", ylim=(0.9 * means.min(), 1.1 * np.quantile(losses, 0.95))
+    )
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
     return png(figure)
@@ -194,7 +231,9 @@ def stages(records: Sequence[StageRecord]) -> bytes:
     for offset, key, color in ((-0.2, "loss_before", "0.7"), (0.2, "loss_after", "tab:blue")):
         heights = [getattr(record.training, key) for record in records]
         bars.bar(places + offset, heights, 0.4, color=color, label=key.removeprefix("loss_"))
-    labels = [f"{record.stage}\n{record.times[0]:.3g} to {record.times[1]:.3g}" for record in records]
+    labels = [
+        f"{record.stage}\n{record.times[0]:.3g} to {record.times[1]:.3g}" for record in records
+    ]
     bars.set_xticks(places, labels, fontsize=8)
     bars.set(xlabel="stage, and its times (1 noise, 0 data)", ylabel="loss", yscale="log")
     for record in records:
@@ -218,7 +257,8 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     (teacher,) = [c for c in curves if c.strategy == "teacher"]
     students = [c for c in curves if c is not teacher]
     names, budgets = (
-        list(dict.fromkeys(getattr(c, key) for c in students))[:PANELS] for key in ("strategy", "num_steps")
+        list(dict.fromkeys(getattr(c, key) for c in students))[:PANELS]
+        for key in ("strategy", "num_steps")
     )
     students = [c for c in students if c.strategy in names and c.num_steps in budgets]
     times = np.array(teacher.times)
@@ -236,14 +276,20 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
         row, column = 2 * budgets.index(c.num_steps), names.index(c.strategy)
         above, below = axes[row : row + 2, column]
         above.set_title(f"{escaping.label(c.strategy)}, K = {c.num_steps}")
-        style = {"color": "tab:blue", "marker": "o"} if c.calibrated else {"color": "tab:red", "marker": "s"}
+        style = (
+            {"color": "tab:blue", "marker": "o"}
+            if c.calibrated
+            else {"color": "tab:red", "marker": "s"}
+        )
         for edge, line in (("high", "-"), ("low", "--")):
             truth, values = (_over_channels(getattr(curve, edge)) for curve in (teacher, c))
             t = np.array(c.times)
             if not c.calibrated:
                 above.plot(times, truth, "0.6", lw=5)
             above.plot(t, values, line, **style, ms=4, lw=1.3)
-            below.plot(t, values - np.interp(t, times[::-1], truth[::-1]), line, **style, ms=4, lw=1.3)
+            below.plot(
+                t, values - np.interp(t, times[::-1], truth[::-1]), line, **style, ms=4, lw=1.3
+            )
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for row in range(0, len(axes), 2):
@@ -256,7 +302,9 @@ def amplitude(curves: Sequence[Curve]) -> bytes:
     axes[0][0].invert_xaxis()
     truth, plain, *_, corrected, _ = axes[0][0].lines  # 95 % before 5 %
     labels = [f"teacher, {teacher.num_steps} steps", "uncalibrated", "calibrated"]
-    figure.legend([truth, plain, corrected], labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(
+        [truth, plain, corrected], labels, loc="outside upper center", ncols=3, frameon=False
+    )
     return png(figure)
 
 
@@ -269,14 +317,35 @@ def certificates(found: Sequence[tuple[str, Certificate]]) -> bytes:
     for axis, (name, certificate) in zip(axes[0], found, strict=True):
         cells = certificate.cells[:ROWS]
         rows, psnr = np.arange(len(cells)), np.array([cell.psnr for cell in cells])
-        axis.axvspan(psnr[0] - certificate.tolerance, psnr.max() + 100, color="tab:green", alpha=0.08, lw=0)
-        axis.plot([cell.baseline for cell in cells], rows, "d", color="0.6", ms=5, label=certificate.baseline)
+        axis.axvspan(
+            psnr[0] - certificate.tolerance, psnr.max() + 100, color="tab:green", alpha=0.08, lw=0
+        )
+        axis.plot(
+            [cell.baseline for cell in cells],
+            rows,
+            "d",
+            color="0.6",
+            ms=5,
+            label=certificate.baseline,
+        )
         for inside, color in ((True, "tab:green"), (False, "tab:red")):
             chosen = [row for row in rows if (cells[row].loss <= certificate.tolerance) == inside]
-            spread = np.abs(np.array([cells[row].psnr_interval for row in chosen]).reshape(-1, 2).T - psnr[chosen])
-            label = "inside of its range" if inside else f"outside: loses more than {certificate.tolerance:g} dB"
-            axis.errorbar(psnr[chosen], chosen, xerr=spread, fmt="o", ms=5, color=color, label=label)
-        told = [str(cell.value) if cell.axis == "base" else f"{cell.axis}={cell.value}" for cell in cells]
+            spread = np.abs(
+                np.array([cells[row].psnr_interval for row in chosen]).reshape(-1, 2).T
+                - psnr[chosen]
+            )
+            label = (
+                "inside of its range"
+                if inside
+                else f"outside: loses more than {certificate.tolerance:g} dB"
+            )
+            axis.errorbar(
+                psnr[chosen], chosen, xerr=spread, fmt="o", ms=5, color=color, label=label
+            )
+        told = [
+            str(cell.value) if cell.axis == "base" else f"{cell.axis}={cell.value}"
+            for cell in cells
+        ]
         axis.set_yticks(rows, [escaping.label(text) for text in told])
         values = [each for cell in cells for each in (*cell.psnr_interval, cell.baseline)]
         axis.set_xlim(min(values) - 0.5, max(values) + 0.5)
@@ -284,7 +353,13 @@ def certificates(found: Sequence[tuple[str, Certificate]]) -> bytes:
         axis.grid(alpha=0.3, axis="x")
         axis.set_title(escaping.label(name))
         axis.set_xlabel("PSNR to the teacher of the same setting, dB")
-        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45 / size[1] * 1.6), ncols=3)
+        axis.legend(
+            frameon=False,
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.45 / size[1] * 1.6),
+            ncols=3,
+        )
     return png(figure)
 
 

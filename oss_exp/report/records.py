@@ -13,7 +13,15 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, ConfigDict, FailFast, Field, JsonValue, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    PositiveInt,
+    model_validator,
+)
 from typing_extensions import Self, TypedDict
 
 from oss_exp.checks import Name
@@ -38,7 +46,9 @@ FIELDS = 1 << 19  # of a file
 MOST = 1000  # schedules, metrics, curves or stages of a run
 PICTURES, FRAMES = 64, 4096  # that a run keeps of each schedule
 LARGEST = 256  # pixels a side of the pictures of a report
-PICTURES_LIMIT = 1 << 31  # 2 GiB: of all pictures, of which those of one schedule are in memory at a time
+PICTURES_LIMIT = (
+    1 << 31
+)  # 2 GiB: of all pictures, of which those of one schedule are in memory at a time
 
 
 def _few(value: Any) -> Any:
@@ -76,7 +86,9 @@ class Teacher(Record):
 class TeacherGrid(Record):
     """teacher.json: the times of the teacher's nodes, noise first."""
 
-    times: Annotated[list[Annotated[float, Field(ge=0, le=1)]], FailFast(), Field(max_length=100_000)]
+    times: Annotated[
+        list[Annotated[float, Field(ge=0, le=1)]], FailFast(), Field(max_length=100_000)
+    ]
 
     @model_validator(mode="after")
     def _decreasing(self) -> Self:
@@ -101,7 +113,9 @@ class Images(Measured):
     @model_validator(mode="after")
     def _paired(self) -> Self:
         if len(self.index) != len(self.psnr):
-            raise ValueError(f"must have a psnr for each index, got {len(self.psnr)} for {len(self.index)}")
+            raise ValueError(
+                f"must have a psnr for each index, got {len(self.psnr)} for {len(self.index)}"
+            )
         return self
 
 
@@ -188,7 +202,9 @@ class GenEvalRecord(Record):
         count = len(self.prompts) * self.images_per_prompt
         for row in self.rows:
             if len(row.verdicts) != count:
-                raise ValueError(f"must have {count} verdicts on {row.label!r:.80}, got {len(row.verdicts)}")
+                raise ValueError(
+                    f"must have {count} verdicts on {row.label!r:.80}, got {len(row.verdicts)}"
+                )
         return self
 
     @property
@@ -253,10 +269,16 @@ def read_ways(folder: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     ways = _load(inside(folder, path.name), "predictions of a run")
-    pictures = {key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")}
+    pictures = {
+        key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")
+    }
     _check_pictures(path, pictures, (5,))
-    times = {key.removeprefix("times/"): each for key, each in ways.items() if key.startswith("times/")}
-    if {key: each.shape for key, each in times.items()} != {key: each.shape[:2] for key, each in pictures.items()}:
+    times = {
+        key.removeprefix("times/"): each for key, each in ways.items() if key.startswith("times/")
+    }
+    if {key: each.shape for key, each in times.items()} != {
+        key: each.shape[:2] for key, each in pictures.items()
+    }:
         raise ValueError(f"predictions of a run {path} must have the time of each; measure again")
     return ways
 
@@ -268,27 +290,40 @@ def _load(path: Path, what: str) -> dict[str, np.ndarray]:
         pictures = array.dtype == np.uint8 and array.ndim in (4, 5) and array.size
         if not pictures:
             return array
-        return reduced(array, LARGEST) if array.ndim == 5 else reduced(array[:, None], LARGEST)[:, 0]
+        return (
+            reduced(array, LARGEST) if array.ndim == 5 else reduced(array[:, None], LARGEST)[:, 0]
+        )
 
     found = load_arrays(path, what, "measure again", None, PICTURES_LIMIT, small)
     return {name: array for name, array in found.items() if array is not None}
 
 
-def _check_pictures(path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]) -> None:
+def _check_pictures(
+    path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]
+) -> None:
     """ValueError unless all are bytes of the teacher's shape, for as many samples or fewer."""
     teacher = pictures.get("teacher")
     if teacher is None:
         raise ValueError(f"{path} has no pictures of the teacher; measure again")
     for label, each in pictures.items():
         if each.dtype != np.uint8 or each.ndim not in dimensions:
-            raise ValueError(f"{path} must hold pictures of bytes, and {label!r:.80} is {each.dtype!s:.40}")
+            raise ValueError(
+                f"{path} must hold pictures of bytes, and {label!r:.80} is {each.dtype!s:.40}"
+            )
         *_, height, width, channels = each.shape
         fits = 0 < len(each) <= PICTURES and height and width and channels in (1, 3)
-        if not fits or each.shape[-3:] != teacher.shape[-3:] or each.ndim != teacher.ndim or each.size == 0:
+        if (
+            not fits
+            or each.shape[-3:] != teacher.shape[-3:]
+            or each.ndim != teacher.ndim
+            or each.size == 0
+        ):
             shapes = f"{each.shape!s:.80}, the teacher {teacher.shape!s:.80}"
             raise ValueError(f"{path}: {label!r:.80} has pictures of shape {shapes}")
         if each.ndim == 5 and each.shape[1] > FRAMES:
-            raise ValueError(f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}")
+            raise ValueError(
+                f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}"
+            )
 
 
 def reduced(videos: np.ndarray, side: int) -> np.ndarray:

@@ -41,9 +41,13 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
 
 def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
     """(strategy, schedule) of <folder>/schedules, tensors' provenance files aside."""
-    files = sorted(p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json"))
+    files = sorted(
+        p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json")
+    )
     if len(files) > MOST:
-        raise ValueError(f"{folder / 'schedules'} has {len(files)} schedules, more than {MOST}; give a run folder")
+        raise ValueError(
+            f"{folder / 'schedules'} has {len(files)} schedules, more than {MOST}; give a run folder"
+        )
     plans = [(path, StepSchedule.load(inside(folder, "schedules", path.name))) for path in files]
     for path, _ in plans:
         require_name(schedule=path.stem)
@@ -59,16 +63,25 @@ def metric_lines(lines: Sequence[Line]) -> dict[str, dict[str, dict[int, float]]
     several = {strategy for (strategy, _), times in times_seen.items() if times > 1}
     found: dict[str, dict[str, dict[int, float]]] = {"psnr": {}}
     for result in results:
-        name = f"{result.strategy} (run {result.run})" if result.strategy in several else result.strategy
+        name = (
+            f"{result.strategy} (run {result.run})"
+            if result.strategy in several
+            else result.strategy
+        )
         for metric, value in {"psnr": result.psnr.mean, **result.metrics}.items():
             if not metric.endswith("_std"):
                 found.setdefault(metric, {}).setdefault(name, {})[result.num_steps] = value
     return found
 
 
-def cost_lines(plans: Sequence[tuple[str, StepSchedule]]) -> dict[tuple[str, int], dict[int, float]]:
+def cost_lines(
+    plans: Sequence[tuple[str, StepSchedule]],
+) -> dict[tuple[str, int], dict[int, float]]:
     """{(strategy, K): {round: cost}} of those that a dynamic program made: mean distance to the teacher on its way."""
-    costs = {(name, plan.num_steps): plan.about("planning").get("cost_per_round", []) for name, plan in plans}
+    costs = {
+        (name, plan.num_steps): plan.about("planning").get("cost_per_round", [])
+        for name, plan in plans
+    }
     return {key: dict(enumerate(each, start=1)) for key, each in sorted(costs.items()) if each}
 
 

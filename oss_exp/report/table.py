@@ -11,7 +11,16 @@ from oss_exp.models.stages import FinetuneRecord
 def stages(record: FinetuneRecord) -> Table:
     """A row for each stage of finetune.json."""
     table = Table(title=plain(f"{record.name}, finetuned by stages"))
-    for name in ("stage", "times", "steps", "parameters", "loss before", "after", "seconds", "peak memory"):
+    for name in (
+        "stage",
+        "times",
+        "steps",
+        "parameters",
+        "loss before",
+        "after",
+        "seconds",
+        "peak memory",
+    ):
         table.add_column(name, justify="right")
     for stage in record.stages:
         (first, last), training = stage.times, stage.training

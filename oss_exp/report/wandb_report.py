@@ -26,11 +26,15 @@ def build(entity: str, project: str, group: str | None, metrics: Sequence[str]) 
         from wandb_workspaces import expr
         from wandb_workspaces.reports.v2.interface import Layout, Report, Runset
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error.name} is not installed: pip install 'oss_exp[wandb-report]'; {OFFLINE}") from None
+        raise SystemExit(
+            f"{error.name} is not installed: pip install 'oss_exp[wandb-report]'; {OFFLINE}"
+        ) from None
 
     def curves(key: str, x: str) -> Any:
         query, strings = {"summaryTable": {"tableKey": f"{key}_table"}}, {"title": key, "xname": x}
-        return wr.CustomChart(query=query, chart_name=LINE_SERIES, chart_fields=FIELDS, chart_strings=strings)
+        return wr.CustomChart(
+            query=query, chart_name=LINE_SERIES, chart_fields=FIELDS, chart_strings=strings
+        )
 
     def grid(*panels: Any) -> Any:
         filters = [] if group is None else [expr.Metric("Group") == group]
@@ -51,7 +55,10 @@ def build(entity: str, project: str, group: str | None, metrics: Sequence[str]) 
             grid(*(curves(against(metric), "K") for metric in metrics)),
             grid(wr.WeavePanelSummaryTable(table_name=TABLE)),
             wr.H1("Samples and step schedules"),
-            *(grid(wr.MediaBrowser(title=name, media_keys=[name], num_columns=1)) for name in PICTURES),
+            *(
+                grid(wr.MediaBrowser(title=name, media_keys=[name], num_columns=1))
+                for name in PICTURES
+            ),
             wr.H1("Search: cost after each round of the dynamic program"),
             grid(curves(COSTS, "round")),
             wr.H1("Runs"),
@@ -69,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     entity, _, project = given.path.partition("/")
     if not entity or not project or "/" in project:
-        parser.error(f"ENTITY/PROJECT is wanted, as in the address of the project's page, got {given.path!r}")
+        parser.error(
+            f"ENTITY/PROJECT is wanted, as in the address of the project's page, got {given.path!r}"
+        )
     report = build(entity, project, given.group, given.metrics)
     import wandb
 

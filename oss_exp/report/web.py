@@ -40,7 +40,9 @@ def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
     """title is text, body HTML; data: {"schedules": schedules(...), "samples": samples(...), ...} or parts of it."""
     template, script = ((HERE / name).read_text("utf-8") for name in ("page.html", "page.js"))
     block = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
-    return Template(template).substitute(title=html.escape(title), body="\n".join(body), data=block, script=script)
+    return Template(template).substitute(
+        title=html.escape(title), body="\n".join(body), data=block, script=script
+    )
 
 
 def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
@@ -48,7 +50,11 @@ def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     parts = [f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>']
     for row, kind in zip_longest(cells, kinds, fillvalue=""):
-        parts.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        parts.append(
+            f'<tr class="{kind}">'
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            + "</tr>"
+        )
     return "\n".join([*parts, "</tbody></table></div>"])
 
 
@@ -59,7 +65,9 @@ def url(picture: Image.Image, form: str) -> str:
     return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]) -> dict[str, Any]:
+def schedules(
+    plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]
+) -> dict[str, Any]:
     """The lines of the plot: as `plots.schedules`, per-sample schedules as a band around their median."""
     colors, lines = plots.colors(plans), []
     for name, plan in plans:
@@ -89,10 +97,19 @@ def measured(lines: Sequence[Line]) -> list[dict[str, Any]]:
         return []
     baselines = {line.result.strategy: line.result.baseline for line in lines}
     panels = metric_lines(lines)
-    by_hand = {name: baselines[name.partition(" (run ")[0]] for curves in panels.values() for name in curves}
+    by_hand = {
+        name: baselines[name.partition(" (run ")[0]]
+        for curves in panels.values()
+        for name in curves
+    }
     colors = plots.strong_and_muted(by_hand)
     return [
-        {"title": f"{metric} against K", "across": "K", "up": metric, "lines": _curves(curves, colors, by_hand)}
+        {
+            "title": f"{metric} against K",
+            "across": "K",
+            "up": metric,
+            "lines": _curves(curves, colors, by_hand),
+        }
         for metric, curves in panels.items()
     ]
 
@@ -105,12 +122,16 @@ def costs(plans: Sequence[tuple[str, StepSchedule]]) -> list[dict[str, Any]]:
         curves = {name: found[name, own] for name, own in found if own == k}
         lines = _curves(curves, colors, dict.fromkeys(curves, False))
         if max(max(line["y"]) for line in lines) > 0:
-            panels.append({"title": f"K = {k}", "across": "round", "up": "cost", "log": True, "lines": lines})
+            panels.append(
+                {"title": f"K = {k}", "across": "round", "up": "cost", "log": True, "lines": lines}
+            )
     return panels
 
 
 def _curves(
-    curves: Mapping[str, Mapping[int, float]], colors: Mapping[str, plots.Color], by_hand: Mapping[str, bool]
+    curves: Mapping[str, Mapping[int, float]],
+    colors: Mapping[str, plots.Color],
+    by_hand: Mapping[str, bool],
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -134,13 +155,23 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> di
     strips, shape = _strips({label: each[:, frames] for label, each in videos.items()})
     rows = [{"label": "teacher", "name": "teacher", "k": None}]
     for label, result in plots.ordered(pictures, results):
-        values = [f"{result.values[index]:.2f}" for index in sorted(result.values)[: len(pictures[label])]]
-        rows.append({"label": label, "name": result.strategy, "k": result.num_steps, "values": values})
+        values = [
+            f"{result.values[index]:.2f}" for index in sorted(result.values)[: len(pictures[label])]
+        ]
+        rows.append(
+            {"label": label, "name": result.strategy, "k": result.num_steps, "values": values}
+        )
         rows[-1]["psnr"] = f"{result.psnr.mean:.2f} dB"
     for row in rows:
         row["strip"] = strips[row["label"]]
     inferno = "".join(to_hex(color)[1:] for color in plots.palette("inferno"))
-    return {**shape, "frames": len(frames), "milliseconds": milliseconds, "inferno": inferno, "rows": rows}
+    return {
+        **shape,
+        "frames": len(frames),
+        "milliseconds": milliseconds,
+        "inferno": inferno,
+        "rows": rows,
+    }
 
 
 def trajectories(ways: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
@@ -148,9 +179,14 @@ def trajectories(ways: Mapping[str, np.ndarray], results: Sequence[Result]) -> d
 
     ways: times/<label> (n, P) and x0/<label> (n, P, H, W, C) bytes, of the teacher and schedules (trajectories.npz).
     """
-    pictures = {key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")}
+    pictures = {
+        key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")
+    }
     strips, shape = _strips(pictures)
-    known = [("teacher", None), *((label, result.num_steps) for label, result in plots.ordered(pictures, results))]
+    known = [
+        ("teacher", None),
+        *((label, result.num_steps) for label, result in plots.ordered(pictures, results)),
+    ]
     rows = [
         {
             "label": label,
@@ -173,7 +209,9 @@ def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str,
     return strips
 
 
-def _strips_of(videos: Mapping[str, np.ndarray], side: int, form: str) -> tuple[dict[str, str], dict[str, Any]]:
+def _strips_of(
+    videos: Mapping[str, np.ndarray], side: int, form: str
+) -> tuple[dict[str, str], dict[str, Any]]:
     """As `_strips`, in this form."""
     small = {label: reduced(each, side) for label, each in videos.items()}
     height, width = small["teacher"].shape[2:4]

@@ -22,7 +22,14 @@ from typing import Any
 
 from hydra import compose
 from omegaconf import OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from oss_exp.files import sha256, write_atomically
 from oss_exp.reproduce.older_cells import DATA, OUTPUT, PARENT, older_cell, shipped_files
@@ -43,7 +50,9 @@ class Cell:
 
     @classmethod
     def of(cls, *overrides: str, parent: Cell | None = None) -> Cell:
-        return cls(tuple({each.split("=", 1)[0].lstrip("+"): each for each in overrides}.values()), parent)
+        return cls(
+            tuple({each.split("=", 1)[0].lstrip("+"): each for each in overrides}.values()), parent
+        )
 
     @property
     def key(self) -> str:
@@ -82,7 +91,9 @@ def _has(overrides: tuple[str, ...], key: str) -> bool:
     config = compose("config", list(overrides), return_hydra_config=True)
     folder, _, name = key.rpartition(".")
     node = OmegaConf.select(config, folder) if folder else config
-    options = OmegaConf.to_container(node) if OmegaConf.is_dict(node) else {}  # with those that are not set yet
+    options = (
+        OmegaConf.to_container(node) if OmegaConf.is_dict(node) else {}
+    )  # with those that are not set yet
     return key in config.hydra.runtime.choices or name in options
 
 
@@ -102,7 +113,10 @@ def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
     """
     wanted = list(dict.fromkeys(each for cell in cells for each in cell.lineage()))
     missing = [cell for cell in wanted if not (cell.folder(root) / "cell.json").is_file()]
-    print(f"{len(wanted)} cells, {len(missing)} of them to be made, {jobs} at a time, in {root}", flush=True)
+    print(
+        f"{len(wanted)} cells, {len(missing)} of them to be made, {jobs} at a time, in {root}",
+        flush=True,
+    )
     bar = Progress(
         TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False), disable=not missing,
@@ -114,14 +128,20 @@ def make(cells: Sequence[Cell], root: Path, jobs: int) -> dict[Cell, str]:
         with bar:
             line = bar.add_task("", total=len(missing))
             while waiting or begun:
-                for cell in [each for each in waiting if each.parent not in {*waiting, *begun.values()}]:
+                for cell in [
+                    each for each in waiting if each.parent not in {*waiting, *begun.values()}
+                ]:
                     waiting.remove(cell)
-                    begun[pool.submit(_make, cell, root, jobs, failed.get(cell.parent), running)] = cell
+                    begun[
+                        pool.submit(_make, cell, root, jobs, failed.get(cell.parent), running)
+                    ] = cell
                 for future in wait(begun, return_when=FIRST_COMPLETED).done:
                     cell = begun.pop(future)
                     if (reason := future.result()) is not None:
                         failed[cell] = reason
-                    said = f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}"
+                    said = (
+                        f"{cell.key} {'failed' if reason else 'made'}: {' '.join(cell.overrides)}"
+                    )
                     bar.print(said, soft_wrap=True, markup=False)
                     bar.advance(line)
     finally:
@@ -140,7 +160,9 @@ def _make(cell: Cell, root: Path, jobs: int, without: str | None, running: _Runn
     with open(folder / ".making", "w") as lock, open(folder / "log.txt", "a") as log:
         # The run holds it too, so that one that outlived the program that began it is waited for.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        code = running.run([*command, "logger=none", f"hydra.run.dir={folder}"], lock.fileno(), log, jobs)
+        code = running.run(
+            [*command, "logger=none", f"hydra.run.dir={folder}"], lock.fileno(), log, jobs
+        )
     if code:
         reason = folder / "error.log"
         text = reason.read_text() if reason.is_file() else (folder / "log.txt").read_text()[-1000:]
@@ -148,7 +170,13 @@ def _make(cell: Cell, root: Path, jobs: int, without: str | None, running: _Runn
     packages = {name: version(name) for name in ("oss_exp", "torch", "lightning", "diffusers")}
     seconds = round(time.monotonic() - started)  # of the last go, where it was killed
     parent = cell.parent.folder(root).name if cell.parent else None
-    made = {"overrides": command, "parent": parent, "files": cell.files, "packages": packages, "seconds": seconds}
+    made = {
+        "overrides": command,
+        "parent": parent,
+        "files": cell.files,
+        "packages": packages,
+        "seconds": seconds,
+    }
     write_atomically(folder / "cell.json", json.dumps(made, indent=1) + "\n")
     return None
 
@@ -167,7 +195,9 @@ class _Running:
             if self.stopped:
                 return 1
             command = [sys.executable, "-m", "oss_exp", *overrides]
-            process = subprocess.Popen(command, env=environment, pass_fds=[lock], stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, env=environment, pass_fds=[lock], stdout=log, stderr=subprocess.STDOUT
+            )
             self.processes.add(process)
         code = process.wait()
         self.processes.discard(process)

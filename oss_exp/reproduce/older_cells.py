@@ -19,21 +19,36 @@ from oss_exp.files import ASSETS, Record, load_config, load_record, sha256
 from oss_exp.tasks.older_configs import canonical, changed
 
 OUTPUT, DATA, PARENT = "OUTPUT", "DATA", "PARENT"  # in a key, in the place of folders
-UNNAMED = ("trainer", "logger", "paths", "hydra", "keep_calls", "offload_states")  # by version 0.1 in a folder's name
+UNNAMED = (
+    "trainer",
+    "logger",
+    "paths",
+    "hydra",
+    "keep_calls",
+    "offload_states",
+)  # by version 0.1 in a folder's name
 
 
 def shipped_files(values: Any) -> dict[str, str]:
     """Return {file: SHA-256} of the shipped files that a configuration names."""
-    return {name: sha256((ASSETS / name).read_bytes()) for name in sorted(set(_texts(values))) if _is_shipped(name)}
+    return {
+        name: sha256((ASSETS / name).read_bytes())
+        for name in sorted(set(_texts(values)))
+        if _is_shipped(name)
+    }
 
 
-def older_cell(root: Path, values: Mapping[str, Any], files: Mapping[str, str], parent: str | None) -> Path | None:
+def older_cell(
+    root: Path, values: Mapping[str, Any], files: Mapping[str, str], parent: str | None
+) -> Path | None:
     """Return the folder below `root` that holds the results of a canonical configuration; None where there is none.
 
     files: hashes of the shipped files that it names. parent: the name of the folder of the run that it goes on from.
     """
     for made in _made_cells(root.resolve()):
-        same_files = all(made.files.get(name, hash_now) == hash_now for name, hash_now in files.items())
+        same_files = all(
+            made.files.get(name, hash_now) == hash_now for name, hash_now in files.items()
+        )
         if made.parent == parent and same_files and not changed(made.values, values):
             return root / made.name
     return None
@@ -53,7 +68,12 @@ class CellRecord(Record):
 
 def read_cell(folder: Path) -> CellRecord:
     """Return what cell.json in a folder says; ValueError where it is no such record."""
-    return load_record(folder / "cell.json", CellRecord, "record of a run", "remove its folder, and it is made again")
+    return load_record(
+        folder / "cell.json",
+        CellRecord,
+        "record of a run",
+        "remove its folder, and it is made again",
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,11 @@ class _MadeCell:
 @cache
 def _made_cells(root: Path) -> list[_MadeCell]:
     """Return what the folders hold that were complete when this process first asked."""
-    folders = [file.parent for file in sorted(root.glob("*/cell.json")) if file.with_name("config.yaml").is_file()]
+    folders = [
+        file.parent
+        for file in sorted(root.glob("*/cell.json"))
+        if file.with_name("config.yaml").is_file()
+    ]
     names = {folder.name for folder in folders}
     made = [_read(folder, names) for folder in folders]
     return [cell for cell in made if cell is not None]
@@ -79,11 +103,17 @@ def _read(folder: Path, names: set[str]) -> _MadeCell | None:
         config, record = load_config(folder / "config.yaml", "configuration"), read_cell(folder)
         overrides, parent = record.overrides, record.parent
         if "parent" not in record.model_fields_set:
-            parent = next((name for name in names if any(f"{name}/" in text for text in overrides)), None)
+            parent = next(
+                (name for name in names if any(f"{name}/" in text for text in overrides)), None
+            )
 
         # As it was before the run knew its folders and its model.
-        config = _with_places(config, {folder.name: OUTPUT, parent: PARENT}, config["paths"]["data_dir"])
-        if "classes" in config.get("data", {}) and not any(text.startswith("data.classes=") for text in overrides):
+        config = _with_places(
+            config, {folder.name: OUTPUT, parent: PARENT}, config["paths"]["data_dir"]
+        )
+        if "classes" in config.get("data", {}) and not any(
+            text.startswith("data.classes=") for text in overrides
+        ):
             config["data"]["classes"] = "auto"
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -114,7 +144,11 @@ def _with_places(value: Any, folders: Mapping[str | None, str], data: str) -> An
 
 def _texts(value: Any) -> list[str]:
     if isinstance(value, dict | list):
-        return [text for inner in (value.values() if isinstance(value, dict) else value) for text in _texts(inner)]
+        return [
+            text
+            for inner in (value.values() if isinstance(value, dict) else value)
+            for text in _texts(inner)
+        ]
     return [value] if isinstance(value, str) else []
 
 

@@ -47,7 +47,12 @@ class Paper:
     @classmethod
     def load(cls, name: str) -> Paper:
         """Return what the paper says in a table or figure, such as table_2."""
-        record = load_record(ASSETS / "paper" / f"{name}.json", PaperRecord, "the paper's numbers", "restore the file")
+        record = load_record(
+            ASSETS / "paper" / f"{name}.json",
+            PaperRecord,
+            "the paper's numbers",
+            "restore the file",
+        )
         return cls(
             name=record.id,
             title=record.title,
@@ -60,7 +65,8 @@ class Paper:
     def ordered(self, claim: Claim) -> tuple[int, list[int]]:
         """Numbers of the row that is better by the claim, and of those that it beats."""
         picked = [
-            [i for i, row in enumerate(self.rows) if keys.items() <= row.items()] for keys in (claim.better, claim.than)
+            [i for i, row in enumerate(self.rows) if keys.items() <= row.items()]
+            for keys in (claim.better, claim.than)
         ]
         ((better,), others) = picked
         return better, [i for i in others if i != better]

@@ -94,46 +94,74 @@ def table_1(paper: Paper, small: bool) -> Plan:
     return Plan(
         sources,
         lambda row: (row["part"], row["label"]),
-        {paper.claims[0].text: lambda _: Verdict("not checked", "three of them are properties, not numbers")},
+        {
+            paper.claims[0].text: lambda _: Verdict(
+                "not checked", "three of them are properties, not numbers"
+            )
+        },
         "Measured is only whether a strategy's steps change with the solver (Euler, DPM-Solver++ of order 2): 1 if so. "
         "The other rows are properties of the methods; AYS is here as its authors' tables, which cannot change.",
     )
 
 
 def table_2(paper: Paper, small: bool) -> Plan:
-    model = ["model=unet_fashion", "num_teacher_steps=200", "data.eval_samples=48", "data.per_sample=48"]
+    model = [
+        "model=unet_fashion",
+        "num_teacher_steps=200",
+        "data.eval_samples=48",
+        "data.per_sample=48",
+    ]
     search = f"stepsize.oss.{COARSE}"
 
     def cell(noise_schedule: str, strategy: str) -> Cell:
         base = model if small else ["experiment=table_2", "trainer=gpu"]
-        oss = ["num_steps=[5,10,20]", *([search] if small else [])] if strategy == "oss" else ["num_steps=[5,10,20,50]"]
+        oss = (
+            ["num_steps=[5,10,20]", *([search] if small else [])]
+            if strategy == "oss"
+            else ["num_steps=[5,10,20,50]"]
+        )
         return Cell.of(*base, f"noise_schedule={noise_schedule}", f"stepsize=[{strategy}]", *oss)
 
     sources = [
-        Source(psnr(row["strategy"], row["num_steps"]), (cell(row["noise_schedule"], row["strategy"]),))
+        Source(
+            psnr(row["strategy"], row["num_steps"]), (cell(row["noise_schedule"], row["strategy"]),)
+        )
         for row in paper.rows
     ]
-    at = {(row["strategy"] == "oss", row["num_steps"], row["noise_schedule"]): i for i, row in enumerate(paper.rows)}
+    at = {
+        (row["strategy"] == "oss", row["num_steps"], row["noise_schedule"]): i
+        for i, row in enumerate(paper.rows)
+    }
 
     def mean_gain(values: Values) -> Verdict:
         pairs = [(values[i], values[at[(False, *cell)]]) for (oss, *cell), i in at.items() if oss]
         common = sorted(set.intersection(*(set(each.pairs) for pair in pairs for each in pair)))
-        gains = np.mean([[ours.pairs[i] - naive.pairs[i] for i in common] for ours, naive in pairs], axis=0)
+        gains = np.mean(
+            [[ours.pairs[i] - naive.pairs[i] for i in common] for ours, naive in pairs], axis=0
+        )
         return verdict(Interval.of(gains), "mean gain, dB:")
 
     def robust(values: Values) -> Verdict:
         ranges = {
-            oss: np.mean([np.ptp([values[at[oss, k, s]].interval.mean for s in SCHEDULES]) for k in (5, 10, 20)])
+            oss: np.mean(
+                [
+                    np.ptp([values[at[oss, k, s]].interval.mean for s in SCHEDULES])
+                    for k in (5, 10, 20)
+                ]
+            )
             for oss in (False, True)
         }
-        found = (
-            f"PSNR varies over noise schedules by {ranges[False]:.2f} dB with naive steps, {ranges[True]:.2f} with OSS"
+        found = f"PSNR varies over noise schedules by {ranges[False]:.2f} dB with naive steps, {ranges[True]:.2f} with OSS"
+        return Verdict(
+            "holds" if ranges[True] < ranges[False] else "does not hold", f"{found}; no interval"
         )
-        return Verdict("holds" if ranges[True] < ranges[False] else "does not hold", f"{found}; no interval")
 
     return Plan(
         sources,
-        lambda row: (f"{row['label'].split(',')[0]}, {row['num_steps']} steps", row["noise_schedule"].upper()),
+        lambda row: (
+            f"{row['label'].split(',')[0]}, {row['num_steps']} steps",
+            row["noise_schedule"].upper(),
+        ),
         {paper.claims[0].text: mean_gain, paper.claims[1].text: robust},
         "unet_fashion, which has EDM's preconditioning and classes, for ImageNet-64; n = 48; the search goes from "
         "coarse to fine.",
@@ -149,7 +177,9 @@ LIMIT = 0.25  # dB, below which a search has converged
 def table_3(paper: Paper, small: bool) -> Plan:
     samples = ["data.search_samples=64", "data.eval_samples=64", "data.per_sample=64"]
     base = (
-        ["model=mixture_fashion", "noise_schedule=ddim", *samples] if small else ["experiment=table_3", "trainer=gpu"]
+        ["model=mixture_fashion", "noise_schedule=ddim", *samples]
+        if small
+        else ["experiment=table_3", "trainer=gpu"]
     )
     reference = "num_teacher_steps=1000"
 
@@ -159,25 +189,44 @@ def table_3(paper: Paper, small: bool) -> Plan:
             return None
         if teacher is None:
             return Source(
-                psnr(strategy, k), (Cell.of(*base, reference, "stepsize=ddim", "num_steps=[100,200,500,800]"),)
+                psnr(strategy, k),
+                (Cell.of(*base, reference, "stepsize=ddim", "num_steps=[100,200,500,800]"),),
             )
-        searched = ["task=search", "stepsize=[oss,oss_ave]", f"num_steps=[{k}]", f"num_teacher_steps={teacher}"]
+        searched = [
+            "task=search",
+            "stepsize=[oss,oss_ave]",
+            f"num_steps=[{k}]",
+            f"num_teacher_steps={teacher}",
+        ]
         file = f"task.schedule={PARENT}/schedules/{strategy}_{k}.json"
         measured = ["task=evaluate", file, reference, f"num_steps=[{k}]"]
-        return Source(psnr(strategy, k), (Cell.of(*base, *measured, parent=Cell.of(*base, *searched)),))
+        return Source(
+            psnr(strategy, k), (Cell.of(*base, *measured, parent=Cell.of(*base, *searched)),)
+        )
 
     at = {(row["strategy"], row["search_teacher_steps"]): i for i, row in enumerate(paper.rows)}
 
     def converged(values: Values) -> Verdict:
-        lost = {name: values[at[name, 1000]].minus(values[at[name, 200]]) for name in ("oss", "oss_ave")}
-        text = ", ".join(f"{name} {each.mean:+.3f} ± {each.high - each.mean:.3f} dB" for name, each in lost.items())
+        lost = {
+            name: values[at[name, 1000]].minus(values[at[name, 200]]) for name in ("oss", "oss_ave")
+        }
+        text = ", ".join(
+            f"{name} {each.mean:+.3f} ± {each.high - each.mean:.3f} dB"
+            for name, each in lost.items()
+        )
         worst = max(lost.values(), key=lambda each: each.high)
         unsure = "does not hold" if worst.low > LIMIT else "not significant"
-        return Verdict("holds" if worst.high < LIMIT else unsure, f"1000 steps minus 200: {text} (limit: {LIMIT})")
+        return Verdict(
+            "holds" if worst.high < LIMIT else unsure,
+            f"1000 steps minus 200: {text} (limit: {LIMIT})",
+        )
 
     return Plan(
         [source(row) for row in paper.rows],
-        lambda row: (row["label"], f"{row['search_teacher_steps'] or row['num_steps']} teacher steps"),
+        lambda row: (
+            row["label"],
+            f"{row['search_teacher_steps'] or row['num_steps']} teacher steps",
+        ),
         {paper.claims[0].text: converged},
         "mixture_fashion, whose answers are exact, for EDM's ImageNet-64 network; 64 samples, each searched for itself "
         "(OSS) or together (OSS-ave), over all edges.",
@@ -187,11 +236,19 @@ def table_3(paper: Paper, small: bool) -> Plan:
 def table_4(paper: Paper, small: bool) -> Plan:
     layer = "distance.layer=backbone.network.mid_block"
     own = {"perceptual": [layer], "inception": ["distance=classifier"]} if small else {}
-    base = ["model=unet_fashion", "noise_schedule=edm", "num_teacher_steps=200", "num_steps=[5]", "stepsize=oss"]
+    base = [
+        "model=unet_fashion",
+        "noise_schedule=edm",
+        "num_teacher_steps=200",
+        "num_steps=[5]",
+        "stepsize=oss",
+    ]
     base += ["data.eval_samples=32", "data.per_sample=32", f"stepsize.oss.{COARSE}"]
     base = base if small else ["experiment=table_4", "trainer=gpu"]
     cells = {
-        row["distance"]: Cell.of(*base, f"distance={row['distance']}", *own.get(row["distance"], ()))
+        row["distance"]: Cell.of(
+            *base, f"distance={row['distance']}", *own.get(row["distance"], ())
+        )
         for row in paper.rows
     }
     return Plan(
@@ -209,22 +266,44 @@ def table_5(paper: Paper, small: bool) -> Plan:
         base = (
             ["model=dit_fashion"]
             if small
-            else ["model=dit_xl_2_256", "noise_schedule=ddim", "num_teacher_steps=200", "trainer=gpu"]
+            else [
+                "model=dit_xl_2_256",
+                "noise_schedule=ddim",
+                "num_teacher_steps=200",
+                "trainer=gpu",
+            ]
         )
-        length = ["task.max_steps=100", "task.save_every=50", "task.trajectories=512"] if small else []
-        trained = Cell.of("task=finetune", *base, f"stepsize={strategy}", f"task.num_stages={stages}", *length)
+        length = (
+            ["task.max_steps=100", "task.save_every=50", "task.trajectories=512"] if small else []
+        )
+        trained = Cell.of(
+            "task=finetune", *base, f"stepsize={strategy}", f"task.num_stages={stages}", *length
+        )
         images = ["data.eval_samples=2000", "data.batch_size=100"]
-        images = images if small else ["data.eval_samples=50000", "metric.fid.num_images=50000", "evaluation=inception"]
-        few = ["metric=[fid]", f"num_steps=[{stages}]", f"num_teacher_steps={stages}"]  # nobody looks at it
+        images = (
+            images
+            if small
+            else ["data.eval_samples=50000", "metric.fid.num_images=50000", "evaluation=inception"]
+        )
+        few = [
+            "metric=[fid]",
+            f"num_steps=[{stages}]",
+            f"num_teacher_steps={stages}",
+        ]  # nobody looks at it
         parts = [f"stages={PARENT}/stages"] if row["trained"] else []
         file = f"task.schedule={PARENT}/stages/schedule.json"
         measured = Cell.of("task=evaluate", *base, file, *parts, *images, *few, parent=trained)
         return Source(metric("fid", strategy, stages), (measured,))
 
-    progressive = Verdict("not checked", "task.objective=progressive is there, but not in this table")
+    progressive = Verdict(
+        "not checked", "task.objective=progressive is there, but not in this table"
+    )
     return Plan(
         [source(row) for row in paper.rows],
-        lambda row: (row["label"].split(",")[0], "with training" if row["trained"] else "without training"),
+        lambda row: (
+            row["label"].split(",")[0],
+            "with training" if row["trained"] else "without training",
+        ),
         {paper.claims[-1].text: lambda _: progressive},
         "dit_fashion for DiT-XL/2, 100 training steps of 64 for each stage, FID of 2,000 images by the shipped "
         "classifier's features: not to be compared with Inception's.",
@@ -232,7 +311,10 @@ def table_5(paper: Paper, small: bool) -> Plan:
 
 
 def table_6(paper: Paper, small: bool) -> Plan:
-    strategies, sizes = "stepsize=[edm,ddim,fm,dm,gits,oss_ave]", ["data.search_samples=24", "data.eval_samples=128"]
+    strategies, sizes = (
+        "stepsize=[edm,ddim,fm,dm,gits,oss_ave]",
+        ["data.search_samples=24", "data.eval_samples=128"],
+    )
     own = {
         "imagenet64": ["model=unet_fashion", "noise_schedule=edm"],
         "lsun_bedroom256": ["model=mixture_fashion", "noise_schedule=edm"],
@@ -254,7 +336,10 @@ def table_6(paper: Paper, small: bool) -> Plan:
 
     return Plan(
         [Source(psnr(row["strategy"], row["num_steps"]), (cell(row),)) for row in paper.rows],
-        lambda row: (row["label"].split(",")[0], f"{row['label'].split(', ')[1]}, {row['num_steps']}"),
+        lambda row: (
+            row["label"].split(",")[0],
+            f"{row['label'].split(', ')[1]}, {row['num_steps']}",
+        ),
         {},
         "unet_fashion for ImageNet-64, mixture_fashion for LSUN-Bed, dit_fashion for FFHQ, flux_fashion with its "
         "prompts for MSCOCO; a teacher of 100 steps, 24 search samples, n = 128.",
@@ -263,7 +348,11 @@ def table_6(paper: Paper, small: bool) -> Plan:
 
 def table_7(paper: Paper, small: bool) -> Plan:
     own = ["task=geneval", "model=flux_scenes", "model.guidance.scale=3", "noise_schedule.shift=6"]
-    own += ["task.images_per_prompt=1", "stepsize=[fm,ddim,gits,dm,oss_ave]", f"stepsize.oss_ave.{COARSE}"]
+    own += [
+        "task.images_per_prompt=1",
+        "stepsize=[fm,ddim,gits,dm,oss_ave]",
+        f"stepsize.oss_ave.{COARSE}",
+    ]
     cell = Cell.of(*own) if small else Cell.of("experiment=table_7", "trainer=gpu")
 
     def label(row: Row) -> str:
@@ -287,10 +376,14 @@ def table_7(paper: Paper, small: bool) -> Plan:
 
 
 TABLES: dict[str, Callable[[Paper, bool], Plan]] = {
-    function.__name__: function for function in (table_1, table_2, table_3, table_4, table_5, table_6, table_7)
+    function.__name__: function
+    for function in (table_1, table_2, table_3, table_4, table_5, table_6, table_7)
 }
 
 
 def values_of(plan: Plan, root: Path) -> list[Value | None]:
     """Of cells that are made."""
-    return [source and source.read(*(cell.folder(root) for cell in source.cells)) for source in plan.sources]
+    return [
+        source and source.read(*(cell.folder(root) for cell in source.cells))
+        for source in plan.sources
+    ]

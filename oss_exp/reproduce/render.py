@@ -48,13 +48,24 @@ class Reproduction:
         best = max(others, key=lambda i: sign * self.values[i].interval.mean)
         first, second = self.values[better], self.values[best]
         difference = first.minus(second) if sign > 0 else second.minus(first)
-        rival = f"to {self.paper.rows[best]['label']}, the best of them:" if len(others) > 1 else "difference:"
+        rival = (
+            f"to {self.paper.rows[best]['label']}, the best of them:"
+            if len(others) > 1
+            else "difference:"
+        )
         return verdict(difference, rival)
 
     def write(self, folder: Path, cells: Path) -> list[Path]:
         """<scale>.md, .tex, .csv, .json and .png of `folder`; the JSON says which runs the numbers are of."""
-        texts = {"md": self.markdown(), "tex": self.latex(), "csv": self.csv(), "json": self.json(cells)}
-        files = [write_atomically(folder / f"{self.scale}.{kind}", text) for kind, text in texts.items()]
+        texts = {
+            "md": self.markdown(),
+            "tex": self.latex(),
+            "csv": self.csv(),
+            "json": self.json(cells),
+        }
+        files = [
+            write_atomically(folder / f"{self.scale}.{kind}", text) for kind, text in texts.items()
+        ]
         if self.paper.metric["unit"] != "1 yes, 0 no":
             files.append(write_atomically(folder / f"{self.scale}.png", self.picture()))
         return files
@@ -83,13 +94,20 @@ class Reproduction:
         if ours is None:
             return theirs, "-"
         half = "" if ours.interval.high is None else (ours.interval.high - ours.interval.low) / 2
-        return theirs, f"{ours.interval.mean:.{digits}f}" + (f"{plus_minus}{half:.{digits}f}" if half else "")
+        return theirs, f"{ours.interval.mean:.{digits}f}" + (
+            f"{plus_minus}{half:.{digits}f}" if half else ""
+        )
 
     def markdown(self) -> str:
         lines, columns, places = self.grid()
         header = [self.measure, *columns]
-        rows = [[line, *(self._both(places.get((line, column))) for column in columns)] for line in lines]
-        claims = [[claim.text, _gain(claim), each.answer, each.why] for claim, each in self.verdicts]
+        rows = [
+            [line, *(self._both(places.get((line, column))) for column in columns)]
+            for line in lines
+        ]
+        claims = [
+            [claim.text, _gain(claim), each.answer, each.why] for claim, each in self.verdicts
+        ]
         doubts = [f"- {doubt}" for doubt in self.paper.doubts]
         doubts += [f"- {row['label']}: {row['doubt']}." for row in self.paper.rows if row["doubt"]]
         parts = [
@@ -117,7 +135,13 @@ class Reproduction:
             both = ["" if n is None else " / ".join(self.text(n, r" $\pm$ ")) for n in numbers]
             rows.append(" & ".join([latex(line), *both]) + r" \\")
         head = " & ".join(["", *map(latex, columns)]) + r" \\"
-        body = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", head, r"\midrule", *rows]
+        body = [
+            rf"\begin{{tabular}}{{l{'c' * len(columns)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *rows,
+        ]
         caption = f"% {self.paper.title}: the paper's number / ours ({self.scale} scale), {self.paper.metric['name']}"
         return "\n".join([caption, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -125,10 +149,14 @@ class Reproduction:
         """One number a line."""
         buffer = io.StringIO()
         table = csv.writer(buffer, lineterminator="\n")
-        table.writerow(["line", "column", "strategy", "num_steps", "paper", "ours", "low", "high", "n"])
+        table.writerow(
+            ["line", "column", "strategy", "num_steps", "paper", "ours", "low", "high", "n"]
+        )
         for row, value in zip(self.paper.rows, self.values, strict=True):
             ours = (
-                [""] * 4 if value is None else [*_rounded(value.interval.mean, value.interval.low, value.interval.high)]
+                [""] * 4
+                if value is None
+                else [*_rounded(value.interval.mean, value.interval.low, value.interval.high)]
             )
             ours = ours if value is None else [*ours, value.interval.n]
             theirs = "" if row["value"] is None else row["value"]
@@ -139,7 +167,9 @@ class Reproduction:
     def json(self, cells: Path) -> str:
         """Numbers, claims, and the runs behind them, counted from 0: overrides and versions of packages."""
         sources = [source for source in self.plan.sources if source]
-        used = dict.fromkeys(member for source in sources for cell in source.cells for member in cell.lineage())
+        used = dict.fromkeys(
+            member for source in sources for cell in source.cells for member in cell.lineage()
+        )
         places = {cell: place for place, cell in enumerate(used)}
         runs = [
             {
@@ -156,10 +186,21 @@ class Reproduction:
                 "ours": value and asdict(value.interval),
                 "runs": source and [places[cell] for cell in source.cells],
             }
-            for row, value, source in zip(self.paper.rows, self.values, self.plan.sources, strict=True)
+            for row, value, source in zip(
+                self.paper.rows, self.values, self.plan.sources, strict=True
+            )
         ]
-        claims = [{"claim": claim.text, "gain": claim.gain, **asdict(each)} for claim, each in self.verdicts]
-        found = {"id": self.paper.name, "scale": self.scale, "numbers": numbers, "claims": claims, "runs": runs}
+        claims = [
+            {"claim": claim.text, "gain": claim.gain, **asdict(each)}
+            for claim, each in self.verdicts
+        ]
+        found = {
+            "id": self.paper.name,
+            "scale": self.scale,
+            "numbers": numbers,
+            "claims": claims,
+            "runs": runs,
+        }
         return json.dumps(found, indent=1) + "\n"
 
     def picture(self) -> bytes:
@@ -167,7 +208,13 @@ class Reproduction:
         lines, columns, places = self.grid()
         size = (1.6 + 2.1 * len(columns), 1.1 + 0.3 * len(lines))
         figure, axes = plt.subplots(
-            1, len(columns), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+            1,
+            len(columns),
+            figsize=size,
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
         )
         for axis, column in zip(axes[0], columns, strict=True):
             for height, line in enumerate(lines):
@@ -179,7 +226,15 @@ class Reproduction:
                 if ours is not None:
                     mean, low, high = ours.interval.mean, ours.interval.low, ours.interval.high
                     bars = None if high is None else [[mean - low], [high - mean]]
-                    axis.errorbar(mean, height, xerr=bars, fmt="o", ms=4, color="C0", label=f"ours, {self.scale}")
+                    axis.errorbar(
+                        mean,
+                        height,
+                        xerr=bars,
+                        fmt="o",
+                        ms=4,
+                        color="C0",
+                        label=f"ours, {self.scale}",
+                    )
             axis.set_title(escaping.label(column), fontsize=9)
             axis.set_xscale("log" if self.paper.metric["name"] == "fid" else "linear")
             axis.grid(alpha=0.3)
@@ -187,7 +242,14 @@ class Reproduction:
         axes[0][0].invert_yaxis()
         figure.supxlabel(self.measure, fontsize=9)
         shown = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
-        figure.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+        figure.legend(
+            shown.values(),
+            shown.keys(),
+            loc="outside upper right",
+            ncols=2,
+            frameon=False,
+            fontsize=8,
+        )
         return png(figure)
 
 

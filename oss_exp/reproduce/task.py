@@ -57,7 +57,9 @@ class Reproduce(Task):
         jobs = self.jobs or (os.cpu_count() or 1 if small else 1)
         try:
             with FileLock(root / ".lock", timeout=0):
-                failed = make([cell for name in reversed(names) for cell in _cells(plans[name])], root, jobs)
+                failed = make(
+                    [cell for name in reversed(names) for cell in _cells(plans[name])], root, jobs
+                )
         except Timeout:
             raise ValueError(
                 f"another reproduction makes the runs in {root}; wait for it, or choose another task.cells"
@@ -66,9 +68,13 @@ class Reproduce(Task):
         # The tables whose runs are all there.
         written = []
         for name in names:
-            if not failed.keys().isdisjoint(cell for each in _cells(plans[name]) for cell in each.lineage()):
+            if not failed.keys().isdisjoint(
+                cell for each in _cells(plans[name]) for cell in each.lineage()
+            ):
                 continue
-            reproduction = Reproduction(papers[name], plans[name], self.scale, values_of(plans[name], root))
+            reproduction = Reproduction(
+                papers[name], plans[name], self.scale, values_of(plans[name], root)
+            )
             written.append(reproduction)
             files = reproduction.write(output / name, root)
             for figure, picture in draw(papers[name], plans[name], root).items():
@@ -81,7 +87,8 @@ class Reproduce(Task):
             print(write_atomically(output / f"{self.scale}.md", text).read_text())
         if failed:
             reasons = "\n".join(
-                f"  oss-exp {' '.join(cell.command(root))}\n    {reason}" for cell, reason in failed.items()
+                f"  oss-exp {' '.join(cell.command(root))}\n    {reason}"
+                for cell, reason in failed.items()
             )
             raise ValueError(
                 f"{len(failed)} runs failed, and their tables are not written; the others are kept. When it is mended, "
@@ -109,8 +116,13 @@ def _with(plans: Mapping[str, Plan], overrides: Mapping[str, Any]) -> dict[str, 
 
     made = {}
     for name, plan in plans.items():
-        sources = [source and replace(source, cells=tuple(map(changed, source.cells))) for source in plan.sources]
+        sources = [
+            source and replace(source, cells=tuple(map(changed, source.cells)))
+            for source in plan.sources
+        ]
         made[name] = replace(plan, sources=sources)
     if unknown:
-        raise ValueError(f"task.overrides.{min(unknown)} is an option of none of these runs; see oss-exp --cfg job")
+        raise ValueError(
+            f"task.overrides.{min(unknown)} is an option of none of these runs; see oss-exp --cfg job"
+        )
     return made

@@ -34,7 +34,12 @@ class Value:
             return differences(self.tags, own, its)[self.part]
         if len(common) > 1:
             return Interval.of(np.array([self.pairs[i] - other.pairs[i] for i in common]))
-        return Interval(self.interval.mean - other.interval.mean, None, None, min(self.interval.n, other.interval.n))
+        return Interval(
+            self.interval.mean - other.interval.mean,
+            None,
+            None,
+            min(self.interval.n, other.interval.n),
+        )
 
 
 Reader = Callable[..., Value]  # of the folders of its cells
@@ -44,7 +49,11 @@ def psnr(strategy: str, num_steps: int) -> Reader:
     """Of a schedule that a comparison or an evaluation measured."""
 
     def read(folder: Path) -> Value:
-        (row,) = [row for row in read_run(folder) if (row.strategy, row.num_steps) == (strategy, num_steps)]
+        (row,) = [
+            row
+            for row in read_run(folder)
+            if (row.strategy, row.num_steps) == (strategy, num_steps)
+        ]
         return Value(row.psnr, row.values)
 
     return read
@@ -59,7 +68,9 @@ def metric(name: str, strategy: str | None = None, num_steps: int | None = None)
         if strategy is None:
             found = read_metrics(folder).teacher_metrics[name]
         else:
-            (found,) = [r.metrics[name] for r in rows if (r.strategy, r.num_steps) == (strategy, num_steps)]
+            (found,) = [
+                r.metrics[name] for r in rows if (r.strategy, r.num_steps) == (strategy, num_steps)
+            ]
         return Value(Interval(found, None, None, n))
 
     return read

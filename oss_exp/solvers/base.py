@@ -43,8 +43,13 @@ class State:
         return State(
             change(self.x, *(other.x for other in others)),
             change(self.t, *(other.t for other in others)),
-            tuple(change(*same) for same in zip(self.outputs, *(o.outputs for o in others), strict=True)),
-            tuple(change(*same) for same in zip(self.times, *(o.times for o in others), strict=True)),
+            tuple(
+                change(*same)
+                for same in zip(self.outputs, *(o.outputs for o in others), strict=True)
+            ),
+            tuple(
+                change(*same) for same in zip(self.times, *(o.times for o in others), strict=True)
+            ),
             None if self.order is None else change(self.order, *(other.order for other in others)),
             self.step,
         )
@@ -91,7 +96,9 @@ class Solver(_Ordered, abc.ABC):
         """Call the network, once, at the state's own (x, t)."""
 
     @abc.abstractmethod
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+    def advance(
+        self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None
+    ) -> State:
         """From an observed state to t_next (M,) or (), by a step of this order, () or (M,) (default: the highest)."""
 
     def orders(self, num_steps: int) -> Sequence[int | None]:
@@ -118,7 +125,9 @@ class Singlestep(Solver):
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
         """From an observed state to x at t_next (M,), neither end singular."""
 
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+    def advance(
+        self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None
+    ) -> State:
         t_next = t_next.expand_as(state.t)
         x = self.euler(state, t_next)
         regular = t_next > 0
@@ -178,7 +187,9 @@ class LinearMultistep(Solver):
     def observe(self, f: VelocityFn, state: State) -> State:
         return self.remember(state, self.output(state.x, f(state.x, state.t), state.t))
 
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+    def advance(
+        self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None
+    ) -> State:
         t_next = t_next.expand_as(state.t)
         order = len(state.outputs) if order is None else order
         order = torch.as_tensor(order, device=state.t.device).expand(len(state.t))
@@ -199,16 +210,23 @@ class LinearMultistep(Solver):
         outputs = (output, *state.outputs)[: self.order]
         return replace(state, outputs=outputs, times=(state.t, *state.times)[: self.order])
 
-    def by_order(self, rule: WeightRule, times: Sequence[Tensor], t: Tensor, order: Tensor) -> list[Tensor]:
+    def by_order(
+        self, rule: WeightRule, times: Sequence[Tensor], t: Tensor, order: Tensor
+    ) -> list[Tensor]:
         """rule(times of the row's order, t) with both ends seen to, each row (M,) at its own order, 0 beyond it."""
         weights: list[Tensor] = []
         highest = len(times)
         for o in order.unique().tolist():
             if not 1 <= o <= highest:
-                raise ValueError(f"a step of order {o} was asked for; {highest} outputs allow orders 1 to {highest}")
+                raise ValueError(
+                    f"a step of order {o} was asked for; {highest} outputs allow orders 1 to {highest}"
+                )
             found = [*self.at_ends(rule, times[:o], t), *[torch.zeros_like(t)] * (highest - o)]
             if weights:
-                found = [torch.where(order == o, new, old) for new, old in zip(found, weights, strict=True)]
+                found = [
+                    torch.where(order == o, new, old)
+                    for new, old in zip(found, weights, strict=True)
+                ]
             weights = found
         return weights
 
@@ -255,14 +273,20 @@ def named_solver(record: Mapping[str, Any]) -> Solver:
     except ValueError:
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, Solver)):
-        raise ValueError(f"the schedule's solver {target} is no solver of oss_exp; give the solver itself")
+        raise ValueError(
+            f"the schedule's solver {target} is no solver of oss_exp; give the solver itself"
+        )
     for name, value in arguments.items():
         if isinstance(value, bool) and not isinstance(getattr(kind, name, value), bool):
-            raise ValueError(f"the schedule's solver {target} has {name}={value}, which is no number")
+            raise ValueError(
+                f"the schedule's solver {target} has {name}={value}, which is no number"
+            )
     try:
         return kind(**arguments)
     except TypeError as error:
-        raise ValueError(f"the schedule's solver {target} cannot be made: {error}; give the solver itself") from None
+        raise ValueError(
+            f"the schedule's solver {target} cannot be made: {error}; give the solver itself"
+        ) from None
 
 
 def combine(weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:

@@ -31,5 +31,10 @@ class DPM2(Singlestep):
         sigma = (t_next / (1 - t_next)) ** self.r * (start / (1 - start)) ** (1 - self.r)
         middle = sigma / (1 + sigma)
         x_middle = self.euler(state, middle)
-        eps_change = x_middle + rowwise(1 - middle, x) * f(x_middle, middle) - x - rowwise(1 - start, x) * v
-        return self.euler(state, t_next) + rowwise((t_next - start) / (1 - start) / (2 * self.r), x) * eps_change
+        eps_change = (
+            x_middle + rowwise(1 - middle, x) * f(x_middle, middle) - x - rowwise(1 - start, x) * v
+        )
+        return (
+            self.euler(state, t_next)
+            + rowwise((t_next - start) / (1 - start) / (2 * self.r), x) * eps_change
+        )

@@ -41,5 +41,9 @@ class Heun(Singlestep):
             return euler + step * 0.5 * change
         # Half a step in sigma times the change of eps = x + (1 - t) v, all seen at t'.
         start = rowwise(state.t, euler)
-        eps_change = (euler - state.x) + (1 - rowwise(t_next, euler)) * (change + slope) - (1 - start) * slope
+        eps_change = (
+            (euler - state.x)
+            + (1 - rowwise(t_next, euler)) * (change + slope)
+            - (1 - start) * slope
+        )
         return euler + 0.5 * step / (1 - start) * eps_change

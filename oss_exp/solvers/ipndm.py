@@ -11,7 +11,11 @@ from oss_exp.solvers.base import LinearMultistep
 from oss_exp.solvers.lagrange import integral_weights
 
 Weights = Literal["uniform", "exact"]
-UNIFORM = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+UNIFORM = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ def integral_weights(nodes: Sequence[Tensor], end: Tensor) -> list[Tensor]:
         basis = [torch.ones_like(step)]
         for other in scaled[:h] + scaled[h + 1 :]:
             shifted = [torch.zeros_like(step), *basis]
-            basis = [(up - other * low) / (node - other) for up, low in zip(shifted, [*basis, 0.0], strict=True)]
+            basis = [
+                (up - other * low) / (node - other)
+                for up, low in zip(shifted, [*basis, 0.0], strict=True)
+            ]
         weights.append(step * sum(c / (power + 1) for power, c in enumerate(basis)))
     return weights

@@ -65,7 +65,9 @@ def sample(
     steps; it costs no network call.
     """
     if steps.per_sample and len(steps.times) != len(noise):
-        raise ValueError(f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}")
+        raise ValueError(
+            f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}"
+        )
     calibration = solver.amplitude_table
     solver, orders = stepper(solver, steps, noise, group)
     velocity = BoundVelocity.of(f)
@@ -78,7 +80,9 @@ def sample(
     for step, state in enumerate(walk(solver, velocity, final, times, orders, calibration)):
         final = state.x
         if watch is not None and step < steps.num_steps:
-            watch(step, torch.cat(predictions)[-len(noise) :])  # before them: calls within the step that led here
+            watch(
+                step, torch.cat(predictions)[-len(noise) :]
+            )  # before them: calls within the step that led here
             predictions.clear()
     return final
 
@@ -89,7 +93,9 @@ def solver_of(steps: StepSchedule) -> Solver:
     Raises ValueError where it names none of this package, or names none and its steps have orders.
     """
     if not steps.about("solver") and steps.orders is not None:
-        raise ValueError("the schedule has orders and names no solver; give the one they were searched with")
+        raise ValueError(
+            "the schedule has orders and names no solver; give the one they were searched with"
+        )
     return named_solver(steps.about("solver"))
 
 
@@ -107,7 +113,9 @@ def stepper(
         return solver, None
     highest = int(steps.orders.max())
     if not isinstance(solver, LinearMultistep):
-        raise ValueError(f"the schedule has an order for each step, {solver} takes none; choose run_orders=fixed")
+        raise ValueError(
+            f"the schedule has an order for each step, {solver} takes none; choose run_orders=fixed"
+        )
     if highest > solver.order:
         raise ValueError(
             f"the schedule has steps of order {highest}, {solver} goes up to {solver.order}; "
@@ -165,7 +173,9 @@ class FittedSolver(Solver):
         outputs = BoundVelocity.of(f).outputs(state.x, state.t)
         return remember_parts(state, outputs, self.weights.shape[1] - 3)
 
-    def advance(self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None) -> State:
+    def advance(
+        self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None
+    ) -> State:
         vectors = (state.x, *self.constants, *state.outputs)
         x = combine(self.weights[state.step][: len(vectors)].unbind(), vectors)
         return replace(state, x=x, t=t_next.expand_as(state.t), step=state.step + 1)

@@ -55,7 +55,13 @@ class UniPC(LinearMultistep):
         """Weights of [the new output, current, older ...] that turn the predicted state into the corrected one."""
         if len(times) > 1:
             new, *corrected = self._extra(times, t, corrector=True)
-            return [new, *(c - p for c, p in zip(corrected, self._extra(times, t, corrector=False), strict=True))]
+            return [
+                new,
+                *(
+                    c - p
+                    for c, p in zip(corrected, self._extra(times, t, corrector=False), strict=True)
+                ),
+            ]
         start = torch.where(times[0] < 1, times[0], 0.5)
         new = -(1 - t) * self._b(log_snr(start) - log_snr(t)) / 2
         new = torch.where(times[0] < 1, new, (1 - t) / 2 if self.variant == "bh2" else 0.0)
@@ -69,7 +75,9 @@ class UniPC(LinearMultistep):
         lambdas = [log_snr(t) for t in times]
         h = log_snr(t_next) - lambdas[0]
         hh, size = -h, len(times)
-        ratios = [(older - lambdas[0]) / h for older in lambdas[1:]] + [torch.ones_like(h)] * corrector
+        ratios = [(older - lambdas[0]) / h for older in lambdas[1:]] + [
+            torch.ones_like(h)
+        ] * corrector
         ratios = torch.stack(torch.broadcast_tensors(*ratios), dim=-1)  # (..., p)
         if size == 2 and not corrector:
             rho = torch.full_like(ratios, 0.5)

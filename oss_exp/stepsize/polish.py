@@ -26,7 +26,9 @@ from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 
-DAMPINGS = tuple(10.0**power for power in range(1, -8, -1))  # less allows weights that float32 states cannot carry
+DAMPINGS = tuple(
+    10.0**power for power in range(1, -8, -1)
+)  # less allows weights that float32 states cannot carry
 REUSES = 3  # steps with the same slopes, whose residuals are new
 WEIGHT_CHANGE = 1e-2  # large enough for a network of half precision to see
 TIME_CHANGE = 1e-2  # of the distance to the nearer time
@@ -54,7 +56,9 @@ def polish(
     if problem.distance.norm != 2:
         raise ValueError("polish solves least squares; it needs a distance with norm=2")
     if not problem.velocity.divisible:
-        raise ValueError("polish trains on some of the samples, and a plain function knows all; use a BoundVelocity")
+        raise ValueError(
+            "polish trains on some of the samples, and a plain function knows all; use a BoundVelocity"
+        )
 
     run = _Run(problem, as_fitted(problem, steps), objective, fixed, micro_batch)
     train = problem.samples % 4 != 3
@@ -75,7 +79,9 @@ def polish(
     return run.schedule(values)
 
 
-def polish_calls(num_steps: int, iterations: int, history: int | None = None, parts: int = 1) -> int:
+def polish_calls(
+    num_steps: int, iterations: int, history: int | None = None, parts: int = 1
+) -> int:
     """Network calls per search sample of so many iterations."""
     if iterations == 0:
         return 0
@@ -109,7 +115,14 @@ class _Slopes(NamedTuple):
 class _Run:
     """A student of fitted steps on a search problem, at any values of its times and weights."""
 
-    def __init__(self, problem: Problem, steps: StepSchedule, objective: Mean, fixed: Tensor | None, micro_batch: int):
+    def __init__(
+        self,
+        problem: Problem,
+        steps: StepSchedule,
+        objective: Mean,
+        fixed: Tensor | None,
+        micro_batch: int,
+    ):
         assert isinstance(steps.steps, FittedSteps)
         self.problem, self.steps, self.fitted = problem, steps, steps.steps
         self.objective, self.micro_batch = Shared(objective), micro_batch
@@ -138,7 +151,9 @@ class _Run:
         """The objective over the chosen samples of all ranks; infinite where the times are no schedule's."""
         total = self.problem.collective.sum(chosen.sum())
         if total == 0:
-            raise ValueError("polish checks itself on every fourth search sample: it needs four or more")
+            raise ValueError(
+                "polish checks itself on every fourth search sample: it needs four or more"
+            )
         limit = values.times.new_tensor([self.steps.start_time])
         if bool((values.times.diff() >= 0).any()) or bool(values.times[:1] > limit):
             return math.inf
@@ -162,7 +177,10 @@ class _Run:
     def normal_equations(self, values: _Values, slopes: Sequence[_Slopes]) -> tuple[Tensor, Tensor]:
         """Half the gradient (C,) and half the Gauss-Newton matrix (C, C) over all ranks, of slopes measured nearby."""
         count = len(self.times) + sum(map(len, self.columns))
-        gradient, curvature = self.problem.grid.new_zeros(count), self.problem.grid.new_zeros(count, count)
+        gradient, curvature = (
+            self.problem.grid.new_zeros(count),
+            self.problem.grid.new_zeros(count, count),
+        )
         for part, mean, changes, gram in slopes:
             last = self._run(part, mean, values)[0][-1]
             residual = self._features(part, last.x) - part.teacher.targets[-1].flatten(1)
@@ -174,10 +192,14 @@ class _Run:
             curvature += torch.einsum("b,bpq->pq", emphasis, gram)
         return self.problem.collective.sum(gradient), self.problem.collective.sum(curvature)
 
-    def moved(self, values: _Values, gradient: Tensor, curvature: Tensor, damping: float) -> _Values:
+    def moved(
+        self, values: _Values, gradient: Tensor, curvature: Tensor, damping: float
+    ) -> _Values:
         """The values after a step of Levenberg and Marquardt."""
         diagonal = curvature.diagonal()
-        pull = torch.where(diagonal > 0, damping * diagonal, 1.0)  # 0, as of a mean of 0: that weight stays
+        pull = torch.where(
+            diagonal > 0, damping * diagonal, 1.0
+        )  # 0, as of a mean of 0: that weight stays
         change = -torch.linalg.solve(curvature + torch.diag(pull), gradient)
         times, weights = values.times.clone(), values.weights.clone()
         times[self.times] += change[: len(self.times)]
@@ -200,7 +222,10 @@ class _Run:
     def _run(self, part: Problem, mean: Tensor, values: _Values) -> tuple[list[State], list[State]]:
         """The states before each of the network calls and at the end (K+1), and those after the calls (K)."""
         solver = FittedSolver(values.weights, (part.noise, mean))
-        states, observed = [solver.init(self._first(part, mean, values.times[0]), values.times[0])], []
+        states, observed = (
+            [solver.init(self._first(part, mean, values.times[0]), values.times[0])],
+            [],
+        )
         for t in values.times[1:]:
             observed.append(solver.observe(part.velocity, states[-1]))
             states.append(solver.advance(part.velocity, observed[-1], t))
@@ -211,21 +236,32 @@ class _Run:
         return analytic_jump(part.noise, mean, self.steps.start_time, t) if analytic else part.noise
 
     def _changed(
-        self, part: Problem, mean: Tensor, values: _Values, states: list[State], observed: list[State]
+        self,
+        part: Problem,
+        mean: Tensor,
+        values: _Values,
+        states: list[State],
+        observed: list[State],
     ) -> Iterator[tuple[float, Tensor]]:
         """The size of every change, in the order of the matrix, and the last state (b, *E) that it leads to."""
         before = torch.cat([values.times.new_tensor([self.steps.start_time]), values.times])
         for step in self.times:
             earlier, t, later = before[step : step + 3]
-            size = TIME_CHANGE * (t - later if earlier == t else torch.minimum(earlier - t, t - later))
+            size = TIME_CHANGE * (
+                t - later if earlier == t else torch.minimum(earlier - t, t - later)
+            )
             x = self._first(part, mean, t - size) if step == 0 else states[step].x
             changed = replace(states[step], x=x, t=states[step].t - size)
             yield -float(size), self._finish(part, mean, values, changed)
         for step, columns in enumerate(self.columns):
             vectors = [observed[step].x, part.noise, mean, *observed[step].outputs]
             after, count = states[step + 1], len(columns)
-            changed = after.map(lambda each, count=count: each.repeat(count, *[1] * (each.ndim - 1)))
-            changed = replace(changed, x=changed.x + WEIGHT_CHANGE * torch.cat([vectors[p] for p in columns]))
+            changed = after.map(
+                lambda each, count=count: each.repeat(count, *[1] * (each.ndim - 1))
+            )
+            changed = replace(
+                changed, x=changed.x + WEIGHT_CHANGE * torch.cat([vectors[p] for p in columns])
+            )
             for end in self._finish(part, mean, values, changed).chunk(count):
                 yield WEIGHT_CHANGE, end
 

@@ -74,7 +74,11 @@ class Teacher:
             return first if x is self.noise else self.velocity(x, t)
 
         with torch.no_grad():
-            states = torch.empty((len(self.grid), *self.noise.shape), dtype=self.noise.dtype, device=self.noise.device)
+            states = torch.empty(
+                (len(self.grid), *self.noise.shape),
+                dtype=self.noise.dtype,
+                device=self.noise.device,
+            )
             for node, state in enumerate(walk(self.solver, f, self.noise, self.grid)):
                 states[node] = state.x
         if not bool(states.isfinite().all()):
@@ -104,7 +108,10 @@ class Teacher:
         """The distance's features (B, ...) of the state at every node."""
         with torch.no_grad():
             times = self.grid[:, None].expand(-1, len(self.noise))
-            return [self.distance.features(x, t, self.velocity) for x, t in zip(self.states, times, strict=True)]
+            return [
+                self.distance.features(x, t, self.velocity)
+                for x, t in zip(self.states, times, strict=True)
+            ]
 
     @cached_property
     def target_norms(self) -> Tensor:
@@ -122,7 +129,9 @@ class Teacher:
 
     def subset(self, samples: Tensor | slice, velocity: BoundVelocity) -> Teacher:
         """Return the same run for some of the samples, whose velocity is given. Nothing is computed anew."""
-        part = replace(self, velocity=velocity, noise=self.noise[samples], group=self.group[samples])
+        part = replace(
+            self, velocity=velocity, noise=self.noise[samples], group=self.group[samples]
+        )
         part.first_outputs = tuple(output[samples] for output in self.first_outputs)
         part.states = self.states[:, samples]
         part.mean = self.mean
@@ -168,11 +177,17 @@ class Problem:
         group: Tensor | None = None,
         num_groups: int = 1,
     ):
-        noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) if noise is None else noise
+        noise = (
+            torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+            if noise is None
+            else noise
+        )
         grid = FlowSchedule().nodes(100) if grid is None else grid
         StepSchedule(grid)  # the same rules: finite, decreasing, closed by 0
         if len(noise) == 0:
-            raise ValueError("a search needs at least one noise on every rank; use fewer ranks or more search samples")
+            raise ValueError(
+                "a search needs at least one noise on every rank; use fewer ranks or more search samples"
+            )
         if not bool(noise.isfinite().all()):
             raise ValueError("the noise holds NaN or infinity")
         if noise.dtype not in (torch.float32, torch.float64):
@@ -181,9 +196,13 @@ class Problem:
         device, count = noise.device, len(noise)
         for name, index in (("samples", samples), ("group", group)):
             if index is not None and index.shape != (count,):
-                raise ValueError(f"{name} must have one entry for each of {count} noises, got {tuple(index.shape)}")
+                raise ValueError(
+                    f"{name} must have one entry for each of {count} noises, got {tuple(index.shape)}"
+                )
         if group is not None and not bool(((group >= 0) & (group < num_groups)).all()):
-            raise ValueError(f"group must be from 0 to num_groups - 1 = {num_groups - 1}, got {int(group.max())}")
+            raise ValueError(
+                f"group must be from 0 to num_groups - 1 = {num_groups - 1}, got {int(group.max())}"
+            )
         samples = torch.arange(count) if samples is None else samples
         group = torch.zeros(count, dtype=torch.long) if group is None else group
         self._set(
@@ -218,13 +237,19 @@ class Problem:
         if len(nodes) == 1:
             target = targets[int(nodes)]
         else:
-            target = torch.stack([targets[node][sample] for sample, node in enumerate(nodes.tolist())])
+            target = torch.stack(
+                [targets[node][sample] for sample, node in enumerate(nodes.tolist())]
+            )
         features = self.distance.features(x, t, self.velocity)
         return self.distance.between(features, target.repeat(copies, *[1] * (target.ndim - 1)))
 
     def at_most(self, order: int | None) -> Problem:
         """Return the same problem and teacher for students whose steps are of this order or less."""
-        if order is None or not isinstance(self.solver, LinearMultistep) or order >= self.solver.order:
+        if (
+            order is None
+            or not isinstance(self.solver, LinearMultistep)
+            or order >= self.solver.order
+        ):
             return self
         return replace(self, solver=replace(self.solver, order=order))._set(teacher=self.teacher)
 
@@ -235,7 +260,11 @@ class Problem:
         else TypeError.
         """
         whole = len(samples) == len(self.noise)
-        velocity = self.velocity if whole and not self.velocity.divisible else self.velocity.subset(samples)
+        velocity = (
+            self.velocity
+            if whole and not self.velocity.divisible
+            else self.velocity.subset(samples)
+        )
         rows: Tensor | slice = samples
         if bool((samples.diff() == 1).all()):  # neighbours need no copies
             rows = slice(int(samples[0]), int(samples[-1]) + 1)

@@ -26,7 +26,9 @@ def as_fitted(problem: Problem, steps: StepSchedule) -> StepSchedule:
     if isinstance(steps.steps, FittedSteps):
         return steps
     if steps.per_sample:
-        raise ValueError("fitted steps are the same for all samples, and the schedule has times for each")
+        raise ValueError(
+            "fitted steps are the same for all samples, and the schedule has times for each"
+        )
     orders = None if steps.orders is None else list(steps.orders)
     sums = solver_sums(problem.solver, steps.times, orders)
     weights = over_basis(sums, problem.velocity.mix, first_parts(steps, steps.times[0]))
@@ -40,7 +42,9 @@ def solver_sums(solver: Solver, times: Tensor, orders: Sequence[Tensor] | None =
     """
     count = len(times) - 1
     if solver.evals_per_step > 1 and count > 1:
-        raise ValueError(f"{solver} calls the network again within a step; fitted steps take a multistep solver's")
+        raise ValueError(
+            f"{solver} calls the network again within a step; fitted steps take a multistep solver's"
+        )
     basis, seen = torch.eye(count + 1, dtype=torch.float64, device=times.device), []
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -53,7 +57,9 @@ def solver_sums(solver: Solver, times: Tensor, orders: Sequence[Tensor] | None =
 
 def first_parts(steps: StepSchedule, first: Tensor) -> tuple[Tensor, Tensor]:
     """Return the parts of the noise and of the mean in the first state, at time `first` (), of a schedule's start."""
-    ratio = first / steps.start_time if isinstance(steps.start, Analytic) else torch.ones_like(first)
+    ratio = (
+        first / steps.start_time if isinstance(steps.start, Analytic) else torch.ones_like(first)
+    )
     return ratio, 1 - ratio
 
 
@@ -68,7 +74,9 @@ def over_basis(sums: Tensor, mix: Sequence[float], first: tuple[Tensor, Tensor])
         newest_first = row[1 : 2 + step].flip(0)
         parts = (newest_first[:, None] * row.new_tensor(mix)).flatten()
         later = row.new_zeros(len(mix) * (len(sums) - 1 - step))
-        rows.append(torch.cat([torch.stack([row[0] * 0, row[0] * noise, row[0] * mean]), parts, later]))
+        rows.append(
+            torch.cat([torch.stack([row[0] * 0, row[0] * noise, row[0] * mean]), parts, later])
+        )
     return torch.stack(rows)
 
 

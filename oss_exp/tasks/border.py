@@ -26,13 +26,29 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import annotated_types
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
-from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 from typing_extensions import get_protocol_members, is_protocol
 
 import oss_exp
@@ -81,7 +97,9 @@ def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
         below = re.search(r"\nfull_key: (\S+)$", str(error))
         path = below[1] if below else ""
         written = OmegaConf.select(node, path) if OmegaConf.is_config(node) and path else node
-        raise _with_key(".".join(filter(None, [key, path])), _at(checked, path), written, _cause(error)) from error
+        raise _with_key(
+            ".".join(filter(None, [key, path])), _at(checked, path), written, _cause(error)
+        ) from error
     except Exception as error:
         raise _with_key(key, {**checked, **arguments}, node, error) from error
 
@@ -96,7 +114,9 @@ def class_of(node: Any, key: str) -> Any:
 
 def _plain(node: Any) -> Any:
     """The node without interpolations, its targets by their public names."""
-    return with_public_names(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+    return with_public_names(
+        OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -130,7 +150,10 @@ class _Check:
         elif isinstance(value, Mapping):
             return self._mapping(value, kind, key, given)
         elif isinstance(value, list) and _has_target(value):
-            item = next((get_args(each)[0] for each in _options(kind) if _is_list(each) and get_args(each)), Any)
+            item = next(
+                (get_args(each)[0] for each in _options(kind) if _is_list(each) and get_args(each)),
+                Any,
+            )
             return [self._value(each, item, f"{key}.{place}") for place, each in enumerate(value)]
         elif not _accepts(kind, value):
             self._refuse(key, kind, shown(value))
@@ -147,9 +170,13 @@ class _Check:
         for option in _options(kind):
             for settings in _metadata(option):
                 if isinstance(settings, SettingsOf):
-                    return self._fields(value, parameters_of(settings.kind), key, settings.kind.__name__)
+                    return self._fields(
+                        value, parameters_of(settings.kind), key, settings.kind.__name__
+                    )
             if is_typeddict(option):
-                return self._fields(value, _Parameters(get_type_hints(option, include_extras=True), (), True), key)
+                return self._fields(
+                    value, _Parameters(get_type_hints(option, include_extras=True), (), True), key
+                )
             if _is_record(option):
                 filled = self._fields(value, parameters_of(option), key, str(option.__name__), ())
                 return {"_target_": f"{option.__module__}.{option.__qualname__}", **filled}
@@ -167,7 +194,9 @@ class _Check:
             for name, each in value.items()
         }
 
-    def _call(self, node: Mapping, kind: Any, key: str, given: Collection[str] | None) -> dict[str, Any]:
+    def _call(
+        self, node: Mapping, kind: Any, key: str, given: Collection[str] | None
+    ) -> dict[str, Any]:
         """A node with a _target_."""
         try:
             target = _target(node["_target_"])
@@ -204,7 +233,9 @@ class _Check:
         if given is not None:
             for name in parameters.required:
                 if name not in values and name not in given:
-                    self.faults.append(f"{_below(key, name)} is missing; it must be {describe(parameters.kinds[name])}")
+                    self.faults.append(
+                        f"{_below(key, name)} is missing; it must be {describe(parameters.kinds[name])}"
+                    )
         return filled
 
 
@@ -234,7 +265,9 @@ def _has_target(value: Any) -> bool:
 def _unknown(key: str, name: str, owner: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     some = [*known][:12] + ["..."] * (len(known) > 12)
-    advice = f"did you mean {_below(key, near[0])}?" if near else f"it takes {', '.join(some) or 'none'}"
+    advice = (
+        f"did you mean {_below(key, near[0])}?" if near else f"it takes {', '.join(some) or 'none'}"
+    )
     return f"{_below(key, name)} is no option of {owner}; {advice}"
 
 
@@ -264,7 +297,9 @@ def _target(name: Any) -> Any:
         known = [*oss_exp.PUBLIC, *oss_exp.CONFIGURED] if package == "oss_exp" else []
         near = difflib.get_close_matches(path, known, n=1)
         advice = f"; did you mean oss_exp.{near[0]}?" if near else ""
-        raise ValueError(f"must be the name of a class or a function, got {name!r}{advice}") from None
+        raise ValueError(
+            f"must be the name of a class or a function, got {name!r}{advice}"
+        ) from None
     if not callable(found):
         raise ValueError(f"must be the name of a class or a function, got {name!r}")
     return found
@@ -287,7 +322,10 @@ def parameters_of(target: Callable) -> _Parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
             base = _next_constructor(target)
             inherited = _Parameters({}, (), True) if base is None else parameters_of(base)
-            kinds = {**inherited.kinds, **kinds}  # which are required, only `target` knows: it may give some itself
+            kinds = {
+                **inherited.kinds,
+                **kinds,
+            }  # which are required, only `target` knows: it may give some itself
             takes_more = inherited.takes_more
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             optional = parameter.default is not parameter.empty
@@ -368,8 +406,12 @@ def _is_kind(made: type, kind: Any) -> bool:
     if not inspect.isclass(kind) or get_origin(kind) is not None:
         return get_origin(kind) is not Literal
     if is_protocol(kind):
-        methods = [name for name in get_protocol_members(kind) if callable(getattr(kind, name, None))]
-        return all(hasattr(made, name) for name in methods)  # other attributes may be those of objects
+        methods = [
+            name for name in get_protocol_members(kind) if callable(getattr(kind, name, None))
+        ]
+        return all(
+            hasattr(made, name) for name in methods
+        )  # other attributes may be those of objects
     return issubclass(made, kind)
 
 
@@ -428,14 +470,21 @@ def _accepts_one(kind: Any, value: Any) -> bool:
 
 def _is_object(kind: Any) -> bool:
     """Whether only a _target_ can make it."""
-    return inspect.isclass(kind) and get_origin(kind) is None and kind is not Any and not issubclass(kind, PLAIN)
+    return (
+        inspect.isclass(kind)
+        and get_origin(kind) is None
+        and kind is not Any
+        and not issubclass(kind, PLAIN)
+    )
 
 
 def _is_record(kind: Any) -> bool:
     """Whether it is a dataclass of plain values, which a mapping of its fields describes, also without a _target_."""
     if not inspect.isclass(kind) or not is_dataclass(kind) or inspect.isabstract(kind):
         return False
-    return not any(_is_object(each) for part in parameters_of(kind).kinds.values() for each in _options(part))
+    return not any(
+        _is_object(each) for part in parameters_of(kind).kinds.values() for each in _options(part)
+    )
 
 
 PLAIN = (bool, int, float, str, Path, list, tuple, dict, type(None))
@@ -446,7 +495,13 @@ def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind, config=STRICT)
 
 
-WORDS = {int: "whole number", float: "finite number", Path: "path", str: "text", bool: "true or false"}
+WORDS = {
+    int: "whole number",
+    float: "finite number",
+    Path: "path",
+    str: "text",
+    bool: "true or false",
+}
 
 
 def describe(kind: Any, plural: bool = False) -> str:
@@ -477,8 +532,14 @@ def describe(kind: Any, plural: bool = False) -> str:
         several = "lists" if plural else "a list"
         if get_origin(kind) is tuple and Ellipsis not in get_args(kind) and items:
             several += f" of {len(items)}"
-            return f"{several} {describe(items[0], plural=True)}" if len(set(items)) == 1 else several
-        return f"{several} of {describe(items[0], plural=True)}" if items and items[0] is not Any else several
+            return (
+                f"{several} {describe(items[0], plural=True)}" if len(set(items)) == 1 else several
+            )
+        return (
+            f"{several} of {describe(items[0], plural=True)}"
+            if items and items[0] is not Any
+            else several
+        )
     if kind is dict or get_origin(kind) in (dict, Mapping):
         return "mappings" if plural else "a mapping"
     if _is_record(kind):
@@ -502,12 +563,21 @@ def _bounds(metadata: Sequence[Any]) -> str:
             words += f" {each}"
     if low is not None and high is not None:
         return f" from {low} to {high}{words}"
-    return "".join([f" of at least {low}"] * (low is not None) + [f" of at most {high}"] * (high is not None) + [words])
+    return "".join(
+        [f" of at least {low}"] * (low is not None)
+        + [f" of at most {high}"] * (high is not None)
+        + [words]
+    )
 
 
 def _example(kind: Any) -> str:
     """What may stand behind "key=": a choice where there are some, else a word for it."""
-    choices = [each for option in _options(kind) if get_origin(option) is Literal for each in get_args(option)]
+    choices = [
+        each
+        for option in _options(kind)
+        if get_origin(option) is Literal
+        for each in get_args(option)
+    ]
     return "|".join(map(_word, choices)) if choices else "VALUE"
 
 

@@ -66,7 +66,9 @@ class Calibrate(Task):
             last_step_only=self.last_step_only,
         )
         data = run.noises(search_samples=self.samples)
-        run.trainer.predict(module, dataloaders=data.predict_dataloader()[0], return_predictions=False)
+        run.trainer.predict(
+            module, dataloaders=data.predict_dataloader()[0], return_predictions=False
+        )
 
 
 class CalibrateModule(L.LightningModule):
@@ -87,7 +89,12 @@ class CalibrateModule(L.LightningModule):
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
-        self.setting, self.students, self.folder, self.provenance = setting, students, folder, provenance
+        self.setting, self.students, self.folder, self.provenance = (
+            setting,
+            students,
+            folder,
+            provenance,
+        )
         self.per_channel, self.last_step_only = per_channel, last_step_only
         self.batches: list[Batch] = []
 
@@ -137,7 +144,9 @@ class CalibrateModule(L.LightningModule):
         for state in walk(self.setting.solver, velocity, self._noise(batch), self.setting.grid):
             yield float(state.t[0]), state.x
 
-    def _student(self, steps: StepSchedule, table: Calibration | None) -> Callable[[BoundVelocity, Batch], Points]:
+    def _student(
+        self, steps: StepSchedule, table: Calibration | None
+    ) -> Callable[[BoundVelocity, Batch], Points]:
         """Points before each network call, with a table also the calibrated ones, and the final one."""
 
         def follow(velocity: BoundVelocity, batch: Batch) -> Points:
@@ -151,7 +160,9 @@ class CalibrateModule(L.LightningModule):
                 return x
 
             solver = replace(self.setting.solver, calibration=watch)
-            final = sample(solver, velocity, self._noise(batch), steps, group=self.setting.classes(batch))
+            final = sample(
+                solver, velocity, self._noise(batch), steps, group=self.setting.classes(batch)
+            )
             return [*points, (0.0, final)]
 
         return follow
@@ -162,7 +173,11 @@ class CalibrateModule(L.LightningModule):
     @rank_zero_only
     def _write(self, calibration: Calibration, curves: list[dict[str, Any]]) -> None:
         calibration.save(self.folder / "calibration.json")
-        content = {"model": calibration.provenance["model"], "samples": self.samples, "curves": curves}
+        content = {
+            "model": calibration.provenance["model"],
+            "samples": self.samples,
+            "curves": curves,
+        }
         write_atomically(self.folder / "amplitude.json", json.dumps(content, indent=1) + "\n")
 
 

@@ -23,7 +23,9 @@ from torch import Tensor
 from oss_exp.files import LIMIT
 from oss_exp.velocity import BoundVelocity
 
-HEAD = struct.Struct("<IIQ")  # checksums of the question and of the answer, and the bytes of the answer, which follow
+HEAD = struct.Struct(
+    "<IIQ"
+)  # checksums of the question and of the answer, and the bytes of the answer, which follow
 
 
 class Calls:
@@ -44,7 +46,9 @@ class Calls:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         if expected > (free := shutil.disk_usage(self.folder).free + path.stat().st_size):
-            raise self._no_room(f"they come to about {expected / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+            raise self._no_room(
+                f"they come to about {expected / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+            )
         self.file, self.replays = path.open("r+b"), True
         try:
             yield
@@ -64,10 +68,14 @@ class Calls:
         """The same, through these files. Calls that gradients go through are not kept."""
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            if self.file is None or (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
+            if self.file is None or (
+                torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
+            ):
                 return velocity.fn(x, t, condition)
             asked = _checksum(x, t, condition)
-            most = 8 * x.numel() + LIMIT  # bytes: the answer is of the shape of x, in float64 at most, after its header
+            most = (
+                8 * x.numel() + LIMIT
+            )  # bytes: the answer is of the shape of x, in float64 at most, after its header
             found = self._next(asked, most) if self.replays else None
             if found is None:
                 found = velocity.fn(x, t, condition)

@@ -58,7 +58,9 @@ def usual_axes() -> dict[str, list[Any]]:
     """Return what is measured where nobody chose: what nearly every model has."""
     chosen: dict[str, list[Any]] = {"dtype": ["bfloat16", "float16", "float8_e4m3fn", "int8"]}
     chosen |= {"guidance": [1, 2, 3, 5], "shift": [1, 3, 5]}
-    return chosen | {axis: [] for axis in ("resolution", "frames", "lora", "teacher_steps", "solver")}
+    return chosen | {
+        axis: [] for axis in ("resolution", "frames", "lora", "teacher_steps", "solver")
+    }
 
 
 class Skipped(Exception):
@@ -103,12 +105,18 @@ class Certify(Task):
         cfg.num_steps = [steps.num_steps]
         run = Run(cfg, "axes", "tolerance", "max_minutes", "in_place")
         if steps.per_sample:
-            raise ValueError(f"step schedule {path} has times of its own for each sample; certify one for all samples")
+            raise ValueError(
+                f"step schedule {path} has times of its own for each sample; certify one for all samples"
+            )
         if run.trainer.world_size > 1:
             raise ValueError("task=certify runs on one device; set trainer.devices=1")
-        hand_made = {name: each for name, each in run.strategies.items() if isinstance(each, ClosedForm)}
+        hand_made = {
+            name: each for name, each in run.strategies.items() if isinstance(each, ClosedForm)
+        }
         if not hand_made or len(hand_made) < len(run.strategies):
-            raise ValueError("task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of them")
+            raise ValueError(
+                "task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of them"
+            )
         check_fits(run.setting, cfg, path, steps, self.allow_other_model)
 
         base = axes_of(cfg, run.setting.model)
@@ -116,7 +124,9 @@ class Certify(Task):
         for axis, value in wanted:  # what is wrong is said before hours of measuring
             with suppress(Skipped):
                 CHANGES[axis](cfg.copy(), value)
-        written = {name: each for name, each in json.loads(path.read_text()).items() if name != "range"}
+        written = {
+            name: each for name, each in json.loads(path.read_text()).items() if name != "range"
+        }
         digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()
         measuring = _Measuring(run, steps, digest, hand_made, self.max_minutes)
         left, skipped = list[str](), dict[str, str]()
@@ -183,9 +193,15 @@ class _Measuring:
         """
         cfg: Any = self.run.cfg.copy()
         student = None if (axis, value) == BASE else CHANGES[axis](cfg, value)
-        if student is not None and (self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)):
-            raise Skipped(f"its steps are those of {dict(self.steps.about('solver')).get('_target_', 'a fit')} alone")
-        key = json.dumps([axis, _plain(value), self.digest, OmegaConf.to_container(cfg.data, resolve=True)])
+        if student is not None and (
+            self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)
+        ):
+            raise Skipped(
+                f"its steps are those of {dict(self.steps.about('solver')).get('_target_', 'a fit')} alone"
+            )
+        key = json.dumps(
+            [axis, _plain(value), self.digest, OmegaConf.to_container(cfg.data, resolve=True)]
+        )
         file = self.run.folder / "cells" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         pictures = self.run.folder / "cells" / "teacher.safetensors"
         if file.is_file() and (axis != "base" or pictures.is_file()):
@@ -195,13 +211,19 @@ class _Measuring:
                 self.images = dict(zip(record.index, kept, strict=True))
             return record
         begun = time.monotonic()
-        budget = float("inf") if self.max_minutes is None or axis == "base" else 60 * self.max_minutes
+        budget = (
+            float("inf") if self.max_minutes is None or axis == "base" else 60 * self.max_minutes
+        )
         if begun - self.started + self.longest > budget:
             raise OutOfTime
         setting = build_setting(cfg, self._model(cfg, axis, value))
         record = self._measure(setting, student or setting.solver, axis, key)
         if axis == "base":
-            save_asset(pictures, {"images": torch.stack([self.images[number] for number in record.index])}, {})
+            save_asset(
+                pictures,
+                {"images": torch.stack([self.images[number] for number in record.index])},
+                {},
+            )
         write_atomically(file, json.dumps(record.model_dump()) + "\n")
         self.longest = max(self.longest, time.monotonic() - begun)
         return record
@@ -225,10 +247,15 @@ class _Measuring:
         students = self._students(setting)
         for batch in data.test_dataloader():
             batch = {name: each.to(self.device) for name, each in batch.items()}
-            condition, group = batch.get("condition", setting.classes(batch)), setting.classes(batch)
+            condition, group = (
+                batch.get("condition", setting.classes(batch)),
+                setting.classes(batch),
+            )
             noise, model = setting.first_state(batch["noise"]), setting.model
             velocity = model.velocity(condition)
-            reference = model.decode(model.sample(setting.solver, setting.teacher, noise, condition))
+            reference = model.decode(
+                model.sample(setting.solver, setting.teacher, noise, condition)
+            )
             calls += nfe(setting.solver, setting.teacher, velocity) * len(noise)
             numbers = batch["index"].tolist()
             if axis == "base":
@@ -254,8 +281,13 @@ class _Measuring:
     def _students(self, setting: Setting) -> dict[str, StepSchedule]:
         """The schedule, and the baselines' schedules on this cell's grid."""
         noise, count = torch.zeros(1, *setting.model.event_shape), self.steps.num_steps
-        problem = Problem(standard_normal_velocity, noise, setting.grid, setting.solver, setting.distance)
-        made = {name: strategy.plan(problem, [count])[count] for name, strategy in self.baselines.items()}
+        problem = Problem(
+            standard_normal_velocity, noise, setting.grid, setting.solver, setting.distance
+        )
+        made = {
+            name: strategy.plan(problem, [count])[count]
+            for name, strategy in self.baselines.items()
+        }
         return {"schedule": self.steps, **made}
 
 
@@ -272,9 +304,13 @@ def run_steps(
     if isinstance(steps.steps, FittedSteps):
         searched_apart = (steps.about("model").get("guidance") or {}).get("scale", 1) != 1
         if searched_apart and len(velocity.mix) == 1:
-            raise Skipped("its steps weigh guided and unguided answers apart, and here there is one")
+            raise Skipped(
+                "its steps weigh guided and unguided answers apart, and here there is one"
+            )
         if not searched_apart and len(velocity.mix) > 1:
-            return sample_steps(solver, BoundVelocity.of(lambda x, t: velocity(x, t)), noise, steps, group)
+            return sample_steps(
+                solver, BoundVelocity.of(lambda x, t: velocity(x, t)), noise, steps, group
+            )
     return model.sample(solver, steps, noise, condition, group)
 
 
@@ -314,7 +350,12 @@ def certificate_of(
         )
     calls = sum(record.calls for record in found.values())
     return Certificate(
-        baseline=baseline, tolerance=tolerance, base=dict(base), cells=cells, skipped=dict(skipped), calls=calls
+        baseline=baseline,
+        tolerance=tolerance,
+        base=dict(base),
+        cells=cells,
+        skipped=dict(skipped),
+        calls=calls,
     )
 
 
@@ -353,7 +394,9 @@ def _dtype(cfg: Any, value: str) -> None:
             cfg.model.quantization = WEIGHTS[value]
         return
     if value not in get_args(Dtype):
-        raise ValueError(f"task.axes.dtype must have {', '.join([*get_args(Dtype), *WEIGHTS])}, got {value}")
+        raise ValueError(
+            f"task.axes.dtype must have {', '.join([*get_args(Dtype), *WEIGHTS])}, got {value}"
+        )
     cfg.model.dtype = value
 
 
@@ -397,7 +440,9 @@ def _lora(cfg: Any, value: str) -> None:
     elif not value:
         cfg.stages = None
     elif not Path(value).expanduser().is_dir():
-        raise Skipped("a network takes the folder of task=finetune task.trainable=lora, and this is none")
+        raise Skipped(
+            "a network takes the folder of task=finetune task.trainable=lora, and this is none"
+        )
     else:
         cfg.stages = str(Path(value).expanduser())
 
@@ -444,7 +489,10 @@ def round_weights(model: Model, kind: str) -> None:
         if weight.ndim < 2:
             continue
         if kind == "int8":
-            scale = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12) / 127
+            scale = (
+                weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
+                / 127
+            )
             weight.copy_((weight / scale).round() * scale)
         else:
             weight.copy_(weight.to(torch.float8_e4m3fn).to(weight.dtype))

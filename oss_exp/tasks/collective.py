@@ -26,13 +26,18 @@ class DistributedCollective(Collective):
             return tensor
         home, tensor = tensor.device, _reachable(tensor)
         # Ranks may hold different numbers of rows: pad to the longest, then cut.
-        lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(dist.get_world_size())]
+        lengths = [
+            torch.zeros(1, dtype=torch.long, device=tensor.device)
+            for _ in range(dist.get_world_size())
+        ]
         dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
         longest = max(int(length) for length in lengths)
         padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded)
-        return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)]).to(home)
+        return torch.cat(
+            [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
+        ).to(home)
 
 
 class GroupEnd(L.Callback):

@@ -18,7 +18,16 @@ from oss_exp.solvers import Solver, named_solver
 from oss_exp.tasks.older_configs import canonical, changed
 from oss_exp.tasks.setting import Setting
 
-RESULTS = ("schedules", "cells", "calls", "evaluation", "metrics.json", "images", "stages.json", "checkpoints")
+RESULTS = (
+    "schedules",
+    "cells",
+    "calls",
+    "evaluation",
+    "metrics.json",
+    "images",
+    "stages.json",
+    "checkpoints",
+)
 MEASURING = ("metric", "evaluation")  # measured anew where they change, of the same schedules
 
 
@@ -27,26 +36,36 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
 
     What is measured may differ. free: keys of cfg.task that may differ too.
     """
-    if not (folder / "config.yaml").is_file() or not any((folder / name).exists() for name in RESULTS):
+    if not (folder / "config.yaml").is_file() or not any(
+        (folder / name).exists() for name in RESULTS
+    ):
         return
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
     try:
         old = canonical(load_config(inside(folder, "config.yaml"), "configuration"))
         for values in (old, new):
-            values["task"] = {key: value for key, value in values.get("task", {}).items() if key not in free}
+            values["task"] = {
+                key: value for key, value in values.get("task", {}).items() if key not in free
+            }
         keys = [key for key in changed(old, new) if key not in MEASURING]
         if "task" in keys:
-            options = [f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"]
+            options = [
+                f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"
+            ]
             keys[keys.index("task")] = ", ".join(options) or "task"
     except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'config.yaml'} is no configuration of a run; choose another folder") from None
+        raise ValueError(
+            f"{folder / 'config.yaml'} is no configuration of a run; choose another folder"
+        ) from None
     if keys:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
         )
 
 
-def check_fits(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedule, allow_other_model: bool) -> None:
+def check_fits(
+    setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedule, allow_other_model: bool
+) -> None:
     """Refuse a schedule made for another model, another first time, or other noises than those of this run."""
     made_for = steps.about("model")
     model = setting.model
@@ -89,11 +108,15 @@ def axes_of(cfg: DictConfig, model: Model) -> dict[str, Any]:
     if "guidance" in cfg.model:
         scale = cfg.model.guidance.scale
     transformer = getattr(getattr(model, "pipe", None), "transformer", None)
-    embedded = bool(getattr(getattr(transformer, "config", None), "guidance_embeds", False))  # it is no CFG then
+    embedded = bool(
+        getattr(getattr(transformer, "config", None), "guidance_embeds", False)
+    )  # it is no CFG then
     inner = None
     if embedded:
         scale, inner = call.get("true_cfg_scale", 1.0), call.get("guidance_scale")
-    quantized = {"float8": "float8_e4m3fn"}.get(cfg.model.get("quantization"), cfg.model.get("quantization"))
+    quantized = {"float8": "float8_e4m3fn"}.get(
+        cfg.model.get("quantization"), cfg.model.get("quantization")
+    )
     dtype, shift = quantized or cfg.model.get("dtype"), cfg.noise_schedule.get("shift")
     loras = ", ".join(cfg.model.get("loras") or [])
     return {

@@ -73,8 +73,12 @@ def expand_home(node: Any) -> None:
 
 def check_configuration(cfg: DictConfig) -> None:
     """Raise one ValueError for all values of a composed configuration that have a wrong type, also unused ones."""
-    written: Any = OmegaConf.to_container(cfg)  # with interpolations, which may be of what is missing
+    written: Any = OmegaConf.to_container(
+        cfg
+    )  # with interpolations, which may be of what is missing
     unset = [key for key, value in written.items() if value == "???"]
     if asked := unset + [f"task.{key}" for key, value in written["task"].items() if value == "???"]:
-        raise ValueError(f"{', '.join(asked)} must be set: add {' '.join(f'{key}=VALUE' for key in asked)}")
+        raise ValueError(
+            f"{', '.join(asked)} must be set: add {' '.join(f'{key}=VALUE' for key in asked)}"
+        )
     border.check(cfg, kind=Configuration)

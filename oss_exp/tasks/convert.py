@@ -27,12 +27,16 @@ class Convert(Task):
     def __call__(self, cfg: DictConfig) -> None:
         kind = border.class_of(cfg.model, "model")
         if not (isinstance(kind, type) and issubclass(kind, Published)):
-            raise ValueError(f"task=convert rewrites published checkpoints; {cfg.model._target_} has none")
+            raise ValueError(
+                f"task=convert rewrites published checkpoints; {cfg.model._target_} has none"
+            )
         output = Path(self.output)
         if output.suffix != ".safetensors":
             raise ValueError(f"task.output must end in .safetensors, got {output}")
         model = border.build(cfg.model, "model", dtype="float32")
-        tensors = model.backbone.state_dict() if self.layout == "own" else _to_public(model, self.layout)
+        tensors = (
+            model.backbone.state_dict() if self.layout == "own" else _to_public(model, self.layout)
+        )
         provenance = {
             "name": model.name,
             "layout": self.layout,
@@ -42,14 +46,18 @@ class Convert(Task):
         }
         save_asset(output, tensors, provenance)
         parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
-        PlainConsole().print(f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True)
+        PlainConsole().print(
+            f"{output}: {len(tensors)} tensors, {parameters:,} parameters", soft_wrap=True
+        )
 
 
 def _to_public(model: Published, layout: str) -> dict[str, Any]:
     """The backbone knows its layouts, if any, and names them where this is none of them."""
     to_public = getattr(model.backbone, "to_public", None)
     if to_public is None:
-        raise ValueError(f"task.layout must be own for model={model.name}, which has no public layout; got {layout!r}")
+        raise ValueError(
+            f"task.layout must be own for model={model.name}, which has no public layout; got {layout!r}"
+        )
     return to_public(layout)
 
 

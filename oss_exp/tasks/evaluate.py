@@ -77,12 +77,21 @@ class Evaluate(Task):
 def metrics_of(run: Run) -> Metrics:
     """Return what the configuration of a run measures with."""
     inputs = {"classes": run.data.classes, "prompts": run.data.prompts}
-    is_video = len(run.setting.model.event_shape) == 4  # how many frames there are, only the decoder knows
+    is_video = (
+        len(run.setting.model.event_shape) == 4
+    )  # how many frames there are, only the decoder knows
     images = None if is_video else run.data.eval_samples
-    metrics = Metrics(run.cfg.metric, run.cfg.evaluation, [name for name, value in inputs.items() if value], images)
+    metrics = Metrics(
+        run.cfg.metric,
+        run.cfg.evaluation,
+        [name for name, value in inputs.items() if value],
+        images,
+    )
     model = run.setting.model
     base = model.base if isinstance(model, Staged) else model
-    if metrics.settings and not isinstance(base, Pipeline):  # whose decoder may take minutes on a CPU
+    if metrics.settings and not isinstance(
+        base, Pipeline
+    ):  # whose decoder may take minutes on a CPU
         metrics.require_images(model.decode(torch.zeros(1, *model.event_shape)))
     return metrics
 
@@ -90,7 +99,9 @@ def metrics_of(run: Run) -> Metrics:
 def plan_and_measure(run: Run, metrics: Metrics) -> None:
     """Plan every strategy for every budget, and measure all."""
     plan(run)
-    measure(run, metrics, [(name, run.file(name, k)) for name in run.strategies for k in run.num_steps])
+    measure(
+        run, metrics, [(name, run.file(name, k)) for name in run.strategies for k in run.num_steps]
+    )
 
 
 def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> None:
@@ -141,11 +152,19 @@ class EvaluateModule(L.LightningModule):
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
-        self.setting, self.schedules, self.rows, self.folder, self.about = setting, schedules, rows, folder, about
+        self.setting, self.schedules, self.rows, self.folder, self.about = (
+            setting,
+            schedules,
+            rows,
+            folder,
+            about,
+        )
         # A schedule for each sample has too few of them for a distribution.
         shared = [label for label, steps in schedules.items() if not steps.per_sample]
         self.metrics = {label: metrics() for label in ("teacher", *shared)}
-        self.registered = nn.ModuleList(self.metrics.values())  # a ModuleDict does not take every label
+        self.registered = nn.ModuleList(
+            self.metrics.values()
+        )  # a ModuleDict does not take every label
         self.has_metrics, self.failed = len(metrics.settings) > 0, dict[str, Exception]()
         # What the sums of batches depend on, beside what a run folder has but once.
         self.origin = json.dumps([metrics.origin, save_images, trajectories.count])
@@ -153,7 +172,9 @@ class EvaluateModule(L.LightningModule):
         self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
         self.velocity: BoundVelocity | None = None
         self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
-        self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {label: [] for label in ("teacher", *schedules)}
+        self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {
+            label: [] for label in ("teacher", *schedules)
+        }
         self.trajectories, self.eval_samples, self.prompts = trajectories, eval_samples, prompts
 
     def on_test_start(self) -> None:
@@ -184,27 +205,37 @@ class EvaluateModule(L.LightningModule):
         reference, teacher = run(original, plain, grid, noise, condition, None, recorder)
         width = spread(reference)
         # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
-        number = (self.seen + torch.arange(len(index), device=index.device)) * self.trainer.world_size
+        number = (
+            self.seen + torch.arange(len(index), device=index.device)
+        ) * self.trainer.world_size
         fresh = index - HELD_OUT == number + self.global_rank
         self.seen += len(index)
         self._keep("teacher", batch, teacher, teacher, fresh)
         for label, steps in self.schedules.items():
             known = torch.arange(len(index), device=index.device)
             if steps.per_sample:
-                known = torch.isin(index, torch.tensor(steps.samples, device=index.device)).nonzero()[:, 0]
+                known = torch.isin(
+                    index, torch.tensor(steps.samples, device=index.device)
+                ).nonzero()[:, 0]
                 if len(known) == 0:
                     continue
                 steps = steps.rows(index[known].tolist())
             own, group = (None if each is None else each[known] for each in (condition, classes))
             recorder = self.trajectories.recorder(label, self.model, steps, index[known])
             x0, images = run(self.model, solver, steps, noise[known], own, group, recorder)
-            values = index[known].double(), psnr(images, teacher[known]).double(), spread(x0) / width[known]
+            values = (
+                index[known].double(),
+                psnr(images, teacher[known]).double(),
+                spread(x0) / width[known],
+            )
             self.values[label].append(torch.stack(values, dim=1))
             part = {key: value[known] for key, value in batch.items()}
             self._keep(label, part, images, teacher[known], fresh[known])
 
     def _sets(self) -> list[tuple[str, MetricSet]]:
-        return [(label, each) for label, each in self.metrics.items() if isinstance(each, MetricSet)]
+        return [
+            (label, each) for label, each in self.metrics.items() if isinstance(each, MetricSet)
+        ]
 
     @property
     def progress(self) -> Path:
@@ -213,10 +244,20 @@ class EvaluateModule(L.LightningModule):
 
     def _keep_progress(self) -> None:
         states = {
-            label: {name: dict(metric.metric_state) for name, metric in each.named()} for label, each in self._sets()
+            label: {name: dict(metric.metric_state) for name, metric in each.named()}
+            for label, each in self._sets()
         }
-        kept = {"origin": self.origin, "seen": self.seen, "batches": self.batches, "metrics": states}
-        kept |= {"values": self.values, "pictures": self.pictures, "trajectories": self.trajectories.parts}
+        kept = {
+            "origin": self.origin,
+            "seen": self.seen,
+            "batches": self.batches,
+            "metrics": states,
+        }
+        kept |= {
+            "values": self.values,
+            "pictures": self.pictures,
+            "trajectories": self.trajectories.parts,
+        }
         buffer = io.BytesIO()
         torch.save(kept, buffer)
         write_atomically(self.progress, buffer.getvalue())
@@ -241,7 +282,9 @@ class EvaluateModule(L.LightningModule):
         self.values, self.pictures = kept["values"], kept["pictures"]
         self.trajectories.parts = kept["trajectories"]
 
-    def _keep(self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, fresh: Tensor) -> None:
+    def _keep(
+        self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, fresh: Tensor
+    ) -> None:
         """Feed the metrics; remember the first held-out samples for the picture, whichever batch and rank they are in.
 
         images, the teacher's, and which samples come for the first time, of the batch's (b,) samples.
@@ -251,15 +294,23 @@ class EvaluateModule(L.LightningModule):
             labels = batch["label"][fresh].repeat_interleave(frames)
             prompts = None
             if self.prompts is not None:
-                prompts = [self.prompts[i] for i in batch["condition"][fresh].tolist() for _ in range(frames)]
-            self.metrics[label].update(frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts)
+                prompts = [
+                    self.prompts[i]
+                    for i in batch["condition"][fresh].tolist()
+                    for _ in range(frames)
+                ]
+            self.metrics[label].update(
+                frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts
+            )
         everything = self.save_images == "npz"
         shown = batch["index"] < HELD_OUT + (self.eval_samples if everything else SHOWN)
         pictures = images[shown] if everything or images.ndim == 4 else reduced(images[shown])
         self.pictures[label].append((batch["index"][shown], as_bytes(pictures)))
         if self.save_images == "png":
             kind = "gif" if images.ndim == 5 else "png"
-            for index, picture in zip((batch["index"] - HELD_OUT).tolist(), as_bytes(images).cpu(), strict=True):
+            for index, picture in zip(
+                (batch["index"] - HELD_OUT).tolist(), as_bytes(images).cpu(), strict=True
+            ):
                 file = self.folder / "images" / slug(label) / f"{index:06d}.{kind}"
                 write_atomically(file, encoded(picture.numpy()))
 
@@ -270,12 +321,17 @@ class EvaluateModule(L.LightningModule):
         records = []
         for label, steps in self.schedules.items():
             table = collective.gather(
-                torch.cat(self.values[label] or [torch.zeros(0, 3, dtype=torch.float64, device=self.device)])
+                torch.cat(
+                    self.values[label]
+                    or [torch.zeros(0, 3, dtype=torch.float64, device=self.device)]
+                )
             )
             # A distributed sampler may repeat samples to even out the ranks.
             index, first = np.unique(table[:, 0].cpu().numpy().astype(int), return_index=True)
             if len(index) == 0:
-                raise ValueError(f"{label} has per-sample schedules for none of the held-out samples; plan it again")
+                raise ValueError(
+                    f"{label} has per-sample schedules for none of the held-out samples; plan it again"
+                )
             value, ratio = table[:, 1:].cpu().numpy()[first].T
             records.append(
                 {
@@ -289,7 +345,9 @@ class EvaluateModule(L.LightningModule):
         for label, parts in self.pictures.items():
             template = self.pictures["teacher"][0]
             index = collective.gather(torch.cat([index for index, _ in parts] or [template[0][:0]]))
-            images = collective.gather(torch.cat([image for _, image in parts] or [template[1][:0]]))
+            images = collective.gather(
+                torch.cat([image for _, image in parts] or [template[1][:0]])
+            )
             first = np.unique(index.cpu().numpy(), return_index=True)[1]
             images = images.cpu().numpy()[first]
             if self.save_images == "npz":
@@ -341,7 +399,11 @@ class EvaluateModule(L.LightningModule):
         write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
 
 
-PARTS = ("extractor", "reference", "classifier")  # what constructors of metrics may take of conf/evaluation
+PARTS = (
+    "extractor",
+    "reference",
+    "classifier",
+)  # what constructors of metrics may take of conf/evaluation
 
 
 class Metrics:
@@ -352,19 +414,38 @@ class Metrics:
     Raises ValueError where a metric needs what this run does not have.
     """
 
-    def __init__(self, metric: DictConfig, evaluation: DictConfig, inputs: Collection[str], images: int | None = None):
+    def __init__(
+        self,
+        metric: DictConfig,
+        evaluation: DictConfig,
+        inputs: Collection[str],
+        images: int | None = None,
+    ):
         self.settings = metric
-        kinds: dict[str, Any] = {name: border.class_of(each, f"metric.{name}") for name, each in metric.items()}
+        kinds: dict[str, Any] = {
+            name: border.class_of(each, f"metric.{name}") for name, each in metric.items()
+        }
         self.parts_of = {
-            name: [part for part in PARTS if part in inspect.signature(kind).parameters] for name, kind in kinds.items()
+            name: [part for part in PARTS if part in inspect.signature(kind).parameters]
+            for name, kind in kinds.items()
         }
         for name, kind in kinds.items():
             if missing := [need for need in kind.needs if need not in inputs]:
-                raise ValueError(f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out")
+                raise ValueError(
+                    f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out"
+                )
 
         wanted = {part for parts in self.parts_of.values() for part in parts}
-        extractor = border.build(evaluation.extractor, "evaluation.extractor", nn.Module) if wanted else None
-        reference = border.build(evaluation.reference, "evaluation.reference") if "reference" in wanted else None
+        extractor = (
+            border.build(evaluation.extractor, "evaluation.extractor", nn.Module)
+            if wanted
+            else None
+        )
+        reference = (
+            border.build(evaluation.reference, "evaluation.reference")
+            if "reference" in wanted
+            else None
+        )
         if "classifier" in wanted and not hasattr(extractor, "logits"):
             name = next(name for name, parts in self.parts_of.items() if "classifier" in parts)
             raise ValueError(
@@ -372,7 +453,9 @@ class Metrics:
                 "classes; choose evaluation=fashion, or leave it out"
             )
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
-        self.extractor: Any = OmegaConf.to_container(evaluation.extractor, resolve=True) if wanted else None
+        self.extractor: Any = (
+            OmegaConf.to_container(evaluation.extractor, resolve=True) if wanted else None
+        )
         metrics = self()  # what is wrong shows before any work
         for name, each in metrics.named():
             if images is None:
@@ -388,7 +471,9 @@ class Metrics:
         frames = frames_of(images)
         for name, each in self().named():
             try:
-                each.update(frames, frames, torch.zeros(len(frames), dtype=torch.long), [""] * len(frames))
+                each.update(
+                    frames, frames, torch.zeros(len(frames), dtype=torch.long), [""] * len(frames)
+                )
             except ValueError as error:
                 raise ValueError(f"metric.{name}: {error}") from None
 
@@ -433,13 +518,19 @@ class MetricSet(nn.ModuleList):
         self.names = names
 
     def named(self) -> list[tuple[str, ImageMetric]]:
-        return [(name, each) for name, each in zip(self.names, self, strict=True) if isinstance(each, ImageMetric)]
+        return [
+            (name, each)
+            for name, each in zip(self.names, self, strict=True)
+            if isinstance(each, ImageMetric)
+        ]
 
     def reset(self) -> None:
         for _, metric in self.named():
             metric.reset()
 
-    def update(self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
+    def update(
+        self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
+    ) -> None:
         for _, metric in self.named():
             metric.update(images, teacher, labels, prompts)
 

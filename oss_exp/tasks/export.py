@@ -33,14 +33,18 @@ class Export(Task):
         exporter = self.exporter
         if self.workflow is not None:
             if not isinstance(exporter, ComfyUINodes):
-                raise ValueError("task.workflow is for exporter=comfyui_nodes, whose nodes its copy has")
+                raise ValueError(
+                    "task.workflow is for exporter=comfyui_nodes, whose nodes its copy has"
+                )
             exporter = replace(exporter, workflow=self.workflow)
         if self.exporter.folder and output.suffix == ".json":
             output = output.with_suffix("")
         elif not self.exporter.folder and output.suffix != ".json":
             raise ValueError(f"task.output must end in .json, got {output}")
         if output.resolve() == path.resolve():
-            raise ValueError(f"task.output and task.schedule are the same file {output}; choose another output")
+            raise ValueError(
+                f"task.output and task.schedule are the same file {output}; choose another output"
+            )
         advice = exporter.write(steps, output)
         heading = f"{output}: {steps.num_steps} steps for {type(self.exporter).__name__}"
         PlainConsole().print(f"{heading}\n{advice}", soft_wrap=True)

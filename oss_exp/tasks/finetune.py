@@ -32,7 +32,16 @@ from oss_exp.data.noise import TRAINING
 from oss_exp.escaping import PlainConsole
 from oss_exp.files import TABLE_LIMIT, load_record, write_atomically
 from oss_exp.models.network import Network, adaptive_norms
-from oss_exp.models.stages import BASE, DOWN, UP, FinetuneRecord, Staged, StageFolder, StageParameters, StageRecord
+from oss_exp.models.stages import (
+    BASE,
+    DOWN,
+    UP,
+    FinetuneRecord,
+    Staged,
+    StageFolder,
+    StageParameters,
+    StageRecord,
+)
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
@@ -74,19 +83,27 @@ class Finetune(TrainingTask):
 
     def __post_init__(self) -> None:
         if self.stage != "all" and self.stage >= self.num_stages:
-            raise ValueError(f"task.stage must be all, or a number from 0 to {self.num_stages - 1}, got {self.stage}")
+            raise ValueError(
+                f"task.stage must be all, or a number from 0 to {self.num_stages - 1}, got {self.stage}"
+            )
 
     def __call__(self, cfg: DictConfig) -> Logger | None:
         output = Path(self.output)
         if (self.objective == "diffusion") != ("images" in cfg):
-            wants = "takes no images" if "images" in cfg else "needs images: images=fashion_mnist_32, or other"
+            wants = (
+                "takes no images"
+                if "images" in cfg
+                else "needs images: images=fashion_mnist_32, or other"
+            )
             raise ValueError(f"task.objective={self.objective} {wants}")
         require_same(cfg, output, "stage", "output")
         asked = OmegaConf.to_yaml(cfg, resolve=True)
         images = load_images(cfg.images) if "images" in cfg else None
         run = Run(cfg)
         if not isinstance(run.setting.model, Network):
-            raise ValueError(f"task=finetune trains networks; model={run.setting.model.name} has no weights to train")
+            raise ValueError(
+                f"task=finetune trains networks; model={run.setting.model.name} has no weights to train"
+            )
         if self.trainable == "adaln" and not adaptive_norms(run.setting.model.backbone):
             raise ValueError(
                 f"task.trainable=adaln: model={run.setting.model.name} names no adaptive layer norms; choose full or "
@@ -95,11 +112,15 @@ class Finetune(TrainingTask):
         if images is not None:
             _check_images(images, run.setting.model, run.data.prompts)
         if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
-            raise ValueError(f"task.objective={self.objective} trains jumps of solver=euler; choose it, or diffusion")
+            raise ValueError(
+                f"task.objective={self.objective} trains jumps of solver=euler; choose it, or diffusion"
+            )
         steps = _schedule(self, run, output)
         stages = spans(steps.num_steps, self.num_stages)
         base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
-        folder = StageFolder(output, base, tuple(float(steps.times[span.start]) for span in stages[1:]))
+        folder = StageFolder(
+            output, base, tuple(float(steps.times[span.start]) for span in stages[1:])
+        )
         rank_zero_only(folder.save)()
         rank_zero_only(write_atomically)(output / "config.yaml", asked)
         logger = border.build(cfg.logger, "logger", Logger | None)
@@ -168,13 +189,22 @@ def _train(
 ) -> None:
     """Write the stage's file."""
     setting, span = run.setting, stages[stage]
-    network, clean = setting.model, 0.0 if span.stop == steps.num_steps else float(steps.times[span.stop])
+    network, clean = (
+        setting.model,
+        0.0 if span.stop == steps.num_steps else float(steps.times[span.stop]),
+    )
     if task.objective == "diffusion":
         noisy = float(steps.start_time if stage == 0 else steps.times[span.start])
-        examples = Examples(images, task.seed, task.label_dropout, Within(clean, noisy), task.batch_size)
+        examples = Examples(
+            images, task.seed, task.label_dropout, Within(clean, noisy), task.batch_size
+        )
         loss = partial(_diffusion_loss, network)
     else:
-        states = States(folder.path / "states", run.data.noises(TRAINING, task.trajectories), run.data.batch_size)
+        states = States(
+            folder.path / "states",
+            run.data.noises(TRAINING, task.trajectories),
+            run.data.batch_size,
+        )
         states.make("teacher", network, partial(teacher_states, setting, steps), run.trainer)
         progressive, start = task.objective == "progressive", None
         for before in range(stage if progressive else 0):
@@ -189,8 +219,17 @@ def _train(
     torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
     with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
-        module = StageModule(network, parameters, loss, examples, checkpoint=last, **task.settings())
-        trainer = fit(run.cfg, task, module, logger, last if last.is_file() else None, precision=task.precision)
+        module = StageModule(
+            network, parameters, loss, examples, checkpoint=last, **task.settings()
+        )
+        trainer = fit(
+            run.cfg,
+            task,
+            module,
+            logger,
+            last if last.is_file() else None,
+            precision=task.precision,
+        )
     if rank_zero_only.rank == 0:
         # What a spawned process did is there alone.
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
@@ -203,8 +242,12 @@ def _train(
             "parameters": sum(each.numel() for each in average),
             "training": {"steps": task.max_steps, **checkpoint["progress"]},
         }
-        better = record["training"]["loss_after"] < record["training"]["loss_before"]  # else it stays as it was
-        folder.save_stage(stage, dict(zip(parameters, average, strict=True)) if better else {}, record)
+        better = (
+            record["training"]["loss_after"] < record["training"]["loss_before"]
+        )  # else it stays as it was
+        folder.save_stage(
+            stage, dict(zip(parameters, average, strict=True)) if better else {}, record
+        )
     trainer.strategy.barrier("the stage is on disk")
 
 
@@ -283,7 +326,9 @@ class StageModule(Training):
         super().__init__(examples, **training)
         self.model, self.find_loss, self.strict_loading = network, loss, False
         self.trained = list(parameters.values())
-        self.average = nn.ParameterList(nn.Parameter(each.detach().clone(), False) for each in self.trained)
+        self.average = nn.ParameterList(
+            nn.Parameter(each.detach().clone(), False) for each in self.trained
+        )
         self.checked: dict[str, float] = {}  # the loss of the first examples before and after
         self.peak_bytes = 0
 
@@ -314,7 +359,9 @@ class StageModule(Training):
         losses = []
         for batch in batches:
             items = default_collate([self.examples[i] for i in batch.tolist()])
-            losses.append(float(self.loss(self.trainer.strategy.batch_to_device(items))) * len(batch))
+            losses.append(
+                float(self.loss(self.trainer.strategy.batch_to_device(items))) * len(batch)
+            )
         self._swap()
         return sum(losses) / CHECKED
 
@@ -329,11 +376,15 @@ class StageModule(Training):
         super().on_save_checkpoint(checkpoint)
         own = {id(parameter) for parameter in (*self.trained, *self.average)}
         kept = {name for name, parameter in self.named_parameters() if id(parameter) in own}
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if key in kept
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.checked = {key: value for key, value in checkpoint["progress"].items() if key.startswith("loss_")}
+        self.checked = {
+            key: value for key, value in checkpoint["progress"].items() if key.startswith("loss_")
+        }
         self.peak_bytes = checkpoint["progress"]["peak_bytes"]
 
 
@@ -341,9 +392,15 @@ def _report(folder: StageFolder, run_folder: Path) -> None:
     """finetune.json: all that is known of the stages that are there."""
     files = [folder.file(stage).with_suffix(".json") for stage in range(len(folder))]
     made = [file for file in files if file.is_file()]
-    stages = [load_record(file, StageRecord, "record of a stage", limit=TABLE_LIMIT) for file in made]
+    stages = [
+        load_record(file, StageRecord, "record of a stage", limit=TABLE_LIMIT) for file in made
+    ]
     record = FinetuneRecord(**folder.base, stages=stages)
     write_atomically(run_folder / "finetune.json", record.model_dump_json() + "\n")
     missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
-    told = f"still to train: stages {', '.join(missing)}" if missing else f"run it with stages={folder.path}"
+    told = (
+        f"still to train: stages {', '.join(missing)}"
+        if missing
+        else f"run it with stages={folder.path}"
+    )
     PlainConsole().print(f"{folder.path}: {told}", soft_wrap=True)

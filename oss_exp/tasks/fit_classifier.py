@@ -49,12 +49,18 @@ class FitClassifier(Task):
         data_hash = hashlib.sha256()
         for tensor in (images, labels, test_images, test_labels):
             data_hash.update(tensor.numpy().tobytes())
-        data = {"train_images": len(images), "test_images": len(test_images), "sha256": data_hash.hexdigest()}
+        data = {
+            "train_images": len(images),
+            "test_images": len(test_images),
+            "sha256": data_hash.hexdigest(),
+        }
         found = {"test_accuracy": test_accuracy, "data": data}
         output = Path(self.output)
         save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
         size = output.stat().st_size / 1e6
-        PlainConsole().print(f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True)
+        PlainConsole().print(
+            f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True
+        )
 
 
 def pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -67,9 +73,15 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitCla
     network.train().to(memory_format=torch.channels_last)
     steps = task.epochs * math.ceil(len(images) / task.batch_size)
     optimizer = torch.optim.SGD(
-        network.parameters(), task.learning_rate, momentum=0.9, nesterov=True, weight_decay=task.weight_decay
+        network.parameters(),
+        task.learning_rate,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=task.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, steps, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, task.learning_rate, steps, cycle_momentum=False
+    )
     progress, bar = loss_bar(steps)
     with progress:
         for epoch in range(task.epochs):
@@ -83,7 +95,9 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitCla
                 schedule.step()
                 progress.update(bar, advance=1, loss=loss.item())
             if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower task.learning_rate")
+                raise ValueError(
+                    f"the loss is {loss.item()} in epoch {epoch + 1}; lower task.learning_rate"
+                )
 
 
 def augment(images: Tensor, shift: int, erase: int) -> Tensor:
@@ -96,7 +110,9 @@ def augment(images: Tensor, shift: int, erase: int) -> Tensor:
     # Shift: a window of the image in a wider black frame.
     corner = torch.randint(0, 2 * shift + 1, (count, 2, 1))
     rows, columns = (places + corner).unbind(1)  # (B, S) each
-    moved = F.pad(images, [shift] * 4)[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]]
+    moved = F.pad(images, [shift] * 4)[
+        torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]
+    ]
     # Erase.
     rows, columns = (places - torch.randint(1 - erase, size, (count, 2, 1))).unbind(1)
     inside = [(offset >= 0) & (offset < erase) for offset in (rows, columns)]

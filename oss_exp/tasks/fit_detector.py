@@ -38,11 +38,15 @@ class FitDetector(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         if border.class_of(cfg.images, "images") is not FashionScenes:
-            raise ValueError("task=fit_detector draws scenes of its own from images=fashion_scenes; leave others out")
+            raise ValueError(
+                "task=fit_detector draws scenes of its own from images=fashion_scenes; leave others out"
+            )
         require_both_splits(cfg.images)
         root, download = cfg.images.root, cfg.images.get("download", False)
         splits: tuple[Split, Split] = ("train", "test")
-        train_set, test_set = (Wardrobe(*fashion_mnist(root, split, SIDE, download)) for split in splits)
+        train_set, test_set = (
+            Wardrobe(*fashion_mnist(root, split, SIDE, download)) for split in splits
+        )
         torch.manual_seed(self.seed)
         network = FashionDetector()
         started = time.perf_counter()
@@ -50,11 +54,15 @@ class FitDetector(Task):
         seconds = time.perf_counter() - started
         network.eval()
         right = ceiling(network, test_set, seed=1)
-        found = {"right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()}}
+        found = {
+            "right_on_test_scenes": {name: round(share.mean, 4) for name, share in right.items()}
+        }
         output = Path(self.output)
         save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
         shares = ", ".join(f"{name} {share.mean:.1%}" for name, share in right.items())
-        PlainConsole().print(f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True)
+        PlainConsole().print(
+            f"{output}: {output.stat().st_size / 1e6:.2f} MB; {shares}", soft_wrap=True
+        )
 
 
 class AnyScenes(Dataset):
@@ -76,7 +84,9 @@ def train(network: FashionDetector, scenes: AnyScenes, task: FitDetector) -> Non
     """Once through the scenes, in float32."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, task.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, task.learning_rate, task.steps, pct_start=0.1
+    )
     progress, bar = loss_bar(task.steps)
     with progress:
         for batch in DataLoader(scenes, task.batch_size):
@@ -93,7 +103,9 @@ def train(network: FashionDetector, scenes: AnyScenes, task: FitDetector) -> Non
 def ceiling(network: FashionDetector, wardrobe: Wardrobe, seed: int) -> dict[str, Interval]:
     """GenEval's scores of scenes that show exactly what was wished: what the detector lets a perfect model have."""
     wished = listed(seed)
-    drawn = [wardrobe.scene(wish, np.random.default_rng((seed, i)))[0] for i, wish in enumerate(wished)]
+    drawn = [
+        wardrobe.scene(wish, np.random.default_rng((seed, i)))[0] for i, wish in enumerate(wished)
+    ]
     images = torch.stack(drawn)
     seen = [objects for batch in images.split(64) for objects in network.detect(batch)]
     verdicts = [look(network, *each) for each in zip(images, seen, wished, strict=True)]

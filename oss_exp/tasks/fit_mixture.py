@@ -33,7 +33,9 @@ class FitMixture(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         images, labels = labelled_images(cfg.images)
-        settings = {key: getattr(self, key) for key in ("clusters", "rank", "floor", "seed", "iterations")}
+        settings = {
+            key: getattr(self, key) for key in ("clusters", "rank", "floor", "seed", "iterations")
+        }
         with Progress(console=PlainConsole(stderr=True)) as progress:
             bar = progress.add_task("fitting classes", total=None)
             tensors = fit(

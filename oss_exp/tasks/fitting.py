@@ -41,7 +41,9 @@ def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Pro
     return progress, progress.add_task("", total=total, completed=completed, loss=math.nan)
 
 
-def provenance(task: Task, network: nn.Module, seconds: float, found: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(
+    task: Task, network: nn.Module, seconds: float, found: Mapping[str, Any]
+) -> dict[str, Any]:
     """Of a network that was trained here for so long: the command, its settings, and what was found."""
     return {
         "name": Path(task.output).stem,
@@ -59,9 +61,14 @@ def labelled_images(images: DictConfig, **split: Split) -> tuple[Tensor, Tensor]
     """Return all images (n, C, H, W) of a configuration of conf/images and their labels (n,), in memory."""
     items = border.build(images, "images", **split)
     if isinstance(items, ImageFolder):
-        items = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items.samples])
+        items = (
+            torch.stack([image for image, _ in items]),
+            torch.tensor([label for _, label in items.samples]),
+        )
     if not isinstance(items, tuple):
-        raise ValueError("images has captions, and what is fitted here are classes; choose other images")
+        raise ValueError(
+            "images has captions, and what is fitted here are classes; choose other images"
+        )
     if NO_CLASS in items[1]:
         raise ValueError("images has no classes to fit; give images in a folder for each class")
     return items
@@ -70,10 +77,18 @@ def labelled_images(images: DictConfig, **split: Split) -> tuple[Tensor, Tensor]
 def require_both_splits(images: DictConfig) -> None:
     """Raise ValueError where images have no splits, or one was chosen: the task reads both train and test."""
     if "split" not in border.parameters_of(border.class_of(images, "images")).kinds:
-        raise ValueError("images must have a train and a test split; choose images=fashion_mnist_32 or such")
+        raise ValueError(
+            "images must have a train and a test split; choose images=fashion_mnist_32 or such"
+        )
     if images.get("split", "train") != "train":
-        raise ValueError(f"images.split={images.split} does nothing here: train and test are read; leave it out")
+        raise ValueError(
+            f"images.split={images.split} does nothing here: train and test are read; leave it out"
+        )
 
 
 def versions() -> dict[str, str]:
-    return {"oss_exp": oss_exp.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "oss_exp": oss_exp.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -50,7 +50,9 @@ class GenEval(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         if "prompts" not in cfg.data:
-            raise ValueError("GenEval needs a model of prompts: set data=prompts data.prompts=FILE.jsonl")
+            raise ValueError(
+                "GenEval needs a model of prompts: set data=prompts data.prompts=FILE.jsonl"
+            )
         wanted = read_metadata(find_asset(cfg.data.prompts, "prompts"))
         run, count = Run(cfg), self.images_per_prompt
         if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
@@ -59,10 +61,19 @@ class GenEval(Task):
             )
         plan(run)
         files = [run.file(name, k) for name in run.strategies for k in run.num_steps]
-        schedules = {"teacher": run.setting.teacher} | {file.stem: StepSchedule.load(file) for file in files}
+        schedules = {"teacher": run.setting.teacher} | {
+            file.stem: StepSchedule.load(file) for file in files
+        }
 
         batches = torch.arange(len(wanted) * count).split(cfg.data.batch_size)
-        maker = Maker(run.setting, schedules, run.folder, [batch.tolist() for batch in batches], cfg.data.seed, count)
+        maker = Maker(
+            run.setting,
+            schedules,
+            run.folder,
+            [batch.tolist() for batch in batches],
+            cfg.data.seed,
+            count,
+        )
         judge = Judge(self.detector, list(schedules), run.folder, maker.batches, wanted, count)
         for module in (maker, judge):  # what is missing is known when the one before has ended
             loaders = [DataLoader(missing, batch_size=None) for missing in module.missing()]
@@ -79,7 +90,11 @@ class GenEval(Task):
             }
             for label, steps in schedules.items()
         ]
-        about = {"detector": self.detector.fingerprint, "prompts": wanted, "images_per_prompt": count}
+        about = {
+            "detector": self.detector.fingerprint,
+            "prompts": wanted,
+            "images_per_prompt": count,
+        }
         record = {**run.about, **about, "rows": rows}
         rank_zero_only(write_atomically)(run.folder / "geneval.json", json.dumps(record) + "\n")
 
@@ -111,14 +126,25 @@ class Maker(L.LightningModule):
 
     def missing(self) -> list[Noises]:
         return [
-            Noises([batch for batch in self.batches if self._wanted(label, batch)], self.seed, self.count, self.model)
+            Noises(
+                [batch for batch in self.batches if self._wanted(label, batch)],
+                self.seed,
+                self.count,
+                self.model,
+            )
             for label in self.schedules
         ]
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def predict_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         label, steps = list(self.schedules.items())[dataloader_idx]
         numbers, noise = batch["numbers"].tolist(), self.setting.first_state(batch["noise"])
-        images = as_bytes(self.model.generate(self.setting.solver, steps, noise, batch["prompts"])).cpu().numpy()
+        images = (
+            as_bytes(self.model.generate(self.setting.solver, steps, noise, batch["prompts"]))
+            .cpu()
+            .numpy()
+        )
         wanted = self._wanted(label, numbers)
         for number, image in zip(numbers, images, strict=True):
             if number in wanted:
@@ -136,7 +162,9 @@ class Noises(Dataset):
 
     def __init__(self, batches: Sequence[Sequence[int]], seed: int, count: int, model: Model):
         self.batches, self.count = batches, count
-        self.noise = NoiseDataset(seed, FIRST, 1 + max(map(max, batches), default=0), model.event_shape, None)
+        self.noise = NoiseDataset(
+            seed, FIRST, 1 + max(map(max, batches), default=0), model.event_shape, None
+        )
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -174,15 +202,24 @@ class Judge(L.LightningModule):
 
     def missing(self) -> list[Pictures]:
         return [
-            Pictures([batch for batch in self.batches if not self._file(label, batch).is_file()], self.folder, label)
+            Pictures(
+                [batch for batch in self.batches if not self._file(label, batch).is_file()],
+                self.folder,
+                label,
+            )
             for label in self.labels
         ]
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def predict_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         numbers, images, lines = batch["numbers"].tolist(), batch["images"], []
         for number, image, seen in zip(numbers, images, self.detector.detect(images), strict=True):
             verdict = look(self.detector, image, seen, self.wanted[number // self.count])
-            objects = {name: [[round(each, 4) for each in box] for box in own] for name, own in verdict.objects.items()}
+            objects = {
+                name: [[round(each, 4) for each in box] for box in own]
+                for name, own in verdict.objects.items()
+            }
             lines.append({"number": number, "reasons": list(verdict.reasons), "objects": objects})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(self._file(self.labels[dataloader_idx], numbers), text)
@@ -194,7 +231,9 @@ class Judge(L.LightningModule):
         """Of all pictures of a schedule, in order."""
         files = [self._file(label, batch) for batch in self.batches]
         remedy = "remove it, and it is made again"
-        lines = [line for file in files for line in load_records(file, VerdictRecord, "verdicts", remedy)]
+        lines = [
+            line for file in files for line in load_records(file, VerdictRecord, "verdicts", remedy)
+        ]
         return [line.model_dump() for line in lines]
 
     def _file(self, label: str, numbers: Sequence[int]) -> Path:

@@ -31,7 +31,11 @@ Compute = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def jump_loss(
-    setting: Setting, steps: StepSchedule, span: range, progressive: bool, batch: Mapping[str, Tensor]
+    setting: Setting,
+    steps: StepSchedule,
+    span: range,
+    progressive: bool,
+    batch: Mapping[str, Tensor],
 ) -> Tensor:
     """Mean squared error of the states that jumps of `step` (B,) come to, against target (B, *E), () float32.
 
@@ -42,7 +46,11 @@ def jump_loss(
         with torch.no_grad():
             for earlier in range(span.start, int(step.max())):
                 rows = (step > earlier).nonzero()[:, 0]
-                x = x.index_copy(0, rows, jump(velocity.subset(rows), x[rows], steps, torch.full_like(rows, earlier)))
+                x = x.index_copy(
+                    0,
+                    rows,
+                    jump(velocity.subset(rows), x[rows], steps, torch.full_like(rows, earlier)),
+                )
     return F.mse_loss(jump(velocity, x, steps, step), batch["target"])
 
 
@@ -76,10 +84,14 @@ class States:
     def make(self, name: str, model: nn.Module, compute: Compute, trainer: L.Trainer) -> None:
         """What is missing of `compute`, of batches of noises with their conditions -> rows of each, with this model."""
         batches = torch.arange(len(self.noises)).split(self.size)
-        missing = [batch.tolist() for batch in batches if not self.file(name, int(batch[0])).is_file()]
+        missing = [
+            batch.tolist() for batch in batches if not self.file(name, int(batch[0])).is_file()
+        ]
         if missing:
             loader = DataLoader(Batches(self.noises, missing), batch_size=None)
-            trainer.predict(StateMaker(self, name, model, compute), loader, return_predictions=False)
+            trainer.predict(
+                StateMaker(self, name, model, compute), loader, return_predictions=False
+            )
 
 
 class Batches(Dataset):
@@ -117,7 +129,9 @@ def place(batch: Mapping[str, Tensor]) -> list[int]:
 
 
 @torch.no_grad()
-def teacher_states(setting: Setting, steps: StepSchedule, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def teacher_states(
+    setting: Setting, steps: StepSchedule, batch: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """states (B, K + 1, *E), the student's first and the teacher's at the later times of its schedule; and conditions.
 
     Times that are no nodes of the teacher's grid are further steps of it.
@@ -125,7 +139,9 @@ def teacher_states(setting: Setting, steps: StepSchedule, batch: Mapping[str, Te
     noise = setting.first_state(batch["noise"])
     times = torch.cat([setting.grid, steps.times]).unique().flip(0)
     path = walk(replace(setting.solver, calibration=None), setting.velocity(batch), noise, times)
-    states = [state.x for state, t in zip(path, times.tolist(), strict=True) if t in steps.times.tolist()]
+    states = [
+        state.x for state, t in zip(path, times.tolist(), strict=True) if t in steps.times.tolist()
+    ]
     states[0] = steps.initial_state(noise, setting.classes(batch))
     conditions = {key: batch[key] for key in ("label", "condition") if key in batch}
     return {"states": torch.stack(states, dim=1), **conditions}
@@ -136,7 +152,10 @@ def student_states(
     setting: Setting, states: States, start: str | None, times: Tensor, batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """x (B, *E): where Euler steps through `times` lead from states `start`, None: from a schedule's first."""
-    rows = [states.row("teacher", i)["states"][0] if start is None else states.row(start, i)["x"] for i in place(batch)]
+    rows = [
+        states.row("teacher", i)["states"][0] if start is None else states.row(start, i)["x"]
+        for i in place(batch)
+    ]
     path = walk(Euler(), setting.velocity(batch), torch.stack(rows).to(batch["noise"]), times)
     return {"x": list(path)[-1].x}
 
@@ -147,12 +166,22 @@ class Jumps(Dataset):
     x: the teacher's before the step; progressive: before the span, from states `start` or the schedule's first.
     """
 
-    def __init__(self, states: States, span: range, seed: int, progressive: bool, start: str | None):
-        self.states, self.span, self.seed, self.progressive, self.start = states, span, seed, progressive, start
+    def __init__(
+        self, states: States, span: range, seed: int, progressive: bool, start: str | None
+    ):
+        self.states, self.span, self.seed, self.progressive, self.start = (
+            states,
+            span,
+            seed,
+            progressive,
+            start,
+        )
 
     def __getitem__(self, i: int) -> dict[str, Tensor | int]:
         noise = shuffled(i, len(self.states.noises), self.seed, 0)
-        step = int(np.random.default_rng((self.seed, 1, i)).integers(self.span.start, self.span.stop))
+        step = int(
+            np.random.default_rng((self.seed, 1, i)).integers(self.span.start, self.span.stop)
+        )
         found = self.states.row("teacher", noise)
         path = found.pop("states")
         x = path[self.span.start if self.progressive else step]

@@ -12,7 +12,14 @@ from typing import Any
 
 from oss_exp.names import named_object, with_public_names
 
-FREE = ("trainer", "logger", "paths", "hydra", "keep_calls", "offload_states")  # what no result depends on
+FREE = (
+    "trainer",
+    "logger",
+    "paths",
+    "hydra",
+    "keep_calls",
+    "offload_states",
+)  # what no result depends on
 METRICS = ("fid", "kid", "precision_recall", "class_agreement", "lpips", "clip_score")
 PLAIN = (type(None), bool, int, float, str)
 
@@ -35,7 +42,10 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
 
     # Version 0.1 named the file of the shipped extractor, which is its default, and null for others, which have none.
     extractor = evaluation.get("extractor")
-    if isinstance(extractor, Mapping) and extractor.get("file") in (None, "fashion_features.safetensors"):
+    if isinstance(extractor, Mapping) and extractor.get("file") in (
+        None,
+        "fashion_features.safetensors",
+    ):
         extractor = {key: value for key, value in extractor.items() if key != "file"}
         values["evaluation"] = {**evaluation, "extractor": extractor}
 
@@ -56,7 +66,9 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     # Version 0.1 had no model.weights_set, which is null today.
     values = _spelled_out(values)
     if isinstance(values.get("model"), Mapping) and values["model"].get("weights_set") is None:
-        values["model"] = {key: value for key, value in values["model"].items() if key != "weights_set"}
+        values["model"] = {
+            key: value for key, value in values["model"].items() if key != "weights_set"
+        }
     return values
 
 
@@ -71,7 +83,10 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _spelled_out(value: Any) -> Any:
     """Add the default of every option that is not given, and write whole numbers in one way (1, not 1.0)."""
     if isinstance(value, Mapping):
-        return {key: _spelled_out(inner) for key, inner in {**_defaults(value.get("_target_")), **value}.items()}
+        return {
+            key: _spelled_out(inner)
+            for key, inner in {**_defaults(value.get("_target_")), **value}.items()
+        }
     if isinstance(value, list | tuple):
         return [_spelled_out(inner) for inner in value]
     if isinstance(value, float) and value.is_integer():

@@ -45,7 +45,9 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
 
     conf: the folder with a folder for each group. With folders of the user's own, Hydra itself says what is not there.
     """
-    chosen = dict(override.split("=", 1) for override in overrides if re.match(r"(model|task)=", override))
+    chosen = dict(
+        override.split("=", 1) for override in overrides if re.match(r"(model|task)=", override)
+    )
     file = conf / "model" / f"{chosen.get('model')}.yaml"
     pipeline = file.is_file() and "\npipeline: " in file.read_text()
     if pipeline and chosen.get("task") in ("convert", "pretrain"):
@@ -54,7 +56,9 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             "network of this package"
         )
     renamed = RENAMED | (OF_PIPELINES if pipeline else {})
-    own_folders = any(re.match(r"hydra\.searchpath=|--config-dir|-cd", override) for override in overrides)
+    own_folders = any(
+        re.match(r"hydra\.searchpath=|--config-dir|-cd", override) for override in overrides
+    )
     for override in overrides:
         for old, new in renamed.items():
             if match := re.fullmatch(old, override):
@@ -73,7 +77,9 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
         for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
             if option in options:
                 continue
-            homes = [f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))]
+            homes = [
+                f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))
+            ]
             advice = f"choose from {', '.join(sorted(options))}"
             if near := get_close_matches(option, options, n=3):
                 advice = f"did you mean {' or '.join(near)}? {advice[0].upper()}{advice[1:]}"
@@ -94,7 +100,9 @@ def _check_grammar(override: str, key: str, value: str, several: bool) -> None:
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        raise ValueError(f"{override} cannot be read as it is; quote its value: {command}") from None
+        raise ValueError(
+            f"{override} cannot be read as it is; quote its value: {command}"
+        ) from None
     if parsed.is_choice_sweep() and not several and not value.startswith("choice("):
         raise ValueError(
             f"{override} has several values; write a list, {quote(f'{key}=[{value}]')}, or text, {command}, or add "
@@ -102,7 +110,9 @@ def _check_grammar(override: str, key: str, value: str, several: bool) -> None:
         )
     folder = value.strip("\"'")
     if key.startswith("hydra.") and key.endswith(".dir") and folder.startswith("~/"):
-        raise ValueError(f"{override} would be a folder called ~; write {key}={os.path.expanduser(folder)}")
+        raise ValueError(
+            f"{override} would be a folder called ~; write {key}={os.path.expanduser(folder)}"
+        )
 
 
 def refuse_unread(cfg: DictConfig, conf: Path) -> None:
@@ -114,17 +124,26 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
         first = re.split(r"[.@]", key)[0]
         replaced = f"~{first}" in run.overrides.task
         if override.startswith("+") and not replaced and (key == first or first not in groups):
-            raise ValueError(f"{override} does nothing: task={task} does not read {first}; leave it out")
+            raise ValueError(
+                f"{override} does nothing: task={task} does not read {first}; leave it out"
+            )
 
     # What a scale sets of a task must be of this task.
     if scale:
         options = border.parameters_of(border.class_of(cfg.task, "task")).kinds
-        for name in OmegaConf.select(OmegaConf.load(conf / "scale" / f"{scale}.yaml"), "task") or ():
+        for name in (
+            OmegaConf.select(OmegaConf.load(conf / "scale" / f"{scale}.yaml"), "task") or ()
+        ):
             if name not in options:
-                raise ValueError(f"scale={scale} sets task.{name}, which task={task} does not read; leave it out")
+                raise ValueError(
+                    f"scale={scale} sets task.{name}, which task={task} does not read; leave it out"
+                )
 
     # A group that the task reads is among the choices, or several options were chosen, each of which makes an object.
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
-        if any(not isinstance(entry, DictConfig) or "_target_" not in entry for entry in cfg[name].values()):
+        if any(
+            not isinstance(entry, DictConfig) or "_target_" not in entry
+            for entry in cfg[name].values()
+        ):
             setter = f"scale={scale}" if scale else "what sets it"
             raise ValueError(f"task={task} does not read {name}; leave out {setter}")

@@ -49,7 +49,11 @@ class _Watch:
         """Say once what ended the run, and how it goes on."""
         if self.said.acquire(blocking=False) and rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
             assert self.received is not None
-            how = "interrupted" if self.received is Signals.SIGINT else f"ended by {self.received.name}"
+            how = (
+                "interrupted"
+                if self.received is Signals.SIGINT
+                else f"ended by {self.received.name}"
+            )
             print(f"\noss-exp: {how}; {self.advice}", file=sys.stderr, flush=True)
 
     def guard(self, pipe: int) -> None:
@@ -150,7 +154,9 @@ def _forget() -> None:
         _watch = None
         signal.set_wakeup_fd(-1)
         for number in CODES:
-            signal.signal(number, signal.default_int_handler if number == Signals.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == Signals.SIGINT else signal.SIG_DFL
+            )
 
 
 if hasattr(os, "register_at_fork"):

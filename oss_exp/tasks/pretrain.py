@@ -42,7 +42,15 @@ from oss_exp.tasks.training import Training, TrainingTask, fit, origin, shuffled
 
 SHOWN = 8  # samples of each class in a grid
 GRID_STEPS = 50  # Euler's, for each of them
-FREE = ("resume", "init_from", "max_steps", "save_every", "num_workers", "compile", "output")  # of a run that goes on
+FREE = (
+    "resume",
+    "init_from",
+    "max_steps",
+    "save_every",
+    "num_workers",
+    "compile",
+    "output",
+)  # of a run that goes on
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -94,7 +102,13 @@ class Examples(Dataset):
         t = self.times(torch.tensor(draw.uniform(1e-12, 1), dtype=torch.float64))
         dropped = draw.random() < self.label_dropout
         shared = np.random.default_rng((self.seed, 2, i // self.batch_size)).random()
-        return {"x0": x0, "noise": noise, "t": t, "label": NO_CLASS if dropped else int(label), "shared": shared}
+        return {
+            "x0": x0,
+            "noise": noise,
+            "t": t,
+            "label": NO_CLASS if dropped else int(label),
+            "shared": shared,
+        }
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -131,7 +145,9 @@ class PretrainModule(Training):
         return list(self.network.parameters()), list(self.model.backbone.parameters())
 
     def on_fit_start(self) -> None:
-        if self.seen == self.max_steps:  # all were taken in another folder, which alone has the results
+        if (
+            self.seen == self.max_steps
+        ):  # all were taken in another folder, which alone has the results
             self.on_save()
 
     def on_save(self) -> None:
@@ -142,8 +158,15 @@ class PretrainModule(Training):
         """(H, W, 3) bytes: a row of samples, or of a video's frames, for some conditions each, from the same noises."""
         shape, known = self.model.event_shape, self.model.num_conditions
         rows = min(max(known, 1), 10)
-        noise = torch.randn(1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0))
-        chosen = torch.linspace(0, known - 1, rows, device=self.device).round().long().repeat_interleave(len(noise))
+        noise = torch.randn(
+            1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0)
+        )
+        chosen = (
+            torch.linspace(0, known - 1, rows, device=self.device)
+            .round()
+            .long()
+            .repeat_interleave(len(noise))
+        )
         times = FlowSchedule(1.0).nodes(GRID_STEPS)
         steps = StepSchedule(times)
         noise = noise.to(self.device, self.dtype).repeat(rows, *[1] * len(shape))
@@ -153,13 +176,25 @@ class PretrainModule(Training):
 
     @rank_zero_only
     def _save(self, grid: np.ndarray) -> None:
-        picture = write_atomically(self.folder / "samples" / f"step_{self.seen:06d}.png", encoded(grid))
+        picture = write_atomically(
+            self.folder / "samples" / f"step_{self.seen:06d}.png", encoded(grid)
+        )
         if isinstance(self.logger, WandbLogger):
             self.logger.log_image("samples", [str(picture)])
-        write_atomically(self.folder / "training.json", json.dumps({**self.about, "losses": self.losses}) + "\n")
+        write_atomically(
+            self.folder / "training.json", json.dumps({**self.about, "losses": self.losses}) + "\n"
+        )
         weights = self.model.backbone.state_dict()
-        weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-        training = {"steps": self.seen, "of": self.max_steps, "loss": self.recent_loss(), "seconds": self.seconds}
+        weights = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in weights.items()
+        }
+        training = {
+            "steps": self.seen,
+            "of": self.max_steps,
+            "loss": self.recent_loss(),
+            "seconds": self.seconds,
+        }
         save_asset(self.output, weights, {**self.about, "training": training})
 
 
@@ -186,9 +221,13 @@ class Pretrain(TrainingTask):
     def __call__(self, cfg: DictConfig) -> Logger | None:
         kind, folder = border.class_of(cfg.model, "model"), Path(cfg.paths.output_dir)
         if not (isinstance(kind, type) and issubclass(kind, Network)):
-            raise ValueError(f"task=pretrain trains networks; {cfg.model._target_} has no weights to train")
+            raise ValueError(
+                f"task=pretrain trains networks; {cfg.model._target_} has no weights to train"
+            )
         if self.resume is not None and self.init_from is not None:
-            raise ValueError("task.resume goes on with weights of its own; leave out task.init_from")
+            raise ValueError(
+                "task.resume goes on with weights of its own; leave out task.init_from"
+            )
         last = folder / "checkpoints" / "last.ckpt"
         resume = last if last.is_file() else None
         if self.resume is not None:
@@ -200,7 +239,9 @@ class Pretrain(TrainingTask):
         model = _initial(cfg, images, self.init_from or UNTRAINED)
         require_fitting(images, model)
         examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
-        rank_zero_only(write_atomically)(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        rank_zero_only(write_atomically)(
+            folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True)
+        )
         module = PretrainModule(
             model,
             examples,
@@ -214,7 +255,10 @@ class Pretrain(TrainingTask):
         logger = border.build(cfg.logger, "logger", Logger | None)
         trainer = fit(cfg, self, module, logger, resume)
         if trainer.is_global_zero:
-            PlainConsole().print(f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}", soft_wrap=True)
+            PlainConsole().print(
+                f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}",
+                soft_wrap=True,
+            )
         return logger
 
 
@@ -227,10 +271,16 @@ def load_images(images: DictConfig) -> Dataset:
 def require_fitting(images: Dataset, model: Network) -> None:
     """ValueError where images have another shape than the model's, more classes, or none where it takes some."""
     if (found := tuple(images[0][0].shape)) != model.image_shape:
-        raise ValueError(f"images has items of shape {found}, model={model.name} takes {model.image_shape}")
+        raise ValueError(
+            f"images has items of shape {found}, model={model.name} takes {model.image_shape}"
+        )
     if model.num_classes is None or not isinstance(images, ImageFolder | TensorDataset):
         return
-    labels = images.tensors[1] if isinstance(images, TensorDataset) else [label for _, label in images.samples]
+    labels = (
+        images.tensors[1]
+        if isinstance(images, TensorDataset)
+        else [label for _, label in images.samples]
+    )
     classes = int(torch.as_tensor(labels).max()) + 1
     if classes > model.num_classes:
         raise ValueError(
@@ -249,7 +299,9 @@ def _initial(cfg: DictConfig, images: Dataset, checkpoint: str) -> Network:
     captions = getattr(images, "captions", None)
     if takes_prompts(cfg.model) != (captions is not None):
         wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
-        raise ValueError(f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images")
+        raise ValueError(
+            f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images"
+        )
     more = {} if captions is None else {"prompts": captions}
     return border.build(cfg.model, "model", Network, checkpoint=checkpoint, **more)
 
@@ -259,7 +311,9 @@ def _checkpoint(resume: str) -> Path:
     path = Path(resume)
     path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"task.resume: no checkpoint {path}; give the run folder of an earlier task=pretrain")
+        raise FileNotFoundError(
+            f"task.resume: no checkpoint {path}; give the run folder of an earlier task=pretrain"
+        )
     return path
 
 
@@ -267,7 +321,8 @@ def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
     return {
         "name": model.name,
         "seed": cfg.task.seed,
-        "init_from": cfg.task.init_from and {"file": Path(cfg.task.init_from).name, "sha256": model.fingerprint},
+        "init_from": cfg.task.init_from
+        and {"file": Path(cfg.task.init_from).name, "sha256": model.fingerprint},
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "data": {"images": len(images), "sha256": _fingerprint(images)},
         **origin(),

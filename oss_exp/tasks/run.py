@@ -55,16 +55,24 @@ class Run:
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data = self.noises()
         for strategy in self.strategies.values():
-            strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)  # refuses a band that does not fit
+            strategy.network_calls(
+                cfg.num_teacher_steps, self.num_steps, 0
+            )  # refuses a band that does not fit
         self.about = describe(self.setting, self.config)
         try:
-            self.trainer: L.Trainer = border.build(cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder)
+            self.trainer: L.Trainer = border.build(
+                cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder
+            )
         except ValueError as error:
-            raise ValueError(f"{error}; choose one that this machine has, such as trainer=cpu") from error
+            raise ValueError(
+                f"{error}; choose one that this machine has, such as trainer=cpu"
+            ) from error
         self.trainer.callbacks.append(GroupEnd())  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it
         grid = json.dumps({"times": self.setting.grid.tolist()})
         rank_zero_only(write_atomically)(self.folder / "teacher.json", f"{grid}\n")
-        rank_zero_only(write_atomically)(self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        rank_zero_only(write_atomically)(
+            self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True)
+        )
 
     def noises(self, **changes: Any) -> NoiseData:
         """Return what `data` describes for this model, with some of its values changed."""
@@ -73,7 +81,12 @@ class Run:
     def noises_for(self, model: Model, **changes: Any) -> NoiseData:
         """Return what `data` describes for such a model, with some of its values changed."""
         return border.build(
-            self.cfg.data, "data", NoiseData, event_shape=model.event_shape, num_classes=model.num_classes, **changes
+            self.cfg.data,
+            "data",
+            NoiseData,
+            event_shape=model.event_shape,
+            num_classes=model.num_classes,
+            **changes,
         )
 
     def file(self, strategy: str, num_steps: int) -> Path:
@@ -87,7 +100,9 @@ def build_model(cfg: DictConfig) -> Model:
     return model if cfg.stages is None else Staged.load(model, cfg.stages)
 
 
-def build_setting(cfg: DictConfig, model: Model, strategies: Iterable[StepsizeStrategy] = ()) -> Setting:
+def build_setting(
+    cfg: DictConfig, model: Model, strategies: Iterable[StepsizeStrategy] = ()
+) -> Setting:
     """Return what a configuration makes of a model; the grid has the nodes that these strategies require."""
     schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
     return Setting(
@@ -112,4 +127,8 @@ def takes_prompts(model: DictConfig) -> bool:
 
 def prompts_for(cfg: DictConfig) -> dict[str, list[str]]:
     """Return the data's prompts as the argument of a model that takes prompts, which encodes them before it loads."""
-    return {"prompts": read_prompts(cfg.data.prompts)} if "prompts" in cfg.data and takes_prompts(cfg.model) else {}
+    return (
+        {"prompts": read_prompts(cfg.data.prompts)}
+        if "prompts" in cfg.data and takes_prompts(cfg.model)
+        else {}
+    )

@@ -80,23 +80,33 @@ class SearchModule(L.LightningModule):
         self.offload_states, self.keep_calls = offload_states, keep_calls
         self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def predict_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
         self.batches[dataloader_idx].append(batch)
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
         meter = CallCounter(show=rank_zero_only.rank == 0)
-        self.calls = Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
+        self.calls = (
+            Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
+        )
         with meter.progress:
             problems: dict[int, Problem] = {}
             taught: set[int] = set()
             for name, strategy in self.strategies.items():
                 loader = int(strategy.per_sample)
-                problem = problems[loader] = problems.get(loader) or self._problem(self.batches[loader], meter)
+                problem = problems[loader] = problems.get(loader) or self._problem(
+                    self.batches[loader], meter
+                )
                 # Times by hand need no teacher; a profile may need nothing else.
-                if loader not in taught and (self._calls(strategy, problem) or isinstance(strategy, Profile)):
+                if loader not in taught and (
+                    self._calls(strategy, problem) or isinstance(strategy, Profile)
+                ):
                     taught.add(loader)
-                    calls = problem.num_nodes * (problem.solver.evals_per_step + problem.distance.calls)
+                    calls = problem.num_nodes * (
+                        problem.solver.evals_per_step + problem.distance.calls
+                    )
                     with self._measured("teacher", calls, problem, meter, f"teacher_{loader}"):
                         problem.teacher.run()  # once, for all strategies
                 self._plan(name, strategy, problem, meter)
@@ -105,7 +115,9 @@ class SearchModule(L.LightningModule):
             self.calls.forget()
 
     @contextmanager
-    def _measured(self, name: str, calls: int, problem: Problem, meter: CallCounter, file: str) -> Iterator[None]:
+    def _measured(
+        self, name: str, calls: int, problem: Problem, meter: CallCounter, file: str
+    ) -> Iterator[None]:
         """A piece of planning, its calls (so many expected a sample) counted, shown and kept."""
         size = calls * problem.noise.numel() * problem.noise.element_size()
         kept = nullcontext() if self.calls is None else self.calls.of(file, size)
@@ -114,11 +126,16 @@ class SearchModule(L.LightningModule):
 
     def _problem(self, batches: list[dict[str, Tensor]], meter: CallCounter) -> Problem:
         if not batches:
-            raise ValueError("a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample")
+            raise ValueError(
+                "a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample"
+            )
         batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
         velocity = self.setting.velocity(batch)
         if self.offload_states:
-            velocity, batch = velocity.offloaded(self.device), {key: each.cpu() for key, each in batch.items()}
+            velocity, batch = (
+                velocity.offloaded(self.device),
+                {key: each.cpu() for key, each in batch.items()},
+            )
         classes = self.setting.classes(batch)
         if self.calls is not None:
             velocity = self.calls.kept(velocity)
@@ -135,9 +152,13 @@ class SearchModule(L.LightningModule):
         )
 
     def _calls(self, strategy: StepsizeStrategy, problem: Problem) -> int:
-        return strategy.network_calls(problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance))
+        return strategy.network_calls(
+            problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance)
+        )
 
-    def _plan(self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: CallCounter) -> None:
+    def _plan(
+        self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: CallCounter
+    ) -> None:
         with self._measured(name, self._calls(strategy, problem), problem, meter, name):
             plans = strategy.plan(problem, self.num_steps)
         counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
@@ -146,7 +167,11 @@ class SearchModule(L.LightningModule):
             made = {
                 **self.provenance,
                 "native": self.model.native(plan.times),
-                "strategy": {"name": name, "baseline": strategy.baseline, **self.strategy_configs[name]},
+                "strategy": {
+                    "name": name,
+                    "baseline": strategy.baseline,
+                    **self.strategy_configs[name],
+                },
                 "planning": {**meter.cost(self.num_steps, samples, rows), **plan.about("planning")},
             }
             rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")

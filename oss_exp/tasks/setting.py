@@ -48,7 +48,11 @@ def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
     """The provenance that all schedules of a run share; `config` is the resolved run configuration."""
     data = config["data"]
     return provenance(
-        model={**model_record(setting.model), "classes": data.get("classes"), "prompts": data.get("prompts")},
+        model={
+            **model_record(setting.model),
+            "classes": data.get("classes"),
+            "prompts": data.get("prompts"),
+        },
         teacher={"noise_schedule": config["noise_schedule"], "num_steps": len(setting.grid) - 1},
         solver=config["solver"],
         distance=config["distance"],

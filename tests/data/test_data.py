@@ -34,11 +34,16 @@ def noise_data(**changes) -> NoiseData:
 
 
 def items(loader):
-    return {int(i): n for batch in loader for i, n in zip(batch["index"], batch["noise"], strict=True)}
+    return {
+        int(i): n for batch in loader for i, n in zip(batch["index"], batch["noise"], strict=True)
+    }
 
 
 def test_a_sample_depends_on_seed_and_index_alone():
-    few, many = items(noise_data(batch_size=1).test_dataloader()), items(noise_data(eval_samples=9).test_dataloader())
+    few, many = (
+        items(noise_data(batch_size=1).test_dataloader()),
+        items(noise_data(eval_samples=9).test_dataloader()),
+    )
     assert all(many[i].equal(noise) for i, noise in few.items())
     other = items(noise_data(seed=8).test_dataloader())
     assert not any(other[i].equal(noise) for i, noise in few.items())
@@ -129,7 +134,9 @@ def test_latents_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; it holds"):
         cached_latents(str(path))
     save_file({"latents": torch.zeros(5, 4, 2, 2), "labels": torch.zeros(4)}, path)
-    with pytest.raises(ValueError, match=r"has labels \(4,\), latents|has latents \(5, 4, 2, 2\), labels"):
+    with pytest.raises(
+        ValueError, match=r"has labels \(4,\), latents|has latents \(5, 4, 2, 2\), labels"
+    ):
         cached_latents(str(path))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is truncated"):
@@ -144,7 +151,11 @@ def test_fashion_mnist_grows_a_black_frame_and_has_a_test_split(tmp_path):
     assert len(labels) == 2
     assert (images[:, :, 2:-2, 2:-2] == 1).all()
     assert images.sum() == 2 * (784 - (1024 - 784))
-    for size, words in ((26, "size must be from 28 to 1024"), (31, "size must be an even number"), (10**9, "size")):
+    for size, words in (
+        (26, "size must be from 28 to 1024"),
+        (31, "size must be an even number"),
+        (10**9, "size"),
+    ):
         with pytest.raises(ValueError, match=words):
             fashion_mnist(str(tmp_path), size=size)
     with pytest.raises(ValueError, match="split must be one of train, test"):
@@ -163,7 +174,9 @@ def mirror(tmp_path, monkeypatch):
     folder = tmp_path / "mirror"
     for prefix, count in (("train", 3), ("t10k", 2)):
         write_fashion(folder, np.full((count, 28, 28), 255), [1] * count, prefix, zipped=True)
-    sums = [(file.name, hashlib.md5(file.read_bytes()).hexdigest()) for file in sorted(folder.iterdir())]
+    sums = [
+        (file.name, hashlib.md5(file.read_bytes()).hexdigest()) for file in sorted(folder.iterdir())
+    ]
     server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
     monkeypatch.setattr(FashionMNIST, "resources", sums)
@@ -173,30 +186,45 @@ def mirror(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_fashion_mnist_is_downloaded_where_it_is_missing_and_asked_for(tmp_path, mirror, monkeypatch):
+def test_fashion_mnist_is_downloaded_where_it_is_missing_and_asked_for(
+    tmp_path, mirror, monkeypatch
+):
     root = tmp_path / "data"
-    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte.* with images\.download=true"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no train-images-idx3-ubyte.* with images\.download=true"
+    ):
         fashion_mnist(root)
     assert fashion_mnist(root, download=True)[0].shape == (3, 1, 28, 28)
     assert fashion_mnist(root, "test")[1].tolist() == [1, 1]  # now it is there
     monkeypatch.setattr(FashionMNIST, "mirrors", [])
     assert len(ColouredFashion(root, download=True)) == 3 * 8
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"Fashion-MNIST could not be downloaded into .*file.*: .*; set images\.root"):
+    with pytest.raises(
+        ValueError,
+        match=r"Fashion-MNIST could not be downloaded into .*file.*: .*; set images\.root",
+    ):
         fashion_mnist(tmp_path / "file", download=True)
 
 
 def test_no_more_is_unpacked_than_a_header_says(tmp_path):
     write_fashion(tmp_path, np.zeros((3, 28, 28)), [0] * 3)
-    for count, words in ((2**31 - 1, "no IDX file"), (0, "no IDX file"), (2, "not the 2 items of its header")):
+    for count, words in (
+        (2**31 - 1, "no IDX file"),
+        (0, "no IDX file"),
+        (2, "not the 2 items of its header"),
+    ):
         data = struct.pack(">4i", 2051, count, 28, 28) + bytes(1 << 20)
         (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(data))
         (tmp_path / "train-images-idx3-ubyte").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte\.gz .*{words}"):
             fashion_mnist(tmp_path)
     write_fashion(tmp_path, np.zeros((3, 28, 28)), [0] * 3)
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes((tmp_path / "train-images-idx3-ubyte").read_bytes())
-    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is truncated or no IDX file of labels"):
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(
+        (tmp_path / "train-images-idx3-ubyte").read_bytes()
+    )
+    with pytest.raises(
+        ValueError, match="train-labels-idx1-ubyte is truncated or no IDX file of labels"
+    ):
         fashion_mnist(tmp_path)
 
 
@@ -204,5 +232,7 @@ def test_labels_of_latents_are_classes(tmp_path):
     path = tmp_path / "l.safetensors"
     for labels in (torch.tensor([-2, 0]), torch.tensor([0.5, 1.0])):
         save_file({"latents": torch.zeros(2, 4, 2, 2), "labels": labels}, path)
-        with pytest.raises(ValueError, match="labels must be whole numbers from 0 on, or -1 for no class"):
+        with pytest.raises(
+            ValueError, match="labels must be whole numbers from 0 on, or -1 for no class"
+        ):
             cached_latents(path)

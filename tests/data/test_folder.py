@@ -22,13 +22,17 @@ def save(path, values=None, mode=None, **more):
     """A small image, grey unless `values` are others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.full((4, 4), 128, np.uint8) if values is None else values
-    Image.fromarray(array, mode).save(path, **more) if mode else Image.fromarray(array).save(path, **more)
+    Image.fromarray(array, mode).save(path, **more) if mode else Image.fromarray(array).save(
+        path, **more
+    )
     return path
 
 
 def labels(root) -> list[tuple[str, int]]:
     """(folder or file, label) of every image."""
-    return [(os.path.relpath(path, root), label) for path, label in image_folder(root, 4, 1).samples]
+    return [
+        (os.path.relpath(path, root), label) for path, label in image_folder(root, 4, 1).samples
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -67,12 +71,21 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(names, expected, tmp
 
 
 def test_what_systems_leave_in_folders_is_no_class_and_no_image(tmp_path):
-    for name in ("a/0.png", "b/deep/0.jpeg", ".ipynb_checkpoints/0.png", "__MACOSX/a/0.png", "b/.thumbs/0.png"):
+    for name in (
+        "a/0.png",
+        "b/deep/0.jpeg",
+        ".ipynb_checkpoints/0.png",
+        "__MACOSX/a/0.png",
+        "b/.thumbs/0.png",
+    ):
         save(tmp_path / name)
     for name in ("a/._0.png", "a/Thumbs.db", "a/captions.txt", ".DS_Store"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     os.symlink(tmp_path, tmp_path / "b" / "back")  # would be walked for ever
-    assert [each for each in labels(tmp_path) if "back" not in each[0]] == [("a/0.png", 0), ("b/deep/0.jpeg", 1)]
+    assert [each for each in labels(tmp_path) if "back" not in each[0]] == [
+        ("a/0.png", 0),
+        ("b/deep/0.jpeg", 1),
+    ]
 
 
 def test_a_class_without_images_keeps_its_number_and_is_named(tmp_path, caplog):
@@ -93,11 +106,15 @@ def test_images_without_folders_have_no_class(tmp_path):
     assert labels(tmp_path) == [("0.WEBP", NO_CLASS), ("1.png", NO_CLASS), ("2.tiff", NO_CLASS)]
 
 
-@pytest.mark.parametrize("names", [["train", "val"], ["Train"], ["training", "test", "annotations"]])
+@pytest.mark.parametrize(
+    "names", [["train", "val"], ["Train"], ["training", "test", "annotations"]]
+)
 def test_splits_are_no_classes(names, tmp_path):
     for name in names:
         save(tmp_path / name / "a" / "0.png")
-    with pytest.raises(ValueError, match=r"has the splits .* and no classes; choose one, as root=.*[tT]"):
+    with pytest.raises(
+        ValueError, match=r"has the splits .* and no classes; choose one, as root=.*[tT]"
+    ):
         image_folder(tmp_path)
     assert len(image_folder(tmp_path / names[0])) == 1
 
@@ -117,7 +134,9 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path):
         image_folder(tmp_path, background="red")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.heic").touch()
-    with pytest.raises(FileNotFoundError, match=r"has no images, neither .* \(other files: 1 \.heic\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no images, neither .* \(other files: 1 \.heic\)"
+    ):
         image_folder(tmp_path, 8, 3)
 
 
@@ -144,7 +163,9 @@ def test_a_ramp_runs_from_black_to_white_at_every_depth(name, values, channels, 
     torch.testing.assert_close(data[0][0], expected, rtol=0, atol=2 / 255)
 
 
-@pytest.mark.parametrize("values", [RAMP * 255, RAMP - 0.5, RAMP * np.nan], ids=["bytes", "negative", "nan"])
+@pytest.mark.parametrize(
+    "values", [RAMP * 255, RAMP - 0.5, RAMP * np.nan], ids=["bytes", "negative", "nan"]
+)
 def test_floats_of_another_range_are_refused(values, tmp_path):
     with pytest.raises(BrokenImage, match=r"x\.tif cannot be read: floats must be from 0 to 1"):
         read_image(save(tmp_path / "x.tif", values.astype(np.float32)), 1, "white")
@@ -210,7 +231,11 @@ def test_all_modes_are_read(mode, tmp_path):
 
 
 def cut(path):
-    path.write_bytes(save(path, np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).read_bytes()[:-200])
+    path.write_bytes(
+        save(path, np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).read_bytes()[
+            :-200
+        ]
+    )
 
 
 def huge(path):
@@ -218,7 +243,9 @@ def huge(path):
 
 
 def program(path):
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n(x) run\n")  # would be given to Ghostscript
+    path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n(x) run\n"
+    )  # would be given to Ghostscript
 
 
 @pytest.mark.parametrize(
@@ -231,8 +258,12 @@ def test_a_broken_image_is_one_line_with_its_name(make, tmp_path):
     ) as caught:
         next(iter(DataLoader(image_folder(tmp_path, 4, 1))))
     assert "\n" not in str(caught.value)
-    from_a_worker = ExceptionWrapper((type(caught.value), caught.value, caught.tb), "in DataLoader worker process 0")
-    with pytest.raises(BrokenImage) as again:  # as a loader raises it, with the worker's traceback in its text
+    from_a_worker = ExceptionWrapper(
+        (type(caught.value), caught.value, caught.tb), "in DataLoader worker process 0"
+    )
+    with pytest.raises(
+        BrokenImage
+    ) as again:  # as a loader raises it, with the worker's traceback in its text
         from_a_worker.reraise()
     assert "Traceback" in again.value.args[0]
     assert str(again.value) == str(caught.value)

@@ -8,7 +8,9 @@ from oss_exp.data.prompts import read_prompts
 
 
 def written(folder, name: str, content) -> str:
-    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    (folder / name).write_text(
+        content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+    )
     return str(folder / name)
 
 
@@ -58,7 +60,10 @@ def test_quotes_in_tables(tmp_path):
 
 
 def test_a_prompt_may_begin_with_brackets(tmp_path):
-    assert read_prompts(written(tmp_path, "p.txt", "{red|blue} cat\n[photo] dog")) == ["{red|blue} cat", "[photo] dog"]
+    assert read_prompts(written(tmp_path, "p.txt", "{red|blue} cat\n[photo] dog")) == [
+        "{red|blue} cat",
+        "[photo] dog",
+    ]
 
 
 def test_geneval_metadata(tmp_path):
@@ -71,7 +76,9 @@ def test_geneval_metadata(tmp_path):
 
 def test_the_first_caption_of_every_coco_image(tmp_path):
     rows = [(7, "a bear\n"), (3, "a bus"), (7, "another bear"), (1, "a kite"), (3, "a van")]
-    annotations = [{"image_id": image, "id": 100 - i, "caption": text} for i, (image, text) in enumerate(rows)]
+    annotations = [
+        {"image_id": image, "id": 100 - i, "caption": text} for i, (image, text) in enumerate(rows)
+    ]
     file = written(tmp_path, "p.json", {"images": [], "annotations": annotations})
     assert read_prompts(file) == ["a bear", "a bus", "a kite"]
 
@@ -99,7 +106,11 @@ def test_prompts_are_shipped():
         ("p.csv", "prompt,Prompt\na cat,a dog\n", "has 2 columns prompt in its first line; rename"),
         ("p.csv", "id,title\n1,a cat\n", r'has no column prompt or .* but \["id", "title"\]'),
         ("p.csv", "prompt,seed\n", "has 0 prompts"),
-        ("p.csv", "prompt,seed\na cat,1\na cat, a dog,2\n", "line 3 has 3 fields and the first line 2; put"),
+        (
+            "p.csv",
+            "prompt,seed\na cat,1\na cat, a dog,2\n",
+            "line 3 has 3 fields and the first line 2; put",
+        ),
         ("p.csv", 'prompt\n"a cat\n', "is no table: unexpected end of data"),
         ("p.tsv", "prompt\tseed\na cat\n", "line 2 has 1 fields"),
         ("p.txt", "a \x1b[31mcat", "has control characters in"),
@@ -126,5 +137,7 @@ def test_other_files(tmp_path):
                 read_prompts(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt is neither a path that exists nor a shipped file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere\.txt is neither a path that exists nor a shipped file"
+    ):
         read_prompts("nowhere.txt")

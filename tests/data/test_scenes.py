@@ -36,7 +36,10 @@ def test_a_scene_is_what_was_wished(task, wardrobe):
     for number in draw.permutation(len(WISHES[task]))[:40]:
         wish = WISHES[task][number]
         picture, objects = wardrobe.scene(wish, draw)
-        found = {name: [(*each.box, 0.99) for each in objects if each.garment == name] for name in GARMENTS}
+        found = {
+            name: [(*each.box, 0.99) for each in objects if each.garment == name]
+            for name in GARMENTS
+        }
         colours = {(*each.box, 0.99): each.colour for each in objects}
         verdict = judge(wish, found, lambda name, box, colours=colours: colours[box])
         assert verdict.correct, (wish["prompt"], verdict.reasons)
@@ -72,7 +75,11 @@ def test_the_list_has_genevals_numbers_and_is_what_is_shipped():
 
 
 def test_prompts_are_english_enough():
-    assert [plural(name) for name in ("dress", "trousers", "bag")] == ["dresses", "trousers", "bags"]
+    assert [plural(name) for name in ("dress", "trousers", "bag")] == [
+        "dresses",
+        "trousers",
+        "bags",
+    ]
     prompts = {task: [wish["prompt"] for wish in known] for task, known in WISHES.items()}
     assert "an orange boot and a red bag" in prompts["color_attr"]
     assert "four dresses" in prompts["counting"]
@@ -98,5 +105,7 @@ def test_items_are_functions_of_their_number(tmp_path):
 @pytest.mark.slow
 def test_the_shipped_detector_reads_scenes_of_garments_that_it_never_saw(garments):
     """30 garments of each kind; of the 1,000 of the whole test split, 77 % of the scenes are read right."""
-    found = ceiling(FashionDetector.from_asset(), Wardrobe(*fashion_mnist(garments, "test", SIDE)), seed=1)
+    found = ceiling(
+        FashionDetector.from_asset(), Wardrobe(*fashion_mnist(garments, "test", SIDE)), seed=1
+    )
     assert found["overall"].mean == pytest.approx(0.8317, abs=2e-3)

@@ -50,16 +50,33 @@ class Bytes(Dataset):
 
 
 def fidelity(one: torch.Tensor, other: torch.Tensor, **settings) -> dict[str, float]:
-    defaults = {"fid": True, "kid": True, "prc": True, "isc": True, "cuda": False, "save_cpu_ram": True, "cache": False}
-    inputs = {"input1": Bytes(one), "input2": Bytes(other), "feature_extractor": register(), "verbose": False}
-    return torch_fidelity.calculate_metrics(**inputs, **{**defaults, "kid_subset_size": len(one) // 2, **settings})
+    defaults = {
+        "fid": True,
+        "kid": True,
+        "prc": True,
+        "isc": True,
+        "cuda": False,
+        "save_cpu_ram": True,
+        "cache": False,
+    }
+    inputs = {
+        "input1": Bytes(one),
+        "input2": Bytes(other),
+        "feature_extractor": register(),
+        "verbose": False,
+    }
+    return torch_fidelity.calculate_metrics(
+        **inputs, **{**defaults, "kid_subset_size": len(one) // 2, **settings}
+    )
 
 
 def test_the_shipped_network_knows_the_test_split(network, clothes):
     found = accuracy(network, *clothes)
     record = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
     assert found == 0.93
-    assert found == pytest.approx(record["test_accuracy"], abs=0.03)  # two standard errors of 300 images
+    assert found == pytest.approx(
+        record["test_accuracy"], abs=0.03
+    )  # two standard errors of 300 images
 
 
 def test_the_shipped_network_is_small_frozen_and_says_who_it_is(network):
@@ -68,7 +85,12 @@ def test_the_shipped_network_is_small_frozen_and_says_who_it_is(network):
     assert not any(p.requires_grad for p in network.parameters())
     record = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
     assert (network.name, network.fingerprint) == ("fashion_features", record["sha256"])
-    assert (network.channels, network.size, network.num_features, network.num_classes) == (1, 32, 64, 10)
+    assert (network.channels, network.size, network.num_features, network.num_classes) == (
+        1,
+        32,
+        64,
+        10,
+    )
 
 
 def test_features_of_an_image_depend_on_it_alone_even_when_a_trainer_says_train(network):
@@ -115,9 +137,14 @@ def test_damaged_and_wrong_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match=r"classifier .* is damaged or was replaced"):
         FashionFeatures.from_asset(path)
-    with pytest.raises(ValueError, match=r"mixture_digits\.safetensors has not the layers of FashionFeatures"):
+    with pytest.raises(
+        ValueError, match=r"mixture_digits\.safetensors has not the layers of FashionFeatures"
+    ):
         FashionFeatures.from_asset("mixture_digits.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"neither a path that exists nor a shipped file \(.*fashion_features"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"neither a path that exists nor a shipped file \(.*fashion_features",
+    ):
         FashionFeatures.from_asset("no.safetensors")
 
 
@@ -132,7 +159,9 @@ def test_torchmetrics_and_torch_fidelity_agree_and_see_what_is_wrong(network, cl
         fid = FrechetInceptionDistance(feature=network, normalize=True, input_img_size=(1, 32, 32))
         fid.update(one, real=True)
         fid.update(wrong, real=False)
-        assert float(fid.compute()) == pytest.approx(metrics["frechet_inception_distance"], rel=1e-4)
+        assert float(fid.compute()) == pytest.approx(
+            metrics["frechet_inception_distance"], rel=1e-4
+        )
     fids, kids = (
         [found[name][key] for name in ("same", "blurred", "shoes")]
         for key in ("frechet_inception_distance", "kernel_inception_distance_mean")
@@ -152,7 +181,9 @@ def test_torch_fidelity_caches_by_the_weights(tmp_path, network):
 def test_torch_fidelity_takes_a_weights_path_and_no_other_precision(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"classifier no\.safetensors is neither"):
         fidelity(noise(8), noise(8), feature_extractor_weights_path="no.safetensors")
-    with pytest.raises(ValueError, match="runs in float32, got feature_extractor_internal_dtype='float64'"):
+    with pytest.raises(
+        ValueError, match="runs in float32, got feature_extractor_internal_dtype='float64'"
+    ):
         fidelity(noise(8), noise(8), feature_extractor_internal_dtype="float64")
 
 
@@ -183,14 +214,22 @@ def write_files(folder: Path, count: int) -> None:
 def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)
-    small = ["task=fit_classifier", f"images.root={tmp_path}", "task.batch_size=32", "task.output=small.safetensors"]
+    small = [
+        "task=fit_classifier",
+        f"images.root={tmp_path}",
+        "task.batch_size=32",
+        "task.output=small.safetensors",
+    ]
     run_cli(*small, "task.epochs=3")
     record = json.loads((tmp_path / "small.json").read_text())
     assert record["test_accuracy"] > 0.3  # three times what guessing gets
     assert record["made_by"] == " ".join(["oss-exp", *small, "task.epochs=3"])
     assert record["data"]["train_images"] == 320
     network = FashionFeatures.from_asset(tmp_path / "small.safetensors")
-    assert accuracy(network, *pixels(fashion_mnist(str(tmp_path), "test", 32))) == record["test_accuracy"]
+    assert (
+        accuracy(network, *pixels(fashion_mnist(str(tmp_path), "test", 32)))
+        == record["test_accuracy"]
+    )
     run_cli(*small, "task.epochs=3")
     assert json.loads((tmp_path / "small.json").read_text())["sha256"] == record["sha256"]
 
@@ -207,6 +246,12 @@ def test_wrong_settings_end_with_one_message(tmp_path, monkeypatch, capsys, sett
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        run_cli("task=fit_classifier", f"images.root={tmp_path}", "task.epochs=2", "task.batch_size=320", setting)
+        run_cli(
+            "task=fit_classifier",
+            f"images.root={tmp_path}",
+            "task.epochs=2",
+            "task.batch_size=320",
+            setting,
+        )
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "fashion_features.safetensors").exists()

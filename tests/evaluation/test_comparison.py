@@ -70,14 +70,20 @@ def test_a_better_baseline_of_another_budget_or_arena_is_no_rival(other):
 
 
 def test_lines_are_by_budget_then_best_first():
-    results = [result(name, {1: value}, nfe=nfe) for name, value, nfe in [("a", 1, 9), ("b", 2, 3), ("c", 3, 3)]]
+    results = [
+        result(name, {1: value}, nfe=nfe)
+        for name, value, nfe in [("a", 1, 9), ("b", 2, 3), ("c", 3, 3)]
+    ]
     assert [line.result.strategy for line in with_gains(results)] == ["c", "b", "a"]
 
 
 def test_the_markdown_table_has_a_row_for_every_result_and_a_run_column_for_several_runs():
     text = markdown(with_gains([OURS, DDIM, EDM]))
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == "| strategy | K | NFE | start | PSNR, dB | gain, dB | worst 1 % | spread | n | planning |"
+    assert (
+        table[0]
+        == "| strategy | K | NFE | start | PSNR, dB | gain, dB | worst 1 % | spread | n | planning |"
+    )
     assert table[2].startswith("| ours | 5 | 5 | pinned | 27.50 ± ")
     assert len(table) == 2 + 3
     several = markdown(with_gains([OURS, result("edm", {1: 20.0}, run="7")]))

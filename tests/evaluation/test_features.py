@@ -42,7 +42,9 @@ def test_inception_gives_2048_features_of_colour_and_grey_images(weights):
 
 
 def test_a_missing_file_is_named_with_where_to_get_it():
-    with pytest.raises(FileNotFoundError, match=r"no\.pth do not exist; get pt_inception-2015-12-05-6726825d\.pth"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no\.pth do not exist; get pt_inception-2015-12-05-6726825d\.pth"
+    ):
         InceptionV3("no.pth")
 
 
@@ -61,6 +63,8 @@ def test_a_search_by_inception_features_runs(weights, mixture, gmm):
             return ((x0 + 1) / 2).clamp(0, 1).reshape(-1, 1, 8, 8).float()
 
     distance = Inception(InceptionV3(weights)).bind(Pixels())
-    problem = Problem(mixture.velocity(None), gmm["z"][:2], FlowSchedule(1.0).nodes(4), Euler(), distance)
+    problem = Problem(
+        mixture.velocity(None), gmm["z"][:2], FlowSchedule(1.0).nodes(4), Euler(), distance
+    )
     steps = OSSShared("pinned", None, False, "mean").plan(problem, [2])[2]
     assert steps.num_steps == 2

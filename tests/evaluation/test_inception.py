@@ -15,7 +15,9 @@ from oss_exp.evaluation.metrics import LPIPS
 from oss_exp.evaluation.statistics import fingerprint
 from oss_exp.models.checkpoints.weights import file_sha256
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning"
+)  # of TorchScript
 UNITS = 94
 
 
@@ -65,7 +67,9 @@ def test_every_weight_of_the_script_has_its_place(script):
 @pytest.mark.slow
 def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path, monkeypatch):
     monkeypatch.setitem(features.KNOWN_PROGRAMS, file_sha256(script), "the script of this test")
-    torch.save(inception_from_torchscript(load_weights(script, "", ""), script), tmp_path / "inception.pth")
+    torch.save(
+        inception_from_torchscript(load_weights(script, "", ""), script), tmp_path / "inception.pth"
+    )
     one, other = InceptionV3(str(script)), InceptionV3(str(tmp_path / "inception.pth"))
     assert fingerprint(one) == fingerprint(other)
     one.train()
@@ -74,13 +78,20 @@ def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path,
 
 def test_other_networks_are_refused(tmp_path):
     few = write_script(tmp_path / "few.pt", count=3)
-    with pytest.raises(ValueError, match=r"few\.pt is TorchScript of another network.*get pt_inception.*default_1\.pt"):
+    with pytest.raises(
+        ValueError,
+        match=r"few\.pt is TorchScript of another network.*get pt_inception.*default_1\.pt",
+    ):
         InceptionV3(str(few), sha256=file_sha256(few))
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
-    with pytest.raises(ValueError, match=r"torchvision\.pth is not the Inception-V3 of the FID literature"):
+    with pytest.raises(
+        ValueError, match=r"torchvision\.pth is not the Inception-V3 of the FID literature"
+    ):
         InceptionV3(str(tmp_path / "torchvision.pth"))
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(ValueError, match=r"tensor\.pth cannot be read .*no weights by name.*get pt_inception"):
+    with pytest.raises(
+        ValueError, match=r"tensor\.pth cannot be read .*no weights by name.*get pt_inception"
+    ):
         InceptionV3(str(tmp_path / "tensor.pth"))
 
 
@@ -89,7 +100,9 @@ def test_other_networks_are_refused(tmp_path):
 def test_truncated_files_are_refused(script, tmp_path, keep):
     data = script.read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(ValueError, match=r"Inception weights .*cut\.pt cannot be read \(.*get pt_inception.* again"):
+    with pytest.raises(
+        ValueError, match=r"Inception weights .*cut\.pt cannot be read \(.*get pt_inception.* again"
+    ):
         InceptionV3(str(tmp_path / "cut.pt"))
 
 
@@ -109,9 +122,15 @@ def test_torchscript_that_is_not_known_is_not_opened(tmp_path):
     write_program(path, written)
     digest = file_sha256(path)
     for load in (lambda **sha: InceptionV3(path, **sha), lambda **sha: LPIPS(path, **sha)):
-        with pytest.raises(ValueError, match=rf"lpips\.pt is a TorchScript archive, a program .*set sha256={digest}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"lpips\.pt is a TorchScript archive, a program .*set sha256={digest}",
+        ):
             load()
-        with pytest.raises(ValueError, match=rf"lpips\.pt has the SHA-256 {digest}, and sha256=0{{64}} is asked for"):
+        with pytest.raises(
+            ValueError,
+            match=rf"lpips\.pt has the SHA-256 {digest}, and sha256=0{{64}} is asked for",
+        ):
             load(sha256="0" * 64)
     assert not written.exists()
     load_weights(path, "weights", "them", digest)
@@ -119,16 +138,22 @@ def test_torchscript_that_is_not_known_is_not_opened(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("OSS_EXP_INCEPTION" not in os.environ, reason="OSS_EXP_INCEPTION must point at default_1.pt")
+@pytest.mark.skipif(
+    "OSS_EXP_INCEPTION" not in os.environ, reason="OSS_EXP_INCEPTION must point at default_1.pt"
+)
 def test_the_real_weights_give_the_scripts_and_torch_fidelitys_features(tmp_path):
     path = os.environ["OSS_EXP_INCEPTION"]
     extractor = InceptionV3(path)
     generator = torch.Generator().manual_seed(0)
     large, small = (torch.rand(4, 3, size, size, generator=generator) for size in (299, 32))
     with torch.no_grad():
-        expected = torch.jit.load(path)(((large * 255).round() - 128) / 128)  # it neither rounds nor resizes
+        expected = torch.jit.load(path)(
+            ((large * 255).round() - 128) / 128
+        )  # it neither rounds nor resizes
     torch.testing.assert_close(extractor(large), expected, rtol=1e-4, atol=1e-5)
-    torch.save(inception_from_torchscript(load_weights(path, "", ""), path), tmp_path / "inception.pth")
+    torch.save(
+        inception_from_torchscript(load_weights(path, "", ""), path), tmp_path / "inception.pth"
+    )
     library = FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
     (expected,) = library((small * 255).round().byte())
     torch.testing.assert_close(extractor(small), expected, rtol=1e-4, atol=1e-5)

@@ -11,9 +11,21 @@ import torchvision
 from helpers import run_ranks
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.metric_fid import (
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
+)
+from torch_fidelity.metric_prc import (
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
@@ -76,15 +88,21 @@ def test_three_libraries_and_scipy_agree_on_fid(real):
     other.update(generated, real=False)
     statistics = [fid_features_to_statistics(x.flatten(1).double()) for x in (generated, truth)]
     (mu, sigma), (mu_real, sigma_real) = ((s["mu"], s["sigma"]) for s in statistics)
-    definition = ((mu - mu_real) ** 2).sum() + np.trace(sigma + sigma_real - 2 * sqrtm(sigma @ sigma_real).real)
+    definition = ((mu - mu_real) ** 2).sum() + np.trace(
+        sigma + sigma_real - 2 * sqrtm(sigma @ sigma_real).real
+    )
     assert found > 0.01
     assert found == pytest.approx(other.compute().item(), rel=1e-3)
-    assert found == pytest.approx(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID], rel=1e-3)
+    assert found == pytest.approx(
+        fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID], rel=1e-3
+    )
     assert found == pytest.approx(definition, rel=1e-6)
 
 
 def test_fid_of_images_with_themselves_is_zero(real):
-    assert measure(FID(Pixels(), real, None), images(60, seed=1))["fid"] == pytest.approx(0, abs=1e-7)
+    assert measure(FID(Pixels(), real, None), images(60, seed=1))["fid"] == pytest.approx(
+        0, abs=1e-7
+    )
 
 
 def test_fid_of_moved_and_scaled_gaussians_is_the_closed_form():
@@ -106,7 +124,9 @@ def test_batches_do_not_matter_and_a_metric_can_be_used_again(real):
 
 def test_a_wrong_number_of_images_is_an_error(real):
     metric = FID(Pixels(), real, 31)
-    with pytest.raises(ValueError, match=r"FID of 30 images where 31 are expected: .*number of images.*evaluate 31"):
+    with pytest.raises(
+        ValueError, match=r"FID of 30 images where 31 are expected: .*number of images.*evaluate 31"
+    ):
         measure(metric, images(30, seed=2))
     with pytest.raises(ValueError, match="KID of 30 images where 31 are expected"):
         measure(KID(Pixels(), real, 31), images(30, seed=2))
@@ -129,8 +149,15 @@ def test_kid_of_everything_is_torchmetrics(real):
 def test_kid_of_subsets_is_torch_fidelitys(real):
     generated = images(90, seed=2)
     found = measure(KID(Pixels(), real, 90, subsets=50, subset_size=30), generated)
-    options = {"kid_subsets": 50, "kid_subset_size": 30, "rng_seed": 1, "verbose": False}  # other subsets
-    other = kid_features_to_metric(generated.flatten(1), torch.from_numpy(real.features).float(), **options)
+    options = {
+        "kid_subsets": 50,
+        "kid_subset_size": 30,
+        "rng_seed": 1,
+        "verbose": False,
+    }  # other subsets
+    other = kid_features_to_metric(
+        generated.flatten(1), torch.from_numpy(real.features).float(), **options
+    )
     error = (found["kid_std"] ** 2 / 50 + other[KEY_METRIC_KID_STD] ** 2 / 50) ** 0.5
     assert found["kid"] == pytest.approx(other[KEY_METRIC_KID_MEAN], abs=4 * error)
     assert found["kid_std"] == pytest.approx(other[KEY_METRIC_KID_STD], rel=0.5)
@@ -139,15 +166,24 @@ def test_kid_of_subsets_is_torch_fidelitys(real):
 def test_kid_does_not_depend_on_the_order_of_images(real):
     generated = images(40, seed=2)
     first, second = (
-        measure(KID(Pixels(), real, 40, subsets=5, subset_size=20), x) for x in (generated, generated.flip(0))
+        measure(KID(Pixels(), real, 40, subsets=5, subset_size=20), x)
+        for x in (generated, generated.flip(0))
     )
     assert first == second
 
 
 def share_within(points: Tensor, manifold: Tensor, k: int) -> float:
     """Kynkaanniemi et al. 2019, eq. (1): how many points lie in a ball that reaches a neighbour's k-th neighbour."""
-    radius = (manifold[:, None] - manifold[None]).norm(dim=-1).sort(dim=1).values[:, k]  # 0 is the point itself
-    return ((points[:, None] - manifold[None]).norm(dim=-1) <= radius).any(dim=1).double().mean().item()
+    radius = (
+        (manifold[:, None] - manifold[None]).norm(dim=-1).sort(dim=1).values[:, k]
+    )  # 0 is the point itself
+    return (
+        ((points[:, None] - manifold[None]).norm(dim=-1) <= radius)
+        .any(dim=1)
+        .double()
+        .mean()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -158,7 +194,9 @@ def test_precision_and_recall_are_the_papers_and_torch_fidelitys(real, k):
     expected = share_within(features, truth, k), share_within(truth, features, k)
     assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-6)
     assert len({0.0, 1.0, *expected}) == 4
-    other = prc_features_to_metric(features, truth, prc_neighborhood=k, save_cpu_ram=False, verbose=False)
+    other = prc_features_to_metric(
+        features, truth, prc_neighborhood=k, save_cpu_ram=False, verbose=False
+    )
     assert (found["precision"], found["recall"]) == pytest.approx(
         (other[KEY_METRIC_PRECISION], other[KEY_METRIC_RECALL]), abs=1e-6
     )
@@ -179,7 +217,10 @@ def test_the_extractor_sees_the_very_batch(real):
             self.seen = batch
             return super().forward(batch)
 
-    reference, batch = Reference(real.path, real.mu, real.sigma, channels=1, features=real.features), images(3, seed=2)
+    reference, batch = (
+        Reference(real.path, real.mu, real.sigma, channels=1, features=real.features),
+        images(3, seed=2),
+    )
     for kind in (FID, KID, PrecisionRecall):
         metric = kind(Witness(), reference, None)
         metric.update(batch, batch, labels(batch))
@@ -189,7 +230,10 @@ def test_the_extractor_sees_the_very_batch(real):
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (lambda real: KID(Pixels(), real, None), "KID needs at least 1000 images on both sides, got 30 generated"),
+        (
+            lambda real: KID(Pixels(), real, None),
+            "KID needs at least 1000 images on both sides, got 30 generated",
+        ),
         (
             lambda real: PrecisionRecall(Pixels(), real, None, k=30),
             r"at least 31 images .* got 30 .* 60 in .*real\.npz",
@@ -203,7 +247,9 @@ def test_too_few_images(real, metric, message):
 
 @pytest.mark.parametrize("kind", [KID, PrecisionRecall])
 def test_published_statistics_have_no_single_features(kind):
-    with pytest.raises(ValueError, match=r"needs single features, but gaussian\.npz has only .*write_statistics"):
+    with pytest.raises(
+        ValueError, match=r"needs single features, but gaussian\.npz has only .*write_statistics"
+    ):
         kind(Pixels(), gaussian(np.zeros(F), np.eye(F)), None)
 
 
@@ -217,7 +263,9 @@ SHARES = {1: [30], 2: [11, 19], 4: [8, 13, 9, 0]}  # a rank may have nothing
 def measure_all(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world
+        )
     real, extractor = Reference.load(Path(folder) / "real.npz"), Pixels()
     metrics = [
         FID(extractor, real, 30),
@@ -226,7 +274,10 @@ def measure_all(rank: int, world: int, folder: str) -> None:
         ClassAgreement(extractor),
     ]
     generated = images(30, seed=2)
-    mine, classes = generated.split(SHARES[world])[rank], labels(generated).split(SHARES[world])[rank]
+    mine, classes = (
+        generated.split(SHARES[world])[rank],
+        labels(generated).split(SHARES[world])[rank],
+    )
     found = {}
     for metric in metrics:
         for part, wanted in zip(mine.split(4), classes.split(4), strict=True):
@@ -271,7 +322,9 @@ def test_class_agreement_counts_images():
 @pytest.mark.parametrize("label", [-1, 2])
 def test_class_agreement_needs_the_classifiers_classes(label):
     batch = images(2, seed=0)
-    with pytest.raises(ValueError, match=rf"class from 0 to 1 .* got \[.*{label}.*; set data\.classes"):
+    with pytest.raises(
+        ValueError, match=rf"class from 0 to 1 .* got \[.*{label}.*; set data\.classes"
+    ):
         ClassAgreement(Pixels()).update(batch, batch, torch.tensor([0, label]))
 
 
@@ -282,7 +335,11 @@ def alexnet(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     state = torchvision.models.alexnet().state_dict()
     convolutions = {name: value for name, value in state.items() if name.startswith("features")}
-    rest = {name: torch.zeros(()).expand(value.shape) for name, value in state.items() if name not in convolutions}
+    rest = {
+        name: torch.zeros(()).expand(value.shape)
+        for name, value in state.items()
+        if name not in convolutions
+    }
     for folder, content in {"checkpoints": convolutions | rest, "own": convolutions}.items():
         (hub / folder).mkdir()
         torch.save(content, hub / folder / "alexnet-owt-7be5be79.pth")
@@ -318,22 +375,30 @@ def test_lpips_of_small_grey_images_is_of_enlarged_rgb_ones(alexnet):
     metric = LPIPS(str(alexnet), "alex")
     metric.update(a[..., :8], b[..., :8], labels(a))
     large = [
-        nn.functional.interpolate(x[..., :8].expand(-1, 3, -1, -1), (128, 64), mode="bilinear", align_corners=False)
+        nn.functional.interpolate(
+            x[..., :8].expand(-1, 3, -1, -1), (128, 64), mode="bilinear", align_corners=False
+        )
         for x in (a, b)
     ]
-    assert metric.compute()["lpips"] == pytest.approx(lpips_of_torchmetrics(alexnet, *large), rel=1e-5)
+    assert metric.compute()["lpips"] == pytest.approx(
+        lpips_of_torchmetrics(alexnet, *large), rel=1e-5
+    )
 
 
 @pytest.mark.slow
 def test_lpips_says_which_file_it_needs(alexnet, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no\.pth do not exist; get https://.*/vgg16-397923af\.pth"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no\.pth do not exist; get https://.*/vgg16-397923af\.pth"
+    ):
         LPIPS("no.pth", "vgg")
     with pytest.raises(ValueError, match="net must be one of alex, vgg, got 'squeeze'"):
         LPIPS(str(alexnet), "squeeze")
     with pytest.raises(ValueError, match=r"is not torchvision's vgg16-397923af\.pth"):
         LPIPS(str(alexnet), "vgg")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth is not torchvision's alexnet.*features\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"other\.pth is not torchvision's alexnet.*features\.0\.weight"
+    ):
         LPIPS(str(tmp_path / "other.pth"), "alex")
     (tmp_path / "cut.pth").write_bytes(alexnet.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"cut\.pth cannot be read .*; get https://.* again"):
@@ -348,10 +413,16 @@ def test_lpips_says_which_file_it_needs(alexnet, tmp_path):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (images(3, 0) * 2 - 1, r"images must be in \[0, 1\], decoded and clipped, got values from -"),
+        (
+            images(3, 0) * 2 - 1,
+            r"images must be in \[0, 1\], decoded and clipped, got values from -",
+        ),
         (images(3, 0) * float("nan"), r"images must be in \[0, 1\].* from nan"),
         (images(3, 0)[0], r"both \(B, C, H, W\)"),
-        (images(3, 0, channels=3), r"real\.npz is of grey images, the generated ones are RGB \(3 channels\)"),
+        (
+            images(3, 0, channels=3),
+            r"real\.npz is of grey images, the generated ones are RGB \(3 channels\)",
+        ),
         (images(3, 0, size=5), r"has 16 features an image, the extractor gives \(25,\)"),
     ],
 )
@@ -378,8 +449,12 @@ def test_images_teacher_and_labels_belong_together(real):
 
 
 def test_statistics_of_another_extractor_are_refused(tmp_path):
-    reference = write_statistics(tmp_path / "s.npz", nn.Sequential(nn.Flatten(), nn.Linear(F, F)), [images(9, 0)])
-    with pytest.raises(ValueError, match=r"was made with Sequential .*, but the extractor is Pixels "):
+    reference = write_statistics(
+        tmp_path / "s.npz", nn.Sequential(nn.Flatten(), nn.Linear(F, F)), [images(9, 0)]
+    )
+    with pytest.raises(
+        ValueError, match=r"was made with Sequential .*, but the extractor is Pixels "
+    ):
         FID(Pixels(), reference, None)
 
 

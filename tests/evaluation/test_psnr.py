@@ -36,7 +36,9 @@ def test_psnr_of_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(psnr(images, reference), alone, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize(("error", "decibels"), [(1.0, 0.0), (0.1, 20.0), (1e-5, 100.0), (1e-7, 120.0), (0.0, 120.0)])
+@pytest.mark.parametrize(
+    ("error", "decibels"), [(1.0, 0.0), (0.1, 20.0), (1e-5, 100.0), (1e-7, 120.0), (0.0, 120.0)]
+)
 def test_a_tenth_of_the_error_is_20_db_up_to_a_ceiling_of_120(error, decibels):
     reference = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     assert psnr(reference + error, reference).item() == pytest.approx(decibels, rel=1e-7)
@@ -48,7 +50,9 @@ def test_interval_equals_scipy(n):
     interval = Interval.of(values)
     low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
     assert interval.n == n
-    np.testing.assert_allclose([interval.mean, interval.low, interval.high], [values.mean(), low, high], rtol=1e-12)
+    np.testing.assert_allclose(
+        [interval.mean, interval.low, interval.high], [values.mean(), low, high], rtol=1e-12
+    )
 
 
 def test_one_value_has_a_mean_but_no_interval():

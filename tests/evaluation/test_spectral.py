@@ -14,7 +14,9 @@ def test_a_change_of_loudness_is_its_decibels(samples):
     gain = torch.tensor([1.0, 2.0, 10.0])
     found = spectral_distance(waves * gain[:, None, None], waves)
     torch.testing.assert_close(found, 20 * gain.double().log10(), rtol=1e-3, atol=1e-6)
-    assert torch.equal(spectral_distance(-waves, waves), torch.zeros(3, dtype=torch.float64))  # a phase is not heard
+    assert torch.equal(
+        spectral_distance(-waves, waves), torch.zeros(3, dtype=torch.float64)
+    )  # a phase is not heard
 
 
 def test_a_comparison_of_sounds_has_it():

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from oss_exp.distances import RandomFeatures
-from oss_exp.evaluation.statistics import Reference, fingerprint, frechet, gram, moments, write_statistics
+from oss_exp.evaluation.statistics import (
+    Reference,
+    fingerprint,
+    frechet,
+    gram,
+    moments,
+    write_statistics,
+)
 
 F = 28  # features of EXTRACTOR
 EXTRACTOR = RandomFeatures(3, 2, 0)
@@ -40,7 +47,12 @@ def test_frechet_of_gaussians_is_the_closed_form():
     """Commuting covariances: |mu - mu'|^2 + sum (s_i - s_i')^2 over the standard deviations; in any rotated basis."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    mu, other_mu, s, other_s = rng.normal(size=6), rng.normal(size=6), rng.uniform(0.5, 2, 6), rng.uniform(0.5, 2, 6)
+    mu, other_mu, s, other_s = (
+        rng.normal(size=6),
+        rng.normal(size=6),
+        rng.uniform(0.5, 2, 6),
+        rng.uniform(0.5, 2, 6),
+    )
     sigma, other_sigma = (basis * s**2) @ basis.T, (basis * other_s**2) @ basis.T
     expected = ((mu - other_mu) ** 2).sum() + ((s - other_s) ** 2).sum()
     assert frechet(mu, sigma, other_mu, other_sigma) == pytest.approx(expected, rel=1e-10)
@@ -53,9 +65,15 @@ def test_written_statistics_come_back(tmp_path):
     written, read = write_statistics(path, EXTRACTOR, batches), Reference.load(path)
     features = EXTRACTOR(images(40)).double().numpy()
     for reference in (written, read):
-        assert (reference.n, reference.channels, reference.extractor) == (40, 3, fingerprint(EXTRACTOR))
+        assert (reference.n, reference.channels, reference.extractor) == (
+            40,
+            3,
+            fingerprint(EXTRACTOR),
+        )
         np.testing.assert_allclose(reference.mu, features.mean(axis=0), rtol=1e-6)
-        np.testing.assert_allclose(reference.sigma, np.cov(features, rowvar=False), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(
+            reference.sigma, np.cov(features, rowvar=False), rtol=1e-4, atol=1e-9
+        )
         assert reference.features.dtype == np.float16
         np.testing.assert_allclose(reference.features, features, rtol=1e-3, atol=1e-6)
     assert [file.name for file in path.parent.iterdir()] == ["statistics.npz"]
@@ -65,7 +83,9 @@ def test_no_more_features_are_kept_than_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("oss_exp.evaluation.statistics.KEPT", 10)
     reference = write_statistics(tmp_path / "s.npz", EXTRACTOR, images(20).split(8))
     assert (reference.n, len(reference.features)) == (20, 10)
-    torch.testing.assert_close(torch.from_numpy(reference.features), EXTRACTOR(images(20))[:10].half())
+    torch.testing.assert_close(
+        torch.from_numpy(reference.features), EXTRACTOR(images(20))[:10].half()
+    )
 
 
 ADM = {"mu_s": np.zeros(9), "sigma_s": np.eye(9), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)}
@@ -75,11 +95,18 @@ ADM = {"mu_s": np.zeros(9), "sigma_s": np.eye(9), "arr_0": np.zeros((2, 8, 8, 3)
 def test_published_layouts(tmp_path, more):
     """EDM's two arrays, and ADM's with spatial statistics and images beside them, in float32."""
     sigma = np.diag(np.arange(1.0, F + 1)).astype(np.float32)
-    reference = Reference.load(save(tmp_path / "x.npz", mu=np.arange(F, dtype=np.float32), sigma=sigma, **more))
+    reference = Reference.load(
+        save(tmp_path / "x.npz", mu=np.arange(F, dtype=np.float32), sigma=sigma, **more)
+    )
     assert (reference.mu.dtype, reference.sigma.dtype) == (np.float64, np.float64)
     assert reference.mu.tolist() == list(range(F))
     assert np.trace(reference.sigma) == F * (F + 1) / 2
-    assert (reference.channels, reference.n, reference.features, reference.extractor) == (3, None, None, None)
+    assert (reference.channels, reference.n, reference.features, reference.extractor) == (
+        3,
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +120,10 @@ def test_published_layouts(tmp_path, more):
         (gaussian(mu=np.full(F, np.nan)), "NaN or infinite"),
         (gaussian(sigma=np.full((F, F), np.inf)), "NaN or infinite"),
         (gaussian(features=np.zeros((9, F), "f2")), "no n and no channels and no extractor"),
-        (gaussian(features=np.zeros((9, 5), "f2"), n=9, channels=3, extractor="x"), r"features must be \(n, 28\)"),
+        (
+            gaussian(features=np.zeros((9, 5), "f2"), n=9, channels=3, extractor="x"),
+            r"features must be \(n, 28\)",
+        ),
         (gaussian(mu=np.array([None] * F)), r"cannot be read as an \.npz"),  # a pickle
     ],
 )
@@ -127,7 +157,9 @@ def test_arrays_that_unpack_to_more_than_is_read_are_refused(tmp_path):
         with archive.open("mu.npy", "w") as file:
             for _ in range(520):
                 file.write(bytes(1 << 20))
-    with pytest.raises(ValueError, match=r"bomb\.npz cannot be read .*: it unpacks to more than 512 MiB"):
+    with pytest.raises(
+        ValueError, match=r"bomb\.npz cannot be read .*: it unpacks to more than 512 MiB"
+    ):
         Reference.load(tmp_path / "bomb.npz")
     wide = np.lib.stride_tricks.as_strided(np.zeros(1, "f2"), (9000,), (0,))
     with pytest.raises(ValueError, match="F at most 8192, got"):
@@ -136,7 +168,8 @@ def test_arrays_that_unpack_to_more_than_is_read_are_refused(tmp_path):
 
 def test_other_files(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"statistics .*none\.npz is neither a path that exists nor a shipped file"
+        FileNotFoundError,
+        match=r"statistics .*none\.npz is neither a path that exists nor a shipped file",
     ):
         Reference.load(tmp_path / "none.npz")
     buffer = io.BytesIO()
@@ -149,9 +182,13 @@ def test_other_files(tmp_path):
 def test_statistics_belong_to_an_extractor(tmp_path):
     reference = write_statistics(tmp_path / "s.npz", EXTRACTOR, [images(9)])
     reference.check_extractor(RandomFeatures(3, 2, 0))
-    with pytest.raises(ValueError, match=r"was made with RandomFeatures .*, but the extractor is RandomFeatures "):
+    with pytest.raises(
+        ValueError, match=r"was made with RandomFeatures .*, but the extractor is RandomFeatures "
+    ):
         reference.check_extractor(RandomFeatures(3, 2, 1))
-    Reference.load(save(tmp_path / "published.npz", **gaussian())).check_extractor(RandomFeatures(3, 2, 1))
+    Reference.load(save(tmp_path / "published.npz", **gaussian())).check_extractor(
+        RandomFeatures(3, 2, 1)
+    )
 
 
 def test_a_fingerprint_is_of_the_values_not_of_their_layout():
@@ -176,7 +213,9 @@ def test_images_that_make_no_statistics(tmp_path, batches, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("scale", "message"), [(1e6, "exceed float16"), (float("nan"), "not all finite")])
+@pytest.mark.parametrize(
+    ("scale", "message"), [(1e6, "exceed float16"), (float("nan"), "not all finite")]
+)
 def test_features_that_make_no_statistics(tmp_path, scale, message):
     class Scaled(RandomFeatures):
         def forward(self, batch):

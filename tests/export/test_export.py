@@ -25,7 +25,13 @@ from oss_exp.distances import XtMSE
 from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import diffusers_arguments
 from oss_exp.export.reading import read_sigmas
-from oss_exp.export.sigmas import flow_sigmas, from_flow_sigmas, from_ratio_sigmas, ratio_sigmas, sigma_text
+from oss_exp.export.sigmas import (
+    flow_sigmas,
+    from_flow_sigmas,
+    from_ratio_sigmas,
+    ratio_sigmas,
+    sigma_text,
+)
 from oss_exp.export.webui import webui_text
 from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
@@ -40,8 +46,16 @@ SCHEDULERS = {
     "shift 3": (FlowMatchEulerDiscreteScheduler(shift=3.0), None),
     "shift 8": (FlowMatchEulerDiscreteScheduler(shift=8.0), None),
     "FLUX": (FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), MU),
-    "linear": (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"), 2.5),
-    "Wan": (UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction"), None),
+    "linear": (
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"),
+        2.5,
+    ),
+    "Wan": (
+        UniPCMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction"
+        ),
+        None,
+    ),
 }
 
 
@@ -109,7 +123,9 @@ PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
 def planned(velocity, grid: torch.Tensor) -> StepSchedule:
     noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     problem = Problem(velocity, noise * grid[0], grid, Euler(), XtMSE())
-    return OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8).plan(problem, [6])[6]
+    return OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8).plan(
+        problem, [6]
+    )[6]
 
 
 def run_through(scheduler, steps: StepSchedule, mu: float | None = None) -> torch.Tensor:
@@ -142,7 +158,9 @@ def test_euler_of_diffusers_runs_published_levels(table, settings):
     for count in (4, 10, 17):
         nodes = AlignYourSteps(table).nodes(count)
         scheduler = EulerDiscreteScheduler(**SD, **settings)
-        torch.testing.assert_close(run_through(scheduler, StepSchedule(nodes)), nodes, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            run_through(scheduler, StepSchedule(nodes)), nodes, rtol=0, atol=1e-6
+        )
 
 
 def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_no_reason_to_refuse():
@@ -153,8 +171,12 @@ def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_n
 
 def test_a_chain_does_not_run_levels_beyond_its_end():
     """Several would have its last index, and Euler of diffusers begins at the second of them."""
-    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler does not run such a list \(IndexError"):
-        diffusers_arguments(StepSchedule(AlignYourSteps("svd").nodes(10)), EulerDiscreteScheduler(**SD))
+    with pytest.raises(
+        ValueError, match=r"EulerDiscreteScheduler does not run such a list \(IndexError"
+    ):
+        diffusers_arguments(
+            StepSchedule(AlignYourSteps("svd").nodes(10)), EulerDiscreteScheduler(**SD)
+        )
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
@@ -192,12 +214,24 @@ FEW = StepSchedule([0.9, 0.7, 0.5, 0.0])
         (DDIMScheduler(), "DDIMScheduler takes no times; export to oss_scheduler"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "with use_flow_sigmas takes no times"),
         (DPMSolverMultistepScheduler(**SD), "beside the schedule's: it knows whole timesteps only"),
-        (HeunDiscreteScheduler(**SD), "HeunDiscreteScheduler takes 5 steps where the schedule has 3"),
+        (
+            HeunDiscreteScheduler(**SD),
+            "HeunDiscreteScheduler takes 5 steps where the schedule has 3",
+        ),
         (UniPCMultistepScheduler(), "Please set `use_flow_sigmas=True`"),
-        (FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas does not run the sigmas"),
-        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), "with shift_terminal does not run the sigmas"),
+        (
+            FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+            "with use_karras_sigmas does not run the sigmas",
+        ),
+        (
+            FlowMatchEulerDiscreteScheduler(shift_terminal=0.1),
+            "with shift_terminal does not run the sigmas",
+        ),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "shifts by the pipeline's mu"),
-        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "steps at random where the schedule's steps are"),
+        (
+            FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+            "steps at random where the schedule's steps are",
+        ),
         (EDMEulerScheduler(), "with sigma_schedule does not run the sigmas"),
         (
             DPMSolverMultistepScheduler(use_lu_lambdas=True, **SD),
@@ -264,7 +298,11 @@ def test_sigma_over_alpha_is_finite():
         ("1.0, x, 0", ValueError, r"'x'\); give numbers with commas, noise first"),
         ("[1.0, ..., 0.0]", ValueError, r"no list of sigmas \('\.\.\.'\)"),
         ("", ValueError, "has no numbers"),
-        ('{"1": {"class_type": "KSampler"}}', ValueError, "has no node ManualSigmas or CustomSigmas with a list"),
+        (
+            '{"1": {"class_type": "KSampler"}}',
+            ValueError,
+            "has no node ManualSigmas or CustomSigmas with a list",
+        ),
         ("absent.txt", FileNotFoundError, r"absent\.txt does not exist"),
     ],
 )
@@ -283,9 +321,14 @@ def test_what_is_no_list_is_refused(given, error, message):
     [
         (StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))), "an analytic start"),
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), "each sample"),
-        (StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), torch.zeros(1, 2))), "fitted weights"),
+        (
+            StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), torch.zeros(1, 2))),
+            "fitted weights",
+        ),
     ],
 )
 def test_what_a_list_cannot_hold_is_refused(steps, message):
-    with pytest.raises(ValueError, match=f"cannot hold {message}" if "each" not in message else message):
+    with pytest.raises(
+        ValueError, match=f"cannot hold {message}" if "each" not in message else message
+    ):
         flow_sigmas(steps)

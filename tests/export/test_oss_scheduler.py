@@ -57,8 +57,12 @@ SOLVERS = {
 STRATEGIES = {
     "oss_ave": OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8),
     "oss_shared": OSSShared(start="analytic", band=None, refine=False, objective="log_mean"),
-    "oss_fit": OSSFit(start="analytic", band=None, refine=False, objective="log_mean", history=3, ridge=1e-6),
-    "oss_fit pinned": OSSFit(start="pinned", band=None, refine=False, objective="log_mean", history=2, ridge=1e-6),
+    "oss_fit": OSSFit(
+        start="analytic", band=None, refine=False, objective="log_mean", history=3, ridge=1e-6
+    ),
+    "oss_fit pinned": OSSFit(
+        start="pinned", band=None, refine=False, objective="log_mean", history=2, ridge=1e-6
+    ),
 }
 STEPS = 5
 
@@ -71,7 +75,9 @@ def draw(shape: tuple[int, ...], seed: int = 1, dtype: torch.dtype = torch.float
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def plan(strategy: str, solver: str, velocity, grid: torch.Tensor, noise: torch.Tensor) -> StepSchedule:
+def plan(
+    strategy: str, solver: str, velocity, grid: torch.Tensor, noise: torch.Tensor
+) -> StepSchedule:
     problem = Problem(velocity, noise * float(grid[0]), grid, SOLVERS[solver], XtMSE())
     return STRATEGIES[strategy].plan(problem, [STEPS])[STEPS]
 
@@ -101,7 +107,9 @@ class Answering:
         x = latents / scale
         v, t = self.velocity(x, t), rows(t, x)
         x0, eps = x - t * v, x + (1 - t) * v
-        return {"epsilon": eps, "sample": x0, "v_prediction": scale * ((1 - t) * eps - t * x0)}[self.prediction]
+        return {"epsilon": eps, "sample": x0, "v_prediction": scale * ((1 - t) * eps - t * x0)}[
+            self.prediction
+        ]
 
 
 def loop(scheduler: OSSScheduler, network, noise: torch.Tensor, begin: bool = True) -> torch.Tensor:
@@ -110,13 +118,18 @@ def loop(scheduler: OSSScheduler, network, noise: torch.Tensor, begin: bool = Tr
     scheduler.set_timesteps(STEPS)
     latents = latents * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        latents = scheduler.step(network(scheduler.scale_model_input(latents, t), t), t, latents).prev_sample
+        latents = scheduler.step(
+            network(scheduler.scale_model_input(latents, t), t), t, latents
+        ).prev_sample
     return latents
 
 
 CASES = [("oss_shared", name, "flow_prediction") for name in SOLVERS]
 CASES += [("oss_fit", "euler", "flow_prediction"), ("oss_fit pinned", "euler", "epsilon")]
-CASES += [("oss_ave", "dpm_solver_pp", kind) for kind in ("flow_prediction", "epsilon", "v_prediction", "sample")]
+CASES += [
+    ("oss_ave", "dpm_solver_pp", kind)
+    for kind in ("flow_prediction", "epsilon", "v_prediction", "sample")
+]
 CASES += [("oss_shared", "unipc", "epsilon"), ("oss_fit", "euler", "v_prediction")]
 
 
@@ -134,7 +147,9 @@ def test_samples_are_our_own(strategy, solver, prediction, velocity, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(loop(scheduler, network, noise), found, rtol=0, atol=0)  # and again
     if not isinstance(steps.start, Analytic):
-        torch.testing.assert_close(loop(scheduler, network, noise, begin=False), found, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            loop(scheduler, network, noise, begin=False), found, rtol=0, atol=1e-12
+        )
     spent = load(steps, solver, tmp_path, {"prediction_type": prediction, **SD}, extra_call=True)
     torch.testing.assert_close(loop(spent, network, noise, begin=False), found, rtol=0, atol=1e-12)
     assert len(spent.timesteps) == len(scheduler.timesteps) + 1
@@ -155,38 +170,63 @@ def test_each_condition_has_its_mean(velocity, tmp_path):
 
 def test_half_precision_does_not_add_up(velocity, tmp_path):
     """Latents are rounded between the steps; the states behind them are not."""
-    steps = plan("oss_fit", "euler", velocity, GRIDS["flow_prediction"], draw((8, 64), 2, torch.float64))
+    steps = plan(
+        "oss_fit", "euler", velocity, GRIDS["flow_prediction"], draw((8, 64), 2, torch.float64)
+    )
     scheduler = load(steps, "euler", tmp_path)
     network = Answering(lambda x, t: velocity(x.double(), t), "flow_prediction")
     noise = draw((6, 64)).half()
     found = loop(scheduler, network, noise)
     assert found.dtype == torch.float16
-    torch.testing.assert_close(found.double(), sample(Euler(), velocity, noise.double(), steps), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        found.double(), sample(Euler(), velocity, noise.double(), steps), rtol=0, atol=5e-3
+    )
 
 
 def test_the_clock_is_that_of_our_paths(tmp_path):
-    times = [TIME_MAX, 0.9, 0.5, 0.1, 0.02, 0.005, 0.0]  # the last two calls are cleaner than index 0
+    times = [
+        TIME_MAX,
+        0.9,
+        0.5,
+        0.1,
+        0.02,
+        0.005,
+        0.0,
+    ]  # the last two calls are cleaner than index 0
     scheduler = load(StepSchedule(times), "euler", tmp_path, DDIMScheduler(**SD).config)
     expected = PATH.native(torch.tensor(times[:-1], dtype=torch.float64)).float()
     torch.testing.assert_close(scheduler.timesteps, expected, rtol=0, atol=2e-3)
     torch.testing.assert_close(scheduler.timesteps[1:4], expected[1:4], rtol=0, atol=1e-4)
     other = DDPMPath(linear_betas(1000, 1e-4, 0.02))
     scheduler = load(
-        StepSchedule([0.9, 0.5, 0.0]), "euler", tmp_path, prediction_type="epsilon", beta_schedule="linear"
+        StepSchedule([0.9, 0.5, 0.0]),
+        "euler",
+        tmp_path,
+        prediction_type="epsilon",
+        beta_schedule="linear",
     )
     expected = other.native(torch.tensor([0.9, 0.5], dtype=torch.float64)).float()
     torch.testing.assert_close(scheduler.timesteps, expected, rtol=0, atol=1e-3)
 
 
-CONTINUOUS = {"timestep_type": "continuous", "sigma_max": 700.0, "use_karras_sigmas": True, "sigma_min": 0.002}
+CONTINUOUS = {
+    "timestep_type": "continuous",
+    "sigma_max": 700.0,
+    "use_karras_sigmas": True,
+    "sigma_min": 0.002,
+}
 EULERS = {
     "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
     "500 times": FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),
     "inverted": FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     "epsilon": EulerDiscreteScheduler(**SD),
-    "400 steps": EulerDiscreteScheduler(**SD, num_train_timesteps=400, prediction_type="v_prediction"),
+    "400 steps": EulerDiscreteScheduler(
+        **SD, num_train_timesteps=400, prediction_type="v_prediction"
+    ),
     "continuous": EulerDiscreteScheduler(**SD, **CONTINUOUS, prediction_type="v_prediction"),
-    "zero SNR": EulerDiscreteScheduler(**SD, rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "zero SNR": EulerDiscreteScheduler(
+        **SD, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    ),
     "EDM": EDMEulerScheduler(),
     "EDM, v": EDMEulerScheduler(prediction_type="v_prediction"),
 }
@@ -198,7 +238,9 @@ def test_networks_are_asked_as_their_own_scheduler_asks_them(name, tmp_path):
     own = EULERS[name]
     own.set_timesteps(STEPS)
     sigmas = own.sigmas.double()
-    times = sigmas / (1 + sigmas) if not isinstance(own, FlowMatchEulerDiscreteScheduler) else sigmas
+    times = (
+        sigmas / (1 + sigmas) if not isinstance(own, FlowMatchEulerDiscreteScheduler) else sigmas
+    )
     steps = StepSchedule(1 - times if name == "inverted" else times)
     noise = draw((2, 64), dtype=torch.float64)
 
@@ -220,7 +262,9 @@ def test_a_chain_without_signal_at_its_end_is_run_from_pure_noise(velocity, tmp_
     steps = StepSchedule([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
     config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **SD}
     scheduler = load(steps, "euler", tmp_path, config)
-    torch.testing.assert_close(scheduler.timesteps, path.native(steps.times[:-1]).float(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        scheduler.timesteps, path.native(steps.times[:-1]).float(), rtol=0, atol=5e-3
+    )
     assert scheduler.timesteps[0] == 999
 
     def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -238,12 +282,17 @@ def test_a_chain_without_signal_at_its_end_is_run_from_pure_noise(velocity, tmp_
 
 def test_the_shifted_chain_of_cogvideox(tmp_path):
     """Its signal-to-noise ratio is shifted before the chain is cut to end without signal."""
-    own = CogVideoXDDIMScheduler(snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    own = CogVideoXDDIMScheduler(
+        snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
     kept = own.alphas_cumprod.double()
     ratio = ((1 - kept[[700, 300]]) / kept[[700, 300]]).sqrt()
     steps = StepSchedule([*(ratio / (1 + ratio)).tolist(), 0.0])
     torch.testing.assert_close(
-        load(steps, "euler", tmp_path, own.config).timesteps, torch.tensor([700.0, 300.0]), rtol=0, atol=5e-3
+        load(steps, "euler", tmp_path, own.config).timesteps,
+        torch.tensor([700.0, 300.0]),
+        rtol=0,
+        atol=5e-3,
     )
 
 
@@ -269,7 +318,9 @@ def behind_time(parameterization: Parameterization, network) -> BoundVelocity:
     return BoundVelocity(fn, None, 60)
 
 
-@pytest.mark.parametrize(("strategy", "solver"), [("oss_ave", "euler"), ("oss_shared", "unipc"), ("oss_fit", "euler")])
+@pytest.mark.parametrize(
+    ("strategy", "solver"), [("oss_ave", "euler"), ("oss_shared", "unipc"), ("oss_fit", "euler")]
+)
 @torch.no_grad()
 def test_flux_pipeline(strategy, solver, tmp_path):
     transformer = lively(
@@ -284,13 +335,18 @@ def test_flux_pipeline(strategy, solver, tmp_path):
             axes_dims_rope=(4, 4, 4),
         )
     )
-    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer)
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer
+    )
     pipe.set_progress_bar_config(disable=True)
     text, pooled = draw((1, 6, 8), 5), draw((1, 8), 6)
     ids = FluxPipeline._prepare_latent_image_ids(3, 2, 3, "cpu", torch.float32)
 
     def fn(x: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
-        many = {"encoder_hidden_states": text.expand(len(x), -1, -1), "pooled_projections": pooled.expand(len(x), -1)}
+        many = {
+            "encoder_hidden_states": text.expand(len(x), -1, -1),
+            "pooled_projections": pooled.expand(len(x), -1),
+        }
         found = transformer(FluxPipeline._pack_latents(x, len(x), 4, 4, 6), timestep=t.float(), img_ids=ids,
                             txt_ids=torch.zeros(6, 3), **many).sample  # fmt: skip
         return FluxPipeline._unpack_latents(found, 32, 48, 8)
@@ -304,10 +360,16 @@ def test_flux_pipeline(strategy, solver, tmp_path):
             scheduler.begin(latents)
         scheduler.mean = FluxPipeline._pack_latents(scheduler.mean, 1, 4, 4, 6)
         latents = scheduler.begin(latents)
-    ask = {"prompt_embeds": text.expand(2, -1, -1), "pooled_prompt_embeds": pooled.expand(2, -1), "height": 32}
+    ask = {
+        "prompt_embeds": text.expand(2, -1, -1),
+        "pooled_prompt_embeds": pooled.expand(2, -1),
+        "height": 32,
+    }
     ask |= {"width": 48, "output_type": "latent", "latents": latents}
     found = pipe(num_inference_steps=STEPS, **ask).images
-    expected = FluxPipeline._pack_latents(sample(SOLVERS[solver], velocity, noise, steps), 2, 4, 4, 6)
+    expected = FluxPipeline._pack_latents(
+        sample(SOLVERS[solver], velocity, noise, steps), 2, 4, 4, 6
+    )
     assert (expected - FluxPipeline._pack_latents(noise, 2, 4, 4, 6)).std() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"has 5 steps, 28 were asked; set num_inference_steps=5"):
@@ -317,7 +379,11 @@ def test_flux_pipeline(strategy, solver, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "solver", "prediction"),
-    [("oss_ave", "dpm_solver_pp", "epsilon"), ("oss_shared", "unipc", "v_prediction"), ("oss_fit", "euler", "epsilon")],
+    [
+        ("oss_ave", "dpm_solver_pp", "epsilon"),
+        ("oss_shared", "unipc", "v_prediction"),
+        ("oss_fit", "euler", "epsilon"),
+    ],
 )
 @torch.no_grad()
 def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
@@ -334,13 +400,16 @@ def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
         )
     )
     own = DDIMScheduler(**SD, prediction_type=prediction, clip_sample=False, steps_offset=1)
-    pipe = StableDiffusionPipeline(None, None, None, unet, own, None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        None, None, None, unet, own, None, None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     text, free, noise = draw((1, 6, 8), 5), draw((1, 6, 8), 6), draw((2, 4, 8, 8))
 
     def guided(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         without, with_ = (
-            unet(latents, clock, encoder_hidden_states=of.expand(len(latents), -1, -1)).sample for of in (free, text)
+            unet(latents, clock, encoder_hidden_states=of.expand(len(latents), -1, -1)).sample
+            for of in (free, text)
         )
         return without + 2 * (with_ - without)
 
@@ -349,10 +418,21 @@ def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
     grid = GRIDS["ddpm"]
     steps = plan(strategy, solver, velocity, grid, draw((4, 4, 8, 8), 2))
     pipe.scheduler = load(steps, solver, tmp_path, pipe.scheduler.config)
-    ask = {"prompt_embeds": text.expand(2, -1, -1), "negative_prompt_embeds": free.expand(2, -1, -1)}
-    ask |= {"guidance_scale": 2.0, "height": 64, "width": 64, "output_type": "latent", "num_inference_steps": STEPS}
+    ask = {
+        "prompt_embeds": text.expand(2, -1, -1),
+        "negative_prompt_embeds": free.expand(2, -1, -1),
+    }
+    ask |= {
+        "guidance_scale": 2.0,
+        "height": 64,
+        "width": 64,
+        "output_type": "latent",
+        "num_inference_steps": STEPS,
+    }
     if isinstance(steps.start, Analytic):
-        with pytest.raises(ValueError, match=r"give the pipeline latents=scheduler\.begin\(noise\)"):
+        with pytest.raises(
+            ValueError, match=r"give the pipeline latents=scheduler\.begin\(noise\)"
+        ):
             pipe(latents=noise, **ask)
         noise_given = pipe.scheduler.begin(noise)
     else:
@@ -377,26 +457,40 @@ def test_dit_pipeline_draws_its_own_noise(tmp_path):
             num_embeds_ada_norm=1000,
         ).double()
     )
-    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, scaling_factor=1.0)
+    vae = AutoencoderKL(
+        latent_channels=4, block_out_channels=(8,), norm_num_groups=4, scaling_factor=1.0
+    )
     pipe = DiTPipeline(transformer, vae, DDIMScheduler(beta_schedule="linear"))
     pipe.set_progress_bar_config(disable=True)
     decoded = []
-    vae.decode = lambda latents: decoded.append(latents) or type("Out", (), {"sample": latents[:, :3]})()
+    vae.decode = lambda latents: (
+        decoded.append(latents) or type("Out", (), {"sample": latents[:, :3]})()
+    )
     path, labels = DDPMPath(linear_betas(1000, 1e-4, 0.02)), torch.tensor([3, 0, 3])
 
     def network(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         both = [
-            transformer(latents, timestep=clock, class_labels=classes.repeat(len(latents) // 3)).sample[:, :4]
+            transformer(
+                latents, timestep=clock, class_labels=classes.repeat(len(latents) // 3)
+            ).sample[:, :4]
             for classes in (torch.full((3,), 1000), labels)
         ]
         return both[0] + 1.5 * (both[1] - both[0])
 
     grid = DDIMSchedule(path.betas).nodes(16)
     velocity = behind_time(NoisePrediction(path, float(grid[0])), network)
-    steps = plan("oss_shared", "dpm_solver_pp", velocity, grid, draw((6, 4, 8, 8), 2, torch.float64))
+    steps = plan(
+        "oss_shared", "dpm_solver_pp", velocity, grid, draw((6, 4, 8, 8), 2, torch.float64)
+    )
     pipe.scheduler = load(steps, "dpm_solver_pp", tmp_path, pipe.scheduler.config, extra_call=True)
     generator = torch.Generator().manual_seed(1)
-    pipe(labels.tolist(), guidance_scale=1.5, generator=generator, num_inference_steps=STEPS, output_type="np")
+    pipe(
+        labels.tolist(),
+        guidance_scale=1.5,
+        generator=generator,
+        num_inference_steps=STEPS,
+        output_type="np",
+    )
     noise = draw((3, 4, 8, 8), dtype=torch.float64)
     expected = sample(SOLVERS["dpm_solver_pp"], velocity, noise * float(grid[0]), steps)
     torch.testing.assert_close(decoded[0], expected, rtol=1e-5, atol=1e-5)
@@ -431,27 +525,50 @@ def test_without_oss_exp(tmp_path):
         return x * rows(t, x) ** 2 - 0.5
 
     noise = draw((3, 4), dtype=torch.float64)
-    steps = plan("oss_shared", "dpm_solver_pp", velocity, FlowSchedule(1.0).nodes(16), draw((8, 4), 2, torch.float64))
+    steps = plan(
+        "oss_shared",
+        "dpm_solver_pp",
+        velocity,
+        FlowSchedule(1.0).nodes(16),
+        draw((8, 4), 2, torch.float64),
+    )
     save_in_numbers(steps, tmp_path / "x.json", SOLVERS["dpm_solver_pp"])
     steps.save(tmp_path / "raw.json")
     shutil.copy(oss_exp.export.oss_scheduler.__file__, tmp_path)
     refuse = "import sys; sys.modules['oss_exp'] = None\n"
     check = ALONE.replace('== "oss_exp"]', '== "oss_exp" and sys.modules[name] is not None]')
     done = subprocess.run(
-        [sys.executable, "-c", refuse + check, json.dumps(noise.tolist())], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", refuse + check, json.dumps(noise.tolist())],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     latents, refusal = done.stdout.splitlines()
     expected = sample(SOLVERS["dpm_solver_pp"], velocity, noise, steps)
-    torch.testing.assert_close(torch.tensor(json.loads(latents), dtype=torch.float64), expected, rtol=0, atol=1e-6)
-    assert "raw.json has its solver's name and not its numbers; rewrite it where oss_exp is" in refusal
+    torch.testing.assert_close(
+        torch.tensor(json.loads(latents), dtype=torch.float64), expected, rtol=0, atol=1e-6
+    )
+    assert (
+        "raw.json has its solver's name and not its numbers; rewrite it where oss_exp is" in refusal
+    )
 
 
 def test_with_oss_exp_any_schedule_is_read(tmp_path, velocity):
-    solver = {"_target_": "oss_exp.solvers.unipc.UniPC", "order": 2, "variant": "bh2", "lower_order_final": True}
-    steps = StepSchedule([0.9, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 1])), provenance={"solver": solver})
+    solver = {
+        "_target_": "oss_exp.solvers.unipc.UniPC",
+        "order": 2,
+        "variant": "bh2",
+        "lower_order_final": True,
+    }
+    steps = StepSchedule(
+        [0.9, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 1])), provenance={"solver": solver}
+    )
     scheduler = OSSScheduler.from_schedule(steps.save(tmp_path / "raw.json"))
-    assert scheduler.weights == in_numbers(steps, UniPC(order=2, variant="bh2", lower_order_final=True))["weights"]
+    assert (
+        scheduler.weights
+        == in_numbers(steps, UniPC(order=2, variant="bh2", lower_order_final=True))["weights"]
+    )
 
 
 def test_config_goes_through_a_folder(tmp_path):
@@ -476,12 +593,22 @@ ZEROS = torch.zeros(1, 4)
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), None, "times of its own for each sample"),
         (StepSchedule([1.0, 0.5, 0.0]), Heun(clock="t"), "calls the network again within a step"),
         (
-            StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), ZEROS), provenance=GUIDED),
+            StepSchedule(
+                [1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), ZEROS), provenance=GUIDED
+            ),
             None,
             "guided and unguided answers apart",
         ),
-        (StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 2]))), None, "names no solver"),
-        (StepSchedule([1.0, 0.5, 0.0], provenance={"solver": {"_target_": "os.system"}}), None, "no solver of oss_exp"),
+        (
+            StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 2]))),
+            None,
+            "names no solver",
+        ),
+        (
+            StepSchedule([1.0, 0.5, 0.0], provenance={"solver": {"_target_": "os.system"}}),
+            None,
+            "no solver of oss_exp",
+        ),
     ],
 )
 def test_what_a_scheduler_cannot_run_is_refused(steps, solver, message, tmp_path):
@@ -492,18 +619,25 @@ def test_what_a_scheduler_cannot_run_is_refused(steps, solver, message, tmp_path
 
 def test_wrong_use_says_what_is_right(tmp_path):
     steps, whole = StepSchedule([0.8, 0.5, 0.0], Analytic(ZEROS)), StepSchedule([1.0, 0.5, 0.0])
-    with pytest.raises(ValueError, match=r"needs the betas of the training; give from_schedule the config"):
+    with pytest.raises(
+        ValueError, match=r"needs the betas of the training; give from_schedule the config"
+    ):
         load(steps, "euler", tmp_path, prediction_type="epsilon")
     with pytest.raises(ValueError, match=r"begins at t = 1, where sigma is infinite"):
         load(whole, "euler", tmp_path, DDIMScheduler(**SD, rescale_betas_zero_snr=True).config)
     with pytest.raises(ValueError, match=r"begins at t = 1, where sigma is infinite"):
         load(whole, "euler", tmp_path, EDMEulerScheduler().config)
-    with pytest.raises(ValueError, match="use_flow_sigmas=True with prediction_type=epsilon is no flow network"):
+    with pytest.raises(
+        ValueError, match="use_flow_sigmas=True with prediction_type=epsilon is no flow network"
+    ):
         load(steps, "euler", tmp_path, UniPCMultistepScheduler(use_flow_sigmas=True).config)
     with pytest.raises(ValueError, match="prediction_type must be one of flow_prediction, eps"):
         load(steps, "euler", tmp_path, prediction_type="score")
     scheduler = load(steps, "euler", tmp_path)
-    with pytest.raises(ValueError, match=r"latents=scheduler\.begin\(noise\), or build the scheduler with extra_call"):
+    with pytest.raises(
+        ValueError,
+        match=r"latents=scheduler\.begin\(noise\), or build the scheduler with extra_call",
+    ):
         scheduler.set_timesteps(2)
     scheduler.begin(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="call set_timesteps"):

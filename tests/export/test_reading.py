@@ -62,8 +62,16 @@ def test_typed_and_printed_lists_are_read(text, tmp_path):
         (from_flow_sigmas, [0.0], "no sigma above 0"),
         (from_flow_sigmas, [0.0, 0.4, 1.0], "must strictly decrease, noise first"),
         (from_flow_sigmas, [1.0, 0.4, 0.4, 0.0], "must strictly decrease"),
-        (from_flow_sigmas, [1000.0, 750.0, 0.0], "at most 1, the list begins at 1000; divide a clock's times"),
-        (from_ratio_sigmas, [999.0, 666.0, 333.0, 0.0], "looks like the indices of a training chain"),
+        (
+            from_flow_sigmas,
+            [1000.0, 750.0, 0.0],
+            "at most 1, the list begins at 1000; divide a clock's times",
+        ),
+        (
+            from_ratio_sigmas,
+            [999.0, 666.0, 333.0, 0.0],
+            "looks like the indices of a training chain",
+        ),
         (from_ratio_sigmas, [999.0, 749.25, 499.5, 249.75, 0.0], "looks like the indices"),
         (from_ratio_sigmas, [981.0, 481.0, 1.0, 0.0], "looks like the indices"),
     ],
@@ -98,17 +106,28 @@ TEXT = "1., 0.6, 0.0"
 GRAPH = {"id": "abc", "nodes": [{"id": 3, "type": "KSampler"}, saved(10, TEXT)]}
 LINKED = [{"name": "sigmas", "widget": {"name": "sigmas"}, "link": 7}]
 WORKFLOWS = {
-    "saved": {"nodes": [{"id": 1, "type": "Note", "widgets_values": ["0.5"]}, saved(10, TEXT)], "version": 0.4},
+    "saved": {
+        "nodes": [{"id": 1, "type": "Note", "widgets_values": ["0.5"]}, saved(10, TEXT)],
+        "version": 0.4,
+    },
     "widgets by name": {"nodes": [saved(10, "") | {"widgets_values": {"sigmas": TEXT}}]},
     "subgraph": {"nodes": [{"id": 1, "type": "abc"}], "definitions": {"subgraphs": [GRAPH]}},
     "subgraph in a subgraph": {
         "nodes": [{"id": 1, "type": "out"}],
         "definitions": {"subgraphs": [{"id": "out", "nodes": [{"id": 2, "type": "abc"}]}, GRAPH]},
     },
-    "one switched off": {"nodes": [saved(10, TEXT), saved(11, "0.8, 0.0", mode=4), saved(12, "0.7, 0.0", mode=2)]},
-    "a subgraph that is not used": {"nodes": [saved(1, TEXT)], "definitions": {"subgraphs": [GRAPH | {"id": "x"}]}},
+    "one switched off": {
+        "nodes": [saved(10, TEXT), saved(11, "0.8, 0.0", mode=4), saved(12, "0.7, 0.0", mode=2)]
+    },
+    "a subgraph that is not used": {
+        "nodes": [saved(1, TEXT)],
+        "definitions": {"subgraphs": [GRAPH | {"id": "x"}]},
+    },
     "the same twice": {"nodes": [saved(10, TEXT), saved(11, TEXT)]},
-    "api": {"4": api(TEXT), "5": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}},
+    "api": {
+        "4": api(TEXT),
+        "5": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+    },
     "request": {"prompt": {"4": api(TEXT)}, "client_id": "me"},
     "KJNodes": {"4": api("1.0, 0.6, 0.029", "CustomSigmas", interpolate_to_steps=2)},
     "KJNodes, saved": {"nodes": [saved(4, TEXT, "CustomSigmas", steps=2)]},
@@ -130,11 +149,16 @@ TWO = {
 
 
 def test_of_two_lists_one_is_chosen_by_its_node():
-    with pytest.raises(ValueError, match=r"has 2 lists .* by node id 1:10: 1\., 0\.6, 0\.0; 11: 0\.8, .*task\.node=ID"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 2 lists .* by node id 1:10: 1\., 0\.6, 0\.0; 11: 0\.8, .*task\.node=ID",
+    ):
         read_sigmas(json.dumps(TWO))
     assert read_sigmas(json.dumps(TWO), node="1:10") == LIST
     assert read_sigmas(json.dumps(TWO), node=11) == [0.8, 0.45, 0.0]
-    with pytest.raises(ValueError, match=r"no list of sigmas in task\.node=5; lists by node id: 1:10: 1\., "):
+    with pytest.raises(
+        ValueError, match=r"no list of sigmas in task\.node=5; lists by node id: 1:10: 1\., "
+    ):
         read_sigmas(json.dumps(TWO), node=5)
     with pytest.raises(ValueError, match=r"task\.node=5 is of a ComfyUI file"):
         read_sigmas("1.0, 0.0", node=5)
@@ -143,21 +167,45 @@ def test_of_two_lists_one_is_chosen_by_its_node():
 @pytest.mark.parametrize(
     ("workflow", "message"),
     [
-        ({"4": api(["5", 0])}, r"node 4 \(ManualSigmas\), gets `4\.inputs\.sigmas` from another node"),
-        ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "sigmas` from another node"),
-        ({"4": api(TEXT, "CustomSigmas", interpolate_to_steps=10)}, "interpolates its 3 numbers to 10 steps"),
-        ({"nodes": [saved(4, "1.0, high, 0.0")]}, r"node 4 \(ManualSigmas\), is no list of sigmas \('high'\)"),
         (
-            {"nodes": [{"id": 1, "type": "abc"}], "definitions": {"subgraphs": [GRAPH | {"nodes": 3}]}},
+            {"4": api(["5", 0])},
+            r"node 4 \(ManualSigmas\), gets `4\.inputs\.sigmas` from another node",
+        ),
+        ({"nodes": [saved(4, TEXT, inputs=LINKED)]}, "sigmas` from another node"),
+        (
+            {"4": api(TEXT, "CustomSigmas", interpolate_to_steps=10)},
+            "interpolates its 3 numbers to 10 steps",
+        ),
+        (
+            {"nodes": [saved(4, "1.0, high, 0.0")]},
+            r"node 4 \(ManualSigmas\), is no list of sigmas \('high'\)",
+        ),
+        (
+            {
+                "nodes": [{"id": 1, "type": "abc"}],
+                "definitions": {"subgraphs": [GRAPH | {"nodes": 3}]},
+            },
             "has no node Man",
         ),
         (
-            {"nodes": [{"id": 1, "type": "a"}], "definitions": {"subgraphs": [{"id": "a", "nodes": [{"type": "a"}]}]}},
+            {
+                "nodes": [{"id": 1, "type": "a"}],
+                "definitions": {"subgraphs": [{"id": "a", "nodes": [{"type": "a"}]}]},
+            },
             "has no node ManualSigmas",
         ),
-        ({"nodes": [3, {"id": 1, "type": []}], "definitions": {"subgraphs": [7]}}, "has no node ManualSigmas"),
-        ({"nodes": [saved(4, TEXT) | {"widgets_values": []}]}, r"node 4 \(ManualSigmas\), has no list of sigmas in"),
-        ({"4": {"class_type": "ManualSigmas"}}, "has no list of sigmas in `4.inputs.sigmas`; type one"),
+        (
+            {"nodes": [3, {"id": 1, "type": []}], "definitions": {"subgraphs": [7]}},
+            "has no node ManualSigmas",
+        ),
+        (
+            {"nodes": [saved(4, TEXT) | {"widgets_values": []}]},
+            r"node 4 \(ManualSigmas\), has no list of sigmas in",
+        ),
+        (
+            {"4": {"class_type": "ManualSigmas"}},
+            "has no list of sigmas in `4.inputs.sigmas`; type one",
+        ),
         ({"sigmas": [1.0, 0.0], "times": [1.0, 0.0]}, "has both `sigmas` and `times`"),
         ({"sigmas": [1.0, "x"]}, r"field `sigmas\.1` must be a number"),
     ],
@@ -187,8 +235,12 @@ def test_our_own_exports_come_back(exporter, clock, tmp_path, monkeypatch):
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained("SHIFTED")
     steps = StepSchedule([0.95, 0.7, 1e-5, 0.0], provenance={"native": {"clock": clock}})
     exporter.write(steps, tmp_path / "x.json")
-    network, back = ("flow", from_flow_sigmas) if clock == "flow time" else ("eps", from_ratio_sigmas)
-    torch.testing.assert_close(back(read_sigmas("x.json", network)).times, steps.times, rtol=1e-9, atol=0)
+    network, back = (
+        ("flow", from_flow_sigmas) if clock == "flow time" else ("eps", from_ratio_sigmas)
+    )
+    torch.testing.assert_close(
+        back(read_sigmas("x.json", network)).times, steps.times, rtol=1e-9, atol=0
+    )
 
 
 def test_files_with_more_than_a_list_say_where_the_list_is(tmp_path):
@@ -202,6 +254,7 @@ def test_files_with_more_than_a_list_say_where_the_list_is(tmp_path):
         read_sigmas(str(tmp_path / "d.json"), "eps")
     earlier = {"scheduler": "FlowMatchEulerDiscreteScheduler", "sigmas": [1.0, 0.5]}
     with pytest.raises(
-        ValueError, match=r"field `runs` is missing; export it again, for earlier versions did not keep"
+        ValueError,
+        match=r"field `runs` is missing; export it again, for earlier versions did not keep",
     ):
         read_sigmas(json.dumps(earlier))

@@ -35,19 +35,29 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 PATH = DDPMPath(scaled_linear_betas())
 FLOW, CHAIN = "flow time", "DDPM index"
 TIMES = [0.98, 0.9, 0.78, 0.59, 0.25, 0.0]
-WHOLE = [*PATH.canonical(torch.tensor([999.0, 700, 500, 300, 100], dtype=torch.float64)).tolist(), 0.0]
+WHOLE = [
+    *PATH.canonical(torch.tensor([999.0, 700, 500, 300, 100], dtype=torch.float64)).tolist(),
+    0.0,
+]
 ZERO_SNR = EulerDiscreteScheduler(
     **SD, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
 )
 
 
-def planned(solver: str = "Euler", clock: str = FLOW, times=TIMES, orders=None, **settings) -> StepSchedule:
-    provenance = {"native": {"clock": clock}, "solver": {"_target_": f"oss_exp.{solver}", **settings}}
+def planned(
+    solver: str = "Euler", clock: str = FLOW, times=TIMES, orders=None, **settings
+) -> StepSchedule:
+    provenance = {
+        "native": {"clock": clock},
+        "solver": {"_target_": f"oss_exp.{solver}", **settings},
+    }
     return StepSchedule(times, steps=SolverSteps(orders), provenance=provenance)
 
 
 def unipc(**settings) -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", **settings)
+    return UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", **settings
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -62,9 +72,17 @@ def unipc(**settings) -> UniPCMultistepScheduler:
         (ComfyUI(), StepSchedule(TIMES, provenance={"native": {"clock": FLOW}}), "euler"),
         (ComfyUI(), planned("Heun", clock=FLOW), "heun"),
         (ComfyUI(), planned("DPMSolverPP", orders=torch.ones(5, dtype=torch.int64)), "euler"),
-        (ComfyUI(), planned("UniPC", order=3, times=[0.9, 0.0]), "euler"),  # one step is everybody's
+        (
+            ComfyUI(),
+            planned("UniPC", order=3, times=[0.9, 0.0]),
+            "euler",
+        ),  # one step is everybody's
         (ComfyUI(), planned("DPM2", CHAIN), "dpm_2"),
-        (ComfyUI(), planned("DPMSolverPP", CHAIN, order=3, orders=torch.tensor([1, 2, 2, 2, 1])), "dpmpp_2m"),
+        (
+            ComfyUI(),
+            planned("DPMSolverPP", CHAIN, order=3, orders=torch.tensor([1, 2, 2, 2, 1])),
+            "dpmpp_2m",
+        ),
         (KDiffusion(), planned("DPMSolverPP", CHAIN), "sample_dpmpp_2m"),
         (WebUI(), planned("DPMSolverPP", CHAIN), "DPM++ 2M"),
     ],
@@ -80,7 +98,11 @@ def test_the_sampler_is_named(exporter, steps, sampler, tmp_path):
 @pytest.mark.parametrize(
     ("exporter", "steps", "message"),
     [
-        (ComfyUI(), planned("UniPC", order=3), r"planned for steps of UniPC\(order=3, .* do not take on a flow model"),
+        (
+            ComfyUI(),
+            planned("UniPC", order=3),
+            r"planned for steps of UniPC\(order=3, .* do not take on a flow model",
+        ),
         (
             ComfyUI(),
             planned("UniPC", orders=torch.ones(5, dtype=torch.int64)),
@@ -99,8 +121,16 @@ def test_the_sampler_is_named(exporter, steps, sampler, tmp_path):
             planned("DPM2", CHAIN),
             "which Euler, Heun, DPM.. 2M do not take on such a model; plan with solver=euler",
         ),
-        (ComfyUI(), StepSchedule(TIMES, steps=SolverSteps(torch.tensor([1, 2, 1, 1, 1]))), "does not name a kind"),
-        (ComfyUI(network="eps"), planned(), "planned for a network of kind flow, task.exporter.network=eps is another"),
+        (
+            ComfyUI(),
+            StepSchedule(TIMES, steps=SolverSteps(torch.tensor([1, 2, 1, 1, 1]))),
+            "does not name a kind",
+        ),
+        (
+            ComfyUI(network="eps"),
+            planned(),
+            "planned for a network of kind flow, task.exporter.network=eps is another",
+        ),
     ],
 )
 def test_no_list_where_no_sampler_takes_the_steps(exporter, steps, message, tmp_path):
@@ -111,7 +141,12 @@ def test_no_list_where_no_sampler_takes_the_steps(exporter, steps, message, tmp_
 
 @pytest.mark.parametrize(
     ("solver", "clock"),
-    [(Heun(clock="t"), FLOW), (Heun(clock="sigma"), CHAIN), (DPM2(), CHAIN), (DPMSolverPP(order=2), CHAIN)],
+    [
+        (Heun(clock="t"), FLOW),
+        (Heun(clock="sigma"), CHAIN),
+        (DPM2(), CHAIN),
+        (DPMSolverPP(order=2), CHAIN),
+    ],
 )
 def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
     """Each written here as its paper has it, in sigma: what they make is our sample."""
@@ -143,7 +178,9 @@ def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
             middle = (sigma * after).sqrt()
             d = slope(x + (middle - sigma) * d, middle)
         x = x + step * d
-    torch.testing.assert_close(x, sample(solver, velocity, noise * steps.start_time, steps), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        x, sample(solver, velocity, noise * steps.start_time, steps), rtol=0, atol=1e-9
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -156,12 +193,21 @@ def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
     [
         (unipc(solver_order=3), planned("UniPC", order=3)),
         (unipc(solver_order=3), planned("UniPC", order=3, times=[1.0, *TIMES[1:]])),
-        (unipc(solver_order=2, flow_shift=3.0), planned("UniPC", order=3, orders=torch.tensor([1, 2, 2, 2, 1]))),
+        (
+            unipc(solver_order=2, flow_shift=3.0),
+            planned("UniPC", order=3, orders=torch.tensor([1, 2, 2, 2, 1])),
+        ),
         (DPMSolverMultistepScheduler(**SD), planned("DPMSolverPP", CHAIN, WHOLE)),
         (DPMSolverMultistepScheduler(**SD, solver_order=1), planned("Euler", CHAIN, WHOLE)),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True, shift=3.0), planned()),
-        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.25), planned()),  # which is where the last call is
-        (MiniMaxH3Scheduler(), planned()),  # K + 1 numbers, unshifted, and a velocity towards the data
+        (
+            FlowMatchEulerDiscreteScheduler(shift_terminal=0.25),
+            planned(),
+        ),  # which is where the last call is
+        (
+            MiniMaxH3Scheduler(),
+            planned(),
+        ),  # K + 1 numbers, unshifted, and a velocity towards the data
         (ZERO_SNR, planned(clock=CHAIN, times=[1.0, *TIMES[1:]])),
     ],
 )
@@ -183,13 +229,33 @@ def test_a_scheduler_that_takes_the_steps_is_accepted(scheduler, steps):
 @pytest.mark.parametrize(
     ("scheduler", "steps", "message"),
     [
-        (LTXEulerAncestralRFScheduler(), planned(), "calls the network 6 times where the schedule has 5 steps"),
-        (FlowMatchEulerDiscreteScheduler(), planned("UniPC", order=3), r"takes other steps than UniPC\(order=3"),
-        (FlowMatchEulerDiscreteScheduler(), planned("Heun", FLOW), "calls the network again within a step"),
-        (unipc(), planned(), "takes other steps than Euler, for which the schedule was planned; choose another"),
+        (
+            LTXEulerAncestralRFScheduler(),
+            planned(),
+            "calls the network 6 times where the schedule has 5 steps",
+        ),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            planned("UniPC", order=3),
+            r"takes other steps than UniPC\(order=3",
+        ),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            planned("Heun", FLOW),
+            "calls the network again within a step",
+        ),
+        (
+            unipc(),
+            planned(),
+            "takes other steps than Euler, for which the schedule was planned; choose another",
+        ),
         (unipc(solver_order=3), planned("UniPC", order=2), "takes other steps"),
         (unipc(solver_type="bh1"), planned("UniPC"), "takes other steps"),
-        (DPMSolverMultistepScheduler(**SD), planned("Euler", CHAIN, WHOLE), "takes other steps than Euler"),
+        (
+            DPMSolverMultistepScheduler(**SD),
+            planned("Euler", CHAIN, WHOLE),
+            "takes other steps than Euler",
+        ),
         (
             DPMSolverMultistepScheduler(**SD, algorithm_type="sde-dpmsolver++"),
             planned("DPMSolverPP", CHAIN, WHOLE),
@@ -200,7 +266,11 @@ def test_a_scheduler_that_takes_the_steps_is_accepted(scheduler, steps):
             planned(clock=CHAIN),
             "planned for a network of kind eps, FlowMatch.* flow",
         ),
-        (EulerDiscreteScheduler(**SD), planned(clock=FLOW), "planned for a network of kind flow, EulerDis.* for eps"),
+        (
+            EulerDiscreteScheduler(**SD),
+            planned(clock=FLOW),
+            "planned for a network of kind flow, EulerDis.* for eps",
+        ),
     ],
 )
 def test_a_scheduler_that_takes_other_steps_is_refused(scheduler, steps, message):
@@ -216,7 +286,12 @@ def every_scheduler() -> list[type]:
 REQUIRED = {
     "AmusedScheduler": {"mask_token_id": 0},
     "VQDiffusionScheduler": {"num_vec_classes": 8},
-    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "RFD4ProteinaScheduler": {
+        "schedule_mode": "log",
+        "noise_mode": "tan",
+        "tsr_k": 1.0,
+        "tsr_sigma": 1.0,
+    },
 }
 RUNS = {
     "EulerDiscreteScheduler",
@@ -239,7 +314,9 @@ def refusal(call, *arguments) -> str:
 def test_every_scheduler_gets_its_list_or_one_line(kind, tmp_path):
     scheduler = kind(**REQUIRED.get(kind.__name__, {}))
     texts = {
-        (clock, len(times) - 1): refusal(diffusers_call, planned(clock=clock, times=times), scheduler)
+        (clock, len(times) - 1): refusal(
+            diffusers_call, planned(clock=clock, times=times), scheduler
+        )
         for clock in (FLOW, CHAIN)
         for times in (TIMES, [0.9, 0.0])
     }
@@ -276,7 +353,11 @@ def pipeline(folder: Path, kind: str | None, scheduler: SchedulerMixin) -> Path:
 @pytest.mark.parametrize("place", ["", "scheduler", "scheduler/scheduler_config.json"])
 def test_mu_is_computed_with_the_schedulers_own_constants(place, tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
     )
     pipeline(tmp_path, "QwenImagePipeline", scheduler)
     Diffusers(str(tmp_path / place), height=1328, width=1328).write(planned(), tmp_path / "d.json")
@@ -307,8 +388,12 @@ def test_numbers_that_no_scheduler_has_are_refused_by_name(field, value, message
 @pytest.mark.parametrize("place", ["", "scheduler"])
 def test_mu_of_pipelines_with_a_rule_of_their_own_is_asked_for(place, tmp_path):
     pipeline(tmp_path, "Flux2Pipeline", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-    with pytest.raises(ValueError, match=r"Flux2Pipeline does not compute mu .*; set task\.exporter\.mu"):
-        Diffusers(str(tmp_path / place), height=512, width=512).write(planned(), tmp_path / "d.json")
+    with pytest.raises(
+        ValueError, match=r"Flux2Pipeline does not compute mu .*; set task\.exporter\.mu"
+    ):
+        Diffusers(str(tmp_path / place), height=512, width=512).write(
+            planned(), tmp_path / "d.json"
+        )
 
 
 def test_a_linear_shift_needs_a_mu_above_0(tmp_path):
@@ -321,13 +406,19 @@ def test_a_linear_shift_needs_a_mu_above_0(tmp_path):
 def test_other_first_latents_are_said(tmp_path):
     """Pinned to 0.98 of the noise; pipelines of flow models begin with all of it."""
     text = Diffusers("FlowMatchEulerDiscreteScheduler").write(planned(), tmp_path / "d.json")
-    assert "Give it latents=noise * 0.98, for the search began with other noise than it does." in text
+    assert (
+        "Give it latents=noise * 0.98, for the search began with other noise than it does." in text
+    )
     free = StepSchedule(TIMES, Free(), provenance=planned().provenance)
-    assert "latents" not in Diffusers("FlowMatchEulerDiscreteScheduler").write(free, tmp_path / "d.json")
+    assert "latents" not in Diffusers("FlowMatchEulerDiscreteScheduler").write(
+        free, tmp_path / "d.json"
+    )
     text = Diffusers("EulerDiscreteScheduler").write(planned(clock=CHAIN), tmp_path / "d.json")
     assert "latents" not in text
 
 
 def test_an_array_is_asked_for_where_a_list_does_not_do(tmp_path):
     pipeline(tmp_path, None, unipc())
-    assert "sigmas=numpy.array([0.98, 0.9," in Diffusers(str(tmp_path)).write(planned("UniPC"), tmp_path / "d.json")
+    assert "sigmas=numpy.array([0.98, 0.9," in Diffusers(str(tmp_path)).write(
+        planned("UniPC"), tmp_path / "d.json"
+    )

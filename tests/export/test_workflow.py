@@ -8,7 +8,14 @@ from helpers import run_cli
 from oss_exp.export.workflow import with_schedule
 from oss_exp.schedule import StepSchedule
 
-KSAMPLER = {"model": ["4", 0], "seed": 7, "steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+KSAMPLER = {
+    "model": ["4", 0],
+    "seed": 7,
+    "steps": 20,
+    "cfg": 2.0,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+}
 KSAMPLER |= {"positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0], "denoise": 1.0}
 API = {
     "3": {"class_type": "KSampler", "inputs": KSAMPLER},
@@ -34,13 +41,19 @@ def saved(links_as_objects: bool) -> dict:
         "type": "KSampler",
         "inputs": [{"name": n, "type": "*", "link": i} for i, n in enumerate(slots, 1)],
     }
-    sampler |= {"widgets_values": [7, "fixed", 20, 2.0, "euler", "normal", 1], "properties": {"cnr_id": "comfy-core"}}
+    sampler |= {
+        "widgets_values": [7, "fixed", 20, 2.0, "euler", "normal", 1],
+        "properties": {"cnr_id": "comfy-core"},
+    }
     custom = {"id": 10, "type": "SamplerCustom", "pos": [800, 100], "inputs": [
         {"name": "model", "type": "MODEL", "link": 6}, {"name": "sampler", "type": "SAMPLER", "link": 7},
         {"name": "sigmas", "type": "SIGMAS", "link": 8},
     ]}  # fmt: skip
     others = [(2, [5]), (4, [1, 6]), (6, [2, 3, 4]), (12, [7]), (13, [8])]
-    nodes = [{"id": key, "type": "Other", "outputs": [{"name": "x", "links": links}]} for key, links in others]
+    nodes = [
+        {"id": key, "type": "Other", "outputs": [{"name": "x", "links": links}]}
+        for key, links in others
+    ]
     links = [
         [1, 4, 0, 3, 0, "MODEL"],
         [2, 6, 0, 3, 1, "*"],
@@ -49,7 +62,12 @@ def saved(links_as_objects: bool) -> dict:
         [5, 2, 0, 3, 4, "INT"],
     ]
     links += [[6, 4, 0, 10, 0, "MODEL"], [7, 12, 0, 10, 1, "SAMPLER"], [8, 13, 0, 10, 2, "SIGMAS"]]
-    graph = {"nodes": [sampler, custom, *nodes], "links": links, "last_node_id": 13, "last_link_id": 8}
+    graph = {
+        "nodes": [sampler, custom, *nodes],
+        "links": links,
+        "last_node_id": 13,
+        "last_link_id": 8,
+    }
     if links_as_objects:
         names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         graph["links"] = [dict(zip(names, link, strict=True)) for link in links]
@@ -66,7 +84,8 @@ def test_api_format(tmp_path):
         prompt = found.get("prompt", found)
         assert prompt["3"]["class_type"] == "OSSSampler"
         kept = {
-            name: KSAMPLER[name] for name in ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")
+            name: KSAMPLER[name]
+            for name in ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")
         }
         assert prompt["3"]["inputs"] == kept | {"schedule": "x.json"}
         assert prompt["10"]["inputs"]["sigmas"] == ["16", 0]
@@ -96,7 +115,12 @@ def test_as_saved(links_as_objects, tmp_path):
     assert nodes[3]["type"] == "OSSSampler"
     assert nodes[3]["widgets_values"] == ["x.json", 7, "fixed", 2.0, 1.0, 0]
     assert nodes[3]["properties"] == {"Node name for S&R": "OSSSampler"}
-    assert [slot["name"] for slot in nodes[3]["inputs"]] == ["model", "positive", "negative", "latent_image"]
+    assert [slot["name"] for slot in nodes[3]["inputs"]] == [
+        "model",
+        "positive",
+        "negative",
+        "latent_image",
+    ]
     assert nodes[14]["type"] == "OSSSchedule"
     assert (graph["last_node_id"], graph["last_link_id"]) == (14, 10)
     assert [line.split(":")[0] for line in said] == ["node 3", "node 10"]
@@ -106,20 +130,37 @@ def test_as_saved(links_as_objects, tmp_path):
         ends[number] = origin, kind
         assert number in nodes[origin]["outputs"][slot]["links"]
         assert nodes[target]["inputs"][index]["link"] == number
-    told = [each for node in nodes.values() for slot in node.get("outputs", []) for each in slot["links"]]
+    told = [
+        each
+        for node in nodes.values()
+        for slot in node.get("outputs", [])
+        for each in slot["links"]
+    ]
     assert sorted(told) == sorted(ends)
     assert {kind for origin, kind in ends.values() if origin == 14} == {"SIGMAS", "SAMPLER"}
 
 
 def test_sigmas_from_outside_of_a_subgraph(tmp_path):
     """The subgraph's input forgets the link, and new links are objects with numbers that no other has."""
-    slots = [{"name": "sigmas", "type": "SIGMAS", "link": 2}, {"name": "sampler", "type": "SAMPLER", "link": None}]
-    outside = {"id": 2, "origin_id": -10, "origin_slot": 0, "target_id": 4, "target_slot": 0, "type": "SIGMAS"}
+    slots = [
+        {"name": "sigmas", "type": "SIGMAS", "link": 2},
+        {"name": "sampler", "type": "SAMPLER", "link": None},
+    ]
+    outside = {
+        "id": 2,
+        "origin_id": -10,
+        "origin_slot": 0,
+        "target_id": 4,
+        "target_slot": 0,
+        "type": "SIGMAS",
+    }
     graph = {"nodes": [{"id": 4, "type": "SamplerCustom", "inputs": slots}], "links": [outside]}
     graph |= {"inputs": [{"id": "a", "linkIds": [2]}], "state": {"lastNodeId": 7, "lastLinkId": 9}}
     content = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
     (tmp_path / "my.json").write_text(json.dumps(content))
-    graph = json.loads(with_schedule(tmp_path / "my.json", "x.json")[0])["definitions"]["subgraphs"][0]
+    graph = json.loads(with_schedule(tmp_path / "my.json", "x.json")[0])["definitions"][
+        "subgraphs"
+    ][0]
     assert graph["inputs"] == [{"id": "a", "linkIds": []}]
     assert [(link["id"], link["target_slot"]) for link in graph["links"]] == [(10, 0), (11, 1)]
     assert graph["state"] == {"lastNodeId": 8, "lastLinkId": 11}
@@ -135,8 +176,14 @@ def test_sigmas_from_outside_of_a_subgraph(tmp_path):
             '{"nodes": [{"type": "KSampler", "widgets_values": [1, "fixed", 20, 2, "euler", "simple", 0.5]}]}',
             "denoise=0.5 is",
         ),
-        ('{"nodes": [{"type": "SamplerCustom", "inputs": 7, "mode": 4}], "definitions": []}', "has no sampler"),
-        ('{"nodes": [{"type": "SamplerCustom", "pos": 7}]}', "my.json has damaged nodes or links; save"),
+        (
+            '{"nodes": [{"type": "SamplerCustom", "inputs": 7, "mode": 4}], "definitions": []}',
+            "has no sampler",
+        ),
+        (
+            '{"nodes": [{"type": "SamplerCustom", "pos": 7}]}',
+            "my.json has damaged nodes or links; save",
+        ),
         ('{"nodes": [], "definitions": "x"}', "my.json has damaged nodes or links; save"),
         (
             '{"1": {"class_type": "SamplerCustom", "inputs": {"sigmas": []}}}',

@@ -38,18 +38,34 @@ def folders(tmp_path_factory) -> dict[str, str]:
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "detector")
-    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, size_divisor=32).save_pretrained(
-        folder / "detector"
-    )
+    Mask2FormerImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 96}, size_divisor=32
+    ).save_pretrained(folder / "detector")
     tokenizer, ends = clip_bytes(77)
-    text = {"vocab_size": 514, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1} | ends
+    text = {
+        "vocab_size": 514,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    } | ends
     text |= {"num_attention_heads": 2, "max_position_embeddings": 77}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(
+        folder / "clip"
+    )
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
-    return {"detector": str(folder / "detector"), "clip": str(folder / "clip"), "names": "geneval_objects.txt"}
+    return {
+        "detector": str(folder / "detector"),
+        "clip": str(folder / "clip"),
+        "names": "geneval_objects.txt",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +96,23 @@ def test_objects_are_the_likeliest_pairs_with_the_boxes_of_their_masks(detector,
             mask = masks[query] > 0
             if mask.any():
                 rows, columns = mask.nonzero().T
-                box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+                box = [
+                    int(columns.min()),
+                    int(rows.min()),
+                    int(columns.max()) + 1,
+                    int(rows.max()) + 1,
+                ]
                 certain = float(masks[query].sigmoid()[mask].mean())
-                expected += [(float(p), detector.names[kind], box, certain) for kind, p in enumerate(row)]
+                expected += [
+                    (float(p), detector.names[kind], box, certain) for kind, p in enumerate(row)
+                ]
         likeliest = sorted(classes.flatten().tolist())[-100:]
-        expected = sorted((name, box, p * certain) for p, name, box, certain in expected if p >= likeliest[0])
-        seen = sorted((name, list(each.box[:4]), each.box[4]) for name, own in objects.items() for each in own)
+        expected = sorted(
+            (name, box, p * certain) for p, name, box, certain in expected if p >= likeliest[0]
+        )
+        seen = sorted(
+            (name, list(each.box[:4]), each.box[4]) for name, own in objects.items() for each in own
+        )
         assert [each[:2] for each in seen] == [each[:2] for each in expected]
         assert [each[2] for each in seen] == pytest.approx([each[2] for each in expected], rel=1e-5)
 
@@ -107,7 +134,9 @@ def test_a_colour_is_the_nearest_of_ten_texts_to_the_object_on_grey(detector, im
         likely.append(float(own[0] @ F.normalize(each, dim=0)))
     assert found == COLOURS[max(range(10), key=likely.__getitem__)]
     hidden = Seen((0.0, 0.0, 60.0, 48.0, 0.9), torch.zeros_like(mask))  # nothing but grey
-    assert detector.colour(images[0], "cow", hidden) == detector.colour(torch.full_like(images[1], GREY), "cow", hidden)
+    assert detector.colour(images[0], "cow", hidden) == detector.colour(
+        torch.full_like(images[1], GREY), "cow", hidden
+    )
 
 
 def test_a_verdict_comes_out(detector, images):
@@ -115,7 +144,11 @@ def test_a_verdict_comes_out(detector, images):
     name = next(iter(seen[0]))
     wanted = {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": ""}
     assert look(detector, images[0], seen[0], wanted).correct
-    coloured = {"tag": "colors", "include": [{"class": name, "count": 1, "color": "no such"}], "prompt": ""}
+    coloured = {
+        "tag": "colors",
+        "include": [{"class": name, "count": 1, "color": "no such"}],
+        "prompt": "",
+    }
     (reason,) = look(detector, images[0], seen[0], coloured).reasons
     assert reason.startswith(f"expected no such {name}>=1, found 0 no such; and 1 ")
 
@@ -125,11 +158,17 @@ def test_clip_score_is_a_hundred_cosines(folders, images):
     prompts = ["a cow", "two boots on a table " * 30]  # the second is cut off
     metric.update(images, images, torch.full((2,), -1), prompts)
     clip = metric.clip
-    pixels = clip.processor(images=list((images * 255).round().byte()), return_tensors="pt")["pixel_values"]
-    tokens = clip.processor(text=prompts, return_tensors="pt", padding=True, truncation=True, max_length=77)
+    pixels = clip.processor(images=list((images * 255).round().byte()), return_tensors="pt")[
+        "pixel_values"
+    ]
+    tokens = clip.processor(
+        text=prompts, return_tensors="pt", padding=True, truncation=True, max_length=77
+    )
     answer = clip.network(pixel_values=pixels, **tokens)
     cosines = answer.logits_per_image.diag() / clip.network.logit_scale.exp()
-    assert metric.compute()["clip_score"] == pytest.approx(float(100 * cosines.clamp(min=0).mean()), rel=1e-4)
+    assert metric.compute()["clip_score"] == pytest.approx(
+        float(100 * cosines.clamp(min=0).mean()), rel=1e-4
+    )
     with pytest.raises(ValueError, match="clip_score needs prompts"):
         metric.update(images, images, torch.full((2,), -1))
 
@@ -150,4 +189,6 @@ def test_what_cannot_be_opened_is_said(folders, tmp_path):
     (tmp_path / "two.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match=r"has 80 classes, .*two\.txt has 2 names"):
         COCODetector(**folders | {"names": str(tmp_path / "two.txt")})
-    assert json.loads((find_asset("fashion_geneval.jsonl", "prompts")).read_text().splitlines()[0])["tag"]
+    assert json.loads((find_asset("fashion_geneval.jsonl", "prompts")).read_text().splitlines()[0])[
+        "tag"
+    ]

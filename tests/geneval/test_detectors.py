@@ -26,12 +26,16 @@ def test_what_it_is_taught_is_what_is_read(wardrobe, monkeypatch):
         heat, edges, middles = targets([(each.garment, each.box) for each in objects], CANVAS)
         assert int(middles.sum()) == len(objects)
         certain = heat.clamp(1e-4, 1 - 1e-4)[None]
-        monkeypatch.setattr(FashionDetector, "forward", lambda self, x, a=certain, b=edges: (a.logit(), b[None]))
+        monkeypatch.setattr(
+            FashionDetector, "forward", lambda self, x, a=certain, b=edges: (a.logit(), b[None])
+        )
         (found,) = detector.detect(image[None])
         boxes = sorted((name, *seen.box[:4]) for name, own in found.items() for seen in own)
         assert boxes == sorted((each.garment, *map(float, each.box)) for each in objects)
         for each in objects:
-            (seen,) = [seen for seen in found[each.garment] if seen.box[:4] == tuple(map(float, each.box))]
+            (seen,) = [
+                seen for seen in found[each.garment] if seen.box[:4] == tuple(map(float, each.box))
+            ]
             assert detector.colour(image, each.garment, seen) == each.colour
             x1, y1, x2, y2 = each.box
             assert int(seen.mask.sum()) == (x2 - x1 + 1) * (y2 - y1 + 1)

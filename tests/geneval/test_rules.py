@@ -26,17 +26,24 @@ def test_verdicts_of_the_original(number):
     def colour_of(name: str, box) -> str:
         return case["colors"][name][case["raw"][name].index(box)]
 
-    verdict = judge(case["metadata"], case["raw"], colour_of, Rules(max_overlap=case.get("max_overlap", 1.0)))
+    verdict = judge(
+        case["metadata"], case["raw"], colour_of, Rules(max_overlap=case.get("max_overlap", 1.0))
+    )
     assert verdict.correct == case["correct"]
     assert plain("\n".join(verdict.reasons)) == plain(case["reason"])
-    assert {name: [list(box) for box in boxes] for name, boxes in verdict.objects.items()} == case["detected"]
+    assert {name: [list(box) for box in boxes] for name, boxes in verdict.objects.items()} == case[
+        "detected"
+    ]
 
 
 def test_boxes_of_the_original():
     for case in KNOWN["compute_iou"]:
         assert iou(case["a"], case["b"]) == pytest.approx(case["iou"], rel=1e-12)
     for case in KNOWN["relative_position"]:
-        assert sorted(relative_position(case["a"], case["b"], case["threshold"])) == case["relations_of_a_to_b"]
+        assert (
+            sorted(relative_position(case["a"], case["b"], case["threshold"]))
+            == case["relations_of_a_to_b"]
+        )
 
 
 def test_scores_of_the_original():
@@ -48,7 +55,9 @@ def test_scores_of_the_original():
         assert 100 * found[task].mean == pytest.approx(float(share), abs=0.005)
         assert found[task].n == int(count)
         assert found[task].mean * found[task].n == pytest.approx(int(right))
-    assert found["overall"].mean == pytest.approx(float(re.search(r"over tasks\): ([\d.]+)", text)[1]), abs=5e-6)
+    assert found["overall"].mean == pytest.approx(
+        float(re.search(r"over tasks\): ([\d.]+)", text)[1]), abs=5e-6
+    )
 
 
 @pytest.mark.slow
@@ -81,9 +90,15 @@ def test_the_published_prompts():
     [
         ("", "has 0 prompts"),
         ('{"tag": "single_object"}', "line 1: field `include` is missing"),
-        ('{"tag": "x", "include": [{}], "prompt": "a"}', "line 1: field `tag` must be 'single_object', .*, got \"x\""),
+        (
+            '{"tag": "x", "include": [{}], "prompt": "a"}',
+            "line 1: field `tag` must be 'single_object', .*, got \"x\"",
+        ),
         ("{", "line 1"),
-        ('{"tag": "colors", "include": [], "prompt": "a"}', "field `include` must be a list of at least 1"),
+        (
+            '{"tag": "colors", "include": [], "prompt": "a"}',
+            "field `include` must be a list of at least 1",
+        ),
         (
             '{"tag": "position", "include": [{"class": "car", "count": 1, "position": ["above", 0]}], "prompt": "a"}',
             "field `include` must relate objects to those of an earlier clause",

@@ -23,9 +23,13 @@ PROMPTS = {"flux_fashion": "coloured_fashion.txt"}
 def backbone(name: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         prompted = name in ("open_sora_1_2", "flux_fashion")
-        prompts = ["data=prompts", f"data.prompts={PROMPTS.get(name, 'prompts.txt')}"] if prompted else []
+        prompts = (
+            ["data=prompts", f"data.prompts={PROMPTS.get(name, 'prompts.txt')}"] if prompted else []
+        )
         model = compose("config", [f"model={name}", *prompts]).model
-    return instantiate(model, **({"size": "tiny"} if "tiny" in model.get("sizes", ()) else {})).backbone
+    return instantiate(
+        model, **({"size": "tiny"} if "tiny" in model.get("sizes", ()) else {})
+    ).backbone
 
 
 def layer(parameter: str) -> str:

@@ -27,7 +27,9 @@ def test_a_configured_guidance_is_written_as_json_and_read_back_equal():
 
 @pytest.fixture(scope="module")
 def digits() -> GaussianMixture:
-    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=3).double()
+    return GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(), micro_batch=3
+    ).double()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,9 @@ def test_outside_the_interval_the_velocity_is_conditional(digits, x):
     torch.testing.assert_close(v[~inside], conditional[~inside])
 
 
-def rows_asked(guidance: Guidance, solver, steps: StepSchedule, model: GaussianMixture, noise: torch.Tensor) -> int:
+def rows_asked(
+    guidance: Guidance, solver, steps: StepSchedule, model: GaussianMixture, noise: torch.Tensor
+) -> int:
     """Rows per sample that really reach the network."""
     asked = 0
 

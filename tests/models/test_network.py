@@ -31,11 +31,27 @@ def unet(width: int = 8, num_classes: int | None = 3, patch: int = 2) -> UNet:
 
 
 def dit() -> DiT:
-    return DiT(channels=2, size=16, num_classes=3, patch=4, num_layers=1, num_attention_heads=2, attention_head_dim=8)
+    return DiT(
+        channels=2,
+        size=16,
+        num_classes=3,
+        patch=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+    )
 
 
-def network(backbone, form=EDM_FORM, shape=(1, 16, 16), checkpoint="untrained", num_classes=3, **more) -> Network:
-    settings = {"decoder": Pixels(), "guidance": Guidance(), "micro_batch": 5, "dtype": "float32", **more}
+def network(
+    backbone, form=EDM_FORM, shape=(1, 16, 16), checkpoint="untrained", num_classes=3, **more
+) -> Network:
+    settings = {
+        "decoder": Pixels(),
+        "guidance": Guidance(),
+        "micro_batch": 5,
+        "dtype": "float32",
+        **more,
+    }
     return Network("tiny", backbone, form, shape, num_classes, checkpoint=checkpoint, **settings)
 
 
@@ -53,7 +69,9 @@ def states(count: int, *shape: int):
     return x, torch.linspace(0.05, 1, count, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("backbone", [unet(), unet(patch=1), dit()], ids=["unet", "unet on pixels", "dit"])
+@pytest.mark.parametrize(
+    "backbone", [unet(), unet(patch=1), dit()], ids=["unet", "unet on pixels", "dit"]
+)
 def test_backbones_keep_shapes_and_have_a_label_for_no_class(backbone):
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -61,7 +79,9 @@ def test_backbones_keep_shapes_and_have_a_label_for_no_class(backbone):
     x, t = states(4, *shape)
     found = backbone.eval()(x, t.float(), torch.tensor([-1, 0, 1, 2]))
     assert found.shape == x.shape
-    same = backbone(x[:1].expand(4, -1, -1, -1), t[:1].float().expand(4), torch.tensor([-1, 0, 1, 2]))
+    same = backbone(
+        x[:1].expand(4, -1, -1, -1), t[:1].float().expand(4), torch.tensor([-1, 0, 1, 2])
+    )
     assert len({float(row.sum()) for row in same}) == 4
 
 
@@ -83,10 +103,14 @@ def test_guidance_is_on_the_velocity(random_network):
     torch.testing.assert_close(guided, free + 3 * (conditional - free), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0), Guidance(2.0, interval=[0.3, 0.6])])
+@pytest.mark.parametrize(
+    "guidance", [Guidance(), Guidance(2.0), Guidance(2.0, interval=[0.3, 0.6])]
+)
 def test_a_layer_can_be_a_distance(random_network, guidance):
     """Every row has its own features, whichever rows are with it."""
-    distance = Perceptual(layer="backbone.network.mid_block", min_time=0.01, norm=2).bind(random_network)
+    distance = Perceptual(layer="backbone.network.mid_block", min_time=0.01, norm=2).bind(
+        random_network
+    )
     x, t = states(6, 1, 16, 16)
     f = random_network.velocity(torch.tensor([0, 1, 2]), guidance)
     whole = distance.features(x, t, f)
@@ -96,7 +120,9 @@ def test_a_layer_can_be_a_distance(random_network, guidance):
 
 
 def test_weights_come_back_from_a_file(random_network, tmp_path):
-    digest = save_asset(tmp_path / "tiny.safetensors", random_network.backbone.state_dict(), {"name": "tiny"})
+    digest = save_asset(
+        tmp_path / "tiny.safetensors", random_network.backbone.state_dict(), {"name": "tiny"}
+    )
     again = network(unet(), checkpoint=str(tmp_path / "tiny.safetensors"))
     assert again.fingerprint == digest
     x, t = states(3, 1, 16, 16)
@@ -121,13 +147,17 @@ def saved(tmp_path, tensors):
     ids=["width", "classes", "patch", "kind"],
 )
 def test_a_checkpoint_of_another_architecture_is_refused(other, tmp_path):
-    with pytest.raises(ValueError, match=r"is of another architecture than model=tiny: \d+ weights differ, first "):
+    with pytest.raises(
+        ValueError, match=r"is of another architecture than model=tiny: \d+ weights differ, first "
+    ):
         network(unet(), checkpoint=saved(tmp_path, other().state_dict()))
 
 
 def test_a_missing_and_a_left_over_weight_are_refused(tmp_path):
     tensors = unet().state_dict()
-    with pytest.raises(ValueError, match=r"1 weights differ.*extra: \(1,\) in the file, absent in the network"):
+    with pytest.raises(
+        ValueError, match=r"1 weights differ.*extra: \(1,\) in the file, absent in the network"
+    ):
         network(unet(), checkpoint=saved(tmp_path, tensors | {"extra": torch.zeros(1)}))
     first = sorted(tensors)[0]
     del tensors[first]
@@ -159,10 +189,17 @@ def test_weights_without_provenance_are_known_by_their_own_hash(random_network, 
     for file in ("without.safetensors", "half.pt", "run/checkpoints/last.ckpt"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "without.safetensors").write_bytes((tmp_path / "with.safetensors").read_bytes())
-    torch.save({"model": {f"module.{key}": each.half() for key, each in tensors.items()}}, tmp_path / "half.pt")
+    torch.save(
+        {"model": {f"module.{key}": each.half() for key, each in tensors.items()}},
+        tmp_path / "half.pt",
+    )
     trained = {f"network.{key}": torch.zeros_like(each) for key, each in tensors.items()}
     average = {f"model.backbone.{key}": each for key, each in tensors.items()}
-    training = {"state_dict": trained | average, "progress": {"losses": [1.0]}, "optimizer_states": [{"state": {}}]}
+    training = {
+        "state_dict": trained | average,
+        "progress": {"losses": [1.0]},
+        "optimizer_states": [{"state": {}}],
+    }
     torch.save(training, tmp_path / "run" / "checkpoints" / "last.ckpt")
 
     assert network(unet(), checkpoint=str(tmp_path / "without.safetensors")).fingerprint == known
@@ -173,21 +210,29 @@ def test_weights_without_provenance_are_known_by_their_own_hash(random_network, 
     for checkpoint in ("run", "run/checkpoints", "run/checkpoints/last.ckpt"):
         state = network(unet(), checkpoint=str(tmp_path / checkpoint)).backbone.state_dict()
         assert all(torch.equal(state[key], each) for key, each in tensors.items())
-    state = network(unet(), checkpoint=str(tmp_path / "run"), weights_set="state_dict.network").backbone.state_dict()
+    state = network(
+        unet(), checkpoint=str(tmp_path / "run"), weights_set="state_dict.network"
+    ).backbone.state_dict()
     assert not state[key].any()
 
 
 def test_a_folder_with_several_files_of_weights_is_asked_about(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no weights .* nor a run's checkpoints/last\.ckpt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no weights .* nor a run's checkpoints/last\.ckpt"
+    ):
         network(unet(), checkpoint=str(tmp_path))
     for name in ("a.safetensors", "b.pt"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"has 2 files of weights \(a\.safetensors, b\.pt\); give one"):
+    with pytest.raises(
+        ValueError, match=r"has 2 files of weights \(a\.safetensors, b\.pt\); give one"
+    ):
         network(unet(), checkpoint=str(tmp_path))
 
 
 def test_a_checkpoint_that_is_nowhere_names_the_shipped_ones():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is neither .*mixture_fashion\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere\.safetensors is neither .*mixture_fashion\.safetensors"
+    ):
         network(unet(), checkpoint="nowhere.safetensors")
 
 

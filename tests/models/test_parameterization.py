@@ -5,19 +5,37 @@ import copy
 import pytest
 import torch
 
-from oss_exp.models.parameterization import DataPrediction, EDMPrediction, FlowVelocity, NoisePrediction, VPVelocity
+from oss_exp.models.parameterization import (
+    DataPrediction,
+    EDMPrediction,
+    FlowVelocity,
+    NoisePrediction,
+    VPVelocity,
+)
 from oss_exp.noise import CosinePath, DDPMPath, EDMPath, FlowPath, linear_betas
 
-PATHS = [FlowPath(1.0, 1000.0), FlowPath(3.0, 1.0), CosinePath(), DDPMPath(linear_betas(1000, 1e-4, 0.02)), EDMPath()]
+PATHS = [
+    FlowPath(1.0, 1000.0),
+    FlowPath(3.0, 1.0),
+    CosinePath(),
+    DDPMPath(linear_betas(1000, 1e-4, 0.02)),
+    EDMPath(),
+]
 KINDS = [EDMPrediction(0.5, 0.002, 80.0, 1.0), EDMPrediction(0.8, 0.01, 50.0, 1000.0)]
 KINDS += [
-    kind for path in PATHS for kind in (FlowVelocity(path), NoisePrediction(path, 0.99), DataPrediction(path, 1e-3))
+    kind
+    for path in PATHS
+    for kind in (FlowVelocity(path), NoisePrediction(path, 0.99), DataPrediction(path, 1e-3))
 ]
-EVERY = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{type(kind).__name__}-{type(kind.path).__name__}")
+EVERY = pytest.mark.parametrize(
+    "kind", KINDS, ids=lambda kind: f"{type(kind).__name__}-{type(kind.path).__name__}"
+)
 
 
 def triple(t: float) -> tuple[torch.Tensor, ...]:
-    x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x0, noise = torch.randn(
+        2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     return x0, noise, (1 - t) * x0 + t * noise, torch.full((3,), t, dtype=torch.float64)
 
 
@@ -60,7 +78,9 @@ def test_edm_is_karras_et_al_in_their_own_variables():
 def test_edm_targets_have_unit_variance():
     """What preconditioning is for: for data of variance sigma_data^2 the network's target has variance 1 at every t."""
     kind = EDMPrediction(0.8, 0.002, 80.0, 1.0)
-    x0, noise = torch.randn(2, 20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x0, noise = torch.randn(
+        2, 20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     for t in (0.01, 0.3, 0.9):
         time = torch.full((20000,), t, dtype=torch.float64)
         x = (1 - t) * 0.8 * x0 + t * noise
@@ -71,15 +91,25 @@ def test_edm_targets_have_unit_variance():
 def test_a_noise_network_is_asked_no_later_than_it_was_trained():
     kind = NoisePrediction(DDPMPath(linear_betas(1000, 1e-4, 0.02)), 0.9936)
     _, noise, x, late = triple(0.9999)
-    assert torch.equal(kind.question(x, late)[1], kind.question(x, torch.full_like(late, 0.9936))[1])
+    assert torch.equal(
+        kind.question(x, late)[1], kind.question(x, torch.full_like(late, 0.9936))[1]
+    )
     assert kind.velocity(noise, x, late).abs().max() < 1000
 
 
 @pytest.mark.parametrize(
-    "kind", [FlowVelocity(PATHS[0]), NoisePrediction(PATHS[2], 0.99), DataPrediction(PATHS[4], 1e-3), KINDS[0]]
+    "kind",
+    [
+        FlowVelocity(PATHS[0]),
+        NoisePrediction(PATHS[2], 0.99),
+        DataPrediction(PATHS[4], 1e-3),
+        KINDS[0],
+    ],
 )
 def test_copies_are_independent_and_frozen(kind):
-    assert copy.deepcopy(kind).question(*triple(0.5)[2:])[0].equal(kind.question(*triple(0.5)[2:])[0])
+    assert (
+        copy.deepcopy(kind).question(*triple(0.5)[2:])[0].equal(kind.question(*triple(0.5)[2:])[0])
+    )
     with pytest.raises(AttributeError):
         kind.path = None
 

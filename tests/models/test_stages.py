@@ -22,10 +22,18 @@ STEPS = StepSchedule(torch.tensor([1.0, 0.9, 0.7, 0.5, 0.25, 0.0]))
 
 def network(seed: int = 0, scale: float = 1.0) -> Network:
     backbone = DiT(
-        channels=1, size=8, num_classes=3, patch=4, num_layers=1, num_attention_heads=2, attention_head_dim=8
+        channels=1,
+        size=8,
+        num_classes=3,
+        patch=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
     )
     form = FlowVelocity(FlowPath(1.0, 1000.0))
-    made = Network("tiny", backbone, form, (1, 8, 8), 3, Pixels(), Guidance(scale), 64, "float32", "untrained")
+    made = Network(
+        "tiny", backbone, form, (1, 8, 8), 3, Pixels(), Guidance(scale), 64, "float32", "untrained"
+    )
     randomise(made.backbone, torch.Generator().manual_seed(seed))
     made.fingerprint = f"seed {seed}"
     return made
@@ -66,7 +74,8 @@ def test_stages_that_changed_nothing_are_the_base_bit_for_bit(tmp_path, scale):
 
 
 @pytest.mark.parametrize(
-    ("t", "seed"), [(1.0, 1), (0.7 + 1e-12, 1), (0.7, 2), (0.5, 2), (0.25 + 1e-12, 2), (0.25, 3), (0.0, 3)]
+    ("t", "seed"),
+    [(1.0, 1), (0.7 + 1e-12, 1), (0.7, 2), (0.5, 2), (0.25 + 1e-12, 2), (0.25, 3), (0.0, 3)],
 )
 def test_a_time_has_its_stage_and_a_cut_the_one_that_starts_there(staged, t, seed):
     t = torch.full((3,), t, dtype=torch.float64)
@@ -102,7 +111,9 @@ def test_the_original_is_the_base_whatever_was_used_before(staged):
 def test_low_rank_changes_are_products(tmp_path):
     name = "network.transformer_blocks.0.attn1.to_q.weight"
     down, up = torch.randn(2, 16), torch.randn(16, 2)
-    model = Staged.load(network(), folder(tmp_path, {name + DOWN: down, name + UP: up}, {}, {}).path)
+    model = Staged.load(
+        network(), folder(tmp_path, {name + DOWN: down, name + UP: up}, {}, {}).path
+    )
     expected = network()
     with torch.no_grad():
         expected.backbone.get_parameter(name).add_(up @ down)
@@ -131,7 +142,10 @@ def test_a_missing_folder_and_a_missing_stage_are_named(tmp_path):
         Staged.load(network(), tmp_path / "nowhere")
     lacking = folder(tmp_path, {}, {}, {})
     lacking.file(1).unlink()
-    with pytest.raises(FileNotFoundError, match=r"3 stages and lacks stage_1.safetensors.*task=finetune task.stage=1"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"3 stages and lacks stage_1.safetensors.*task=finetune task.stage=1",
+    ):
         Staged.load(network(), tmp_path)
 
 
@@ -146,12 +160,18 @@ def test_a_damaged_stage_is_found_before_anything_runs(tmp_path):
 
 def test_stages_of_another_model_are_refused(tmp_path):
     folder(tmp_path, {}, {}, {})
-    with pytest.raises(ValueError, match=r"began as tiny \(seed 0\), this model is tiny \(seed 5\)"):
+    with pytest.raises(
+        ValueError, match=r"began as tiny \(seed 0\), this model is tiny \(seed 5\)"
+    ):
         Staged.load(network(5), tmp_path)
 
 
-@pytest.mark.parametrize("tensors", [{"network.none": torch.zeros(2)}, {"network.proj_out_2.bias": torch.zeros(2)}])
+@pytest.mark.parametrize(
+    "tensors", [{"network.none": torch.zeros(2)}, {"network.proj_out_2.bias": torch.zeros(2)}]
+)
 def test_tensors_that_the_network_lacks_are_refused(tmp_path, tensors):
     folder(tmp_path, {}, tensors, {})
-    with pytest.raises(ValueError, match=r"stage_1.safetensors changes network\.\w+.*lacks at that shape"):
+    with pytest.raises(
+        ValueError, match=r"stage_1.safetensors changes network\.\w+.*lacks at that shape"
+    ):
         Staged.load(network(), tmp_path)

@@ -11,15 +11,25 @@ from scipy import stats
 
 from oss_exp.cli import CONF
 from oss_exp.noise import DDIMSchedule, EDMPath, FlowSchedule, LogSNRSchedule, scaled_linear_betas
-from oss_exp.noise.community import BetaLevelsSchedule, BongTangentSchedule, SGMUniformSchedule, SimpleSchedule
+from oss_exp.noise.community import (
+    BetaLevelsSchedule,
+    BongTangentSchedule,
+    SGMUniformSchedule,
+    SimpleSchedule,
+)
 from oss_exp.stepsize import Problem
 
 BUDGETS = [1, 2, 3, 5, 7, 10, 20, 30]
 SHIFT = 3.0
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-FLOW = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in np.arange(1, 1001) / 1000]  # sigmas from data to noise, as theirs
+FLOW = [
+    SHIFT * u / (1 + (SHIFT - 1) * u) for u in np.arange(1, 1001) / 1000
+]  # sigmas from data to noise, as theirs
 CHAIN = [*((1 - ABAR) / ABAR) ** 0.5]
-CLOCKS = {"flow": (FLOW, FlowSchedule(SHIFT)), "chain": (CHAIN, DDIMSchedule(scaled_linear_betas()))}
+CLOCKS = {
+    "flow": (FLOW, FlowSchedule(SHIFT)),
+    "chain": (CHAIN, DDIMSchedule(scaled_linear_betas())),
+}
 
 
 def found(clock: str, schedule, num_steps: int) -> np.ndarray:
@@ -39,12 +49,18 @@ def test_levels_are_those_of_comfyui(clock, k):
     places = np.linspace(999, 0, k + 1)[:-1]
     between = np.interp(places, np.arange(1000), np.log(sigmas) if clock == "chain" else sigmas)
     uniform = np.exp(between) if clock == "chain" else between
-    np.testing.assert_allclose(found(clock, SGMUniformSchedule(levels), k), [*uniform, 0], rtol=2e-4)
+    np.testing.assert_allclose(
+        found(clock, SGMUniformSchedule(levels), k), [*uniform, 0], rtol=2e-4
+    )
 
     for alpha, beta in ((0.5, 0.7), (0.6, 0.6)):
-        index = np.rint(stats.beta.ppf(1 - np.linspace(0, 1, k, endpoint=False), alpha, beta) * 999).astype(int)
+        index = np.rint(
+            stats.beta.ppf(1 - np.linspace(0, 1, k, endpoint=False), alpha, beta) * 999
+        ).astype(int)
         expected = [*np.array(sigmas)[index], 0]
-        np.testing.assert_allclose(found(clock, BetaLevelsSchedule(levels, 1000, alpha, beta), k), expected, rtol=1e-9)
+        np.testing.assert_allclose(
+            found(clock, BetaLevelsSchedule(levels, 1000, alpha, beta), k), expected, rtol=1e-9
+        )
 
 
 def test_simple_with_a_divisor_of_the_levels_is_the_flow_schedule():
@@ -74,7 +90,9 @@ def test_bong_tangent_is_two_arctangents(k):
 def test_yaml_plans_every_budget(name, start):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         strategy = instantiate(compose(overrides=[f"+stepsize={name}"]).stepsize[name], start=start)
-    plans = strategy.plan(Problem(lambda x, t: x, torch.ones(2, 3), FlowSchedule().nodes(20)), range(1, 21))
+    plans = strategy.plan(
+        Problem(lambda x, t: x, torch.ones(2, 3), FlowSchedule().nodes(20)), range(1, 21)
+    )
     for k, steps in plans.items():
         assert steps.num_steps == k
         kept = strategy.schedule.nodes(k + (start == "analytic"))[1:]

@@ -9,8 +9,20 @@ from scipy import stats
 
 from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
-from oss_exp.noise import DDPMPath, EDMPath, EDMSchedule, FlowSchedule, LogSNRSchedule, scaled_linear_betas
-from oss_exp.noise.heuristics import BetaSchedule, CosineSchedule, KLOptimalSchedule, LinearQuadraticSchedule
+from oss_exp.noise import (
+    DDPMPath,
+    EDMPath,
+    EDMSchedule,
+    FlowSchedule,
+    LogSNRSchedule,
+    scaled_linear_betas,
+)
+from oss_exp.noise.heuristics import (
+    BetaSchedule,
+    CosineSchedule,
+    KLOptimalSchedule,
+    LinearQuadraticSchedule,
+)
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import Problem
 
@@ -52,7 +64,9 @@ def test_nodes_strictly_decrease_from_at_most_1_to_0(name, num_steps):
     ("scheduler", "num_steps"),
     [
         *(("DPMSolverMultistepScheduler", k) for k in (1, 2, 3, 10, 25, 60)),
-        *(("EulerDiscreteScheduler", k) for k in (2, 3, 10, 25, 60)),  # its only step would be from sigma_min
+        *(
+            ("EulerDiscreteScheduler", k) for k in (2, 3, 10, 25, 60)
+        ),  # its only step would be from sigma_min
     ],
 )
 def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
@@ -68,18 +82,29 @@ def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
         "exponential": LogSNRSchedule(*ends),
         "beta": BetaSchedule(*ends, 0.6, 0.6),
     }
-    torch.testing.assert_close(sigmas(ours[rule], num_steps), theirs.sigmas.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        sigmas(ours[rule], num_steps), theirs.sigmas.double(), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_steps", "threshold", "linear_steps"),
-    [(2, 0.025, None), (3, 0.025, None), (10, 0.025, None), (50, 0.025, None), (64, 0.1, None), (20, 0.05, 4)],
+    [
+        (2, 0.025, None),
+        (3, 0.025, None),
+        (10, 0.025, None),
+        (50, 0.025, None),
+        (64, 0.1, None),
+        (20, 0.05, 4),
+    ],
 )
 def test_linear_quadratic_equals_diffusers(num_steps, threshold, linear_steps):
     from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
-    theirs = torch.tensor(linear_quadratic_schedule(num_steps, threshold, linear_steps), dtype=torch.float64)
+    theirs = torch.tensor(
+        linear_quadratic_schedule(num_steps, threshold, linear_steps), dtype=torch.float64
+    )
     ours = LinearQuadraticSchedule(threshold, linear_steps).nodes(num_steps)
     torch.testing.assert_close(ours[:-1], theirs, rtol=0, atol=1e-13)
 
@@ -98,24 +123,32 @@ def test_linear_quadratic_of_one_step_equals_diffusers():
 
 def test_beta_of_ones_is_uniform_in_sigma():
     rho_1 = EDMSchedule(*SD_RANGE, 1.0)
-    torch.testing.assert_close(BetaSchedule(*SD_RANGE, 1.0, 1.0).nodes(12), rho_1.nodes(12), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        BetaSchedule(*SD_RANGE, 1.0, 1.0).nodes(12), rho_1.nodes(12), rtol=1e-10, atol=0
+    )
 
 
 def test_beta_has_alpha_at_the_low_end():
     share = (sigmas(SCHEDULES["beta_lopsided"], 9)[:-1] - SD_RANGE[0]) / (SD_RANGE[1] - SD_RANGE[0])
-    np.testing.assert_allclose(share, stats.beta.ppf(np.linspace(1, 0, 9), 0.3, 1.5), rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(
+        share, stats.beta.ppf(np.linspace(1, 0, 9), 0.3, 1.5), rtol=1e-9, atol=1e-13
+    )
 
 
 def test_beta_is_symmetric_about_the_middle_and_denser_at_the_ends():
     found = sigmas(BetaSchedule(*SD_RANGE, 0.6, 0.6), 15)[:-1]
-    torch.testing.assert_close(found + found.flip(0), torch.full_like(found, sum(SD_RANGE)), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        found + found.flip(0), torch.full_like(found, sum(SD_RANGE)), rtol=1e-10, atol=0
+    )
     gaps = -found.diff()[:7]  # from the noise to the middle
     assert bool((gaps.diff() > 0).all())
 
 
 def test_linear_quadratic_with_the_even_share_is_uniform():
     uniform = FlowSchedule(1.0).nodes(10)
-    torch.testing.assert_close(LinearQuadraticSchedule(0.3, 3).nodes(10), uniform, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        LinearQuadraticSchedule(0.3, 3).nodes(10), uniform, rtol=0, atol=1e-14
+    )
 
 
 def test_linear_quadratic_begins_as_a_teacher_of_1000_steps_and_grows_from_there():
@@ -142,7 +175,10 @@ def test_kl_optimal_loses_least_of_a_normal_law():
     best = sigmas(KLOptimalSchedule(*SD_RANGE), 8)[:-1]
     exact = ((1 + best[-1] ** 2) / (1 + best[0] ** 2)).sqrt()
     generator = torch.Generator().manual_seed(0)
-    moves = torch.randn(500, 6, generator=generator, dtype=torch.float64) * torch.logspace(-4, -1, 500)[:, None]
+    moves = (
+        torch.randn(500, 6, generator=generator, dtype=torch.float64)
+        * torch.logspace(-4, -1, 500)[:, None]
+    )
     others = best.repeat(500, 1)
     others[:, 1:-1] *= moves.exp()
     assert bool((kept(others) < kept(best)).all())
@@ -163,7 +199,9 @@ def test_cosine_is_uniform_in_the_angle():
 @pytest.mark.parametrize("name", YAMLS)
 def test_yaml_plans_every_budget(name, start):
     strategy = instantiate(OmegaConf.load(CONF / "stepsize" / f"{name}.yaml"), start=start)
-    problem = Problem(lambda x, t: x, torch.ones(2, 3), FlowSchedule(1.0).nodes(20), Euler(), XtMSE())
+    problem = Problem(
+        lambda x, t: x, torch.ones(2, 3), FlowSchedule(1.0).nodes(20), Euler(), XtMSE()
+    )
     plans = strategy.plan(problem, range(1, 21))
     for k, steps in plans.items():
         assert steps.num_steps == k
@@ -174,8 +212,12 @@ def test_yaml_plans_every_budget(name, start):
 @pytest.mark.parametrize("name", ["beta", "exponential", "karras", "kl_optimal"])
 def test_yaml_has_the_range_of_stable_diffusion(name):
     schedule = instantiate(OmegaConf.load(CONF / "stepsize" / f"{name}.yaml")).schedule
-    t = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012)).canonical(torch.tensor([0.0, 999.0]).double())
-    np.testing.assert_allclose([schedule.sigma_min, schedule.sigma_max], t / (1 - t), rtol=0, atol=5e-5)
+    t = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012)).canonical(
+        torch.tensor([0.0, 999.0]).double()
+    )
+    np.testing.assert_allclose(
+        [schedule.sigma_min, schedule.sigma_max], t / (1 - t), rtol=0, atol=5e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,10 +230,16 @@ def test_yaml_has_the_range_of_stable_diffusion(name):
         (lambda: BetaSchedule(*SD_RANGE, 0.6, -1), "beta must be .* got -1"),
         (lambda: BetaSchedule(*SD_RANGE, 1e-2, 1e-2).nodes(30), "30 distinct times"),
         (lambda: LinearQuadraticSchedule(0.0, None), "threshold must be .* got 0"),
-        (lambda: LinearQuadraticSchedule(1, None), "threshold must be at least 1e-06 and below 1, got 1"),
+        (
+            lambda: LinearQuadraticSchedule(1, None),
+            "threshold must be at least 1e-06 and below 1, got 1",
+        ),
         (lambda: LinearQuadraticSchedule(float("nan"), None), "threshold.*got nan"),
         (lambda: LinearQuadraticSchedule(0.025, 0), "linear_steps must be at least 1, got 0"),
-        (lambda: LinearQuadraticSchedule(0.025, 4).nodes(4), "linear_steps=4 leaves none of 4 steps"),
+        (
+            lambda: LinearQuadraticSchedule(0.025, 4).nodes(4),
+            "linear_steps=4 leaves none of 4 steps",
+        ),
         (lambda: LinearQuadraticSchedule(0.9, 1).nodes(10), "10 distinct times"),
     ],
 )

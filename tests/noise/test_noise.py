@@ -32,11 +32,16 @@ BETAS = {
     "zero_snr": scaled_linear_betas(1000, 0.00085, 0.012, zero_snr=True),
 }
 # Clean data, the stretch below index 0, the indices, the last fractions.
-INDICES = torch.cat([torch.linspace(-1, 2, 61), torch.arange(3.0, 990.0), torch.linspace(990, 999, 55)]).double()
+INDICES = torch.cat(
+    [torch.linspace(-1, 2, 61), torch.arange(3.0, 990.0), torch.linspace(990, 999, 55)]
+).double()
 NATIVE_TIMES = {
     "edm": (EDMPath(), torch.tensor([0, 1e-4, 0.002, 0.3, 1, 7.5, 80], dtype=torch.float64)),
     "flow": (FlowPath(1.0, 1.0), torch.linspace(0, 1, 23, dtype=torch.float64)),
-    "flow_shift_3_scale_1000": (FlowPath(3.0, 1000.0), torch.linspace(0, 1000, 23, dtype=torch.float64)),
+    "flow_shift_3_scale_1000": (
+        FlowPath(3.0, 1000.0),
+        torch.linspace(0, 1000, 23, dtype=torch.float64),
+    ),
     "flow_shift_below_1": (FlowPath(0.4, 1.0), torch.linspace(0, 1, 23, dtype=torch.float64)),
     "cosine": (CosinePath(), torch.linspace(0, 1, 23, dtype=torch.float64)),
     "vp": (VPPath(0.1, 20.0), torch.linspace(0, 1, 23, dtype=torch.float64)),
@@ -88,10 +93,25 @@ def test_canonical_time_is_0_at_clean_data_and_grows_with_the_native_clock(name)
     ("path", "tau", "alpha", "sigma"),
     [
         (EDMPath(), np.array([0.002, 1.0, 80.0]), np.ones(3), np.array([0.002, 1.0, 80.0])),
-        (FlowPath(1.0, 1.0), np.array([0.1, 0.5, 1.0]), np.array([0.9, 0.5, 0.0]), np.array([0.1, 0.5, 1.0])),
+        (
+            FlowPath(1.0, 1.0),
+            np.array([0.1, 0.5, 1.0]),
+            np.array([0.9, 0.5, 0.0]),
+            np.array([0.1, 0.5, 1.0]),
+        ),
         # A clock in thousandths that is shifted by 3 against t: u = 1/4 is t = 1/2, u = 1/7 is t = 1/3.
-        (FlowPath(3.0, 1000.0), np.array([250.0, 1000 / 7]), np.array([1 / 2, 2 / 3]), np.array([1 / 2, 1 / 3])),
-        (CosinePath(), np.array([0.0, 1 / 3, 0.5]), np.cos(np.pi / 2 * np.array([0.0, 1 / 3, 0.5])), None),
+        (
+            FlowPath(3.0, 1000.0),
+            np.array([250.0, 1000 / 7]),
+            np.array([1 / 2, 2 / 3]),
+            np.array([1 / 2, 1 / 3]),
+        ),
+        (
+            CosinePath(),
+            np.array([0.0, 1 / 3, 0.5]),
+            np.cos(np.pi / 2 * np.array([0.0, 1 / 3, 0.5])),
+            None,
+        ),
     ],
     ids=["edm", "flow", "flow_shift", "cosine"],
 )
@@ -113,7 +133,9 @@ def test_vp_times_have_the_alpha_and_sigma_of_the_score_sde_code():
 
 def test_noise_beyond_the_end_of_the_vp_process_has_its_last_time():
     t = torch.tensor([0.995, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(VPPath(0.1, 20.0).native(t), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        VPPath(0.1, 20.0).native(t), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-14
+    )
 
 
 def test_the_vp_process_is_the_limit_of_the_linear_chain():
@@ -134,7 +156,9 @@ def test_ddpm_indices_have_the_alpha_and_sigma_of_the_chain(name):
 def test_ddpm_fractions_interpolate_log_ratio_above_index_0_and_the_ratio_itself_below():
     path, abar = DDPMPath(LINEAR), alphas_cumprod(LINEAR)
     ratio = np.sqrt((1 - abar) / abar)
-    expected = np.array([0.75 * ratio[0], ratio[4] ** 0.7 * ratio[5] ** 0.3, np.sqrt(ratio[998] * ratio[999])])
+    expected = np.array(
+        [0.75 * ratio[0], ratio[4] ** 0.7 * ratio[5] ** 0.3, np.sqrt(ratio[998] * ratio[999])]
+    )
     t = path.canonical(torch.tensor([-0.25, 4.3, 998.5], dtype=torch.float64))
     np.testing.assert_allclose((t / (1 - t)).numpy(), expected, rtol=1e-12)
 
@@ -143,7 +167,10 @@ def test_ddpm_fractions_interpolate_log_ratio_above_index_0_and_the_ratio_itself
     ("betas", "options"),
     [
         (BETAS["linear"], {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
-        (BETAS["scaled_linear"], {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (
+            BETAS["scaled_linear"],
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        ),
         (BETAS["cosine"], {"beta_schedule": "squaredcos_cap_v2"}),
         (
             BETAS["zero_snr"],
@@ -200,7 +227,9 @@ def test_nodes_strictly_decrease_from_at_most_1_to_0(name, num_steps):
 @pytest.mark.parametrize(("grid", "name"), [("uniform", "flow"), ("edm", "edm"), ("ddpm", "ddim")])
 def test_nodes_equal_the_grids_of_the_released_search(oss_arrays, grid, name, num_steps):
     ascending = oss_arrays[f"{grid}_N{num_steps}.fm_steps"]
-    torch.testing.assert_close(SCHEDULES[name].nodes(num_steps), ascending.flip(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        SCHEDULES[name].nodes(num_steps), ascending.flip(0), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -209,7 +238,9 @@ def test_flow_nodes_equal_diffusers(shift):
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 12, 12))
-    torch.testing.assert_close(FlowSchedule(shift).nodes(12), scheduler.sigmas.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        FlowSchedule(shift).nodes(12), scheduler.sigmas.double(), rtol=0, atol=1e-6
+    )
 
 
 def test_edm_nodes_equal_diffusers():
@@ -236,7 +267,9 @@ def test_vp_nodes_are_uniform_in_the_process_time_from_1_to_time_min():
 def test_ddim_nodes_are_evenly_spaced_integer_indices(num_steps):
     indices = DDPMPath(LINEAR).native(DDIMSchedule(LINEAR).nodes(num_steps))
     expected = [*(round(999 * i / (num_steps - 1)) for i in reversed(range(num_steps))), -1]
-    torch.testing.assert_close(indices, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        indices, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8
+    )
 
 
 def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
@@ -253,9 +286,15 @@ def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: EDMSchedule(80.0, 0.002, 7.0), "sigma_min must be below sigma_max, got 80.0 and 0.002"),
+        (
+            lambda: EDMSchedule(80.0, 0.002, 7.0),
+            "sigma_min must be below sigma_max, got 80.0 and 0.002",
+        ),
         (lambda: EDMSchedule(0.0, 80.0, 7.0), "sigma_min must be above 0 and .*, got 0"),
-        (lambda: EDMSchedule(0.002, 1e30, 7.0), r"sigma_max must be above 0 and at most 1e\+12, got 1e\+30"),
+        (
+            lambda: EDMSchedule(0.002, 1e30, 7.0),
+            r"sigma_max must be above 0 and at most 1e\+12, got 1e\+30",
+        ),
         (lambda: EDMSchedule(0.002, math.inf, 7.0), "sigma_max must be .* got inf"),
         (lambda: EDMSchedule(0.002, 80.0, 0.0), "rho must be from 0.1 to 100, got 0"),
         (lambda: EDMSchedule(0.002, 80.0, 1e-30), "rho must be .* got 1e-30"),

@@ -8,14 +8,63 @@ from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
-from oss_exp.noise import DDPMPath, EDMPath, EDMSchedule, FlowSchedule, cosine_betas, scaled_linear_betas
+from oss_exp.noise import (
+    DDPMPath,
+    EDMPath,
+    EDMSchedule,
+    FlowSchedule,
+    cosine_betas,
+    scaled_linear_betas,
+)
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import ClosedForm, Problem
 
-SD15_30 = [999, 954, 907, 855, 819, 782, 744, 713, 684, 654, 623, 592, 559, 528, 499, 470, 437, 401, 364, 328]
+SD15_30 = [
+    999,
+    954,
+    907,
+    855,
+    819,
+    782,
+    744,
+    713,
+    684,
+    654,
+    623,
+    592,
+    559,
+    528,
+    499,
+    470,
+    437,
+    401,
+    364,
+    328,
+]
 SD15_30 += [291, 256, 221, 183, 149, 114, 70, 41, 21, 4]
-SDXL_30 = [999, 953, 904, 850, 813, 777, 738, 695, 650, 602, 556, 510, 462, 417, 374, 331, 290, 250, 214, 182]
+SDXL_30 = [
+    999,
+    953,
+    904,
+    850,
+    813,
+    777,
+    738,
+    695,
+    650,
+    602,
+    556,
+    510,
+    462,
+    417,
+    374,
+    331,
+    290,
+    250,
+    214,
+    182,
+]
 SDXL_30 += [155, 131, 108, 85, 66, 49, 32, 20, 12, 3]
 STABLE_DIFFUSION = scaled_linear_betas(1000, 0.00085, 0.012)
 SCHEDULES = [*map(AlignYourSteps, AlignYourSteps.tables), *map(OSSComfyUI, OSSComfyUI.tables)]
@@ -40,13 +89,22 @@ def problem(grid: torch.Tensor) -> Problem:
 def test_own_length_is_the_list_itself(schedule):
     table = torch.tensor(schedule.tables[schedule.table], dtype=torch.float64)
     own = levels(schedule, len(table) - 1)
-    torch.testing.assert_close(own[:-1], table[:-1], rtol=1e-12 if isinstance(schedule, AlignYourSteps) else 0, atol=0)
+    torch.testing.assert_close(
+        own[:-1], table[:-1], rtol=1e-12 if isinstance(schedule, AlignYourSteps) else 0, atol=0
+    )
     assert own[-1] == 0
 
 
 def test_lengths():
     lengths = {(type(s).__name__, s.table): len(s.tables[s.table]) - 1 for s in SCHEDULES}
-    assert [n for (family, _), n in lengths.items() if family == "AlignYourSteps"] == [10, 10, 10, 10, 30, 30]
+    assert [n for (family, _), n in lengths.items() if family == "AlignYourSteps"] == [
+        10,
+        10,
+        10,
+        10,
+        30,
+        30,
+    ]
     assert [lengths["OSSComfyUI", table] for table in ("flux", "wan", "chroma")] == [10, 20, 40]
 
 
@@ -54,7 +112,9 @@ def test_lengths():
 def test_align_your_steps_equals_diffusers(table):
     from diffusers.schedulers import AysSchedules
 
-    np.testing.assert_allclose(levels(AlignYourSteps(table), 10), AysSchedules[DIFFUSERS[table]], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(
+        levels(AlignYourSteps(table), 10), AysSchedules[DIFFUSERS[table]], rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +124,11 @@ def test_align_your_steps_equals_diffusers(table):
         ("sdxl", STABLE_DIFFUSION, [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]),
         ("sd15_30", STABLE_DIFFUSION, SD15_30),
         ("sdxl_30", STABLE_DIFFUSION, SDXL_30),
-        ("deepfloyd_if", cosine_betas(1000, 0.999), [995, 920, 811, 686, 555, 418, 315, 174, 109, 12]),
+        (
+            "deepfloyd_if",
+            cosine_betas(1000, 0.999),
+            [995, 920, 811, 686, 555, 418, 315, 174, 109, 12],
+        ),
     ],
 )
 def test_sigmas_stand_at_the_published_indices_of_their_chain(table, betas, published):
@@ -115,7 +179,9 @@ def test_yaml_plans_every_budget_from_every_table(name, start):
 
 def test_a_schedule_from_beyond_the_teacher_is_refused():
     grid = EDMSchedule(0.002, 80.0, 7.0).nodes(20)
-    with pytest.raises(ValueError, match=r"OSSComfyUI\(table='wan'\) puts its second time, 0.9970, above"):
+    with pytest.raises(
+        ValueError, match=r"OSSComfyUI\(table='wan'\) puts its second time, 0.9970, above"
+    ):
         ClosedForm(OSSComfyUI("wan"), "pinned").plan(problem(grid), [20])
 
 

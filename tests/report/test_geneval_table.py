@@ -20,14 +20,19 @@ def test_the_papers_numbers_give_the_papers_table():
     rows = {}
     for method, (steps, _, shares) in PAPER.items():
         tags = [task for task, count in zip(TASKS, COUNTS, strict=True) for _ in range(count)]
-        correct = [i < round(share * n) for share, n in zip(shares, COUNTS, strict=True) for i in range(n)]
+        correct = [
+            i < round(share * n) for share, n in zip(shares, COUNTS, strict=True) for i in range(n)
+        ]
         found = scores(tags, correct)
         rows[method.strip() + " " * method.count(" ")] = (
             steps,
             {name: Interval(each.mean, None, None, each.n) for name, each in found.items()},
         )
     lines = table(rows).splitlines()
-    assert lines[0] == "| method (steps) | overall | single | two | counting | colors | position | color attr |"
+    assert (
+        lines[0]
+        == "| method (steps) | overall | single | two | counting | colors | position | color attr |"
+    )
     for line, (method, (steps, overall, shares)) in zip(lines[2:], PAPER.items(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[0] == f"{method} ({steps})"

@@ -24,7 +24,12 @@ from oss_exp.schedule import Free, Pinned, StepSchedule
 
 EVIL = """<script><img src=x onerror="document.title='broken'">&amp;'"""
 NAMES = ("edm", "ours", EVIL)
-PLANS = {("edm", 2): [1, 0.4, 0], ("ours", 2): [1, 0.7, 0], (EVIL, 2): [0.9, 0.5, 0], ("ours", 3): [1, 0.8, 0.3, 0]}
+PLANS = {
+    ("edm", 2): [1, 0.4, 0],
+    ("ours", 2): [1, 0.7, 0],
+    (EVIL, 2): [0.9, 0.5, 0],
+    ("ours", 3): [1, 0.8, 0.3, 0],
+}
 VALUES = {("edm", 2): 30.0, ("ours", 2): 9.5, (EVIL, 2): 20.0, ("ours", 3): 40.0}
 COUNT = 3
 END = f"</script>{EVIL}"  # which no name may hold, for its /
@@ -36,7 +41,10 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
     rows, pictures = [], {"teacher": rng.integers(0, 256, (COUNT, *shape), dtype=np.uint8)}
     for (name, k), times in PLANS.items():
         values = VALUES[name, k] + np.arange(COUNT)
-        measured = {"psnr": Interval.of(values).to_dict(), "spread": Interval.of(np.ones(COUNT)).to_dict()}
+        measured = {
+            "psnr": Interval.of(values).to_dict(),
+            "spread": Interval.of(np.ones(COUNT)).to_dict(),
+        }
         images = {"index": [100, 101, 102], "psnr": values.tolist()}
         fixed = {"start": "pinned", "nfe": k, "planning": {}, "metrics": {}}
         row = {"strategy": name, "num_steps": k, "baseline": name == "edm"}
@@ -53,7 +61,13 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
         folder / "schedules" / "own_2.json"
     )
     teacher = {"noise_schedule": {"name": "FlowSchedule"}, "num_steps": 10}
-    run = {"model": {"name": f"m {EVIL}"}, "teacher": teacher, "solver": {}, "seed": 0, "teacher_metrics": {}}
+    run = {
+        "model": {"name": f"m {EVIL}"},
+        "teacher": teacher,
+        "solver": {},
+        "seed": 0,
+        "teacher_metrics": {},
+    }
     (folder / "metrics.json").write_text(json.dumps({**run, "rows": rows}))
     (folder / "config.yaml").write_text(
         "num_teacher_steps: ${oc.env:HOME}\nnoise_schedule: {_target_: os.mkdir, path: made_by_a_report}\n"
@@ -64,7 +78,9 @@ def made(folder: Path, shape: tuple[int, ...]) -> Path:
     ways = {f"times/{name} K={k}": np.array([times] * 2) for (name, k), times in PLANS.items()}
     ways = {"times/teacher": np.array([[1, 0.25, 0]] * 2), **ways, **{"times/own K=2": own.numpy()}}
     for key, times in list(ways.items()):
-        ways[key.replace("times", "x0")] = rng.integers(0, 256, (*times.shape, *shape[-3:]), dtype=np.uint8)
+        ways[key.replace("times", "x0")] = rng.integers(
+            0, 256, (*times.shape, *shape[-3:]), dtype=np.uint8
+        )
     np.savez(folder / "trajectories.npz", **ways)
     write(folder)
     return folder
@@ -78,7 +94,9 @@ def run(tmp_path_factory) -> Path:
 def block(folder: Path) -> dict:
     """What the page's script draws."""
     page = (folder / "report.html").read_text()
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    (found,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL
+    )
     return json.loads(found)
 
 
@@ -90,11 +108,19 @@ def block(folder: Path) -> dict:
 def test_the_pictures_are_those_of_the_run_bit_for_bit(run):
     found = block(run)["samples"]
     assert (found["width"], found["height"], found["frames"], found["form"]) == (5, 6, 1, "png")
-    assert [row["label"] for row in found["rows"]] == ["teacher", "edm K=2", f"{EVIL} K=2", "ours K=2", "ours K=3"]
+    assert [row["label"] for row in found["rows"]] == [
+        "teacher",
+        "edm K=2",
+        f"{EVIL} K=2",
+        "ours K=2",
+        "ours K=3",
+    ]
     with np.load(run / "samples.npz") as pictures:
         for row in found["rows"]:
             strip = Image.open(io.BytesIO(base64.b64decode(row["strip"].split(",")[1])))
-            assert np.array_equal(np.asarray(strip), np.concatenate(list(pictures[row["label"]]), axis=1))
+            assert np.array_equal(
+                np.asarray(strip), np.concatenate(list(pictures[row["label"]]), axis=1)
+            )
     assert found["rows"][2]["values"] == ["20.00", "21.00", "22.00"]
 
 
@@ -105,7 +131,9 @@ def test_the_ways_are_those_of_the_run_bit_for_bit(run):
     with np.load(run / "trajectories.npz") as ways:
         for row in rows:
             found = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["strip"].split(",")[1]))))
-            expected = np.concatenate([np.concatenate(list(way)) for way in ways[f"x0/{row['label']}"]], axis=1)
+            expected = np.concatenate(
+                [np.concatenate(list(way)) for way in ways[f"x0/{row['label']}"]], axis=1
+            )
             assert np.array_equal(found, expected)
             assert row["times"] == ways[f"times/{row['label']}"].tolist()
 
@@ -142,7 +170,10 @@ def test_what_users_write_is_text(run):
 
 
 def test_a_configuration_is_only_shown(run):
-    assert "num_teacher_steps: ${oc.env:HOME}\nnoise_schedule: {_target_: os.mkdir" in (run / "report.html").read_text()
+    assert (
+        "num_teacher_steps: ${oc.env:HOME}\nnoise_schedule: {_target_: os.mkdir"
+        in (run / "report.html").read_text()
+    )
     assert not Path("made_by_a_report").exists()
 
 
@@ -167,7 +198,11 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
         Image.new("RGB", (4, 4)).save(picture)
         verdict = {"number": 0, "reasons": [END], "objects": {}}
         rows.append({"label": label, "num_steps": k, "nfe": k, "verdicts": [verdict]})
-    wish = {"tag": "colors", "include": [{"class": "dress", "count": 1, "color": "red"}], "prompt": END}
+    wish = {
+        "tag": "colors",
+        "include": [{"class": "dress", "count": 1, "color": "red"}],
+        "prompt": END,
+    }
     found = {"prompts": [wish], "images_per_prompt": 1, "rows": rows}
     (tmp_path / "geneval.json").write_text(json.dumps(found))
     table, page = geneval.files(tmp_path).values()
@@ -203,7 +238,12 @@ def visited(folder: Path, script: str) -> dict:
     """What `async function visit(found)` finds out on the page."""
     copy = folder / "visited.html"
     copy.write_text((folder / "report.html").read_text() + f"<script>{script}{READY}</script>")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'chromium'}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'chromium'}",
+    ]
     command = [CHROMIUM, *options, "--virtual-time-budget=20000", "--dump-dom", copy.as_uri()]
     page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     (data,) = re.findall(r'data-found="([^"]*)"', page)
@@ -277,8 +317,18 @@ def test_a_page_sorts_hides_names_and_enlarges(run):
     assert found["sorted"][0] == [EVIL, "edm", "ours", "ours"]
     assert found["sorted"][1] == ["ours", "edm", EVIL, "ours"]  # PSNR: as numbers, 9.5 is the least
     assert found["sorted"][2] == ["ours", EVIL, "edm", "ours"]
-    assert found["sorted"][3] == ["edm", EVIL, "ours", "ours"]  # gain: 0 of the best baseline, no value last
-    assert found["sorted"][4] == ["ours", "edm", EVIL, "ours"]  # budgets, the last order within them
+    assert found["sorted"][3] == [
+        "edm",
+        EVIL,
+        "ours",
+        "ours",
+    ]  # gain: 0 of the best baseline, no value last
+    assert found["sorted"][4] == [
+        "ours",
+        "edm",
+        EVIL,
+        "ours",
+    ]  # budgets, the last order within them
 
     everything = [["edm", "ours", EVIL, "own"], ["ours"]]
     hidden, alone = [["edm", EVIL, "own"], []], [["ours"], ["ours"]]
@@ -299,7 +349,9 @@ def test_a_page_sorts_hides_names_and_enlarges(run):
 
     bright = np.array(matplotlib.colormaps["inferno"].colors)
     errors = [np.abs(picture.astype(float) - pictures[0]).mean(-1) for picture in pictures]
-    errors = [np.round(255 * bright[np.floor(2 * each + 0.5).clip(0, 255).astype(int)]) for each in errors]
+    errors = [
+        np.round(255 * bright[np.floor(2 * each + 0.5).clip(0, 255).astype(int)]) for each in errors
+    ]
     for row, picture in zip(found["rows"], pictures, strict=True):
         assert np.array_equal(rgb(row, 15), picture)
     assert np.array_equal(rgb(found["errors"][0], 15), pictures[0])
@@ -317,7 +369,10 @@ def test_a_page_sorts_hides_names_and_enlarges(run):
     assert np.array_equal(rgb(moved["pixels"][1], 5), pictures[4][:, :5])
     assert found["closed"]
 
-    assert (found["loaded"], found["title"]) == (0, f"m {EVIL}: few-step students against the 10-step teacher")
+    assert (found["loaded"], found["title"]) == (
+        0,
+        f"m {EVIL}: few-step students against the 10-step teacher",
+    )
     assert found["refused"] == "http://127.0.0.1:9/x.png"
 
 
@@ -349,7 +404,10 @@ def test_curves_name_their_points_and_hide(run):
         f"{EVIL}, psnr against K\nK = 2: psnr 21",
         "ours, psnr against K\nK = 2: psnr 10.5",
         "ours, psnr against K\nK = 3: psnr 41",
-        *(f"ours, K = 3\nround = {i}: cost {cost}" for i, cost in [(1, "1e-20"), (2, "0.01"), (3, "0.1")]),
+        *(
+            f"ours, K = 3\nround = {i}: cost {cost}"
+            for i, cost in [(1, "1e-20"), (2, "0.01"), (3, "0.1")]
+        ),
     ]
     assert found["ticks"][3:-3] == ["1e-7", "1e-6", "1e-5", "1e-4", "1e-3", "0.01", "0.1"]
     assert found["floor"] == pytest.approx([264, 64, 24], abs=0.5)
@@ -382,7 +440,11 @@ def test_a_sample_is_chosen_and_its_steps_enlarged(run):
         }""",
     )
     names = ["teacher", "edm", EVIL, "ours", "ours"]
-    assert (found.get("error"), found["names"], found["pressed"]) == (None, names, ["false", "true"])
+    assert (found.get("error"), found["names"], found["pressed"]) == (
+        None,
+        names,
+        ["false", "true"],
+    )
     with np.load(run / "trajectories.npz") as file:
         labels = ["teacher", "edm K=2", f"{EVIL} K=2", "ours K=2", "ours K=3"]
         ways = [file[f"x0/{label}"] for label in labels]
@@ -405,7 +467,9 @@ def test_a_sample_is_chosen_and_its_steps_enlarged(run):
         ("ours K=3", ["predicted at t = 1", *last]),
         ("teacher", ["predicted at t = 1", *last]),
     ]
-    assert np.array_equal(np.array(found["large"][0][2][0]).reshape(6, 5, 4)[..., :3], ways[4][1, 1])
+    assert np.array_equal(
+        np.array(found["large"][0][2][0]).reshape(6, 5, 4)[..., :3], ways[4][1, 1]
+    )
 
 
 @pytest.mark.slow
@@ -424,5 +488,7 @@ def test_videos_move(tmp_path):
         }""",
     )
     with np.load(folder / "samples.npz") as file:
-        frames = [np.concatenate(list(frame), axis=1)[..., 0] for frame in file["edm K=2"].swapaxes(0, 1)]
+        frames = [
+            np.concatenate(list(frame), axis=1)[..., 0] for frame in file["edm K=2"].swapaxes(0, 1)
+        ]
     assert sorted(found["strips"]) == sorted(frame.ravel().tolist() for frame in frames)

@@ -39,13 +39,21 @@ SMALL = [
 def run(tmp_path_factory) -> Path:
     """Run folder of a small comparison with the csv logger."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    run_cli(*SMALL, "num_steps=[2,4]", "stepsize=[edm,fm,oss,oss_shared]", "logger=csv", f"hydra.run.dir={folder}")
+    run_cli(
+        *SMALL,
+        "num_steps=[2,4]",
+        "stepsize=[edm,fm,oss,oss_shared]",
+        "logger=csv",
+        f"hydra.run.dir={folder}",
+    )
     return folder
 
 
 def table_of(folder: Path) -> list[list[str]]:
     """Header and rows of table.md."""
-    lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")
+    ]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [cells[0], *cells[2:]]
 
@@ -57,7 +65,9 @@ def test_the_table_has_a_row_for_every_schedule_with_its_measured_psnr(run):
     column = header.index("PSNR, dB")
     assert {(row[0], row[1]): row[column] for row in rows} == measured
     assert len(rows) == 8
-    assert sum(row[header.index("gain, dB")] == "*" for row in rows) == 2  # one best baseline a budget
+    assert (
+        sum(row[header.index("gain, dB")] == "*" for row in rows) == 2
+    )  # one best baseline a budget
 
 
 def test_the_page_holds_the_table_the_schedules_and_the_pictures(run):
@@ -69,7 +79,9 @@ def test_the_page_holds_the_table_the_schedules_and_the_pictures(run):
     assert len(data["schedules"]["lines"]) == 8
     assert [panel["title"] for panel in data["curves"]["measured"]] == ["psnr against K"]
     assert [len(panel["lines"]) for panel in data["curves"]["costs"]] == [2, 2]
-    assert len(data["samples"]["rows"]) == 1 + 6  # oss has schedules of its own for 4 of the 8 shown, too few for a row
+    assert (
+        len(data["samples"]["rows"]) == 1 + 6
+    )  # oss has schedules of its own for 4 of the 8 shown, too few for a row
 
 
 @pytest.mark.parametrize("name", ["schedules.png", "samples.png"])
@@ -94,7 +106,9 @@ def test_the_csv_logger_writes_psnr_and_gain_of_every_schedule(run):
 
 def test_schedules_are_read_with_their_strategies(run):
     plans = [(name, plan.num_steps) for name, plan in read_schedules(run)]
-    assert sorted(plans) == sorted((name, k) for name in ("edm", "fm", "oss", "oss_shared") for k in (2, 4))
+    assert sorted(plans) == sorted(
+        (name, k) for name in ("edm", "fm", "oss", "oss_shared") for k in (2, 4)
+    )
 
 
 FOREIGN = {
@@ -186,7 +200,9 @@ def test_a_gathered_sweep_is_one_table_with_a_row_per_job(sweep):
 
 
 def data_of(page: str) -> dict:
-    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    (block,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL
+    )
     return json.loads(block)
 
 
@@ -194,13 +210,19 @@ def data_of(page: str) -> dict:
 def test_a_gathered_sweep_has_curves_across_its_jobs(sweep):
     curves = data_of((sweep / "report.html").read_text())["curves"]
     (psnr,) = curves["measured"]
-    results = {(r.strategy, r.num_steps): r.psnr.mean for job in range(4) for r in read_run(sweep / str(job))}
+    results = {
+        (r.strategy, r.num_steps): r.psnr.mean
+        for job in range(4)
+        for r in read_run(sweep / str(job))
+    }
     assert psnr["title"] == "psnr against K"
     for line in psnr["lines"]:
         assert line["x"] == [2, 4]
         assert line["y"] == pytest.approx([results[line["name"], k] for k in (2, 4)], abs=0.01)
         assert line["baseline"] == (line["name"] == "edm")
-    costs = [read_schedules(sweep / job)[0][1].about("planning")["cost_per_round"] for job in ("0", "1")]
+    costs = [
+        read_schedules(sweep / job)[0][1].about("planning")["cost_per_round"] for job in ("0", "1")
+    ]
     assert [(panel["title"], *panel["lines"][0]["x"]) for panel in curves["costs"]] == [
         ("K = 2", 1, 2),
         ("K = 4", 1, 2, 3, 4),
@@ -232,14 +254,20 @@ def test_jobs_that_fail_take_no_others_along_and_are_explained(tmp_path, capsys)
     assert "task=report sweep=FOLDER says which failed" in capsys.readouterr().err
     run_cli("task=report", f"sweep={folder}", f"hydra.run.dir={tmp_path / 'report'}")
     assert len(list(folder.glob("*/metrics.json"))) == 10
-    for text in ((folder / "table.md").read_text(), (folder / "report.html").read_text(), capsys.readouterr().out):
+    for text in (
+        (folder / "table.md").read_text(),
+        (folder / "report.html").read_text(),
+        capsys.readouterr().out,
+    ):
         assert "Failed, 2 of 12 runs:" in text
         assert "- 11: num_steps must be whole numbers from 1 to" in text
         assert "- 5: num_steps must be whole numbers" in text
 
 
 @pytest.mark.slow
-def test_damaged_runs_take_no_others_along_and_a_report_is_written_whole_or_not_at_all(run, tmp_path, capsys):
+def test_damaged_runs_take_no_others_along_and_a_report_is_written_whole_or_not_at_all(
+    run, tmp_path, capsys
+):
     for name in ("whole", "metrics", "teacher", "schedules", "link"):
         shutil.copytree(run, tmp_path / name)
     (tmp_path / "metrics" / "metrics.json").write_text("{")
@@ -251,7 +279,10 @@ def test_damaged_runs_take_no_others_along_and_a_report_is_written_whole_or_not_
     assert table_of(tmp_path) == table_of(run)
     told = capsys.readouterr().out
     assert "Failed, 4 of 5 runs:" in told
-    assert f"- schedules: {tmp_path / 'schedules' / 'schedules'} has no schedules; restore them" in told
+    assert (
+        f"- schedules: {tmp_path / 'schedules' / 'schedules'} has no schedules; restore them"
+        in told
+    )
     assert "- link: " in told
     assert "leads out of its folder" in told
 
@@ -261,7 +292,9 @@ def test_damaged_runs_take_no_others_along_and_a_report_is_written_whole_or_not_
         gather(tmp_path)
     assert (tmp_path / "table.md").read_text() == "of an earlier report"
     shutil.rmtree(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"no run below .* can be reported\nFailed, 4 of 4 runs:\n"):
+    with pytest.raises(
+        ValueError, match=r"no run below .* can be reported\nFailed, 4 of 4 runs:\n"
+    ):
         gather(tmp_path)
 
 
@@ -271,12 +304,17 @@ def test_a_gathered_sweep_has_a_page_and_a_picture(sweep):
     assert (sweep / "schedules.png").is_file()
     assert "Sweep of 4 runs" in page
     assert page.count("<tr class=") == 4
-    assert sorted(line["name"] for line in data_of(page)["schedules"]["lines"]) == ["edm"] * 2 + ["oss_shared"] * 2
+    assert (
+        sorted(line["name"] for line in data_of(page)["schedules"]["lines"])
+        == ["edm"] * 2 + ["oss_shared"] * 2
+    )
     assert "<h2>Samples</h2>" not in page, "they are on the pages of the runs"
 
 
 @pytest.mark.slow
-def test_a_dashboard_out_of_reach_is_a_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, capsys):
+def test_a_dashboard_out_of_reach_is_a_warning_and_the_run_is_logged_offline(
+    tmp_path, monkeypatch, capsys
+):
     """W&B without a key, asked to be online; and one whose server does not answer when the run is logged."""
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -285,7 +323,10 @@ def test_a_dashboard_out_of_reach_is_a_warning_and_the_run_is_logged_offline(tmp
     logger = wandb_logger(str(tmp_path / "a run"), "oss_exp", None)
     logger.log_metrics({"loss": 1.0})
     error = capsys.readouterr().err
-    assert f"To upload it later: wandb login; wandb sync '{tmp_path}/a run'/wandb/offline-run-*" in error
+    assert (
+        f"To upload it later: wandb login; wandb sync '{tmp_path}/a run'/wandb/offline-run-*"
+        in error
+    )
     assert len(list((tmp_path / "a run" / "wandb").glob("offline-run-*"))) == 1
 
     def unreachable(*_):

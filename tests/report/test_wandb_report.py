@@ -13,7 +13,13 @@ from oss_exp.report import wandb_report
 
 wr = pytest.importorskip("wandb_workspaces.reports.v2")
 
-RUN = ["model=mixture_fashion", "num_teacher_steps=8", "num_steps=[2,3]", "stepsize=[ddim,oss_shared]", "logger=wandb"]
+RUN = [
+    "model=mixture_fashion",
+    "num_teacher_steps=8",
+    "num_steps=[2,3]",
+    "stepsize=[ddim,oss_shared]",
+    "logger=wandb",
+]
 RUN += ["data.search_samples=2", "data.eval_samples=4", "metric=[fid]"]
 
 
@@ -67,7 +73,12 @@ def dumped(panel) -> dict:
 
 
 def panels(report) -> list:
-    return [panel for block in report.blocks if isinstance(block, wr.PanelGrid) for panel in block.panels]
+    return [
+        panel
+        for block in report.blocks
+        if isinstance(block, wr.PanelGrid)
+        for panel in block.panels
+    ]
 
 
 @pytest.mark.slow
@@ -77,21 +88,33 @@ def test_the_panels_show_what_the_logger_writes(logged):
     tables = [panel.query["summaryTable"]["tableKey"] for panel in charts]
     assert tables == ["psnr against K_table", "fid against K_table", "cost per round_table"]
     (table,) = [panel.table_name for panel in found if isinstance(panel, wr.WeavePanelSummaryTable)]
-    media = [key for panel in found if isinstance(panel, wr.MediaBrowser) for key in panel.media_keys]
+    media = [
+        key for panel in found if isinstance(panel, wr.MediaBrowser) for key in panel.media_keys
+    ]
     assert {logged[key]["_type"] for key in (*tables, table)} == {"table-file"}
     assert [logged[key]["_type"] for key in media] == ["images/separated"] * 2
     assert sum(isinstance(panel, wr.RunComparer) for panel in found) == 1
     for panel in charts:
-        ours, own = panel._to_model().config, logged["_wandb"][panel.chart_strings["title"]]  # W&B's for the run's page
+        ours, own = (
+            panel._to_model().config,
+            logged["_wandb"][panel.chart_strings["title"]],
+        )  # W&B's for the run's page
         assert (ours.panel_def_id, ours.field_settings) == (own["panelDefId"], own["fieldSettings"])
-        asked, queried = ([*query["userQuery"]["queryFields"][0]["fields"]] for query in (dumped(panel), own))
-        keys = [[each["args"] for each in fields if each["name"] == "summaryTable"] for fields in (asked, queried)]
+        asked, queried = (
+            [*query["userQuery"]["queryFields"][0]["fields"]] for query in (dumped(panel), own)
+        )
+        keys = [
+            [each["args"] for each in fields if each["name"] == "summaryTable"]
+            for fields in (asked, queried)
+        ]
         assert keys[0][0][0]["value"] == keys[1][0][0]["value"]
 
 
 def test_a_report_of_a_sweep_has_its_runs_only():
     report = wandb_report.build("them", "steps", "2026-01-01/many", ["psnr"])
-    sets = [runs for block in report.blocks if isinstance(block, wr.PanelGrid) for runs in block.runsets]
+    sets = [
+        runs for block in report.blocks if isinstance(block, wr.PanelGrid) for runs in block.runsets
+    ]
     assert {(runs.entity, runs.project, runs.filters) for runs in sets} == {
         ("them", "steps", "Metric(\"Group\") == '2026-01-01/many'")
     }

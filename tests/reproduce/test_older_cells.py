@@ -55,7 +55,9 @@ def test_real_cells_are_not_made_anew(root, monkeypatch):
     assert cell.folder(root).name == "f3024344025e87c6"
     assert cell.parent.folder(root).name == "d9954cc975e95b73"
     assert cell.key not in ("f3024344025e87c6", "d9954cc975e95b73")
-    written = json.loads((root / "f3024344025e87c6" / "metrics.json").read_text())["rows"][0]["psnr"]
+    written = json.loads((root / "f3024344025e87c6" / "metrics.json").read_text())["rows"][0][
+        "psnr"
+    ]
     assert psnr("oss_ave", 5)(cell.folder(root)).interval.mean == written["mean"]
 
 
@@ -71,7 +73,14 @@ def test_what_no_result_depends_on_may_differ(root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "value", ["data.seed=1", "solver=heun", "noise_schedule.betas.end=0.03", "model.guidance.scale=2", "num_steps=[6]"]
+    "value",
+    [
+        "data.seed=1",
+        "solver=heun",
+        "noise_schedule.betas.end=0.03",
+        "model.guidance.scale=2",
+        "num_steps=[6]",
+    ],
 )
 def test_another_value_is_another_cell(root, value):
     cell = evaluation(value)
@@ -86,7 +95,9 @@ def test_another_parent_is_another_cell(root):
 
 @pytest.mark.slow
 def test_a_new_run_goes_on_from_an_older_one(root):
-    cell = Cell.of(*EVALUATION, "num_teacher_steps=30", "evaluation.trajectories=0", parent=Cell.of(*SEARCH))
+    cell = Cell.of(
+        *EVALUATION, "num_teacher_steps=30", "evaluation.trajectories=0", parent=Cell.of(*SEARCH)
+    )
     assert make([cell], root, jobs=1) == {}
     record = json.loads((root / cell.key / "cell.json").read_text())
     assert record["parent"] == "d9954cc975e95b73"
@@ -98,7 +109,9 @@ def test_other_shipped_weights_make_another_cell(root, tmp_path, monkeypatch):
     assets = Path(shutil.copytree(ASSETS, tmp_path / "assets"))
     (assets / "mixture_digits.safetensors").write_bytes(b"other")
     monkeypatch.setattr("oss_exp.reproduce.older_cells.ASSETS", assets)
-    cell = evaluation("data.batch_size=64")  # the default, so the same cell, but not one that was looked at before
+    cell = evaluation(
+        "data.batch_size=64"
+    )  # the default, so the same cell, but not one that was looked at before
     assert cell.folder(root).name == cell.key
 
 
@@ -114,7 +127,9 @@ def test_an_older_run_goes_on_by_its_own_command(root, capsys):
     assert "holds a run with another num_teacher_steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "{paths: {}}", "a: [", "!!python/object/apply:os.abort []"])
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2]", "{paths: {}}", "a: [", "!!python/object/apply:os.abort []"]
+)
 def test_a_folder_that_cannot_be_read_is_no_cell(root, content):
     (root / "d9954cc975e95b73" / "config.yaml").write_text(content)
     assert evaluation().folder(root).name == evaluation().key
@@ -140,19 +155,33 @@ def lacks_no_weights(config) -> bool:
 def test_every_kind_of_cell_of_the_tables_is_found(tmp_path, small):
     """Their folders hold what they held then; the names prove that the configurations are those of then."""
     scale = "small" if small else "paper"
-    old = [each for each in CONFIGURATIONS if each["scale"] == scale and lacks_no_weights(each["config"])]
-    old = [each for each in old if each["config"]["model"]["_target_"].rpartition(".")[2] not in GONE]
+    old = [
+        each
+        for each in CONFIGURATIONS
+        if each["scale"] == scale and lacks_no_weights(each["config"])
+    ]
+    old = [
+        each for each in old if each["config"]["model"]["_target_"].rpartition(".")[2] not in GONE
+    ]
     assert len(old) >= 8
     for each in old:
         folder, parent = tmp_path / each["name"], f"outputs/cells/{each['parent']}"
         folder.mkdir()
-        places = {"OUTPUT": f"/home/user/outputs/cells/{each['name']}", "PARENT": parent, "DATA": "/data"}
-        config = in_folders({**each["config"], "paths": {"output_dir": "OUTPUT", "data_dir": "DATA"}}, places)
+        places = {
+            "OUTPUT": f"/home/user/outputs/cells/{each['name']}",
+            "PARENT": parent,
+            "DATA": "/data",
+        }
+        config = in_folders(
+            {**each["config"], "paths": {"output_dir": "OUTPUT", "data_dir": "DATA"}}, places
+        )
         if config["data"].get("classes") == "auto":
             config["data"]["classes"] = "all"  # settled by the run
         overrides = [text.replace("PARENT", parent) for text in each["overrides"]]
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        (folder / "cell.json").write_text(json.dumps({"overrides": overrides, "packages": {"oss_exp": "0.1.0"}}))
+        (folder / "cell.json").write_text(
+            json.dumps({"overrides": overrides, "packages": {"oss_exp": "0.1.0"}})
+        )
     plans = {name: TABLES[name](Paper.load(name), small) for name in TABLES}
     cells = {
         member
@@ -177,14 +206,27 @@ def in_folders(value, places: dict[str, str]):
 
 
 def test_canonical_configurations():
-    short = canonical({"stepsize": {"a": {"_target_": "oss_exp.stepsize.OSSShared", "refine": True}}})
-    full = canonical({"stepsize": {"a": {"_target_": "oss_exp.OSSShared", "refine": True, "max_order": None}}})
+    short = canonical(
+        {"stepsize": {"a": {"_target_": "oss_exp.stepsize.OSSShared", "refine": True}}}
+    )
+    full = canonical(
+        {"stepsize": {"a": {"_target_": "oss_exp.OSSShared", "refine": True, "max_order": None}}}
+    )
     assert short == full
     assert changed(short, full) == []
-    assert changed({"a": 1, "gone": 2}, {"a": 1, "new": None}) == []  # what is new and null is nothing
+    assert (
+        changed({"a": 1, "gone": 2}, {"a": 1, "new": None}) == []
+    )  # what is new and null is nothing
     assert changed({"a": 1}, {"a": 2, "new": 3}) == ["a", "new"]
 
 
 def test_metrics_were_listed_by_name():
-    old = {"evaluation": {"metrics": ["psnr", "fid"], "trajectories": 4, "fid": {"n": 1}, "kid": {"n": 2}}}
+    old = {
+        "evaluation": {
+            "metrics": ["psnr", "fid"],
+            "trajectories": 4,
+            "fid": {"n": 1},
+            "kid": {"n": 2},
+        }
+    }
     assert canonical(old) == {"evaluation": {"trajectories": 4}, "metric": {"fid": {"n": 1}}}

@@ -9,7 +9,17 @@ import pytest
 from oss_exp.files import ASSETS
 
 ROOT = Path(__file__).parents[2]
-NUMBERS = ["table_1", "table_2", "table_3", "table_4", "table_5", "table_6", "table_7", "figure_7", "figure_8"]
+NUMBERS = [
+    "table_1",
+    "table_2",
+    "table_3",
+    "table_4",
+    "table_5",
+    "table_6",
+    "table_7",
+    "figure_7",
+    "figure_8",
+]
 IDS = [*NUMBERS, "figure_1", "figure_4", "figure_5", "figure_6", "figure_10"]
 TEXT, NUMBER = str | None, int | float | None
 SETTING = {
@@ -22,14 +32,41 @@ SETTING = {
     "search_samples": int | None,
     "n": int | None,
 }
-PAPER = {"id": str, "title": str, "source": str, "metric": dict | None, "setting": dict} | dict.fromkeys(
-    ("doubts", "rows", "claims"), list
-)
+PAPER = {
+    "id": str,
+    "title": str,
+    "source": str,
+    "metric": dict | None,
+    "setting": dict,
+} | dict.fromkeys(("doubts", "rows", "claims"), list)
 METRIC = {"name": str, "unit": TEXT, "better": str, "doubt": TEXT}
-ROW = {"label": str, "strategy": TEXT, "num_steps": int | None, "value": NUMBER, "as_printed": str, "doubt": TEXT}
-APART = {"search_teacher_steps": int | None, "distance": str, "calibrated": bool, "trained": bool, "part": str}
-CLAIM = {"text": str, "from": str, "better": dict | None, "than": dict | None, "gain": NUMBER, "doubt": TEXT}
-CONF = {"strategy": "stepsize", **{name: name for name in ("model", "noise_schedule", "solver", "distance")}}
+ROW = {
+    "label": str,
+    "strategy": TEXT,
+    "num_steps": int | None,
+    "value": NUMBER,
+    "as_printed": str,
+    "doubt": TEXT,
+}
+APART = {
+    "search_teacher_steps": int | None,
+    "distance": str,
+    "calibrated": bool,
+    "trained": bool,
+    "part": str,
+}
+CLAIM = {
+    "text": str,
+    "from": str,
+    "better": dict | None,
+    "than": dict | None,
+    "gain": NUMBER,
+    "doubt": TEXT,
+}
+CONF = {
+    "strategy": "stepsize",
+    **{name: name for name in ("model", "noise_schedule", "solver", "distance")},
+}
 
 
 def paper(name: str) -> dict:
@@ -47,7 +84,11 @@ def require(found: dict, kinds: dict, more: dict | None = None) -> None:
 
 def key_of(row: dict) -> dict:
     """What tells a row from the others."""
-    return {key: value for key, value in row.items() if key not in ("label", "value", "as_printed", "doubt")}
+    return {
+        key: value
+        for key, value in row.items()
+        if key not in ("label", "value", "as_printed", "doubt")
+    }
 
 
 def picked(found: dict, keys: dict) -> list[dict]:
@@ -90,7 +131,9 @@ def test_names_are_those_of_the_configuration(name):
     found = paper(name)
     for each in [found["setting"], *found["rows"]]:
         for key, group in CONF.items():
-            assert each.get(key) is None or (ROOT / "conf" / group / f"{each[key]}.yaml").is_file(), each
+            assert (
+                each.get(key) is None or (ROOT / "conf" / group / f"{each[key]}.yaml").is_file()
+            ), each
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -127,7 +170,9 @@ def test_claims_are_borne_out_by_the_printed_numbers_or_doubted(name):
 
 
 def test_the_mean_gain_of_table_2_is_the_one_in_the_text():
-    mean, *gains = [claim["gain"] for claim in paper("table_2")["claims"] if claim["gain"] is not None]
+    mean, *gains = [
+        claim["gain"] for claim in paper("table_2")["claims"] if claim["gain"] is not None
+    ]
     assert len(gains) == 9
     assert sum(gains) / 9 == pytest.approx(mean, abs=0.005)
 

@@ -47,7 +47,9 @@ def as_printed(name: str) -> Reproduction:
     """A table whose every number of ours is the paper's, known exactly."""
     paper, planned = plan(name)
     values = [
-        None if row["value"] is None else Value(Interval(row["value"], row["value"], row["value"], 9))
+        None
+        if row["value"] is None
+        else Value(Interval(row["value"], row["value"], row["value"], 9))
         for row in paper.rows
     ]
     return Reproduction(paper, replace(planned, checks={}), "small", values)
@@ -72,7 +74,10 @@ def test_every_run_of_a_plan_composes_and_has_the_papers_setting(composing, name
             if row["num_steps"] not in (None, 100):  # 100 is a teacher's
                 assert row["num_steps"] in cfg.num_steps
             if row["noise_schedule"]:
-                assert cfg.noise_schedule == composed(f"noise_schedule={row['noise_schedule']}").noise_schedule
+                assert (
+                    cfg.noise_schedule
+                    == composed(f"noise_schedule={row['noise_schedule']}").noise_schedule
+                )
             if row["model"] and not small:
                 model = composed(f"model={row['model']}").model
                 weights = "pipeline" if "pipeline" in model else "checkpoint"
@@ -86,7 +91,9 @@ def test_a_cell_is_named_by_what_it_computes(composing):
 
     base = key("stepsize=edm")
     assert base == key("stepsize=fm", "stepsize=edm")  # the later one counts
-    assert base == key("stepsize=edm", "trainer=ddp_spawn_cpu", "logger=csv")  # no result depends on these
+    assert base == key(
+        "stepsize=edm", "trainer=ddp_spawn_cpu", "logger=csv"
+    )  # no result depends on these
     assert base == key("stepsize=edm", "data.seed=0")  # the default
     others = [
         key("stepsize=edm", "data.seed=1"),
@@ -112,11 +119,18 @@ def test_the_papers_own_numbers_give_the_papers_table(name):
     assert len(places) == len(found.paper.rows)
     table = [line.split(" | ") for line in found.markdown().splitlines() if line.startswith("| ")]
     assert [cell.strip("| ") for cell in table[0]][1:] == columns
-    body = {cells[0].strip("| "): [cell.strip("| ") for cell in cells[1:]] for cells in table[2 : 2 + len(lines)]}
+    body = {
+        cells[0].strip("| "): [cell.strip("| ") for cell in cells[1:]]
+        for cells in table[2 : 2 + len(lines)]
+    }
     for (line, column), number in places.items():
         theirs, *ours = body[line][columns.index(column)].split(" / ")
         value = found.paper.rows[number]["value"]
-        assert (theirs, ours) == ("-", ["-"]) if value is None else float(theirs) == float(ours[0].split()[0])
+        assert (
+            (theirs, ours) == ("-", ["-"])
+            if value is None
+            else float(theirs) == float(ours[0].split()[0])
+        )
     rows = list(csv.DictReader(found.csv().splitlines()))
     assert [row["paper"] for row in rows] == [row["ours"] for row in rows] or name == "table_1"
     assert found.latex().count(r" \\") == len(lines) + 1
@@ -129,7 +143,10 @@ def test_a_claim_holds_on_the_papers_numbers_unless_it_is_doubted(name):
         if claim.better is None:
             assert found.answer == "not checked"
         else:
-            assert found.answer == "holds" or (claim.doubt and found.answer != "holds"), (claim, found)
+            assert found.answer == "holds" or (claim.doubt and found.answer != "holds"), (
+                claim,
+                found,
+            )
 
 
 def test_a_claim_is_judged_by_the_interval_of_the_difference():
@@ -141,7 +158,9 @@ def test_a_claim_is_judged_by_the_interval_of_the_difference():
     def judge(ours: list[float], theirs: list[float]) -> str:
         values = [None] * len(paper.rows)
         for i, numbers in ((better, ours), (other, theirs)):
-            values[i] = Value(Interval(sum(numbers) / len(numbers), None, None, 3), dict(enumerate(numbers)))
+            values[i] = Value(
+                Interval(sum(numbers) / len(numbers), None, None, 3), dict(enumerate(numbers))
+            )
         return Reproduction(paper, plan("table_2")[1], "small", values)._judge(claim).answer
 
     assert judge([2, 3, 4], [1, 2.1, 3]) == "holds"
@@ -152,7 +171,10 @@ def test_a_claim_is_judged_by_the_interval_of_the_difference():
 
 def test_summary_counts_the_answers():
     found = summary([as_printed("table_2"), as_printed("table_6")])
-    assert "| [table 2](table_2/small.md) | PSNR under three noise schedules, naive steps and OSS" in found
+    assert (
+        "| [table 2](table_2/small.md) | PSNR under three noise schedules, naive steps and OSS"
+        in found
+    )
     assert "| 9 | 0 | 0 | 2 |" in found
 
 
@@ -165,7 +187,12 @@ def test_summary_counts_the_answers():
 )
 def test_bad_input(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run_cli("task=reproduce", *arguments, f"hydra.run.dir={tmp_path}", f"task.cells={tmp_path}/cells")
+        run_cli(
+            "task=reproduce",
+            *arguments,
+            f"hydra.run.dir={tmp_path}",
+            f"task.cells={tmp_path}/cells",
+        )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cells").exists()
 
@@ -176,7 +203,11 @@ def test_bad_input(arguments, message, tmp_path, capsys):
 
 
 def command(folder: Path, table: int, *more: str) -> list[str]:
-    where = [f"task.output={folder}/paper", f"task.cells={folder}/cells", f"hydra.run.dir={folder}/run"]
+    where = [
+        f"task.output={folder}/paper",
+        f"task.cells={folder}/cells",
+        f"hydra.run.dir={folder}/run",
+    ]
     return ["task=reproduce", f"table={table}", *where, *more]
 
 
@@ -209,10 +240,15 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_figures_are_drawn_from_the_runs_of_a_table(composing, tmp_path):
-    strategies = {"table_3": "[oss,oss_ave] num_steps=[20] task=search", "table_6": "[edm,ddim,fm,dm,gits,oss_ave]"}
+    strategies = {
+        "table_3": "[oss,oss_ave] num_steps=[20] task=search",
+        "table_6": "[edm,ddim,fm,dm,gits,oss_ave]",
+    }
     for name, figures in {"table_3": ["figure_5"], "table_6": ["figure_1", "figure_10"]}.items():
         paper, planned = plan(name)
-        cell = Cell.of(*SMALL.replace(": ", "=").split(", "), *f"stepsize={strategies[name]}".split())
+        cell = Cell.of(
+            *SMALL.replace(": ", "=").split(", "), *f"stepsize={strategies[name]}".split()
+        )
         assert make([cell], tmp_path, jobs=1) == {}
         sources = [source and replace(source, cells=(cell,)) for source in planned.sources]
         drawn = draw(paper, replace(planned, sources=sources), tmp_path)
@@ -240,7 +276,13 @@ def test_overrides_are_for_the_runs_that_have_their_keys(composing):
     more = {"task.max_steps": 1, "data.prompts": "prompts.txt", "evaluation": "inception"}
     more |= {"evaluation.extractor.weights": "w.pth"}
     changed = _with(plans, more)
-    runs = {member for each in changed.values() for s in each.sources for cell in s.cells for member in cell.lineage()}
+    runs = {
+        member
+        for each in changed.values()
+        for s in each.sources
+        for cell in s.cells
+        for member in cell.lineage()
+    }
     trained = [cell for cell in runs if "task=finetune" in cell.overrides]
     assert all("task.max_steps=1" in cell.overrides for cell in trained)
     prompted = [cell for cell in runs if "data.prompts=prompts.txt" in cell.overrides]
@@ -248,5 +290,7 @@ def test_overrides_are_for_the_runs_that_have_their_keys(composing):
     measured = [cell for cell in runs if "task=finetune" not in cell.overrides]
     assert all("evaluation.extractor.weights=w.pth" in cell.overrides for cell in measured)
     assert all(cell.key for cell in runs)
-    with pytest.raises(ValueError, match=r"task\.overrides\.data\.prompt is an option of none of these runs"):
+    with pytest.raises(
+        ValueError, match=r"task\.overrides\.data\.prompt is an option of none of these runs"
+    ):
         _with(plans, {"data.prompt": "prompts.txt"})

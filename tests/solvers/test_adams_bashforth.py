@@ -19,7 +19,9 @@ def test_the_textbook_weights_on_even_steps(order, weights):
     times = [float64(0.5 + 0.1 * h) for h in range(order)]
     a, b = AdamsBashforth(order).coefficients(times, float64(0.4))
     assert float(a) == 1
-    assert [float(weight) for weight in b] == pytest.approx([-0.1 * weight for weight in weights], rel=1e-12)
+    assert [float(weight) for weight in b] == pytest.approx(
+        [-0.1 * weight for weight in weights], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])

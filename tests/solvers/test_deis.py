@@ -3,7 +3,15 @@
 import pytest
 import torch
 from diffusers import DEISMultistepScheduler
-from references import LATER, RELEASED, difference, difference_to_released, float64, run, run_diffusers
+from references import (
+    LATER,
+    RELEASED,
+    difference,
+    difference_to_released,
+    float64,
+    run,
+    run_diffusers,
+)
 
 from oss_exp.solvers.deis import DEIS
 
@@ -25,7 +33,9 @@ def test_coefficients_equal_released_code(order):
             known = [times[j] for j in range(i, max(-1, i - order), -1)]
             _, b = DEIS(order, **RELEASED_CLOCK).coefficients(known, times[i + 1])
             expected = RELEASED[key][i, : len(known)]
-            torch.testing.assert_close(torch.stack(b) / (1 - times[i + 1]), expected, rtol=1e-10, atol=0)
+            torch.testing.assert_close(
+                torch.stack(b) / (1 - times[i + 1]), expected, rtol=1e-10, atol=0
+            )
 
 
 @pytest.mark.parametrize(("order", "tolerance"), [(2, 3e-3), (3, 3e-4)])
@@ -45,7 +55,10 @@ class LogDEIS(DEIS):
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_with_its_clock_equals_diffusers(order, velocity, gmm):
     scheduler = DEISMultistepScheduler(
-        solver_order=order, use_flow_sigmas=True, prediction_type="flow_prediction", lower_order_final=False
+        solver_order=order,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        lower_order_final=False,
     )
     expected = run_diffusers(scheduler, velocity, gmm["z"], LATER[:-1])
     found = run(LogDEIS(order, beta_d=19.9, beta_min=0.1), velocity, gmm["z"], LATER[:-1])

@@ -22,7 +22,9 @@ def test_equals_diffusers(velocity, gmm):
     scheduler.set_begin_index(0)
     middles = (sigmas[:-2] * sigmas[1:-1]).sqrt()
     scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
-    scheduler.sigmas_interpol = torch.cat([sigmas[:1], torch.stack([middles, sigmas[1:-1]], 1).flatten(), sigmas[-1:]])
+    scheduler.sigmas_interpol = torch.cat(
+        [sigmas[:1], torch.stack([middles, sigmas[1:-1]], 1).flatten(), sigmas[-1:]]
+    )
     calls = torch.cat([torch.stack([sigmas[:-2], middles], 1).flatten(), sigmas[-2:-1]])
     scheduler.timesteps = 1000 * calls / (1 + calls)
     x = gmm["z"] / (1 - LATER[0])
@@ -36,7 +38,9 @@ def test_equals_diffusers(velocity, gmm):
 
 def test_a_step_from_1_is_eulers(velocity, gmm):
     times = float64(1, 0.6, 0)
-    found, euler = (trajectory(solver, velocity, gmm["z"], times) for solver in (DPM2(0.5), Euler()))
+    found, euler = (
+        trajectory(solver, velocity, gmm["z"], times) for solver in (DPM2(0.5), Euler())
+    )
     assert torch.equal(found[1], euler[1])
 
 

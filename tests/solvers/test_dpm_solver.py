@@ -33,7 +33,12 @@ def test_equals_diffusers(order, velocity, gmm):
     log_snr = torch.logit(1 - times)
     calls = torch.sigmoid(-(log_snr[:-1, None] + log_snr.diff()[:, None] * fractions)).flatten()
     scheduler = Scheduler(
-        solver_order=order, algorithm_type="dpmsolver", final_sigmas_type="sigma_min", lower_order_final=False
+        solver_order=order,
+        algorithm_type="dpmsolver",
+        final_sigmas_type="sigma_min",
+        lower_order_final=False,
     )
-    expected = run_diffusers(scheduler, velocity, gmm["z"], torch.cat([calls, times[-1:]]), "variance")
+    expected = run_diffusers(
+        scheduler, velocity, gmm["z"], torch.cat([calls, times[-1:]]), "variance"
+    )
     assert difference(run(DPMSolver(order), velocity, gmm["z"], times), expected) < 1e-10

@@ -14,7 +14,10 @@ LONG = torch.linspace(0.98, 0, 17, dtype=torch.float64)
 @pytest.mark.parametrize("lower_order_final", [True, False])
 def test_equals_released_code(order, lower_order_final, velocity, gmm):
     """Without its thresholding, which ours has not."""
-    solver, name = DPMSolverPP(order, lower_order_final), f"dpmpp{order}_x0_lof{int(lower_order_final)}_nothresh"
+    solver, name = (
+        DPMSolverPP(order, lower_order_final),
+        f"dpmpp{order}_x0_lof{int(lower_order_final)}_nothresh",
+    )
     assert difference_to_released(solver, name, velocity, gmm["z"]) < 1e-10
 
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from references import LATER, PINNED, difference, difference_to_released, float64, run, run_diffusers
+from references import (
+    LATER,
+    PINNED,
+    difference,
+    difference_to_released,
+    float64,
+    run,
+    run_diffusers,
+)
 
 from oss_exp.noise import CosinePath, DDPMPath, EDMPath, linear_betas
 from oss_exp.solvers import Euler, trajectory
@@ -25,7 +33,9 @@ def test_equals_the_euler_schedulers_of_diffusers(velocity, gmm):
     flow = run_diffusers(FlowMatchEulerDiscreteScheduler(), velocity, gmm["z"], PINNED)
     assert difference(run(Euler(), velocity, gmm["z"], PINNED), flow) < 1e-10
     scheduler = EulerDiscreteScheduler()
-    scheduler.is_scale_input_called = True  # the velocity is asked at the flow state: there is nothing to scale
+    scheduler.is_scale_input_called = (
+        True  # the velocity is asked at the flow state: there is nothing to scale
+    )
     sigma = run_diffusers(scheduler, velocity, gmm["z"], LATER, "sigma")
     assert difference(run(Euler(), velocity, gmm["z"], LATER), sigma) < 1e-10
 

@@ -5,7 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
-from references import LATER, PINNED, difference, difference_to_released, float64, run, run_diffusers
+from references import (
+    LATER,
+    PINNED,
+    difference,
+    difference_to_released,
+    float64,
+    run,
+    run_diffusers,
+)
 
 from oss_exp.solvers import Euler, trajectory
 from oss_exp.solvers.heun import Heun
@@ -19,7 +27,10 @@ def test_in_sigma_equals_released_code(name, velocity, gmm):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("clock", "scheduler", "times", "coordinates"),
-    [("t", FlowMatchHeunDiscreteScheduler, PINNED, "flow"), ("sigma", HeunDiscreteScheduler, LATER, "sigma")],
+    [
+        ("t", FlowMatchHeunDiscreteScheduler, PINNED, "flow"),
+        ("sigma", HeunDiscreteScheduler, LATER, "sigma"),
+    ],
 )
 def test_equals_diffusers(clock, scheduler, times, coordinates, velocity, gmm):
     inner = times[1:-1].repeat_interleave(2)  # it lists the time of every network call
@@ -46,5 +57,7 @@ def test_is_the_trapezoid_in_flow_time_and_euler_into_0():
 
 def test_in_sigma_a_step_from_1_is_eulers(velocity, gmm):
     for times in (float64(1, 0.6), float64(1, 0.6, 0)):
-        found, euler = (trajectory(solver, velocity, gmm["z"], times)[1] for solver in (Heun("sigma"), Euler()))
+        found, euler = (
+            trajectory(solver, velocity, gmm["z"], times)[1] for solver in (Heun("sigma"), Euler())
+        )
         assert torch.equal(found, euler)

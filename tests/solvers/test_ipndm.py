@@ -25,5 +25,10 @@ def test_equals_diffusers(velocity, gmm):
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_the_weights_agree_on_even_steps_in_sigma(order):
     times = [sigma / (1 + sigma) for sigma in float64(0.6, 0.8, 1.0, 1.2)[:order]]
-    uniform, exact = (IPNDM(order, weights).coefficients(times, float64(2 / 7)) for weights in ("uniform", "exact"))
-    torch.testing.assert_close(torch.stack([uniform[0], *uniform[1]]), torch.stack([exact[0], *exact[1]]))
+    uniform, exact = (
+        IPNDM(order, weights).coefficients(times, float64(2 / 7))
+        for weights in ("uniform", "exact")
+    )
+    torch.testing.assert_close(
+        torch.stack([uniform[0], *uniform[1]]), torch.stack([exact[0], *exact[1]])
+    )

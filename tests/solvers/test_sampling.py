@@ -24,7 +24,9 @@ def test_every_yielded_state_but_the_last_has_seen_the_network_at_its_own_time(v
     assert states[-1].times[0][0] > 0
 
 
-def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_first_call(mixture, gmm):
+def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_first_call(
+    mixture, gmm
+):
     label = torch.arange(16) % 10
     f, rest = mixture.velocity(label), float64(0.9, 0.4, 0)
     free = sample(Euler(), f, gmm["z"], StepSchedule(rest, Free()))
@@ -56,17 +58,33 @@ def test_nfe_is_that_of_the_sample_with_the_most_calls():
 def watched(solver, f, noise, steps, **more) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The sample, and the predictions of x0 of its steps."""
     seen = []
-    x0 = sample(solver, f, noise, steps, **more, watch=lambda step, clean: seen.append((step, clean)))
+    x0 = sample(
+        solver, f, noise, steps, **more, watch=lambda step, clean: seen.append((step, clean))
+    )
     assert [step for step, _ in seen] == list(range(steps.num_steps))
     return x0, [clean for _, clean in seen]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 @pytest.mark.parametrize(
-    "solver", [Euler(), Heun("t"), DPM2(0.5), DPMSolverPP(2, False), AdamsBashforth(2), UniPC(2, "bh2", False)]
+    "solver",
+    [
+        Euler(),
+        Heun("t"),
+        DPM2(0.5),
+        DPMSolverPP(2, False),
+        AdamsBashforth(2),
+        UniPC(2, "bh2", False),
+    ],
 )
-def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(solver, guidance, mixture, gmm):
-    f, steps, asked = mixture.velocity(torch.arange(16) % 10, Guidance(guidance)), StepSchedule(PINNED), []
+def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(
+    solver, guidance, mixture, gmm
+):
+    f, steps, asked = (
+        mixture.velocity(torch.arange(16) % 10, Guidance(guidance)),
+        StepSchedule(PINNED),
+        [],
+    )
 
     def counted(x, t, condition):
         asked.append((x, t))
@@ -77,7 +95,9 @@ def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(s
     found, seen = watched(solver, replace(f, fn=counted, micro_batch=5), gmm["z"], steps)
     assert difference(found, plain) < 1e-12
     assert sum(len(x) for x, _ in asked) == 2 * sum(len(x) for x, _ in calls)
-    own = [next(x for x, at in calls[::-1] if at[0] == t) for t in PINNED[:-1]]  # after any call within a step
+    own = [
+        next(x for x, at in calls[::-1] if at[0] == t) for t in PINNED[:-1]
+    ]  # after any call within a step
     for x, t, clean in zip(own, PINNED, seen, strict=False):
         assert difference(clean, x - t * f(x, t.expand(16))) < 1e-12
     if not isinstance(solver, AdamsBashforth | UniPC):
@@ -91,7 +111,9 @@ def test_a_watch_of_fitted_steps_sees_the_networks_predictions(mixture, gmm):
     steps = StepSchedule(PINNED, steps=FittedSteps(fitted, gmm["means"]))
     found, seen = watched(Euler(), f, gmm["z"], steps, group=label)
     assert difference(seen[-1], found) < 1e-14
-    plain, same = watched(Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED))  # a plain function
+    plain, same = watched(
+        Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED)
+    )  # a plain function
     assert torch.equal(plain, same[-1])
     assert max(difference(a, b) for a, b in zip(seen, same, strict=True)) < 1e-13
 
@@ -108,7 +130,9 @@ def spelled_out(solver, times, mix=(1.0,)) -> torch.Tensor:
     for step, order in enumerate(orders):
         known = [times[step - h] for h in range(order)]
         weights[step, 0], b = solver.coefficients(known, times[step + 1])
-        weights[step, 3 : 3 + order * len(mix)] = torch.outer(torch.stack(b), float64(*mix)).flatten()
+        weights[step, 3 : 3 + order * len(mix)] = torch.outer(
+            torch.stack(b), float64(*mix)
+        ).flatten()
     return weights
 
 
@@ -119,7 +143,13 @@ def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mix
     solver, label = DPMSolverPP(order, lower_order_final=False), torch.arange(16) % 10
     f = mixture.velocity(label, Guidance(guidance))
     weights = spelled_out(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
-    found = sample(Euler(), f, gmm["z"], StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"])), group=label)
+    found = sample(
+        Euler(),
+        f,
+        gmm["z"],
+        StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"])),
+        group=label,
+    )
     assert difference(found, run(solver, f, gmm["z"], PINNED)) < 1e-13
     if order == 1:
         assert difference(found, run(Euler(), f, gmm["z"], PINNED)) < 1e-13

@@ -31,7 +31,9 @@ FILES = sorted((Path(__file__).parents[2] / "conf" / "solver").glob("*.yaml"))
 def choices(solver) -> dict[str, list]:
     """The values of each field that names a variant, and of an order that can be chosen."""
     hints = get_type_hints(type(solver))
-    found = {name: list(get_args(hint)) for name, hint in hints.items() if get_origin(hint) is Literal}
+    found = {
+        name: list(get_args(hint)) for name, hint in hints.items() if get_origin(hint) is Literal
+    }
     if "order" in {field.name for field in fields(solver)}:
         found["order"] = []
         for order in range(1, 10):
@@ -51,7 +53,9 @@ MULTISTEP = [solver for solver in SOLVERS if isinstance(solver, LinearMultistep)
 
 
 def label(solver) -> str:
-    return "-".join([type(solver).__name__, *(str(getattr(solver, name)) for name in choices(solver))])
+    return "-".join(
+        [type(solver).__name__, *(str(getattr(solver, name)) for name in choices(solver))]
+    )
 
 
 def each(solvers):
@@ -75,9 +79,13 @@ def row_by_row(mixture):
 def accuracy(solver) -> int:
     """The order that the errors show; where it is not the solver's own, why."""
     if isinstance(solver, UniPC):
-        return solver.order + 1  # the corrector gains one, and a last step with the predictor alone does not lose it
+        return (
+            solver.order + 1
+        )  # the corrector gains one, and a last step with the predictor alone does not lose it
     if isinstance(solver, DPMSolverPP):
-        return min(solver.order, 2)  # the released third order takes half the second derivative that it needs
+        return min(
+            solver.order, 2
+        )  # the released third order takes half the second derivative that it needs
     return solver.order
 
 
@@ -87,10 +95,16 @@ def exact(gmm, velocity):
     start = gmm["z"][:12]
 
     def slope(t: float, x: np.ndarray) -> np.ndarray:
-        return velocity(torch.from_numpy(x).reshape(start.shape), float64(t).expand(12)).flatten().numpy()
+        return (
+            velocity(torch.from_numpy(x).reshape(start.shape), float64(t).expand(12))
+            .flatten()
+            .numpy()
+        )
 
     times = (0.65, 0.35)
-    path = solve_ivp(slope, times, start.flatten().numpy(), "DOP853", dense_output=True, rtol=1e-12, atol=1e-13)
+    path = solve_ivp(
+        slope, times, start.flatten().numpy(), "DOP853", dense_output=True, rtol=1e-12, atol=1e-13
+    )
     return lambda t: torch.from_numpy(path.sol(float(t))).reshape(start.shape)
 
 
@@ -137,13 +151,20 @@ def limit(solver) -> Literal["reached", "slow"] | None:
     and DPM-Solver++ of order 3 lose a node, they go on as published for the order below, which is no limit either.
     """
     match solver:
-        case DEIS(order=1) | DPMSolver(order=1) | DPMSolverPP(order=1) | UniPC(order=1, variant="bh2"):
+        case (
+            DEIS(order=1)
+            | DPMSolver(order=1)
+            | DPMSolverPP(order=1)
+            | UniPC(order=1, variant="bh2")
+        ):
             return "reached"
         case IPNDM(order=1) | IPNDM(weights="exact") | Heun(clock="t"):
             return "reached"
         case DPMSolverPP(order=2) | DEIS():
             return "slow"  # their clocks are logarithms
-    return "reached" if isinstance(solver, LinearMultistep) and 1 not in solver.singular_at else None
+    return (
+        "reached" if isinstance(solver, LinearMultistep) and 1 not in solver.singular_at else None
+    )
 
 
 @every_solver
@@ -168,7 +189,13 @@ def test_from_pure_noise(solver, velocity, gmm):
     "times",
     [
         float64([1, 1, 0.9, 0.9], [0, 0.4, 0, 0.4]),
-        float64([1, 1, 0.98, 0.6], [0.8, 0.9, 0.9, 0.5], [0.6, 0.2, 0.5, 0.3], [0.5, 0.1, 0.2, 0.2], [0.3, 0, 0, 0.1]),
+        float64(
+            [1, 1, 0.98, 0.6],
+            [0.8, 0.9, 0.9, 0.5],
+            [0.6, 0.2, 0.5, 0.3],
+            [0.5, 0.1, 0.2, 0.2],
+            [0.3, 0, 0, 0.1],
+        ),
     ],
     ids=["first", "later"],
 )
@@ -187,15 +214,25 @@ def test_rows_may_jump_to_different_times(solver, times, row_by_row, gmm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("orders", [None, torch.tensor([[1, 2, 3, 1], [1, 1, 1, 1], [1, 2, 2, 3]])], ids=["", "orders"])
+@pytest.mark.parametrize(
+    "orders", [None, torch.tensor([[1, 2, 3, 1], [1, 1, 1, 1], [1, 2, 2, 3]])], ids=["", "orders"]
+)
 @every_solver
-def test_a_per_sample_schedule_gives_each_sample_what_it_gets_alone(solver, orders, row_by_row, gmm):
+def test_a_per_sample_schedule_gives_each_sample_what_it_gets_alone(
+    solver, orders, row_by_row, gmm
+):
     times = float64([1, 0.6, 0.3, 0.1, 0], [0.9, 0.7, 0.6, 0.5, 0], [0.99, 0.8, 0.2, 0.01, 0])
-    orders = orders.clamp(max=solver.order) if orders is not None and isinstance(solver, LinearMultistep) else None
+    orders = (
+        orders.clamp(max=solver.order)
+        if orders is not None and isinstance(solver, LinearMultistep)
+        else None
+    )
     steps = StepSchedule(times, Free(), steps=SolverSteps(orders), samples=(0, 1, 2))
     together = sample(solver, row_by_row, gmm["z"][:3], steps)
     for i in range(3):
-        steps = StepSchedule(times[i], Free(), steps=SolverSteps(None if orders is None else orders[i]))
+        steps = StepSchedule(
+            times[i], Free(), steps=SolverSteps(None if orders is None else orders[i])
+        )
         alone = sample(solver, row_by_row, gmm["z"][i : i + 1], steps)
         assert difference(together[i], alone[0]) < 1e-12
 
@@ -285,7 +322,9 @@ def test_stored_orders_are_run(solver, velocity, gmm):
 @each(MULTISTEP)
 def test_a_stored_order_above_the_solvers_is_refused(solver, velocity, gmm):
     orders = torch.arange(1, 7).clamp(max=solver.order + 1)
-    with pytest.raises(ValueError, match=f"steps of order {solver.order + 1}, .* goes up to {solver.order}; choose"):
+    with pytest.raises(
+        ValueError, match=f"steps of order {solver.order + 1}, .* goes up to {solver.order}; choose"
+    ):
         sample(solver, velocity, gmm["z"], StepSchedule(PINNED, steps=SolverSteps(orders)))
 
 
@@ -308,5 +347,7 @@ def test_a_wrong_order_is_refused(solver, order):
 def test_a_wrong_variant_is_refused(solver):
     for field, known in choices(solver).items():
         if field != "order":
-            with pytest.raises(ValueError, match=f"{field} must be one of {', '.join(known)}, got 'other'"):
+            with pytest.raises(
+                ValueError, match=f"{field} must be one of {', '.join(known)}, got 'other'"
+            ):
                 replace(solver, **{field: "other"})

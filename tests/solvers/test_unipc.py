@@ -11,7 +11,9 @@ from oss_exp.solvers.unipc import UniPC
 VARIANTS = pytest.mark.parametrize("variant", ["bh1", "bh2"])
 
 
-@pytest.mark.parametrize(("order", "lower_order_final"), [(1, True), (2, True), (3, True), (3, False)])
+@pytest.mark.parametrize(
+    ("order", "lower_order_final"), [(1, True), (2, True), (3, True), (3, False)]
+)
 @VARIANTS
 def test_equals_released_code(order, variant, lower_order_final, velocity, gmm):
     """Without its thresholding, which ours has not."""
@@ -36,11 +38,20 @@ def scheduler(order, variant, lower_order_final=True):
 def test_equals_diffusers(order, variant, lower_order_final, velocity, gmm):
     """To a last time above 0, which bh1 of the library needs, and any step into 0 of an order above 1."""
     times = LATER[:-1]
-    expected = run_diffusers(scheduler(order, variant, lower_order_final), velocity, gmm["z"], times)
-    assert difference(run(UniPC(order, variant, lower_order_final), velocity, gmm["z"], times), expected) < 1e-10
+    expected = run_diffusers(
+        scheduler(order, variant, lower_order_final), velocity, gmm["z"], times
+    )
+    assert (
+        difference(
+            run(UniPC(order, variant, lower_order_final), velocity, gmm["z"], times), expected
+        )
+        < 1e-10
+    )
 
 
-@pytest.mark.parametrize(("order", "times"), [(1, PINNED), (2, LATER), (3, LATER)], ids=["1", "2", "3"])
+@pytest.mark.parametrize(
+    ("order", "times"), [(1, PINNED), (2, LATER), (3, LATER)], ids=["1", "2", "3"]
+)
 def test_equals_diffusers_at_the_ends(order, times, velocity, gmm):
     """From t = 1 order 1 only: its own schedules start at 1 - 1e-6, for at 1 it makes NaN of order 3, and takes a limit
     of order 2 where ours takes order 1."""
@@ -50,5 +61,8 @@ def test_equals_diffusers_at_the_ends(order, times, velocity, gmm):
 
 @VARIANTS
 def test_the_last_state_is_the_predictors(variant, velocity, gmm):
-    found, euler = (trajectory(solver, velocity, gmm["z"], LATER[:2]) for solver in (UniPC(1, variant, True), Euler()))
+    found, euler = (
+        trajectory(solver, velocity, gmm["z"], LATER[:2])
+        for solver in (UniPC(1, variant, True), Euler())
+    )
     torch.testing.assert_close(found, euler, rtol=0, atol=1e-13)

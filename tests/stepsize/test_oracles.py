@@ -41,7 +41,9 @@ def search(problem, k, start):
 @pytest.fixture(scope="module")
 def problems(velocity, gmm, oss_arrays):
     return {
-        (grid, size): Problem(velocity, gmm["z"], oss_arrays[f"{grid}_N{size}.fm_steps"].flip(0), Euler(), XtMSE())
+        (grid, size): Problem(
+            velocity, gmm["z"], oss_arrays[f"{grid}_N{size}.fm_steps"].flip(0), Euler(), XtMSE()
+        )
         for grid in GRIDS
         for size in SIZES
     }
@@ -77,7 +79,12 @@ def test_replay_of_the_released_schedules(problems, oss_oracle, oss_arrays, velo
         nodes = torch.tensor([[50 - i for i in reversed(row)] + [50] for row in indices])
         samples = tuple(range(16)) if len(nodes) == 16 else None
         times = problem.grid[nodes if samples else nodes[0]]
-        return sample(Euler(), velocity, gmm["z"], StepSchedule(times, Free(float(problem.grid[0])), samples=samples))
+        return sample(
+            Euler(),
+            velocity,
+            gmm["z"],
+            StepSchedule(times, Free(float(problem.grid[0])), samples=samples),
+        )
 
     for indices, array, key in (
         (case["schedules"], "persample", "psnr_persample"),
@@ -114,7 +121,9 @@ def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
         return float((sample(Euler(), velocity, gmm["z"], steps) - goal).square().mean())
 
     end, k = case["N"], case["M"]
-    for descending, expected in list(zip(case["all_schedules_descending"], case["all_costs"], strict=True))[::7]:
+    for descending, expected in list(
+        zip(case["all_schedules_descending"], case["all_costs"], strict=True)
+    )[::7]:
         nodes = torch.tensor([end - i for i in descending])
         assert cost(StepSchedule(grid[nodes])) == pytest.approx(expected, rel=1e-10)
     pinned = cost(OSSShared("pinned", None, False, "mean").plan(problem, [k])[k])
@@ -142,7 +151,11 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
             v = velocity(states[i][None], grid[i][None])[0]
             for j in range(i + 1, end + 1):
                 x = states[i] + (grid[j] - grid[i]) * v
-                c = float(distance.between(*(distance.features(y[None], None, None) for y in (x, teacher[j]))))
+                c = float(
+                    distance.between(
+                        *(distance.features(y[None], None, None) for y in (x, teacher[j]))
+                    )
+                )
                 if j not in costs or c < costs[j]:
                     costs[j], table[j], fresh[j] = c, i, x
         parents.append(table)

@@ -30,7 +30,9 @@ def problem(velocity, gmm) -> Problem:
 def guided(mixture, gmm) -> Problem:
     labels = torch.arange(16) % 4
     velocity = mixture.velocity(labels, Guidance(2.0))
-    return Problem(velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(40), SOLVER, group=labels, num_groups=10)
+    return Problem(
+        velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(40), SOLVER, group=labels, num_groups=10
+    )
 
 
 def error(problem: Problem, steps: StepSchedule, rows=slice(None)) -> float:
@@ -54,8 +56,13 @@ def test_slopes_are_the_gradient_of_the_mean_logarithm(problem, init):
 
     run = _Run(problem, replace(steps, times=times.detach()), "log_mean", None, 5)
     with torch.no_grad():
-        slopes, curvature = run.normal_equations(run.start, run.slopes(run.start, torch.ones(16, dtype=torch.bool)))
-    expected = [times.grad[run.times], *(weights.grad[k, columns] for k, columns in enumerate(run.columns))]
+        slopes, curvature = run.normal_equations(
+            run.start, run.slopes(run.start, torch.ones(16, dtype=torch.bool))
+        )
+    expected = [
+        times.grad[run.times],
+        *(weights.grad[k, columns] for k, columns in enumerate(run.columns)),
+    ]
     torch.testing.assert_close(2 * slopes, torch.cat(expected), rtol=0.05, atol=0.1)
     assert float(torch.linalg.eigvalsh(curvature)[0]) > -1e-9
 
@@ -67,7 +74,9 @@ def test_an_iteration_on_a_single_step_is_least_squares(problem):
     gradient, curvature = run.normal_equations(run.start, run.slopes(run.start, whole))
     better = run.schedule(run.moved(run.start, gradient, curvature, damping=1e-12))
 
-    x0 = problem.noise - problem.grid[0] * problem.velocity(problem.noise, problem.grid[:1].expand(16))
+    x0 = problem.noise - problem.grid[0] * problem.velocity(
+        problem.noise, problem.grid[:1].expand(16)
+    )
     vectors = torch.stack([problem.noise.flatten(), x0.flatten()], 1)
     target = problem.teacher.states[-1].flatten()
     least = (vectors @ torch.linalg.lstsq(vectors, target).solution).reshape(16, 64)
@@ -75,10 +84,15 @@ def test_an_iteration_on_a_single_step_is_least_squares(problem):
     torch.testing.assert_close(found, least, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", [UNIFORM, ANALYTIC, OSSFit(refine=False)], ids=["pinned", "analytic", "fitted"])
+@pytest.mark.parametrize(
+    "init", [UNIFORM, ANALYTIC, OSSFit(refine=False)], ids=["pinned", "analytic", "fitted"]
+)
 def test_the_samples_that_are_not_trained_on_get_better(problem, init):
     steps = init.plan(problem, [4])[4]
-    assert error(problem, polish(problem, steps, 4), slice(3, None, 4)) < error(problem, steps, slice(3, None, 4)) - 0.1
+    assert (
+        error(problem, polish(problem, steps, 4), slice(3, None, 4))
+        < error(problem, steps, slice(3, None, 4)) - 0.1
+    )
 
 
 def test_where_nothing_helps_the_schedule_stays(problem):
@@ -106,7 +120,10 @@ def test_any_micro_batch_and_any_ranks_polish_alike(problem):
     whole = polish(problem, steps, 2)
     small = polish(problem, steps, 2, micro_batch=1)
     both = polish(replace(problem, collective=Twice()), steps, 2)
-    x0 = [sample(SOLVER, problem.velocity, problem.noise, each, problem.group) for each in (whole, small, both)]
+    x0 = [
+        sample(SOLVER, problem.velocity, problem.noise, each, problem.group)
+        for each in (whole, small, both)
+    ]
     for other in x0[1:]:
         torch.testing.assert_close(other, x0[0], rtol=1e-5, atol=1e-6)
 
@@ -127,7 +144,10 @@ def test_required_times_stay(problem):
 )
 def test_what_it_cannot_polish_is_refused(problem, change, words):
     with pytest.raises(ValueError, match=words):
-        polish(Problem(**{"velocity": problem.velocity, "noise": problem.noise, **change}), StepSchedule([1.0, 0.0]))
+        polish(
+            Problem(**{"velocity": problem.velocity, "noise": problem.noise, **change}),
+            StepSchedule([1.0, 0.0]),
+        )
 
 
 def test_three_samples_are_too_few(velocity, gmm):

@@ -44,7 +44,13 @@ STRATEGIES = {
     "entropic": Entropic(),
 }
 PROFILES = {"tors", "sharp_euler", "entropic"}
-TO_ROUNDING = PROFILES | {"ld3", "bns", "gs", "dyweight", "oss_fit_polished"}  # their times are no nodes of the grid
+TO_ROUNDING = PROFILES | {
+    "ld3",
+    "bns",
+    "gs",
+    "dyweight",
+    "oss_fit_polished",
+}  # their times are no nodes of the grid
 GUIDED = {
     "oss_orders": OSS("free", None, True, 3),
     "oss_ave_orders": OSSAve("analytic", None, True, "median", 3),
@@ -59,9 +65,15 @@ GUIDED = {
 def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64).double()
-    noise = torch.randn(samples, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+        )
+    model = GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(), micro_batch=64
+    ).double()
+    noise = torch.randn(
+        samples, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     mine = torch.arange(samples)[rank::world]
     labels = mine % 3
     problem = Problem(
@@ -76,7 +88,9 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
         num_groups=10,
     )
     guided = replace(
-        problem, velocity=model.velocity(labels, Guidance(2.0)), solver=DPMSolverPP(2, lower_order_final=True)
+        problem,
+        velocity=model.velocity(labels, Guidance(2.0)),
+        solver=DPMSolverPP(2, lower_order_final=True),
     )
     by_image = replace(problem, distance=X0MSE())
     plans = {name: strategy.plan(problem, [3, 5]) for name, strategy in STRATEGIES.items()}
@@ -115,7 +129,11 @@ def test_ranks_agree_with_one_process(alone, tmp_path, world):
         for name, plan in found.items():
             weights, expected = plan.pop("weights"), dict(alone[name])
             if expected.pop("weights") is not None:
-                torch.testing.assert_close(*map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-8, atol=1e-8)
+                torch.testing.assert_close(
+                    *map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-8, atol=1e-8
+                )
             times = torch.tensor(plan.pop("times")), torch.tensor(expected.pop("times"))
-            torch.testing.assert_close(*times, rtol=0, atol=1e-8 if name.split()[0] in TO_ROUNDING else 0, msg=name)
+            torch.testing.assert_close(
+                *times, rtol=0, atol=1e-8 if name.split()[0] in TO_ROUNDING else 0, msg=name
+            )
             assert plan == expected, name

@@ -56,11 +56,15 @@ def curves(folder: Path) -> dict[tuple[str, bool], dict]:
 
 def noises(classes: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     items = list(NoiseDataset(0, 0, 25, (1, 8, 8), classes))
-    return torch.stack([item["noise"] for item in items]), torch.tensor([item["label"] for item in items])
+    return torch.stack([item["noise"] for item in items]), torch.tensor(
+        [item["label"] for item in items]
+    )
 
 
 def model(guidance: float = 1.0) -> GaussianMixture:
-    return GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(guidance), micro_batch=4096)
+    return GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(guidance), micro_batch=4096
+    )
 
 
 def means(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +74,10 @@ def means(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def same(one: Calibration, two: Calibration) -> bool:
-    return all(getattr(one, name).allclose(getattr(two, name), rtol=0, atol=1e-5) for name in ("times", "low", "high"))
+    return all(
+        getattr(one, name).allclose(getattr(two, name), rtol=0, atol=1e-5)
+        for name in ("times", "low", "high")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +87,23 @@ def calibrated(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_it_leaves_exactly_these_files(calibrated):
-    left = {path.relative_to(calibrated).as_posix() for path in calibrated.rglob("*") if path.is_file()}
+    left = {
+        path.relative_to(calibrated).as_posix() for path in calibrated.rglob("*") if path.is_file()
+    }
     plans = {f"schedules/{name}" for name in ("ddim_3.json", "oss_shared_3.json")}
     plans |= {f"schedules/oss_shared_3.mean.{suffix}" for suffix in ("json", "safetensors")}
-    expected = {"config.yaml", "schedules.png", "calibration.json", "amplitude.json", "amplitude.png", *plans}
+    expected = {
+        "config.yaml",
+        "schedules.png",
+        "calibration.json",
+        "amplitude.json",
+        "amplitude.png",
+        *plans,
+    }
     expected.add("teacher.json")
-    assert left == expected | {".lock"} | {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
+    assert left == expected | {".lock"} | {
+        f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")
+    }
 
 
 def test_the_table_is_that_of_the_teacher(calibrated):
@@ -98,7 +116,10 @@ def test_the_table_is_that_of_the_teacher(calibrated):
 
 def test_it_says_what_made_it(calibrated):
     about = table(calibrated).provenance
-    assert (about["model"]["name"], about["model"]["sha256"]) == ("mixture_digits", model().fingerprint)
+    assert (about["model"]["name"], about["model"]["sha256"]) == (
+        "mixture_digits",
+        model().fingerprint,
+    )
     assert about["teacher"]["num_steps"] == 20
     assert about["teacher"]["noise_schedule"] == {"_target_": "oss_exp.FlowSchedule", "shift": 1.0}
     assert about["solver"]["_target_"] == "oss_exp.Euler"
@@ -115,9 +136,13 @@ def test_the_curves_of_a_student_are_those_of_its_schedule(strategy, calibrated)
     assert corrected["times"] == [t for t in steps.times[:-1].tolist() for _ in range(2)] + [0.0]
     for curve, solver in ((plain, Euler()), (corrected, Euler(calibration=calibration))):
         low, high = means(sample(solver, velocity, noise, steps)[None])
-        assert (curve["low"][-1], curve["high"][-1]) == pytest.approx((float(low), float(high)), abs=1e-5)
+        assert (curve["low"][-1], curve["high"][-1]) == pytest.approx(
+            (float(low), float(high)), abs=1e-5
+        )
     for edge, expected in zip(("low", "high"), calibration.at(steps.times[:-1]), strict=True):
-        assert corrected[edge][1:-1:2] == pytest.approx(expected.tolist(), abs=1e-5)  # as the network sees it
+        assert corrected[edge][1:-1:2] == pytest.approx(
+            expected.tolist(), abs=1e-5
+        )  # as the network sees it
         assert corrected[edge][0] == plain[edge][0]  # as it arrives
         assert corrected[edge][2] != pytest.approx(plain[edge][2], abs=1e-5)
 
@@ -133,13 +158,19 @@ def test_the_picture_opens_and_shows_every_curve(calibrated):
     with Image.open(calibrated / "amplitude.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert len(pixels) > 400 * 400
-    for color in ([0x1F, 0x77, 0xB4], [0xD6, 0x27, 0x28], [0x99, 0x99, 0x99]):  # calibrated, uncalibrated, teacher
+    for color in (
+        [0x1F, 0x77, 0xB4],
+        [0xD6, 0x27, 0x28],
+        [0x99, 0x99, 0x99],
+    ):  # calibrated, uncalibrated, teacher
         assert (pixels == color).all(1).sum() > 200
 
 
 @pytest.mark.slow
 def test_the_batch_size_changes_nothing(calibrated, tmp_path):
-    assert same(table(oss_exp(tmp_path / "run", "data.batch_size=4", "stepsize=ddim")), table(calibrated))
+    assert same(
+        table(oss_exp(tmp_path / "run", "data.batch_size=4", "stepsize=ddim")), table(calibrated)
+    )
 
 
 class Threads(Collective):
@@ -157,18 +188,23 @@ class Threads(Collective):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_ranks_gives_the_table_and_the_curves_of_one(world, calibrated, tmp_path, monkeypatch):
+def test_any_number_of_ranks_gives_the_table_and_the_curves_of_one(
+    world, calibrated, tmp_path, monkeypatch
+):
     """25 samples in batches of 4; every rank sees its own part, in its own number of batches."""
     ranks = Threads(world)
     monkeypatch.setattr(calibrate, "DistributedCollective", lambda: ranks)
     noise, labels = noises()
     students = {
-        (name, 3): StepSchedule.load(calibrated / "schedules" / f"{name}_3.json") for name in ("ddim", "oss_shared")
+        (name, 3): StepSchedule.load(calibrated / "schedules" / f"{name}_3.json")
+        for name in ("ddim", "oss_shared")
     }
 
     def run(rank: int) -> None:
         setting = Setting(model(), GRID, Euler(), XtMSE(norm=2))
-        module = calibrate.CalibrateModule(setting, students, tmp_path / f"{rank}", {"model": None}, False, False)
+        module = calibrate.CalibrateModule(
+            setting, students, tmp_path / f"{rank}", {"model": None}, False, False
+        )
         module._trainer = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda _: None))
         mine = torch.arange(rank, 25, world)
         with torch.no_grad():
@@ -189,7 +225,9 @@ def test_any_number_of_ranks_gives_the_table_and_the_curves_of_one(world, calibr
 @pytest.mark.slow
 def test_a_table_of_each_channel_and_the_last_step_only(calibrated, tmp_path):
     """The digits have one channel, so the tables are the same."""
-    folder = oss_exp(tmp_path / "run", "task.per_channel=true", "task.last_step_only=true", "stepsize=[edm,fm]")
+    folder = oss_exp(
+        tmp_path / "run", "task.per_channel=true", "task.last_step_only=true", "stepsize=[edm,fm]"
+    )
     one, whole = table(folder), table(calibrated)
     assert one.per_channel
     assert one.last_step_only
@@ -204,7 +242,9 @@ def test_a_table_of_each_channel_and_the_last_step_only(calibrated, tmp_path):
 
 @pytest.mark.slow
 def test_conditions_and_guidance_are_those_of_the_run(tmp_path):
-    folder = oss_exp(tmp_path / "run", "data.classes=[1,7]", "model.guidance.scale=2", "stepsize=oss_shared")
+    folder = oss_exp(
+        tmp_path / "run", "data.classes=[1,7]", "model.guidance.scale=2", "stepsize=oss_shared"
+    )
     noise, labels = noises([1, 7])
     low, high = means(trajectory(Euler(), model(2.0).velocity(labels, Guidance(2.0)), noise, GRID))
     assert same(table(folder), Calibration(GRID, low, high))

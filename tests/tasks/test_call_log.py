@@ -13,8 +13,19 @@ from oss_exp.tasks import evaluate
 from oss_exp.tasks.call_log import HEAD, Calls
 from oss_exp.velocity import BoundVelocity
 
-RUN = ["model=mixture_digits", "num_teacher_steps=12", "num_steps=[2,4]", "data.search_samples=4", "data.per_sample=2"]
-RUN += ["data.eval_samples=12", "data.batch_size=4", "logger=none", "trainer.enable_progress_bar=false"]
+RUN = [
+    "model=mixture_digits",
+    "num_teacher_steps=12",
+    "num_steps=[2,4]",
+    "data.search_samples=4",
+    "data.per_sample=2",
+]
+RUN += [
+    "data.eval_samples=12",
+    "data.batch_size=4",
+    "logger=none",
+    "trainer.enable_progress_bar=false",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +37,9 @@ def whole(tmp_path_factory):
 
 def outcome(folder) -> tuple[dict, dict]:
     """Schedules and measurements: all but how long it took."""
-    plans = {path.stem: StepSchedule.load(path) for path in (folder / "schedules").glob("*_[0-9].json")}
+    plans = {
+        path.stem: StepSchedule.load(path) for path in (folder / "schedules").glob("*_[0-9].json")
+    }
     times = {
         name: (plan.times.tolist(), str(plan.orders), str(getattr(plan.steps, "weights", None)))
         for name, plan in plans.items()
@@ -172,7 +185,12 @@ def test_schedules_that_are_there_are_not_searched_again(whole, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_goes_on_after_the_batches_that_it_has(tmp_path, monkeypatch):
-    more = ["model=dit_fashion", "stepsize=[ddim,oss]", "metric=[fid,kid,class_agreement]", "num_steps=[2]"]
+    more = [
+        "model=dit_fashion",
+        "stepsize=[ddim,oss]",
+        "metric=[fid,kid,class_agreement]",
+        "num_steps=[2]",
+    ]
     more += ["num_teacher_steps=4", "metric.kid.subset_size=4"]
     run_cli(*RUN, *more, f"hydra.run.dir={tmp_path / 'whole'}")
     monkeypatch.setattr(evaluate, "KEPT_EVERY", -1)

@@ -17,8 +17,19 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.schedule_file import Cell, Certificate
 from oss_exp.tasks.certify import BASE, CellRecord, certificate_of, round_weights
 
-CERTIFY = ["task=certify", "num_teacher_steps=8", "data.eval_samples=4", "stepsize=[ddim,fm]", "logger=none"]
-CERTIFY += ["task.schedule=three.json", "data.classes=all", "task.axes.guidance=[1,3]", "task.axes.shift=[2]"]
+CERTIFY = [
+    "task=certify",
+    "num_teacher_steps=8",
+    "data.eval_samples=4",
+    "stepsize=[ddim,fm]",
+    "logger=none",
+]
+CERTIFY += [
+    "task.schedule=three.json",
+    "data.classes=all",
+    "task.axes.guidance=[1,3]",
+    "task.axes.shift=[2]",
+]
 
 
 @pytest.fixture
@@ -35,7 +46,13 @@ def run(tmp_path, monkeypatch):
 def searched(tmp_path, monkeypatch):
     """three.json, of the shipped mixture."""
     monkeypatch.chdir(tmp_path)
-    common = ["num_teacher_steps=8", "num_steps=[3]", "data.classes=all", "data.search_samples=4", "logger=none"]
+    common = [
+        "num_teacher_steps=8",
+        "num_steps=[3]",
+        "data.classes=all",
+        "data.search_samples=4",
+        "logger=none",
+    ]
     run_cli("task=search", "stepsize=oss_shared", *common, "hydra.run.dir=searched")
     steps = StepSchedule.load("searched/schedules/oss_shared_3.json")
     steps.save("three.json")
@@ -59,7 +76,11 @@ def test_a_certificate(run, searched, tmp_path, capsys):
     found = StepSchedule.load("c/schedules/three.json").range
     assert found == StepSchedule.load("three.json").range
     base, guided, shifted = found.cells
-    assert [(cell.axis, cell.value) for cell in found.cells] == [BASE, ("guidance", 3), ("shift", 2)]
+    assert [(cell.axis, cell.value) for cell in found.cells] == [
+        BASE,
+        ("guidance", 3),
+        ("shift", 2),
+    ]
     assert found.base["guidance"] == 1.0
     assert base.loss == 0
     assert base.gain > 0
@@ -73,7 +94,13 @@ def test_a_certificate(run, searched, tmp_path, capsys):
     assert shifted.moved > guided.moved
 
     # task=evaluate, inside and outside.
-    measure = ["task=evaluate", "task.schedule=three.json", "num_teacher_steps=8", "data.eval_samples=4", "logger=none"]
+    measure = [
+        "task=evaluate",
+        "task.schedule=three.json",
+        "num_teacher_steps=8",
+        "data.eval_samples=4",
+        "logger=none",
+    ]
     measure += ["data.classes=all", "num_steps=[3]"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -87,7 +114,12 @@ def test_a_certificate(run, searched, tmp_path, capsys):
 def test_solvers_are_called_as_runs_call_them(run, tmp_path):
     """Their classes: a run with a solver that was measured is inside."""
     StepSchedule([1.0, 0.5, 0.2, 0.0]).save("three.json")
-    run("hydra.run.dir=c", "task.allow_other_model=true", "task.axes.solver=[heun,euler]", "task.axes.shift=[]")
+    run(
+        "hydra.run.dir=c",
+        "task.allow_other_model=true",
+        "task.axes.solver=[heun,euler]",
+        "task.axes.shift=[]",
+    )
     found = StepSchedule.load("c/schedules/three.json").range
     assert found.base["solver"] == "Euler"
     assert [cell.value for cell in found.cells if cell.axis == "solver"] == ["Heun"]
@@ -97,7 +129,9 @@ def test_solvers_are_called_as_runs_call_them(run, tmp_path):
 def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_path):
     run("hydra.run.dir=c", "task.axes.guidance=[]", "task.axes.shift=[]")
     before = StepSchedule.load("c/schedules/three.json").range.cells[0].psnr
-    replace(searched, start=replace(searched.start, mean=searched.start.mean + 1)).save("three.json")
+    replace(searched, start=replace(searched.start, mean=searched.start.mean + 1)).save(
+        "three.json"
+    )
     run("hydra.run.dir=c", "task.axes.guidance=[]", "task.axes.shift=[]")
     assert StepSchedule.load("c/schedules/three.json").range.cells[0].psnr != before
 
@@ -106,7 +140,10 @@ def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_
     ("axis", "message"),
     [
         ("shift=[x]", "task.axes.shift must have finite numbers, got x"),
-        ("teacher_steps=[8,2.5]", "task.axes.teacher_steps must have whole numbers from 1, got 2.5"),
+        (
+            "teacher_steps=[8,2.5]",
+            "task.axes.teacher_steps must have whole numbers from 1, got 2.5",
+        ),
         ("solver=[nosuch]", "task.axes.solver=nosuch is none of conf/solver"),
     ],
 )
@@ -142,15 +179,22 @@ RANGE = Certificate(
         ({"guidance": 1.7}, []),
         (
             {"guidance": 3.0},
-            ["guidance=3.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; gain +1.0)"],
+            [
+                "guidance=3.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; gain +1.0)"
+            ],
         ),
         ({"guidance": 7.0}, ["nothing was measured at guidance=7.0, only at 1.0, 2.0, 5.0"]),
         (
             {"dtype": "fp8"},
-            ["dtype=fp8 is outside of its range: at fp8 it lost 2.0 dB (1.5 to 2.5, n=8; gain +1.0)"],
+            [
+                "dtype=fp8 is outside of its range: at fp8 it lost 2.0 dB (1.5 to 2.5, n=8; gain +1.0)"
+            ],
         ),
         ({"dtype": "int8"}, ["nothing was measured at dtype=int8, only at float32, bfloat16, fp8"]),
-        ({"lora": True}, ["lora=True is outside of its range: at x it lost 1.5 dB (1.0 to 2.0, n=8; gain +1.0)"]),
+        (
+            {"lora": True},
+            ["lora=True is outside of its range: at x it lost 1.5 dB (1.0 to 2.0, n=8; gain +1.0)"],
+        ),
         ({"lora": "y"}, ["nothing was measured at lora=y, only at , x"]),
         ({"shape": [5]}, ["nothing was measured at shape=[5], only at [4]"]),
         ({"shape": [2, 2]}, []),  # another layout
@@ -168,7 +212,9 @@ def test_both_files_have_one_rule():
 
 
 def test_schedulers_and_samplers_warn_once(tmp_path, caplog):
-    steps = StepSchedule([1.0, 0.5, 0.0], provenance={"native": {"clock": "flow time"}}, range=RANGE)
+    steps = StepSchedule(
+        [1.0, 0.5, 0.0], provenance={"native": {"clock": "flow time"}}, range=RANGE
+    )
     file = save_in_numbers(steps, tmp_path / "x.json")
     scheduler = OSSScheduler.from_schedule(file)
 
@@ -187,20 +233,34 @@ def test_schedulers_and_samplers_warn_once(tmp_path, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(torch.float16)
-    with pytest.warns(UserWarning, match=r"guidance=5\.0 is outside of its range: at 5\.0 it lost 3\.0 dB"):
+    with pytest.warns(
+        UserWarning, match=r"guidance=5\.0 is outside of its range: at 5\.0 it lost 3\.0 dB"
+    ):
         scheduler.check_range(guidance=5.0)
     again = StepSchedule.load(steps.save(tmp_path / "y.json"))
     assert again.range == RANGE
     scheduler.save_pretrained(tmp_path / "saved")
-    assert OSSScheduler.from_pretrained(tmp_path / "saved").config["range"] == scheduler.config["range"]
+    assert (
+        OSSScheduler.from_pretrained(tmp_path / "saved").config["range"]
+        == scheduler.config["range"]
+    )
 
-    no_interval = {"axis": "dtype", "value": "float16", "loss": 3.0, "loss_interval": [], "n": 1, "gain": 0.0}
+    no_interval = {
+        "axis": "dtype",
+        "value": "float16",
+        "loss": 3.0,
+        "loss_interval": [],
+        "n": 1,
+        "gain": 0.0,
+    }
     for damaged in (
         {"base": 3},
         {"base": {"dtype": "float32"}, "cells": [7]},
         {"base": {"dtype": "float32"}, "cells": [no_interval], "tolerance": 1.0},
     ):
-        found = comfyui_nodes.warn(replace(comfyui_nodes.load(file), measured=damaged), {"dtype": "float16"})
+        found = comfyui_nodes.warn(
+            replace(comfyui_nodes.load(file), measured=damaged), {"dtype": "float16"}
+        )
         assert found == ["its certificate is damaged; certify it again"]
         scheduler = OSSScheduler(range=damaged)
         with pytest.warns(UserWarning, match="its certificate is damaged"):
@@ -215,19 +275,31 @@ def test_schedulers_and_samplers_warn_once(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "OSS schedule x: guidance=5.0 is outside of its range: at 5.0 it lost 3.0 dB (2.5 to 3.5, n=8; gain +1.0)"
     ]
-    assert "guidance=5.0: 27.0 dB to its teacher, 20.0 by fm, loss 3.0, n=8" in comfyui_nodes.describe(schedule)
+    assert (
+        "guidance=5.0: 27.0 dB to its teacher, 20.0 by fm, loss 3.0, n=8"
+        in comfyui_nodes.describe(schedule)
+    )
 
 
 def test_the_intervals_are_paired():
     def cell(own: list[float], other: list[float]) -> CellRecord:
-        return CellRecord(key="", index=[0, 1, 2], psnr={"schedule": own, "fm": other}, moved=None, shape=[4], calls=5)
+        return CellRecord(
+            key="",
+            index=[0, 1, 2],
+            psnr={"schedule": own, "fm": other},
+            moved=None,
+            shape=[4],
+            calls=5,
+        )
 
     found = {
         BASE: cell([20.0, 30.0, 40.0], [10.0, 20.0, 30.0]),
         ("dtype", "float16"): cell([19.0, 29.0, 39.0], [0.0] * 3),
     }
     made = certificate_of(found, {"dtype": "float32"}, 0.5, {})
-    assert made.cells[1].loss_interval == pytest.approx((1.0, 1.0))  # whatever the samples' own differences
+    assert made.cells[1].loss_interval == pytest.approx(
+        (1.0, 1.0)
+    )  # whatever the samples' own differences
     assert made.cells[0].gain_interval == pytest.approx((10.0, 10.0))
     assert made.calls == 10
 

@@ -53,7 +53,9 @@ def test_option(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     # Options of most groups have a place in the main job.
-    needed = {"images": ["task=statistics"], "exporter": ["task=export", "task.schedule=x"]}.get(group, [])
+    needed = {"images": ["task=statistics"], "exporter": ["task=export", "task.schedule=x"]}.get(
+        group, []
+    )
     needed += {
         "report": ["sweep=x"],
         "export": ["exporter=comfyui", "task.schedule=x"],
@@ -75,7 +77,14 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert isinstance(strategy.baseline, bool)
         assert strategy.network_calls(100, [5, 10]) >= 0
     elif (group, option) == ("data", "noise"):
-        assert len(build(cfg.data, "data", event_shape=(2,), num_classes=3, classes="all").predict_dataloader()) == 2
+        assert (
+            len(
+                build(
+                    cfg.data, "data", event_shape=(2,), num_classes=3, classes="all"
+                ).predict_dataloader()
+            )
+            == 2
+        )
     elif (group, option) == ("data", "conditions"):  # with a file: test_conditions.py
         with pytest.raises(FileNotFoundError, match=r"set data\.conditions to an \.npz file"):
             build(cfg.data, "data", event_shape=(2,), num_classes=None, conditions="nowhere.npz")
@@ -89,7 +98,10 @@ def test_option(group, option, tmp_path, monkeypatch):
     elif group == "model" and "pipeline" in cfg.model:
         assert build(cfg.model, "model", size="tiny").name == f"{option}_tiny"
     elif (group, option) == ("data", "prompts"):
-        assert len(build(cfg.data, "data", event_shape=(2,), num_classes=None).predict_dataloader()) == 2
+        assert (
+            len(build(cfg.data, "data", event_shape=(2,), num_classes=None).predict_dataloader())
+            == 2
+        )
     elif group == "model" and "tiny" in cfg.model.get("sizes", ()):
         monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
         with pytest.raises((ValueError, OSError), match=r"absent.*https://"):
@@ -101,13 +113,18 @@ def test_option(group, option, tmp_path, monkeypatch):
             build(cfg.model, "model")
         assert build(cfg.model, "model", checkpoint="untrained").name == option
     elif group == "detector" and option == "coco":  # with networks: test_coco_detector.py
-        with pytest.raises((ValueError, OSError), match=r"task\.detector\.detector=.*absent cannot be opened"):
+        with pytest.raises(
+            (ValueError, OSError), match=r"task\.detector\.detector=.*absent cannot be opened"
+        ):
             build(cfg.detector, "task.detector", detector=str(tmp_path / "absent"))
     elif group == "scale" and option != "tiny":
         assert cfg.task.scale == option
     elif group == "scale":
         assert cfg.model.size == option
-    elif group == "images" and option not in ("digits", "mixture_samples"):  # with files: test_data.py, test_cifar10.py
+    elif group == "images" and option not in (
+        "digits",
+        "mixture_samples",
+    ):  # with files: test_data.py, test_cifar10.py
         place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
         with pytest.raises(FileNotFoundError, match=r"images.*absent"):
             build(cfg.images, "images", **place)
@@ -118,12 +135,17 @@ def test_option(group, option, tmp_path, monkeypatch):
         assert cfg.task.output == f"out/{option}.json"
     elif group == "metric":
         assert issubclass(class_of(cfg.metric[option], "metric"), ImageMetric)
-    elif (group, option) in (("trainer", "gpu"), ("trainer", "fsdp")) and not torch.cuda.is_available():
+    elif (group, option) in (
+        ("trainer", "gpu"),
+        ("trainer", "fsdp"),
+    ) and not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"trainer: .*No supported gpu"):
             build(cfg.trainer, "trainer")
     elif (group, option) == ("distance", "inception"):  # with weights: test_features.py
         cfg.distance.extractor.weights = "w.pth"
-        with pytest.raises(FileNotFoundError, match=r"distance\.extractor: Inception weights .* do not exist"):
+        with pytest.raises(
+            FileNotFoundError, match=r"distance\.extractor: Inception weights .* do not exist"
+        ):
             build(cfg.distance, "distance")
     elif group == "evaluation":
         cfg = config(f"evaluation={option}", "metric=[fid,kid,precision_recall,class_agreement]")
@@ -174,7 +196,13 @@ def test_stepsize_takes_one_or_several():
 
 COMMON = {
     "oss": {"start": "free", "refine": False, "chunk": 16, "max_order": None},
-    "oss_ave": {"start": "free", "refine": False, "aggregate": "median", "chunk": 16, "max_order": None},
+    "oss_ave": {
+        "start": "free",
+        "refine": False,
+        "aggregate": "median",
+        "chunk": 16,
+        "max_order": None,
+    },
     "oss_shared": {"start": "analytic", "refine": True, "objective": "log_mean", "max_order": None},
     "oss_fit": {
         "start": "analytic",
@@ -193,7 +221,11 @@ def test_searches_share_a_yaml_and_keep_their_own_options():
     for name, options in COMMON.items():
         found = OmegaConf.to_container(cfg.stepsize[name], resolve=True)
         assert found.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
-        band = {"_target_": "oss_exp.Band", "stride": 8, "width": 1, "shifts": 0} if name == "oss_fit" else None
+        band = (
+            {"_target_": "oss_exp.Band", "stride": 8, "width": 1, "shifts": 0}
+            if name == "oss_fit"
+            else None
+        )
         assert found == {"band": band, "must_visit": None, "first_sigmas": None, **options}
 
 

@@ -29,7 +29,8 @@ class Plain(nn.Module):
     def translate(self, tensors):
         names = {"net.0.": "first.", "net.1.": "second."}
         return {
-            next((ours + key[6:] for of, ours in names.items() if key[:6] == of), key): tensors[key] for key in tensors
+            next((ours + key[6:] for of, ours in names.items() if key[:6] == of), key): tensors[key]
+            for key in tensors
         }
 
 
@@ -38,7 +39,9 @@ class Tiny(Plain):
         if layout != "public":
             raise ValueError(f"layout must be one of own, public, got {layout!r}")
         state = self.state_dict().items()
-        return {key.replace("first", "net.0").replace("second", "net.1"): value for key, value in state}
+        return {
+            key.replace("first", "net.0").replace("second", "net.1"): value for key, value in state
+        }
 
 
 def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
@@ -91,7 +94,10 @@ def test_a_public_checkpoint_comes_back_by_our_names(public, tmp_path, capsys):
     record = json.loads(output.with_suffix(".json").read_text())
     assert record["name"] == "two_layers_tiny"
     assert record["layout"] == "own"
-    assert record["source"] == {"file": "public.pt", "sha256": hashlib.sha256(public.read_bytes()).hexdigest()}
+    assert record["source"] == {
+        "file": "public.pt",
+        "sha256": hashlib.sha256(public.read_bytes()).hexdigest(),
+    }
     assert record["weights_sha256"] == digest(expected)
     assert record["model"] == OmegaConf.to_container(cfg.model)
     before, after = instantiate(cfg.model), instantiate(cfg.model, checkpoint=str(output))
@@ -106,7 +112,9 @@ def test_there_and_back_through_the_public_layout(public, tmp_path):
     assert json.loads(output.with_suffix(".json").read_text())["layout"] == "public"
     again = config(tmp_path / "again", output)
     convert(again)
-    assert digest(read(tmp_path / "again" / "out" / "tiny.safetensors")) == digest(Tiny(4).translate(read(public)))
+    assert digest(read(tmp_path / "again" / "out" / "tiny.safetensors")) == digest(
+        Tiny(4).translate(read(public))
+    )
 
 
 def test_random_weights_say_so(tmp_path):
@@ -124,7 +132,10 @@ def test_random_weights_say_so(tmp_path):
     ("more", "match"),
     [
         ({"layout": "theirs"}, "layout must be one of own, public, got 'theirs'"),
-        ({"layout": "public", "kind": Plain}, r"task\.layout must be own for model=two_layers_tiny"),
+        (
+            {"layout": "public", "kind": Plain},
+            r"task\.layout must be own for model=two_layers_tiny",
+        ),
         ({"output": "tiny.pt"}, r"task\.output must end in \.safetensors, got tiny\.pt"),
     ],
 )
@@ -138,4 +149,7 @@ def test_wrong_settings_are_refused_and_write_nothing(more, match, tmp_path, mon
 def test_models_that_are_not_published_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli("task=convert", f"paths.output_dir={tmp_path}", f"hydra.run.dir={tmp_path}")
-    assert "task=convert rewrites published checkpoints; oss_exp.GaussianMixture" in capsys.readouterr().err
+    assert (
+        "task=convert rewrites published checkpoints; oss_exp.GaussianMixture"
+        in capsys.readouterr().err
+    )

@@ -63,7 +63,10 @@ def test_the_metrics_are_those_of_the_saved_images(run):
 @pytest.mark.slow
 def test_schedules_of_single_samples_have_no_distribution(run):
     _, metrics = run
-    assert {row["strategy"]: bool(row["metrics"]) for row in metrics["rows"]} == {"fm": True, "oss": False}
+    assert {row["strategy"]: bool(row["metrics"]) for row in metrics["rows"]} == {
+        "fm": True,
+        "oss": False,
+    }
     table = (run[0] / "table.md").read_text()
     assert "| fid | kid | kid_std | precision | recall | class_agreement |" in table
     assert "fid" in (run[0] / "report.html").read_text()
@@ -72,7 +75,12 @@ def test_schedules_of_single_samples_have_no_distribution(run):
 @pytest.mark.slow
 def test_ranks_share_the_work_and_agree(run, tmp_path):
     """99 samples on two ranks: one is repeated by the sampler, and must not count twice."""
-    more = ["evaluation.save_images=npz", "stepsize=fm", "metric.fid.num_images=99", f"hydra.run.dir={tmp_path}"]
+    more = [
+        "evaluation.save_images=npz",
+        "stepsize=fm",
+        "metric.fid.num_images=99",
+        f"hydra.run.dir={tmp_path}",
+    ]
     run_two_ranks(*SMALL, *METRICS, *more, folder=tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name, value in run[1]["teacher_metrics"].items():
@@ -117,15 +125,23 @@ RANDOM_FEATURES = ["evaluation.extractor._target_=oss_exp.RandomFeatures"]
         ),
         (["metric=[lpips]"], "metric.lpips.weights is not set"),
         (["metric=[lpips]", "metric.lpips.weights=w.pth"], "LPIPS weights w.pth do not exist; get"),
-        (["metric=class_agreement", "data.classes=null"], "metric=class_agreement needs classes, and the samples have"),
+        (
+            ["metric=class_agreement", "data.classes=null"],
+            "metric=class_agreement needs classes, and the samples have",
+        ),
         (
             ["metric=clip_score", "metric.clip_score.checkpoint=x"],
             "metric=clip_score needs prompts, and the model",
         ),
-        (["metric=class_agreement", *RANDOM_FEATURES], "metric=class_agreement needs a classifier, and evaluation."),
+        (
+            ["metric=class_agreement", *RANDOM_FEATURES],
+            "metric=class_agreement needs a classifier, and evaluation.",
+        ),
     ],
 )
-def test_a_metric_without_what_it_needs_is_refused_before_any_work(arguments, message, tmp_path, capsys):
+def test_a_metric_without_what_it_needs_is_refused_before_any_work(
+    arguments, message, tmp_path, capsys
+):
     with pytest.raises(SystemExit):
         run_cli(*SMALL, "stepsize=fm", *arguments, f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err
@@ -137,7 +153,9 @@ def test_a_metric_without_what_it_needs_is_refused_before_any_work(arguments, me
 def test_an_extractor_for_other_images_is_refused_before_any_work(metric, tmp_path, capsys):
     few = ["metric.kid.subset_size=16"] if metric == "kid" else []
     with pytest.raises(SystemExit):
-        run_cli(*SMALL, "model=mixture_digits", f"metric=[{metric}]", *few, f"hydra.run.dir={tmp_path}")
+        run_cli(
+            *SMALL, "model=mixture_digits", f"metric=[{metric}]", *few, f"hydra.run.dir={tmp_path}"
+        )
     assert f"metric.{metric}: fashion_features sees grey images" in capsys.readouterr().err
     assert not (tmp_path / "schedules").exists()
 
@@ -151,12 +169,18 @@ def test_an_extractor_for_other_images_is_refused_before_any_work(metric, tmp_pa
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("metric=kid", "metric.kid: KID needs at least 1000 images on both sides, got 99 generated ones and 10000"),
+        (
+            "metric=kid",
+            "metric.kid: KID needs at least 1000 images on both sides, got 99 generated ones and 10000",
+        ),
         (
             "metric=precision_recall metric.precision_recall.k=99",
             "PrecisionRecall needs at least 100",
         ),
-        ("metric=fid metric.fid.num_images=50000", "metric.fid: FID of 99 images where 50000 are expected"),
+        (
+            "metric=fid metric.fid.num_images=50000",
+            "metric.fid: FID of 99 images where 50000 are expected",
+        ),
         (
             "metric=lpips",
             "metric.lpips.weights is not set; it must be text or a path to torchvision's weights",
@@ -197,7 +221,11 @@ def test_what_was_measured_is_kept_where_a_metric_fails_and_the_mended_command_m
     monkeypatch.setattr(evaluate, "psnr", None)  # of whose images none is seen again
     run_cli(*SMALL, *few, f"hydra.run.dir={folder}")
     (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
-    assert (row["metrics"], row["psnr"], row["nfe"]) == (expected["metrics"], expected["psnr"], expected["nfe"])
+    assert (row["metrics"], row["psnr"], row["nfe"]) == (
+        expected["metrics"],
+        expected["psnr"],
+        expected["nfe"],
+    )
     assert not (folder / "evaluation").exists()
 
 

@@ -39,11 +39,18 @@ def test_comfyui_and_back(run, lists, tmp_path, capsys):
     assert "1.053 times less than in the search" in out
     nodes = json.loads((tmp_path / "comfy.json").read_text())
     assert nodes["sigmas"]["inputs"]["sigmas"] == "0.95, 0.5, 0.2, 0.0"
-    run("task=import_sigmas", "task.sigmas=comfy.json", "task.network=flow", "task.output=back.json")
+    run(
+        "task=import_sigmas", "task.sigmas=comfy.json", "task.network=flow", "task.output=back.json"
+    )
     again = StepSchedule.load(tmp_path / "back.json")
     assert torch.equal(again.times, lists.times)
     assert again.provenance == {"imported": {"sigmas": "comfy.json", "network": "flow"}}
-    run("task=import_sigmas", "task.sigmas=[14.6,0.9,0.0]", "task.network=eps", "task.output=back.json")
+    run(
+        "task=import_sigmas",
+        "task.sigmas=[14.6,0.9,0.0]",
+        "task.network=eps",
+        "task.output=back.json",
+    )
     again = StepSchedule.load(tmp_path / "back.json")
     assert again.times.tolist() == pytest.approx([14.6 / 15.6, 0.9 / 1.9, 0.0])
     assert again.start_time == again.times[0]
@@ -57,27 +64,55 @@ def test_the_sampler_comes_back(run, tmp_path, capsys):
     assert "with heun" in capsys.readouterr().out
     run("task=import_sigmas", "task.sigmas=c.json", "task.network=flow", "task.output=back.json")
     assert solver_of(StepSchedule.load(tmp_path / "back.json")) == Heun(clock="t")
-    (tmp_path / "c.json").write_text((tmp_path / "c.json").read_text().replace('"heun"', '"uni_pc"'))
+    (tmp_path / "c.json").write_text(
+        (tmp_path / "c.json").read_text().replace('"heun"', '"uni_pc"')
+    )
     run("task=import_sigmas", "task.sigmas=c.json", "task.network=flow", "task.output=back.json")
-    assert "runs it with uni_pc, which has no name here; it is imported for Euler" in capsys.readouterr().out
+    assert (
+        "runs it with uni_pc, which has no name here; it is imported for Euler"
+        in capsys.readouterr().out
+    )
 
 
 def test_one_of_two_lists_of_a_workflow(run, tmp_path, capsys):
-    nodes = [{"id": i, "type": "ManualSigmas", "widgets_values": [f"{i / 10}, 0.5, 0.0"]} for i in (10, 8)]
+    nodes = [
+        {"id": i, "type": "ManualSigmas", "widgets_values": [f"{i / 10}, 0.5, 0.0"]}
+        for i in (10, 8)
+    ]
     (tmp_path / "two.json").write_text(json.dumps({"nodes": nodes}))
-    run("task=import_sigmas", "task.sigmas=two.json", "task.network=flow", "task.node=8", "task.output=back.json")
+    run(
+        "task=import_sigmas",
+        "task.sigmas=two.json",
+        "task.network=flow",
+        "task.node=8",
+        "task.output=back.json",
+    )
     steps = StepSchedule.load(tmp_path / "back.json")
     assert steps.times.tolist() == [0.8, 0.5, 0.0]
     assert steps.provenance["imported"]["node"] == 8
-    assert "begins at flow time 0.8, as lists that change an image do (denoise < 1)" in capsys.readouterr().out
+    assert (
+        "begins at flow time 0.8, as lists that change an image do (denoise < 1)"
+        in capsys.readouterr().out
+    )
 
 
 def test_lists_of_sigma_over_alpha(run, tmp_path, capsys):
     StepSchedule([0.95, 0.5, 0.2, 0.0], Free()).save(tmp_path / "lists.json")
-    run("task=export", "task.schedule=lists.json", "exporter=k_diffusion", "task.exporter.network=eps")
+    run(
+        "task=export",
+        "task.schedule=lists.json",
+        "exporter=k_diffusion",
+        "task.exporter.network=eps",
+    )
     sigmas = json.loads((tmp_path / "run" / "k_diffusion.json").read_text())
     assert sigmas == pytest.approx([19.0, 1.0, 0.25, 0.0])
-    run("task=export", "task.schedule=lists.json", "exporter=webui", "task.exporter.network=eps", "task.output=w.json")
+    run(
+        "task=export",
+        "task.schedule=lists.json",
+        "exporter=webui",
+        "task.exporter.network=eps",
+        "task.output=w.json",
+    )
     assert json.loads((tmp_path / "w.json").read_text()) == pytest.approx(sigmas)
     assert "webUI_ExtraSchedulers, custom, with Euler: [" in capsys.readouterr().out
 
@@ -86,7 +121,12 @@ def test_diffusers_by_class_or_by_folder(run, lists, tmp_path, capsys):
     to = ["task=export", "task.schedule=lists.json", "exporter=diffusers", "task.output=d.json"]
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
-    run(*to, "task.exporter.scheduler=pipeline", "task.exporter.height=1024", "task.exporter.width=1024")
+    run(
+        *to,
+        "task.exporter.scheduler=pipeline",
+        "task.exporter.height=1024",
+        "task.exporter.width=1024",
+    )
     given = json.loads((tmp_path / "d.json").read_text())
     assert given.pop("scheduler") == "FlowMatchEulerDiscreteScheduler"
     assert given.pop("runs") == {"network": "flow", "sigmas": lists.times.tolist()}
@@ -102,7 +142,11 @@ def test_diffusers_by_class_or_by_folder(run, lists, tmp_path, capsys):
 
 
 def test_a_scheduler_of_its_own(run, tmp_path):
-    solver = {"_target_": "oss_exp.solvers.dpm_solver_pp.DPMSolverPP", "order": 2, "lower_order_final": True}
+    solver = {
+        "_target_": "oss_exp.solvers.dpm_solver_pp.DPMSolverPP",
+        "order": 2,
+        "lower_order_final": True,
+    }
     steps = StepSchedule(
         [0.9, 0.5, 0.2, 0.0],
         Analytic(torch.ones(1, 3)),
@@ -119,7 +163,12 @@ def test_a_scheduler_of_its_own(run, tmp_path):
 
 
 def test_a_folder_of_comfyui_nodes(run, lists, tmp_path, capsys):
-    run("task=export", "task.schedule=lists.json", "exporter=comfyui_nodes", "task.output=custom_nodes/oss_exp")
+    run(
+        "task=export",
+        "task.schedule=lists.json",
+        "exporter=comfyui_nodes",
+        "task.output=custom_nodes/oss_exp",
+    )
     assert (tmp_path / "custom_nodes" / "oss_exp" / "schedules" / "3.json").is_file()
     assert "custom_nodes/oss_exp: 3 steps for ComfyUINodes\n" in capsys.readouterr().out
     run("task=export", "task.schedule=lists.json", "exporter=comfyui_nodes")
@@ -139,8 +188,14 @@ def test_a_folder_of_comfyui_nodes(run, lists, tmp_path, capsys):
             "exporter=comfyui task.exporter.network=wan",
             "task.exporter.network must be one of flow, eps or null, got 'wan'",
         ),
-        ("exporter=comfyui task.output=lists.json", "are the same file lists.json; choose another output"),
-        ("exporter=diffusers", "exporter=diffusers needs task.exporter.scheduler: a scheduler_config.json"),
+        (
+            "exporter=comfyui task.output=lists.json",
+            "are the same file lists.json; choose another output",
+        ),
+        (
+            "exporter=diffusers",
+            "exporter=diffusers needs task.exporter.scheduler: a scheduler_config.json",
+        ),
         (
             "exporter=diffusers task.exporter.scheduler=FluxPipeline",
             "neither a class of diffusers' schedulers nor a fi",
@@ -149,7 +204,10 @@ def test_a_folder_of_comfyui_nodes(run, lists, tmp_path, capsys):
             "exporter=diffusers task.exporter.scheduler=DDIMScheduler",
             "DDIMScheduler takes no times; export to oss_sche",
         ),
-        ("exporter=diffusers task.exporter.height=512", "task.exporter.height and task.exporter.width belong together"),
+        (
+            "exporter=diffusers task.exporter.height=512",
+            "task.exporter.height and task.exporter.width belong together",
+        ),
         ("", "You must specify 'exporter', e.g, exporter=<OPTION>"),
     ],
 )

@@ -25,8 +25,20 @@ MODEL = [
     "model.backbone.num_attention_heads=2",
     "model.backbone.attention_head_dim=8",
 ]
-SEARCH = ["stepsize=ddim", "num_teacher_steps=10", "data.search_samples=2", "data.batch_size=4", "logger=none"]
-TASK = ["task=finetune", "task.num_stages=2", "task.trajectories=6", "task.batch_size=4", "task.precision=32-true"]
+SEARCH = [
+    "stepsize=ddim",
+    "num_teacher_steps=10",
+    "data.search_samples=2",
+    "data.batch_size=4",
+    "logger=none",
+]
+TASK = [
+    "task=finetune",
+    "task.num_stages=2",
+    "task.trajectories=6",
+    "task.batch_size=4",
+    "task.precision=32-true",
+]
 TASK += ["task.max_steps=6", "task.save_every=2", "task.warmup_steps=1"]
 
 
@@ -81,7 +93,9 @@ def test_a_run_leaves_stages_that_load_as_a_model(whole, weights, tmp_path):
     assert (whole.parent / "stages.png").stat().st_size > 5000
     more = ["data.eval_samples=4", "num_teacher_steps=10", "logger=none", f"stages={whole}"]
     schedule = f"task.schedule={whole / 'schedule.json'}"
-    run_cli("task=evaluate", *MODEL, weights, *more, schedule, f"hydra.run.dir={tmp_path / 'evaluate'}")
+    run_cli(
+        "task=evaluate", *MODEL, weights, *more, schedule, f"hydra.run.dir={tmp_path / 'evaluate'}"
+    )
     found = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
     assert found["model"]["name"] == "dit_fashion_staged"
     search = ["stepsize=[ddim,oss_shared]", "num_steps=[3]", "data.search_samples=2"]
@@ -94,7 +108,12 @@ def test_a_run_leaves_stages_that_load_as_a_model(whole, weights, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["jump", "progressive"])
 def test_every_stage_comes_nearer_to_the_teacher(weights, tmp_path, objective):
-    longer = ["task.max_steps=60", "task.save_every=60", "task.learning_rate=0.001", "num_steps=[4]"]
+    longer = [
+        "task.max_steps=60",
+        "task.save_every=60",
+        "task.learning_rate=0.001",
+        "num_steps=[4]",
+    ]
     folder = tuned(weights, tmp_path, f"task.objective={objective}", *longer)
     for number in range(2):
         training = record(folder, number)["training"]
@@ -103,7 +122,9 @@ def test_every_stage_comes_nearer_to_the_teacher(weights, tmp_path, objective):
 
 @pytest.mark.slow
 def test_the_teachers_own_steps_have_nothing_to_learn(weights, tmp_path):
-    folder = tuned(weights, tmp_path, "stepsize=fm", "num_steps=[10]", "task.max_steps=1", "task.save_every=1")
+    folder = tuned(
+        weights, tmp_path, "stepsize=fm", "num_steps=[10]", "task.max_steps=1", "task.save_every=1"
+    )
     for number in range(2):
         assert record(folder, number)["training"]["loss_before"] < 1e-12
         assert stage(folder, number) == {}  # so it stays as it was
@@ -139,11 +160,15 @@ def test_few_parameters_may_be_trained(weights, tmp_path, whole, kind):
         assert any("norm1.linear" in name for name in found)
     else:
         assert {name.removesuffix(DOWN).removesuffix(UP) for name in found} < everything.keys()
-        assert all(tensor.shape[0 if name.endswith(DOWN) else 1] == 2 for name, tensor in found.items())
+        assert all(
+            tensor.shape[0 if name.endswith(DOWN) else 1] == 2 for name, tensor in found.items()
+        )
         assert any(bool(tensor.any()) for name, tensor in found.items() if name.endswith(UP))
     assert record(folder, 0)["parameters"] < record(whole, 0)["parameters"]
     first = load_file(next((folder / "states" / "teacher").iterdir()))
-    assert torch.equal(first["states"], load_file(whole / "states" / "teacher" / "000000.safetensors")["states"])
+    assert torch.equal(
+        first["states"], load_file(whole / "states" / "teacher" / "000000.safetensors")["states"]
+    )
     run_cli(
         "task=evaluate", *MODEL, weights, f"stages={folder}", f"task.schedule={folder / 'schedule.json'}",
         "num_teacher_steps=10", "data.eval_samples=2", "logger=none", f"hydra.run.dir={tmp_path / 'evaluate'}",
@@ -166,7 +191,11 @@ def test_stages_share_the_steps_evenly(steps, stages):
 def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
     output = tmp_path / "shared"
     for number in (1, 0):
-        run_cli(*settings(weights, tmp_path / str(number), f"task.stage={number}", f"task.output={output}"))
+        run_cli(
+            *settings(
+                weights, tmp_path / str(number), f"task.stage={number}", f"task.output={output}"
+            )
+        )
     assert_same(whole, output)
 
 
@@ -174,8 +203,13 @@ def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bits(whole, weights, tmp_path):
     """SIGKILL some time after its first checkpoint; then the same command."""
     command = [sys.executable, "-m", "oss_exp", *settings(weights, tmp_path)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "stages" / "checkpoints" / "stage_0.ckpt").exists() and process.poll() is None:
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    while (
+        not (tmp_path / "stages" / "checkpoints" / "stage_0.ckpt").exists()
+        and process.poll() is None
+    ):
         time.sleep(0.02)
     time.sleep(random.random() / 5)
     process.send_signal(signal.SIGKILL)
@@ -198,7 +232,9 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
     run_two_ranks(*settings(weights, tmp_path / "two", *progressive), folder=tmp_path)
     for number in range(2):
         for name, tensor in stage(one, number).items():
-            torch.testing.assert_close(stage(tmp_path / "two" / "stages", number)[name], tensor, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                stage(tmp_path / "two" / "stages", number)[name], tensor, rtol=1e-5, atol=1e-5
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -217,7 +253,10 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
         ("task.objective=diffusion", "needs images: images=fashion_mnist_32"),
         ("images=digits", "task.objective=jump takes no images"),
         ("task.trainable=half", "task.trainable must be one of full, adaln, lora"),
-        ("task.trainable=lora task.lora_rank=0", "task.lora_rank must be a whole number of at least 1"),
+        (
+            "task.trainable=lora task.lora_rank=0",
+            "task.lora_rank must be a whole number of at least 1",
+        ),
         ("solver=heun", "task.objective=jump trains jumps of solver=euler"),
         ("num_steps=[3,4]", "one stepsize and one K in num_steps"),
         ("stepsize=oss", "has a time for every sample"),
@@ -250,7 +289,13 @@ def test_a_folder_of_another_configuration_is_refused(weights, tmp_path, whole, 
 
 
 def test_models_without_weights_and_with_loops_are_refused(tmp_path, capsys):
-    run = ["task=finetune", "model=mixture_fashion", "stepsize=ddim", "logger=none", f"hydra.run.dir={tmp_path}"]
+    run = [
+        "task=finetune",
+        "model=mixture_fashion",
+        "stepsize=ddim",
+        "logger=none",
+        f"hydra.run.dir={tmp_path}",
+    ]
     with pytest.raises(SystemExit):
         run_cli(*run)
     assert "task=finetune trains networks" in capsys.readouterr().err

@@ -16,7 +16,11 @@ from helpers import random_weights, run_cli, run_two_ranks, write_fashion
 from oss_exp.data.scenes import wishes
 from oss_exp.geneval.rules import TASKS
 
-SMALL = ["model=flux_scenes", "model.backbone.network.num_layers=1", "model.backbone.network.num_single_layers=1"]
+SMALL = [
+    "model=flux_scenes",
+    "model.backbone.network.num_layers=1",
+    "model.backbone.network.num_single_layers=1",
+]
 COUNT = 2  # pictures of a prompt
 
 
@@ -94,7 +98,9 @@ def test_the_table_and_the_page_are_written(run):
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
     run_two_ranks(*inputs, f"hydra.run.dir={tmp_path}", folder=tmp_path)
-    assert [row["verdicts"] for row in results(tmp_path)["rows"]] == [row["verdicts"] for row in results(run)["rows"]]
+    assert [row["verdicts"] for row in results(tmp_path)["rows"]] == [
+        row["verdicts"] for row in results(run)["rows"]
+    ]
 
 
 @pytest.mark.slow
@@ -102,16 +108,24 @@ def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
 def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "oss_exp", *inputs, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     while not list(folder.glob(awaited)) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    made = {file: file.stat().st_mtime_ns for kind in ("png", "jsonl") for file in folder.rglob(f"*.{kind}")}
+    made = {
+        file: file.stat().st_mtime_ns
+        for kind in ("png", "jsonl")
+        for file in folder.rglob(f"*.{kind}")
+    }
     assert len(made) >= 1
     run_cli(*inputs, f"hydra.run.dir={folder}")
     assert {file: file.stat().st_mtime_ns for file in made} == made, "nothing is made twice"
-    assert [row["verdicts"] for row in results(folder)["rows"]] == [row["verdicts"] for row in results(run)["rows"]]
+    assert [row["verdicts"] for row in results(folder)["rows"]] == [
+        row["verdicts"] for row in results(run)["rows"]
+    ]
     for row in results(run)["rows"]:
         for n in range(6 * COUNT):
             name = f"images/{row['label']}/{n:06d}.png"
@@ -133,7 +147,10 @@ def test_a_schedule_for_each_sample_is_refused_before_any_is_planned(inputs, tmp
         (["task.images_per_prompt=0"], "task.images_per_prompt must be a whole number"),
         (["data.seed=1"], "holds a run with another data; go on with the same values"),
         (["data=noise", "~data.prompts"], "GenEval needs a model of prompts"),
-        (["task.detector.file=nowhere.safetensors"], "detector nowhere.safetensors is neither a path"),
+        (
+            ["task.detector.file=nowhere.safetensors"],
+            "detector nowhere.safetensors is neither a path",
+        ),
         (["data.prompts=prompts.txt"], "prompts.txt, line 1 is not complete JSON"),
     ],
 )

@@ -3,7 +3,13 @@
 import pytest
 from helpers import run_cli
 
-FAST = ["stepsize=[fm,edm]", "num_steps=[1]", "num_teacher_steps=2", "data.search_samples=1", "data.eval_samples=2"]
+FAST = [
+    "stepsize=[fm,edm]",
+    "num_steps=[1]",
+    "num_teacher_steps=2",
+    "data.search_samples=1",
+    "data.eval_samples=2",
+]
 
 
 def refused(capsys, folder, *arguments: str) -> str:
@@ -19,20 +25,29 @@ def refused(capsys, folder, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("task=export task.schedule=x.json task.to=comfyui", "oss-exp: task.to=comfyui is now exporter=comfyui"),
+        (
+            "task=export task.schedule=x.json task.to=comfyui",
+            "oss-exp: task.to=comfyui is now exporter=comfyui",
+        ),
         ("solver=null", "solver=null does not exist; choose from adams_bashforth"),
         ("stepsize=oss_shred", "stepsize=oss_shred does not exist; did you mean oss_shared"),
         ("evaluation.metrics=[psnr,fid]", "evaluation.metrics=[psnr,fid] is now metric=[fid]"),
         ("evaluation.metrics=[psnr]", "evaluation.metrics=[psnr] is now metric=[]"),
         ("metric=[psnr,fid]", "metric=[psnr,fid] is now metric=[fid]"),
-        ("evaluation.kid.subset_size=16", "evaluation.kid.subset_size=16 is now metric.kid.subset_size=16"),
+        (
+            "evaluation.kid.subset_size=16",
+            "evaluation.kid.subset_size=16 is now metric.kid.subset_size=16",
+        ),
         ("task=finetune data@task.images=digits", "data@task.images=digits is now images=digits"),
         ("task=statistics data.split=test", "data.split=test is now images.split=test"),
         (
             "task=pretrain data=digits",
             "data=digits does not exist; digits is an option of another group: images=digits",
         ),
-        ("model=sd15 model.checkpoint=folder", "model.checkpoint=folder is now model.pipeline=folder"),
+        (
+            "model=sd15 model.checkpoint=folder",
+            "model.checkpoint=folder is now model.pipeline=folder",
+        ),
         ("model=wan2_1_14b model.frames=5", "model.frames=5 is now model.call.num_frames=5"),
         (
             "model=sd15 model._target_=oss_exp.Flux",
@@ -71,10 +86,19 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
             "task=import_sigmas task.sigmas=[1] task.network=eps +data.seed=1",
             "task=import_sigmas does not read data; leave out what sets it",
         ),
-        ("task=fit_classifier images.split=test", "images.split=test does nothing here: train and test are read"),
+        (
+            "task=fit_classifier images.split=test",
+            "images.split=test does nothing here: train and test are read",
+        ),
         ("task=fit_classifier images=digits", "images must have a train and a test split"),
-        ("task=fit_detector images=digits", "task=fit_detector draws scenes of its own from images=fashion_scenes"),
-        ("task=fit_mixture scale=tiny", "task=fit_mixture does not read data; leave out scale=tiny"),
+        (
+            "task=fit_detector images=digits",
+            "task=fit_detector draws scenes of its own from images=fashion_scenes",
+        ),
+        (
+            "task=fit_mixture scale=tiny",
+            "task=fit_mixture does not read data; leave out scale=tiny",
+        ),
     ],
 )
 def test_what_the_task_does_not_read_is_refused(arguments, message, tmp_path, capsys):
@@ -83,5 +107,10 @@ def test_what_the_task_does_not_read_is_refused(arguments, message, tmp_path, ca
 
 @pytest.mark.slow
 def test_entries_below_what_is_read_may_be_added(tmp_path):
-    run_cli(*FAST, "+trainer.max_time=00:01:00:00", "evaluation.trajectories=0", f"hydra.run.dir={tmp_path}")
+    run_cli(
+        *FAST,
+        "+trainer.max_time=00:01:00:00",
+        "evaluation.trajectories=0",
+        f"hydra.run.dir={tmp_path}",
+    )
     assert (tmp_path / "metrics.json").is_file()

@@ -48,11 +48,17 @@ def whole(kills):
     [
         ("search", [(signal.SIGKILL, (9, "before")), (signal.SIGTERM, (8, "after"))]),
         # All batches are measured, and nothing is left to do but to write it down.
-        ("compare", [(signal.SIGKILL, ("0_of_1.pt", "after")), (signal.SIGINT, ("metrics.json", "before"))]),
+        (
+            "compare",
+            [(signal.SIGKILL, ("0_of_1.pt", "after")), (signal.SIGINT, ("metrics.json", "before"))],
+        ),
         # The weights of step 8 lie beside the record of those of step 4.
         (
             "pretrain",
-            [(signal.SIGTERM, ("last.ckpt", "after")), (signal.SIGKILL, ("dit_fashion.safetensors", "after"))],
+            [
+                (signal.SIGTERM, ("last.ckpt", "after")),
+                (signal.SIGKILL, ("dit_fashion.safetensors", "after")),
+            ],
         ),
     ],
 )
@@ -132,7 +138,9 @@ def test_a_signal_waits_for_a_piece_of_work_and_then_ends_whatever_comes(sent, c
     assert forked(work)[0] == code
     done, _, line = capfd.readouterr().err.strip().split("\n")
     assert done == "done"
-    assert line.startswith("oss-exp: interrupted;" if sent == "SIGINT" else f"oss-exp: ended by {sent};")
+    assert line.startswith(
+        "oss-exp: interrupted;" if sent == "SIGINT" else f"oss-exp: ended by {sent};"
+    )
 
 
 def test_processes_that_load_data_have_the_signals_as_they_were():

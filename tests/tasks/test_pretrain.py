@@ -38,7 +38,9 @@ def settings(folder, *more: str) -> list[str]:
 
 
 def outcome(folder):
-    return load_file(folder / "dit_fashion.safetensors"), json.loads((folder / "training.json").read_text())["losses"]
+    return load_file(folder / "dit_fashion.safetensors"), json.loads(
+        (folder / "training.json").read_text()
+    )["losses"]
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +51,32 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_images_of_more_classes_than_the_model_or_of_none_are_refused_before_the_first_step(tmp_path, capsys):
+def test_images_of_more_classes_than_the_model_or_of_none_are_refused_before_the_first_step(
+    tmp_path, capsys
+):
     arguments = [argument for argument in TINY if argument != "images=digits"]
-    for folders, words in ((11, "images has 11 classes, model=dit_fashion has 10"), (0, "images has no classes")):
+    for folders, words in (
+        (11, "images has 11 classes, model=dit_fashion has 10"),
+        (0, "images has no classes"),
+    ):
         for label in range(folders or 1):
             folder = tmp_path / str(folders) / (str(label) if folders else "")
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8)).save(folder / "x.png")
-        images = ["images=image_folder", f"images.root={tmp_path / str(folders)}", "images.size=8", "images.channels=1"]
+        images = [
+            "images=image_folder",
+            f"images.root={tmp_path / str(folders)}",
+            "images.size=8",
+            "images.channels=1",
+        ]
         with pytest.raises(SystemExit):
-            run_cli(*arguments, *images, "task.max_steps=1", "task.save_every=1", f"hydra.run.dir={tmp_path / 'run'}")
+            run_cli(
+                *arguments,
+                *images,
+                "task.max_steps=1",
+                "task.save_every=1",
+                f"hydra.run.dir={tmp_path / 'run'}",
+            )
         assert f"oss-exp: {words}" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -70,7 +88,9 @@ def test_a_run_leaves_weights_provenance_grids_and_a_picture(whole):
     assert record["made_by"].startswith("oss-exp task=pretrain model=dit_fashion")
     assert record["data"]["images"] == 1797
     assert record["training"]["loss"] == pytest.approx(np.mean(outcome(whole)[1][-4:]))
-    assert [path.name for path in sorted((whole / "samples").iterdir())] == [f"step_{s:06d}.png" for s in (4, 8, 12)]
+    assert [path.name for path in sorted((whole / "samples").iterdir())] == [
+        f"step_{s:06d}.png" for s in (4, 8, 12)
+    ]
     assert Image.open(whole / "samples" / "step_000012.png").size == (8 * 10 + 2, 10 * 10 + 2)
     assert (whole / "training.png").stat().st_size > 5000
 
@@ -81,7 +101,11 @@ def test_the_run_and_its_checkpoint_are_the_model(whole):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         models = [
             instantiate(compose("config", [*shape, f"model.checkpoint={path}"]).model)
-            for path in (whole, whole / "checkpoints" / "last.ckpt", whole / "dit_fashion.safetensors")
+            for path in (
+                whole,
+                whole / "checkpoints" / "last.ckpt",
+                whole / "dit_fashion.safetensors",
+            )
         ]
     run, last, written = (model.backbone.state_dict() for model in models)
     assert models[0].fingerprint == models[2].fingerprint != models[1].fingerprint
@@ -122,13 +146,19 @@ def flat(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "every", "then"), [(3, 2, 4), (8, 8, 4), (4, 4, 1), (4, 4, 20), (12, 4, 4)])
+@pytest.mark.parametrize(
+    ("steps", "every", "then"), [(3, 2, 4), (8, 8, 4), (4, 4, 1), (4, 4, 20), (12, 4, 4)]
+)
 def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, steps, every, then):
     first = settings(tmp_path / "first", *FLAT)
     run_cli(*first, f"task.max_steps={steps}", f"task.save_every={every}")
-    more = settings(tmp_path / "then", *FLAT, f"task.save_every={then}", f"task.resume={tmp_path / 'first'}")
+    more = settings(
+        tmp_path / "then", *FLAT, f"task.save_every={then}", f"task.resume={tmp_path / 'first'}"
+    )
     run_cli(*more)
-    assert json.loads((tmp_path / "then" / "training.json").read_text())["losses"] == outcome(flat)[1]
+    assert (
+        json.loads((tmp_path / "then" / "training.json").read_text())["losses"] == outcome(flat)[1]
+    )
     if steps < 12:
         kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)
         assert [rate["last_epoch"] for rate in kept["lr_schedulers"]] == [12]
@@ -143,7 +173,9 @@ def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tm
         run_cli(*settings(folder, "task.learning_rate=1"))
     assert f"{folder} holds a run with another task.learning_rate" in capsys.readouterr().err
     assert (folder / ".hydra" / "overrides.yaml").read_text() == command
-    before = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["progress"]["losses"]
+    before = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["progress"][
+        "losses"
+    ]
     run_cli(*settings(folder))
     assert outcome(folder)[1][:4] == before
     assert len(outcome(folder)[1]) == 12
@@ -169,8 +201,15 @@ def test_a_checkpoint_of_somebody_else_removes_nothing_and_is_read_as_data(whole
     victim, path = tmp_path / "victim.ckpt", tmp_path / "given.ckpt"
     victim.write_text("mine")
     kept = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
-    names = {"best_model_path": str(victim), "last_model_path": str(victim), "dirpath": str(tmp_path)}
-    keys = [f"ModelCheckpoint{{'monitor': None, 'mode': 'min', 'every_n_train_steps': {n}}}" for n in (0, 1)]
+    names = {
+        "best_model_path": str(victim),
+        "last_model_path": str(victim),
+        "dirpath": str(tmp_path),
+    }
+    keys = [
+        f"ModelCheckpoint{{'monitor': None, 'mode': 'min', 'every_n_train_steps': {n}}}"
+        for n in (0, 1)
+    ]
     torch.save({**kept, "callbacks": dict.fromkeys([*keys, "ModelCheckpoint"], names)}, path)
     run_cli(*settings(tmp_path / "run", "task.max_steps=14", f"task.resume={path}"))
     assert victim.read_text() == "mine"
@@ -181,7 +220,10 @@ def test_a_checkpoint_of_somebody_else_removes_nothing_and_is_read_as_data(whole
         "is none of a training": [1, 2],
         "`progress` is missing": {key: value for key, value in kept.items() if key != "progress"},
         "is of another network": {**kept, "state_dict": other},
-        "has no `exp_avg` of weight 0": {**kept, "optimizer_states": [{"state": {0: {}}, "param_groups": []}]},
+        "has no `exp_avg` of weight 0": {
+            **kept,
+            "optimizer_states": [{"state": {0: {}}, "param_groups": []}],
+        },
         "must be": {**kept, "progress": {"losses": ["1"], "seconds": 1.0}},
     }
     for message, content in broken.items():
@@ -209,7 +251,13 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
     """From captions or tokens to weights that run as a model."""
-    run = ["task=pretrain", f"model={name}", *SMALL[name], f"images.root={fashion}", "trainer.precision=32-true"]
+    run = [
+        "task=pretrain",
+        f"model={name}",
+        *SMALL[name],
+        f"images.root={fashion}",
+        "trainer.precision=32-true",
+    ]
     more = ["task.batch_size=4", "task.max_steps=3", "task.save_every=3", "logger=none"]
     run_cli(*run, *more, f"hydra.run.dir={tmp_path}")
     record = json.loads((tmp_path / f"{name}.json").read_text())
@@ -217,8 +265,15 @@ def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
     shown = Image.open(tmp_path / "samples" / "step_000003.png").size
     assert shown == (34 * 8 + 2, 34 * 10 + 2)
     network = [f"model={name}", *(each for each in SMALL[name] if each.startswith("model"))]
-    prompts = [] if name == "mar_fashion" else ["data=prompts", f"data.prompts={SMALL[name][0][7:]}.txt"]
-    counts = ["data.search_samples=2", "data.eval_samples=2", "data.per_sample=2", "num_teacher_steps=6"]
+    prompts = (
+        [] if name == "mar_fashion" else ["data=prompts", f"data.prompts={SMALL[name][0][7:]}.txt"]
+    )
+    counts = [
+        "data.search_samples=2",
+        "data.eval_samples=2",
+        "data.per_sample=2",
+        "num_teacher_steps=6",
+    ]
     weights = f"model.checkpoint={tmp_path / f'{name}.safetensors'}"
     run_cli(
         *network, *prompts, weights, *counts, "num_steps=[2]", "stepsize=[ddim,oss_shared]", "logger=none",
@@ -259,10 +314,19 @@ def test_an_example_is_a_function_of_its_number_alone():
     stream = examples()
     for i in reversed(range(40)):
         item = stream[i]
-        assert all(torch.equal(torch.as_tensor(item[key]), torch.as_tensor(forward[i][key])) for key in item)
-    assert [item["shared"] for item in forward] == [forward[i // 4 * 4]["shared"] for i in range(40)]
+        assert all(
+            torch.equal(torch.as_tensor(item[key]), torch.as_tensor(forward[i][key]))
+            for key in item
+        )
+    assert [item["shared"] for item in forward] == [
+        forward[i // 4 * 4]["shared"] for i in range(40)
+    ]
     assert len({item["shared"] for item in forward}) == 10
-    assert len({float(item["noise"]) for item in forward}) == len({float(item["t"]) for item in forward}) == 40
+    assert (
+        len({float(item["noise"]) for item in forward})
+        == len({float(item["t"]) for item in forward})
+        == 40
+    )
 
 
 def test_labels_are_dropped_as_often_as_asked():
@@ -287,7 +351,10 @@ def test_logit_normal_times_are_log_normal_sigmas():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.event_shape=[1,16,16]"], r"items of shape \(1, 8, 8\), model=dit_fashion takes \(1, 16, 16\)"),
+        (
+            ["model.event_shape=[1,16,16]"],
+            r"items of shape \(1, 8, 8\), model=dit_fashion takes \(1, 16, 16\)",
+        ),
         (["task.max_steps=0"], "task.max_steps must be a whole number"),
         (["task.batch_size=many"], "task.batch_size must be a whole number"),
         (["task.label_dropout=2"], "task.label_dropout must be a finite number from 0 to 1"),
@@ -312,16 +379,27 @@ def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=flux_fashion", "images=digits"], "model=flux_fashion needs images with captions, these have classes"),
+        (
+            ["model=flux_fashion", "images=digits"],
+            "model=flux_fashion needs images with captions, these have classes",
+        ),
         (
             ["model=mar_fashion", "images=moving_fashion"],
             "model=mar_fashion needs images with classes, these have cap",
         ),
-        (["model=open_sora_1_2", "images=coloured_fashion"], "made of published parts, which are not trained here"),
-        (["model=flux_dev", "images=coloured_fashion"], "a pipeline of published parts, which task=pretrain does not"),
+        (
+            ["model=open_sora_1_2", "images=coloured_fashion"],
+            "made of published parts, which are not trained here",
+        ),
+        (
+            ["model=flux_dev", "images=coloured_fashion"],
+            "a pipeline of published parts, which task=pretrain does not",
+        ),
     ],
 )
-def test_models_and_data_that_do_not_go_together_are_refused(arguments, message, tmp_path, capsys, fashion):
+def test_models_and_data_that_do_not_go_together_are_refused(
+    arguments, message, tmp_path, capsys, fashion
+):
     root = [] if "images=digits" in arguments else [f"images.root={fashion}"]
     with pytest.raises(SystemExit):
         run_cli("task=pretrain", *arguments, *root, "logger=none", f"hydra.run.dir={tmp_path}")

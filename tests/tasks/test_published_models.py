@@ -26,7 +26,12 @@ CLOCKS = {
     "mar_huge": "DDPM index",
     "open_sora_1_2": "flow time",
 }
-INHERITED = {"dit_xl_2_256", "dit_xl_2_512", "mar_large", "mar_huge"}  # their size from another yaml
+INHERITED = {
+    "dit_xl_2_256",
+    "dit_xl_2_512",
+    "mar_large",
+    "mar_huge",
+}  # their size from another yaml
 SCHEDULES = {  # of each family, by how its names begin
     "edm": "edm",
     "dit": "ddim",
@@ -39,7 +44,9 @@ FIRST = {"edm_imagenet64", "dit_xl_2_256", "mar_base", "open_sora_1_2"}
 
 
 def test_none_is_forgotten():
-    sized = {file.stem for file in (CONF / "model").glob("*.yaml") if "\n  tiny:\n" in file.read_text()}
+    sized = {
+        file.stem for file in (CONF / "model").glob("*.yaml") if "\n  tiny:\n" in file.read_text()
+    }
     assert sized | INHERITED == set(CLOCKS)
 
 
@@ -63,7 +70,9 @@ def test_compare_at_tiny_size(model, tmp_path, monkeypatch):
     )
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     assert len(rows) == 2 * len(strategies)
-    assert (tmp_path / "run" / "trajectories.npz").exists() != model.startswith("mar"), "its loop is its own"
+    assert (tmp_path / "run" / "trajectories.npz").exists() != model.startswith("mar"), (
+        "its loop is its own"
+    )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         path = instantiate(compose("config", [f"model={model}", "model.size=tiny"]).model).path
     for row in rows:

@@ -17,7 +17,11 @@ from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of, reduced
 from oss_exp.evaluation.psnr import psnr
 
-SMALL = ["model=video_fashion", "model.backbone.network.num_layers=1", "model.backbone.network.features=16"]
+SMALL = [
+    "model=video_fashion",
+    "model.backbone.network.num_layers=1",
+    "model.backbone.network.features=16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,10 @@ def run(tmp_path_factory):
 
 def videos(run, name: str) -> torch.Tensor:
     """(n, C, F, H, W) in [0, 1]."""
-    return torch.from_numpy(np.load(run / "images" / f"{name}.npz")["arr_0"]).double().movedim(4, 1) / 255
+    return (
+        torch.from_numpy(np.load(run / "images" / f"{name}.npz")["arr_0"]).double().movedim(4, 1)
+        / 255
+    )
 
 
 @pytest.mark.slow
@@ -108,7 +115,9 @@ def test_large_pictures_are_shown_small():
     expected = torch.nn.functional.interpolate(wide[:, :, 2], (10, 256), mode="area")
     torch.testing.assert_close(reduced(wide)[:, :, 2], expected)
     assert torch.equal(reduced(wide[:, :, 2]), expected)
-    assert reduced(wide[:0]).shape == (0, 3, 5, 10, 256), "a batch without any joins those that have some"
+    assert reduced(wide[:0]).shape == (0, 3, 5, 10, 256), (
+        "a batch without any joins those that have some"
+    )
     small = torch.rand(2, 3, 5, 32, 32)
     assert reduced(small) is small
     assert as_bytes(small).shape == (2, 5, 32, 32, 3)

@@ -66,7 +66,9 @@ class Module:
         """`_parameters`, `_buffers` or `_modules`, less the absent ones."""
         found = self.state.get(name, {}) if isinstance(self.state, dict) else None
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-            raise ValueError(f"{path} holds a network whose {name} are not named; download it again")
+            raise ValueError(
+                f"{path} holds a network whose {name} are not named; download it again"
+            )
         return {key: value for key, value in found.items() if value is not None}
 
 
@@ -95,19 +97,31 @@ class Stored:
 
     def tensor(self) -> Tensor:
         """TypeError or ValueError where the numbers are none, or point outside of the storage."""
-        if not (type(self.storage) is Storage and type(self.shape) is tuple and type(self.stride) is tuple):
+        if not (
+            type(self.storage) is Storage
+            and type(self.shape) is tuple
+            and type(self.stride) is tuple
+        ):
             raise TypeError("not a tensor's storage, shape and stride")
         numbers = (self.offset, *self.shape, *self.stride)
-        if len(self.shape) != len(self.stride) or not all(type(number) is int and number >= 0 for number in numbers):
+        if len(self.shape) != len(self.stride) or not all(
+            type(number) is int and number >= 0 for number in numbers
+        ):
             raise ValueError("shape, stride and offset must be whole numbers of at least 0")
         if self.storage.file.startswith(b"PK"):  # which may unpack to more
             raise ValueError("its numbers are an archive")
         storage = torch.load(io.BytesIO(self.storage.file), map_location="cpu", weights_only=True)
         flat = torch.empty(0, dtype=storage.dtype).set_(storage)
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        last = self.offset + sum(
+            (n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)
+        )
         if prod(self.shape) > len(flat) or (prod(self.shape) and last >= len(flat)):
-            raise ValueError(f"{self.shape} at {self.offset} by {self.stride} is not within {len(flat)} numbers")
-        return flat.as_strided(self.shape, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
+            raise ValueError(
+                f"{self.shape} at {self.offset} by {self.stride} is not within {len(flat)} numbers"
+            )
+        return flat.as_strided(self.shape, self.stride, self.offset).clone(
+            memory_format=torch.contiguous_format
+        )
 
 
 class Parameter:
@@ -142,7 +156,18 @@ STAND_INS: dict[tuple[str, str], type] = {
     },
 }
 # Objects from outside of the file, names that are not looked up by `find_class`, and memory before it is filled.
-REFUSED = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8")
+REFUSED = (
+    "PERSID",
+    "BINPERSID",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "INST",
+    "OBJ",
+    "NEXT_BUFFER",
+    "READONLY_BUFFER",
+    "BYTEARRAY8",
+)
 
 
 class Bounded(io.BufferedReader):
@@ -172,8 +197,12 @@ def _skip_frame(unpickler: Any) -> None:
     unpickler.read(8)
 
 
-class _Unpickler(pickle._Unpickler):  # the one in C cannot be kept from copyreg's cache of extensions
-    dispatch = pickle._Unpickler.dispatch | {getattr(pickle, name)[0]: partial(_refuse, name) for name in REFUSED}
+class _Unpickler(
+    pickle._Unpickler
+):  # the one in C cannot be kept from copyreg's cache of extensions
+    dispatch = pickle._Unpickler.dispatch | {
+        getattr(pickle, name)[0]: partial(_refuse, name) for name in REFUSED
+    }
     dispatch[pickle.FRAME[0]] = _skip_frame
 
     def find_class(self, module: str, name: str) -> type:
@@ -193,7 +222,9 @@ def load(path: Path) -> Any:
             "take the file from those who published it"
         ) from None
     except Exception as error:  # whatever the bytes make the machine do
-        raise ValueError(f"{path} is damaged or no pickle of a network ({error!r:.200}); download it again") from None
+        raise ValueError(
+            f"{path} is damaged or no pickle of a network ({error!r:.200}); download it again"
+        ) from None
 
 
 def tensors_of(tree: Any, path: Path) -> dict[str, Any]:
@@ -204,8 +235,13 @@ def tensors_of(tree: Any, path: Path) -> dict[str, Any]:
     if isinstance(tree, Module):
         tree = dict(_state(tree, path))
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no network but a {type(tree).__name__}; give the file of a network")
-    return {key: _tensor(value, key, path) if isinstance(value, Stored) else value for key, value in tree.items()}
+        raise ValueError(
+            f"{path} holds no network but a {type(tree).__name__}; give the file of a network"
+        )
+    return {
+        key: _tensor(value, key, path) if isinstance(value, Stored) else value
+        for key, value in tree.items()
+    }
 
 
 def _tensor(stored: Stored, key: Any, path: Path) -> Tensor:
@@ -213,7 +249,9 @@ def _tensor(stored: Stored, key: Any, path: Path) -> Tensor:
         return stored.tensor()
     except Exception as error:  # torch's own too
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged: {key!r:.100} cannot be read ({reason:.200}); download it again") from None
+        raise ValueError(
+            f"{path} is damaged: {key!r:.100} cannot be read ({reason:.200}); download it again"
+        ) from None
 
 
 def _state(network: Module, path: Path) -> Iterator[tuple[str, Stored]]:
@@ -226,7 +264,11 @@ def _state(network: Module, path: Path) -> Iterator[tuple[str, Stored]]:
                 f"{path} holds no module, or one for the second time, at {prefix[:-1]!r}; download it again"
             )
         seen.add(id(module))
-        passing = module.state.get("_non_persistent_buffers_set") if isinstance(module.state, dict) else None
+        passing = (
+            module.state.get("_non_persistent_buffers_set")
+            if isinstance(module.state, dict)
+            else None
+        )
         own = module.part("_parameters", path) | {
             key: value
             for key, value in module.part("_buffers", path).items()
@@ -238,4 +280,7 @@ def _state(network: Module, path: Path) -> Iterator[tuple[str, Stored]]:
                     f"{path} holds a {type(value).__name__} for the tensor {prefix}{key}; download it again"
                 )
             yield f"{prefix}{key}", value
-        ahead += [(f"{prefix}{key}.", inner) for key, inner in reversed(module.part("_modules", path).items())]
+        ahead += [
+            (f"{prefix}{key}.", inner)
+            for key, inner in reversed(module.part("_modules", path).items())
+        ]

@@ -56,12 +56,23 @@ def sets_in(content: Any, path: Path) -> Sets:
         if _is_set(node):
             found[name] = node
         elif isinstance(node, dict):
-            below = {key: each for key, each in node.items() if isinstance(key, str) and not OTHERS.match(key)}
-            ahead += [(_below(name, key), each) for key, each in below.items() if isinstance(each, dict | Module)]
+            below = {
+                key: each
+                for key, each in node.items()
+                if isinstance(key, str) and not OTHERS.match(key)
+            }
+            ahead += [
+                (_below(name, key), each)
+                for key, each in below.items()
+                if isinstance(each, dict | Module)
+            ]
             unread += [_below(name, key) for key, each in below.items() if isinstance(each, list)]
     if not found:
         raise refused or ValueError(_nothing(content, path))
-    return Sets({name: _plain(tensors, path) for name, tensors in found.items()}, list(filter(AVERAGED.search, unread)))
+    return Sets(
+        {name: _plain(tensors, path) for name, tensors in found.items()},
+        list(filter(AVERAGED.search, unread)),
+    )
 
 
 def named(sets: Sets, path: Path, weights_set: str | None = None) -> Tensors:
@@ -73,7 +84,12 @@ def named(sets: Sets, path: Path, weights_set: str | None = None) -> Tensors:
 
 
 def fitting(
-    sets: Sets, path: Path, own: Mapping[str, Tensor], translate: Translate, weights_set: str | None, model: str
+    sets: Sets,
+    path: Path,
+    own: Mapping[str, Tensor],
+    translate: Translate,
+    weights_set: str | None,
+    model: str,
 ) -> Mapping[str, Tensor]:
     """The tensors of a file, by a network's keys, that are its weights `own`.
 
@@ -107,12 +123,16 @@ def fitting(
 
     chosen = _preferred(list(fits))
     passed_over = [name for name in (*misfits, *sets.unread) if AVERAGED.search(name)]
-    if len(chosen) == 1 and (weights_set is not None or not passed_over or AVERAGED.search(chosen[0])):
+    if len(chosen) == 1 and (
+        weights_set is not None or not passed_over or AVERAGED.search(chosen[0])
+    ):
         return fits[chosen[0]]
     if fits:
         raise ValueError(_choose(path, fits, weights_set, passed_over if len(chosen) == 1 else ()))
     if not misfits:
-        raise ValueError(_choose(path, sets.tensors, weights_set) if refused is None else f"{path}: {refused}")
+        raise ValueError(
+            _choose(path, sets.tensors, weights_set) if refused is None else f"{path}: {refused}"
+        )
     for tensors in tried.values():
         if partial := _partial_prefix(own, tensors, translate):
             prefix, count = partial
@@ -153,7 +173,9 @@ def _plain(tensors: Tensors, path: Path) -> Tensors:
     for key, value in tensors.items():
         plain = value.layout is torch.strided and value.device.type == "cpu"
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{path} holds a tensor without its numbers at {key!r:.80}; give a file of weights alone")
+            raise ValueError(
+                f"{path} holds a tensor without its numbers at {key!r:.80}; give a file of weights alone"
+            )
     return {key: value.detach() for key, value in tensors.items()}
 
 
@@ -162,8 +184,14 @@ def _nothing(content: Any, path: Path) -> str:
     if not isinstance(content, dict) or not content:
         return f"{path} holds no weights by name but a {type(content).__name__}; give a file of weights"
     strange = next(((key, each) for key, each in content.items() if not isinstance(key, str)), None)
-    key, value = strange or next(item for item in content.items() if not isinstance(item[1], Tensor | Stored))
-    what = f"a {type(value).__name__} at {key!r:.80}" if isinstance(key, str) else "names that are no text"
+    key, value = strange or next(
+        item for item in content.items() if not isinstance(item[1], Tensor | Stored)
+    )
+    what = (
+        f"a {type(value).__name__} at {key!r:.80}"
+        if isinstance(key, str)
+        else "names that are no text"
+    )
     return f"{path} holds {what} where only tensors belong; give a file of weights alone"
 
 
@@ -172,15 +200,23 @@ def _groups(tensors: Tensors) -> dict[str, Tensors]:
     counts: Counter[str] = Counter()
     for key in tensors:
         parts = key.split(".", DEPTH + 1)[:-1]
-        counts.update(".".join(parts[:length]) + "." for length in range(1, min(len(parts), DEPTH) + 1))
+        counts.update(
+            ".".join(parts[:length]) + "." for length in range(1, min(len(parts), DEPTH) + 1)
+        )
     shared = [prefix for prefix, count in counts.items() if count * SHARE >= len(tensors)]
     return {
-        prefix: {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
+        prefix: {
+            key.removeprefix(prefix): each
+            for key, each in tensors.items()
+            if key.startswith(prefix)
+        }
         for prefix in sorted(shared, key=lambda prefix: (prefix.count("."), prefix))
     }
 
 
-def _partial_prefix(own: Mapping[str, Tensor], tensors: Tensors, translate: Translate) -> tuple[str, int] | None:
+def _partial_prefix(
+    own: Mapping[str, Tensor], tensors: Tensors, translate: Translate
+) -> tuple[str, int] | None:
     """The prefix without which a set fits, though only some of its keys have it, and how many have."""
     for prefix, group in _groups(tensors).items():
         plain = {key.removeprefix(prefix): each for key, each in tensors.items()}
@@ -201,12 +237,16 @@ def _with_dots(sets: Mapping[str, Tensors]) -> dict[str, Tensors]:
     for outer, tensors in sets.items():
         groups = _groups(tensors)
         flat = {
-            prefix: group for prefix, group in groups.items() if AVERAGED.search(prefix) and "." not in "".join(group)
+            prefix: group
+            for prefix, group in groups.items()
+            if AVERAGED.search(prefix) and "." not in "".join(group)
         }
         for prefix, group in flat.items():
             for other in groups.values():
                 names = {key.replace(".", ""): key for key in other}
-                if other is not group and len(group.keys() & names.keys()) >= len(group) - 2:  # decay, num_updates
+                if (
+                    other is not group and len(group.keys() & names.keys()) >= len(group) - 2
+                ):  # decay, num_updates
                     average = {names[key]: each for key, each in group.items() if key in names}
                     found[_below(outer, prefix[:-1])] = {**other, **average}
     return found
@@ -215,13 +255,22 @@ def _with_dots(sets: Mapping[str, Tensors]) -> dict[str, Tensors]:
 def _preferred(names: list[str]) -> list[str]:
     """The averages among several sets; all where there are none."""
     averages = [name for name in names if AVERAGED.search(name) or name == OURS]
-    innermost = [name for name in averages if AVERAGED.search(name.rpartition(".")[2])]  # ema.ema_model, ema.model
-    return names if len(names) < 2 or not averages else innermost if len(innermost) == 1 else averages
+    innermost = [
+        name for name in averages if AVERAGED.search(name.rpartition(".")[2])
+    ]  # ema.ema_model, ema.model
+    return (
+        names if len(names) < 2 or not averages else innermost if len(innermost) == 1 else averages
+    )
 
 
-def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> tuple[int, str] | None:
+def _differences(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> tuple[int, str] | None:
     """How many weights differ, one that has another name counted once, and the first of them."""
-    shapes = {key: (_shape(tensors.get(key)), _shape(own.get(key))) for key in sorted(own.keys() | tensors.keys())}
+    shapes = {
+        key: (_shape(tensors.get(key)), _shape(own.get(key)))
+        for key in sorted(own.keys() | tensors.keys())
+    }
     wrong = {key: pair for key, pair in shapes.items() if pair[0] != pair[1]}
     if not wrong:
         return None
@@ -230,9 +279,15 @@ def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> tu
     return len(wrong) - min(absent, unknown), f"{key}: {there} in the file, {here} in the network"
 
 
-def _choose(path: Path, sets: Mapping[str, Any], weights_set: str | None, passed_over: Sequence[str] = ()) -> str:
+def _choose(
+    path: Path, sets: Mapping[str, Any], weights_set: str | None, passed_over: Sequence[str] = ()
+) -> str:
     names = ", ".join(name or "(the whole file)" for name in list(sets)[:SHOWN])
-    reason = "holds several sets of weights" if weights_set is None else f"has no set of weights {weights_set!r:.80}"
+    reason = (
+        "holds several sets of weights"
+        if weights_set is None
+        else f"has no set of weights {weights_set!r:.80}"
+    )
     if passed_over:
         reason = f"has an average {passed_over[0]!r:.80}, which is not of these weights or not by their names"
     return f"checkpoint {path} {reason}; choose one with model.weights_set=NAME: {names:.800}"

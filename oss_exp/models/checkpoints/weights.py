@@ -25,8 +25,18 @@ from oss_exp.files import ASSETS, Record, load_record, load_safetensors, open_zi
 from oss_exp.models.checkpoints import safe_pickle
 from oss_exp.models.checkpoints.sets import Sets, Translate, fitting, named, sets_in
 
-HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-ENDINGS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json"}  # owner/name.pt is a file that is missing
+HUB_ID = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?"
+)
+ENDINGS = {
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".pkl",
+    ".json",
+}  # owner/name.pt is a file that is missing
 UNTRAINED = "untrained"  # in place of a checkpoint: the weights as initialised, for training
 DATA = re.compile(  # settings and numbers that trainings keep beside their weights, which stand-ins take the place of
     r"(argparse|collections|datetime|lightning|numpy|omegaconf|pathlib|pytorch_lightning|typing)\..*"
@@ -61,7 +71,11 @@ class ShardIndex(Record):
 
 
 def locate(
-    checkpoint: str, files: Sequence[str], source: str, setting: str = "model.checkpoint", own: bool = False
+    checkpoint: str,
+    files: Sequence[str],
+    source: str,
+    setting: str = "model.checkpoint",
+    own: bool = False,
 ) -> Path:
     """A file; a shipped one; the first of `files` in a folder, or in the hub's repository `owner/name[@revision]`.
 
@@ -70,7 +84,9 @@ def locate(
     why, and `source`: where the public checkpoint is had. setting: the configuration's name of `checkpoint`.
     """
     if checkpoint == UNTRAINED:
-        raise ValueError("this model is made of published parts, which are not trained here; choose another model")
+        raise ValueError(
+            "this model is made of published parts, which are not trained here; choose another model"
+        )
     remedy = (
         f"the public checkpoint is at {source}: download it and set {setting}=FILE, or set model.size=tiny to try "
         "without it"
@@ -84,15 +100,21 @@ def locate(
         if found is None and own:
             return trained_in(path)
         if found is None:
-            raise FileNotFoundError(f"checkpoint folder {path} has none of {', '.join(files)}; {remedy}")
+            raise FileNotFoundError(
+                f"checkpoint folder {path} has none of {', '.join(files)}; {remedy}"
+            )
         return found
     match = HUB_ID.fullmatch(checkpoint)
     if match is None or path.suffix in ENDINGS:
-        raise FileNotFoundError(f"checkpoint {checkpoint} is no file, folder or hub id (owner/name); {remedy}")
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint} is no file, folder or hub id (owner/name); {remedy}"
+        )
     found, reason = _download(match["repository"], match["revision"], spelled(files))
     if found is None:
         wanted = " or ".join(files)
-        raise FileNotFoundError(f"checkpoint {checkpoint}: cannot get {wanted} from the hub, {reason}; {remedy}")
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint}: cannot get {wanted} from the hub, {reason}; {remedy}"
+        )
     return found
 
 
@@ -104,8 +126,12 @@ def spelled(files: Sequence[str]) -> list[str]:
         if stem != file:
             folder, _, name = stem.rpartition("/")
             older = f"{folder}/pytorch_model".lstrip("/") if name == "model" else stem
-            found |= dict.fromkeys([f"{file}.index.json", f"{older}.bin", f"{older}.bin.index.json"])
-            found |= dict.fromkeys([f"{stem}.fp16.safetensors", f"{file}.index.fp16.json", f"{older}.fp16.bin"])
+            found |= dict.fromkeys(
+                [f"{file}.index.json", f"{older}.bin", f"{older}.bin.index.json"]
+            )
+            found |= dict.fromkeys(
+                [f"{stem}.fp16.safetensors", f"{file}.index.fp16.json", f"{older}.fp16.bin"]
+            )
     return list(found)
 
 
@@ -114,7 +140,9 @@ def trained_in(folder: Path) -> Path:
 
     FileNotFoundError where there is none, ValueError where there are several.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS - {".json"} and path.is_file())
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in ENDINGS - {".json"} and path.is_file()
+    )
     files = sorted(folder.glob("*.index*.json")) or files
     if not files and (last := folder / "checkpoints" / "last.ckpt").is_file():
         return last
@@ -131,7 +159,9 @@ def trained_in(folder: Path) -> Path:
     return files[0]
 
 
-def _download(repository: str, revision: str | None, files: Sequence[str]) -> tuple[Path | None, str]:
+def _download(
+    repository: str, revision: str | None, files: Sequence[str]
+) -> tuple[Path | None, str]:
     """The first of `files` that the repository has, in the hub's cache; or none and why."""
     from huggingface_hub import hf_hub_download, utils
 
@@ -146,7 +176,9 @@ def _download(repository: str, revision: str | None, files: Sequence[str]) -> tu
     reason, unreachable = "", False
 
     def fetch(file: str) -> Path:
-        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=unreachable))
+        return Path(
+            hf_hub_download(repository, file, revision=revision, local_files_only=unreachable)
+        )
 
     for file in files:
         try:
@@ -157,8 +189,12 @@ def _download(repository: str, revision: str | None, files: Sequence[str]) -> tu
             return path, ""
         except Exception as error:  # its HTTP library's too, which differs by version
             first_line = f"which fails: {str(error).partition(chr(10))[0]}"
-            reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first_line)
-            unreachable = isinstance(error, utils.LocalEntryNotFoundError)  # do not wait for the hub again
+            reason = next(
+                (text for kind, text in reasons.items() if isinstance(error, kind)), first_line
+            )
+            unreachable = isinstance(
+                error, utils.LocalEntryNotFoundError
+            )  # do not wait for the hub again
             if not isinstance(error, utils.EntryNotFoundError):
                 break
     return None, reason
@@ -218,7 +254,9 @@ def _expected(path: Path) -> Iterator[tuple[Path, str]]:
         yield beside, (read_text(beside, "checksum").split() or [""])[0].lower()
     beside = path.with_suffix(".json")
     if path.suffix == ".safetensors" and beside.is_file():
-        record = load_record(beside, TypeAdapter(JsonValue), "provenance of checkpoint", "restore the file")
+        record = load_record(
+            beside, TypeAdapter(JsonValue), "provenance of checkpoint", "restore the file"
+        )
         if isinstance(record, dict) and "sha256" in record:
             yield beside, str(record["sha256"])
 
@@ -239,7 +277,11 @@ def _single(path: Path, head: bytes) -> Any:
     if head.startswith(b"\x80"):
         return safe_pickle.load(path)
     kind = next((kind for start, kind in KINDS.items() if head.lstrip().startswith(start)), None)
-    reason = "is empty" if not head else "is cut short, or neither safetensors, a torch file nor a pickle"
+    reason = (
+        "is empty"
+        if not head
+        else "is cut short, or neither safetensors, a torch file nor a pickle"
+    )
     raise ValueError(f"checkpoint {path} {f'is {kind}' if kind else reason}; download it again")
 
 
@@ -256,12 +298,18 @@ def _torch(path: Path, zipped: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            known: list[Any] = [(safe_pickle.Ignored, name) for name in asked if DATA.fullmatch(name)]
+            known: list[Any] = [
+                (safe_pickle.Ignored, name) for name in asked if DATA.fullmatch(name)
+            ]
             with torch.serialization.safe_globals(known):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's text advises to trust the file
-        asked = re.search(r"(?i)(?:global|class|function)(?::? GLOBAL)? <?([\w.]+\.[\w.]+)", str(error))
-        damage = "" if zipped or asked else "is damaged or "  # the checksums of a zip file have been compared
+        asked = re.search(
+            r"(?i)(?:global|class|function)(?::? GLOBAL)? <?([\w.]+\.[\w.]+)", str(error)
+        )
+        damage = (
+            "" if zipped or asked else "is damaged or "
+        )  # the checksums of a zip file have been compared
         what = f" ({asked[1]:.100})" if asked else ""
         raise ValueError(
             f"checkpoint {path} {damage}holds more than tensors{what}, and nothing of it was run; give a file of "
@@ -271,7 +319,9 @@ def _torch(path: Path, zipped: bool) -> Any:
         raise ValueError(f"checkpoint {path} is {error}; give a file of weights alone") from None
     except Exception as error:  # zipfile and torch raise many kinds for broken bytes
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"checkpoint {path} is damaged ({reason:.200}); download it again") from None
+        raise ValueError(
+            f"checkpoint {path} is damaged ({reason:.200}); download it again"
+        ) from None
 
 
 class _AnotherKind(Exception):
@@ -289,7 +339,9 @@ def _check_zip(path: Path) -> None:
     if "data.pkl" not in sizes:
         raise _AnotherKind("a zip archive of something else than a torch file")
     if sizes["data.pkl"] > safe_pickle.STEPS:
-        raise _AnotherKind(f"a list of more than {safe_pickle.STEPS >> 20} MiB of names, more than is read")
+        raise _AnotherKind(
+            f"a list of more than {safe_pickle.STEPS >> 20} MiB of names, more than is read"
+        )
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -309,9 +361,15 @@ def _sharded(index: Path) -> dict[str, Tensor]:
         _check_hash(shard)
         with shard.open("rb") as file:
             content = _single(shard, file.read(64))
-        tensors |= {key: each for key, each in named(sets_in(content, shard), shard).items() if shards.get(key) == name}
+        tensors |= {
+            key: each
+            for key, each in named(sets_in(content, shard), shard).items()
+            if shards.get(key) == name
+        }
     if missing := sorted(shards.keys() - tensors.keys()):
-        raise ValueError(f"the shards of {index} lack {len(missing)} weights, first {missing[0]}; download them again")
+        raise ValueError(
+            f"the shards of {index} lack {len(missing)} weights, first {missing[0]}; download them again"
+        )
     return tensors
 
 

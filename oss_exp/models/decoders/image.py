@@ -21,7 +21,9 @@ class Pixels(nn.Module):
         return ((x0 + 1) / 2).clamp(0, 1)
 
 
-ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")  # as older files of diffusers say
+ATTENTION = re.compile(
+    r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
+)  # as older files of diffusers say
 TODAY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -38,7 +40,9 @@ class VAE(nn.Module):
     """
 
     FILES = tuple(
-        f"{folder}diffusion_pytorch_model.{kind}" for folder in ("vae/", "") for kind in ("safetensors", "bin")
+        f"{folder}diffusion_pytorch_model.{kind}"
+        for folder in ("vae/", "")
+        for kind in ("safetensors", "bin")
     )
 
     def __init__(
@@ -62,8 +66,12 @@ class VAE(nn.Module):
         require_range(above=0, at_most=1e6, scaling_factor=scaling_factor)
         require_range(at_least=-1e6, at_most=1e6, shift_factor=shift_factor)
         require_range(at_least=1, micro_batch=micro_batch, latent_channels=latent_channels)
-        require_range(at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
-        if not block_out_channels or any(width < 1 or width % norm_num_groups for width in block_out_channels):
+        require_range(
+            at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups
+        )
+        if not block_out_channels or any(
+            width < 1 or width % norm_num_groups for width in block_out_channels
+        ):
             raise ValueError(
                 f"block_out_channels must be multiples of norm_num_groups={norm_num_groups}, got "
                 f"{list(block_out_channels)}"
@@ -80,7 +88,10 @@ class VAE(nn.Module):
         self.micro_batch, self.source = micro_batch, source
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor or 0.0
         network.encoder = network.quant_conv = None
-        self.post_quant_conv, self.decoder = network.post_quant_conv or nn.Identity(), network.decoder
+        self.post_quant_conv, self.decoder = (
+            network.post_quant_conv or nn.Identity(),
+            network.decoder,
+        )
         self._network = (network,)  # no part beside its own parts
         if checkpoint == "random":
             randomise(self, torch.Generator().manual_seed(0))
@@ -98,7 +109,9 @@ class VAE(nn.Module):
     def _load(self, checkpoint: str) -> None:
         """Every weight of the decoder from a file, which may hold an encoder besides but nothing else."""
         path = locate(checkpoint, self.FILES, self.source, "model.sizes.full.decoder.checkpoint")
-        self.load_state_dict(read_for(path, self.state_dict(), self.translate, None, "model.decoder"))
+        self.load_state_dict(
+            read_for(path, self.state_dict(), self.translate, None, "model.decoder")
+        )
 
     def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors by our names, without its encoder and what it was trained by."""

@@ -43,5 +43,7 @@ def diffusers_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = LEVEL.sub(lambda level: f"decoder.up_blocks.{top - int(level[1])}.", key)
         for theirs, ours in SPELLINGS:
             name = re.sub(theirs, ours, name)
-        found[name] = value.flatten(1) if key.startswith("decoder.mid.attn_1.") and value.ndim == 4 else value
+        found[name] = (
+            value.flatten(1) if key.startswith("decoder.mid.attn_1.") and value.ndim == 4 else value
+        )
     return found

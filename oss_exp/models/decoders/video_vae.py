@@ -18,7 +18,11 @@ from oss_exp.models.checkpoints.weights import locate, randomise, read_for
 from oss_exp.models.decoders.image import VAE
 
 FRAMES, LATENTS = 17, 5  # frames that are encoded together, and how many latent ones they become
-OTHERS = ("scale", "shift", *(f"{vae}.{part}" for vae in ("spatial_vae", "temporal_vae") for part in ("enc", "quant")))
+OTHERS = (
+    "scale",
+    "shift",
+    *(f"{vae}.{part}" for vae in ("spatial_vae", "temporal_vae") for part in ("enc", "quant")),
+)
 
 
 def latent_frames(num_frames: int) -> int:
@@ -55,7 +59,9 @@ class VideoVAE(nn.Module):
     ):
         super().__init__()
         if not scale or len(scale) != len(shift):
-            raise ValueError(f"scale and shift must have a number for each channel, got {list(scale)}, {list(shift)}")
+            raise ValueError(
+                f"scale and shift must have a number for each channel, got {list(scale)}, {list(shift)}"
+            )
         self.temporal_vae = nn.Module()
         channels = len(scale)
         self.temporal_vae.post_quant_conv = CausalConv(channels, channels, 1)
@@ -71,8 +77,12 @@ class VideoVAE(nn.Module):
 
     def forward(self, x0: Tensor) -> Tensor:
         latents = x0.float() * self.scale + self.shift
-        groups = (self.temporal_vae.post_quant_conv(group) for group in latents.split(LATENTS, dim=2))
-        frames = torch.cat([self.temporal_vae.decoder(group) for group in groups], dim=2).transpose(1, 2)
+        groups = (
+            self.temporal_vae.post_quant_conv(group) for group in latents.split(LATENTS, dim=2)
+        )
+        frames = torch.cat([self.temporal_vae.decoder(group) for group in groups], dim=2).transpose(
+            1, 2
+        )
         return self.spatial_vae(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
     def _load(self, checkpoint: str, source: str) -> None:
@@ -82,7 +92,9 @@ class VideoVAE(nn.Module):
 
 
 def _decoders(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = {key.replace("spatial_vae.module.", "spatial_vae."): value for key, value in tensors.items()}
+    named = {
+        key.replace("spatial_vae.module.", "spatial_vae."): value for key, value in tensors.items()
+    }
     return {key: value for key, value in named.items() if not key.startswith(OTHERS)}
 
 
@@ -111,9 +123,14 @@ class TemporalDecoder(nn.Module):
         self.doublings = tuple(doublings)
         widths = [features * multiplier for multiplier in multipliers]
         self.conv1 = CausalConv(channels, widths[-1], 3)
-        self.res_blocks = nn.ModuleList(ResBlock(widths[-1], widths[-1], num_groups) for _ in range(num_layers))
+        self.res_blocks = nn.ModuleList(
+            ResBlock(widths[-1], widths[-1], num_groups) for _ in range(num_layers)
+        )
         self.block_res_blocks = nn.ModuleList(
-            nn.ModuleList(ResBlock(above if layer == 0 else width, width, num_groups) for layer in range(num_layers))
+            nn.ModuleList(
+                ResBlock(above if layer == 0 else width, width, num_groups)
+                for layer in range(num_layers)
+            )
             for width, above in zip(widths, [*widths[1:], widths[-1]], strict=True)
         )
         self.conv_blocks = nn.ModuleList(
@@ -144,8 +161,13 @@ class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, num_groups: int):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(num_groups, inputs), nn.GroupNorm(num_groups, outputs)
-        self.conv1, self.conv2 = CausalConv(inputs, outputs, 3, bias=False), CausalConv(outputs, outputs, 3, bias=False)
-        self.conv3 = CausalConv(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+        self.conv1, self.conv2 = (
+            CausalConv(inputs, outputs, 3, bias=False),
+            CausalConv(outputs, outputs, 3, bias=False),
+        )
+        self.conv3 = (
+            CausalConv(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))

@@ -39,8 +39,12 @@ class UNet(nn.Module):
         from diffusers import UNet2DModel
 
         super().__init__()
-        require_range(at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch)
-        require_range(at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
+        require_range(
+            at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch
+        )
+        require_range(
+            at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups
+        )
         require_range(at_least=1, attention_head_dim=attention_head_dim)
         require_multiple(size, patch)
         self.patch, self.num_classes = patch, num_classes
@@ -60,7 +64,11 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
         x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        labels = None if self.num_classes is None else torch.where(classes < 0, self.num_classes, classes)
+        labels = (
+            None
+            if self.num_classes is None
+            else torch.where(classes < 0, self.num_classes, classes)
+        )
         return F.pixel_shuffle(self.network(x, clock, class_labels=labels).sample, self.patch)
 
 
@@ -84,7 +92,9 @@ class DiT(nn.Module):
         from diffusers.models.embeddings import LabelEmbedding
 
         super().__init__()
-        require_range(at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch)
+        require_range(
+            at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch
+        )
         require_range(at_least=1, num_layers=num_layers, num_attention_heads=num_attention_heads)
         require_range(at_least=1, attention_head_dim=attention_head_dim)
         require_multiple(size, patch)
@@ -102,7 +112,9 @@ class DiT(nn.Module):
         )
         for module in self.network.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # each block would drop labels by itself; the trainer drops them
+                module.dropout_prob = (
+                    0.0  # each block would drop labels by itself; the trainer drops them
+                )
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
         labels = torch.where(classes < 0, self.num_classes, classes)

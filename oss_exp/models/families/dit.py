@@ -19,7 +19,10 @@ from oss_exp.models.network import shape
 LAYOUTS = ("own", "original", "diffusers")
 SPELLINGS = (  # ours -> the original's, one after the other; ours are diffusers' after "network."
     (r"^network\.", ""),
-    (r"^transformer_blocks\.\d+\.norm1\.emb\.", ""),  # one embedder in the original, a copy in each block of ours
+    (
+        r"^transformer_blocks\.\d+\.norm1\.emb\.",
+        "",
+    ),  # one embedder in the original, a copy in each block of ours
     (r"^transformer_blocks\.", "blocks."),
     (r"timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
     (r"timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
@@ -59,10 +62,19 @@ class PublishedDiT(DiT):
         attention_head_dim: int,
     ):
         super().__init__(
-            channels, size, num_classes, patch, num_layers, num_attention_heads, attention_head_dim, norm_eps=1e-6
+            channels,
+            size,
+            num_classes,
+            patch,
+            num_layers,
+            num_attention_heads,
+            attention_head_dim,
+            norm_eps=1e-6,
         )
         self.network.out_channels = 2 * channels
-        self.network.proj_out_2 = nn.Linear(self.network.inner_dim, patch**2 * self.network.out_channels)
+        self.network.proj_out_2 = nn.Linear(
+            self.network.inner_dim, patch**2 * self.network.out_channels
+        )
         for block in self.network.transformer_blocks:
             block.norm1.emb.time_proj = Frequencies()
 
@@ -79,12 +91,19 @@ class PublishedDiT(DiT):
             if name in left:
                 self._require_positions(left.pop(name))
         if "x_embedder.proj.weight" not in left:
-            return {key if key.startswith("network.") else f"network.{key}": value for key, value in left.items()}
+            return {
+                key if key.startswith("network.") else f"network.{key}": value
+                for key, value in left.items()
+            }
         own = {}
         for name, keys in self._originals().items():
             if name in left:
                 value = left.pop(name)
-                own |= zip(keys, value.tensor_split(3) if ".qkv." in name else [value] * len(keys), strict=True)
+                own |= zip(
+                    keys,
+                    value.tensor_split(3) if ".qkv." in name else [value] * len(keys),
+                    strict=True,
+                )
         return own | left
 
     def to_public(self, layout: str) -> dict[str, Tensor]:
@@ -100,7 +119,9 @@ class PublishedDiT(DiT):
         for name, keys in self._originals().items():
             values = [own[key] for key in keys]
             if ".qkv." not in name and not all(torch.equal(value, values[0]) for value in values):
-                raise ValueError(f"the blocks' copies of {name} differ; the original layout has one, choose diffusers")
+                raise ValueError(
+                    f"the blocks' copies of {name} differ; the original layout has one, choose diffusers"
+                )
             public[name] = torch.cat(values) if ".qkv." in name else values[0]
         return public
 

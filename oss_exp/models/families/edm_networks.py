@@ -36,7 +36,11 @@ GUIDED_RESIDUAL = {
     "conv1": "out_layers.3",
     "skip": "skip_connection",
 }
-GUIDED_ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}  # a layer of its own, after the residual one
+GUIDED_ATTENTION = {
+    "norm2": "norm",
+    "qkv": "qkv",
+    "proj": "proj_out",
+}  # a layer of its own, after the residual one
 
 
 class Resample(nn.Module):
@@ -45,7 +49,9 @@ class Resample(nn.Module):
     def __init__(self, taps: Sequence[int], up: bool, padding: int | None = None):
         super().__init__()
         line = torch.tensor(taps, dtype=torch.float32)
-        self.register_buffer("kernel", (line.outer(line) / line.sum() ** 2)[None, None], persistent=False)
+        self.register_buffer(
+            "kernel", (line.outer(line) / line.sum() ** 2)[None, None], persistent=False
+        )
         self.up, self.padding = up, (len(taps) - 1) // 2 if padding is None else padding
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +111,9 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # (M, heads, H W, C / heads): what fast kernels take
+        q, k, v = qkv.permute(
+            3, 0, 1, 4, 2
+        ).contiguous()  # (M, heads, H W, C / heads): what fast kernels take
         return F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
 
 
@@ -165,7 +173,12 @@ class _UNet(nn.Module):
         eps: float,
     ):
         super().__init__()
-        require_range(at_least=1, img_resolution=img_resolution, img_channels=img_channels, num_blocks=num_blocks)
+        require_range(
+            at_least=1,
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            num_blocks=num_blocks,
+        )
         if not widths or min(widths) < 4 or img_resolution % 2 ** (len(widths) - 1):
             raise ValueError(
                 f"channel_mult must have positive numbers for as many levels as img_resolution={img_resolution} can "
@@ -204,7 +217,10 @@ class _UNet(nn.Module):
                     channels + skips.pop(), width, None, heads(width) if asked else 0
                 )
                 channels = width
-        self.out_norm, self.out_conv = norm(channels, eps), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.out_norm, self.out_conv = (
+            norm(channels, eps),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
 
     def _run(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (M, C, H, W), embedding (M, E) -> (M, C, H, W); what the network says of its own variance is dropped."""
@@ -227,7 +243,10 @@ class _UNet(nn.Module):
         if layout != "edm":
             raise ValueError(f"layout must be one of {', '.join(self.LAYOUTS)}, got {layout!r}")
         public = {self._edm_name(key): tensor for key, tensor in own.items()}
-        for name, module in self.named_modules():  # EDM keeps a filter beside each weight that follows it
+        for (
+            name,
+            module,
+        ) in self.named_modules():  # EDM keeps a filter beside each weight that follows it
             if isinstance(module, Residual):
                 public[f"model.{name}.resample_filter"] = module.resample.kernel
             elif isinstance(module, Block) and isinstance(module.resample, Resample):
@@ -241,7 +260,11 @@ class _UNet(nn.Module):
             return dict(tensors)
         own = {self._edm_name(key): key for key in self.state_dict()}
         # Next to the network there are a preconditioning's constants (`u`) and the filters, which are settings here.
-        kept = (key for key in tensors if key.startswith("model.") and not key.endswith(".resample_filter"))
+        kept = (
+            key
+            for key in tensors
+            if key.startswith("model.") and not key.endswith(".resample_filter")
+        )
         return {own.get(key, key): tensors[key] for key in kept}
 
     def _edm_name(self, key: str) -> str:
@@ -301,7 +324,11 @@ class ADM(_UNet):
             ),
             eps=1e-5,
         )
-        self.model_channels, self.label_dim, self.legacy_attention = model_channels, label_dim, legacy_attention
+        self.model_channels, self.label_dim, self.legacy_attention = (
+            model_channels,
+            label_dim,
+            legacy_attention,
+        )
         self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         if label_dim:
@@ -309,7 +336,9 @@ class ADM(_UNet):
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
         """x (M, C, H, W), clock (M,) float32 or wider, classes (M,) -> (M, C, H, W)."""
-        angles = clock[:, None] * frequencies(self.model_channels // 2, self.model_channels // 2, clock)
+        angles = clock[:, None] * frequencies(
+            self.model_channels // 2, self.model_channels // 2, clock
+        )
         embedding = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.map_layer0.weight.dtype)
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
         if self.label_dim:
@@ -320,7 +349,9 @@ class ADM(_UNet):
         if layout != "guided_diffusion":
             return super().to_public(layout)
         names = self._guided_names()
-        return {names[key]: self._from_own(key, tensor) for key, tensor in self.state_dict().items()}
+        return {
+            names[key]: self._from_own(key, tensor) for key, tensor in self.state_dict().items()
+        }
 
     def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not any(key.startswith("input_blocks.") for key in tensors):
@@ -340,15 +371,25 @@ class ADM(_UNet):
         if name == "label_emb.weight":
             return tensor.T
         if ".proj_out." in name or ".qkv." in name:
-            tensor = tensor[..., None] if tensor.ndim == 3 else tensor  # some files convolve over one long axis
-        if ".qkv." in name and len(tensor) % (3 * HEAD_CHANNELS) == 0:  # else it is refused for its shape
-            outer, shape = (1, (-1, 3, HEAD_CHANNELS)) if self.legacy_attention else (0, (3, -1, HEAD_CHANNELS))
+            tensor = (
+                tensor[..., None] if tensor.ndim == 3 else tensor
+            )  # some files convolve over one long axis
+        if (
+            ".qkv." in name and len(tensor) % (3 * HEAD_CHANNELS) == 0
+        ):  # else it is refused for its shape
+            outer, shape = (
+                (1, (-1, 3, HEAD_CHANNELS))
+                if self.legacy_attention
+                else (0, (3, -1, HEAD_CHANNELS))
+            )
             return tensor.unflatten(0, shape).movedim(outer, 2).flatten(0, 2)
         return tensor
 
     def _guided_names(self) -> dict[str, str]:
         """Our name of every weight -> guided-diffusion's, which counts layers where EDM counts resolutions."""
-        places = {f"enc.{name}": (f"input_blocks.{count}", 0) for count, name in enumerate(self.enc)}
+        places = {
+            f"enc.{name}": (f"input_blocks.{count}", 0) for count, name in enumerate(self.enc)
+        }
         group, layer, count = "middle_block", 0, 0
         for name, block in self.dec.items():
             if "_block" in name:
@@ -407,7 +448,9 @@ class Song(_UNet):
         require_choice(get_args(EncoderType), encoder_type=encoder_type)
         require_range(at_least=4, model_channels=model_channels)
         require_range(at_least=0, label_dim=label_dim, augment_dim=augment_dim)
-        require_range(at_least=1, channel_mult_emb=channel_mult_emb, channel_mult_noise=channel_mult_noise)
+        require_range(
+            at_least=1, channel_mult_emb=channel_mult_emb, channel_mult_noise=channel_mult_noise
+        )
         emb_channels = model_channels * channel_mult_emb
         super().__init__(
             img_resolution=img_resolution,
@@ -440,7 +483,9 @@ class Song(_UNet):
         self.map_layer0 = nn.Linear(self.noise_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
 
-    def forward(self, x: Tensor, clock: Tensor, classes: Tensor, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, clock: Tensor, classes: Tensor, augment: Tensor | None = None
+    ) -> Tensor:
         """x (M, C, H, W), clock (M,) float32 or wider, classes (M,), augment (M, augment_dim) -> (M, C, H, W)."""
         half = self.noise_channels // 2
         if self.map_noise is None:

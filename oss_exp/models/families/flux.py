@@ -39,7 +39,9 @@ class PromptedFlux(PromptedBackbone):
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         text, rows, columns = self.text[prompts], x.shape[2] // self.patch, x.shape[3] // self.patch
         places = [torch.arange(count, device=x.device) for count in (1, rows, columns)]
-        times = [1000 * clock] + ([] if self.guidance is None else [torch.full_like(clock, 1000 * self.guidance)])
+        times = [1000 * clock] + (
+            [] if self.guidance is None else [torch.full_like(clock, 1000 * self.guidance)]
+        )
         tokens = self.network(
             hidden_states=pixel_unshuffle(x, self.patch).flatten(2).mT,
             encoder_hidden_states=text,

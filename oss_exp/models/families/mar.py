@@ -31,7 +31,9 @@ from oss_exp.schedule import StepSchedule, group_mean
 from oss_exp.solvers import Euler, Solver, Watch, sample
 from oss_exp.velocity import BoundVelocity
 
-CONTEXT_STEPS = 100  # of the head for each token that later `search_iterations` find known; the authors' number
+CONTEXT_STEPS = (
+    100  # of the head for each token that later `search_iterations` find known; the authors' number
+)
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -116,11 +118,19 @@ class MARNetwork(nn.Module):
         diffloss_w: int,
     ):
         super().__init__()
-        require_range(at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch)
-        require_range(at_least=1, encoder_embed_dim=encoder_embed_dim, encoder_num_heads=encoder_num_heads)
-        require_range(at_least=1, decoder_embed_dim=decoder_embed_dim, decoder_num_heads=decoder_num_heads)
+        require_range(
+            at_least=1, channels=channels, size=size, num_classes=num_classes, patch=patch
+        )
+        require_range(
+            at_least=1, encoder_embed_dim=encoder_embed_dim, encoder_num_heads=encoder_num_heads
+        )
+        require_range(
+            at_least=1, decoder_embed_dim=decoder_embed_dim, decoder_num_heads=decoder_num_heads
+        )
         require_range(at_least=1, encoder_depth=encoder_depth, decoder_depth=decoder_depth)
-        require_range(at_least=1, buffer_size=buffer_size, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
+        require_range(
+            at_least=1, buffer_size=buffer_size, diffloss_d=diffloss_d, diffloss_w=diffloss_w
+        )
         require_range(above=0, at_most=64, mlp_ratio=mlp_ratio)
         require_multiple(size, patch)
         self.side, self.patch, self.buffer_size = size // patch, patch, buffer_size
@@ -131,7 +141,8 @@ class MARNetwork(nn.Module):
 
         def blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
-                Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
+                Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm)
+                for _ in range(depth)
             )
 
         self.class_emb = nn.Embedding(num_classes, encoder_embed_dim)
@@ -148,7 +159,9 @@ class MARNetwork(nn.Module):
         self.decoder_blocks = blocks(decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.decoder_norm = layer_norm(decoder_embed_dim)
         self.diffusion_pos_embed_learned = learned(1, places, decoder_embed_dim)
-        self.diffloss = nn.ModuleDict({"net": Head(token_dim, decoder_embed_dim, diffloss_d, diffloss_w)})
+        self.diffloss = nn.ModuleDict(
+            {"net": Head(token_dim, decoder_embed_dim, diffloss_d, diffloss_w)}
+        )
         self.apply(xavier)
 
     def forward(self, x: Tensor, clock: Tensor, contexts: Tensor) -> Tensor:
@@ -157,7 +170,9 @@ class MARNetwork(nn.Module):
     def encode(self, known: Tensor, places: Tensor, classes: Tensor) -> Tensor:
         """Tokens known (M, V, D) of places (M, V), classes (M,), NO_CLASS for none -> (M, S + V, encoder_embed_dim)."""
         positions = self.encoder_pos_embed_learned
-        label = torch.where(classes[:, None] == NO_CLASS, self.fake_latent, self.class_emb(classes.clamp(min=0)))
+        label = torch.where(
+            classes[:, None] == NO_CLASS, self.fake_latent, self.class_emb(classes.clamp(min=0))
+        )
         first = label[:, None] + positions[:, : self.buffer_size]
         rest = self.z_proj(known.to(first)) + positions[0, self.buffer_size :][places]
         h = self.z_proj_ln(torch.cat([first, rest], dim=1))
@@ -241,32 +256,50 @@ class MAR(Published):
                 f"search_iterations has {len(searched)} entries, and an image {self.event_shape[0]} tokens for them; "
                 "choose fewer"
             )
-        self.num_iter, self.search_iterations, self.search_cfg, self.seed = num_iter, searched, search_cfg, seed
+        self.num_iter, self.search_iterations, self.search_cfg, self.seed = (
+            num_iter,
+            searched,
+            search_cfg,
+            seed,
+        )
         self.unknown = unknown_before(self.event_shape[0], num_iter)
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         guidance = guidance or self.guidance
         classes, of_sample = self._classes(condition, 1, guidance).unique(return_inverse=True)
         noise = [
-            np.random.default_rng((self.seed, label + 1)).standard_normal(self.event_shape, dtype=np.float32)
+            np.random.default_rng((self.seed, label + 1)).standard_normal(
+                self.event_shape, dtype=np.float32
+            )
             for label in classes.tolist()
         ]
         grid = DDIMSchedule(self.path.betas).nodes(CONTEXT_STEPS)
         steps = StepSchedule(grid)
         noise = torch.from_numpy(np.stack(noise)).to(classes.device) * steps.start_time
         labels = None if condition is None else classes
-        tokens = self._make(Euler(), steps, noise, labels, None, guidance, self.search_iterations[-1])
+        tokens = self._make(
+            Euler(), steps, noise, labels, None, guidance, self.search_iterations[-1]
+        )
 
         # A token that was made stays: what an earlier iteration knew is among the tokens of the last.
         orders, contexts, scales = self.orders(noise), [], []
         iterations = self.search_iterations[::-1]
-        used = [self.scale(guidance, each) if self.search_cfg is None else self.search_cfg for each in iterations]
-        shares = torch.arange(self.event_shape[0], device=classes.device).tensor_split(len(iterations))
+        used = [
+            self.scale(guidance, each) if self.search_cfg is None else self.search_cfg
+            for each in iterations
+        ]
+        shares = torch.arange(self.event_shape[0], device=classes.device).tensor_split(
+            len(iterations)
+        )
         for iteration, scale, share in zip(iterations, used, shares, strict=True):
             unknown = self.unknown[iteration]
-            found = self.contexts(tokens, orders[:, unknown:], classes, any(each != 1 for each in used))
+            found = self.contexts(
+                tokens, orders[:, unknown:], classes, any(each != 1 for each in used)
+            )
             contexts.append(at(found, orders[:, share % unknown]))
-            scales.append(torch.full((len(share), 1), scale, dtype=torch.float64, device=classes.device))
+            scales.append(
+                torch.full((len(share), 1), scale, dtype=torch.float64, device=classes.device)
+            )
         in_place = orders.argsort(dim=1)
         contexts, scales = at(torch.cat(contexts, dim=1), in_place), torch.cat(scales)[in_place]
         return self._bind(contexts, None if condition is None else of_sample, scales)
@@ -303,7 +336,12 @@ class MAR(Published):
         unknown = math.ceil(math.cos(math.pi / 2 * float(batch["shared"][0])) * places.shape[1])
         hidden, known = places[:, :unknown], places[:, unknown:]
         contexts = network.decode(network.encode(at(x0, known), known, batch["label"]), known)
-        tokens = {"x0": at(x0, hidden), "noise": at(noise, hidden), "t": t, "label": at(contexts, hidden)}
+        tokens = {
+            "x0": at(x0, hidden),
+            "noise": at(noise, hidden),
+            "t": t,
+            "label": at(contexts, hidden),
+        }
         return super().loss(network, tokens)
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -317,7 +355,9 @@ class MAR(Published):
         """
         signs = np.packbits((noise > 0).flatten(1).cpu().numpy(), axis=1)
         seeds = [(self.seed, int.from_bytes(row.tobytes(), "big")) for row in signs]
-        orders = np.stack([np.random.default_rng(seed).permutation(noise.shape[1]) for seed in seeds])
+        orders = np.stack(
+            [np.random.default_rng(seed).permutation(noise.shape[1]) for seed in seeds]
+        )
         return torch.from_numpy(orders).to(noise.device)
 
     def scale(self, guidance: Guidance, iteration: int) -> float:
@@ -331,7 +371,9 @@ class MAR(Published):
         copies = len(labels) // len(classes)
         everything = at(tokens, known).repeat(copies, 1, 1), known.repeat(copies, 1), labels
         parts = zip(*(each.split(self.micro_batch) for each in everything), strict=True)
-        found = [self.backbone.decode(self.backbone.encode(x, where, y), where) for x, where, y in parts]
+        found = [
+            self.backbone.decode(self.backbone.encode(x, where, y), where) for x, where, y in parts
+        ]
         return torch.cat(found).unflatten(0, (copies, -1)).movedim(0, 2)
 
     @torch.no_grad()
@@ -352,11 +394,16 @@ class MAR(Published):
         mean = None if steps.mean is None else group_mean(steps.mean, noise, group)
         for iteration in range(iterations):
             before, after = self.unknown[iteration], self.unknown[iteration + 1]
-            places, scale = orders[:, after:before].sort(dim=1).values, self.scale(guidance, iteration)
+            places, scale = (
+                orders[:, after:before].sort(dim=1).values,
+                self.scale(guidance, iteration),
+            )
             contexts = self.contexts(tokens, orders[:, before:], classes, scale != 1)
             velocity = self._bind(at(contexts, places), rows, scale)
             own = steps if mean is None else steps.with_mean(at(mean, places))
-            made = sample(solver, velocity, at(noise, places), own, group=None if mean is None else rows)
+            made = sample(
+                solver, velocity, at(noise, places), own, group=None if mean is None else rows
+            )
             tokens = tokens.scatter(1, places[..., None].expand_as(made), made)
         return tokens
 
@@ -370,7 +417,9 @@ class MAR(Published):
         def guided(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
             z = contexts[:1].expand(len(x), -1, -1, -1) if rows is None else contexts[rows]
             z = z.movedim(2, 0).flatten(0, 1)
-            v = self._velocity(x.repeat(answers, 1, 1), t.repeat(answers), z).unflatten(0, (answers, -1))
+            v = self._velocity(x.repeat(answers, 1, 1), t.repeat(answers), z).unflatten(
+                0, (answers, -1)
+            )
             if answers == 1:
                 return v[0]
             own = scale
@@ -391,7 +440,9 @@ class MAR(Published):
                 )
             return torch.full((count,), NO_CLASS, device=self.backbone.fake_latent.device)
         if not bool(((condition >= 0) & (condition < self.num_classes)).all()):
-            raise ValueError(f"{self.name} has {self.num_classes} classes, got {condition.unique().tolist()}")
+            raise ValueError(
+                f"{self.name} has {self.num_classes} classes, got {condition.unique().tolist()}"
+            )
         return condition
 
 
@@ -421,4 +472,6 @@ def at(x: Tensor, places: Tensor) -> Tensor:
 
 def _require_plain(guidance: Guidance) -> None:
     if guidance.channels is not None or guidance.interval is not None:
-        raise ValueError(f"MAR guides all channels at all times; set model.guidance to a scale alone, got {guidance}")
+        raise ValueError(
+            f"MAR guides all channels at all times; set model.guidance to a scale alone, got {guidance}"
+        )

@@ -56,7 +56,12 @@ class GaussianMixture(Model):
         require_range(at_least=1, micro_batch=micro_batch)
         self.path: GaussianPath = FlowPath(shift=1.0, time_scale=1.0)
         self.event_shape = tuple(event_shape)
-        self.name, self.fingerprint, self.guidance, self.micro_batch = name, fingerprint, guidance, micro_batch
+        self.name, self.fingerprint, self.guidance, self.micro_batch = (
+            name,
+            fingerprint,
+            guidance,
+            micro_batch,
+        )
         self.num_classes = int(labels.max()) + 1
         count, dim, rank = basis.shape
         flat_basis = basis.permute(1, 0, 2).reshape(dim, count * rank)
@@ -85,11 +90,15 @@ class GaussianMixture(Model):
         path = find_asset(file, "mixture file")
         tensors, record = load_asset(path, "mixture", MixtureProvenance)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        count, dim, rank = shapes.get("basis", ()) if len(shapes.get("basis", ())) == 3 else (0, 0, 0)
+        count, dim, rank = (
+            shapes.get("basis", ()) if len(shapes.get("basis", ())) == 3 else (0, 0, 0)
+        )
         wanted = {"means": (count, dim), "basis": (count, dim, rank), "extra": (count, rank)}
         wanted |= dict.fromkeys(("weights", "floor", "labels"), (count,))
         if shapes != wanted or 0 in (count, dim) or math.prod(record.event_shape) != dim:
-            raise ValueError(f"{path} holds no mixture of samples of shape {record.event_shape}; take another file")
+            raise ValueError(
+                f"{path} holds no mixture of samples of shape {record.event_shape}; take another file"
+            )
         return cls(
             **tensors,
             event_shape=record.event_shape,
@@ -100,7 +109,9 @@ class GaussianMixture(Model):
         )
 
     @classmethod
-    def from_covariances(cls, weights: Tensor, means: Tensor, covariances: Tensor, event_shape: tuple[int, ...]):
+    def from_covariances(
+        cls, weights: Tensor, means: Tensor, covariances: Tensor, event_shape: tuple[int, ...]
+    ):
         """Full covariances (C, D, D), one class a component: rank D - 1 over the smallest eigenvalue."""
         values, vectors = torch.linalg.eigh(covariances)  # ascending
         floor = values[:, 0]
@@ -129,11 +140,16 @@ class GaussianMixture(Model):
         require_range(at_least=1, at_most=10_000_000, count=count)
         require_range(at_least=0, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        component = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        component = torch.multinomial(
+            self.log_weights.exp(), count, replacement=True, generator=generator
+        )
         (_, rank), dim = self.extra.shape, self.means.shape[1]
         inside = torch.randn(count, rank, generator=generator) * self.extra[component].sqrt()
         basis = self.flat_basis.unflatten(1, (-1, rank))  # (D, C, R)
-        x = self.means[component] + torch.randn(count, dim, generator=generator) * self.floor[component, None].sqrt()
+        x = (
+            self.means[component]
+            + torch.randn(count, dim, generator=generator) * self.floor[component, None].sqrt()
+        )
         for c in component.unique():
             x[component == c] += inside[component == c] @ basis[:, c].T
         return x.unflatten(1, self.event_shape), self.labels[component]
@@ -143,7 +159,9 @@ class GaussianMixture(Model):
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x0 | x_t = x], x (M, *E), t (M,): x - t v."""
-        return x - rowwise(t, x) * self._velocity(x, t, torch.full((len(x),), NO_CLASS, device=x.device))
+        return x - rowwise(t, x) * self._velocity(
+            x, t, torch.full((len(x),), NO_CLASS, device=x.device)
+        )
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         """E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0.
@@ -152,11 +170,19 @@ class GaussianMixture(Model):
         """
         flat, (count, rank) = x.flatten(1), self.extra.shape
         alpha, sigma = (1 - t).to(x)[:, None], t.to(x)[:, None]  # (M, 1)
-        noise = alpha**2 * self.floor + sigma**2  # (M, C): variance outside the component's subspace
+        noise = (
+            alpha**2 * self.floor + sigma**2
+        )  # (M, C): variance outside the component's subspace
         spread = noise[..., None] + alpha[..., None] ** 2 * self.extra  # (M, C, R): inside it
         # Deviations from each component's mean, in its subspace and in full length.
-        inside = (flat @ self.flat_basis).unflatten(1, (count, rank)) - alpha[..., None] * self.projected_means
-        length = flat.square().sum(1, keepdim=True) - 2 * alpha * (flat @ self.means.T) + alpha**2 * self.mean_norms
+        inside = (flat @ self.flat_basis).unflatten(1, (count, rank)) - alpha[
+            ..., None
+        ] * self.projected_means
+        length = (
+            flat.square().sum(1, keepdim=True)
+            - 2 * alpha * (flat @ self.means.T)
+            + alpha**2 * self.mean_norms
+        )
         # Responsibilities.
         energy = length / noise + (inside.square() * (1 / spread - 1 / noise[..., None])).sum(-1)
         log_volume = flat.shape[1] * noise.log() + (spread / noise[..., None]).log().sum(-1)
@@ -166,7 +192,9 @@ class GaussianMixture(Model):
         share = self.responsibilities(logits)
         # sigma C^-1 y - mu - alpha Sigma C^-1 y, averaged over components with y = x - alpha mu.
         outside = (sigma - alpha * self.floor) / noise  # (M, C)
-        gain = (sigma[..., None] - alpha[..., None] * (self.floor[:, None] + self.extra)) / spread - outside[..., None]
+        gain = (
+            sigma[..., None] - alpha[..., None] * (self.floor[:, None] + self.extra)
+        ) / spread - outside[..., None]
         v = (share * outside).sum(1, keepdim=True) * flat
         v = v - (share * (1 + alpha * outside)) @ self.means
         v = v + (share[..., None] * gain * inside).flatten(1) @ self.flat_basis.T
@@ -190,9 +218,13 @@ def fit(
     0.01-0.09 on Fashion-MNIST) shows as grain in every sample, so it is a choice. progress(done, total): classes.
     """
     if rank < 1 or clusters < 1 or not floor > 0:
-        raise ValueError(f"need rank >= 1, clusters >= 1 and floor > 0, got {rank}, {clusters}, {floor}")
+        raise ValueError(
+            f"need rank >= 1, clusters >= 1 and floor > 0, got {rank}, {clusters}, {floor}"
+        )
     classes = labels.unique().tolist()
-    parts: dict[str, list[Any]] = {key: [] for key in ("weights", "means", "basis", "extra", "floor", "labels")}
+    parts: dict[str, list[Any]] = {
+        key: [] for key in ("weights", "means", "basis", "extra", "floor", "labels")
+    }
     for done, label in enumerate(classes, start=1):
         members = images[labels == label].double()
         if len(members) < clusters * (rank + 2):
@@ -206,11 +238,15 @@ def fit(
                 f"class {label}: a cluster has fewer than {rank + 2} images; use fewer clusters or a lower rank"
             )
         for _ in range(iterations):
-            fits = [_probabilistic_pca(members[assignment == c], rank, floor) for c in range(clusters)]
+            fits = [
+                _probabilistic_pca(members[assignment == c], rank, floor) for c in range(clusters)
+            ]
             share = torch.bincount(assignment, minlength=clusters).double() / len(members)
             scores = torch.stack([_log_density(members, *f) for f in fits], dim=1) + share.log()
             changed = scores.argmax(1)
-            if bool((changed == assignment).all()) or bool((changed.bincount(minlength=clusters) < rank + 2).any()):
+            if bool((changed == assignment).all()) or bool(
+                (changed.bincount(minlength=clusters) < rank + 2).any()
+            ):
                 break
             assignment = changed
         for c in range(clusters):
@@ -240,5 +276,7 @@ def _probabilistic_pca(x: Tensor, rank: int, floor: float) -> tuple[Tensor, Tens
 
 def _log_density(x: Tensor, mean: Tensor, basis: Tensor, extra: Tensor, floor: Tensor) -> Tensor:
     y = x - mean
-    energy = y.square().sum(1) / floor + ((y @ basis).square() * (1 / (floor + extra) - 1 / floor)).sum(1)
+    energy = y.square().sum(1) / floor + (
+        (y @ basis).square() * (1 / (floor + extra) - 1 / floor)
+    ).sum(1)
     return -0.5 * (energy + x.shape[1] * floor.log() + (1 + extra / floor).log().sum())

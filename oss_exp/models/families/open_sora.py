@@ -169,7 +169,9 @@ def public_t5(checkpoint: str, length: int, source: str) -> TextModel:
     """
     setting = "model.sizes.full.text_encoder.checkpoint"
     if Path(checkpoint).is_file():
-        raise ValueError(f"{setting}={checkpoint} is a file; give a folder with text_encoder/ and tokenizer/")
+        raise ValueError(
+            f"{setting}={checkpoint} is a file; give a folder with text_encoder/ and tokenizer/"
+        )
     for files in T5_OTHERS:
         locate(checkpoint, files, source, setting)
     weights = locate(checkpoint, T5_WEIGHTS, source, setting)
@@ -187,7 +189,9 @@ def random_t5(
     feed_forward_proj: str,
 ) -> TextModel:
     """Reproducible random weights and a token for every byte; but for `length` as T5Config takes them."""
-    require_range(at_least=1, length=length, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=num_layers)
+    require_range(
+        at_least=1, length=length, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=num_layers
+    )
     require_range(at_least=1, num_heads=num_heads)
     require_range(at_least=259, vocab_size=vocab_size)
     config = {

@@ -102,8 +102,12 @@ class PSDenoiser(Model):
             ) from None
         constants = psdenoiser.denoiser_csts
         height, width = len(constants.kperp), len(constants.kpar)
-        network = psdenoiser.UNet(dim=(height, width), channels=2, dim_mults=(1, 2, 4, 8), cdn_len=None)
-        file = Path(checkpoint or Path(psdenoiser.__file__).with_name("denoiser_model.pt")).expanduser()
+        network = psdenoiser.UNet(
+            dim=(height, width), channels=2, dim_mults=(1, 2, 4, 8), cdn_len=None
+        )
+        file = Path(
+            checkpoint or Path(psdenoiser.__file__).with_name("denoiser_model.pt")
+        ).expanduser()
         return cls(
             network=network,
             path=VPPath(beta_min, beta_max),
@@ -120,17 +124,25 @@ class PSDenoiser(Model):
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         """condition: noisy spectra (B, H, W) in mK^2, as the package takes them."""
         if condition is None:
-            raise ValueError(f"{self.name} denoises given spectra; set data=conditions data.conditions=FILE.npz")
+            raise ValueError(
+                f"{self.name} denoises given spectra; set data=conditions data.conditions=FILE.npz"
+            )
         if guidance not in (None, self.guidance):
-            raise ValueError(f"{self.name} cannot be guided: it has no answer without a condition; got {guidance}")
+            raise ValueError(
+                f"{self.name} cannot be guided: it has no answer without a condition; got {guidance}"
+            )
         if tuple(condition.shape[1:]) != self.event_shape[1:]:
             raise ValueError(
                 f"{self.name} denoises spectra of shape {self.event_shape[1:]} (k_perp, k_par), got "
                 f"{tuple(condition.shape[1:])}; choose another array with data.key"
             )
         if not bool(((condition > 0) & condition.isfinite()).all()):
-            raise ValueError(f"{self.name} takes logarithms of spectra: they must be positive and finite, in mK^2")
-        return BoundVelocity(self._velocity, self.noisy.scaled(condition)[:, None], self.micro_batch)
+            raise ValueError(
+                f"{self.name} takes logarithms of spectra: they must be positive and finite, in mK^2"
+            )
+        return BoundVelocity(
+            self._velocity, self.noisy.scaled(condition)[:, None], self.micro_batch
+        )
 
     def decode(self, x0: Tensor) -> Tensor:
         """(B, 1, H, W) -> [0, 1], log10 of the power in units of the network's range (11.2 decades in the package)."""
@@ -145,7 +157,9 @@ class PSDenoiser(Model):
 def load_weights(network: nn.Module, file: Path) -> str:
     """Fill the network from a state dict on disk, none of which is executed; returns the file's SHA-256."""
     if not file.is_file():
-        raise FileNotFoundError(f"psdenoiser weights {file} do not exist; set model.checkpoint=null for the published")
+        raise FileNotFoundError(
+            f"psdenoiser weights {file} do not exist; set model.checkpoint=null for the published"
+        )
     model = "21cmPSDenoiser's U-Net"
     try:
         network.load_state_dict(read_for(file, network.state_dict(), dict, None, model))

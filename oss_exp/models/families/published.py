@@ -54,7 +54,10 @@ class Published(Network):
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
         checkpoint = checkpoint or chosen["checkpoint"]
-        if checkpoint not in ("random", UNTRAINED):  # a missing file is found before large networks are built
+        if checkpoint not in (
+            "random",
+            UNTRAINED,
+        ):  # a missing file is found before large networks are built
             checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source, own=True))
         super().__init__(
             name=name,

@@ -37,13 +37,30 @@ class STDiT3(nn.Module):
         patch: int = 2,
     ):
         super().__init__()
-        require_range(at_least=1, channels=channels, features=features, num_layers=num_layers, num_heads=num_heads)
-        require_range(at_least=1, text_features=text_features, text_tokens=text_tokens, image_size=image_size)
+        require_range(
+            at_least=1,
+            channels=channels,
+            features=features,
+            num_layers=num_layers,
+            num_heads=num_heads,
+        )
+        require_range(
+            at_least=1, text_features=text_features, text_tokens=text_tokens, image_size=image_size
+        )
         require_range(at_least=1, patch=patch)
         if features % (2 * num_heads):
-            raise ValueError(f"features must be a multiple of 2 num_heads={2 * num_heads}, got {features}")
-        self.channels, self.features, self.image_size, self.patch = channels, features, image_size, patch
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(channels, features, (1, patch, patch), (1, patch, patch))})
+            raise ValueError(
+                f"features must be a multiple of 2 num_heads={2 * num_heads}, got {features}"
+            )
+        self.channels, self.features, self.image_size, self.patch = (
+            channels,
+            features,
+            image_size,
+            patch,
+        )
+        self.x_embedder = nn.ModuleDict(
+            {"proj": nn.Conv3d(channels, features, (1, patch, patch), (1, patch, patch))}
+        )
         self.t_embedder, self.fps_embedder = ScalarEmbedder(features), ScalarEmbedder(features)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(features, 6 * features))
         self.y_embedder = TextEmbedder(text_features, text_tokens, features)
@@ -70,22 +87,34 @@ class STDiT3(nn.Module):
         H and W that are no multiples of a patch are filled up with zeros.
         """
         height, width = x.shape[3:]
-        x = self.x_embedder["proj"](F.pad(x, (0, -width % self.patch, 0, -height % self.patch))).movedim(1, -1)
+        x = self.x_embedder["proj"](
+            F.pad(x, (0, -width % self.patch, 0, -height % self.patch))
+        ).movedim(1, -1)
         frames, rows, columns = x.shape[1:4]
         scale = image_size / self.image_size
         with x.device:
-            places = position_table(rows, columns, scale, round((rows * columns) ** 0.5), self.features)
+            places = position_table(
+                rows, columns, scale, round((rows * columns) ** 0.5), self.features
+            )
         x = x.flatten(2, 3) + places.to(x)  # (M, T, S, F)
         rate = self.fps_embedder(fps)
         own, clean = self.t_embedder(clock) + rate, self.t_embedder(torch.zeros_like(clock)) + rate
-        clocks = own[:, None] if noisy is None else torch.where(noisy[:, :, None], own[:, None], clean[:, None])
+        clocks = (
+            own[:, None]
+            if noisy is None
+            else torch.where(noisy[:, :, None], own[:, None], clean[:, None])
+        )
         modulation = self.t_block(clocks).unflatten(-1, (6, self.features))
         text, angles = self.y_embedder.y_proj(text), self.rope.angles(frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x = spatial(x, text, kept, modulation)
-            x = temporal(x.transpose(1, 2), text, kept, modulation.unsqueeze(1), angles).transpose(1, 2)
+            x = temporal(x.transpose(1, 2), text, kept, modulation.unsqueeze(1), angles).transpose(
+                1, 2
+            )
         x = self.final_layer(x, own, clean, noisy).unflatten(2, (rows, columns))
-        x = x.unflatten(-1, (self.patch, self.patch, 2 * self.channels)).permute(0, 6, 1, 2, 4, 3, 5)
+        x = x.unflatten(-1, (self.patch, self.patch, 2 * self.channels)).permute(
+            0, 6, 1, 2, 4, 3, 5
+        )
         return x.flatten(5, 6).flatten(3, 4)[..., :height, :width]
 
 
@@ -100,7 +129,12 @@ class Block(nn.Module):
         self.mlp = MLP(features, 4 * features, features)
 
     def forward(
-        self, x: Tensor, text: Tensor, kept: Tensor, modulation: Tensor, angles: Tensor | None = None
+        self,
+        x: Tensor,
+        text: Tensor,
+        kept: Tensor,
+        modulation: Tensor,
+        angles: Tensor | None = None,
     ) -> Tensor:
         """x (M, T, S, F) with modulation (M, T or 1, 6, F), or (M, S, T, F) with (M, 1, T or 1, 6, F) and angles."""
         table = self.scale_shift_table + modulation
@@ -122,7 +156,9 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(features // num_heads, eps=1e-6) for _ in range(2))
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = turned(q, angles), turned(k, angles)
@@ -136,7 +172,10 @@ class CrossAttention(nn.Module):
     def __init__(self, features: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear, self.kv_linear = nn.Linear(features, features), nn.Linear(features, 2 * features)
+        self.q_linear, self.kv_linear = (
+            nn.Linear(features, features),
+            nn.Linear(features, 2 * features),
+        )
         self.proj = nn.Linear(features, features)
 
     def forward(self, x: Tensor, text: Tensor, kept: Tensor) -> Tensor:
@@ -172,7 +211,9 @@ class TextEmbedder(nn.Module):
     def __init__(self, text_features: int, text_tokens: int, features: int):
         super().__init__()
         self.y_proj = MLP(text_features, features, features)
-        self.y_embedding = nn.Parameter(torch.randn(text_tokens, text_features) / text_features**0.5)
+        self.y_embedding = nn.Parameter(
+            torch.randn(text_tokens, text_features) / text_features**0.5
+        )
 
 
 class Rope(nn.Module):
@@ -222,8 +263,15 @@ def position_table(rows: int, columns: int, scale: float, base: int, features: i
 
     Both count from 0 to base / scale, whatever their number, so that a place of any size and shape is known.
     """
-    frequencies = 10000.0 ** -(torch.arange(0, features // 2, 2, dtype=torch.float64) / (features // 2))
-    across, down = (torch.arange(count, dtype=torch.float64) * base / (scale * count) for count in (columns, rows))
+    frequencies = 10000.0 ** -(
+        torch.arange(0, features // 2, 2, dtype=torch.float64) / (features // 2)
+    )
+    across, down = (
+        torch.arange(count, dtype=torch.float64) * base / (scale * count)
+        for count in (columns, rows)
+    )
     phases = (across[None, :, None] * frequencies, down[:, None, None] * frequencies)
-    parts = [part.expand(rows, columns, -1) for phase in phases for part in (phase.sin(), phase.cos())]
+    parts = [
+        part.expand(rows, columns, -1) for phase in phases for part in (phase.sin(), phase.cos())
+    ]
     return torch.cat(parts, dim=-1).flatten(0, 1)

@@ -25,7 +25,9 @@ from oss_exp.validation import shown
 NAMED = 5  # prompts that are cut, in warnings
 log = logging.getLogger(__name__)
 
-Answer = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]  # model, tokens (P, L), mask (P, L) -> by name
+Answer = Callable[
+    [nn.Module, Tensor, Tensor], dict[str, Tensor]
+]  # model, tokens (P, L), mask (P, L) -> by name
 
 
 class TextModel:
@@ -46,7 +48,9 @@ class TextModel:
         self.tokenizer, self.load, self.answer, self.length = tokenizer, load, answer, length
         vocabulary = sorted(tokenizer.get_vocab().items())
         empty = self._tokens([""])["input_ids"].tolist()
-        self.fingerprint = sha256(json.dumps([answer.__name__, weights, vocabulary, empty]).encode())
+        self.fingerprint = sha256(
+            json.dumps([answer.__name__, weights, vocabulary, empty]).encode()
+        )
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -69,7 +73,12 @@ class TextModel:
         return found
 
     def _tokens(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        padded = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        padded = {
+            "padding": "max_length",
+            "max_length": self.length,
+            "truncation": True,
+            "return_tensors": "pt",
+        }
         return self.tokenizer(list(prompts), return_attention_mask=True, **padded)
 
 
@@ -80,7 +89,9 @@ def encode(encoder: TextModel, prompts: Sequence[str]) -> tuple[dict[str, Tensor
     """
     cuts = encoder.cuts(prompts)
     for prompt, rest in list(cuts.items())[:NAMED]:
-        log.warning("the text encoder cuts the prompt %s: it does not see %s", shown(prompt), shown(rest))
+        log.warning(
+            "the text encoder cuts the prompt %s: it does not see %s", shown(prompt), shown(rest)
+        )
     if len(cuts) > NAMED:
         log.warning("the text encoder cuts %d more prompts", len(cuts) - NAMED)
     return PromptCache().encode(encoder, prompts), encoder.fingerprint
@@ -101,8 +112,14 @@ def open_t5(weights: Path, tokenizer: Path, answer: Answer, length: int) -> Text
     config = T5Config.from_pretrained(weights.parent)
 
     def load() -> nn.Module:
-        model, report = T5EncoderModel.from_pretrained(  # not from the folder: whichever files are there, these count
-            None, config=config, state_dict=read(weights), dtype="auto", output_loading_info=True
+        model, report = (
+            T5EncoderModel.from_pretrained(  # not from the folder: whichever files are there, these count
+                None,
+                config=config,
+                state_dict=read(weights),
+                dtype="auto",
+                output_loading_info=True,
+            )
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
@@ -122,4 +139,6 @@ def random_t5_model(config: Mapping[str, Any], answer: Answer, length: int) -> T
     require_range(at_least=259, vocab_size=config.get("vocab_size"))
     model = T5EncoderModel(T5Config(**config))
     randomise(model, torch.Generator().manual_seed(0))
-    return TextModel(ByT5Tokenizer(extra_ids=0), digest(model.state_dict()), lambda: model, answer, length)
+    return TextModel(
+        ByT5Tokenizer(extra_ids=0), digest(model.state_dict()), lambda: model, answer, length
+    )

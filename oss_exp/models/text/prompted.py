@@ -65,7 +65,9 @@ class Prompted(Network):
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         """condition: numbers of prompts (B,)."""
         if condition is None or condition.is_floating_point() or condition.ndim != 1:
-            raise ValueError(f"{self.name} needs the numbers of prompts; set data=prompts data.prompts=FILE")
+            raise ValueError(
+                f"{self.name} needs the numbers of prompts; set data=prompts data.prompts=FILE"
+            )
         if not bool(((condition >= 0) & (condition < len(self.prompts))).all()):
             raise ValueError(
                 f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; "
@@ -79,7 +81,10 @@ class Prompted(Network):
         if checkpoint == "random":
             randomise(network, torch.Generator().manual_seed(0))
         else:
-            self._fill(Path(checkpoint), lambda tensors: {f"network.{key}": each for key, each in tensors.items()})
+            self._fill(
+                Path(checkpoint),
+                lambda tensors: {f"network.{key}": each for key, each in tensors.items()},
+            )
         return sha256(f"{digest(network.state_dict())} {self.encoder_sha256}".encode())
 
 

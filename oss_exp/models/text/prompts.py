@@ -49,7 +49,9 @@ class PromptCache:
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
         """prompts (P) -> tensors by name, (P, ...) each. Only prompts that are new to the cache reach the encoder."""
-        known = {prompt: self._read(encoder.fingerprint, prompt) for prompt in dict.fromkeys(prompts)}
+        known = {
+            prompt: self._read(encoder.fingerprint, prompt) for prompt in dict.fromkeys(prompts)
+        }
         new = [prompt for prompt, encoding in known.items() if encoding is None]
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
@@ -57,7 +59,10 @@ class PromptCache:
             for prompt, *tensors in zip(batch, *encodings.values(), strict=True):
                 known[prompt] = dict(zip(encodings, tensors, strict=True))
                 self._write(encoder.fingerprint, prompt, known[prompt])
-        return {name: torch.stack([known[prompt][name] for prompt in prompts]) for name in known[prompts[0]]}
+        return {
+            name: torch.stack([known[prompt][name] for prompt in prompts])
+            for name in known[prompts[0]]
+        }
 
     def _path(self, fingerprint: str, prompt: str) -> Path:
         return self.folder / f"{sha256(f'{fingerprint} {prompt}'.encode())}.safetensors"

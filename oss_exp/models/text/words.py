@@ -27,7 +27,9 @@ class Words:
     ordered: text (P, L, W + L) says also which place it is, for networks that do not count the tokens of a text.
     """
 
-    def __init__(self, vocabulary: Sequence[str], length: int, scale: float = 1.0, ordered: bool = False):
+    def __init__(
+        self, vocabulary: Sequence[str], length: int, scale: float = 1.0, ordered: bool = False
+    ):
         require_range(at_least=1, at_most=10_000, length=length)
         require_range(above=0, at_most=1e6, scale=scale)
         self.numbers = {word: number for number, word in enumerate(vocabulary)}
@@ -45,7 +47,9 @@ class Words:
                     f"{', '.join(self.numbers)}"
                 )
             if len(words) > self.length:
-                raise ValueError(f"prompt {prompt!r} has {len(words)} words, the model reads {self.length}")
+                raise ValueError(
+                    f"prompt {prompt!r} has {len(words)} words, the model reads {self.length}"
+                )
             for place, word in enumerate(words):
                 row[place, self.numbers[word]] = self.scale
         mask, pooled = text.any(dim=2), text.sum(dim=1)

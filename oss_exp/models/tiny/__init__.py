@@ -25,11 +25,15 @@ class Tiny(NamedTuple):
 
 TINY = {
     "CogVideoXPipeline": Tiny(videos.cogvideox, videos.COG),
-    "FluxKontextPipeline": Tiny(images.flux_kontext, images.FLUX | {"max_area": 48 * 32, "_auto_resize": False}),
+    "FluxKontextPipeline": Tiny(
+        images.flux_kontext, images.FLUX | {"max_area": 48 * 32, "_auto_resize": False}
+    ),
     "FluxPipeline": Tiny(images.flux, images.FLUX),
     "HunyuanVideoPipeline": Tiny(videos.hunyuan_video, videos.HUNYUAN),
     "LTXPipeline": Tiny(videos.ltx, videos.LTX),
-    "PixArtSigmaPipeline": Tiny(images.pixart_sigma, images.SHORT | {"use_resolution_binning": False}),
+    "PixArtSigmaPipeline": Tiny(
+        images.pixart_sigma, images.SHORT | {"use_resolution_binning": False}
+    ),
     "QwenImagePipeline": Tiny(images.qwen_image, images.LARGER),
     "SanaPipeline": Tiny(images.sana, images.SANA),
     "StableDiffusion3Pipeline": Tiny(images.stable_diffusion_3, images.SHORT),
@@ -49,7 +53,9 @@ def tiny(kind: str | None, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     the call may have and has not is made up. ValueError for a class of which there is none.
     """
     if kind not in TINY:
-        raise ValueError(f"pipeline_class={kind} has no size=tiny; these have one: {', '.join(TINY)}")
+        raise ValueError(
+            f"pipeline_class={kind} has no size=tiny; these have one: {', '.join(TINY)}"
+        )
     make, small = TINY[kind]
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

@@ -15,15 +15,28 @@ from oss_exp.models.tiny.parts import (
     t5,
 )
 
-SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-FLUX_VAE: dict[str, Any] = {"shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}
+SD_BETAS = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
+FLUX_VAE: dict[str, Any] = {
+    "shift_factor": 0.1,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 # Sizes, as calls take them.
 SMALL = {"height": 24, "width": 24}
 LARGER = {"height": 32, "width": 32}
 SHORT = SMALL | {"max_sequence_length": 16}
 FLUX = {"height": 48, "width": 32, "max_sequence_length": 16}
-SANA = LARGER | {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 16}
+SANA = LARGER | {
+    "use_resolution_binning": False,
+    "complex_human_instruction": None,
+    "max_sequence_length": 16,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -107,7 +120,14 @@ def stable_diffusion_3_parts() -> tuple[Any, ...]:
         qk_norm="rms_norm",
     )
     vae = image_vae(4, **FLUX_VAE)
-    return transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *first, *second, *third
+    return (
+        transformer,
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae,
+        *first,
+        *second,
+        *third,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -172,7 +192,9 @@ def sana() -> Any:
 
 def qwen_image() -> Any:
     encoder, tokenizer = qwen_vision_language()
-    return diffusers.QwenImagePipeline(qwen_image_scheduler(), qwen_vae(), encoder, tokenizer, qwen_image_transformer())
+    return diffusers.QwenImagePipeline(
+        qwen_image_scheduler(), qwen_vae(), encoder, tokenizer, qwen_image_transformer()
+    )
 
 
 def qwen_image_transformer() -> Any:
@@ -189,7 +211,11 @@ def qwen_image_transformer() -> Any:
 
 def qwen_image_scheduler() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02, max_image_seq_len=8192
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        max_image_seq_len=8192,
     )
 
 
@@ -220,7 +246,9 @@ def z_image() -> Any:
     )
     encoder, tokenizer = qwen()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.ZImagePipeline(scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer, transformer)
+    return diffusers.ZImagePipeline(
+        scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer, transformer
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------

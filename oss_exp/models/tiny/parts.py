@@ -29,7 +29,14 @@ LAYERS = {
     "head_dim": 8,
 }
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-T5 = {"vocab_size": 40, "d_kv": 5, "d_ff": 32, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+T5 = {
+    "vocab_size": 40,
+    "d_kv": 5,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def lively(pipe: Any) -> Any:
@@ -46,12 +53,22 @@ def lively(pipe: Any) -> Any:
 
 def pictures(count: int, size: int = 16) -> list[Image.Image]:
     draw = np.random.default_rng(0)
-    return [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+    return [
+        Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8))
+        for _ in range(count)
+    ]
 
 
 def image_vae(channels: int, blocks: int = 2, **config: Any) -> Any:
-    settings = {"block_out_channels": (8,) * blocks, "down_block_types": ("DownEncoderBlock2D",) * blocks}
-    settings |= {"up_block_types": ("UpDecoderBlock2D",) * blocks, "norm_num_groups": 4, "scaling_factor": 0.4}
+    settings = {
+        "block_out_channels": (8,) * blocks,
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+    }
+    settings |= {
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.4,
+    }
     return diffusers.AutoencoderKL(latent_channels=channels, **settings, **config)
 
 
@@ -63,30 +80,48 @@ def image_vae(channels: int, blocks: int = 2, **config: Any) -> Any:
 def clip_bytes(length: int) -> tuple[Any, dict[str, int]]:
     """A tokenizer with a token for every byte, within and at the end of a word, and the numbers of the two ends."""
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+        (Path(folder) / "vocab.json").write_text(
+            json.dumps({token: number for number, token in enumerate(tokens)})
+        )
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=length)
     return tokenizer, {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
 
 
 def t5_letters() -> Any:
-    words = [(word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")]
+    words = [
+        (word, -3.0)
+        for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")
+    ]
     return transformers.T5Tokenizer(vocab=words, extra_ids=0)
 
 
 def byte_tokenizer(cls: type = transformers.PreTrainedTokenizerFast, **config: Any) -> Any:
     """A tokenizer with a token for every byte, an end, a start, a filling and a chat template."""
     special = ["<pad>", "<eos>", "<bos>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    vocab = {token: number for number, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    vocab = {
+        token: number for number, token in enumerate([*special, *sorted(ByteLevel.alphabet())])
+    }
     bytewise = Tokenizer(BPE(vocab, []))
     bytewise.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     bytewise.decoder = decoders.ByteLevel()
-    bytewise.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    bytewise.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<pad>"}
-    tokenizer = cls(tokenizer_object=bytewise, additional_special_tokens=special[3:], **names, **config)
-    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    tokenizer = cls(
+        tokenizer_object=bytewise, additional_special_tokens=special[3:], **names, **config
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    )
     return tokenizer
 
 
@@ -97,7 +132,12 @@ def byte_tokenizer(cls: type = transformers.PreTrainedTokenizerFast, **config: A
 
 def clip(width: int = 24, heads: int = 3) -> tuple[Any, Any]:
     tokenizer, ends = clip_bytes(77)
-    text = {"vocab_size": 600, "hidden_size": width, "intermediate_size": 32, "max_position_embeddings": 80}
+    text = {
+        "vocab_size": 600,
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "max_position_embeddings": 80,
+    }
     text |= {"projection_dim": width, "num_hidden_layers": 2, "num_attention_heads": heads}
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, **ends)), tokenizer
 
@@ -116,7 +156,12 @@ def umt5(width: int = 20) -> tuple[Any, Any]:
 
 
 def llama(width: int = 24) -> tuple[Any, Any]:
-    config = {"vocab_size": 280, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3}
+    config = {
+        "vocab_size": 280,
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+    }
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     return transformers.LlamaModel(transformers.LlamaConfig(**config)), byte_tokenizer()
 
@@ -145,18 +190,36 @@ def qwen_vision_language(width: int = 24) -> tuple[Any, Any]:
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
         **ENDS,
     }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": width,
+    }
     vision |= {"patch_size": 14, "fullatt_block_indexes": [0], "window_size": 112}
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in {"image": "image_pad", "vision_start": "vision_start", "vision_end": "vision_end"}.items()
+        for name, token in {
+            "image": "image_pad",
+            "vision_start": "vision_start",
+            "vision_end": "vision_end",
+        }.items()
     }
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer
 
 
 def clip_vision(width: int = 24, projection: bool = False) -> tuple[Any, Any]:
-    size = {"image_size": 224, "patch_size": 56, "hidden_size": width, "intermediate_size": 32, "projection_dim": width}
+    size = {
+        "image_size": 224,
+        "patch_size": 56,
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "projection_dim": width,
+    }
     config = transformers.CLIPVisionConfig(**size, num_hidden_layers=2, num_attention_heads=3)
-    kind = transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel
+    kind = (
+        transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel
+    )
     return kind(config), transformers.CLIPImageProcessor()

@@ -61,8 +61,19 @@ def wan_vae() -> Any:
 
 def wan_transformer(**config: Any) -> Any:
     torch.manual_seed(len(str(config)))
-    settings = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
-    settings |= {"text_dim": 20, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32}
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+    settings |= {
+        "text_dim": 20,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
     return diffusers.WanTransformer3DModel(**settings | config)
 
 
@@ -98,7 +109,9 @@ def ltx_parts() -> dict[str, Any]:
         caption_channels=20,
     )
     return {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.1
+        ),
         "vae": vae,
         "text_encoder": encoder,
         "tokenizer": tokenizer,
@@ -125,7 +138,9 @@ def hunyuan_video() -> Any:
         rope_axes_dim=(4, 4, 4),
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    return diffusers.HunyuanVideoPipeline(encoder, tokenizer, transformer, vae, scheduler, encoder_2, tokenizer_2)
+    return diffusers.HunyuanVideoPipeline(
+        encoder, tokenizer, transformer, vae, scheduler, encoder_2, tokenizer_2
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -28,13 +28,20 @@ class BNS(GradientDescent):
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)
-        return [logits, difference(problem, steps, self._euler(problem, steps, learned_times(steps, logits)))]
+        return [
+            logits,
+            difference(problem, steps, self._euler(problem, steps, learned_times(steps, logits))),
+        ]
 
-    def student(self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]) -> Student:
+    def student(
+        self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
+    ) -> Student:
         logits, change = parameters
         times = learned_times(steps, logits)
         return Student(times, self._euler(problem, steps, times) + change)
 
     @staticmethod
     def _euler(problem: Problem, steps: StepSchedule, times: Tensor) -> Tensor:
-        return over_basis(solver_sums(Euler(), times), problem.velocity.mix, first_parts(steps, times[0]))
+        return over_basis(
+            solver_sums(Euler(), times), problem.velocity.mix, first_parts(steps, times[0])
+        )

@@ -87,7 +87,12 @@ def spaced(init: Init, path: GaussianPath, low: float, high: float, num_steps: i
     """K + 1 log SNRs from exactly low to exactly high, float64, evenly spaced in what `init` names (see `DM`)."""
 
     def evenly(first: Tensor, last: Tensor, power: int) -> Tensor:
-        return torch.linspace(first ** (1 / power), last ** (1 / power), num_steps + 1, dtype=torch.float64) ** power
+        return (
+            torch.linspace(
+                first ** (1 / power), last ** (1 / power), num_steps + 1, dtype=torch.float64
+            )
+            ** power
+        )
 
     ends = torch.tensor([low, high, math.inf], dtype=torch.float64)  # infinite: clean data
     noise, data, clean = path.native(torch.sigmoid(-ends))
@@ -144,11 +149,15 @@ def terms(lambdas: Tensor, path: GaussianPath, p: float) -> Tensor:
     )
     step = torch.arange(num_steps)
     order = 1 + torch.minimum(step, num_steps - 1 - step)
-    weights = torch.where(order == 1, first, torch.where(order == 2, second, third)) * starts.exp().unsqueeze(-2)
+    weights = torch.where(
+        order == 1, first, torch.where(order == 2, second, third)
+    ) * starts.exp().unsqueeze(-2)
     return weights * torch.stack([pad(error, (n, 0))[..., :num_steps] for n in range(3)], dim=-2)
 
 
-def parts(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> tuple[Tensor, Tensor]:
+def parts(
+    lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None
+) -> tuple[Tensor, Tensor]:
     """(..., K+1) -> the smooth part (...) and the signed totals (..., K) of each answer: see `objective`."""
     each = terms(lambdas, path, p)
     num_steps = each.shape[-1]
@@ -178,9 +187,13 @@ def objective(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def linearise(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None) -> tuple[Tensor, Tensor]:
+def linearise(
+    lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int | None
+) -> tuple[Tensor, Tensor]:
     """(K+1,) -> the smooth part and the K totals, (1+K,), and their Jacobian (1+K, K+1)."""
-    rows = lambdas.repeat(len(lambdas), 1).requires_grad_()  # one for each value: one backward pass serves all
+    rows = lambdas.repeat(
+        len(lambdas), 1
+    ).requires_grad_()  # one for each value: one backward pass serves all
     smooth, totals = parts(rows, path, p, separate_steps)
     values = torch.cat([smooth[:, None], totals], dim=1)
     (jacobian,) = torch.autograd.grad(values.diagonal().sum(), rows)
@@ -241,7 +254,9 @@ def optimise(lambdas: Tensor, path: GaussianPath, p: float, separate_steps: int 
         constraints.append(NonlinearConstraint(margins, 0, np.inf, jac=jac))
     inner = lambdas[1:-1].numpy()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "delta_grad == 0.0")  # a step in the bounds alone, which enter linearly
+        warnings.filterwarnings(
+            "ignore", "delta_grad == 0.0"
+        )  # a step in the bounds alone, which enter linearly
         found = minimize(
             lambda x: at(x)[0][0] + x[free:].sum(),
             np.concatenate([inner, np.abs(at(inner)[0][1:])]),

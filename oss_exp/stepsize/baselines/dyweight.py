@@ -39,13 +39,17 @@ class DyWeight(GradientDescent):
         require_range(at_least=1, history=self.history)
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
-        weights = torch.zeros(steps.num_steps, self.history, dtype=torch.float64, device=problem.noise.device)
+        weights = torch.zeros(
+            steps.num_steps, self.history, dtype=torch.float64, device=problem.noise.device
+        )
         for step, row in enumerate(weights):
             known = ((1.0,), *UNIFORM.values())[min(step, self.history - 1, len(UNIFORM))]
             row[: len(known)] = row.new_tensor(known)
         return [weights, weights.new_ones(steps.num_steps - 1)]
 
-    def student(self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]) -> Student:
+    def student(
+        self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
+    ) -> Student:
         weights, scales = parameters
         nodes = steps.times.to(weights)
         by_sigma = float(problem.grid[0]) < 1
@@ -70,4 +74,7 @@ class DyWeight(GradientDescent):
             rows.append(state * (1 - told[-1]) if by_sigma else state)
 
         parts = first_parts(steps, nodes[0])
-        return Student(torch.stack([*told, nodes[-1]]), over_basis(torch.stack(rows), problem.velocity.mix, parts))
+        return Student(
+            torch.stack([*told, nodes[-1]]),
+            over_basis(torch.stack(rows), problem.velocity.mix, parts),
+        )

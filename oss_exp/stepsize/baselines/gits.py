@@ -75,10 +75,17 @@ class GITS:
         states, eps = edm_trajectory(self.solver, problem.velocity, first_state, times)
         cost = cost_matrix(states, eps, EDMPath().native(times), self.metric, problem.collective)
         if not bool(cost.isfinite().all()):
-            raise ValueError("the teacher of GITS met NaN or infinity; check the model's dtype and the noise schedule")
-        return {k: self._steps(problem, times, exact_steps(cost, k, self.coeff), states[-1]) for k in budgets}
+            raise ValueError(
+                "the teacher of GITS met NaN or infinity; check the model's dtype and the noise schedule"
+            )
+        return {
+            k: self._steps(problem, times, exact_steps(cost, k, self.coeff), states[-1])
+            for k in budgets
+        }
 
-    def _steps(self, problem: Problem, times: Tensor, path: list[int], goal: Tensor) -> StepSchedule:
+    def _steps(
+        self, problem: Problem, times: Tensor, path: list[int], goal: Tensor
+    ) -> StepSchedule:
         """times (N+1,), path of K+1 own nodes, goal (B, *E) the teacher's end -> K steps from the problem's noise."""
         start_time = float(problem.grid[0])
         remedy = "choose a noise schedule for it that reaches no further into the noise"
@@ -108,10 +115,14 @@ class GITS:
 # The teacher and its jumps
 # --------------------------------------------------------------------------------------------------------------
 
-SAMPLES = 8  # compared at a time: all their jumps to all nodes would not fit, and these stay in the cache
+SAMPLES = (
+    8  # compared at a time: all their jumps to all nodes would not fit, and these stay in the cache
+)
 
 
-def edm_trajectory(solver: Solver, velocity: VelocityFn, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+def edm_trajectory(
+    solver: Solver, velocity: VelocityFn, x: Tensor, times: Tensor
+) -> tuple[Tensor, Tensor]:
     """x (B, *E) at times[0] < 1, times (N+1,) -> x_edm at all of them (N+1, B, *E), and eps at the first N.
 
     eps is what the network said when the solver last called it: at the node, or at the state that UniPC then corrects.
@@ -141,7 +152,9 @@ def unchanged(x: Tensor, line: Tensor) -> Tensor:
     return x
 
 
-METRICS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+METRICS: dict[
+    str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+] = {
     "dev": (off_the_line, lambda jump, goal: jump.norm(dim=-1) - goal.norm(dim=-1)),  # signed
     "l1": (unchanged, lambda jump, goal: (jump - goal).norm(p=1, dim=-1)),
     "l2": (unchanged, lambda jump, goal: (jump - goal).norm(dim=-1)),
@@ -149,7 +162,9 @@ METRICS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, T
 """What is seen of vectors (J, B, D) beside the teacher's line (B, D); the cost of landing at jump instead of goal."""
 
 
-def cost_matrix(states: Tensor, eps: Tensor, sigmas: Tensor, metric: str, collective: Collective) -> Tensor:
+def cost_matrix(
+    states: Tensor, eps: Tensor, sigmas: Tensor, metric: str, collective: Collective
+) -> Tensor:
     """EDM states (N+1, B, *E), eps (N, B, *E), sigmas (N+1,) decreasing -> (N+1, N+1) float64 on the CPU.
 
     Entry (i, j > i): the jump states[i] + (sigma_j - sigma_i) eps[i] against states[j], mean over the samples of all
@@ -158,7 +173,9 @@ def cost_matrix(states: Tensor, eps: Tensor, sigmas: Tensor, metric: str, collec
     seen, compare = METRICS[metric]
     count, sigmas = states.shape[1], sigmas.to(states.device, torch.float64)
     total = sigmas.new_zeros(len(states), len(states))
-    for x, e in zip(states.flatten(2).split(SAMPLES, 1), eps.flatten(2).split(SAMPLES, 1), strict=True):
+    for x, e in zip(
+        states.flatten(2).split(SAMPLES, 1), eps.flatten(2).split(SAMPLES, 1), strict=True
+    ):
         x, e = x.double(), e.double()
         line = x[-1] - x[0]
         x, e = seen(x - x[0], line), seen(e, line)
@@ -192,11 +209,17 @@ def exact_steps(cost: Tensor, num_steps: int, coeff: float) -> list[int]:
 
 
 def best_free_node(
-    free: Sequence[int], path: Sequence[int], run: Callable[[list[int]], Tensor], goal: Tensor, collective: Collective
+    free: Sequence[int],
+    path: Sequence[int],
+    run: Callable[[list[int]], Tensor],
+    goal: Tensor,
+    collective: Collective,
 ) -> int:
     """The node of `free` to insert after path[0] for the lowest mean |final - goal|_2 over the samples of all ranks.
 
     run: the nodes from the inserted one on -> the student's final states (B, *E), like the goal.
     """
-    errors = torch.stack([(run([node, *path[1:]]) - goal).double().flatten(1).norm(dim=1).sum() for node in free])
+    errors = torch.stack(
+        [(run([node, *path[1:]]) - goal).double().flatten(1).norm(dim=1).sum() for node in free]
+    )
     return free[int(collective.sum(errors).argmin())]

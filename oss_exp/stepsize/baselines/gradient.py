@@ -59,18 +59,27 @@ class GradientDescent(abc.ABC):
 
     def __post_init__(self) -> None:
         require_choice(get_args(Mean), objective=self.objective)
-        require_range(at_least=1, iterations=self.iterations, patience=self.patience, micro_batch=self.micro_batch)
+        require_range(
+            at_least=1,
+            iterations=self.iterations,
+            patience=self.patience,
+            micro_batch=self.micro_batch,
+        )
         require_range(above=0, at_most=100, learning_rate=self.learning_rate)
         require_range(above=0, at_most=1, decay=self.decay)
         if self.init.per_sample:
-            raise ValueError("init must plan one schedule for all samples, such as ddim or oss_shared")
+            raise ValueError(
+                "init must plan one schedule for all samples, such as ddim or oss_shared"
+            )
 
     @abc.abstractmethod
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         """Float64 numbers to learn, at which the student is that of `steps`."""
 
     @abc.abstractmethod
-    def student(self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]) -> Student:
+    def student(
+        self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
+    ) -> Student:
         """The student at these parameters, differentiable in them."""
 
     def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -93,7 +102,10 @@ class GradientDescent(abc.ABC):
                 f"{self.name} trains on a half of the samples, and a plain function knows all; use a BoundVelocity"
             )
         _ = problem.teacher.mean  # known before the ranks part: some hold no sample of a half
-        return {k: self._trained(problem, steps) for k, steps in self.init.plan(problem, budgets).items()}
+        return {
+            k: self._trained(problem, steps)
+            for k, steps in self.init.plan(problem, budgets).items()
+        }
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         passes = sum(k * (self.iterations + 1) for k in check_num_steps(num_steps, num_nodes))
@@ -127,7 +139,9 @@ class GradientDescent(abc.ABC):
             times, weights = self.student(problem, steps, best)
         if weights is None:
             return replace(steps, times=times.cpu())
-        return replace(steps, times=times.cpu(), steps=FittedSteps(weights.cpu(), problem.teacher.mean.cpu()))
+        return replace(
+            steps, times=times.cpu(), steps=FittedSteps(weights.cpu(), problem.teacher.mean.cpu())
+        )
 
     def _descend(
         self,
@@ -149,14 +163,20 @@ class GradientDescent(abc.ABC):
         for learned, leaf in zip(student, leaves, strict=True):
             if learned is None or leaf is None:
                 continue
-            slope = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # a rank may hold no sample
-            slope = problem.collective.sum(slope).nan_to_num(0, 0, 0)  # a student may leave all bounds
+            slope = (
+                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            )  # a rank may hold no sample
+            slope = problem.collective.sum(slope).nan_to_num(
+                0, 0, 0
+            )  # a student may leave all bounds
             if learned.requires_grad:
                 learned.backward(slope, retain_graph=True)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    def _loss(self, problem: Problem, steps: StepSchedule, student: Student, chosen: Tensor) -> float:
+    def _loss(
+        self, problem: Problem, steps: StepSchedule, student: Student, chosen: Tensor
+    ) -> float:
         """The objective over all ranks' chosen samples; adds its gradient to the student's where it has any."""
         rows = chosen.nonzero()[:, 0]
         count = float(problem.collective.sum(torch.tensor(float(len(rows)), device=chosen.device)))
@@ -167,7 +187,9 @@ class GradientDescent(abc.ABC):
         end = torch.tensor([problem.num_nodes], device=chosen.device)
         total = torch.zeros((), dtype=torch.float64, device=chosen.device)
         with torch.set_grad_enabled(student.times.requires_grad):
-            for part in rows.split(self.micro_batch) if len(rows) else ():  # a rank may hold none of a half
+            for part in (
+                rows.split(self.micro_batch) if len(rows) else ()
+            ):  # a rank may hold none of a half
                 piece = problem.subset(part)
                 cost = piece.cost(_last_state(piece, steps, student), end)
                 if self.objective == "log_mean":
@@ -186,7 +208,9 @@ def _last_state(problem: Problem, steps: StepSchedule, student: Student) -> Tens
     if isinstance(steps.start, Analytic):
         x = analytic_jump(x, mean, steps.start_time, times[0])
     if weights is None:
-        *_, last = walk(problem.solver, problem.velocity, x, times, None if orders is None else list(orders))
+        *_, last = walk(
+            problem.solver, problem.velocity, x, times, None if orders is None else list(orders)
+        )
     else:
         *_, last = walk(FittedSolver(weights, (problem.noise, mean)), problem.velocity, x, times)
     return last.x
@@ -209,4 +233,6 @@ def learned_times(steps: StepSchedule, logits: Tensor) -> Tensor:
 def times_from(logits: Tensor, first: float | Tensor) -> Tensor:
     """logits (K,) -> (K+1,) times from `first` down to exactly 0, whose gaps are the softmax's shares."""
     remaining = logits.softmax(0).flip(0).cumsum(0).flip(0)
-    return torch.cat([first * remaining / remaining[0].detach().clamp(min=1e-300), logits.new_zeros(1)])
+    return torch.cat(
+        [first * remaining / remaining[0].detach().clamp(min=1e-300), logits.new_zeros(1)]
+    )

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize.baselines.gradient import GradientDescent, Student, gap_logits, learned_times, times_from
+from oss_exp.stepsize.baselines.gradient import (
+    GradientDescent,
+    Student,
+    gap_logits,
+    learned_times,
+    times_from,
+)
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import difference, step_weights
 
@@ -29,9 +35,15 @@ class GS(GradientDescent):
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)
         told = (-steps.times.diff()).log().to(logits)
-        return [logits, told, difference(problem, steps, self._base(problem, learned_times(steps, logits)))]
+        return [
+            logits,
+            told,
+            difference(problem, steps, self._base(problem, learned_times(steps, logits))),
+        ]
 
-    def student(self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]) -> Student:
+    def student(
+        self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
+    ) -> Student:
         logits, told, change = parameters
         times = learned_times(steps, logits)
         return Student(times_from(told, times[0]), self._base(problem, times) + change)

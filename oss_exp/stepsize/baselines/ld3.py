@@ -16,7 +16,13 @@ from oss_exp.noise import DDIMSchedule
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.stepsize.base import StepsizeStrategy
 from oss_exp.stepsize.baselines.closed_form import ClosedForm
-from oss_exp.stepsize.baselines.gradient import GradientDescent, Student, gap_logits, learned_times, times_from
+from oss_exp.stepsize.baselines.gradient import (
+    GradientDescent,
+    Student,
+    gap_logits,
+    learned_times,
+    times_from,
+)
 from oss_exp.stepsize.oss.objectives import Mean
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import first_parts, over_basis, solver_sums
@@ -31,7 +37,9 @@ class LD3(GradientDescent):
     Not taken over: noises that move in a small ball.
     """
 
-    init: StepsizeStrategy = field(default_factory=lambda: ClosedForm(DDIMSchedule()), kw_only=False)
+    init: StepsizeStrategy = field(
+        default_factory=lambda: ClosedForm(DDIMSchedule()), kw_only=False
+    )
     learning_rate: float = 0.02
     objective: Mean = "mean"
     momentum: float = 0.9
@@ -47,7 +55,9 @@ class LD3(GradientDescent):
         logits = gap_logits(steps).to(problem.noise.device)
         return [logits, (-steps.times.diff()).log().to(logits)] if self.decoupled else [logits]
 
-    def student(self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]) -> Student:
+    def student(
+        self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
+    ) -> Student:
         logits, *told = parameters
         times = learned_times(steps, logits)
         if not told:

@@ -16,7 +16,9 @@ from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.stepsize.problem import Problem
 
 
-def linear_steps(problem: Problem, times: Tensor, over_noise: Tensor, over_velocities: Tensor) -> StepSchedule:
+def linear_steps(
+    problem: Problem, times: Tensor, over_noise: Tensor, over_velocities: Tensor
+) -> StepSchedule:
     """Return the schedule whose step k ends at over_noise[k] noise + sum over j <= k of over_velocities[k, j] v_j.
 
     times (K+1,) from the problem's first time to 0, over_noise (K,), over_velocities (K, K) lower triangular, float64.
@@ -33,10 +35,14 @@ def linear_steps(problem: Problem, times: Tensor, over_noise: Tensor, over_veloc
     return StepSchedule(times, steps=FittedSteps(weights, torch.zeros(problem.num_groups)))
 
 
-def over_predictions(times: Tensor, over_noise: Tensor, over_velocities: Tensor) -> tuple[Tensor, Tensor]:
+def over_predictions(
+    times: Tensor, over_noise: Tensor, over_velocities: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same coefficients for predictions of x0: (K,) over the noise, (K, K) over x0. Arguments: `linear_steps`."""
     num_steps = len(over_noise)
-    unit = torch.eye(1 + num_steps, dtype=torch.float64)  # the noise, x0 of call 0, x0 of call 1, ...
+    unit = torch.eye(
+        1 + num_steps, dtype=torch.float64
+    )  # the noise, x0 of call 0, x0 of call 1, ...
     state, velocities, states = unit[0], [], []
     for k, t in enumerate(times[:-1].tolist()):
         velocities.append((state - unit[1 + k]) / t)

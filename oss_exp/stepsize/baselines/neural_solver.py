@@ -48,13 +48,17 @@ class NeuralSolver:
         tables = released_tables(self.table)
         budgets = check_num_steps(num_steps, problem.num_nodes)
         if missing := [k for k in budgets if k not in tables]:
-            raise ValueError(f"neural_solver has tables of {self.table} for num_steps {[*tables]}, not for {missing}")
+            raise ValueError(
+                f"neural_solver has tables of {self.table} for num_steps {[*tables]}, not for {missing}"
+            )
         plans = {}
         for k in budgets:
             times, mixing = tables[k]
             remedy = "choose a noise schedule that reaches at least as far into the noise"
             times = begin_at(times, float(problem.grid[0]), "neural_solver", remedy)
-            travelled = (times.diff()[:, None] * mixing).cumsum(0)  # x_k is the noise and all steps so far
+            travelled = (times.diff()[:, None] * mixing).cumsum(
+                0
+            )  # x_k is the noise and all steps so far
             plans[k] = linear_steps(problem, times, torch.ones(k, dtype=torch.float64), travelled)
         return plans
 

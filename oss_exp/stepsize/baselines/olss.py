@@ -52,7 +52,9 @@ class OLSS:
         coefficients = torch.zeros(len(path), 1 + len(path), dtype=torch.float64)
         for step, node in enumerate(nodes[1:]):
             coefficients[step, : step + 2] = fits.weights((*path[: step + 1],), node)
-        return linear_steps(problem, problem.grid[nodes].cpu(), coefficients[:, 0], coefficients[:, 1:])
+        return linear_steps(
+            problem, problem.grid[nodes].cpu(), coefficients[:, 0], coefficients[:, 1:]
+        )
 
 
 def triangular_factor(problem: Problem) -> Tensor:

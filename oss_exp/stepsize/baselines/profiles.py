@@ -26,7 +26,9 @@ from oss_exp.stepsize.problem import Problem
 
 FRESH = 2504_13612  # seed of noises that no trajectory begins with
 
-LEAST = 1e-9  # share of an even interval's mass that every interval has, so that no two times are equal
+LEAST = (
+    1e-9  # share of an even interval's mass that every interval has, so that no two times are equal
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Profile(abc.ABC):
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         masses = self.masses(problem).cpu()
-        times = quantiles(problem.grid.cpu(), masses.clamp(min=LEAST * float(masses.mean())), budgets)
+        times = quantiles(
+            problem.grid.cpu(), masses.clamp(min=LEAST * float(masses.mean())), budgets
+        )
         return {k: StepSchedule(nodes) for k, nodes in times.items()}
 
     @abc.abstractmethod
@@ -56,7 +60,10 @@ def quantiles(grid: Tensor, masses: Tensor, budgets: Sequence[int]) -> dict[int,
     """grid (N+1,), positive masses (N,) -> for every K the K+1 times that cut the mass into equal parts."""
     share = np.concatenate([[0.0], masses.cumsum(0) / masses.sum()])
     times = {k: np.interp(np.linspace(0, 1, k + 1), share, grid) for k in budgets}
-    return {k: torch.tensor([float(grid[0]), *each[1:-1], 0.0], dtype=torch.float64) for k, each in times.items()}
+    return {
+        k: torch.tensor([float(grid[0]), *each[1:-1], 0.0], dtype=torch.float64)
+        for k, each in times.items()
+    }
 
 
 def mean_over_ranks(total: Tensor, problem: Problem) -> Tensor:
@@ -80,8 +87,12 @@ class TORS(Profile):
 
     def masses(self, problem: Problem) -> Tensor:
         if problem.num_nodes < 4:
-            raise ValueError(f"tors reads rotations off 4 or more steps, and the teacher takes {problem.num_nodes}")
-        rotations = [rotation(principal_coordinates(x)) for x in problem.teacher.states.flatten(2).unbind(1)]
+            raise ValueError(
+                f"tors reads rotations off 4 or more steps, and the teacher takes {problem.num_nodes}"
+            )
+        rotations = [
+            rotation(principal_coordinates(x)) for x in problem.teacher.states.flatten(2).unbind(1)
+        ]
         return mean_over_ranks(torch.stack(rotations).sum(0), problem)
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
@@ -138,14 +149,20 @@ class SharpEuler(Profile):
 
     def masses(self, problem: Problem) -> Tensor:
         if problem.num_nodes < 2:
-            raise ValueError("sharp_euler compares the velocities of two or more nodes, and the teacher takes one step")
+            raise ValueError(
+                "sharp_euler compares the velocities of two or more nodes, and the teacher takes one step"
+            )
         steps = -problem.grid.diff()
         changes = [
             (after - before).flatten(1).double().norm(dim=1).sum() / step
-            for (before, after), step in zip(pairwise(teacher_velocities(problem)), steps[:-1], strict=True)
+            for (before, after), step in zip(
+                pairwise(teacher_velocities(problem)), steps[:-1], strict=True
+            )
         ]
         density = mean_over_ranks(torch.stack(changes), problem) ** self.gamma
-        density = smoothed(torch.cat([density, density[-1:]]), self.smoothing)  # nothing is known of the last interval
+        density = smoothed(
+            torch.cat([density, density[-1:]]), self.smoothing
+        )  # nothing is known of the last interval
         return density * steps
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
@@ -156,7 +173,9 @@ def smoothed(values: Tensor, width: float) -> Tensor:
     """(N,) -> (N,) under a Gaussian of this width, cut at three of them, with the ends mirrored."""
     if width == 0:
         return values
-    found = gaussian_filter1d(values.cpu().numpy(), width, mode="mirror", radius=max(1, int(3 * width)))
+    found = gaussian_filter1d(
+        values.cpu().numpy(), width, mode="mirror", radius=max(1, int(3 * width))
+    )
     return torch.from_numpy(found).to(values)
 
 
@@ -182,7 +201,9 @@ class Entropic(Profile):
             x = (1 - float(t)) * x0 + float(t) * noise
             predicted = x - float(t) * problem.velocity(x, t.expand(len(x)))
             losses.append((predicted - x0).double().square().sum())
-        density = mean_over_ranks(torch.stack(losses), problem) / problem.grid[:-1] ** 2  # d sigma / sigma^2 = dt / t^2
+        density = (
+            mean_over_ranks(torch.stack(losses), problem) / problem.grid[:-1] ** 2
+        )  # d sigma / sigma^2 = dt / t^2
         density = torch.cat([density, density[-1:]])
         return -problem.grid.diff() * (density[:-1] + density[1:]) / 2
 

@@ -47,7 +47,14 @@ class Band:
         levels = [(self.stride, min(num_steps, pilot // 3))]
         for level in range(1, self.stride.bit_length()):
             stride = self.stride >> level
-            levels.append((stride, min(num_steps, len(range(0, num_nodes, stride)) // 2) if stride > 1 else num_steps))
+            levels.append(
+                (
+                    stride,
+                    min(num_steps, len(range(0, num_nodes, stride)) // 2)
+                    if stride > 1
+                    else num_steps,
+                )
+            )
         return levels
 
     def reach(self, stride: int) -> int:
@@ -72,7 +79,9 @@ def layers(
         nodes = torch.cat([nodes[:, 0], required.nodes]).unique()[:, None]
     result = []
     for r in range(budgets[-1]):
-        to_go = min(k for k in budgets if k > r) - r  # calls left, this one included, for the nearest budget
+        to_go = (
+            min(k for k in budgets if k > r) - r
+        )  # calls left, this one included, for the nearest budget
         layer = nodes[r : len(nodes) - to_go + 1] if r or start != "pinned" else nodes[:1]
         result.append(layer if required is None else required.layer(layer, r, budgets[-1] - r))
     return result

@@ -29,7 +29,12 @@ from oss_exp.stepsize.problem import Problem
 
 def usual_baselines() -> dict[str, StepsizeStrategy]:
     """Return the schedules by hand, and the search of others, that `OSSBest` compares itself with."""
-    by_hand = {"fm": FlowSchedule(), "ddim": DDIMSchedule(), "edm": EDMSchedule(), "logsnr": LogSNRSchedule()}
+    by_hand = {
+        "fm": FlowSchedule(),
+        "ddim": DDIMSchedule(),
+        "edm": EDMSchedule(),
+        "logsnr": LogSNRSchedule(),
+    }
     return {**{name: ClosedForm(schedule) for name, schedule in by_hand.items()}, "gits": GITS()}
 
 
@@ -70,7 +75,9 @@ class OSSBest(Search):
         Shared(self.objective)  # its checks
         Fit(ridge=self.ridge)  # its checks
         if unfit := [name for name, each in self.baselines.items() if each.per_sample]:
-            raise ValueError(f"oss_best.baselines must plan one schedule for all samples, {unfit[0]} does not")
+            raise ValueError(
+                f"oss_best.baselines must plan one schedule for all samples, {unfit[0]} does not"
+            )
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """Calls per sample of the searches, of every candidate once, and of a typical refinement."""
@@ -78,7 +85,9 @@ class OSSBest(Search):
         starts = len(self._starts)
         calls = starts * self._recursion_calls(num_nodes, num_steps, edge_calls)
         calls += (3 * starts + len(self.baselines) + 4) * sum(budgets)
-        calls += sum(each.network_calls(num_nodes, num_steps, edge_calls) for each in self.baselines.values())
+        calls += sum(
+            each.network_calls(num_nodes, num_steps, edge_calls) for each in self.baselines.values()
+        )
         return calls + (sum(min(8 * k * k, FIT_CALLS) for k in budgets) if self.refine else 0)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
@@ -92,15 +101,23 @@ class OSSBest(Search):
     @property
     def _starts(self) -> list[StartKind]:
         """Those that are searched; where the first times are given, there is one."""
-        return list(dict.fromkeys((self.start, "pinned"))) if self.first_sigmas is None else [self.start]
+        return (
+            list(dict.fromkeys((self.start, "pinned")))
+            if self.first_sigmas is None
+            else [self.start]
+        )
 
-    def _searched(self, problem: Problem, budgets: Sequence[int], makers: Tensor) -> dict[int, list[Candidate]]:
+    def _searched(
+        self, problem: Problem, budgets: Sequence[int], makers: Tensor
+    ) -> dict[int, list[Candidate]]:
         """The paths of Algorithm 2 from every start."""
         found: dict[int, list[Candidate]] = {k: [] for k in budgets}
         for start in self._starts:
             search = replace(self, start=start, refine=False)
             for k, path in search.paths(problem, budgets, Shared(self.objective, makers)).items():
-                found[k].append(Candidate(f"{start} start", path_schedule(problem, path, start), path))
+                found[k].append(
+                    Candidate(f"{start} start", path_schedule(problem, path, start), path)
+                )
         return found
 
     def _known(self, problem: Problem, budgets: Sequence[int]) -> dict[int, list[Candidate]]:
@@ -109,7 +126,9 @@ class OSSBest(Search):
             return {}
         found: dict[int, list[Candidate]] = {}
         for k in budgets:
-            nodes = torch.linspace(0, problem.num_nodes, k + 1, dtype=torch.float64)[:-1].round().long()
+            nodes = (
+                torch.linspace(0, problem.num_nodes, k + 1, dtype=torch.float64)[:-1].round().long()
+            )
             found[k] = [Candidate("teacher's times", StepSchedule(_times(problem, nodes)))]
         for name, strategy in self.baselines.items():
             try:
@@ -120,13 +139,17 @@ class OSSBest(Search):
                 found[k].append(Candidate(name, steps))
         return found
 
-    def _best(self, problem: Problem, found: list[Candidate], makers: Tensor, judges: Tensor) -> StepSchedule:
+    def _best(
+        self, problem: Problem, found: list[Candidate], makers: Tensor, judges: Tensor
+    ) -> StepSchedule:
         """The candidate that the judges choose, refined, and fitted to all samples."""
         scores = {each.name: self._score(problem, each, judges) for each in found}
 
         # Fitted steps along all searched paths, and along the best of the known ones.
         if problem.distance.quadratic:
-            known = [each for each in found if each.path is None and isinstance(each.steps.start, Pinned)]
+            known = [
+                each for each in found if each.path is None and isinstance(each.steps.start, Pinned)
+            ]
             paths = [each for each in found if each.path is not None]
             if known:
                 paths.append(_on_grid(problem, max(known, key=lambda each: scores[each.name])))
@@ -139,7 +162,10 @@ class OSSBest(Search):
             refined = self._refined(problem, best, makers)
             scores[refined.name] = self._score(problem, refined, judges)
             best = max(best, refined, key=lambda each: scores[each.name])
-        chosen_from = {"chosen_from": {name: round(score, 2) for name, score in scores.items()}, "chosen": best.name}
+        chosen_from = {
+            "chosen_from": {name: round(score, 2) for name, score in scores.items()},
+            "chosen": best.name,
+        }
 
         if isinstance(best.path, FittedPath):
             best = self._fitted(problem, best, None)
@@ -149,9 +175,13 @@ class OSSBest(Search):
     def _score(self, problem: Problem, candidate: Candidate, judges: Tensor) -> float:
         """The judges' mean PSNR, or that of their mean error, in dB."""
         x0 = sample(problem.solver, problem.velocity, problem.noise, candidate.steps, problem.group)
-        cost = problem.cost(x0, torch.tensor([problem.num_nodes], device=x0.device)).double()[judges]
+        cost = problem.cost(x0, torch.tensor([problem.num_nodes], device=x0.device)).double()[
+            judges
+        ]
         log = self.objective == "log_mean"
-        values = torch.stack([cost.clamp(min=COST_FLOOR).log10() if log else cost, torch.ones_like(cost)])
+        values = torch.stack(
+            [cost.clamp(min=COST_FLOOR).log10() if log else cost, torch.ones_like(cost)]
+        )
         total, count = problem.collective.sum(values.sum(1)).tolist()
         return -10 * (total / count if log else math.log10(max(total / count, COST_FLOOR)))
 
@@ -161,16 +191,27 @@ class OSSBest(Search):
         start = candidate.steps.start.kind
         with torch.no_grad():
             path, *_ = self._student(problem, start, makers).run(candidate.path)
-        return Candidate(f"{candidate.name}, fitted steps", path_schedule(problem, path, start), path)
+        return Candidate(
+            f"{candidate.name}, fitted steps", path_schedule(problem, path, start), path
+        )
 
     def _refined(self, problem: Problem, candidate: Candidate, makers: Tensor) -> Candidate:
-        start, required = candidate.steps.start.kind, self._required(problem, candidate.steps.num_steps)
+        start, required = (
+            candidate.steps.start.kind,
+            self._required(problem, candidate.steps.num_steps),
+        )
         path = candidate.path
         if isinstance(path, FittedPath):
             path = refine_fitted(self._student(problem, start, makers), path, required)
         else:
             assert path is not None
-            path = refine(problem.at_most(self.max_order), path, start, Shared(self.objective, makers), required)
+            path = refine(
+                problem.at_most(self.max_order),
+                path,
+                start,
+                Shared(self.objective, makers),
+                required,
+            )
         return Candidate(f"{candidate.name}, refined", path_schedule(problem, path, start), path)
 
     def _student(self, problem: Problem, start: StartKind, makers: Tensor | None) -> FittedStudent:
@@ -183,7 +224,9 @@ def halves(problem: Problem) -> tuple[Tensor, Tensor]:
     Conditions come in turn: every second turn makes, so that both halves have all of them; where there are too few
     samples for two turns, every second sample. All samples do both where there is one.
     """
-    count = int(problem.collective.sum(torch.tensor(len(problem.noise), device=problem.noise.device)))
+    count = int(
+        problem.collective.sum(torch.tensor(len(problem.noise), device=problem.noise.device))
+    )
     if count == 1:
         everyone = torch.ones_like(problem.samples, dtype=torch.bool)
         return everyone, everyone
@@ -204,4 +247,6 @@ def _on_grid(problem: Problem, candidate: Candidate) -> Candidate:
 
 def _times(problem: Problem, nodes: Tensor) -> Tensor:
     """nodes (K,) -> times (K+1,)"""
-    return problem.grid[torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes).to(problem.grid.device)].cpu()
+    return problem.grid[
+        torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes).to(problem.grid.device)
+    ].cpu()

@@ -109,26 +109,37 @@ class FittedStudent:
 
         steps = [*(stage.step for stage in stages[1:]), last]
         capacity = 3 + self.parts * (self.fit.history or len(nodes))
-        weights = torch.stack([torch.nn.functional.pad(w, (0, capacity - len(w))) for _, w, _ in steps])
+        weights = torch.stack(
+            [torch.nn.functional.pad(w, (0, capacity - len(w))) for _, w, _ in steps]
+        )
         costs = torch.stack([cost for *_, cost in steps])
         end = torch.tensor([problem.num_nodes], device=problem.noise.device)
         error = self.objective(problem.cost(last.state.x, end), problem.collective)
         return FittedPath(nodes, weights, costs), stages, error
 
     def merge(
-        self, better: Tensor, new: tuple[FittedPath, list[Stage]], old: tuple[FittedPath, list[Stage]]
+        self,
+        better: Tensor,
+        new: tuple[FittedPath, list[Stage]],
+        old: tuple[FittedPath, list[Stage]],
     ) -> tuple[FittedPath, list[Stage]]:
         """The new path and stages: there is one path for all samples, and it is better."""
         return new
 
     def _start(self, nodes: Tensor) -> Step:
         state = start_states(self.problem, nodes, self.start)
-        return Step(state, self.problem.grid.new_zeros(0), self.problem.grid.new_zeros(len(state.x)))
+        return Step(
+            state, self.problem.grid.new_zeros(0), self.problem.grid.new_zeros(len(state.x))
+        )
 
     def _called(self, step: Step, node: int, before: Stage | None) -> Stage:
         """The network's answer at a node joins the basis; the teacher's own first call serves node 0."""
         problem, state = self.problem, step.state
-        outputs = problem.teacher.first_outputs if node == 0 else problem.velocity.outputs(state.x, state.t)
+        outputs = (
+            problem.teacher.first_outputs
+            if node == 0
+            else problem.velocity.outputs(state.x, state.t)
+        )
         capacity = self.parts * self.fit.history if self.fit.history else sys.maxsize
         state = remember_parts(state, outputs, capacity)
 
@@ -138,9 +149,17 @@ class FittedStudent:
         old = slice(1, 1 + len(same))
         known = self._products(same, same) if before is None else before.gram[:, old, old]
         new, crossed = self._products(fresh, fresh), self._products(fresh, same)
-        gram = torch.cat([torch.cat([new, crossed], dim=2), torch.cat([crossed.mT, known], dim=2)], dim=1)
+        gram = torch.cat(
+            [torch.cat([new, crossed], dim=2), torch.cat([crossed.mT, known], dim=2)], dim=1
+        )
         parts = self.parts  # from (x, R predictions, noise, mean, ...) to the order of the basis
-        order = [0, parts + 1, parts + 2, *range(1, parts + 1), *range(parts + 3, len(fresh) + len(same))]
+        order = [
+            0,
+            parts + 1,
+            parts + 2,
+            *range(1, parts + 1),
+            *range(parts + 3, len(fresh) + len(same)),
+        ]
         return Stage(step, state, gram[:, order][:, :, order])
 
     def _step(self, stage: Stage, node: int) -> Step:
@@ -160,7 +179,11 @@ class FittedStudent:
             norms = gram.diagonal()  # where 0, as of a mean of 0, w is the ordinary one
             pull = self.fit.ridge * torch.where(norms > 0, norms, 1.0)
             weights = torch.linalg.solve(gram + torch.diag(pull), right + pull * ordinary)
-            cost = length - 2 * aim @ weights + torch.einsum("p,bpq,q->b", weights, stage.gram, weights)
+            cost = (
+                length
+                - 2 * aim @ weights
+                + torch.einsum("p,bpq,q->b", weights, stage.gram, weights)
+            )
             cost = cost.clamp(min=0) / size
             emphasis = self.objective.emphasis(cost)
 
@@ -185,8 +208,12 @@ class FittedStudent:
     def _products(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         """first P x (B, *E), second Q x (B, *E) -> (B, P, Q) float64, under the distance's features."""
         left = [self._features(u) for u in first]
-        return inner_products(left, left if second is first else [self._features(u) for u in second])
+        return inner_products(
+            left, left if second is first else [self._features(u) for u in second]
+        )
 
     def _features(self, vectors: Tensor) -> Tensor:
         """(B, *E) -> (B, F); a quadratic distance's features are linear."""
-        return self.problem.distance.features(vectors, self.problem.grid, self.problem.velocity).flatten(1)
+        return self.problem.distance.features(
+            vectors, self.problem.grid, self.problem.velocity
+        ).flatten(1)

@@ -21,7 +21,9 @@ from oss_exp.stepsize.problem import Problem
 
 SCORE_GROUP = 16  # samples, and
 
-SCORE_FEATURES = 1 << 16  # features, whose inner products are taken at a time; they bound the float64 copies
+SCORE_FEATURES = (
+    1 << 16
+)  # features, whose inner products are taken at a time; they bound the float64 copies
 
 BLOCK = 20  # nodes whose inner products are taken at a time; those with earlier nodes are skipped
 
@@ -57,7 +59,9 @@ class Edges:
         if len(sources) == 1:
             return problem.teacher.first_outputs
         rest = problem.velocity.outputs(x[len(problem.noise) :], t[len(problem.noise) :])
-        return tuple(torch.cat(pair) for pair in zip(problem.teacher.first_outputs, rest, strict=True))
+        return tuple(
+            torch.cat(pair) for pair in zip(problem.teacher.first_outputs, rest, strict=True)
+        )
 
     def _best(self, cost: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """cost (O, S, J, B) -> parent (J, b), order (J, b) from 1, cost (J, B)."""
@@ -87,13 +91,21 @@ class TriedEdges(Edges):
             reach = int(legal[:, j].any(1).nonzero().amax() if bool(legal[:, j].any()) else 0) + 1
             near = grid.map(lambda nodes: nodes[:reach].flatten(0, 1))
             t_next = problem.grid[target].expand(count).repeat(reach)
-            tried = [problem.solver.advance(problem.velocity, near, t_next, order) for order in orders]
-            cost = torch.stack([problem.cost(state.x, target) for state in tried]).unflatten(1, (reach, count))
+            tried = [
+                problem.solver.advance(problem.velocity, near, t_next, order) for order in orders
+            ]
+            cost = torch.stack([problem.cost(state.x, target) for state in tried]).unflatten(
+                1, (reach, count)
+            )
             parent, order, cost = self._best(cost[:, :, None], legal[:reach, j : j + 1])
-            joined = tried[0].map(lambda *rows: torch.stack(rows).unflatten(1, (reach, count)), *tried[1:])
+            joined = tried[0].map(
+                lambda *rows: torch.stack(rows).unflatten(1, (reach, count)), *tried[1:]
+            )
             column = torch.arange(count, device=target.device)
             state = joined.map(
-                lambda all_rows: all_rows[order.expand(1, count) - 1, parent.expand(1, count), column][0]
+                lambda all_rows: all_rows[
+                    order.expand(1, count) - 1, parent.expand(1, count), column
+                ][0]
             )
             found.append((parent, order if len(orders) > 1 else order * 0 + orders[0], cost, state))
         parents, hows, costs, states = zip(*found, strict=True)
@@ -129,21 +141,32 @@ class LinearEdges(Edges):
         problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
         solver = problem.solver
         assert isinstance(solver, LinearMultistep)
-        histories = count if isinstance(self.objective, PerSample) else 1  # else all samples have the same past
-        times = [time.unflatten(0, (num_sources, count))[:, :histories, None] for time in self.state.times]
+        histories = (
+            count if isinstance(self.objective, PerSample) else 1
+        )  # else all samples have the same past
+        times = [
+            time.unflatten(0, (num_sources, count))[:, :histories, None]
+            for time in self.state.times
+        ]
         t_next = problem.grid[targets].T[None]  # (1, b, J)
         weights = []
         for order in range(1, len(times) + 1):
             a, b = solver.coefficients(times[:order], t_next)
-            weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))  # (S, b, J, order + 1)
+            weights.append(
+                torch.stack(torch.broadcast_tensors(a, *b), dim=-1)
+            )  # (S, b, J, order + 1)
         state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
         inner = _gram(problem, [state.x, *state.outputs])
         cost = self._costs(inner, [shadow.x, *shadow.outputs], targets, weights)
         parent, order, cost = self._best(cost, legal)
         rows, t_next = self._rows(parent), problem.grid[targets].expand(-1, count).flatten()
         steps = t_next, order.expand(-1, count).flatten()
-        self.state = problem.solver.advance(problem.velocity, self.state.map(lambda old: old[rows]), *steps)
-        self.shadow = problem.solver.advance(problem.velocity, self.shadow.map(lambda old: old[rows]), *steps)
+        self.state = problem.solver.advance(
+            problem.velocity, self.state.map(lambda old: old[rows]), *steps
+        )
+        self.shadow = problem.solver.advance(
+            problem.velocity, self.shadow.map(lambda old: old[rows]), *steps
+        )
         return parent, order, cost
 
     def keep(self, rows: int) -> None:
@@ -157,34 +180,57 @@ class LinearEdges(Edges):
         """
         problem, count = self.problem, len(self.problem.noise)
         vectors = vectors.unflatten(0, (-1, count))
-        result = torch.zeros(*vectors.shape[:2], len(self.aims), dtype=torch.float64, device=vectors.device)
+        result = torch.zeros(
+            *vectors.shape[:2], len(self.aims), dtype=torch.float64, device=vectors.device
+        )
         blocks = [range(len(nodes))[first : first + BLOCK] for first in range(0, len(nodes), BLOCK)]
         for first in range(0, count, SCORE_GROUP):
             part = slice(first, first + SCORE_GROUP)
             u = _features(problem, vectors[:, part])  # (g, W, F)
-            goals = [problem.teacher.targets[aim][part].flatten(1) for aim in self.aims]  # A times (g, F)
+            goals = [
+                problem.teacher.targets[aim][part].flatten(1) for aim in self.aims
+            ]  # A times (g, F)
             for some in _slices(u.shape[2]):
-                own, goal = u[..., some].double(), torch.stack([each[:, some] for each in goals], dim=1).double()
+                own, goal = (
+                    u[..., some].double(),
+                    torch.stack([each[:, some] for each in goals], dim=1).double(),
+                )
                 for block in blocks:
                     rows = slice(block.start, block.stop)
                     low = int(torch.searchsorted(self.aims, nodes[block.start].min(), right=True))
-                    result[rows, part, low:] += torch.bmm(own[:, rows], goal[:, low:].mT).transpose(0, 1)
+                    result[rows, part, low:] += torch.bmm(own[:, rows], goal[:, low:].mT).transpose(
+                        0, 1
+                    )
         return result.flatten(0, 1)
 
-    def _costs(self, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def _costs(
+        self, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]
+    ) -> Tensor:
         """inner (S, B, P, P), products P x (S, B, A), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
         problem, (num_sources, count) = self.problem, inner.shape[:2]
         size = problem.teacher.targets[0][0].numel()
-        cost = torch.empty(len(weights), num_sources, count, len(targets), dtype=torch.float64, device=targets.device)
+        cost = torch.empty(
+            len(weights),
+            num_sources,
+            count,
+            len(targets),
+            dtype=torch.float64,
+            device=targets.device,
+        )
         nodes = targets.T.expand(count, -1).contiguous()  # (B, J)
         for first in range(0, count, SCORE_GROUP):
             part = slice(first, first + SCORE_GROUP)
             columns = torch.searchsorted(self.aims, nodes[part])[None].expand(num_sources, -1, -1)
-            crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]  # P times (S, g, J)
+            crossed = [
+                u[:, part].gather(2, columns).mul_(-2) for u in products
+            ]  # P times (S, g, J)
             length = problem.teacher.target_norms.T[part].gather(1, nodes[part])[None]
             for o, table in enumerate(weights):
                 total = length.repeat(num_sources, 1, 1)
-                w = [column[:, part] if column.shape[1] > 1 else column for column in table.unbind(-1)]
+                w = [
+                    column[:, part] if column.shape[1] > 1 else column
+                    for column in table.unbind(-1)
+                ]
                 for p in range(len(w)):
                     slope = crossed[p].clone()
                     for q in range(p + 1):
@@ -214,7 +260,11 @@ def inner_products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     total = 0
     for some in _slices(first[0].shape[-1]):
         left = torch.stack([u[..., some].double() for u in first], dim=-2)
-        right = left if second is first else torch.stack([u[..., some].double() for u in second], dim=-2)
+        right = (
+            left
+            if second is first
+            else torch.stack([u[..., some].double() for u in second], dim=-2)
+        )
         total = total + left @ right.mT
     assert isinstance(total, Tensor)
     return total

@@ -12,7 +12,9 @@ from oss_exp.checks import require_choice
 from oss_exp.stepsize.problem import Collective
 
 Mean = Literal["mean", "log_mean"]
-COST_FLOOR = 1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
+COST_FLOOR = (
+    1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
+)
 
 
 class Objective(Protocol):
@@ -53,5 +55,9 @@ class Shared:
 
         Of a mean of logarithms: log c <= log c0 + c / c0 - 1, so that lowering sum c / c0 lowers it.
         """
-        weights = 1 / cost.clamp(min=COST_FLOOR) if self.objective == "log_mean" else torch.ones_like(cost)
+        weights = (
+            1 / cost.clamp(min=COST_FLOOR)
+            if self.objective == "log_mean"
+            else torch.ones_like(cost)
+        )
         return weights if self.rows is None else weights * self.rows

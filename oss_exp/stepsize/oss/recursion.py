@@ -78,12 +78,16 @@ def recurse(
     if not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
         edges: Edges = TriedEdges(problem, objective)
     else:
-        aims = torch.cat([*(layer.flatten() for layer in layers[1:]), layers[0].new_tensor([end])]).unique()
+        aims = torch.cat(
+            [*(layer.flatten() for layer in layers[1:]), layers[0].new_tensor([end])]
+        ).unique()
         edges = LinearEdges(problem, objective, aims)
     rounds: list[Round] = []
     paths, costs = {}, {}
     sources = layers[0]
-    alive = torch.ones_like(sources, dtype=torch.bool) if required is None else required.starts(sources)
+    alive = (
+        torch.ones_like(sources, dtype=torch.bool) if required is None else required.starts(sources)
+    )
     edges.begin(sources, start_states(problem, sources, start))
     for r in range(1, len(layers) + 1):
         edges.observe(sources, reuse_first=r == 1)
@@ -99,7 +103,9 @@ def recurse(
         rounds.append(Round(sources, targets, parent, orders, cost.masked_fill(~alive, torch.inf)))
         if closing:
             paths[r] = _trace(rounds)
-            costs[r] = problem.cost(edges.state.x[-count:], torch.tensor([end], device=targets.device))
+            costs[r] = problem.cost(
+                edges.state.x[-count:], torch.tensor([end], device=targets.device)
+            )
         sources, alive = inner, alive[: len(inner)]
         edges.keep(len(inner) * count)  # node N stays behind
     return Solution(paths, costs, rounds)

@@ -36,7 +36,9 @@ class Student(Protocol[Path, Stage]):
     start: StartKind
     highest: int
 
-    def run(self, path: Path, kept: Sequence[Stage] = (), first: int = 0) -> tuple[Path, list[Stage], Tensor]:
+    def run(
+        self, path: Path, kept: Sequence[Stage] = (), first: int = 0
+    ) -> tuple[Path, list[Stage], Tensor]:
         """Sample from node `first` on; kept[r] is the stage at node r < first. -> path, k stages, error (b,)."""
         ...
 
@@ -65,15 +67,22 @@ class SolverStudent:
                 state = start_states(problem, path.nodes[:1], self.start)
             else:
                 t_next = problem.grid[path.nodes[r]].expand(count)
-                state = problem.solver.advance(problem.velocity, states[-1], t_next, path.orders[r - 1].expand(count))
+                state = problem.solver.advance(
+                    problem.velocity, states[-1], t_next, path.orders[r - 1].expand(count)
+                )
             states.append(problem.solver.observe(problem.velocity, state))
         t_next = problem.grid[-1].expand(count)
-        final = problem.solver.advance(problem.velocity, states[-1], t_next, path.orders[-1].expand(count))
+        final = problem.solver.advance(
+            problem.velocity, states[-1], t_next, path.orders[-1].expand(count)
+        )
         end = torch.tensor([problem.num_nodes], device=problem.noise.device)
         return path, states, self.objective(problem.cost(final.x, end), problem.collective)
 
     def merge(
-        self, better: Tensor, new: tuple[SolverPath, list[State]], old: tuple[SolverPath, list[State]]
+        self,
+        better: Tensor,
+        new: tuple[SolverPath, list[State]],
+        old: tuple[SolverPath, list[State]],
     ) -> tuple[SolverPath, list[State]]:
         def choose(n: Tensor, o: Tensor) -> Tensor:
             return torch.where(better.reshape(-1, *[1] * (n.ndim - 1)), n, o)
@@ -81,13 +90,19 @@ class SolverStudent:
         (path, states), (old_path, old_states) = new, old
         nodes = torch.where(better, path.nodes, old_path.nodes)
         orders = torch.where(better, path.orders, old_path.orders)
-        merged = [state.map(choose, before) for state, before in zip(states, old_states, strict=True)]
+        merged = [
+            state.map(choose, before) for state, before in zip(states, old_states, strict=True)
+        ]
         return replace(old_path, nodes=nodes, orders=orders), merged
 
 
 @torch.no_grad()
 def refine(
-    problem: Problem, path: SolverPath, start: StartKind, objective: Objective, required: Required | None = None
+    problem: Problem,
+    path: SolverPath,
+    start: StartKind,
+    objective: Objective,
+    required: Required | None = None,
 ) -> SolverPath:
     """A path with no larger final error under the objective; required nodes stay where they are.
 
@@ -97,7 +112,9 @@ def refine(
 
 
 @torch.no_grad()
-def refine_fitted(student: FittedStudent, path: FittedPath, required: Required | None = None) -> FittedPath:
+def refine_fitted(
+    student: FittedStudent, path: FittedPath, required: Required | None = None
+) -> FittedPath:
     """A path with no larger final error, its coefficients fitted anew for every try, by at most FIT_CALLS calls.
 
     Its largest move is a third of the nodes' mean distance, or 2: larger ones win at once and end in worse places.
@@ -128,7 +145,11 @@ def _descend(
                 if move == 1:
                     changes += [(0, order) for order in range(1, min(r + 1, student.highest) + 1)]
                 for step, order in changes:
-                    tried = _reordered(path, r, order) if order else _moved(path, r, step, student.problem, required)
+                    tried = (
+                        _reordered(path, r, order)
+                        if order
+                        else _moved(path, r, step, student.problem, required)
+                    )
                     if tried is None or _key(tried) in tried_before:
                         continue
                     tried_before.add(_key(tried))
@@ -153,11 +174,15 @@ def _key(path: SolverPath | FittedPath) -> bytes:
     return torch.stack([path.nodes, orders.expand_as(path.nodes)]).cpu().numpy().tobytes()
 
 
-def _moved(path: Path, r: int, step: int, problem: Problem, required: Required | None) -> Path | None:
+def _moved(
+    path: Path, r: int, step: int, problem: Problem, required: Required | None
+) -> Path | None:
     """Node r this many nodes later, as far as its neighbours allow; None where it cannot move."""
     nodes = path.nodes.clone()
     low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
-    high = nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
+    high = (
+        nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
+    )
     moved = torch.minimum(torch.maximum(nodes[r] + step, low), high)
     nodes[r] = moved if required is None else torch.where(required.fixed(nodes[r]), nodes[r], moved)
     return None if torch.equal(nodes, path.nodes) else replace(path, nodes=nodes)

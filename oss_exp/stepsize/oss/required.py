@@ -42,7 +42,12 @@ class Required:
 
     @classmethod
     def of(
-        cls, grid: Tensor, must_visit: Sequence[float], first_times: Sequence[float], start: StartKind, num_steps: int
+        cls,
+        grid: Tensor,
+        must_visit: Sequence[float],
+        first_times: Sequence[float],
+        start: StartKind,
+        num_steps: int,
     ) -> Required:
         """The nodes nearest to these times, for paths of so many steps or more. ValueError where there is no path."""
         asked = f"must_visit={[*must_visit]} and first_sigmas={[*first_times]}"
@@ -53,7 +58,11 @@ class Required:
         last = int(first[-1]) if len(first) else -1
         others = others[~torch.isin(others, first)].unique()
         nodes = torch.cat([first, others])
-        if bool((first.diff() < 1).any()) or bool((nodes >= len(grid) - 1).any()) or bool((others < last).any()):
+        if (
+            bool((first.diff() < 1).any())
+            or bool((nodes >= len(grid) - 1).any())
+            or bool((others < last).any())
+        ):
             raise ValueError(
                 f"{asked} need nodes of their own, the first ones first and above all others; search with more "
                 "teacher steps, or other times"
@@ -96,7 +105,9 @@ class Required:
     def behind_the_head(self, nodes: Tensor) -> Tensor:
         """(k, b) ascending -> the same, with those after the first steps behind them."""
         step = torch.arange(len(nodes), device=nodes.device)[:, None]
-        return torch.where(step < self.head, nodes, torch.maximum(nodes, self._last + 1 + step - self.head))
+        return torch.where(
+            step < self.head, nodes, torch.maximum(nodes, self._last + 1 + step - self.head)
+        )
 
     @property
     def _last(self) -> int:
@@ -107,7 +118,11 @@ class Required:
         """nodes (W, b) of a band -> the same and the required ones."""
         if step < self.head:
             return self.nodes[step].expand(1, nodes.shape[1])
-        return torch.cat([nodes, self.nodes[self.head :, None].expand(-1, nodes.shape[1])]).sort(dim=0).values
+        return (
+            torch.cat([nodes, self.nodes[self.head :, None].expand(-1, nodes.shape[1])])
+            .sort(dim=0)
+            .values
+        )
 
     def fixed(self, nodes: Tensor) -> Tensor:
         """(b,) whether these must stay where they are."""

@@ -59,10 +59,14 @@ class Search:
                     raise ValueError(f"{name} must be a list of times, such as [{times}]")
                 for time in times:
                     require_range(above=0, at_most=1, **{name: time})
-                object.__setattr__(self, name, [float(time) for time in times])  # it is written into schedules
+                object.__setattr__(
+                    self, name, [float(time) for time in times]
+                )  # it is written into schedules
         require_choice(get_args(StartKind), start=self.start)
 
-    def paths(self, problem: Problem, budgets: Sequence[int], objective: Objective) -> dict[int, SolverPath]:
+    def paths(
+        self, problem: Problem, budgets: Sequence[int], objective: Objective
+    ) -> dict[int, SolverPath]:
         """The best path of the recursion for every budget, refined if wanted."""
         problem = problem.at_most(self.max_order)
         required = self._required(problem, budgets[0])
@@ -72,7 +76,10 @@ class Search:
         else:
             found = self._coarse_to_fine(problem, budgets, objective, required)
         if self.refine:
-            found = {k: refine(problem, path, self.start, objective, required) for k, path in found.items()}
+            found = {
+                k: refine(problem, path, self.start, objective, required)
+                for k, path in found.items()
+            }
         return found
 
     @property
@@ -84,16 +91,25 @@ class Search:
         """For paths of so many steps or more; ValueError where there is none."""
         if not self.required_times:
             return None
-        return Required.of(problem.grid, self.must_visit or (), self.first_sigmas or (), self.start, num_steps)
+        return Required.of(
+            problem.grid, self.must_visit or (), self.first_sigmas or (), self.start, num_steps
+        )
 
     def _coarse_to_fine(
-        self, problem: Problem, budgets: Sequence[int], objective: Objective, required: Required | None
+        self,
+        problem: Problem,
+        budgets: Sequence[int],
+        objective: Objective,
+        required: Required | None,
     ) -> dict[int, SolverPath]:
         assert self.band is not None
         levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
         if required is not None:
             levels = {
-                k: [(stride, required.steps(steps, stride, problem.num_nodes)) for stride, steps in level]
+                k: [
+                    (stride, required.steps(steps, stride, problem.num_nodes))
+                    for stride, steps in level
+                ]
                 for k, level in levels.items()
             }
         fewer = sorted({steps for (_, steps), *_ in levels.values()})
@@ -109,7 +125,9 @@ class Search:
             found[k] = path
         return found
 
-    def _layers(self, problem: Problem, budgets: Sequence[int], stride: int, required: Required | None) -> list[Tensor]:
+    def _layers(
+        self, problem: Problem, budgets: Sequence[int], stride: int, required: Required | None
+    ) -> list[Tensor]:
         return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device, required)
 
     def _in_band(
@@ -126,16 +144,24 @@ class Search:
         k, count = len(nodes), len(range(0, problem.num_nodes, stride))
         windows = []
         touched = torch.zeros(nodes.shape[1], dtype=torch.bool, device=nodes.device)
-        limits = [(0, 0) if r == 0 and self.start == "pinned" else (r, count - k + r) for r in range(k)]
+        limits = [
+            (0, 0) if r == 0 and self.start == "pinned" else (r, count - k + r) for r in range(k)
+        ]
         for position, (lowest, highest) in zip(nodes // stride, limits, strict=True):
             width = self.band.reach(stride)
             size = min(2 * width + 1, highest - lowest + 1)
             first = (position - width).clamp(lowest, highest - size + 1)
             windows.append((first + torch.arange(size, device=nodes.device)[:, None]) * stride)
-        wider = windows if required is None else [required.window(window, r) for r, window in enumerate(windows)]
+        wider = (
+            windows
+            if required is None
+            else [required.window(window, r) for r, window in enumerate(windows)]
+        )
         found = recurse(problem, wider, [k], self.start, objective, required).paths[k]
         for node, window, (lowest, highest) in zip(found.nodes, windows, limits, strict=True):
-            touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (node < highest * stride)
+            touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (
+                node < highest * stride
+            )
         if shifts == 0 or not bool(touched.any()):
             return found
         if found.nodes.shape[1] == 1:
@@ -145,8 +171,14 @@ class Search:
         if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
-        again = self._in_band(problem, found.nodes[:, rows], stride, objective, shifts - 1, required)
-        for old, new in ((found.nodes, again.nodes), (found.orders, again.orders), (found.costs, again.costs)):
+        again = self._in_band(
+            problem, found.nodes[:, rows], stride, objective, shifts - 1, required
+        )
+        for old, new in (
+            (found.nodes, again.nodes),
+            (found.orders, again.orders),
+            (found.costs, again.costs),
+        ):
             old[:, rows] = torch.where(touched[rows], new, old[:, rows])
         return found
 
@@ -154,7 +186,9 @@ class Search:
         """Calls per sample of the recursion and a typical refinement."""
         calls = self._recursion_calls(num_nodes, num_steps, edge_calls)
         if self.refine:
-            calls += sum(8 * k * (k + 2) for k in set(num_steps))  # two sweeps at each of four sizes, half a run a try
+            calls += sum(
+                8 * k * (k + 2) for k in set(num_steps)
+            )  # two sweeps at each of four sizes, half a run a try
         return calls
 
     def _recursion_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int) -> int:
@@ -164,9 +198,15 @@ class Search:
         if self.band is not None and self.band.fits(num_nodes):
             levels = [self.band.levels(num_nodes, k) for k in budgets]
             stride, steps = self.band.stride, sorted({pilot for (_, pilot), *_ in levels})
-            finer = [(k, 2 * self.band.reach(apart) + 1) for _, *rest in levels for apart, k in rest]
+            finer = [
+                (k, 2 * self.band.reach(apart) + 1) for _, *rest in levels for apart, k in rest
+            ]
         sizes = [len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")]
-        calls = sum(sizes) - 1 + edge_calls * sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+        calls = (
+            sum(sizes)
+            - 1
+            + edge_calls * sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+        )
         for k, width in finer:
             calls += k * width * (1 + edge_calls * width)
         return calls
@@ -193,9 +233,13 @@ class OSS(Search):
         samples = problem.collective.gather(problem.samples)
         order = samples.argsort()
         in_order = {
-            k: replace(path, nodes=path.nodes[:, order], orders=path.orders[:, order]) for k, path in paths.items()
+            k: replace(path, nodes=path.nodes[:, order], orders=path.orders[:, order])
+            for k, path in paths.items()
         }
-        return {k: path_schedule(problem, path, self.start, samples[order].tolist()) for k, path in in_order.items()}
+        return {
+            k: path_schedule(problem, path, self.start, samples[order].tolist())
+            for k, path in in_order.items()
+        }
 
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, SolverPath]:
         """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
@@ -206,9 +250,14 @@ class OSS(Search):
             parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
         gathered = {}
         for k in budgets:
-            tables = {name: [getattr(part[k], name) for part in parts] for name in ("nodes", "orders", "costs")}
+            tables = {
+                name: [getattr(part[k], name) for part in parts]
+                for name in ("nodes", "orders", "costs")
+            }
             whole = {name: torch.cat(table, dim=1).T.contiguous() for name, table in tables.items()}
-            gathered[k] = SolverPath(**{name: problem.collective.gather(table).T for name, table in whole.items()})
+            gathered[k] = SolverPath(
+                **{name: problem.collective.gather(table).T for name, table in whole.items()}
+            )
         return gathered
 
 
@@ -227,19 +276,34 @@ class OSSAve(Search):
         super().__post_init__()
         require_choice(get_args(Aggregate), aggregate=self.aggregate)
         if self.must_visit:
-            raise ValueError("oss_ave agrees on each step's node, and may agree on none of must_visit; use oss_shared")
+            raise ValueError(
+                "oss_ave agrees on each step's node, and may agree on none of must_visit; use oss_shared"
+            )
         require_range(at_least=1, chunk=self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
-        alone = OSS(self.start, self.band, False, self.chunk, max_order=self.max_order, first_sigmas=self.first_sigmas)
+        alone = OSS(
+            self.start,
+            self.band,
+            False,
+            self.chunk,
+            max_order=self.max_order,
+            first_sigmas=self.first_sigmas,
+        )
         plans = {}
         for k, path in alone.sample_paths(problem, budgets).items():
             nodes = strictly_monotone(self._agree(path.nodes), problem.num_nodes)
             agreed = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
             if self.refine:
                 required = self._required(problem, k)
-                agreed = refine(problem.at_most(self.max_order), agreed, self.start, Shared("mean"), required=required)
+                agreed = refine(
+                    problem.at_most(self.max_order),
+                    agreed,
+                    self.start,
+                    Shared("mean"),
+                    required=required,
+                )
             plans[k] = path_schedule(problem, agreed, self.start)
         return plans
 
@@ -296,11 +360,15 @@ class OSSFit(Search):
         """Calls per sample of the recursion, of a fit, of a typical refinement, and of all polishing."""
         calls = self._recursion_calls(num_nodes, num_steps, edge_calls) + sum(set(num_steps))
         calls += sum(polish_calls(k, self.polish, self.history) for k in set(num_steps))
-        return calls + (sum(min(8 * k * k, FIT_CALLS) for k in set(num_steps)) if self.refine else 0)
+        return calls + (
+            sum(min(8 * k * k, FIT_CALLS) for k in set(num_steps)) if self.refine else 0
+        )
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         if not problem.distance.quadratic:
-            raise ValueError(f"oss_fit solves least squares on the states: {problem.distance} is not one; use xt_mse")
+            raise ValueError(
+                f"oss_fit solves least squares on the states: {problem.distance} is not one; use xt_mse"
+            )
         if self.ridge < 1e-7 and problem.noise.dtype == torch.float32:
             raise ValueError(
                 f"oss_fit.ridge={self.ridge} allows weights that float32 states cannot carry; use 1e-7 or more"
@@ -323,7 +391,10 @@ class OSSFit(Search):
 
 def with_required(grid: Tensor, strategies: Iterable[object]) -> Tensor:
     """Return the teacher's grid (N+1,) with a node at every time that one of the strategies must visit."""
-    return with_nodes(grid, [time for each in strategies if isinstance(each, Search) for time in each.required_times])
+    return with_nodes(
+        grid,
+        [time for each in strategies if isinstance(each, Search) for time in each.required_times],
+    )
 
 
 def visiting(
@@ -331,7 +402,9 @@ def visiting(
 ) -> StepsizeStrategy:
     """Return the strategy with these required times. ValueError where it does not search."""
     if not isinstance(strategy, Search) or not isinstance(strategy, StepsizeStrategy):
-        raise ValueError(f"must_visit and first_sigmas are of searches such as OSSBest(), got {strategy!r}")
+        raise ValueError(
+            f"must_visit and first_sigmas are of searches such as OSSBest(), got {strategy!r}"
+        )
     return replace(strategy, must_visit=must_visit, first_sigmas=first_sigmas)
 
 
@@ -341,7 +414,10 @@ def _closed(nodes: Tensor, problem: Problem) -> Tensor:
 
 
 def path_schedule(
-    problem: Problem, path: SolverPath | FittedPath, start: StartKind, samples: Sequence[int] | None = None
+    problem: Problem,
+    path: SolverPath | FittedPath,
+    start: StartKind,
+    samples: Sequence[int] | None = None,
 ) -> StepSchedule:
     """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
 

@@ -29,20 +29,37 @@ class Persistent(nn.Module):
 
     def __init__(self, *args):
         super().__init__()
-        self._init_args, self._init_kwargs = args, sys.modules["dnnlib.util"].EasyDict(init_weight=np.sqrt(1 / 3))
+        self._init_args, self._init_kwargs = (
+            args,
+            sys.modules["dnnlib.util"].EasyDict(init_weight=np.sqrt(1 / 3)),
+        )
 
     def __reduce__(self):
-        meta = {"type": "class", "version": 6, "module_src": "raise SystemExit", "class_name": type(self).__name__}
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta | {"state": vars(self)},), None
+        meta = {
+            "type": "class",
+            "version": 6,
+            "module_src": "raise SystemExit",
+            "class_name": type(self).__name__,
+        }
+        return (
+            sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj,
+            (meta | {"state": vars(self)},),
+            None,
+        )
 
 
 class Layer(Persistent):
     def __init__(self, width):
         super().__init__(width)
-        self.weight, self.bias = nn.Parameter(torch.randn(width, 2, 3)), nn.Parameter(torch.randn(width).half())
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(width, 2, 3)),
+            nn.Parameter(torch.randn(width).half()),
+        )
         self.absent, self.skip_scale = None, np.sqrt(0.5)
         self.register_parameter("gain", None)
-        self.register_buffer("resample_filter", torch.randn(4, 3, dtype=torch.float64).T)  # not contiguous
+        self.register_buffer(
+            "resample_filter", torch.randn(4, 3, dtype=torch.float64).T
+        )  # not contiguous
         self.register_buffer("none", None)
         self.register_buffer("passing", torch.ones(2), persistent=False)
 
@@ -86,7 +103,11 @@ def edm_file(protocol: int = 4) -> tuple[bytes, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     with the_training_code():
         net = Wrapper()
-        data = {"loss_fn": Layer(1), "ema": net, "dataset_kwargs": sys.modules["dnnlib.util"].EasyDict(path="images")}
+        data = {
+            "loss_fn": Layer(1),
+            "ema": net,
+            "dataset_kwargs": sys.modules["dnnlib.util"].EasyDict(path="images"),
+        }
         return pickle.dumps(data, protocol), net.state_dict()
 
 
@@ -170,7 +191,11 @@ def refusal(tmp_path: Path, data: bytes, match: str) -> str:
 @pytest.mark.parametrize("protocol", range(6))
 def test_functions_are_refused_by_name(protocol, canary, tmp_path):
     for evil in evils(canary):
-        message = refusal(tmp_path, pickle.dumps(evil, protocol), "was refused and nothing of it was run: it asks for")
+        message = refusal(
+            tmp_path,
+            pickle.dumps(evil, protocol),
+            "was refused and nothing of it was run: it asks for",
+        )
         assert evil.function.__name__ in message
 
 
@@ -186,7 +211,10 @@ def called(function: bytes, *args: bytes) -> bytes:
     return function + pickle.MARK + b"".join(args) + pickle.TUPLE + pickle.REDUCE
 
 
-REBUILD, FROM_BYTES = name("torch._utils", "_rebuild_tensor_v2"), name("torch.storage", "_load_from_bytes")
+REBUILD, FROM_BYTES = (
+    name("torch._utils", "_rebuild_tensor_v2"),
+    name("torch.storage", "_load_from_bytes"),
+)
 PERSISTENT = name("torch_utils.persistence", "_reconstruct_persistent_obj")
 
 
@@ -216,7 +244,9 @@ def plain(value) -> bytes:
     ],
 )
 def test_names_around_the_allowed_ones_are_refused(module, attribute, canary, tmp_path):
-    message = refusal(tmp_path, b"\x80\x04" + called(name(module, attribute)) + b".", "it asks for ")
+    message = refusal(
+        tmp_path, b"\x80\x04" + called(name(module, attribute)) + b".", "it asks for "
+    )
     assert message.isprintable()
 
 
@@ -252,11 +282,22 @@ def test_registered_and_cached_extensions_are_refused(canary, tmp_path):
 @pytest.mark.parametrize("made", [False, True], ids=["the class", "an object of it"])
 def test_no_state_gets_at_the_stand_ins(target, made, canary, tmp_path):
     """The fixture compares them before and after."""
-    values = {"__class__": 1, "__init__": 1, "__setstate__": 1, "__code__": 1, "__dict__": {}, "tensor": 1, "state": {}}
+    values = {
+        "__class__": 1,
+        "__init__": 1,
+        "__setstate__": 1,
+        "__code__": 1,
+        "__dict__": {},
+        "tensor": 1,
+        "state": {},
+    }
     for state in (values, (values, values), (None, values)):
         stand_in = name(*target) + (pickle.EMPTY_TUPLE + pickle.NEWOBJ if made else b"")
         with pytest.raises(ValueError, match=r"holds|damaged"):
-            attempt(tmp_path, b"\x80\x04" + stand_in + plain(state) + pickle.BUILD + pickle.TUPLE1 + b".")
+            attempt(
+                tmp_path,
+                b"\x80\x04" + stand_in + plain(state) + pickle.BUILD + pickle.TUPLE1 + b".",
+            )
 
 
 def legacy(values: torch.Tensor) -> bytes:
@@ -312,12 +353,22 @@ def test_a_hostile_file_for_the_bytes_of_a_tensor_is_refused(form, canary, tmp_p
     (tmp_path / "text").write_bytes(b"text")
     inner = plain(3) if form == "no bytes" else plain_bytes((tmp_path / form).read_bytes())
     tensor = called(REBUILD, called(FROM_BYTES, inner), *map(plain, (0, (1,), (1,), False, None)))
-    refusal(tmp_path, b"\x80\x04}" + text("w") + tensor + pickle.SETITEM + b".", "'w' cannot be read")
+    refusal(
+        tmp_path, b"\x80\x04}" + text("w") + tensor + pickle.SETITEM + b".", "'w' cannot be read"
+    )
 
 
 @pytest.mark.parametrize(
     "state",
-    [None, 3, {"_parameters": 3}, {"_parameters": {"w": 3}}, {"_buffers": {3: None}}, {"_modules": {"m": {}}}, {}],
+    [
+        None,
+        3,
+        {"_parameters": 3},
+        {"_parameters": {"w": 3}},
+        {"_buffers": {3: None}},
+        {"_modules": {"m": {}}},
+        {},
+    ],
 )
 def test_networks_of_something_else_are_refused_by_name(state, canary, tmp_path):
     data = b"\x80\x04" + called(PERSISTENT, plain({"state": state})) + b"."
@@ -328,9 +379,13 @@ def test_networks_of_something_else_are_refused_by_name(state, canary, tmp_path)
 
 
 def test_a_network_within_itself_is_refused(canary, tmp_path):
-    itself = name("torch.nn.modules.container", "ModuleDict") + b")" + pickle.NEWOBJ + pickle.MEMOIZE
+    itself = (
+        name("torch.nn.modules.container", "ModuleDict") + b")" + pickle.NEWOBJ + pickle.MEMOIZE
+    )
     state = b"}" + text("_modules") + b"}" + text("m") + pickle.BINGET + b"\0" + b"ss"
-    refusal(tmp_path, b"\x80\x04" + itself + state + pickle.BUILD + b".", "for the second time, at 'm'")
+    refusal(
+        tmp_path, b"\x80\x04" + itself + state + pickle.BUILD + b".", "for the second time, at 'm'"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -341,7 +396,11 @@ def test_a_network_within_itself_is_refused(canary, tmp_path):
 def nested(draw: random.Random, depth: int, evil: Evil | None):
     """Random containers, with the evil somewhere within."""
     if depth == 0:
-        return draw.choice([None, True, 3, -(2**70), 0.5, "σ", b"\x80\x00", (), {}]) if evil is None else evil
+        return (
+            draw.choice([None, True, 3, -(2**70), 0.5, "σ", b"\x80\x00", (), {}])
+            if evil is None
+            else evil
+        )
     items = [nested(draw, draw.randrange(depth), None) for _ in range(draw.randrange(4))]
     items.insert(draw.randrange(len(items) + 1), nested(draw, depth - 1, evil))
     return draw.choice([list, tuple, lambda x: dict(enumerate(x)), lambda x: {"ema": x}])(items)
@@ -350,7 +409,9 @@ def nested(draw: random.Random, depth: int, evil: Evil | None):
 def test_a_hostile_function_at_any_depth_is_refused(canary, tmp_path):
     draw, hostile = random.Random(0), evils(canary)
     for _ in range(150):
-        data = pickle.dumps(nested(draw, draw.randrange(8), draw.choice(hostile)), draw.randrange(6))
+        data = pickle.dumps(
+            nested(draw, draw.randrange(8), draw.choice(hostile)), draw.randrange(6)
+        )
         refusal(tmp_path, data, "it asks for")
 
 
@@ -369,12 +430,18 @@ def test_changed_bytes_give_plain_tensors_or_a_refusal(canary, tmp_path):
     for _ in range(200):
         changed = bytearray(data)
         for _ in range(draw.choice([1, 1, 4])):
-            changed[draw.randrange(len(data))] = draw.choice([draw.randrange(256), *b"cR\x93b\x81.0h"])
-        (tmp_path / "file.pkl").write_bytes(changed[: draw.choice([len(data), len(data), draw.randrange(len(data))])])
+            changed[draw.randrange(len(data))] = draw.choice(
+                [draw.randrange(256), *b"cR\x93b\x81.0h"]
+            )
+        (tmp_path / "file.pkl").write_bytes(
+            changed[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
+        )
         try:
             found = read(tmp_path / "file.pkl")
         except ValueError:
             refused += 1
         else:
-            assert all(type(key) is str and type(value) is torch.Tensor for key, value in found.items())
+            assert all(
+                type(key) is str and type(value) is torch.Tensor for key, value in found.items()
+            )
     assert 50 < refused < 200

@@ -14,7 +14,11 @@ from omegaconf import OmegaConf
 from oss_exp.models.checkpoints import safe_pickle
 from oss_exp.models.checkpoints.weights import locate, read, read_for, spelled
 
-OWN = {"layers.0.weight": torch.zeros(2, 3), "layers.0.bias": torch.zeros(2), "out.weight": torch.zeros(1, 2)}
+OWN = {
+    "layers.0.weight": torch.zeros(2, 3),
+    "layers.0.bias": torch.zeros(2),
+    "out.weight": torch.zeros(1, 2),
+}
 
 
 def weights(value: float = 1.0, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -55,7 +59,9 @@ def value_of(tensors) -> float:
         "whatever.it.is.called.",
     ],
 )
-@pytest.mark.parametrize("container", [None, "state_dict", "module", "model_state_dict", "params_ema", "net"])
+@pytest.mark.parametrize(
+    "container", [None, "state_dict", "module", "model_state_dict", "params_ema", "net"]
+)
 def test_what_weights_are_wrapped_in_is_taken_off(prefix, container, tmp_path):
     tensors = weights(prefix=prefix)
     assert found(tmp_path, {container: tensors, "epoch": 3} if container else tensors) == 1
@@ -66,8 +72,19 @@ def test_what_weights_are_wrapped_in_is_taken_off(prefix, container, tmp_path):
 def test_weights_are_found_beside_others(tmp_path):
     assert found(tmp_path, {"n_averaged": torch.tensor(3), **weights(prefix="module.")}) == 1
     loss = {f"loss.layers.{i}.weight": torch.zeros(9) for i in range(9)}
-    assert found(tmp_path, {"state_dict": {**weights(prefix="model."), **loss}, "callbacks": {"ema": weights(3)}}) == 1
-    assert found(tmp_path, {"generator": weights(), "discriminator": {"layers.0.weight": torch.zeros(9)}}) == 1
+    assert (
+        found(
+            tmp_path,
+            {"state_dict": {**weights(prefix="model."), **loss}, "callbacks": {"ema": weights(3)}},
+        )
+        == 1
+    )
+    assert (
+        found(
+            tmp_path, {"generator": weights(), "discriminator": {"layers.0.weight": torch.zeros(9)}}
+        )
+        == 1
+    )
 
 
 def test_prefixes_come_off_before_public_names_are_translated(tmp_path):
@@ -109,14 +126,21 @@ def test_prefixes_come_off_before_public_names_are_translated(tmp_path):
         },
         {
             "model": weights(0),
-            "ema": {**weights(0, "online_model."), **weights(1, "ema_model."), "step": torch.zeros(1)},
+            "ema": {
+                **weights(0, "online_model."),
+                **weights(1, "ema_model."),
+                "step": torch.zeros(1),
+            },
         },
         {  # latent diffusion's
             "state_dict": {
                 **weights(0, "model.diffusion_model."),
                 "model_ema.decay": torch.zeros(()),
                 "model_ema.num_updates": torch.zeros(()),
-                **{f"model_ema.diffusion_model{key.replace('.', '')}": each for key, each in weights().items()},
+                **{
+                    f"model_ema.diffusion_model{key.replace('.', '')}": each
+                    for key, each in weights().items()
+                },
             }
         },
     ],
@@ -133,7 +157,10 @@ SEVERAL = {
     ),
     "no average": ({"G": weights(0), "G_old": weights(1)}, "G, G_old"),
     "under prefixes": ({**weights(0, "student."), **weights(1, "teacher.")}, "student, teacher"),
-    "a list": ({"model": weights(0), "ema": {"decay": 0.9, "shadow_params": [torch.zeros(1)]}}, "model"),
+    "a list": (
+        {"model": weights(0), "ema": {"decay": 0.9, "shadow_params": [torch.zeros(1)]}},
+        "model",
+    ),
     "another network": ({"model": weights(0), "ema": {"layers.0.weight": torch.zeros(9)}}, "model"),
 }
 
@@ -141,15 +168,22 @@ SEVERAL = {
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_where_the_average_is_not_sure_the_sets_are_listed(kind, tmp_path):
     content, names = SEVERAL[kind]
-    with pytest.raises(ValueError, match=rf"x\.pt h.*choose one with model\.weights_set=NAME: .*{names}$"):
+    with pytest.raises(
+        ValueError, match=rf"x\.pt h.*choose one with model\.weights_set=NAME: .*{names}$"
+    ):
         found(tmp_path, content)
-    with pytest.raises(ValueError, match=r"has no set of weights 'other'; choose one with model\.weights_set=NAME: "):
+    with pytest.raises(
+        ValueError,
+        match=r"has no set of weights 'other'; choose one with model\.weights_set=NAME: ",
+    ):
         found(tmp_path, content, "other")
 
 
 def test_a_set_can_be_chosen(tmp_path):
     content = {"model": weights(0), "ema1": weights(1, "module."), "ema2": weights(2)}
-    assert [found(tmp_path, content, name) for name in ("model", "ema1", "ema1.module", "ema2")] == [0, 1, 1, 2]
+    assert [
+        found(tmp_path, content, name) for name in ("model", "ema1", "ema1.module", "ema2")
+    ] == [0, 1, 1, 2]
     assert found(tmp_path, SEVERAL["under prefixes"][0], "teacher") == 1
     assert found(tmp_path, SEVERAL["a list"][0], "model") == 0
 
@@ -157,23 +191,30 @@ def test_a_set_can_be_chosen(tmp_path):
 def test_weights_that_differ_are_counted_once(tmp_path):
     renamed = {key.replace("layers", "blocks"): each for key, each in weights().items()}
     with pytest.raises(
-        ValueError, match=r"than model=tiny: 2 weights differ, first blocks\.0\.bias: \(2,\) in the file, "
+        ValueError,
+        match=r"than model=tiny: 2 weights differ, first blocks\.0\.bias: \(2,\) in the file, ",
     ):
         found(tmp_path, renamed)
     with pytest.raises(
-        ValueError, match=r"1 weights differ, first out\.weight: \(5,\) in the file, \(1, 2\) in the net"
+        ValueError,
+        match=r"1 weights differ, first out\.weight: \(5,\) in the file, \(1, 2\) in the net",
     ):
         found(tmp_path, {"module": weights(prefix="net.") | {"net.out.weight": torch.zeros(5)}})
     with pytest.raises(
-        ValueError, match="in its set 'b', is of another architecture than model=tiny: 1 weights differ"
+        ValueError,
+        match="in its set 'b', is of another architecture than model=tiny: 1 weights differ",
     ):
         found(tmp_path, {"a": {"w": torch.zeros(1)}, "b": weights() | {"more": torch.zeros(1)}})
 
 
 def test_a_prefix_of_only_some_names_is_told(tmp_path):
-    content = {f"module.{key}" if key.startswith("layers") else key: each for key, each in weights().items()}
+    content = {
+        f"module.{key}" if key.startswith("layers") else key: each
+        for key, each in weights().items()
+    }
     with pytest.raises(
-        ValueError, match=r"weights of model=tiny, but 'module\.' before only 2 of its 3 names; save it"
+        ValueError,
+        match=r"weights of model=tiny, but 'module\.' before only 2 of its 3 names; save it",
     ):
         found(tmp_path, {"state_dict": content})
 
@@ -186,9 +227,15 @@ def test_a_prefix_of_only_some_names_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "there"),
     [
-        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"),
+        (
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+        ),
         ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
-        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors.index.fp16.json"),
+        (
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        ),
         ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
         ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin.index.json"),
         ("model.safetensors", "pytorch_model.fp16.bin"),
@@ -215,7 +262,12 @@ def test_shards_may_be_torch_files(tmp_path):
 
 
 def test_settings_and_numbers_beside_weights_are_passed_over(tmp_path):
-    settings = {"cfg": OmegaConf.create({"a": [1]}), "loss": np.float64(3), "where": Path("x"), "history": np.arange(3)}
+    settings = {
+        "cfg": OmegaConf.create({"a": [1]}),
+        "loss": np.float64(3),
+        "where": Path("x"),
+        "history": np.arange(3),
+    }
     assert found(tmp_path, {"model": weights(), "hyper_parameters": settings, **settings}) == 1
 
 
@@ -229,7 +281,9 @@ def test_a_whole_file_is_not_called_damaged(tmp_path):
     torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "script.pt")
     np.savez(tmp_path / "arrays.npz", w=np.zeros(1))
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(99))
-    (tmp_path / "pointer.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "pointer.pt").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
     reasons = {
         "module.pt": r"holds more than tensors \(.*test_sets\.Net\), and nothing of it was run; .*state_dict\(\)",
         "old.pt": r"holds more than tensors \(.*test_sets\.Net\)",
@@ -254,14 +308,19 @@ def test_what_declares_more_than_it_holds_is_refused(tmp_path, monkeypatch):
     pack(tmp_path / "bomb.pt", data_pkl=b"\x80\x02}.", zeros=bytes(1 << 20))
     with pytest.raises(ValueError, match="unpacks to more than"):
         read(tmp_path / "bomb.pt")
-    (tmp_path / "header.safetensors").write_bytes((1 << 30).to_bytes(8, "little") + b"{}" + bytes(99))
+    (tmp_path / "header.safetensors").write_bytes(
+        (1 << 30).to_bytes(8, "little") + b"{}" + bytes(99)
+    )
     with pytest.raises(ValueError, match="whose header of 1024 MiB is larger than"):
         read(tmp_path / "header.safetensors")
     torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "wide.pt")
     with pytest.raises(ValueError, match="holds a tensor without its numbers at 'w'"):
         read(tmp_path / "wide.pt")
     monkeypatch.setattr(safe_pickle, "STEPS", 1000)
-    for name, start in (("steps.pkl", b"\x80\x04\x95" + (3000).to_bytes(8, "little")), ("steps.pt", b"")):
+    for name, start in (
+        ("steps.pkl", b"\x80\x04\x95" + (3000).to_bytes(8, "little")),
+        ("steps.pt", b""),
+    ):
         torch.save({}, tmp_path / "x", _use_new_zipfile_serialization=False)
         start = start or (tmp_path / "x").read_bytes()[:-40]
         (tmp_path / name).write_bytes(start + b"]" * 3000 + b".")

@@ -55,7 +55,8 @@ def write(form: str, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 def equal(found, expected) -> bool:
     return found.keys() == expected.keys() and all(
-        found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key]) for key in expected
+        found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key])
+        for key in expected
     )
 
 
@@ -74,7 +75,9 @@ def test_a_file_is_itself_and_a_folder_has_the_first_of_the_files(tmp_path):
     assert locate(str(tmp_path), FILES, SOURCE) == tmp_path / FILES[0]
 
 
-@pytest.mark.parametrize("checkpoint", ["folder", "weights/absent.pt", "/no/such/place", "name", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "checkpoint", ["folder", "weights/absent.pt", "/no/such/place", "name", "a/b/c", ""]
+)
 def test_what_is_nowhere_is_named_with_the_remedy(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -111,12 +114,16 @@ for name in ("single", "single@{"0" * 40}", "sharded", "half", "absent", "single
         print(error)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     *found, half, absent, other = done.stdout.splitlines()
     assert found == [f"{single} {digest(state())}"] * 2 + [f"{index} {digest(state())}"]
     for name, line in {"half": half, "absent": absent, "single@other": other}.items():
         wanted = " or ".join(FILES)
-        assert line.startswith(f"checkpoint owner/{name}: cannot get {wanted} from the hub, which cannot be reached")
+        assert line.startswith(
+            f"checkpoint owner/{name}: cannot get {wanted} from the hub, which cannot be reached"
+        )
         assert SOURCE in line
 
 
@@ -241,7 +248,8 @@ def test_files_cut_short_are_refused(form, share, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"<!DOCTYPE html>", b"version https://git-lfs", b"[1, 2]", b'{"a": 1}', b"PK", bytes(99)]
+    "content",
+    [b"<!DOCTYPE html>", b"version https://git-lfs", b"[1, 2]", b'{"a": 1}', b"PK", bytes(99)],
 )
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
@@ -281,7 +289,11 @@ def test_a_changed_byte_of_a_torch_file_is_refused_or_changes_nothing(tmp_path):
     data, draw, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(150):
         position = draw.randrange(len(data))
-        path.write_bytes(data[:position] + bytes([data[position] ^ (1 << draw.randrange(8))]) + data[position + 1 :])
+        path.write_bytes(
+            data[:position]
+            + bytes([data[position] ^ (1 << draw.randrange(8))])
+            + data[position + 1 :]
+        )
         try:
             found = read(path)
         except ValueError:

@@ -19,7 +19,13 @@ CONFIG = {
 
 
 def vae(checkpoint, **changes) -> VAE:
-    return VAE(str(checkpoint), scaling_factor=0.18215, micro_batch=2, source="the authors", **CONFIG | changes)
+    return VAE(
+        str(checkpoint),
+        scaling_factor=0.18215,
+        micro_batch=2,
+        source="the authors",
+        **CONFIG | changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +52,20 @@ def test_pixels_of_diffusers(whole, latents, folder, safe, tmp_path):
 
 
 def test_a_shift_and_no_convolution_before_the_decoder(latents, tmp_path):
-    whole = AutoencoderKL(**CONFIG, use_quant_conv=False, use_post_quant_conv=False).requires_grad_(False)
+    whole = AutoencoderKL(**CONFIG, use_quant_conv=False, use_post_quant_conv=False).requires_grad_(
+        False
+    )
     whole.save_pretrained(tmp_path)
-    ours = VAE(str(tmp_path), 0.5, 2, "", shift_factor=0.3, use_quant_conv=False, use_post_quant_conv=False, **CONFIG)
+    ours = VAE(
+        str(tmp_path),
+        0.5,
+        2,
+        "",
+        shift_factor=0.3,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **CONFIG,
+    )
     expected = (whole.decode(latents / 0.5 + 0.3).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(ours(latents), expected, rtol=0, atol=1e-5)
 
@@ -56,13 +73,20 @@ def test_a_shift_and_no_convolution_before_the_decoder(latents, tmp_path):
 def test_old_names_of_attention(whole, latents, tmp_path):
     old = {}
     for key, value in whole.state_dict().items():
-        for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for ours, theirs in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
             key = key.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
         old[key] = value
     assert old.keys() != whole.state_dict().keys()
     torch.save(old, tmp_path / "diffusion_pytorch_model.bin")
     whole.save_pretrained(tmp_path / "vae")
-    assert torch.equal(vae(tmp_path / "diffusion_pytorch_model.bin")(latents), vae(tmp_path / "vae")(latents))
+    assert torch.equal(
+        vae(tmp_path / "diffusion_pytorch_model.bin")(latents), vae(tmp_path / "vae")(latents)
+    )
 
 
 def test_the_vae_of_conf_is_the_public_one(monkeypatch):
@@ -83,15 +107,21 @@ def test_random_weights_are_reproducible_and_frozen(latents):
 
 @pytest.mark.parametrize("key", ["post_quant_conv.bias", "decoder.conv_out.weight"])
 def test_a_missing_weight_is_refused(whole, key, tmp_path):
-    torch.save({name: value for name, value in whole.state_dict().items() if name != key}, tmp_path / "vae.bin")
-    with pytest.raises(ValueError, match=rf"of another architecture than model\.decoder: .*(?s:.)*{key}"):
+    torch.save(
+        {name: value for name, value in whole.state_dict().items() if name != key},
+        tmp_path / "vae.bin",
+    )
+    with pytest.raises(
+        ValueError, match=rf"of another architecture than model\.decoder: .*(?s:.)*{key}"
+    ):
         vae(tmp_path / "vae.bin")
 
 
 def test_a_vae_of_another_width_and_a_left_over_weight_are_refused(whole, tmp_path):
     whole.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"51 weights differ, first decoder\.conv_in\.bias: \(8,\) in the file, \(16,\) in the network"
+        ValueError,
+        match=r"51 weights differ, first decoder\.conv_in\.bias: \(8,\) in the file, \(16,\) in the network",
     ):
         vae(tmp_path, block_out_channels=[8, 8, 16])
     torch.save(whole.state_dict() | {"decoder.extra": torch.zeros(1)}, tmp_path / "vae.bin")

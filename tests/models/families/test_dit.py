@@ -37,7 +37,9 @@ XL = {"channels": 4, "num_classes": 1000, "patch": 2, "num_layers": 28, "num_att
 
 
 def tiny(size: int = 8, width: int = 32) -> PublishedDiT:
-    return PublishedDiT(size=size, attention_head_dim=width // 4, **TINY).eval().requires_grad_(False)
+    return (
+        PublishedDiT(size=size, attention_head_dim=width // 4, **TINY).eval().requires_grad_(False)
+    )
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -53,7 +55,11 @@ def arrays():
 @pytest.fixture(scope="module")
 def original(arrays):
     """The authors' state dict of a small network."""
-    return {key.removeprefix("sd."): value.float() for key, value in arrays.items() if key.startswith("sd.")}
+    return {
+        key.removeprefix("sd."): value.float()
+        for key, value in arrays.items()
+        if key.startswith("sd.")
+    }
 
 
 @pytest.fixture
@@ -64,7 +70,18 @@ def filled(original):
 
 
 def model(backbone, form=EXACT, guidance=UNGUIDED, dtype="float32") -> Network:
-    return Network("dit", backbone, form, (4, 8, 8), 10, Pixels(), guidance, 8, dtype=dtype, checkpoint="untrained")
+    return Network(
+        "dit",
+        backbone,
+        form,
+        (4, 8, 8),
+        10,
+        Pixels(),
+        guidance,
+        8,
+        dtype=dtype,
+        checkpoint="untrained",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -77,7 +94,9 @@ def test_answers_of_the_original(filled, arrays):
     for labels in (y, torch.where(y == 10, -1, y)):
         eps = filled(x, arrays["t"].float(), labels)
         assert difference(eps, arrays["forward"][:, :4]) < 1e-4
-        assert difference(filled(x, arrays["t_frac"], labels), arrays["forward_t_frac"][:, :4]) < 1e-4
+        assert (
+            difference(filled(x, arrays["t_frac"], labels), arrays["forward_t_frac"][:, :4]) < 1e-4
+        )
     wide = filled.double()(x.double(), arrays["t"].double(), y)
     assert difference(wide, arrays["forward64"][:, :4]) < 1e-9
 
@@ -95,7 +114,9 @@ def test_labels_are_kept_while_training(filled, arrays):
 
 
 def test_the_position_table_is_the_original_one(filled, arrays):
-    assert (filled.to_public("original")["pos_embed"] - arrays["pos_embed_as_initialised"]).abs().max() < 1e-6
+    assert (
+        filled.to_public("original")["pos_embed"] - arrays["pos_embed_as_initialised"]
+    ).abs().max() < 1e-6
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -108,7 +129,9 @@ def test_round_trips(filled, original, arrays, layout):
     public = filled.to_public(layout)
     if layout == "original":
         assert public.keys() == original.keys()
-        assert all(torch.equal(public[key], original[key]) for key in original.keys() - {"pos_embed"})
+        assert all(
+            torch.equal(public[key], original[key]) for key in original.keys() - {"pos_embed"}
+        )
     again = tiny()
     again.load_state_dict(again.translate(public))
     question = arrays["x"], arrays["t"].float(), arrays["y"]
@@ -121,14 +144,22 @@ def test_full_size_has_the_weights_of_the_public_file(size):
     """All there, none left over: 675.1 M numbers with the table (256 x 256), which is the paper's 675 M."""
     with torch.device("meta"):
         network = PublishedDiT(size=size, attention_head_dim=72, **XL)
-    nothing = torch.zeros((), dtype=torch.bfloat16)  # each weight one number in memory, seen as many
-    network.load_state_dict({key: nothing.expand(w.shape) for key, w in network.state_dict().items()}, assign=True)
+    nothing = torch.zeros(
+        (), dtype=torch.bfloat16
+    )  # each weight one number in memory, seen as many
+    network.load_state_dict(
+        {key: nothing.expand(w.shape) for key, w in network.state_dict().items()}, assign=True
+    )
     public = network.to_public("original")
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())
     table = [1, (size // 2) ** 2, 1152]
-    assert {key: list(value.shape) for key, value in public.items()} == expected["state_dict"] | {"pos_embed": table}
+    assert {key: list(value.shape) for key, value in public.items()} == expected["state_dict"] | {
+        "pos_embed": table
+    }
     if size == 32:
-        assert sum(value.numel() for value in public.values()) == expected["n_params"] == 675_129_632
+        assert (
+            sum(value.numel() for value in public.values()) == expected["n_params"] == 675_129_632
+        )
 
 
 def test_a_folder_that_diffusers_wrote(filled, arrays, tmp_path):
@@ -144,7 +175,13 @@ def test_an_original_file(filled, original, arrays, tmp_path):
     files = published(tmp_path), published(tmp_path / "DiT-XL-2-256x256.pt")
     filled.network.save_pretrained(tmp_path / "hub" / "transformer")
     assert len({file.fingerprint for file in (*files, published(tmp_path / "hub"))}) == 1
-    assert difference(files[0].backbone(arrays["x"], arrays["t"].float(), arrays["y"]), arrays["forward"][:, :4]) < 1e-4
+    assert (
+        difference(
+            files[0].backbone(arrays["x"], arrays["t"].float(), arrays["y"]),
+            arrays["forward"][:, :4],
+        )
+        < 1e-4
+    )
 
 
 def published(checkpoint, size: int = 8) -> Published:
@@ -158,7 +195,15 @@ def published(checkpoint, size: int = 8) -> Published:
         }
     }
     return Published(
-        "dit", "full", sizes, EXACT, UNGUIDED, 8, dtype="float32", checkpoint=str(checkpoint), source="the authors"
+        "dit",
+        "full",
+        sizes,
+        EXACT,
+        UNGUIDED,
+        8,
+        dtype="float32",
+        checkpoint=str(checkpoint),
+        source="the authors",
     )
 
 
@@ -204,12 +249,16 @@ def test_noise_schedule_ddim_is_the_grid_of_the_released_code(size):
     """Evenly spaced indices as create_diffusion(str(N)) keeps them, from 999 to 0, then clean data."""
     respaced = json.loads((ORACLES / "dit_diffusion.json").read_text())[size]
     nodes = DDIMSchedule(BETAS).nodes(int(size)).flip(0)
-    torch.testing.assert_close(nodes, torch.tensor(respaced["fm_steps"], dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        nodes, torch.tensor(respaced["fm_steps"], dtype=torch.float64), rtol=0, atol=1e-14
+    )
     assert EXACT.path.native(nodes)[1:].round().tolist() == respaced["timestep_map"]
     assert nodes[-1] <= EXACT.time_max
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("cfg1.5", Guidance(1.5, channels=3)), ("nocfg", UNGUIDED)])
+@pytest.mark.parametrize(
+    ("name", "guidance"), [("cfg1.5", Guidance(1.5, channels=3)), ("nocfg", UNGUIDED)]
+)
 @pytest.mark.parametrize("size", [10, 50, 200])
 def test_velocities_of_the_released_wrapper(filled, arrays, size, name, guidance):
     """Ours are its own without its 1e-4, which moves v by up to 1.1 %, and with x scaled at the first node as well."""
@@ -236,7 +285,9 @@ def test_search_of_the_released_code(filled, arrays):
         problem = Problem(f, noise, grid, Euler(), XtMSE())
         assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < tolerance
         k = case["M"]
-        found = recurse(problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()).paths[k]
+        found = recurse(
+            problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
+        ).paths[k]
         nodes = [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()]
         assert nodes == case["schedules"]
         times = grid[[case["N"] - i for i in reversed(case["median"])] + [case["N"]]]
@@ -279,16 +330,23 @@ def test_models_of_conf(name, size):
 
 
 def test_the_file_of_another_image_size_is_refused(original):
-    with pytest.raises(ValueError, match=r"pos_embed \(1, 16, 32\) is not the fixed table \(1, 64, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"pos_embed \(1, 16, 32\) is not the fixed table \(1, 64, 32\)"
+    ):
         tiny(size=16).translate(original)
     with pytest.raises(ValueError, match="is not the fixed table"):
         tiny().translate(original | {"pos_embed": original["pos_embed"] + 1e-3})
 
 
-@pytest.mark.parametrize("name", ["blocks.1.attn.qkv.weight", "t_embedder.mlp.0.bias", "blocks.2.mlp.fc1.bias"])
+@pytest.mark.parametrize(
+    "name", ["blocks.1.attn.qkv.weight", "t_embedder.mlp.0.bias", "blocks.2.mlp.fc1.bias"]
+)
 def test_a_missing_or_left_over_weight_is_refused(original, name, tmp_path):
     changed = {key: value for key, value in original.items() if key != name}
-    torch.save(original | {name: torch.zeros(3)} if len(changed) == len(original) else changed, tmp_path / "w.pt")
+    torch.save(
+        original | {name: torch.zeros(3)} if len(changed) == len(original) else changed,
+        tmp_path / "w.pt",
+    )
     with pytest.raises(ValueError, match="weights differ"):
         published(tmp_path / "w.pt")
 
@@ -301,5 +359,7 @@ def test_embedders_that_differ_have_no_original_layout(filled):
 
 
 def test_an_unknown_layout_is_refused(filled):
-    with pytest.raises(ValueError, match="layout must be one of own, original, diffusers, got 'timm'"):
+    with pytest.raises(
+        ValueError, match="layout must be one of own, original, diffusers, got 'timm'"
+    ):
         filled.to_public("timm")

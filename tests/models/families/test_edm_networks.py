@@ -29,11 +29,23 @@ CASES = {
 }
 PRECONDITIONINGS = {
     "EDMPrecond": EDMPrediction(sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, time_scale=1.0),
-    "VPPrecond": NoisePrediction(VPPath(beta_min=0.1, beta_max=20.0), time_max=0.99, time_scale=999.0),
+    "VPPrecond": NoisePrediction(
+        VPPath(beta_min=0.1, beta_max=20.0), time_max=0.99, time_scale=999.0
+    ),
     "VEPrecond": ScorePrediction(sigma_min=0.002, sigma_max=100.0),
-    "iDDPMPrecond": NoisePrediction(DDPMPath(cosine_betas(1000, 0.999)), time_max=0.9999, whole=True),
+    "iDDPMPrecond": NoisePrediction(
+        DDPMPath(cosine_betas(1000, 0.999)), time_max=0.9999, whole=True
+    ),
 }
-ONLY_THEIRS = ("model_type", "use_fp16", "sigma_min", "sigma_max", "sigma_data", "dropout", "decoder_type")
+ONLY_THEIRS = (
+    "model_type",
+    "use_fp16",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "dropout",
+    "decoder_type",
+)
 YAMLS = {  # parameters of the public network
     "edm_imagenet64": 295_899_267,
     "edm_ffhq64": 61_805_571,
@@ -45,17 +57,27 @@ YAMLS = {  # parameters of the public network
 FAMILIES = {
     "adm": lambda: ADM(16, 3, 3, 10, 16, [1, 4], 2, 1, [8], adaptive_scale=True),
     "adm_three_levels": lambda: ADM(16, 3, 3, 0, 32, [1, 2, 4], 4, 2, [8, 4], adaptive_scale=False),
-    "adm_legacy": lambda: ADM(16, 3, 6, 10, 32, [2, 4], 4, 1, [8], adaptive_scale=True, legacy_attention=True),
+    "adm_legacy": lambda: ADM(
+        16, 3, 6, 10, 32, [2, 4], 4, 1, [8], adaptive_scale=True, legacy_attention=True
+    ),
     "ddpmpp": lambda: Song(16, 3, 0, 9, 16, [2, 2], 4, 1, 1, [8], "positional", "standard", [1, 1]),
-    "ncsnpp": lambda: Song(16, 3, 7, 9, 16, [1, 2, 2], 4, 2, 1, [8], "fourier", "residual", [1, 3, 3, 1]),
+    "ncsnpp": lambda: Song(
+        16, 3, 7, 9, 16, [1, 2, 2], 4, 2, 1, [8], "fourier", "residual", [1, 3, 3, 1]
+    ),
 }
 
 
 def build(init: dict, out_channels: int = 3):
     """The network that EDM's own arguments describe; what they leave out is as in EDM."""
-    settings = {"channel_mult_emb": 4} | {key: value for key, value in init.items() if key not in ONLY_THEIRS}
+    settings = {"channel_mult_emb": 4} | {
+        key: value for key, value in init.items() if key not in ONLY_THEIRS
+    }
     if init["model_type"] == "DhariwalUNet":
-        settings = {"num_blocks": 3, "attn_resolutions": [32, 16, 8], "adaptive_scale": True} | settings
+        settings = {
+            "num_blocks": 3,
+            "attn_resolutions": [32, 16, 8],
+            "adaptive_scale": True,
+        } | settings
         return ADM(out_channels=out_channels, **settings)
     return Song(**{"num_blocks": 4, "attn_resolutions": [16]} | settings)
 
@@ -88,9 +110,17 @@ def oracle(request):
     with safe_open(path, "pt") as opened:
         meta = json.loads(opened.metadata()["meta"])[tag]
     prefix = "" if tag == "net" else f"{tag}."
-    arrays = {key.removeprefix(prefix): array for key, array in load_file(path).items() if key.startswith(prefix)}
+    arrays = {
+        key.removeprefix(prefix): array
+        for key, array in load_file(path).items()
+        if key.startswith(prefix)
+    }
     network = build(meta["init_kwargs"], out_channels=arrays["F"].shape[1]).eval()
-    public = {key.removeprefix("sd."): array.float() for key, array in arrays.items() if key.startswith("sd.")}
+    public = {
+        key.removeprefix("sd."): array.float()
+        for key, array in arrays.items()
+        if key.startswith("sd.")
+    }
     network.load_state_dict(network.translate(public))
     assert sum(parameter.numel() for parameter in network.parameters()) == meta["n_params"]
     return network, PRECONDITIONINGS[meta["class_name"]], arrays
@@ -140,7 +170,9 @@ def test_double_precision(oracle):
     with torch.no_grad():
         output = network(arrays["model_in"].double(), arrays["c_noise"].double(), classes)
     assert distance(output, arrays["F64"][:, :3]) < 1e-9
-    denoised = denoise(network, kind, arrays["x"], arrays["sigma"].double(), classes, torch.float64)[0]
+    denoised = denoise(
+        network, kind, arrays["x"], arrays["sigma"].double(), classes, torch.float64
+    )[0]
     assert distance(denoised, arrays["D64"]) < 1e-9
 
 
@@ -154,10 +186,14 @@ def full_size(yaml: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["imagenet-64x64-cond-adm", "ffhq-64x64-uncond-vp", "ffhq-64x64-uncond-ve"])
+@pytest.mark.parametrize(
+    "name", ["imagenet-64x64-cond-adm", "ffhq-64x64-uncond-vp", "ffhq-64x64-uncond-ve"]
+)
 def test_full_size_names_and_shapes(name):
     theirs = json.loads((ORACLES / "edm_fullsize_keys.json").read_text())[f"edm-{name}"]
-    yaml = {"imagenet-64x64-cond-adm": "edm_imagenet64", "ffhq-64x64-uncond-vp": "edm_ffhq64"}.get(name)
+    yaml = {"imagenet-64x64-cond-adm": "edm_imagenet64", "ffhq-64x64-uncond-vp": "edm_ffhq64"}.get(
+        name
+    )
     with torch.device("meta"):
         network = full_size(yaml) if yaml else build(theirs["init_kwargs"])
     public = {key: list(tensor.shape) for key, tensor in network.to_public("edm").items()}
@@ -174,16 +210,22 @@ def test_full_size_names_and_shapes(name):
 @pytest.mark.parametrize("t", [0.01, 0.4, 0.98])
 def test_exact_answer_gives_the_exact_velocity(name, t):
     kind = PRECONDITIONINGS[name]
-    x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x0, noise = torch.randn(
+        2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     x, times = (1 - t) * x0 + t * noise, torch.full((3,), t, dtype=torch.float64)
-    assert (kind.velocity(kind.answer(x0, noise, times), x, times) - (noise - x0)).abs().max() < 1e-12
+    assert (
+        kind.velocity(kind.answer(x0, noise, times), x, times) - (noise - x0)
+    ).abs().max() < 1e-12
 
 
 def test_the_score_is_finite_at_both_ends():
     kind = PRECONDITIONINGS["VEPrecond"]
     x, times = torch.randn(2, 1, 4, 4), torch.tensor([0.0, 1.0], dtype=torch.float64)
     question, clock = kind.question(x, times)
-    assert all(bool(found.isfinite().all()) for found in (question, clock, kind.velocity(x, x, times)))
+    assert all(
+        bool(found.isfinite().all()) for found in (question, clock, kind.velocity(x, x, times))
+    )
     with pytest.raises(ValueError, match="sigma_min must be below sigma_max"):
         ScorePrediction(sigma_min=1.0, sigma_max=0.5)
 
@@ -250,7 +292,9 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
             y = norm(f"{name}.out_layers.0", y + told)
         skip = f"{name}.skip_connection"
         h = resize(h)
-        return (conv(skip, h) if f"{skip}.weight" in w else h) + conv(f"{name}.out_layers.3", F.silu(y))
+        return (conv(skip, h) if f"{skip}.weight" in w else h) + conv(
+            f"{name}.out_layers.3", F.silu(y)
+        )
 
     def attention(name, h):
         qkv = conv(f"{name}.qkv", norm(f"{name}.norm", h)).flatten(2)
@@ -260,7 +304,9 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
         else:
             q, k, v = (part.reshape(len(h) * heads, 64, -1) for part in qkv.chunk(3, dim=1))
         weight = torch.einsum("bct,bcs->bts", q, k).div(8).softmax(-1)
-        return h + conv(f"{name}.proj_out", torch.einsum("bts,bcs->bct", weight, v).reshape(h.shape))
+        return h + conv(
+            f"{name}.proj_out", torch.einsum("bts,bcs->bct", weight, v).reshape(h.shape)
+        )
 
     def stage(name, h, resize):
         """The layers name.0, name.1, ...; `resize` by layer."""
@@ -285,8 +331,12 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
     def half(layer):
         return lambda h: F.avg_pool2d(h, 2)
 
-    angles = clock[:, None] * torch.exp(-torch.arange(base // 2) * (torch.log(torch.tensor(10000.0)) / (base // 2)))
-    embedding = linear("time_embed.2", F.silu(linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    angles = clock[:, None] * torch.exp(
+        -torch.arange(base // 2) * (torch.log(torch.tensor(10000.0)) / (base // 2))
+    )
+    embedding = linear(
+        "time_embed.2", F.silu(linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], 1)))
+    )
     if "label_emb.weight" in w:
         embedding = embedding + w["label_emb.weight"][classes]
     h, skips, count = x, [], 0
@@ -314,7 +364,10 @@ def test_guided_diffusion(name, base, blocks):
     assert public.asked == public.keys()
     assert distance(network(x, clock, classes), expected[:, :3]) < 1e-5
     # Original files convolve over one axis in the attention.
-    flat = {key: w[..., 0] if ".qkv.w" in key or ".proj_out.w" in key else w for key, w in public.items()}
+    flat = {
+        key: w[..., 0] if ".qkv.w" in key or ".proj_out.w" in key else w
+        for key, w in public.items()
+    }
     other = random_family(name, seed=1)
     other.load_state_dict(other.translate(flat))
     assert network(x, clock, classes).equal(other(x, clock, classes))
@@ -361,7 +414,9 @@ def test_half_precision_weights_know_the_time_exactly(name):
 @pytest.fixture
 def model():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda yaml, *more: instantiate(compose("config", [f"model={yaml}", "model.size=tiny", *more]).model)
+        yield lambda yaml, *more: instantiate(
+            compose("config", [f"model={yaml}", "model.size=tiny", *more]).model
+        )
 
 
 @pytest.mark.slow
@@ -385,12 +440,17 @@ def test_tiny(model, yaml):
 
 
 @pytest.mark.slow
-def test_a_public_file_is_read_whatever_its_layout_and_refused_when_it_is_of_another_network(model, tmp_path):
+def test_a_public_file_is_read_whatever_its_layout_and_refused_when_it_is_of_another_network(
+    model, tmp_path
+):
     tiny = model("edm_bedroom256")
     fingerprints = set()
     for layout in tiny.backbone.LAYOUTS:
         path = tmp_path / f"{layout}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tiny.backbone.to_public(layout).items()}, path)
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tiny.backbone.to_public(layout).items()},
+            path,
+        )
         fingerprints.add(model("edm_bedroom256", f"model.checkpoint={path}").fingerprint)
         with pytest.raises(InstantiationException, match="is of another architecture"):
             model("edm_imagenet64", f"model.checkpoint={path}")

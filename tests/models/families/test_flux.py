@@ -23,7 +23,9 @@ def pipe() -> FluxPipeline:
 
 
 def noise(count: int) -> torch.Tensor:
-    return torch.randn(count, 8, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        count, 8, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @torch.no_grad()
@@ -41,26 +43,42 @@ def test_the_network_gives_diffusers_velocity_at_any_time(pipe):
     ).sample
     backbone = PromptedFlux(pipe.transformer, 3.5, patch=2, text=text, pooled=pooled)
     found = backbone(x, t, torch.arange(3))
-    torch.testing.assert_close(found, FluxPipeline._unpack_latents(expected, HEIGHT, WIDTH, 8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found, FluxPipeline._unpack_latents(expected, HEIGHT, WIDTH, 8), rtol=0, atol=1e-5
+    )
     assert (found - backbone(x, t, torch.tensor([1, 0, 0]))).abs().amax((1, 2, 3)).min() > 1e-2
 
 
 @torch.no_grad()
 def test_half_precision_does_not_round_the_clock(pipe):
     text, pooled, _ = pipe.encode_prompt(PROMPTS[:1], max_sequence_length=30)
-    backbone = PromptedFlux(pipe.transformer, 3.5, patch=2, text=text, pooled=pooled).to(torch.bfloat16)
-    x, t = noise(1).expand(3, -1, -1, -1).bfloat16(), torch.tensor([0.9980, 0.9970, 0.9962])  # one time in bfloat16
+    backbone = PromptedFlux(pipe.transformer, 3.5, patch=2, text=text, pooled=pooled).to(
+        torch.bfloat16
+    )
+    x, t = (
+        noise(1).expand(3, -1, -1, -1).bfloat16(),
+        torch.tensor([0.9980, 0.9970, 0.9962]),
+    )  # one time in bfloat16
     v = backbone(x, t, torch.tensor([0, 0, 0])).float()
     assert (v[0] - v[1]).abs().max() > 1e-3
     assert (v[1] - v[2]).abs().max() > 1e-3
 
 
-PIXELS = {256: (256, 256), 1024: (512, 512), 4096: (1024, 1024), 2304: (576, 1024), 4032: (1008, 1024), 512: (256, 512)}
+PIXELS = {
+    256: (256, 256),
+    1024: (512, 512),
+    4096: (1024, 1024),
+    2304: (576, 1024),
+    4032: (1008, 1024),
+    512: (256, 512),
+}
 
 
 def test_shifts_of_diffusers():
     listed = json.loads((ORACLES / "fm_shift.json").read_text())["flux"]
-    ours = [case for case in listed if case["max_shift"] == 1.15]  # the other is of OptimalSteps' script alone
+    ours = [
+        case for case in listed if case["max_shift"] == 1.15
+    ]  # the other is of OptimalSteps' script alone
     assert len(ours) == 24
     for case in ours:
         shift = flux_shift(*PIXELS[case["image_seq_len"]])

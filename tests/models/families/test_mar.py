@@ -33,18 +33,26 @@ GRID = DDIMSchedule(BETAS).nodes(4)
 STEPS = StepSchedule(GRID)
 SIZES = {"a": (4, 4, 1), "p2": (3, 12, 2)}  # channels, size, patch
 with safe_open(ORACLES / "mar_tiny.safetensors", "pt") as file:
-    META = {key: json.loads(value) for key, value in file.metadata().items() if key in ("meta", "extra")}
+    META = {
+        key: json.loads(value) for key, value in file.metadata().items() if key in ("meta", "extra")
+    }
 RUNS = {run["prefix"]: run for run in META["extra"]["sample_runs"]}
 
 
 def network(tag: str) -> MARNetwork:
     channels, size, patch = SIZES[tag]
     public = META["meta"][tag]["init_kwargs"]
-    own = {key: public[key] for key in public if key.startswith(("encoder", "decoder", "mlp", "buffer", "diffloss"))}
+    own = {
+        key: public[key]
+        for key in public
+        if key.startswith(("encoder", "decoder", "mlp", "buffer", "diffloss"))
+    }
     return MARNetwork(channels, size, public["class_num"], patch, **own)
 
 
-def mar(tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int = 5, **changes) -> MAR:
+def mar(
+    tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int = 5, **changes
+) -> MAR:
     channels, size, patch = SIZES[tag]
     sizes = {
         "full": {
@@ -101,10 +109,17 @@ def files(arrays, tmp_path_factory):
     found = {}
     for tag in SIZES:
         prefix = f"{tag}.sd."
-        average = {key.removeprefix(prefix): each.float() for key, each in arrays.items() if key.startswith(prefix)}
+        average = {
+            key.removeprefix(prefix): each.float()
+            for key, each in arrays.items()
+            if key.startswith(prefix)
+        }
         found[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
         trained = {key: torch.zeros_like(each) for key, each in average.items()}
-        torch.save({"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3}, found[tag])
+        torch.save(
+            {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3},
+            found[tag],
+        )
     return found
 
 
@@ -140,12 +155,17 @@ def test_head_of_the_original(files, arrays, tag):
     half = len(x) // 2
     out = head(x[:half].repeat(2, 1)[:, None], clock, z[:, None])[:, 0]
     eps, free = out[:half, : x.shape[1]], out[half:, : x.shape[1]]
-    assert difference(2.5 * eps - 1.5 * free, arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]]) < 1e-5
+    assert (
+        difference(2.5 * eps - 1.5 * free, arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]])
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("tag", SIZES)
 def test_patches_of_the_original(arrays, tag):
-    assert torch.equal(network(tag).unpatchify(arrays[f"{tag}.patchify.out"]), arrays[f"{tag}.patchify.in"])
+    assert torch.equal(
+        network(tag).unpatchify(arrays[f"{tag}.patchify.out"]), arrays[f"{tag}.patchify.in"]
+    )
 
 
 def test_full_size_has_the_weights_of_the_public_file():
@@ -157,7 +177,9 @@ def test_full_size_has_the_weights_of_the_public_file():
             state = instantiate(configured(name).sizes.full.backbone)().state_dict()
         numbers[name] = sum(value.numel() for value in state.values())
         if name == "mar_base":
-            assert {key: list(value.shape) for key, value in state.items()} == expected["state_dict"]
+            assert {key: list(value.shape) for key, value in state.items()} == expected[
+                "state_dict"
+            ]
     assert numbers["mar_base"] == expected["n_params"] == 207_924_768
     assert [math.ceil(numbers[name] / 1e6) for name in ("mar_large", "mar_huge")] == [479, 943]
 
@@ -181,8 +203,13 @@ def test_a_public_file_and_ours_are_one(files, tmp_path):
 @pytest.mark.parametrize("prefix", RUNS)
 def test_the_stochastic_sampler_of_the_original(files, arrays, prefix, dtype, monkeypatch):
     """With their orders, noises and steps our token loop gives their contexts and tokens in every iteration."""
-    run, tensors = RUNS[prefix], {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
-    model = mar(run["model"], files[run["model"]], run["cfg"], run["num_iter"], dtype=dtype, micro_batch=64)
+    run, tensors = (
+        RUNS[prefix],
+        {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)},
+    )
+    model = mar(
+        run["model"], files[run["model"]], run["cfg"], run["num_iter"], dtype=dtype, micro_batch=64
+    )
     if run["cfg_schedule"] == "linear":
         found = [model.scale(model.guidance, k) for k in range(run["num_iter"])]
         assert found == pytest.approx(run["cfg_iter"], rel=1e-6)
@@ -190,12 +217,16 @@ def test_the_stochastic_sampler_of_the_original(files, arrays, prefix, dtype, mo
         monkeypatch.setattr(MAR, "scale", lambda self, guidance, iteration: guidance.scale)
     monkeypatch.setattr(MAR, "orders", lambda self, noise: tensors["orders"])
     seen, iterations = [], iter(range(run["num_iter"]))
-    model.backbone.diffloss["net"].register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output)))
+    model.backbone.diffloss["net"].register_forward_hook(
+        lambda _, inputs, output: seen.append((*inputs, output))
+    )
 
     def sampler(solver, velocity, noise, steps, group):
         name, rows = f"iter{next(iterations)}.", noise.shape[0] * noise.shape[1]
         noises = [tensors[name + "noise_init"], *tensors[name + "noise_steps"]]
-        noises = [each[:rows].view(noise.shape).to(noise) for each in noises]  # the rest is for rows without class
+        noises = [
+            each[:rows].view(noise.shape).to(noise) for each in noises
+        ]  # the rest is for rows without class
         made = ancestral(velocity, noises, seen, run["temperature"])
         assert difference(seen[-1][2].flatten(0, 1), tensors[name + "z"]) < 2e-5
         assert difference(made.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
@@ -224,15 +255,24 @@ def ancestral(velocity, noises, seen, temperature):
         eps = state + rowwise(1 - t, x) * velocity(state, t)
         share = (seen[-1][3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
         x0 = (x - (1 - kept[i]).sqrt() * eps) / kept[i].sqrt()
-        x = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (1 - kept[i])
+        x = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (
+            1 - kept[i]
+        )
         if i + 1 < len(noises):
-            x = x + temperature * noise * (share * beta[i].log() / 2 + (1 - share) * small[i].log() / 2).exp()
+            x = (
+                x
+                + temperature
+                * noise
+                * (share * beta[i].log() / 2 + (1 - share) * small[i].log() / 2).exp()
+            )
     return x
 
 
 @pytest.mark.parametrize("num_steps", [5, 10, 25, 50, 100, 500, 1000])
 def test_the_chain_of_the_original(num_steps):
-    known = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"][str(num_steps)]
+    known = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"][
+        str(num_steps)
+    ]
     nodes = DDIMSchedule(BETAS).nodes(num_steps)
     assert FORM.path.native(nodes)[:-1].round().tolist() == known["timestep_map"][::-1]
     assert nodes[0] <= FORM.time_max
@@ -243,7 +283,9 @@ def test_the_chain_of_the_original(num_steps):
 
 def test_an_euler_step_is_their_ddim_step():
     case = json.loads((ORACLES / "mar_diffusion.json").read_text())["p_mean_variance_unit"]
-    x, out, expected = (torch.tensor(case[key], dtype=torch.float64) for key in ("x", "model_output", "ddim_eta0"))
+    x, out, expected = (
+        torch.tensor(case[key], dtype=torch.float64) for key in ("x", "model_output", "ddim_eta0")
+    )
     times = DDIMSchedule(BETAS).nodes(10).flip(0)
     for i in range(10):  # row i is asked at index i of the respaced chain
         t, t_next = times[i + 1].view(1), times[i].view(1)
@@ -284,14 +326,22 @@ def test_orders_are_the_samples_own(tokens):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeypatch):
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    model, classes = mar(scale=scale, search_iterations=search_iterations), torch.tensor([3, 1, 3, 0])
-    v, t = model.velocity(classes), torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    model, classes = (
+        mar(scale=scale, search_iterations=search_iterations),
+        torch.tensor([3, 1, 3, 0]),
+    )
+    v, t = (
+        model.velocity(classes),
+        torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
+    )
     x = torch.cat([tokens, tokens.flip(0), -tokens])
     together = v(x, t)
     for row in range(12):
         alone = model.velocity(classes[row % 4 : row % 4 + 1])(x[row : row + 1], t[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(v.subset(torch.tensor([2, 3]))(x[2:4], t[2:4]), together[2:4], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        v.subset(torch.tensor([2, 3]))(x[2:4], t[2:4]), together[2:4], rtol=1e-9, atol=1e-9
+    )
     assert (together[0] - v(x, t.flip(0))[0]).abs().max() > 1e-3
 
 
@@ -337,7 +387,8 @@ def test_guidance_of_the_velocity(search_cfg, tokens):
     torch.testing.assert_close(found(tokens, t), expected, rtol=1e-9, atol=1e-9)
     assert nfe(Euler(), STEPS, found) == (4 if search_cfg == 1 else 8)
     assert torch.equal(
-        mar(scale=7.0, search_cfg=search_cfg).velocity(classes, Guidance(3.0))(tokens, t), found(tokens, t)
+        mar(scale=7.0, search_cfg=search_cfg).velocity(classes, Guidance(3.0))(tokens, t),
+        found(tokens, t),
     )
 
 
@@ -376,7 +427,9 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
     turned = model.generate(Euler(), steps, tokens.flip(0), classes.flip(0)).flip(0)
     torch.testing.assert_close(turned, images, rtol=1e-7, atol=1e-7)
     for row in range(4):
-        alone = mar(micro_batch=1).generate(Euler(), steps, tokens[row : row + 1], classes[row : row + 1])
+        alone = mar(micro_batch=1).generate(
+            Euler(), steps, tokens[row : row + 1], classes[row : row + 1]
+        )
         torch.testing.assert_close(alone, images[row : row + 1], rtol=1e-7, atol=1e-7)
 
 
@@ -384,12 +437,16 @@ def test_training_hides_what_is_to_be_made(monkeypatch):
     """Contexts are of the known places alone; all places count in turn, and as many as the step's number says."""
     model = mar("p2", num_iter=4)
     draw = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(3, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    x0, noise = (
+        torch.randn(3, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
+    )
     batch = {"noise": noise, "t": torch.full((3,), 0.4).double(), "label": torch.tensor([0, -1, 2])}
     assert torch.equal(model.backbone.unpatchify(model.backbone.patchify(x0)), x0)
     places, seen = model.orders(model.backbone.patchify(noise)), []
     keep = MARNetwork.decode
-    monkeypatch.setattr(MARNetwork, "decode", lambda self, *given: seen.append(keep(self, *given)) or seen[-1])
+    monkeypatch.setattr(
+        MARNetwork, "decode", lambda self, *given: seen.append(keep(self, *given)) or seen[-1]
+    )
     count = model.event_shape[0]
     for shared in (0.0, 0.5, 0.99):
         unknown = math.ceil(math.cos(math.pi / 2 * shared) * count)
@@ -401,7 +458,9 @@ def test_training_hides_what_is_to_be_made(monkeypatch):
         assert torch.equal(*seen[-2:])
         assert not torch.equal(one, other)
         if unknown < count:
-            known = tokens.scatter(1, places[:, unknown:, None].expand(-1, -1, tokens.shape[2]), 7.0)
+            known = tokens.scatter(
+                1, places[:, unknown:, None].expand(-1, -1, tokens.shape[2]), 7.0
+            )
             model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(known)})
             assert not torch.equal(*seen[-2:])
     assert unknown == 1
@@ -411,9 +470,14 @@ def test_training_asks_the_head_for_what_sampling_reads():
     """With all unknown, the loss is the error of the head's eps at x_t, for contexts of the class alone."""
     model = mar("a", num_iter=4)
     draw = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(2, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    x0, noise = (
+        torch.randn(2, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
+    )
     t, classes = torch.tensor([0.7, 0.2], dtype=torch.float64), torch.tensor([1, 2])
-    found = model.loss(model.backbone, {"x0": x0, "noise": noise, "t": t, "label": classes, "shared": torch.zeros(2)})
+    found = model.loss(
+        model.backbone,
+        {"x0": x0, "noise": noise, "t": t, "label": classes, "shared": torch.zeros(2)},
+    )
     clean, eps = model.backbone.patchify(x0), model.backbone.patchify(noise)
     x = rowwise(1 - t, clean) * clean + rowwise(t, clean) * eps
     v = model.velocity(classes, Guidance(1.0))(x, t)
@@ -456,7 +520,13 @@ def ldm_name(key: str, top: int) -> str:
         if parts[2] == "resnets":
             parts[1:4] = ["mid", f"block_{int(parts[3]) + 1}"]
         else:
-            inner = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[parts[4]]
+            inner = {
+                "group_norm": "norm",
+                "to_q": "q",
+                "to_k": "k",
+                "to_v": "v",
+                "to_out": "proj_out",
+            }[parts[4]]
             parts[1:-1] = ["mid", "attn_1", inner]
     elif parts[1] == "up_blocks":
         parts[1:3] = ["up", str(top - int(parts[2]))]
@@ -485,11 +555,21 @@ def test_a_vae_of_latent_diffusion(tmp_path):
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     expected = (whole.decode(latents / 0.2325).sample / 2 + 0.5).clamp(0, 1)
     for checkpoint in (tmp_path, tmp_path / "kl16.ckpt", tmp_path / "vae"):
-        vae = LDMVAE(str(checkpoint), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG)
+        vae = LDMVAE(
+            str(checkpoint),
+            scaling_factor=0.2325,
+            micro_batch=2,
+            source="the authors",
+            **VAE_CONFIG,
+        )
         torch.testing.assert_close(vae(latents), expected, rtol=0, atol=1e-5)
-    torch.save({"model": theirs | {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}}, tmp_path / "kl16.ckpt")
+    torch.save(
+        {"model": theirs | {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}}, tmp_path / "kl16.ckpt"
+    )
     with pytest.raises(ValueError, match="of another architecture"):
-        LDMVAE(str(tmp_path), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG)
+        LDMVAE(
+            str(tmp_path), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG
+        )
 
 
 def test_the_vae_of_conf_is_the_authors(monkeypatch):
@@ -505,7 +585,9 @@ def test_the_vae_of_conf_is_the_authors(monkeypatch):
         return 2 * a + 2 * b + conv(a, b) + conv(b, b) + (0 if a == b else conv(a, b, 1))
 
     widths = [128, 128, 256, 256, 512]
-    expected = conv(16, 16, 1) + conv(16, 512) + 2 * resnet(512, 512) + 2 * 512 + 4 * conv(512, 512, 1)
+    expected = (
+        conv(16, 16, 1) + conv(16, 512) + 2 * resnet(512, 512) + 2 * 512 + 4 * conv(512, 512, 1)
+    )
     width = 512
     for level in reversed(range(5)):
         expected += resnet(width, widths[level]) + 2 * resnet(widths[level], widths[level])
@@ -526,11 +608,20 @@ def configured(name: str):
         return compose("config", [f"model={name}"]).model
 
 
-@pytest.mark.parametrize(("name", "scale"), [("mar_base", 2.9), ("mar_large", 3.0), ("mar_huge", 3.2)])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("mar_base", 2.9), ("mar_large", 3.0), ("mar_huge", 3.2)]
+)
 def test_models_of_conf(name, scale):
     model = instantiate(configured(name), size="tiny", num_iter=3)
-    assert (model.name, model.guidance, model.needs_classes) == (f"{name}_tiny", Guidance(scale), True)
-    noise = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0)) * STEPS.start_time
+    assert (model.name, model.guidance, model.needs_classes) == (
+        f"{name}_tiny",
+        Guidance(scale),
+        True,
+    )
+    noise = (
+        torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
+        * STEPS.start_time
+    )
     pixels = model.generate(Euler(), STEPS, noise, torch.tensor([0, 999]))
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1

@@ -34,7 +34,12 @@ def small_parts() -> dict[str, torch.Tensor]:
 
 def build(parts: dict[str, torch.Tensor]) -> GaussianMixture:
     return GaussianMixture(
-        **parts, event_shape=(1, 2, 3), name="small", fingerprint="", guidance=Guidance(), micro_batch=1000
+        **parts,
+        event_shape=(1, 2, 3),
+        name="small",
+        fingerprint="",
+        guidance=Guidance(),
+        micro_batch=1000,
     )
 
 
@@ -44,13 +49,17 @@ def covariances(parts: dict[str, torch.Tensor]) -> torch.Tensor:
     return spread + parts["floor"][:, None, None] * torch.eye(parts["means"].shape[1]).to(spread)
 
 
-def draw(parts: dict[str, torch.Tensor], count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    parts: dict[str, torch.Tensor], count: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples (count, D) and their components (count,)."""
     generator = torch.Generator().manual_seed(seed)
     component = torch.multinomial(parts["weights"], count, replacement=True, generator=generator)
     noise = torch.randn(count, parts["means"].shape[1], dtype=torch.float64, generator=generator)
     factors = torch.linalg.cholesky(covariances(parts))
-    return parts["means"][component] + torch.einsum("nij,nj->ni", factors[component], noise), component
+    return parts["means"][component] + torch.einsum(
+        "nij,nj->ni", factors[component], noise
+    ), component
 
 
 def dense_velocity(weights, means, sigmas, x, t: float) -> torch.Tensor:
@@ -92,13 +101,17 @@ def test_velocity_equals_dense_algebra_from_end_to_end(t):
     parts = small_parts()
     x = (1 - t) * draw(parts, 8, seed=1)[0] + t * draw(parts, 8, seed=2)[0]
     v = build(parts).velocity(None)(x.view(8, 1, 2, 3), at(t, 8))
-    expected = dense_velocity(parts["weights"] / parts["weights"].sum(), parts["means"], covariances(parts), x, t)
+    expected = dense_velocity(
+        parts["weights"] / parts["weights"].sum(), parts["means"], covariances(parts), x, t
+    )
     assert_relative(v.flatten(1), expected, 1e-10)
 
 
 def test_at_clean_data_the_velocity_is_minus_the_data(velocity, gmm):
     v = velocity(gmm["x0_used"], at(0.0, 16))
-    torch.testing.assert_close(v, -gmm["x0_used"], rtol=0, atol=1e-12)  # x0 is known, eps is not: its mean is 0
+    torch.testing.assert_close(
+        v, -gmm["x0_used"], rtol=0, atol=1e-12
+    )  # x0 is known, eps is not: its mean is 0
 
 
 def test_at_pure_noise_the_velocity_points_from_the_overall_mean(velocity, gmm):
@@ -125,7 +138,10 @@ def test_the_velocity_given_a_class_is_that_of_the_mixture_of_its_components(lab
 @pytest.mark.parametrize("guidance", [-1.0, 0.0, 1.0, 2.5, 7.0])
 def test_guidance_moves_along_the_line_from_the_free_to_the_class_velocity(guidance):
     model, label = build(small_parts()), torch.tensor([0, 1, 1, 0])
-    x, t = draw(small_parts(), 4, seed=1)[0].view(4, 1, 2, 3), torch.tensor([0.9, 0.6, 0.3, 0.1]).double()
+    x, t = (
+        draw(small_parts(), 4, seed=1)[0].view(4, 1, 2, 3),
+        torch.tensor([0.9, 0.6, 0.3, 0.1]).double(),
+    )
     free, of_class = model.velocity(None)(x, t), model.velocity(label)(x, t)
     assert (free - of_class).abs().max() > 0.01
     guided = model.velocity(label, Guidance(guidance))(x, t)
@@ -160,7 +176,9 @@ def test_float32_agrees_with_float64_on_the_oracle_mixture(mixture, velocity, gm
 @pytest.mark.parametrize("file", SHIPPED)
 def test_float32_agrees_with_float64_on_the_shipped_mixtures(file, t):
     model = GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=64)
-    grain, noise = torch.randn(2, 16, model.means.shape[1], generator=torch.Generator().manual_seed(0))
+    grain, noise = torch.randn(
+        2, 16, model.means.shape[1], generator=torch.Generator().manual_seed(0)
+    )
     component = torch.arange(16) % len(model.means)
     x0 = model.means[component] + model.floor[component, None].sqrt() * grain
     x = ((1 - t) * x0 + t * noise).view(16, *model.event_shape)
@@ -174,7 +192,9 @@ def test_a_shipped_mixture_is_small_whole_and_orthonormal(file):
     model = GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=64)
     count, rank = model.extra.shape
     basis = model.flat_basis.unflatten(1, (count, rank)).permute(1, 0, 2)
-    torch.testing.assert_close(basis.mT @ basis, torch.eye(rank).expand(count, -1, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        basis.mT @ basis, torch.eye(rank).expand(count, -1, -1), rtol=0, atol=1e-5
+    )
     assert model.log_weights.exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert sorted(model.labels.unique().tolist()) == list(range(10))
     assert bool((model.floor > 0).all())
@@ -183,7 +203,9 @@ def test_a_shipped_mixture_is_small_whole_and_orthonormal(file):
 
 def test_the_shipped_digits_have_the_mean_of_the_data():
     data = pytest.importorskip("sklearn.datasets").load_digits().data / 8 - 1
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64)
+    model = GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(), micro_batch=64
+    )
     mean = model.log_weights.exp() @ model.means
     torch.testing.assert_close(mean.double(), torch.from_numpy(data.mean(0)), rtol=0, atol=1e-5)
 
@@ -193,7 +215,9 @@ def test_a_copy_with_one_changed_byte_is_refused(file, tmp_path):
     for name in (file, file.replace(".safetensors", ".json")):
         shutil.copy(ASSETS / name, tmp_path / name)
     path = tmp_path / file
-    assert GaussianMixture.from_asset(str(path), guidance=Guidance(), micro_batch=64).num_classes == 10
+    assert (
+        GaussianMixture.from_asset(str(path), guidance=Guidance(), micro_batch=64).num_classes == 10
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -221,14 +245,19 @@ def needles() -> dict[str, torch.Tensor]:
 
 def far_apart() -> dict[str, torch.Tensor]:
     first = {key: value[[0, 3]] for key, value in small_parts().items()}
-    return first | {"means": 6 * first["means"], "floor": torch.full((2,), 0.02, dtype=torch.float64)}
+    return first | {
+        "means": 6 * first["means"],
+        "floor": torch.full((2,), 0.02, dtype=torch.float64),
+    }
 
 
 @pytest.mark.parametrize("parts", [far_apart(), needles()], ids=["far_apart", "needles"])
 def test_fit_recovers_the_mixture_it_is_given_samples_of(parts):
     images, component = draw(parts, 20_000, seed=3)
     labels, rank = torch.zeros(len(images)).long(), parts["extra"].shape[1]
-    fitted = fit(images, labels, 2, rank, 0.02, seed=0, iterations=20, progress=lambda done, total: None)
+    fitted = fit(
+        images, labels, 2, rank, 0.02, seed=0, iterations=20, progress=lambda done, total: None
+    )
     found = covariances(fitted).double()
     for truth in range(2):
         n = int((component == truth).sum())
@@ -236,7 +265,11 @@ def test_fit_recovers_the_mixture_it_is_given_samples_of(parts):
         sigma = covariances(parts)[truth]
         # Five standard errors: var(mean_i) = S_ii / n, var(cov_ij) = (S_ii S_jj + S_ij^2) / n.
         variances = sigma.diagonal()
-        assert bool(((fitted["means"][match] - parts["means"][truth]).abs() < 5 * (variances / n).sqrt()).all())
+        assert bool(
+            (
+                (fitted["means"][match] - parts["means"][truth]).abs() < 5 * (variances / n).sqrt()
+            ).all()
+        )
         error = ((variances[:, None] * variances + sigma**2) / n).sqrt()
         assert bool(((found[match] - sigma).abs() < 5 * error).all())
         assert fitted["weights"][match].item() == pytest.approx(n / len(images), abs=1e-3)
@@ -251,8 +284,12 @@ def test_fit_keeps_classes_apart_and_reports_progress():
     assert fitted["labels"].tolist() == [0, 3]
     assert calls == [(1, 2), (2, 2)]
     for row, label in enumerate((0, 3)):
-        torch.testing.assert_close(fitted["means"][row].double(), images[labels == label].mean(0), rtol=0, atol=1e-5)
-        assert fitted["weights"][row].item() == pytest.approx((labels == label).double().mean().item(), abs=1e-6)
+        torch.testing.assert_close(
+            fitted["means"][row].double(), images[labels == label].mean(0), rtol=0, atol=1e-5
+        )
+        assert fitted["weights"][row].item() == pytest.approx(
+            (labels == label).double().mean().item(), abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +298,10 @@ def test_fit_keeps_classes_apart_and_reports_progress():
         ({"rank": 0}, "rank >= 1"),
         ({"clusters": 0}, "clusters >= 1"),
         ({"floor": 0.0}, "floor > 0"),
-        ({"clusters": 3, "rank": 4}, r"class 0 has 10 images, too few for 3 clusters of rank 4.*<= 10"),
+        (
+            {"clusters": 3, "rank": 4},
+            r"class 0 has 10 images, too few for 3 clusters of rank 4.*<= 10",
+        ),
     ],
 )
 def test_fit_refuses_what_it_cannot_fit(options, words):
@@ -272,7 +312,9 @@ def test_fit_refuses_what_it_cannot_fit(options, words):
 
 
 def test_drawn_samples_have_the_moments_of_their_components():
-    model = GaussianMixture.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64)
+    model = GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(), micro_batch=64
+    )
     x, labels = model.draw(40_000, seed=1)
     again, _ = model.draw(40_000, seed=1)
     assert x.shape == (40_000, 1, 8, 8)
@@ -281,7 +323,9 @@ def test_drawn_samples_have_the_moments_of_their_components():
     for label in (0, 4, 9):
         members = x[labels == label].flatten(1)
         component = int((model.labels == label).nonzero())
-        assert len(members) / 40_000 == pytest.approx(float(model.log_weights[component].exp()), abs=0.01)
+        assert len(members) / 40_000 == pytest.approx(
+            float(model.log_weights[component].exp()), abs=0.01
+        )
         torch.testing.assert_close(members.mean(0), model.means[component], rtol=0, atol=0.06)
         expected = basis[:, component] * model.extra[component] @ basis[:, component].T
         expected = expected + model.floor[component] * torch.eye(64)

@@ -20,7 +20,9 @@ TAUS = [1e-3, 0.02, 0.3, 0.7, 1.0]
 
 
 def noise(count: int, event=exact.EVENT) -> torch.Tensor:
-    return torch.randn(count, *event, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        count, *event, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def canonical(tau: float) -> torch.Tensor:
@@ -48,7 +50,9 @@ def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end()
     model, powers, x = exact.default(), exact.spectra(2), noise(2)
     clock = torch.full((2,), 0.999, dtype=torch.float64)
     eps = exact.ExactNoise()(x, clock, model.noisy.scaled(powers)[:, None])
-    torch.testing.assert_close(model.velocity(powers)(x, torch.zeros(2, dtype=torch.float64)), eps - x)
+    torch.testing.assert_close(
+        model.velocity(powers)(x, torch.zeros(2, dtype=torch.float64)), eps - x
+    )
 
 
 @pytest.mark.slow
@@ -76,7 +80,9 @@ def test_every_row_has_the_condition_of_its_sample_in_any_micro_batch():
 def test_powers_are_scaled_in_their_logarithm_and_back():
     scale = LogRange(low=-4.0, decades=10.0)
     powers = torch.tensor([1e-4, 10.0, 1e6], dtype=torch.float64)
-    torch.testing.assert_close(scale.scaled(powers), torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        scale.scaled(powers), torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    )
     torch.testing.assert_close(scale.power(scale.scaled(powers)), powers)
     x0 = torch.tensor([-1.5, -1.0, 0.0, 1.0])
     torch.testing.assert_close(exact.default().decode(x0), torch.tensor([0.0, 0.0, 0.5, 1.0]))
@@ -99,7 +105,10 @@ def test_what_it_cannot_denoise_is_refused(condition, guidance, words):
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "psdenoiser", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'oss_exp\[psdenoiser\]'.*--no-deps 21cmpsdenoiser==1"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r"pip install 'oss_exp\[psdenoiser\]'.*--no-deps 21cmpsdenoiser==1",
+    ):
         PSDenoiser.from_package(**YAML, checkpoint=None)
 
 
@@ -119,7 +128,9 @@ def published(package):
 
 
 def test_the_published_weights_are_those_that_were_measured(published):
-    assert published.fingerprint == "6dd1962bfeb535826b32dbd3626e2349dda4e33b7fb68adcc2d1c48b761ec934"
+    assert (
+        published.fingerprint == "6dd1962bfeb535826b32dbd3626e2349dda4e33b7fb68adcc2d1c48b761ec934"
+    )
     assert sum(weights.numel() for weights in published.parameters()) == 9_118_961
     assert published.event_shape == (1, 32, 16)
     assert not published.network.training
@@ -137,7 +148,10 @@ def test_the_flow_is_that_of_the_packages_own_sampler(package, published, tau):
     clock = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     t = published.path.canonical(clock)
     scale = published.path.scale(t)
-    (dt,), (dscale,) = torch.autograd.grad(t, clock, retain_graph=True), torch.autograd.grad(scale, clock)
+    (dt,), (dscale,) = (
+        torch.autograd.grad(t, clock, retain_graph=True),
+        torch.autograd.grad(scale, clock),
+    )
     scale = float(scale.detach())
     v = published.velocity(powers)(x / scale, t.detach().expand(2))
     found = float(dscale) * x / scale + scale * float(dt) * v
@@ -161,7 +175,9 @@ def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
     velocity = model.velocity(10 ** torch.randn(2, 8, 8))
     grid = VPSchedule(0.1, 20.0, 1e-3).nodes(8)
     z = float(grid[0]) * noise(2, (1, 8, 8)).float()
-    steps = OSSShared("pinned", None, False, "mean").plan(Problem(velocity, z, grid, Euler(), XtMSE()), [3])[3]
+    steps = OSSShared("pinned", None, False, "mean").plan(
+        Problem(velocity, z, grid, Euler(), XtMSE()), [3]
+    )[3]
     x0 = sample(Euler(), velocity, z, steps)
     teacher = sample(Euler(), velocity, z, StepSchedule(grid))
     assert 0 < float((x0 - teacher).square().mean()) < float(teacher.square().mean())
@@ -191,10 +207,15 @@ def _write(path: Path, content) -> None:
 )
 def test_a_checkpoint_that_is_not_one_is_refused(package, tmp_path, content):
     _write(file := tmp_path / "weights.pt", content)
-    with pytest.raises(ValueError, match=r"weights\.pt holds no weights of 21cmPSDenoiser's U-Net: .*checkpoint=null"):
+    with pytest.raises(
+        ValueError,
+        match=r"weights\.pt holds no weights of 21cmPSDenoiser's U-Net: .*checkpoint=null",
+    ):
         PSDenoiser.from_package(**YAML, checkpoint=str(file))
 
 
 def test_a_missing_checkpoint_is_refused(package):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt do not exist; set model\.checkpoint=null"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere\.pt do not exist; set model\.checkpoint=null"
+    ):
         PSDenoiser.from_package(**YAML, checkpoint="nowhere.pt")

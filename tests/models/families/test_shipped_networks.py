@@ -37,16 +37,20 @@ def test_provenance(name):
     record = json.loads((ASSETS / f"{name}.json").read_text())
     assert (ASSETS / f"{name}.safetensors").stat().st_size < 8e6
     model = load(name)
-    if name in NETWORKS:  # others' fingerprints are of their words too, or of the numbers in whatever file
+    if (
+        name in NETWORKS
+    ):  # others' fingerprints are of their words too, or of the numbers in whatever file
         assert model.fingerprint == record["sha256"]
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert 1e6 < record["parameters"] < 4e6
     assert record["made_by"].startswith(f"oss-exp task=pretrain model={name}")
     assert record["training"]["steps"] == record["training"]["of"]
     assert record["training"]["seconds"] > 600
-    assert record["data"]["images"] == {"flux_fashion": 480000, "flux_scenes": 1200000, "video_fashion": 360000}.get(
-        name, 60000
-    )
+    assert record["data"]["images"] == {
+        "flux_fashion": 480000,
+        "flux_scenes": 1200000,
+        "video_fashion": 360000,
+    }.get(name, 60000)
     assert record["hardware"]
 
 
@@ -66,7 +70,9 @@ def test_a_searched_schedule_beats_a_uniform_one(name):
     model, labels, grid = load(name), torch.arange(16) % 10, FlowSchedule(shift=1.0).nodes(20)
     velocity, x = model.velocity(labels), noise(16, 2)
     search = OSSShared(start="pinned", band=None, refine=False, objective="log_mean")
-    found = search.plan(Problem(model.velocity(labels), noise(16, 1), grid, Euler(), XtMSE()), [5])[5]
+    found = search.plan(Problem(model.velocity(labels), noise(16, 1), grid, Euler(), XtMSE()), [5])[
+        5
+    ]
     teacher = sample(Euler(), velocity, x, StepSchedule(grid))
     ours, uniform = (
         psnr(model.decode(sample(Euler(), velocity, x, steps)), model.decode(teacher)).mean()

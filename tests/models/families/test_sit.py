@@ -21,9 +21,16 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
     """The architecture is DiT's, so the authors' DiT answers for SiT's weights too (oracles F)."""
     arrays = load_file(ORACLES / "dit_tiny.safetensors")
     backbone = SiT(size=8, attention_head_dim=8, **TINY).eval().requires_grad_(False)
-    original = {key.removeprefix("sd."): value.float() for key, value in arrays.items() if key.startswith("sd.")}
+    original = {
+        key.removeprefix("sd."): value.float()
+        for key, value in arrays.items()
+        if key.startswith("sd.")
+    }
     backbone.load_state_dict(backbone.translate(original))
-    flow, classes = FlowVelocity(FlowPath(time_scale=1.0)), torch.where(arrays["y"] == 10, -1, arrays["y"])
+    flow, classes = (
+        FlowVelocity(FlowPath(time_scale=1.0)),
+        torch.where(arrays["y"] == 10, -1, arrays["y"]),
+    )
 
     x, t = arrays["x"], 1 - arrays["t_frac"].double()
     velocity = flow.velocity(backbone(*flow.question(x, t), classes), x, t)
@@ -35,10 +42,16 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
 @pytest.mark.slow
 def test_the_preset_has_the_weights_of_the_public_file():
     with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
-        backbone = instantiate(compose("config", ["model=sit_xl_2_256"]).model.sizes.full.backbone)()
+        backbone = instantiate(
+            compose("config", ["model=sit_xl_2_256"]).model.sizes.full.backbone
+        )()
     assert isinstance(backbone, SiT)
-    nothing = torch.zeros((), dtype=torch.bfloat16)  # each weight one number in memory, seen as many
-    backbone.load_state_dict({key: nothing.expand(w.shape) for key, w in backbone.state_dict().items()}, assign=True)
+    nothing = torch.zeros(
+        (), dtype=torch.bfloat16
+    )  # each weight one number in memory, seen as many
+    backbone.load_state_dict(
+        {key: nothing.expand(w.shape) for key, w in backbone.state_dict().items()}, assign=True
+    )
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())["state_dict"]
     found = {key: list(value.shape) for key, value in backbone.to_public("original").items()}
     assert found == expected | {"pos_embed": [1, 256, 1152]}

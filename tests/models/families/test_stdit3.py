@@ -43,13 +43,20 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def arrays():
-    return {key.removeprefix("a."): value for key, value in load_file(ORACLES / "stdit3_tiny.safetensors").items()}
+    return {
+        key.removeprefix("a."): value
+        for key, value in load_file(ORACLES / "stdit3_tiny.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")
 def weights(arrays):
     """The authors' state dict of a small network."""
-    return {key.removeprefix("sd."): value.float() for key, value in arrays.items() if key.startswith("sd.")}
+    return {
+        key.removeprefix("sd."): value.float()
+        for key, value in arrays.items()
+        if key.startswith("sd.")
+    }
 
 
 @pytest.fixture
@@ -72,7 +79,10 @@ class Given:
         self.encodings, self.fingerprint = encodings, "given"
 
     def __call__(self, prompts):
-        return {name: tensor.expand(len(prompts), *tensor.shape[1:]) for name, tensor in self.encodings.items()}
+        return {
+            name: tensor.expand(len(prompts), *tensor.shape[1:])
+            for name, tensor in self.encodings.items()
+        }
 
     def cuts(self, prompts):
         return {}
@@ -86,9 +96,27 @@ def build(arrays, weights, tmp_path):
     given = partial(Given, text=arrays["rflow.y"][:, 0], mask=arrays["rflow.mask"].bool())
 
     def make(**changes) -> OpenSora:
-        sizes = {"full": {"network": tiny, "text_encoder": given, "decoder": Pixels, "checkpoint": "nowhere"}}
-        settings = {"guidance": Guidance(4.0), "fps": 24, "checkpoint": str(tmp_path), "dtype": "float32", **VIDEO}
-        settings |= {"prompts": ["a cat", "a dog"], "ending": "", "micro_batch": 64, "source": "the authors"}
+        sizes = {
+            "full": {
+                "network": tiny,
+                "text_encoder": given,
+                "decoder": Pixels,
+                "checkpoint": "nowhere",
+            }
+        }
+        settings = {
+            "guidance": Guidance(4.0),
+            "fps": 24,
+            "checkpoint": str(tmp_path),
+            "dtype": "float32",
+            **VIDEO,
+        }
+        settings |= {
+            "prompts": ["a cat", "a dog"],
+            "ending": "",
+            "micro_batch": 64,
+            "source": "the authors",
+        }
         return OpenSora("open_sora", "full", sizes, **(settings | changes))
 
     return make
@@ -97,7 +125,9 @@ def build(arrays, weights, tmp_path):
 @pytest.fixture(scope="module")
 def yaml():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", ["model=open_sora_1_2", "data=prompts", "noise_schedule=open_sora"])
+        return compose(
+            "config", ["model=open_sora_1_2", "data=prompts", "noise_schedule=open_sora"]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +143,9 @@ def noise():
 def answer(network: STDiT3, arrays, case: str, rows: slice = slice(None)) -> torch.Tensor:
     x, text, clock, fps = (arrays[f"{case}.{name}"][rows] for name in ("x", "y", "timestep", "fps"))
     kept = arrays.get(f"{case}.mask", torch.ones(2, 7))[rows].bool()
-    noisy = arrays.get(f"{case}.x_mask", None if case == "c2" else torch.ones(2, x.shape[2], dtype=bool))
+    noisy = arrays.get(
+        f"{case}.x_mask", None if case == "c2" else torch.ones(2, x.shape[2], dtype=bool)
+    )
     size = float(arrays[f"{case}.height"][0] * arrays[f"{case}.width"][0]) ** 0.5
     dtype = network.final_layer.linear.weight.dtype
     noisy = None if noisy is None else noisy[rows]
@@ -153,7 +185,9 @@ def test_full_size_has_the_weights_of_the_public_file(yaml):
     state = network.state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == expected["state_dict"]
     counted = sum(value.numel() for value in state.values())
-    assert counted - 300 * 4096 == expected["n_params"] == 1_207_643_972  # the null prompt is no parameter of theirs
+    assert (
+        counted - 300 * 4096 == expected["n_params"] == 1_207_643_972
+    )  # the null prompt is no parameter of theirs
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -161,7 +195,9 @@ def test_full_size_has_the_weights_of_the_public_file(yaml):
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", FACTS["timestep_transform"], ids=lambda case: f"{case['height']}p{case['num_frames']}")
+@pytest.mark.parametrize(
+    "case", FACTS["timestep_transform"], ids=lambda case: f"{case['height']}p{case['num_frames']}"
+)
 def test_noise_schedule_open_sora_is_the_transform_of_the_original(case):
     shift = time_shift(case["num_frames"], case["height"], case["width"])
     nodes = FlowSchedule(shift).nodes(case["num_steps"])
@@ -170,7 +206,12 @@ def test_noise_schedule_open_sora_is_the_transform_of_the_original(case):
 
 
 def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    return sample(Euler(), model.velocity(torch.zeros(len(noise), dtype=int)), noise, StepSchedule(times, Free()))
+    return sample(
+        Euler(),
+        model.velocity(torch.zeros(len(noise), dtype=int)),
+        noise,
+        StepSchedule(times, Free()),
+    )
 
 
 @pytest.mark.parametrize("name", ["transform1", "transform0"])
@@ -189,9 +230,15 @@ def test_the_search_of_the_released_code(build, arrays):
     problem = Problem(f, z, grid, Euler(), Select(XtMSE(), frames=2, channels=4))
     assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < 1e-4
     k = case["M"]
-    found = recurse(problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()).paths[k]
-    assert [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()] == [case["schedule"]]
-    student = euler(model, z, grid[[case["N"] - i for i in reversed(case["schedule"])] + [case["N"]]])
+    found = recurse(
+        problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
+    ).paths[k]
+    assert [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()] == [
+        case["schedule"]
+    ]
+    student = euler(
+        model, z, grid[[case["N"] - i for i in reversed(case["schedule"])] + [case["N"]]]
+    )
     assert difference(student, arrays["oss.student_final"]) < 1e-4
     for index, v in zip(arrays["oss.v_indices"].tolist(), arrays["oss.v_at_index"], strict=True):
         assert difference(f(z, grid[[case["N"] - index]])[0], v) < 1e-4
@@ -206,14 +253,18 @@ def test_the_search_of_the_released_code(build, arrays):
 def small(yaml, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OSS_EXP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return instantiate(yaml.model, size="tiny", dtype="float64", prompts=read_prompts("prompts.txt"))
+        return instantiate(
+            yaml.model, size="tiny", dtype="float64", prompts=read_prompts("prompts.txt")
+        )
 
 
 @pytest.mark.parametrize("interval", [None, [0.3, 0.8]])
 def test_the_null_prompt_has_as_many_tokens_as_the_prompt(small, noise, interval):
     numbers, t = torch.tensor([4, 0, 8]), torch.tensor([0.5, 0.9, 0.7], dtype=torch.float64)
     assert len(set(small.backbone.mask[numbers].sum(1).tolist())) == 3
-    conditional, free = (small.backbone(noise.double(), 1000 * t, rows) for rows in (numbers, -1 - numbers))
+    conditional, free = (
+        small.backbone(noise.double(), 1000 * t, rows) for rows in (numbers, -1 - numbers)
+    )
     assert (conditional - free).abs().amax((1, 2, 3, 4)).min() > 1e-3
     scales = torch.tensor([7.0, 1.0 if interval else 7.0, 7.0])[:, None, None, None, None]
     expected = free + scales * (conditional - free)
@@ -233,7 +284,9 @@ def test_the_decoder_takes_17_frames_at_a_time(small, noise):
     latents += torch.tensor([-0.1, 0.34, 0.27, 0.98]).view(4, 1, 1, 1)
     vae = small.decoder.temporal_vae
     frames = vae.decoder(vae.post_quant_conv(latents))[0].transpose(0, 1)
-    torch.testing.assert_close(small.decoder.spatial_vae(frames), pixels[0].transpose(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        small.decoder.spatial_vae(frames), pixels[0].transpose(0, 1), rtol=0, atol=1e-5
+    )
 
 
 def test_time_is_doubled_in_order_and_only_the_past_is_seen(small, noise):
@@ -252,15 +305,23 @@ def test_time_is_doubled_in_order_and_only_the_past_is_seen(small, noise):
 
 def test_the_decoder_reads_the_public_layout(small, yaml, noise, tmp_path):
     state = {
-        key.replace("spatial_vae.", "spatial_vae.module."): value for key, value in small.decoder.state_dict().items()
+        key.replace("spatial_vae.", "spatial_vae.module."): value
+        for key, value in small.decoder.state_dict().items()
     }
-    others = ("spatial_vae.module.encoder.conv_in.bias", "temporal_vae.quant_conv.conv.bias", "scale", "shift")
+    others = (
+        "spatial_vae.module.encoder.conv_in.bias",
+        "temporal_vae.quant_conv.conv.bias",
+        "scale",
+        "shift",
+    )
     save_file(state | {key: torch.zeros(1) for key in others}, tmp_path / "model.safetensors")
     make = instantiate(yaml.model.sizes.tiny.decoder)
     assert make(checkpoint=str(tmp_path))(noise).equal(small.decode(noise))
     state.pop("temporal_vae.decoder.conv1.conv.bias")
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)another architecture than model\.decoder.*conv1\.conv\.bias"):
+    with pytest.raises(
+        ValueError, match=r"(?s)another architecture than model\.decoder.*conv1\.conv\.bias"
+    ):
         make(checkpoint=str(tmp_path))
 
 
@@ -269,12 +330,21 @@ def test_the_full_decoder_is_the_public_one(yaml):
     full = yaml.model.sizes.full.decoder
     with torch.device("meta"):
         decoder = VideoVAE("random", full.scale, full.shift, full.temporal, full.spatial, "")
-    assert sum(weight.numel() for weight in decoder.temporal_vae.decoder.parameters()) == 165_265_924
+    assert (
+        sum(weight.numel() for weight in decoder.temporal_vae.decoder.parameters()) == 165_265_924
+    )
 
 
 def test_t5_from_a_folder(tmp_path, monkeypatch):
     """The mask is of the prompt's tokens and its end; what comes after changes nothing."""
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁red", -2.0), ("▁cat", -2.0)]
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁a", -1.0),
+        ("▁red", -2.0),
+        ("▁cat", -2.0),
+    ]
     T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(tmp_path / "tokenizer")
     config = T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     torch.manual_seed(0)
@@ -287,7 +357,9 @@ def test_t5_from_a_folder(tmp_path, monkeypatch):
     torch.testing.assert_close(found["text"][1:, :2].float(), expected, rtol=0, atol=0.02)
     assert found["text"].dtype == torch.bfloat16
     (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json.*the authors.*text_encoder\.checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer_config\.json.*the authors.*text_encoder\.checkpoint"
+    ):
         public_t5(str(tmp_path), 6, "the authors")
     with pytest.raises(ValueError, match="is a file; give a folder"):
         public_t5(str(tmp_path / "text_encoder" / "config.json"), 6, "the authors")
@@ -296,15 +368,23 @@ def test_t5_from_a_folder(tmp_path, monkeypatch):
 def test_prompts_end_as_captions_do(small, yaml):
     assert yaml.model.ending == "aesthetic score: 6.5."
     lengths = small.backbone.mask.sum(1).tolist()  # a token for every byte, and the end
-    assert lengths == [min(80, len(prompt) + 1 + len(yaml.model.ending) + 1) for prompt in small.prompts]
+    assert lengths == [
+        min(80, len(prompt) + 1 + len(yaml.model.ending) + 1) for prompt in small.prompts
+    ]
 
 
 def test_the_yaml_is_at_two_sizes(small, yaml):
-    assert (small.name, small.event_shape, small.guidance) == ("open_sora_1_2_tiny", (4, 5, 6, 9), Guidance(7.0))
+    assert (small.name, small.event_shape, small.guidance) == (
+        "open_sora_1_2_tiny",
+        (4, 5, 6, 9),
+        Guidance(7.0),
+    )
     assert [yaml.model[name] for name in ("num_frames", "height", "width")] == [102, 720, 1280]
     assert instantiate(yaml.noise_schedule).shift == pytest.approx(1.875 * 30**0.5)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        chosen = compose("config", ["model=open_sora_1_2", "noise_schedule=open_sora", "model.num_frames=51"])
+        chosen = compose(
+            "config", ["model=open_sora_1_2", "noise_schedule=open_sora", "model.num_frames=51"]
+        )
     assert instantiate(chosen.noise_schedule).shift == pytest.approx(1.875 * 15**0.5)
 
 
@@ -353,18 +433,26 @@ def test_other_bad_settings(build, weights, tmp_path):
         build().velocity(torch.tensor([0, 2]))
     with pytest.raises(FileNotFoundError, match=r"no file, folder or hub id.*the authors"):
         build(checkpoint="nowhere")
-    save_file({key: value for key, value in weights.items() if key != "t_block.1.bias"}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 weights differ, first network\.t_block\.1\.bias: absent"):
+    save_file(
+        {key: value for key, value in weights.items() if key != "t_block.1.bias"},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"1 weights differ, first network\.t_block\.1\.bias: absent"
+    ):
         build()
 
 
 def test_sizes(yaml):
-    with pytest.raises(InstantiationException, match=r"size must be one of full, tiny, got 'small'"):
+    with pytest.raises(
+        InstantiationException, match=r"size must be one of full, tiny, got 'small'"
+    ):
         instantiate(yaml.model, size="small")
 
 
 def test_a_text_encoder_of_another_shape(yaml):
     with pytest.raises(
-        InstantiationException, match=r"gives \(40, 16\) tokens and features, the network takes \(80, 1"
+        InstantiationException,
+        match=r"gives \(40, 16\) tokens and features, the network takes \(80, 1",
     ):
         instantiate(yaml.model, size="tiny", sizes={"tiny": {"text_encoder": {"length": 40}}})

@@ -30,7 +30,9 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
         audio_channels=2,
         sampling_rate=16,
     )
-    projection = StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=8)
+    projection = StableAudioProjectionModel(
+        text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=8
+    )
     transformer = StableAudioDiTModel(
         sample_size=24,
         in_channels=4,
@@ -53,7 +55,9 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
 def stable_audio() -> Family:
     """EDM's coordinates. Its own scheduler adds noise in each step, and another clock is told to its network."""
     return stable_audio_of(
-        EDMEulerScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction")
+        EDMEulerScheduler(
+            sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction"
+        )
     )
 
 
@@ -71,7 +75,9 @@ def longcat_audio() -> Family:
         downsampling_ratio=4,
         sample_rate=16,
     )
-    transformer = LongCatAudioDiTTransformer(dit_dim=24, dit_depth=2, dit_heads=2, dit_text_dim=20, latent_dim=4)
+    transformer = LongCatAudioDiTTransformer(
+        dit_dim=24, dit_depth=2, dit_heads=2, dit_text_dim=20, latent_dim=4
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True)
     pipe = LongCatAudioDiTPipeline(vae, encoder, tokenizer, transformer, scheduler)
     return Family(lively(pipe), {"guidance_scale": 3.0, "audio_duration_s": 3.0})

@@ -50,7 +50,11 @@ def mask(height: int = 24, width: int = 24) -> torch.Tensor:
 
 def exact(pipe: Any) -> Any:
     """An autoencoder that is sure of its latents: pipelines draw from what it says of an image."""
-    head = pipe.vae.quant_conv if getattr(pipe.vae, "quant_conv", None) is not None else pipe.vae.encoder.conv_out
+    head = (
+        pipe.vae.quant_conv
+        if getattr(pipe.vae, "quant_conv", None) is not None
+        else pipe.vae.encoder.conv_out
+    )
     variances = slice(len(head.weight) // 2, None)
     head.weight.data[variances] = 0
     head.bias.data[variances] = -60
@@ -58,7 +62,9 @@ def exact(pipe: Any) -> Any:
 
 
 def control_net(network: Any) -> ControlNetModel:
-    return ControlNetModel.from_unet(network, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8))
+    return ControlNetModel.from_unet(
+        network, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8)
+    )
 
 
 @family
@@ -72,7 +78,9 @@ def control_net_stable_diffusion() -> Family:
 @family
 def control_net_stable_diffusion_xl() -> Family:
     parts = stable_diffusion_xl_parts()
-    pipe = StableDiffusionXLControlNetPipeline(**parts, controlnet=control_net(parts["unet"]), add_watermarker=False)
+    pipe = StableDiffusionXLControlNetPipeline(
+        **parts, controlnet=control_net(parts["unet"]), add_watermarker=False
+    )
     return Family(lively(pipe), SMALL | {"image": image(), "controlnet_conditioning_scale": 0.7})
 
 
@@ -80,7 +88,9 @@ def control_net_stable_diffusion_xl() -> Family:
 def inpainting() -> Family:
     """A network that sees the mask and the masked image."""
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts(in_channels=9))
-    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0})
+    return Family(
+        exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}
+    )
 
 
 @family
@@ -90,19 +100,29 @@ def inpainting_by_blending() -> Family:
     Its first state is noise alone, where the chain's last time still has 6.4 % of the image.
     """
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
-    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}, atol=2e-3)
+    return Family(
+        exact(lively(pipe)),
+        SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0},
+        atol=2e-3,
+    )
 
 
 @family
 def inpainting_xl_by_blending() -> Family:
     pipe = StableDiffusionXLInpaintPipeline(**stable_diffusion_xl_parts(), add_watermarker=False)
-    return Family(exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}, atol=2e-3)
+    return Family(
+        exact(lively(pipe)),
+        SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0},
+        atol=2e-3,
+    )
 
 
 @family
 def control_net_stable_diffusion_3() -> Family:
     parts = stable_diffusion_3_parts()
-    pipe = StableDiffusion3ControlNetPipeline(*parts, SD3ControlNetModel.from_transformer(parts[0], 1, 0))
+    pipe = StableDiffusion3ControlNetPipeline(
+        *parts, SD3ControlNetModel.from_transformer(parts[0], 1, 0)
+    )
     call = SMALL | {"max_sequence_length": 16, "control_image": image()}
     return Family(exact(lively(pipe)), call)
 
@@ -111,7 +131,9 @@ def control_net_stable_diffusion_3() -> Family:
 def instruct_pix2pix() -> Family:
     """Guided by the text and by the image: three rows for a sample."""
     pipe = StableDiffusionInstructPix2PixPipeline(**stable_diffusion_parts(in_channels=8))
-    return Family(lively(pipe), {"guidance_scale": 3.0, "image_guidance_scale": 1.5, "image": image(count=2)})
+    return Family(
+        lively(pipe), {"guidance_scale": 3.0, "image_guidance_scale": 1.5, "image": image(count=2)}
+    )
 
 
 @family
@@ -129,7 +151,11 @@ def flux_control_net() -> Family:
         transformer, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2
     )
     pipe = FluxControlNetPipeline(*flux_parts(), transformer, net)
-    call = FLUX_CALL | {"control_image": image(48, 32), "true_cfg_scale": 2.0, "negative_prompt": ["dull", "bad"]}
+    call = FLUX_CALL | {
+        "control_image": image(48, 32),
+        "true_cfg_scale": 2.0,
+        "negative_prompt": ["dull", "bad"],
+    }
     return Family(exact(lively(pipe)), call)
 
 
@@ -144,7 +170,9 @@ def flux_fill() -> Family:
 def flux_inpainting_by_blending() -> Family:
     pipe = FluxInpaintPipeline(*flux_parts(), flux_transformer(32))
     call = FLUX_CALL | {"image": image(48, 32), "mask_image": mask(48, 32), "strength": 1.0}
-    return Family(exact(lively(pipe)), call, latents=lambda state, _: pipe._unpack_latents(state, 48, 32, 8))
+    return Family(
+        exact(lively(pipe)), call, latents=lambda state, _: pipe._unpack_latents(state, 48, 32, 8)
+    )
 
 
 @family

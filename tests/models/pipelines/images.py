@@ -63,7 +63,9 @@ def stable_diffusion_ddim() -> Family:
 def stable_diffusion_v() -> Family:
     """A v-network whose chain ends at pure noise."""
     betas = SD_BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    made = stable_diffusion_of(DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False))
+    made = stable_diffusion_of(
+        DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False)
+    )
     return Family(made.pipe, made.call, num_steps=5)
 
 
@@ -91,7 +93,13 @@ def sana() -> Family:
 def aura_flow() -> Family:
     encoder = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=280, d_model=20, d_kv=5, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+            vocab_size=280,
+            d_model=20,
+            d_kv=5,
+            d_ff=32,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
         )
     )
     transformer = AuraFlowTransformer2DModel(
@@ -129,7 +137,9 @@ def lumina_2() -> Family:
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     pipe = Lumina2Pipeline(transformer, scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer)
-    return Family(lively(pipe), SMALL | LARGER | {"max_sequence_length": 32, "system_prompt": "draw"})
+    return Family(
+        lively(pipe), SMALL | LARGER | {"max_sequence_length": 32, "system_prompt": "draw"}
+    )
 
 
 @family
@@ -150,7 +160,10 @@ def chroma() -> Family:
     encoder, tokenizer = t5()
     scheduler = FlowMatchEulerDiscreteScheduler(use_beta_sigmas=False)
     pipe = ChromaPipeline(scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer, transformer)
-    return Family(lively(pipe), SMALL | {"max_sequence_length": 16, "negative_prompt": ["dull", "a very bad drawing"]})
+    return Family(
+        lively(pipe),
+        SMALL | {"max_sequence_length": 16, "negative_prompt": ["dull", "a very bad drawing"]},
+    )
 
 
 @family
@@ -185,7 +198,13 @@ def hunyuan_dit() -> Family:
         use_style_cond_and_image_meta_size=False,
     )
     bert = BertModel(
-        BertConfig(vocab_size=280, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        BertConfig(
+            vocab_size=280,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
     )
     encoder, tokenizer = t5(24)
     scheduler = DDIMScheduler(
@@ -193,7 +212,16 @@ def hunyuan_dit() -> Family:
         clip_sample=False, steps_offset=1,
     )  # fmt: skip
     pipe = HunyuanDiTPipeline(
-        image_vae(4), bert, byte_tokenizer(), transformer, scheduler, None, None, False, encoder, tokenizer
+        image_vae(4),
+        bert,
+        byte_tokenizer(),
+        transformer,
+        scheduler,
+        None,
+        None,
+        False,
+        encoder,
+        tokenizer,
     )
     return Family(lively(pipe), SMALL | {"use_resolution_binning": False})
 
@@ -220,7 +248,11 @@ def cogview_4_parts(channels: int) -> tuple[Any, ...]:
         rope_axes_dim=(24, 24),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear"
+        use_dynamic_shifting=True,
+        base_shift=0.25,
+        max_shift=0.75,
+        base_image_seq_len=256,
+        time_shift_type="linear",
     )
     return byte_tokenizer(), encoder, image_vae(4), transformer, scheduler
 
@@ -268,7 +300,16 @@ def flux_2_klein() -> Family:
 def dit() -> Family:
     """Classes in place of prompts; it takes no latents."""
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=12
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=12,
     )
-    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False)
-    return Family(lively(DiTPipeline(transformer, image_vae(4), scheduler)), {"guidance_scale": 3.0}, (3, 7))
+    scheduler = DDIMScheduler(
+        beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False
+    )
+    return Family(
+        lively(DiTPipeline(transformer, image_vae(4), scheduler)), {"guidance_scale": 3.0}, (3, 7)
+    )

@@ -15,7 +15,9 @@ def asked(family, time: float) -> tuple[torch.Tensor, list]:
     """A velocity, and the arguments of the network's calls for it."""
     model, given = Pipeline(family.pipe, family.prompts, **family.call), []
     x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
-    hook = family.pipe.transformer.register_forward_pre_hook(lambda *call: given.append(call[1:]), with_kwargs=True)
+    hook = family.pipe.transformer.register_forward_pre_hook(
+        lambda *call: given.append(call[1:]), with_kwargs=True
+    )
     v = model.velocity(None)(x, torch.full((2,), time, dtype=torch.float64))
     hook.remove()
     model.release()
@@ -31,7 +33,9 @@ def cosine_scheduler(**config):
 def runs_as_searched(family) -> oss_exp.OSSScheduler:
     """The three lines, on noises that the pipeline draws itself."""
     before = family.pipe.scheduler
-    steps = oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=6)
+    steps = oss_exp.search(
+        Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=6
+    )
     family.pipe.scheduler = ours = steps.scheduler(before)
     prompts = list(family.prompts)
     output = family.pipe(prompts, num_inference_steps=2, output_type="pt", **family.call)
@@ -43,7 +47,9 @@ def runs_as_searched(family) -> oss_exp.OSSScheduler:
 def test_wan_as_it_is_released():
     """UniPC tells the network whole numbers; its noise levels are the teacher's nodes, the first is pure noise."""
     family = wan()
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     family.pipe.scheduler = scheduler
     nodes = Pipeline(family.pipe, family.prompts, **family.call).noise_schedule.nodes(5)
     scheduler.set_timesteps(5)
@@ -70,10 +76,14 @@ def test_stable_audio_as_it_is_released():
     sigma = torch.tensor(0.7 / 0.3)
     torch.testing.assert_close(arguments[1], scheduler.precondition_noise(sigma)[None])
 
-    x, output = (torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x, output = (
+        torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(i)) for i in range(2)
+    )
     training = Training.of(scheduler)
     native = x / 0.3
-    torch.testing.assert_close(training.question(x, t)[0], scheduler.precondition_inputs(native, sigma))
+    torch.testing.assert_close(
+        training.question(x, t)[0], scheduler.precondition_inputs(native, sigma)
+    )
     x0 = x - 0.7 * training.velocity(output, x, t)
     torch.testing.assert_close(x0, scheduler.precondition_outputs(native, output, sigma))
     nodes = Pipeline(family.pipe, family.prompts, **family.call).noise_schedule.nodes(5)

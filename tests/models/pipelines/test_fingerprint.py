@@ -22,7 +22,9 @@ def fingerprint(family: Family, **call) -> str:
 @pytest.fixture(scope="module")
 def adapted() -> Family:
     family = made()
-    family.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    family.pipe.unet.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style"
+    )
     return family
 
 
@@ -57,7 +59,10 @@ def test_what_does_not(adapted):
     """The solver, its spacing and its shift, the autoencoder, offloading, the prompts."""
     plain = fingerprint(made())
     assert fingerprint(stable(use_karras_sigmas=True)) == plain
-    assert fingerprint(made(lambda: stable_diffusion_of(DDIMScheduler(**SD_BETAS, clip_sample=False)))) == plain
+    assert (
+        fingerprint(made(lambda: stable_diffusion_of(DDIMScheduler(**SD_BETAS, clip_sample=False))))
+        == plain
+    )
     other = made()
     other.pipe.vae.decoder.conv_in.weight.data += 1
     assert fingerprint(other) == plain

@@ -24,7 +24,9 @@ ROWS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "rows"), ROWS.items(), ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("make", "rows"), ROWS.items(), ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_a_batch_is_its_samples(make, rows):
     torch.manual_seed(0)
     family = make()
@@ -38,7 +40,9 @@ def test_a_batch_is_its_samples(make, rows):
         torch.testing.assert_close(alone, both[i : i + 1], rtol=0, atol=2e-5)
         other = model.velocity(torch.tensor([1 - i]))(x[i : i + 1], times[:1])
         assert float((other - alone).abs().max()) > 1e-3
-    assert torch.equal(velocity(x, times), both)  # what the calls of other sizes left on the pipeline is theirs
+    assert torch.equal(
+        velocity(x, times), both
+    )  # what the calls of other sizes left on the pipeline is theirs
     model.release()
 
 
@@ -64,7 +68,9 @@ def test_answers_apart_make_the_pipelines_own(make, mix):
     outputs = velocity.outputs(x, t)
     assert len(outputs) == ROWS.get(make, 2)
     assert mix is None or velocity.mix == pytest.approx(mix, rel=1e-4)
-    torch.testing.assert_close(velocity.combine(outputs), plain.velocity(None)(x, t), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        velocity.combine(outputs), plain.velocity(None)(x, t), rtol=1e-4, atol=1e-4
+    )
     model.release()
     plain.release()
 
@@ -89,10 +95,22 @@ def test_fitted_steps_weigh_both_answers():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (images.flux, "FluxPipeline asks its network once for a sample"),  # its guidance is a number it takes
-        (images.qwen_image, "the guidance of QwenImagePipeline is no sum of its network's answers"),  # rescaled
-        (videos.wan_two_experts, "the guidance of WanPipeline is no sum .* the same at all times"),  # two scales
-        (images.dit, "in a way that is not known here; call it with guidance_apart=False"),  # of some channels
+        (
+            images.flux,
+            "FluxPipeline asks its network once for a sample",
+        ),  # its guidance is a number it takes
+        (
+            images.qwen_image,
+            "the guidance of QwenImagePipeline is no sum of its network's answers",
+        ),  # rescaled
+        (
+            videos.wan_two_experts,
+            "the guidance of WanPipeline is no sum .* the same at all times",
+        ),  # two scales
+        (
+            images.dit,
+            "in a way that is not known here; call it with guidance_apart=False",
+        ),  # of some channels
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -13,11 +13,20 @@ from oss_exp.models.pipeline import Pipeline, decoded
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
 
-QUICK = {"dit", "flux", "stable_audio", "stable_diffusion_3", "wan"}  # all others together take a minute
+QUICK = {
+    "dit",
+    "flux",
+    "stable_audio",
+    "stable_diffusion_3",
+    "wan",
+}  # all others together take a minute
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FAMILIES]
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FAMILIES
+    ],
 )
 def family(request) -> Family:
     torch.manual_seed(0)
@@ -43,20 +52,28 @@ def start(model: Pipeline, noise: torch.Tensor, time: float) -> torch.Tensor:
     return noise * time if takes_latents else noise / one
 
 
-def own(family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, seed: int) -> torch.Tensor:
+def own(
+    family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, seed: int
+) -> torch.Tensor:
     """What the pipeline makes of the noise of this seed with the scheduler that it has."""
     scheduler, latents = model.pipe.scheduler, noise
     if not isinstance(scheduler, oss_exp.OSSScheduler):
         t = model.noise_schedule.nodes(num_steps)[0]
         latents, _ = model.training_of.question(noise * float(t), t.expand(len(noise)))
-        if isinstance(scheduler, EulerDiscreteScheduler):  # its states are larger than what the network gets
+        if isinstance(
+            scheduler, EulerDiscreteScheduler
+        ):  # its states are larger than what the network gets
             scheduler.set_timesteps(num_steps)
             latents = latents * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 / scheduler.init_noise_sigma
     draws = [torch.Generator().manual_seed(i) for i in range(len(noise))]  # as in our own calls
     call = {"latents": family.latents(latents, draws), "generator": draws}
     if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
         call = {"generator": torch.Generator().manual_seed(seed)}
-    call |= {model.takes: list(model.prompts), "num_inference_steps": num_steps, "output_type": "pt"}
+    call |= {
+        model.takes: list(model.prompts),
+        "num_inference_steps": num_steps,
+        "output_type": "pt",
+    }
     return decoded(model.pipe(**call | model.call))
 
 
@@ -81,7 +98,11 @@ def test_a_time_has_one_answer(family, model):
 
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family, model):
     noise, grid = noises(model), model.noise_schedule.nodes(family.num_steps)
-    found = model.decode(sample(Euler(), model.velocity(None), start(model, noise, float(grid[0])), StepSchedule(grid)))
+    found = model.decode(
+        sample(
+            Euler(), model.velocity(None), start(model, noise, float(grid[0])), StepSchedule(grid)
+        )
+    )
     expected = own(family, model, noise, family.num_steps, seed=0)
     assert found.shape == expected.shape
     assert float(expected.std()) > 1e-3
@@ -98,12 +119,17 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
         solver=Euler(),
         held_out=noises(model, seed=2),
         decode=lambda x0: x0,
-        strategies={"own": oss_exp.ClosedForm(model.noise_schedule), "oss": oss_exp.OSSShared(start="pinned")},
+        strategies={
+            "own": oss_exp.ClosedForm(model.noise_schedule),
+            "oss": oss_exp.OSSShared(start="pinned"),
+        },
     )
     means = {row["strategy"]: row["psnr"]["mean"] for row in compared.rows}
     assert means["oss"] >= means["own"]
     steps, noise = compared.schedules["oss"][4], noises(model, seed=1)
-    expected = model.decode(sample(Euler(), model.velocity(None), start(model, noise, steps.start_time), steps))
+    expected = model.decode(
+        sample(Euler(), model.velocity(None), start(model, noise, steps.start_time), steps)
+    )
 
     before = family.pipe.scheduler
     family.pipe.scheduler = steps.scheduler(before)
@@ -116,7 +142,9 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
 
 def test_nothing_is_left(family):
     own, hooks = family.pipe.scheduler, [len(part._forward_hooks) for part in parts(family)]
-    oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)
+    oss_exp.search(
+        Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4
+    )
     assert family.pipe.scheduler is own
     assert [len(part._forward_hooks) for part in parts(family)] == hooks
 

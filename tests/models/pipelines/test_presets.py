@@ -20,14 +20,29 @@ from oss_exp.schedule import StepSchedule
 PRESETS = sorted(
     file.stem
     for file in (CONF / "model").glob("*.yaml")
-    if file.stem != "pipeline" and "pipeline:" in file.read_text() and "_target_" not in file.read_text()
+    if file.stem != "pipeline"
+    and "pipeline:" in file.read_text()
+    and "_target_" not in file.read_text()
 )
 DOCUMENT = (CONF.parent / "docs" / "pipelines.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)
+    for line in block.splitlines()
+]
 COMMANDS += re.findall(r"^\| [^|]* \| `(oss-exp [^`]*)`", DOCUMENT, re.MULTILINE)
 ROW = r"^\| `(\w+)` \| \[([\w./-]+)\]\(https://huggingface.co/\2\) \| (\d+) x (\d+)"
-LISTED = {name: (hub, int(height), int(width)) for name, hub, height, width in re.findall(ROW, DOCUMENT, re.MULTILINE)}
-SHORT = ["num_teacher_steps=6", "num_steps=[3]", "data.search_samples=2", "data.eval_samples=2", "data.per_sample=2"]
+LISTED = {
+    name: (hub, int(height), int(width))
+    for name, hub, height, width in re.findall(ROW, DOCUMENT, re.MULTILINE)
+}
+SHORT = [
+    "num_teacher_steps=6",
+    "num_steps=[3]",
+    "data.search_samples=2",
+    "data.eval_samples=2",
+    "data.per_sample=2",
+]
 SHORT += ["logger=none", "trainer.enable_progress_bar=false"]
 
 
@@ -59,7 +74,9 @@ def test_a_preset_is_a_call_of_its_class(preset):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_main_job_at_tiny_size(preset, tmp_path):
-    pytest.importorskip("ftfy") if preset == "wan2_2_i2v" else None  # without which this pipeline fails
+    pytest.importorskip(
+        "ftfy"
+    ) if preset == "wan2_2_i2v" else None  # without which this pipeline fails
     run_cli(f"model={preset}", "scale=tiny", *SHORT, f"hydra.run.dir={tmp_path}")
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert {row["strategy"] for row in rows} == {"pipeline", "oss_shared", "oss_fit"}
@@ -81,9 +98,16 @@ def test_the_commands_of_the_documentation(command, tmp_path, monkeypatch):
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipe.save_lora_weights("style", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     _, *words = shlex.split(command)
-    run_cli(*(word for word in words if not word.startswith("num_steps=")), "scale=tiny", *SHORT, "hydra.run.dir=run")
+    run_cli(
+        *(word for word in words if not word.startswith("num_steps=")),
+        "scale=tiny",
+        *SHORT,
+        "hydra.run.dir=run",
+    )
     assert list(Path("run", "schedules").glob("*_3.json"))
-    assert all("_tiny" in file.read_text() for file in Path("run", "schedules").glob("oss_*_3.json"))
+    assert all(
+        "_tiny" in file.read_text() for file in Path("run", "schedules").glob("oss_*_3.json")
+    )
 
 
 def test_the_documentation_lists_all_presets():
@@ -91,7 +115,9 @@ def test_the_documentation_lists_all_presets():
 
 
 def test_words_of_the_command_line_win():
-    cfg = composed("model=sdxl", "noise_schedule=ddim", "stepsize=oss_shared", "stepsize.oss_shared.start=free")
+    cfg = composed(
+        "model=sdxl", "noise_schedule=ddim", "stepsize=oss_shared", "stepsize.oss_shared.start=free"
+    )
     assert cfg.noise_schedule._target_ == "oss_exp.DDIMSchedule"
     assert cfg.stepsize.oss_shared.start == "free"
 
@@ -101,12 +127,24 @@ def test_an_image_that_is_missing_is_asked_for_before_anything_is_loaded(tmp_pat
         run_cli("model=wan2_2_i2v", "model.pipeline=nowhere", *SHORT, f"hydra.run.dir={tmp_path}")
     assert "WanImageToVideoPipeline needs image; add call.image=FILE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run_cli("model=wan2_2_i2v", "scale=tiny", "model.call.image=no.png", *SHORT, f"hydra.run.dir={tmp_path}")
+        run_cli(
+            "model=wan2_2_i2v",
+            "scale=tiny",
+            "model.call.image=no.png",
+            *SHORT,
+            f"hydra.run.dir={tmp_path}",
+        )
     assert "image no.png cannot be read" in capsys.readouterr().err
 
 
 def test_a_class_without_a_small_pipeline_says_which_have_one(tmp_path, capsys):
-    words = ["model=pipeline", "model.pipeline=x", "model.pipeline_class=MochiPipeline", "scale=tiny", *SHORT]
+    words = [
+        "model=pipeline",
+        "model.pipeline=x",
+        "model.pipeline_class=MochiPipeline",
+        "scale=tiny",
+        *SHORT,
+    ]
     with pytest.raises(SystemExit):
         run_cli(*words, f"hydra.run.dir={tmp_path}")
     assert "model.pipeline_class=MochiPipeline has no size=tiny; " in capsys.readouterr().err

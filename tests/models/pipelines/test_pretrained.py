@@ -15,9 +15,24 @@ from oss_exp.models.pipeline import Pipeline
 from oss_exp.schedule import StepSchedule
 
 CALL = {"height": 24, "width": 24, "guidance_scale": 3.0}
-MODEL = ["model=pipeline", "model.dtype=float32", "model.call={height: 24, width: 24, guidance_scale: 3.0}"]
-SMALL = ["data=prompts", "num_teacher_steps=8", "num_steps=[2]", "data.search_samples=2", "data.eval_samples=2"]
-SMALL += ["data.per_sample=2", "stepsize=[ddim,oss_shared]", "stepsize.oss_shared.start=pinned", "logger=none"]
+MODEL = [
+    "model=pipeline",
+    "model.dtype=float32",
+    "model.call={height: 24, width: 24, guidance_scale: 3.0}",
+]
+SMALL = [
+    "data=prompts",
+    "num_teacher_steps=8",
+    "num_steps=[2]",
+    "data.search_samples=2",
+    "data.eval_samples=2",
+]
+SMALL += [
+    "data.per_sample=2",
+    "stepsize=[ddim,oss_shared]",
+    "stepsize.oss_shared.start=pinned",
+    "logger=none",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +65,29 @@ def test_a_folder_is_the_pipeline_that_was_saved(folder):
     x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
     expected = model.velocity(None)(x, torch.full((2,), 0.5, dtype=torch.float64))
     assert torch.equal(velocity(pipeline=folder), expected)
-    assert torch.equal(velocity(pipeline=folder, pipeline_class="StableDiffusionPipeline"), expected)
+    assert torch.equal(
+        velocity(pipeline=folder, pipeline_class="StableDiffusionPipeline"), expected
+    )
 
 
 def test_a_chain_of_more_steps_than_memory_holds_is_not_made(tmp_path):
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}))
-    with pytest.raises(ValueError, match=rf"{file}: field `num_train_timesteps` must be at most 100000, got 10"):
+    with pytest.raises(
+        ValueError, match=rf"{file}: field `num_train_timesteps` must be at most 100000, got 10"
+    ):
         Pipeline.from_pretrained(tmp_path, PROMPTS)
 
 
 def test_a_part_may_have_a_dtype_of_its_own(folder):
     dtype = {"default": "bfloat16", "vae": "float32"}
     pipe = Pipeline.from_pretrained(folder, PROMPTS, dtype=dtype, call=CALL).pipe
-    assert (pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert (pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
 
 
 @pytest.mark.slow
@@ -72,17 +95,30 @@ def test_an_adapter_is_another_model(folder, lora):
     plain = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL)
     adapted = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL, loras=[lora])
     assert adapted.fingerprint != plain.fingerprint
-    assert not torch.allclose(velocity(pipeline=folder, loras=[lora]), velocity(pipeline=folder), atol=1e-3)
+    assert not torch.allclose(
+        velocity(pipeline=folder, loras=[lora]), velocity(pipeline=folder), atol=1e-3
+    )
 
 
 @pytest.mark.slow
 def test_the_whole_job(folder, tmp_path):
-    run_cli(*MODEL, f"model.pipeline={folder}", "noise_schedule=pipeline", *SMALL, f"hydra.run.dir={tmp_path}")
+    run_cli(
+        *MODEL,
+        f"model.pipeline={folder}",
+        "noise_schedule=pipeline",
+        *SMALL,
+        f"hydra.run.dir={tmp_path}",
+    )
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
-    assert {row["strategy"]: row["nfe"] for row in rows} == {"ddim": 4, "oss_shared": 4}  # guided: two rows a step
+    assert {row["strategy"]: row["nfe"] for row in rows} == {
+        "ddim": 4,
+        "oss_shared": 4,
+    }  # guided: two rows a step
     steps = StepSchedule.load(tmp_path / "schedules" / "oss_shared_2.json")
     assert steps.about("teacher")["noise_schedule"] == {"_target_": "oss_exp.PipelineSchedule"}
-    own = Pipeline.from_pretrained(folder, PROMPTS, dtype="float32", call=CALL).noise_schedule.nodes(8)
+    own = Pipeline.from_pretrained(
+        folder, PROMPTS, dtype="float32", call=CALL
+    ).noise_schedule.nodes(8)
     assert set(steps.times.tolist()) <= set(own.tolist())
 
 
@@ -90,14 +126,26 @@ def test_the_whole_job(folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.pipeline=nowhere"], "pipeline nowhere is neither a folder that diffusers' save_pretrained wrote"),
-        (["model.pipeline={folder}", "model.pipeline_class=Pipe"], "pipeline_class=Pipe is no pipeline of diffusers"),
-        (["model.pipeline={folder}", "model.call={{heigth: 3}}"], "takes no heigth; it takes, among others, height"),
+        (
+            ["model.pipeline=nowhere"],
+            "pipeline nowhere is neither a folder that diffusers' save_pretrained wrote",
+        ),
+        (
+            ["model.pipeline={folder}", "model.pipeline_class=Pipe"],
+            "pipeline_class=Pipe is no pipeline of diffusers",
+        ),
+        (
+            ["model.pipeline={folder}", "model.call={{heigth: 3}}"],
+            "takes no heigth; it takes, among others, height",
+        ),
         (
             ["model.pipeline={folder}", "model.call={{num_inference_steps: 3}}"],
             "num_inference_steps of the call is for the search",
         ),
-        (["model=mixture_digits", "noise_schedule=pipeline"], "model=mixture_digits is no pipeline"),
+        (
+            ["model=mixture_digits", "noise_schedule=pipeline"],
+            "model=mixture_digits is no pipeline",
+        ),
     ],
 )
 def test_bad_input(settings, message, folder, tmp_path, capsys, monkeypatch):
@@ -105,7 +153,12 @@ def test_bad_input(settings, message, folder, tmp_path, capsys, monkeypatch):
     own = [] if settings[0].startswith("model=") else MODEL[:2]
     small = [each for each in SMALL if own or not each.startswith("data=")]
     with pytest.raises(SystemExit):
-        run_cli(*own, *(each.format(folder=folder) for each in settings), *small, f"hydra.run.dir={tmp_path}")
+        run_cli(
+            *own,
+            *(each.format(folder=folder) for each in settings),
+            *small,
+            f"hydra.run.dir={tmp_path}",
+        )
     assert message in capsys.readouterr().err
 
 
@@ -129,5 +182,7 @@ def test_quantised_weights(folder, lora, quantization, adapted):
 
 def test_quantisation_whose_package_is_missing(folder, monkeypatch):
     monkeypatch.setattr("oss_exp.models.quantization.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="quantization=nf4 needs bitsandbytes, which is not installed: pip install"):
+    with pytest.raises(
+        ValueError, match="quantization=nf4 needs bitsandbytes, which is not installed: pip install"
+    ):
         Pipeline.from_pretrained(folder, PROMPTS, quantization="nf4")

@@ -30,26 +30,52 @@ def stable_diffusion() -> Family:
     return images.stable_diffusion()
 
 
-def search(family: Family, num_steps: int = 2, num_teacher_steps: int = 4, **call) -> oss_exp.StepSchedule:
+def search(
+    family: Family, num_steps: int = 2, num_teacher_steps: int = 4, **call
+) -> oss_exp.StepSchedule:
     model = Pipeline(family.pipe, family.prompts, **family.call | call)
-    return oss_exp.search(model, num_steps=num_steps, num_teacher_steps=num_teacher_steps, solver=Euler())
+    return oss_exp.search(
+        model, num_steps=num_steps, num_teacher_steps=num_teacher_steps, solver=Euler()
+    )
 
 
 def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
-    parts = {name: part for name, part in stable_diffusion.pipe.components.items() if name != "image_encoder"}
+    parts = {
+        name: part
+        for name, part in stable_diffusion.pipe.components.items()
+        if name != "image_encoder"
+    }
     parts["scheduler"] = LCMScheduler(**images.SD_BETAS)
     with pytest.raises(ValueError, match="LCMScheduler is of consistency models"):
-        oss_exp.search(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), prompts=PROMPTS)
-    unused = ("tokenizer", "text_encoder", "decoder", "vqgan", "prior_prior", "prior_text_encoder", "prior_tokenizer")
+        oss_exp.search(
+            LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), prompts=PROMPTS
+        )
+    unused = (
+        "tokenizer",
+        "text_encoder",
+        "decoder",
+        "vqgan",
+        "prior_prior",
+        "prior_text_encoder",
+        "prior_tokenizer",
+    )
     two = {"scheduler": DDPMWuerstchenScheduler(), "prior_scheduler": DDPMWuerstchenScheduler()}
-    with pytest.raises(ValueError, match="StableCascadeCombinedPipeline is a cascade, of scheduler, prior_scheduler"):
-        oss_exp.search(StableCascadeCombinedPipeline(**dict.fromkeys(unused), **two), prompts=PROMPTS)
+    with pytest.raises(
+        ValueError,
+        match="StableCascadeCombinedPipeline is a cascade, of scheduler, prior_scheduler",
+    ):
+        oss_exp.search(
+            StableCascadeCombinedPipeline(**dict.fromkeys(unused), **two), prompts=PROMPTS
+        )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"height": 25}, "the call of StableDiffusionPipeline fails: `height` and `width` have to be divisible by 8"),
+        (
+            {"height": 25},
+            "the call of StableDiffusionPipeline fails: `height` and `width` have to be divisible by 8",
+        ),
         ({"negative_prompt": ["dull"] * 3}, "negative_prompt has 3 entries for 2 prompts"),
         ({"prompt": "a hat"}, "prompt and class_labels of the call are the model's prompts"),
         ({"num_inference_steps": 4}, "num_inference_steps of the call is for the search to choose"),
@@ -99,7 +125,9 @@ def test_a_strength_that_is_none(stable_diffusion, strength):
 
 def test_a_schedule_of_another_kind_of_network(stable_diffusion):
     steps = search(stable_diffusion)
-    with pytest.raises(ValueError, match=r"searched on a network of noise prediction, and FlowMatchEuler"):
+    with pytest.raises(
+        ValueError, match=r"searched on a network of noise prediction, and FlowMatchEuler"
+    ):
         steps.scheduler(FlowMatchEulerDiscreteScheduler())
     for own in (None, type(stable_diffusion.pipe.scheduler), {}):
         with pytest.raises(ValueError, match="own must be a scheduler of diffusers"):
@@ -107,7 +135,9 @@ def test_a_schedule_of_another_kind_of_network(stable_diffusion):
 
 
 def test_a_network_that_returns_nan(stable_diffusion):
-    hook = stable_diffusion.pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * float("nan"),))
+    hook = stable_diffusion.pipe.unet.register_forward_hook(
+        lambda module, given, output: (output[0] * float("nan"),)
+    )
     try:
         with pytest.raises(ValueError, match="returns NaN or infinity at its first step"):
             search(stable_diffusion)
@@ -154,7 +184,9 @@ def test_many_failures_leave_nothing():
         if number in (49, 199):
             gc.collect()
             used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-            assert not [loop for loop in gc.get_objects() if isinstance(loop, _Loop) and not loop.dead]
+            assert not [
+                loop for loop in gc.get_objects() if isinstance(loop, _Loop) and not loop.dead
+            ]
     assert family.pipe.scheduler is own
     assert set(family.pipe.__dict__) == keys
     assert not family.pipe.transformer._forward_hooks

@@ -84,7 +84,9 @@ def test_an_error_in_the_network_ends_its_call(family, error):
         del caught, model
     assert not family.pipe.unet._forward_hooks
     assert suspended_calls() == before
-    oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)
+    oss_exp.search(
+        Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4
+    )
 
 
 @pytest.mark.slow
@@ -118,7 +120,9 @@ def test_a_model_may_go_inside_another_ones_call(family):
 def test_a_model_of_another_thread(family):
     """Its calls end with it; releasing them from here does nothing, and says nothing."""
     models = []
-    thread = threading.Thread(target=lambda: models.append(Pipeline(family.pipe, family.prompts, **family.call)))
+    thread = threading.Thread(
+        target=lambda: models.append(Pipeline(family.pipe, family.prompts, **family.call))
+    )
     thread.start()
     thread.join()
     begun = threading.Thread(target=lambda: asked(models[0]))
@@ -158,7 +162,9 @@ def test_a_model_that_another_thread_uses(family):
 def test_hooks_are_freed(family, monkeypatch):
     """As at the end of a whole call: so an offloaded network leaves the GPU."""
     freed, model = [], suspended(family)
-    monkeypatch.setattr(type(family.pipe), "maybe_free_model_hooks", lambda pipe: freed.append(pipe))
+    monkeypatch.setattr(
+        type(family.pipe), "maybe_free_model_hooks", lambda pipe: freed.append(pipe)
+    )
     model.release()
     assert freed == [family.pipe]
     model.release()
@@ -214,8 +220,12 @@ def test_a_loop_with_a_memory_is_refused(family):
 
     hook = family.pipe.unet.register_forward_hook(momentum)
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline answers the same state .* otherwise"):
+    with pytest.raises(
+        ValueError, match=r"StableDiffusionPipeline answers the same state .* otherwise"
+    ):
         oss_exp.search(model, num_steps=2, num_teacher_steps=4)
     hook.remove()
     model.release()
-    oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4)
+    oss_exp.search(
+        Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4
+    )

@@ -21,7 +21,9 @@ def test_a_clock_in_bfloat16(make):
 
     hook = family.pipe.transformer.register_forward_pre_hook(hear, with_kwargs=True)
     searched = OSSShared(start="pinned")  # which calls at no other times than the teacher's
-    steps = oss_exp.search(model, num_steps=4, num_teacher_steps=9, solver=Euler(), strategy=searched)
+    steps = oss_exp.search(
+        model, num_steps=4, num_teacher_steps=9, solver=Euler(), strategy=searched
+    )
     hook.remove()
     model.release()
     moved = max(min(abs(told - float(t)) for told in heard) for t in steps.times[:-1])
@@ -32,7 +34,10 @@ def test_a_clock_in_bfloat16(make):
 def test_a_clock_that_is_told_as_it_is():
     for family in (stable_diffusion(), ltx_image_to_video()):
         steps = oss_exp.search(
-            Pipeline(family.pipe, family.prompts, **family.call), num_steps=3, num_teacher_steps=7, solver=Euler()
+            Pipeline(family.pipe, family.prompts, **family.call),
+            num_steps=3,
+            num_teacher_steps=7,
+            solver=Euler(),
         )
         assert steps.about("native")["rounding"] < 1e-6
 
@@ -46,7 +51,9 @@ def test_a_clock_in_whole_numbers():
 
     hook = family.pipe.unet.register_forward_pre_hook(whole, with_kwargs=True)
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    steps = oss_exp.search(model, num_steps=3, num_teacher_steps=7, solver=Euler(), must_visit=[0.4321])
+    steps = oss_exp.search(
+        model, num_steps=3, num_teacher_steps=7, solver=Euler(), must_visit=[0.4321]
+    )
     hook.remove()
     clock = model.path.native(steps.times[:-1])
     expected = (model.path.canonical(clock.round()) - steps.times[:-1]).abs().max()

@@ -32,7 +32,9 @@ def family() -> Family:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "config"), METHODS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("method", "config"), METHODS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_the_velocity_is_the_networks(family, method, config):
     """Of DPM-Solver with Karras's spacing, several whole timesteps are the same."""
     time, own = torch.tensor([0.5], dtype=torch.float64), family.pipe.scheduler

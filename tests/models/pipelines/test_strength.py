@@ -38,11 +38,15 @@ def stable_diffusion(strength: float, scheduler=None) -> Family:
 
 def stable_diffusion_ddim(strength: float) -> Family:
     """Whose scheduler is not told where the loop begins."""
-    return stable_diffusion(strength, DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
+    return stable_diffusion(
+        strength, DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False)
+    )
 
 
 def stable_diffusion_xl(strength: float) -> Family:
-    pipe = StableDiffusionXLImg2ImgPipeline(**tiny.stable_diffusion_xl_parts(), add_watermarker=False)
+    pipe = StableDiffusionXLImg2ImgPipeline(
+        **tiny.stable_diffusion_xl_parts(), add_watermarker=False
+    )
     return Family(exact(lively(pipe)), GUIDED | pictures(strength))
 
 
@@ -55,13 +59,17 @@ def flux(strength: float) -> Family:
     """Its states are packed after the noise is put on."""
     pipe = FluxImg2ImgPipeline(*tiny.flux_parts(), tiny.flux_transformer(32))
     call = {"guidance_scale": 3.0, "max_sequence_length": 16}
-    return Family(exact(lively(pipe)), call | {"height": 48, "width": 32} | pictures(strength, 48, 32))
+    return Family(
+        exact(lively(pipe)), call | {"height": 48, "width": 32} | pictures(strength, 48, 32)
+    )
 
 
 def inpainting(strength: float) -> Family:
     """Whose loop puts the image outside of its mask, too."""
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
-    return Family(exact(lively(pipe)), SMALL | pictures(strength) | {"mask_image": mask()}, atol=1e-3)
+    return Family(
+        exact(lively(pipe)), SMALL | pictures(strength) | {"mask_image": mask()}, atol=1e-3
+    )
 
 
 def of_text_to_image(kind, family: Family, strength: float, *size: int) -> Family:
@@ -155,7 +163,9 @@ def test_a_searched_schedule_runs_in_the_pipeline(family):
         with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
             own(family, 7)
         family.call["strength"] = 0.3
-        with pytest.raises(ValueError, match=r"the schedule begins at an image; call .* strength=0\.6"):
+        with pytest.raises(
+            ValueError, match=r"the schedule begins at an image; call .* strength=0\.6"
+        ):
             own(family, 3)
     finally:
         hook.remove()
@@ -187,7 +197,9 @@ def test_fitted_steps_need_the_image():
     torch.manual_seed(0)
     family = stable_diffusion(0.6)
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    steps = oss_exp.search(model, num_steps=2, num_teacher_steps=4, strategy=oss_exp.OSSFit(start="pinned"))
+    steps = oss_exp.search(
+        model, num_steps=2, num_teacher_steps=4, strategy=oss_exp.OSSFit(start="pinned")
+    )
     with pytest.raises(ValueError, match="begins at an image, and has pinned start, fitted steps"):
         steps.scheduler(family.pipe.scheduler)
 
@@ -195,7 +207,8 @@ def test_fitted_steps_need_the_image():
 def test_a_teacher_of_second_order_cuts_whole_steps():
     torch.manual_seed(0)
     families = [
-        stable_diffusion(0.6, kind(**SD_BETAS)) for kind in (HeunDiscreteScheduler, DPMSolverMultistepScheduler)
+        stable_diffusion(0.6, kind(**SD_BETAS))
+        for kind in (HeunDiscreteScheduler, DPMSolverMultistepScheduler)
     ]
     for family in families:
         model = Pipeline(family.pipe, family.prompts, **family.call)
@@ -210,6 +223,10 @@ def test_a_strength_that_is_no_noise_on_an_image():
         oss_exp.search(Pipeline(family.pipe, family.prompts, **family.call, strength=0.5))
 
 
-def with_strength(self, prompt=None, height=24, width=24, guidance_scale=1.0, strength=1.0, generator=None, **call):
+def with_strength(
+    self, prompt=None, height=24, width=24, guidance_scale=1.0, strength=1.0, generator=None, **call
+):
     base = type(self).__mro__[1]
-    return base.__call__(self, prompt, height, width, guidance_scale=guidance_scale, generator=generator, **call)
+    return base.__call__(
+        self, prompt, height, width, guidance_scale=guidance_scale, generator=generator, **call
+    )

@@ -60,7 +60,9 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 @family
 def wan_unipc() -> Family:
     encoder, tokenizer = umt5()
-    scheduler = EulerUniPC(**FLOW, flow_shift=3.0, solver_order=1, disable_corrector=list(range(100)))
+    scheduler = EulerUniPC(
+        **FLOW, flow_shift=3.0, solver_order=1, disable_corrector=list(range(100))
+    )
     pipe = WanPipeline(tokenizer, encoder, wan_vae(), scheduler, wan_transformer())
     return Family(lively(pipe), {**SMALL, "guidance_scale": 4.0, "max_sequence_length": 16})
 
@@ -88,7 +90,9 @@ def wan_image_to_video_two_experts() -> Family:
 def skyreels() -> Family:
     pytest.importorskip("ftfy")  # without which the pipeline fails
     encoder, tokenizer = umt5()
-    scheduler = EulerUniPC(**FLOW, flow_shift=8.0, solver_order=1, disable_corrector=list(range(100)))
+    scheduler = EulerUniPC(
+        **FLOW, flow_shift=8.0, solver_order=1, disable_corrector=list(range(100))
+    )
     transformer = SkyReelsV2Transformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=20, freq_dim=16,
         ffn_dim=32, num_layers=2, rope_max_seq_len=32,
@@ -127,7 +131,10 @@ def ltx_image_to_video() -> Family:
 @family
 def hunyuan_video() -> Family:
     return shipped(
-        "HunyuanVideoPipeline", guidance_scale=6.0, true_cfg_scale=2.0, negative_prompt=["blurred", "blurred"]
+        "HunyuanVideoPipeline",
+        guidance_scale=6.0,
+        true_cfg_scale=2.0,
+        negative_prompt=["blurred", "blurred"],
     )
 
 
@@ -143,8 +150,12 @@ def mochi() -> Family:
         num_attention_heads=2, attention_head_dim=12, num_layers=2, pooled_projection_dim=16, in_channels=4,
         text_embed_dim=16, time_embed_dim=8, max_sequence_length=16,
     )  # fmt: skip
-    pipe = MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, encoder, tokenizer, transformer)
-    return Family(lively(pipe), {**SMALL, "num_frames": 7, "guidance_scale": 4.0, "max_sequence_length": 16})
+    pipe = MochiPipeline(
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, encoder, tokenizer, transformer
+    )
+    return Family(
+        lively(pipe), {**SMALL, "num_frames": 7, "guidance_scale": 4.0, "max_sequence_length": 16}
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -183,7 +194,9 @@ def animate_diff() -> Family:
     adapter = MotionAdapter(
         block_out_channels=(16, 16), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2,
     )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+    )
     pipe = AnimateDiffPipeline(image_vae(4), encoder, tokenizer, unet, adapter, scheduler)
     return Family(lively(pipe), {**SMALL, "num_frames": 2, "guidance_scale": 3.0})
 
@@ -198,5 +211,11 @@ def latte() -> Family:
     )  # fmt: skip
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     pipe = LattePipeline(tokenizer, encoder, image_vae(4), transformer, scheduler)
-    call = {"height": 16, "width": 16, "video_length": 2, "guidance_scale": 3.0, "clean_caption": False}
+    call = {
+        "height": 16,
+        "width": 16,
+        "video_length": 2,
+        "guidance_scale": 3.0,
+        "clean_caption": False,
+    }
     return Family(lively(pipe), call)

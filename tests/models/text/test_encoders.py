@@ -10,7 +10,12 @@ T5 = {"vocab_size": 300, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "n
 
 def test_a_prompt_that_is_cut_is_named_with_what_is_left_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
-    prompts = ["", "red boats", "red boats!", "red boat and bag"]  # a token is a letter here, and the last one an end
+    prompts = [
+        "",
+        "red boats",
+        "red boats!",
+        "red boat and bag",
+    ]  # a token is a letter here, and the last one an end
     for _ in range(2):  # from the encoder, then from the cache
         caplog.clear()
         with caplog.at_level(logging.WARNING):

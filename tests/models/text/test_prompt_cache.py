@@ -14,8 +14,13 @@ class Encoder:
 
     def __call__(self, prompts):
         self.asked.append(list(prompts))
-        counts = torch.tensor([[float(prompt.count(letter)) for letter in "abc"] for prompt in prompts])
-        return {"text": counts[:, None].expand(-1, 2, 3), "pooled": counts.sum(1, keepdim=True).bfloat16()}
+        counts = torch.tensor(
+            [[float(prompt.count(letter)) for letter in "abc"] for prompt in prompts]
+        )
+        return {
+            "text": counts[:, None].expand(-1, 2, 3),
+            "pooled": counts.sum(1, keepdim=True).bfloat16(),
+        }
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -30,7 +35,10 @@ def test_only_new_prompts_are_encoded_once_and_the_order_is_kept(tmp_path):
     second = PromptCache(tmp_path).encode(encoder, ["c", "aa", "", "b"])
     assert encoder.asked[1:] == [["c", ""]]
     fresh = Encoder()(["c", "aa", "", "b"])
-    assert {name: tensor.dtype for name, tensor in second.items()} == {"text": torch.float32, "pooled": torch.bfloat16}
+    assert {name: tensor.dtype for name, tensor in second.items()} == {
+        "text": torch.float32,
+        "pooled": torch.bfloat16,
+    }
     assert all(second[name].equal(fresh[name]) for name in fresh)
     assert first["text"][0].equal(first["text"][2])
     assert len(list(tmp_path.iterdir())) == 4  # and nothing temporary
@@ -58,7 +66,13 @@ def test_prompts_are_encoded_in_batches_and_kept_as_they_are_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: b"", lambda data: data[:-3], lambda data: data[:-1] + b"\x7f", lambda data: b"text"]
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:-3],
+        lambda data: data[:-1] + b"\x7f",
+        lambda data: b"text",
+    ],
 )
 def test_a_damaged_encoding_is_made_again_with_a_note(tmp_path, caplog, damage):
     cache = PromptCache(tmp_path)

@@ -20,7 +20,9 @@ PROMPTS = {
 def model(name: str, prompts: list[str]):
     """With random weights."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"model={name}", "model.checkpoint=untrained", "model.dtype=float64"]).model
+        cfg = compose(
+            "config", [f"model={name}", "model.checkpoint=untrained", "model.dtype=float64"]
+        ).model
     made = instantiate(cfg, prompts=prompts)
     randomise(made.backbone, torch.Generator().manual_seed(0))
     return made
@@ -70,18 +72,24 @@ def test_prompts_it_cannot_read_are_refused(prompt, message):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
     one, other = model(name, PROMPTS[name]), model(name, PROMPTS[name][::-1])
-    x = torch.randn(3, *one.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        3, *one.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     t = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
     found = one.velocity(torch.tensor([0, 1, 2]))(x, t)
     torch.testing.assert_close(other.velocity(torch.tensor([2, 1, 0]))(x, t), found)
-    assert (one.velocity(torch.tensor([1, 2, 0]))(x, t) - found).abs().amax((1, *range(2, x.ndim))).min() > 1e-3
+    assert (one.velocity(torch.tensor([1, 2, 0]))(x, t) - found).abs().amax(
+        (1, *range(2, x.ndim))
+    ).min() > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_guidance_is_away_from_no_prompt(name):
     made = model(name, PROMPTS[name])
-    x = torch.randn(2, *made.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        2, *made.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     t, prompts = torch.tensor([0.8, 0.3], dtype=torch.float64), torch.tensor([2, 0])
     with_prompt, without = (made._velocity(x, t, rows) for rows in (prompts, torch.full((2,), -1)))
     found = made.velocity(prompts, Guidance(3.0))(x, t)

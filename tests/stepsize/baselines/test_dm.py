@@ -9,7 +9,15 @@ import torch
 from helpers import mostly_slow
 
 from oss_exp.distances import XtMSE
-from oss_exp.noise import CosinePath, DDPMPath, EDMPath, FlowPath, FlowSchedule, GaussianPath, linear_betas
+from oss_exp.noise import (
+    CosinePath,
+    DDPMPath,
+    EDMPath,
+    FlowPath,
+    FlowSchedule,
+    GaussianPath,
+    linear_betas,
+)
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.baselines.dm import DM, linearise, objective, optimise, parts, spaced
@@ -56,13 +64,19 @@ def start_of(case: dict) -> torch.Tensor:
 
 def best_of(oracle: dict, case: dict) -> float:
     """The least objective that the released code ends at, over its starts."""
-    same = [c for c in oracle["cases"] if all(c[key] == case[key] for key in ("schedule", "truncNum", "p", "N"))]
+    same = [
+        c
+        for c in oracle["cases"]
+        if all(c[key] == case[key] for key in ("schedule", "truncNum", "p", "N"))
+    ]
     return min(c["objective_opt"] for c in same)
 
 
 def cases(oracle: dict, separate_steps: int, sizes: tuple[int, ...]) -> list[dict]:
     return [
-        c for c in oracle["cases"] if c["schedule"] == "linear" and c["truncNum"] == separate_steps and c["N"] in sizes
+        c
+        for c in oracle["cases"]
+        if c["schedule"] == "linear" and c["truncNum"] == separate_steps and c["N"] in sizes
     ]
 
 
@@ -72,7 +86,9 @@ def cases(oracle: dict, separate_steps: int, sizes: tuple[int, ...]) -> list[dic
 def test_objective_at_random_nodes(oracle):
     assert len(oracle["objective_random"]) == 108
     for case in oracle["objective_random"]:
-        rows = [[case["lambda_T"], *inner, case["lambda_eps"]] for inner in case["lambdas_interior"]]
+        rows = [
+            [case["lambda_T"], *inner, case["lambda_eps"]] for inner in case["lambdas_interior"]
+        ]
         found = objective(doubles(*rows), VP, case["p"], case["truncNum"])
         torch.testing.assert_close(found, doubles(*case["objective"]), rtol=1e-12, atol=0)
 
@@ -80,7 +96,10 @@ def test_objective_at_random_nodes(oracle):
 def test_objective_at_starts_and_optima(oracle):
     assert len(oracle["cases"]) == 108
     for case in oracle["cases"]:
-        for nodes, key in ((start_of(case), "objective_init"), (doubles(*case["opt_lambdas"]), "objective_opt")):
+        for nodes, key in (
+            (start_of(case), "objective_init"),
+            (doubles(*case["opt_lambdas"]), "objective_opt"),
+        ):
             found = objective(nodes, VP, case["p"], case["truncNum"])
             assert float(found) == pytest.approx(case[key], rel=1e-12)
 
@@ -141,8 +160,12 @@ def test_derivatives(path, separate_steps):
     step = 1e-5 * torch.eye(9, dtype=torch.float64)
     differences = torch.stack([(both(nodes + d) - both(nodes - d)) / 2e-5 for d in step], dim=1)
     torch.testing.assert_close(values, both(nodes))
-    torch.testing.assert_close(jacobian, differences, rtol=1e-6, atol=1e-7 * float(values.abs().max()))
-    assert float(values[0] + values[1:].abs().sum()) == pytest.approx(float(objective(nodes, path, 2, separate_steps)))
+    torch.testing.assert_close(
+        jacobian, differences, rtol=1e-6, atol=1e-7 * float(values.abs().max())
+    )
+    assert float(values[0] + values[1:].abs().sum()) == pytest.approx(
+        float(objective(nodes, path, 2, separate_steps))
+    )
 
 
 @pytest.mark.slow
@@ -154,13 +177,17 @@ def test_every_start_leads_to_the_same_schedule(path, p):
         optima = [optimise(start, path, p, separate_steps) for start in starts]
         for start, optimum in zip(starts, optima, strict=True):
             assert (start.diff() > 0).all()
-            assert objective(optimum, path, p, separate_steps) < objective(start, path, p, separate_steps)
+            assert objective(optimum, path, p, separate_steps) < objective(
+                start, path, p, separate_steps
+            )
             torch.testing.assert_close(optimum, optima[0], rtol=0, atol=2e-3)
 
 
 def test_one_step_has_nothing_to_choose():
     assert optimise(doubles(*ENDS), VP, 2, None).tolist() == list(ENDS)
-    assert float(objective(doubles(*ENDS), VP, 1, None)) == pytest.approx(152 * (1 / 0.0105 - 1 / 152))
+    assert float(objective(doubles(*ENDS), VP, 1, None)) == pytest.approx(
+        152 * (1 / 0.0105 - 1 / 152)
+    )
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -168,7 +195,9 @@ def test_two_steps_by_hand(init):
     """For p = 1 the objective is e^h0 + e^h1 - 2, least in the middle."""
     optimum = optimise(spaced(init, VP, *ENDS, 2), VP, 1, None)
     assert float(optimum[1]) == pytest.approx(sum(ENDS) / 2, abs=1e-6)
-    assert float(objective(optimum, VP, 1, None)) == pytest.approx(2 * math.exp((ENDS[1] - ENDS[0]) / 2) - 2)
+    assert float(objective(optimum, VP, 1, None)) == pytest.approx(
+        2 * math.exp((ENDS[1] - ENDS[0]) / 2) - 2
+    )
 
 
 def test_all_paths_agree_for_p_one():
@@ -188,7 +217,9 @@ def test_plans(problem, path):
         assert (plan.num_steps, plan.start.kind, plan.times.dtype) == (k, "pinned", torch.float64)
         assert (plan.times[0], plan.times[-1]) == (1, 0)
     optimum = optimise(spaced("unif", path, *ENDS, 5), path, 2, None)
-    assert plans[5].times[1:-1].tolist() == pytest.approx(torch.sigmoid(-optimum[1:-1]).tolist(), rel=1e-12)
+    assert plans[5].times[1:-1].tolist() == pytest.approx(
+        torch.sigmoid(-optimum[1:-1]).tolist(), rel=1e-12
+    )
     assert DEFAULT.network_calls(100, [5, 10]) == 0
 
 
@@ -226,11 +257,19 @@ def test_wrong_budgets(problem):
 def test_ends_that_do_not_fit(problem):
     late = replace(problem, grid=problem.grid / 2)
     assert DEFAULT.plan(late, [1])[1].times.tolist() == [0.5, 0]
-    with pytest.raises(ValueError, match=r"second time, 0\.9\d+, above the teacher's first, 0\.5000; choose a smaller"):
+    with pytest.raises(
+        ValueError,
+        match=r"second time, 0\.9\d+, above the teacher's first, 0\.5000; choose a smaller",
+    ):
         DEFAULT.plan(late, [5])
     beyond = replace(DEFAULT, path=PATHS["ddpm"], init="unif_t", sigma_min=1e3, sigma_max=1e4)
     with pytest.raises(ValueError, match="needs 6 distinct log SNRs"):
         beyond.plan(problem, [5])
-    for change in ({"path": EDM, "p": 100, "sigma_max": 1e12}, {"p": 100, "sigma_min": 1e-12, "sigma_max": 1e-11}):
-        with pytest.raises(ValueError, match="choose a smaller p, a larger sigma_min or a smaller sigma_max"):
+    for change in (
+        {"path": EDM, "p": 100, "sigma_max": 1e12},
+        {"p": 100, "sigma_min": 1e-12, "sigma_max": 1e-11},
+    ):
+        with pytest.raises(
+            ValueError, match="choose a smaller p, a larger sigma_min or a smaller sigma_max"
+        ):
             replace(DEFAULT, **change).plan(problem, [5])

@@ -21,12 +21,24 @@ from oss_exp.solvers.heun import Heun
 from oss_exp.solvers.ipndm import IPNDM
 from oss_exp.solvers.unipc import UniPC
 from oss_exp.stepsize import Collective, Problem
-from oss_exp.stepsize.baselines.gits import GITS, best_free_node, cost_matrix, edm_trajectory, exact_steps, off_the_line
+from oss_exp.stepsize.baselines.gits import (
+    GITS,
+    best_free_node,
+    cost_matrix,
+    edm_trajectory,
+    exact_steps,
+    off_the_line,
+)
 
 ORACLE = json.loads((ORACLES / "gits.json").read_text())
 EDM = EDMSchedule(sigma_min=0.002, sigma_max=80.0, rho=7.0)
 GRID = FlowSchedule(shift=1.0).nodes(40)
-ADAMS = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+ADAMS = {
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +79,13 @@ def afs_student(method, eps_of, x, sigmas):
 def teachers(arrays, velocity):
     """(states, eps) of the four teachers, which stop at sigma = 0.002."""
     found = {}
-    for size, (name, solver) in itertools.product((21, 61), {"euler": Euler(), "ipndm": IPNDM(4, "uniform")}.items()):
+    for size, (name, solver) in itertools.product(
+        (21, 61), {"euler": Euler(), "ipndm": IPNDM(4, "uniform")}.items()
+    ):
         times = EDMPath().canonical(arrays[f"sigmas_{size}"])
-        found[name, size] = edm_trajectory(solver, velocity, arrays["latents"].flatten(1) * times[0], times)
+        found[name, size] = edm_trajectory(
+            solver, velocity, arrays["latents"].flatten(1) * times[0], times
+        )
     return found
 
 
@@ -83,7 +99,9 @@ def test_teacher_cost_matrix_and_steps(case, arrays, teachers):
     states, eps = teachers[case["teacher"], case["num_steps_tea"]]
     final = arrays[f"teacher_{case['teacher']}{case['max_order']}_{case['num_steps_tea']}.final"]
     assert (states[-1] - final.flatten(1)).abs().max() < 1e-10
-    cost = cost_matrix(states, eps, arrays[f"sigmas_{case['num_steps_tea']}"], case["metric"], Collective())
+    cost = cost_matrix(
+        states, eps, arrays[f"sigmas_{case['num_steps_tea']}"], case["metric"], Collective()
+    )
     expected = arrays[case["cost_matrix"]]
     assert (cost - expected).abs().max() < 1e-10 * expected.abs().max()
     assert len(case["dp"]) == 28
@@ -109,7 +127,9 @@ def test_schedules(arrays):
     for name, expected in arrays.items():
         if name.startswith(("schedule", "sigmas")):
             rho, low, high = (5, 0.01, 50) if "rho5" in name else (7, 0.002, 80)
-            schedule = LogSNRSchedule(low, high) if "logsnr" in name else EDMSchedule(low, high, rho)
+            schedule = (
+                LogSNRSchedule(low, high) if "logsnr" in name else EDMSchedule(low, high, rho)
+            )
             found = EDMPath().native(schedule.nodes(len(expected))[:-1])
             assert ((found - expected) / expected).abs().max() < 1e-10, name
 
@@ -136,10 +156,14 @@ def test_analytical_first_step(arrays, teachers, denoise_eps):
 @pytest.mark.parametrize("coeff", [0.8, 1.0, 1.3])
 def test_exactly_k_steps_are_the_best_of_all_paths(coeff):
     for seed in range(4):
-        cost = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).triu(1)
+        cost = torch.randn(
+            8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        ).triu(1)
 
         def total(path, cost=cost):
-            return sum(coeff**k * float(cost[i, j]) for k, (i, j) in enumerate(itertools.pairwise(path)))
+            return sum(
+                coeff**k * float(cost[i, j]) for k, (i, j) in enumerate(itertools.pairwise(path))
+            )
 
         for k in range(1, 8):
             paths = ([0, *middle, 7] for middle in itertools.combinations(range(1, 7), k - 1))
@@ -151,12 +175,16 @@ def test_between_equals_the_smallest_next_node():
     assert exact_steps(cost, 3, 1.0) == [0, 1, 2, 5]
 
 
-@pytest.mark.parametrize("solver", [Euler(), IPNDM(3, "exact"), Heun("sigma"), Heun("t"), DPMSolver(3)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Euler(), IPNDM(3, "exact"), Heun("sigma"), Heun("t"), DPMSolver(3)], ids=str
+)
 def test_eps_is_the_prediction_at_the_node(velocity, gmm, denoise_eps, solver):
     """Whatever else a solver asks the network between two nodes; t = 0 is a node like any other."""
     times = EDM.nodes(9)
     states, eps = edm_trajectory(solver, velocity, gmm["z"][:4] * times[0], times)
-    assert (states[-1] - trajectory(solver, velocity, gmm["z"][:4] * times[0], times)[-1]).abs().max() == 0
+    assert (
+        states[-1] - trajectory(solver, velocity, gmm["z"][:4] * times[0], times)[-1]
+    ).abs().max() == 0
     for x, found, sigma in zip(states, eps, EDMPath().native(times), strict=False):
         assert (found - denoise_eps(x, sigma)).abs().max() < 1e-9
 
@@ -205,7 +233,10 @@ def test_plan_with_the_analytical_first_step(velocity, gmm):
         assert plan.times[1:].tolist() == pinned[k].times[1:].tolist()
         between = times[(times < times[0]) & (times > plan.times[1])]
         tried = [replace(plan, times=torch.cat([t[None], plan.times[1:]])) for t in between]
-        errors = [(sample(Euler(), velocity, gmm["z"], p, problem.group) - goal).norm(dim=1).mean() for p in tried]
+        errors = [
+            (sample(Euler(), velocity, gmm["z"], p, problem.group) - goal).norm(dim=1).mean()
+            for p in tried
+        ]
         assert plan.times[0] == between[torch.stack(errors).argmin()]
     assert plans[20].start == Pinned()
     assert plans[20].times.tolist() == pinned[20].times.tolist()
@@ -246,7 +277,9 @@ def test_any_split_into_ranks_gives_the_same_steps(velocity, gmm, metric):
 
     with ThreadPoolExecutor(2) as pool:
         for plans in pool.map(plan, gmm["z"].split([11, 5])):
-            assert {k: p.times.tolist() for k, p in plans.items()} == {k: p.times.tolist() for k, p in whole.items()}
+            assert {k: p.times.tolist() for k, p in plans.items()} == {
+                k: p.times.tolist() for k, p in whole.items()
+            }
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -262,7 +295,10 @@ def test_any_split_into_ranks_gives_the_same_steps(velocity, gmm, metric):
         ({"coeff": -1.0}, "coeff must be from 0.1 to 10, got"),
         ({"coeff": math.nan}, "coeff must be from 0.1 to 10, got"),
         ({"coeff": math.inf}, "coeff must be from 0.1 to 10, got"),
-        ({"schedule": FlowSchedule(3.0)}, r"FlowSchedule\(shift=3.0\) starts at t = 1.*such as edm"),
+        (
+            {"schedule": FlowSchedule(3.0)},
+            r"FlowSchedule\(shift=3.0\) starts at t = 1.*such as edm",
+        ),
         ({"num_nodes": 0}, "num_nodes must be from 1 to 10000, got 0"),
     ],
 )

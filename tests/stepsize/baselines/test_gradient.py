@@ -35,14 +35,22 @@ LEARNERS = {
 
 @pytest.fixture(scope="module")
 def problem(velocity, gmm) -> Problem:
-    return Problem(velocity, gmm["z"], FlowSchedule().nodes(40), DPMSolverPP(2, lower_order_final=True), XtMSE())
+    return Problem(
+        velocity,
+        gmm["z"],
+        FlowSchedule().nodes(40),
+        DPMSolverPP(2, lower_order_final=True),
+        XtMSE(),
+    )
 
 
 @pytest.fixture(scope="module")
 def from_edm(velocity, gmm) -> Problem:
     """The noise is of a finite sigma, 80."""
     grid = EDMSchedule(0.002, 80.0, 7.0).nodes(40)
-    return Problem(velocity, gmm["z"] * grid[0], grid, DPMSolverPP(2, lower_order_final=True), XtMSE())
+    return Problem(
+        velocity, gmm["z"] * grid[0], grid, DPMSolverPP(2, lower_order_final=True), XtMSE()
+    )
 
 
 def at_random_parameters(learner, problem, init=None):
@@ -55,7 +63,12 @@ def at_random_parameters(learner, problem, init=None):
     ]
     times, weights = learner.student(problem, steps, parameters)
     learned = replace(steps, times=times, steps=FittedSteps(weights, problem.teacher.mean))
-    return steps, parameters, times, sample(Euler(), problem.velocity, problem.noise, learned, problem.group)
+    return (
+        steps,
+        parameters,
+        times,
+        sample(Euler(), problem.velocity, problem.noise, learned, problem.group),
+    )
 
 
 def told(problem, x, q):
@@ -93,7 +106,8 @@ def test_bns_adds_to_eulers_weights_over_the_noise_and_all_predictions(problem):
         known.append(told(problem, x, t[k]))
         delta = change[k]
         b = [
-            1.0 if k + 1 == K and j == k else t[k + 1] * (1 / t[j + 1].clamp(min=1e-9) - 1 / t[j]) for j in range(k + 1)
+            1.0 if k + 1 == K and j == k else t[k + 1] * (1 / t[j + 1].clamp(min=1e-9) - 1 / t[j])
+            for j in range(k + 1)
         ]
         x = delta[0] * x + (t[k + 1] + delta[1]) * problem.noise + delta[2] * mean
         x = x + sum((b[j] + delta[3 + k - j]) * known[j] for j in range(k + 1))
@@ -108,10 +122,14 @@ def test_gs_adds_to_the_weights_of_dpm_solver(problem):
     for k in range(K):
         known.insert(0, told(problem, x, q[k]))
         m = known[0]
-        step = (t[k + 1] / t[k]) * x + (1 - t[k + 1] / t[k]) * m  # orders 1: from pure noise, and to clean data
+        step = (t[k + 1] / t[k]) * x + (
+            1 - t[k + 1] / t[k]
+        ) * m  # orders 1: from pure noise, and to clean data
         if k == 2:  # of the three calls that it may look back on, the first was at pure noise
             h, r = lam[3] - lam[2], (lam[2] - lam[1]) / (lam[3] - lam[2])
-            step = t[3] / t[2] * x - (1 - t[3]) * torch.expm1(-h) * ((1 + 1 / (2 * r)) * m - known[1] / (2 * r))
+            step = t[3] / t[2] * x - (1 - t[3]) * torch.expm1(-h) * (
+                (1 + 1 / (2 * r)) * m - known[1] / (2 * r)
+            )
         delta = change[k]
         vectors = [x, problem.noise, mean, *known]
         x = step + sum(delta[p] * vector for p, vector in enumerate(vectors))
@@ -154,7 +172,8 @@ def test_a_solvers_steps_are_fitted_ones(problem, mixture, solver, start):
         whole = Problem(velocity, problem.noise, problem.grid, solver, **more)
         steps = ClosedForm(FlowSchedule(2.0), start).plan(whole, [5])[5]
         by_solver, by_weights = (
-            sample(solver, velocity, whole.noise, each, whole.group) for each in (steps, as_fitted(whole, steps))
+            sample(solver, velocity, whole.noise, each, whole.group)
+            for each in (steps, as_fitted(whole, steps))
         )
         torch.testing.assert_close(by_weights, by_solver)
 
@@ -173,7 +192,8 @@ def test_they_begin_with_the_steps_of_init(problem, name, init):
     times, weights = learner.student(problem, steps, learner.parameters(problem, steps))
     begun = replace(steps, times=times, steps=FittedSteps(weights, problem.teacher.mean))
     expected, x0 = (
-        sample(problem.solver, problem.velocity, problem.noise, each, problem.group) for each in (steps, begun)
+        sample(problem.solver, problem.velocity, problem.noise, each, problem.group)
+        for each in (steps, begun)
     )
     torch.testing.assert_close(x0, expected, rtol=1e-6, atol=1e-6)
 

@@ -19,7 +19,15 @@ UNIFORM = ClosedForm(FlowSchedule(1.0), "pinned")
 
 
 def ld3(init=UNIFORM, iterations=40) -> LD3:
-    return LD3(init, iterations=iterations, learning_rate=0.02, momentum=0.9, decay=0.8, patience=5, micro_batch=5)
+    return LD3(
+        init,
+        iterations=iterations,
+        learning_rate=0.02,
+        momentum=0.9,
+        decay=0.8,
+        patience=5,
+        micro_batch=5,
+    )
 
 
 def problem(velocity, noise, solver) -> Problem:
@@ -28,7 +36,11 @@ def problem(velocity, noise, solver) -> Problem:
 
 def error(problem: Problem, steps) -> float:
     x0 = sample(
-        problem.solver, problem.velocity, problem.noise, steps, problem.group if steps.mean is not None else None
+        problem.solver,
+        problem.velocity,
+        problem.noise,
+        steps,
+        problem.group if steps.mean is not None else None,
     )
     return float((x0 - problem.teacher.states[-1]).square().mean())
 
@@ -41,20 +53,28 @@ def test_times_equal_the_released_parametrisation():
             continue
         ours = times_from(torch.tensor(case["theta1"]).double().flip(0)[:-1], 1.0)
         theirs = torch.tensor(case["t1"]).double()
-        torch.testing.assert_close(ours * (theirs[0] - theirs[-1]) + theirs[-1], theirs, rtol=0, atol=1e-6 * theirs[0])
+        torch.testing.assert_close(
+            ours * (theirs[0] - theirs[-1]) + theirs[-1], theirs, rtol=0, atol=1e-6 * theirs[0]
+        )
         checked += 1
     assert checked > 5
 
 
 def test_the_logarithms_of_the_gaps_give_the_times_back():
     times = EDMSchedule(0.002, 80, 7).nodes(7)
-    torch.testing.assert_close(times_from((-times.diff()).log(), float(times[0])), times, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        times_from((-times.diff()).log(), float(times[0])), times, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "start"),
-    [(Euler(), "pinned"), (Euler(), "analytic"), (DPMSolverPP(2, lower_order_final=True), "pinned")],
+    [
+        (Euler(), "pinned"),
+        (Euler(), "analytic"),
+        (DPMSolverPP(2, lower_order_final=True), "pinned"),
+    ],
     ids=["euler", "euler-analytic", "2m"],
 )
 def test_training_lowers_the_error_on_other_noises(mixture, solver, start):
@@ -77,7 +97,11 @@ def test_it_never_ends_worse_than_it_began_on_its_own_validation_half(velocity, 
 def test_any_micro_batch_and_any_ranks_give_the_same_times(mixture, gmm):
     velocity = mixture.velocity(None)
     whole = ld3(iterations=5).plan(problem(velocity, gmm["z"], Euler()), [3])[3].times
-    small = replace(ld3(iterations=5), micro_batch=1).plan(problem(velocity, gmm["z"], Euler()), [3])[3].times
+    small = (
+        replace(ld3(iterations=5), micro_batch=1)
+        .plan(problem(velocity, gmm["z"], Euler()), [3])[3]
+        .times
+    )
     torch.testing.assert_close(small, whole, rtol=1e-10, atol=1e-12)
 
     class Twice(Collective):
@@ -87,7 +111,9 @@ def test_any_micro_batch_and_any_ranks_give_the_same_times(mixture, gmm):
             return 2 * tensor
 
     both = replace(problem(velocity, gmm["z"], Euler()), collective=Twice())
-    torch.testing.assert_close(ld3(iterations=5).plan(both, [3])[3].times, whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        ld3(iterations=5).plan(both, [3])[3].times, whole, rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,6 +139,8 @@ def test_one_sample_cannot_be_halved(velocity, gmm):
 def test_without_gradients_it_learns_and_in_inference_mode_it_refuses(velocity, gmm):
     whole = problem(velocity, gmm["z"], Euler())
     with torch.no_grad():  # as under a Lightning trainer
-        assert not torch.equal(ld3(iterations=5).plan(whole, [4])[4].times, UNIFORM.plan(whole, [4])[4].times)
+        assert not torch.equal(
+            ld3(iterations=5).plan(whole, [4])[4].times, UNIFORM.plan(whole, [4])[4].times
+        )
     with torch.inference_mode(), pytest.raises(ValueError, match=r"trainer\.inference_mode=false"):
         ld3().plan(whole, [2])

@@ -58,5 +58,7 @@ def test_other_numbers_of_steps_are_refused_with_those_that_there_are(velocity):
         NeuralSolver().plan(problem(velocity, FlowSchedule().nodes(20)), [4, 5, 20])
     with pytest.raises(ValueError, match="table must be one of flowdcn, sit, got 'dit'"):
         NeuralSolver("dit")
-    with pytest.raises(ValueError, match=r"neural_solver puts its second time, 0.9929, above the teacher's first"):
+    with pytest.raises(
+        ValueError, match=r"neural_solver puts its second time, 0.9929, above the teacher's first"
+    ):
         NeuralSolver().plan(problem(velocity, EDMSchedule().nodes(20)), [8])

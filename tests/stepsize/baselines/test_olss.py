@@ -18,14 +18,22 @@ N, BUDGETS = 24, [1, 3, 5, 8, 24]
 @pytest.fixture(scope="module")
 def problem(mixture) -> Problem:
     noise = torch.randn(12, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return Problem(mixture.velocity(None), noise, FlowSchedule(2.0).nodes(N), DPMSolverPP(2, lower_order_final=True))
+    return Problem(
+        mixture.velocity(None),
+        noise,
+        FlowSchedule(2.0).nodes(N),
+        DPMSolverPP(2, lower_order_final=True),
+    )
 
 
 @pytest.fixture(scope="module")
 def teacher(problem):
     """States (N+1, F) and velocities (N, F) of all samples."""
     states = problem.teacher.states
-    velocities = [problem.velocity(x, t.expand(len(x))) for x, t in zip(states[:-1], problem.grid[:-1], strict=True)]
+    velocities = [
+        problem.velocity(x, t.expand(len(x)))
+        for x, t in zip(states[:-1], problem.grid[:-1], strict=True)
+    ]
     return states.flatten(1).numpy(), torch.stack(velocities).flatten(1).numpy()
 
 
@@ -43,7 +51,11 @@ def greedy(teacher, bound):
         low, high = path[-1] + 1, N
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (low, middle - 1) if least_squares(teacher, path, middle)[1] > bound else (middle, high)
+            low, high = (
+                (low, middle - 1)
+                if least_squares(teacher, path, middle)[1] > bound
+                else (middle, high)
+            )
         if low == N:
             return path
         path.append(low)
@@ -64,7 +76,9 @@ def run_by_hand(problem, nodes, coefficients):
     for step, t in enumerate(problem.grid[nodes[:-1]]):
         velocities.append(problem.velocity(x, t.expand(len(x))))
         over_noise, *over_velocities = coefficients[step]
-        x = over_noise * problem.noise + sum(w * v for w, v in zip(over_velocities, velocities, strict=True))
+        x = over_noise * problem.noise + sum(
+            w * v for w, v in zip(over_velocities, velocities, strict=True)
+        )
     return x
 
 
@@ -78,7 +92,9 @@ def test_path_and_samples_are_those_of_the_paper(problem, teacher):
         if len(path) == k:
             exact += 1
             assert nodes == [*path, N]
-        coefficients = [least_squares(teacher, nodes[: step + 1], nodes[step + 1])[0] for step in range(k)]
+        coefficients = [
+            least_squares(teacher, nodes[: step + 1], nodes[step + 1])[0] for step in range(k)
+        ]
         x0 = sample(problem.solver, problem.velocity, problem.noise, steps, problem.group)
         torch.testing.assert_close(x0, run_by_hand(problem, nodes, coefficients), rtol=0, atol=1e-8)
     assert exact >= 3
@@ -99,14 +115,20 @@ def test_linear_steps_of_a_guided_network(mixture):
     labels = torch.arange(12) % 3
     noise = torch.randn(12, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     problem = Problem(
-        mixture.velocity(labels, Guidance(2.0)), noise, FlowSchedule().nodes(4), group=labels, num_groups=3
+        mixture.velocity(labels, Guidance(2.0)),
+        noise,
+        FlowSchedule().nodes(4),
+        group=labels,
+        num_groups=3,
     )
     rows = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     over_velocities = rows[:, 1:].tril()
     steps = linear_steps(problem, problem.grid[[0, 1, 3, 4]], rows[:, 0], over_velocities)
     x0 = sample(problem.solver, problem.velocity, noise, steps, labels)
     coefficients = [[float(rows[k, 0]), *over_velocities[k, : k + 1].tolist()] for k in range(3)]
-    torch.testing.assert_close(x0, run_by_hand(problem, [0, 1, 3, 4], coefficients), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        x0, run_by_hand(problem, [0, 1, 3, 4], coefficients), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_network_calls(problem, velocity):

@@ -7,7 +7,14 @@ from oss_exp.noise import EDMSchedule, FlowSchedule
 from oss_exp.noise.heuristics import CosineSchedule
 from oss_exp.solvers import Euler
 from oss_exp.stepsize import Problem
-from oss_exp.stepsize.baselines.profiles import TORS, Entropic, SharpEuler, angle, rotation, smoothed
+from oss_exp.stepsize.baselines.profiles import (
+    TORS,
+    Entropic,
+    SharpEuler,
+    angle,
+    rotation,
+    smoothed,
+)
 
 STRATEGIES = [TORS(), SharpEuler(), Entropic()]
 
@@ -23,7 +30,9 @@ def even(num_steps: int, power: float) -> torch.Tensor:
 
 def test_angles_are_exact_when_they_are_small():
     tiny = torch.tensor([[1.0, 1e-12, 0.0]]).double()
-    assert float(angle(torch.tensor([[1.0, 0.0, 0.0]]).double(), tiny)) == pytest.approx(1e-12, rel=1e-12)
+    assert float(angle(torch.tensor([[1.0, 0.0, 0.0]]).double(), tiny)) == pytest.approx(
+        1e-12, rel=1e-12
+    )
 
 
 def test_a_helix_rotates_by_its_curvature_and_torsion():
@@ -35,10 +44,14 @@ def test_a_helix_rotates_by_its_curvature_and_torsion():
 
 
 def test_tors_steps_evenly_along_a_helix_in_any_space():
-    axes = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()).Q[:3]
+    axes = torch.linalg.qr(
+        torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()
+    ).Q[:3]
 
     def helix(x, t):
-        slope = torch.stack([-12 * (12 * t).sin(), 12 * (12 * t).cos(), 4 * torch.ones_like(t)], dim=1)
+        slope = torch.stack(
+            [-12 * (12 * t).sin(), 12 * (12 * t).cos(), 4 * torch.ones_like(t)], dim=1
+        )
         return slope @ axes
 
     for k, steps in TORS().plan(problem(helix), [1, 4, 7]).items():
@@ -48,7 +61,9 @@ def test_tors_steps_evenly_along_a_helix_in_any_space():
 @pytest.mark.parametrize(("gamma", "power"), [(1 / 2, 1 / 2), (1 / 3, 3 / 5)])
 def test_sharp_euler_of_a_velocity_that_is_a_cube(gamma, power):
     """The acceleration is 3 t^2, so the density t^(2 gamma) and its quantiles powers of even numbers."""
-    plans = SharpEuler(gamma, smoothing=0).plan(problem(lambda x, t: t[:, None] ** 3 * torch.ones_like(x)), [1, 5, 10])
+    plans = SharpEuler(gamma, smoothing=0).plan(
+        problem(lambda x, t: t[:, None] ** 3 * torch.ones_like(x)), [1, 5, 10]
+    )
     for k, steps in plans.items():
         torch.testing.assert_close(steps.times, even(k, power), rtol=0, atol=2e-3)
 
@@ -59,7 +74,9 @@ def test_smoothing_is_that_of_the_released_code():
     for width in (0.5, 1.0, 5.0):
         reach = max(1, int(3 * width))
         kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).double() / width) ** 2)
-        mirrored = torch.cat([values[1 : reach + 1].flip(0), values, values[-reach - 1 : -1].flip(0)])
+        mirrored = torch.cat(
+            [values[1 : reach + 1].flip(0), values, values[-reach - 1 : -1].flip(0)]
+        )
         expected = (mirrored.unfold(0, 2 * reach + 1, 1) * kernel).sum(1) / kernel.sum()
         torch.testing.assert_close(smoothed(values, width), expected, rtol=1e-12, atol=0)
     assert smoothed(values, 0) is values
@@ -100,8 +117,14 @@ def test_calls_and_ends(strategy, velocity):
     [
         (lambda: SharpEuler(gamma=0), "gamma must be above 0 .* got 0"),
         (lambda: SharpEuler(smoothing=-1), "smoothing must be from 0 .* got -1"),
-        (lambda: SharpEuler().plan(problem(lambda x, t: x, num_nodes=1), [1]), "the teacher takes one step"),
-        (lambda: TORS().plan(problem(lambda x, t: x, num_nodes=3), [2]), "4 or more steps, and the teacher takes 3"),
+        (
+            lambda: SharpEuler().plan(problem(lambda x, t: x, num_nodes=1), [1]),
+            "the teacher takes one step",
+        ),
+        (
+            lambda: TORS().plan(problem(lambda x, t: x, num_nodes=3), [2]),
+            "4 or more steps, and the teacher takes 3",
+        ),
     ],
 )
 def test_what_is_refused(make, words):

@@ -72,7 +72,9 @@ def make(velocity, gmm):
 
 
 def search(problem: Problem, budgets, start: str, objective):
-    return recurse(problem, layers(problem.num_nodes, budgets, start, 1, "cpu"), budgets, start, objective)
+    return recurse(
+        problem, layers(problem.num_nodes, budgets, start, 1, "cpu"), budgets, start, objective
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -81,7 +83,9 @@ def search(problem: Problem, budgets, start: str, objective):
 
 
 def test_every_solver_with_a_yaml_is_searched_here():
-    assert {"adams_bashforth-4", "deis-3", "dpm_solver_pp-3", "euler", "ipndm-4", "unipc-3"} <= set(MULTISTEP)
+    assert {"adams_bashforth-4", "deis-3", "dpm_solver_pp-3", "euler", "ipndm-4", "unipc-3"} <= set(
+        MULTISTEP
+    )
     assert {"dpm_solver-2", "dpm_solver-3", "heun", "heun-sigma"} <= set(SINGLESTEP)
 
 
@@ -101,7 +105,11 @@ def test_every_entry_of_the_table_and_every_schedule_replays(make, name, start):
 def test_orders_are_legal_and_all_of_them_are_used_somewhere(make, name):
     problem = make(SOLVERS[name])
     used = set()
-    for start, objective in (("free", PerSample()), ("pinned", Shared("mean")), ("analytic", Shared("log_mean"))):
+    for start, objective in (
+        ("free", PerSample()),
+        ("pinned", Shared("mean")),
+        ("analytic", Shared("log_mean")),
+    ):
         solution = search(problem, BUDGETS, start, objective)
         calls = torch.arange(1, 6)
         for k in BUDGETS:
@@ -116,7 +124,10 @@ def test_orders_are_legal_and_all_of_them_are_used_somewhere(make, name):
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow([name for name in MULTISTEP if not name.startswith("unipc")], "euler", "dpm_solver_pp-3")
+    "name",
+    mostly_slow(
+        [name for name in MULTISTEP if not name.startswith("unipc")], "euler", "dpm_solver_pp-3"
+    ),
 )
 def test_as_many_steps_as_the_teacher_cost_nothing(make, name):
     """Not so with UniPC, which corrects a state after the search has compared it with the teacher's corrected one."""
@@ -146,7 +157,9 @@ def test_as_many_steps_as_the_teacher_cost_nothing(make, name):
 )
 @pytest.mark.parametrize(
     "solver",
-    mostly_slow([AdamsBashforth(3), DPMSolverPP(3, True), UniPC(3, "bh2", True)], DPMSolverPP(3, True)),
+    mostly_slow(
+        [AdamsBashforth(3), DPMSolverPP(3, True), UniPC(3, "bh2", True)], DPMSolverPP(3, True)
+    ),
     ids=str,
 )
 def test_a_schedule_is_sampled_at_its_orders_and_survives_a_file(make, solver, strategy, tmp_path):
@@ -156,7 +169,9 @@ def test_a_schedule_is_sampled_at_its_orders_and_survives_a_file(make, solver, s
     assert orders.shape[0] == 5
     times = plan.times.movedim(-1, 0)
     group = None if plan.mean is None else problem.group
-    *_, last = walk(solver, problem.velocity, plan.initial_state(problem.noise, group), times, list(orders))
+    *_, last = walk(
+        solver, problem.velocity, plan.initial_state(problem.noise, group), times, list(orders)
+    )
     x0 = sample(solver, problem.velocity, problem.noise, plan, group)
     assert torch.equal(last.x, x0)
     loaded = StepSchedule.load(plan.save(tmp_path / "plan.json"))
@@ -217,7 +232,13 @@ class ByHand(XtMSE):
 @pytest.mark.parametrize(
     "solver",
     mostly_slow(
-        [AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False), UniPC(3, "bh1", True), SOLVERS["deis-3"]],
+        [
+            AdamsBashforth(3),
+            DPMSolverPP(3, False),
+            UniPC(3, "bh2", False),
+            UniPC(3, "bh1", True),
+            SOLVERS["deis-3"],
+        ],
         UniPC(3, "bh2", False),
     ),
     ids=str,
@@ -238,7 +259,9 @@ def test_inner_products_choose_the_nodes_and_orders_that_candidates_do(make, sol
 @pytest.mark.parametrize("start", STARTS)
 def test_a_node_that_cannot_be_reached_is_no_parent(make, start):
     """Layers of a band may overlap so far that a layer's first node lies before or on all nodes it could come from."""
-    overlapping = [torch.tensor(nodes)[:, None] for nodes in ([1, 2, 3], [1, 2, 3], [2, 3, 4], [5, 6])]
+    overlapping = [
+        torch.tensor(nodes)[:, None] for nodes in ([1, 2, 3], [1, 2, 3], [2, 3, 4], [5, 6])
+    ]
     problem = make(AdamsBashforth(2))
     for objective in OBJECTIVES.values():
         fast = recurse(problem, overlapping, [4], start, objective)
@@ -269,11 +292,17 @@ def recursions(monkeypatch):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
-    "name", mostly_slow(["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", *SINGLESTEP], "dpm_solver_pp-3")
+    "name",
+    mostly_slow(
+        ["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", *SINGLESTEP], "dpm_solver_pp-3"
+    ),
 )
 def test_every_level_of_a_band_replays(make, recursions, name, start):
     problem = make(SOLVERS[name], 24, 3, 0.5)
-    for strategy in (OSS(start, Band(4, 1, 1), False, 2), OSSShared(start, Band(8, 1), False, "mean")):
+    for strategy in (
+        OSS(start, Band(4, 1, 1), False, 2),
+        OSSShared(start, Band(8, 1), False, "mean"),
+    ):
         plan = strategy.plan(problem, [5])[5]
         assert plan.num_steps == 5
     assert len(recursions) >= 3 + 4
@@ -285,15 +314,22 @@ def test_every_level_of_a_band_replays(make, recursions, name, start):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
-    "name", mostly_slow(["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", "heun", "dpm_solver-3"], "unipc-3")
+    "name",
+    mostly_slow(
+        ["adams_bashforth-3", "dpm_solver_pp-3", "unipc-3", "heun", "dpm_solver-3"], "unipc-3"
+    ),
 )
 def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
     problem = make(SOLVERS[name])
     for strategy in (OSS(start, None, False, 16), OSSShared(start, None, False, "mean")):
-        full, band = (replace(strategy, band=band).plan(problem, [3, 5]) for band in (None, Band(4, N)))
+        full, band = (
+            replace(strategy, band=band).plan(problem, [3, 5]) for band in (None, Band(4, N))
+        )
         for k in (3, 5):
             assert torch.equal(full[k].times, band[k].times)
-            assert (full[k].orders is None and band[k].orders is None) or torch.equal(full[k].orders, band[k].orders)
+            assert (full[k].orders is None and band[k].orders is None) or torch.equal(
+                full[k].orders, band[k].orders
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -304,12 +340,19 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 @pytest.mark.parametrize(
     "solver",
-    mostly_slow([AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False), Heun("t")], DPMSolverPP(3, False)),
+    mostly_slow(
+        [AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False), Heun("t")],
+        DPMSolverPP(3, False),
+    ),
     ids=str,
 )
 def test_refine_never_loses(make, solver, start):
     small, long = make(solver, 10, 16, 1.0), make(solver, 24, 5)
-    for problem, k, objective in ((small, 4, Shared("mean")), (small, 4, Shared("log_mean")), (long, 6, PerSample())):
+    for problem, k, objective in (
+        (small, 4, Shared("mean")),
+        (small, 4, Shared("log_mean")),
+        (long, 6, PerSample()),
+    ):
         path = search(problem, [k], start, objective).paths[k]
         before, after = (
             objective(final_error(problem, schedule(problem, found, start)), problem.collective)
@@ -323,7 +366,9 @@ def test_refine_never_loses(make, solver, start):
 def test_refine_leaves_no_single_change_that_helps(make, start):
     """Neither one node moved by 1 nor one step taken at another order: so its errors were those of its schedules."""
     problem, k = make(AdamsBashforth(3), 16, 8), 5
-    found = refine(problem, search(problem, [k], start, Shared("mean")).paths[k], start, Shared("mean"))
+    found = refine(
+        problem, search(problem, [k], start, Shared("mean")).paths[k], start, Shared("mean")
+    )
     reached = final_error(problem, schedule(problem, found, start)).mean()
     for r in range(k):
         for move in (-1, 1):
@@ -332,12 +377,16 @@ def test_refine_leaves_no_single_change_that_helps(make, start):
             legal = bool((nodes.diff(dim=0) > 0).all()) and nodes[0] >= 0 and nodes[-1] < 16
             if legal and (r > 0 or start != "pinned"):
                 tried = replace(found, nodes=nodes)
-                assert final_error(problem, schedule(problem, tried, start)).mean() >= reached * (1 - 1e-12)
+                assert final_error(problem, schedule(problem, tried, start)).mean() >= reached * (
+                    1 - 1e-12
+                )
         for order in range(1, min(r + 1, 3) + 1):
             orders = found.orders.clone()
             orders[r] = order
             tried = replace(found, orders=orders)
-            assert final_error(problem, schedule(problem, tried, start)).mean() >= reached * (1 - 1e-12)
+            assert final_error(problem, schedule(problem, tried, start)).mean() >= reached * (
+                1 - 1e-12
+            )
 
 
 def test_refine_changes_orders_too(make):
@@ -362,17 +411,25 @@ def test_refine_changes_orders_too(make):
 def best_of_all(problem: Problem, k: int, start: str) -> float:
     """The least mean error over all nodes and orders of k steps, all of them sampled in one batch."""
     size, count = problem.num_nodes, len(problem.noise)
-    inner = combinations(range(1, size), k - 1) if start == "pinned" else combinations(range(size), k)
+    inner = (
+        combinations(range(1, size), k - 1) if start == "pinned" else combinations(range(size), k)
+    )
     nodes = [(0, *rest) if start == "pinned" else rest for rest in inner]
-    orders = list(product(*(range(1, min(problem.solver.order, step + 1) + 1) for step in range(k))))
+    orders = list(
+        product(*(range(1, min(problem.solver.order, step + 1) + 1) for step in range(k)))
+    )
     pairs = list(product(nodes, orders))
     nodes, orders = (torch.tensor(column).T for column in zip(*pairs, strict=True))  # (k, P)
-    rows = problem.grid[torch.nn.functional.pad(nodes, (0, 0, 0, 1), value=size)].repeat_interleave(count, 1)
+    rows = problem.grid[torch.nn.functional.pad(nodes, (0, 0, 0, 1), value=size)].repeat_interleave(
+        count, 1
+    )
     x = problem.noise.repeat(len(pairs), 1)
     if start == "analytic":
         mean = problem.teacher.mean[0].to(x)
         x = rows[0][:, None] * x + (1 - rows[0])[:, None] * mean
-    *_, last = walk(problem.solver, problem.velocity, x, rows, list(orders.repeat_interleave(count, 1)))
+    *_, last = walk(
+        problem.solver, problem.velocity, x, rows, list(orders.repeat_interleave(count, 1))
+    )
     return float(problem.cost(last.x, torch.tensor([size])).unflatten(0, (-1, count)).mean(1).min())
 
 
@@ -381,18 +438,28 @@ def best_of_all(problem: Problem, k: int, start: str) -> float:
     ("start", "worst", "typical", "worst_refined", "typical_refined"),
     [("pinned", 1.50, 1.07, 1 + 1e-9, 1 + 1e-9), ("analytic", 1.88, 1.11, 1.76, 1.06)],
 )
-def test_near_the_best_of_all_nodes_and_orders(make, start, worst, typical, worst_refined, typical_refined):
+def test_near_the_best_of_all_nodes_and_orders(
+    make, start, worst, typical, worst_refined, typical_refined
+):
     """The recursion keeps one state a node, so it can miss: this is how much its error is above the least possible.
 
     The bounds are what was measured, as the worst and the geometric mean of 12 cases; refined pinned starts all reach
     the optimum. The worst case is third-order Adams-Bashforth, the only one that refinement leaves far above.
     """
     ratios = []
-    for solver in (AdamsBashforth(2), AdamsBashforth(3), DPMSolverPP(3, False), UniPC(3, "bh2", False)):
+    for solver in (
+        AdamsBashforth(2),
+        AdamsBashforth(3),
+        DPMSolverPP(3, False),
+        UniPC(3, "bh2", False),
+    ):
         for num_nodes, k in ((8, 3), (9, 4), (10, 3)):
             problem = make(solver, num_nodes)
             best = best_of_all(problem, k, start)
-            plans = [OSSShared(start, None, refine, "mean").plan(problem, [k])[k] for refine in (False, True)]
+            plans = [
+                OSSShared(start, None, refine, "mean").plan(problem, [k])[k]
+                for refine in (False, True)
+            ]
             ratios.append([float(final_error(problem, plan).mean()) / best for plan in plans])
     found, refined = torch.tensor(ratios).T
     assert min(found.min(), refined.min()) >= 1 - 1e-6

@@ -7,7 +7,17 @@ import torch
 from replay import final_error
 
 import oss_exp
-from oss_exp import GITS, Band, ClosedForm, DPMSolverPP, FlowSchedule, OSSBest, OSSFit, OSSShared, Problem
+from oss_exp import (
+    GITS,
+    Band,
+    ClosedForm,
+    DPMSolverPP,
+    FlowSchedule,
+    OSSBest,
+    OSSFit,
+    OSSShared,
+    Problem,
+)
 from oss_exp.models.guidance import Guidance
 from oss_exp.schedule import FittedSteps
 from oss_exp.solvers import sample
@@ -40,7 +50,9 @@ def test_samples_that_do_not_count_change_nothing(problem, objective):
         assert torch.equal(path.nodes, expected.nodes)
         assert torch.equal(path.orders, expected.orders)
         with torch.no_grad():
-            fitted, *_ = FittedStudent(problem, "analytic", Shared(objective, rows), Fit()).run(path)
+            fitted, *_ = FittedStudent(problem, "analytic", Shared(objective, rows), Fit()).run(
+                path
+            )
             other, *_ = FittedStudent(alone, "analytic", Shared(objective), Fit()).run(path)
         torch.testing.assert_close(fitted.weights, other.weights, rtol=1e-7, atol=1e-9)
 
@@ -50,7 +62,15 @@ def test_the_best_is_chosen_and_no_baseline_is_better(problem, objective):
     plans = OSSBest(band=BAND, objective=objective).plan(problem, [2, 5])
     for steps in plans.values():
         scores = steps.about("planning")["chosen_from"]
-        assert {"fm", "ddim", "edm", "logsnr", "gits", "teacher's times", "pinned start, fitted steps"} < {*scores}
+        assert {
+            "fm",
+            "ddim",
+            "edm",
+            "logsnr",
+            "gits",
+            "teacher's times",
+            "pinned start, fitted steps",
+        } < {*scores}
         assert scores[steps.about("planning")["chosen"]] == max(scores.values())
 
 
@@ -75,7 +95,9 @@ def test_a_better_baseline_wins_and_stays_as_it_is(problem):
         def plan(self, problem, num_steps):
             return {4: known}
 
-    steps = OSSBest("analytic", BAND, False, "mean", baselines={"known": Known()}).plan(problem, [4])[4]
+    steps = OSSBest("analytic", BAND, False, "mean", baselines={"known": Known()}).plan(
+        problem, [4]
+    )[4]
     assert steps.about("planning")["chosen"] == "known"
     assert torch.equal(steps.times, known.times)
     assert torch.equal(steps.steps.weights, known.steps.weights)
@@ -87,7 +109,14 @@ def test_halves_have_all_conditions_and_no_sample_twice(problem):
     one_each = replace(problem, group=torch.arange(16) % 4)
     for half in halves(one_each):
         assert one_each.group[half].unique().tolist() == [0, 1, 2, 3]
-    single = replace(problem, noise=problem.noise[:1], samples=None, group=None, velocity=BoundVelocity(), num_groups=1)
+    single = replace(
+        problem,
+        noise=problem.noise[:1],
+        samples=None,
+        group=None,
+        velocity=BoundVelocity(),
+        num_groups=1,
+    )
     assert all(bool(half.all()) for half in halves(single))
 
 
@@ -95,7 +124,9 @@ def test_a_plain_function_has_the_schedule_of_its_bound_velocity(problem):
     bound = oss_exp.BoundVelocity()
     noise = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     options = {"num_teacher_steps": 16, "strategy": OSSBest(band=None, refine=False)}
-    plain, known = (oss_exp.search(each, noise, 3, **options) for each in (lambda x, t: bound(x, t), bound))
+    plain, known = (
+        oss_exp.search(each, noise, 3, **options) for each in (lambda x, t: bound(x, t), bound)
+    )
     assert torch.equal(plain.times, known.times)
     assert torch.equal(plain.steps.weights, known.steps.weights)
 
@@ -119,13 +150,18 @@ def test_every_kind_of_problem_has_one(problem, change):
         assert time in steps.times.tolist()
     if change == "x0_mse":
         assert not isinstance(steps.steps, FittedSteps)
-    errors = [final_error(problem, each).log().mean() for each in (steps, ClosedForm().plan(problem, [4])[4])]
+    errors = [
+        final_error(problem, each).log().mean()
+        for each in (steps, ClosedForm().plan(problem, [4])[4])
+    ]
     assert errors[0] < errors[1]
 
 
 def test_a_baseline_that_does_not_fit_is_left_out(problem):
     """GITS chooses among 12 steps of its own, and is asked for 14; what the network says is no such reason."""
-    strategy = OSSBest("analytic", BAND, False, baselines={"fm": ClosedForm(), "gits": GITS(num_nodes=12)})
+    strategy = OSSBest(
+        "analytic", BAND, False, baselines={"fm": ClosedForm(), "gits": GITS(num_nodes=12)}
+    )
     scores = strategy.plan(problem, [14])[14].about("planning")["chosen_from"]
     assert "fm" in scores
     assert "gits" not in scores

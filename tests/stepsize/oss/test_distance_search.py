@@ -32,7 +32,9 @@ class Projection(nn.Module):
 
     def __init__(self):
         super().__init__()
-        weights = torch.randn(64, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        weights = torch.randn(
+            64, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         self.register_buffer("weights", weights)
 
     def forward(self, images):
@@ -70,7 +72,10 @@ def make(mixture, gmm):
     ("name", "solver"),
     mostly_slow(
         [
-            *((name, AdamsBashforth(2)) for name in ("xt-1", "x0-2", "x0-1", "inception", "half_inception", "half_x0")),
+            *(
+                (name, AdamsBashforth(2))
+                for name in ("xt-1", "x0-2", "x0-1", "inception", "half_inception", "half_x0")
+            ),
             *(("x0-2", solver) for solver in (Euler(), UniPC(2, "bh2", True), Heun("t"))),
         ],
         ("x0-2", AdamsBashforth(2)),
@@ -91,7 +96,9 @@ def test_replay_equals_table(make, name, solver, start):
 @pytest.mark.parametrize("name", mostly_slow(["xt-1", "x0-2", "inception"], "xt-1"))
 def test_refine_never_loses(make, name):
     problem = make(name, AdamsBashforth(2))
-    for start, objective in ((start, objective) for start in STARTS for objective in (PerSample(), Shared("mean"))):
+    for start, objective in (
+        (start, objective) for start in STARTS for objective in (PerSample(), Shared("mean"))
+    ):
         path = recurse(problem, layers(N, [4], start, 1, "cpu"), [4], start, objective).paths[4]
         before, after = (
             objective(final_error(problem, schedule(problem, found, start)), problem.collective)
@@ -105,7 +112,10 @@ def test_refine_never_loses(make, name):
 def test_no_split_of_the_work_changes_a_schedule(make, name):
     problem = make(name, AdamsBashforth(2))
     part = replace(problem, velocity=replace(problem.velocity, micro_batch=5))
-    for strategy in (OSS("free", Band(4, 2, 1), True, 16), OSSAve("analytic", None, False, "median", 16)):
+    for strategy in (
+        OSS("free", Band(4, 2, 1), True, 16),
+        OSSAve("analytic", None, False, "median", 16),
+    ):
         whole, parts = strategy.plan(problem, [4])[4], replace(strategy, chunk=4).plan(part, [4])[4]
         assert torch.equal(whole.times, parts.times)
         assert torch.equal(whole.orders, parts.orders)
@@ -114,7 +124,9 @@ def test_no_split_of_the_work_changes_a_schedule(make, name):
 def test_distances_disagree_about_the_best_schedule(make):
     """Else the choice would not matter."""
     names = ("xt-1", "x0-2", "inception")
-    plans = [OSS("analytic", None, False, 6).plan(make(name, Euler()), [4])[4].times for name in names]
+    plans = [
+        OSS("analytic", None, False, 6).plan(make(name, Euler()), [4])[4].times for name in names
+    ]
     assert not any(torch.equal(a, b) for i, a in enumerate(plans) for b in plans[:i])
 
 
@@ -127,7 +139,11 @@ def test_edge_calls():
     """A distance looks at the candidate of every order; an edge of a singlestep solver calls the network itself."""
     assert edge_calls(Euler(), XtMSE()) == edge_calls(AdamsBashforth(3), XtMSE(norm=1)) == 0
     assert edge_calls(Euler(), X0MSE()) == 1
-    assert edge_calls(AdamsBashforth(3), X0MSE()) == edge_calls(AdamsBashforth(3), Select(X0MSE(), None, 1)) == 3
+    assert (
+        edge_calls(AdamsBashforth(3), X0MSE())
+        == edge_calls(AdamsBashforth(3), Select(X0MSE(), None, 1))
+        == 3
+    )
     assert edge_calls(Heun("t"), XtMSE()) == edge_calls(DPMSolver(2), XtMSE()) == 1
     assert edge_calls(DPMSolver(3), Inception(Projection())) == 3
 
@@ -167,5 +183,7 @@ def test_the_announced_calls_are_about_those_made(make, velocity, name, solver, 
     strategy = OSSShared(start, band, False, "mean")
     strategy.plan(counted, [3, 5])
     announced = strategy.network_calls(24, [3, 5], edge_calls(solver, counted.distance)) * 6
-    lowest, highest = (0.85, 1.05) if band is None else (0.5, 1.0)  # a band's windows are cut off at its ends
+    lowest, highest = (
+        (0.85, 1.05) if band is None else (0.5, 1.0)
+    )  # a band's windows are cut off at its ends
     assert lowest * announced <= rows[0] <= highest * announced

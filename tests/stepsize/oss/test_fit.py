@@ -41,19 +41,26 @@ def guided(mixture, gmm) -> Problem:
     labels = torch.arange(16) % 4
     velocity = mixture.velocity(labels, Guidance(2.0))
     grid = FlowSchedule(shift=2.0).nodes(N)
-    return Problem(velocity, gmm["z"], grid, DPMSolverPP(2, True), XtMSE(), group=labels, num_groups=10)
+    return Problem(
+        velocity, gmm["z"], grid, DPMSolverPP(2, True), XtMSE(), group=labels, num_groups=10
+    )
 
 
 def as_float32(velocity: BoundVelocity) -> BoundVelocity:
     """A network that rounds what it takes and gives."""
-    return replace(velocity, fn=lambda x, t, condition: velocity.fn(x.double(), t, condition).float())
+    return replace(
+        velocity, fn=lambda x, t, condition: velocity.fn(x.double(), t, condition).float()
+    )
 
 
 def search(problem: Problem, budgets, start: str, objective, fit: Fit) -> dict[int, FittedPath]:
     """The paths of Algorithm 2, with coefficients."""
     steps = layers(problem.num_nodes, budgets, start, 1, "cpu")
     paths = recurse(problem, steps, budgets, start, objective).paths
-    return {k: fit_along(problem, path.nodes[:, 0].tolist(), start, objective, fit) for k, path in paths.items()}
+    return {
+        k: fit_along(problem, path.nodes[:, 0].tolist(), start, objective, fit)
+        for k, path in paths.items()
+    }
 
 
 @torch.no_grad()
@@ -95,7 +102,10 @@ def test_a_schedule_survives_a_file(kind, request, tmp_path):
     problem = request.getfixturevalue(kind)
     plan = OSSFit("analytic", None, False, "log_mean", 3, RIDGE).plan(problem, [4])[4]
     loaded = StepSchedule.load(plan.save(tmp_path / "plan.json"))
-    runs = [sample(Euler(), problem.velocity, problem.noise, steps, problem.group) for steps in (plan, loaded)]
+    runs = [
+        sample(Euler(), problem.velocity, problem.noise, steps, problem.group)
+        for steps in (plan, loaded)
+    ]
     assert torch.equal(*runs)
 
 
@@ -126,7 +136,9 @@ def test_a_strong_pull_gives_the_weights_of_the_solver(kind, order, request):
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", ["problem", "guided"])
-def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state(kind, start, request):
+def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state(
+    kind, start, request
+):
     """Weak pull, mean objective: least squares may choose any step of DPM-Solver++ that its history allows."""
     problem, fit = request.getfixturevalue(kind), Fit(3, 1e-12)
     nodes = [0 if start == "pinned" else 2, 5, 6, 10, 13]
@@ -138,7 +150,9 @@ def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state
         past.insert(0, (data, state.t))
         for order in range(1, min(len(past), 3) + 1):
             outputs, times = zip(*past[:order], strict=True)
-            ordinary = DPMSolverPP(3, False).advance(None, State(state.x, state.t, outputs, times), problem.grid[node])
+            ordinary = DPMSolverPP(3, False).advance(
+                None, State(state.x, state.t, outputs, times), problem.grid[node]
+            )
             edge = problem.cost(ordinary.x, torch.tensor([node])).mean()
             assert cost.mean() <= edge * (1 + 1e-8)
 
@@ -148,7 +162,9 @@ def test_a_fit_for_the_mean_of_logarithms_lowers_it(kind, request):
     """Against least squares of the mean, on every edge from the same source."""
     problem, gains = request.getfixturevalue(kind), []
     for node in range(3, N):
-        mean, log_mean = (fit_along(problem, [2, node], "free", o, Fit(1, 1e-9)).costs[0] for o in OBJECTIVES)
+        mean, log_mean = (
+            fit_along(problem, [2, node], "free", o, Fit(1, 1e-9)).costs[0] for o in OBJECTIVES
+        )
         assert mean.mean() <= log_mean.mean() * (1 + 1e-6)
         gains.append(float(mean.log().mean() - log_mean.log().mean()))
     assert min(gains) > -1e-6
@@ -200,7 +216,8 @@ def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
     mixed = replace(guided, velocity=guided.velocity.__call__)
     for nodes in ([2, 4, 7, 10, 13], [1, 2, 4, 6, 8, 10, 12, 14]):
         apart, together = (
-            fit_along(p, nodes, "analytic", Shared("mean"), Fit(None, RIDGE)).costs[-1] for p in (guided, mixed)
+            fit_along(p, nodes, "analytic", Shared("mean"), Fit(None, RIDGE)).costs[-1]
+            for p in (guided, mixed)
         )
         assert apart.mean() < together.mean()
 
@@ -218,7 +235,8 @@ def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, star
     path = search(problem, [4], start, objective, fit)[4]
     better = refine_fitted(FittedStudent(problem, start, objective, fit), path)
     before, after = (
-        objective(final_error(problem, schedule(problem, p, start)), problem.collective) for p in (path, better)
+        objective(final_error(problem, schedule(problem, p, start)), problem.collective)
+        for p in (path, better)
     )
     assert bool((after <= before).all())
     again = fit_along(problem, better.nodes[:, 0].tolist(), start, objective, fit)
@@ -229,10 +247,14 @@ def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, star
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_a_band_as_wide_as_the_grid_is_the_full_search(kind, start, request):
     problem = request.getfixturevalue(kind)
-    full, band = (OSSFit(start, b, False, "mean", 2, RIDGE).plan(problem, [3, 5]) for b in (None, Band(4, N)))
+    full, band = (
+        OSSFit(start, b, False, "mean", 2, RIDGE).plan(problem, [3, 5]) for b in (None, Band(4, N))
+    )
     for k in (3, 5):
         assert torch.equal(full[k].times, band[k].times)
-        torch.testing.assert_close(full[k].steps.weights, band[k].steps.weights, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            full[k].steps.weights, band[k].steps.weights, rtol=1e-8, atol=1e-8
+        )
 
 
 @pytest.mark.slow
@@ -249,7 +271,9 @@ def test_one_search_serves_every_budget(problem):
     for k in (2, 5):
         alone = strategy.plan(problem, [k])[k]
         assert torch.equal(together[k].times, alone.times)
-        torch.testing.assert_close(together[k].steps.weights, alone.steps.weights, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            together[k].steps.weights, alone.steps.weights, rtol=1e-8, atol=1e-8
+        )
 
 
 @pytest.mark.slow
@@ -258,7 +282,9 @@ def test_one_search_serves_every_budget(problem):
 def test_micro_batches_change_nothing(kind, micro_batch, request):
     problem = request.getfixturevalue(kind)
     part = replace(problem, velocity=replace(problem.velocity, micro_batch=micro_batch))
-    whole, parts = (OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(p, [4])[4] for p in (problem, part))
+    whole, parts = (
+        OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(p, [4])[4] for p in (problem, part)
+    )
     assert torch.equal(whole.times, parts.times)
     torch.testing.assert_close(whole.steps.weights, parts.steps.weights, rtol=1e-8, atol=1e-8)
 
@@ -286,7 +312,9 @@ def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
         return mixture.velocity(None)(x.flatten(1), t).unflatten(1, (8, 8))
 
     grid = FlowSchedule(shift=2.0).nodes(8)
-    problem = Problem(velocity, gmm["z"].unflatten(1, (8, 8)), grid, Euler(), Select(XtMSE(), None, channels=2))
+    problem = Problem(
+        velocity, gmm["z"].unflatten(1, (8, 8)), grid, Euler(), Select(XtMSE(), None, channels=2)
+    )
     path = search(problem, [3], "analytic", Shared("mean"), Fit(2, RIDGE))[3]
     replayed = final_error(problem, schedule(problem, path, "analytic"))
     torch.testing.assert_close(replayed, path.costs[-1], rtol=1e-9, atol=0)
@@ -301,7 +329,11 @@ def test_single_precision_is_enough_at_the_default_ridge(kind, start, request):
     errors = []
     for same in (problem, single):
         path = fit_along(
-            same, [0 if start == "pinned" else 2, 4, 7, 10, 13], start, Shared("log_mean"), Fit(None, RIDGE)
+            same,
+            [0 if start == "pinned" else 2, 4, 7, 10, 13],
+            start,
+            Shared("log_mean"),
+            Fit(None, RIDGE),
         )
         replayed = final_error(same, schedule(same, path, start))
         torch.testing.assert_close(replayed, path.costs[-1], rtol=1e-3, atol=0)
@@ -317,7 +349,9 @@ def test_any_solver_may_be_the_teachers(problem, solver):
     steps = schedule(own, path, "pinned")
     for runs in (Euler(), solver):
         x0 = sample(runs, problem.velocity, problem.noise, steps, problem.group)
-        torch.testing.assert_close(own.cost(x0, torch.tensor([N])), path.costs[-1], rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            own.cost(x0, torch.tensor([N])), path.costs[-1], rtol=1e-9, atol=0
+        )
 
 
 def test_a_prediction_that_is_zero_at_pure_noise_is_no_obstacle():
@@ -338,10 +372,14 @@ def test_a_prediction_that_is_zero_at_pure_noise_is_no_obstacle():
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("distance", [X0MSE(), XtMSE(norm=1), Select(XtMSE(norm=1), None, None)], ids=str)
+@pytest.mark.parametrize(
+    "distance", [X0MSE(), XtMSE(norm=1), Select(XtMSE(norm=1), None, None)], ids=str
+)
 def test_a_distance_that_is_no_least_squares_is_refused(problem, distance):
     with pytest.raises(ValueError, match=r"least squares.*use xt_mse"):
-        OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(replace(problem, distance=distance), [3])
+        OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(
+            replace(problem, distance=distance), [3]
+        )
 
 
 @pytest.mark.parametrize(

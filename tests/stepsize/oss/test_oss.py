@@ -39,7 +39,9 @@ def heun(velocity, gmm) -> Problem:
 @pytest.fixture(scope="module", params=[2, 3], ids=["order2", "order3"])
 def adams(velocity, gmm, request) -> Problem:
     """A solver with memory: the history of a node is that of its best path."""
-    return Problem(velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(N), AdamsBashforth(request.param), XtMSE())
+    return Problem(
+        velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(N), AdamsBashforth(request.param), XtMSE()
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,12 @@ def test_a_schedule_says_what_the_rounds_cost(strategy, problem):
     if isinstance(steps.steps, FittedSteps):
         solver = stepper(problem.solver, steps, problem.noise, problem.group)[0]
     _, *states = walk(solver, problem.velocity, problem.noise, times)
-    nodes = [torch.stack([(problem.grid == t).nonzero()[0, 0] for t in state.t]) for state in states]
-    found = [problem.cost(state.x, at).mean().item() for state, at in zip(states, nodes, strict=True)]
+    nodes = [
+        torch.stack([(problem.grid == t).nonzero()[0, 0] for t in state.t]) for state in states
+    ]
+    found = [
+        problem.cost(state.x, at).mean().item() for state, at in zip(states, nodes, strict=True)
+    ]
     assert costs == pytest.approx(found, rel=1e-3)
 
 
@@ -108,7 +114,8 @@ def test_a_search_with_memory_beats_one_without_on_its_own_ground(adams):
     """Nodes found for the solver that runs them are better for it than Euler's."""
     euler = replace(adams, solver=Euler())
     plans = {
-        name: OSSShared("pinned", None, True, "mean").plan(p, [6])[6] for name, p in (("own", adams), ("e", euler))
+        name: OSSShared("pinned", None, True, "mean").plan(p, [6])[6]
+        for name, p in (("own", adams), ("e", euler))
     }
     assert final_error(adams, plans["own"]).mean() < final_error(adams, plans["e"]).mean()
 
@@ -145,7 +152,10 @@ def test_inner_products_score_as_candidates_do(problem):
         slow = recurse(by_hand, grid_layers, [3, 6], start, objective)
         for quick, careful in zip(fast.rounds, slow.rounds, strict=True):
             alive = careful.cost.isfinite()
-            assert quick.parent.expand_as(alive)[alive].tolist() == careful.parent.expand_as(alive)[alive].tolist()
+            assert (
+                quick.parent.expand_as(alive)[alive].tolist()
+                == careful.parent.expand_as(alive)[alive].tolist()
+            )
             torch.testing.assert_close(quick.cost, careful.cost, rtol=1e-9, atol=1e-14)
 
 
@@ -160,7 +170,9 @@ def test_one_search_serves_every_budget(problem):
 @pytest.fixture(scope="module", params=[Euler(), AdamsBashforth(2)], ids=["euler", "adams"])
 def small(velocity, gmm, request):
     """A small problem and what three strategies plan for it in one piece."""
-    problem = Problem(velocity, gmm["z"][:5], FlowSchedule(shift=2.0).nodes(10), request.param, XtMSE())
+    problem = Problem(
+        velocity, gmm["z"][:5], FlowSchedule(shift=2.0).nodes(10), request.param, XtMSE()
+    )
     strategies = [
         OSS("analytic", None, False, 16),
         OSSAve("free", None, True, "median", 16),
@@ -191,7 +203,10 @@ def test_a_plain_callable_is_enough(problem):
 
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 def test_a_band_as_wide_as_the_grid_is_the_full_search(problem, start):
-    for make in (lambda band: OSS(start, band, False, 16), lambda band: OSSShared(start, band, False, "mean")):
+    for make in (
+        lambda band: OSS(start, band, False, 16),
+        lambda band: OSSShared(start, band, False, "mean"),
+    ):
         full = make(None).plan(problem, [3, 5])
         band = make(Band(4, N)).plan(problem, [3, 5])
         for k in (3, 5):
@@ -200,8 +215,13 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(problem, start):
 
 def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gmm):
     problem = Problem(velocity, gmm["z"], FlowSchedule(shift=1.0).nodes(60), Euler(), XtMSE())
-    full, band = OSSShared("analytic", None, False, "mean"), OSSShared("analytic", Band(8, 1), False, "mean")
-    errors = [final_error(problem, strategy.plan(problem, [6])[6]).mean() for strategy in (full, band)]
+    full, band = (
+        OSSShared("analytic", None, False, "mean"),
+        OSSShared("analytic", Band(8, 1), False, "mean"),
+    )
+    errors = [
+        final_error(problem, strategy.plan(problem, [6])[6]).mean() for strategy in (full, band)
+    ]
     assert errors[1] <= 1.05 * errors[0]
     assert band.network_calls(60, [6]) <= 0.25 * full.network_calls(60, [6])
 
@@ -210,7 +230,9 @@ def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gm
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 def test_a_band_serves_every_budget_of_a_small_grid(problem, start):
     budgets = list(range(1, N + 1))
-    for k, path in OSSShared(start, Band(8, 1), False, "mean").paths(problem, budgets, Shared("mean")).items():
+    for k, path in (
+        OSSShared(start, Band(8, 1), False, "mean").paths(problem, budgets, Shared("mean")).items()
+    ):
         assert len(path.nodes) == k
         assert (path.nodes.diff(dim=0) > 0).all()
         assert 0 <= int(path.nodes.min()) <= int(path.nodes.max()) < N
@@ -239,11 +261,15 @@ def test_stretch_keeps_the_curve(path):
 
 @pytest.mark.slow
 def test_refine_never_loses_on_the_search_set(problem):
-    for start, objective in itertools.product(STARTS, (PerSample(), Shared("mean"), Shared("log_mean"))):
+    for start, objective in itertools.product(
+        STARTS, (PerSample(), Shared("mean"), Shared("log_mean"))
+    ):
         path = recurse(problem, layers(N, [4], start, 1, "cpu"), [4], start, objective).paths[4]
         before = objective(final_error(problem, schedule(problem, path, start)), problem.collective)
         after_path = refine(problem, path, start, objective)
-        after = objective(final_error(problem, schedule(problem, after_path, start)), problem.collective)
+        after = objective(
+            final_error(problem, schedule(problem, after_path, start)), problem.collective
+        )
         assert (after <= before).all()
         assert (after_path.nodes.diff(dim=0) > 0).all()
 
@@ -263,7 +289,9 @@ def test_mean_is_per_condition(mixture, gmm):
     problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE(), group=labels, num_groups=10)
     expected = gmm["means"][:4]
     torch.testing.assert_close(problem.teacher.mean[:4].double(), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(problem.teacher.mean[7].double(), expected.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        problem.teacher.mean[7].double(), expected.mean(0), rtol=0, atol=1e-6
+    )
 
 
 def test_exact_number_of_network_calls(problem, velocity):
@@ -285,7 +313,9 @@ def test_exact_number_of_network_calls(problem, velocity):
 
 
 def test_a_nan_network_is_refused(problem):
-    broken = replace(problem, velocity=lambda x, t: x * torch.where(t < 0.5, torch.nan, 1.0)[:, None])
+    broken = replace(
+        problem, velocity=lambda x, t: x * torch.where(t < 0.5, torch.nan, 1.0)[:, None]
+    )
     with pytest.raises(ValueError, match=r"NaN or infinite from node \d+"):
         OSSShared("pinned", None, False, "mean").plan(broken, [3])
 
@@ -302,7 +332,12 @@ def test_closed_forms_begin_with_the_teacher(problem):
 
 @pytest.mark.parametrize(
     ("nodes", "expected"),
-    [([3, 3, 3], [3, 4, 5]), ([0, 5, 9, 9], [0, 5, 8, 9]), ([9, 9, 9], [7, 8, 9]), ([1, 4, 8], [1, 4, 8])],
+    [
+        ([3, 3, 3], [3, 4, 5]),
+        ([0, 5, 9, 9], [0, 5, 8, 9]),
+        ([9, 9, 9], [7, 8, 9]),
+        ([1, 4, 8], [1, 4, 8]),
+    ],
 )
 def test_strictly_monotone(nodes, expected):
     assert strictly_monotone(torch.tensor(nodes), 10).tolist() == expected
@@ -312,11 +347,20 @@ def test_strictly_monotone(nodes, expected):
     ("make", "message"),
     [
         (lambda: OSS("early", None, False, 4), "start must be one of free, pinned, analytic"),
-        (lambda: OSSAve("free", None, False, "mode", 4), "aggregate must be one of median, mean, got"),
-        (lambda: OSSShared("free", None, False, "max"), "objective must be one of mean, log_mean, got"),
+        (
+            lambda: OSSAve("free", None, False, "mode", 4),
+            "aggregate must be one of median, mean, got",
+        ),
+        (
+            lambda: OSSShared("free", None, False, "max"),
+            "objective must be one of mean, log_mean, got",
+        ),
         (lambda: Band(6, 4), "power of two"),
         (lambda: Band(8, 0), "width must be at least 1, got 0"),
-        (lambda: ClosedForm(FlowSchedule(1.0), "free"), "start must be one of pinned, analytic, got"),
+        (
+            lambda: ClosedForm(FlowSchedule(1.0), "free"),
+            "start must be one of pinned, analytic, got",
+        ),
     ],
 )
 def test_wrong_options(problem, make, message):
@@ -332,7 +376,10 @@ def test_wrong_budgets(problem, budgets):
 
 
 def test_a_grid_too_small_for_the_pilot_is_searched_whole(problem):
-    plans = [OSSShared("free", band, False, "mean").plan(problem, [10])[10] for band in (Band(32, 1), None)]
+    plans = [
+        OSSShared("free", band, False, "mean").plan(problem, [10])[10]
+        for band in (Band(32, 1), None)
+    ]
     assert torch.equal(plans[0].times, plans[1].times)
 
 

@@ -24,7 +24,9 @@ def problem(velocity, gmm) -> Problem:
 
 @pytest.fixture(scope="module")
 def fine(velocity, gmm) -> Problem:
-    return Problem(velocity, gmm["z"][:4], FlowSchedule(shift=2.0).nodes(28), DPMSolverPP(), XtMSE())
+    return Problem(
+        velocity, gmm["z"][:4], FlowSchedule(shift=2.0).nodes(28), DPMSolverPP(), XtMSE()
+    )
 
 
 def error(problem: Problem, nodes: list[int]) -> float:
@@ -44,9 +46,14 @@ def indices(steps: StepSchedule) -> list[int]:
 def test_the_best_schedule_that_visits_a_node(problem, node, num_steps):
     """Equals brute force over all schedules from the first node on that contain it."""
     others = [each for each in range(1, N) if each != node]
-    best = min(error(problem, sorted([0, node, *rest])) for rest in itertools.combinations(others, num_steps - 2))
+    best = min(
+        error(problem, sorted([0, node, *rest]))
+        for rest in itertools.combinations(others, num_steps - 2)
+    )
     for refine in (False, True):
-        steps = OSSShared("pinned", None, refine, "mean", must_visit=times(node)).plan(problem, [num_steps])[num_steps]
+        steps = OSSShared("pinned", None, refine, "mean", must_visit=times(node)).plan(
+            problem, [num_steps]
+        )[num_steps]
         assert node in indices(steps)
         assert error(problem, indices(steps)) == pytest.approx(best, rel=1e-10)
 
@@ -54,9 +61,14 @@ def test_the_best_schedule_that_visits_a_node(problem, node, num_steps):
 @pytest.mark.parametrize("head", [(0, 1), (0, 3), (0, 2, 5)])
 def test_the_best_schedule_that_begins_so(problem, head):
     for count in (1, 2):
-        best = min(error(problem, [*head, *rest]) for rest in itertools.combinations(range(head[-1] + 1, N), count))
+        best = min(
+            error(problem, [*head, *rest])
+            for rest in itertools.combinations(range(head[-1] + 1, N), count)
+        )
         k = len(head) + count
-        steps = OSSShared("pinned", None, False, "mean", first_sigmas=times(*head)).plan(problem, [k])[k]
+        steps = OSSShared("pinned", None, False, "mean", first_sigmas=times(*head)).plan(
+            problem, [k]
+        )[k]
         assert indices(steps)[: len(head)] == [*head]
         assert error(problem, indices(steps)) == pytest.approx(best, rel=1e-10)
 
@@ -94,12 +106,21 @@ def test_the_teacher_gets_the_nodes(gmm):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"must_visit": times(2, 3, 4)}, "with the start, are 4 nodes of the 3 at which a schedule of 3 steps calls"),
+        (
+            {"must_visit": times(2, 3, 4)},
+            "with the start, are 4 nodes of the 3 at which a schedule of 3 steps calls",
+        ),
         ({"first_sigmas": times(0, 1, 2, 3)}, "are 4 nodes of the 3"),
-        ({"first_sigmas": times(0, 9)}, "search more steps, or ask for fewer nodes"),  # nothing is behind
+        (
+            {"first_sigmas": times(0, 9)},
+            "search more steps, or ask for fewer nodes",
+        ),  # nothing is behind
         ({"first_sigmas": times(1, 2)}, "a pinned start is; begin with it"),
         ({"first_sigmas": times(0, 2, 1)}, "need nodes of their own"),
-        ({"must_visit": times(1), "first_sigmas": times(0, 2)}, "the first ones first and above all others"),
+        (
+            {"must_visit": times(1), "first_sigmas": times(0, 2)},
+            "the first ones first and above all others",
+        ),
     ],
 )
 def test_what_no_schedule_can_visit(problem, given, message):
@@ -114,9 +135,19 @@ def test_what_is_no_required_time(problem):
         OSSShared(must_visit=0.5)
     with pytest.raises(ValueError, match="may agree on none of must_visit; use oss_shared"):
         OSSAve(must_visit=[0.5])
-    with pytest.raises(ValueError, match="must_visit and first_sigmas are of searches such as OSSBest"):
-        oss_exp.search(standard_normal_velocity, torch.randn(2, 2), 2, strategy=oss_exp.ClosedForm(), must_visit=[0.5])
-    with pytest.raises(ValueError, match=r"a search must visit t = 0.95, and its teacher goes from 0\.9"):
+    with pytest.raises(
+        ValueError, match="must_visit and first_sigmas are of searches such as OSSBest"
+    ):
+        oss_exp.search(
+            standard_normal_velocity,
+            torch.randn(2, 2),
+            2,
+            strategy=oss_exp.ClosedForm(),
+            must_visit=[0.5],
+        )
+    with pytest.raises(
+        ValueError, match=r"a search must visit t = 0.95, and its teacher goes from 0\.9"
+    ):
         oss_exp.search(
             standard_normal_velocity, torch.randn(2, 2), 2, teacher=oss_exp.EDMSchedule(0.1, 9.0),
             must_visit=[0.95],
