@@ -1,4 +1,7 @@
-"""What every model family gives the rest of the program: a bound velocity in canonical time, and pixels."""
+"""The contract of a model family: a bound velocity in canonical time, and pixels.
+
+Legend: B samples, M rows (any multiple of B), *E event dims.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,18 @@ from oss_exp.velocity import BoundVelocity
 
 
 class Model(nn.Module, abc.ABC):
-    """A trained (or exact) diffusion model behind canonical time. A new family is one file, one yaml and one test.
+    """A trained (or exact) diffusion model behind canonical time.
 
-    path:        translates the network's clock. event_shape: *E, one sample's shape.
-    num_classes: conditions 0 .. num_classes-1, or None when there are none; guidance: its own.
-    fingerprint: SHA-256 of the weights; `name` and it tie a step schedule to the model it was searched on.
+    A new family is one file, one yaml and one test.
+
+    Attributes:
+        name: Name in tables and files.
+        path: Translates the network's clock.
+        event_shape: *E, the shape of one sample.
+        num_classes: Conditions are 0 to num_classes - 1; None if there are no classes.
+        guidance: Guidance that applies where none is passed.
+        fingerprint: SHA-256 of the weights. With `name` it ties a step schedule to the model
+            that it was searched on.
     """
 
     name: str
@@ -32,27 +42,40 @@ class Model(nn.Module, abc.ABC):
 
     @property
     def needs_classes(self) -> bool:
-        """Guidance needs a class for every sample."""
+        """Tell whether every sample needs a class, as guidance does."""
         return self.num_classes is not None and self.guidance.scale != 1
 
     @property
     def original(self) -> Model:
-        """What it was finetuned from, where it was: the model whose pictures its own are compared with."""
+        """The model that this one was finetuned from, to compare pictures with; else itself."""
         return self
 
     @abc.abstractmethod
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        """condition (B,) class indices, or (B, ...) what else a model takes, or None -> v(x (M, *E), t (M,)).
+        """Bind the condition and the guidance, and return v(x (M, *E), t (M,)).
 
-        It is bound, and guidance (None: its own) with it.
+        Args:
+            condition: Class indices (B,), whatever else a model takes (B, ...), or None.
+            guidance: None for the model's own.
         """
 
     @abc.abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, *E) -> pixels in [0, 1]: (B, C, H, W), or (B, C, F, H, W) for videos; or waveforms (B, C, samples)."""
+        """Decode clean samples.
+
+        Args:
+            x0: Clean samples (B, *E).
+
+        Returns:
+            Pixels in [0, 1]: images (B, C, H, W) or videos (B, C, F, H, W). Models of audio return
+            waveforms (B, C, samples).
+        """
 
     def native(self, times: Tensor) -> dict[str, Any]:
-        """Return a schedule's times in the clock of the model's own samplers, for its file; infinite ones are null."""
+        """Return a schedule's times in the clock of the model's own samplers, for its file.
+
+        Infinite times are null.
+        """
         return native_times(self.path, times)
 
     def sample(
@@ -64,15 +87,22 @@ class Model(nn.Module, abc.ABC):
         group: Tensor | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """noise (B, *E) at steps.start_time, group (B,) which of the schedule's means is each sample's -> x0.
+        """Sample x0 (B, *E) with a solver along a step schedule.
 
-        watch: told of every step's prediction of x0, by a model whose steps predict whole samples.
+        Args:
+            solver: The solver.
+            steps: The step schedule.
+            noise: States (B, *E) at `steps.start_time`.
+            condition: See `velocity`.
+            group: Index (B,) of each sample's mean among those of the schedule's start.
+            watch: Receives the prediction of x0 at every step, if the model's steps predict whole
+                samples.
         """
         return sample(solver, self.velocity(condition), noise, steps, group, watch)
 
     def generate(
         self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None = None
     ) -> Tensor:
-        """noise (B, *E) at steps.start_time -> pixels."""
+        """Sample from noise (B, *E) at `steps.start_time`, and return pixels."""
         classes = None if self.num_classes is None else condition
         return self.decode(self.sample(solver, steps, noise, condition, classes))

@@ -1,4 +1,7 @@
-"""Classifier-free guidance around any conditional network."""
+"""Classifier-free guidance around any conditional network.
+
+Legend: B samples, M rows (any multiple of B), *E event dims.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,17 @@ NO_CLASS = -1
 
 @dataclass(frozen=True)
 class Guidance:
-    """v(x | y) + (scale - 1) (v(x | y) - v(x)) (Ho & Salimans 2022, arXiv 2207.12598).
+    """The guided velocity v(x | y) + (scale - 1) (v(x | y) - v(x)).
 
-    scale:    1 is none.
-    channels: guide only the first so many, as DiT guides 3 of its 4 latent ones; null: all.
-    interval: [low, high], the canonical times that are guided; elsewhere the conditional answer stands alone and costs
-              one network row instead of two (Kynkaanniemi et al. 2024, arXiv 2404.07724); null: all.
+    Source: Ho & Salimans 2022, arXiv 2207.12598; the interval is from Kynkaanniemi et al. 2024,
+    arXiv 2404.07724.
+
+    Args:
+        scale: 1 switches guidance off.
+        channels: Guide only this many channels, as DiT guides 3 of its 4 latent ones. None for
+            all.
+        interval: [low, high], the canonical times that are guided. Elsewhere the conditional
+            output stands alone, and costs one network row instead of two. None for all.
     """
 
     scale: float = 1.0
@@ -37,9 +45,8 @@ class Guidance:
                 raise ValueError(
                     f"interval must be [low, high] within [0, 1], got {self.interval!r}"
                 )
-            object.__setattr__(
-                self, "interval", ends
-            )  # a plain list: it is written into step schedules
+            # A plain list can be written into step schedules.
+            object.__setattr__(self, "interval", ends)
 
     def bind(
         self,
@@ -47,11 +54,21 @@ class Guidance:
         condition: Tensor | None,
         micro_batch: int,
     ) -> BoundVelocity:
-        """network(x (M, *E), t (M,), classes (M,), NO_CLASS for none) -> v; condition (B,) classes, or None."""
+        """Bind a network to its condition and this guidance.
+
+        Args:
+            network: Maps x (M, *E), t (M,) and classes (M,), NO_CLASS for none, to v (M, *E).
+            condition: Classes (B,), or None.
+            micro_batch: Number of network rows evaluated at a time.
+
+        Raises:
+            ValueError: If there is guidance but no condition.
+        """
         if condition is None:
             if self.scale != 1:
                 raise ValueError(
-                    f"model.guidance.scale={self.scale} needs class labels; set data.classes, or scale 1"
+                    f"model.guidance.scale={self.scale} needs class labels; "
+                    "set data.classes, or scale 1"
                 )
             return BoundVelocity(lambda x, t, _: network(x, t, _none(t)), None, micro_batch)
         if self.scale == 1:
@@ -59,22 +76,27 @@ class Guidance:
         low, high = self.interval or (0.0, 1.0)
 
         def both(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            rows = ((t >= low) & (t <= high)).nonzero()[:, 0]
-            v = network(
-                torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, _none(rows)])
-            )
-            conditional, free = v[: len(x)], v[: len(x)].clone()
-            free[rows, : self.channels] = v[len(x) :, : self.channels]
-            return torch.stack([conditional, free], dim=1)
+            """Return the conditional and the unconditional velocity, (M, 2, *E)."""
+            # One call for all rows, those within the interval twice.
+            guided = ((t >= low) & (t <= high)).nonzero()[:, 0]
+            rows = torch.cat([x, x[guided]])
+            classes = torch.cat([y, _none(guided)])
+            v = network(rows, torch.cat([t, t[guided]]), classes)
+
+            # Where nothing is guided, both are the conditional one.
+            conditional = v[: len(x)]
+            unconditional = conditional.clone()
+            unconditional[guided, : self.channels] = v[len(x) :, : self.channels]
+            return torch.stack([conditional, unconditional], dim=1)
 
         mix = (self.scale, 1 - self.scale)
-        return BoundVelocity(
-            both, condition, max(1, micro_batch // 2), mix, mixed_within=(low, high)
-        )
+        pairs = max(1, micro_batch // 2)
+        return BoundVelocity(both, condition, pairs, mix, mixed_within=(low, high))
 
 
 UNGUIDED = Guidance()
 
 
 def _none(like: Tensor) -> Tensor:
+    """Return NO_CLASS for every row."""
     return torch.full((len(like),), NO_CLASS, device=like.device)

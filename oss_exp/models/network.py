@@ -1,4 +1,10 @@
-"""A neural network behind canonical time: any backbone, any parameterization, weights from a safetensors file."""
+"""A neural network behind canonical time.
+
+Any backbone, any parameterization, and weights from a file. Helpers for the families, which build
+their networks from parts and sizes, are at the end.
+
+Legend: B samples, M rows, *E event dims.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +31,23 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Network(Model):
-    """backbone(x (M, *E), clock (M,), classes (M,), -1 for none) -> what `parameterization` says.
+    """A backbone with its parameterization, its decoder and its weights.
 
-    decoder:     x0 (B, *E) -> pixels in [0, 1].
-    micro_batch: network rows evaluated at a time.
-    dtype:       of the network's weights and its input; states and times stay wider.
-    checkpoint:  a file of weights, by path or by the name it is shipped under, or the run folder of a `task=pretrain`;
-                 `untrained`: the weights as initialised, for training.
-    weights_set: which of several sets in that file; null: the one that fits, of several the average.
+    Args:
+        name: Name in tables and files.
+        backbone: Maps x (M, *E), clock (M,) and classes (M,), -1 for none, to the output that the
+            parameterization describes.
+        parameterization: Clock, input scaling and output of the backbone.
+        event_shape: *E.
+        num_classes: Number of classes, or None.
+        decoder: Maps x0 (B, *E) to pixels in [0, 1].
+        guidance: Guidance that applies where none is passed.
+        micro_batch: Number of network rows evaluated at a time.
+        dtype: Type of the network's weights and input; states and times stay wider.
+        checkpoint: File of weights, by path or by the name it is shipped under, or the run folder
+            of a `task=pretrain`. `untrained` leaves the weights as initialised, for training.
+        weights_set: Which of several sets of weights in that file. None takes the one that fits,
+            and the average if several do.
     """
 
     def __init__(
@@ -50,123 +65,137 @@ class Network(Model):
         weights_set: str | None = None,
     ):
         super().__init__()
+
+        # Checks.
         require_choice(get_args(Dtype), dtype=dtype)
         require_range(at_least=1, num_classes=num_classes, micro_batch=micro_batch)
         if min(event_shape, default=0) < 1:
             raise ValueError(f"event_shape must be sizes of at least 1, got {list(event_shape)}")
-        self.name, self.backbone, self.parameterization = name, backbone, parameterization
-        self.path, self.event_shape, self.num_classes = (
-            parameterization.path,
-            tuple(event_shape),
-            num_classes,
-        )
-        self.decoder, self.guidance, self.micro_batch = decoder, guidance, micro_batch
+
+        # Parts.
+        self.name = name
+        self.backbone = backbone
+        self.parameterization = parameterization
+        self.path = parameterization.path
+        self.event_shape = tuple(event_shape)
+        self.num_classes = num_classes
+        self.decoder = decoder
+        self.guidance = guidance
+        self.micro_batch = micro_batch
         self.weights_set = weights_set
+
+        # Weights.
         self.fingerprint = UNTRAINED if checkpoint == UNTRAINED else self._load(checkpoint)
         self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
 
     @property
     def needs_classes(self) -> bool:
-        """A network that was trained with classes is at its best with one."""
+        """Tell whether the network was trained with classes, and so is at its best with one."""
         return self.num_classes is not None
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        if condition is not None and not bool(
-            ((condition >= 0) & (condition < (self.num_classes or 0))).all()
-        ):
-            raise ValueError(
-                f"{self.name} has {self.num_classes or 'no'} classes, got {condition.unique().tolist()}"
-            )
+        """Bind classes (B,) and guidance. Raises ValueError for a class that does not exist."""
+        if condition is not None:
+            valid = (condition >= 0) & (condition < (self.num_classes or 0))
+            if not bool(valid.all()):
+                classes = condition.unique().tolist()
+                raise ValueError(
+                    f"{self.name} has {self.num_classes or 'no'} classes, got {classes}"
+                )
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
+        """Decode x0 (B, *E) to pixels in [0, 1]."""
         return self.decoder(x0)
 
     @property
     def num_conditions(self) -> int:
-        """How many conditions there are to choose from; 0: it takes none."""
+        """The number of conditions to choose from; 0 if the network takes none."""
         return self.num_classes or 0
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of what it is trained on: an event, where an event is an image."""
+        """The shape of a training example."""
         return self.event_shape
 
     def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Of a backbone in training, like its own: the error of its answers, () float32.
+        """Return the training loss of a backbone: mean squared error, scalar float32.
 
-        batch: x0, noise (B, *image_shape), t (B,) float64, label (B,), NO_CLASS for none, and shared (B,), a number in
-        (0, 1) that all examples of a step have in common.
+        Args:
+            network: The backbone in training, with the same inputs as this model's own.
+            batch: x0 and noise (B, *image_shape), t (B,) float64, label (B,), NO_CLASS for none,
+                and shared (B,), a number in (0, 1) that all examples of a step have in common.
         """
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
-        question, clock = self.parameterization.question(
-            rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise, t
-        )
-        output = network(question, clock, batch["label"])
-        return F.mse_loss(output.float(), self.parameterization.answer(x0, noise, t).float())
+        x = rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise
+        network_input, clock = self.parameterization.question(x, t)
+        output = network(network_input, clock, batch["label"])
+        target = self.parameterization.answer(x0, noise, t)
+        return F.mse_loss(output.float(), target.float())
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-        question, clock = self.parameterization.question(x, t)
-        output = self.backbone(question.to(next(self.backbone.parameters()).dtype), clock, classes)
+        network_input, clock = self.parameterization.question(x, t)
+        dtype = next(self.backbone.parameters()).dtype
+        output = self.backbone(network_input.to(dtype), clock, classes)
         return self.parameterization.velocity(output.to(x), x, t)
 
     def _load(self, checkpoint: str) -> str:
-        """Fill the backbone; returns the SHA-256 of what it was filled with: of the file, where that is safetensors."""
+        """Fill the backbone, and return a SHA-256: of a safetensors file, else of the weights."""
         path = find_asset(checkpoint, "checkpoint")
-        path = trained_in(path) if path.is_dir() else path
+        if path.is_dir():
+            path = trained_in(path)
         self._fill(path)
-        return (
-            file_sha256(path)
-            if path.suffix == ".safetensors"
-            else digest(self.backbone.state_dict())
-        )
+        if path.suffix == ".safetensors":
+            return file_sha256(path)
+        return digest(self.backbone.state_dict())
 
     def _fill(self, path: Path, translate: Translate = Tensors) -> None:
-        """Every weight of the backbone from a file, none left over."""
-        own = self.backbone.state_dict()
-        self.backbone.load_state_dict(
-            read_for(path, own, translate, self.weights_set, f"model={self.name}")
-        )
+        """Read every weight of the backbone from a file; none of either may be left over."""
+        weights = self.backbone.state_dict()
+        reader = f"model={self.name}"
+        self.backbone.load_state_dict(read_for(path, weights, translate, self.weights_set, reader))
 
 
 def adaptive_norms(backbone: nn.Module) -> list[str]:
-    """Return the names of the parameters that turn clock and condition into shifts, scales and gates.
+    """Return the names of the parameters that turn clock and condition into shifts and scales.
 
-    A backbone that has such names their layers in its class attribute `adaptive_norms`, such as ("norm1.linear",).
+    A backbone with such parameters names their layers in its class attribute `adaptive_norms`,
+    such as ("norm1.linear",).
     """
     layers = getattr(backbone, "adaptive_norms", ())
-    names = [name for name, _ in backbone.named_parameters()]
-    return [name for name in names if any(f".{layer}." in f".{name}." for layer in layers)]
+    names = []
+    for name, _ in backbone.named_parameters():
+        if any(f".{layer}." in f".{name}." for layer in layers):
+            names.append(name)
+    return names
 
 
 def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
-    """The name of a model at one of its sizes; ValueError where it has no such one."""
+    """Return the name of a model at one of its sizes. Raises ValueError for any other size."""
     require_choice(sizes, size=size)
     return name if size == "full" else f"{name}_{size}"
 
 
 def build_part(sizes: Mapping[str, Mapping[str, Any]], size: str, part: str) -> Any:
-    """What the partial `part` of a size makes; ValueError says where the settings are that make nothing."""
+    """Build one part of a model at a size; an error names the settings that cannot be built."""
     with settings_named(f"sizes.{size}.{part}"):
         return sizes[size][part]()
 
 
 @contextmanager
 def settings_named(place: str) -> Iterator[None]:
-    """Raise what goes wrong within, where a part of a model is made, as a ValueError that names its settings."""
+    """Raise errors from within as a ValueError that names the settings; OSError passes."""
     try:
         yield
     except OSError:
         raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
     except Exception as error:
-        kind = (
-            ""
-            if isinstance(error, RuntimeError | TypeError | ValueError)
-            else f"{type(error).__name__}: "
-        )
-        raise ValueError(f"{place}: {kind}{error}") from error
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def shape(tensor: Tensor | None) -> str:
+    """Return a tensor's shape as text, for messages."""
     return "absent" if tensor is None else str(tuple(tensor.shape))

@@ -1,7 +1,9 @@
-"""What a network is asked, and what its answer says of the velocity v = eps - x0 at x_t = (1 - t) x0 + t eps.
+"""A network's input and output in terms of the velocity v = eps - x0 at x_t = (1 - t) x0 + t eps.
 
-A parameterization is the pair of a network's clock and scaling (`question`) and the quantity that it was trained to
-give (`answer`). Sampling reads `velocity`; training regresses the network's output on `answer`.
+A parameterization is a network's clock and input scaling (`question`), and the quantity that it
+was trained to predict (`answer`). Sampling reads `velocity`; training regresses the network's
+output on `answer`.
+
 Legend: M rows, *E event dims; t (M,) float64.
 """
 
@@ -21,26 +23,31 @@ from oss_exp.tensors import rowwise
 
 
 class Parameterization(abc.ABC):
-    """Of one network: `path` translates its clock."""
+    """The input and output of one network; `path` translates its clock."""
 
     path: GaussianPath
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t (M, *E), t -> the network's input (M, *E) and its clock (M,), in x's dtype."""
+        """Return the network's input (M, *E) and its clock (M,), in x's dtype.
+
+        Args:
+            x: States x_t (M, *E).
+            t: Canonical times (M,).
+        """
         return rowwise(self.path.scale(t), x) * x, self.path.native(t).to(x)
 
     @abc.abstractmethod
     def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x0, noise (M, *E) -> what the network should say (M, *E)."""
+        """Return the training target (M, *E) for x0 and noise (M, *E)."""
 
     @abc.abstractmethod
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """What the network said (M, *E) at x_t -> v (M, *E)."""
+        """Return v (M, *E), from the network's output (M, *E) at x_t."""
 
 
 @dataclass(frozen=True)
 class FlowVelocity(Parameterization):
-    """The network gives v itself: flow matching (Lipman et al. 2022, arXiv 2210.02747)."""
+    """The network predicts v itself: flow matching (Lipman et al. 2022, arXiv 2210.02747)."""
 
     path: GaussianPath = field(default_factory=FlowPath)
 
@@ -53,11 +60,17 @@ class FlowVelocity(Parameterization):
 
 @dataclass(frozen=True)
 class NoisePrediction(Parameterization):
-    """The network gives eps (Ho et al. 2020, arXiv 2006.11239), v = (eps - x) / (1 - t).
+    """The network predicts eps, and v = (eps - x) / (1 - t).
 
-    time_max < 1: the noisiest canonical time that it was trained at, asked in place of later ones.
-    time_scale:   times the path's clock; 999 where 1000 steps were counted on a continuous path.
-    whole:        asked at the whole number of a chain's clock that has the nearest sigma / alpha, as EDM does.
+    Source: Ho et al. 2020, arXiv 2006.11239.
+
+    Args:
+        path: The chain.
+        time_max: Below 1, the noisiest canonical time of training. It takes the place of later
+            ones.
+        time_scale: Factor on the path's clock; 999 if the network counts 1000 steps on a
+            continuous path.
+        whole: Round the clock to the whole number whose sigma / alpha is nearest, as EDM does.
     """
 
     path: GaussianPath = field(default_factory=DDPMPath)
@@ -81,19 +94,29 @@ class NoisePrediction(Parameterization):
         return (output - x) / rowwise(1 - t.clamp(max=self.time_max), x)
 
     def _nearest(self, t: Tensor) -> Tensor:
+        """Return the whole native time whose ratio sigma / alpha is nearest to that of t."""
         tau = self.path.native(t)
-        below, ratio, above = (
-            time / (1 - time) for time in map(self.path.canonical, (tau.floor(), tau, tau.ceil()))
-        )
+        below = self._ratio(tau.floor())
+        ratio = self._ratio(tau)
+        above = self._ratio(tau.ceil())
         return torch.where(ratio - below < above - ratio, tau.floor(), tau.ceil())
+
+    def _ratio(self, tau: Tensor) -> Tensor:
+        """Return sigma / alpha at a native time."""
+        t = self.path.canonical(tau)
+        return t / (1 - t)
 
 
 @dataclass(frozen=True)
 class VPVelocity(Parameterization):
-    """The network gives alpha eps - sigma x0 of a variance-preserving path (Salimans & Ho 2022, arXiv 2202.00512).
+    """The network predicts alpha eps - sigma x0 of a variance-preserving path.
 
-    With alpha^2 + sigma^2 = 1 and s = alpha + sigma, v = (2 t - 1) s^2 x + s output. time_max: as in
-    `NoisePrediction`, and 1 for a chain that ends at pure noise.
+    With alpha^2 + sigma^2 = 1 and s = alpha + sigma, v = (2 t - 1) s^2 x + s output.
+    Source: Salimans & Ho 2022, arXiv 2202.00512.
+
+    Args:
+        path: The chain.
+        time_max: As in `NoisePrediction`; 1 for a chain that ends at pure noise.
     """
 
     path: GaussianPath = field(default_factory=lambda: DDPMPath(cosine_betas()))
@@ -117,9 +140,10 @@ class VPVelocity(Parameterization):
 
 @dataclass(frozen=True)
 class ScorePrediction(Parameterization):
-    """The network gives sigma times the score, -eps, at x_native = x0 + sigma eps (Song et al. 2021, arXiv 2011.13456).
+    """The network predicts sigma times the score, which is -eps, at x_native = x0 + sigma eps.
 
-    Its clock is ln(sigma / 2), EDM's table 1; it stops at sigma_min and sigma_max, beyond which nothing was seen.
+    Its clock is ln(sigma / 2) (EDM, table 1). Clock and scaling stop at sigma_min and sigma_max,
+    the bounds of training. Source: Song et al. 2021, arXiv 2011.13456.
     """
 
     path: GaussianPath = field(default_factory=EDMPath, init=False, repr=False)
@@ -131,18 +155,25 @@ class ScorePrediction(Parameterization):
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.path.native(t).clamp(max=self.sigma_max)
-        return rowwise(1 + sigma, x) * x, (sigma.clamp(min=self.sigma_min) / 2).log().to(x)
+        clock = (sigma.clamp(min=self.sigma_min) / 2).log()
+        return rowwise(1 + sigma, x) * x, clock.to(x)
 
     def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return -noise
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return -(output + x) * rowwise(1 + self.path.native(t).clamp(max=self.sigma_max), x)
+        sigma = self.path.native(t).clamp(max=self.sigma_max)
+        return -(output + x) * rowwise(1 + sigma, x)
 
 
 @dataclass(frozen=True)
 class DataPrediction(Parameterization):
-    """The network gives x0, v = (x - x0) / t. time_min > 0: the cleanest time that it is asked at."""
+    """The network predicts x0, and v = (x - x0) / t.
+
+    Args:
+        path: Translates the network's clock.
+        time_min: Above 0, the cleanest time that the network is evaluated at.
+    """
 
     path: GaussianPath = field(default_factory=lambda: FlowPath(time_scale=1.0))
     time_min: float = 0.05
@@ -162,11 +193,12 @@ class DataPrediction(Parameterization):
 
 @dataclass(frozen=True)
 class EDMPrediction(Parameterization):
-    """The network gives F with D = c_skip x_native + c_out F (Karras et al. 2022, arXiv 2206.00364, table 1).
+    """The network predicts F, where D = c_skip x_native + c_out F is the denoised sample.
 
-    Written in t, where no coefficient has a pole: with q^2 = t^2 + (sigma_data (1 - t))^2 the input is x / q and
-    v = (t - sigma_data^2 (1 - t)) x / q^2 - sigma_data F / q. Only the clock time_scale ln(sigma) / 4 has; it stops at
-    sigma_min and sigma_max, beyond which the network has seen nothing.
+    Written in t, no coefficient has a pole: with q^2 = t^2 + (sigma_data (1 - t))^2 the input is
+    x / q and v = (t - sigma_data^2 (1 - t)) x / q^2 - sigma_data F / q. Only the clock,
+    time_scale ln(sigma) / 4, has one; it stops at sigma_min and sigma_max, the bounds of training.
+    Source: Karras et al. 2022, arXiv 2206.00364, table 1.
     """
 
     path: GaussianPath = field(default_factory=EDMPath, init=False, repr=False)
@@ -182,18 +214,17 @@ class EDMPrediction(Parameterization):
 
     def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.path.native(t).clamp(self.sigma_min, self.sigma_max)
-        return x / rowwise(self._length(t), x), (self.time_scale * sigma.log() / 4).to(x)
+        clock = self.time_scale * sigma.log() / 4
+        return x / rowwise(self._q(t), x), clock.to(x)
 
     def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        clean, noisy = t, self.sigma_data**2 * (1 - t)
-        return (rowwise(clean, x0) * x0 - rowwise(noisy, x0) * noise) / rowwise(
-            self.sigma_data * self._length(t), x0
-        )
+        difference = rowwise(t, x0) * x0 - rowwise(self.sigma_data**2 * (1 - t), x0) * noise
+        return difference / rowwise(self.sigma_data * self._q(t), x0)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        length = self._length(t)
-        skip = (t - self.sigma_data**2 * (1 - t)) / length**2
-        return rowwise(skip, x) * x - rowwise(self.sigma_data / length, x) * output
+        q = self._q(t)
+        skip = (t - self.sigma_data**2 * (1 - t)) / q**2
+        return rowwise(skip, x) * x - rowwise(self.sigma_data / q, x) * output
 
-    def _length(self, t: Tensor) -> Tensor:
+    def _q(self, t: Tensor) -> Tensor:
         return torch.sqrt(t**2 + (self.sigma_data * (1 - t)) ** 2)
