@@ -8,7 +8,8 @@ from models.pipelines.audio import stable_audio_of
 from models.pipelines.videos import cogvideox, wan
 
 import oss_exp
-from oss_exp.models.pipeline import Pipeline, Training, decoded
+from oss_exp.models.pipeline import Pipeline, decoded
+from oss_exp.models.pipeline.convention import NetworkConvention
 
 
 def asked(family, time: float) -> tuple[torch.Tensor, list]:
@@ -79,12 +80,12 @@ def test_stable_audio_as_it_is_released():
     x, output = (
         torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(i)) for i in range(2)
     )
-    training = Training.of(scheduler)
+    convention = NetworkConvention.from_scheduler(scheduler)
     native = x / 0.3
     torch.testing.assert_close(
-        training.question(x, t)[0], scheduler.precondition_inputs(native, sigma)
+        convention.network_input(x, t)[0], scheduler.precondition_inputs(native, sigma)
     )
-    x0 = x - 0.7 * training.velocity(output, x, t)
+    x0 = x - 0.7 * convention.velocity(output, x, t)
     torch.testing.assert_close(x0, scheduler.precondition_outputs(native, output, sigma))
     nodes = Pipeline(family.pipe, family.prompts, **family.call).noise_schedule.nodes(5)
     scheduler.set_timesteps(5)
@@ -96,4 +97,4 @@ def test_stable_audio_as_it_is_released():
 
 def test_a_scheduler_of_another_preconditioning_is_refused():
     with pytest.raises(ValueError, match="CosineDPMSolverMultistepScheduler is known with"):
-        Training.of(cosine_scheduler(sigma_data=0.5))
+        NetworkConvention.from_scheduler(cosine_scheduler(sigma_data=0.5))

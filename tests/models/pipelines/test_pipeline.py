@@ -48,7 +48,7 @@ def noises(model: Pipeline, seed: int = 0) -> torch.Tensor:
 def start(model: Pipeline, noise: torch.Tensor, time: float) -> torch.Tensor:
     """The state x at the first time; where a pipeline takes no latents, what its network gets is the noise itself."""
     takes_latents = "latents" in inspect.signature(type(model.pipe).__call__).parameters
-    one, _ = model.training_of.question(torch.ones_like(noise), at(model, time))
+    one, _ = model.convention.network_input(torch.ones_like(noise), at(model, time))
     return noise * time if takes_latents else noise / one
 
 
@@ -59,7 +59,7 @@ def own(
     scheduler, latents = model.pipe.scheduler, noise
     if not isinstance(scheduler, oss_exp.OSSScheduler):
         t = model.noise_schedule.nodes(num_steps)[0]
-        latents, _ = model.training_of.question(noise * float(t), t.expand(len(noise)))
+        latents, _ = model.convention.network_input(noise * float(t), t.expand(len(noise)))
         if isinstance(
             scheduler, EulerDiscreteScheduler
         ):  # its states are larger than what the network gets
@@ -70,7 +70,7 @@ def own(
     if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
         call = {"generator": torch.Generator().manual_seed(seed)}
     call |= {
-        model.takes: list(model.prompts),
+        model.condition_argument: list(model.prompts),
         "num_inference_steps": num_steps,
         "output_type": "pt",
     }

@@ -181,7 +181,7 @@ def test_quantised_weights(folder, lora, quantization, adapted):
 
 
 def test_quantisation_whose_package_is_missing(folder, monkeypatch):
-    monkeypatch.setattr("oss_exp.models.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("oss_exp.models.pipeline.quantization.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="quantization=nf4 needs bitsandbytes, which is not installed: pip install"
     ):

@@ -20,7 +20,8 @@ from models.pipelines import edits, images
 from models.pipelines.parts import PROMPTS, Family
 
 import oss_exp
-from oss_exp.models.pipeline import Pipeline, _Loop
+from oss_exp.models.pipeline import Pipeline
+from oss_exp.models.pipeline.loop import Loop
 from oss_exp.solvers import Euler
 
 
@@ -185,7 +186,7 @@ def test_many_failures_leave_nothing():
             gc.collect()
             used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             assert not [
-                loop for loop in gc.get_objects() if isinstance(loop, _Loop) and not loop.dead
+                loop for loop in gc.get_objects() if isinstance(loop, Loop) and not loop.dead
             ]
     assert family.pipe.scheduler is own
     assert set(family.pipe.__dict__) == keys

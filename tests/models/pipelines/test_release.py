@@ -16,7 +16,8 @@ from models.pipelines.images import stable_diffusion
 from models.pipelines.videos import wan_two_experts
 
 import oss_exp
-from oss_exp.models.pipeline import Pipeline, _Loop
+from oss_exp.models.pipeline import Pipeline
+from oss_exp.models.pipeline.loop import Loop
 
 TESTS = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def asked(model: Pipeline) -> torch.Tensor:
 
 def suspended_calls() -> int:
     gc.collect()
-    return sum(isinstance(each, _Loop) and not each.dead for each in gc.get_objects())
+    return sum(isinstance(each, Loop) and not each.dead for each in gc.get_objects())
 
 
 def raises_at(pipe, call: int, error: type[BaseException]):

@@ -134,7 +134,7 @@ def own(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family):
     model = Pipeline(family.pipe, family.prompts, **family.call)
     grid = model.noise_schedule.nodes(6)
-    expected, noise = own(family, model.asked_for(6)[0])
+    expected, noise = own(family, model.inference_steps(6)[0])
     assert 0.2 < grid[0] < 0.95
     start = packed(family, noise) * float(grid[0])
     found = model.decode(sample(Euler(), model.velocity(None), start, StepSchedule(grid)))
