@@ -1,11 +1,12 @@
-"""Pickled networks without their code: the `.pkl` files of EDM and its kin, read and never run.
+"""A reader for pickled networks, such as the `.pkl` files of EDM, that runs none of their code.
 
-Such a file is a program: it names functions, gives them arguments, and carries the source of its classes. Here every
-name is looked up in a short table of stand-ins that only keep what they are given; any other name, and every opcode
-that could go around the table, is refused. Tensors are made after that, from sizes that were checked, so no object of
-torch is ever within the pickle's reach.
+A pickle is a program: it names functions, passes them arguments, and carries the source of its
+classes. This reader looks every name up in a short table of stand-ins, which only store what they
+receive. It refuses any other name, and every opcode that could circumvent the table. Tensors are
+built afterwards, from sizes that were checked, so a pickle never reaches an object of torch.
 
-A pickle has a limited number of steps, each of which makes one object; no tensor is larger than its bytes.
+A pickle has a limited number of steps, each of which makes one object, and no tensor is larger
+than its bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ from torch import Tensor
 
 STEPS = 1 << 22  # of a pickle; a network of a thousand layers needs a hundred thousand
 
-# All that a pickle can do with what is on its stack: call it, `__new__` it, `__setstate__` it or else set its
-# attributes, append to it and set its items. So a stand-in is a class with slots and a `__setstate__`.
+# ------------------------------------------------------------------------------------------------
+# Stand-ins
+# ------------------------------------------------------------------------------------------------
+
+# With an object on its stack, a pickle can do no more than call it, call its `__new__` or its
+# `__setstate__` or else set its attributes, append to it, and set its items. So every stand-in is
+# a class with slots and a `__setstate__`.
 
 
 class Ignored:
-    """What weights do not need: NumPy's numbers among a network's arguments."""
+    """An object that weights do not need: NumPy's numbers among a network's arguments."""
 
     __slots__ = ()
 
@@ -40,7 +46,7 @@ class Ignored:
 
 
 class Dict(dict):
-    """An OrderedDict or an EasyDict: its items, and no attributes."""
+    """The items of an OrderedDict or an EasyDict, without its attributes."""
 
     __slots__ = ()
 
@@ -54,7 +60,11 @@ class Module:
     __slots__ = ("state",)
 
     def __new__(cls, meta: Any = None) -> Module:
-        """meta: what `torch_utils.persistence` makes the object of: {state: __dict__, module_src: source, ...}."""
+        """Store the state of an object of `torch_utils.persistence`.
+
+        Args:
+            meta: {state: the object's __dict__, module_src: its source, ...}.
+        """
         self = object.__new__(cls)
         self.state = None if meta is None else meta["state"]
         return self
@@ -63,17 +73,17 @@ class Module:
         self.state = state
 
     def part(self, name: str, path: Path) -> dict[str, Any]:
-        """`_parameters`, `_buffers` or `_modules`, less the absent ones."""
-        found = self.state.get(name, {}) if isinstance(self.state, dict) else None
-        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        """Return `_parameters`, `_buffers` or `_modules`, without entries of None."""
+        entries = self.state.get(name, {}) if isinstance(self.state, dict) else None
+        if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
             raise ValueError(
                 f"{path} holds a network whose {name} are not named; download it again"
             )
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in entries.items() if value is not None}
 
 
 class Storage:
-    """The bytes of a tensor: themselves a torch file of the old kind."""
+    """The bytes of a tensor, which are a torch file of the old kind."""
 
     __slots__ = ("file",)
 
@@ -90,42 +100,46 @@ class Stored:
     __slots__ = ("offset", "shape", "storage", "stride")
 
     def __init__(self, storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any):
-        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+        self.storage = storage
+        self.offset = offset
+        self.shape = shape
+        self.stride = stride
 
     def __setstate__(self, state: Any) -> None:
         raise TypeError("a tensor has no state")
 
     def tensor(self) -> Tensor:
-        """TypeError or ValueError where the numbers are none, or point outside of the storage."""
-        if not (
-            type(self.storage) is Storage
-            and type(self.shape) is tuple
-            and type(self.stride) is tuple
-        ):
-            raise TypeError("not a tensor's storage, shape and stride")
-        numbers = (self.offset, *self.shape, *self.stride)
-        if len(self.shape) != len(self.stride) or not all(
-            type(number) is int and number >= 0 for number in numbers
-        ):
-            raise ValueError("shape, stride and offset must be whole numbers of at least 0")
-        if self.storage.file.startswith(b"PK"):  # which may unpack to more
-            raise ValueError("its numbers are an archive")
+        """Build the tensor. Raises TypeError or ValueError if it is not within its storage."""
+        self._check()
         storage = torch.load(io.BytesIO(self.storage.file), map_location="cpu", weights_only=True)
         flat = torch.empty(0, dtype=storage.dtype).set_(storage)
-        last = self.offset + sum(
-            (n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)
-        )
+
+        # Bounds.
+        last = self.offset
+        for size, stride in zip(self.shape, self.stride, strict=True):
+            last += (size - 1) * stride
         if prod(self.shape) > len(flat) or (prod(self.shape) and last >= len(flat)):
             raise ValueError(
                 f"{self.shape} at {self.offset} by {self.stride} is not within {len(flat)} numbers"
             )
-        return flat.as_strided(self.shape, self.stride, self.offset).clone(
-            memory_format=torch.contiguous_format
-        )
+        view = flat.as_strided(self.shape, self.stride, self.offset)
+        return view.clone(memory_format=torch.contiguous_format)
+
+    def _check(self) -> None:
+        """Raise TypeError or ValueError for arguments of the wrong kind."""
+        kinds = (type(self.storage), type(self.shape), type(self.stride))
+        if kinds != (Storage, tuple, tuple):
+            raise TypeError("not a tensor's storage, shape and stride")
+        numbers = (self.offset, *self.shape, *self.stride)
+        whole = all(type(number) is int and number >= 0 for number in numbers)
+        if len(self.shape) != len(self.stride) or not whole:
+            raise ValueError("shape, stride and offset must be whole numbers of at least 0")
+        if self.storage.file.startswith(b"PK"):  # an archive may unpack to more than its bytes
+            raise ValueError("its numbers are an archive")
 
 
 class Parameter:
-    """The tensor that it wraps."""
+    """A parameter's tensor, without its wrapper."""
 
     __slots__ = ()
 
@@ -145,17 +159,20 @@ STAND_INS: dict[tuple[str, str], type] = {
     ("torch._utils", "_rebuild_tensor_v2"): Stored,
     ("torch._utils", "_rebuild_parameter"): Parameter,
     ("torch.storage", "_load_from_bytes"): Storage,
-    **{
-        (module, name): Ignored
-        for module, names in {
-            "numpy": ("dtype", "ndarray"),
-            "numpy.core.multiarray": ("_reconstruct", "scalar"),
-            "numpy._core.multiarray": ("_reconstruct", "scalar"),
-        }.items()
-        for name in names
-    },
+    ("numpy", "dtype"): Ignored,
+    ("numpy", "ndarray"): Ignored,
+    ("numpy.core.multiarray", "_reconstruct"): Ignored,
+    ("numpy.core.multiarray", "scalar"): Ignored,
+    ("numpy._core.multiarray", "_reconstruct"): Ignored,
+    ("numpy._core.multiarray", "scalar"): Ignored,
 }
-# Objects from outside of the file, names that are not looked up by `find_class`, and memory before it is filled.
+
+# ------------------------------------------------------------------------------------------------
+# The reader
+# ------------------------------------------------------------------------------------------------
+
+# Opcodes for objects from outside of the file, for names that bypass `find_class`, and for memory
+# that is taken before it is filled.
 REFUSED = (
     "PERSID",
     "BINPERSID",
@@ -171,7 +188,7 @@ REFUSED = (
 
 
 class Bounded(io.BufferedReader):
-    """A file from which no more than STEPS pieces are read, as a pickle takes one for every step."""
+    """A file that yields at most STEPS pieces; a pickle reads one for every step."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path))
@@ -185,7 +202,7 @@ class Bounded(io.BufferedReader):
 
 
 class Refused(Exception):
-    """What the file asks for and does not get."""
+    """A request of the file that is not granted."""
 
 
 def _refuse(opcode: str, _: Any) -> None:
@@ -193,13 +210,12 @@ def _refuse(opcode: str, _: Any) -> None:
 
 
 def _skip_frame(unpickler: Any) -> None:
-    """Take a frame's length alone: every step then reads the file itself, where it is counted."""
+    """Read a frame's length only, so that every step reads from the file, where it is counted."""
     unpickler.read(8)
 
 
-class _Unpickler(
-    pickle._Unpickler
-):  # the one in C cannot be kept from copyreg's cache of extensions
+# Python's unpickler, as the one in C cannot be kept from the extension cache of copyreg.
+class _Unpickler(pickle._Unpickler):
     dispatch = pickle._Unpickler.dispatch | {
         getattr(pickle, name)[0]: partial(_refuse, name) for name in REFUSED
     }
@@ -212,25 +228,39 @@ class _Unpickler(
 
 
 def load(path: Path) -> Any:
-    """What the file holds, in stand-ins. ValueError where it is no whole pickle, or asks for anything else."""
+    """Return the content of a pickle, with stand-ins for its objects.
+
+    Raises:
+        ValueError: If the file is no whole pickle, or requests anything but a stand-in.
+    """
     try:
         with Bounded(path) as file:
             return _Unpickler(file).load()
     except Refused as request:
         raise ValueError(
-            f"{path} was refused and nothing of it was run: it asks for {request}, which no weights need; "
-            "take the file from those who published it"
+            f"{path} was refused and nothing of it was run: it asks for {request}, which no "
+            "weights need; take the file from those who published it"
         ) from None
-    except Exception as error:  # whatever the bytes make the machine do
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(
             f"{path} is damaged or no pickle of a network ({error!r:.200}); download it again"
         ) from None
 
 
-def tensors_of(tree: Any, path: Path) -> dict[str, Any]:
-    """Of a network: its tensors by the keys of its state dict. Of a dict: its tensors and whatever else it holds.
+# ------------------------------------------------------------------------------------------------
+# Tensors
+# ------------------------------------------------------------------------------------------------
 
-    ValueError, naming `path`, where it is neither or a tensor is not within its bytes.
+
+def tensors_of(tree: Any, path: Path) -> dict[str, Any]:
+    """Return the tensors of a network by the keys of its state dict.
+
+    Args:
+        tree: A `Module`, or a dict, whose other entries are returned as they are.
+        path: The file, for messages.
+
+    Raises:
+        ValueError: If it is neither, or a tensor is not within its bytes.
     """
     if isinstance(tree, Module):
         tree = dict(_state(tree, path))
@@ -238,10 +268,10 @@ def tensors_of(tree: Any, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds no network but a {type(tree).__name__}; give the file of a network"
         )
-    return {
-        key: _tensor(value, key, path) if isinstance(value, Stored) else value
-        for key, value in tree.items()
-    }
+    tensors = {}
+    for key, value in tree.items():
+        tensors[key] = _tensor(value, key, path) if isinstance(value, Stored) else value
+    return tensors
 
 
 def _tensor(stored: Stored, key: Any, path: Path) -> Tensor:
@@ -255,32 +285,39 @@ def _tensor(stored: Stored, key: Any, path: Path) -> Tensor:
 
 
 def _state(network: Module, path: Path) -> Iterator[tuple[str, Stored]]:
-    """Keys and tensors of a module and of all within it."""
-    ahead, seen = [("", network)], set()
-    while ahead:
-        prefix, module = ahead.pop()
-        if not isinstance(module, Module) or id(module) in seen:
+    """Yield keys and tensors of a module and of all modules within it, depth first."""
+    stack = [("", network)]
+    visited = set()
+    while stack:
+        prefix, module = stack.pop()
+        if not isinstance(module, Module) or id(module) in visited:
             raise ValueError(
-                f"{path} holds no module, or one for the second time, at {prefix[:-1]!r}; download it again"
+                f"{path} holds no module, or one for the second time, at {prefix[:-1]!r}; "
+                "download it again"
             )
-        seen.add(id(module))
-        passing = (
-            module.state.get("_non_persistent_buffers_set")
-            if isinstance(module.state, dict)
-            else None
-        )
-        own = module.part("_parameters", path) | {
-            key: value
-            for key, value in module.part("_buffers", path).items()
-            if not (isinstance(passing, set) and key in passing)
-        }
-        for key, value in own.items():
+        visited.add(id(module))
+
+        # Tensors.
+        for key, value in _persistent(module, path).items():
             if not isinstance(value, Stored):
                 raise ValueError(
-                    f"{path} holds a {type(value).__name__} for the tensor {prefix}{key}; download it again"
+                    f"{path} holds a {type(value).__name__} for the tensor {prefix}{key}; "
+                    "download it again"
                 )
             yield f"{prefix}{key}", value
-        ahead += [
-            (f"{prefix}{key}.", inner)
-            for key, inner in reversed(module.part("_modules", path).items())
-        ]
+
+        # Modules, the first on top.
+        for key, inner in reversed(module.part("_modules", path).items()):
+            stack.append((f"{prefix}{key}.", inner))
+
+
+def _persistent(module: Module, path: Path) -> dict[str, Any]:
+    """Return the parameters and buffers of a module that belong to its state dict."""
+    tensors = module.part("_parameters", path)
+    transient = None
+    if isinstance(module.state, dict):
+        transient = module.state.get("_non_persistent_buffers_set")
+    for key, value in module.part("_buffers", path).items():
+        if not (isinstance(transient, set) and key in transient):
+            tensors[key] = value
+    return tensors

@@ -1,8 +1,8 @@
-"""Which of a file's tensors are a network's weights: whatever they were wrapped in, and the averaged ones of several.
+"""The sets of weights in a checkpoint, and the choice of the one that fits a network.
 
-A file may hold several sets of weights, in objects within objects or under prefixes of their keys, such as `module.`.
-A set is called by the names that lead to it, with dots between them. What fits the network decides, not what a set is
-called; of several that fit the average is taken.
+A file may hold several sets, in objects within objects or under prefixes of their keys, such as
+`module.`. The name of a set is the path of names to it, with dots between them. The choice does
+not depend on the name but on whether the set fits the network; if several fit, the average wins.
 """
 
 from __future__ import annotations
@@ -22,61 +22,65 @@ Tensors = dict[str, Tensor]
 Translate = Callable[[Tensors], Mapping[str, Tensor]]
 
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa|polyak|shadow)(?![a-z])", re.IGNORECASE)
-OURS = "state_dict.model.backbone"  # the average in a last.ckpt of task=pretrain; what is trained is state_dict.network
+
+# The average in a last.ckpt of task=pretrain; the weights in training are state_dict.network.
+OURS = "state_dict.model.backbone"
+
+# Names of other objects in the checkpoint of a training.
 OTHERS = re.compile(
     r"optim|opt$|(lr_)?sched|scaler|rng|callbacks$|loops$|hyper_param", re.IGNORECASE
-)  # what else a training keeps
+)
+
 DEPTH = 4  # objects within objects, and names in a prefix
-SHARE = 8  # a set under a prefix has at least this part of its file's keys
+SHARE = 8  # a set under a prefix has at least one in so many of its file's keys
 SHOWN = 12  # sets and weights in a message
 
 
 class Sets(NamedTuple):
-    """The sets of a file by name, and averages that are no sets of tensors by name."""
+    """The sets of a file by name, and the names of averages that are no sets of tensors by name."""
 
     tensors: dict[str, Tensors]
     unread: list[str]
 
 
 def sets_in(content: Any, path: Path) -> Sets:
-    """Sets of an object read from a file; ValueError where it has none."""
-    found: dict[str, Tensors] = {}
+    """Return the sets of an object that was read from a file. Raises ValueError without any."""
+    sets: dict[str, Tensors] = {}
     unread: list[str] = []
-    refused, seen, ahead = None, set(), [("", content)]
-    while ahead:
-        name, node = ahead.pop(0)
-        if id(node) in seen or name.count(".") >= DEPTH:
+    first_error: ValueError | None = None
+
+    # Breadth first.
+    visited = set()
+    queue = [("", content)]
+    while queue:
+        name, node = queue.pop(0)
+        if id(node) in visited or name.count(".") >= DEPTH:
             continue
-        seen.add(id(node))
-        try:
-            node = tensors_of(node, path) if _is_stored(node) else node
-        except ValueError as error:  # it may be of no importance
-            refused = refused or error
-            continue
+        visited.add(id(node))
+        if _is_stored(node):
+            try:
+                node = tensors_of(node, path)
+            except ValueError as error:  # matters only if there is no other set
+                first_error = first_error or error
+                continue
         if _is_set(node):
-            found[name] = node
+            sets[name] = node
         elif isinstance(node, dict):
-            below = {
-                key: each
-                for key, each in node.items()
-                if isinstance(key, str) and not OTHERS.match(key)
-            }
-            ahead += [
-                (_below(name, key), each)
-                for key, each in below.items()
-                if isinstance(each, dict | Module)
-            ]
-            unread += [_below(name, key) for key, each in below.items() if isinstance(each, list)]
-    if not found:
-        raise refused or ValueError(_nothing(content, path))
-    return Sets(
-        {name: _plain(tensors, path) for name, tensors in found.items()},
-        list(filter(AVERAGED.search, unread)),
-    )
+            for key, value in node.items():
+                if not isinstance(key, str) or OTHERS.match(key):
+                    continue
+                if isinstance(value, dict | Module):
+                    queue.append((_below(name, key), value))
+                if isinstance(value, list) and AVERAGED.search(_below(name, key)):
+                    unread.append(_below(name, key))
+
+    if not sets:
+        raise first_error or ValueError(_nothing(content, path))
+    return Sets({name: _plain(tensors, path) for name, tensors in sets.items()}, unread)
 
 
 def named(sets: Sets, path: Path, weights_set: str | None = None) -> Tensors:
-    """The set of that name; null: the only one, or the only average."""
+    """Return the set of this name; for None the only one, or the only average."""
     names = [weights_set] if weights_set is not None else _preferred(list(sets.tensors))
     if len(names) != 1 or names[0] not in sets.tensors:
         raise ValueError(_choose(path, sets.tensors, weights_set))
@@ -91,140 +95,174 @@ def fitting(
     weights_set: str | None,
     model: str,
 ) -> Mapping[str, Tensor]:
-    """The tensors of a file, by a network's keys, that are its weights `own`.
+    """Return the set of a file that fits a network, by the network's keys.
 
-    translate: a file's tensors by the network's keys. ValueError where no set fits; where several do, and none or
-    several of them are averages; or where there is an average and it does not fit. model: the network, for the message.
+    Args:
+        sets: The sets of the file.
+        path: The file, for messages.
+        own: The network's weights.
+        translate: Maps a file's tensors to the network's keys.
+        weights_set: Name of the set; None to choose.
+        model: Name of the network, for messages.
+
+    Raises:
+        ValueError: If no set fits; if several fit, and none or several of them are averages; or if
+            there is an average that does not fit.
     """
-    fits: dict[str, Mapping[str, Tensor]] = {}
-    misfits: dict[str, tuple[int, str]] = {}
-    refused: Exception | None = None
+    candidates = _Candidates(own, translate, weights_set)
+    whole = {**sets.tensors, **_with_dots(sets.tensors)}
 
-    def attempt(name: str, tensors: Tensors) -> None:
-        nonlocal refused
-        if weights_set is not None and f"{name}.".removeprefix(f"{weights_set}.") == f"{name}.":
-            return
-        try:
-            translated = translate(tensors)
-        except Exception as error:  # whatever tensors of other networks make it do
-            refused = refused or error
-            return
-        if differences := _differences(own, translated):
-            misfits[name] = differences
-        else:
-            fits[name] = translated
+    # Whole sets first, then those under a prefix.
+    for name, tensors in whole.items():
+        candidates.add(name, tensors)
+    for name, tensors in whole.items():
+        if name not in candidates.fits:
+            for prefix, group in _groups(tensors).items():
+                candidates.add(_below(name, prefix[:-1]), group)
+    fits = candidates.fits
+    misfits = candidates.misfits
 
-    tried = {**sets.tensors, **_with_dots(sets.tensors)}
-    for name, tensors in tried.items():
-        attempt(name, tensors)
-    for name, tensors in tried.items():
-        for prefix, group in _groups(tensors).items() if name not in fits else ():
-            attempt(_below(name, prefix[:-1]), group)
-
+    # The only one that fits, if no average is passed over for it.
     chosen = _preferred(list(fits))
     passed_over = [name for name in (*misfits, *sets.unread) if AVERAGED.search(name)]
-    if len(chosen) == 1 and (
-        weights_set is not None or not passed_over or AVERAGED.search(chosen[0])
-    ):
-        return fits[chosen[0]]
+    if len(chosen) == 1:
+        is_average = AVERAGED.search(chosen[0])
+        if weights_set is not None or not passed_over or is_average:
+            return fits[chosen[0]]
+
+    # Otherwise, say why.
     if fits:
         raise ValueError(_choose(path, fits, weights_set, passed_over if len(chosen) == 1 else ()))
+    if not misfits and candidates.error is not None:
+        raise ValueError(f"{path}: {candidates.error}")
     if not misfits:
-        raise ValueError(
-            _choose(path, sets.tensors, weights_set) if refused is None else f"{path}: {refused}"
-        )
-    for tensors in tried.values():
+        raise ValueError(_choose(path, sets.tensors, weights_set))
+    for tensors in whole.values():
         if partial := _partial_prefix(own, tensors, translate):
             prefix, count = partial
             raise ValueError(
-                f"checkpoint {path} has the weights of {model}, but {prefix!r:.80} before only {count} of its "
-                f"{len(tensors)} names; save it with that before all names or none"
+                f"checkpoint {path} has the weights of {model}, but {prefix!r:.80} before only "
+                f"{count} of its {len(tensors)} names; save it with that before all names or none"
             )
     closest = min(misfits, key=lambda name: misfits[name][0])
     count, first = misfits[closest]
     where = f", in its set {closest!r}," if closest and len(sets.tensors) > 1 else ""
     raise ValueError(
-        f"checkpoint {path}{where} is of another architecture than {model}: {count} weights differ, first {first}; "
-        "choose the model it was trained as, or another checkpoint"
+        f"checkpoint {path}{where} is of another architecture than {model}: {count} weights "
+        f"differ, first {first}; choose the model it was trained as, or another checkpoint"
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+class _Candidates:
+    """Sets of weights that were compared with a network.
+
+    Attributes:
+        fits: Sets that fit, by name, with the network's keys.
+        misfits: Number of differences and the first one, by name, of sets that do not fit.
+        error: The first error of `translate`, or None.
+    """
+
+    def __init__(self, own: Mapping[str, Tensor], translate: Translate, weights_set: str | None):
+        self.own = own
+        self.translate = translate
+        self.weights_set = weights_set
+        self.fits: dict[str, Mapping[str, Tensor]] = {}
+        self.misfits: dict[str, tuple[int, str]] = {}
+        self.error: Exception | None = None
+
+    def add(self, name: str, tensors: Tensors) -> None:
+        """Compare a set, if it is the named one or within it."""
+        if self.weights_set is not None and not f"{name}.".startswith(f"{self.weights_set}."):
+            return
+        try:
+            translated = self.translate(tensors)
+        except Exception as error:  # tensors of other networks can raise anything
+            self.error = self.error or error
+            return
+        differences = _differences(self.own, translated)
+        if differences is None:
+            self.fits[name] = translated
+        else:
+            self.misfits[name] = differences
+
+
+# ------------------------------------------------------------------------------------------------
 # Sets
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def _is_set(node: Any) -> bool:
-    return (
-        isinstance(node, dict)
-        and bool(node)
-        and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in node.items())
-    )
+    """Tell whether an object is a dict of tensors by name."""
+    if not isinstance(node, dict) or not node:
+        return False
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in node.items())
 
 
 def _is_stored(node: Any) -> bool:
-    return isinstance(node, Module) or (
-        isinstance(node, dict) and any(isinstance(each, Stored) for each in node.values())
-    )
+    """Tell whether an object is a pickled network, or a dict with pickled tensors."""
+    if isinstance(node, Module):
+        return True
+    return isinstance(node, dict) and any(isinstance(value, Stored) for value in node.values())
 
 
 def _plain(tensors: Tensors, path: Path) -> Tensors:
-    """The tensors, all of which have their numbers in the file."""
+    """Return detached tensors. Raises ValueError if the numbers of one are not in the file."""
     for key, value in tensors.items():
         plain = value.layout is torch.strided and value.device.type == "cpu"
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(
-                f"{path} holds a tensor without its numbers at {key!r:.80}; give a file of weights alone"
+                f"{path} holds a tensor without its numbers at {key!r:.80}; "
+                "give a file of weights alone"
             )
     return {key: value.detach() for key, value in tensors.items()}
 
 
 def _nothing(content: Any, path: Path) -> str:
-    """What is said of a file without a set."""
+    """Return the message for a file without a set."""
     if not isinstance(content, dict) or not content:
-        return f"{path} holds no weights by name but a {type(content).__name__}; give a file of weights"
-    strange = next(((key, each) for key, each in content.items() if not isinstance(key, str)), None)
-    key, value = strange or next(
-        item for item in content.items() if not isinstance(item[1], Tensor | Stored)
-    )
-    what = (
-        f"a {type(value).__name__} at {key!r:.80}"
-        if isinstance(key, str)
-        else "names that are no text"
-    )
-    return f"{path} holds {what} where only tensors belong; give a file of weights alone"
+        kind = type(content).__name__
+        return f"{path} holds no weights by name but a {kind}; give a file of weights"
+
+    # The first entry that does not belong.
+    reason = "names that are no text"
+    if all(isinstance(key, str) for key in content):
+        for key, value in content.items():
+            if not isinstance(value, Tensor | Stored):
+                reason = f"a {type(value).__name__} at {key!r:.80}"
+                break
+    return f"{path} holds {reason} where only tensors belong; give a file of weights alone"
 
 
 def _groups(tensors: Tensors) -> dict[str, Tensors]:
-    """{prefix: its tensors by the rest of their keys}, short prefixes first."""
+    """Return {prefix: its tensors by the rest of their keys}, short prefixes first."""
+    # Prefixes of a large share of the keys.
     counts: Counter[str] = Counter()
     for key in tensors:
         parts = key.split(".", DEPTH + 1)[:-1]
-        counts.update(
-            ".".join(parts[:length]) + "." for length in range(1, min(len(parts), DEPTH) + 1)
-        )
+        for length in range(1, min(len(parts), DEPTH) + 1):
+            counts[".".join(parts[:length]) + "."] += 1
     shared = [prefix for prefix, count in counts.items() if count * SHARE >= len(tensors)]
-    return {
-        prefix: {
-            key.removeprefix(prefix): each
-            for key, each in tensors.items()
-            if key.startswith(prefix)
-        }
-        for prefix in sorted(shared, key=lambda prefix: (prefix.count("."), prefix))
-    }
+    shared.sort(key=lambda prefix: (prefix.count("."), prefix))
+
+    groups: dict[str, Tensors] = {prefix: {} for prefix in shared}
+    for prefix, group in groups.items():
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                group[key.removeprefix(prefix)] = value
+    return groups
 
 
 def _partial_prefix(
     own: Mapping[str, Tensor], tensors: Tensors, translate: Translate
 ) -> tuple[str, int] | None:
-    """The prefix without which a set fits, though only some of its keys have it, and how many have."""
+    """Return a prefix of some keys only, without which the set fits, and the number of those."""
     for prefix, group in _groups(tensors).items():
-        plain = {key.removeprefix(prefix): each for key, each in tensors.items()}
+        plain = {key.removeprefix(prefix): value for key, value in tensors.items()}
         if len(plain) != len(tensors):
             continue
         try:
             fits = _differences(own, translate(plain)) is None
-        except Exception:  # whatever tensors of other networks make it do
+        except Exception:  # tensors of other networks can raise anything
             continue
         if fits:
             return prefix, len(group)
@@ -232,64 +270,80 @@ def _partial_prefix(
 
 
 def _with_dots(sets: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """Averages that latent diffusion's trainings keep by names without dots, by those of what they are averages of."""
-    found = {}
+    """Return averages whose names lost their dots, under the names of the weights they average.
+
+    Latent diffusion saves its averages so.
+    """
+    averages = {}
     for outer, tensors in sets.items():
         groups = _groups(tensors)
-        flat = {
-            prefix: group
-            for prefix, group in groups.items()
-            if AVERAGED.search(prefix) and "." not in "".join(group)
-        }
-        for prefix, group in flat.items():
+        for prefix, group in groups.items():
+            if not AVERAGED.search(prefix) or "." in "".join(group):
+                continue
             for other in groups.values():
+                # All but decay and num_updates have a weight.
                 names = {key.replace(".", ""): key for key in other}
-                if (
-                    other is not group and len(group.keys() & names.keys()) >= len(group) - 2
-                ):  # decay, num_updates
-                    average = {names[key]: each for key, each in group.items() if key in names}
-                    found[_below(outer, prefix[:-1])] = {**other, **average}
-    return found
+                if other is group or len(group.keys() & names.keys()) < len(group) - 2:
+                    continue
+                average = dict(other)
+                for key, value in group.items():
+                    if key in names:
+                        average[names[key]] = value
+                averages[_below(outer, prefix[:-1])] = average
+    return averages
 
 
 def _preferred(names: list[str]) -> list[str]:
-    """The averages among several sets; all where there are none."""
+    """Return the averages among several sets, the innermost if it is one; all without averages."""
     averages = [name for name in names if AVERAGED.search(name) or name == OURS]
-    innermost = [
-        name for name in averages if AVERAGED.search(name.rpartition(".")[2])
-    ]  # ema.ema_model, ema.model
-    return (
-        names if len(names) < 2 or not averages else innermost if len(innermost) == 1 else averages
-    )
+    if len(names) < 2 or not averages:
+        return names
+
+    # Of ema.ema_model and ema.model, the former.
+    innermost = [name for name in averages if AVERAGED.search(name.rpartition(".")[2])]
+    return innermost if len(innermost) == 1 else averages
+
+
+# ------------------------------------------------------------------------------------------------
+# Differences
+# ------------------------------------------------------------------------------------------------
 
 
 def _differences(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> tuple[int, str] | None:
-    """How many weights differ, one that has another name counted once, and the first of them."""
-    shapes = {
-        key: (_shape(tensors.get(key)), _shape(own.get(key)))
-        for key in sorted(own.keys() | tensors.keys())
-    }
-    wrong = {key: pair for key, pair in shapes.items() if pair[0] != pair[1]}
-    if not wrong:
-        return None
-    absent, unknown = sum(key not in tensors for key in wrong), sum(key not in own for key in wrong)
-    key, (there, here) = next(iter(wrong.items()))
-    return len(wrong) - min(absent, unknown), f"{key}: {there} in the file, {here} in the network"
+    """Return the number of weights that differ, and the first one; None if there are none.
+
+    A weight under another name counts once.
+    """
+    count = 0
+    absent = 0
+    unknown = 0
+    first = ""
+    for key in sorted(own.keys() | tensors.keys()):
+        in_file = _shape(tensors.get(key))
+        in_network = _shape(own.get(key))
+        if in_file == in_network:
+            continue
+        count += 1
+        absent += key not in tensors
+        unknown += key not in own
+        first = first or f"{key}: {in_file} in the file, {in_network} in the network"
+    return (count - min(absent, unknown), first) if count else None
 
 
 def _choose(
     path: Path, sets: Mapping[str, Any], weights_set: str | None, passed_over: Sequence[str] = ()
 ) -> str:
+    """Return the message that asks for a choice of a set."""
     names = ", ".join(name or "(the whole file)" for name in list(sets)[:SHOWN])
-    reason = (
-        "holds several sets of weights"
-        if weights_set is None
-        else f"has no set of weights {weights_set!r:.80}"
-    )
     if passed_over:
-        reason = f"has an average {passed_over[0]!r:.80}, which is not of these weights or not by their names"
+        average = f"{passed_over[0]!r:.80}"
+        reason = f"has an average {average}, which is not of these weights or not by their names"
+    elif weights_set is None:
+        reason = "holds several sets of weights"
+    else:
+        reason = f"has no set of weights {weights_set!r:.80}"
     return f"checkpoint {path} {reason}; choose one with model.weights_set=NAME: {names:.800}"
 
 

@@ -196,8 +196,9 @@ class Loop(Driver):
         # One step of the loop.
         t = x.new_full((len(x),), time, dtype=torch.float64)
         network_input, clock = self.convention.network_input(x, t)
-        self.loop_clock = self.probe.before_shift(clock[0])
-        self.pending = Request(self.loop_clock.float(), self.convention.sigma(t[0]).float())
+        loop_clock = self.probe.before_shift(clock[0])
+        self.loop_clock = loop_clock
+        self.pending = Request(loop_clock.float(), self.convention.sigma(t[0]).float())
         self.rows = 0.0
         reply = self._resume(self._copied(network_input.to(self.first_state.dtype)))
 
