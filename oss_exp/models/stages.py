@@ -1,8 +1,11 @@
-"""A model with other parameters in every stage of the way from noise to data.
+"""A model with different parameters in every stage of the way from noise to data.
 
-The stages are consecutive and cut at nodes of a step schedule (OSS, arXiv 2503.21774, section 4.2.3; experts by noise
-level as in eDiff-I, arXiv 2211.01324). A folder holds them: `stages.json`, `schedule.json`, and what each stage
-changed, `stage_<k>.safetensors`. The network that they began as is not in it but known by its hash.
+The stages are consecutive, and cut at nodes of a step schedule (OSS, arXiv 2503.21774, section
+4.2.3; experts by noise level as in eDiff-I, arXiv 2211.01324). They are in a folder with
+`stages.json`, `schedule.json`, and the changes of every stage, `stage_<k>.safetensors`. The folder
+does not contain the network that the stages began as, only its hash.
+
+Legend: M rows, S stages.
 """
 
 from __future__ import annotations
@@ -37,16 +40,18 @@ from oss_exp.models.checkpoints.weights import file_sha256
 from oss_exp.models.guidance import Guidance
 from oss_exp.velocity import BoundVelocity
 
-FORMAT, VERSION = "oss_exp/stages", 1
-DOWN, UP = (
-    ".lora_A",
-    ".lora_B",
-)  # after a weight's name: (r, in) and (out, r), whose product is its change
+FORMAT = "oss_exp/stages"
+VERSION = 1
+
+# Endings after a weight's name: factors (r, in) and (out, r), whose product is its change.
+DOWN = ".lora_A"
+UP = ".lora_B"
+
 BASE = -1  # the stage that changes nothing
 
 
 class StagesRecord(Record):
-    """stages.json, in the words of a `StageFolder`."""
+    """The content of stages.json, with the fields of a `StageFolder`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,10 +75,22 @@ class StagesRecord(Record):
 
 
 class StageRecord(Provenance):
-    """stage_<k>.json: what a stage is and how its training went. times: its first and its last; steps: between them."""
+    """The content of stage_<k>.json: a stage and its training.
+
+    Attributes:
+        times: First and last canonical time of the stage.
+        steps: Number of steps between them.
+    """
 
     class Training(Record):
-        """losses: of every step; loss_before, loss_after: of the same examples; peak_bytes: of memory."""
+        """The course of a training.
+
+        Attributes:
+            losses: Loss of every step.
+            loss_before: Loss of some examples before the training.
+            loss_after: Loss of the same examples after it.
+            peak_bytes: Peak memory.
+        """
 
         model_config = ConfigDict(extra="allow")
 
@@ -91,14 +108,20 @@ class StageRecord(Provenance):
 
 
 class FinetuneRecord(StagesRecord.Base):
-    """finetune.json: the model that the stages began as, and those that are there."""
+    """The content of finetune.json: the model that the stages began as, and the finished stages."""
 
     stages: list[StageRecord]
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """What task=finetune writes. base: name and sha256 of the model; cuts: S - 1 canonical times, noise first."""
+    """A folder of stages, as task=finetune writes it.
+
+    Attributes:
+        path: The folder.
+        base: Name and sha256 of the model that the stages began as.
+        cuts: S - 1 canonical times, noise first.
+    """
 
     path: Path
     base: Mapping[str, str]
@@ -106,14 +129,20 @@ class StageFolder:
 
     @classmethod
     def load(cls, path: str | Path) -> StageFolder:
+        """Read stages.json. Raises FileNotFoundError or ValueError if it is missing or damaged."""
         path = Path(path).expanduser()
         remedy = "make the folder again with oss-exp task=finetune"
         record = load_record(path / "stages.json", StagesRecord, "record of stages", remedy)
         return cls(path, record.base.model_dump(), tuple(record.cuts))
 
     def save(self) -> None:
-        record = {"base": dict(self.base), "cuts": list(self.cuts)}
-        record = {"format": FORMAT, "version": VERSION, **record}
+        """Write stages.json."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": dict(self.base),
+            "cuts": list(self.cuts),
+        }
         write_atomically(self.path / "stages.json", json.dumps(record, indent=2) + "\n")
 
     def __len__(self) -> int:
@@ -121,65 +150,94 @@ class StageFolder:
 
     @property
     def schedule(self) -> Path:
+        """The file of the step schedule."""
         return self.path / "schedule.json"
 
     def file(self, stage: int) -> Path:
+        """Return the file of a stage."""
         return self.path / f"stage_{stage}.safetensors"
 
     def save_stage(
         self, stage: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
     ) -> None:
-        """tensors: parameters of the backbone by name, or their low-rank changes; those that are absent stay as is."""
-        save_asset(
-            self.file(stage), {name: tensor.cpu() for name, tensor in tensors.items()}, about
-        )
+        """Write the file of a stage.
+
+        Args:
+            stage: Its number.
+            tensors: Parameters of the backbone by name, or their low-rank changes. Absent ones
+                are those of the base.
+            about: Provenance.
+        """
+        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+        save_asset(self.file(stage), on_host, about)
 
     def hash_of(self, stage: int) -> str:
-        """SHA-256 of a stage's file, which is whole. FileNotFoundError or ValueError says what it lacks."""
+        """Return the SHA-256 of a stage's file.
+
+        Raises:
+            FileNotFoundError: If the file or its provenance is missing.
+            ValueError: If one of them is damaged.
+        """
         path = self.file(stage)
+        beside = path.with_suffix(".json")
         remedy = f"train it with task=finetune task.stage={stage} task.output={self.path}"
-        if not path.is_file() or not path.with_suffix(".json").is_file():
+        if not path.is_file() or not beside.is_file():
             raise FileNotFoundError(
                 f"{self.path} has {len(self)} stages and lacks {path.name} or its .json; {remedy}"
             )
-        beside = path.with_suffix(".json")
-        expected = load_record(
-            beside, Provenance, "provenance of a stage", remedy, TABLE_LIMIT
-        ).sha256
-        if (found := file_sha256(path)) != expected:
+        record = load_record(beside, Provenance, "provenance of a stage", remedy, TABLE_LIMIT)
+        actual = file_sha256(path)
+        if actual != record.sha256:
             raise ValueError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...; {remedy}"
+                f"{path} is damaged: its SHA-256 is {actual[:12]}..., "
+                f"expected {record.sha256[:12]}...; {remedy}"
             )
-        return found
+        return actual
 
 
 class Staged(Model):
-    """`base` with the parameters of the stage that a row's time is in; a time on a cut is in the stage that it starts.
+    """A model whose rows are evaluated with the parameters of the stage that their time is in.
 
-    split: False: the base's own parameters at all times, of a model that lends its backbone to stages.
-    ValueError where the stages are another model's, FileNotFoundError where one is missing.
+    A time on a cut is in the stage that begins there.
+
+    Args:
+        base: The model that the stages began as.
+        parameters: Parameters of the stages.
+        split: False uses the base's own parameters at all times, though its backbone is shared
+            with stages.
+
+    Raises:
+        ValueError: If the stages are another model's.
     """
 
     def __init__(self, base: Model, parameters: StageParameters, split: bool = True):
         super().__init__()
+
+        # Checks.
         folder = parameters.folder
         if type(base).sample is not Model.sample:
             raise ValueError(
-                f"{base.name} samples in a loop of its own, which has no stages; choose another model"
+                f"{base.name} samples in a loop of its own, which has no stages; "
+                "choose another model"
             )
         if folder.base["sha256"] != base.fingerprint:
             raise ValueError(
-                f"the stages in {folder.path} began as {folder.base['name']} ({folder.base['sha256']:.12}), this model "
-                f"is {base.name} ({base.fingerprint:.12}); choose the model that they were made from"
+                f"the stages in {folder.path} began as {folder.base['name']} "
+                f"({folder.base['sha256']:.12}), this model is {base.name} "
+                f"({base.fingerprint:.12}); choose the model that they were made from"
             )
-        self.base, self.parameters_of, self.split = base, parameters, split
+
+        # The base's properties.
+        self.base = base
+        self.stage_parameters = parameters
+        self.split = split
         self.name = f"{base.name}_staged" if split else base.name
-        self.path, self.event_shape, self.num_classes = (
-            base.path,
-            base.event_shape,
-            base.num_classes,
-        )
+        self.path = base.path
+        self.event_shape = base.event_shape
+        self.num_classes = base.num_classes
         self.guidance = base.guidance
+
+        # Stages.
         self.cuts = torch.tensor(folder.cuts, dtype=torch.float64)
         identity = " ".join([base.fingerprint, *map(repr, folder.cuts), *parameters.hashes])
         self.fingerprint = sha256(identity.encode()) if split else base.fingerprint
@@ -187,9 +245,18 @@ class Staged(Model):
 
     @classmethod
     def load(cls, base: Model, folder: str | Path) -> Staged:
-        """base: the model that the stages in this folder began as, with a backbone."""
-        folder = StageFolder.load(folder)
-        return cls(base, StageParameters(base.backbone, folder, range(len(folder))))
+        """Load all stages of a folder.
+
+        Args:
+            base: The model that the stages began as; it has a backbone.
+            folder: The folder.
+
+        Raises:
+            FileNotFoundError: If a stage is missing.
+            ValueError: If the stages are another model's, or damaged.
+        """
+        stages = StageFolder.load(folder)
+        return cls(base, StageParameters(base.backbone, stages, range(len(stages))))
 
     @property
     def needs_classes(self) -> bool:
@@ -197,28 +264,28 @@ class Staged(Model):
 
     @property
     def original(self) -> Model:
-        return Staged(self.base, self.parameters_of, split=False)
+        return Staged(self.base, self.stage_parameters, split=False)
 
     def stage_at(self, t: Tensor) -> Tensor:
-        """t (M,) -> (M,) numbers of stages, of which 0 is the noisiest."""
-        return (
-            (t[:, None] <= self.cuts.to(t.device)).sum(dim=1)
-            if self.split
-            else torch.full_like(t, BASE).long()
-        )
+        """Return the number of the stage at every time t (M,); 0 is the noisiest."""
+        if not self.split:
+            return torch.full_like(t, BASE).long()
+        return (t[:, None] <= self.cuts.to(t.device)).sum(dim=1)
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         bound = self.base.velocity(condition, guidance)
 
         def routed(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            """Evaluate the rows of every stage together, and restore their order."""
             stages = self.stage_at(t)
-            rows = [(stages == stage).nonzero()[:, 0] for stage in stages.unique()]
+            rows = []
             parts = []
-            for chosen in rows:
-                self.parameters_of.use(int(stages[chosen[0]]))
-                parts.append(
-                    bound.fn(x[chosen], t[chosen], None if condition is None else condition[chosen])
-                )
+            for stage in stages.unique():
+                chosen = (stages == stage).nonzero()[:, 0]
+                conditions = None if condition is None else condition[chosen]
+                self.stage_parameters.use(int(stage))
+                rows.append(chosen)
+                parts.append(bound.fn(x[chosen], t[chosen], conditions))
             return torch.cat(parts)[torch.cat(rows).argsort()]
 
         return replace(bound, fn=routed)
@@ -228,56 +295,73 @@ class Staged(Model):
 
 
 class StageParameters:
-    """A backbone that has the parameters of one stage at a time; those of the others stay in their files.
+    """A backbone with the parameters of one stage at a time; the other stages stay in their files.
 
-    Of the base's own parameters, the ones that some stage changes are kept in host memory.
+    Those parameters of the base that some stage changes are copied to host memory.
+
+    Args:
+        backbone: The backbone.
+        folder: The folder of the stages.
+        stages: The stages that may be used.
+
+    Raises:
+        FileNotFoundError: If a stage is missing.
+        ValueError: If a stage is damaged, or does not fit the backbone.
     """
 
     def __init__(self, backbone: nn.Module, folder: StageFolder, stages: Sequence[int]):
-        self.backbone, self.folder, self.stages = backbone, folder, stages
+        self.backbone = backbone
+        self.folder = folder
+        self.stages = stages
         self.hashes = [folder.hash_of(stage) for stage in stages]
-        own = dict(backbone.named_parameters())
-        self.kept: dict[str, Tensor] = {}
+        self.current = BASE
+
+        # The base's own parameters.
+        parameters = dict(backbone.named_parameters())
+        self.originals: dict[str, Tensor] = {}
         for stage in stages:
             for name, shape in _changed_shapes(folder.file(stage)).items():
-                if name not in own or shape != tuple(own[name].shape):
+                if name not in parameters or shape != tuple(parameters[name].shape):
                     raise ValueError(
-                        f"{folder.file(stage)} changes {name:.80}, which the network lacks at that shape"
+                        f"{folder.file(stage)} changes {name:.80}, "
+                        "which the network lacks at that shape"
                     )
-                if name not in self.kept:
-                    self.kept[name] = own[name].detach().cpu().clone()
-        self.now = BASE
+                if name not in self.originals:
+                    self.originals[name] = parameters[name].detach().cpu().clone()
 
     @torch.no_grad()
     def use(self, stage: int) -> None:
-        """The backbone becomes that of this stage, on the device where it is; BASE: as it was."""
-        if stage == self.now:
+        """Give the backbone the parameters of a stage, or its own ones for BASE."""
+        if stage == self.current:
             return
         changed = {} if stage == BASE else self._changed(stage)
         for name, parameter in self.backbone.named_parameters():
-            if name in self.kept:
-                parameter.copy_(changed.get(name, self.kept[name]))
-        self.now = stage
+            if name in self.originals:
+                parameter.copy_(changed.get(name, self.originals[name]))
+        self.current = stage
 
     def _changed(self, stage: int) -> dict[str, Tensor]:
+        """Return the parameters that a stage changes, low-rank changes applied."""
         if stage not in self.stages:
             raise ValueError(
                 f"stage {stage} of {self.folder.path} is not loaded, only {list(self.stages)}"
             )
         with safe_open(self.folder.file(stage), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
         changed = {}
         for key, tensor in tensors.items():
             if key.endswith(DOWN):
                 name = key.removesuffix(DOWN)
-                changed[name] = self.kept[name] + tensors[name + UP].float() @ tensor.float()
+                change = tensors[name + UP].float() @ tensor.float()
+                changed[name] = self.originals[name] + change
             elif not key.endswith(UP):
                 changed[key] = tensor
         return changed
 
 
 def _changed_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The weights that a stage's file changes, with their shapes; of two low-rank factors that of their product."""
+    """Return the shapes of the weights that a stage changes; for two factors, of their product."""
 
     def read() -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
@@ -285,16 +369,21 @@ def _changed_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     with path.open("rb") as file:
         start = file.read(8)
-    shapes, found = parse_safetensors(start, f"stage {path}", read), {}
+    shapes = parse_safetensors(start, f"stage {path}", read)
+
+    changed = {}
     for key, shape in shapes.items():
         name = key.removesuffix(DOWN).removesuffix(UP)
         if name == key:
-            found[name] = shape
+            changed[name] = shape
             continue
-        down, up = shapes.get(name + DOWN, ()), shapes.get(name + UP, ())
+
+        # Factors.
+        down = shapes.get(name + DOWN, ())
+        up = shapes.get(name + UP, ())
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise ValueError(
                 f"{path} has factors of {name:.80} of shapes {down} and {up}, which have no product"
             )
-        found[name] = (up[0], down[1])
-    return found
+        changed[name] = (up[0], down[1])
+    return changed

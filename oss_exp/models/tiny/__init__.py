@@ -1,7 +1,7 @@
-"""Whole pipelines of diffusers with small random parts: a run is tried in seconds, without a download.
+"""Whole pipelines of diffusers with small random parts, to try a run in seconds without a download.
 
-A builder is found by the name of its pipeline's class. What it makes has the layers of the real one, so all but the
-pictures is as it will be.
+A builder is looked up by the name of its pipeline's class. Its pipeline has the layers of the real
+one, so everything but the pictures is realistic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from oss_exp.models.tiny.parts import lively, pictures
 
 
 class Tiny(NamedTuple):
-    """What makes a small pipeline, and its size in its call."""
+    """A builder of a small pipeline, and the arguments of a call at its size."""
 
     make: Callable[..., Any]
     call: Mapping[str, Any]
@@ -47,19 +47,30 @@ TINY = {
 
 
 def tiny(kind: str | None, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a small pipeline of diffusers' class `kind`, and its call: as given, at a small size.
+    """Return a small pipeline, and the arguments to call it with.
 
-    The same weights every time, float32. With a guidance of its own for a second expert there are two. An image that
-    the call may have and has not is made up. ValueError for a class of which there is none.
+    Its weights are float32, and the same every time. It has two experts if the call has a guidance
+    for the second one.
+
+    Args:
+        kind: Name of the pipeline's class in diffusers.
+        call: Arguments of the call. Those for the size are replaced, and a missing image is made
+            up.
+
+    Raises:
+        ValueError: For a class without a small pipeline.
     """
     if kind not in TINY:
         raise ValueError(
             f"pipeline_class={kind} has no size=tiny; these have one: {', '.join(TINY)}"
         )
-    make, small = TINY[kind]
+    make, size = TINY[kind]
+    options = {"experts": 2} if "guidance_scale_2" in call else {}
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        pipe = lively(make(**{"experts": 2} if "guidance_scale_2" in call else {}))
-    takes = inspect.signature(type(pipe).__call__).parameters
-    made_up = {"image": pictures(1)[0]} if {"prompt", "image"} <= takes.keys() else {}
-    return pipe, {**made_up, **call, **small}
+        pipe = lively(make(**options))
+
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    takes_image = {"prompt", "image"} <= parameters.keys()
+    image = {"image": pictures(1)[0]} if takes_image else {}
+    return pipe, {**image, **call, **size}

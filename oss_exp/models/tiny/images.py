@@ -1,4 +1,4 @@
-"""Small pipelines of diffusers that make and edit images."""
+"""Small pipelines of diffusers that generate and edit images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLUX_VAE: dict[str, Any] = {
     "use_post_quant_conv": False,
 }
 
-# Sizes, as calls take them.
+# Arguments of calls for the size.
 SMALL = {"height": 24, "width": 24}
 LARGER = {"height": 32, "width": 32}
 SHORT = SMALL | {"max_sequence_length": 16}
@@ -39,9 +39,9 @@ SANA = LARGER | {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Stable Diffusion
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def stable_diffusion(scheduler: Any = None) -> Any:
@@ -81,7 +81,8 @@ def stable_diffusion_xl() -> Any:
 
 
 def stable_diffusion_xl_parts() -> dict[str, Any]:
-    first, second = clip(), clip_with_projection(16)
+    encoder, tokenizer = clip()
+    encoder_2, tokenizer_2 = clip_with_projection(16)
     network = unet(
         cross_attention_dim=40,
         transformer_layers_per_block=(1, 2),
@@ -91,10 +92,10 @@ def stable_diffusion_xl_parts() -> dict[str, Any]:
     )
     return {
         "vae": image_vae(4),
-        "text_encoder": first[0],
-        "tokenizer": first[1],
-        "text_encoder_2": second[0],
-        "tokenizer_2": second[1],
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "text_encoder_2": encoder_2,
+        "tokenizer_2": tokenizer_2,
         "unet": network,
         "scheduler": diffusers.EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True),
     }
@@ -105,7 +106,12 @@ def stable_diffusion_3() -> Any:
 
 
 def stable_diffusion_3_parts() -> tuple[Any, ...]:
-    first, second, third = clip_with_projection(12), clip_with_projection(8), t5(20)
+    # Text encoders with their tokenizers.
+    first = clip_with_projection(12)
+    second = clip_with_projection(8)
+    third = t5(20)
+
+    # Network, scheduler and autoencoder.
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=12,
         in_channels=4,
@@ -119,24 +125,18 @@ def stable_diffusion_3_parts() -> tuple[Any, ...]:
         pos_embed_max_size=24,
         qk_norm="rms_norm",
     )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     vae = image_vae(4, **FLUX_VAE)
-    return (
-        transformer,
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae,
-        *first,
-        *second,
-        *third,
-    )
+    return transformer, scheduler, vae, *first, *second, *third
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Transformers
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def pixart_sigma() -> Any:
-    """Its network says a variance too, and its own scheduler is DDIM."""
+    """Build PixArt Sigma, whose network predicts a variance too; its own scheduler is DDIM."""
     encoder, tokenizer = t5()
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2,
@@ -155,6 +155,7 @@ def pixart_sigma() -> Any:
 
 
 def sana() -> Any:
+    # Network.
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -167,6 +168,8 @@ def sana() -> Any:
         caption_channels=24,
         sample_size=6,
     )
+
+    # Autoencoder.
     vae = diffusers.AutoencoderDC(
         latent_channels=4,
         attention_head_dim=2,
@@ -184,10 +187,11 @@ def sana() -> Any:
         decoder_act_fns="silu",
         scaling_factor=0.4,
     )
+
+    # Text encoder and scheduler.
     encoder, tokenizer = gemma()
-    return diffusers.SanaPipeline(
-        tokenizer, encoder, vae, transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.SanaPipeline(tokenizer, encoder, vae, transformer, scheduler)
 
 
 def qwen_image() -> Any:
@@ -232,7 +236,7 @@ def qwen_vae() -> Any:
 
 
 def z_image() -> Any:
-    """Its network takes lists of states, and its clock is turned by the loop."""
+    """Build Z-Image, whose network takes lists of states, and whose loop inverts its clock."""
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4,
         dim=24,
@@ -251,9 +255,9 @@ def z_image() -> Any:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # FLUX
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def flux() -> Any:
@@ -261,7 +265,7 @@ def flux() -> Any:
 
 
 def flux_kontext() -> Any:
-    """The image's tokens stand behind the state's."""
+    """Build FLUX.1 Kontext, where the image's tokens follow those of the state."""
     return diffusers.FluxKontextPipeline(*flux_parts(), flux_transformer(32))
 
 

@@ -1,4 +1,4 @@
-"""Parts of pipelines with small random weights: tokenizers made on the spot, text encoders, autoencoders, images."""
+"""Parts of pipelines with small random weights: tokenizers, encoders, autoencoders and images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
-diffusers: Any = import_module("diffusers")  # type checkers do not see what they export
+# Their names are exported lazily, so type checkers do not see them.
+diffusers: Any = import_module("diffusers")
 transformers: Any = import_module("transformers")
 
 LAYERS = {
@@ -40,31 +41,31 @@ T5 = {
 
 
 def lively(pipe: Any) -> Any:
-    """Move every weight away from 0, so that prompts and conditions make a difference."""
-    draw = torch.Generator().manual_seed(0)
+    """Move every weight away from 0, so that prompts and conditions have an effect."""
+    generator = torch.Generator().manual_seed(0)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
             for weight in part.parameters():
-                weight.data += 0.05 * torch.randn(weight.shape, generator=draw)
+                weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def pictures(count: int, size: int = 16) -> list[Image.Image]:
-    draw = np.random.default_rng(0)
-    return [
-        Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8))
-        for _ in range(count)
-    ]
+    """Return images of random pixels, the same every time."""
+    generator = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        pixels = generator.integers(0, 255, (size, size, 3), dtype=np.uint8)
+        images.append(Image.fromarray(pixels))
+    return images
 
 
 def image_vae(channels: int, blocks: int = 2, **config: Any) -> Any:
     settings = {
         "block_out_channels": (8,) * blocks,
         "down_block_types": ("DownEncoderBlock2D",) * blocks,
-    }
-    settings |= {
         "up_block_types": ("UpDecoderBlock2D",) * blocks,
         "norm_num_groups": 4,
         "scaling_factor": 0.4,
@@ -72,49 +73,51 @@ def image_vae(channels: int, blocks: int = 2, **config: Any) -> Any:
     return diffusers.AutoencoderKL(latent_channels=channels, **settings, **config)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Tokenizers
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def clip_bytes(length: int) -> tuple[Any, dict[str, int]]:
-    """A tokenizer with a token for every byte, within and at the end of a word, and the numbers of the two ends."""
+    """Return a tokenizer with two tokens for every byte, and the numbers of start and end.
+
+    One token is for a byte within a word, and one for a byte at the end of a word.
+    """
     letters = sorted(ByteLevel.alphabet())
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    final_letters = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *final_letters, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+
+    # CLIP's tokenizer reads files.
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(
-            json.dumps({token: number for number, token in enumerate(tokens)})
-        )
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary))
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=length)
     return tokenizer, {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
 
 
 def t5_letters() -> Any:
-    words = [
-        (word, -3.0)
-        for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")
-    ]
-    return transformers.T5Tokenizer(vocab=words, extra_ids=0)
+    """Return a tokenizer with a token for every letter, and one for cats."""
+    words = ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.&;", "▁cats")
+    scores = [(word, -3.0) for word in words]
+    return transformers.T5Tokenizer(vocab=scores, extra_ids=0)
 
 
 def byte_tokenizer(cls: type = transformers.PreTrainedTokenizerFast, **config: Any) -> Any:
-    """A tokenizer with a token for every byte, an end, a start, a filling and a chat template."""
+    """Return a tokenizer with a token for every byte, special tokens and a chat template."""
     special = ["<pad>", "<eos>", "<bos>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    vocab = {
-        token: number for number, token in enumerate([*special, *sorted(ByteLevel.alphabet())])
-    }
+    tokens = [*special, *sorted(ByteLevel.alphabet())]
+    vocab = {token: number for number, token in enumerate(tokens)}
+
+    # Bytes.
     bytewise = Tokenizer(BPE(vocab, []))
     bytewise.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     bytewise.decoder = decoders.ByteLevel()
     bytewise.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
     )
+
+    # Special tokens.
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<pad>"}
     tokenizer = cls(
         tokenizer_object=bytewise, additional_special_tokens=special[3:], **names, **config
@@ -125,9 +128,9 @@ def byte_tokenizer(cls: type = transformers.PreTrainedTokenizerFast, **config: A
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Encoders of texts and images, each with what prepares its input
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Encoders of texts and images, with their tokenizers and processors
+# ------------------------------------------------------------------------------------------------
 
 
 def clip(width: int = 24, heads: int = 3) -> tuple[Any, Any]:
@@ -137,8 +140,10 @@ def clip(width: int = 24, heads: int = 3) -> tuple[Any, Any]:
         "hidden_size": width,
         "intermediate_size": 32,
         "max_position_embeddings": 80,
+        "projection_dim": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
     }
-    text |= {"projection_dim": width, "num_hidden_layers": 2, "num_attention_heads": heads}
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, **ends)), tokenizer
 
 
@@ -161,8 +166,10 @@ def llama(width: int = 24) -> tuple[Any, Any]:
         "hidden_size": width,
         "intermediate_size": 32,
         "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
     }
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     return transformers.LlamaModel(transformers.LlamaConfig(**config)), byte_tokenizer()
 
 
@@ -177,8 +184,10 @@ def qwen() -> tuple[Any, Any]:
 
 
 def qwen_vision_language(width: int = 24) -> tuple[Any, Any]:
-    """A text encoder that sees images too."""
+    """Return a text encoder that takes images too, and its tokenizer."""
     tokenizer = byte_tokenizer(transformers.Qwen2Tokenizer)
+
+    # Settings of its two halves.
     text = {
         "vocab_size": 280,
         "hidden_size": width,
@@ -196,15 +205,16 @@ def qwen_vision_language(width: int = 24) -> tuple[Any, Any]:
         "intermediate_size": 32,
         "num_heads": 2,
         "out_hidden_size": width,
+        "patch_size": 14,
+        "fullatt_block_indexes": [0],
+        "window_size": 112,
     }
-    vision |= {"patch_size": 14, "fullatt_block_indexes": [0], "window_size": 112}
+
+    # Tokens that mark an image.
     ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in {
-            "image": "image_pad",
-            "vision_start": "vision_start",
-            "vision_end": "vision_end",
-        }.items()
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     }
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer
@@ -219,7 +229,8 @@ def clip_vision(width: int = 24, projection: bool = False) -> tuple[Any, Any]:
         "projection_dim": width,
     }
     config = transformers.CLIPVisionConfig(**size, num_hidden_layers=2, num_attention_heads=3)
-    kind = (
-        transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel
-    )
-    return kind(config), transformers.CLIPImageProcessor()
+    if projection:
+        encoder = transformers.CLIPVisionModelWithProjection(config)
+    else:
+        encoder = transformers.CLIPVisionModel(config)
+    return encoder, transformers.CLIPImageProcessor()

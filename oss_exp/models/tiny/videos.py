@@ -1,4 +1,4 @@
-"""Small pipelines of diffusers that make videos of texts and of images."""
+"""Small pipelines of diffusers that generate videos from texts and from images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from oss_exp.models.tiny.parts import clip, clip_vision, diffusers, llama, t5, umt5
 
-# Sizes, as calls take them.
+# Arguments of calls for the size.
 SMALL = {"height": 16, "width": 16, "num_frames": 5}
 WAN = SMALL | {"max_sequence_length": 16}
 LTX = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
@@ -17,13 +17,13 @@ HUNYUAN = WAN | {"prompt_template": {"template": "a video of {}", "crop_start": 
 SVD = {"height": 16, "width": 16, "num_frames": 2}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Flow matching
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def wan(experts: int = 1) -> Any:
-    """With two experts: one transformer for noisy states, another one for the rest."""
+    """Build Wan; with two experts, it has one transformer for noisy states and one for others."""
     encoder, tokenizer = umt5()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     networks = [wan_transformer(), wan_transformer(ffn_dim=40)][:experts]
@@ -32,19 +32,30 @@ def wan(experts: int = 1) -> Any:
 
 
 def wan_image_to_video(experts: int = 1) -> Any:
-    """Two experts see the image among their channels alone."""
+    """Build Wan for images; two experts get the image in their channels only."""
     encoder, tokenizer = umt5()
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "text_encoder": encoder, "vae": wan_vae()}
-    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = wan_vae()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    # Networks, with or without an encoder of the image.
     if experts == 2:
-        networks = [wan_transformer(in_channels=12), wan_transformer(in_channels=12, ffn_dim=40)]
-        parts |= {"transformer": networks[0], "transformer_2": networks[1], "boundary_ratio": 0.9}
-        parts |= {"image_encoder": None, "image_processor": None}
+        networks = {
+            "transformer": wan_transformer(in_channels=12),
+            "transformer_2": wan_transformer(in_channels=12, ffn_dim=40),
+            "boundary_ratio": 0.9,
+            "image_encoder": None,
+            "image_processor": None,
+        }
     else:
         vision, processor = clip_vision()
-        parts["transformer"] = wan_transformer(in_channels=12, image_dim=24, added_kv_proj_dim=24)
-        parts |= {"image_encoder": vision, "image_processor": processor}
-    return diffusers.WanImageToVideoPipeline(**parts)
+        networks = {
+            "transformer": wan_transformer(in_channels=12, image_dim=24, added_kv_proj_dim=24),
+            "image_encoder": vision,
+            "image_processor": processor,
+        }
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae, scheduler=scheduler, **networks
+    )
 
 
 def wan_vae() -> Any:
@@ -66,8 +77,6 @@ def wan_transformer(**config: Any) -> Any:
         "attention_head_dim": 12,
         "in_channels": 4,
         "out_channels": 4,
-    }
-    settings |= {
         "text_dim": 20,
         "freq_dim": 16,
         "ffn_dim": 32,
@@ -83,6 +92,8 @@ def ltx() -> Any:
 
 def ltx_parts() -> dict[str, Any]:
     encoder, tokenizer = t5()
+
+    # Autoencoder.
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=8,
         block_out_channels=(8, 8),
@@ -99,6 +110,8 @@ def ltx_parts() -> dict[str, Any]:
         down_block_types=("LTXVideoDownBlock3D",) * 2,
         downsample_type=("conv", "conv"),
     )
+
+    # Network.
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -108,10 +121,12 @@ def ltx_parts() -> dict[str, Any]:
         num_layers=2,
         caption_channels=20,
     )
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.1
+    )
     return {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift_terminal=0.1
-        ),
+        "scheduler": scheduler,
         "vae": vae,
         "text_encoder": encoder,
         "tokenizer": tokenizer,
@@ -122,6 +137,8 @@ def ltx_parts() -> dict[str, Any]:
 def hunyuan_video() -> Any:
     encoder, tokenizer = llama()
     encoder_2, tokenizer_2 = clip()
+
+    # Autoencoder and network.
     vae = diffusers.AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     )
@@ -137,24 +154,27 @@ def hunyuan_video() -> Any:
         pooled_projection_dim=24,
         rope_axes_dim=(4, 4, 4),
     )
+
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
     return diffusers.HunyuanVideoPipeline(
         encoder, tokenizer, transformer, vae, scheduler, encoder_2, tokenizer_2
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # A chain of betas, and a continuous clock
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def cogvideox() -> Any:
-    """Its chain ends in pure noise, and its noise levels are shifted."""
+    """Build CogVideoX, whose chain ends in pure noise, and whose noise levels are shifted."""
     return diffusers.CogVideoXPipeline(**cogvideox_parts(4))
 
 
 def cogvideox_parts(channels: int) -> dict[str, Any]:
     encoder, tokenizer = t5()
+
+    # Autoencoder and network.
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
     )
@@ -172,6 +192,7 @@ def cogvideox_parts(channels: int) -> dict[str, Any]:
         max_text_seq_length=16,
         use_rotary_positional_embeddings=True,
     )
+
     scheduler = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
@@ -189,12 +210,14 @@ def cogvideox_parts(channels: int) -> dict[str, Any]:
 
 
 def stable_video_diffusion() -> Any:
-    """Of images, without a text; its clock is log(sigma) / 4."""
+    """Build Stable Video Diffusion, which takes images but no text; its clock is log(sigma) / 4."""
     vision, processor = clip_vision(projection=True)
+
+    # Autoencoder and network.
     vae = diffusers.AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), latent_channels=4
     )
-    unet = diffusers.UNetSpatioTemporalConditionModel(
+    network = diffusers.UNetSpatioTemporalConditionModel(
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         block_out_channels=(32, 32),
@@ -205,6 +228,8 @@ def stable_video_diffusion() -> Any:
         num_attention_heads=2,
         num_frames=2,
     )
+
+    # Scheduler.
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -217,4 +242,4 @@ def stable_video_diffusion() -> Any:
         timestep_spacing="leading",
         steps_offset=1,
     )
-    return diffusers.StableVideoDiffusionPipeline(vae, vision, unet, scheduler, processor)
+    return diffusers.StableVideoDiffusionPipeline(vae, vision, network, scheduler, processor)
