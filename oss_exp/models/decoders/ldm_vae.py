@@ -1,4 +1,7 @@
-"""Decoders in latent diffusion's own files (Rombach et al. 2022, arXiv 2112.10752), such as MAR's kl16.ckpt."""
+"""Decoders in the file layout of latent diffusion, such as MAR's kl16.ckpt.
+
+Source: Rombach et al. 2022, arXiv 2112.10752.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import Tensor
 from oss_exp.models.decoders.image import VAE
 
 LEVEL = re.compile(r"^decoder\.up\.(\d+)\.")
-SPELLINGS = (  # theirs -> diffusers', one after the other
+
+# Names of latent diffusion and those of diffusers, replaced one after the other.
+SPELLINGS = (
     (r"^decoder\.norm_out\.", "decoder.conv_norm_out."),
     (r"^decoder\.mid\.block_1\.", "decoder.mid_block.resnets.0."),
     (r"^decoder\.mid\.block_2\.", "decoder.mid_block.resnets.1."),
@@ -24,7 +29,7 @@ SPELLINGS = (  # theirs -> diffusers', one after the other
 
 
 class LDMVAE(VAE):
-    """As `VAE`, from a file of latent diffusion or of diffusers."""
+    """A `VAE` from a file of latent diffusion or of diffusers."""
 
     FILES = ("kl16.ckpt", *VAE.FILES)
 
@@ -33,17 +38,22 @@ class LDMVAE(VAE):
 
 
 def diffusers_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A decoder's tensors by latent diffusion's keys -> by those of diffusers.AutoencoderKL; other keys stay.
+    """Rename a decoder's tensors from latent diffusion's keys to those of AutoencoderKL.
 
-    Theirs counts levels from the largest; its attention has 1 x 1 kernels (C, C, 1, 1), diffusers' matrices (C, C).
+    Other keys stay. Latent diffusion counts levels from the largest, and its attention has kernels
+    (C, C, 1, 1) where diffusers has matrices (C, C).
     """
-    top = max((int(level[1]) for level in map(LEVEL.match, tensors) if level), default=0)
-    found = {}
+    # The number of levels.
+    top = 0
+    for key in tensors:
+        if match := LEVEL.match(key):
+            top = max(top, int(match[1]))
+
+    renamed = {}
     for key, value in tensors.items():
         name = LEVEL.sub(lambda level: f"decoder.up_blocks.{top - int(level[1])}.", key)
-        for theirs, ours in SPELLINGS:
-            name = re.sub(theirs, ours, name)
-        found[name] = (
-            value.flatten(1) if key.startswith("decoder.mid.attn_1.") and value.ndim == 4 else value
-        )
-    return found
+        for pattern, replacement in SPELLINGS:
+            name = re.sub(pattern, replacement, name)
+        is_kernel = key.startswith("decoder.mid.attn_1.") and value.ndim == 4
+        renamed[name] = value.flatten(1) if is_kernel else value
+    return renamed

@@ -1,7 +1,9 @@
-"""From the latents of Open-Sora 1.2 to frames: a decoder along time, then one for each frame.
+"""The decoder of Open-Sora 1.2: one network along time, then one for every frame.
 
-(Zheng et al. 2024, arXiv 2412.20404, section 2.2.) Both are kept by the names of hpcai-tech/OpenSora-VAE-v1.2, which
-holds an encoder of each besides. Legend: B videos, C channels, T latent frames, F frames, h x w latents.
+Both have the names of hpcai-tech/OpenSora-VAE-v1.2, which contains the encoders too.
+Source: Zheng et al. 2024, arXiv 2412.20404, section 2.2.
+
+Legend: B videos, C channels, T latent frames, F frames, h x w latents.
 """
 
 from __future__ import annotations
@@ -17,16 +19,25 @@ from oss_exp.checks import SettingsOf, require_range
 from oss_exp.models.checkpoints.weights import locate, randomise, read_for
 from oss_exp.models.decoders.image import VAE
 
-FRAMES, LATENTS = 17, 5  # frames that are encoded together, and how many latent ones they become
+FRAMES = 17  # frames that are encoded together
+LATENTS = 5  # latent frames that they become
+
+# Beginnings of keys in the public file that decoding does not need.
 OTHERS = (
     "scale",
     "shift",
-    *(f"{vae}.{part}" for vae in ("spatial_vae", "temporal_vae") for part in ("enc", "quant")),
+    "spatial_vae.enc",
+    "spatial_vae.quant",
+    "temporal_vae.enc",
+    "temporal_vae.quant",
 )
 
 
 def latent_frames(num_frames: int) -> int:
-    """Of a video of whole groups of 17 frames, or of a picture, whose one frame is its own latent one."""
+    """Return the number of latent frames T of F frames: 1, or 5 for every 17 frames.
+
+    Raises ValueError for other numbers of frames.
+    """
     if num_frames == 1:
         return 1
     if num_frames < 1 or num_frames % FRAMES:
@@ -38,12 +49,18 @@ def latent_frames(num_frames: int) -> int:
 
 
 class VideoVAE(nn.Module):
-    """(B, C, T, h, w) -> (B, 3, F, H, W) in [0, 1], of T = `latent_frames(F)`; H = 8 h with four spatial levels.
+    """A decoder of latents (B, C, T, h, w) to videos (B, 3, F, H, W) in [0, 1].
 
-    checkpoint:   a file, a folder or a hub id; `random`: reproducible random weights.
-    scale, shift: the temporal encoder's latents are the network's times `scale` plus `shift`, channel by channel.
-    temporal:     `TemporalDecoder`'s arguments. spatial: `VAE`'s, without `checkpoint` and `source`.
-    source:       where the public file is had, for the message when it is missing.
+    T = `latent_frames(F)`, and H = 8 h with four spatial levels.
+
+    Args:
+        checkpoint: A file, a folder or a hub id; `random` for reproducible random weights.
+        scale: The temporal encoder's latents are the network's times `scale` plus `shift`, by
+            channel.
+        shift: See `scale`.
+        temporal: Arguments of `TemporalDecoder`.
+        spatial: Arguments of `VAE`, without `checkpoint` and `source`.
+        source: URL of the public checkpoint, quoted in the error when it is missing.
     """
 
     FILES = ("model.safetensors",)
@@ -60,15 +77,20 @@ class VideoVAE(nn.Module):
         super().__init__()
         if not scale or len(scale) != len(shift):
             raise ValueError(
-                f"scale and shift must have a number for each channel, got {list(scale)}, {list(shift)}"
+                "scale and shift must have a number for each channel, "
+                f"got {list(scale)}, {list(shift)}"
             )
-        self.temporal_vae = nn.Module()
+
+        # Networks.
         channels = len(scale)
+        self.temporal_vae = nn.Module()
         self.temporal_vae.post_quant_conv = CausalConv(channels, channels, 1)
         self.temporal_vae.decoder = TemporalDecoder(channels, **temporal)
         self.spatial_vae = VAE(checkpoint="random", source=source, **spatial)
         for name, values in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None, None], persistent=False)
+
+        # Weights.
         if checkpoint == "random":
             randomise(self.temporal_vae, torch.Generator().manual_seed(0))
         else:
@@ -76,32 +98,45 @@ class VideoVAE(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x0: Tensor) -> Tensor:
+        # Time, one group after the other.
         latents = x0.float() * self.scale + self.shift
-        groups = (
-            self.temporal_vae.post_quant_conv(group) for group in latents.split(LATENTS, dim=2)
-        )
-        frames = torch.cat([self.temporal_vae.decoder(group) for group in groups], dim=2).transpose(
-            1, 2
-        )
-        return self.spatial_vae(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        groups = []
+        for group in latents.split(LATENTS, dim=2):
+            groups.append(self.temporal_vae.decoder(self.temporal_vae.post_quant_conv(group)))
+        frames = torch.cat(groups, dim=2).transpose(1, 2)
+
+        # Space, all frames as images.
+        images = self.spatial_vae(frames.flatten(0, 1))
+        return images.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
     def _load(self, checkpoint: str, source: str) -> None:
-        """Every weight of the decoders from a file, which has encoders and the scaling besides but nothing else."""
+        """Read every weight of the decoders; only encoders and the scaling may be left over."""
         path = locate(checkpoint, self.FILES, source, "model.sizes.full.decoder.checkpoint")
         self.load_state_dict(read_for(path, self.state_dict(), _decoders, None, "model.decoder"))
 
 
 def _decoders(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = {
-        key.replace("spatial_vae.module.", "spatial_vae."): value for key, value in tensors.items()
-    }
-    return {key: value for key, value in named.items() if not key.startswith(OTHERS)}
+    """Return the tensors of the decoders, by our names."""
+    decoders = {}
+    for key, value in tensors.items():
+        name = key.replace("spatial_vae.module.", "spatial_vae.")
+        if not name.startswith(OTHERS):
+            decoders[name] = value
+    return decoders
 
 
 class TemporalDecoder(nn.Module):
-    """(B, C, T, h, w) -> (B, C, 4 T - 3, h, w), with two doublings of time: the first latent frame becomes one.
+    """A decoder along time, (B, C, T, h, w) to (B, C, 4 T - 3, h, w) with two doublings of time.
 
-    features, multipliers: its levels have features * multipliers. doublings: which levels but the last double time.
+    The first latent frame becomes one frame.
+
+    Args:
+        channels: C.
+        features: Levels have features * multipliers channels.
+        multipliers: One for every level.
+        doublings: Whether a level doubles time, for all levels but the last.
+        num_layers: Residual blocks of a level.
+        num_groups: Groups of all normalisations.
     """
 
     def __init__(
@@ -117,26 +152,30 @@ class TemporalDecoder(nn.Module):
         require_range(at_least=1, features=features, num_layers=num_layers, num_groups=num_groups)
         if len(doublings) != len(multipliers) - 1:
             raise ValueError(
-                f"doublings must have an entry for each of the {len(multipliers)} multipliers but the last, "
-                f"got {len(doublings)}"
+                f"doublings must have an entry for each of the {len(multipliers)} multipliers but "
+                f"the last, got {len(doublings)}"
             )
         self.doublings = tuple(doublings)
         widths = [features * multiplier for multiplier in multipliers]
+
+        # Input, at the last level.
         self.conv1 = CausalConv(channels, widths[-1], 3)
         self.res_blocks = nn.ModuleList(
             ResBlock(widths[-1], widths[-1], num_groups) for _ in range(num_layers)
         )
-        self.block_res_blocks = nn.ModuleList(
-            nn.ModuleList(
-                ResBlock(above if layer == 0 else width, width, num_groups)
-                for layer in range(num_layers)
-            )
-            for width, above in zip(widths, [*widths[1:], widths[-1]], strict=True)
-        )
-        self.conv_blocks = nn.ModuleList(
-            CausalConv(width, 2 * width, 3) if double else nn.Identity()
-            for width, double in zip(widths[1:], doublings, strict=True)
-        )
+
+        # Levels, and what doubles time between them.
+        self.block_res_blocks = nn.ModuleList()
+        for width, inputs in zip(widths, [*widths[1:], widths[-1]], strict=True):
+            level = nn.ModuleList()
+            for layer in range(num_layers):
+                level.append(ResBlock(inputs if layer == 0 else width, width, num_groups))
+            self.block_res_blocks.append(level)
+        self.conv_blocks = nn.ModuleList()
+        for width, doubles in zip(widths[1:], doublings, strict=True):
+            self.conv_blocks.append(CausalConv(width, 2 * width, 3) if doubles else nn.Identity())
+
+        # Output.
         self.norm1 = nn.GroupNorm(num_groups, widths[0])
         self.conv_out = CausalConv(widths[0], channels, 3)
 
@@ -150,24 +189,25 @@ class TemporalDecoder(nn.Module):
             if level and self.doublings[level - 1]:
                 x = self.doubled(x, level - 1)
         x = self.conv_out(F.silu(self.norm1(x)))
-        return x[:, :, 2 ** sum(self.doublings) - 1 :]  # what comes before the first frame
+        return x[:, :, 2 ** sum(self.doublings) - 1 :]  # without padding before the first frame
 
     def doubled(self, x: Tensor, level: int) -> Tensor:
-        """(B, D, T, h, w) -> (B, D, 2 T, h, w), a channel's two halves as neighbours in time."""
+        """Double the time of (B, D, T, h, w): two halves of the channels alternate in time."""
         return self.conv_blocks[level](x).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
 
 
 class ResBlock(nn.Module):
+    """Two causal convolutions around a shortcut."""
+
     def __init__(self, inputs: int, outputs: int, num_groups: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(num_groups, inputs), nn.GroupNorm(num_groups, outputs)
-        self.conv1, self.conv2 = (
-            CausalConv(inputs, outputs, 3, bias=False),
-            CausalConv(outputs, outputs, 3, bias=False),
-        )
-        self.conv3 = (
-            CausalConv(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
-        )
+        self.norm1 = nn.GroupNorm(num_groups, inputs)
+        self.norm2 = nn.GroupNorm(num_groups, outputs)
+        self.conv1 = CausalConv(inputs, outputs, 3, bias=False)
+        self.conv2 = CausalConv(outputs, outputs, 3, bias=False)
+        self.conv3 = nn.Identity()
+        if inputs != outputs:
+            self.conv3 = CausalConv(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -175,7 +215,7 @@ class ResBlock(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """A convolution that sees no later frame: zeros before the first."""
+    """A convolution that uses no later frames; there are zeros before the first one."""
 
     def __init__(self, inputs: int, outputs: int, size: int, bias: bool = True):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Networks of prompts: a condition is a prompt's number, whose encodings are made once and looked up.
+"""Networks whose condition is the number of a prompt; its encodings are looked up in tables.
 
-Legend: M rows, *E event dims, P prompts.
+Legend: B samples, P prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from oss_exp.files import sha256
+from oss_exp.models.checkpoints.sets import Tensors
 from oss_exp.models.checkpoints.weights import digest, randomise
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype, Network
@@ -22,10 +23,13 @@ from oss_exp.velocity import BoundVelocity
 class Prompted(Network):
     """A network whose condition is a prompt's number.
 
-    prompts:        those that conditions number.
-    encoder_sha256: of the text encoder, which makes the velocity too.
-    backbone:       around a `network`, not yet filled, and the encodings of all prompts.
-    checkpoint:     the file of the network's weights, or `random`. weights_set: as Network's.
+    Args:
+        name: See `Network`, also for the arguments that are missing here.
+        prompts: The prompts that conditions number.
+        encoder_sha256: Hash of the text encoder, which also determines the velocity.
+        backbone: Its attribute `network` is filled with weights; it knows the encodings of all
+            prompts.
+        checkpoint: File of the network's weights, or `random`.
     """
 
     def __init__(
@@ -43,7 +47,8 @@ class Prompted(Network):
         checkpoint: str,
         weights_set: str | None = None,
     ):
-        self.prompts, self.encoder_sha256 = list(prompts), encoder_sha256
+        self.prompts = list(prompts)
+        self.encoder_sha256 = encoder_sha256
         super().__init__(
             name=name,
             backbone=backbone,
@@ -63,35 +68,40 @@ class Prompted(Network):
         return len(self.prompts)
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        """condition: numbers of prompts (B,)."""
+        """Bind the numbers of prompts (B,) and guidance. Raises ValueError for other conditions."""
         if condition is None or condition.is_floating_point() or condition.ndim != 1:
             raise ValueError(
                 f"{self.name} needs the numbers of prompts; set data=prompts data.prompts=FILE"
             )
         if not bool(((condition >= 0) & (condition < len(self.prompts))).all()):
             raise ValueError(
-                f"{self.name} has {len(self.prompts)} prompts and is asked for number {int(condition.max())}; "
-                "set data=prompts data.prompts=FILE"
+                f"{self.name} has {len(self.prompts)} prompts and is asked for number "
+                f"{int(condition.max())}; set data=prompts data.prompts=FILE"
             )
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def _load(self, checkpoint: str) -> str:
-        """Fill the network; the hash is of it and the text encoder, for both make the velocity."""
+        """Fill the network, and return a hash of it and of the text encoder."""
         network = self.backbone.network
         if checkpoint == "random":
             randomise(network, torch.Generator().manual_seed(0))
         else:
-            self._fill(
-                Path(checkpoint),
-                lambda tensors: {f"network.{key}": each for key, each in tensors.items()},
-            )
+            self._fill(Path(checkpoint), _below_network)
         return sha256(f"{digest(network.state_dict())} {self.encoder_sha256}".encode())
 
 
-class PromptedBackbone(nn.Module):
-    """A network of diffusers and the encodings of prompts.
+def _below_network(tensors: Tensors) -> Tensors:
+    """Return a network's tensors by the keys of the backbone around it."""
+    return {f"network.{key}": value for key, value in tensors.items()}
 
-    tables: encodings (P + 1, ...) by name of all prompts and, where -1 finds it, of the one that stands for none.
+
+class PromptedBackbone(nn.Module):
+    """A network of diffusers with the encodings of prompts.
+
+    Args:
+        network: The network.
+        **tables: Encodings (P + 1, ...) of all prompts, by name. The last one, which -1 selects,
+            stands for no prompt.
     """
 
     def __init__(self, network: nn.Module, **tables: Tensor):
