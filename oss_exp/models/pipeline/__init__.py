@@ -11,6 +11,7 @@ pipeline's own.
     arguments.py     which arguments a call may have
     convention.py    how a scheduler's network was trained: clock, parameterization, sign
     probe.py         the scheduler that asks a search for every step
+    calls.py         all suspended calls
     loop.py          one suspended call
     fingerprint.py   the hash of all weights and adapters
     pretrained.py    loading from a folder or the hub

@@ -1,7 +1,6 @@
 """A pipeline of diffusers as a `Model`: the public side of this folder.
 
-Calls of the pipeline stay suspended between velocities, one for every group of samples that a
-search evaluates together, so that prompts are encoded once.
+Calls of the pipeline stay suspended between velocities, so that prompts are encoded once.
 
 Legend: B samples, each with its prompt; M rows, a multiple of B; R outputs of a guided call; *E a
 state's dims, as the scheduler sees it.
@@ -10,9 +9,7 @@ state's dims, as the scheduler sees it.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,25 +22,17 @@ from oss_exp.checks import require_choice
 from oss_exp.models.base import Model
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.network import Dtype
-from oss_exp.models.pipeline.arguments import (
-    PER_SAMPLE,
-    call_parameters,
-    check_call,
-    check_pipeline,
-    condition_argument,
-    for_samples,
-    strength_of,
-)
+from oss_exp.models.pipeline.arguments import call_parameters, check_call, check_pipeline
+from oss_exp.models.pipeline.calls import SuspendedCalls, group_rows
 from oss_exp.models.pipeline.convention import NetworkConvention
 from oss_exp.models.pipeline.fingerprint import pipeline_fingerprint
-from oss_exp.models.pipeline.loop import DENOISERS, Loop
+from oss_exp.models.pipeline.loop import DENOISERS
 from oss_exp.models.pipeline.pretrained import load, open_images, with_images
 from oss_exp.models.pipeline.quantization import Quantization, cast_to_float8
 from oss_exp.noise import NoiseSchedule
 from oss_exp.velocity import BoundVelocity
 
 MAX_STEPS_RATIO = 50  # called steps per step that strength leaves: it is 2 % or more
-MAX_SUSPENDED = 64  # calls; one schedule for each of 32 samples needs 32
 
 
 class Pipeline(Model):
@@ -77,36 +66,27 @@ class Pipeline(Model):
         check_pipeline(pipe)
         check_call(kind, prompts, call)
 
-        # The call.
-        parameters = call_parameters(kind)
+        # The pipeline.
         self.pipe = pipe
-        self.call = call
         self.prompts = list(prompts)
-        self.strength = float(strength_of(kind, call))
-        self.takes_generator = "generator" in parameters
-        self.condition_argument = condition_argument(parameters)
-
-        # The network.
+        self.call = call
         self.convention = NetworkConvention.from_scheduler(pipe.scheduler)
         self.path = self.convention.parameterization.path
         self.name = kind.__name__
         self.guidance = Guidance()  # the pipeline applies its own
         self.guidance_apart = guidance_apart
         _check_caches(pipe)
+        place = torch.empty(0, device=pipe._execution_device)
+        self.register_buffer("place", place, persistent=False)
 
-        # What calls reveal.
-        self.suspended: dict[tuple[int, ...], Loop] = {}
+        # Its calls, and what they reveal: costs and clocks by canonical time.
+        self.calls = SuspendedCalls(pipe, self.convention, self.prompts, call, guidance_apart)
+        weakref.finalize(self, self.calls.release)
+        self.strength = self.calls.strength
         self._row_costs: dict[float, float] = {}
         self._clocks: dict[float, tuple[Tensor, float]] = {}
         self._canonical = self.convention.canonical
         self._inference_steps: dict[int, tuple[int, Any]] = {}
-        self._has_no_memory = False  # not known yet
-        self._begins_at_image = False  # not known yet
-
-        # Device, and the end.
-        place = torch.empty(0, device=pipe._execution_device)
-        self.register_buffer("place", place, persistent=False)
-        weakref.finalize(self, _release, self.suspended)
 
     @classmethod
     def from_pretrained(
@@ -187,7 +167,7 @@ class Pipeline(Model):
 
     @functools.cached_property
     def event_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        loop = self._begin([0])
+        loop = self.calls.begin([0])
         try:
             return tuple(loop.first_state.shape[1:])
         finally:
@@ -227,7 +207,7 @@ class Pipeline(Model):
         """
         if not self.guidance_apart:
             return (1.0,)
-        loop = self._begin([0])
+        loop = self.calls.begin([0])
         try:
             parts = loop.outputs_apart(loop.first_output)
             if len(parts) == 1:
@@ -250,13 +230,9 @@ class Pipeline(Model):
         Returns:
             Images (B, C, H, W), videos (B, C, F, H, W) or waveforms (B, channels, samples).
         """
-        samples = tuple(i % len(self.prompts) for i in range(len(x0)))
-        for suspended in reversed(self.suspended):
-            if len(suspended) == len(x0):
-                samples = suspended
-                break
-        loop = self._loop(samples)
-        self.suspended.pop(samples, None)
+        samples = self.calls.latest_of_size(len(x0))
+        loop = self.calls.resume(samples)
+        self.calls.loops.pop(samples)
         try:
             return decoded(loop.finish(x0))
         except BaseException:
@@ -275,7 +251,7 @@ class Pipeline(Model):
             record["rounding"] = rounding
 
         # The first call tells whether it begins at an image, and the event shape needs one.
-        if not (self.event_shape and self._begins_at_image):
+        if not (self.event_shape and self.calls.begin_at_image):
             return record
         num_steps = times.shape[-1] - 1
         inference_steps, probe = self.inference_steps(num_steps)
@@ -344,7 +320,7 @@ class Pipeline(Model):
         """
         while True:
             try:
-                loop = self._begin([0], num_inference_steps=candidate)
+                loop = self.calls.begin([0], num_inference_steps=candidate)
             except (ValueError, IndexError):
                 if candidate * self.strength >= 1:
                     raise
@@ -353,11 +329,11 @@ class Pipeline(Model):
             loop.release()
             return candidate, loop.probe
 
-    # Suspended calls.
+    # Velocities.
 
     def release(self) -> None:
         """End all suspended calls. This also happens when the model is no longer in use."""
-        _release(self.suspended)
+        self.calls.release()
 
     def _velocity(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """Return v (M, *E), or its R outputs apart (M, R, *E)."""
@@ -365,15 +341,15 @@ class Pipeline(Model):
         times = t.tolist()
         outputs = () if len(self.mix) == 1 else (len(self.mix),)
         velocity = x.new_empty((len(x), *outputs, *x.shape[1:]))
-        for samples, rows in _calls(times, condition.tolist()):
+        for samples, rows in group_rows(times, condition.tolist()):
             # One call of the network.
             time = times[rows[0]]
-            loop = self._loop(samples)
+            loop = self.calls.resume(samples)
             covers_all = rows == [*range(len(x))]
             try:
                 part = loop.velocity(x if covers_all else x[rows], time, self.mix)
             except BaseException:
-                self.suspended.pop(samples).release()
+                self.calls.loops.pop(samples).release()
                 raise
 
             # Its cost and its clock.
@@ -386,62 +362,6 @@ class Pipeline(Model):
                 return part
             velocity[rows] = part
         return velocity
-
-    def _loop(self, samples: tuple[int, ...]) -> Loop:
-        """Return the suspended call of these prompts, and make it the latest one.
-
-        The oldest call ends if there are many. Raises ValueError if the call is suspended in
-        another thread that is alive.
-        """
-        # A call of a thread has ended with its thread.
-        loop = self.suspended.get(samples)
-        if loop is not None and loop.thread is not threading.current_thread():
-            if loop.thread.is_alive():
-                raise ValueError(
-                    f"a call of {self.name} is suspended in another thread, {loop.thread.name}, "
-                    "and can go on only there; use the model in that thread, "
-                    "or call its release() there first"
-                )
-            loop = None
-        loop = loop or self._begin(samples)
-        self.suspended.pop(samples, None)
-        self.suspended[samples] = loop
-
-        # Checked once.
-        if not self._has_no_memory:
-            loop.require_no_memory()
-            self._has_no_memory = True
-        while len(self.suspended) > MAX_SUSPENDED:
-            self.suspended.pop(next(iter(self.suspended))).release()
-        return loop
-
-    def _begin(self, samples: Sequence[int], **call: Any) -> Loop:
-        """Begin a call of these prompts, and suspend it at its network's first output."""
-        # Arguments.
-        arguments = {self.condition_argument: [self.prompts[i] for i in samples]}
-        for name, value in self.call.items():
-            if name in PER_SAMPLE:
-                value = for_samples(value, samples, len(self.prompts))
-            arguments[name] = value
-        if self.takes_generator:
-            arguments["generator"] = _generators(arguments.get("generator"), samples)
-        arguments |= call
-
-        # The first step.
-        loop = Loop(self.pipe, self.convention, arguments, self.guidance_apart)
-        try:
-            loop.begin(len(samples))
-            self._begins_at_image = loop.start_image is not None
-            if loop.start_image is None and self.strength != 1:
-                raise ValueError(
-                    f"strength={self.strength} of {self.name} starts inside of the schedule, and "
-                    "it is not its scheduler that puts noise on the image; "
-                    "search with strength=1.0"
-                )
-        except BaseException:
-            loop.release()
-            raise
-        return loop
 
 
 @dataclass(frozen=True, eq=False)
@@ -518,41 +438,3 @@ def _mixing_weights(parts: Tensor, output: Tensor) -> tuple[float, ...]:
     target = (output - first).flatten()[:, None].cpu()
     weights = torch.linalg.lstsq(basis, target).solution[:, 0].tolist()
     return (1 - sum(weights), *weights)
-
-
-def _generators(generator: Any, samples: Sequence[int]) -> Any:
-    """Return generators for one call, so that a prompt draws the same numbers in every call."""
-    if generator is None:
-        return [torch.Generator().manual_seed(i) for i in samples]
-    if isinstance(generator, list):
-        return [item.clone_state() for item in generator]
-    return generator.clone_state()
-
-
-def _release(suspended: dict[tuple[int, ...], Loop]) -> None:
-    """End suspended calls, and forget them."""
-    for loop in suspended.values():
-        loop.release()
-    suspended.clear()
-
-
-def _calls(
-    times: Sequence[float], samples: Sequence[int]
-) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Group rows into calls: of one time, each sample at most once, in the samples' order.
-
-    Returns:
-        The samples and the rows of every call.
-    """
-    # Rows of the same time and sample go to different calls.
-    count: Counter[tuple[float, int]] = Counter()
-    calls: dict[tuple[float, int], list[int]] = {}
-    for row, (time, sample) in enumerate(zip(times, samples, strict=True)):
-        calls.setdefault((time, count[time, sample]), []).append(row)
-        count[time, sample] += 1
-
-    grouped = []
-    for rows in calls.values():
-        ordered = sorted(rows, key=samples.__getitem__)
-        grouped.append((tuple(samples[row] for row in ordered), ordered))
-    return grouped

@@ -70,7 +70,7 @@ def own(
     if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
         call = {"generator": torch.Generator().manual_seed(seed)}
     call |= {
-        model.condition_argument: list(model.prompts),
+        model.calls.condition_argument: list(model.prompts),
         "num_inference_steps": num_steps,
         "output_type": "pt",
     }

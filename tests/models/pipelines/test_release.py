@@ -131,7 +131,7 @@ def test_a_model_of_another_thread(family):
     begun.join()
     assert asked(models[0]).isfinite().all()  # in a new call
     models[0].release()
-    assert not models[0].suspended
+    assert not models[0].calls
 
 
 def test_a_model_that_another_thread_uses(family):
@@ -188,7 +188,7 @@ family = stable_diffusion()
 model = Pipeline(family.pipe, family.prompts, **family.call)
 x = torch.ones(2, *model.event_shape)
 model.velocity(None)(x, torch.full((2,), 0.5, dtype=torch.float64))
-print("suspended", len(model.suspended))
+print("suspended", len(model.calls))
 """
 
 
