@@ -1,4 +1,7 @@
-"""From the space that a network works in to pixels."""
+"""Decoders from the space that a network works in to pixels.
+
+Legend: B images, C channels, h x w latents, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,37 @@ from oss_exp.models.checkpoints.weights import locate, randomise, read_for
 
 
 class Pixels(nn.Module):
-    """The network works on pixels in [-1, 1]."""
+    """The decoder of a network that works on pixels in [-1, 1]."""
 
     def forward(self, x0: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W) in [0, 1]."""
+        """Map x0 (B, C, H, W) from [-1, 1] to [0, 1]."""
         return ((x0 + 1) / 2).clamp(0, 1)
 
 
-ATTENTION = re.compile(
-    r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
-)  # as older files of diffusers say
-TODAY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Names in older files of diffusers, and those of today.
+OLDER_NAMES = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+CURRENT_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class VAE(nn.Module):
-    """diffusers.AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752): (B, C, h, w) -> (B, 3, H, W).
+    """The decoder of diffusers.AutoencoderKL, (B, C, h, w) to (B, 3, H, W), in float32.
 
-    H = 8 h with four levels. Only the decoder is kept, in float32.
+    H = 8 h with four levels. Source: Rombach et al. 2022, arXiv 2112.10752.
 
-    checkpoint:   a file, a folder or a hub id; `random`: reproducible random weights.
-    micro_batch:  images decoded at a time.
-    source:       where the public file is had, for the message when it is missing.
-    scaling_factor, shift_factor: the network's latents are (the encoder's - shift) times scale.
-    latent_channels ... norm_num_groups, config: AutoencoderKL's own, with its defaults.
+    Args:
+        checkpoint: A file, a folder or a hub id; `random` for reproducible random weights.
+        scaling_factor: The network's latents are (the encoder's - shift_factor) * scaling_factor.
+        micro_batch: Number of images decoded at a time.
+        source: URL of the public checkpoint, quoted in the error when it is missing.
+        shift_factor: See `scaling_factor`; None for 0.
+        latent_channels: Argument of AutoencoderKL, like all that follow, with its default.
     """
 
-    FILES = tuple(
-        f"{folder}diffusion_pytorch_model.{kind}"
-        for folder in ("vae/", "")
-        for kind in ("safetensors", "bin")
+    FILES = (
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.bin",
     )
 
     def __init__(
@@ -63,19 +68,22 @@ class VAE(nn.Module):
         from diffusers import AutoencoderKL
 
         super().__init__()
+
+        # Checks.
         require_range(above=0, at_most=1e6, scaling_factor=scaling_factor)
         require_range(at_least=-1e6, at_most=1e6, shift_factor=shift_factor)
         require_range(at_least=1, micro_batch=micro_batch, latent_channels=latent_channels)
         require_range(
             at_least=1, layers_per_block=layers_per_block, norm_num_groups=norm_num_groups
         )
-        if not block_out_channels or any(
-            width < 1 or width % norm_num_groups for width in block_out_channels
-        ):
+        widths = list(block_out_channels)
+        if not widths or any(width < 1 or width % norm_num_groups for width in widths):
             raise ValueError(
-                f"block_out_channels must be multiples of norm_num_groups={norm_num_groups}, got "
-                f"{list(block_out_channels)}"
+                f"block_out_channels must be multiples of norm_num_groups={norm_num_groups}, "
+                f"got {widths}"
             )
+
+        # The decoder.
         network = AutoencoderKL(
             latent_channels=latent_channels,
             block_out_channels=block_out_channels,
@@ -85,14 +93,17 @@ class VAE(nn.Module):
             norm_num_groups=norm_num_groups,
             **config,
         )
-        self.micro_batch, self.source = micro_batch, source
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor or 0.0
-        network.encoder = network.quant_conv = None
-        self.post_quant_conv, self.decoder = (
-            network.post_quant_conv or nn.Identity(),
-            network.decoder,
-        )
-        self._network = (network,)  # no part beside its own parts
+        network.encoder = None
+        network.quant_conv = None
+        self.post_quant_conv = network.post_quant_conv or nn.Identity()
+        self.decoder = network.decoder
+        self._network = (network,)  # in a tuple, so that its parts are registered once
+        self.micro_batch = micro_batch
+        self.source = source
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor or 0.0
+
+        # Weights.
         if checkpoint == "random":
             randomise(self, torch.Generator().manual_seed(0))
         else:
@@ -107,16 +118,16 @@ class VAE(nn.Module):
         return ((torch.cat(pixels) + 1) / 2).clamp(0, 1)
 
     def _load(self, checkpoint: str) -> None:
-        """Every weight of the decoder from a file, which may hold an encoder besides but nothing else."""
+        """Read every weight of the decoder; only an encoder may be left over."""
         path = locate(checkpoint, self.FILES, self.source, "model.sizes.full.decoder.checkpoint")
-        self.load_state_dict(
-            read_for(path, self.state_dict(), self.translate, None, "model.decoder")
-        )
+        weights = read_for(path, self.state_dict(), self.translate, None, "model.decoder")
+        self.load_state_dict(weights)
 
     def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors by our names, without its encoder and what it was trained by."""
-        return {
-            ATTENTION.sub(lambda old: TODAY[old[0]], key): value
-            for key, value in tensors.items()
-            if not key.startswith(("encoder.", "quant_conv.", "loss."))
-        }
+        """Return a file's tensors of the decoder, by current names."""
+        decoder = {}
+        for key, value in tensors.items():
+            if not key.startswith(("encoder.", "quant_conv.", "loss.")):
+                name = OLDER_NAMES.sub(lambda match: CURRENT_NAMES[match[0]], key)
+                decoder[name] = value
+        return decoder
