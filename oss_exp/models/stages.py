@@ -185,6 +185,7 @@ class StageFolder:
             raise FileNotFoundError(
                 f"{self.path} has {len(self)} stages and lacks {path.name} or its .json; {remedy}"
             )
+
         record = load_record(beside, Provenance, "provenance of a stage", remedy, TABLE_LIMIT)
         actual = file_sha256(path)
         if actual != record.sha256:
@@ -349,6 +350,7 @@ class StageParameters:
         with safe_open(self.folder.file(stage), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
+        # Products of factors, and whole parameters.
         changed = {}
         for key, tensor in tensors.items():
             if key.endswith(DOWN):

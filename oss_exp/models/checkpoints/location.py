@@ -117,6 +117,7 @@ def trained_in(folder: Path) -> Path:
     if not files and last.is_file():
         return last
 
+    # Exactly one.
     if not files:
         raise FileNotFoundError(
             f"checkpoint folder {folder} has no weights ({', '.join(sorted(WEIGHT_ENDINGS))}), "

@@ -57,6 +57,8 @@ def sets_in(content: Any, path: Path) -> Sets:
         if id(node) in visited or name.count(".") >= DEPTH:
             continue
         visited.add(id(node))
+
+        # A set, or the objects below.
         if _is_stored(node):
             try:
                 node = tensors_of(node, path)
@@ -119,6 +121,7 @@ def fitting(
         if name not in candidates.fits:
             for prefix, group in _groups(tensors).items():
                 candidates.add(_below(name, prefix[:-1]), group)
+
     fits = candidates.fits
     misfits = candidates.misfits
 
@@ -144,6 +147,8 @@ def fitting(
                 f"checkpoint {path} has the weights of {model}, but {prefix!r:.80} before only "
                 f"{count} of its {len(tensors)} names; save it with that before all names or none"
             )
+
+    # A set of another network.
     closest = min(misfits, key=lambda name: misfits[name][0])
     count, first = misfits[closest]
     where = f", in its set {closest!r}," if closest and len(sets.tensors) > 1 else ""
@@ -277,14 +282,18 @@ def _with_dots(sets: Mapping[str, Tensors]) -> dict[str, Tensors]:
     averages = {}
     for outer, tensors in sets.items():
         groups = _groups(tensors)
+
+        # A prefix of averages without dots.
         for prefix, group in groups.items():
             if not AVERAGED.search(prefix) or "." in "".join(group):
                 continue
+
+            # The weights that it averages: all its names but decay and num_updates are theirs.
             for other in groups.values():
-                # All but decay and num_updates have a weight.
                 names = {key.replace(".", ""): key for key in other}
                 if other is group or len(group.keys() & names.keys()) < len(group) - 2:
                     continue
+
                 average = dict(other)
                 for key, value in group.items():
                     if key in names:

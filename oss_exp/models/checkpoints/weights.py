@@ -216,6 +216,7 @@ def _torch(path: Path, zipped: bool) -> Any:
             return _load_zip(path)
         with safe_pickle.Bounded(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
+
     except pickle.UnpicklingError as error:
         # Torch's own message advises to trust the file.
         request = re.search(
@@ -228,8 +229,10 @@ def _torch(path: Path, zipped: bool) -> Any:
             "give a file of weights alone, as torch.save(model.state_dict(), FILE) writes it, "
             "or download it again"
         ) from None
+
     except _AnotherKind as error:
         raise ValueError(f"checkpoint {path} is {error}; give a file of weights alone") from None
+
     except Exception as error:  # zipfile and torch raise many kinds for broken bytes
         reason = str(error).partition("\n")[0]
         raise ValueError(

@@ -114,6 +114,7 @@ class SuspendedCalls:
                     "or call its release() there first"
                 )
             loop = None
+
         loop = loop or self.begin(samples)
         self.loops.pop(samples, None)
         self.loops[samples] = loop
@@ -122,6 +123,7 @@ class SuspendedCalls:
         if not self._have_no_memory:
             loop.require_no_memory()
             self._have_no_memory = True
+
         while len(self.loops) > MAX_SUSPENDED:
             self.loops.pop(next(iter(self.loops))).release()
         return loop

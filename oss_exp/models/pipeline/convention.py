@@ -106,11 +106,13 @@ class NetworkConvention:
         path = DDPMPath(1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]]))
         last_index = torch.tensor(len(path.betas) - 1.0, dtype=torch.float64)
         time_max = float(path.canonical(last_index))
+
         if prediction == "epsilon" and time_max == 1:
             raise ValueError(
                 f"{kind} has a chain that ends at pure noise, where prediction_type=epsilon "
                 "determines nothing; such a network predicts v"
             )
+
         if prediction == "epsilon":
             return cls(NoisePrediction(path, time_max))
         if prediction == "v_prediction":

@@ -114,6 +114,7 @@ class Loop(Driver):
         self.first_output = reply.output
         self.copies = max(len(states) // count, 1)
         self.first_state = states[:count]
+
         if self.start_image is not None:
             self._check_start_image(self.start_image, states)
             self.start_image = self.first_state.float()
@@ -146,6 +147,7 @@ class Loop(Driver):
                 f"the network of {self.kind} returns NaN or infinity at its first step; "
                 "check its dtype"
             )
+
         difference = (again - self.first_output).float().norm()
         if not difference <= 1e-2 * self.first_output.float().norm():
             raise ValueError(
@@ -301,6 +303,7 @@ class Loop(Driver):
         grad = torch.is_grad_enabled()
         before = dict(self.pipe.__dict__)
         quiet = {"scheduler": self.probe, "_progress_bar_config": {"disable": True}}
+
         try:
             try:
                 self.parent = getcurrent()

@@ -207,6 +207,7 @@ class Pipeline(Model):
         """
         if not self.guidance_apart:
             return (1.0,)
+
         loop = self.calls.begin([0])
         try:
             parts = loop.outputs_apart(loop.first_output)
@@ -218,6 +219,7 @@ class Pipeline(Model):
             mix = _mixing_weights(parts.double(), loop.first_output.double())
         finally:
             loop.release()
+
         self.guidance = Guidance(max(mix))
         return mix
 
@@ -253,6 +255,7 @@ class Pipeline(Model):
         # The first call tells whether it begins at an image, and the event shape needs one.
         if not (self.event_shape and self.calls.begin_at_image):
             return record
+
         num_steps = times.shape[-1] - 1
         inference_steps, probe = self.inference_steps(num_steps)
         if probe.by_length:  # the cut depends on the number of times alone
@@ -289,6 +292,7 @@ class Pipeline(Model):
         error = min(errors)
         if error > 0.02 * scale:
             return None
+
         rounded = readings[errors.index(error)]
         return float((self._canonical(rounded) - self._canonical(clock)).abs().max())
 
@@ -341,6 +345,7 @@ class Pipeline(Model):
         times = t.tolist()
         outputs = () if len(self.mix) == 1 else (len(self.mix),)
         velocity = x.new_empty((len(x), *outputs, *x.shape[1:]))
+
         for samples, rows in group_rows(times, condition.tolist()):
             # One call of the network.
             time = times[rows[0]]
@@ -358,6 +363,7 @@ class Pipeline(Model):
                 assert loop.loop_clock is not None
                 self._clocks[time] = loop.loop_clock.cpu(), float(loop.network_clock)
                 self._canonical = loop.probe.canonical
+
             if covers_all:
                 return part
             velocity[rows] = part

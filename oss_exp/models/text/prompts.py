@@ -94,6 +94,7 @@ class PromptCache:
         path = self._path(fingerprint, prompt)
         if not path.is_file():
             return None
+
         try:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
@@ -102,6 +103,7 @@ class PromptCache:
         except (OSError, SafetensorError):
             encoding = {}
             expected = None
+
         if not encoding or digest(encoding) != expected:
             log.warning("the encoding %s of %r is damaged; it is made again", path, prompt)
             return None

@@ -83,6 +83,7 @@ def stable_diffusion_xl() -> Any:
 def stable_diffusion_xl_parts() -> dict[str, Any]:
     encoder, tokenizer = clip()
     encoder_2, tokenizer_2 = clip_with_projection(16)
+
     network = unet(
         cross_attention_dim=40,
         transformer_layers_per_block=(1, 2),
@@ -149,6 +150,7 @@ def pixart_sigma() -> Any:
         sample_size=12,
         use_additional_conditions=False,
     )
+
     betas = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
     scheduler = diffusers.DDIMScheduler(**betas, clip_sample=False)
     return diffusers.PixArtSigmaPipeline(tokenizer, encoder, image_vae(4), transformer, scheduler)
@@ -248,6 +250,7 @@ def z_image() -> Any:
         axes_dims=[4, 4, 4],
         axes_lens=[128, 32, 32],
     )
+
     encoder, tokenizer = qwen()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     return diffusers.ZImagePipeline(
