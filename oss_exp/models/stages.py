@@ -230,7 +230,7 @@ class Staged(Model):
 
         # The base's properties.
         self.base = base
-        self.stage_parameters = parameters
+        self.parameters_of = parameters
         self.split = split
         self.name = f"{base.name}_staged" if split else base.name
         self.path = base.path
@@ -265,7 +265,7 @@ class Staged(Model):
 
     @property
     def original(self) -> Model:
-        return Staged(self.base, self.stage_parameters, split=False)
+        return Staged(self.base, self.parameters_of, split=False)
 
     def stage_at(self, t: Tensor) -> Tensor:
         """Return the number of the stage at every time t (M,); 0 is the noisiest."""
@@ -284,7 +284,7 @@ class Staged(Model):
             for stage in stages.unique():
                 chosen = (stages == stage).nonzero()[:, 0]
                 conditions = None if condition is None else condition[chosen]
-                self.stage_parameters.use(int(stage))
+                self.parameters_of.use(int(stage))
                 rows.append(chosen)
                 parts.append(bound.fn(x[chosen], t[chosen], conditions))
             return torch.cat(parts)[torch.cat(rows).argsort()]
