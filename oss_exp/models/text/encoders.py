@@ -1,6 +1,7 @@
-"""Text encoders: T5 as released samplers use it, from files or with random weights.
+"""Text encoders as released samplers use them, from files or with random weights.
 
-They are needed once, to fill the cache of encodings, and are not in memory while a model samples.
+They fill the cache of encodings once, and are not in memory while a model samples.
+
 Legend: P prompts, L tokens, D features.
 """
 
@@ -25,16 +26,19 @@ from oss_exp.validation import shown
 NAMED = 5  # prompts that are cut, in warnings
 log = logging.getLogger(__name__)
 
-Answer = Callable[
-    [nn.Module, Tensor, Tensor], dict[str, Tensor]
-]  # model, tokens (P, L), mask (P, L) -> by name
+Answer = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+"""The encodings by name that a model makes of tokens (P, L) and their mask (P, L)."""
 
 
 class TextModel:
-    """A text transformer of transformers: prompts (P) -> tensors by name, (P, ...) each.
+    """A text encoder of transformers, from P prompts to tensors (P, ...) by name.
 
-    Prompts are filled up or cut to `length` tokens L.
-    weights: SHA-256 of its weights. load: makes it, once there is a prompt to encode. answer: what is taken of it.
+    Args:
+        tokenizer: Its tokenizer.
+        weights: SHA-256 of its weights.
+        load: Builds it, once there is a prompt to encode.
+        answer: Selects the encodings from its output.
+        length: L, the number of tokens that prompts are padded or cut to.
     """
 
     def __init__(
@@ -45,12 +49,16 @@ class TextModel:
         answer: Answer,
         length: int,
     ):
-        self.tokenizer, self.load, self.answer, self.length = tokenizer, load, answer, length
+        self.tokenizer = tokenizer
+        self.load = load
+        self.answer = answer
+        self.length = length
+
+        # Everything that determines an encoding.
         vocabulary = sorted(tokenizer.get_vocab().items())
         empty = self._tokens([""])["input_ids"].tolist()
-        self.fingerprint = sha256(
-            json.dumps([answer.__name__, weights, vocabulary, empty]).encode()
-        )
+        identity = json.dumps([answer.__name__, weights, vocabulary, empty])
+        self.fingerprint = sha256(identity.encode())
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -62,15 +70,15 @@ class TextModel:
         return self.load().eval()
 
     def cuts(self, prompts: Sequence[str]) -> dict[str, str]:
-        """The prompts that have more tokens than it reads, and what of each is left out."""
-        found = {}
+        """Return the end that is cut off, for every prompt with too many tokens."""
+        cuts = {}
         for prompt in dict.fromkeys(prompts):
             if len(prompt.encode()) < self.length - 2:  # a token is a byte at least
                 continue
             tokens = self.tokenizer([prompt], verbose=False)["input_ids"][0]
             if len(tokens) > self.length:  # the last one marks the end
-                found[prompt] = self.tokenizer.decode(tokens[self.length - 1 : -1]).strip()
-        return found
+                cuts[prompt] = self.tokenizer.decode(tokens[self.length - 1 : -1]).strip()
+        return cuts
 
     def _tokens(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         padded = {
@@ -83,57 +91,59 @@ class TextModel:
 
 
 def encode(encoder: TextModel, prompts: Sequence[str]) -> tuple[dict[str, Tensor], str]:
-    """prompts (P) -> their encodings by name, (P, ...) each, through the cache, and the encoder's fingerprint.
+    """Return the encodings (P, ...) of prompts by name, through the cache, and the fingerprint.
 
-    Prompts that it cuts are named in a warning. Hand the encoder over without keeping it: its memory is then free.
+    A warning names the prompts that are cut. Pass the encoder without storing it, so that its
+    memory is free afterwards.
     """
     cuts = encoder.cuts(prompts)
-    for prompt, rest in list(cuts.items())[:NAMED]:
+    for prompt, end in list(cuts.items())[:NAMED]:
         log.warning(
-            "the text encoder cuts the prompt %s: it does not see %s", shown(prompt), shown(rest)
+            "the text encoder cuts the prompt %s: it does not see %s", shown(prompt), shown(end)
         )
     if len(cuts) > NAMED:
         log.warning("the text encoder cuts %d more prompts", len(cuts) - NAMED)
     return PromptCache().encode(encoder, prompts), encoder.fingerprint
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Where they come from
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# T5
+# ------------------------------------------------------------------------------------------------
 
 
 def open_t5(weights: Path, tokenizer: Path, answer: Answer, length: int) -> TextModel:
-    """T5's encoder from the file `weights`, and its tokenizer from a folder.
+    """Return T5's encoder.
 
-    Its hash does not depend on how transformers calls the weights.
+    Args:
+        weights: File of its weights; config.json is beside it.
+        tokenizer: Folder of its tokenizer.
+        answer: Selects the encodings from its output.
+        length: Number of tokens that prompts are padded or cut to.
     """
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     config = T5Config.from_pretrained(weights.parent)
 
     def load() -> nn.Module:
-        model, report = (
-            T5EncoderModel.from_pretrained(  # not from the folder: whichever files are there, these count
-                None,
-                config=config,
-                state_dict=read(weights),
-                dtype="auto",
-                output_loading_info=True,
-            )
-        )
-        if missing := sorted(report["missing_keys"]):
+        # From this file, whichever others are in its folder.
+        options = {"config": config, "dtype": "auto", "output_loading_info": True}
+        model, report = T5EncoderModel.from_pretrained(None, state_dict=read(weights), **options)
+        missing = sorted(report["missing_keys"])
+        if missing:
             raise ValueError(
-                f"{weights} lacks {len(missing)} weights of T5EncoderModel, first {missing[0]}; get it again"
+                f"{weights} lacks {len(missing)} weights of T5EncoderModel, first {missing[0]}; "
+                "get it again"
             )
-        return model.float() if model.dtype == torch.float16 else model  # T5 overflows in it
+        return model.float() if model.dtype == torch.float16 else model  # T5 overflows in float16
 
+    # The hash does not depend on the names of tied weights.
     tensors = dict(read(weights))
-    tensors.pop("encoder.embed_tokens.weight", None)  # what shared.weight is
+    tensors.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
     return TextModel(T5Tokenizer.from_pretrained(tokenizer), digest(tensors), load, answer, length)
 
 
 def random_t5_model(config: Mapping[str, Any], answer: Answer, length: int) -> TextModel:
-    """T5's encoder with reproducible random weights and a token for every byte, and its end."""
+    """Return T5's encoder with reproducible random weights, and a token for every byte."""
     from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
     require_range(at_least=259, vocab_size=config.get("vocab_size"))

@@ -1,6 +1,8 @@
 """Small networks of prompts whose text encoder is a list of words.
 
-Each word is a feature of its own, so the first linear layer that reads it is the embedding, learned with the network.
+Every word is a feature, so the first linear layer after it is the embedding, which is learned with
+the network.
+
 Legend: P prompts, L places for words, W words.
 """
 
@@ -20,11 +22,17 @@ from oss_exp.models.text.prompted import Prompted
 
 
 class Words:
-    """Prompts of at most `length` words of `vocabulary` -> tensors by name.
+    """A text encoder that marks the words of a prompt.
 
-    text (P, L, W): `scale` at each place's word, 0 at places without; mask (P, L): which have one; pooled (P, W): their
-    sum. With a scale of sqrt(W) a word is as large as the features that a layer's initial weights are made for.
-    ordered: text (P, L, W + L) says also which place it is, for networks that do not count the tokens of a text.
+    Calling it returns `text` (P, L, W), `scale` at every place's word and 0 elsewhere; `mask`
+    (P, L), the places that have a word; and `pooled` (P, W), the sum over places.
+
+    Args:
+        vocabulary: The W words.
+        length: L, the most words in a prompt.
+        scale: With sqrt(W), words have the size that a layer's initial weights expect.
+        ordered: `text` (P, L, W + L) marks the place too, for networks that ignore the order of
+            tokens.
     """
 
     def __init__(
@@ -33,15 +41,19 @@ class Words:
         require_range(at_least=1, at_most=10_000, length=length)
         require_range(above=0, at_most=1e6, scale=scale)
         self.numbers = {word: number for number, word in enumerate(vocabulary)}
-        self.length, self.scale, self.ordered = length, scale, ordered
+        self.length = length
+        self.scale = scale
+        self.ordered = ordered
         self.fingerprint = sha256(repr((list(vocabulary), length, scale, ordered)).encode())
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """ValueError for a word that is not in the vocabulary, or too many of them."""
+        """Encode P prompts. Raises ValueError for unknown words, and for too many of them."""
+        # One mark a word.
         text = torch.zeros(len(prompts), self.length, len(self.numbers))
         for row, prompt in zip(text, prompts, strict=True):
             words = re.findall(r"[\w-]+", prompt.lower())
-            if unknown := [word for word in words if word not in self.numbers]:
+            unknown = [word for word in words if word not in self.numbers]
+            if unknown:
                 raise ValueError(
                     f"the model does not know {unknown[0]!r} of prompt {prompt!r}; its words are "
                     f"{', '.join(self.numbers)}"
@@ -52,7 +64,10 @@ class Words:
                 )
             for place, word in enumerate(words):
                 row[place, self.numbers[word]] = self.scale
-        mask, pooled = text.any(dim=2), text.sum(dim=1)
+
+        # Summaries, and places.
+        mask = text.any(dim=2)
+        pooled = text.sum(dim=1)
         if self.ordered:
             places = self.scale * torch.eye(self.length).expand(len(text), -1, -1)
             text = torch.cat([text, places * mask[:, :, None]], dim=2)
@@ -62,11 +77,13 @@ class Words:
 class Worded(Prompted):
     """A small network of prompts, trained by `task=pretrain` on images with captions.
 
-    prompts:    those that conditions number.
-    words:      how they are read.
-    encodings:  which of `Words`' tensors the backbone takes, each with a last row for no prompt.
-    backbone:   takes those by name.
-    checkpoint: as Network's. network: the rest, as Network takes it.
+    Args:
+        words: The text encoder.
+        encodings: Names of the encoder's tensors that the backbone takes. Each has a last row for
+            no prompt.
+        backbone: Builds the backbone from those tensors, by name.
+        prompts: The prompts that conditions number.
+        **network: All other arguments of `Network`.
     """
 
     def __init__(
