@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint are: in a file, in a folder, shipped, or on the hub."""
+"""The search for a checkpoint's file: by path, in a folder, among shipped files, or on the hub."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ pipeline's own.
 
     model.py         `Pipeline`, the model, and `PipelineSchedule`, the pipeline's own times
     arguments.py     which arguments a call may have
-    convention.py    how a scheduler's network was trained: clock, parameterization, sign
+    convention.py    the clock, parameterization and sign of its network
     probe.py         the scheduler that asks a search for every step
     calls.py         all suspended calls
     loop.py          one suspended call

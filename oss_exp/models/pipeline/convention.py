@@ -1,4 +1,4 @@
-"""How a pipeline's network was trained, read from the configuration of its scheduler.
+"""The convention of a pipeline's network, read from the configuration of its scheduler.
 
 Legend: M rows, *E event dims.
 """
