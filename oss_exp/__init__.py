@@ -11,6 +11,7 @@ classes that extensions subclass.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if (
@@ -91,6 +92,7 @@ if (
     from oss_exp.velocity import BoundVelocity as BoundVelocity
 
 __version__ = "0.1.0"
+ASSETS = Path(__file__).parent / "assets"  # shipped networks, schedules, prompts
 
 PUBLIC = {
     # Verbs.

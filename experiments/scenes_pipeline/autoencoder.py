@@ -1,6 +1,6 @@
 """Train the autoencoder of the scenes: pixels (3, 64, 64) to latents (8, 16, 16) and back.
 
-    python -m experiments.scenes_pipeline.autoencoder --steps 3000 --output FOLDER
+python -m experiments.scenes_pipeline.autoencoder --steps 3000 --output FOLDER
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
     python -m experiments.scenes_pipeline.folder --text FOLDER --vae FOLDER --transformer FILE \
         --output oss_exp/assets/scenes_pipeline
+
+The transformer is trained with the encoders and the autoencoder already in the folder, so the
+command is run twice, first without it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -27,16 +31,18 @@ CONF = Path(oss_exp.__file__).parents[1] / "conf"
 
 def network_config() -> dict:
     """Return the transformer's sizes, which conf/model/flux_scenes.yaml has."""
-    with initialize_config_dir(str(CONF.resolve()), version_base=None):
-        network = dict(compose("config", ["model=flux_scenes"]).model.backbone.network)
-    del network["_target_"]
-    return network
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        network = compose("config", ["model=flux_scenes"]).model.backbone.network
+    sizes = OmegaConf.to_container(network)
+    del sizes["_target_"]
+    return sizes
 
 
-def main(text: Path, vae: Path, transformer: Path, output: Path) -> None:
+def main(text: Path, vae: Path, transformer: Path | None, output: Path) -> None:
     network = FluxTransformer2DModel(**network_config())
-    tensors = load_file(transformer)
-    network.load_state_dict({key.removeprefix("network."): each for key, each in tensors.items()})
+    if transformer is not None:
+        tensors = load_file(transformer)
+        network.load_state_dict({key.removeprefix("network."): tensors[key] for key in tensors})
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(vae),
@@ -51,6 +57,8 @@ def main(text: Path, vae: Path, transformer: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("text", "vae", "transformer", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--transformer", type=Path, help="left out: untrained")
+    parser.add_argument("--output", type=Path, required=True)
     main(**vars(parser.parse_args()))

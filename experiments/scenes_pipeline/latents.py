@@ -1,7 +1,7 @@
 """Encode scenes, or videos of moving garments, with the trained autoencoder.
 
-    python -m experiments.scenes_pipeline.latents scenes --vae FOLDER --output FILE
-    python -m experiments.scenes_pipeline.latents videos --vae FOLDER --output FILE
+python -m experiments.scenes_pipeline.latents scenes --vae FOLDER --output FILE
+python -m experiments.scenes_pipeline.latents videos --vae FOLDER --output FILE
 """
 
 from __future__ import annotations

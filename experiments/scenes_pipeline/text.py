@@ -153,7 +153,9 @@ def clip(captions: Sequence[str]) -> tuple[CLIPTextModel, CLIPTokenizer]:
     return CLIPTextModel(config), tokenizer
 
 
-def tokens(tokenizer: T5Tokenizer | CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+def tokens(
+    tokenizer: T5Tokenizer | CLIPTokenizer, captions: Sequence[str]
+) -> tuple[Tensor, Tensor]:
     """Return tokens (P, L) and their mask (P, L)."""
     encoding = tokenizer(
         list(captions),

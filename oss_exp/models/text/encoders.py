@@ -191,6 +191,6 @@ def open_clip(weights: Path, tokenizer: Path, answer: Answer) -> TextModel:
     words = CLIPTokenizer.from_pretrained(tokenizer)
 
     def load() -> nn.Module:
-        return CLIPTextModel.from_pretrained(None, config=config, state_dict=read(weights))
+        return CLIPTextModel.from_pretrained(None, config=config, state_dict=read(weights)).float()
 
     return TextModel(words, digest(read(weights)), load, answer, words.model_max_length)

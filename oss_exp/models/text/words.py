@@ -61,6 +61,11 @@ class Words:
         return {"text": text, "mask": mask, "pooled": pooled}
 
 
+def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a network's tensors by the backbone's names, whether or not the file has these."""
+    return {f"network.{key.removeprefix('network.')}": value for key, value in tensors.items()}
+
+
 class Worded(Prompted):
     """A small network of prompts, trained by `task=pretrain` on images with captions.
 
@@ -92,8 +97,3 @@ class Worded(Prompted):
 
     def _load(self, checkpoint: str) -> str:
         return sha256(f"{Network._load(self, checkpoint)} {self.encoder_sha256}".encode())
-
-
-def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a network's tensors by the backbone's names, whether or not the file has these."""
-    return {f"network.{key.removeprefix('network.')}": value for key, value in tensors.items()}
