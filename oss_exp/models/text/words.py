@@ -18,6 +18,7 @@ from oss_exp.checks import require_range
 from oss_exp.files import sha256
 from oss_exp.models.checkpoints.sets import Translate
 from oss_exp.models.network import Network
+from oss_exp.models.text.encoders import FluxTextEncoders
 from oss_exp.models.text.prompted import Prompted
 
 
@@ -78,7 +79,7 @@ class Worded(Prompted):
 
     def __init__(
         self,
-        words: Words,
+        words: Words | FluxTextEncoders,
         encodings: Sequence[str],
         backbone: Callable[..., nn.Module],
         prompts: Sequence[str] = (),
