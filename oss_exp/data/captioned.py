@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -115,7 +115,13 @@ class CaptionedLatents(Dataset):
         self.latents, self.labels = cached_latents(file)
         with safe_open(Path(file).expanduser(), framework="pt") as tensors:
             captions = (tensors.metadata() or {}).get("captions", "null")
-        self.captions = TypeAdapter(list[str]).validate_json(captions)
+        try:
+            self.captions = TypeAdapter(list[str]).validate_json(captions)
+        except ValidationError:
+            raise ValueError(
+                f"file={file} must have `captions` in its metadata, a JSON list of texts; "
+                f"has {captions:.100}"
+            ) from None
         if int(self.labels.max()) >= len(self.captions) or int(self.labels.min()) < 0:
             raise ValueError(
                 f"file={file} has {len(self.captions)} captions and labels from "
@@ -127,4 +133,6 @@ class CaptionedLatents(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         return self.latents[i].float(), int(self.labels[i])
