@@ -11,6 +11,7 @@ classes that extensions subclass.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if (
@@ -91,6 +92,7 @@ if (
     from oss_exp.velocity import BoundVelocity as BoundVelocity
 
 __version__ = "0.1.0"
+ASSETS = Path(__file__).parent / "assets"  # shipped networks, schedules, prompts
 
 PUBLIC = {
     # Verbs.
@@ -202,6 +204,7 @@ CONFIGURED = {
     "PSDenoiser": "models.families.psdenoiser",
     "Worded": "models.text.words",
     "Words": "models.text.words",
+    "FluxTextEncoders": "models.text.encoders",
     "Pixels": "models.decoders.image",
     "VAE": "models.decoders.image",
     "LDMVAE": "models.decoders.ldm_vae",
@@ -235,6 +238,7 @@ CONFIGURED = {
     "cifar10": "data.cifar10",
     "ColouredFashion": "data.captioned",
     "MovingFashion": "data.captioned",
+    "CaptionedLatents": "data.captioned",
     "FashionScenes": "data.scenes",
     "LogitNormalTimes": "tasks.pretrain",
     "UniformTimes": "tasks.pretrain",

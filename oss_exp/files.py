@@ -299,7 +299,7 @@ def load_asset(
 def find_asset(file: str | Path, what: str) -> Path:
     """A path that exists, or the name of a file shipped with the package."""
     path = Path(file).expanduser()
-    if not path.exists() and not (path := ASSETS / file).is_file():
+    if not path.exists() and not (path := ASSETS / file).exists():
         shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob(f"*{path.suffix}")))
         raise FileNotFoundError(
             f"{what} {file} is neither a path that exists nor a shipped file ({shipped})"

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from oss_exp.data.images import Split, fashion_mnist
+from oss_exp.data.images import Split, cached_latents, fashion_mnist
 from oss_exp.geneval.garments import COLOURS, GARMENTS
+from oss_exp.models.checkpoints.weights import digest
 
 FRAMES, SIDE = 8, 32
 MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor
@@ -99,3 +102,37 @@ class MovingFashion(CaptionedImages):
         shown = (self.garments[garment] + 1).expand(FRAMES, -1, -1, -1)
         frames = F.grid_sample(shown, places, align_corners=False)
         return frames.movedim(0, 1) - 1, int(self.labels[garment]) * len(MOVES) + move
+
+
+class CaptionedLatents(Dataset):
+    """Encoded pictures with captions, from one safetensors file that an autoencoder filled.
+
+    Items are (latent (C, h, w) as the network takes it, number of its caption). The file holds
+    `latents` (n, C, h, w) and `labels` (n,), and in its metadata `captions`, a JSON list.
+    """
+
+    def __init__(self, file: str | Path):
+        self.latents, self.labels = cached_latents(file)
+        with safe_open(Path(file).expanduser(), framework="pt") as tensors:
+            captions = (tensors.metadata() or {}).get("captions", "null")
+        try:
+            self.captions = TypeAdapter(list[str]).validate_json(captions)
+        except ValidationError:
+            raise ValueError(
+                f"file={file} must have `captions` in its metadata, a JSON list of texts; "
+                f"has {captions:.100}"
+            ) from None
+        if int(self.labels.max()) >= len(self.captions) or int(self.labels.min()) < 0:
+            raise ValueError(
+                f"file={file} has {len(self.captions)} captions and labels from "
+                f"{int(self.labels.min())} to {int(self.labels.max())}; number the captions from 0"
+            )
+        self.fingerprint = digest({"latents": self.latents, "labels": self.labels})
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.latents[i].float(), int(self.labels[i])

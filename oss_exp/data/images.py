@@ -84,7 +84,9 @@ def mixture_samples(
 
 
 def cached_latents(file: str | Path) -> Images:
-    """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file."""
+    """Encoded images: `latents` (n, C, h, w), as the network takes them, and `labels` (n,), of one safetensors file.
+
+    Of videos latents are (n, C, F, h, w)."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -95,7 +97,7 @@ def cached_latents(file: str | Path) -> Images:
     if (
         latents is None
         or labels is None
-        or latents.ndim != 4
+        or latents.ndim not in (4, 5)
         or labels.shape != latents.shape[:1]
         or not len(labels)
     ):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.utils import make_grid
 
-from oss_exp.data.captioned import CaptionedImages
+from oss_exp.data.captioned import CaptionedImages, CaptionedLatents
 from oss_exp.data.folder import ImageFolder
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
@@ -331,7 +331,7 @@ def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
 
 def _fingerprint(images: Dataset) -> str:
     """SHA-256 of tensors; of a folder, of its files' names and sizes."""
-    if isinstance(images, CaptionedImages):
+    if isinstance(images, CaptionedImages | CaptionedLatents):
         return images.fingerprint
     digest = hashlib.sha256()
     if isinstance(images, TensorDataset):

@@ -1,9 +1,18 @@
 """Garments with captions."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from oss_exp.data.captioned import MOVES, CaptionedImages, ColouredFashion, MovingFashion
+from oss_exp.data.captioned import (
+    MOVES,
+    CaptionedImages,
+    CaptionedLatents,
+    ColouredFashion,
+    MovingFashion,
+)
 from oss_exp.data.prompts import read_prompts
 from oss_exp.files import find_asset
 from oss_exp.geneval.garments import COLOURS, GARMENTS
@@ -63,3 +72,41 @@ def test_the_fingerprint_is_of_garments_and_kind(fashion):
     ]
     assert kinds[0].fingerprint != kinds[1].fingerprint == kinds[2].fingerprint
     assert len(GARMENTS) == 10
+
+
+# ----------------------------------------------------------------------------------------------
+# Latents
+# ----------------------------------------------------------------------------------------------
+
+CAPTIONS = json.dumps(["a bag", "two boots"])
+
+
+def write_latents(path, labels=(0, 1, 1), captions=CAPTIONS, shape=(4, 2, 2)):
+    tensors = {"latents": torch.randn(len(labels), *shape).half(), "labels": torch.tensor(labels)}
+    save_file(tensors, path, None if captions is None else {"captions": captions})
+    return tensors["latents"]
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 2), (4, 3, 2, 2)], ids=["pictures", "videos"])
+def test_captioned_latents_are_those_of_the_file(tmp_path, shape):
+    latents = write_latents(tmp_path / "l.safetensors", shape=shape)
+    images = CaptionedLatents(str(tmp_path / "l.safetensors"))
+    assert images.captions == ["a bag", "two boots"]
+    assert [label for _, label in images] == [0, 1, 1]
+    for item, expected in zip(images, latents, strict=True):
+        assert torch.equal(item[0], expected.float())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"captions": None}, "captions"),
+        ({"captions": '{"a": 1}'}, "captions"),
+        ({"labels": (0, 2)}, "has 2 captions and labels from 0 to 2"),
+        ({"labels": (-1, 1)}, "labels from -1"),
+    ],
+)
+def test_captions_that_do_not_fit_are_refused(tmp_path, settings, message):
+    write_latents(tmp_path / "l.safetensors", **settings)
+    with pytest.raises(ValueError, match=message):
+        CaptionedLatents(str(tmp_path / "l.safetensors"))

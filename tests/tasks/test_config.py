@@ -125,7 +125,7 @@ def test_option(group, option, tmp_path, monkeypatch):
         "digits",
         "mixture_samples",
     ):  # with files: test_data.py, test_cifar10.py
-        place = {"file" if option == "cached_latents" else "root": str(tmp_path / "absent")}
+        place = {"file" if option.endswith("latents") else "root": str(tmp_path / "absent")}
         with pytest.raises(FileNotFoundError, match=r"images.*absent"):
             build(cfg.images, "images", **place)
     elif group == "exporter":

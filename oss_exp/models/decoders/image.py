@@ -111,7 +111,10 @@ class VAE(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x0: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) in [0, 1]."""
+        """(B, C, h, w) -> (B, 3, H, W) in [0, 1]; videos (B, C, F, h, w) frame by frame."""
+        if x0.ndim == 5:
+            frames = x0.transpose(1, 2)
+            return self(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
         (network,) = self._network
         latents = x0.float() / self.scaling_factor + self.shift_factor
         pixels = [network.decode(rows).sample for rows in latents.split(self.micro_batch)]

@@ -1,0 +1,23 @@
+"""Scenes of coloured garments, by number."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch.utils.data import Subset
+
+from oss_exp.data.scenes import FashionScenes
+
+DATA = os.environ.get("OSS_EXP_DATA", "data")
+
+
+@lru_cache
+def _all() -> FashionScenes:
+    return FashionScenes(DATA)
+
+
+def scenes(numbers: Sequence[int]) -> Subset:
+    """Return the scenes of these numbers, ((3, 64, 64) in [-1, 1], number of the caption) each."""
+    return Subset(_all(), [number % len(_all()) for number in numbers])
