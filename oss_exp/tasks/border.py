@@ -106,6 +106,7 @@ def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
     checked = _Check(node, key, unset_passes=False, arguments=arguments).of(plain, kind)
     if checked is None:
         return None
+
     if not isinstance(checked, Mapping) or "_target_" not in checked:
         raise ValueError(f"{key} must be a mapping with _target_, got {shown(checked)}")
 
@@ -242,6 +243,7 @@ class _Check:
         except ValueError as error:
             self.faults.append(f"{_below(key, '_target_')} {error}")
             return dict(node)
+
         is_partial = node.get("_partial_", False)
         if not _fits(target, is_partial, kind):
             self._refuse(key, kind, node["_target_"])
@@ -285,7 +287,8 @@ class _Check:
             if name not in parameters.kinds and not parameters.takes_more:
                 self.faults.append(_unknown(key, name, owner, parameters.kinds))
             kind = parameters.kinds.get(name, Any)
-            fields[name] = self._value(value, kind, _below(key, name), None if owner == "" else ())
+            extra_below = None if owner == "" else ()
+            fields[name] = self._value(value, kind, _below(key, name), extra_below)
 
         # Missing names.
         if extra is not None:
@@ -363,6 +366,7 @@ def _target(name: Any) -> Any:
         raise ValueError(f"must be the name of a class or a function, got {shown(name)}")
     package, _, path = name.partition(".")
     is_ours = package == "oss_exp"
+
     try:
         target = named_object(name) if is_ours else get_object(name)
     except Exception as error:
@@ -374,6 +378,7 @@ def _target(name: Any) -> Any:
         raise ValueError(
             f"must be the name of a class or a function, got {name!r}{advice}"
         ) from None
+
     if not callable(target):
         raise ValueError(f"must be the name of a class or a function, got {name!r}")
     return target
@@ -395,6 +400,7 @@ def parameters_of(target: Callable) -> _Parameters:
     kinds: dict[str, Any] = {}
     required: list[str] = []
     takes_more = False
+
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             # Required parameters of the base are not required here: the class may set them.
@@ -407,6 +413,7 @@ def parameters_of(target: Callable) -> _Parameters:
             kinds[name] = kind if _is_ours(target) else _loosened(kind, parameter.default)
             if parameter.default is parameter.empty:
                 required.append(name)
+
     return _Parameters(kinds, tuple(required), takes_more)
 
 
@@ -531,6 +538,7 @@ def _accepts_one(kind: Any, value: Any) -> bool:
         return True
     if kind is None or kind is type(None):
         return value is None
+
     if get_origin(kind) is Callable or kind is Callable:
         return False
     if _is_object(kind):
@@ -538,6 +546,7 @@ def _accepts_one(kind: Any, value: Any) -> bool:
         with suppress(TypeError):
             return isinstance(value, kind)
         return False
+
     if get_origin(kind) is Literal:  # for pydantic, true is a 1 here
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
 
@@ -602,6 +611,7 @@ def describe(kind: Any, plural: bool = False) -> str:
         if len(words) < len(options):
             words.append("null")
         return " or ".join([", ".join(words[:-1]), words[-1]])
+
     if get_origin(kind) is Annotated:
         inner, *metadata = get_args(kind)
         return describe(inner, plural) + _bounds(metadata)
@@ -638,6 +648,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
     words = ""
     low = None
     high = None
+
     for entry in metadata:
         if isinstance(entry, annotated_types.Ge):
             low = entry.ge

@@ -56,10 +56,9 @@ class Calibrate(Task):
         run = Run(cfg)
         if run.setting.solver.calibration is not None:
             raise ValueError("task=calibrate runs the solver as it is; set solver.calibration=null")
-        per_sample = [name for name, strategy in run.strategies.items() if strategy.per_sample]
-        if per_sample:
+        if run.per_sample:
             raise ValueError(
-                f"stepsize {', '.join(per_sample)} plans one schedule per sample, which has no "
+                f"stepsize {', '.join(run.per_sample)} plans one schedule per sample, which has no "
                 "mean amplitude in time; choose strategies that plan one for all, such as "
                 "stepsize=[ddim,oss_shared]"
             )

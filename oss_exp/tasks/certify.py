@@ -189,10 +189,12 @@ def _check_run(run: Run, path: Path, steps: StepSchedule) -> dict[str, ClosedFor
         )
     if run.trainer.world_size > 1:
         raise ValueError("task=certify runs on one device; set trainer.devices=1")
+
     baselines: dict[str, ClosedForm] = {}
     for name, strategy in run.strategies.items():
         if isinstance(strategy, ClosedForm):
             baselines[name] = strategy
+
     if not baselines or len(baselines) < len(run.strategies):
         raise ValueError(
             "task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of "
@@ -272,11 +274,13 @@ class _Measuring:
         end = begun - self.started + self.longest
         if axis != "base" and self.max_minutes is not None and end > 60 * self.max_minutes:
             raise OutOfTime
+
         setting = build_setting(cfg, self._model(cfg, axis, value))
         record = self._measure(setting, student_solver or setting.solver, axis, key)
         if axis == "base":
             images = torch.stack([self.images[number] for number in record.index])
             save_asset(pictures, {"images": images}, {})
+
         write_atomically(file, json.dumps(record.model_dump()) + "\n")
         self.longest = max(self.longest, time.monotonic() - begun)
         return record
@@ -301,6 +305,7 @@ class _Measuring:
         calls = 0
         model = setting.model
         students = self._students(setting)
+
         for batch in data.test_dataloader():
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             group = setting.classes(batch)
@@ -312,6 +317,7 @@ class _Measuring:
             x0 = model.sample(setting.solver, setting.teacher, noise, condition)
             reference = model.decode(x0)
             calls += nfe(setting.solver, setting.teacher, velocity) * len(noise)
+
             numbers = batch["index"].tolist()
             if axis == "base":
                 self.images |= dict(zip(numbers, reference.half().cpu(), strict=True))
@@ -325,6 +331,7 @@ class _Measuring:
                 x0 = run_steps(model, velocity, student_solver, steps, noise, condition, group)
                 values.setdefault(name, []).append(psnr(model.decode(x0), reference))
                 calls += nfe(student_solver, steps, velocity) * len(noise)
+
             index += numbers
 
         return CellRecord(
@@ -408,6 +415,7 @@ def certificate_of(
         loss = Interval.of(first_psnr - schedule_psnr)
         gain = Interval.of(schedule_psnr - baseline_psnr)
         mean = Interval.of(schedule_psnr)
+
         cell_axis, cell_value = _axis_in_file(axis, value, record, base)
         cells.append(
             Cell(

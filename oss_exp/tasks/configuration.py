@@ -82,8 +82,11 @@ def check_configuration(cfg: DictConfig) -> None:
     """
     # Unset values first; interpolations stay, because they may refer to such values.
     written: Any = OmegaConf.to_container(cfg)
-    unset = [key for key, value in written.items() if value == "???"]
-    unset += [f"task.{key}" for key, value in written["task"].items() if value == "???"]
+    unset = []
+    for prefix, values in (("", written), ("task.", written["task"])):
+        for key, value in values.items():
+            if value == "???":
+                unset.append(f"{prefix}{key}")
     if unset:
         advice = " ".join(f"{key}=VALUE" for key in unset)
         raise ValueError(f"{', '.join(unset)} must be set: add {advice}")

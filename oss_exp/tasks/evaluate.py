@@ -107,7 +107,10 @@ def metrics_of(run: Run) -> Metrics:
 def plan_and_measure(run: Run, metrics: Metrics) -> None:
     """Plan every strategy for every budget, and measure all schedules."""
     plan(run)
-    files = [(name, run.file(name, k)) for name in run.strategies for k in run.num_steps]
+    files = []
+    for name in run.strategies:
+        for k in run.num_steps:
+            files.append((name, run.file(name, k)))
     measure(run, metrics, files)
 
 
@@ -127,8 +130,10 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
         steps = StepSchedule.load(path)
         if run.config["run_orders"] == "fixed":
             steps = steps.with_own_orders()
+
         label = f"{name} K={steps.num_steps}"
         schedules[label] = steps
+
         rows[label] = {
             "strategy": name,
             "num_steps": steps.num_steps,
@@ -216,9 +221,13 @@ class EvaluateModule(L.LightningModule):
         self.batches = 0
         self.saved_at = time.monotonic()
         self.velocity: BoundVelocity | None = None
-        self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
+
+        # Results by label: rows of (index, PSNR, amplitude ratio), and pictures with their index.
+        self.values: dict[str, list[Tensor]] = {}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {"teacher": []}
-        self.pictures |= {label: [] for label in schedules}
+        for label in schedules:
+            self.values[label] = []
+            self.pictures[label] = []
 
     def on_test_start(self) -> None:
         # Spawned processes begin with copies of one memory, sums included.
@@ -294,7 +303,9 @@ class EvaluateModule(L.LightningModule):
     def _save_progress(self) -> None:
         states: dict[str, dict[str, Any]] = {}
         for label, metrics in self._metric_sets():
-            states[label] = {name: dict(metric.metric_state) for name, metric in metrics.named()}
+            states[label] = {}
+            for name, metric in metrics.named():
+                states[label][name] = dict(metric.metric_state)
 
         progress = {
             "origin": self.origin,
@@ -305,6 +316,7 @@ class EvaluateModule(L.LightningModule):
             "pictures": self.pictures,
             "trajectories": self.trajectories.parts,
         }
+
         buffer = io.BytesIO()
         torch.save(progress, buffer)
         write_atomically(self.progress, buffer.getvalue())
@@ -432,10 +444,13 @@ class EvaluateModule(L.LightningModule):
         template_index, template_images = self.pictures["teacher"][0]
         for label, parts in self.pictures.items():
             parts = parts or [(template_index[:0], template_images[:0])]
-            index = collective.gather(torch.cat([part[0] for part in parts]))
-            images = collective.gather(torch.cat([part[1] for part in parts]))
-            first = np.unique(index.cpu().numpy(), return_index=True)[1]
-            images = images.cpu().numpy()[first]
+            part_index, part_images = zip(*parts, strict=True)
+            index = collective.gather(torch.cat(part_index)).cpu().numpy()
+            images = collective.gather(torch.cat(part_images)).cpu().numpy()
+
+            # A distributed sampler may repeat samples.
+            first = np.unique(index, return_index=True)[1]
+            images = images[first]
             if self.save_images == "npz":
                 self._write_images(label, images)
             if len(images) >= min(SHOWN, self.eval_samples):
@@ -511,13 +526,14 @@ class Metrics:
         for name, kind in kinds.items():
             parameters = inspect.signature(kind).parameters
             self.parts_of[name] = [part for part in PARTS if part in parameters]
-            if missing := [need for need in kind.needs if need not in inputs]:
-                raise ValueError(
-                    f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out"
-                )
+            for need in kind.needs:
+                if need not in inputs:
+                    raise ValueError(
+                        f"metric={name} needs {need}, and {ABSENT[need]}; leave it out"
+                    )
 
         # Extractor and reference, if a metric takes them.
-        used = {part for parts in self.parts_of.values() for part in parts}
+        used = set().union(*self.parts_of.values())
         extractor = None
         reference = None
         self.extractor: Any = None
@@ -572,7 +588,7 @@ class Metrics:
             if "extractor" in self.parts_of[name]:
                 metric.extractor = extractor
             metrics.append(metric)
-        return MetricSet([str(name) for name in self.settings], metrics)
+        return MetricSet(list(map(str, self.settings)), metrics)
 
 
 @contextlib.contextmanager

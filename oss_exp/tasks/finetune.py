@@ -145,11 +145,13 @@ class Finetune(TrainingTask):
             raise ValueError(
                 f"task=finetune trains networks; model={model.name} has no weights to train"
             )
+
         if self.trainable == "adaln" and not adaptive_norms(model.backbone):
             raise ValueError(
                 f"task.trainable=adaln: model={model.name} names no adaptive layer norms; choose "
                 "full or lora"
             )
+
         if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
             raise ValueError(
                 f"task.objective={self.objective} trains jumps of solver=euler; choose it, or "
@@ -191,6 +193,7 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
                 "stages are cut at one schedule: set task.schedule=FILE.json, or one stepsize and "
                 f"one K in num_steps, got {list(run.strategies)} and {run.num_steps}"
             )
+
         spans(run.num_steps[0], task.num_stages)  # raises before the work
         plan(run)
         path = run.file(next(iter(run.strategies)), run.num_steps[0])
@@ -204,6 +207,7 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
             f"step schedule {path} has {kind}; stages need times for all and plain steps, such as "
             "oss_ave's"
         )
+
     spans(steps.num_steps, task.num_stages)
     rank_zero_only(steps.save)(saved)
     return steps
@@ -291,6 +295,7 @@ def _jumps(
         start = f"student_{earlier + 1}"
         states.make(start, model, student, run.trainer)
         model.parameters_of.use(BASE)
+
     return Jumps(states, stages[stage], task.seed, progressive, start)
 
 
@@ -343,10 +348,12 @@ def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.
             parameters[f"{match['layer']}.weight{suffix}"] = parameter
 
     # Training mode, undone at the end.
-    originals = [parameter.detach().cpu().clone() for parameter in parameters.values()]
+    originals = []
     for parameter in parameters.values():
+        originals.append(parameter.detach().cpu().clone())
         parameter.requires_grad_(True)
     backbone.train()
+
     try:
         yield parameters
     finally:
@@ -442,7 +449,7 @@ class StageModule(Training):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        stage_ids = {id(parameter) for parameter in (*self.trained, *self.average)}
+        stage_ids = {*map(id, self.trained), *map(id, self.average)}
         state = {}
         for name, parameter in self.named_parameters():
             if id(parameter) in stage_ids and name in checkpoint["state_dict"]:
@@ -468,6 +475,7 @@ def _report(folder: StageFolder, run_folder: Path) -> None:
             stages.append(record)
         else:
             missing.append(str(stage))
+
     record = FinetuneRecord(**folder.base, stages=stages)
     write_atomically(run_folder / "finetune.json", record.model_dump_json() + "\n")
 

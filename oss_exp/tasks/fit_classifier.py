@@ -120,11 +120,13 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitCla
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = network.logits(augment(images[batch], task.shift, task.erase))
                 loss = F.cross_entropy(logits.float(), labels[batch])
+
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 progress.update(bar, advance=1, loss=loss.item())
+
             if not math.isfinite(loss.item()):
                 raise ValueError(
                     f"the loss is {loss.item()} in epoch {epoch + 1}; lower task.learning_rate"

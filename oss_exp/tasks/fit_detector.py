@@ -134,6 +134,7 @@ def train(network: FashionDetector, scenes: AnyScenes, task: FitDetector) -> Non
             loss = network.loss(*batch)
             if not math.isfinite(loss.item()):
                 raise ValueError(f"the loss is {loss.item()}; lower task.learning_rate")
+
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""What the tasks that make weights share: progress bar, provenance, labelled images."""
+"""Tools of the tasks that make weights: progress bar, provenance, labelled images."""
 
 from __future__ import annotations
 

@@ -63,11 +63,10 @@ class GenEval(Task):
 
         # Schedules.
         run = Run(cfg)
-        per_sample = [name for name, strategy in run.strategies.items() if strategy.per_sample]
-        if per_sample:
+        if run.per_sample:
             raise ValueError(
-                f"{per_sample[0]} has a schedule for each sample, and these are others; leave it "
-                "out of stepsize"
+                f"{run.per_sample[0]} has a schedule for each sample, and these are others; leave "
+                "it out of stepsize"
             )
         plan(run)
         schedules = {"teacher": run.setting.teacher}
@@ -107,6 +106,7 @@ class GenEval(Task):
                 "verdicts": judge.verdicts(label),
             }
             rows.append(row)
+
         record = {
             **run.about,
             "detector": self.detector.fingerprint,

@@ -74,7 +74,9 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != name}
+    values = dict(values)
+    values.pop(name, None)
+    return values
 
 
 def _spelled_out(value: Any) -> Any:

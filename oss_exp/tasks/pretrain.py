@@ -215,6 +215,7 @@ class PretrainModule(Training):
         weights = self.model.backbone.state_dict()
         for key, value in weights.items():
             weights[key] = value.half() if value.is_floating_point() else value
+
         training = {
             "steps": self.steps_taken,
             "of": self.max_steps,
@@ -276,6 +277,7 @@ class Pretrain(TrainingTask):
         model = _initial(cfg, images, self.init_from or UNTRAINED)
         require_fitting(images, model)
         examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
+
         config_text = OmegaConf.to_yaml(cfg, resolve=True)
         rank_zero_only(write_atomically)(folder / "config.yaml", config_text)
 
@@ -292,6 +294,7 @@ class Pretrain(TrainingTask):
         )
         logger = border.build(cfg.logger, "logger", Logger | None)
         trainer = fit(cfg, self, module, logger, resume)
+
         if trainer.is_global_zero:
             result = f"{module.steps_taken} steps, loss {module.recent_loss():.4g}"
             PlainConsole().print(f"{self.output}: {result}", soft_wrap=True)
@@ -324,6 +327,7 @@ def require_fitting(images: Dataset, model: Network) -> None:
     else:
         labels = [label for _, label in images.samples]
     classes = int(torch.as_tensor(labels).max()) + 1
+
     if classes > model.num_classes:
         raise ValueError(
             f"images has {classes} classes, model={model.name} has {model.num_classes}; set its "

@@ -80,6 +80,11 @@ class Run:
         self.trainer = self._build_trainer()
         self._write_inputs()
 
+    @property
+    def per_sample(self) -> list[str]:
+        """Names of the strategies that plan one schedule per sample."""
+        return [name for name, strategy in self.strategies.items() if strategy.per_sample]
+
     def noises(self, **changes: Any) -> NoiseData:
         """Return the noises that `data` describes for this run's model.
 

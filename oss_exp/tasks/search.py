@@ -44,6 +44,7 @@ def plan(run: Run) -> None:
     for name, strategy in run.strategies.items():
         if not all(run.file(name, k).is_file() for k in run.num_steps):
             missing[name] = strategy
+
     if not missing:
         return
 

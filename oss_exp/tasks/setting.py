@@ -1,4 +1,4 @@
-"""What all strategies of a run have in common, and its record in the provenance of schedules."""
+"""The setting that all strategies of a run share, and its record in the provenance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oss_exp.velocity import BoundVelocity
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What all strategies of a run have in common.
+    """The setting that all strategies of a run share.
 
     Attributes:
         model: The model.

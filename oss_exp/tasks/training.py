@@ -264,6 +264,7 @@ def fit(
         plugins=[WholeCheckpoints()],
         **trainer_options,
     )
+
     if task.batch_size % trainer.world_size:
         raise ValueError(
             f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} "

@@ -82,8 +82,8 @@ def check_state(
     state = _read(path, name, remedy)
 
     # The same network.
-    shapes = {key: tensor.shape for key, tensor in state.state_dict.items()}
-    expected = {key: tensor.shape for key, tensor in state_dict.items()}
+    shapes = _shapes(state.state_dict)
+    expected = _shapes(state_dict)
     for key in {**expected, **shapes}:
         if partial and key not in shapes:
             continue
@@ -101,6 +101,7 @@ def check_state(
         tensors = values if isinstance(values, Mapping) else {}
         has_weight = isinstance(key, int) and key < len(trained)
         shape = trained[key].shape if has_weight else None
+
         for part in ("exp_avg", "exp_avg_sq"):
             tensor = tensors.get(part)
             if not isinstance(tensor, Tensor) or shape not in (None, tensor.shape):
@@ -126,6 +127,10 @@ def _read(path: Path, name: str, remedy: str) -> TrainingState:
     except ValidationError as error:
         reason = describe(error, given=content if isinstance(content, Mapping) else None)
         raise ValueError(f"{name} is none of a training: {reason}; {remedy}") from None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
