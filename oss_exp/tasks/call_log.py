@@ -132,7 +132,7 @@ class Calls:
     def _no_room(self, reason: str) -> OSError:
         return OSError(
             f"cannot keep the network calls of a search in {self.folder}: {reason}; free space, or "
-            "set keep_calls=false, with which a killed search starts again"
+            "set keep_calls=false (a killed search then starts again)"
         )
 
 

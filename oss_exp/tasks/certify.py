@@ -156,7 +156,7 @@ class Certify(Task):
     def _cells(self, base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """Yield (axis, value) of every cell that differs from the base."""
         if unknown := [axis for axis in self.axes if axis not in CHANGES]:
-            raise ValueError(f"task.axes.{unknown[0]} is none of {', '.join(CHANGES)}")
+            raise ValueError(f"task.axes.{unknown[0]} is not one of {', '.join(CHANGES)}")
         for axis, values in self.axes.items():
             for value in values:
                 name = _solver_class(value) if axis == "solver" else value
@@ -197,8 +197,7 @@ def _check_run(run: Run, path: Path, steps: StepSchedule) -> dict[str, ClosedFor
 
     if not baselines or len(baselines) < len(run.strategies):
         raise ValueError(
-            "task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of "
-            "them"
+            "task=certify compares with schedules by hand; set stepsize=[ddim,fm] or others"
         )
     return baselines
 
@@ -254,7 +253,7 @@ class _Measuring:
         is_fixed = self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)
         if student_solver is not None and is_fixed:
             owner = dict(self.steps.about("solver")).get("_target_", "a fit")
-            raise Skipped(f"its steps are those of {owner} alone")
+            raise Skipped(f"its steps fit {owner} only")
 
         # A record that is on disk.
         data = OmegaConf.to_container(cfg.data, resolve=True)
@@ -379,7 +378,7 @@ def run_steps(
         searched_apart = (steps.about("model").get("guidance") or {}).get("scale", 1) != 1
         if searched_apart and len(velocity.mix) == 1:
             raise Skipped(
-                "its steps weigh guided and unguided answers apart, and here there is one"
+                "its steps weigh guided and unguided predictions, and this model gives one"
             )
         if not searched_apart and len(velocity.mix) > 1:
             mixed = BoundVelocity.of(lambda x, t: velocity(x, t))
@@ -540,9 +539,7 @@ def _lora(cfg: Any, value: str) -> None:
     elif not value:
         cfg.stages = None
     elif not Path(value).expanduser().is_dir():
-        raise Skipped(
-            "a network takes the folder of task=finetune task.trainable=lora, and this is none"
-        )
+        raise Skipped("it is not a folder that task=finetune task.trainable=lora has written")
     else:
         cfg.stages = str(Path(value).expanduser())
 
@@ -558,7 +555,7 @@ def _solver(cfg: Any, value: str) -> Solver:
 def _solver_settings(value: str) -> Any:
     file = SOLVERS / f"{value}.yaml"
     if Path(str(value)).name != value or not file.is_file():
-        raise ValueError(f"task.axes.solver={value} is none of conf/solver")
+        raise ValueError(f"task.axes.solver={value} is not in conf/solver")
     return OmegaConf.load(file)
 
 

@@ -65,7 +65,7 @@ def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
             keys[keys.index("task")] = names or "task"
     except (AttributeError, KeyError, TypeError):
         raise ValueError(
-            f"{folder / 'config.yaml'} is no configuration of a run; choose another folder"
+            f"{folder / 'config.yaml'} is not the configuration of a run; choose another folder"
         ) from None
 
     if keys:

@@ -414,9 +414,8 @@ class EvaluateModule(L.LightningModule):
         self.trainer.strategy.barrier("metrics are on disk")
         for name, error in self.failed.items():
             raise ValueError(
-                f"metric.{name}: {error}; the rest is in {self.folder / 'metrics.json'}, and the "
-                f"same command with other values of metric.{name}, or without it, measures no "
-                "image again"
+                f"metric.{name}: {error}; the rest is in {self.folder / 'metrics.json'}; change "
+                f"or leave out metric.{name} and repeat the command, which measures no image again"
             ) from error
 
         # The progress is not needed any more; another rank's file may still be in the folder.
@@ -546,7 +545,7 @@ class Metrics:
             name = next(name for name, parts in self.parts_of.items() if "classifier" in parts)
             raise ValueError(
                 f"metric={name} needs a classifier, and "
-                f"evaluation.extractor={type(extractor).__name__} knows no classes; choose "
+                f"evaluation.extractor={type(extractor).__name__} has no classes; choose "
                 "evaluation=fashion, or leave it out"
             )
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}

@@ -38,7 +38,7 @@ class Export(Task):
         if self.workflow is not None:
             if not isinstance(exporter, ComfyUINodes):
                 raise ValueError(
-                    "task.workflow is for exporter=comfyui_nodes, whose nodes its copy has"
+                    "task.workflow is for exporter=comfyui_nodes; choose it, or leave it out"
                 )
             exporter = replace(exporter, workflow=self.workflow)
 

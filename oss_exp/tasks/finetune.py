@@ -106,7 +106,7 @@ class Finetune(TrainingTask):
         # Configuration and images.
         output = Path(self.output)
         if (self.objective == "diffusion") != ("images" in cfg):
-            advice = "needs images: images=fashion_mnist_32, or other"
+            advice = "needs images: images=fashion_mnist_32 or others"
             if "images" in cfg:
                 advice = "takes no images"
             raise ValueError(f"task.objective={self.objective} {advice}")
@@ -155,7 +155,7 @@ class Finetune(TrainingTask):
         if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
             raise ValueError(
                 f"task.objective={self.objective} trains jumps of solver=euler; choose it, or "
-                "diffusion"
+                "task.objective=diffusion"
             )
 
 
@@ -163,8 +163,8 @@ def spans(num_steps: int, num_stages: int) -> list[range]:
     """Return the steps of every stage, as even as whole numbers allow."""
     if num_stages > num_steps:
         raise ValueError(
-            f"task.num_stages={num_stages} exceeds the {num_steps} steps of the schedule, at "
-            "whose times stages are cut; choose fewer stages or a schedule with more steps"
+            f"task.num_stages={num_stages} exceeds the {num_steps} steps of the schedule; "
+            "choose fewer stages or a schedule with more steps"
         )
     ends = [stage * num_steps // num_stages for stage in range(num_stages + 1)]
     return list(starmap(range, pairwise(ends)))
@@ -174,8 +174,8 @@ def _check_images(images: Dataset, model: Network, prompts: list[str] | None) ->
     require_fitting(images, model)
     if getattr(images, "captions", None) != prompts:
         raise ValueError(
-            f"the captions of `images` are not the prompts of model={model.name}, which they "
-            "number; choose images that belong together with data.prompts"
+            f"the captions of `images` differ from the prompts of model={model.name}; choose "
+            "images that belong to data.prompts"
         )
 
 
@@ -190,8 +190,8 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
     if path is None:
         if len(run.strategies) != 1 or len(run.num_steps) != 1:
             raise ValueError(
-                "stages are cut at one schedule: set task.schedule=FILE.json, or one stepsize and "
-                f"one K in num_steps, got {list(run.strategies)} and {run.num_steps}"
+                "task=finetune needs one schedule: set task.schedule=FILE.json, or one stepsize "
+                f"and one K in num_steps, got {list(run.strategies)} and {run.num_steps}"
             )
 
         spans(run.num_steps[0], task.num_stages)  # raises before the work
@@ -204,8 +204,8 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
     if steps.per_sample or isinstance(steps.steps, FittedSteps):
         kind = "a time for every sample" if steps.per_sample else "fitted steps"
         raise ValueError(
-            f"step schedule {path} has {kind}; stages need times for all and plain steps, such as "
-            "oss_ave's"
+            f"step schedule {path} has {kind}; stages need one schedule for all samples, with "
+            "plain steps, such as that of oss_ave"
         )
 
     spans(steps.num_steps, task.num_stages)

@@ -53,7 +53,7 @@ class FitDetector(Task):
         if border.class_of(cfg.images, "images") is not FashionScenes:
             raise ValueError(
                 "task=fit_detector draws scenes of its own from images=fashion_scenes; leave "
-                "others out"
+                "out other images"
             )
 
         # Garments.

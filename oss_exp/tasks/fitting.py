@@ -100,9 +100,7 @@ def labelled_images(images: DictConfig, **split: Split) -> tuple[Tensor, Tensor]
         pictures = torch.stack([image for image, _ in items])
         items = pictures, torch.tensor([label for _, label in items.samples])
     if not isinstance(items, tuple):
-        raise ValueError(
-            "images has captions, and what is fitted here are classes; choose other images"
-        )
+        raise ValueError("images has captions, and this task needs classes; choose other images")
     if NO_CLASS in items[1]:
         raise ValueError("images has no classes to fit; give images in a folder for each class")
     return items
@@ -116,7 +114,7 @@ def require_both_splits(images: DictConfig) -> None:
     """
     if "split" not in border.parameters_of(border.class_of(images, "images")).kinds:
         raise ValueError(
-            "images must have a train and a test split; choose images=fashion_mnist_32 or such"
+            "images must have a train and a test split, such as images=fashion_mnist_32"
         )
     if images.get("split", "train") != "train":
         raise ValueError(

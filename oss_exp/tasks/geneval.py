@@ -65,8 +65,8 @@ class GenEval(Task):
         run = Run(cfg)
         if run.per_sample:
             raise ValueError(
-                f"{run.per_sample[0]} has a schedule for each sample, and these are others; leave "
-                "it out of stepsize"
+                f"{run.per_sample[0]} has a schedule for each sample, and GenEval draws others; "
+                "leave it out of stepsize"
             )
         plan(run)
         schedules = {"teacher": run.setting.teacher}

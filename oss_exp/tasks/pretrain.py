@@ -259,7 +259,7 @@ class Pretrain(TrainingTask):
             )
         if self.resume is not None and self.init_from is not None:
             raise ValueError(
-                "task.resume goes on with weights of its own; leave out task.init_from"
+                "task.resume and task.init_from both name initial weights; leave out one of them"
             )
 
         # Checkpoint to resume from.

@@ -120,13 +120,13 @@ def _read(path: Path, name: str, remedy: str) -> TrainingState:
     except Exception as error:  # whatever damage leads to
         reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(
-            f"{name} is none of a training, or is damaged ({reason}); {remedy}"
+            f"{name} is not from a training, or is damaged ({reason}); {remedy}"
         ) from None
     try:
         return TrainingState.model_validate(content)
     except ValidationError as error:
         reason = describe(error, given=content if isinstance(content, Mapping) else None)
-        raise ValueError(f"{name} is none of a training: {reason}; {remedy}") from None
+        raise ValueError(f"{name} is not from a training: {reason}; {remedy}") from None
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
