@@ -520,7 +520,7 @@ class Metrics:
         # The class of every metric, its needs, and the parts that it takes.
         kinds: dict[str, Any] = {}
         for name, node in metric.items():
-            kinds[name] = border.class_of(node, f"metric.{name}")
+            kinds[str(name)] = border.class_of(node, f"metric.{name}")
         self.parts_of: dict[str, list[str]] = {}
         for name, kind in kinds.items():
             parameters = inspect.signature(kind).parameters
@@ -551,10 +551,10 @@ class Metrics:
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
 
         # Make a set, so that errors show before any work.
-        for name, metric in self().named():
+        for name, member in self().named():
             if images is not None:
                 with _named(name):
-                    metric.require(images)
+                    member.require(images)
 
     @torch.no_grad()
     def require_images(self, images: Tensor) -> None:
@@ -581,13 +581,14 @@ class Metrics:
     def __call__(self) -> MetricSet:
         metrics = []
         extractor = CachedExtractor(self.parts["extractor"])
-        for name, settings in self.settings.items():
-            parts = {part: self.parts[part] for part in self.parts_of[name]}
-            metric: ImageMetric = border.build(settings, f"metric.{name}", ImageMetric, **parts)
-            if "extractor" in self.parts_of[name]:
+        for name, part_names in self.parts_of.items():
+            node = self.settings[name]
+            parts = {part: self.parts[part] for part in part_names}
+            metric: ImageMetric = border.build(node, f"metric.{name}", ImageMetric, **parts)
+            if "extractor" in parts:
                 metric.extractor = extractor
             metrics.append(metric)
-        return MetricSet(list(map(str, self.settings)), metrics)
+        return MetricSet(list(self.parts_of), metrics)
 
 
 @contextlib.contextmanager

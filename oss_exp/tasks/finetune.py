@@ -116,14 +116,14 @@ class Finetune(TrainingTask):
 
         # Model and schedule.
         run = Run(cfg)
-        self._check_run(run)
+        network = self._network(run)
         if images is not None:
-            _check_images(images, run.setting.model, run.data.prompts)
+            _check_images(images, network, run.data.prompts)
         steps = _schedule(self, run, output)
         stages = spans(steps.num_steps, self.num_stages)
 
         # The folder of the stages.
-        base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
+        base = {"name": network.name, "sha256": network.fingerprint}
         ends = tuple(float(steps.times[span.start]) for span in stages[1:])
         folder = StageFolder(output, base, ends)
         rank_zero_only(folder.save)()
@@ -138,8 +138,8 @@ class Finetune(TrainingTask):
             _report(folder, Path(cfg.paths.output_dir))
         return logger
 
-    def _check_run(self, run: Run) -> None:
-        """Raise ValueError if the model or the solver cannot be trained in this way."""
+    def _network(self, run: Run) -> Network:
+        """Return the network to train; raise ValueError if it or the solver does not suit."""
         model = run.setting.model
         if not isinstance(model, Network):
             raise ValueError(
@@ -157,6 +157,7 @@ class Finetune(TrainingTask):
                 f"task.objective={self.objective} trains jumps of solver=euler; choose it, or "
                 "task.objective=diffusion"
             )
+        return model
 
 
 def spans(num_steps: int, num_stages: int) -> list[range]:
