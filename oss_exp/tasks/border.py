@@ -108,7 +108,7 @@ def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
         return None
 
     if not isinstance(checked, Mapping) or "_target_" not in checked:
-        raise ValueError(f"{key} must be a mapping with _target_, got {shown(checked)}")
+        raise ValueError(f"{key} must be a mapping with _target_, got {as_yaml(checked)}")
 
     # Build. As keywords of `instantiate`, dataclasses among the arguments would become
     # configurations.
@@ -186,7 +186,7 @@ class _Check:
             item = _item_kind(kind)
             return [self._value(entry, item, f"{key}.{i}") for i, entry in enumerate(value)]
         elif not _accepts(kind, value):
-            self._refuse(key, kind, shown(value))
+            self._refuse(key, kind, as_yaml(value))
         return value
 
     def _refuse_unset(self, key: str, kind: Any) -> None:
@@ -221,7 +221,7 @@ class _Check:
 
         # Other mappings may hold targets.
         if kind is not Any and not _has_target(value) and not _accepts(kind, value):
-            self._refuse(key, kind, shown(value))
+            self._refuse(key, kind, as_yaml(value))
             return value
         return self._entries(value, Any, key, extra_below)
 
@@ -255,7 +255,7 @@ class _Check:
                 continue
             reserved[name] = node[name]
             if not _accepts(expected, node[name]):
-                self._refuse(_below(key, name), expected, shown(node[name]))
+                self._refuse(_below(key, name), expected, as_yaml(node[name]))
 
         # Arguments of the target.
         if is_partial or "_args_" in node:
@@ -363,7 +363,7 @@ class _Parameters(NamedTuple):
 def _target(name: Any) -> Any:
     """Return the object of a name; the ValueError is read after the key."""
     if not isinstance(name, str):
-        raise ValueError(f"must be the name of a class or a function, got {shown(name)}")
+        raise ValueError(f"must be the name of a class or a function, got {as_yaml(name)}")
     package, _, path = name.partition(".")
     is_ours = package == "oss_exp"
 
@@ -681,17 +681,17 @@ def _example(kind: Any) -> str:
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else as_yaml(value)
 
 
-def shown(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """Return a value as a yaml has it: null, true, nan, [1, 2], {a: 1}; text is quoted."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {as_yaml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(shown, value)) + "]"
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
     return repr(value)
 
 

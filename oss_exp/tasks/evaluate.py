@@ -407,7 +407,7 @@ class EvaluateModule(L.LightningModule):
             }
             records.append(record)
         pictures = self._gather_pictures(collective)
-        trajectories = self.trajectories.gathered(self.pictures, self.eval_samples, collective)
+        trajectories = self.trajectories.gather(self.pictures, self.eval_samples, collective)
 
         # Files, then an error if a metric failed.
         self._write(records, self._compute_metrics("teacher"), pictures, trajectories)

@@ -242,7 +242,7 @@ def _train(
 
     # Training; low-rank changes begin alike on every rank.
     torch.manual_seed(task.seed + stage)
-    with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
+    with training_mode(network.backbone, task.trainable, task.lora_rank) as parameters:
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
         module = StageModule(
             network, parameters, loss, examples, checkpoint=last, **task.settings()
@@ -326,7 +326,7 @@ def _diffusion_loss(network: Network, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
+def training_mode(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
     """Give the parameters to train, and restore the backbone afterwards.
 
     Args:

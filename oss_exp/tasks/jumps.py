@@ -157,14 +157,14 @@ class StateMaker(L.LightningModule):
         tensors = self.compute(batch)
         for key, tensor in tensors.items():
             tensors[key] = tensor.cpu().contiguous()
-        file = self.states.file(self.name, place(batch)[0])
+        file = self.states.file(self.name, noise_numbers(batch)[0])
         write_atomically(file, safetensors.torch.save(tensors))
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("states are on disk")
 
 
-def place(batch: Mapping[str, Tensor]) -> list[int]:
+def noise_numbers(batch: Mapping[str, Tensor]) -> list[int]:
     """Return the numbers of a batch's training noises."""
     return (batch["index"] - TRAINING).tolist()
 
@@ -215,7 +215,7 @@ def student_states(
         batch: A batch of noises with their conditions.
     """
     rows = []
-    for i in place(batch):
+    for i in noise_numbers(batch):
         if start is None:
             rows.append(states.row("teacher", i)["states"][0])
         else:

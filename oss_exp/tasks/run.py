@@ -65,7 +65,7 @@ class Run:
         self.strategies: dict[str, StepsizeStrategy] = {}
         for name, node in cfg.stepsize.items():
             strategy = border.build(node, f"stepsize.{name}", StepsizeStrategy)
-            self.strategies[name] = _bound(strategy, model)
+            self.strategies[name] = _bind(strategy, model)
         self.setting = build_setting(cfg, model, self.strategies.values())
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
@@ -159,7 +159,7 @@ def build_setting(
     )
 
 
-def _bound(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
+def _bind(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
     """Bind a closed-form schedule to the model, whose own schedule it may be."""
     if isinstance(strategy, ClosedForm):
         return replace(strategy, schedule=strategy.schedule.bind(model))

@@ -138,11 +138,11 @@ class SearchModule(L.LightningModule):
     def _run_teacher(self, loader: int, problem: Problem, counter: CallCounter) -> None:
         calls_per_node = problem.solver.evals_per_step + problem.distance.calls
         calls = problem.num_nodes * calls_per_node
-        with self._measured("teacher", calls, problem, counter, f"teacher_{loader}"):
+        with self._counted("teacher", calls, problem, counter, f"teacher_{loader}"):
             problem.teacher.run()
 
     @contextmanager
-    def _measured(
+    def _counted(
         self, name: str, calls: int, problem: Problem, counter: CallCounter, file: str
     ) -> Iterator[None]:
         """Count, show and log the network calls of a piece of planning.
@@ -197,7 +197,7 @@ class SearchModule(L.LightningModule):
     ) -> None:
         # Schedules of all budgets.
         calls = self._network_calls(strategy, problem)
-        with self._measured(name, calls, problem, counter, name):
+        with self._counted(name, calls, problem, counter, name):
             plans = strategy.plan(problem, self.num_steps)
 
         # Cost over all ranks.

@@ -49,7 +49,7 @@ class Trajectories:
         count = min(steps.num_steps, most or steps.num_steps)
         return Recorder(parts, model, steps, index, rows, count)
 
-    def gathered(
+    def gather(
         self, labels: Iterable[str], num_samples: int, collective: Collective
     ) -> dict[str, np.ndarray]:
         """Gather the trajectories of all ranks.
@@ -124,7 +124,7 @@ class Recorder:
 
     def __call__(self, step: int, x0: Tensor) -> None:
         if step in self.places:
-            self.pictures.append(shown(self.model.decode(x0[self.rows])))
+            self.pictures.append(as_pictures(self.model.decode(x0[self.rows])))
 
     def finish(self, images: Tensor) -> None:
         """Append the record, with the images (B, ...) at the end.
@@ -134,13 +134,13 @@ class Recorder:
         if not self.pictures:
             return
         index = self.index[self.rows]
-        pictures = torch.stack([*self.pictures, shown(images[self.rows])], dim=1)
+        pictures = torch.stack([*self.pictures, as_pictures(images[self.rows])], dim=1)
         times = self.steps.times[..., [*self.places, -1]].expand(len(self.index), -1)
         times = times[self.rows.cpu()].to(self.index.device)
         self.parts.append((index, times, pictures))
 
 
-def shown(images: Tensor) -> Tensor:
+def as_pictures(images: Tensor) -> Tensor:
     """Return images as bytes (b, H, W, C) of at most 256 pixels a side.
 
     Args:
