@@ -127,8 +127,8 @@ class Certify(Task):
 
         # Values that no axis takes are refused before hours of measuring.
         base = axes_of(cfg, run.setting.model)
-        wishes = [*self._cells(base)]
-        for axis, value in wishes:
+        cells = list(self._cells(base))
+        for axis, value in cells:
             with suppress(Skipped):
                 CHANGES[axis](cfg.copy(), value)
 
@@ -137,7 +137,7 @@ class Certify(Task):
         unmeasured: list[str] = []
         skipped: dict[str, str] = {}
         records: dict[tuple[str, Any], CellRecord] = {BASE: measuring.cell(*BASE)}
-        for axis, value in wishes:
+        for axis, value in cells:
             try:
                 records[axis, _plain(value)] = measuring.cell(axis, value)
             except OutOfTime:
