@@ -1,14 +1,14 @@
-"""What a run does: Lightning modules over search and evaluation, and the data they draw."""
+"""The tasks of the command line: one file for every `task=`, and what they share."""
 
 import logging
 import warnings
 
-# Lightning's hardware report and advertisements go, its warnings stay, but for three that do not concern our users.
+# Lightning's hardware report and advertisements are switched off.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # its own use of PyTorch
-warnings.filterwarnings(
-    "ignore", message=".*does not have many workers.*"
-)  # noises are drawn in microseconds
-warnings.filterwarnings(
-    "ignore", message=".*Using `DistributedSampler`.*"
-)  # repeated samples are dropped by index
+
+# So are three of its warnings: about its own use of PyTorch, ...
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+# ... about few workers, although noises are drawn in microseconds, ...
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+# ... and about repeated samples, which are dropped by index.
+warnings.filterwarnings("ignore", message=".*Using `DistributedSampler`.*")

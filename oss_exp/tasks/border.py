@@ -1,15 +1,16 @@
-"""The border of configurations: the one place where a configuration becomes objects.
+"""Turn configurations into objects; nothing else in the package does.
 
-`check` compares every value with the annotation of the parameter that receives it, before anything is built; `build`
-does the same for one node and then lets Hydra make the object. Both raise one ValueError that names every wrong value
-with its full key, what it should be and what was given. Types are checked here and nowhere else; constructors check
-what types cannot say, such as ranges and relations.
+`check` compares every value with the annotation of the parameter that receives it, before
+anything is built; `build` does the same for one node and then lets Hydra make the object. Both
+raise one ValueError that lists every wrong value with its full key, what it should be and what
+it is. Types are checked here and nowhere else; constructors check what types cannot say, such as
+ranges and relations.
 
-pydantic decides whether a value has a type, strictly (`true` is no 1, 1.5 no whole number, nan no rate), by the rules
-of JSON, because a yaml has no tuples and no paths. It is used directly, not through hydra-zen: hydra-zen validates the
-call of a constructor, which is after everything below it was built and, for a configuration of several groups, after
-the model was loaded; its messages name arguments, not keys of the configuration; and it is one more dependency around
-the three functions that are used here.
+pydantic decides whether a value has a type, strictly (`true` is not 1, 1.5 is not a whole number,
+nan is not a rate), by the rules of JSON, because a yaml has no tuples and no paths. hydra-zen is
+not used: it validates the call of a constructor, when everything below has been built and, for a
+configuration of several groups, the model has been loaded, and its messages name arguments
+instead of keys.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ import oss_exp
 from oss_exp.checks import SettingsOf
 from oss_exp.names import named_object, with_public_names
 
-# Hydra's own keys beside a _target_.
+# Hydra's keys beside a _target_.
 RESERVED = {
     "_partial_": bool,
     "_recursive_": bool,
@@ -67,45 +68,68 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=Tr
 
 
 def check(node: Any, key: str = "", kind: Any = Any) -> None:
-    """Raise one ValueError for all values below `node` that do not have the type of what receives them.
+    """Check the types of all values below a node.
 
-    key:  of the node in the whole configuration.
-    kind: what the node should be; `Any` checks only what lies below its `_target_`s.
+    Values that are not set (???) pass, because a group may have options that this run does not
+    use.
 
-    Values that are not set (???) pass: a group may have options that this run does not use.
+    Args:
+        node: A node of the configuration.
+        key: Key of the node in the whole configuration.
+        kind: Annotation of the node itself; `Any` checks only what lies below its `_target_`s.
+
+    Raises:
+        ValueError: If values have a wrong type; the message lists all of them.
     """
     _Check(node, key, unset_passes=True).of(_plain(node), kind)
 
 
 def build(node: Any, key: str, kind: Any = Any, **arguments: Any) -> Any:
-    """Return the object that `node` describes; further arguments are passed on, in place of the node's own.
+    """Build the object that a node describes.
 
-    ValueError or OSError, with the key, for wrong values, and for whatever the constructors refuse.
+    Args:
+        node: A node of the configuration with a `_target_`, or None.
+        key: Key of the node in the whole configuration.
+        kind: Annotation of the object.
+        arguments: Further arguments of the target, instead of those of the node.
+
+    Returns:
+        The object; None for a node that is None.
+
+    Raises:
+        ValueError, OSError: With the key, for wrong values and for all that constructors refuse.
     """
+    # Check the types.
     plain = _plain(node)
     if isinstance(plain, Mapping):
         plain = {name: value for name, value in plain.items() if name not in arguments}
-    checked = _Check(node, key, unset_passes=False, given=arguments).of(plain, kind)
+    checked = _Check(node, key, unset_passes=False, arguments=arguments).of(plain, kind)
     if checked is None:
         return None
+
     if not isinstance(checked, Mapping) or "_target_" not in checked:
-        raise ValueError(f"{key} must be a mapping with _target_, got {shown(checked)}")
+        raise ValueError(f"{key} must be a mapping with _target_, got {as_yaml(checked)}")
+
+    # Build. As keywords of `instantiate`, dataclasses among the arguments would become
+    # configurations.
     try:
-        # Not as keywords of `instantiate`, which would make configurations of dataclasses among them.
         return instantiate(checked, _convert_="all", _partial_=True)(**arguments)
     except InstantiationException as error:
-        below = re.search(r"\nfull_key: (\S+)$", str(error))
-        path = below[1] if below else ""
+        match = re.search(r"\nfull_key: (\S+)$", str(error))
+        path = match[1] if match else ""
+        full_key = ".".join(filter(None, [key, path]))
         written = OmegaConf.select(node, path) if OmegaConf.is_config(node) and path else node
-        raise _with_key(
-            ".".join(filter(None, [key, path])), _at(checked, path), written, _cause(error)
-        ) from error
+        raise _with_key(full_key, _at(checked, path), written, _cause(error)) from error
     except Exception as error:
         raise _with_key(key, {**checked, **arguments}, node, error) from error
 
 
 def class_of(node: Any, key: str) -> Any:
-    """Return what the `_target_` of a node names, without calling it; ValueError with the key where it is none."""
+    """Return what the `_target_` of a node names, without calling it.
+
+    Raises:
+        ValueError: With the key, if the name is not one of a class or function.
+    """
     try:
         return _target(node["_target_"])
     except ValueError as error:
@@ -113,107 +137,132 @@ def class_of(node: Any, key: str) -> Any:
 
 
 def _plain(node: Any) -> Any:
-    """The node without interpolations, its targets by their public names."""
-    return with_public_names(
-        OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    )
+    """Resolve the interpolations of a node, and spell its targets by their public names."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    return with_public_names(node)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The walk through a configuration
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _Check:
-    """One walk: collects the faults, and returns the nodes as Hydra's `instantiate` takes them.
+    """One walk through a node: it collects the errors, and returns what `instantiate` takes.
 
-    node, key: with interpolations as they are written. given: arguments of the topmost target that are no part of it.
+    In the methods, `extra` names the arguments that a target gets besides those of its node;
+    None: any may come, so none can be missing.
+
+    Args:
+        node: The node with its interpolations as they are written.
+        key: Key of the node.
+        unset_passes: Accept values that are not set.
+        arguments: Arguments of the topmost target that are not in the node.
     """
 
-    def __init__(self, node: Any, key: str, unset_passes: bool, given: Collection[str] = ()):
-        self.node, self.key, self.unset_passes, self.given = node, key, unset_passes, given
+    def __init__(self, node: Any, key: str, unset_passes: bool, arguments: Collection[str] = ()):
+        self.node = node
+        self.key = key
+        self.unset_passes = unset_passes
+        self.arguments = arguments
         self.faults: list[str] = []
 
     def of(self, value: Any, kind: Any) -> Any:
-        checked = self._value(value, kind, self.key, None if self.unset_passes else self.given)
+        """Return the checked value, or raise one ValueError for all errors."""
+        extra = None if self.unset_passes else self.arguments
+        checked = self._value(value, kind, self.key, extra)
         if self.faults:
             raise ValueError("\n".join(self.faults))
         return checked
 
-    def _value(self, value: Any, kind: Any, key: str, given: Collection[str] | None = ()) -> Any:
-        """given: None where a target may get further arguments that are not known here."""
+    def _value(self, value: Any, kind: Any, key: str, extra: Collection[str] | None = ()) -> Any:
         if value == UNSET:
             if not self.unset_passes:
-                explained = any(isinstance(each, str) for each in _metadata(kind))
-                what = f"it must be {describe(kind)}; " if explained else ""
-                self.faults.append(f"{key} is not set; {what}add {key}={_example(kind)}")
+                self._refuse_unset(key, kind)
         elif isinstance(value, Mapping):
-            return self._mapping(value, kind, key, given)
+            return self._mapping(value, kind, key, extra)
         elif isinstance(value, list) and _has_target(value):
-            item = next(
-                (get_args(each)[0] for each in _options(kind) if _is_list(each) and get_args(each)),
-                Any,
-            )
-            return [self._value(each, item, f"{key}.{place}") for place, each in enumerate(value)]
+            item = _item_kind(kind)
+            return [self._value(entry, item, f"{key}.{i}") for i, entry in enumerate(value)]
         elif not _accepts(kind, value):
-            self._refuse(key, kind, shown(value))
+            self._refuse(key, kind, as_yaml(value))
         return value
 
-    def _refuse(self, key: str, kind: Any, given: str) -> None:
-        self.faults.append(
-            f"{key} must be {describe(kind)}, got {given}{_origin(self.node, key.removeprefix(self.key))}"
-        )
+    def _refuse_unset(self, key: str, kind: Any) -> None:
+        is_explained = any(isinstance(entry, str) for entry in _metadata(kind))
+        explanation = f"it must be {describe(kind)}; " if is_explained else ""
+        self.faults.append(f"{key} is not set; {explanation}add {key}={_example(kind)}")
 
-    def _mapping(self, value: Mapping, kind: Any, key: str, given: Collection[str] | None) -> Any:
+    def _refuse(self, key: str, kind: Any, value: str) -> None:
+        origin = _origin(self.node, key.removeprefix(self.key))
+        self.faults.append(f"{key} must be {describe(kind)}, got {value}{origin}")
+
+    def _mapping(self, value: Mapping, kind: Any, key: str, extra: Collection[str] | None) -> Any:
         if "_target_" in value:
-            return self._call(value, kind, key, given)
+            return self._call(value, kind, key, extra)
+        extra_below = None if extra is None else ()
+
+        # The first option of the annotation that a mapping can be.
         for option in _options(kind):
             for settings in _metadata(option):
                 if isinstance(settings, SettingsOf):
-                    return self._fields(
-                        value, parameters_of(settings.kind), key, settings.kind.__name__
-                    )
+                    parameters = parameters_of(settings.kind)
+                    return self._fields(value, parameters, key, settings.kind.__name__)
             if is_typeddict(option):
-                return self._fields(
-                    value, _Parameters(get_type_hints(option, include_extras=True), (), True), key
-                )
+                hints = get_type_hints(option, include_extras=True)
+                return self._fields(value, _Parameters(hints, (), True), key)
             if _is_record(option):
-                filled = self._fields(value, parameters_of(option), key, str(option.__name__), ())
-                return {"_target_": f"{option.__module__}.{option.__qualname__}", **filled}
+                fields = self._fields(value, parameters_of(option), key, str(option.__name__), ())
+                return {"_target_": f"{option.__module__}.{option.__qualname__}", **fields}
             if get_origin(option) in (dict, Mapping):
                 item = (*get_args(option), Any, Any)[1]
-                return {
-                    name: self._value(each, item, _below(key, name), None if given is None else ())
-                    for name, each in value.items()
-                }
+                return self._entries(value, item, key, extra_below)
+
+        # Other mappings may hold targets.
         if kind is not Any and not _has_target(value) and not _accepts(kind, value):
-            self._refuse(key, kind, shown(value))
+            self._refuse(key, kind, as_yaml(value))
             return value
-        return {
-            name: self._value(each, Any, _below(key, name), None if given is None else ())
-            for name, each in value.items()
-        }
+        return self._entries(value, Any, key, extra_below)
+
+    def _entries(
+        self, values: Mapping, kind: Any, key: str, extra: Collection[str] | None
+    ) -> dict[str, Any]:
+        """Check the entries of a mapping, all of one kind."""
+        checked = {}
+        for name, value in values.items():
+            checked[name] = self._value(value, kind, _below(key, name), extra)
+        return checked
 
     def _call(
-        self, node: Mapping, kind: Any, key: str, given: Collection[str] | None
+        self, node: Mapping, kind: Any, key: str, extra: Collection[str] | None
     ) -> dict[str, Any]:
-        """A node with a _target_."""
+        """Check a node with a `_target_`."""
         try:
             target = _target(node["_target_"])
         except ValueError as error:
             self.faults.append(f"{_below(key, '_target_')} {error}")
             return dict(node)
-        if not _fits(target, node.get("_partial_", False), kind):
+
+        is_partial = node.get("_partial_", False)
+        if not _fits(target, is_partial, kind):
             self._refuse(key, kind, node["_target_"])
-        own = {name: value for name, value in node.items() if name not in ("_target_", *RESERVED)}
+
+        # Hydra's keys.
+        reserved = {"_target_": node["_target_"]}
         for name, expected in RESERVED.items():
-            if name in node and not _accepts(expected, node[name]):
-                self._refuse(_below(key, name), expected, shown(node[name]))
-        parameters = parameters_of(target)
-        if node.get("_partial_", False) or "_args_" in node:
-            given = None
-        filled = self._fields(own, parameters, key, node["_target_"], given)
-        return {**{name: node[name] for name in ("_target_", *RESERVED) if name in node}, **filled}
+            if name not in node:
+                continue
+            reserved[name] = node[name]
+            if not _accepts(expected, node[name]):
+                self._refuse(_below(key, name), expected, as_yaml(node[name]))
+
+        # Arguments of the target.
+        if is_partial or "_args_" in node:
+            extra = None
+        arguments = {name: value for name, value in node.items() if name not in reserved}
+        fields = self._fields(arguments, parameters_of(target), key, node["_target_"], extra)
+        return {**reserved, **fields}
 
     def _fields(
         self,
@@ -221,32 +270,51 @@ class _Check:
         parameters: _Parameters,
         key: str,
         owner: str = "",
-        given: Collection[str] | None = None,
+        extra: Collection[str] | None = None,
     ) -> dict[str, Any]:
-        """The values of the parameters, or of the fields, of something; given: None where some may be missing."""
-        filled = {}
+        """Check the arguments of a target, or the fields of a record.
+
+        Args:
+            values: The values by name.
+            parameters: What the owner takes.
+            key: Key of the mapping.
+            owner: Name of the owner, for messages; "" for the configuration itself.
+            extra: See the class.
+        """
+        # Unknown names and wrong types.
+        fields = {}
         for name, value in values.items():
             if name not in parameters.kinds and not parameters.takes_more:
                 self.faults.append(_unknown(key, name, owner, parameters.kinds))
             kind = parameters.kinds.get(name, Any)
-            filled[name] = self._value(value, kind, _below(key, name), None if owner == "" else ())
-        if given is not None:
+            extra_below = None if owner == "" else ()
+            fields[name] = self._value(value, kind, _below(key, name), extra_below)
+
+        # Missing names.
+        if extra is not None:
             for name in parameters.required:
-                if name not in values and name not in given:
-                    self.faults.append(
-                        f"{_below(key, name)} is missing; it must be {describe(parameters.kinds[name])}"
-                    )
-        return filled
+                if name not in values and name not in extra:
+                    expected = describe(parameters.kinds[name])
+                    self.faults.append(f"{_below(key, name)} is missing; it must be {expected}")
+        return fields
+
+
+def _item_kind(kind: Any) -> Any:
+    """Return the annotation of a list's items, from the first list in the annotation."""
+    for option in _options(kind):
+        if _is_list(option) and get_args(option):
+            return get_args(option)[0]
+    return Any
 
 
 def _origin(node: Any, path: str) -> str:
-    """Where the value at a path is from, if it is another's, as in num_classes: ${model.num_classes}."""
+    """Return " from ..." for a value that is an interpolation, as num_classes: ${...} is."""
     written = _at(OmegaConf.to_container(node) if OmegaConf.is_config(node) else {}, path)
     return f" from {written}" if isinstance(written, str) and "${" in written else ""
 
 
 def _at(node: Any, path: str) -> Any:
-    """What lies at a path such as sizes.tiny.decoder; None where there is nothing."""
+    """Return the value at a path such as sizes.tiny.decoder, or None."""
     for part in filter(None, path.split(".")):
         node = node.get(part) if isinstance(node, Mapping) else None
     return node
@@ -262,22 +330,30 @@ def _has_target(value: Any) -> bool:
     return isinstance(value, list) and any(map(_has_target, value))
 
 
-def _unknown(key: str, name: str, owner: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    some = [*known][:12] + ["..."] * (len(known) > 12)
-    advice = (
-        f"did you mean {_below(key, near[0])}?" if near else f"it takes {', '.join(some) or 'none'}"
-    )
+def _unknown(key: str, name: str, owner: str, options: Collection[str]) -> str:
+    """Return the message for an unknown option, with the nearest one or the first twelve."""
+    near = difflib.get_close_matches(str(name), options, n=1)
+    if near:
+        advice = f"did you mean {_below(key, near[0])}?"
+    else:
+        first = [*options][:12] + ["..."] * (len(options) > 12)
+        advice = f"it takes {', '.join(first) or 'none'}"
     return f"{_below(key, name)} is no option of {owner}; {advice}"
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Targets and their parameters
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _Parameters(NamedTuple):
-    """kinds: {parameter: its annotation}; required: those without a default; takes_more: any others, unchecked."""
+    """The parameters of a class or function.
+
+    Attributes:
+        kinds: The annotation of every parameter.
+        required: Names of the parameters without a default.
+        takes_more: Whether other arguments are accepted, unchecked.
+    """
 
     kinds: Mapping[str, Any]
     required: Sequence[str]
@@ -285,54 +361,59 @@ class _Parameters(NamedTuple):
 
 
 def _target(name: Any) -> Any:
-    """The object of a name; ValueError, to be read after the key, where there is none."""
+    """Return the object of a name; the ValueError is read after the key."""
     if not isinstance(name, str):
-        raise ValueError(f"must be the name of a class or a function, got {shown(name)}")
+        raise ValueError(f"must be the name of a class or a function, got {as_yaml(name)}")
     package, _, path = name.partition(".")
+    is_ours = package == "oss_exp"
+
     try:
-        found = named_object(name) if package == "oss_exp" else get_object(name)
+        target = named_object(name) if is_ours else get_object(name)
     except Exception as error:
         if str(error).startswith(f"is {name}"):
             raise ValueError(str(error)) from None
-        known = [*oss_exp.PUBLIC, *oss_exp.CONFIGURED] if package == "oss_exp" else []
-        near = difflib.get_close_matches(path, known, n=1)
+        options = [*oss_exp.PUBLIC, *oss_exp.CONFIGURED] if is_ours else []
+        near = difflib.get_close_matches(path, options, n=1)
         advice = f"; did you mean oss_exp.{near[0]}?" if near else ""
         raise ValueError(
             f"must be the name of a class or a function, got {name!r}{advice}"
         ) from None
-    if not callable(found):
+
+    if not callable(target):
         raise ValueError(f"must be the name of a class or a function, got {name!r}")
-    return found
+    return target
 
 
 @cache
 def parameters_of(target: Callable) -> _Parameters:
-    """What a class or a function takes.
+    """Return the parameters of a class or function.
 
-    `**others` of a class of ours are the parameters of its base class, where that is one of ours too.
+    `**others` of a class of this package stand for the parameters of its base class, if that is
+    one of this package too.
     """
     try:
         signature = inspect.signature(target)
-    except (TypeError, ValueError):  # some that are written in C
+    except (TypeError, ValueError):  # some of those written in C
         return _Parameters({}, (), True)
+
     hints = _hints(target)
-    own = _is_ours(target)
-    kinds, required, takes_more = {}, [], False
+    kinds: dict[str, Any] = {}
+    required: list[str] = []
+    takes_more = False
+
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
+            # Required parameters of the base are not required here: the class may set them.
             base = _next_constructor(target)
             inherited = _Parameters({}, (), True) if base is None else parameters_of(base)
-            kinds = {
-                **inherited.kinds,
-                **kinds,
-            }  # which are required, only `target` knows: it may give some itself
+            kinds = {**inherited.kinds, **kinds}
             takes_more = inherited.takes_more
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            optional = parameter.default is not parameter.empty
             kind = hints.get(name, Any)
-            kinds[name] = kind if own else _loosened(kind, parameter.default)
-            if not optional:
+            kinds[name] = kind if _is_ours(target) else _loosened(kind, parameter.default)
+            if parameter.default is parameter.empty:
                 required.append(name)
+
     return _Parameters(kinds, tuple(required), takes_more)
 
 
@@ -341,62 +422,70 @@ def _is_ours(target: Any) -> bool:
 
 
 def _next_constructor(target: Any) -> type | None:
-    """The class of ours whose constructor the class `target` hands its **others to."""
+    """Return the class of this package to whose constructor `target` passes its `**others`."""
     if not inspect.isclass(target):
         return None
-    makers = [each for each in target.__mro__ if "__init__" in vars(each)]
-    return makers[1] if len(makers) > 1 and _is_ours(makers[0]) and _is_ours(makers[1]) else None
+    owners = [base for base in target.__mro__ if "__init__" in vars(base)]
+    if len(owners) > 1 and _is_ours(owners[0]) and _is_ours(owners[1]):
+        return owners[1]
+    return None
 
 
 def _hints(target: Any) -> Mapping[str, Any]:
-    """Annotations; of another library those that can be understood when it runs."""
+    """Return the annotations of a target; of other libraries those that can be evaluated."""
     holder = target if is_dataclass(target) or not inspect.isclass(target) else target.__init__
     try:
         return get_type_hints(holder, include_extras=True)
     except Exception:
         if _is_ours(target):
             raise
-        hints, names = {}, vars(sys.modules[target.__module__])
-        for name, written in inspect.get_annotations(holder).items():
-            with suppress(Exception):
-                hints[name] = eval(written, dict(names)) if isinstance(written, str) else written
-        return hints
+
+    # One by one.
+    hints = {}
+    names = vars(sys.modules[target.__module__])
+    for name, written in inspect.get_annotations(holder).items():
+        with suppress(Exception):
+            hints[name] = eval(written, dict(names)) if isinstance(written, str) else written
+    return hints
 
 
 def _loosened(kind: Any, default: Any) -> Any:
-    """The annotation of another library's parameter, as far as it can be trusted.
+    """Return the annotation of another library's parameter, as far as it can be trusted.
 
-    Not for the length of tuples and what is in mappings; and null may be written where it is the default.
+    The length of tuples and the entries of mappings are left out, and null is accepted where it
+    is the default.
     """
     options = []
-    for each in _options(kind):
-        items = [_loosened(item, ...) for item in get_args(each) if item is not Ellipsis]
-        if get_origin(each) in (dict, Mapping):
+    for option in _options(kind):
+        items = [_loosened(item, ...) for item in get_args(option) if item is not Ellipsis]
+        if get_origin(option) in (dict, Mapping):
             options.append(dict)
-        elif _is_list(each):
+        elif _is_list(option):
             options.append(list[Union[tuple(items)]] if items else list)  # noqa: UP007
         else:
-            options.append(each)
+            options.append(option)
     if default is None:
         options.append(type(None))
     return Union[tuple(options)]  # noqa: UP007  (its members are computed)
 
 
 def _fits(target: Any, is_partial: bool, kind: Any) -> bool:
-    """Whether what `target` makes may be what is asked for, as far as annotations tell."""
+    """Tell whether the result of `target` may be of a kind, as far as annotations say."""
     if is_partial:
-        return any(each is Any or not inspect.isclass(each) for each in _options(kind))
-    made = target
+        return any(option is Any or not inspect.isclass(option) for option in _options(kind))
+    result = target
     if not inspect.isclass(target):
-        made = _hints(target).get("return")
-        owner = getattr(target, "__self__", None)  # of a class method that returns its own class
-        made = owner if inspect.isclass(owner) and not inspect.isclass(made) else made
-    if not inspect.isclass(made):
+        result = _hints(target).get("return")
+        owner = getattr(target, "__self__", None)  # of a class method that returns its class
+        if inspect.isclass(owner) and not inspect.isclass(result):
+            result = owner
+    if not inspect.isclass(result):
         return True
-    return any(_is_kind(made, each) for each in _options(kind))
+    return any(_is_kind(result, option) for option in _options(kind))
 
 
-def _is_kind(made: type, kind: Any) -> bool:
+def _is_kind(result: type, kind: Any) -> bool:
+    """Tell whether a class is of the kind that one option of an annotation asks for."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if kind is Any or kind is object:
@@ -405,26 +494,25 @@ def _is_kind(made: type, kind: Any) -> bool:
         return False
     if not inspect.isclass(kind) or get_origin(kind) is not None:
         return get_origin(kind) is not Literal
+
+    # Of a protocol the methods count; other attributes may be set by the constructor.
     if is_protocol(kind):
-        methods = [
-            name for name in get_protocol_members(kind) if callable(getattr(kind, name, None))
-        ]
-        return all(
-            hasattr(made, name) for name in methods
-        )  # other attributes may be those of objects
-    return issubclass(made, kind)
+        members = get_protocol_members(kind)
+        methods = [name for name in members if callable(getattr(kind, name, None))]
+        return all(hasattr(result, name) for name in methods)
+    return issubclass(result, kind)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Values and their annotations
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _options(kind: Any) -> Iterator[Any]:
-    """The members of a union; else the annotation itself."""
+    """Yield the members of a union, or the annotation itself."""
     if get_origin(kind) in (Union, types.UnionType):
-        for each in get_args(kind):
-            yield from _options(each)
+        for member in get_args(kind):
+            yield from _options(member)
     else:
         yield kind
 
@@ -435,56 +523,58 @@ def _metadata(kind: Any) -> tuple[Any, ...]:
 
 def _is_list(kind: Any) -> bool:
     origin = get_origin(kind) or kind
-    return (
-        inspect.isclass(origin)
-        and origin is not str
-        and (origin is Iterable or issubclass(origin, list | tuple | Sequence))
-    )
+    if not inspect.isclass(origin) or origin is str:
+        return False
+    return origin is Iterable or issubclass(origin, list | tuple | Sequence)
 
 
 def _accepts(kind: Any, value: Any) -> bool:
-    return any(_accepts_one(each, value) for each in _options(kind))
+    return any(_accepts_one(option, value) for option in _options(kind))
 
 
 def _accepts_one(kind: Any, value: Any) -> bool:
+    # Annotations that pydantic need not see.
     if kind is Any or kind is object or isinstance(kind, typing.TypeVar):
         return True
     if kind is None or kind is type(None):
         return value is None
+
     if get_origin(kind) is Callable or kind is Callable:
         return False
     if _is_object(kind):
-        with suppress(TypeError):  # a protocol
-            return isinstance(value, kind)  # as interpolations can be, such as ${hydra:mode}
+        # An interpolation can be an object, as ${hydra:mode} is; a protocol raises TypeError.
+        with suppress(TypeError):
+            return isinstance(value, kind)
         return False
+
     if get_origin(kind) is Literal:  # for pydantic, true is a 1 here
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+
+    # Everything else, by the rules of JSON.
     try:
         _adapter(kind).validate_json(json.dumps(value, default=str))
     except ValidationError:
         return False
     except (PydanticSchemaGenerationError, PydanticUserError):
-        return True  # of another library, and more than pydantic knows
+        return True  # an annotation of another library that pydantic does not know
     return True
 
 
 def _is_object(kind: Any) -> bool:
-    """Whether only a _target_ can make it."""
-    return (
-        inspect.isclass(kind)
-        and get_origin(kind) is None
-        and kind is not Any
-        and not issubclass(kind, PLAIN)
-    )
+    """Tell whether only a `_target_` can make such a value."""
+    if not inspect.isclass(kind) or get_origin(kind) is not None or kind is Any:
+        return False
+    return not issubclass(kind, PLAIN)
 
 
 def _is_record(kind: Any) -> bool:
-    """Whether it is a dataclass of plain values, which a mapping of its fields describes, also without a _target_."""
+    """Tell whether it is a dataclass of plain values, for which a mapping of fields is enough."""
     if not inspect.isclass(kind) or not is_dataclass(kind) or inspect.isabstract(kind):
         return False
-    return not any(
-        _is_object(each) for part in parameters_of(kind).kinds.values() for each in _options(part)
-    )
+    for annotation in parameters_of(kind).kinds.values():
+        if any(_is_object(option) for option in _options(annotation)):
+            return False
+    return True
 
 
 PLAIN = (bool, int, float, str, Path, list, tuple, dict, type(None))
@@ -495,110 +585,119 @@ def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind, config=STRICT)
 
 
+# Singular with its article, and plural.
 WORDS = {
-    int: "whole number",
-    float: "finite number",
-    Path: "path",
-    str: "text",
-    bool: "true or false",
+    int: ("a whole number", "whole numbers"),
+    float: ("a finite number", "finite numbers"),
+    Path: ("a path", "paths"),
+    str: ("text", "texts"),
+    bool: ("true or false", "true or false"),
+    Any: ("anything", "anything"),
+    dict: ("a mapping", "mappings"),
+    None: ("null", "null"),
+    type(None): ("null", "null"),
 }
 
 
 def describe(kind: Any, plural: bool = False) -> str:
-    """Return the words for what a value of this annotation is, such as "a whole number of at least 1".
+    """Return the words for an annotation, such as "a whole number of at least 1".
 
     A text in `Annotated[..., text]` follows the words for the type.
     """
+    # Unions, bounds, choices.
     options = list(_options(kind))
     if len(options) > 1:
-        first = [each for each in options if each is not type(None)]
-        listed = [describe(each, plural) for each in first] + ["null"] * (len(first) < len(options))
-        return " or ".join([", ".join(listed[:-1]), listed[-1]])
+        words = [describe(option, plural) for option in options if option is not type(None)]
+        if len(words) < len(options):
+            words.append("null")
+        return " or ".join([", ".join(words[:-1]), words[-1]])
+
     if get_origin(kind) is Annotated:
         inner, *metadata = get_args(kind)
         return describe(inner, plural) + _bounds(metadata)
     if get_origin(kind) is Literal:
-        return ("each " if plural else "") + f"one of {', '.join(map(_word, get_args(kind)))}"
-    if kind in (str, bool):
-        return ("texts" if plural else "text") if kind is str else WORDS[bool]
+        choices = ", ".join(map(_word, get_args(kind)))
+        return f"each one of {choices}" if plural else f"one of {choices}"
+
+    # Types.
+    if get_origin(kind) in (dict, Mapping):
+        kind = dict
     if kind in WORDS:
-        return f"{WORDS[kind]}s" if plural else f"a {WORDS[kind]}"
-    if kind is None or kind is type(None):
-        return "null"
-    if kind is Any:
-        return "anything"
+        return WORDS[kind][plural]
     if _is_list(kind):
-        items = [each for each in get_args(kind) if each is not Ellipsis]
-        several = "lists" if plural else "a list"
-        if get_origin(kind) is tuple and Ellipsis not in get_args(kind) and items:
-            several += f" of {len(items)}"
-            return (
-                f"{several} {describe(items[0], plural=True)}" if len(set(items)) == 1 else several
-            )
-        return (
-            f"{several} of {describe(items[0], plural=True)}"
-            if items and items[0] is not Any
-            else several
-        )
-    if kind is dict or get_origin(kind) in (dict, Mapping):
-        return "mappings" if plural else "a mapping"
+        return _describe_list(kind, "lists" if plural else "a list")
     if _is_record(kind):
         return f"a mapping of {', '.join(parameters_of(kind).kinds)}"
     name = getattr(kind, "__name__", str(kind))
     return f"a {name} (a mapping with _target_)"
 
 
+def _describe_list(kind: Any, noun: str) -> str:
+    """Return the words for a list, such as "a list of whole numbers"."""
+    items = [item for item in get_args(kind) if item is not Ellipsis]
+    if get_origin(kind) is tuple and Ellipsis not in get_args(kind) and items:
+        noun = f"{noun} of {len(items)}"
+        return f"{noun} {describe(items[0], plural=True)}" if len(set(items)) == 1 else noun
+    if items and items[0] is not Any:
+        return f"{noun} of {describe(items[0], plural=True)}"
+    return noun
+
+
 def _bounds(metadata: Sequence[Any]) -> str:
-    words, low, high = "", None, None
-    for each in metadata:
-        if isinstance(each, annotated_types.Ge):
-            low = each.ge
-        elif isinstance(each, annotated_types.Le):
-            high = each.le
-        elif isinstance(each, annotated_types.Gt):
-            words += f" above {each.gt}"
-        elif isinstance(each, annotated_types.Lt):
-            words += f" below {each.lt}"
-        elif isinstance(each, str):
-            words += f" {each}"
+    """Return the words for the bounds of an annotated number, with a space before them."""
+    words = ""
+    low = None
+    high = None
+
+    for entry in metadata:
+        if isinstance(entry, annotated_types.Ge):
+            low = entry.ge
+        elif isinstance(entry, annotated_types.Le):
+            high = entry.le
+        elif isinstance(entry, annotated_types.Gt):
+            words += f" above {entry.gt}"
+        elif isinstance(entry, annotated_types.Lt):
+            words += f" below {entry.lt}"
+        elif isinstance(entry, str):
+            words += f" {entry}"
+
+    # Closed ends before open ones.
     if low is not None and high is not None:
         return f" from {low} to {high}{words}"
-    return "".join(
-        [f" of at least {low}"] * (low is not None)
-        + [f" of at most {high}"] * (high is not None)
-        + [words]
-    )
+    if low is not None:
+        return f" of at least {low}{words}"
+    if high is not None:
+        return f" of at most {high}{words}"
+    return words
 
 
 def _example(kind: Any) -> str:
-    """What may stand behind "key=": a choice where there are some, else a word for it."""
-    choices = [
-        each
-        for option in _options(kind)
-        if get_origin(option) is Literal
-        for each in get_args(option)
-    ]
+    """Return what may stand behind "key=": the choices if there are some, or VALUE."""
+    choices: list[Any] = []
+    for option in _options(kind):
+        if get_origin(option) is Literal:
+            choices += get_args(option)
     return "|".join(map(_word, choices)) if choices else "VALUE"
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else as_yaml(value)
 
 
-def shown(value: Any) -> str:
-    """Return a value as a yaml has it: null, true, nan, [1, 2], {a: 1}; text in quotation marks."""
+def as_yaml(value: Any) -> str:
+    """Return a value as a yaml has it: null, true, nan, [1, 2], {a: 1}; text is quoted."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {as_yaml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(shown, value)) + "]"
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
     return repr(value)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What constructors refuse
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -608,17 +707,25 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _with_key(key: str, node: Any, written: Any, error: BaseException) -> Exception:
-    """The error as a user reads it: with the full key of the value, or of the node, that it is about.
+    """Return an error for the user: with the full key of the value or node that it is about.
 
-    written: the node with its interpolations.
+    Args:
+        key: Key of the node.
+        node: The node without interpolations.
+        written: The node with its interpolations.
+        error: The error of the constructor.
     """
     text = str(error)
     if not isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    last = key.rpartition(".")[2]
-    # "sizes.tiny.decoder: tile must be ..." is said of sizes.tiny.decoder.tile.
+
+    # "sizes.tiny.decoder: tile must be ..." is about sizes.tiny.decoder.tile.
     if (part := re.match(r"([\w.]+): (\w+) ", text)) and part[2] in (_at(node, part[1]) or ()):
-        text = f"{part[1]}.{text[part.start(2) :]}{_origin(written, f'{part[1]}.{part[2]}')}"
+        path = f"{part[1]}.{part[2]}"
+        text = f"{part[1]}.{text[part.start(2) :]}{_origin(written, path)}"
+
+    # The key, if the text does not begin with it, or with its end.
+    last = key.rpartition(".")[2]
     if (name := re.match(r"(\w+)( must| is| has|=|\.|:)", text)) and name[1] in (node or ()):
         text = f"{key}.{text}"
     elif re.search(rf"(?<![\w.]){re.escape(key)}[.=]", text):
@@ -627,6 +734,7 @@ def _with_key(key: str, node: Any, written: Any, error: BaseException) -> Except
         text = key.removesuffix(last) + text
     else:
         text = f"{key}: {text}"
-    if isinstance(error, OSError):
-        return FileNotFoundError(text) if isinstance(error, FileNotFoundError) else OSError(text)
-    return ValueError(text)
+
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(text)
+    return OSError(text) if isinstance(error, OSError) else ValueError(text)

@@ -1,5 +1,6 @@
-"""The teacher's amplitudes as a table for `solver.calibration`, and what that table does to few-step students.
+"""Tabulate the teacher's amplitudes for `solver.calibration`: `task=calibrate`.
 
+The task also measures what that table does to few-step students.
 Legend: b samples of a batch, P points of a path in time, C channels.
 """
 
@@ -37,9 +38,14 @@ Points = Iterable[tuple[float, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Task):
-    """Plan `stepsize`, run the teacher on `samples` noises; write calibration.json, and amplitude.json to draw.
+    """Plan `stepsize`, and run the teacher on `samples` noises.
 
-    per_channel: a table for each channel; last_step_only: calibrate before the last network call and before no other.
+    Writes calibration.json, the table, and amplitude.json, the curves to draw.
+
+    Attributes:
+        samples: Number of noises.
+        per_channel: Make a table for every channel.
+        last_step_only: Calibrate before the last network call and before no other.
     """
 
     samples: Annotated[int, Ge(1), Le(HELD_OUT)] = 512
@@ -50,32 +56,46 @@ class Calibrate(Task):
         run = Run(cfg)
         if run.setting.solver.calibration is not None:
             raise ValueError("task=calibrate runs the solver as it is; set solver.calibration=null")
-        if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
+        if run.per_sample:
             raise ValueError(
-                f"stepsize {', '.join(alone)} plans one schedule per sample, which has no mean amplitude in time; "
-                "choose strategies that plan one for all, such as stepsize=[ddim,oss_shared]"
+                f"stepsize {', '.join(run.per_sample)} plans one schedule per sample, which has no "
+                "mean amplitude in time; choose strategies that plan one for all, such as "
+                "stepsize=[ddim,oss_shared]"
             )
+
+        # Schedules.
         plan(run)
-        files = {(name, k): run.file(name, k) for k in run.num_steps for name in run.strategies}
+        students: dict[tuple[str, int], StepSchedule] = {}
+        for k in run.num_steps:
+            for name in run.strategies:
+                students[name, k] = StepSchedule.load(run.file(name, k))
+
+        # Amplitudes.
         module = CalibrateModule(
             run.setting,
-            {label: StepSchedule.load(path) for label, path in files.items()},
+            students,
             run.folder,
             run.about,
             per_channel=self.per_channel,
             last_step_only=self.last_step_only,
         )
-        data = run.noises(search_samples=self.samples)
-        run.trainer.predict(
-            module, dataloaders=data.predict_dataloader()[0], return_predictions=False
-        )
+        loader = run.noises(search_samples=self.samples).predict_dataloader()[0]
+        run.trainer.predict(module, dataloaders=loader, return_predictions=False)
 
 
 class CalibrateModule(L.LightningModule):
-    """Measures the teacher's amplitudes at its nodes, then those of the students, with and without that table.
+    """A Lightning loop over noises that measures amplitudes.
 
-    students: {(strategy, K): schedule}, each one for all samples.
-    Writes `<folder>/calibration.json` (a `Calibration`) and `<folder>/amplitude.json` (the curves).
+    It measures the teacher's at its nodes, then those of the students with and without the table.
+    Writes `<folder>/calibration.json` (a `Calibration`) and `<folder>/amplitude.json` (curves).
+
+    Args:
+        setting: Model, grid, solver and distance.
+        students: Schedules by (strategy, K), each one for all samples.
+        folder: The run folder.
+        provenance: The provenance of the run.
+        per_channel: Make a table for every channel.
+        last_step_only: Calibrate before the last network call and before no other.
     """
 
     def __init__(
@@ -89,13 +109,12 @@ class CalibrateModule(L.LightningModule):
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
-        self.setting, self.students, self.folder, self.provenance = (
-            setting,
-            students,
-            folder,
-            provenance,
-        )
-        self.per_channel, self.last_step_only = per_channel, last_step_only
+        self.setting = setting
+        self.students = students
+        self.folder = folder
+        self.provenance = provenance
+        self.per_channel = per_channel
+        self.last_step_only = last_step_only
         self.batches: list[Batch] = []
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -103,37 +122,49 @@ class CalibrateModule(L.LightningModule):
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
+        # Samples of this rank, and of all.
         if not self.batches:
             raise ValueError("a rank got no noises; use fewer devices or more task.samples")
-        mine = sum(len(batch["index"]) for batch in self.batches)
-        self.samples = int(DistributedCollective().sum(torch.tensor(mine, device=self.device)))
-        meter = CallCounter(show=rank_zero_only.rank == 0)
+        samples = sum(len(batch["index"]) for batch in self.batches)
+        self.samples = int(DistributedCollective().sum(torch.tensor(samples, device=self.device)))
+
+        counter = CallCounter(show=rank_zero_only.rank == 0)
         calls = self.setting.solver.evals_per_step
-        with meter.progress:
-            with meter.measure("teacher", calls * (len(self.setting.grid) - 1), mine):
-                times, low, high = self._mean(self._teacher, meter)
+        with counter.progress:
+            # Teacher.
+            num_nodes = len(self.setting.grid)
+            with counter.measure("teacher", calls * (num_nodes - 1), samples):
+                times, low, high = self._mean(self._teacher, counter)
             provenance = {**self.provenance, "samples": self.samples}
             calibration = Calibration(self.setting.grid, low, high, self.last_step_only, provenance)
             curves = [curve("teacher", len(times) - 1, False, times, low, high)]
+
+            # Students, without the table and with it.
             for (name, k), steps in self.students.items():
                 for table in (None, calibration):
-                    with meter.measure(f"{name} K={k}", calls * k, mine):
-                        measured = self._mean(self._student(steps, table), meter)
+                    with counter.measure(f"{name} K={k}", calls * k, samples):
+                        measured = self._mean(self._student(steps, table), counter)
                     curves.append(curve(name, k, table is not None, *measured))
         self._write(calibration, curves)
         self.trainer.strategy.barrier("the calibration is on disk")
 
     def _mean(
-        self, follow: Callable[[BoundVelocity, Batch], Points], meter: CallCounter
+        self, follow: Callable[[BoundVelocity, Batch], Points], counter: CallCounter
     ) -> tuple[list[float], Tensor, Tensor]:
-        """follow(velocity, batch) yields the (t, x (b, *E)) of P points -> times, and low and high over all ranks.
+        """Return the mean amplitudes of paths over the samples of all ranks.
 
-        Low and high are the means of all samples, (P,) or (P, C) float64.
+        Args:
+            follow: Yields (t, x (b, *E)) at the P points of a batch's paths.
+            counter: The counter of network calls.
+
+        Returns:
+            The P times, and the mean low and high amplitudes, (P,) or (P, C) float64.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.batches:
-            times, sums = [], []
-            for t, x in follow(meter.counted(self.setting.velocity(batch)), batch):
+            times = []
+            sums = []
+            for t, x in follow(counter.counted(self.setting.velocity(batch)), batch):
                 times.append(t)
                 sums.append(torch.stack(amplitude(x, self.per_channel)).sum(1))
             total = total + torch.stack(sums, dim=1)
@@ -147,22 +178,26 @@ class CalibrateModule(L.LightningModule):
     def _student(
         self, steps: StepSchedule, table: Calibration | None
     ) -> Callable[[BoundVelocity, Batch], Points]:
-        """Points before each network call, with a table also the calibrated ones, and the final one."""
+        """Return the function that follows a student.
+
+        Its points are those before every network call, with a table also the calibrated ones,
+        and the final one.
+        """
 
         def follow(velocity: BoundVelocity, batch: Batch) -> Points:
             points = []
 
             def watch(x: Tensor, t: Tensor, is_last: bool) -> Tensor:
-                points.append((float(t.flatten()[0]), x))
+                time = float(t.flatten()[0])
+                points.append((time, x))
                 if table is not None:
                     x = table(x, t, is_last)
-                    points.append((points[-1][0], x))
+                    points.append((time, x))
                 return x
 
             solver = replace(self.setting.solver, calibration=watch)
-            final = sample(
-                solver, velocity, self._noise(batch), steps, group=self.setting.classes(batch)
-            )
+            group = self.setting.classes(batch)
+            final = sample(solver, velocity, self._noise(batch), steps, group=group)
             return [*points, (0.0, final)]
 
         return follow
@@ -184,7 +219,7 @@ class CalibrateModule(L.LightningModule):
 def curve(
     strategy: str, num_steps: int, calibrated: bool, times: list[float], low: Tensor, high: Tensor
 ) -> dict[str, Any]:
-    """What the picture is drawn from: low and high (P,) or (P, C) at P times, from noise to data."""
+    """Return a curve of amplitude.json: low and high, (P,) or (P, C), from noise to data."""
     return {
         "strategy": strategy,
         "num_steps": num_steps,

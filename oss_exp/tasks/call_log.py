@@ -1,7 +1,7 @@
-"""A search that was killed goes on: its network calls are kept on disk, and the same program runs again over them.
+"""Resume a killed search from a log of its network calls.
 
-A search is deterministic, so nothing of what a strategy is doing needs saving. It starts again, and every call that was
-made before is answered from the file, until the file ends.
+A search is deterministic, so nothing of a strategy's state needs saving. The search starts again,
+and its calls are answered from the log until the log ends.
 """
 
 from __future__ import annotations
@@ -23,102 +23,123 @@ from torch import Tensor
 from oss_exp.files import LIMIT
 from oss_exp.velocity import BoundVelocity
 
-HEAD = struct.Struct(
-    "<IIQ"
-)  # checksums of the question and of the answer, and the bytes of the answer, which follow
+# Checksums of a call's input and answer, and the size in bytes of the answer, which follows.
+HEAD = struct.Struct("<IIQ")
 
 
 class Calls:
-    """One rank's network calls, a file for each piece of work, a record a call in the order of asking.
+    """The log of one rank's network calls: a file per piece of work, a record per call.
 
-    A record that was cut short, is damaged, or answers another question is dropped with all that follow.
+    A record that is cut short, damaged, or of another input is dropped with all that follow.
+
+    Args:
+        folder: The folder of the logs.
+        rank: The rank, which is in their names.
     """
 
     def __init__(self, folder: Path, rank: int):
-        self.folder, self.rank = folder, rank
+        self.folder = folder
+        self.rank = rank
         self.file: BinaryIO | None = None
         self.replays = False
 
     @contextlib.contextmanager
     def of(self, work: str, expected: int = 0) -> Iterator[None]:
-        """Answer and keep the calls that are made within; OSError where the disk has not the bytes expected of them."""
+        """Answer calls from the log of a piece of work, and log new ones, within this context.
+
+        Args:
+            work: Name of the piece of work.
+            expected: Expected size of its log, in bytes.
+
+        Raises:
+            OSError: If the disk is too small.
+        """
         path = self._path(work)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        if expected > (free := shutil.disk_usage(self.folder).free + path.stat().st_size):
+        free = shutil.disk_usage(self.folder).free + path.stat().st_size
+        if expected > free:
             raise self._no_room(
                 f"they come to about {expected / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
             )
-        self.file, self.replays = path.open("r+b"), True
+
+        self.file = path.open("r+b")
+        self.replays = True
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # what is left of a call that `_keep` has told of
+            # An error of unwritten data was raised by `_append` already.
+            with contextlib.suppress(OSError):
                 self.file.close()
             self.file = None
 
     def forget(self) -> None:
-        """All results are on disk; the calls are not needed any more."""
+        """Delete the log, when all results are on disk."""
         for path in self.folder.glob(f"*.{self.rank}.calls"):
             path.unlink()
-        with contextlib.suppress(OSError):  # another rank's are still there
+        with contextlib.suppress(OSError):  # another rank's files are still there
             self.folder.rmdir()
 
     def kept(self, velocity: BoundVelocity) -> BoundVelocity:
-        """The same, through these files. Calls that gradients go through are not kept."""
+        """Return a velocity that answers through the log.
+
+        Calls that gradients go through are not logged.
+        """
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            if self.file is None or (
-                torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
-            ):
+            needs_gradient = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
+            if self.file is None or needs_gradient:
                 return velocity.fn(x, t, condition)
-            asked = _checksum(x, t, condition)
-            most = (
-                8 * x.numel() + LIMIT
-            )  # bytes: the answer is of the shape of x, in float64 at most, after its header
-            found = self._next(asked, most) if self.replays else None
-            if found is None:
-                found = velocity.fn(x, t, condition)
-                self._keep(asked, found)
-            return found.to(x.device)
+
+            # An answer has the shape of x, float64 at most, and a header.
+            checksum = _checksum(x, t, condition)
+            most_bytes = 8 * x.numel() + LIMIT
+            answer = self._next(checksum, most_bytes) if self.replays else None
+            if answer is None:
+                answer = velocity.fn(x, t, condition)
+                self._append(checksum, answer)
+            return answer.to(x.device)
 
         return replace(velocity, fn=fn)
 
     def _path(self, work: str) -> Path:
         return self.folder / f"{work}.{self.rank}.calls"
 
-    def _next(self, asked: int, most: int) -> Tensor | None:
-        """The next record's answer; None, and the file ends there, where it is not one of `most` bytes to this."""
+    def _next(self, checksum: int, most_bytes: int) -> Tensor | None:
+        """Return the next record's answer; if it is not one to this input, end the log there."""
         start = self.file.tell()
         head = self.file.read(HEAD.size)
         if len(head) == HEAD.size:
-            question, answer, size = HEAD.unpack(head)
-            data = self.file.read(size) if question == asked and size <= most else None
-            if data is not None and len(data) == size and crc32(data) == answer:
+            input_checksum, answer_checksum, size = HEAD.unpack(head)
+            is_ours = input_checksum == checksum and size <= most_bytes
+            data = self.file.read(size) if is_ours else None
+            if data is not None and len(data) == size and crc32(data) == answer_checksum:
                 return safetensors.torch.load(data)["answer"]
+
         self.file.seek(start)
         self.file.truncate()
         self.replays = False
         return None
 
-    def _keep(self, asked: int, answer: Tensor) -> None:
+    def _append(self, checksum: int, answer: Tensor) -> None:
         data = safetensors.torch.save({"answer": answer.detach().cpu().contiguous()})
         try:
-            self.file.write(HEAD.pack(asked, crc32(data), len(data)) + data)
+            self.file.write(HEAD.pack(checksum, crc32(data), len(data)) + data)
             self.file.flush()
         except OSError as error:
             raise self._no_room(error.strerror) from error
 
     def _no_room(self, reason: str) -> OSError:
         return OSError(
-            f"cannot keep the network calls of a search in {self.folder}: {reason}; free space, or set "
-            "keep_calls=false, with which a killed search starts again"
+            f"cannot keep the network calls of a search in {self.folder}: {reason}; free space, or "
+            "set keep_calls=false (a killed search then starts again)"
         )
 
 
 def _checksum(*tensors: Tensor | None) -> int:
-    found = 0
+    checksum = 0
     for tensor in tensors:
         if tensor is not None:
-            found = crc32(np.ascontiguousarray(tensor.detach().cpu().numpy()).data, found)
-    return found
+            data = np.ascontiguousarray(tensor.detach().cpu().numpy()).data
+            checksum = crc32(data, checksum)
+    return checksum

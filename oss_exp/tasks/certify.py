@@ -1,7 +1,8 @@
-"""task=certify: where a step schedule holds, measured on the user's own model and written into its file.
+"""Measure where a step schedule holds, and write the range into its file: `task=certify`.
 
-A cell is the model with one thing changed: another dtype, guidance, shift, size, LoRA, teacher or solver. In every cell
-the schedule and a baseline run on the same held-out noises, and are compared with the teacher of that cell.
+A cell is the user's model with one thing changed: its dtype, guidance, shift, size, LoRA, teacher
+or solver. In every cell the schedule and a baseline run on the same held-out noises, and both are
+compared with the teacher of that cell.
 """
 
 from __future__ import annotations
@@ -50,29 +51,41 @@ from oss_exp.velocity import BoundVelocity, standard_normal_velocity
 
 CONF = Path(__file__).parents[1] / "conf"
 SOLVERS = (CONF if CONF.is_dir() else Path(__file__).parents[2] / "conf") / "solver"
-WEIGHTS = {"float8_e4m3fn": "float8", "int8": "int8"}  # quantised weights: as conf/model calls them
+WEIGHTS = {"float8_e4m3fn": "float8", "int8": "int8"}  # quantised weights, as conf/model has them
 BASE: tuple[str, str] = ("base", "as searched")
 
 
 def usual_axes() -> dict[str, list[Any]]:
-    """Return what is measured where nobody chose: what nearly every model has."""
-    chosen: dict[str, list[Any]] = {"dtype": ["bfloat16", "float16", "float8_e4m3fn", "int8"]}
-    chosen |= {"guidance": [1, 2, 3, 5], "shift": [1, 3, 5]}
-    return chosen | {
-        axis: [] for axis in ("resolution", "frames", "lora", "teacher_steps", "solver")
+    """Return the default axes, with the values that nearly every model has."""
+    axes: dict[str, list[Any]] = {
+        "dtype": ["bfloat16", "float16", "float8_e4m3fn", "int8"],
+        "guidance": [1, 2, 3, 5],
+        "shift": [1, 3, 5],
     }
+    for axis in ("resolution", "frames", "lora", "teacher_steps", "solver"):
+        axes[axis] = []
+    return axes
 
 
 class Skipped(Exception):
-    """An axis does not apply: the message says why."""
+    """An axis does not apply to the model; the message is the reason."""
 
 
 class OutOfTime(Exception):
-    """A cell would take longer than is left."""
+    """A cell would take longer than the time that remains."""
 
 
 class CellRecord(Record):
-    """cells/<hash>.json: a cell that was measured. index: of the samples; psnr: of each schedule, of each sample."""
+    """A measured cell, saved as cells/<hash>.json.
+
+    Attributes:
+        key: What the cell is, as JSON.
+        index: Numbers of the samples.
+        psnr: PSNR in dB of every sample, by schedule.
+        moved: Mean PSNR in dB between this cell's teacher and the base's; None if shapes differ.
+        shape: Event shape of the model.
+        calls: Network rows that were computed.
+    """
 
     key: str
     index: list[int]
@@ -84,12 +97,17 @@ class CellRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Certify(Task):
-    """Measure where the schedule of the file `schedule` holds; write it, with its `range`, into the run's folder.
+    """Measure where a step schedule holds.
 
-    axes:        {axis: values}, each changed alone; what the model does not have is skipped, and said.
-    tolerance:   the loss, dB, up to which a setting is inside of the range.
-    max_minutes: stop before a cell that would exceed them; the same command goes on.
-    in_place:    write the range into the file itself, too.
+    Writes the schedule, with its `range`, into the run folder.
+
+    Attributes:
+        schedule: Path of the step schedule.
+        axes: The values of every axis, each changed alone; the report names those skipped.
+        tolerance: Loss in dB up to which a setting is inside the range.
+        max_minutes: Stop before a cell that would exceed this time; the same command resumes.
+        in_place: Also write the range into the schedule's own file.
+        allow_other_model: Accept a schedule that was searched on other weights.
     """
 
     schedule: str
@@ -104,138 +122,176 @@ class Certify(Task):
         steps = StepSchedule.load(path)
         cfg.num_steps = [steps.num_steps]
         run = Run(cfg, "axes", "tolerance", "max_minutes", "in_place")
-        if steps.per_sample:
-            raise ValueError(
-                f"step schedule {path} has times of its own for each sample; certify one for all samples"
-            )
-        if run.trainer.world_size > 1:
-            raise ValueError("task=certify runs on one device; set trainer.devices=1")
-        hand_made = {
-            name: each for name, each in run.strategies.items() if isinstance(each, ClosedForm)
-        }
-        if not hand_made or len(hand_made) < len(run.strategies):
-            raise ValueError(
-                "task=certify compares with schedules by hand; set stepsize=[ddim,fm], or others of them"
-            )
+        baselines = _check_run(run, path, steps)
         check_fits(run.setting, cfg, path, steps, self.allow_other_model)
 
+        # Values that no axis takes are refused before hours of measuring.
         base = axes_of(cfg, run.setting.model)
-        wanted = [*self._wanted(base)]
-        for axis, value in wanted:  # what is wrong is said before hours of measuring
+        cells = list(self._cells(base))
+        for axis, value in cells:
             with suppress(Skipped):
                 CHANGES[axis](cfg.copy(), value)
-        written = {
-            name: each for name, each in json.loads(path.read_text()).items() if name != "range"
-        }
-        digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()
-        measuring = _Measuring(run, steps, digest, hand_made, self.max_minutes)
-        left, skipped = list[str](), dict[str, str]()
-        found: dict[tuple[str, Any], CellRecord] = {BASE: measuring.cell(*BASE)}
-        for axis, value in wanted:
+
+        # Cells.
+        measuring = _Measuring(run, steps, _digest(path), baselines, self.max_minutes)
+        unmeasured: list[str] = []
+        skipped: dict[str, str] = {}
+        records: dict[tuple[str, Any], CellRecord] = {BASE: measuring.cell(*BASE)}
+        for axis, value in cells:
             try:
-                found[axis, _plain(value)] = measuring.cell(axis, value)
+                records[axis, _plain(value)] = measuring.cell(axis, value)
             except OutOfTime:
-                left.append(f"{axis}={value}")
+                unmeasured.append(f"{axis}={value}")
             except Skipped as reason:
                 skipped[f"{axis}={value}"] = str(reason)
-        certificate = certificate_of(found, base, self.tolerance, skipped)
-        if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
+
+        # Files; Lightning sets the rank.
+        certificate = certificate_of(records, base, self.tolerance, skipped)
+        if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]
             certified = replace(steps, range=certificate)
             for file in [run.folder / "schedules" / path.name, *[path] * self.in_place]:
                 certified.save(file)
-            self._say(certificate, left)
+            self._print(certificate, unmeasured)
 
-    def _wanted(self, base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """(axis, value) of every cell but the base."""
+    def _cells(self, base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield (axis, value) of every cell that differs from the base."""
         if unknown := [axis for axis in self.axes if axis not in CHANGES]:
-            raise ValueError(f"task.axes.{unknown[0]} is none of {', '.join(CHANGES)}")
+            raise ValueError(f"task.axes.{unknown[0]} is not one of {', '.join(CHANGES)}")
         for axis, values in self.axes.items():
             for value in values:
-                told = _solver_class(value) if axis == "solver" else value
-                if value is not None and told != base.get(axis):
+                name = _solver_class(value) if axis == "solver" else value
+                if value is not None and name != base.get(axis):
                     yield axis, value
 
-    def _say(self, certificate: Certificate, left: Sequence[str]) -> None:
+    def _print(self, certificate: Certificate, unmeasured: Sequence[str]) -> None:
         lines = [f"{len(certificate.cells)} cells, {certificate.calls} network rows"]
-        for reason in dict.fromkeys(certificate.skipped.values()):
-            cells = [label for label, told in certificate.skipped.items() if told == reason]
-            lines.append(f"skipped {', '.join(cells)}: {reason}")
-        if left:
+
+        # Cells without a measurement, by reason.
+        labels_of: dict[str, list[str]] = {}
+        for label, reason in certificate.skipped.items():
+            labels_of.setdefault(reason, []).append(label)
+        for reason, labels in labels_of.items():
+            lines.append(f"skipped {', '.join(labels)}: {reason}")
+        if unmeasured:
             lines.append(
-                f"not measured within {self.max_minutes:g} minutes: {', '.join(left)}; the same command goes on"
+                f"not measured within {self.max_minutes:g} minutes: {', '.join(unmeasured)}; the "
+                "same command goes on"
             )
         PlainConsole().print("\n".join(lines), soft_wrap=True)
 
 
+def _check_run(run: Run, path: Path, steps: StepSchedule) -> dict[str, ClosedForm]:
+    """Return the baselines of a run; raise ValueError if it cannot certify the schedule."""
+    if steps.per_sample:
+        raise ValueError(
+            f"step schedule {path} has times of its own for each sample; certify one for all "
+            "samples"
+        )
+    if run.trainer.world_size > 1:
+        raise ValueError("task=certify runs on one device; set trainer.devices=1")
+
+    baselines: dict[str, ClosedForm] = {}
+    for name, strategy in run.strategies.items():
+        if isinstance(strategy, ClosedForm):
+            baselines[name] = strategy
+
+    if not baselines or len(baselines) < len(run.strategies):
+        raise ValueError(
+            "task=certify compares with schedules by hand; set stepsize=[ddim,fm] or others"
+        )
+    return baselines
+
+
+def _digest(path: Path) -> str:
+    """Return the hash of a schedule's file, its range left out."""
+    content = json.loads(path.read_text())
+    content.pop("range", None)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 class _Measuring:
-    """Measures cells, each once; what was measured is in <folder>/cells."""
+    """Measures every cell once; the records are in <folder>/cells.
+
+    Args:
+        run: The run.
+        steps: The schedule.
+        digest: Hash of the schedule's file, its range left out.
+        baselines: The schedules to compare with.
+        max_minutes: The time for all cells; None: as long as it takes.
+    """
 
     def __init__(
         self,
         run: Run,
         steps: StepSchedule,
-        digest: str,  # of the schedule's file, whatever its range
+        digest: str,
         baselines: Mapping[str, ClosedForm],
         max_minutes: float | None,
     ):
-        self.run, self.steps, self.digest, self.baselines = run, steps, digest, dict(baselines)
+        self.run = run
+        self.steps = steps
+        self.digest = digest
+        self.baselines = dict(baselines)
         self.max_minutes = max_minutes
-        self.started, self.longest = time.monotonic(), 0.0
+        self.started = time.monotonic()
+        self.longest = 0.0  # seconds of the longest cell
         self.device = run.trainer.strategy.root_device
         self.models: dict[str, Model] = {}
-        self.images: dict[int, Tensor] = {}  # the base's teacher's, by sample
+        self.images: dict[int, Tensor] = {}  # of the base's teacher, by sample
 
     @torch.no_grad()
     def cell(self, axis: str, value: Any) -> CellRecord:
-        """Return what was measured of the model with this one thing changed.
+        """Return the record of the model with one thing changed.
 
-        Raises Skipped where it has no such thing, OutOfTime where it would take too long; the first cell never does.
+        Raises:
+            Skipped: If the model has no such thing.
+            OutOfTime: If it would take too long; the base never does.
         """
+        # The configuration, and the solver that runs the schedule.
         cfg: Any = self.run.cfg.copy()
-        student = None if (axis, value) == BASE else CHANGES[axis](cfg, value)
-        if student is not None and (
-            self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)
-        ):
-            raise Skipped(
-                f"its steps are those of {dict(self.steps.about('solver')).get('_target_', 'a fit')} alone"
-            )
-        key = json.dumps(
-            [axis, _plain(value), self.digest, OmegaConf.to_container(cfg.data, resolve=True)]
-        )
-        file = self.run.folder / "cells" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        student_solver = None if (axis, value) == BASE else CHANGES[axis](cfg, value)
+        is_fixed = self.steps.orders is not None or isinstance(self.steps.steps, FittedSteps)
+        if student_solver is not None and is_fixed:
+            owner = dict(self.steps.about("solver")).get("_target_", "a fit")
+            raise Skipped(f"its steps fit {owner} only")
+
+        # A record that is on disk.
+        data = OmegaConf.to_container(cfg.data, resolve=True)
+        key = json.dumps([axis, _plain(value), self.digest, data])
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
+        file = self.run.folder / "cells" / f"{name}.json"
         pictures = self.run.folder / "cells" / "teacher.safetensors"
         if file.is_file() and (axis != "base" or pictures.is_file()):
             record = load_record(file, CellRecord, "measured cell", "remove it")
             if axis == "base":
-                kept = load_asset(pictures, "the teacher's samples")[0]["images"]
-                self.images = dict(zip(record.index, kept, strict=True))
+                images = load_asset(pictures, "the teacher's samples")[0]["images"]
+                self.images = dict(zip(record.index, images, strict=True))
             return record
+
+        # A new one, if the longest so far would fit into the time.
         begun = time.monotonic()
-        budget = (
-            float("inf") if self.max_minutes is None or axis == "base" else 60 * self.max_minutes
-        )
-        if begun - self.started + self.longest > budget:
+        end = begun - self.started + self.longest
+        if axis != "base" and self.max_minutes is not None and end > 60 * self.max_minutes:
             raise OutOfTime
+
         setting = build_setting(cfg, self._model(cfg, axis, value))
-        record = self._measure(setting, student or setting.solver, axis, key)
+        record = self._measure(setting, student_solver or setting.solver, axis, key)
         if axis == "base":
-            save_asset(
-                pictures,
-                {"images": torch.stack([self.images[number] for number in record.index])},
-                {},
-            )
+            images = torch.stack([self.images[number] for number in record.index])
+            save_asset(pictures, {"images": images}, {})
+
         write_atomically(file, json.dumps(record.model_dump()) + "\n")
         self.longest = max(self.longest, time.monotonic() - begun)
         return record
 
     def _model(self, cfg: Any, axis: str, value: Any) -> Model:
-        """The model of a cell; the one before it stays where nothing of it changes."""
-        changed = value if axis == "dtype" and value in WEIGHTS else None
-        key = json.dumps([OmegaConf.to_container(cfg.model, resolve=True), cfg.stages, changed])
+        """Return the model of a cell: the last one, unless something of it changes."""
+        weights = value if axis == "dtype" and value in WEIGHTS else None
+        key = json.dumps([OmegaConf.to_container(cfg.model, resolve=True), cfg.stages, weights])
         if key not in self.models:
-            self.models.clear()  # first: two may not fit
+            self.models.clear()  # first: two may not fit into memory
             model = build_model(cfg)
-            if changed is not None and "quantization" not in cfg.model:
+            if weights is not None and "quantization" not in cfg.model:
                 round_weights(model, value)
             self.models[key] = model.to(self.device)
         return self.models[key]
@@ -243,52 +299,63 @@ class _Measuring:
     def _measure(self, setting: Setting, solver: Solver, axis: str, key: str) -> CellRecord:
         data = self.run.noises_for(setting.model)
         values: dict[str, list[Tensor]] = {}
-        index, moved, calls, shape = list[int](), list[Tensor](), 0, list(setting.model.event_shape)
+        index: list[int] = []
+        moved: list[Tensor] = []
+        calls = 0
+        model = setting.model
         students = self._students(setting)
+
         for batch in data.test_dataloader():
-            batch = {name: each.to(self.device) for name, each in batch.items()}
-            condition, group = (
-                batch.get("condition", setting.classes(batch)),
-                setting.classes(batch),
-            )
-            noise, model = setting.first_state(batch["noise"]), setting.model
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            group = setting.classes(batch)
+            condition = batch.get("condition", group)
+            noise = setting.first_state(batch["noise"])
             velocity = model.velocity(condition)
-            reference = model.decode(
-                model.sample(setting.solver, setting.teacher, noise, condition)
-            )
+
+            # Teacher, and how far it is from the base's.
+            x0 = model.sample(setting.solver, setting.teacher, noise, condition)
+            reference = model.decode(x0)
             calls += nfe(setting.solver, setting.teacher, velocity) * len(noise)
+
             numbers = batch["index"].tolist()
             if axis == "base":
                 self.images |= dict(zip(numbers, reference.half().cpu(), strict=True))
             elif reference.shape[1:] == self.images[numbers[0]].shape:
-                first = torch.stack([self.images[number] for number in numbers]).to(reference)
-                moved.append(psnr(reference, first))
+                base = torch.stack([self.images[number] for number in numbers]).to(reference)
+                moved.append(psnr(reference, base))
+
+            # Students.
             for name, steps in students.items():
-                own = solver if name == "schedule" else setting.solver
-                x0 = run_steps(model, velocity, own, steps, noise, condition, group)
+                student_solver = solver if name == "schedule" else setting.solver
+                x0 = run_steps(model, velocity, student_solver, steps, noise, condition, group)
                 values.setdefault(name, []).append(psnr(model.decode(x0), reference))
-                calls += nfe(own, steps, velocity) * len(noise)
+                calls += nfe(student_solver, steps, velocity) * len(noise)
+
             index += numbers
+
         return CellRecord(
             key=key,
             index=index,
             psnr={name: torch.cat(parts).tolist() for name, parts in values.items()},
             moved=float(torch.cat(moved).mean()) if moved else None,
-            shape=shape,
+            shape=list(model.event_shape),
             calls=calls,
         )
 
     def _students(self, setting: Setting) -> dict[str, StepSchedule]:
-        """The schedule, and the baselines' schedules on this cell's grid."""
-        noise, count = torch.zeros(1, *setting.model.event_shape), self.steps.num_steps
+        """Return the schedule, and the baselines' schedules on this cell's grid."""
+        count = self.steps.num_steps
         problem = Problem(
-            standard_normal_velocity, noise, setting.grid, setting.solver, setting.distance
+            standard_normal_velocity,
+            torch.zeros(1, *setting.model.event_shape),
+            setting.grid,
+            setting.solver,
+            setting.distance,
         )
-        made = {
-            name: strategy.plan(problem, [count])[count]
-            for name, strategy in self.baselines.items()
-        }
-        return {"schedule": self.steps, **made}
+        students = {"schedule": self.steps}
+        for name, strategy in self.baselines.items():
+            students[name] = strategy.plan(problem, [count])[count]
+        return students
 
 
 def run_steps(
@@ -300,47 +367,63 @@ def run_steps(
     condition: Tensor | None,
     group: Tensor | None,
 ) -> Tensor:
-    """Return x0 (B, *E) of a schedule; fitted steps take a guided call's mix where they were fitted to one answer."""
+    """Return the sample x0 (B, *E) of a schedule.
+
+    Fitted steps that were fitted to one answer take the mix of a guided call.
+
+    Raises:
+        Skipped: If fitted steps weigh two answers, and the velocity has one.
+    """
     if isinstance(steps.steps, FittedSteps):
         searched_apart = (steps.about("model").get("guidance") or {}).get("scale", 1) != 1
         if searched_apart and len(velocity.mix) == 1:
             raise Skipped(
-                "its steps weigh guided and unguided answers apart, and here there is one"
+                "its steps weigh guided and unguided predictions, and this model gives one"
             )
         if not searched_apart and len(velocity.mix) > 1:
-            return sample_steps(
-                solver, BoundVelocity.of(lambda x, t: velocity(x, t)), noise, steps, group
-            )
+            mixed = BoundVelocity.of(lambda x, t: velocity(x, t))
+            return sample_steps(solver, mixed, noise, steps, group)
     return model.sample(solver, steps, noise, condition, group)
 
 
 def certificate_of(
-    found: Mapping[tuple[str, Any], CellRecord],
+    records: Mapping[tuple[str, Any], CellRecord],
     base: Mapping[str, Any],
     tolerance: float,
     skipped: Mapping[str, str],
 ) -> Certificate:
-    """Return the certificate of the cells that were measured; the baseline is the best one in the first cell."""
-    first = found[BASE]
+    """Return the certificate of measured cells.
+
+    Args:
+        records: The records by (axis, value), the base's among them.
+        base: What the base is on every axis.
+        tolerance: Loss in dB up to which a setting is inside the range.
+        skipped: The reasons of the cells that were skipped.
+    """
+    # The best baseline of the first cell.
+    first = records[BASE]
     names = [name for name in first.psnr if name != "schedule"]
     baseline = max(names, key=lambda name: float(np.mean(first.psnr[name])))
-    losses = np.array(first.psnr["schedule"])
+    first_psnr = np.array(first.psnr["schedule"])
+
+    # Loss against the first cell, gain over the baseline.
     cells = []
-    for (axis, value), record in found.items():
-        own, other = np.array(record.psnr["schedule"]), np.array(record.psnr[baseline])
-        loss, gain, mean = Interval.of(losses - own), Interval.of(own - other), Interval.of(own)
-        sized, told = axis in ("resolution", "frames"), json.loads(json.dumps(value))
-        if axis == "guidance" and base.get("embedded_guidance") is not None:
-            axis = "embedded_guidance"
-        told = _solver_class(told) if axis == "solver" else told
+    for (axis, value), record in records.items():
+        schedule_psnr = np.array(record.psnr["schedule"])
+        baseline_psnr = np.array(record.psnr[baseline])
+        loss = Interval.of(first_psnr - schedule_psnr)
+        gain = Interval.of(schedule_psnr - baseline_psnr)
+        mean = Interval.of(schedule_psnr)
+
+        cell_axis, cell_value = _axis_in_file(axis, value, record, base)
         cells.append(
             Cell(
-                axis="shape" if sized else axis,
-                value=[*record.shape] if sized else told,
-                n=len(own),
+                axis=cell_axis,
+                value=cell_value,
+                n=len(schedule_psnr),
                 psnr=mean.mean,
                 psnr_interval=_ends(mean),
-                baseline=float(other.mean()),
+                baseline=float(baseline_psnr.mean()),
                 gain=gain.mean,
                 gain_interval=_ends(gain),
                 loss=loss.mean,
@@ -348,30 +431,45 @@ def certificate_of(
                 moved=record.moved,
             )
         )
-    calls = sum(record.calls for record in found.values())
+
     return Certificate(
         baseline=baseline,
         tolerance=tolerance,
         base=dict(base),
         cells=cells,
         skipped=dict(skipped),
-        calls=calls,
+        calls=sum(record.calls for record in records.values()),
     )
 
 
+def _axis_in_file(
+    axis: str, value: Any, record: CellRecord, base: Mapping[str, Any]
+) -> tuple[str, Any]:
+    """Return an axis and its value as a certificate names them."""
+    if axis in ("resolution", "frames"):
+        return "shape", [*record.shape]
+    value = json.loads(json.dumps(value))
+    if axis == "solver":
+        return axis, _solver_class(value)
+    if axis == "guidance" and base.get("embedded_guidance") is not None:
+        return "embedded_guidance", value
+    return axis, value
+
+
 def _ends(interval: Interval) -> tuple[float, float]:
-    low, high = interval.low, interval.high
+    low = interval.low
+    high = interval.high
     return (interval.mean, interval.mean) if low is None or high is None else (low, high)
 
 
 def _plain(value: Any) -> Any:
-    """A value that is a key."""
+    """Return a value that can be a key: a list as a tuple."""
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What each axis changes of a configuration; a solver is returned, for the schedule alone
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What the axes change in a configuration; a solver is returned, for the schedule alone
+# --------------------------------------------------------------------------------------------------
 
 
 def _number(axis: str, value: Any) -> float:
@@ -394,9 +492,8 @@ def _dtype(cfg: Any, value: str) -> None:
             cfg.model.quantization = WEIGHTS[value]
         return
     if value not in get_args(Dtype):
-        raise ValueError(
-            f"task.axes.dtype must have {', '.join([*get_args(Dtype), *WEIGHTS])}, got {value}"
-        )
+        choices = ", ".join([*get_args(Dtype), *WEIGHTS])
+        raise ValueError(f"task.axes.dtype must have {choices}, got {value}")
     cfg.model.dtype = value
 
 
@@ -406,6 +503,8 @@ def _guidance(cfg: Any, value: float) -> None:
             raise Skipped("the samples have no classes (data.classes)")
         cfg.model.guidance.scale = _number("guidance", value)
         return
+
+    # Of a pipeline.
     call = cfg.model.get("call") or {}
     names = [name for name in ("true_cfg_scale", "guidance_scale") if name in call]
     if not names:
@@ -424,7 +523,7 @@ def _resolution(cfg: Any, value: Sequence[int]) -> None:
         raise Skipped("the model has one size")
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"task.axes.resolution must have pairs [height, width], got {value}")
-    height, width = (_whole("resolution", each) for each in value)
+    height, width = (_whole("resolution", side) for side in value)
     cfg.model.call = {**(cfg.model.call or {}), "height": height, "width": width}
 
 
@@ -440,9 +539,7 @@ def _lora(cfg: Any, value: str) -> None:
     elif not value:
         cfg.stages = None
     elif not Path(value).expanduser().is_dir():
-        raise Skipped(
-            "a network takes the folder of task=finetune task.trainable=lora, and this is none"
-        )
+        raise Skipped("it is not a folder that task=finetune task.trainable=lora has written")
     else:
         cfg.stages = str(Path(value).expanduser())
 
@@ -458,12 +555,12 @@ def _solver(cfg: Any, value: str) -> Solver:
 def _solver_settings(value: str) -> Any:
     file = SOLVERS / f"{value}.yaml"
     if Path(str(value)).name != value or not file.is_file():
-        raise ValueError(f"task.axes.solver={value} is none of conf/solver")
+        raise ValueError(f"task.axes.solver={value} is not in conf/solver")
     return OmegaConf.load(file)
 
 
 def _solver_class(value: str) -> str:
-    """What runs call it, in a range."""
+    """Return the class of a solver of conf/solver, its name in a range."""
     return str(_solver_settings(value)["_target_"]).rpartition(".")[2]
 
 
@@ -480,19 +577,17 @@ CHANGES: dict[str, Callable[[Any, Any], Solver | None]] = {
 
 
 def round_weights(model: Model, kind: str) -> None:
-    """Round a network's matrices and kernels as float8 or int8 weights hold them; it computes in its own dtype.
+    """Round a network's matrices and kernels to what float8 or int8 weights can hold.
 
-    int8: symmetric, with a scale for each output channel.
+    The network computes in its own dtype. int8 is symmetric, with a scale per output channel.
     """
     backbone: Any = (model.base if isinstance(model, Staged) else model).backbone
     for weight in backbone.parameters():
         if weight.ndim < 2:
             continue
         if kind == "int8":
-            scale = (
-                weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
-                / 127
-            )
+            largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
+            scale = largest.clamp(min=1e-12) / 127
             weight.copy_((weight / scale).round() * scale)
         else:
             weight.copy_(weight.to(torch.float8_e4m3fn).to(weight.dtype))

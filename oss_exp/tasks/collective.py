@@ -1,4 +1,4 @@
-"""How ranks agree, through torch.distributed."""
+"""Sum and gather tensors over ranks, through torch.distributed."""
 
 import atexit
 from typing import Any
@@ -12,7 +12,7 @@ from oss_exp.stepsize import Collective
 
 
 class DistributedCollective(Collective):
-    """Sums and gathers over the default process group; a single process without one is its own world."""
+    """Sums and gathers over the default process group; without one, over one process."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         if not _distributed():
@@ -24,26 +24,30 @@ class DistributedCollective(Collective):
     def gather(self, tensor: Tensor) -> Tensor:
         if not _distributed():
             return tensor
-        home, tensor = tensor.device, _reachable(tensor)
-        # Ranks may hold different numbers of rows: pad to the longest, then cut.
-        lengths = [
-            torch.zeros(1, dtype=torch.long, device=tensor.device)
-            for _ in range(dist.get_world_size())
-        ]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+        device = tensor.device
+        tensor = _reachable(tensor)
+
+        # Lengths, which may differ between ranks.
+        num_ranks = dist.get_world_size()
+        length = torch.tensor([len(tensor)], device=tensor.device)
+        lengths = [torch.zeros_like(length) for _ in range(num_ranks)]
+        dist.all_gather(lengths, length)
+
+        # Rows, padded to the longest and cut again.
         longest = max(int(length) for length in lengths)
-        padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in lengths]
+        padding = tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])
+        padded = torch.cat([tensor, padding])
+        parts = [torch.empty_like(padded) for _ in range(num_ranks)]
         dist.all_gather(parts, padded)
-        return torch.cat(
-            [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
-        ).to(home)
+        rows = [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
+        return torch.cat(rows).to(device)
 
 
 class GroupEnd(L.Callback):
-    """Ends the process group where its process ends, which Lightning does for NCCL alone.
+    """A callback that ends the process group at the end of its process.
 
-    Threads of gloo that still run as the interpreter ends abort the process, in about one run of ten.
+    Lightning does so for NCCL alone. Threads of gloo that run while the interpreter ends abort
+    the process, about once in ten runs.
     """
 
     def setup(self, *_: Any, **__: Any) -> None:
@@ -60,5 +64,5 @@ def _distributed() -> bool:
 
 
 def _reachable(tensor: Tensor) -> Tensor:
-    """Where the group can take it: NCCL does not see host memory."""
+    """Move a tensor to where the group can take it: NCCL does not see host memory."""
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor

@@ -1,4 +1,4 @@
-"""The main job: plan every strategy for every budget, and measure all on the same held-out noises."""
+"""Plan every strategy for every budget, and measure all schedules: `task=compare`, the main job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from oss_exp.tasks.task import Task
 
 @dataclass(frozen=True)
 class Compare(Task):
-    """Plan every strategy of `stepsize` for every K of `num_steps`, then measure all schedules against the teacher."""
+    """Plan every strategy of `stepsize` for every K of `num_steps`, and measure all schedules.
+
+    All run on the same held-out noises, and are compared with the teacher.
+    """
 
     def __call__(self, cfg: DictConfig) -> None:
         run = Run(cfg)

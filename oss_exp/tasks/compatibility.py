@@ -1,4 +1,7 @@
-"""What may not go together: a run folder and another configuration, a saved schedule and another run."""
+"""Refuse what does not go together.
+
+A run folder holds results of one configuration, and a saved schedule fits certain runs.
+"""
 
 from __future__ import annotations
 
@@ -28,101 +31,138 @@ RESULTS = (
     "stages.json",
     "checkpoints",
 )
-MEASURING = ("metric", "evaluation")  # measured anew where they change, of the same schedules
+MEASURING = ("metric", "evaluation")  # keys that may change: schedules are measured again
 
 
 def require_same(cfg: DictConfig, folder: Path, *free: str) -> None:
-    """Raise ValueError where the folder holds results of another configuration.
+    """Check that a folder holds no results of another configuration.
 
-    What is measured may differ. free: keys of cfg.task that may differ too.
+    The metrics may differ.
+
+    Args:
+        cfg: The composed configuration.
+        folder: The run folder.
+        free: Keys of `cfg.task` that may differ.
+
+    Raises:
+        ValueError: If it does.
     """
-    if not (folder / "config.yaml").is_file() or not any(
-        (folder / name).exists() for name in RESULTS
-    ):
+    has_results = any((folder / name).exists() for name in RESULTS)
+    if not (folder / "config.yaml").is_file() or not has_results:
         return
+
+    # Both in today's spelling, without the free keys.
     new = canonical(OmegaConf.to_container(cfg, resolve=True))
     try:
         old = canonical(load_config(inside(folder, "config.yaml"), "configuration"))
         for values in (old, new):
-            values["task"] = {
-                key: value for key, value in values.get("task", {}).items() if key not in free
-            }
+            task = values.get("task", {})
+            values["task"] = {key: value for key, value in task.items() if key not in free}
         keys = [key for key in changed(old, new) if key not in MEASURING]
         if "task" in keys:
-            options = [
-                f"task.{key}" for key in changed(old["task"], new["task"]) if key != "_target_"
-            ]
-            keys[keys.index("task")] = ", ".join(options) or "task"
+            options = [key for key in changed(old["task"], new["task"]) if key != "_target_"]
+            names = ", ".join(f"task.{key}" for key in options)
+            keys[keys.index("task")] = names or "task"
     except (AttributeError, KeyError, TypeError):
         raise ValueError(
-            f"{folder / 'config.yaml'} is no configuration of a run; choose another folder"
+            f"{folder / 'config.yaml'} is not the configuration of a run; choose another folder"
         ) from None
+
     if keys:
         raise ValueError(
-            f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or choose another folder"
+            f"{folder} holds a run with another {', '.join(keys)}; go on with the same values, or "
+            "choose another folder"
         )
 
 
 def check_fits(
     setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedule, allow_other_model: bool
 ) -> None:
-    """Refuse a schedule made for another model, another first time, or other noises than those of this run."""
-    made_for = steps.about("model")
+    """Check that a saved schedule fits a run.
+
+    Args:
+        setting: Model, grid, solver and distance of the run.
+        cfg: The composed configuration.
+        path: Path of the schedule, for messages.
+        steps: The schedule.
+        allow_other_model: Accept a schedule that was searched on other weights.
+
+    Raises:
+        ValueError: If it was made for another model, first time, solver, guidance or noises.
+    """
+    # Model.
     model = setting.model
-    own = (model.fingerprint, model.original.fingerprint)
-    if made_for.get("sha256") not in own and not allow_other_model:
+    searched_model = steps.about("model")
+    fingerprints = (model.fingerprint, model.original.fingerprint)
+    if searched_model.get("sha256") not in fingerprints and not allow_other_model:
         raise ValueError(
-            f"step schedule {path} was searched on model {made_for.get('name')!r} (weights "
-            f"{str(made_for.get('sha256'))[:12]}), this run has {model.name!r} ({model.fingerprint[:12]}); "
-            "choose that model, or set task.allow_other_model=true to measure how it transfers"
+            f"step schedule {path} was searched on model {searched_model.get('name')!r} (weights "
+            f"{str(searched_model.get('sha256'))[:12]}), this run has {model.name!r} "
+            f"({model.fingerprint[:12]}); choose that model, or set task.allow_other_model=true "
+            "to measure how it transfers"
         )
+
+    # First time.
     first = float(setting.grid[0])
     if abs(steps.start_time - first) > 1e-9:
         raise ValueError(
-            f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's teacher at "
-            f"{first:.6g}; choose the noise_schedule it was searched on"
+            f"step schedule {path} starts its noise at t = {steps.start_time:.6g}, this run's "
+            f"teacher at {first:.6g}; choose the noise_schedule it was searched on"
         )
-    solver, searched_with = replace(setting.solver, calibration=None), steps.about("solver")
-    searched = steps.orders is not None and cfg.run_orders == "searched"
-    if searched and not _is_of(solver, searched_with):
+
+    # Solver, whose orders were searched.
+    solver = replace(setting.solver, calibration=None)
+    searched_solver = steps.about("solver")
+    uses_orders = steps.orders is not None and cfg.run_orders == "searched"
+    if uses_orders and not _is_recorded(solver, searched_solver):
         raise ValueError(
-            f"step schedule {path} has the orders searched with {dict(searched_with)}, this run steps "
-            f"with {solver}; choose that solver, or run_orders=fixed"
+            f"step schedule {path} has the orders searched with {dict(searched_solver)}, this run "
+            f"steps with {solver}; choose that solver, or run_orders=fixed"
         )
-    if isinstance(steps.steps, FittedSteps) and made_for.get("guidance") != asdict(model.guidance):
+
+    # Guidance, at which steps were fitted.
+    is_fitted = isinstance(steps.steps, FittedSteps)
+    if is_fitted and searched_model.get("guidance") != asdict(model.guidance):
         raise ValueError(
-            f"step schedule {path} has steps fitted at model.guidance={made_for.get('guidance')}, this run has "
+            f"step schedule {path} has steps fitted at "
+            f"model.guidance={searched_model.get('guidance')}, this run has "
             f"{asdict(model.guidance)}; choose that guidance, or plan it again"
         )
-    if steps.per_sample and steps.provenance.get("seed") != cfg.data.seed:
+
+    # Noises.
+    seed = steps.provenance.get("seed")
+    if steps.per_sample and seed != cfg.data.seed:
         raise ValueError(
-            f"step schedule {path} belongs to the noises of data.seed={steps.provenance.get('seed')}, "
-            f"this run has data.seed={cfg.data.seed}"
+            f"step schedule {path} belongs to the noises of data.seed={seed}, this run has "
+            f"data.seed={cfg.data.seed}"
         )
 
 
 def axes_of(cfg: DictConfig, model: Model) -> dict[str, Any]:
-    """Return what a run is on each axis of a certificate; None: it has no such axis."""
+    """Return the value of a run on every axis of a certificate; None: it has no such axis."""
+    # Guidance; a distilled transformer embeds its scale, and that is no CFG.
     call = cfg.model.get("call") or {}
     scale = call.get("true_cfg_scale", call.get("guidance_scale"))
     if "guidance" in cfg.model:
         scale = cfg.model.guidance.scale
     transformer = getattr(getattr(model, "pipe", None), "transformer", None)
-    embedded = bool(
-        getattr(getattr(transformer, "config", None), "guidance_embeds", False)
-    )  # it is no CFG then
-    inner = None
-    if embedded:
-        scale, inner = call.get("true_cfg_scale", 1.0), call.get("guidance_scale")
-    quantized = {"float8": "float8_e4m3fn"}.get(
-        cfg.model.get("quantization"), cfg.model.get("quantization")
-    )
-    dtype, shift = quantized or cfg.model.get("dtype"), cfg.noise_schedule.get("shift")
+    embedded_scale = None
+    if getattr(getattr(transformer, "config", None), "guidance_embeds", False):
+        scale = call.get("true_cfg_scale", 1.0)
+        embedded_scale = call.get("guidance_scale")
+
+    # Weights and shift.
+    quantization = cfg.model.get("quantization")
+    if quantization == "float8":
+        quantization = "float8_e4m3fn"
+    dtype = quantization or cfg.model.get("dtype")
+    shift = cfg.noise_schedule.get("shift")
     loras = ", ".join(cfg.model.get("loras") or [])
+
     return {
         "dtype": dtype if isinstance(dtype, str) else None,
         "guidance": None if scale is None else float(scale),
-        "embedded_guidance": None if inner is None else float(inner),
+        "embedded_guidance": None if embedded_scale is None else float(embedded_scale),
         "shift": None if shift is None else float(shift),
         "shape": list(model.event_shape),
         "lora": loras or cfg.stages or "",
@@ -132,7 +172,7 @@ def axes_of(cfg: DictConfig, model: Model) -> dict[str, Any]:
 
 
 def warn_outside(setting: Setting, cfg: DictConfig, path: Path, steps: StepSchedule) -> None:
-    """Warn where a run is outside of the range that a schedule was measured to hold in."""
+    """Warn if a run is outside the range in which a schedule was measured to hold."""
     if steps.range is None:
         return
     from oss_exp.export.oss_scheduler import outside
@@ -141,11 +181,14 @@ def warn_outside(setting: Setting, cfg: DictConfig, path: Path, steps: StepSched
         warnings.warn(f"step schedule {path}: {text}", stacklevel=2)
 
 
-def _is_of(solver: Solver, record: Mapping[str, Any]) -> bool:
-    """Whether the provenance of a schedule names this solver, which may be of a class outside of this package."""
-    own = configuration(solver)
-    if not str(own["_target_"]).startswith("oss_exp."):
-        return {**record} == own
+def _is_recorded(solver: Solver, record: Mapping[str, Any]) -> bool:
+    """Tell whether a schedule's provenance names this solver.
+
+    Its class may be outside this package.
+    """
+    settings = configuration(solver)
+    if not str(settings["_target_"]).startswith("oss_exp."):
+        return {**record} == settings
     try:
         return named_solver(record) == solver
     except ValueError:

@@ -1,4 +1,4 @@
-"""The types of the values of a run that are no object's: what `conf/config.yaml` holds beside its groups."""
+"""The types of a composed configuration: its groups, and the plain values beside them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from oss_exp.tasks.task import Count, Task, Whole
 
 
 class Evaluation(TypedDict):
-    """What is measured besides PSNR, and what is saved."""
+    """The plain values of `evaluation`."""
 
     save_images: Literal["png", "npz"] | None
     trajectories: Whole
 
 
 class Paths(TypedDict):
-    """Folders."""
+    """The folders of a run."""
 
     output_dir: str
     data_dir: str
 
 
 class Configuration(TypedDict):
-    """A composed configuration: each task has those of these keys that it reads, and may have more."""
+    """A composed configuration; a task has the keys that it reads, and may have others."""
 
     model: Model
     noise_schedule: NoiseSchedule
@@ -60,7 +60,10 @@ class Configuration(TypedDict):
 
 
 def expand_home(node: Any) -> None:
-    """Write the home folder for `~` at the start of every value below a node, in place: such values are paths."""
+    """Replace `~` at the start of every value below a node by the home folder, in place.
+
+    Such values are paths.
+    """
     for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             continue
@@ -72,13 +75,19 @@ def expand_home(node: Any) -> None:
 
 
 def check_configuration(cfg: DictConfig) -> None:
-    """Raise one ValueError for all values of a composed configuration that have a wrong type, also unused ones."""
-    written: Any = OmegaConf.to_container(
-        cfg
-    )  # with interpolations, which may be of what is missing
-    unset = [key for key, value in written.items() if value == "???"]
-    if asked := unset + [f"task.{key}" for key, value in written["task"].items() if value == "???"]:
-        raise ValueError(
-            f"{', '.join(asked)} must be set: add {' '.join(f'{key}=VALUE' for key in asked)}"
-        )
+    """Check the types of all values of a composed configuration, also of unused ones.
+
+    Raises:
+        ValueError: If values are not set or have a wrong type; the message lists all of them.
+    """
+    # Unset values first; interpolations stay, because they may refer to such values.
+    written: Any = OmegaConf.to_container(cfg)
+    unset = []
+    for prefix, values in (("", written), ("task.", written["task"])):
+        for key, value in values.items():
+            if value == "???":
+                unset.append(f"{prefix}{key}")
+    if unset:
+        advice = " ".join(f"{key}=VALUE" for key in unset)
+        raise ValueError(f"{', '.join(unset)} must be set: add {advice}")
     border.check(cfg, kind=Configuration)

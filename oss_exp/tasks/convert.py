@@ -1,4 +1,4 @@
-"""Rewrite a public checkpoint: one safetensors file, in our own keys or in a layout that others read."""
+"""Rewrite a public checkpoint as one safetensors file: `task=convert`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from oss_exp.tasks.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Task):
-    """Write `output` (.safetensors and .json): the weights of `model` in float32, by the keys of `layout`."""
+    """Write the weights of `model` to `output` (.safetensors and .json), in float32.
+
+    Attributes:
+        layout: "own": the keys of this package; or a public layout of the model.
+        output: Path of the weights.
+    """
 
     layout: str = "own"
     output: str
@@ -33,15 +38,20 @@ class Convert(Task):
         output = Path(self.output)
         if output.suffix != ".safetensors":
             raise ValueError(f"task.output must end in .safetensors, got {output}")
+
+        # Weights, by the keys of the layout.
         model = border.build(cfg.model, "model", dtype="float32")
-        tensors = (
-            model.backbone.state_dict() if self.layout == "own" else _to_public(model, self.layout)
-        )
+        if self.layout == "own":
+            tensors = model.backbone.state_dict()
+        else:
+            tensors = _to_public(model, self.layout)
+
+        # Files; the hash is that of the numbers by our keys, whatever the layout.
         provenance = {
             "name": model.name,
             "layout": self.layout,
             "source": _source(cfg.model, type(model.backbone).FILES),
-            "weights_sha256": model.fingerprint,  # of the numbers by our own keys, whatever the layout
+            "weights_sha256": model.fingerprint,
             "model": OmegaConf.to_container(cfg.model, resolve=True),
         }
         save_asset(output, tensors, provenance)
@@ -52,17 +62,18 @@ class Convert(Task):
 
 
 def _to_public(model: Published, layout: str) -> dict[str, Any]:
-    """The backbone knows its layouts, if any, and names them where this is none of them."""
+    """Return the weights in a public layout; the backbone refuses one that it does not have."""
     to_public = getattr(model.backbone, "to_public", None)
     if to_public is None:
         raise ValueError(
-            f"task.layout must be own for model={model.name}, which has no public layout; got {layout!r}"
+            f"task.layout must be own for model={model.name}, which has no public layout; got "
+            f"{layout!r}"
         )
     return to_public(layout)
 
 
 def _source(cfg: DictConfig, files: Sequence[str]) -> dict[str, str | None]:
-    """The name and the hash of the file that the weights are from."""
+    """Return the name and the hash of the file that the weights come from."""
     checkpoint = cfg.checkpoint or cfg.sizes[cfg.size].checkpoint
     if checkpoint == "random":
         return {"file": "random", "sha256": None}

@@ -1,4 +1,8 @@
-"""task=evaluate: the same held-out noises through the teacher and every schedule, as a Lightning loop."""
+"""Measure step schedules: `task=evaluate`, as a Lightning loop.
+
+The same held-out noises go through the teacher and through every schedule, and the images of the
+two are compared. A run that was killed resumes from the batches that it has measured.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import inspect
 import io
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +45,9 @@ from oss_exp.tasks.task import Task
 from oss_exp.tasks.trajectories import Recorder, Trajectories
 from oss_exp.velocity import BoundVelocity
 
-SHOWN = 8  # images a row in the picture of samples
-TEACHER_STEPS = 8  # of a trajectory
-KEPT_EVERY = 30  # seconds
+SHOWN = 8  # images per row in the picture of samples
+TEACHER_STEPS = 8  # recorded steps of the teacher's trajectory
+KEPT_EVERY = 30  # seconds between two savings of the progress
 ABSENT = {
     "classes": "the samples have none (data.classes)",
     "prompts": "the model takes none (data=prompts and a model of prompts)",
@@ -52,9 +56,11 @@ ABSENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Task):
-    """Measure the saved step schedule of the file `schedule`; without one, plan `stepsize` first.
+    """Measure one step schedule against the teacher.
 
-    allow_other_model: run a schedule that was searched on other weights.
+    Attributes:
+        schedule: Path of a saved step schedule. None: plan `stepsize` first, and measure that.
+        allow_other_model: Accept a schedule that was searched on other weights.
     """
 
     schedule: str | None = None
@@ -66,54 +72,68 @@ class Evaluate(Task):
         if self.schedule is None:
             plan_and_measure(run, metrics)
             return
+
+        # A saved schedule.
         path = shipped_schedule(self.schedule)
         steps = StepSchedule.load(path)
         check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
         warn_outside(run.setting, run.cfg, path, steps)
-        measure(run, metrics, [(steps.about("strategy").get("name", path.stem), path)])
+        name = steps.about("strategy").get("name", path.stem)
+        measure(run, metrics, [(name, path)])
         rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
 
 
 def metrics_of(run: Run) -> Metrics:
-    """Return what the configuration of a run measures with."""
-    inputs = {"classes": run.data.classes, "prompts": run.data.prompts}
-    is_video = (
-        len(run.setting.model.event_shape) == 4
-    )  # how many frames there are, only the decoder knows
-    images = None if is_video else run.data.eval_samples
-    metrics = Metrics(
-        run.cfg.metric,
-        run.cfg.evaluation,
-        [name for name, value in inputs.items() if value],
-        images,
-    )
+    """Return the metrics of a run's configuration, tried on images of its model.
+
+    Raises:
+        ValueError: If a metric needs what the run does not have.
+    """
+    # Metrics that suit the samples; only a decoder knows how many frames a video has.
     model = run.setting.model
+    is_video = len(model.event_shape) == 4
+    conditions = {"classes": run.data.classes, "prompts": run.data.prompts}
+    inputs = [name for name, value in conditions.items() if value]
+    images = None if is_video else run.data.eval_samples
+    metrics = Metrics(run.cfg.metric, run.cfg.evaluation, inputs, images)
+
+    # Try them, except on a pipeline, whose decoder may take minutes on a CPU.
     base = model.base if isinstance(model, Staged) else model
-    if metrics.settings and not isinstance(
-        base, Pipeline
-    ):  # whose decoder may take minutes on a CPU
+    if metrics.settings and not isinstance(base, Pipeline):
         metrics.require_images(model.decode(torch.zeros(1, *model.event_shape)))
     return metrics
 
 
 def plan_and_measure(run: Run, metrics: Metrics) -> None:
-    """Plan every strategy for every budget, and measure all."""
+    """Plan every strategy for every budget, and measure all schedules."""
     plan(run)
-    measure(
-        run, metrics, [(name, run.file(name, k)) for name in run.strategies for k in run.num_steps]
-    )
+    files = []
+    for name in run.strategies:
+        for k in run.num_steps:
+            files.append((name, run.file(name, k)))
+    measure(run, metrics, files)
 
 
 def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> None:
-    """Measure the schedules of these files, each with its strategy's name, on the held-out noises of a run."""
-    schedules, rows = {}, {}
+    """Measure saved schedules on the held-out noises of a run.
+
+    Args:
+        run: The run.
+        metrics: What is measured besides PSNR.
+        files: Pairs of a strategy's name and the path of its schedule.
+    """
+    # Schedules, and the row that the table has for each.
+    schedules: dict[str, StepSchedule] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, path in files:
         require_name(strategy=name)
         steps = StepSchedule.load(path)
         if run.config["run_orders"] == "fixed":
             steps = steps.with_own_orders()
+
         label = f"{name} K={steps.num_steps}"
         schedules[label] = steps
+
         rows[label] = {
             "strategy": name,
             "num_steps": steps.num_steps,
@@ -122,19 +142,42 @@ def measure(run: Run, metrics: Metrics, files: Sequence[tuple[str, Path]]) -> No
             "schedule": f"schedules/{path.name}",
             "planning": dict(steps.about("planning")),
         }
+
+    # One pass over the held-out noises.
     evaluation = run.config["evaluation"]
-    trajectories = Trajectories(evaluation["trajectories"])
-    shown = evaluation["save_images"], trajectories, run.data.eval_samples, run.data.prompts
-    module = EvaluateModule(run.setting, schedules, rows, run.folder, run.about, metrics, *shown)
+    module = EvaluateModule(
+        run.setting,
+        schedules,
+        rows,
+        run.folder,
+        run.about,
+        metrics,
+        evaluation["save_images"],
+        Trajectories(evaluation["trajectories"]),
+        run.data.eval_samples,
+        run.data.prompts,
+    )
     run.trainer.test(module, dataloaders=run.data.test_dataloader(), verbose=False)
 
 
 class EvaluateModule(L.LightningModule):
-    """Measures schedules {label: StepSchedule} against the teacher; `rows` holds what the table says of each label.
+    """A Lightning loop that measures schedules against the teacher.
 
-    Writes `<folder>/metrics.json` (means, intervals, every image's PSNR, the other metrics), `<folder>/samples.npz`
-    (the first images) and `<folder>/trajectories.npz` (of a few, the predictions of x0 on the way); with save_images
-    also all images.
+    Writes `<folder>/metrics.json` (means, intervals, the PSNR of every image, other metrics),
+    `<folder>/samples.npz` (the first images) and `<folder>/trajectories.npz` (predictions of x0
+    along the way, for a few samples); with `save_images` also all images.
+
+    Args:
+        setting: Model, grid, solver and distance.
+        schedules: The schedules by label.
+        rows: What the table has in the row of every label.
+        folder: The run folder.
+        about: The provenance of the run.
+        metrics: What is measured besides PSNR.
+        save_images: "png" or "npz": the format of all images; None: save only the first.
+        trajectories: Collects the predictions of x0.
+        eval_samples: Number of held-out samples, over all ranks.
+        prompts: The prompts that conditions number; None without prompts.
     """
 
     def __init__(
@@ -152,232 +195,279 @@ class EvaluateModule(L.LightningModule):
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
-        self.setting, self.schedules, self.rows, self.folder, self.about = (
-            setting,
-            schedules,
-            rows,
-            folder,
-            about,
-        )
-        # A schedule for each sample has too few of them for a distribution.
-        shared = [label for label, steps in schedules.items() if not steps.per_sample]
-        self.metrics = {label: metrics() for label in ("teacher", *shared)}
-        self.registered = nn.ModuleList(
-            self.metrics.values()
-        )  # a ModuleDict does not take every label
-        self.has_metrics, self.failed = len(metrics.settings) > 0, dict[str, Exception]()
-        # What the sums of batches depend on, beside what a run folder has but once.
-        self.origin = json.dumps([metrics.origin, save_images, trajectories.count])
+        self.setting = setting
+        self.schedules = schedules
+        self.rows = rows
+        self.folder = folder
+        self.about = about
         self.save_images = save_images
-        self.seen, self.batches, self.kept_at = 0, 0, time.monotonic()
+        self.trajectories = trajectories
+        self.eval_samples = eval_samples
+        self.prompts = prompts
+
+        # Metrics; a schedule per sample has too few samples for a distribution.
+        self.metrics = {"teacher": metrics()}
+        for label, steps in schedules.items():
+            if not steps.per_sample:
+                self.metrics[label] = metrics()
+        # Registered as a list, because a ModuleDict does not take every label.
+        self.registered = nn.ModuleList(self.metrics.values())
+        self.has_metrics = len(metrics.settings) > 0
+        self.failed: dict[str, Exception] = {}
+
+        # Progress. The origin is what the sums depend on, beyond what the run folder fixes.
+        self.origin = json.dumps([metrics.origin, save_images, trajectories.count])
+        self.num_seen = 0
+        self.batches = 0
+        self.saved_at = time.monotonic()
         self.velocity: BoundVelocity | None = None
-        self.values: dict[str, list[Tensor]] = {label: [] for label in schedules}
-        self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {
-            label: [] for label in ("teacher", *schedules)
-        }
-        self.trajectories, self.eval_samples, self.prompts = trajectories, eval_samples, prompts
+
+        # Results by label: rows of (index, PSNR, amplitude ratio), and pictures with their index.
+        self.values: dict[str, list[Tensor]] = {}
+        self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {"teacher": []}
+        for label in schedules:
+            self.values[label] = []
+            self.pictures[label] = []
 
     def on_test_start(self) -> None:
-        for _, metrics in self._sets():
-            metrics.reset()  # spawned processes begin with one memory: its sums would be everybody's
-        self._go_on()
+        # Spawned processes begin with copies of one memory, sums included.
+        for _, metrics in self._metric_sets():
+            metrics.reset()
+        self._load_progress()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        done = batch_idx < self.batches  # by a run that was ended
-        if not done or self.velocity is None:
+        is_measured = batch_idx < self.batches  # by a run that was killed
+        if not is_measured or self.velocity is None:
             self.velocity = self.setting.velocity(batch)
-        if done:
+        if is_measured:
             return
         with preemption.unbroken():
             self._measure(batch)
             self.batches += 1
-            if preemption.received() or time.monotonic() - self.kept_at > KEPT_EVERY:
-                self._keep_progress()
+            if preemption.received() or time.monotonic() - self.saved_at > KEPT_EVERY:
+                self._save_progress()
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
-        index, classes = batch["index"], self.setting.classes(batch)
+        """Run the teacher and every schedule on a batch, and record what they give."""
+        index = batch["index"]
+        classes = self.setting.classes(batch)
         condition = batch.get("condition", classes)
         noise = self.setting.first_state(batch["noise"])
+
+        # Teacher.
         solver = self.setting.solver
         plain = replace(solver, calibration=None)
-        original, grid = self.model.original, self.setting.teacher
+        original = self.model.original
+        grid = self.setting.teacher
         recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
         reference, teacher = run(original, plain, grid, noise, condition, None, recorder)
         width = spread(reference)
-        # A distributed sampler repeats samples to even out the ranks; a metric takes each once.
-        number = (
-            self.seen + torch.arange(len(index), device=index.device)
-        ) * self.trainer.world_size
-        fresh = index - HELD_OUT == number + self.global_rank
-        self.seen += len(index)
-        self._keep("teacher", batch, teacher, teacher, fresh)
-        for label, steps in self.schedules.items():
-            known = torch.arange(len(index), device=index.device)
-            if steps.per_sample:
-                known = torch.isin(
-                    index, torch.tensor(steps.samples, device=index.device)
-                ).nonzero()[:, 0]
-                if len(known) == 0:
-                    continue
-                steps = steps.rows(index[known].tolist())
-            own, group = (None if each is None else each[known] for each in (condition, classes))
-            recorder = self.trajectories.recorder(label, self.model, steps, index[known])
-            x0, images = run(self.model, solver, steps, noise[known], own, group, recorder)
-            values = (
-                index[known].double(),
-                psnr(images, teacher[known]).double(),
-                spread(x0) / width[known],
-            )
-            self.values[label].append(torch.stack(values, dim=1))
-            part = {key: value[known] for key, value in batch.items()}
-            self._keep(label, part, images, teacher[known], fresh[known])
 
-    def _sets(self) -> list[tuple[str, MetricSet]]:
-        return [
-            (label, each) for label, each in self.metrics.items() if isinstance(each, MetricSet)
-        ]
+        # A distributed sampler repeats samples to even out the ranks; metrics take each once.
+        position = self.num_seen + torch.arange(len(index), device=index.device)
+        number = position * self.trainer.world_size
+        is_new = index - HELD_OUT == number + self.global_rank
+        self.num_seen += len(index)
+        self._record("teacher", batch, teacher, teacher, is_new)
+
+        # Students; a schedule per sample covers some of the samples.
+        for label, steps in self.schedules.items():
+            rows = torch.arange(len(index), device=index.device)
+            if steps.per_sample:
+                planned = torch.tensor(steps.samples, device=index.device)
+                rows = torch.isin(index, planned).nonzero()[:, 0]
+                if len(rows) == 0:
+                    continue
+                steps = steps.rows(index[rows].tolist())
+            row_condition = None if condition is None else condition[rows]
+            group = None if classes is None else classes[rows]
+            recorder = self.trajectories.recorder(label, self.model, steps, index[rows])
+            x0, images = run(self.model, solver, steps, noise[rows], row_condition, group, recorder)
+
+            quality = psnr(images, teacher[rows]).double()
+            ratio = spread(x0) / width[rows]
+            table = torch.stack([index[rows].double(), quality, ratio], dim=1)
+            self.values[label].append(table)
+            part = {key: value[rows] for key, value in batch.items()}
+            self._record(label, part, images, teacher[rows], is_new[rows])
+
+    def _metric_sets(self) -> list[tuple[str, MetricSet]]:
+        pairs = self.metrics.items()
+        return [(label, metrics) for label, metrics in pairs if isinstance(metrics, MetricSet)]
 
     @property
     def progress(self) -> Path:
-        """Where this rank keeps what it has measured so far."""
+        """The file in which this rank saves what it has measured so far."""
         return self.folder / "evaluation" / f"{self.global_rank}_of_{self.trainer.world_size}.pt"
 
-    def _keep_progress(self) -> None:
-        states = {
-            label: {name: dict(metric.metric_state) for name, metric in each.named()}
-            for label, each in self._sets()
-        }
-        kept = {
+    def _save_progress(self) -> None:
+        states: dict[str, dict[str, Any]] = {}
+        for label, metrics in self._metric_sets():
+            states[label] = {}
+            for name, metric in metrics.named():
+                states[label][name] = dict(metric.metric_state)
+
+        progress = {
             "origin": self.origin,
-            "seen": self.seen,
+            "seen": self.num_seen,
             "batches": self.batches,
             "metrics": states,
-        }
-        kept |= {
             "values": self.values,
             "pictures": self.pictures,
             "trajectories": self.trajectories.parts,
         }
-        buffer = io.BytesIO()
-        torch.save(kept, buffer)
-        write_atomically(self.progress, buffer.getvalue())
-        self.kept_at = time.monotonic()
 
-    def _go_on(self) -> None:
-        """Take up what was kept, where it was measured as it is to be now."""
+        buffer = io.BytesIO()
+        torch.save(progress, buffer)
+        write_atomically(self.progress, buffer.getvalue())
+        self.saved_at = time.monotonic()
+
+    def _load_progress(self) -> None:
+        """Resume from the saved progress, if it was measured with the same settings."""
         if not self.progress.is_file():
             return
         try:
-            kept = torch.load(self.progress, map_location=self.device, weights_only=True)
-        except Exception:  # damage: then from the beginning
+            progress = torch.load(self.progress, map_location=self.device, weights_only=True)
+        except Exception:  # a damaged file: start from the beginning
             return
-        if not isinstance(kept, dict) or kept.get("origin") != self.origin:
+        if not isinstance(progress, dict) or progress.get("origin") != self.origin:
             return
-        for label, metrics in self._sets():
+
+        # Sums of the metrics; without a count torchmetrics would take them for unused.
+        for label, metrics in self._metric_sets():
             for name, metric in metrics.named():
                 for part in metric.metric_state:
-                    setattr(metric, part, kept["metrics"][label][name][part])
-                metric._update_count = kept["batches"]  # else torchmetrics takes it for unused
-        self.seen, self.batches = kept["seen"], kept["batches"]
-        self.values, self.pictures = kept["values"], kept["pictures"]
-        self.trajectories.parts = kept["trajectories"]
+                    setattr(metric, part, progress["metrics"][label][name][part])
+                metric._update_count = progress["batches"]
 
-    def _keep(
-        self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, fresh: Tensor
+        # Counts and samples.
+        self.num_seen = progress["seen"]
+        self.batches = progress["batches"]
+        self.values = progress["values"]
+        self.pictures = progress["pictures"]
+        self.trajectories.parts = progress["trajectories"]
+
+    def _record(
+        self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, is_new: Tensor
     ) -> None:
-        """Feed the metrics; remember the first held-out samples for the picture, whichever batch and rank they are in.
+        """Update the metrics with a batch, and keep or write its pictures.
 
-        images, the teacher's, and which samples come for the first time, of the batch's (b,) samples.
+        Args:
+            label: Label of the schedule, or "teacher".
+            batch: The batch of b samples.
+            images: Images of the schedule, (b, C, H, W), or videos (b, C, F, H, W).
+            teacher: Images of the teacher, of the same shape.
+            is_new: Which samples come for the first time, (b,) bool.
         """
         if label in self.metrics:
-            frames = images.shape[2] if images.ndim == 5 else 1
-            labels = batch["label"][fresh].repeat_interleave(frames)
-            prompts = None
-            if self.prompts is not None:
-                prompts = [
-                    self.prompts[i]
-                    for i in batch["condition"][fresh].tolist()
-                    for _ in range(frames)
-                ]
-            self.metrics[label].update(
-                frames_of(images[fresh]), frames_of(teacher[fresh]), labels, prompts
-            )
-        everything = self.save_images == "npz"
-        shown = batch["index"] < HELD_OUT + (self.eval_samples if everything else SHOWN)
-        pictures = images[shown] if everything or images.ndim == 4 else reduced(images[shown])
-        self.pictures[label].append((batch["index"][shown], as_bytes(pictures)))
+            self._update_metrics(label, batch, images, teacher, is_new)
+
+        # Pictures of the first samples, whichever batch and rank they are in.
+        keep_all = self.save_images == "npz"
+        is_shown = batch["index"] < HELD_OUT + (self.eval_samples if keep_all else SHOWN)
+        pictures = images[is_shown]
+        if images.ndim == 5 and not keep_all:
+            pictures = reduced(pictures)
+        self.pictures[label].append((batch["index"][is_shown], as_bytes(pictures)))
+
+        # Files of all samples.
         if self.save_images == "png":
             kind = "gif" if images.ndim == 5 else "png"
-            for index, picture in zip(
-                (batch["index"] - HELD_OUT).tolist(), as_bytes(images).cpu(), strict=True
-            ):
-                file = self.folder / "images" / slug(label) / f"{index:06d}.{kind}"
+            numbers = (batch["index"] - HELD_OUT).tolist()
+            for number, picture in zip(numbers, as_bytes(images).cpu(), strict=True):
+                file = self.folder / "images" / slug(label) / f"{number:06d}.{kind}"
                 write_atomically(file, encoded(picture.numpy()))
 
+    def _update_metrics(
+        self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, is_new: Tensor
+    ) -> None:
+        num_frames = images.shape[2] if images.ndim == 5 else 1
+        labels = batch["label"][is_new].repeat_interleave(num_frames)
+        prompts = None
+        if self.prompts is not None:
+            prompts = []
+            for number in batch["condition"][is_new].tolist():
+                prompts += [self.prompts[number]] * num_frames
+        frames = frames_of(images[is_new])
+        self.metrics[label].update(frames, frames_of(teacher[is_new]), labels, prompts)
+
     def on_test_epoch_end(self) -> None:
-        if self.has_metrics:  # which may fail, or be long about it
-            self._keep_progress()
+        if self.has_metrics:  # computing them may fail, or take long
+            self._save_progress()
+
+        # Results over all ranks.
         collective = DistributedCollective()
         records = []
         for label, steps in self.schedules.items():
-            table = collective.gather(
-                torch.cat(
-                    self.values[label]
-                    or [torch.zeros(0, 3, dtype=torch.float64, device=self.device)]
-                )
+            record = {
+                **self.rows[label],
+                "nfe": nfe(self.setting.solver, steps, self.velocity),
+                **self._image_values(label, collective),
+                "metrics": self._compute_metrics(label),
+            }
+            records.append(record)
+        pictures = self._gather_pictures(collective)
+        trajectories = self.trajectories.gather(self.pictures, self.eval_samples, collective)
+
+        # Files, then an error if a metric failed.
+        self._write(records, self._compute_metrics("teacher"), pictures, trajectories)
+        self.trainer.strategy.barrier("metrics are on disk")
+        for name, error in self.failed.items():
+            raise ValueError(
+                f"metric.{name}: {error}; the rest is in {self.folder / 'metrics.json'}; change "
+                f"or leave out metric.{name} and repeat the command, which measures no image again"
+            ) from error
+
+        # The progress is not needed any more; another rank's file may still be in the folder.
+        self.progress.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.progress.parent.rmdir()
+
+    def _image_values(self, label: str, collective: DistributedCollective) -> dict[str, Any]:
+        """Return the PSNR and the amplitude ratio of a schedule's images, with their statistics."""
+        empty = torch.zeros(0, 3, dtype=torch.float64, device=self.device)
+        table = collective.gather(torch.cat(self.values[label] or [empty])).cpu().numpy()
+
+        # A distributed sampler may repeat samples to even out the ranks.
+        index, first = np.unique(table[:, 0].astype(int), return_index=True)
+        if len(index) == 0:
+            raise ValueError(
+                f"{label} has per-sample schedules for none of the held-out samples; plan it again"
             )
-            # A distributed sampler may repeat samples to even out the ranks.
-            index, first = np.unique(table[:, 0].cpu().numpy().astype(int), return_index=True)
-            if len(index) == 0:
-                raise ValueError(
-                    f"{label} has per-sample schedules for none of the held-out samples; plan it again"
-                )
-            value, ratio = table[:, 1:].cpu().numpy()[first].T
-            records.append(
-                {
-                    **self.rows[label],
-                    "nfe": nfe(self.setting.solver, steps, self.velocity),
-                    **measured(index, value, ratio),
-                    "metrics": self._measured(label),
-                }
-            )
-        pictures = {}
+        value, ratio = table[first, 1:].T
+        return measured(index, value, ratio)
+
+    def _gather_pictures(self, collective: DistributedCollective) -> dict[str, np.ndarray]:
+        """Return the first pictures of every label (n, H, W, C), and write all of them for npz."""
+        pictures: dict[str, np.ndarray] = {}
+        template_index, template_images = self.pictures["teacher"][0]
         for label, parts in self.pictures.items():
-            template = self.pictures["teacher"][0]
-            index = collective.gather(torch.cat([index for index, _ in parts] or [template[0][:0]]))
-            images = collective.gather(
-                torch.cat([image for _, image in parts] or [template[1][:0]])
-            )
-            first = np.unique(index.cpu().numpy(), return_index=True)[1]
-            images = images.cpu().numpy()[first]
+            parts = parts or [(template_index[:0], template_images[:0])]
+            part_index, part_images = zip(*parts, strict=True)
+            index = collective.gather(torch.cat(part_index)).cpu().numpy()
+            images = collective.gather(torch.cat(part_images)).cpu().numpy()
+
+            # A distributed sampler may repeat samples.
+            first = np.unique(index, return_index=True)[1]
+            images = images[first]
             if self.save_images == "npz":
                 self._write_images(label, images)
             if len(images) >= min(SHOWN, self.eval_samples):
                 pictures[label] = images[:SHOWN]
-        ways = self.trajectories.gathered(self.pictures, self.eval_samples, collective)
-        self._write(records, self._measured("teacher"), pictures, ways)
-        self.trainer.strategy.barrier("metrics are on disk")
-        for name, error in self.failed.items():
-            raise ValueError(
-                f"metric.{name}: {error}; the rest is in {self.folder / 'metrics.json'}, and the same command with "
-                f"other values of metric.{name}, or without it, measures no image again"
-            ) from error
-        self.progress.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # absent, or another rank's is still there
-            self.progress.parent.rmdir()
+        return pictures
 
-    def _measured(self, label: str) -> dict[str, float]:
-        """What the metrics say of a schedule; those that fail are remembered."""
-        for name, metrics in self._sets():
+    def _compute_metrics(self, label: str) -> dict[str, float]:
+        """Return the metrics of a schedule; remember those that fail."""
+        for name, metrics in self._metric_sets():
             if name == label:
-                found, failed = metrics.compute()
+                values, failed = metrics.compute()
                 self.failed = {**failed, **self.failed}
-                return found
+                return values
         return {}
 
     @rank_zero_only
     def _write_images(self, label: str, images: np.ndarray) -> None:
-        """(n, H, W, C) bytes, as ADM's sample batches; (n, F, H, W, C) of videos."""
+        """Write images (n, H, W, C) or videos (n, F, H, W, C), bytes, as ADM's sample batches."""
         buffer = io.BytesIO()
         np.savez(buffer, arr_0=images)
         write_atomically(self.folder / "images" / f"{slug(label)}.npz", buffer.getvalue())
@@ -395,23 +485,27 @@ class EvaluateModule(L.LightningModule):
                 buffer = io.BytesIO()
                 np.savez_compressed(buffer, **arrays)
                 write_atomically(self.folder / f"{name}.npz", buffer.getvalue())
-        found = {**self.about, "teacher_metrics": teacher, "rows": records}
-        write_atomically(self.folder / "metrics.json", json.dumps(found, indent=1) + "\n")
+        content = {**self.about, "teacher_metrics": teacher, "rows": records}
+        write_atomically(self.folder / "metrics.json", json.dumps(content, indent=1) + "\n")
 
 
-PARTS = (
-    "extractor",
-    "reference",
-    "classifier",
-)  # what constructors of metrics may take of conf/evaluation
+# Parts of conf/evaluation that constructors of metrics may take as arguments.
+PARTS = ("extractor", "reference", "classifier")
 
 
 class Metrics:
-    """The metrics of conf/metric: a call makes a set of them anew, around one extractor and one reference.
+    """The metrics of conf/metric, around one extractor and one reference.
 
-    inputs: of `classes` and `prompts`, those that the run's images are made for.
-    images: how many there will be; None: not known yet.
-    Raises ValueError where a metric needs what this run does not have.
+    A call makes a new set of them.
+
+    Args:
+        metric: The configurations of the metrics by name.
+        evaluation: The configuration of the extractor and the reference.
+        inputs: Which of `classes` and `prompts` the run's images are made for.
+        images: The number of images; None if it is not known yet.
+
+    Raises:
+        ValueError: If a metric needs what this run does not have.
     """
 
     def __init__(
@@ -422,121 +516,138 @@ class Metrics:
         images: int | None = None,
     ):
         self.settings = metric
-        kinds: dict[str, Any] = {
-            name: border.class_of(each, f"metric.{name}") for name, each in metric.items()
-        }
-        self.parts_of = {
-            name: [part for part in PARTS if part in inspect.signature(kind).parameters]
-            for name, kind in kinds.items()
-        }
-        for name, kind in kinds.items():
-            if missing := [need for need in kind.needs if need not in inputs]:
-                raise ValueError(
-                    f"metric={name} needs {missing[0]}, and {ABSENT[missing[0]]}; leave it out"
-                )
 
-        wanted = {part for parts in self.parts_of.values() for part in parts}
-        extractor = (
-            border.build(evaluation.extractor, "evaluation.extractor", nn.Module)
-            if wanted
-            else None
-        )
-        reference = (
-            border.build(evaluation.reference, "evaluation.reference")
-            if "reference" in wanted
-            else None
-        )
-        if "classifier" in wanted and not hasattr(extractor, "logits"):
+        # The class of every metric, its needs, and the parts that it takes.
+        kinds: dict[str, Any] = {}
+        for name, node in metric.items():
+            kinds[str(name)] = border.class_of(node, f"metric.{name}")
+        self.parts_of: dict[str, list[str]] = {}
+        for name, kind in kinds.items():
+            parameters = inspect.signature(kind).parameters
+            self.parts_of[name] = [part for part in PARTS if part in parameters]
+            for need in kind.needs:
+                if need not in inputs:
+                    raise ValueError(
+                        f"metric={name} needs {need}, and {ABSENT[need]}; leave it out"
+                    )
+
+        # Extractor and reference, if a metric takes them.
+        used = set().union(*self.parts_of.values())
+        extractor = None
+        reference = None
+        self.extractor: Any = None
+        if used:
+            extractor = border.build(evaluation.extractor, "evaluation.extractor", nn.Module)
+            self.extractor = OmegaConf.to_container(evaluation.extractor, resolve=True)
+        if "reference" in used:
+            reference = border.build(evaluation.reference, "evaluation.reference")
+        if "classifier" in used and not hasattr(extractor, "logits"):
             name = next(name for name, parts in self.parts_of.items() if "classifier" in parts)
             raise ValueError(
-                f"metric={name} needs a classifier, and evaluation.extractor={type(extractor).__name__} knows no "
-                "classes; choose evaluation=fashion, or leave it out"
+                f"metric={name} needs a classifier, and "
+                f"evaluation.extractor={type(extractor).__name__} has no classes; choose "
+                "evaluation=fashion, or leave it out"
             )
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
-        self.extractor: Any = (
-            OmegaConf.to_container(evaluation.extractor, resolve=True) if wanted else None
-        )
-        metrics = self()  # what is wrong shows before any work
-        for name, each in metrics.named():
-            if images is None:
-                continue
-            try:
-                each.require(images)
-            except ValueError as error:
-                raise ValueError(f"metric.{name}: {error}") from None
+
+        # Make a set, so that errors show before any work.
+        for name, member in self().named():
+            if images is not None:
+                with _named(name):
+                    member.require(images)
 
     @torch.no_grad()
     def require_images(self, images: Tensor) -> None:
-        """Raise ValueError where a metric does not take images, or videos, like these."""
+        """Try every metric on images (n, C, H, W) or videos (n, C, F, H, W) of the run's kind.
+
+        Raises:
+            ValueError: If a metric does not take them.
+        """
         frames = frames_of(images)
-        for name, each in self().named():
-            try:
-                each.update(
-                    frames, frames, torch.zeros(len(frames), dtype=torch.long), [""] * len(frames)
-                )
-            except ValueError as error:
-                raise ValueError(f"metric.{name}: {error}") from None
+        labels = torch.zeros(len(frames), dtype=torch.long)
+        for name, metric in self().named():
+            with _named(name):
+                metric.update(frames, frames, labels, [""] * len(frames))
 
     @property
     def origin(self) -> dict[str, Any]:
-        """All settings that a metric's sums of images depend on."""
+        """All settings that a metric's sums over images depend on."""
         values: Any = OmegaConf.to_container(self.settings, resolve=True)
         for name, settings in values.items():
-            for late in border.class_of(settings, f"metric.{name}").at_the_end:
-                settings.pop(late, None)
+            for key in border.class_of(settings, f"metric.{name}").at_the_end:
+                settings.pop(key, None)
         return {"metric": values, "extractor": self.extractor}
 
     def __call__(self) -> MetricSet:
-        metrics, once = [], Once(self.parts["extractor"])
-        for name, settings in self.settings.items():
-            parts = {part: self.parts[part] for part in self.parts_of[name]}
-            metric: ImageMetric = border.build(settings, f"metric.{name}", ImageMetric, **parts)
-            if "extractor" in self.parts_of[name]:
-                metric.extractor = once
+        metrics = []
+        extractor = CachedExtractor(self.parts["extractor"])
+        for name, part_names in self.parts_of.items():
+            node = self.settings[name]
+            parts = {part: self.parts[part] for part in part_names}
+            metric: ImageMetric = border.build(node, f"metric.{name}", ImageMetric, **parts)
+            if "extractor" in parts:
+                metric.extractor = extractor
             metrics.append(metric)
-        return MetricSet([str(name) for name in self.settings], metrics)
+        return MetricSet(list(self.parts_of), metrics)
 
 
-class Once(nn.Module):
-    """A network that does not run again on the images it has just seen (torchmetrics' FeatureShare does not pickle)."""
+@contextlib.contextmanager
+def _named(metric: str) -> Iterator[None]:
+    """Put the metric's key in front of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"metric.{metric}: {error}") from None
+
+
+class CachedExtractor(nn.Module):
+    """A network that remembers its last input and output.
+
+    Several metrics ask for the features of the same images. (FeatureShare of torchmetrics does
+    the same, but does not pickle.)
+    """
 
     def __init__(self, network: nn.Module | None):
         super().__init__()
-        self.network, self.seen, self.said = network, None, None
+        self.network = network
+        self.images: Tensor | None = None
+        self.features: Any = None
 
     def forward(self, images: Tensor) -> Tensor:
-        if images is not self.seen:
-            self.seen, self.said = images, self.network(images)
-        return self.said
+        if images is not self.images:
+            self.images = images
+            self.features = self.network(images)
+        return self.features
 
 
 class MetricSet(nn.ModuleList):
-    """Metrics fed together, each with its name."""
+    """Named metrics that are updated together."""
 
     def __init__(self, names: list[str], metrics: list[ImageMetric]):
         super().__init__(metrics)
         self.names = names
 
     def named(self) -> list[tuple[str, ImageMetric]]:
-        return [
-            (name, each)
-            for name, each in zip(self.names, self, strict=True)
-            if isinstance(each, ImageMetric)
-        ]
+        """Return the metrics with their names."""
+        pairs = zip(self.names, self, strict=True)
+        return [(name, metric) for name, metric in pairs if isinstance(metric, ImageMetric)]
 
     def reset(self) -> None:
+        """Set all sums to zero."""
         for _, metric in self.named():
             metric.reset()
 
     def update(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
     ) -> None:
+        """Add images (n, C, H, W) and the teacher's, with labels (n,) and prompts."""
         for _, metric in self.named():
             metric.update(images, teacher, labels, prompts)
 
     def compute(self) -> tuple[dict[str, float], dict[str, Exception]]:
-        """Return all values, and by their names what went wrong with metrics that have none."""
-        values, failed = {}, {}
+        """Return all values, and the errors of the metrics that failed, by name."""
+        values: dict[str, float] = {}
+        failed: dict[str, Exception] = {}
         for name, metric in self.named():
             try:
                 values |= metric.compute()
@@ -554,7 +665,7 @@ def run(
     group: Tensor | None,
     recorder: Recorder | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return x0 (B, *E) and its pixels for noise (B, *E) at steps.start_time."""
+    """Return the sample x0 (B, *E) and its images, from noise (B, *E) at `steps.start_time`."""
     x0 = model.sample(solver, steps, noise, condition, group, recorder)
     images = model.decode(x0)
     if recorder is not None:
@@ -563,5 +674,5 @@ def run(
 
 
 def slug(label: str) -> str:
-    """A schedule's label as a file's name."""
+    """Return a schedule's label as a file name."""
     return label.replace(" K=", "_")

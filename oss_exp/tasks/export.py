@@ -1,4 +1,4 @@
-"""Take a step schedule to another program."""
+"""Write a step schedule for another program: `task=export`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from oss_exp.tasks.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Task):
-    """Write the step schedule of a file as `exporter` has it, and print what there is to paste.
+    """Write a step schedule in the format of `exporter`, and print what to do with it.
 
-    workflow: of ComfyUI, for exporter=comfyui_nodes, which writes a copy of it.
+    Attributes:
+        schedule: Path of the step schedule.
+        exporter: The format.
+        output: Path of the exported file or folder.
+        workflow: A workflow of ComfyUI, of which exporter=comfyui_nodes writes a copy.
     """
 
     schedule: str
@@ -28,15 +32,18 @@ class Export(Task):
     workflow: str | None = None
 
     def __call__(self, cfg: DictConfig) -> None:
-        path, output = shipped_schedule(self.schedule), Path(self.output)
+        path = shipped_schedule(self.schedule)
         steps = StepSchedule.load(path)
         exporter = self.exporter
         if self.workflow is not None:
             if not isinstance(exporter, ComfyUINodes):
                 raise ValueError(
-                    "task.workflow is for exporter=comfyui_nodes, whose nodes its copy has"
+                    "task.workflow is for exporter=comfyui_nodes; choose it, or leave it out"
                 )
             exporter = replace(exporter, workflow=self.workflow)
+
+        # A folder or a .json.
+        output = Path(self.output)
         if self.exporter.folder and output.suffix == ".json":
             output = output.with_suffix("")
         elif not self.exporter.folder and output.suffix != ".json":
@@ -45,6 +52,7 @@ class Export(Task):
             raise ValueError(
                 f"task.output and task.schedule are the same file {output}; choose another output"
             )
+
         advice = exporter.write(steps, output)
         heading = f"{output}: {steps.num_steps} steps for {type(self.exporter).__name__}"
         PlainConsole().print(f"{heading}\n{advice}", soft_wrap=True)

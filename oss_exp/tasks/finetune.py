@@ -1,11 +1,15 @@
-"""Give every stage of a step schedule parameters of its own, which all begin as the model's (OSS, section 4.2.3).
+"""Finetune a network in stages: every stage of a step schedule gets its own parameters.
 
-objective `jump`: no data; from the teacher's state at a step's first time, one Euler jump is to reach its state at the
-last (BOSS, arXiv 2312.16414, trains so). `progressive`: the same, but from the states that the stages before it, as
-they were trained, really come to. `diffusion`: the model's own loss on images, at times within the stage.
+All stages begin with the model's parameters (OSS, section 4.2.3). There are three objectives:
 
-All is kept in task.output, which several jobs with a stage each may share: the teacher's states, checkpoints, and what
-`stages=FOLDER` loads. What is there is not made again, so a run that was killed goes on with the same command.
+- `jump` needs no images. From the teacher's state at a step's first time, one Euler jump should
+  reach the teacher's state at its last time (as in BOSS, arXiv 2312.16414).
+- `progressive` does the same, but from the states that the earlier, trained stages lead to.
+- `diffusion` is the model's training loss on images, at times within the stage.
+
+Everything is saved in task.output: the teacher's states, the checkpoints, and what
+`stages=FOLDER` loads. Several jobs may share this folder, with one stage each. Files that exist
+are used, so a run that was killed resumes with the same command.
 """
 
 from __future__ import annotations
@@ -54,15 +58,25 @@ from oss_exp.tasks.task import Count, Positive, Share, Whole
 from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origin
 
 LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
-CHECKED = 256  # examples that a stage is measured on before and after
+CHECKED = 256  # examples on which a stage is measured before and after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(TrainingTask):
-    """Train `stage` (all: one after the other, from the noise on) of the `num_stages` of a schedule.
+    """Train `stage`, or one stage after the other, of a schedule cut into `num_stages`.
 
-    schedule: a step schedule's file; null: plan the one `stepsize` for the one K of num_steps. stage: from 0, the
-    noisiest, on. trajectories: of the teacher, to learn jumps from.
+    Attributes:
+        schedule: Path of a step schedule. None: plan the one `stepsize` for the one K of
+            num_steps.
+        allow_other_model: Accept a schedule that was searched on other weights.
+        num_stages: Number of stages.
+        stage: Number of the stage, from 0, the noisiest; "all": from the noise on.
+        objective: See the module.
+        trainable: All parameters, only those of adaptive layer norms, or low-rank changes.
+        lora_rank: Rank of the low-rank changes.
+        trajectories: Trajectories of the teacher from which jumps are learned.
+        precision: Precision of the training.
+        output: The folder of the stages.
     """
 
     schedule: str | None = None
@@ -84,45 +98,38 @@ class Finetune(TrainingTask):
     def __post_init__(self) -> None:
         if self.stage != "all" and self.stage >= self.num_stages:
             raise ValueError(
-                f"task.stage must be all, or a number from 0 to {self.num_stages - 1}, got {self.stage}"
+                f"task.stage must be all, or a number from 0 to {self.num_stages - 1}, got "
+                f"{self.stage}"
             )
 
     def __call__(self, cfg: DictConfig) -> Logger | None:
+        # Configuration and images.
         output = Path(self.output)
         if (self.objective == "diffusion") != ("images" in cfg):
-            wants = (
-                "takes no images"
-                if "images" in cfg
-                else "needs images: images=fashion_mnist_32, or other"
-            )
-            raise ValueError(f"task.objective={self.objective} {wants}")
+            advice = "needs images: images=fashion_mnist_32 or others"
+            if "images" in cfg:
+                advice = "takes no images"
+            raise ValueError(f"task.objective={self.objective} {advice}")
         require_same(cfg, output, "stage", "output")
-        asked = OmegaConf.to_yaml(cfg, resolve=True)
+        config_text = OmegaConf.to_yaml(cfg, resolve=True)
         images = load_images(cfg.images) if "images" in cfg else None
+
+        # Model and schedule.
         run = Run(cfg)
-        if not isinstance(run.setting.model, Network):
-            raise ValueError(
-                f"task=finetune trains networks; model={run.setting.model.name} has no weights to train"
-            )
-        if self.trainable == "adaln" and not adaptive_norms(run.setting.model.backbone):
-            raise ValueError(
-                f"task.trainable=adaln: model={run.setting.model.name} names no adaptive layer norms; choose full or "
-                "lora"
-            )
+        network = self._network(run)
         if images is not None:
-            _check_images(images, run.setting.model, run.data.prompts)
-        if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
-            raise ValueError(
-                f"task.objective={self.objective} trains jumps of solver=euler; choose it, or diffusion"
-            )
+            _check_images(images, network, run.data.prompts)
         steps = _schedule(self, run, output)
         stages = spans(steps.num_steps, self.num_stages)
-        base = {"name": run.setting.model.name, "sha256": run.setting.model.fingerprint}
-        folder = StageFolder(
-            output, base, tuple(float(steps.times[span.start]) for span in stages[1:])
-        )
+
+        # The folder of the stages.
+        base = {"name": network.name, "sha256": network.fingerprint}
+        ends = tuple(float(steps.times[span.start]) for span in stages[1:])
+        folder = StageFolder(output, base, ends)
         rank_zero_only(folder.save)()
-        rank_zero_only(write_atomically)(output / "config.yaml", asked)
+        rank_zero_only(write_atomically)(output / "config.yaml", config_text)
+
+        # Training.
         logger = border.build(cfg.logger, "logger", Logger | None)
         for stage in range(len(folder)) if self.stage == "all" else [self.stage]:
             if not folder.file(stage).with_suffix(".json").is_file():
@@ -131,13 +138,34 @@ class Finetune(TrainingTask):
             _report(folder, Path(cfg.paths.output_dir))
         return logger
 
+    def _network(self, run: Run) -> Network:
+        """Return the network to train; raise ValueError if it or the solver does not suit."""
+        model = run.setting.model
+        if not isinstance(model, Network):
+            raise ValueError(
+                f"task=finetune trains networks; model={model.name} has no weights to train"
+            )
+
+        if self.trainable == "adaln" and not adaptive_norms(model.backbone):
+            raise ValueError(
+                f"task.trainable=adaln: model={model.name} names no adaptive layer norms; choose "
+                "full or lora"
+            )
+
+        if self.objective != "diffusion" and not isinstance(run.setting.solver, Euler):
+            raise ValueError(
+                f"task.objective={self.objective} trains jumps of solver=euler; choose it, or "
+                "task.objective=diffusion"
+            )
+        return model
+
 
 def spans(num_steps: int, num_stages: int) -> list[range]:
-    """The steps of each stage, as even as whole numbers allow."""
+    """Return the steps of every stage, as even as whole numbers allow."""
     if num_stages > num_steps:
         raise ValueError(
-            f"task.num_stages={num_stages} exceeds the {num_steps} steps of the schedule, at whose times stages are "
-            "cut; choose fewer stages or a schedule with more steps"
+            f"task.num_stages={num_stages} exceeds the {num_steps} steps of the schedule; "
+            "choose fewer stages or a schedule with more steps"
         )
     ends = [stage * num_steps // num_stages for stage in range(num_stages + 1)]
     return list(starmap(range, pairwise(ends)))
@@ -147,33 +175,42 @@ def _check_images(images: Dataset, model: Network, prompts: list[str] | None) ->
     require_fitting(images, model)
     if getattr(images, "captions", None) != prompts:
         raise ValueError(
-            f"the captions of `images` are not the prompts of model={model.name}, which they number; choose images "
-            "that belong together with data.prompts"
+            f"the captions of `images` differ from the prompts of model={model.name}; choose "
+            "images that belong to data.prompts"
         )
 
 
 def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
-    """The one of task.output; else task.schedule; else one is planned. It is left in task.output."""
-    kept = output / "schedule.json"
-    path = kept if kept.is_file() else task.schedule and Path(task.schedule).expanduser()
+    """Return the schedule of task.output, that of task.schedule, or a planned one.
+
+    It is saved in task.output.
+    """
+    # The file, planned if there is none.
+    saved = output / "schedule.json"
+    path = saved if saved.is_file() else task.schedule and Path(task.schedule).expanduser()
     if path is None:
         if len(run.strategies) != 1 or len(run.num_steps) != 1:
             raise ValueError(
-                "stages are cut at one schedule: set task.schedule=FILE.json, or one stepsize and one K in num_steps, "
-                f"got {list(run.strategies)} and {run.num_steps}"
+                "task=finetune needs one schedule: set task.schedule=FILE.json, or one stepsize "
+                f"and one K in num_steps, got {list(run.strategies)} and {run.num_steps}"
             )
-        spans(run.num_steps[0], task.num_stages)  # a misfit shows before the work
+
+        spans(run.num_steps[0], task.num_stages)  # raises before the work
         plan(run)
         path = run.file(next(iter(run.strategies)), run.num_steps[0])
+
+    # Its fit.
     steps = StepSchedule.load(path)
     check_fits(run.setting, run.cfg, path, steps, task.allow_other_model)
     if steps.per_sample or isinstance(steps.steps, FittedSteps):
         kind = "a time for every sample" if steps.per_sample else "fitted steps"
         raise ValueError(
-            f"step schedule {path} has {kind}; stages need times for all and plain steps, such as oss_ave's"
+            f"step schedule {path} has {kind}; stages need one schedule for all samples, with "
+            "plain steps, such as that of oss_ave"
         )
+
     spans(steps.num_steps, task.num_stages)
-    rank_zero_only(steps.save)(kept)
+    rank_zero_only(steps.save)(saved)
     return steps
 
 
@@ -187,78 +224,90 @@ def _train(
     images: Any,
     logger: Logger | None,
 ) -> None:
-    """Write the stage's file."""
-    setting, span = run.setting, stages[stage]
-    network, clean = (
-        setting.model,
-        0.0 if span.stop == steps.num_steps else float(steps.times[span.stop]),
-    )
+    """Train one stage, and write its file."""
+    network = run.setting.model
+    span = stages[stage]
+    is_last = span.stop == steps.num_steps
+    end = 0.0 if is_last else float(steps.times[span.stop])
+
+    # Examples and their loss.
     if task.objective == "diffusion":
-        noisy = float(steps.start_time if stage == 0 else steps.times[span.start])
-        examples = Examples(
-            images, task.seed, task.label_dropout, Within(clean, noisy), task.batch_size
-        )
+        start = float(steps.start_time if stage == 0 else steps.times[span.start])
+        times = Within(end, start)
+        examples = Examples(images, task.seed, task.label_dropout, times, task.batch_size)
         loss = partial(_diffusion_loss, network)
     else:
-        states = States(
-            folder.path / "states",
-            run.data.noises(TRAINING, task.trajectories),
-            run.data.batch_size,
-        )
-        states.make("teacher", network, partial(teacher_states, setting, steps), run.trainer)
-        progressive, start = task.objective == "progressive", None
-        for before in range(stage if progressive else 0):
-            model = Staged(network, StageParameters(network.backbone, folder, [before]))
-            times = steps.times[stages[before].start : stages[before].stop + 1]
-            student = partial(student_states, replace(setting, model=model), states, start, times)
-            start = f"student_{before + 1}"
-            states.make(start, model, student, run.trainer)
-            model.parameters_of.use(BASE)
-        examples = Jumps(states, span, task.seed, progressive, start)
-        loss = partial(jump_loss, setting, steps, span, progressive)
-    torch.manual_seed(task.seed + stage)  # of low-rank changes, the same on every rank
-    with trained(network.backbone, task.trainable, task.lora_rank) as parameters:
+        examples = _jumps(task, run, folder, steps, stages, stage)
+        loss = partial(jump_loss, run.setting, steps, span, task.objective == "progressive")
+
+    # Training; low-rank changes begin alike on every rank.
+    torch.manual_seed(task.seed + stage)
+    with training_mode(network.backbone, task.trainable, task.lora_rank) as parameters:
         last = folder.path / "checkpoints" / f"stage_{stage}.ckpt"
         module = StageModule(
             network, parameters, loss, examples, checkpoint=last, **task.settings()
         )
-        trainer = fit(
-            run.cfg,
-            task,
-            module,
-            logger,
-            last if last.is_file() else None,
-            precision=task.precision,
-        )
+        resume = last if last.is_file() else None
+        trainer = fit(run.cfg, task, module, logger, resume, precision=task.precision)
+
+    # The stage's file. The weights come from the checkpoint, because a spawned process has them.
     if rank_zero_only.rank == 0:
-        # What a spawned process did is there alone.
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
         average = [checkpoint["state_dict"][f"average.{i}"] for i in range(len(parameters))]
+        progress = checkpoint["progress"]
         record = {
             **origin(),
             "stage": stage,
-            "times": [float(steps.times[span.start]), clean],
+            "times": [float(steps.times[span.start]), end],
             "steps": len(span),
-            "parameters": sum(each.numel() for each in average),
-            "training": {"steps": task.max_steps, **checkpoint["progress"]},
+            "parameters": sum(tensor.numel() for tensor in average),
+            "training": {"steps": task.max_steps, **progress},
         }
-        better = (
-            record["training"]["loss_after"] < record["training"]["loss_before"]
-        )  # else it stays as it was
-        folder.save_stage(
-            stage, dict(zip(parameters, average, strict=True)) if better else {}, record
-        )
+        # A stage that training has not improved stays as it was.
+        is_better = progress["loss_after"] < progress["loss_before"]
+        tensors = dict(zip(parameters, average, strict=True)) if is_better else {}
+        folder.save_stage(stage, tensors, record)
     trainer.strategy.barrier("the stage is on disk")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What a stage learns
-# --------------------------------------------------------------------------------------------------------------
+def _jumps(
+    task: Finetune,
+    run: Run,
+    folder: StageFolder,
+    steps: StepSchedule,
+    stages: Sequence[range],
+    stage: int,
+) -> Jumps:
+    """Return the jumps that a stage learns, after computing the states that are missing."""
+    setting = run.setting
+    network = setting.model
+    noises = run.data.noises(TRAINING, task.trajectories)
+    states = States(folder.path / "states", noises, run.data.batch_size)
+    states.make("teacher", network, partial(teacher_states, setting, steps), run.trainer)
+
+    # Progressive: states that the earlier stages lead to.
+    progressive = task.objective == "progressive"
+    start = None
+    for earlier in range(stage if progressive else 0):
+        model = Staged(network, StageParameters(network.backbone, folder, [earlier]))
+        span = stages[earlier]
+        times = steps.times[span.start : span.stop + 1]
+        student = partial(student_states, replace(setting, model=model), states, start, times)
+        start = f"student_{earlier + 1}"
+        states.make(start, model, student, run.trainer)
+        model.parameters_of.use(BASE)
+
+    return Jumps(states, stages[stage], task.seed, progressive, start)
+
+
+# --------------------------------------------------------------------------------------------------
+# The objective `diffusion`
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Within(Times):
-    """t uniform between two times."""
+    """Times that are uniform between two times."""
 
     low: float
     high: float
@@ -271,38 +320,54 @@ def _diffusion_loss(network: Network, batch: Mapping[str, Tensor]) -> Tensor:
     return network.loss(network.backbone, batch)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def trained(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters to train, by the names that stages are saved under; afterwards the backbone is as it was."""
+def training_mode(backbone: nn.Module, kind: str, rank: int) -> Iterator[dict[str, nn.Parameter]]:
+    """Give the parameters to train, and restore the backbone afterwards.
+
+    Args:
+        backbone: The network.
+        kind: "full", "adaln" or "lora".
+        rank: Rank of low-rank changes.
+
+    Yields:
+        The parameters, by the names that stages are saved under.
+    """
+    # Parameters by their names.
     tuner = _low_rank(backbone, rank) if kind == "lora" else None
-    chosen, adaptive = {}, adaptive_norms(backbone)
+    adaptive = adaptive_norms(backbone)
+    parameters: dict[str, nn.Parameter] = {}
     for name, parameter in backbone.named_parameters():
         if kind == "full" or (kind == "adaln" and name in adaptive):
-            chosen[name] = parameter
+            parameters[name] = parameter
         elif kind == "lora" and (match := LORA.fullmatch(name)):
-            chosen[f"{match['layer']}.weight{DOWN if match['part'] == 'A' else UP}"] = parameter
-    before = [parameter.detach().cpu().clone() for parameter in chosen.values()]
-    for parameter in chosen.values():
+            suffix = DOWN if match["part"] == "A" else UP
+            parameters[f"{match['layer']}.weight{suffix}"] = parameter
+
+    # Training mode, undone at the end.
+    originals = []
+    for parameter in parameters.values():
+        originals.append(parameter.detach().cpu().clone())
         parameter.requires_grad_(True)
     backbone.train()
+
     try:
-        yield chosen
+        yield parameters
     finally:
         with torch.no_grad():
-            for parameter, value in zip(chosen.values(), before, strict=True):
-                parameter.copy_(value)
+            for parameter, original in zip(parameters.values(), originals, strict=True):
+                parameter.copy_(original)
         if tuner is not None:
             tuner.unload()
         backbone.requires_grad_(False).eval()
 
 
 def _low_rank(backbone: nn.Module, rank: int) -> Any:
-    """peft's low-rank changes of all linear layers, which begin as none."""
+    """Add peft's low-rank changes to all linear layers; they begin as zero."""
     try:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
@@ -313,7 +378,17 @@ def _low_rank(backbone: nn.Module, rank: int) -> Any:
 
 
 class StageModule(Training):
-    """Trains some parameters of a network in place, and keeps their averages, which are the stage's."""
+    """The training of some parameters of a network, in place.
+
+    The stage's parameters are their averages.
+
+    Args:
+        network: The network.
+        parameters: The parameters to train, by name.
+        loss: The loss of a batch, () float32.
+        examples: The training examples.
+        training: Arguments of `Training`.
+    """
 
     def __init__(
         self,
@@ -324,12 +399,14 @@ class StageModule(Training):
         **training: Any,
     ):
         super().__init__(examples, **training)
-        self.model, self.find_loss, self.strict_loading = network, loss, False
+        self.model = network
+        self.find_loss = loss
+        self.strict_loading = False
         self.trained = list(parameters.values())
-        self.average = nn.ParameterList(
-            nn.Parameter(each.detach().clone(), False) for each in self.trained
-        )
-        self.checked: dict[str, float] = {}  # the loss of the first examples before and after
+        self.average = nn.ParameterList()
+        for parameter in self.trained:
+            self.average.append(nn.Parameter(parameter.detach().clone(), False))
+        self.checked: dict[str, float] = {}  # loss on the first examples, before and after
         self.peak_bytes = 0
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -346,24 +423,23 @@ class StageModule(Training):
 
     def on_save(self) -> None:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else used
+        if torch.cuda.is_available():
+            used = torch.cuda.max_memory_allocated()
         self.peak_bytes = max(self.peak_bytes, used)
-        if self.seen == self.max_steps:
+        if self.steps_taken == self.max_steps:
             self.checked["loss_after"] = self._check()
 
     @torch.no_grad()
     def _check(self) -> float:
-        """The averages' mean loss on the first examples."""
+        """Return the mean loss of the averaged parameters on the first examples."""
         self._swap()
-        batches = torch.arange(CHECKED).split(self.batch_size)
-        losses = []
-        for batch in batches:
-            items = default_collate([self.examples[i] for i in batch.tolist()])
-            losses.append(
-                float(self.loss(self.trainer.strategy.batch_to_device(items))) * len(batch)
-            )
+        total = 0.0
+        for numbers in torch.arange(CHECKED).split(self.batch_size):
+            batch = default_collate([self.examples[i] for i in numbers.tolist()])
+            loss = self.loss(self.trainer.strategy.batch_to_device(batch))
+            total += float(loss) * len(numbers)
         self._swap()
-        return sum(losses) / CHECKED
+        return total / CHECKED
 
     def _swap(self) -> None:
         for parameter, average in zip(self.trained, self.average, strict=True):
@@ -374,33 +450,38 @@ class StageModule(Training):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        own = {id(parameter) for parameter in (*self.trained, *self.average)}
-        kept = {name for name, parameter in self.named_parameters() if id(parameter) in own}
-        checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if key in kept
-        }
+        stage_ids = {*map(id, self.trained), *map(id, self.average)}
+        state = {}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in stage_ids and name in checkpoint["state_dict"]:
+                state[name] = checkpoint["state_dict"][name]
+        checkpoint["state_dict"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.checked = {
-            key: value for key, value in checkpoint["progress"].items() if key.startswith("loss_")
-        }
-        self.peak_bytes = checkpoint["progress"]["peak_bytes"]
+        progress = checkpoint["progress"]
+        self.checked = {key: value for key, value in progress.items() if key.startswith("loss_")}
+        self.peak_bytes = progress["peak_bytes"]
 
 
 def _report(folder: StageFolder, run_folder: Path) -> None:
-    """finetune.json: all that is known of the stages that are there."""
-    files = [folder.file(stage).with_suffix(".json") for stage in range(len(folder))]
-    made = [file for file in files if file.is_file()]
-    stages = [
-        load_record(file, StageRecord, "record of a stage", limit=TABLE_LIMIT) for file in made
-    ]
+    """Write finetune.json, the records of all trained stages, and print what is missing."""
+    # Records of the stages on disk.
+    stages = []
+    missing = []
+    for stage in range(len(folder)):
+        file = folder.file(stage).with_suffix(".json")
+        if file.is_file():
+            record = load_record(file, StageRecord, "record of a stage", limit=TABLE_LIMIT)
+            stages.append(record)
+        else:
+            missing.append(str(stage))
+
     record = FinetuneRecord(**folder.base, stages=stages)
     write_atomically(run_folder / "finetune.json", record.model_dump_json() + "\n")
-    missing = [str(stage) for stage, file in enumerate(files) if not file.is_file()]
-    told = (
-        f"still to train: stages {', '.join(missing)}"
-        if missing
-        else f"run it with stages={folder.path}"
-    )
-    PlainConsole().print(f"{folder.path}: {told}", soft_wrap=True)
+
+    # The next command.
+    advice = f"run it with stages={folder.path}"
+    if missing:
+        advice = f"still to train: stages {', '.join(missing)}"
+    PlainConsole().print(f"{folder.path}: {advice}", soft_wrap=True)

@@ -1,4 +1,7 @@
-"""Train the shipped classifier of Fashion-MNIST, whose features compare generated images with real ones."""
+"""Train the shipped classifier of Fashion-MNIST: `task=fit_classifier`.
+
+Its features compare generated images with real ones.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,19 @@ from oss_exp.tasks.task import Amount, Count, Positive, Task, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class FitClassifier(Task):
-    """Write `output` (.safetensors and .json): trained on the train split, measured on the test split.
+    """Train on the train split, measure on the test split.
 
-    shift: pixels, at most, up, down or sideways; erase: side of the black square in every second image.
+    Writes `output` (.safetensors and .json).
+
+    Attributes:
+        output: Path of the weights.
+        epochs: Passes through the images.
+        batch_size: Images of a step.
+        learning_rate: Highest learning rate of SGD.
+        weight_decay: Weight decay of SGD.
+        shift: Largest shift of an image, in pixels, up, down or sideways.
+        erase: Side of the black square in every second image, in pixels.
+        seed: Seed of the initial weights and of the training.
     """
 
     output: str = "fashion_features.safetensors"
@@ -37,15 +50,20 @@ class FitClassifier(Task):
     seed: Whole = 0
 
     def __call__(self, cfg: DictConfig) -> None:
+        # Images.
         require_both_splits(cfg.images)
         images, labels = pixels(labelled_images(cfg.images, split="train"))
         test_images, test_labels = pixels(labelled_images(cfg.images, split="test"))
+
+        # Training.
         torch.manual_seed(self.seed)
         network = FashionFeatures()
         started = time.perf_counter()
         train(network, images, labels, self)
         seconds = time.perf_counter() - started
         test_accuracy = accuracy(network, test_images, test_labels)
+
+        # Weights and provenance.
         data_hash = hashlib.sha256()
         for tensor in (images, labels, test_images, test_labels):
             data_hash.update(tensor.numpy().tobytes())
@@ -54,9 +72,9 @@ class FitClassifier(Task):
             "test_images": len(test_images),
             "sha256": data_hash.hexdigest(),
         }
-        found = {"test_accuracy": test_accuracy, "data": data}
+        results = {"test_accuracy": test_accuracy, "data": data}
         output = Path(self.output)
-        save_asset(output, network.state_dict(), provenance(self, network, seconds, found))
+        save_asset(output, network.state_dict(), provenance(self, network, seconds, results))
         size = output.stat().st_size / 1e6
         PlainConsole().print(
             f"{output}: {size:.2f} MB, test accuracy {test_accuracy:.2%}", soft_wrap=True
@@ -64,12 +82,23 @@ class FitClassifier(Task):
 
 
 def pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1] -> [0, 1]; the labels as they are."""
+    """Map images from [-1, 1] to [0, 1]; the labels stay."""
     return (data[0] + 1) / 2, data[1]
 
 
 def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitClassifier) -> None:
-    """images (n, 1, 32, 32) in [0, 1], labels (n,): task.epochs times through all of them, in bfloat16."""
+    """Train a network in bfloat16.
+
+    Args:
+        network: The network.
+        images: Images (n, 1, 32, 32) in [0, 1].
+        labels: Their classes (n,).
+        task: The options of the training.
+
+    Raises:
+        ValueError: If the loss is not finite.
+    """
+    # Optimizer and learning rate.
     network.train().to(memory_format=torch.channels_last)
     steps = task.epochs * math.ceil(len(images) / task.batch_size)
     optimizer = torch.optim.SGD(
@@ -82,6 +111,8 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitCla
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, task.learning_rate, steps, cycle_momentum=False
     )
+
+    # Steps.
     progress, bar = loss_bar(steps)
     with progress:
         for epoch in range(task.epochs):
@@ -89,11 +120,13 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitCla
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = network.logits(augment(images[batch], task.shift, task.erase))
                 loss = F.cross_entropy(logits.float(), labels[batch])
+
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 progress.update(bar, advance=1, loss=loss.item())
+
             if not math.isfinite(loss.item()):
                 raise ValueError(
                     f"the loss is {loss.item()} in epoch {epoch + 1}; lower task.learning_rate"
@@ -101,28 +134,40 @@ def train(network: FashionFeatures, images: Tensor, labels: Tensor, task: FitCla
 
 
 def augment(images: Tensor, shift: int, erase: int) -> Tensor:
-    """Each of images (B, 1, S, S) moved by up to `shift` pixels, every second one with a black square of side `erase`.
+    """Shift images at random, and put a black square into every second one.
 
-    None is mirrored: a generated shoe that points the wrong way shall not look like a real one.
+    No image is mirrored: a generated shoe that points the wrong way should not look like a real
+    one.
+
+    Args:
+        images: Images (B, 1, S, S).
+        shift: Largest shift, in pixels.
+        erase: Side of the square, in pixels.
     """
-    count, size = len(images), images.shape[-1]
+    count = len(images)
+    size = images.shape[-1]
     places = torch.arange(size)
+
     # Shift: a window of the image in a wider black frame.
     corner = torch.randint(0, 2 * shift + 1, (count, 2, 1))
     rows, columns = (places + corner).unbind(1)  # (B, S) each
-    moved = F.pad(images, [shift] * 4)[
-        torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]
-    ]
+    framed = F.pad(images, [shift] * 4)
+    samples = torch.arange(count)[:, None, None]
+    moved = framed[samples, 0, rows[:, :, None], columns[:, None, :]]
+
     # Erase.
-    rows, columns = (places - torch.randint(1 - erase, size, (count, 2, 1))).unbind(1)
-    inside = [(offset >= 0) & (offset < erase) for offset in (rows, columns)]
-    hit = torch.rand(count, 1, 1) < 0.5
-    return moved.masked_fill(hit & inside[0][:, :, None] & inside[1][:, None, :], 0)[:, None]
+    corner = torch.randint(1 - erase, size, (count, 2, 1))
+    rows, columns = (places - corner).unbind(1)
+    inside_rows = (rows >= 0) & (rows < erase)
+    inside_columns = (columns >= 0) & (columns < erase)
+    is_erased = torch.rand(count, 1, 1) < 0.5
+    square = is_erased & inside_rows[:, :, None] & inside_columns[:, None, :]
+    return moved.masked_fill(square, 0)[:, None]
 
 
 @torch.no_grad()
 def accuracy(network: FashionFeatures, images: Tensor, labels: Tensor) -> float:
-    """The share of images (n, 1, 32, 32) whose largest score is their label's, in float32."""
+    """Return the share of images (n, 1, 32, 32) that are classified as their labels (n,)."""
     network.eval()
     answers = torch.cat([network.logits(batch).argmax(dim=1) for batch in images.split(1000)])
     return (answers == labels).double().mean().item()

@@ -1,4 +1,4 @@
-"""What the tasks that make weights share: the bar of the loss, and what is told of how a network was trained."""
+"""Tools of the tasks that make weights: progress bar, provenance, labelled images."""
 
 from __future__ import annotations
 
@@ -34,51 +34,87 @@ from oss_exp.tasks.task import Task
 
 
 def loss_bar(total: int, completed: int = 0, disable: bool = False) -> tuple[Progress, TaskID]:
-    """Steps with their `loss` and the time left; the one task of the progress, which has still to be started."""
-    columns = (TextColumn("loss {task.fields[loss]:<8.3g}"), BarColumn(), MofNCompleteColumn())
-    clocks = (TextColumn("steps"), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, *clocks, console=PlainConsole(stderr=True), disable=disable)
+    """Return a progress bar of steps, with their `loss` and the remaining time.
+
+    Args:
+        total: Number of steps.
+        completed: Steps that were taken before.
+        disable: Show nothing.
+
+    Returns:
+        The progress, which is not started yet, and the id of its only task.
+    """
+    columns = (
+        TextColumn("loss {task.fields[loss]:<8.3g}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=PlainConsole(stderr=True), disable=disable)
     return progress, progress.add_task("", total=total, completed=completed, loss=math.nan)
 
 
 def provenance(
-    task: Task, network: nn.Module, seconds: float, found: Mapping[str, Any]
+    task: Task, network: nn.Module, seconds: float, results: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Of a network that was trained here for so long: the command, its settings, and what was found."""
+    """Return the provenance of a network that was trained here.
+
+    Args:
+        task: The task, with its options.
+        network: The network.
+        seconds: Time that training has taken.
+        results: What was measured afterwards.
+    """
+    options = asdict(task)
+    options.pop("output")
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
     return {
         "name": Path(task.output).stem,
         "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
-        **{key: value for key, value in asdict(task).items() if key != "output"},
-        "parameters": sum(p.numel() for p in network.parameters()),
-        **found,
+        **options,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        **results,
         "seconds": round(seconds),
-        "hardware": f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores, {platform.machine()}",
+        "hardware": f"{cores}, {platform.machine()}",
         "versions": versions(),
     }
 
 
 def labelled_images(images: DictConfig, **split: Split) -> tuple[Tensor, Tensor]:
-    """Return all images (n, C, H, W) of a configuration of conf/images and their labels (n,), in memory."""
+    """Return all images of a configuration of conf/images, in memory.
+
+    Args:
+        images: The configuration.
+        split: The split, if it has splits.
+
+    Returns:
+        The images (n, C, H, W) and their labels (n,).
+
+    Raises:
+        ValueError: If the images have no labels.
+    """
     items = border.build(images, "images", **split)
     if isinstance(items, ImageFolder):
-        items = (
-            torch.stack([image for image, _ in items]),
-            torch.tensor([label for _, label in items.samples]),
-        )
+        pictures = torch.stack([image for image, _ in items])
+        items = pictures, torch.tensor([label for _, label in items.samples])
     if not isinstance(items, tuple):
-        raise ValueError(
-            "images has captions, and what is fitted here are classes; choose other images"
-        )
+        raise ValueError("images has captions, and this task needs classes; choose other images")
     if NO_CLASS in items[1]:
         raise ValueError("images has no classes to fit; give images in a folder for each class")
     return items
 
 
 def require_both_splits(images: DictConfig) -> None:
-    """Raise ValueError where images have no splits, or one was chosen: the task reads both train and test."""
+    """Check that a configuration of conf/images has a train and a test split, and chooses none.
+
+    Raises:
+        ValueError: If it has no splits, or one was chosen.
+    """
     if "split" not in border.parameters_of(border.class_of(images, "images")).kinds:
         raise ValueError(
-            "images must have a train and a test split; choose images=fashion_mnist_32 or such"
+            "images must have a train and a test split, such as images=fashion_mnist_32"
         )
     if images.get("split", "train") != "train":
         raise ValueError(
@@ -87,6 +123,7 @@ def require_both_splits(images: DictConfig) -> None:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package, PyTorch and Python."""
     return {
         "oss_exp": oss_exp.__version__,
         "torch": torch.__version__,

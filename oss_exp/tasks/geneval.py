@@ -1,8 +1,9 @@
-"""GenEval as two Lightning loops: every schedule's pictures of every prompt, then a detector's verdicts on them.
+"""Judge the pictures of prompts by GenEval's rules: `task=geneval`, as two Lightning loops.
 
-Each picture and each batch of verdicts is a file of its own in the run folder, so a run that was killed goes on with
-what is missing, and any number of ranks leaves the same results. Legend: P prompts, I pictures of each; picture n is
-the (n % I)-th of prompt n // I.
+The first makes the pictures of every prompt with every schedule, the second has a detector judge
+them. Every picture and every batch of verdicts is a file in the run folder, so a run that was
+killed resumes with what is missing, and any number of ranks gives the same results.
+Legend: P prompts, I pictures of each; picture n is the (n % I)-th of prompt n // I.
 """
 
 from __future__ import annotations
@@ -35,14 +36,19 @@ from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Count, Task
 
-FIRST = 2 * HELD_OUT  # index of the first picture's noise: none that a search or an evaluation sees
+FIRST = 2 * HELD_OUT  # index of the first noise, beyond those of searches and evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenEval(Task):
-    """Plan `stepsize` on some prompts, make and judge `images_per_prompt` pictures of each, write geneval.json.
+    """Plan `stepsize` on some prompts, then make and judge pictures of all.
 
-    In a folder that an earlier run of the same configuration left (hydra.run.dir), it goes on from there.
+    Writes geneval.json. In the folder of an earlier run of the same configuration
+    (hydra.run.dir), it resumes.
+
+    Attributes:
+        images_per_prompt: Pictures of every prompt.
+        detector: The detector that judges them.
     """
 
     images_per_prompt: Count = 4
@@ -53,61 +59,82 @@ class GenEval(Task):
             raise ValueError(
                 "GenEval needs a model of prompts: set data=prompts data.prompts=FILE.jsonl"
             )
-        wanted = read_metadata(find_asset(cfg.data.prompts, "prompts"))
-        run, count = Run(cfg), self.images_per_prompt
-        if alone := [name for name, strategy in run.strategies.items() if strategy.per_sample]:
+        wishes = read_metadata(find_asset(cfg.data.prompts, "prompts"))
+
+        # Schedules.
+        run = Run(cfg)
+        if run.per_sample:
             raise ValueError(
-                f"{alone[0]} has a schedule for each sample, and these are others; leave it out of stepsize"
+                f"{run.per_sample[0]} has a schedule for each sample, and GenEval draws others; "
+                "leave it out of stepsize"
             )
         plan(run)
-        files = [run.file(name, k) for name in run.strategies for k in run.num_steps]
-        schedules = {"teacher": run.setting.teacher} | {
-            file.stem: StepSchedule.load(file) for file in files
-        }
+        schedules = {"teacher": run.setting.teacher}
+        for name in run.strategies:
+            for k in run.num_steps:
+                file = run.file(name, k)
+                schedules[file.stem] = StepSchedule.load(file)
 
-        batches = torch.arange(len(wanted) * count).split(cfg.data.batch_size)
-        maker = Maker(
-            run.setting,
-            schedules,
-            run.folder,
-            [batch.tolist() for batch in batches],
-            cfg.data.seed,
-            count,
-        )
-        judge = Judge(self.detector, list(schedules), run.folder, maker.batches, wanted, count)
-        for module in (maker, judge):  # what is missing is known when the one before has ended
+        # Pictures, then verdicts: what is missing of one is known when the other has ended.
+        count = self.images_per_prompt
+        numbers = torch.arange(len(wishes) * count)
+        batches = [batch.tolist() for batch in numbers.split(cfg.data.batch_size)]
+        maker = Maker(run.setting, schedules, run.folder, batches, cfg.data.seed, count)
+        judge = Judge(self.detector, list(schedules), run.folder, batches, wishes, count)
+        for module in (maker, judge):
             loaders = [DataLoader(missing, batch_size=None) for missing in module.missing()]
             if any(len(loader) for loader in loaders):
                 run.trainer.predict(module, loaders, return_predictions=False)
 
+        self._write(run, schedules, judge, wishes)
+
+    def _write(
+        self,
+        run: Run,
+        schedules: Mapping[str, StepSchedule],
+        judge: Judge,
+        wishes: Sequence[Wish],
+    ) -> None:
+        """Write geneval.json."""
         velocity = run.setting.model.velocity(torch.zeros(1, dtype=torch.long))
-        rows = [
-            {
+        rows = []
+        for label, steps in schedules.items():
+            row = {
                 "label": label,
                 "num_steps": steps.num_steps,
                 "nfe": nfe(run.setting.solver, steps, velocity),
                 "verdicts": judge.verdicts(label),
             }
-            for label, steps in schedules.items()
-        ]
-        about = {
+            rows.append(row)
+
+        record = {
+            **run.about,
             "detector": self.detector.fingerprint,
-            "prompts": wanted,
-            "images_per_prompt": count,
+            "prompts": wishes,
+            "images_per_prompt": self.images_per_prompt,
+            "rows": rows,
         }
-        record = {**run.about, **about, "rows": rows}
         rank_zero_only(write_atomically)(run.folder / "geneval.json", json.dumps(record) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Maker(L.LightningModule):
-    """Loader l brings noises of pictures that schedule l has still to make; each is written as soon as it is there.
+    """A Lightning loop that makes the missing pictures, and writes each at once.
 
-    batches: of pictures' numbers, which are made together by whatever rank, for a sum's rounding may depend on that.
+    Loader i brings the noises for schedule i. Pictures of a batch are always made together,
+    because the rounding of a sum may depend on the batch.
+
+    Args:
+        setting: Model, grid, solver and distance.
+        schedules: The schedules by label.
+        folder: The run folder.
+        batches: The numbers of the pictures, in batches.
+        seed: Seed of the noises.
+        count: Pictures of every prompt.
     """
 
     def __init__(
@@ -121,50 +148,60 @@ class Maker(L.LightningModule):
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
-        self.setting, self.schedules, self.folder = setting, schedules, folder
-        self.batches, self.seed, self.count = batches, seed, count
+        self.setting = setting
+        self.schedules = schedules
+        self.folder = folder
+        self.batches = batches
+        self.seed = seed
+        self.count = count
 
     def missing(self) -> list[Noises]:
-        return [
-            Noises(
-                [batch for batch in self.batches if self._wanted(label, batch)],
-                self.seed,
-                self.count,
-                self.model,
-            )
-            for label in self.schedules
-        ]
+        """Return the noises of the batches that lack pictures, for every schedule."""
+        datasets = []
+        for label in self.schedules:
+            batches = [batch for batch in self.batches if self._lacking(label, batch)]
+            datasets.append(Noises(batches, self.seed, self.count, self.model))
+        return datasets
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         label, steps = list(self.schedules.items())[dataloader_idx]
-        numbers, noise = batch["numbers"].tolist(), self.setting.first_state(batch["noise"])
-        images = (
-            as_bytes(self.model.generate(self.setting.solver, steps, noise, batch["prompts"]))
-            .cpu()
-            .numpy()
-        )
-        wanted = self._wanted(label, numbers)
-        for number, image in zip(numbers, images, strict=True):
-            if number in wanted:
+        numbers = batch["numbers"].tolist()
+
+        # All pictures of the batch, of which the missing ones are written.
+        noise = self.setting.first_state(batch["noise"])
+        images = self.model.generate(self.setting.solver, steps, noise, batch["prompts"])
+        pictures = as_bytes(images).cpu().numpy()
+        lacking = self._lacking(label, numbers)
+        for number, image in zip(numbers, pictures, strict=True):
+            if number in lacking:
                 write_atomically(picture(self.folder, label, number), encoded(image))
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("pictures are on disk")
 
-    def _wanted(self, label: str, numbers: Sequence[int]) -> list[int]:
+    def _lacking(self, label: str, numbers: Sequence[int]) -> list[int]:
         return [number for number in numbers if not picture(self.folder, label, number).is_file()]
 
 
 class Noises(Dataset):
-    """Items {numbers (b,), prompts (b,), noise (b, *E)}, each noise a function of (seed, number) alone."""
+    """Batches {numbers (b,), prompts (b,), noise (b, *E)}.
+
+    A noise is a function of (seed, number) alone.
+
+    Args:
+        batches: The numbers of the pictures, in batches.
+        seed: Seed of the noises.
+        count: Pictures of every prompt.
+        model: The model, for the shape of the noises.
+    """
 
     def __init__(self, batches: Sequence[Sequence[int]], seed: int, count: int, model: Model):
-        self.batches, self.count = batches, count
-        self.noise = NoiseDataset(
-            seed, FIRST, 1 + max(map(max, batches), default=0), model.event_shape, None
-        )
+        self.batches = batches
+        self.count = count
+        last = max(map(max, batches), default=0)
+        self.noise = NoiseDataset(seed, FIRST, 1 + last, model.event_shape, None)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -176,16 +213,28 @@ class Noises(Dataset):
 
 
 def picture(folder: Path, label: str, number: int) -> Path:
+    """Return the path of a picture."""
     return folder / "images" / label / f"{number:06d}.png"
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Verdicts
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Judge(L.LightningModule):
-    """Loader l brings batches of pictures of schedule l that have no verdicts yet; a batch's are one file of lines."""
+    """A Lightning loop that judges the pictures that have no verdicts yet.
+
+    Loader i brings the pictures of schedule i. The verdicts of a batch are one file of lines.
+
+    Args:
+        detector: The detector.
+        labels: The labels of the schedules.
+        folder: The run folder.
+        batches: The numbers of the pictures, in batches.
+        wishes: What every prompt asks for.
+        count: Pictures of every prompt.
+    """
 
     def __init__(
         self,
@@ -193,64 +242,86 @@ class Judge(L.LightningModule):
         labels: Sequence[str],
         folder: Path,
         batches: Sequence[Sequence[int]],
-        wanted: Sequence[Wish],
+        wishes: Sequence[Wish],
         count: int,
     ):
         super().__init__()
-        self.detector, self.labels, self.folder = detector, labels, folder
-        self.batches, self.wanted, self.count = batches, wanted, count
+        self.detector = detector
+        self.labels = labels
+        self.folder = folder
+        self.batches = batches
+        self.wishes = wishes
+        self.count = count
 
     def missing(self) -> list[Pictures]:
-        return [
-            Pictures(
-                [batch for batch in self.batches if not self._file(label, batch).is_file()],
-                self.folder,
-                label,
-            )
-            for label in self.labels
-        ]
+        """Return the pictures of the batches that lack verdicts, for every schedule."""
+        datasets = []
+        for label in self.labels:
+            batches = [batch for batch in self.batches if not self._file(label, batch).is_file()]
+            datasets.append(Pictures(batches, self.folder, label))
+        return datasets
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        numbers, images, lines = batch["numbers"].tolist(), batch["images"], []
-        for number, image, seen in zip(numbers, images, self.detector.detect(images), strict=True):
-            verdict = look(self.detector, image, seen, self.wanted[number // self.count])
-            objects = {
-                name: [[round(each, 4) for each in box] for box in own]
-                for name, own in verdict.objects.items()
-            }
-            lines.append({"number": number, "reasons": list(verdict.reasons), "objects": objects})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(self._file(self.labels[dataloader_idx], numbers), text)
+        numbers = batch["numbers"].tolist()
+        images = batch["images"]
+
+        # A line for every picture.
+        lines = []
+        for number, image, detected in zip(
+            numbers, images, self.detector.detect(images), strict=True
+        ):
+            wish = self.wishes[number // self.count]
+            verdict = look(self.detector, image, detected, wish)
+            objects: dict[str, list[list[float]]] = {}
+            for name, boxes in verdict.objects.items():
+                objects[name] = [[round(edge, 4) for edge in box] for box in boxes]
+            line = {"number": number, "reasons": list(verdict.reasons), "objects": objects}
+            lines.append(json.dumps(line) + "\n")
+
+        file = self._file(self.labels[dataloader_idx], numbers)
+        write_atomically(file, "".join(lines))
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("verdicts are on disk")
 
     def verdicts(self, label: str) -> list[dict[str, Any]]:
-        """Of all pictures of a schedule, in order."""
-        files = [self._file(label, batch) for batch in self.batches]
+        """Return the verdicts on all pictures of a schedule, in order."""
         remedy = "remove it, and it is made again"
-        lines = [
-            line for file in files for line in load_records(file, VerdictRecord, "verdicts", remedy)
-        ]
-        return [line.model_dump() for line in lines]
+        verdicts = []
+        for batch in self.batches:
+            file = self._file(label, batch)
+            for record in load_records(file, VerdictRecord, "verdicts", remedy):
+                verdicts.append(record.model_dump())
+        return verdicts
 
     def _file(self, label: str, numbers: Sequence[int]) -> Path:
         return self.folder / "verdicts" / label / f"{numbers[0]:06d}.jsonl"
 
 
 class Pictures(Dataset):
-    """Items {numbers (b,), images (b, 3, H, W) in [0, 1]}, read from their files."""
+    """Batches {numbers (b,), images (b, 3, H, W) in [0, 1]}, read from files.
+
+    Args:
+        batches: The numbers of the pictures, in batches.
+        folder: The run folder.
+        label: The label of the schedule.
+    """
 
     def __init__(self, batches: Sequence[Sequence[int]], folder: Path, label: str):
-        self.batches, self.folder, self.label = batches, folder, label
+        self.batches = batches
+        self.folder = folder
+        self.label = label
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        files = [picture(self.folder, self.label, number) for number in self.batches[position]]
-        pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-        images = torch.from_numpy(pixels).movedim(-1, 1) / 255
-        return {"numbers": torch.tensor(self.batches[position]), "images": images}
+        numbers = self.batches[position]
+        arrays = []
+        for number in numbers:
+            image = Image.open(picture(self.folder, self.label, number))
+            arrays.append(np.asarray(image.convert("RGB")))
+        images = torch.from_numpy(np.stack(arrays)).movedim(-1, 1) / 255
+        return {"numbers": torch.tensor(numbers), "images": images}

@@ -1,7 +1,8 @@
-"""Overrides of a command line that are refused: what is not known (any more), and values that nothing reads.
+"""Refuse overrides of the command line: unknown or renamed ones, and values that nothing reads.
 
-The yaml of a task lists the groups and values that the task reads, so Hydra refuses any other. What it lets through are
-entries that are appended (`+images=digits`), and those that a yaml without a place in the task sets (`scale=tiny`).
+The yaml of a task lists the groups and values that the task reads, so Hydra refuses all others.
+Two kinds pass: entries that are appended (`+images=digits`), and those that come from a yaml with
+no place in the task (`scale=tiny`).
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ from omegaconf import DictConfig, OmegaConf
 from oss_exp.tasks import border
 
 MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
+# Patterns of overrides in earlier versions, and their spelling today.
 RENAMED = {
     r"task\.to=(.*)": r"exporter=\1",
     r"data@task\.images=(.*)": r"images=\1",
     r"data\.(root|split|size|channels|file|count)=(.*)": r"images.\1=\2",
     r"evaluation\.metrics=\[?(?:psnr)?,?(.*?)\]?": r"metric=[\1]",
     r"metric=\[?psnr,?(.*?)\]?": r"metric=[\1]",  # PSNR is always measured
-    r"evaluation\.(fid|kid|precision_recall|class_agreement|lpips|clip_score)\.(.*)": r"metric.\1.\2",
+    r"evaluation\.(fid|kid|precision_recall|class_agreement|lpips|clip_score)\.(.*)": (
+        r"metric.\1.\2"
+    ),
     r"noise_schedule=flux": r"noise_schedule=pipeline",
 }
-OF_PIPELINES = {  # options of models that were networks with options of their own
+# Options of models that were networks, with options of their own, before they were pipelines.
+OF_PIPELINES = {
     r"model\.checkpoint=(.*)": r"model.pipeline=\1",
     r"model\.(?:guidance\.scale|embedded_guidance)=(.*)": r"model.call.guidance_scale=\1",
     r"model\.(height|width)=(.*)": r"model.call.\1=\2",
@@ -41,57 +46,93 @@ OF_PIPELINES = {  # options of models that were networks with options of their o
 
 
 def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
-    """Raise ValueError where an override is spelled as in an earlier version, or chooses an option that does not exist.
+    """Check that overrides are spelled as in this version, and that their options exist.
 
-    conf: the folder with a folder for each group. With folders of the user's own, Hydra itself says what is not there.
+    Args:
+        overrides: The overrides of the command line.
+        conf: The folder with a folder for every group. If the user has further folders, Hydra
+            reports what does not exist.
+
+    Raises:
+        ValueError: For the first override that does not pass.
     """
-    chosen = dict(
-        override.split("=", 1) for override in overrides if re.match(r"(model|task)=", override)
-    )
-    file = conf / "model" / f"{chosen.get('model')}.yaml"
-    pipeline = file.is_file() and "\npipeline: " in file.read_text()
-    if pipeline and chosen.get("task") in ("convert", "pretrain"):
-        raise ValueError(
-            f"model={file.stem} is a pipeline of published parts, which task={chosen['task']} does not take; choose a "
-            "network of this package"
-        )
-    renamed = RENAMED | (OF_PIPELINES if pipeline else {})
-    own_folders = any(
+    # Renamed options; those of a pipeline depend on the model.
+    renamed = RENAMED | (OF_PIPELINES if _is_pipeline(overrides, conf) else {})
+    searches_elsewhere = any(
         re.match(r"hydra\.searchpath=|--config-dir|-cd", override) for override in overrides
     )
+
+    # One override after the other.
+    is_multirun = not MULTIRUN.isdisjoint(overrides)
     for override in overrides:
         for old, new in renamed.items():
             if match := re.fullmatch(old, override):
                 raise ValueError(f"{override} is now {match.expand(new)}")
-
         group, _, choice = override.partition("=")
-        _check_grammar(override, group, choice, several=not MULTIRUN.isdisjoint(overrides))
-        if own_folders or not group or not (conf / group).is_dir():
+        _check_grammar(override, group, choice, is_multirun)
+        if group and (conf / group).is_dir() and not searches_elsewhere:
+            _check_options(override, group, choice, conf)
+
+
+def _is_pipeline(overrides: Sequence[str], conf: Path) -> bool:
+    """Tell whether the model is a pipeline; raise ValueError if the task does not take one."""
+    choices: dict[str, str] = {}
+    for override in overrides:
+        if re.match(r"(model|task)=", override):
+            group, choice = override.split("=", 1)
+            choices[group] = choice
+    file = conf / "model" / f"{choices.get('model')}.yaml"
+    if not file.is_file() or "\npipeline: " not in file.read_text():
+        return False
+    if choices.get("task") in ("convert", "pretrain"):
+        raise ValueError(
+            f"model={file.stem} is a pipeline of published parts, which task={choices['task']} "
+            "cannot read; choose a network of this package"
+        )
+    return True
+
+
+def _check_options(override: str, group: str, choice: str, conf: Path) -> None:
+    """Raise ValueError if a choice of a group is empty, repeated or does not exist."""
+    options = {file.stem for file in (conf / group).glob("*.yaml")}
+    if group != "metric" and re.fullmatch(r"\[\s*\]", choice):
+        raise ValueError(f"{override} chooses none; choose from {', '.join(sorted(options))}")
+
+    # A list may not repeat an option.
+    names = re.findall(r"\w+", choice)
+    if choice.startswith("["):
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{override} names {name} twice; name it once")
+
+    # Other choices than names and lists of names are Hydra's.
+    if not re.fullmatch(r"[\w,\[\] ]*", choice):
+        return
+    for name in names:
+        if name in options:
             continue
-        options = {file.stem for file in (conf / group).glob("*.yaml")}
-        if group != "metric" and re.fullmatch(r"\[\s*\]", choice):
-            raise ValueError(f"{override} chooses none; choose from {', '.join(sorted(options))}")
-        chosen_here = re.findall(r"\w+", choice) if choice.startswith("[") else []
-        if twice := next((option for option in chosen_here if chosen_here.count(option) > 1), None):
-            raise ValueError(f"{override} names {twice} twice; name it once")
-        for option in re.findall(r"\w+", choice) if re.fullmatch(r"[\w,\[\] ]*", choice) else ():
-            if option in options:
-                continue
-            homes = [
-                f"{file.parent.name}={option}" for file in sorted(conf.glob(f"*/{option}.yaml"))
-            ]
-            advice = f"choose from {', '.join(sorted(options))}"
-            if near := get_close_matches(option, options, n=3):
-                advice = f"did you mean {' or '.join(near)}? {advice[0].upper()}{advice[1:]}"
-            if homes:
-                advice = f"{option} is an option of another group: {' or '.join(homes)}"
-            raise ValueError(f"{group}={option} does not exist; {advice}")
+        listed = ", ".join(sorted(options))
+        advice = f"choose from {listed}"
+        if near := get_close_matches(name, options, n=3):
+            advice = f"did you mean {' or '.join(near)}? Choose from {listed}"
+        if files := sorted(conf.glob(f"*/{name}.yaml")):
+            homes = [f"{file.parent.name}={name}" for file in files]
+            advice = f"{name} is an option of another group: {' or '.join(homes)}"
+        raise ValueError(f"{group}={name} does not exist; {advice}")
 
 
-def _check_grammar(override: str, key: str, value: str, several: bool) -> None:
-    """Raise ValueError where Hydra cannot read an override, or would take the home folder's sign for a name.
+def _check_grammar(override: str, key: str, value: str, is_multirun: bool) -> None:
+    """Check that Hydra reads an override as the user means it.
 
-    several: whether there is a job for each of several values.
+    Args:
+        override: The override.
+        key: The part before its `=`.
+        value: The part after it.
+        is_multirun: Whether several values make several jobs.
+
+    Raises:
+        ValueError: If Hydra cannot read it, would read several values, or would take the sign of
+            the home folder for a name.
     """
     if override.startswith("-") or "=" not in override:
         return
@@ -103,11 +144,16 @@ def _check_grammar(override: str, key: str, value: str, several: bool) -> None:
         raise ValueError(
             f"{override} cannot be read as it is; quote its value: {command}"
         ) from None
-    if parsed.is_choice_sweep() and not several and not value.startswith("choice("):
+
+    # Several values.
+    if parsed.is_choice_sweep() and not is_multirun and not value.startswith("choice("):
+        as_list = quote(f"{key}=[{value}]")
         raise ValueError(
-            f"{override} has several values; write a list, {quote(f'{key}=[{value}]')}, or text, {command}, or add "
+            f"{override} has several values; write a list, {as_list}, or text, {command}, or add "
             "--multirun for a job with each"
         )
+
+    # The home folder.
     folder = value.strip("\"'")
     if key.startswith("hydra.") and key.endswith(".dir") and folder.startswith("~/"):
         raise ValueError(
@@ -116,34 +162,44 @@ def _check_grammar(override: str, key: str, value: str, several: bool) -> None:
 
 
 def refuse_unread(cfg: DictConfig, conf: Path) -> None:
-    """Raise ValueError where the composed configuration has entries that its task does not read."""
-    run, groups = HydraConfig.get(), {path.name for path in conf.iterdir() if path.is_dir()}
-    task, scale = (run.runtime.choices[name] for name in ("task", "scale"))
+    """Check that the task reads all entries of the composed configuration.
+
+    Args:
+        cfg: The composed configuration.
+        conf: The folder with a folder for every group.
+
+    Raises:
+        ValueError: If it has other entries.
+    """
+    run = HydraConfig.get()
+    groups = {path.name for path in conf.iterdir() if path.is_dir()}
+    task = run.runtime.choices["task"]
+    scale = run.runtime.choices["scale"]
+
+    # Appended entries.
     for override in run.overrides.task:
         key = override.lstrip("+").partition("=")[0]
         first = re.split(r"[.@]", key)[0]
-        replaced = f"~{first}" in run.overrides.task
-        if override.startswith("+") and not replaced and (key == first or first not in groups):
+        is_replaced = f"~{first}" in run.overrides.task
+        if override.startswith("+") and not is_replaced and (key == first or first not in groups):
             raise ValueError(
                 f"{override} does nothing: task={task} does not read {first}; leave it out"
             )
 
-    # What a scale sets of a task must be of this task.
+    # Options of the task that a scale sets.
     if scale:
         options = border.parameters_of(border.class_of(cfg.task, "task")).kinds
-        for name in (
-            OmegaConf.select(OmegaConf.load(conf / "scale" / f"{scale}.yaml"), "task") or ()
-        ):
+        settings = OmegaConf.load(conf / "scale" / f"{scale}.yaml")
+        for name in OmegaConf.select(settings, "task") or ():
             if name not in options:
                 raise ValueError(
                     f"scale={scale} sets task.{name}, which task={task} does not read; leave it out"
                 )
 
-    # A group that the task reads is among the choices, or several options were chosen, each of which makes an object.
+    # Groups: those that a task reads are among the choices, or hold an object for each of several
+    # options.
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
-        if any(
-            not isinstance(entry, DictConfig) or "_target_" not in entry
-            for entry in cfg[name].values()
-        ):
-            setter = f"scale={scale}" if scale else "what sets it"
-            raise ValueError(f"task={task} does not read {name}; leave out {setter}")
+        for entry in cfg[name].values():
+            if not isinstance(entry, DictConfig) or "_target_" not in entry:
+                setter = f"scale={scale}" if scale else "what sets it"
+                raise ValueError(f"task={task} does not read {name}; leave out {setter}")

@@ -1,7 +1,8 @@
-"""Train a denoiser: `model` from its initial weights, on `images` (pictures, or latents).
+"""Train the network of `model` from its initial weights on `images`, pictures or latents.
 
-Training example i is a function of (seed, i) alone: image, noise, time and whether its label is dropped. So a run that
-was killed resumes exactly, and any number of ranks with the same global batch takes the same steps.
+Training example i is a function of (seed, i) alone: its image, noise and time, and whether its
+label is dropped. A run that was killed therefore resumes exactly, and any number of ranks with
+the same global batch takes the same steps.
 """
 
 from __future__ import annotations
@@ -41,34 +42,27 @@ from oss_exp.tasks.task import Count, Positive, Share, Whole
 from oss_exp.tasks.training import Training, TrainingTask, fit, origin, shuffled
 
 SHOWN = 8  # samples of each class in a grid
-GRID_STEPS = 50  # Euler's, for each of them
-FREE = (
-    "resume",
-    "init_from",
-    "max_steps",
-    "save_every",
-    "num_workers",
-    "compile",
-    "output",
-)  # of a run that goes on
+GRID_STEPS = 50  # Euler steps of each of them
+# Options that may change when a run resumes.
+FREE = ("resume", "init_from", "max_steps", "save_every", "num_workers", "compile", "output")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Examples
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Times(abc.ABC):
-    """The times that training examples have."""
+    """A distribution of the times of training examples."""
 
     @abc.abstractmethod
     def __call__(self, u: Tensor) -> Tensor:
-        """u uniform in (0, 1), float64, any shape -> t."""
+        """Return the times t of quantiles `u` in (0, 1), float64 of any shape."""
 
 
 @dataclass(frozen=True)
 class UniformTimes(Times):
-    """t uniform in [0, 1]."""
+    """Times that are uniform in [0, 1]."""
 
     def __call__(self, u: Tensor) -> Tensor:
         return u
@@ -76,7 +70,14 @@ class UniformTimes(Times):
 
 @dataclass(frozen=True)
 class LogitNormalTimes(Times):
-    """logit t = ln sigma is normal: EDM's training noise (arXiv 2206.00364, table 1) and SD3's (2403.03206) alike."""
+    """Times whose logit, ln sigma, is normal.
+
+    EDM (arXiv 2206.00364, table 1) and SD3 (arXiv 2403.03206) both train with such times.
+
+    Attributes:
+        mean: Mean of logit t.
+        std: Standard deviation of logit t.
+    """
 
     mean: float = -0.7
     std: Positive = 1.4
@@ -86,40 +87,60 @@ class LogitNormalTimes(Times):
 
 
 class Examples(Dataset):
-    """An endless stream: item i, of the i-th image of one shuffle after the other, is {x0, noise, t, label, shared}.
+    """An endless stream of training examples {x0, noise, t, label, shared}.
 
-    shared: a number in (0, 1), the same for all items of a step, which are batch_size.
+    The images come in one shuffle after the other. `shared` is a number in (0, 1) that all
+    examples of a step have in common.
+
+    Args:
+        images: Items (image, label).
+        seed: Seed of shuffles, noises and times.
+        label_dropout: Share of examples without their label.
+        times: Distribution of the times.
+        batch_size: Examples of a step, over all ranks.
     """
 
     def __init__(self, images: Any, seed: int, label_dropout: float, times: Times, batch_size: int):
-        self.images, self.seed, self.label_dropout, self.times = images, seed, label_dropout, times
+        self.images = images
+        self.seed = seed
+        self.label_dropout = label_dropout
+        self.times = times
         self.batch_size = batch_size
 
     def __getitem__(self, i: int) -> dict[str, Tensor | int]:
         x0, label = self.images[shuffled(i, len(self.images), self.seed, 0)]
+
+        # Draws of this example, in a fixed order.
         draw = np.random.default_rng((self.seed, 1, i))
         noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32))
         t = self.times(torch.tensor(draw.uniform(1e-12, 1), dtype=torch.float64))
-        dropped = draw.random() < self.label_dropout
+        is_dropped = draw.random() < self.label_dropout
+
+        # The draw of its step.
         shared = np.random.default_rng((self.seed, 2, i // self.batch_size)).random()
-        return {
-            "x0": x0,
-            "noise": noise,
-            "t": t,
-            "label": NO_CLASS if dropped else int(label),
-            "shared": shared,
-        }
+        label = NO_CLASS if is_dropped else int(label)
+        return {"x0": x0, "noise": noise, "t": t, "label": label, "shared": shared}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class PretrainModule(Training):
-    """Regresses a network's output on what its parameterization asks for; `model` holds the average of its weights.
+    """The training of a network on the targets of its parameterization.
 
-    With every checkpoint a grid of samples and the weights are saved. about: the provenance that is known before.
+    `model` holds the averaged weights. With every checkpoint, the weights and a grid of samples
+    are saved.
+
+    Args:
+        model: The model, with its initial weights.
+        examples: The training examples.
+        compile: Compile the trained network.
+        output: Path of the weights.
+        folder: The run folder.
+        about: The provenance that is complete before training.
+        training: Arguments of `Training`.
     """
 
     def __init__(
@@ -133,10 +154,13 @@ class PretrainModule(Training):
         **training: Any,
     ):
         super().__init__(examples, **training)
-        self.model, self.network = model, copy.deepcopy(model.backbone).requires_grad_(True).train()
+        self.model = model
+        self.network = copy.deepcopy(model.backbone).requires_grad_(True).train()
         if compile:
             self.network.compile()
-        self.output, self.folder, self.about = output, folder, about
+        self.output = output
+        self.folder = folder
+        self.about = about
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model.loss(self.network, batch)
@@ -145,9 +169,8 @@ class PretrainModule(Training):
         return list(self.network.parameters()), list(self.model.backbone.parameters())
 
     def on_fit_start(self) -> None:
-        if (
-            self.seen == self.max_steps
-        ):  # all were taken in another folder, which alone has the results
+        # All steps were taken in another folder, so this one has no results yet.
+        if self.steps_taken == self.max_steps:
             self.on_save()
 
     def on_save(self) -> None:
@@ -155,42 +178,46 @@ class PretrainModule(Training):
 
     @torch.no_grad()
     def _grid(self) -> np.ndarray:
-        """(H, W, 3) bytes: a row of samples, or of a video's frames, for some conditions each, from the same noises."""
-        shape, known = self.model.event_shape, self.model.num_conditions
-        rows = min(max(known, 1), 10)
-        noise = torch.randn(
-            1 if len(shape) == 4 else SHOWN, *shape, generator=torch.Generator().manual_seed(0)
-        )
-        chosen = (
-            torch.linspace(0, known - 1, rows, device=self.device)
-            .round()
-            .long()
-            .repeat_interleave(len(noise))
-        )
-        times = FlowSchedule(1.0).nodes(GRID_STEPS)
-        steps = StepSchedule(times)
-        noise = noise.to(self.device, self.dtype).repeat(rows, *[1] * len(shape))
-        pictures = frames_of(self.model.generate(Euler(), steps, noise, chosen if known else None))
-        grid = make_grid(pictures, nrow=len(pictures) // rows)[:3]
+        """Return a grid of samples (H, W, 3), bytes.
+
+        A row has samples of one condition, or the frames of one video; all rows begin with the
+        same noises.
+        """
+        # Conditions, at most ten.
+        shape = self.model.event_shape
+        num_conditions = self.model.num_conditions
+        num_rows = min(max(num_conditions, 1), 10)
+        num_columns = 1 if len(shape) == 4 else SHOWN
+        spaced = torch.linspace(0, num_conditions - 1, num_rows, device=self.device)
+        conditions = spaced.round().long().repeat_interleave(num_columns)
+
+        # Samples.
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(num_columns, *shape, generator=generator)
+        noise = noise.to(self.device, self.dtype).repeat(num_rows, *[1] * len(shape))
+        steps = StepSchedule(FlowSchedule(1.0).nodes(GRID_STEPS))
+        condition = conditions if num_conditions else None
+        pictures = frames_of(self.model.generate(Euler(), steps, noise, condition))
+        grid = make_grid(pictures, nrow=len(pictures) // num_rows)[:3]
         return as_bytes(grid[None])[0].cpu().numpy()
 
     @rank_zero_only
     def _save(self, grid: np.ndarray) -> None:
-        picture = write_atomically(
-            self.folder / "samples" / f"step_{self.seen:06d}.png", encoded(grid)
-        )
+        # Grid and losses.
+        file = self.folder / "samples" / f"step_{self.steps_taken:06d}.png"
+        picture = write_atomically(file, encoded(grid))
         if isinstance(self.logger, WandbLogger):
             self.logger.log_image("samples", [str(picture)])
-        write_atomically(
-            self.folder / "training.json", json.dumps({**self.about, "losses": self.losses}) + "\n"
-        )
+        text = json.dumps({**self.about, "losses": self.losses}) + "\n"
+        write_atomically(self.folder / "training.json", text)
+
+        # Weights, in float16.
         weights = self.model.backbone.state_dict()
-        weights = {
-            key: value.half() if value.is_floating_point() else value
-            for key, value in weights.items()
-        }
+        for key, value in weights.items():
+            weights[key] = value.half() if value.is_floating_point() else value
+
         training = {
-            "steps": self.seen,
+            "steps": self.steps_taken,
             "of": self.max_steps,
             "loss": self.recent_loss(),
             "seconds": self.seconds,
@@ -200,11 +227,17 @@ class PretrainModule(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(TrainingTask):
-    """Write the averaged weights to `output` (.safetensors and .json), checkpoints and grids to the run folder.
+    """Train a network, and write its averaged weights to `output` (.safetensors and .json).
 
-    label_dropout: share of examples without their class, for guidance; compile: torch.compile, a minute at the start,
-    then faster; resume: run folder or checkpoint to go on from, None: where this folder's own run was ended; init_from:
-    weights to begin with, as for model.checkpoint.
+    Checkpoints and grids of samples go into the run folder.
+
+    Attributes:
+        label_dropout: Share of examples without their class, for guidance.
+        times: Distribution of the times of training examples.
+        compile: Use torch.compile: a minute at the start, then faster.
+        resume: Run folder or checkpoint to resume from. None: this folder's checkpoint, if any.
+        init_from: Initial weights, as for model.checkpoint. None: new ones.
+        output: Path of the weights.
     """
 
     max_steps: Count = 16000
@@ -219,29 +252,36 @@ class Pretrain(TrainingTask):
     output: str
 
     def __call__(self, cfg: DictConfig) -> Logger | None:
-        kind, folder = border.class_of(cfg.model, "model"), Path(cfg.paths.output_dir)
+        kind = border.class_of(cfg.model, "model")
         if not (isinstance(kind, type) and issubclass(kind, Network)):
             raise ValueError(
                 f"task=pretrain trains networks; {cfg.model._target_} has no weights to train"
             )
         if self.resume is not None and self.init_from is not None:
             raise ValueError(
-                "task.resume goes on with weights of its own; leave out task.init_from"
+                "task.resume and task.init_from both name initial weights; leave out one of them"
             )
+
+        # Checkpoint to resume from.
+        folder = Path(cfg.paths.output_dir)
         last = folder / "checkpoints" / "last.ckpt"
         resume = last if last.is_file() else None
         if self.resume is not None:
             resume = _checkpoint(self.resume)
         elif resume is not None:
             require_same(cfg, folder, *FREE)
-        torch.manual_seed(self.seed)  # the initial weights, the same on every rank
+
+        # Model and examples; the initial weights are the same on every rank.
+        torch.manual_seed(self.seed)
         images = load_images(cfg.images)
         model = _initial(cfg, images, self.init_from or UNTRAINED)
         require_fitting(images, model)
         examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
-        rank_zero_only(write_atomically)(
-            folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True)
-        )
+
+        config_text = OmegaConf.to_yaml(cfg, resolve=True)
+        rank_zero_only(write_atomically)(folder / "config.yaml", config_text)
+
+        # Training.
         module = PretrainModule(
             model,
             examples,
@@ -254,11 +294,10 @@ class Pretrain(TrainingTask):
         )
         logger = border.build(cfg.logger, "logger", Logger | None)
         trainer = fit(cfg, self, module, logger, resume)
+
         if trainer.is_global_zero:
-            PlainConsole().print(
-                f"{self.output}: {module.seen} steps, loss {module.recent_loss():.4g}",
-                soft_wrap=True,
-            )
+            result = f"{module.steps_taken} steps, loss {module.recent_loss():.4g}"
+            PlainConsole().print(f"{self.output}: {result}", soft_wrap=True)
         return logger
 
 
@@ -269,47 +308,60 @@ def load_images(images: DictConfig) -> Dataset:
 
 
 def require_fitting(images: Dataset, model: Network) -> None:
-    """ValueError where images have another shape than the model's, more classes, or none where it takes some."""
-    if (found := tuple(images[0][0].shape)) != model.image_shape:
+    """Check that a model can be trained on images.
+
+    Raises:
+        ValueError: If the images have another shape than the model's, more classes, or none
+            although the model takes some.
+    """
+    if (shape := tuple(images[0][0].shape)) != model.image_shape:
         raise ValueError(
-            f"images has items of shape {found}, model={model.name} takes {model.image_shape}"
+            f"images has items of shape {shape}, model={model.name} takes {model.image_shape}"
         )
     if model.num_classes is None or not isinstance(images, ImageFolder | TensorDataset):
         return
-    labels = (
-        images.tensors[1]
-        if isinstance(images, TensorDataset)
-        else [label for _, label in images.samples]
-    )
+
+    # Classes.
+    if isinstance(images, TensorDataset):
+        labels = images.tensors[1]
+    else:
+        labels = [label for _, label in images.samples]
     classes = int(torch.as_tensor(labels).max()) + 1
+
     if classes > model.num_classes:
         raise ValueError(
-            f"images has {classes} classes, model={model.name} has {model.num_classes}; set its num_classes to at "
-            f"least {classes}, or choose other images"
+            f"images has {classes} classes, model={model.name} has {model.num_classes}; set its "
+            f"num_classes to at least {classes}, or choose other images"
         )
     if not classes:
         raise ValueError(
-            f"images has no classes, model={model.name} has {model.num_classes}; set its num_classes to null, or give "
-            "images in a folder for each class"
+            f"images has no classes, model={model.name} has {model.num_classes}; set its "
+            "num_classes to null, or give images in a folder for each class"
         )
 
 
 def _initial(cfg: DictConfig, images: Dataset, checkpoint: str) -> Network:
-    """The model with its first weights, of the prompts that the images have for captions where they have such."""
+    """Return the model with its initial weights; the captions of the images are its prompts."""
     captions = getattr(images, "captions", None)
-    if takes_prompts(cfg.model) != (captions is not None):
-        wants, has = ("captions", "classes")[:: 1 if captions is None else -1]
+    if takes_prompts(cfg.model) and captions is None:
         raise ValueError(
-            f"model={cfg.model.name} needs images with {wants}, these have {has}; choose other images"
+            f"model={cfg.model.name} needs images with captions, these have classes; choose other "
+            "images"
         )
-    more = {} if captions is None else {"prompts": captions}
-    return border.build(cfg.model, "model", Network, checkpoint=checkpoint, **more)
+    if captions is not None and not takes_prompts(cfg.model):
+        raise ValueError(
+            f"model={cfg.model.name} needs images with classes, these have captions; choose other "
+            "images"
+        )
+    prompts = {} if captions is None else {"prompts": captions}
+    return border.build(cfg.model, "model", Network, checkpoint=checkpoint, **prompts)
 
 
 def _checkpoint(resume: str) -> Path:
-    """A checkpoint file, or the run folder that has it."""
+    """Return the checkpoint of a run folder, or the path itself."""
     path = Path(resume)
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise FileNotFoundError(
             f"task.resume: no checkpoint {path}; give the run folder of an earlier task=pretrain"
@@ -318,19 +370,22 @@ def _checkpoint(resume: str) -> Path:
 
 
 def _about(cfg: DictConfig, model: Network, images: Dataset) -> dict[str, Any]:
+    """Return the provenance of the weights that is complete before training."""
+    init_from = cfg.task.init_from
+    if init_from:
+        init_from = {"file": Path(init_from).name, "sha256": model.fingerprint}
     return {
         "name": model.name,
         "seed": cfg.task.seed,
-        "init_from": cfg.task.init_from
-        and {"file": Path(cfg.task.init_from).name, "sha256": model.fingerprint},
-        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "init_from": init_from,
+        "parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
         "data": {"images": len(images), "sha256": _fingerprint(images)},
         **origin(),
     }
 
 
 def _fingerprint(images: Dataset) -> str:
-    """SHA-256 of tensors; of a folder, of its files' names and sizes."""
+    """Return the SHA-256 of tensors, or of the names, sizes and labels of a folder's files."""
     if isinstance(images, CaptionedImages | CaptionedLatents):
         return images.fingerprint
     digest = hashlib.sha256()

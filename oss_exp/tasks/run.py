@@ -1,4 +1,8 @@
-"""What the tasks around a search share: everything that the configuration names, built once."""
+"""Build everything that a run's configuration names.
+
+The tasks around a search share these objects. They are built once, before any work, so that
+a value that does not fit is reported in seconds.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,23 @@ from oss_exp.tasks.setting import Setting, describe
 
 
 class Run:
-    """Everything that the configuration names, built once; fails before any work when a value does not fit."""
+    """The objects of one run, built from its configuration.
+
+    Writes `config.yaml` and `teacher.json` into the run folder.
+
+    Args:
+        cfg: The composed configuration.
+        free: Keys of `cfg.task` that may differ from the run whose results the folder holds.
+
+    Raises:
+        ValueError: If a value does not fit, or the folder holds results of another configuration.
+    """
 
     def __init__(self, cfg: DictConfig, *free: str):
-        """free: keys of cfg.task in which a run may differ from the one whose results its folder has."""
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
+
+        # Model and resolved configuration.
         for name in cfg.stepsize:
             require_name(stepsize=str(name))
         model = build_model(cfg)
@@ -45,41 +60,46 @@ class Run:
             cfg.data.classes = "all" if model.needs_classes else None
         require_same(cfg, self.folder, *free)
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
-        self.strategies: dict[str, StepsizeStrategy] = {
-            name: _bound(border.build(strategy, f"stepsize.{name}", StepsizeStrategy), model)
-            for name, strategy in cfg.stepsize.items()
-        }
+
+        # Strategies, and what they all share.
+        self.strategies: dict[str, StepsizeStrategy] = {}
+        for name, node in cfg.stepsize.items():
+            strategy = border.build(node, f"stepsize.{name}", StepsizeStrategy)
+            self.strategies[name] = _bind(strategy, model)
         self.setting = build_setting(cfg, model, self.strategies.values())
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
+
+        # Budgets and data; a band that does not fit the grid is refused here.
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data = self.noises()
         for strategy in self.strategies.values():
-            strategy.network_calls(
-                cfg.num_teacher_steps, self.num_steps, 0
-            )  # refuses a band that does not fit
+            strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)
         self.about = describe(self.setting, self.config)
-        try:
-            self.trainer: L.Trainer = border.build(
-                cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; choose one that this machine has, such as trainer=cpu"
-            ) from error
-        self.trainer.callbacks.append(GroupEnd())  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it
-        grid = json.dumps({"times": self.setting.grid.tolist()})
-        rank_zero_only(write_atomically)(self.folder / "teacher.json", f"{grid}\n")
-        rank_zero_only(write_atomically)(
-            self.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True)
-        )
+
+        self.trainer = self._build_trainer()
+        self._write_inputs()
+
+    @property
+    def per_sample(self) -> list[str]:
+        """Names of the strategies that plan one schedule per sample."""
+        return [name for name, strategy in self.strategies.items() if strategy.per_sample]
 
     def noises(self, **changes: Any) -> NoiseData:
-        """Return what `data` describes for this model, with some of its values changed."""
+        """Return the noises that `data` describes for this run's model.
+
+        Args:
+            changes: Values that replace those of `data`.
+        """
         return self.noises_for(self.setting.model, **changes)
 
     def noises_for(self, model: Model, **changes: Any) -> NoiseData:
-        """Return what `data` describes for such a model, with some of its values changed."""
+        """Return the noises that `data` describes, in the shape and classes of `model`.
+
+        Args:
+            model: The model that takes the noises.
+            changes: Values that replace those of `data`.
+        """
         return border.build(
             self.cfg.data,
             "data",
@@ -90,12 +110,31 @@ class Run:
         )
 
     def file(self, strategy: str, num_steps: int) -> Path:
-        """Return where the schedule of a strategy is saved."""
+        """Return the path of a strategy's schedule."""
         return self.folder / "schedules" / f"{strategy}_{num_steps}.json"
+
+    def _build_trainer(self) -> L.Trainer:
+        try:
+            trainer: L.Trainer = border.build(
+                self.cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; choose one that this machine has, such as trainer=cpu"
+            ) from error
+        # Lightning sets `callbacks` later than its annotation says.
+        trainer.callbacks.append(GroupEnd())  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
+
+    def _write_inputs(self) -> None:
+        grid = json.dumps({"times": self.setting.grid.tolist()})
+        text = OmegaConf.to_yaml(self.cfg, resolve=True)
+        rank_zero_only(write_atomically)(self.folder / "teacher.json", f"{grid}\n")
+        rank_zero_only(write_atomically)(self.folder / "config.yaml", text)
 
 
 def build_model(cfg: DictConfig) -> Model:
-    """Return the model of a configuration, with the stages that it names."""
+    """Return the model of a configuration, with its finetuned stages if it names some."""
     model = border.build(cfg.model, "model", Model, **prompts_for(cfg))
     return model if cfg.stages is None else Staged.load(model, cfg.stages)
 
@@ -103,32 +142,40 @@ def build_model(cfg: DictConfig) -> Model:
 def build_setting(
     cfg: DictConfig, model: Model, strategies: Iterable[StepsizeStrategy] = ()
 ) -> Setting:
-    """Return what a configuration makes of a model; the grid has the nodes that these strategies require."""
+    """Return the teacher's grid, the solver and the distance of a configuration, with `model`.
+
+    Args:
+        cfg: The composed configuration.
+        model: The model to run.
+        strategies: Strategies whose required nodes the grid must contain.
+    """
     schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
+    nodes = schedule.bind(model).nodes(cfg.num_teacher_steps)
     return Setting(
         model=model,
-        grid=with_required(schedule.bind(model).nodes(cfg.num_teacher_steps), strategies),
+        grid=with_required(nodes, strategies),
         solver=border.build(cfg.solver, "solver", Solver),
         distance=border.build(cfg.distance, "distance", Distance).bind(model),
     )
 
 
-def _bound(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
-    """A schedule by hand can be the model's own."""
+def _bind(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
+    """Bind a closed-form schedule to the model, whose own schedule it may be."""
     if isinstance(strategy, ClosedForm):
         return replace(strategy, schedule=strategy.schedule.bind(model))
     return strategy
 
 
 def takes_prompts(model: DictConfig) -> bool:
-    """Whether a configuration of conf/model is of a model of prompts."""
+    """Tell whether the class of a model configuration has an argument `prompts`."""
     return "prompts" in border.parameters_of(border.class_of(model, "model")).kinds
 
 
 def prompts_for(cfg: DictConfig) -> dict[str, list[str]]:
-    """Return the data's prompts as the argument of a model that takes prompts, which encodes them before it loads."""
-    return (
-        {"prompts": read_prompts(cfg.data.prompts)}
-        if "prompts" in cfg.data and takes_prompts(cfg.model)
-        else {}
-    )
+    """Return the data's prompts as a keyword argument of the model.
+
+    A model of prompts encodes them before it loads its network. Empty for all other models.
+    """
+    if "prompts" in cfg.data and takes_prompts(cfg.model):
+        return {"prompts": read_prompts(cfg.data.prompts)}
+    return {}

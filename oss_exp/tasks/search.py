@@ -1,4 +1,7 @@
-"""task=search, and planning as a Lightning loop: the ranks share the search samples, rank 0 writes every schedule."""
+"""Plan step schedules: `task=search`, as a Lightning loop.
+
+The ranks share the search samples, and rank 0 writes every schedule.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,25 @@ from oss_exp.tasks.task import Task
 
 @dataclass(frozen=True)
 class Search(Task):
-    """Plan every strategy of `stepsize` for every K of `num_steps`; write schedules/<strategy>_<K>.json."""
+    """Plan every strategy of `stepsize` for every K of `num_steps`.
+
+    Writes `schedules/<strategy>_<K>.json`.
+    """
 
     def __call__(self, cfg: DictConfig) -> None:
         plan(Run(cfg))
 
 
 def plan(run: Run) -> None:
-    """Write the schedules of a run that are not there yet."""
-    missing = {
-        name: strategy
-        for name, strategy in run.strategies.items()
-        if not all(run.file(name, k).is_file() for k in run.num_steps)
-    }
+    """Write the schedules of a run that are not on disk yet."""
+    missing: dict[str, StepsizeStrategy] = {}
+    for name, strategy in run.strategies.items():
+        if not all(run.file(name, k).is_file() for k in run.num_steps):
+            missing[name] = strategy
+
     if not missing:
         return
+
     module = SearchModule(
         run.setting,
         missing,
@@ -55,11 +62,20 @@ def plan(run: Run) -> None:
 
 
 class SearchModule(L.LightningModule):
-    """Plans every strategy for every K. Loader 0 brings the search set, loader 1 the noises of per-sample strategies.
+    """A Lightning loop that plans every strategy for every K.
 
-    Writes `<folder>/<strategy>_<K>.json`, each with the provenance of the run and what planning it cost.
-    offload_states: keep all states in host memory; the network alone is on the device. keep_calls: so that it goes on
-    where it was killed (`Calls`).
+    Loader 0 brings the search set, loader 1 the noises of per-sample strategies. Writes
+    `<folder>/<strategy>_<K>.json` with the provenance of the run and the cost of planning.
+
+    Args:
+        setting: Model, grid, solver and distance.
+        strategies: The strategies by name.
+        num_steps: The budgets K.
+        folder: Folder of the schedules.
+        provenance: The part of the provenance that all schedules share.
+        strategy_configs: The configuration of every strategy, for the provenance.
+        offload_states: Keep all states in host memory; only the network is on the device.
+        keep_calls: Log network calls, so that a killed search resumes (see `Calls`).
     """
 
     def __init__(
@@ -75,9 +91,14 @@ class SearchModule(L.LightningModule):
     ):
         super().__init__()
         self.model = setting.model  # registered, so that Lightning moves it to the device
-        self.setting, self.strategies, self.num_steps = setting, strategies, num_steps
-        self.folder, self.provenance, self.strategy_configs = folder, provenance, strategy_configs
-        self.offload_states, self.keep_calls = offload_states, keep_calls
+        self.setting = setting
+        self.strategies = strategies
+        self.num_steps = num_steps
+        self.folder = folder
+        self.provenance = provenance
+        self.strategy_configs = strategy_configs
+        self.offload_states = offload_states
+        self.keep_calls = keep_calls
         self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
 
     def predict_step(
@@ -87,60 +108,76 @@ class SearchModule(L.LightningModule):
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
-        meter = CallCounter(show=rank_zero_only.rank == 0)
-        self.calls = (
-            Calls(self.folder.parent / "calls", self.global_rank) if self.keep_calls else None
-        )
-        with meter.progress:
+        counter = CallCounter(show=rank_zero_only.rank == 0)
+        self.calls = None
+        if self.keep_calls:
+            self.calls = Calls(self.folder.parent / "calls", self.global_rank)
+
+        # Strategies of one loader share a problem, and its teacher runs once.
+        with counter.progress:
             problems: dict[int, Problem] = {}
-            taught: set[int] = set()
+            loaders_with_teacher: set[int] = set()
             for name, strategy in self.strategies.items():
                 loader = int(strategy.per_sample)
-                problem = problems[loader] = problems.get(loader) or self._problem(
-                    self.batches[loader], meter
-                )
-                # Times by hand need no teacher; a profile may need nothing else.
-                if loader not in taught and (
-                    self._calls(strategy, problem) or isinstance(strategy, Profile)
-                ):
-                    taught.add(loader)
-                    calls = problem.num_nodes * (
-                        problem.solver.evals_per_step + problem.distance.calls
-                    )
-                    with self._measured("teacher", calls, problem, meter, f"teacher_{loader}"):
-                        problem.teacher.run()  # once, for all strategies
-                self._plan(name, strategy, problem, meter)
+                if loader not in problems:
+                    problems[loader] = self._problem(self.batches[loader], counter)
+                problem = problems[loader]
+                if loader not in loaders_with_teacher and self._needs_teacher(strategy, problem):
+                    loaders_with_teacher.add(loader)
+                    self._run_teacher(loader, problem, counter)
+                self._plan(name, strategy, problem, counter)
+
         self.trainer.strategy.barrier("schedules are on disk")
         if self.calls is not None:
             self.calls.forget()
 
+    def _needs_teacher(self, strategy: StepsizeStrategy, problem: Problem) -> bool:
+        """Tell whether planning uses the teacher; a profile may use nothing else."""
+        return self._network_calls(strategy, problem) > 0 or isinstance(strategy, Profile)
+
+    def _run_teacher(self, loader: int, problem: Problem, counter: CallCounter) -> None:
+        calls_per_node = problem.solver.evals_per_step + problem.distance.calls
+        calls = problem.num_nodes * calls_per_node
+        with self._counted("teacher", calls, problem, counter, f"teacher_{loader}"):
+            problem.teacher.run()
+
     @contextmanager
-    def _measured(
-        self, name: str, calls: int, problem: Problem, meter: CallCounter, file: str
+    def _counted(
+        self, name: str, calls: int, problem: Problem, counter: CallCounter, file: str
     ) -> Iterator[None]:
-        """A piece of planning, its calls (so many expected a sample) counted, shown and kept."""
-        size = calls * problem.noise.numel() * problem.noise.element_size()
-        kept = nullcontext() if self.calls is None else self.calls.of(file, size)
-        with kept, meter.measure(name, calls, len(problem.noise)):
+        """Count, show and log the network calls of a piece of planning.
+
+        Args:
+            name: Name of the piece in the progress bar.
+            calls: Expected calls per sample.
+            problem: The problem that is planned for.
+            counter: The counter of all calls.
+            file: Name of the log.
+        """
+        num_bytes = calls * problem.noise.numel() * problem.noise.element_size()
+        log = nullcontext() if self.calls is None else self.calls.of(file, num_bytes)
+        with log, counter.measure(name, calls, len(problem.noise)):
             yield
 
-    def _problem(self, batches: list[dict[str, Tensor]], meter: CallCounter) -> Problem:
+    def _problem(self, batches: list[dict[str, Tensor]], counter: CallCounter) -> Problem:
         if not batches:
             raise ValueError(
-                "a rank got no noises; use fewer devices, or more data.search_samples or data.per_sample"
+                "a rank got no noises; use fewer devices, or more data.search_samples or "
+                "data.per_sample"
             )
-        batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+
+        # One batch of all samples of this rank.
+        batch = {key: torch.cat([part[key] for part in batches]) for key in batches[0]}
         velocity = self.setting.velocity(batch)
         if self.offload_states:
-            velocity, batch = (
-                velocity.offloaded(self.device),
-                {key: each.cpu() for key, each in batch.items()},
-            )
+            velocity = velocity.offloaded(self.device)
+            batch = {key: tensor.cpu() for key, tensor in batch.items()}
+
         classes = self.setting.classes(batch)
         if self.calls is not None:
             velocity = self.calls.kept(velocity)
         return Problem(
-            velocity=meter.counted(velocity),
+            velocity=counter.counted(velocity),
             noise=self.setting.first_state(batch["noise"]),
             grid=self.setting.grid,
             solver=self.setting.solver,
@@ -151,27 +188,31 @@ class SearchModule(L.LightningModule):
             num_groups=1 if classes is None else self.model.num_classes,
         )
 
-    def _calls(self, strategy: StepsizeStrategy, problem: Problem) -> int:
-        return strategy.network_calls(
-            problem.num_nodes, self.num_steps, edge_calls(problem.solver, problem.distance)
-        )
+    def _network_calls(self, strategy: StepsizeStrategy, problem: Problem) -> int:
+        calls_per_edge = edge_calls(problem.solver, problem.distance)
+        return strategy.network_calls(problem.num_nodes, self.num_steps, calls_per_edge)
 
     def _plan(
-        self, name: str, strategy: StepsizeStrategy, problem: Problem, meter: CallCounter
+        self, name: str, strategy: StepsizeStrategy, problem: Problem, counter: CallCounter
     ) -> None:
-        with self._measured(name, self._calls(strategy, problem), problem, meter, name):
+        # Schedules of all budgets.
+        calls = self._network_calls(strategy, problem)
+        with self._counted(name, calls, problem, counter, name):
             plans = strategy.plan(problem, self.num_steps)
-        counts = torch.tensor([len(problem.noise), meter.rows], device=problem.noise.device)
+
+        # Cost over all ranks.
+        counts = torch.tensor([len(problem.noise), counter.rows], device=problem.noise.device)
         samples, rows = problem.collective.sum(counts).tolist()
-        for k, plan in plans.items():
-            made = {
+        cost = counter.cost(self.num_steps, samples, rows)
+
+        # Files with their provenance.
+        settings = self.strategy_configs[name]
+        for k, steps in plans.items():
+            provenance = {
                 **self.provenance,
-                "native": self.model.native(plan.times),
-                "strategy": {
-                    "name": name,
-                    "baseline": strategy.baseline,
-                    **self.strategy_configs[name],
-                },
-                "planning": {**meter.cost(self.num_steps, samples, rows), **plan.about("planning")},
+                "native": self.model.native(steps.times),
+                "strategy": {"name": name, "baseline": strategy.baseline, **settings},
+                "planning": {**cost, **steps.about("planning")},
             }
-            rank_zero_only(replace(plan, provenance=made).save)(self.folder / f"{name}_{k}.json")
+            steps = replace(steps, provenance=provenance)
+            rank_zero_only(steps.save)(self.folder / f"{name}_{k}.json")

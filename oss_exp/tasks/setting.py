@@ -1,4 +1,4 @@
-"""What every strategy of a run has in common, and how a schedule's provenance describes it."""
+"""The setting that all strategies of a run share, and its record in the provenance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from oss_exp.velocity import BoundVelocity
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What every strategy of a run has in common: the model, the teacher's grid (N+1,), the solver, the distance."""
+    """The setting that all strategies of a run share.
+
+    Attributes:
+        model: The model.
+        grid: Nodes of the teacher, (N+1,), decreasing.
+        solver: The solver.
+        distance: What the search minimises.
+    """
 
     model: Model
     grid: Tensor
@@ -27,25 +34,36 @@ class Setting:
 
     @property
     def teacher(self) -> StepSchedule:
-        """The grid as a schedule: sampling it is running the teacher."""
+        """The grid as a step schedule, which samples as the teacher does."""
         return StepSchedule(self.grid)
 
     def velocity(self, batch: Mapping[str, Tensor]) -> BoundVelocity:
-        """Bound to the batch's conditions (B, ...) where its data has any, else to its classes."""
+        """Return the velocity of a batch: bound to its conditions (B, ...), or to its classes."""
         return self.model.velocity(batch.get("condition", self.classes(batch)))
 
     @staticmethod
     def classes(batch: Mapping[str, Tensor]) -> Tensor | None:
-        """(B,), each with a mean clean sample of its own; None: all samples share one, whatever their conditions."""
+        """Return the classes (B,) of a batch, or None if it has none.
+
+        Every class has a mean clean sample; without classes, all samples share one.
+        """
         return None if bool((batch["label"] < 0).all()) else batch["label"]
 
     def first_state(self, noise: Tensor) -> Tensor:
-        """Unit noise (B, *E) -> the teacher's state at grid[0] = t_N: t_N eps, as EDM and DDPM samplers start."""
+        """Return the teacher's state t_N eps at its first node t_N, for unit noise eps (B, *E).
+
+        The samplers of EDM and DDPM start in this way.
+        """
         return noise * self.grid[0].to(noise)
 
 
 def describe(setting: Setting, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance that all schedules of a run share; `config` is the resolved run configuration."""
+    """Return the provenance that all schedules of a run share.
+
+    Args:
+        setting: Model, grid, solver and distance.
+        config: The resolved configuration.
+    """
     data = config["data"]
     return provenance(
         model={

@@ -1,4 +1,4 @@
-"""Statistics of real images, for FID, KID, precision and recall: from `images`, once."""
+"""Compute the statistics of real images for FID, KID, precision and recall: `task=statistics`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,32 @@ from oss_exp.tasks.task import Count, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics(Task):
-    """Write `output` (.npz): what evaluation.extractor sees in the `images`."""
+    """Write the features that evaluation.extractor finds in the `images`.
+
+    Attributes:
+        output: Path of the statistics, .npz.
+        batch_size: Images of a batch.
+    """
 
     output: str = "fashion_mnist_test.npz"
     batch_size: Count = 256
 
     def __call__(self, cfg: DictConfig) -> None:
+        # Images and extractor.
         images = load_images(cfg.images)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        extractor = border.build(cfg.evaluation.extractor, "evaluation.extractor", nn.Module).to(
-            device
-        )
+        node = cfg.evaluation.extractor
+        extractor = border.build(node, "evaluation.extractor", nn.Module).to(device)
+
+        # Features, from images in [0, 1].
         batches = DataLoader(images, self.batch_size)
         bar = track(batches, "reading images", console=PlainConsole(stderr=True))
-        found = write_statistics(
-            Path(self.output), extractor, ((x.to(device) + 1) / 2 for x, _ in bar)
-        )
+        pixels = ((x.to(device) + 1) / 2 for x, _ in bar)
+        statistics = write_statistics(Path(self.output), extractor, pixels)
+
+        num_features = len(statistics.mu)
         PlainConsole().print(
-            f"{found.path}: {found.n} images, {len(found.mu)} features of {found.extractor}",
+            f"{statistics.path}: {statistics.n} images, {num_features} features of "
+            f"{statistics.extractor}",
             soft_wrap=True,
         )

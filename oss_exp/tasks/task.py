@@ -1,4 +1,7 @@
-"""What a `task=` is: a dataclass of its options, in a file of its own, that does its work on a configuration."""
+"""The base class of a `task=`: a dataclass of options that runs on a configuration.
+
+Every task is in a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-# Numbers that options are.
+# Kinds of numbers that options have.
 Whole = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Amount = Annotated[float, Ge(0)]
@@ -18,8 +21,11 @@ Share = Annotated[float, Ge(0), Le(1)]
 
 
 class Task(abc.ABC):
-    """One job of the command line. Its fields are the keys of its yaml in `conf/task`, with the same defaults."""
+    """One job of the command line.
+
+    Its fields are the keys of its yaml in `conf/task`, with the same defaults.
+    """
 
     @abc.abstractmethod
     def __call__(self, cfg: DictConfig) -> Logger | None:
-        """Do the work on the composed configuration; return the logger where it has logged as it went."""
+        """Run on the composed configuration; return the logger if the task has logged with it."""

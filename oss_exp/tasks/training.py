@@ -1,6 +1,7 @@
-"""The training of networks, for the tasks that do it: steps with averaged weights, killed and resumed to the same bits.
+"""Train networks: what `task=pretrain` and `task=finetune` share.
 
-Example i is a function of (seed, i) alone, so any number of ranks with the same global batch takes the same steps.
+Weights are averaged, and a killed training resumes to the same bits. Example i is a function of
+(seed, i) alone, so any number of ranks with the same global batch takes the same steps.
 """
 
 from __future__ import annotations
@@ -41,10 +42,21 @@ Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true",
 
 
 class Training(L.LightningModule, abc.ABC):
-    """Steps of AdamW on `loss`, and an exponential average of the weights.
+    """Steps of AdamW on `loss`, with an exponential average of the weights.
 
-    After every `save_every` steps, and after the last, `on_save` is called and a checkpoint is written; to the trainer
-    all steps are one epoch, so that a run that goes on may have other lengths. batch_size: of all ranks together.
+    After every `save_every` steps and after the last, `on_save` is called and a checkpoint is
+    written. To the trainer all steps are one epoch, so a run that resumes may be longer.
+
+    Args:
+        examples: The training examples, an endless stream.
+        batch_size: Examples of a step, over all ranks.
+        max_steps: Number of steps.
+        save_every: Steps between checkpoints.
+        learning_rate: The highest learning rate.
+        warmup_steps: Steps of the linear warm-up.
+        ema_decay: Decay of the average.
+        num_workers: Processes that load examples.
+        checkpoint: Path of the checkpoint.
     """
 
     def __init__(
@@ -61,61 +73,65 @@ class Training(L.LightningModule, abc.ABC):
     ):
         super().__init__()
         self.checkpoint = checkpoint
-        self.examples, self.batch_size, self.num_workers = examples, batch_size, num_workers
-        self.max_steps, self.save_every = max_steps, save_every
-        self.learning_rate, self.warmup_steps, self.ema_decay = (
-            learning_rate,
-            warmup_steps,
-            ema_decay,
-        )
+        self.examples = examples
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.max_steps = max_steps
+        self.save_every = save_every
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.ema_decay = ema_decay
+
+        # Progress.
         self.losses: list[float] = []  # of every step, the mean over ranks
         self.latest: list[Tensor] = []  # of the steps since the last checkpoint, this rank's
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        self.started = time.perf_counter()
 
     @abc.abstractmethod
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """() float32."""
+        """Return the loss of a batch, () float32."""
 
     @abc.abstractmethod
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Those that are trained, and their averages."""
+        """Return the trained weights and their averages."""
 
     def on_save(self) -> None:
-        """Called on every rank before a checkpoint is written, when the losses are known."""
+        """Run on every rank before a checkpoint is written, when the losses are gathered."""
 
     @property
-    def seen(self) -> int:
-        """Steps taken."""
+    def steps_taken(self) -> int:
+        """Number of steps taken."""
         return len(self.losses) + len(self.latest)
 
     def recent_loss(self) -> float:
+        """Return the mean loss of the last `save_every` steps."""
         return float(np.mean(self.losses[-self.save_every :]))
 
     def train_dataloader(self) -> DataLoader:
-        """This rank's part of the examples of the steps that are still to be taken."""
-        first, last = (step * self.batch_size for step in (self.seen, self.max_steps))
-        examples = Subset(
-            self.examples, range(first + self.global_rank, last, self.trainer.world_size)
-        )
-        return DataLoader(
-            examples, self.batch_size // self.trainer.world_size, num_workers=self.num_workers
-        )
+        """Return this rank's part of the examples of the remaining steps."""
+        first = self.steps_taken * self.batch_size
+        end = self.max_steps * self.batch_size
+        num_ranks = self.trainer.world_size
+        examples = Subset(self.examples, range(first + self.global_rank, end, num_ranks))
+        return DataLoader(examples, self.batch_size // num_ranks, num_workers=self.num_workers)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.latest.append(loss.detach())
-        self.log_dict(
-            {"loss": loss.detach(), "step": float(self.seen - 1)}
-        )  # Lightning's own steps begin anew
+        # Lightning's own steps begin anew when a run resumes.
+        self.log_dict({"loss": loss.detach(), "step": float(self.steps_taken - 1)})
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        decay = min(
-            self.ema_decay, self.seen / (self.seen + 9)
-        )  # young averages forget their start faster
-        trained, averages = self.weights()
-        get_ema_multi_avg_fn(decay)(averages, trained, self.seen)
-        if self.seen % self.save_every == 0 or self.seen == self.max_steps:
+        # Average; a young one forgets its start faster.
+        decay = min(self.ema_decay, self.steps_taken / (self.steps_taken + 9))
+        weights, averages = self.weights()
+        get_ema_multi_avg_fn(decay)(averages, weights, self.steps_taken)
+
+        # Checkpoint, also when a signal ends the run.
+        is_last = self.steps_taken == self.max_steps
+        if self.steps_taken % self.save_every == 0 or is_last:
             self._gather_losses()
             self.on_save()
             self._save_checkpoint()
@@ -131,7 +147,8 @@ class Training(L.LightningModule, abc.ABC):
         self.seconds += time.perf_counter() - self.started
         if not math.isfinite(self.losses[-1]):
             raise ValueError(
-                f"the loss is {self.losses[-1]} after {self.seen} steps; lower task.learning_rate"
+                f"the loss is {self.losses[-1]} after {self.steps_taken} steps; lower "
+                "task.learning_rate"
             )
 
     def _save_checkpoint(self) -> None:
@@ -139,10 +156,10 @@ class Training(L.LightningModule, abc.ABC):
         self.started = time.perf_counter()
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW with a linear warm-up, then half a cosine to 0."""
         optimizer = torch.optim.AdamW(self.weights()[0], lr=self.learning_rate)
 
         def rate(step: int) -> float:
-            """Linear warm-up, then half a cosine to 0."""
             rising = min(1.0, (step + 1) / max(self.warmup_steps, 1))
             return rising * 0.5 * (1 + math.cos(math.pi * min(step / self.max_steps, 1)))
 
@@ -150,27 +167,34 @@ class Training(L.LightningModule, abc.ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint has to hold besides weights and the optimizer."""
+        """Return what a checkpoint holds besides the weights and the optimizer."""
         return {"losses": self.losses, "seconds": self.seconds}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = self.progress()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take from a checkpoint what `TrainingState` names."""
+        """Take from a checkpoint the fields of `TrainingState`, and nothing else."""
         prune(checkpoint)
-        self.losses, self.seconds = (
-            checkpoint["progress"]["losses"],
-            checkpoint["progress"]["seconds"],
-        )
+        self.losses = checkpoint["progress"]["losses"]
+        self.seconds = checkpoint["progress"]["seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask(Task):
     """A task that trains a network.
 
-    batch_size: of all ranks together; learning_rate: AdamW's, warm-up and then half a cosine to 0; save_every: steps
-    between checkpoints.
+    Attributes:
+        max_steps: Number of steps.
+        batch_size: Examples of a step, over all ranks.
+        learning_rate: Highest learning rate of AdamW: a warm-up, then half a cosine to 0.
+        warmup_steps: Steps of the linear warm-up.
+        gradient_clip: Largest norm of the gradient; None: any.
+        ema_decay: Decay of the averaged weights.
+        label_dropout: Share of examples without their class.
+        seed: Seed of the initial weights and of the examples.
+        save_every: Steps between checkpoints.
+        num_workers: Processes that load examples.
     """
 
     max_steps: Count
@@ -185,17 +209,16 @@ class TrainingTask(Task):
     num_workers: Whole = 0
 
     def settings(self) -> dict[str, Any]:
-        """Return what `Training` takes."""
-        names = (
-            "batch_size",
-            "max_steps",
-            "save_every",
-            "learning_rate",
-            "warmup_steps",
-            "ema_decay",
-            "num_workers",
-        )
-        return {name: getattr(self, name) for name in names}
+        """Return the options that are arguments of `Training`."""
+        return {
+            "batch_size": self.batch_size,
+            "max_steps": self.max_steps,
+            "save_every": self.save_every,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "ema_decay": self.ema_decay,
+            "num_workers": self.num_workers,
+        }
 
 
 def fit(
@@ -204,12 +227,26 @@ def fit(
     module: Training,
     logger: Logger | None,
     resume: Path | None,
-    **more: Any,
+    **trainer_options: Any,
 ) -> L.Trainer:
-    """Train on cfg.trainer up to task.max_steps; resume: the checkpoint to go on from. more: for the trainer.
+    """Train a module up to `task.max_steps` on the trainer of a configuration.
 
-    A signal to end waits for the end of the step, whose state is kept; of several ranks, which would have to agree on
-    a step, the last checkpoint is.
+    A signal that ends the run waits for the end of the step, and its state is saved. Several
+    ranks would have to agree on a step; for them the last checkpoint is what remains.
+
+    Args:
+        cfg: The composed configuration.
+        task: The task.
+        module: What is trained.
+        logger: The logger, if any.
+        resume: The checkpoint to resume from, if any.
+        trainer_options: Further options of the trainer.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        ValueError: If the batch cannot be split over the ranks, or the checkpoint does not fit.
     """
     trainer: L.Trainer = border.build(
         cfg.trainer,
@@ -225,34 +262,40 @@ def fit(
         gradient_clip_val=task.gradient_clip,
         callbacks=[Bar(), GroupEnd()],
         plugins=[WholeCheckpoints()],
-        **more,
+        **trainer_options,
     )
+
     if task.batch_size % trainer.world_size:
         raise ValueError(
-            f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} ranks"
+            f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} "
+            "ranks"
         )
+
+    # The checkpoint must be of this network, and not longer.
     if resume is not None:
-        state = check_state(
-            resume, module.state_dict(), module.weights()[0], partial=not module.strict_loading
-        )
+        is_partial = not module.strict_loading
+        state = check_state(resume, module.state_dict(), module.weights()[0], is_partial)
         if (steps := len(state.progress.losses)) > task.max_steps:
             raise ValueError(
-                f"checkpoint {resume} has taken {steps} steps, more than task.max_steps={task.max_steps}"
+                f"checkpoint {resume} has taken {steps} steps, more than "
+                f"task.max_steps={task.max_steps}"
             )
+
+    # Two warnings do not apply: the averaged network alone is in eval mode, and a finished
+    # training has no examples.
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Found .* in eval mode"
-        )  # the average is; what is trained is not
-        warnings.filterwarnings(
-            "ignore", "Total length of .* across ranks is zero"
-        )  # all steps were taken
+        warnings.filterwarnings("ignore", "Found .* in eval mode")
+        warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")
         with preemption.unbroken() if trainer.world_size == 1 else nullcontext():
             trainer.fit(module, ckpt_path=resume, weights_only=True)
     return trainer
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints are whole or the old ones; Lightning's are copied from another folder, and may end half-way."""
+    """A plugin that writes a checkpoint whole or not at all.
+
+    Lightning copies its checkpoints from another folder, and a copy may end half-way.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -263,21 +306,20 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Bar(Callback):
-    """Steps with the loss and the time left, over all epochs; on rank 0."""
+    """A progress bar of all steps with the loss and the remaining time, on rank 0."""
 
     def on_train_start(self, trainer: L.Trainer, module: Training) -> None:
-        self.progress, self.bar = loss_bar(
-            module.max_steps, module.seen, disable=trainer.global_rank != 0
-        )
+        is_hidden = trainer.global_rank != 0
+        self.progress, self.bar = loss_bar(module.max_steps, module.steps_taken, disable=is_hidden)
         self.progress.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Training, outputs: Any, *_: Any
     ) -> None:
-        if (
-            module.seen % 10 == 0 or module.seen == module.max_steps
-        ):  # reading a loss makes a GPU wait
-            self.progress.update(self.bar, completed=module.seen, loss=float(outputs["loss"]))
+        # Seldom, because a GPU waits when a loss is read.
+        steps = module.steps_taken
+        if steps % 10 == 0 or steps == module.max_steps:
+            self.progress.update(self.bar, completed=steps, loss=float(outputs["loss"]))
 
     def teardown(self, trainer: L.Trainer, module: Training, stage: str) -> None:
         if hasattr(self, "progress"):
@@ -285,7 +327,7 @@ class Bar(Callback):
 
 
 def shuffled(i: int, count: int, *seed: int) -> int:
-    """Item i of an endless stream: one shuffle of 0 .. count - 1 after the other."""
+    """Return item i of an endless stream: shuffles of 0 .. count - 1, one after the other."""
     epoch, position = divmod(i, count)
     return int(_permutation(count, (*seed, epoch))[position])
 
@@ -296,14 +338,19 @@ def _permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def origin() -> dict[str, Any]:
-    """How these weights came to be: the command, the machine, the versions."""
-    # A resumed run ends as one that was never stopped; the command that starts from nothing is the one to repeat.
-    overrides = [
-        each for each in HydraConfig.get().overrides.task if not each.startswith("task.resume=")
-    ]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """Return how weights were made: the command, the hardware and the versions.
+
+    The command is the one that starts from nothing, because a resumed run gives the same weights.
+    """
+    overrides = []
+    for override in HydraConfig.get().overrides.task:
+        if not override.startswith("task.resume="):
+            overrides.append(override)
+    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
     return {
         "made_by": " ".join(["oss-exp", *overrides]),
-        "hardware": gpu or f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "hardware": hardware,
         "versions": versions(),
     }

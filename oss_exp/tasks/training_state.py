@@ -1,7 +1,8 @@
-"""What a training keeps to go on from: the record of a checkpoint, and the one place where such a file is read.
+"""Read the checkpoints of a training; nothing else in the package does.
 
-A checkpoint may come from anybody. Only tensors, numbers and texts are read from it, what is not named here is left out
-(Lightning's callbacks would remove the files that a checkpoint names), and what does not fit the network is refused.
+A checkpoint may come from anybody. Only tensors, numbers and texts are read from it, entries that
+are not fields of `TrainingState` are dropped (Lightning's callbacks would remove the files that a
+checkpoint names), and a checkpoint that does not fit the network is refused.
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ from torch import Tensor
 from oss_exp.files import Numbers, Record
 from oss_exp.validation import describe
 
-SCALERS = ("MixedPrecision", "FSDPPrecision")  # what Lightning keeps of float16's loss scale
+SCALERS = ("MixedPrecision", "FSDPPrecision")  # Lightning's keys of float16's loss scale
+RATE_KEYS = ("base_lrs", "last_epoch", "_last_lr", "_step_count", "lr_lambdas")
 
 
 class Progress(Record):
-    """How far a training has come; of finetuning also the loss on its first examples before and after."""
+    """The progress of a training.
+
+    Attributes:
+        losses: The loss of every step.
+        seconds: Time that training has taken.
+        loss_before: Of finetuning, the loss on its first examples before training.
+        loss_after: The same after training.
+        peak_bytes: The largest memory in use.
+    """
 
     losses: Numbers
     seconds: float
@@ -32,7 +42,7 @@ class Progress(Record):
 
 
 class TrainingState(BaseModel):
-    """A checkpoint: the weights, AdamW's two averages of each, the rate's place on its way, the progress."""
+    """A checkpoint: weights, the two averages of AdamW, the learning rate's place, progress."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="ignore")
 
@@ -45,64 +55,82 @@ class TrainingState(BaseModel):
 
 
 def prune(checkpoint: dict[str, Any]) -> None:
-    """Take out of a checkpoint all that a `TrainingState` has not, and what a rate's schedule does not go on from."""
+    """Remove what `TrainingState` does not have, and what a learning rate does not resume from."""
     for key in set(checkpoint) - {*TrainingState.model_fields, *SCALERS}:
         del checkpoint[key]
-    kept = ("base_lrs", "last_epoch", "_last_lr", "_step_count", "lr_lambdas")
     for rate in checkpoint["lr_schedulers"]:
-        for key in set(rate) - {*kept}:
+        for key in set(rate) - {*RATE_KEYS}:
             del rate[key]
 
 
 def check_state(
-    path: Path, own: Mapping[str, Tensor], trained: list[Tensor], partial: bool
+    path: Path, state_dict: Mapping[str, Tensor], trained: list[Tensor], partial: bool
 ) -> TrainingState:
-    """Read a checkpoint; ValueError with the file's name where it is none, or of another network.
+    """Read a checkpoint and check that it fits.
 
-    own: the network's state; trained: the weights that the optimizer changes; partial: a part of the state is enough.
+    Args:
+        path: Path of the checkpoint.
+        state_dict: State of the network that resumes.
+        trained: The weights that the optimizer changes.
+        partial: Accept a part of the state.
+
+    Raises:
+        ValueError: With the file's name, if it is not a checkpoint, or one of another network.
     """
-    name, remedy = (
-        f"checkpoint {path}",
-        "give one that this training, or one of the same network, has written",
-    )
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from None
-    except Exception as error:  # whatever damage leads to
-        reason = str(error).strip().partition("\n")[0][:160]
-        raise ValueError(
-            f"{name} is none of a training, or is damaged ({reason}); {remedy}"
-        ) from None
-    try:
-        state = TrainingState.model_validate(found)
-    except ValidationError as error:
-        reason = describe(error, given=found if isinstance(found, Mapping) else None)
-        raise ValueError(f"{name} is none of a training: {reason}; {remedy}") from None
+    name = f"checkpoint {path}"
+    remedy = "give one that this training, or one of the same network, has written"
+    state = _read(path, name, remedy)
 
-    # The same network, and an optimizer of its weights.
-    weights = {key: tensor.shape for key, tensor in state.state_dict.items()}
-    wanted = {key: tensor.shape for key, tensor in own.items() if not partial or key in weights}
-    if wrong := [key for key in {**wanted, **weights} if weights.get(key) != wanted.get(key)]:
-        raise ValueError(f"{name} is of another network: {wrong[0]} is {_shape(weights, wrong[0])} there and "
-                         f"{_shape(wanted, wrong[0])} here; {remedy}")  # fmt: skip
+    # The same network.
+    shapes = _shapes(state.state_dict)
+    expected = _shapes(state_dict)
+    for key in {**expected, **shapes}:
+        if partial and key not in shapes:
+            continue
+        if shapes.get(key) != expected.get(key):
+            raise ValueError(
+                f"{name} is of another network: {key} is {_shape(shapes, key)} there and "
+                f"{_shape(expected, key)} here; {remedy}"
+            )
+
+    # An optimizer of its weights; sharded checkpoints have names instead of numbers.
     averages = state.optimizer_states[0].get("state")
     if not isinstance(averages, Mapping):
         raise ValueError(f"{name} has no averages of an optimizer; {remedy}")
     for key, values in averages.items():
         tensors = values if isinstance(values, Mapping) else {}
-        shape = (
-            trained[key].shape if isinstance(key, int) and key < len(trained) else None
-        )  # or names, where sharded
+        has_weight = isinstance(key, int) and key < len(trained)
+        shape = trained[key].shape if has_weight else None
+
         for part in ("exp_avg", "exp_avg_sq"):
-            if not isinstance(tensors.get(part), Tensor) or shape not in (
-                None,
-                tensors[part].shape,
-            ):
+            tensor = tensors.get(part)
+            if not isinstance(tensor, Tensor) or shape not in (None, tensor.shape):
                 raise ValueError(
                     f"{name} has no `{part}` of weight {key} of this network; {remedy}"
                 )
     return state
+
+
+def _read(path: Path, name: str, remedy: str) -> TrainingState:
+    """Read a checkpoint, and check the types of its fields."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
+    except Exception as error:  # whatever damage leads to
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise ValueError(
+            f"{name} is not from a training, or is damaged ({reason}); {remedy}"
+        ) from None
+    try:
+        return TrainingState.model_validate(content)
+    except ValidationError as error:
+        reason = describe(error, given=content if isinstance(content, Mapping) else None)
+        raise ValueError(f"{name} is not from a training: {reason}; {remedy}") from None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:

@@ -1,4 +1,4 @@
-"""What the network takes for a sample on its way: the predictions of x0 at the steps of every schedule, as pictures."""
+"""Record the predictions of x0 at the steps of every schedule, as pictures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from oss_exp.stepsize import Collective
 
 
 class Trajectories:
-    """Of the first `count` held-out samples, whichever batch and rank they are in; of a video the middle frame.
+    """The trajectories of the first `count` held-out samples, over all batches and ranks.
 
-    A model that samples in a loop of its own, as MAR does, has none. Legend: b of these samples, P pictures of each.
-    parts: {label: [(index (b,), times (b, P), pictures (b, P, H, W, C) bytes)]}: the predictions, and the sample at 0.
+    Of a video the middle frame is recorded. A model that samples in a loop of its own, as MAR
+    does, has no trajectories. Legend: b of these samples, P pictures of each.
+
+    Attributes:
+        parts: By label, the records (index (b,), times (b, P), pictures (b, P, H, W, C) bytes):
+            the predictions, and the sample at t = 0.
     """
 
     def __init__(self, count: int):
@@ -29,54 +33,76 @@ class Trajectories:
     def recorder(
         self, label: str, model: Model, steps: StepSchedule, index: Tensor, most: int | None = None
     ) -> Recorder | None:
-        """Return what records a run of `steps` from the samples index (B,); None where none of them is shown.
+        """Return a recorder of one run; None if no sample of it is recorded.
 
-        most: the number of steps recorded, evenly chosen; None: every step.
+        Args:
+            label: Label of the schedule.
+            model: The model.
+            steps: The schedule.
+            index: The samples of the run, (B,).
+            most: Number of steps to record, evenly chosen; None: every step.
         """
         rows = (index < HELD_OUT + self.count).nonzero()[:, 0]
         if len(rows) == 0:
             return None
         parts = self.parts.setdefault(label, [])
-        return Recorder(
-            parts, model, steps, index, rows, min(steps.num_steps, most or steps.num_steps)
-        )
+        count = min(steps.num_steps, most or steps.num_steps)
+        return Recorder(parts, model, steps, index, rows, count)
 
-    def gathered(
+    def gather(
         self, labels: Iterable[str], num_samples: int, collective: Collective
     ) -> dict[str, np.ndarray]:
-        """times/<label> (n, P) and x0/<label> (n, P, H, W, C) of the labels that have all of the first samples."""
-        found = {}
+        """Gather the trajectories of all ranks.
+
+        Args:
+            labels: The labels.
+            num_samples: Number of held-out samples.
+            collective: Gathers tensors over ranks.
+
+        Returns:
+            `times/<label>` (n, P) and `x0/<label>` (n, P, H, W, C) of the labels that have all
+            of the first samples.
+        """
+        trajectories: dict[str, np.ndarray] = {}
         for label in labels:
+            # The shape (P, H, W, C), which a rank without samples does not know.
             parts = self.parts.get(label, [])
-            shapes = collective.gather(
-                torch.tensor([part[2].shape[1:] for part in parts]).long().reshape(-1, 4)
-            )
+            shapes = torch.tensor([part[2].shape[1:] for part in parts]).long().reshape(-1, 4)
+            shapes = collective.gather(shapes)
             if len(shapes) == 0:
                 continue
-            size = shapes[0].tolist()
-            nothing = (
-                torch.zeros(0).long(),
-                torch.zeros(0, size[0]).double(),
-                torch.zeros(0, *size).byte(),
-            )
-            index, times, pictures = (
-                collective.gather(
-                    torch.cat([part[place].cpu() for part in parts] or [nothing[place]])
-                ).numpy()
-                for place in range(3)
-            )
-            first = np.unique(index, return_index=True)[
-                1
-            ]  # a distributed sampler may repeat samples
+            shape = shapes[0].tolist()
+
+            # All parts, which begin with one of no samples.
+            index = [torch.zeros(0).long()]
+            times = [torch.zeros(0, shape[0]).double()]
+            pictures = [torch.zeros(0, *shape).byte()]
+            for part in parts:
+                index.append(part[0].cpu())
+                times.append(part[1].cpu())
+                pictures.append(part[2].cpu())
+            all_index = collective.gather(torch.cat(index)).numpy()
+            all_times = collective.gather(torch.cat(times)).numpy()
+            all_pictures = collective.gather(torch.cat(pictures)).numpy()
+
+            # A distributed sampler may repeat samples.
+            first = np.unique(all_index, return_index=True)[1]
             if len(first) == min(self.count, num_samples):
-                found[f"times/{label}"], found[f"x0/{label}"] = times[first], pictures[first]
-        return found
+                trajectories[f"times/{label}"] = all_times[first]
+                trajectories[f"x0/{label}"] = all_pictures[first]
+        return trajectories
 
 
 class Recorder:
-    """Records one run: told of its predictions (it is a `Watch`), and of the images at its end.
+    """A `Watch` that records the predictions of one run.
 
-    parts: where the record goes. rows (b,): the positions of the shown samples among those of the run.
+    Args:
+        parts: The list to which the record is appended.
+        model: The model.
+        steps: The schedule.
+        index: The samples of the run, (B,).
+        rows: Positions of the recorded samples among them, (b,).
+        count: Number of steps to record.
     """
 
     def __init__(
@@ -88,25 +114,38 @@ class Recorder:
         rows: Tensor,
         count: int,
     ):
-        self.parts, self.model, self.steps, self.index, self.rows = parts, model, steps, index, rows
+        self.parts = parts
+        self.model = model
+        self.steps = steps
+        self.index = index
+        self.rows = rows
         self.places = np.linspace(0, steps.num_steps - 1, count).round().astype(int)
         self.pictures: list[Tensor] = []
 
     def __call__(self, step: int, x0: Tensor) -> None:
         if step in self.places:
-            self.pictures.append(shown(self.model.decode(x0[self.rows])))
+            self.pictures.append(as_pictures(self.model.decode(x0[self.rows])))
 
     def finish(self, images: Tensor) -> None:
-        """Add the images (B, ...) at the end. A model that samples in a loop of its own tells of no predictions."""
+        """Append the record, with the images (B, ...) at the end.
+
+        Without predictions, as of a model that samples in a loop of its own, there is no record.
+        """
         if not self.pictures:
             return
-        pictures = torch.stack([*self.pictures, shown(images[self.rows])], dim=1)
-        times = self.steps.times[..., [*self.places, -1]].expand(len(self.index), -1)[
-            self.rows.cpu()
-        ]
-        self.parts.append((self.index[self.rows], times.to(self.index.device), pictures))
+        index = self.index[self.rows]
+        pictures = torch.stack([*self.pictures, as_pictures(images[self.rows])], dim=1)
+        times = self.steps.times[..., [*self.places, -1]].expand(len(self.index), -1)
+        times = times[self.rows.cpu()].to(self.index.device)
+        self.parts.append((index, times, pictures))
 
 
-def shown(images: Tensor) -> Tensor:
-    """(b, C, H, W) or (b, C, F, H, W) in [0, 1] -> bytes (b, H, W, C) of at most 256 pixels a side."""
-    return as_bytes(reduced(images if images.ndim == 4 else images[:, :, images.shape[2] // 2]))
+def as_pictures(images: Tensor) -> Tensor:
+    """Return images as bytes (b, H, W, C) of at most 256 pixels a side.
+
+    Args:
+        images: Images (b, C, H, W) or videos (b, C, F, H, W) in [0, 1].
+    """
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
+    return as_bytes(reduced(images))

@@ -144,7 +144,7 @@ def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_
             "teacher_steps=[8,2.5]",
             "task.axes.teacher_steps must have whole numbers from 1, got 2.5",
         ),
-        ("solver=[nosuch]", "task.axes.solver=nosuch is none of conf/solver"),
+        ("solver=[nosuch]", "task.axes.solver=nosuch is not in conf/solver"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_measured(axis, message, run, tmp_path, capsys):
@@ -321,7 +321,7 @@ def test_rounded_weights_are_close(kind):
 @pytest.mark.slow
 def test_wrong_settings_are_refused(searched, tmp_path, capsys):
     for settings, message in [
-        (["+task.axes.seed=[1]"], "task.axes.seed is none of dtype, guidance, shift"),
+        (["+task.axes.seed=[1]"], "task.axes.seed is not one of dtype, guidance, shift"),
         (["stepsize=oss_ave"], "compares with schedules by hand; set stepsize="),
     ]:
         with pytest.raises(SystemExit):

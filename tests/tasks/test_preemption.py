@@ -83,7 +83,7 @@ def test_a_signal_keeps_the_step_that_a_training_has_come_to(kills, whole, monke
     step = PretrainModule.training_step
 
     def struck(self, batch, batch_idx):
-        if self.seen == 6:
+        if self.steps_taken == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, batch_idx)
 

@@ -217,7 +217,7 @@ def test_a_checkpoint_of_somebody_else_removes_nothing_and_is_read_as_data(whole
 
     other = {**kept["state_dict"], next(iter(kept["state_dict"])): torch.zeros(3)}
     broken = {
-        "is none of a training": [1, 2],
+        "is not from a training": [1, 2],
         "`progress` is missing": {key: value for key, value in kept.items() if key != "progress"},
         "is of another network": {**kept, "state_dict": other},
         "has no `exp_avg` of weight 0": {
