@@ -110,8 +110,8 @@ def search(
 
     The teacher is a run of many steps. The schedule's times are chosen from the
     teacher's times so that few steps end as close to it as possible. The defaults suit
-    `sample` and `OSSScheduler`. For programs that take only a list of times (ComfyUI,
-    k-diffusion) pass `solver=Euler(), strategy=OSSShared(start="pinned")`.
+    `sample` and `OSSScheduler`. For programs that take only a list of times
+    (ComfyUI, k-diffusion) pass `solver=Euler(), strategy=OSSShared(start="pinned")`.
 
     Args:
         velocity_or_model: A function v(x (M, *E), t (M,)) -> (M, *E), a
@@ -131,9 +131,9 @@ def search(
         num_teacher_steps: N, the number of steps of the teacher.
         strategy: How schedules are planned. None uses `OSSBest()`. For a pipeline,
             which draws its noise itself, it uses `OSSBest(start="pinned")`, and
-            `OSSShared(start="pinned")` if the pipeline starts at an image (`strength`
-            below 1). A schedule of a strategy that plans for each sample, such as
-            `OSS`, is for these noises only.
+            `OSSShared(start="pinned")` if the pipeline starts at an image
+            (`strength` below 1). A schedule of a strategy that plans for each sample,
+            such as `OSS`, is for these noises only.
         must_visit: Times t at which the schedule must call the network, such as the
             switch between two experts. The teacher gets nodes there.
         first_sigmas: First times of the schedule, where a distilled model prescribes

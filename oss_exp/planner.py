@@ -1,4 +1,4 @@
-"""What the front door does behind its verbs: check arguments, plan schedules and measure them.
+"""Plan and measure schedules for the front door, after a check of the arguments.
 
 `SampledSource` hides whether a model, a diffusers pipeline or a plain velocity is
 sampled. `Planner` holds what all strategies of one search or comparison share. Legend:
@@ -60,6 +60,7 @@ class SampledSource:
         prompts: Sequence[Any] | None = None,
     ) -> SampledSource:
         """Wrap what a user passes to `search`, `sample` or `compare`."""
+        # A pipeline needs prompts, and only a pipeline.
         if is_pipeline(source):
             if prompts is None:
                 raise ValueError(f"a {type(source).__name__} needs prompts=['...', ...]")
@@ -67,12 +68,15 @@ class SampledSource:
         if prompts is not None:
             raise ValueError(f"prompts are for pipelines of diffusers, got {shown(source)}")
 
+        # A model.
         if isinstance(source, Model):
             return cls(source.name, source)
         if isinstance(source, type) or not callable(source):
             raise ValueError(
                 f"velocity_or_model must be a function v(x, t) or a Model, got {shown(source)}"
             )
+
+        # A function.
         name = getattr(source, "__name__", type(source).__name__)
         if isinstance(source, BoundVelocity):
             return cls(name, source)
@@ -125,6 +129,7 @@ class SampledSource:
             first: Index of the first drawn sample.
             like: Noises whose event shape and dtype the result must have.
         """
+        # Number and shape.
         if noise is None:
             noise = len(self.sampled.prompts) if isinstance(self.sampled, Pipeline) else 32
         shape = self.sampled.event_shape if isinstance(self.sampled, Model) else None
@@ -140,6 +145,7 @@ class SampledSource:
                     f"{name}={noise}: a function does not tell the shape of its noises; "
                     "give a tensor (B, ...)"
                 )
+
             dataset = NoiseDataset(seed, first, noise, shape, None)
             noise = torch.stack([dataset[i]["noise"] for i in range(noise)])
             noise = noise if like is None else noise.to(like)
@@ -153,6 +159,7 @@ class SampledSource:
             )
         if noise.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} must be float32 or float64, got {noise.dtype}")
+
         return self.on_device(require_finite(noise, name))
 
     def on_device(self, tensor: Tensor) -> Tensor:
@@ -164,6 +171,7 @@ class SampledSource:
 
     def conditions(self, condition: Tensor | None, count: int) -> Tensor | None:
         """Return one row of `condition` (C, ...) for each of `count` noises, in turn."""
+        # A function takes no conditions.
         if isinstance(self.sampled, BoundVelocity):
             if condition is not None:
                 raise ValueError(
@@ -189,6 +197,7 @@ class SampledSource:
             raise ValueError(
                 f"condition must be classes (C,) from 0 to {classes - 1}, got {condition.tolist()}"
             )
+
         return self.on_device(condition[torch.arange(count) % len(condition)])
 
     def velocity(self, condition: Tensor | None, count: int) -> BoundVelocity:
@@ -295,10 +304,13 @@ class Planner:
         self.solver = solver
         self.noise_schedule = teacher
         self.grid = with_required(teacher.nodes(num_teacher_steps), strategies)
+
+        # A distance may look at the model.
         self.unbound_distance = distance
         self.distance = distance
         if isinstance(source.sampled, Model):
             self.distance = distance.bind(source.sampled)
+
         self.counter = CallCounter(show=sys.stderr.isatty() if progress is None else progress)
         self.taught: list[Problem] = []  # problems whose teacher has run
 

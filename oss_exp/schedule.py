@@ -219,6 +219,7 @@ class StepSchedule:
         provenance: Mapping[str, Any] | None = None,
         range: Certificate | None = None,
     ):
+        # Fields of a frozen dataclass.
         values = {
             "times": torch.as_tensor(
                 times, dtype=torch.float64
@@ -232,6 +233,7 @@ class StepSchedule:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+        # Checks, in the order in which they build on one another.
         self._check_times()
         self._check_samples()
         self._check_kinds()
@@ -295,6 +297,7 @@ class StepSchedule:
 
     def _check_steps(self) -> None:
         """Raise ValueError unless there is one order or row of weights for every step."""
+        # Fitted steps.
         if isinstance(self.steps, FittedSteps):
             count = len(self.steps.weights)
             if count != self.num_steps or self.times.ndim == 2:
@@ -306,6 +309,8 @@ class StepSchedule:
                 self.start.mean, self.steps.mean
             ):
                 raise ValueError("an analytic start and fitted steps need the same mean")
+
+        # Steps of a solver.
         elif self.steps.orders is not None and self.steps.orders.shape != self.times[..., 1:].shape:
             raise ValueError(
                 f"the {self.num_steps} steps need an order each, got {_listed(self.steps.orders)}"
@@ -323,7 +328,7 @@ class StepSchedule:
 
     @property
     def per_sample(self) -> bool:
-        """Whether every sample has its own times."""
+        """True where every sample has its own times."""
         return self.samples is not None
 
     @property
@@ -413,6 +418,7 @@ class StepSchedule:
             raise ValueError(
                 f"own must be a scheduler of diffusers, such as pipe.scheduler, got {own!r:.80}"
             )
+
         config = {**own.config, "_class_name": type(own).__name__}
         scheduler = module.OSSScheduler.from_schedule(self, config)
 
@@ -441,12 +447,15 @@ class StepSchedule:
             OSError: If a file cannot be written.
         """
         path = Path(path)
+
+        # Mean.
         mean = None
         if self.mean is not None:
             mean_path = beside(path, ".mean.safetensors")
             digest = save_asset(mean_path, {"mean": self.mean.cpu()}, {"made_by": path.name})
             mean = MeanFile(file=mean_path.name, sha256=digest)
 
+        # Record.
         content = {
             "times": self.times.tolist(),
             "samples": self.samples,
@@ -462,6 +471,7 @@ class StepSchedule:
             raise ValueError(
                 f"the step schedule cannot be saved as {path}: field {reason}"
             ) from None
+
         fields = record.model_dump(exclude={"range"} if record.range is None else None)
         return write_atomically(path, json.dumps(fields, indent=2) + "\n")
 
@@ -526,12 +536,15 @@ def group_mean(mean: Tensor, noise: Tensor, group: Tensor | None) -> Tensor:
     Raises:
         ValueError: If the means are of another shape, or of too few conditions.
     """
+    # Shape.
     event_shape = tuple(mean.shape[1:])
     if event_shape and event_shape != tuple(noise.shape[1:]):
         raise ValueError(
             f"the schedule's mean has shape {event_shape}, the noise {tuple(noise.shape[1:])}; "
             "plan it for this model"
         )
+
+    # Number of conditions.
     conditions = 1 if group is None else int(group.max()) + 1
     if conditions > len(mean) or (group is None and len(mean) > 1):
         request = "has no conditions" if group is None else f"asks for condition {conditions - 1}"
@@ -539,6 +552,8 @@ def group_mean(mean: Tensor, noise: Tensor, group: Tensor | None) -> Tensor:
             f"the schedule has means for {len(mean)} condition(s), the run {request}; "
             "plan it with the same classes (data.classes)"
         )
+
+    # Rows.
     if group is None:
         group = torch.zeros(len(noise), dtype=torch.long)
     rows = mean.to(noise)[group]

@@ -38,8 +38,8 @@ class BoundVelocity:
 
     Attributes:
         fn: The network function, fn(x (M, *E), t (M,), condition (M, ...) or None). It
-            returns the velocity (M, *E), or under guidance its R outputs apart, (M, R,
-            *E).
+            returns the velocity (M, *E), or under guidance its R outputs apart,
+            (M, R, *E).
         condition: (B, ...), or None.
         micro_batch: Most rows in one call of `fn`.
         mix: Weights of the R outputs, whose weighted sum is v. A guidance scale g has

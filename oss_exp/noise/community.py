@@ -49,7 +49,7 @@ class LevelsSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class SimpleSchedule(LevelsSchedule):
-    """Evenly spaced levels from the noisiest on, rounded towards it: `simple` in ComfyUI."""
+    """Even positions from the noisiest level on, rounded towards it: ComfyUI's `simple`."""
 
     def _positions(self, num_steps: int) -> Tensor:
         return (torch.arange(num_steps).double() * (self.num_levels / num_steps)).floor()
@@ -57,7 +57,7 @@ class SimpleSchedule(LevelsSchedule):
 
 @dataclass(frozen=True)
 class SGMUniformSchedule(LevelsSchedule):
-    """Even positions from the first level to the last, without the last: `sgm_uniform` in ComfyUI."""
+    """Even positions from the first level up to the last, excluded: ComfyUI's `sgm_uniform`."""
 
     def _positions(self, num_steps: int) -> Tensor:
         return even(0, self.num_levels - 1, num_steps + 1)[:-1]

@@ -2,8 +2,8 @@
 
 All code above this file uses canonical flow-matching time t in [0, 1]: x_t = (1 - t)
 x0 + t eps and v = eps - x0. A `GaussianPath` translates a network's native time tau,
-and its scaling of the state, into that time (Optimal Stepsize, arXiv 2503.21774, App.
-C).
+and its scaling of the state, into that time (Optimal Stepsize, arXiv 2503.21774,
+App. C).
 """
 
 from __future__ import annotations

@@ -113,6 +113,7 @@ def flux_shift(
     # Shift.
     if base_tokens == max_tokens:
         raise ValueError(f"base_tokens and max_tokens must differ, got {base_tokens} twice")
+
     mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
     require_range(at_least=-10, at_most=10, mu=mu)
     return math.exp(mu)
