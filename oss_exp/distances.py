@@ -210,7 +210,7 @@ class Perceptual(Distance):
         if not self.layer or self.layer not in layers:
             names = [name for name in layers if name]
             raise ValueError(
-                f"distance.layer={self.layer!r} is no layer of the model; "
+                f"distance.layer={self.layer!r} is not a layer of the model; "
                 f"it has {', '.join(names[:20])}"
             )
         return replace(self, module=layers[self.layer])

@@ -161,7 +161,7 @@ def load_record(
     data = read_bytes(path, what, limit)
     if data.count(b":") > fields:
         raise ValueError(
-            f"{what} {path} has more than the {fields:,} fields that are read of such a file"
+            f"{what} {path} has more than {fields:,} fields, the limit for such a file"
         )
     return parse_record(data, form, f"{what} {path}", remedy)
 
@@ -208,7 +208,7 @@ def _check_nodes(data: bytes, name: str) -> None:
     if 4 * brackets + data.count(b",") > NODES:
         raise ValueError(
             f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers "
-            "that are read"
+            "of the limit"
         )
 
 
@@ -239,12 +239,12 @@ def read_text(path: str | Path, what: str, limit: int = LIMIT) -> str:
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it holds more than `limit` bytes or is no text.
+        ValueError: If it holds more than `limit` bytes or is not text.
     """
     try:
         return read_bytes(path, what, limit).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{what} {path} is no UTF-8 text ({error}); save it as UTF-8") from None
+        raise ValueError(f"{what} {path} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
@@ -276,8 +276,7 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
     # The file may have grown since its size was read.
     if max(len(data), size) > limit:
         raise ValueError(
-            f"{what} {path} is larger than {limit / 2**20:g} MiB, "
-            "the most that is read of such a file"
+            f"{what} {path} is larger than {limit / 2**20:g} MiB, the limit for such a file"
         )
 
     return data
@@ -286,7 +285,7 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
 def open_file(path: Path) -> BinaryIO:
     """Open a file. Raises ValueError for a folder, and for a pipe or device, which may not end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no file but a folder, a pipe or a device")
+        raise ValueError("it is not a file but a folder, a pipe or a device")
     return path.open("rb")
 
 
@@ -303,7 +302,7 @@ def load_config(path: Path, what: str) -> dict[str, Any]:
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has aliases, which no configuration of ours has")
+                raise ValueError("it has aliases, which a configuration must not have")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEP:
@@ -432,14 +431,14 @@ def parse_safetensors(start: bytes, name: str, parse: Callable[[], T]) -> T:
     """
     if (header := int.from_bytes(start, "little")) > LIMIT:
         raise ValueError(
-            f"{name} is no safetensors file, or one whose header of {header >> 20} MiB is larger "
-            f"than the {LIMIT >> 20} MiB that are read"
+            f"{name} is not a safetensors file, or one whose header of {header >> 20} MiB is "
+            f"larger than the limit of {LIMIT >> 20} MiB"
         )
     try:
         return parse()
     except Exception as error:  # safetensors has its own errors
         raise ValueError(
-            f"{name} is truncated or no safetensors file ({error!s:.200}); get it again"
+            f"{name} is truncated or not a safetensors file ({error!s:.200}); get it again"
         ) from None
 
 
@@ -502,7 +501,7 @@ def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, limit: int) -> 
         if math.prod(shape) * dtype.itemsize > limit:
             raise ValueError(
                 f"it declares an array of {shape} {dtype!s:.20}, "
-                f"more than the {limit >> 20} MiB that are read"
+                f"more than the limit of {limit >> 20} MiB"
             )
 
         # Array.
@@ -526,9 +525,9 @@ def open_zip(path: Path, limit: int, wanted: Collection[str] | None = None) -> z
     with open_file(path) as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile reads it
     if end is None:
-        raise ValueError("it is no whole zip archive")
+        raise ValueError("it is not a complete zip archive")
     if end[zipfile._ECD_SIZE] > LIMIT:  # type: ignore[attr-defined]
-        raise ValueError("it lists more files than are read")
+        raise ValueError("it lists too many files")
 
     # Sizes.
     archive = zipfile.ZipFile(path)
@@ -539,5 +538,5 @@ def open_zip(path: Path, limit: int, wanted: Collection[str] | None = None) -> z
 
     if total > limit:
         archive.close()
-        raise ValueError(f"it unpacks to more than {limit >> 20} MiB, the most that is read")
+        raise ValueError(f"it unpacks to more than {limit >> 20} MiB, the limit")
     return archive

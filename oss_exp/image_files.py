@@ -73,10 +73,10 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image file and read its header.
 
     Raises:
-        BrokenImage: If it is no image of one of `FORMATS`, or has too many pixels.
+        BrokenImage: If it is not an image of one of `FORMATS`, or has too many pixels.
     """
     if Path(path).exists() and not Path(path).is_file():  # a pipe or a device, which may never end
-        raise BrokenImage(f"image {path} is no file; remove it")
+        raise BrokenImage(f"image {path} is not a file; remove it")
 
     # Header. Pillow only warns of images somewhat too large.
     with warnings.catch_warnings():
@@ -87,12 +87,11 @@ def open_image(path: str | Path) -> Image.Image:
             most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
 
             raise BrokenImage(
-                f"image {path} has more than {most} million pixels, the most that is read; "
-                "reduce it"
+                f"image {path} has more than {most} million pixels, the limit; reduce it"
             ) from None
         except Image.UnidentifiedImageError:
             raise BrokenImage(
-                f"image {path} is damaged, or none of {', '.join(FORMATS)}; replace it"
+                f"image {path} is damaged or not one of {', '.join(FORMATS)}; replace it"
             ) from None
 
 

@@ -76,7 +76,7 @@ def named_object(path: str) -> Any:
     Only this package is ever imported.
 
     Raises:
-        ValueError: If it is no name of this package.
+        ValueError: If it is not a name of this package.
     """
     package, first, *attributes = (*public_name(path).split("."), "")[:3]
     if package == "oss_exp" and (name := path.rpartition(".")[2]) in GONE:
@@ -84,10 +84,10 @@ def named_object(path: str) -> Any:
             f"is {path}, which is a pipeline of diffusers now: {GONE[name]} (docs/pipelines.md)"
         )
     if package != "oss_exp" or first not in {**oss_exp.PUBLIC, **oss_exp.CONFIGURED}:
-        raise ValueError(f"{path} is no public name of oss_exp")
+        raise ValueError(f"{path} is not a public name of oss_exp")
     value = getattr(oss_exp, first)
     for attribute in filter(None, attributes):
         value = getattr(value, attribute, None)
     if value is None:
-        raise ValueError(f"{path} is no public name of oss_exp")
+        raise ValueError(f"{path} is not a public name of oss_exp")
     return value

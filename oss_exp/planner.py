@@ -368,23 +368,17 @@ class Planner:
                 plans = strategy.plan(problem, self.budgets)
 
         # Provenance.
-        sections: dict[str, Any] = {
-            "strategy": {
-                "name": label,
-                "baseline": strategy.baseline,
-                **configuration(strategy),
-            }
-        }
+        description = {"name": label, "baseline": strategy.baseline, **configuration(strategy)}
         cost = self.counter.cost(self.budgets, count, self.counter.rows)
-        described: dict[int, StepSchedule] = {}
+        schedules: dict[int, StepSchedule] = {}
         for k, steps in plans.items():
-            planning = {**cost, **steps.about("planning")}
-            native: dict[str, Any] = {}
+            record = dict(about)
             if isinstance(self.source.sampled, Model):
-                native = {"native": self.source.sampled.native(steps.times)}
-            record = {**about, **native, **sections, "planning": planning}
-            described[k] = replace(steps, provenance=record)
-        return described
+                record["native"] = self.source.sampled.native(steps.times)
+            record["strategy"] = description
+            record["planning"] = {**cost, **steps.about("planning")}
+            schedules[k] = replace(steps, provenance=record)
+        return schedules
 
     def measure(
         self,
@@ -406,8 +400,7 @@ class Planner:
 
         Returns:
             {(label, K): (n, 3) float64}: sample index, PSNR, and spread relative to the
-            teacher's.
-            Waveforms have a fourth column, the spectral distance.
+            teacher's. Waveforms have a fourth column, the spectral distance.
         """
         grid = StepSchedule(self.grid)
         teacher_solver = replace(self.solver, calibration=None)
@@ -437,13 +430,12 @@ class Planner:
                     if len(positions) == 0:
                         continue
                     part = rows[positions]
-                    student_x0 = self._student(
-                        run, steps, part, noise, None if condition is None else condition[part]
+                    conditions = None if condition is None else condition[part]
+                    x0 = self._student(run, steps, part, noise, conditions)
+                    columns = self._columns(
+                        x0, decode, part, reference[positions], width[positions]
                     )
-                    row = self._row(
-                        student_x0, decode, part, reference[positions], width[positions]
-                    )
-                    values[run].append(row)
+                    values[run].append(columns)
                     self.counter.add(calls[run] * len(part))
         return {run: torch.cat(parts) for run, parts in values.items()}
 
@@ -461,7 +453,7 @@ class Planner:
         x0 = self.source.part(rows).sample(self.solver, steps, noise[rows], condition)
         return require_finite(x0, f"the samples of {run[0]} with {run[1]} steps")
 
-    def _row(
+    def _columns(
         self,
         x0: Tensor,
         decode: Callable[[Tensor], Tensor],

@@ -250,7 +250,7 @@ class StepSchedule:
         if not bool((times.diff(dim=-1) < 0).all()):
             raise ValueError(
                 f"step times must strictly decrease (noise to data), got {_listed(times)}; "
-                "sort them so, each time once"
+                "sort them in decreasing order, each once"
             )
         if bool((times[..., -1] != 0).any()):
             raise ValueError(f"the last step time must be 0 (clean data), got {_listed(times)}")
@@ -387,7 +387,7 @@ class StepSchedule:
         """
         position = {sample: row for row, sample in enumerate(self.samples or ())}
         if missing := [sample for sample in samples if sample not in position]:
-            raise ValueError(f"the schedule has no times of its own for samples {missing[:5]}")
+            raise ValueError(f"the schedule has no times for samples {missing[:5]}")
         rows = [position[sample] for sample in samples]
         steps = self.steps
         if isinstance(steps, SolverSteps) and steps.orders is not None:
@@ -428,7 +428,7 @@ class StepSchedule:
             kinds = {True: "flow matching", False: "noise prediction"}
             raise ValueError(
                 f"the schedule was searched on a network of {kinds[not scheduler.flow]}, "
-                f"and {type(own).__name__} is of one of {kinds[scheduler.flow]}; "
+                f"and {type(own).__name__} is for {kinds[scheduler.flow]}; "
                 "use it in the pipeline that it was searched in, or search again"
             )
         return scheduler

@@ -198,7 +198,7 @@ class _Provenance(Record):
         name: Name = "-"
 
     class Strategy(Record):
-        """The strategy that planned the times; a baseline is no search of this program."""
+        """The strategy that planned the times; a baseline is not searched by this program."""
 
         name: Name = "-"
         baseline: bool = False
@@ -246,7 +246,7 @@ def read_schedule_file(path: Path) -> tuple[ScheduleFile, Tensor | None]:
         owner = path.with_name(f"{path.name.removesuffix('.mean.json')}.json")
         if path.name.endswith(".mean.json") and owner.is_file():
             raise ValueError(
-                f"{path} is no step schedule but belongs to the one beside it; give {owner}"
+                f"{path} is not a step schedule but belongs to the one beside it; give {owner}"
             ) from None
 
         raise
