@@ -1,10 +1,10 @@
-"""The verbs of the front door: search a step schedule, sample with it, compare it with others.
+"""The three main functions: search a step schedule, sample with it, compare it with others.
 
-All three take a model, a pipeline of diffusers, or a plain velocity v(x (M, *E), t
-(M,)) -> (M, *E) in canonical time: x_t = (1 - t) x0 + t eps and v = eps - x0, with
-noise at t = 1 and data at t = 0. Noises are standard normal; a teacher or a schedule
-that begins below t = 1 scales them. Legend: B noises, C conditions, K steps, N teacher
-steps, *E event dims.
+They take a model, a pipeline of diffusers (`search` and `compare`), or a plain velocity
+v(x (M, *E), t (M,)) -> (M, *E) in canonical time: x_t = (1 - t) x0 + t eps and
+v = eps - x0, with noise at t = 1 and data at t = 0. Noises are standard normal; a
+teacher or a schedule that begins below t = 1 scales them. Legend: B noises, C
+conditions, K steps, N teacher steps, *E event dims.
 """
 
 from __future__ import annotations

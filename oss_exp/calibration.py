@@ -27,7 +27,7 @@ FORMAT, VERSION = "oss_exp/calibration", 1
 
 
 class CalibrationRecord(Record):
-    """The file of a `Calibration`, with its fields and the quantiles (LOW, HIGH) that they hold."""
+    """The file of a `Calibration`; `quantiles` are those that `low` and `high` hold."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -97,7 +97,7 @@ class XtMSE(Distance):
 
 @dataclass(frozen=True)
 class X0MSE(Distance):
-    """The x0-MSE of the clean predictions x - t v(x, t), which costs a network call an edge."""
+    """The x0-MSE of the clean predictions x - t v(x, t), which cost one network call per edge."""
 
     @property
     def calls(self) -> int:

@@ -71,7 +71,7 @@ def with_public_names(record: Any) -> Any:
 
 
 def named_object(path: str) -> Any:
-    """Return the object that a public name, or the module path of an earlier version, stands for.
+    """Return the object that a public name, or the module path of an earlier version, names.
 
     Only this package is ever imported.
 

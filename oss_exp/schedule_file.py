@@ -48,7 +48,7 @@ Weights = TypeAliasType(
 
 
 class _Record(Record):
-    """A record of our own format, which has no other fields."""
+    """A record that refuses other fields."""
 
     model_config = ConfigDict(extra="forbid")
 

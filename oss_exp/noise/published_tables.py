@@ -54,13 +54,12 @@ class PublishedSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class AlignYourSteps(PublishedSchedule):
-    """Ten steps for a latent, a video or a pixel model (arXiv 2404.14507), table 3.
+    """Align Your Steps (arXiv 2404.14507), table 3: ten steps for one of four models.
 
-    Align Your Steps. The levels are sigma / alpha. The tables are for Stable Diffusion
-    (`sd15`, `sdxl`), Stable Video Diffusion (`svd`) and the first stage of DeepFloyd-IF
-    (`deepfloyd_if`). `sd15_30` and `sdxl_30` are not by the authors: they are lists of
-    30 steps by Koitenshin (github.com/AUTOMATIC1111/stable-diffusion-webui, pull
-    request 15751).
+    The levels are sigma / alpha. The tables are for Stable Diffusion (`sd15`, `sdxl`),
+    Stable Video Diffusion (`svd`) and the first stage of DeepFloyd-IF (`deepfloyd_if`).
+    `sd15_30` and `sdxl_30` are not by the authors: they are lists of 30 steps by
+    Koitenshin (github.com/AUTOMATIC1111/stable-diffusion-webui, pull request 15751).
 
     Attributes:
         table: Name of one of these tables.
