@@ -197,7 +197,8 @@ def sample(
         steps: The schedule.
         solver: Solver of the steps. None uses the one that the schedule was searched
             with, and Euler for times set by hand.
-        condition: Conditions (C, ...) of a model, as in `search`.
+        condition: Conditions (C, ...) of a model, such as classes (C,); the noises take
+            them in turn. None uses every class in turn for a model that needs one.
         seed: Seed of drawn noises.
 
     Returns:
@@ -252,27 +253,32 @@ def compare(
     plans, and is measured, on the first 32 held-out noises.
 
     Args:
-        velocity_or_model: As in `search`.
-        noise: As in `search`: the noises (B, *E) that strategies plan on.
-        num_steps: As in `search`.
-        prompts: As in `search`.
+        velocity_or_model: A function v(x (M, *E), t (M,)) -> (M, *E), a
+            `BoundVelocity`, a `Model`, or a pipeline of diffusers.
+        noise: Standard normal noises (B, *E) that strategies plan on. For a model also
+            how many to draw; None draws 32, or one for each prompt of a pipeline.
+        num_steps: K, the number of network calls, or several.
+        prompts: Prompts of a pipeline of diffusers; required for one.
         strategies: {label: strategy}. None uses `standard_strategies()` of this module,
             with the default strategy of `search` as "oss_best".
         held_out: Standard normal noises (n, *E) that the search does not see, or how
             many to draw.
-        solver: As in `search`.
-        teacher: As in `search`.
-        num_teacher_steps: As in `search`.
-        distance: As in `search`.
-        condition: As in `search`.
+        solver: Solver of teacher and students. Searches use it without its calibration.
+        teacher: Where the teacher's times lie. None uses a pipeline's own times, else
+            `FlowSchedule()`.
+        num_teacher_steps: N, the number of steps of the teacher.
+        distance: What searches minimise between student and teacher.
+        condition: Conditions (C, ...) of a model, such as classes (C,); the noises take
+            them in turn. None uses every class in turn for a model that needs one.
         held_out_condition: Conditions that the held-out noises take in turn. None uses
             `condition`.
         decode: Maps x0 (B, *E) to pixels in [0, 1]. None uses a model's own decoder.
             For a function x0 is taken as it is, so its PSNR is 10 log10(1 / MSE).
-        seed: As in `search`.
+        seed: Seed of drawn noises.
         batch_size: Number of held-out noises that are sampled at a time. A plain
             function gets all of them at once.
-        progress: As in `search`.
+        progress: Whether to draw a progress bar on stderr. None draws one on a
+            terminal.
 
     Returns:
         The comparison. It prints itself as a table.
