@@ -1,11 +1,12 @@
 """Optimal step schedules for few-step diffusion and flow-matching samplers (OSS, arXiv 2503.21774).
 
-The front door: every name that a user's code, the `_target_` of a configuration or a saved schedule holds is an
-attribute of this package, such as `oss_exp.OSSShared`. Files can then move without breaking any of them. A name is
-imported when it is first used, so importing the package takes milliseconds and does not load torch.
+All public names are attributes of this package, such as `oss_exp.OSSShared`. User code,
+the `_target_` entries of configurations and saved schedules use these names and no
+module paths, so files can move. A name is imported when it is first used: importing the
+package takes milliseconds and does not load torch.
 
-`__all__` lists what library users need; `CONFIGURED` are further names that configurations use, `BASES` the
-classes that extensions subclass.
+`__all__` lists what users of the library need, `CONFIGURED` the further names that
+configurations use, and `BASES` the classes that extensions subclass.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if (
-    TYPE_CHECKING
-):  # for editors and type checkers; the same names as in PUBLIC below (a test compares them)
+# For editors and type checkers: the same names as in PUBLIC below, which a test compares.
+if TYPE_CHECKING:
     from oss_exp.api import compare as compare
     from oss_exp.api import sample as sample
     from oss_exp.api import search as search
@@ -95,11 +95,11 @@ __version__ = "0.1.0"
 ASSETS = Path(__file__).parent / "assets"  # shipped networks, schedules, prompts
 
 PUBLIC = {
-    # Verbs.
+    # Functions.
     "compare": "api",
     "sample": "api",
     "search": "api",
-    # Schedules of steps, and the search.
+    # Step schedules and their search.
     "StepSchedule": "schedule",
     "Pinned": "schedule",
     "Free": "schedule",
@@ -174,7 +174,7 @@ PUBLIC = {
     "ScorePrediction": "models.parameterization",
     "VPVelocity": "models.parameterization",
     "Guidance": "models.guidance",
-    # Elsewhere.
+    # Export.
     "OSSScheduler": "export.oss_scheduler",
 }
 
@@ -260,12 +260,12 @@ CONFIGURED = {
     "Statistics": "tasks.statistics",
     "Reproduce": "reproduce.task",
     "Report": "report.page",
-    # Pipelines of diffusers.
+    # diffusers pipelines.
     "Pipeline": "models.pipeline",
     "PipelineSchedule": "models.pipeline",
 }
 
-# What extensions subclass, and what the verbs and files give.
+# Classes that extensions subclass, and types that the verbs and files return.
 BASES = {
     "Calibration": "calibration",
     "Comparison": "api",
@@ -282,25 +282,28 @@ BASES = {
 
 __all__ = [*PUBLIC]
 
-_PLACES = {**PUBLIC, **CONFIGURED, **BASES}
+_MODULES = {**PUBLIC, **CONFIGURED, **BASES}  # name -> module
 
 
 def __getattr__(name: str) -> Any:
-    place = _PLACES.get(name)
-    if place is None:
-        near = "" if name.startswith("_") else _near(name)
-        raise AttributeError(f"module 'oss_exp' has no attribute {name!r}{near}")
-    value = getattr(import_module(f"oss_exp.{place}"), name)
+    """Import a public name when it is first used."""
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'oss_exp' has no attribute {name!r}{_suggestion(name)}")
+    value = getattr(import_module(f"oss_exp.{module}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*_PLACES, "__version__", "__doc__", "__file__", "__path__"})
+    return sorted({*_MODULES, "__version__", "__doc__", "__file__", "__path__"})
 
 
-def _near(name: str) -> str:
+def _suggestion(name: str) -> str:
+    """Return "; did you mean X?" with the public name most like `name`, or an empty string."""
+    if name.startswith("_"):
+        return ""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, _PLACES, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    matches = get_close_matches(name, _MODULES, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""

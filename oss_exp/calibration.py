@@ -1,8 +1,10 @@
-"""Amplitude calibration: before a network call, give a student's state the range of values that the teacher's has.
+"""Amplitude calibration: give a student's state the range of values that the teacher's has.
 
-In few steps the range drifts. The 5 and 95 % quantiles of the teacher at each node of its grid, averaged over samples,
-say what it should be; one affine map a sample puts it there (Optimal Stepsize, arXiv 2503.21774, section 3.4).
-Legend: N+1 teacher nodes, M rows, *E event dims, C channels (the first of E). Times are canonical (1 noise, 0 data).
+In few steps the range drifts. The 5 % and 95 % quantiles of the teacher at each node of
+its grid, averaged over samples, are the target; before a network call one affine map a
+sample restores them (Optimal Stepsize, arXiv 2503.21774, section 3.4). Legend: N+1
+teacher nodes, M rows, *E event dims, C channels (the first of E). Times are canonical
+(1 noise, 0 data).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ FORMAT, VERSION = "oss_exp/calibration", 1
 
 
 class CalibrationRecord(Record):
-    """The file of a `Calibration`, whose words these are. quantiles: what low and high are, LOW and HIGH."""
+    """The file of a `Calibration`; `quantiles` are those that `low` and `high` hold."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,49 +42,73 @@ class CalibrationRecord(Record):
 
     @field_validator("quantiles")
     @classmethod
-    def _of_this_program(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _check_quantiles(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value != (LOW, HIGH):
             raise ValueError(f"must be {[LOW, HIGH]}, got {list(value)}")
         return value
 
 
 def amplitude(x: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
-    """x (M, *E) -> 5 % and 95 % quantiles over the elements of each sample, or of each channel: (M,) or (M, C) float64.
+    """Return the 5 % and 95 % quantiles of the elements of each sample, or of each channel.
 
-    Linear between two elements, as numpy's default; exact at any size (torch.quantile refuses large tensors).
-    Raises ValueError when x holds NaN or infinity.
+    They are linear between two elements, as numpy's default, and exact at any size
+    (torch.quantile refuses large tensors).
+
+    Args:
+        x: (M, *E).
+        per_channel: Whether each channel has its own quantiles.
+
+    Returns:
+        Two tensors (M,), or (M, C) if per_channel, float64.
+
+    Raises:
+        ValueError: If x holds NaN or infinity.
     """
+    # Check.
     if x.ndim < 1 + per_channel:
         raise ValueError(
-            f"an amplitude per {'channel' if per_channel else 'sample'} has no axis in {tuple(x.shape)}"
+            f"an amplitude per {'channel' if per_channel else 'sample'} has no axis in "
+            f"{tuple(x.shape)}"
         )
+
     if not bool(x.isfinite().all()):
         raise ValueError(
-            f"the state of shape {tuple(x.shape)} holds NaN or infinity, so it has no amplitude; check the model's "
-            "dtype and the schedule's first time"
+            f"the state of shape {tuple(x.shape)} holds NaN or infinity, so it has no amplitude; "
+            "check the model's dtype and the schedule's first time"
         )
-    kept, dims = x.shape[: 1 + per_channel], x.shape[1 + per_channel :]
-    ordered = x.reshape(*kept, math.prod(dims)).sort(dim=-1).values
+
+    # Quantiles.
+    rows = x.shape[: 1 + per_channel]
+    elements = math.prod(x.shape[1 + per_channel :])
+    ordered = x.reshape(*rows, elements).sort(dim=-1).values
     return _quantile(ordered, LOW), _quantile(ordered, HIGH)
 
 
 def _quantile(ordered: Tensor, q: float) -> Tensor:
-    """ordered (..., n) ascending -> (...) float64."""
+    """Return the quantile (...), float64, of ascending values (..., n)."""
     last = ordered.shape[-1] - 1
-    below = math.floor(q * last)
-    first, second = (ordered[..., min(k, last)].double() for k in (below, below + 1))
-    return torch.lerp(first, second, q * last - below)
+    index = math.floor(q * last)
+    low = ordered[..., index].double()
+    high = ordered[..., min(index + 1, last)].double()
+    return torch.lerp(low, high, q * last - index)
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The teacher's amplitudes along its grid, and the affine map that gives them to a student's state.
+    """The teacher's amplitudes along its grid, as an affine map that restores them in a student.
 
-    times:          (N+1,) the teacher's strictly decreasing grid, in [0, 1].
-    low, high:      its mean 5 % and 95 % quantiles there, (N+1,), or (N+1, C) for a table of each channel.
-    last_step_only: change the state before the last network call and before no other.
-    provenance:     what made it: model and weights hash, teacher, solver, samples, seed, versions.
-    Raises ValueError when the values are not finite, the shapes differ, or low exceeds high.
+    Attributes:
+        times: (N+1,) the teacher's grid, strictly decreasing in [0, 1].
+        low: The teacher's mean 5 % quantiles there, (N+1,), or (N+1, C) for a table per
+            channel.
+        high: Its mean 95 % quantiles, of the same shape.
+        last_step_only: Whether only the state before the last network call is changed.
+        provenance: Model and hash of its weights, teacher, solver, samples, seed and
+            versions.
+
+    Raises:
+        ValueError: If the values are not finite, the shapes differ, or low exceeds
+            high.
     """
 
     times: Tensor
@@ -92,105 +118,143 @@ class Calibration:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Copies, which the caller cannot change.
         for name in ("times", "low", "high"):
-            value = torch.as_tensor(
-                getattr(self, name), dtype=torch.float64
-            ).clone()  # nobody else's to change
+            value = torch.as_tensor(getattr(self, name), dtype=torch.float64).clone()
             object.__setattr__(self, name, value)
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{name} of a calibration must be finite numbers")
-        times, shape = self.times, tuple(self.low.shape)
+
+        # Times.
+        times = self.times
         if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
             raise ValueError(
                 "times of a calibration must be a teacher's grid: two or more, strictly decreasing"
             )
+
         if times[0] > 1 or times[-1] < 0:
             raise ValueError(
-                f"times of a calibration must be in [0, 1], got {float(times[0])} to {float(times[-1])}"
+                "times of a calibration must be in [0, 1], "
+                f"got {float(times[0])} to {float(times[-1])}"
             )
+
+        # Quantiles.
+        shape = tuple(self.low.shape)
         if len(shape) not in (1, 2) or shape[0] != len(times) or shape != tuple(self.high.shape):
             raise ValueError(
-                f"low and high of a calibration must be ({len(times)},) or ({len(times)}, C), a row for each time, "
-                f"got {shape} and {tuple(self.high.shape)}"
+                f"low and high of a calibration must be ({len(times)},) or ({len(times)}, C), "
+                f"a row for each time, got {shape} and {tuple(self.high.shape)}"
             )
+
         if bool((self.low > self.high).any()):
             raise ValueError("low of a calibration must not exceed high")
 
     @property
     def per_channel(self) -> bool:
-        """Whether every channel has a table of its own."""
+        """True where every channel has its own table."""
         return self.low.ndim == 2
 
     def __call__(self, x: Tensor, t: Tensor, is_last: bool) -> Tensor:
-        """x (M, *E) at t (M,) or () -> a x + b, whose quantiles are the table's at t. is_last: the last network call.
+        """Return the state a x + b whose quantiles are the table's at t.
 
-        A sample with no spread is only shifted, to the middle of the table's range. ValueError when t is outside the
-        grid, x has other channels than the table, or x is not finite.
+        A sample without spread is only shifted, to the middle of the table's range.
+
+        Args:
+            x: (M, *E).
+            t: (M,) or ().
+            is_last: Whether the state is that before the last network call.
+
+        Raises:
+            ValueError: If t is outside the grid, x has other channels than the table,
+                or x is not finite.
         """
         if self.last_step_only and not is_last:
             return x
-        low, high = self.at(torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x)))
+
+        # Target and present quantiles.
+        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
+        low, high = self.at(t)
         if self.per_channel and (x.ndim < 2 or x.shape[1] != low.shape[1]):
             raise ValueError(
-                f"the calibration has tables of {low.shape[1]} channels, the state is {tuple(x.shape)}"
+                f"the calibration has tables of {low.shape[1]} channels, "
+                f"the state is {tuple(x.shape)}"
             )
         q_low, q_high = amplitude(x, self.per_channel)
+
+        # The map. A spread of the size of the rounding error is not stretched.
         spread = q_high - q_low
-        flat = (
-            spread <= (high - low) * torch.finfo(x.dtype).eps
-        )  # what is left to stretch is rounding error
+        flat = spread <= (high - low) * torch.finfo(x.dtype).eps
         a = torch.where(flat, 1.0, (high - low) / torch.where(flat, 1.0, spread))
         b = torch.where(flat, (low + high) / 2 - (q_low + q_high) / 2, low - a * q_low)
-        a, b = (
-            value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - value.ndim))
-            for value in (a, b)
-        )
-        return a * x + b
+        shape = (*a.shape, *[1] * (x.ndim - a.ndim))
+        return a.to(x.dtype).reshape(shape) * x + b.to(x.dtype).reshape(shape)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t (M,) float64 -> low and high there, (M,) or (M, C), on t's device.
+        """Return low and high at times t (M,), float64: (M,) or (M, C) on t's device.
 
-        Linear in t between two nodes: the times of hand-made schedules need not be on the teacher's grid.
+        They are linear in t between two nodes, because the times of hand-made schedules
+        need not be on the teacher's grid.
+
+        Raises:
+            ValueError: If a time is outside the grid.
         """
-        times, low, high = (value.to(t.device) for value in (self.times, self.low, self.high))
-        first, last = float(times[0]), float(times[-1])
-        outside = (
-            (t > first + 1e-9) | (t < last - 1e-9) | t.isnan()
-        )  # the same time computed twice may differ so much
+        times = self.times.to(t.device)
+        low = self.low.to(t.device)
+        high = self.high.to(t.device)
+
+        # Check, up to the rounding error of a time.
+        first = float(times[0])
+        last = float(times[-1])
+        outside = (t > first + 1e-9) | (t < last - 1e-9) | t.isnan()
         if bool(outside.any()):
             raise ValueError(
-                f"the calibration has amplitudes for t = {first:.6g} to {last:.6g}, asked for "
-                f"t = {float(t[outside][0]):.6g}; calibrate along a noise schedule that covers this time "
-                "(oss-exp task=calibrate)"
+                f"the calibration has amplitudes for t = {first:.6g} to {last:.6g}, "
+                f"asked for t = {float(t[outside][0]):.6g}; "
+                "calibrate along a noise schedule that covers this time (oss-exp task=calibrate)"
             )
+
+        # Interpolate.
         right = torch.searchsorted(-times, -t).clamp(1, len(times) - 1)
         weight = ((times[right - 1] - t) / (times[right - 1] - times[right])).clamp(0, 1)
         weight = weight.reshape(-1, *[1] * (low.ndim - 1))
-        return torch.lerp(low[right - 1], low[right], weight), torch.lerp(
-            high[right - 1], high[right], weight
-        )
+        low_at_t = torch.lerp(low[right - 1], low[right], weight)
+        high_at_t = torch.lerp(high[right - 1], high[right], weight)
+        return low_at_t, high_at_t
 
     def check(self, model_fingerprint: str, model_name: str, grid: Tensor) -> None:
-        """ValueError when this was made for other weights, or for another teacher's grid (N+1,)."""
-        made_for = self.provenance.get("model")
-        made_for = made_for if isinstance(made_for, Mapping) else {}
-        if made_for.get("sha256") != model_fingerprint:
+        """Raise ValueError if this was made for other weights or another teacher's grid.
+
+        Args:
+            model_fingerprint: SHA-256 of the run's weights.
+            model_name: Name of the run's model, quoted in the message.
+            grid: (N+1,) the run's teacher grid.
+        """
+        # Model.
+        model = self.provenance.get("model")
+        if not isinstance(model, Mapping):
+            model = {}
+
+        if model.get("sha256") != model_fingerprint:
             raise ValueError(
-                f"the calibration was made for model {made_for.get('name')!r} (weights "
-                f"{str(made_for.get('sha256'))[:12]}), this run has {model_name!r} ({model_fingerprint[:12]}); choose "
-                "that model, or make another with oss-exp task=calibrate"
+                f"the calibration was made for model {model.get('name')!r} "
+                f"(weights {str(model.get('sha256'))[:12]}), this run has {model_name!r} "
+                f"({model_fingerprint[:12]}); "
+                "choose that model, or make another with oss-exp task=calibrate"
             )
-        if len(grid) != len(self.times) or not torch.allclose(
-            grid.to(self.times), self.times, rtol=0, atol=1e-9
-        ):
+
+        # Grid.
+        has_length = len(grid) == len(self.times)
+        if not has_length or not torch.allclose(grid.to(self.times), self.times, rtol=0, atol=1e-9):
             raise ValueError(
-                f"the calibration was made along a teacher of {len(self.times) - 1} steps from t = "
-                f"{float(self.times[0]):.6g}, this run's has {len(grid) - 1} from {float(grid[0]):.6g}, or other "
-                "times; choose that noise_schedule and num_teacher_steps, or make another with oss-exp task=calibrate"
+                f"the calibration was made along a teacher of {len(self.times) - 1} steps from "
+                f"t = {float(self.times[0]):.6g}, this run's has {len(grid) - 1} from "
+                f"{float(grid[0]):.6g}, or other times; "
+                "choose that noise_schedule and num_teacher_steps, "
+                "or make another with oss-exp task=calibrate"
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, whole or not at all."""
+        """Write the calibration as JSON, whole or not at all, and return its path."""
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -205,15 +269,23 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote. FileNotFoundError or ValueError names the file, the fault and the remedy."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If the file is missing.
+            ValueError: If it is damaged. The message names the file, the fault and the
+                remedy.
+        """
         path = Path(path)
         remedy = "make one with oss-exp task=calibrate"
         record = load_record(path, CalibrationRecord, "calibration", remedy, TABLE_LIMIT)
         try:
-            times, low, high = (
-                torch.tensor(x, dtype=torch.float64)
-                for x in (record.times, record.low, record.high)
+            return cls(
+                times=torch.tensor(record.times, dtype=torch.float64),
+                low=torch.tensor(record.low, dtype=torch.float64),
+                high=torch.tensor(record.high, dtype=torch.float64),
+                last_step_only=record.last_step_only,
+                provenance=record.provenance,
             )
-            return cls(times, low, high, record.last_step_only, record.provenance)
         except ValueError as error:
             raise ValueError(f"calibration {path} is damaged: {error}; {remedy}") from None

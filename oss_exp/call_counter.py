@@ -1,4 +1,4 @@
-"""The count of network calls, shown as a progress bar."""
+"""A counter of network calls with a progress bar."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ from oss_exp.velocity import BoundVelocity
 
 
 class CallCounter:
-    """Counts the network calls of a piece of work and, with `show`, draws them as a bar with the time left.
+    """A counter of the network calls of a piece of work, with a bar and the time left on stderr.
 
-    The bar is on stderr, within `with counter.progress`.
+    The bar is drawn inside `with counter.progress`.
+
+    Args:
+        show: Whether to draw the bar.
+
+    Attributes:
+        rows: Network rows counted since `measure` began.
+        samples: Samples that the rows are for.
+        seconds: Time that the last `measure` took.
     """
 
     def __init__(self, show: bool) -> None:
@@ -38,39 +46,54 @@ class CallCounter:
             console=PlainConsole(stderr=True),
             disable=not show,
         )
-        self.rows, self.samples, self.seconds = 0, 1, 0.0
+        self.rows = 0
+        self.samples = 1
+        self.seconds = 0.0
         self.bar = TaskID(0)
 
     def counted(self, velocity: BoundVelocity) -> BoundVelocity:
-        """Return the same velocity, whose rows are counted here."""
+        """Return the velocity with its rows counted here."""
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            answer = velocity.fn(x, t, condition)
+            output = velocity.fn(x, t, condition)
             self.add(len(x))
-            return answer
+            return output
 
         return replace(velocity, fn=fn)
 
     def add(self, rows: int) -> None:
-        """Count so many rows of network calls."""
+        """Count rows of network calls."""
         self.rows += rows
         self.progress.update(self.bar, advance=rows / self.samples)
 
     @contextmanager
     def measure(self, name: str, calls: int, samples: int) -> Iterator[None]:
-        """Count from zero; calls: how many are expected for each of this rank's samples."""
-        self.rows, self.samples = 0, samples
+        """Count from zero within this context.
+
+        Args:
+            name: Name of the work, shown beside the bar.
+            calls: Expected network calls for each of this rank's samples.
+            samples: Number of this rank's samples.
+        """
+        self.rows = 0
+        self.samples = samples
         self.bar = self.progress.add_task(visible(name), total=max(calls, 1))
-        started = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.seconds = time.perf_counter() - started
-        total = max(
-            self.rows / samples, 1
-        )  # a refinement may have needed fewer or more than announced
+        self.seconds = time.perf_counter() - start
+
+        # A refinement may have needed fewer or more calls than expected.
+        total = max(self.rows / samples, 1)
         self.progress.update(self.bar, total=total, completed=total)
 
     def cost(self, num_steps: list[int], samples: int, rows: int) -> dict[str, Any]:
-        """Return what a schedule's file says of its planning: these rows were counted for so many samples."""
+        """Return the `planning` section of a schedule's provenance.
+
+        Args:
+            num_steps: Budgets that were planned.
+            samples: Number of search samples.
+            rows: Network rows over all of them.
+        """
         return {
             "for_num_steps": num_steps,
             "search_samples": samples,

@@ -1,7 +1,8 @@
-"""The command line: compose a configuration, run its task, report what it left.
+"""The command line: compose a configuration, run its task, and write the report.
 
-Everything that goes wrong because of what the user gave ends here, in one message and exit code 1; the message and the
-full traceback go to error.log in the run folder, and to the terminal with HYDRA_FULL_ERROR=1.
+An error that the user's input causes ends in one message and exit code 1. The message
+and the full traceback go to error.log in the run folder, and with HYDRA_FULL_ERROR=1 to
+the terminal.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
-CONF = next(
-    folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()
-)  # wheel, checkout
+_CONF_FOLDERS = (PACKAGE / "conf", PACKAGE.parent / "conf")  # in a wheel, in a checkout
+CONF = next(folder for folder in _CONF_FOLDERS if folder.is_dir())
 USER_ERRORS = (
     ValueError,
     OSError,
@@ -48,43 +48,51 @@ USER_ERRORS = (
 
 
 class _Failed(BaseException):
-    """The one job of a command failed: its cause says why. Hydra prints a line of its own before an Exception."""
+    """The failure of the only job of a command, with the error as its cause.
+
+    It is no Exception, before which Hydra would print a line.
+    """
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
-    """The mean PSNR of the run's schedules, for sweepers that look for a maximum; None where none was measured."""
+    """Run one job, and return the mean PSNR of its schedules for sweepers that maximise it.
+
+    The result is None where no schedule was measured.
+    """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
-    where = (
-        f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweeps else f"hydra.run.dir={folder}"
-    )
-    preemption.advise(f"what was done is kept, and the same command with {where} goes on")
-    lock = FileLock(folder / ".lock", timeout=0)  # freed by the system, however the process ends
+    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    option = f"hydra.run.dir={folder}"
+    if is_sweep:
+        option = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+    preemption.advise(f"what was done is kept, and the same command with {option} goes on")
+
+    # Lock the folder. The system frees the lock, however the process ends.
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         rank_zero_only(lock.acquire)()
     except Timeout:
         raise ValueError(
             f"another process works in {folder}; wait for it, or choose another hydra.run.dir"
         ) from None
+
+    # Remove what a killed run left.
     rank_zero_only(remove_unfinished)(folder)
     rank_zero_only((folder / "error.log").unlink)(missing_ok=True)
+
+    # Run.
     try:
         if not (folder / ".hydra").exists():
             _write_command(cfg, folder)
         _run(cfg, folder)
-        _write_command(
-            cfg, folder
-        )  # not before: a refused command is not the one of the folder's run
+        _write_command(cfg, folder)  # only now: a refused command did not make this folder
+
         return report.mean_psnr(folder)
     except Exception as error:
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk: what went wrong is to be said all the same
-            rank_zero_only(write_atomically)(
-                folder / "error.log", f"{error}\n\n{traceback.format_exc()}"
-            )
-        if sweeps:  # where that line says which job it was, and the others go on
+        log = f"{error}\n\n{traceback.format_exc()}"
+        with contextlib.suppress(OSError):  # with a full disk, the error is printed all the same
+            rank_zero_only(write_atomically)(folder / "error.log", log)
+        if is_sweep:  # Hydra prints which job it was, and the other jobs go on
             raise
         raise _Failed from error
     finally:
@@ -93,18 +101,20 @@ def run(cfg: DictConfig) -> float | None:
 
 @rank_zero_only
 def _write_command(cfg: DictConfig, folder: Path) -> None:
-    """Write the files that Hydra has in .hydra: the configuration, Hydra's own, and the overrides."""
-    own: Any = HydraConfig.instance().cfg
+    """Write Hydra's files in .hydra: both configurations, of the run and Hydra, and overrides."""
+    hydra_cfg: Any = HydraConfig.instance().cfg
     parts = {
         "config": cfg,
-        "hydra": OmegaConf.masked_copy(own, "hydra"),
-        "overrides": own.hydra.overrides.task,
+        "hydra": OmegaConf.masked_copy(hydra_cfg, "hydra"),
+        "overrides": hydra_cfg.hydra.overrides.task,
     }
     for name, part in parts.items():
         write_atomically(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
+    """Check the configuration, run its task, and write and log the report."""
+    # Checks.
     refuse_unread(cfg, CONF)
     expand_home(cfg)
     if SLURMEnvironment.detect() and (states := sorted(folder.glob("hpc_ckpt_*"))):
@@ -115,12 +125,15 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     devices = cfg.trainer.devices if "trainer" in cfg else 1
     if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
         raise ValueError(
-            f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep "
-            "with one device per job (trainer=cpu or trainer=gpu) and use several devices in single runs"
+            f"--multirun with trainer.devices={devices}: every process would start the sweep "
+            "again; sweep with one device per job (trainer=cpu or trainer=gpu) and use several "
+            "devices in single runs"
         )
-    logger = border.build(cfg.task, "task", Task)(
-        cfg
-    )  # a task that logs as it goes returns its logger
+
+    # Task. One that logs while it runs returns its logger.
+    logger = border.build(cfg.task, "task", Task)(cfg)
+
+    # Report.
     if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it
         report.write(folder)
         if (logger := logger or border.build(cfg.logger, "logger", Logger | None)) is not None:
@@ -128,11 +141,15 @@ def _run(cfg: DictConfig, folder: Path) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--version"]:  # else Hydra says its own
+    """Run the program and report errors; the entry point of `oss-exp`."""
+    if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
         print(f"oss-exp {oss_exp.__version__}")
         return
+
+    # Run. Without HYDRA_FULL_ERROR, Hydra would print errors in its own form.
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of every error
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
     error: BaseException | None = None
     try:
         with preemption.watched():
@@ -145,10 +162,13 @@ def main() -> None:
     finally:
         if not wants_traceback:
             del os.environ["HYDRA_FULL_ERROR"]
+
+    # Errors.
     if error is None:
         return
     if wants_traceback or not isinstance(error, USER_ERRORS):
         raise error
+
     print(f"oss-exp: {on_a_screen(str(error))}", file=sys.stderr)
     if {"-m", "--multirun"} & set(sys.argv):
         print(

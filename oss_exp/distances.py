@@ -1,9 +1,11 @@
 """Distances: what a search minimises between a student's state and the teacher's at the same time.
 
-A distance compares `features` of the two states: the states themselves, what the network makes of them, or what another
-network sees in the result (OSS, arXiv 2503.21774, section 4.2.2). Where the features are linear and the norm is 2, the
-search scores every edge from inner products; any other distance is measured on every candidate. Legend: M rows,
-B bound samples (row m belongs to sample m % B), *E event dims, F features.
+A distance compares `features` of the two states: the states themselves, the network's
+prediction from them, or what another network sees in that prediction (OSS,
+arXiv 2503.21774, section 4.2.2). Where the features are linear and the norm is 2, the
+search scores every edge from inner products; any other distance is measured on every
+candidate. Legend: M rows, B bound samples (row m belongs to sample m % B), *E event
+dims, F features.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Norm = Literal[1, 2]
 
 
 class Source(Protocol):
-    """What a distance may look at in a model: its pixels and its layers."""
+    """The part of a model that a distance may use: its pixels and its layers."""
 
     def decode(self, x0: Tensor) -> Tensor: ...
 
@@ -39,7 +41,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Distance(abc.ABC):
-    """The mean over the features of |difference| ^ norm, one number a row."""
+    """A distance between two states: the mean over their features of |difference|^norm.
+
+    Attributes:
+        norm: 1 or 2.
+    """
 
     norm: Norm = field(default=2, kw_only=True)
 
@@ -48,36 +54,38 @@ class Distance(abc.ABC):
 
     @property
     def linear(self) -> bool:
-        """Whether the features are a linear map of x that reads neither t nor the network."""
+        """True where the features are a linear map of x, without t or the network."""
         return False
 
     @property
     def calls(self) -> int:
-        """Network calls that the features of a row need."""
+        """The number of network calls that the features of a row need."""
         return 0
 
     @abc.abstractmethod
     def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
-        """x (M, *E) at t (M,) float64 -> (M, ...)."""
+        """Return the features (M, ...) of states x (M, *E) at times t (M,), float64."""
 
     def bind(self, model: Source) -> Distance:
-        """The same, looking at this model's pixels or layers where it needs any."""
+        """Return the distance bound to a model, where it needs pixels or layers."""
         return self
 
     def between(self, a: Tensor, b: Tensor) -> Tensor:
-        """features (M, ...) of two states -> (M,) float64."""
-        gap = (a - b).flatten(1).double()
-        return (gap.abs() if self.norm == 1 else gap.square()).mean(dim=1)
+        """Return the distance (M,), float64, between the features (M, ...) of two states."""
+        difference = (a - b).flatten(1).double()
+        if self.norm == 1:
+            return difference.abs().mean(dim=1)
+        return difference.square().mean(dim=1)
 
     @property
     def quadratic(self) -> bool:
-        """Whether inner products of states are enough."""
+        """True where the distance follows from inner products of states."""
         return self.linear and self.norm == 2
 
 
 @dataclass(frozen=True)
 class XtMSE(Distance):
-    """x_t-MSE: all elements of the state, the paper's default."""
+    """The x_t-MSE of all elements of the state, the paper's default."""
 
     @property
     def linear(self) -> bool:
@@ -89,7 +97,7 @@ class XtMSE(Distance):
 
 @dataclass(frozen=True)
 class X0MSE(Distance):
-    """x0-MSE: the clean prediction x - t v(x, t) at the candidate itself, one network call for every edge."""
+    """The x0-MSE of the clean predictions x - t v(x, t), which cost one network call per edge."""
 
     @property
     def calls(self) -> int:
@@ -102,27 +110,39 @@ class X0MSE(Distance):
 
 
 class RandomFeatures(nn.Module):
-    """A fixed random convolutional network: features without any weights to download; texture rather than meaning."""
+    """A fixed random convolutional network, which needs no weights; it sees texture, not meaning.
+
+    Args:
+        channels: Channels of the images, 1 to 4.
+        width: Channels of the first of three layers; the next ones have 2 and 4 times
+            as many.
+        seed: Seed of the weights.
+    """
 
     def __init__(self, channels: int = 1, width: int = 32, seed: int = 0):
         super().__init__()
         require_range(at_least=1, at_most=4, channels=channels)
         require_range(at_least=1, at_most=4096, width=width)
         require_range(at_least=0, seed=seed)
+
+        # Layers.
         sizes = [channels, width, 2 * width, 4 * width]
         layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
+
+        # Weights.
         generator = torch.Generator().manual_seed(seed)
         for layer in layers:
-            nn.init.normal_(
-                layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator
-            )
+            std = (2 / layer.weight[0].numel()) ** 0.5
+            nn.init.normal_(layer.weight, std=std, generator=generator)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x, features = images.float() * 2 - 1, []
+        """Return features (M, 14 width) of images (M, channels, H, W) in [0, 1]."""
+        x = images.float() * 2 - 1
+        features: list[Tensor] = []
         for layer in self.layers:
             x = layer(x).relu()
             features.append(x.mean(dim=(2, 3)))
@@ -132,9 +152,11 @@ class RandomFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class Inception(X0MSE):
-    """Features that an image network sees in the decoded clean prediction: the paper's x0-Inception-V3.
+    """The distance between image features of the clean predictions: the paper's x0-Inception-V3.
 
-    extractor: images (M, C, H, W) in [0, 1] -> (M, F). decode: the model's, set by `bind`.
+    Attributes:
+        extractor: Maps images (M, C, H, W) in [0, 1] to features (M, F).
+        decode: The model's decoder, set by `bind`.
     """
 
     extractor: nn.Module = field(default_factory=RandomFeatures)
@@ -153,17 +175,22 @@ class Inception(X0MSE):
 
 
 def _decoded(model: Source, x0: Tensor) -> Tensor:
-    """On the model's device, wherever the states are."""
-    return model.decode(x0.to(next(chain(model.parameters(), model.buffers()), x0).device))
+    """Decode x0 on the model's device."""
+    weight = next(chain(model.parameters(), model.buffers()), x0)
+    return model.decode(x0.to(weight.device))
 
 
 @dataclass(frozen=True)
 class Perceptual(Distance):
-    """What a layer of the denoising network itself puts out at (x, t): the paper's x_t-perceptual.
+    """The distance between outputs of a layer of the denoising network: the paper's x_t-perceptual.
 
-    layer: dotted name of a submodule of the model; all its outputs in a call are compared, under guidance both (but for
-              guidance in an interval only the conditional one).
-    min_time: the time told to the network where t is smaller, for at t = 0 a trained network has no input scale.
+    Attributes:
+        layer: Dotted name of a submodule of the model. All its outputs in a call are
+            compared. Under guidance these are the conditional and the unconditional
+            ones; with guidance in an interval only the conditional ones.
+        min_time: Time given to the network where t is smaller, because a trained
+            network has no input scale at t = 0.
+        module: The submodule, set by `bind`.
     """
 
     layer: str = "responsibilities"
@@ -181,9 +208,10 @@ class Perceptual(Distance):
     def bind(self, model: Source) -> Perceptual:
         layers = dict(model.named_modules())
         if not self.layer or self.layer not in layers:
-            shown = ", ".join([name for name in layers if name][:20])
+            names = [name for name in layers if name]
             raise ValueError(
-                f"distance.layer={self.layer!r} is no layer of the model; it has {shown}"
+                f"distance.layer={self.layer!r} is not a layer of the model; "
+                f"it has {', '.join(names[:20])}"
             )
         return replace(self, module=layers[self.layer])
 
@@ -192,43 +220,52 @@ class Perceptual(Distance):
             raise ValueError(
                 "distance Perceptual looks at a model's layer; give a Model, or use XtMSE()"
             )
-        seen: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def watched(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-            seen.clear()
+        def layer_features(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            """Run the network and return the layer's outputs in place of the velocity."""
+            outputs.clear()
             velocity.fn(x, t, condition)
-            if not seen:
+            if not outputs:
                 raise ValueError(
-                    f"layer {self.layer} does not run when the model gives a velocity; choose another"
+                    f"layer {self.layer} does not run when the model gives a velocity; "
+                    "choose another"
                 )
-            outputs = torch.cat(seen) if len(seen[0]) == len(x) else seen[0]
-            if velocity.mixed_within != (0.0, 1.0):  # the second answers are of some rows only
-                outputs = outputs[: len(x)]
-            # Several calls with a row each, or one with several rows a sample: (c * M, ...) -> (M, c * F).
-            return (
-                outputs.flatten(1)
-                .unflatten(0, (-1, len(x)))
-                .transpose(0, 1)
-                .flatten(1)
-                .to(x.device)
-            )
+            return _row_features(outputs, x, velocity)
 
-        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            seen.append(output)
+        def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            outputs.append(output)
 
-        handle = self.module.register_forward_hook(keep)
+        # Record the layer's outputs while the network runs.
+        handle = self.module.register_forward_hook(record)
         try:
-            return replace(velocity, fn=watched).raw(x, t.clamp(min=self.min_time))
+            return replace(velocity, fn=layer_features).raw(x, t.clamp(min=self.min_time))
         finally:
             handle.remove()
 
 
+def _row_features(outputs: list[Tensor], x: Tensor, velocity: BoundVelocity) -> Tensor:
+    """Return features (M, c * F) from a layer's outputs during one network call on x (M, *E).
+
+    A guided call runs the network c times with M rows, or once with c M rows.
+    """
+    stacked = torch.cat(outputs) if len(outputs[0]) == len(x) else outputs[0]
+    if velocity.mixed_within != (0.0, 1.0):  # the unconditional rows are not there at every time
+        stacked = stacked[: len(x)]
+    calls = stacked.flatten(1).unflatten(0, (-1, len(x)))  # (c, M, F)
+    return calls.transpose(0, 1).flatten(1).to(x.device)
+
+
 @dataclass(frozen=True)
 class Select(Distance):
-    """Another distance, with its norm, on some channels and frames of (M, C, H, W) images or (M, C, F, H, W) videos.
+    """Another distance on some channels of images (M, C, H, W) or frames of videos (M, C, F, H, W).
 
-    frames:   this many, spread evenly from the first to the last (truncated to integers, as in the released OSS code).
-    channels: the first so many. None keeps all.
+    Attributes:
+        distance: The distance whose features are cut.
+        frames: Number of frames, evenly spaced from the first to the last; None keeps
+            all. Indices are truncated to integers, as in the released OSS code.
+        channels: Number of leading channels; None keeps all.
+        norm: That of `distance`.
     """
 
     distance: Distance = field(default_factory=XtMSE)
@@ -254,18 +291,20 @@ class Select(Distance):
     def features(self, x: Tensor, t: Tensor, velocity: BoundVelocity) -> Tensor:
         x = self.distance.features(x, t, velocity)
         if self.channels is not None:
-            self._check("channels", self.channels, x.shape[1])
+            _require_at_most("channels", self.channels, x.shape[1])
             x = x[:, : self.channels]
         if self.frames is not None:
             if x.ndim != 5:
                 raise ValueError(
-                    f"frames needs videos of shape (M, C, F, H, W), got {tuple(x.shape)}; set frames=null"
+                    f"frames needs videos of shape (M, C, F, H, W), got {tuple(x.shape)}; "
+                    "set frames=null"
                 )
-            self._check("frames", self.frames, x.shape[2])
-            x = x[:, :, torch.linspace(0, x.shape[2] - 1, self.frames).long().to(x.device)]
+            _require_at_most("frames", self.frames, x.shape[2])
+            frames = torch.linspace(0, x.shape[2] - 1, self.frames).long()
+            x = x[:, :, frames.to(x.device)]
         return x
 
-    @staticmethod
-    def _check(name: str, wanted: int, present: int) -> None:
-        if wanted > present:
-            raise ValueError(f"{name}={wanted} but the states have only {present}")
+
+def _require_at_most(name: str, count: int, available: int) -> None:
+    if count > available:
+        raise ValueError(f"{name}={count} but the states have only {available}")

@@ -1,7 +1,8 @@
-"""Text on its way out: shown as it is, and read as nothing but text, wherever it comes from.
+"""Escape text for a terminal, Markdown, LaTeX, a spreadsheet or matplotlib.
 
-A name, a prompt or a message may hold what a terminal, Markdown, LaTeX, a spreadsheet or matplotlib would obey. Each of
-these borders has its function here; HTML has Python's `html.escape`.
+A name, a prompt or a message may hold characters that one of these would obey. Each
+output has its function here, so that text is shown as it is; HTML has Python's
+`html.escape`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from rich.console import Console
 from rich.text import Text
 
 SCREEN = 60, 4000  # lines and characters of a message
-# Control characters but for tabs and line feeds, other ends of lines, and what turns the direction of writing.
+# Control characters except tabs and line feeds, other line ends, and marks of writing direction.
 OBEYED = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 MARKDOWN = re.compile(
-    r"[\\`\[\]<>|&~$]"  # code, links, HTML, cells, entities, struck out, formulas
-    r"|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])"  # emphasis, which a lone * and the _ within a word are not
-    r"|:(?=//|[\w+-]+:)|(?<=www)\.|@(?=\w)"  # links, emoji, people
+    # Code, links, HTML, cells, entities, struck-out text, formulas.
+    r"[\\`\[\]<>|&~$]"
+    # Emphasis. A lone * and a _ within a word are not.
+    r"|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])"
+    # Links, emoji, people.
+    r"|:(?=//|[\w+-]+:)|(?<=www)\.|@(?=\w)"
 )
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -33,43 +37,47 @@ LATEX = {
     "|": r"\textbar{}",
     "`": r"\textasciigrave{}",
     **{letter: f"\\{letter}" for letter in "_%&#{}$"},
-    **{letter: f"{{{letter}}}" for letter in "[*"},  # which \\\\ at the end of a row would take
+    **{letter: f"{{{letter}}}" for letter in "[*"},  # an argument of \\\\ at the end of a row
 }
 
 
 class Markup(str):
-    """Text that is Markdown already."""
+    """A text that is Markdown already and is not escaped."""
 
 
 def visible(text: str) -> str:
-    """Return the text with what a terminal would obey written out: the character 27 as \\x1b."""
-    return OBEYED.sub(
-        lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text
-    )
+    """Return the text with control characters written out, such as character 27 as \\x1b."""
+
+    def written_out(match: re.Match[str]) -> str:
+        return match[0].encode("unicode_escape", "surrogatepass").decode()
+
+    return OBEYED.sub(written_out, text)
 
 
 def line(text: str, most: int = 300) -> str:
-    """Return the first line of a text, visible and cut to so many characters."""
+    """Return the first line of a text, visible and cut to `most` characters."""
     first = visible(text.strip().partition("\n")[0]).replace("\t", " ")
     return first if len(first) <= most else f"{first[: most - 3]}..."
 
 
 def on_a_screen(text: str) -> str:
-    """Return a message, visible, and cut to what a screen holds."""
-    lines, characters = SCREEN
-    shown = "\n".join(visible(text[: characters + 1]).split("\n")[:lines])[:characters]
-    return shown if len(text) <= characters and text.count("\n") < lines else f"{shown}\n... (cut)"
+    """Return a message, visible and cut to 60 lines and 4000 characters."""
+    max_lines, max_characters = SCREEN
+    lines = visible(text[: max_characters + 1]).split("\n")
+    message = "\n".join(lines[:max_lines])[:max_characters]
+    fits = len(text) <= max_characters and text.count("\n") < max_lines
+    return message if fits else f"{message}\n... (cut)"
 
 
 def plain(text: str) -> Text:
-    """Return text for a rich table or panel of anybody's console: visible, without markup."""
+    """Return the text for a rich table or panel of any console: visible, without markup."""
     return Text(visible(text))
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is: no [markup], no :emoji:, no control characters.
+    """A console that shows text as it is, without [markup], :emoji: and control characters.
 
-    In a file or a pipe it is wide enough for a table.
+    In a file or a pipe it is 120 columns wide, so that a table fits.
     """
 
     def __init__(self, stderr: bool = False, **options: Any):
@@ -82,32 +90,37 @@ class PlainConsole(Console):
 
 
 def markdown(text: str) -> str:
-    """Return the text as Markdown, for a cell or within a line."""
-    return (
-        text
-        if isinstance(text, Markup)
-        else MARKDOWN.sub(r"\\\g<0>", " ".join(visible(text).splitlines()))
-    )
+    """Return the text escaped as one line of Markdown; `Markup` is returned unchanged."""
+    if isinstance(text, Markup):
+        return text
+    return MARKDOWN.sub(r"\\\g<0>", " ".join(visible(text).splitlines()))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of Markdown whose cells are text."""
-    lines = [map(markdown, header), ["---"] * len(header), *(map(markdown, row) for row in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    """Return a Markdown table with escaped cells."""
+    lines = [_markdown_row(header), "| " + " | ".join(["---"] * len(header)) + " |"]
+    lines += map(_markdown_row, rows)
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(markdown, cells)) + " |"
 
 
 def latex(text: str) -> str:
-    """Return the text as LaTeX."""
-    letters = "".join(LATEX.get(letter, letter) for letter in " ".join(visible(text).splitlines()))
-    return re.sub("([-',!?])(?=[-',])", r"\1{}", letters)  # two of them are another sign
+    """Return the text escaped as one line of LaTeX."""
+    one_line = " ".join(visible(text).splitlines())
+    escaped = "".join(LATEX.get(letter, letter) for letter in one_line)
+    # Two of these in a row would be a ligature.
+    return re.sub("([-',!?])(?=[-',])", r"\1{}", escaped)
 
 
 def csv_cell(text: str) -> str:
-    """Return the text for a cell that a spreadsheet must not take for a formula."""
+    """Return the text for a CSV cell, so that no spreadsheet takes it for a formula."""
     text = visible(text)
     return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text
 
 
 def label(text: str) -> str:
-    """Return the text for matplotlib, which takes what is between two $ for a formula."""
+    """Return the text for matplotlib, with every $ escaped, since two would enclose a formula."""
     return visible(text).replace("$", r"\$")

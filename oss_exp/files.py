@@ -1,8 +1,9 @@
-"""Files that are whole or absent: atomic writes, hashes, records, and tensors that prove where they come from.
+"""Files that are whole or absent: atomic writes, hashes, records, and tensors with a provenance.
 
-Every result of a run goes through `write_atomically`, so an interrupt or a full disk leaves the old file or none.
-What is read becomes a record in `load_record`: there its size and its types are checked, and nowhere else.
-A tensor asset `x.safetensors` travels with `x.json`, which holds its SHA-256 and its provenance.
+Every result of a run goes through `write_atomically`, so an interrupt or a full disk
+leaves the old file or none. A file that is read becomes a record in `load_record`, the
+only place where its size and its types are checked. A tensor asset `x.safetensors`
+comes with `x.json`, which holds its SHA-256 and its provenance.
 """
 
 from __future__ import annotations
@@ -30,25 +31,21 @@ from typing_extensions import TypeAliasType
 from oss_exp.validation import describe, find_fault, shown
 
 ASSETS = Path(__file__).parent / "assets"  # shipped with the package
-LIMIT = 1 << 24  # 16 MiB: no file that only says what something is comes near it
-TABLE_LIMIT = (
-    1 << 27
-)  # 128 MiB: of files with numbers for every sample, or for every step of a training
-NODES = (
-    1 << 24
-)  # of a JSON file; lists and objects, of which each needs a hundred bytes in memory, count four times
-UNFINISHED = (
-    ".oss_exp.tmp"  # how the names of files end that are being written: no other program's do
-)
-ARRAYS_LIMIT = (
-    1 << 29
-)  # 512 MiB: of the arrays in an .npz file, or the tensors of a file that is no checkpoint
-CONFIG_LIMIT = 1 << 18  # 256 KiB: of a configuration
-DEEP = 200  # levels of a record or a configuration
 AGAIN = "write it again with the command that made it"
+# Ending of the names of unfinished files, which no other program uses.
+UNFINISHED = ".oss_exp.tmp"
+
+# The largest files that are read, in bytes.
+CONFIG_LIMIT = 1 << 18  # 256 KiB: a configuration
+LIMIT = 1 << 24  # 16 MiB: a file that only describes something
+TABLE_LIMIT = 1 << 27  # 128 MiB: a file with numbers for every sample or every training step
+ARRAYS_LIMIT = 1 << 29  # 512 MiB: the arrays of an .npz file or the tensors of an asset
+# The most values in a JSON file. A list or an object, which needs 100 bytes, counts as four.
+NODES = 1 << 24
+DEEP = 200  # levels of a record or a configuration
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-# There may be millions: the first that is wrong ends the reading.
+# There may be millions; reading ends at the first wrong one.
 Numbers = TypeAliasType("Numbers", Annotated[list[float], FailFast()])
 R = TypeVar("R")
 T = TypeVar("T")
@@ -56,9 +53,21 @@ P = TypeVar("P", bound="Provenance")
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """Write to a temporary name in the same folder, then rename. Makes missing folders. Returns the path."""
+    """Write a file under a temporary name in the same folder, then rename it.
+
+    Missing folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the file cannot be written. The message names the file, the fault
+            and the remedy.
+    """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
+
+    # Temporary file.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(
@@ -67,42 +76,52 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     except OSError as error:
         reason = f"no file can be made in {path.absolute().parent} ({error.strerror or error})"
         raise OSError(f"cannot write {path}: {reason}; choose another folder") from error
+
+    # Content.
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException as error:  # Ctrl-C too: never leave the temporary behind
+    except BaseException as error:  # Ctrl-C too
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(
-                f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+                f"cannot write {path}: {error.strerror or error}; "
+                "free space or choose another folder"
             ) from error
         raise
+
     return path
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files below a folder that a killed process left; nobody else may be writing there."""
+    """Remove the temporary files that a killed process left below a folder.
+
+    No other process may be writing there.
+    """
     for path in folder.rglob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 
 def sha256(data: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 class Record(BaseModel):
-    """What a file holds: strict (`true` is no 1, 1.0 no whole number), finite; fields not named here are passed over.
+    """The base of records: the typed content of a file.
 
-    A format of our own has `format: Literal[...]` and `version: Literal[...]` first, and `extra="forbid"`.
+    Types are strict (`true` is not 1, 1.0 is not a whole number) and numbers finite.
+    Other fields are ignored; a format of this program starts with `format:
+    Literal[...]` and `version: Literal[...]`, and sets `extra="forbid"`.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="ignore")
 
 
 class Provenance(Record):
-    """The JSON beside a file of tensors: their hash, and whatever else is known of them."""
+    """The JSON beside a file of tensors: their hash and any other fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -117,17 +136,32 @@ def load_record(
     limit: int = LIMIT,
     fields: int = NODES,
 ) -> R:
-    """Read a JSON file as `form`, a Record or a TypeAdapter.
+    """Read a JSON file in UTF-8, with or without a byte order mark.
 
-    UTF-8, with or without a byte order mark; of two fields of one name the last counts, as in other programs.
-    Raises FileNotFoundError or ValueError, which names the file, the field and the remedy: for a file of more than
-    `limit` bytes or 200 levels, of more than NODES values or `fields` fields, one that is no JSON, of another format or
-    version, or not what `form` asks for.
+    Of two fields with the same name the last one counts.
+
+    Args:
+        path: The file.
+        form: A `Record` class or a TypeAdapter, which the content must fit.
+        what: What the file is, for error messages.
+        remedy: What to do about a wrong file, for error messages.
+        limit: Most bytes of the file.
+        fields: Most fields of all objects together. pydantic may copy an object for
+            each field that it lacks.
+
+    Returns:
+        The content as `form`.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it is too large or more than 200 levels deep, is not JSON, has
+            another format or version, or does not fit `form`. The message names the
+            file, the field and the remedy.
     """
     data = read_bytes(path, what, limit)
-    if data.count(b":") > fields:  # an object may be copied for each field that it lacks
+    if data.count(b":") > fields:
         raise ValueError(
-            f"{what} {path} has more than the {fields:,} fields that are read of such a file"
+            f"{what} {path} has more than {fields:,} fields, the limit for such a file"
         )
     return parse_record(data, form, f"{what} {path}", remedy)
 
@@ -139,22 +173,25 @@ def load_records(
     remedy: str = AGAIN,
     limit: int = LIMIT,
 ) -> list[R]:
-    """Read a file with one JSON value a line (.jsonl), each as `form`; empty lines are passed over.
+    """Read a file with one JSON value a line (.jsonl); empty lines are skipped.
 
-    Raises as `load_record` does, and names the line.
+    Arguments and errors are those of `load_record`; messages name the line too.
     """
     data = read_bytes(path, what, limit)
     _check_nodes(data, f"{what} {path}")
-    lines = enumerate(data.splitlines(), start=1)
-    return [
-        parse_record(line, form, f"{what} {path}, line {i}", remedy)
-        for i, line in lines
-        if line.strip()
-    ]
+    records: list[R] = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        if line.strip():
+            records.append(parse_record(line, form, f"{what} {path}, line {number}", remedy))
+    return records
 
 
 def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, remedy: str) -> R:
-    """The JSON in `data` as `form`. ValueError as of `load_record`; name: in its words what this is and where."""
+    """Return the JSON in `data` as `form`.
+
+    Raises:
+        ValueError: As `load_record` does, with `name` for what the data is and where.
+    """
     _check_nodes(data.encode() if isinstance(data, str) else data, name)
     try:
         if isinstance(form, TypeAdapter):
@@ -166,15 +203,18 @@ def parse_record(data: str | bytes, form: type[R] | TypeAdapter[R], name: str, r
 
 
 def _check_nodes(data: bytes, name: str) -> None:
-    """ValueError for JSON of so many values that they would fill the memory. Counted are commas and brackets."""
-    if 4 * (data.count(b"[") + data.count(b"{")) + data.count(b",") > NODES:
+    """Raise ValueError for JSON with so many values that they would fill the memory."""
+    brackets = data.count(b"[") + data.count(b"{")
+    if 4 * brackets + data.count(b",") > NODES:
         raise ValueError(
-            f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers that are read"
+            f"{name} has more values than the {NODES // 4:,} lists or {NODES:,} numbers "
+            "of the limit"
         )
 
 
 def _reason(data: str | bytes, error: ValidationError) -> str:
-    """What is wrong; another format or version is told apart from damage."""
+    """Return what is wrong with the data, to follow its name in a message."""
+    # Not JSON.
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {})["error"]
@@ -183,29 +223,45 @@ def _reason(data: str | bytes, error: ValidationError) -> str:
         if reason.startswith("recursion limit"):
             return f" has lists or objects more than 200 levels deep ({reason})"
         return f" is not complete JSON ({reason})"
-    given = from_json(data)
-    fault = find_fault(error, given)
-    if fault.field in ("format", "version") and fault.field in given:
+
+    # Another format or version.
+    content = from_json(data)
+    fault = find_fault(error, content)
+    if fault.field in ("format", "version") and fault.field in content:
         return f" is of another {fault.field}: `{fault.field}` {fault.text}"
-    return f": {'field ' * bool(fault.field)}{describe(error, given=given)}"
+
+    # A wrong field.
+    return f": {'field ' * bool(fault.field)}{describe(error, given=content)}"
 
 
 def read_text(path: str | Path, what: str, limit: int = LIMIT) -> str:
-    """Read UTF-8, with or without a byte order mark. ValueError for a file of more than `limit` bytes, or no text."""
+    """Read a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it holds more than `limit` bytes or is not text.
+    """
     try:
         return read_bytes(path, what, limit).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{what} {path} is no UTF-8 text ({error}); save it as UTF-8") from None
+        raise ValueError(f"{what} {path} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
-    """Read a text file, without its byte order mark. ValueError where it holds more than `limit` bytes."""
+    """Read a text file as bytes without the byte order mark; errors as in `read_binary`."""
     return read_binary(path, what, limit).removeprefix(codecs.BOM_UTF8)
 
 
 def read_binary(path: str | Path, what: str, limit: int) -> bytes:
-    """Read a file. ValueError where it holds more than `limit` bytes, or is none."""
+    """Read a file as bytes.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it holds more than `limit` bytes or cannot be read.
+    """
     path = Path(path)
+
+    # Read no more than the limit.
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -216,47 +272,56 @@ def read_binary(path: str | Path, what: str, limit: int) -> bytes:
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ValueError(f"{what} {path} cannot be read: {error}") from None
+
+    # The file may have grown since its size was read.
     if max(len(data), size) > limit:
         raise ValueError(
-            f"{what} {path} is larger than {limit / 2**20:g} MiB, the most that is read of such a file"
+            f"{what} {path} is larger than {limit / 2**20:g} MiB, the limit for such a file"
         )
+
     return data
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read it. ValueError for a folder, a pipe or a device, which may never end."""
+    """Open a file. Raises ValueError for a folder, and for a pipe or device, which may not end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no file but a folder, a pipe or a device")
+        raise ValueError("it is not a file but a folder, a pipe or a device")
     return path.open("rb")
 
 
 def load_config(path: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file as plain data: no object is made, no interpolation resolved, no alias followed.
+    """Read a YAML file as plain data, without making objects or resolving interpolations.
 
-    ValueError for a file of more than 256 KiB or 200 levels, with aliases or repeated merges, or that is no mapping.
+    Raises:
+        ValueError: If the file has more than 256 KiB or 200 levels, has aliases, or is
+            not a mapping with text keys.
     """
-    text, depth = read_text(path, what, CONFIG_LIMIT), 0
+    text = read_text(path, what, CONFIG_LIMIT)
     try:
+        # Structure.
+        depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has aliases, which no configuration of ours has")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-                event, yaml.CollectionEndEvent
-            )
+                raise ValueError("it has aliases, which a configuration must not have")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEP:
                 raise ValueError(f"it is more than {DEEP} levels deep")
+
+        # Content.
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{what} {path} cannot be read: {' '.join(str(error).split()):.200}"
         ) from None
+
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{what} {path} must be a mapping of names, got {shown(content)}")
     return content
 
 
 def inside(folder: Path, *parts: str) -> Path:
-    """Return a path below a folder that others may have made; ValueError where a link leads out of it."""
+    """Return a path below a folder. Raises ValueError if a link leads out of the folder."""
     path = folder.joinpath(*parts)
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
@@ -266,9 +331,10 @@ def inside(folder: Path, *parts: str) -> Path:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Return the file that belongs to a JSON file: "oss_5.json" and ".mean.safetensors" -> "oss_5.mean.safetensors".
+    """Return the path of a file that belongs to a JSON file.
 
-    Only `.json` is taken off a name, so files of other names keep files of their own.
+    "oss_5.json" with the ending ".mean.safetensors" gives "oss_5.mean.safetensors".
+    Only `.json` is removed from a name, so two names never share a file.
     """
     return path.with_name(path.name.removesuffix(".json") + ending)
 
@@ -276,7 +342,11 @@ def beside(path: Path, ending: str) -> Path:
 def save_asset(
     path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
 ) -> str:
-    """Write `path` (.safetensors) and its `.json` with the hash and the provenance; returns the hash."""
+    """Write a safetensors file, and its hash and provenance to the `.json` beside it.
+
+    Returns:
+        The SHA-256 of the tensor file.
+    """
     path = Path(path)
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     write_atomically(path, data)
@@ -288,16 +358,24 @@ def save_asset(
 def load_asset(
     path: str | Path, what: str, form: type[P] = Provenance
 ) -> tuple[dict[str, Tensor], P]:
-    """Tensors and provenance of an asset; ValueError when its bytes are not those its `.json` vouches for."""
+    """Return the tensors and the provenance of an asset.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the tensor file does not have the hash in the `.json`.
+    """
     path = Path(path)
-    record = load_record(
-        path.with_suffix(".json"), form, f"provenance of {what}", "restore the file"
-    )
+    json_path = path.with_suffix(".json")
+    record = load_record(json_path, form, f"provenance of {what}", "restore the file")
     return load_tensors(path, record.sha256, what), record
 
 
 def find_asset(file: str | Path, what: str) -> Path:
-    """A path that exists, or the name of a file shipped with the package."""
+    """Return a path that exists, or that of the file of this name shipped with the package.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
     path = Path(file).expanduser()
     if not path.exists() and not (path := ASSETS / file).exists():
         shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob(f"*{path.suffix}")))
@@ -308,14 +386,20 @@ def find_asset(file: str | Path, what: str) -> Path:
 
 
 def shipped_schedule(file: str | Path) -> Path:
-    """Return a step schedule's path, or that of the shipped one of this name."""
+    """Return the path of a step schedule; for a bare name without a file, of the shipped one."""
     path = Path(file).expanduser()
     shipped = ASSETS / "schedules" / path.name
-    return shipped if not path.exists() and str(file) == path.name and shipped.is_file() else path
+    is_bare_name = str(file) == path.name
+    return shipped if is_bare_name and not path.exists() and shipped.is_file() else path
 
 
 def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:
-    """Read a safetensors file whose SHA-256 must be the expected one."""
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If its SHA-256 is not the expected one, or it is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})")
     data = read_binary(path, what, ARRAYS_LIMIT)
@@ -328,24 +412,33 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
 
 
 def load_safetensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Read a safetensors file that nothing vouches for. ValueError where it is damaged or declares too much."""
+    """Read a safetensors file without a known hash. Raises ValueError if it is damaged."""
     with open_file(path) as file:
         start = file.read(8)
     return parse_safetensors(start, f"{what} {path}", lambda: safetensors.torch.load_file(path))
 
 
 def parse_safetensors(start: bytes, name: str, parse: Callable[[], T]) -> T:
-    """What `parse` makes of a file that begins with `start`: the length of its header, the list of all tensors."""
+    """Return the result of `parse`, with errors that name the file.
+
+    Args:
+        start: First eight bytes of the file, the length of its header.
+        name: What the file is and where, for error messages.
+        parse: Reads the file.
+
+    Raises:
+        ValueError: If the header is too long or the file damaged.
+    """
     if (header := int.from_bytes(start, "little")) > LIMIT:
         raise ValueError(
-            f"{name} is no safetensors file, or one whose header of {header >> 20} MiB is larger than the "
-            f"{LIMIT >> 20} MiB that are read"
+            f"{name} is not a safetensors file, or one whose header of {header >> 20} MiB is "
+            f"larger than the limit of {LIMIT >> 20} MiB"
         )
     try:
         return parse()
-    except Exception as error:  # its own kinds
+    except Exception as error:  # safetensors has its own errors
         raise ValueError(
-            f"{name} is truncated or no safetensors file ({error!s:.200}); get it again"
+            f"{name} is truncated or not a safetensors file ({error!s:.200}); get it again"
         ) from None
 
 
@@ -357,20 +450,34 @@ def load_arrays(
     limit: int = ARRAYS_LIMIT,
     taken: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> dict[str, Any]:
-    """Read the `wanted` arrays of an .npz file (null: all); the others have None, for they may fill the memory.
+    """Read arrays of an .npz file, one at a time.
 
-    taken: what is kept of an array, of which one is in memory at a time.
-    Objects are not unpickled. ValueError where it is damaged, or its arrays are larger than `limit`.
+    Objects are not unpickled.
+
+    Args:
+        path: The file.
+        what: What the file is, for error messages.
+        remedy: What to do about a wrong file, for error messages.
+        wanted: Names of the arrays to read; None reads all.
+        limit: Most bytes of the arrays that are read.
+        taken: Applied to each array; its result is kept in place of the array.
+
+    Returns:
+        {name: array}, with None for arrays that were not wanted, since they may fill
+        the memory.
+
+    Raises:
+        ValueError: If the file is damaged, or the arrays are larger than `limit`.
     """
     try:
         with open_zip(path, limit, wanted) as archive:
-            parts = {part.filename.removesuffix(".npy"): part for part in archive.infolist()}
-            return {
-                key: taken(_read_array(archive, part, limit))
-                if wanted is None or key in wanted
-                else None
-                for key, part in parts.items()
-            }
+            arrays: dict[str, Any] = {}
+            for part in archive.infolist():
+                name = part.filename.removesuffix(".npy")
+                arrays[name] = None
+                if wanted is None or name in wanted:
+                    arrays[name] = taken(_read_array(archive, part, limit))
+            return arrays
     except Exception as error:  # zipfile and NumPy raise many kinds for broken bytes
         raise ValueError(
             f"{what} {path} cannot be read as an .npz file: {error!s:.200}; {remedy}"
@@ -378,41 +485,58 @@ def load_arrays(
 
 
 def _read_array(archive: zipfile.ZipFile, part: zipfile.ZipInfo, limit: int) -> np.ndarray:
-    """Read one array. ValueError where it declares more bytes than `limit`: NumPy makes room for it before it reads."""
+    """Read one array.
+
+    Raises:
+        ValueError: If it declares more than `limit` bytes, which NumPy would allocate
+            unread.
+    """
     with archive.open(part) as file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
+        # Header.
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+
         if math.prod(shape) * dtype.itemsize > limit:
             raise ValueError(
-                f"it declares an array of {shape} {dtype!s:.20}, more than the {limit >> 20} MiB that are read"
+                f"it declares an array of {shape} {dtype!s:.20}, "
+                f"more than the limit of {limit >> 20} MiB"
             )
+
+        # Array.
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def open_zip(path: Path, limit: int, wanted: Collection[str] | None = None) -> zipfile.ZipFile:
-    """Open a zip archive. ValueError where it lists too many files, or the `wanted` ones (null: all) unpack to more.
+    """Open a zip archive.
 
-    wanted: names without `.npy`. limit: bytes. What a file unpacks to is cut at what the archive's list says.
+    Args:
+        path: The archive.
+        limit: Most bytes that the wanted files unpack to. zipfile itself stops reading
+            a file at the size in the archive's list.
+        wanted: Names, without `.npy`, of the files that will be read; None: all.
+
+    Raises:
+        ValueError: If the archive is damaged or too large.
     """
+    # List of files.
     with open_file(path) as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # as ZipFile reads it
     if end is None:
-        raise ValueError("it is no whole zip archive")
+        raise ValueError("it is not a complete zip archive")
     if end[zipfile._ECD_SIZE] > LIMIT:  # type: ignore[attr-defined]
-        raise ValueError("it lists more files than are read")
+        raise ValueError("it lists too many files")
+
+    # Sizes.
     archive = zipfile.ZipFile(path)
-    listed = [
-        part
-        for part in archive.infolist()
-        if wanted is None or part.filename.removesuffix(".npy") in wanted
-    ]
-    if sum(part.file_size for part in listed) > limit:
+    total = 0
+    for part in archive.infolist():
+        if wanted is None or part.filename.removesuffix(".npy") in wanted:
+            total += part.file_size
+
+    if total > limit:
         archive.close()
-        raise ValueError(f"it unpacks to more than {limit >> 20} MiB, the most that is read")
+        raise ValueError(f"it unpacks to more than {limit >> 20} MiB, the limit")
     return archive

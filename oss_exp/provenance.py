@@ -1,4 +1,4 @@
-"""What the file of a step schedule tells of how it was made."""
+"""The provenance of a step schedule: the record in its file of how it was made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ def provenance(
     distance: Mapping[str, Any],
     seed: int | None,
 ) -> dict[str, Any]:
-    """Return what all schedules of one search or comparison share; seed: of the noises, None for a caller's own."""
+    """Return the provenance that all schedules of one search or comparison share.
+
+    Args:
+        model: Section of the model, see `model_record`.
+        teacher: Noise schedule and number of steps of the teacher.
+        solver: Configuration of the solver.
+        distance: Configuration of the distance.
+        seed: Seed of the noises; None if the caller passed noises.
+    """
     return {
         "program": f"oss_exp {oss_exp.__version__}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -42,7 +50,7 @@ def provenance(
 
 
 def model_record(model: Model) -> dict[str, Any]:
-    """Return what ties a schedule to its model: name, hash of the weights, guidance and shape."""
+    """Return the name, hash of the weights, guidance and event shape of a model."""
     return {
         "name": model.name,
         "sha256": model.fingerprint,
@@ -52,17 +60,19 @@ def model_record(model: Model) -> dict[str, Any]:
 
 
 def native_times(path: GaussianPath, times: Tensor) -> dict[str, Any]:
-    """Return canonical times in the clock of the model's own samplers; infinite ones are null."""
-    rows = path.native(times.reshape(-1, times.shape[-1])).tolist()
-    listed = [[tau if math.isfinite(tau) else None for tau in row] for row in rows]
-    return {"clock": path.clock, "times": listed if times.ndim == 2 else listed[0]}
+    """Return times (K+1,) or (B, K+1) in the model's native clock; infinite ones as None."""
+    rows: list[list[float | None]] = []
+    for row in path.native(times.reshape(-1, times.shape[-1])).tolist():
+        rows.append([tau if math.isfinite(tau) else None for tau in row])
+    return {"clock": path.clock, "times": rows if times.ndim == 2 else rows[0]}
 
 
 def configuration(value: Any) -> Any:
-    """Return an object as a configuration that is JSON: `_target_`, its public name, and its fields.
+    """Return an object as a configuration in JSON: `_target_`, its public name, and its fields.
 
-    A tensor is told by its shape and hash, an object without fields by its class.
+    A tensor becomes its shape and hash, an object without fields its class.
     """
+    # Values.
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
@@ -70,16 +80,18 @@ def configuration(value: Any) -> Any:
     if isinstance(value, Tensor):
         digest = hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
         return {"shape": list(value.shape), "sha256": digest}
+
+    # Containers.
     if isinstance(value, Mapping):
         return {str(key): configuration(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [configuration(entry) for entry in value]
+
+    # Objects.
     kind = value if hasattr(value, "__qualname__") else type(value)
     record = {"_target_": public_name(f"{kind.__module__}.{kind.__qualname__}")}
     if is_dataclass(value):
-        record |= {
-            field.name: configuration(getattr(value, field.name))
-            for field in fields(value)
-            if field.init
-        }
+        for field in fields(value):
+            if field.init:
+                record[field.name] = configuration(getattr(value, field.name))
     return record

@@ -1,4 +1,7 @@
-"""The file of a scheduler of diffusers, checked before its class is made of it: a number may ask for all memory."""
+"""The config file of a diffusers scheduler, checked before the scheduler is made from it.
+
+Unchecked, a number in the file could ask for all memory.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ Betas = TypeAliasType(
 
 
 class SchedulerConfig(Record):
-    """A scheduler_config.json: the numbers that decide how long a chain is and which times it has, and all others.
+    """The record of a scheduler_config.json, with ranges for the numbers that decide its times.
 
-    Fields that a config leaves out have the default of their class.
+    Other fields are allowed and unchecked. A field that is missing has the default of
+    diffusers.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -53,7 +57,11 @@ class SchedulerConfig(Record):
 
 
 def read_scheduler_config(file: Path) -> dict[str, Any]:
-    """Return what a scheduler_config.json holds. ValueError names the file, the field and the remedy."""
-    return load_record(file, SchedulerConfig, "config of a scheduler", "get it again").model_dump(
-        exclude_unset=True
-    )
+    """Return the content of a scheduler_config.json.
+
+    Raises:
+        ValueError: If a field is wrong. The message names the file, the field and the
+            remedy.
+    """
+    record = load_record(file, SchedulerConfig, "config of a scheduler", "get it again")
+    return record.model_dump(exclude_unset=True)

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def rowwise(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (M,) or () float64 -> x's dtype, shaped to multiply x (M, *E)."""
+    """Return weight (M,) or () in x's dtype, shaped to multiply x (M, *E) row by row."""
     return weight.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

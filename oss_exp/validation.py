@@ -1,6 +1,7 @@
-"""What pydantic finds wrong, in one sentence: which field, what it should be, and what was given.
+"""Describe an error of pydantic in one sentence: which field, what it must be, and what it is.
 
-Used at the two borders, where a configuration becomes an object and where a file becomes a record.
+Used at the two borders, where a configuration becomes an object and where a file
+becomes a record.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pydantic_core import ErrorDetails
 
 WIDTH = 80  # characters of a value or of a field's name in a message
 
-WORDS = {  # by pydantic's type of error: what the value must be
+# What a value must be, by pydantic's type of error.
+WORDS = {
     "bool_type": "true or false",
     "callable_type": "a function",
     "dataclass_type": "an object",
@@ -47,8 +49,6 @@ WORDS = {  # by pydantic's type of error: what the value must be
     "too_short": "a list of at least {min_length}",
     "tuple_type": "a list",
 }
-
-
 ABSENT = (
     "missing",
     "missing_argument",
@@ -59,65 +59,97 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 class Fault(NamedTuple):
-    """field: such as times.3, empty for the whole. text: such as `must be a number, got "abc"`. more: other faults."""
+    """A fault of a value.
+
+    Attributes:
+        field: Dotted name, such as `times.3`; empty for the whole value.
+        text: The rest of the sentence, such as `must be a number, got "abc"`.
+        more: Number of other faults.
+    """
 
     field: str
     text: str
     more: int
 
 
+Location = tuple[str | int, ...]
+
+
 def describe(error: ValidationError, prefix: str = "", given: Any = None) -> str:
-    """Return '`prefix.times.3` must be a number, got "abc"'; prefix and given as in `find_fault`."""
-    field, text, more = find_fault(error, given)
-    name = ".".join(part for part in (prefix, field) if part)
-    others = f" ({more} more fault{'s' * (more > 1)})" if more else ""
-    return (f"`{name}` {text}" if name else text) + others
+    """Return the first fault as a sentence, such as '`times.3` must be a number, got "abc"'.
+
+    Args:
+        error: Error of pydantic.
+        prefix: Dotted name of the value in which the field is.
+        given: The value that was validated, as in `find_fault`.
+    """
+    fault = find_fault(error, given)
+    name = ".".join(filter(None, (prefix, fault.field)))
+    sentence = f"`{name}` {fault.text}" if name else fault.text
+    if not fault.more:
+        return sentence
+    return f"{sentence} ({fault.more} more fault{'s' * (fault.more > 1)})"
 
 
 def find_fault(error: ValidationError, given: Any = None) -> Fault:
-    """Return the first fault. given: what was validated, to tell its fields from pydantic's names of a union's types.
+    """Return the first fault of a value.
 
-    Of a union the type that fits furthest counts; several that fit as far are all named.
+    For a union the type that fits furthest counts; if several fit equally far, all are
+    named.
+
+    Args:
+        error: Error of pydantic.
+        given: The value that was validated. It tells its fields apart from the names
+            that pydantic gives to the types of a union.
     """
-    found = error.errors(include_url=False, include_input=given is None)
-    if given is not None:  # else pydantic would copy what it looked at for every fault
-        for each in found:
-            each["input"] = _at(given, each["loc"])
-    details = [_by_field(each) for each in found]
-    places = [_location(each, given) for each in details]
+    errors = error.errors(include_url=False, include_input=given is None)
+    if given is not None:  # pydantic would copy the whole input for every fault
+        for details in errors:
+            details["input"] = _at(given, details["loc"])
+    faults = [_by_field(details) for details in errors]
+    places = [_location(fault, given) for fault in faults]
 
-    # Of a union, the first fault that each of its types finds.
-    location, first = details[0]["loc"], places[0]
-    depth = next(
-        (i for i, part in enumerate(location) if first[i : i + 1] != (part,)), len(location)
-    )
-    inside = [i for i, each in enumerate(details) if each["loc"][:depth] == location[:depth]]
+    # Faults in the same union as the first, and the first of each of its types.
+    location = faults[0]["loc"]
+    depth = _common_depth(location, places[0])
+    in_union = [i for i, fault in enumerate(faults) if fault["loc"][:depth] == location[:depth]]
     by_type: dict[Any, int] = {}
-    for i in inside:
-        by_type.setdefault(details[i]["loc"][depth : depth + 1], i)
+    for i in in_union:
+        by_type.setdefault(faults[i]["loc"][depth : depth + 1], i)
 
-    # Of a list that is too long, all items up to there fit.
-    long = [i for i in by_type.values() if details[i]["type"] == "too_long"]
-    furthest = max(
-        (places[i] for i in long or by_type.values()), key=lambda place: _progress(place[depth:])
-    )
-    faults = [details[i] for i in by_type.values() if places[i] == furthest]
-    others = set(places) - {places[i] for i in inside}
-    return Fault(_cut(".".join(map(str, furthest))), _text(faults), len(others))
+    # The type that fits furthest. If a list is too long, all items up to its limit fit.
+    too_long = [i for i in by_type.values() if faults[i]["type"] == "too_long"]
+    candidates = [places[i] for i in too_long or by_type.values()]
+    furthest = max(candidates, key=lambda place: _progress(place[depth:]))
+
+    # Words.
+    named = [faults[i] for i in by_type.values() if places[i] == furthest]
+    others = set(places) - {places[i] for i in in_union}
+    return Fault(_cut(".".join(map(str, furthest))), _text(named), len(others))
+
+
+def _common_depth(location: Location, place: Location) -> int:
+    """Return the number of leading parts that are the same in both."""
+    for depth, part in enumerate(location):
+        if place[depth : depth + 1] != (part,):
+            return depth
+    return len(location)
 
 
 def shown(value: Any) -> str:
-    """A value as JSON has it, at most WIDTH characters; lists and objects show their first entries."""
+    """Return a value as JSON of at most WIDTH characters; of a collection the first entries."""
     if isinstance(value, Mapping):
-        entries = [f"{_scalar(key)}: {_scalar(each)}" for key, each in list(value.items())[:4]]
+        items = list(value.items())[:4]
+        entries = [f"{_scalar(key)}: {_scalar(entry)}" for key, entry in items]
         return _cut("{" + ", ".join(entries + ["..."] * (len(value) > 4)) + "}")
     if isinstance(value, list | tuple):
-        entries = [_scalar(each) for each in value[:8]]
+        entries = [_scalar(entry) for entry in value[:8]]
         return _cut("[" + ", ".join(entries + ["..."] * (len(value) > 8)) + "]")
     return _cut(_scalar(value))
 
 
 def _scalar(value: Any) -> str:
+    """Return a value as JSON, with the content of a collection left out."""
     if isinstance(value, Mapping):
         return "{...}" if value else "{}"
     if isinstance(value, list | tuple):
@@ -137,7 +169,7 @@ def _cut(text: str) -> str:
 
 
 def _by_field(fault: ErrorDetails) -> ErrorDetails:
-    """A fault of the field that tells the types of a union apart is that field's."""
+    """Return the fault with the discriminator of a union, if that is wrong, as its field."""
     if fault["type"] not in ("union_tag_invalid", "union_tag_not_found"):
         return fault
     context = fault.get("ctx", {})
@@ -148,58 +180,60 @@ def _by_field(fault: ErrorDetails) -> ErrorDetails:
     return {**fault, "loc": field, "type": "literal_error", "ctx": tags, "input": context["tag"]}
 
 
-def _location(fault: ErrorDetails, given: Any) -> tuple[str | int, ...]:
-    """The fields of a fault, without the names that pydantic gives to the types of a union."""
+def _location(fault: ErrorDetails, given: Any) -> Location:
+    """Return the field of a fault, without the names that pydantic gives to types of a union."""
     location = fault["loc"]
     if given is None or not location:
         return location
     *outer, last = location
+    value = given
     fields: list[str | int] = []
     for part in outer:
-        if _has(given, part):
+        if _has(value, part):
             fields.append(part)
-            given = given[part]
-    if fault["type"] in ABSENT or _has(given, last):
+            value = value[part]
+    if fault["type"] in ABSENT or _has(value, last):
         fields.append(last)
     return tuple(fields)
 
 
-def _at(given: Any, location: tuple[str | int, ...]) -> Any:
-    """What lies at a location, in which there may be names of a union's types."""
+def _at(given: Any, location: Location) -> Any:
+    """Return the value at a location, which may contain names of a union's types."""
+    value = given
     for part in location:
-        if _has(given, part):
+        if _has(value, part):
             with suppress(IndexError):
-                given = given[part]
-    return given
+                value = value[part]
+    return value
 
 
-def _progress(place: tuple[str | int, ...]) -> list[int]:
-    """Orders places by how far into the value they are."""
+def _progress(place: Location) -> list[int]:
+    """Return a sort key that grows with the depth and the index of a place."""
     return [part if isinstance(part, int) else 0 for part in place]
 
 
-def _has(given: Any, part: str | int) -> bool:
-    return (
-        part in given
-        if isinstance(given, Mapping)
-        else isinstance(given, list | tuple) and isinstance(part, int)
-    )
+def _has(value: Any, part: str | int) -> bool:
+    """Return whether a value has a field, or is a list and the part an index."""
+    if isinstance(value, Mapping):
+        return part in value
+    return isinstance(value, list | tuple) and isinstance(part, int)
 
 
 def _text(faults: list[ErrorDetails]) -> str:
-    """What is wrong at one place, where each type of a union may find a fault of its own."""
-    kind, value = faults[0]["type"], faults[0]["input"]
+    """Return the words for the faults at one place, one for each type of a union."""
+    kind = faults[0]["type"]
     if kind in ABSENT:
         return "is missing"
     if kind in UNKNOWN:
         return "is unknown"
-    if kind == "value_error":  # of our own validators, which say all
+    if kind == "value_error":  # from our own validators, whose message is complete
         return str(faults[0].get("ctx", {})["error"])
-    wanted = dict.fromkeys(_wanted(each) for each in faults)
-    return f"must be {' or '.join(wanted)}, got {shown(value)}"
+    requirements = dict.fromkeys(map(_requirement, faults))
+    return f"must be {' or '.join(requirements)}, got {shown(faults[0]['input'])}"
 
 
-def _wanted(fault: ErrorDetails) -> str:
+def _requirement(fault: ErrorDetails) -> str:
+    """Return what the value must be."""
     words = WORDS.get(fault["type"])
     if words is None:
         return fault["msg"].removeprefix("Input should be ")

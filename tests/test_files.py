@@ -304,7 +304,7 @@ def test_a_link_out_of_a_folder_is_refused(tmp_path):
 
 def test_a_pipe_and_a_file_of_too_many_values_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(ValueError, match="it is no file but a folder, a pipe or a device"):
+    with pytest.raises(ValueError, match="it is not a file but a folder, a pipe or a device"):
         read_text(tmp_path / "pipe.json", "record")
     (tmp_path / "many.json").write_bytes(b"[" + b"[]," * 4_200_000 + b"1]")
     with pytest.raises(ValueError, match="more values than the 4,194,304 lists"):

@@ -100,7 +100,7 @@ def test_a_search_by_responsibilities_replays(mixture, gmm):
 
 @pytest.mark.parametrize("layer", ["", "nowhere", "inner.7"])
 def test_an_unknown_layer_is_refused_with_the_known_ones(net, layer):
-    with pytest.raises(ValueError, match=r"no layer of the model; it has inner, inner\.0"):
+    with pytest.raises(ValueError, match=r"not a layer of the model; it has inner, inner\.0"):
         Perceptual(layer, 0.0).bind(net)
 
 

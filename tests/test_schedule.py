@@ -96,7 +96,7 @@ ONE, TWO = [[1.0] * 4], [[1.0] * 4] * 2
         ([[[1.0, 0.0]]], {}, "at least two times"),
         ([1.0, math.nan, 0.0], {}, "finite"),
         ([math.inf, 0.5, 0.0], {}, "finite"),
-        ([0.0, 0.5, 1.0], {}, "strictly decrease .*; sort them so"),
+        ([0.0, 0.5, 1.0], {}, "strictly decrease .*; sort them in decreasing order"),
         ([1.0, 0.5, 0.5, 0.0], {}, "strictly decrease"),
         ([[1.0, 0.5, 0.0], [0.5, 0.6, 0.0]], {"samples": (0, 1)}, "strictly decrease"),
         ([1.0, 0.5, 0.1], {}, "last step time must be 0"),

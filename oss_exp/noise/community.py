@@ -1,8 +1,9 @@
-"""Schedules that users of ComfyUI know by name, most of them over the levels of a network's own clock.
+"""Schedules that users of ComfyUI know by name, most of them over a network's own noise levels.
 
-ComfyUI knows a network by its list of 1000 noise levels. Here `clock` places them, as a noise schedule of so many
-nodes: `FlowSchedule(shift)` for flow matching, `DDIMSchedule(betas)` for a chain of betas, `LogSNRSchedule` for EDM's.
-Level 0 has the most noise.
+ComfyUI describes a network by its list of 1000 noise levels. Here `clock` gives these
+levels, as a noise schedule with that many nodes: `FlowSchedule(shift)` for flow
+matching, `DDIMSchedule(betas)` for a chain of betas, `LogSNRSchedule` for EDM. Level 0
+has the most noise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from oss_exp.noise.schedules import MOST_STEPS, even
 
 @dataclass(frozen=True)
 class LevelsSchedule(NoiseSchedule):
-    """Calls at some of the num_levels levels of `clock`, then 0."""
+    """Times at some of the noise levels of a network, then 0.
+
+    Attributes:
+        clock: Noise schedule whose first `num_levels` nodes are the levels.
+        num_levels: Number of levels.
+    """
 
     clock: NoiseSchedule = field(default_factory=FlowSchedule)
     num_levels: int = 1000
@@ -38,12 +44,12 @@ class LevelsSchedule(NoiseSchedule):
 
     @abc.abstractmethod
     def _positions(self, num_steps: int) -> Tensor:
-        """(num_steps,) float64: which levels; between whole numbers t is linear."""
+        """Return positions (num_steps,) in the list of levels; between levels t is linear."""
 
 
 @dataclass(frozen=True)
 class SimpleSchedule(LevelsSchedule):
-    """Every so many levels from the noisiest on, rounded towards it: `simple` in ComfyUI."""
+    """Even positions from the noisiest level on, rounded towards it: ComfyUI's `simple`."""
 
     def _positions(self, num_steps: int) -> Tensor:
         return (torch.arange(num_steps).double() * (self.num_levels / num_steps)).floor()
@@ -51,7 +57,7 @@ class SimpleSchedule(LevelsSchedule):
 
 @dataclass(frozen=True)
 class SGMUniformSchedule(LevelsSchedule):
-    """Evenly from the first level towards the last, which is left out: `sgm_uniform` in ComfyUI."""
+    """Even positions from the first level up to the last, excluded: ComfyUI's `sgm_uniform`."""
 
     def _positions(self, num_steps: int) -> Tensor:
         return even(0, self.num_levels - 1, num_steps + 1)[:-1]
@@ -59,9 +65,17 @@ class SGMUniformSchedule(LevelsSchedule):
 
 @dataclass(frozen=True)
 class BetaLevelsSchedule(LevelsSchedule):
-    """Levels at even quantiles of a Beta(alpha, beta) law (arXiv 2407.12173): `beta57` in ComfyUI's RES4LYF.
+    """Levels at even quantiles of a Beta(alpha, beta) distribution (arXiv 2407.12173).
 
-    With alpha = beta = 0.6 it is ComfyUI's own `beta`; `BetaSchedule`, diffusers', spreads the sigmas in that way.
+    The defaults are `beta57` in RES4LYF for ComfyUI. With alpha = beta = 0.6 it is
+    `beta` of ComfyUI. `BetaSchedule`, which diffusers has, applies the quantiles to
+    sigmas instead.
+
+    Attributes:
+        clock: As in `LevelsSchedule`.
+        num_levels: As in `LevelsSchedule`.
+        alpha: From 0.01 to 100.
+        beta: From 0.01 to 100.
     """
 
     alpha: float = 0.5
@@ -73,20 +87,22 @@ class BetaLevelsSchedule(LevelsSchedule):
 
     def _positions(self, num_steps: int) -> Tensor:
         remaining = 1 - torch.arange(num_steps).double() / num_steps
-        index = torch.from_numpy(betaincinv(self.alpha, self.beta, remaining.numpy())) * (
-            self.num_levels - 1
-        )
-        return self.num_levels - 1 - index.round()
+        quantiles = torch.from_numpy(betaincinv(self.alpha, self.beta, remaining.numpy()))
+        last = self.num_levels - 1
+        return last - (quantiles * last).round()
 
 
 @dataclass(frozen=True)
 class BongTangentSchedule(NoiseSchedule):
-    """Flow times along two arctangents, from 1 to 1/2 and from there to 0: `bong_tangent` in ComfyUI's RES4LYF.
+    """Flow times along two arctangents: `bong_tangent` in RES4LYF for ComfyUI.
 
-    Of K + 2 points the first floor(0.6 (K + 2)) are those of the upper one, whose last is left out. Both have their
-    steepest point where they meet, and are stretched to their ends.
+    The first curve goes from 1 to 1/2, the second from 1/2 to 0; both are steepest
+    where they meet. Of K + 2 points the first curve has floor(0.6 (K + 2)), and its
+    last one is dropped.
 
-    slope: of the arctangents, for 40 points; of other numbers it is in proportion.
+    Attributes:
+        slope: Slope of the arctangents for 40 points. For n points it is multiplied by
+            40 / n.
     """
 
     slope: float = 0.2
@@ -96,15 +112,24 @@ class BongTangentSchedule(NoiseSchedule):
 
     def _times(self, num_steps: int) -> Tensor:
         points = num_steps + 2
-        upper = 3 * points // 5
         if num_steps == 1:
             return torch.ones(1, dtype=torch.float64)
         slope = self.slope * 40 / points
-        first = arctangent(upper, slope, upper, 1.0, 0.5)[:-1]
-        return torch.cat([first, arctangent(points - upper, slope, 0, 0.5, 0.0)[:-1]])
+        upper_points = 3 * points // 5
+        upper = arctangent(upper_points, slope, upper_points, 1.0, 0.5)
+        lower = arctangent(points - upper_points, slope, 0, 0.5, 0.0)
+        return torch.cat([upper[:-1], lower[:-1]])
 
 
 def arctangent(count: int, slope: float, pivot: int, start: float, end: float) -> Tensor:
-    """(count,) points of -arctan(slope (x - pivot)) at x = 0 .. count - 1, stretched from `start` to `end`."""
+    """Return points (count,) of a falling arctangent, stretched to go from `start` to `end`.
+
+    Args:
+        count: Number of points, at x = 0 .. count - 1.
+        slope: The curve is -arctan(slope (x - pivot)).
+        pivot: x of the steepest point.
+        start: Value at the first point.
+        end: Value at the last point.
+    """
     values = torch.atan(-slope * (torch.arange(count).double() - pivot)) / math.pi
     return end + (values - values[-1]) / (values[0] - values[-1]) * (start - end)

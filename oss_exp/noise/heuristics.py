@@ -1,8 +1,10 @@
-"""Hand-made schedules that users of diffusers and ComfyUI know by name: rivals of a searched one.
+"""Hand-made schedules that users of diffusers and ComfyUI know by name.
 
-Each places K network calls, the first where the noise is highest, and ends at 0. A sigma is the noise-to-data ratio
-sigma / alpha (Karras et al. 2022), t = sigma / (1 + sigma). Two more of the family need no class of their own:
-`karras` is `EDMSchedule` and `exponential` is `LogSNRSchedule`, both on the sigma range of Stable Diffusion.
+They are baselines of a searched one. Each places K network calls, the first at the
+highest noise, and ends at 0. A sigma is the ratio sigma / alpha (Karras et al. 2022),
+so t = sigma / (1 + sigma). Two more of the family need no class of their own: `karras`
+is `EDMSchedule` and `exponential` is `LogSNRSchedule`, both on the sigma range of
+Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from oss_exp.noise.schedules import even, require_sigmas
 
 @dataclass(frozen=True)
 class KLOptimalSchedule(NoiseSchedule):
-    """Uniform in arctan sigma from sigma_max to sigma_min, then 0: `kl_optimal` in A1111 and ComfyUI.
+    """Sigmas evenly spaced in arctan sigma, then 0: `kl_optimal` in A1111 and ComfyUI.
 
-    From sigma_max to sigma_min no Euler steps do better on normal data of variance 1, by the KL divergence of what
-    they reach: Align Your Steps (arXiv 2404.14507), theorem 3.1 with c = 1. The closing jump to 0 is its users' own.
-    Raises ValueError unless 0 < sigma_min < sigma_max.
+    For normal data of variance 1, no other Euler steps from sigma_max to sigma_min have
+    a lower KL divergence: Align Your Steps (arXiv 2404.14507), theorem 3.1 with c = 1.
+    The theorem does not cover the last jump to 0.
+
+    Attributes:
+        sigma_min: Last sigma before 0.
+        sigma_max: First sigma.
     """
 
     sigma_min: float = 0.0292
@@ -41,12 +47,19 @@ class KLOptimalSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class BetaSchedule(NoiseSchedule):
-    """Sigmas at even quantiles of a Beta(alpha, beta) law between sigma_min and sigma_max, then 0.
+    """Sigmas at even quantiles of a Beta(alpha, beta) distribution, then 0.
 
-    Below 1, alpha crowds the low end and beta the high one; at alpha = beta = 1 the sigmas are uniform. diffusers has
-    this as `use_beta_sigmas`, with 0.6 and 0.6. Beta Sampling (arXiv 2407.12173) and ComfyUI spread the indices of the
-    network's own clock in that way instead, which puts far fewer calls at high sigmas.
-    Raises ValueError unless 0 < sigma_min < sigma_max, and alpha and beta are from 0.01 to 100.
+    This is `use_beta_sigmas` of diffusers, with alpha = beta = 0.6. Beta Sampling
+    (arXiv 2407.12173) and ComfyUI apply the quantiles to the indices of the network's
+    own clock instead, which puts far fewer calls at high sigmas; see
+    `BetaLevelsSchedule`.
+
+    Attributes:
+        sigma_min: Last sigma before 0.
+        sigma_max: First sigma.
+        alpha: From 0.01 to 100. Below 1 it crowds the low sigmas; alpha = beta = 1 is
+            uniform.
+        beta: From 0.01 to 100. Below 1 it crowds the high sigmas.
     """
 
     sigma_min: float = 0.0292
@@ -65,13 +78,16 @@ class BetaSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class LinearQuadraticSchedule(NoiseSchedule):
-    """Even flow times from 1 to 1 - threshold, then quadratic ones to 0, with no kink between: for video models.
+    """Even flow times from 1 to 1 - threshold, then quadratic ones to 0, for video models.
 
-    Movie Gen (arXiv 2410.13720), and Mochi with threshold 0.025: of 50 steps, 25 are those of a run of 1000.
+    The slope is continuous between the two parts. Used by Movie Gen (arXiv 2410.13720),
+    and by Mochi with threshold 0.025, where 25 of 50 steps are those of a run of 1000.
+    A single step goes from 1 to 0.
 
-    threshold:    the stretch of flow time that the even steps cover, from 1e-6 to below 1.
-    linear_steps: how many steps are even; None: half of them, rounded down. A single step goes from 1 to 0.
-    Raises ValueError for values outside these ranges, and for linear_steps that leave none to be quadratic.
+    Attributes:
+        threshold: Length of flow time that the even steps cover, from 1e-6 to below 1.
+        linear_steps: Number of even steps, at least 1; None uses half of them, rounded
+            down.
     """
 
     threshold: float = 0.025
@@ -90,7 +106,7 @@ class LinearQuadraticSchedule(NoiseSchedule):
                 f"linear_steps={linear} leaves none of {num_steps} steps to be quadratic; "
                 "ask for more steps or for fewer linear ones"
             )
-        # One line through all steps, and from the last even one on what it lacks to reach 0.
+        # One line through all steps; after the last even step a parabola bends it down to 0.
         step = torch.arange(num_steps, dtype=torch.float64)
         slope = self.threshold / linear
         bend = ((step - linear).clamp(min=0) / (num_steps - linear)) ** 2
@@ -99,9 +115,10 @@ class LinearQuadraticSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class CosineSchedule(NoiseSchedule):
-    """Uniform in the clock of the cosine path: sigma = tan(pi tau / 2) at tau = 1 - i / K.
+    """Even times of the cosine path: sigma = tan(pi tau / 2) at tau = 1 - i / K.
 
-    Nichol & Dhariwal 2021 (arXiv 2102.09672) without their offset, as in simple diffusion (arXiv 2301.11093).
+    Nichol & Dhariwal 2021 (arXiv 2102.09672) without their offset, as in simple
+    diffusion (arXiv 2301.11093).
     """
 
     def _times(self, num_steps: int) -> Tensor:

@@ -254,7 +254,7 @@ def program(path):
 def test_a_broken_image_is_one_line_with_its_name(make, tmp_path):
     make(tmp_path / "0.png")
     with pytest.raises(
-        ValueError, match=r"^image .*0\.png (cannot be read|is damaged|has more than|is no file)"
+        ValueError, match=r"^image .*0\.png (cannot be read|is damaged|has more than|is not a file)"
     ) as caught:
         next(iter(DataLoader(image_folder(tmp_path, 4, 1))))
     assert "\n" not in str(caught.value)

@@ -133,7 +133,7 @@ def test_other_files(tmp_path):
     for name in ("p.txt", "p.csv", "p.jsonl", "p.json"):
         for encoding in ("utf-16", "latin-1"):
             (tmp_path / name).write_bytes("naïve".encode(encoding))
-            with pytest.raises(ValueError, match=rf"{name} is no UTF-8 text .*; save it as UTF-8"):
+            with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text .*; save it as UTF-8"):
                 read_prompts(tmp_path / name)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path)
