@@ -15,7 +15,7 @@ from oss_exp.solvers import LinearMultistep, sample, walk
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.base import student_start
 from oss_exp.stepsize.oss.coefficients import FittedPath
-from oss_exp.stepsize.oss.recursion import Stage, SolverPath
+from oss_exp.stepsize.oss.recursion import SolverPath, Stage
 
 
 def schedule(problem: Problem, path: SolverPath | FittedPath, start: str) -> StepSchedule:
