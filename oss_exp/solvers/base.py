@@ -51,19 +51,20 @@ class State:
 
         It reshapes, selects or merges the rows of all tensors at once.
         """
-        outputs = zip(self.outputs, *(other.outputs for other in others), strict=True)
-        times = zip(self.times, *(other.times for other in others), strict=True)
-        order = self.order
-        if order is not None:
-            order = change(order, *(other.order for other in others))
-        return State(
-            change(self.x, *(other.x for other in others)),
-            change(self.t, *(other.t for other in others)),
-            tuple(change(*tensors) for tensors in outputs),
-            tuple(change(*tensors) for tensors in times),
-            order,
-            self.step,
-        )
+        columns = zip(self._tensors, *(other._tensors for other in others), strict=True)
+        x, t, *memory = (change(*tensors) for tensors in columns)
+
+        # In the order of `_tensors`.
+        size = len(self.outputs)
+        outputs = tuple(memory[:size])
+        times = tuple(memory[size : 2 * size])
+        order = None if self.order is None else memory[-1]
+        return State(x, t, outputs, times, order, self.step)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        order = () if self.order is None else (self.order,)
+        return (self.x, self.t, *self.outputs, *self.times, *order)
 
 
 class _Ordered:
@@ -226,9 +227,12 @@ class LinearMultistep(Solver):
 
         With `lower_order_final`, no more than there are steps left, either.
         """
-        orders = [min(self.order, step + 1) for step in range(num_steps)]
-        if self.lower_order_final:
-            orders = [min(order, num_steps - step) for step, order in enumerate(orders)]
+        orders = []
+        for step in range(num_steps):
+            order = min(self.order, step + 1)
+            if self.lower_order_final:
+                order = min(order, num_steps - step)
+            orders.append(order)
         return orders
 
     def observe(self, f: VelocityFn, state: State) -> State:
@@ -335,8 +339,10 @@ class LinearMultistep(Solver):
         # Singular rows get any regular times; their result is not used, and infinities there
         # would spoil the gradient of the others.
         times = [torch.where(regular, time, 0.5 + 0.1 * h) for h, time in enumerate(times)]
-        higher = rule(times, torch.where(regular, t_next, 0.4))
-        return [torch.where(regular, high, low) for high, low in zip(higher, lower, strict=True)]
+        weights = rule(times, torch.where(regular, t_next, 0.4))
+        for p, low in enumerate(lower):
+            weights[p] = torch.where(regular, weights[p], low)
+        return weights
 
     def _any_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         """Return [a, b_0, ...] of the method's step, or of Euler's for a single output.
