@@ -15,8 +15,9 @@ from oss_exp.solvers.lagrange import integral_weights
 class AdamsBashforth(LinearMultistep):
     """x + the integral from t to t' of the polynomial through the last `order` velocities.
 
-    The velocity is regular at t = 1 and t = 0, so neither end needs a lower order (Hairer,
-    Norsett and Wanner, Solving Ordinary Differential Equations I, chapter III.1).
+    The velocity is regular at t = 1 and t = 0, so neither end needs a lower order
+    (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter
+    III.1).
 
     Args:
         order: 1 to 4.

@@ -1,7 +1,8 @@
 """ODE solvers with explicit state.
 
-A solver object holds its settings only. `observe` calls the network at the state's (x, t),
-`advance` steps to the next time, and all that later steps need travels in `State`.
+A solver object holds its settings only. `observe` calls the network at the state's
+(x, t), `advance` steps to the next time, and all that later steps need travels in
+`State`.
 
 Legend: M rows, *E event dims, H remembered outputs, K steps.
 """
@@ -78,12 +79,12 @@ class Solver(_Ordered, abc.ABC):
     """One rule of stepping dx/dt = v. It is frozen: all that changes is in `State`.
 
     Attributes:
-        order: order of accuracy. A multistep solver can take any single step at any order up
-            to it.
+        order: order of accuracy. A multistep solver can take any single step at any
+            order up to it.
 
     Args:
-        calibration: an amplitude table, or its file, that `sample` applies before each network
-            call. A search and its teacher run without it.
+        calibration: an amplitude table, or its file, that `sample` applies before each
+            network call. A search and its teacher run without it.
     """
 
     calibration: Calibration | str | Path | None = field(default=None, kw_only=True)
@@ -121,7 +122,8 @@ class Solver(_Ordered, abc.ABC):
             f: the velocity, which singlestep solvers call again within the step.
             state: an observed state.
             t_next: time to reach, () or (M,).
-            order: order of the step, () or (M,); None means the highest that is possible.
+            order: order of the step, () or (M,); None means the highest that is
+                possible.
         """
 
     def orders(self, num_steps: int) -> Sequence[int | None]:
@@ -182,20 +184,22 @@ class Singlestep(Solver):
 class LinearMultistep(Solver):
     """A solver whose step is x_next = a x + sum_h b_h m_h, with scalars from the times alone.
 
-    The outputs m are what the network predicts, in the form `prediction`: the velocity v,
-    x0 = x - t v, or eps = x + (1 - t) v. A step of order p uses the p newest outputs. Order 1 is
-    the same Euler step in all three forms; `higher_order` is what makes a method.
+    The outputs m are what the network predicts, in the form `prediction`: the velocity
+    v, x0 = x - t v, or eps = x + (1 - t) v. A step of order p uses the p newest
+    outputs. Order 1 is the same Euler step in all three forms; `higher_order` is what
+    makes a method.
 
-    Some methods work in a variable that is infinite at t = 1 or t = 0, such as log-SNR. A step
-    with such a time among its own takes a lower order instead, see `at_ends`. The search scores
-    the steps of these solvers from inner products, without taking them (`LinearEdges`).
+    Some methods work in a variable that is infinite at t = 1 or t = 0, such as log-SNR.
+    A step with such a time among its own takes a lower order instead, see `at_ends`.
+    The search scores the steps of these solvers from inner products, without taking
+    them (`LinearEdges`).
 
     Attributes:
         prediction: the form of the outputs.
         singular_at: times at which the method's own variable is infinite. (At t = 1 an
             eps-method remembers x0, because there eps is x itself.)
-        lower_order_final: whether the last steps have lower orders; a field in solvers that
-            offer it.
+        lower_order_final: whether the last steps have lower orders; a field in solvers
+            that offer it.
     """
 
     prediction: ClassVar[Literal["v", "x0", "eps"]]
@@ -215,8 +219,8 @@ class LinearMultistep(Solver):
         """Return a and [b_0, b_1, ...] of a step.
 
         Args:
-            times: of the outputs, newest first, that of the current state being the newest.
-                Their number is the order. All of them broadcast to `t_next`.
+            times: of the outputs, newest first, that of the current state being the
+                newest. Their number is the order. All of them broadcast to `t_next`.
             t_next: time to reach.
         """
         a, *b = self.at_ends(self._any_order, times, t_next)
@@ -267,9 +271,11 @@ class LinearMultistep(Solver):
     ) -> list[Tensor]:
         """Return the weights of rows whose steps have different orders.
 
-        Each row uses the times of its own order, and has weight 0 for the outputs beyond it.
-        Example: with the Euler rule for order 1 and Adams-Bashforth for order 2, steps of 0.1
-        from t = 0.5, and the orders (1, 2) of two rows,
+        Each row uses the times of its own order, and has weight 0 for the outputs
+        beyond it.
+
+        Example: with the Euler rule for order 1 and Adams-Bashforth for order 2, steps
+        of 0.1 from t = 0.5, and the orders (1, 2) of two rows:
 
             a   = (1, 1)
             b_0 = (-0.1, -0.15)
@@ -292,6 +298,8 @@ class LinearMultistep(Solver):
                     f"a step of order {o} is not possible: {highest} outputs allow orders 1 to "
                     f"{highest}"
                 )
+
+            # This order's weights, for its own rows.
             zeros = [torch.zeros_like(t)] * (highest - o)
             candidates = [*self.at_ends(rule, times[:o], t), *zeros]
             if not weights:
@@ -304,12 +312,12 @@ class LinearMultistep(Solver):
     def at_ends(self, rule: WeightRule, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         """Return the weights of a step, with a lower order where one of its times is singular.
 
-        The oldest output is dropped, and its weight is 0, until the rule has regular times only;
-        order 1 is always possible. Dropping the oldest is enough for t = 1, at which only the
-        first output of a run can be.
+        The oldest output is dropped, and its weight is 0, until the rule has regular
+        times only; order 1 is always possible. Dropping the oldest is enough for t = 1,
+        at which only the first output of a run can be.
 
-        Example: DPM-Solver++ at order 2, whose log-SNR is infinite at both ends. Three rows, each
-        with its own order:
+        Example: DPM-Solver++ at order 2, whose log-SNR is infinite at both ends. Three
+        rows, each with its own order:
 
             times         to     a      b_0    b_1
             0.8, 0.9      0.6    0.75   0.40   -0.15    regular: second order
@@ -347,14 +355,14 @@ class LinearMultistep(Solver):
     def _any_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
         """Return [a, b_0, ...] of the method's step, or of Euler's for a single output.
 
-        The Euler step x + (t' - t) v, written over each form of output, is
+        The Euler step x + (t' - t) v, written over each form of output:
 
             v      x + (t' - t) v               a = 1                    b_0 = t' - t
             x0     (t'/t) x + (1 - t'/t) x0     a = t'/t                 b_0 = 1 - t'/t
             eps    a x + (t' - a t) eps         a = (1 - t') / (1 - t)   b_0 = t' - a t
 
-        so from t = 0.5 to 0.4 the weights (a, b_0) are (1, -0.1), (0.8, 0.2) and (1.2, -0.2).
-        At t = 1 an eps-method remembers x0, whose weights are t' and 1 - t'.
+        From t = 0.5 to 0.4 the weights (a, b_0) are (1, -0.1), (0.8, 0.2) and
+        (1.2, -0.2). At t = 1 an eps-method remembers x0, with the weights t', 1 - t'.
         """
         if len(times) > 1:
             return self.higher_order(times, t_next)
@@ -372,7 +380,8 @@ def named_solver(record: Mapping[str, Any]) -> Solver:
     """Return the solver that a schedule's provenance names.
 
     Args:
-        record: `_target_`, a public name, and the solver's arguments. An empty record is Euler.
+        record: `_target_`, a public name, and the solver's arguments. An empty record
+            is Euler.
 
     Raises:
         ValueError: the name is not a solver's, or the solver refuses the arguments.

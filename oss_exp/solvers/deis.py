@@ -20,9 +20,9 @@ QUADRATURE = 64  # Gauss-Legendre points; the integrands are smooth in log(1 + s
 class DEIS(LinearMultistep):
     """tAB-DEIS of orders 1 to 3 (Zhang and Chen 2023, arXiv 2204.13902, eq. 15).
 
-    It integrates d(x / (1 - t)) = eps d(sigma), with eps a polynomial in the clock tau of the
-    linear variance-preserving process, log(1 + sigma^2) = beta_d tau^2 / 2 + beta_min tau. The
-    clock is the same whatever process the network was trained with.
+    It integrates d(x / (1 - t)) = eps d(sigma), with eps a polynomial in the clock tau
+    of the linear variance-preserving process, log(1 + sigma^2) = beta_d tau^2 / 2 +
+    beta_min tau. The clock is the same whatever process the network was trained with.
 
     Args:
         order: 1 to 3.

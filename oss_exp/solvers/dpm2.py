@@ -14,11 +14,13 @@ from oss_exp.velocity import VelocityFn
 class DPM2(Singlestep):
     """A second-order method that takes eps between the ends of a step and extrapolates it.
 
-    See Karras et al. 2022, arXiv 2206.00364, appendix D.2 (its alpha is r). The steps from t = 1
-    and into t = 0, which have no geometric mean in sigma, are Euler's, with one call.
+    See Karras et al. 2022, arXiv 2206.00364, appendix D.2 (its alpha is r). The steps
+    from t = 1 and into t = 0, which have no geometric mean in sigma, are Euler's, with
+    one call.
 
     Args:
-        r: the second call is at sigma'^r sigma^(1-r); 1/2 is the midpoint of k-diffusion's DPM2.
+        r: the second call is at sigma'^r sigma^(1-r); 1/2 is the midpoint of
+            k-diffusion's DPM2.
     """
 
     order = 2

@@ -16,12 +16,12 @@ from oss_exp.velocity import VelocityFn
 class DPMSolver(Singlestep):
     """DPM-Solver-2 and DPM-Solver-3 (Lu et al. 2022, arXiv 2206.00927, appendix).
 
-    The steps from t = 1 and into t = 0, which are infinitely long in log-SNR, are Euler's, with
-    one call.
+    The steps from t = 1 and into t = 0, which are infinitely long in log-SNR, are
+    Euler's, with one call.
 
     Args:
-        order: 1 is Euler, 2 has a second call at the middle log-SNR, 3 has two more calls at
-            thirds of it.
+        order: 1 is Euler, 2 has a second call at the middle log-SNR, 3 has two more
+            calls at thirds of it.
     """
 
     order: int = 2

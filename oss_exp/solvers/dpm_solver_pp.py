@@ -17,14 +17,14 @@ from oss_exp.solvers.base import LinearMultistep
 class DPMSolverPP(LinearMultistep):
     """DPM-Solver++ with data prediction (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
 
-    Order 3 has the form of the released code and of diffusers. Its last term has half the weight
-    that order 3 needs, so its error falls with the square of the step; UniPC's third order is
-    of order 3.
+    Order 3 has the form of the released code and of diffusers. Its last term has half
+    the weight that order 3 needs, so its error falls with the square of the step;
+    UniPC's third order is of order 3.
 
     Args:
         order: 1 to 3.
-        lower_order_final: the last step but one has at most order 2. (The last, into t = 0,
-            always has order 1.)
+        lower_order_final: the last step but one has at most order 2. (The last, into
+            t = 0, always has order 1.)
     """
 
     prediction = "x0"

@@ -9,8 +9,8 @@ from oss_exp.solvers.base import LinearMultistep
 class Euler(LinearMultistep):
     """x + (t' - t) v.
 
-    In canonical coordinates it is also DDIM (arXiv 2010.02502, eq. 12, eta = 0), and Euler's
-    method in sigma.
+    In canonical coordinates it is also DDIM (arXiv 2010.02502, eq. 12, eta = 0), and
+    Euler's method in sigma.
     """
 
     order = 1

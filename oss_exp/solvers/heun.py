@@ -22,7 +22,8 @@ class Heun(Singlestep):
     Args:
         clock: "t" takes the slope v in flow time. "sigma" takes the slope eps in
             sigma = t / (1 - t), as in the paper. They are two second-order methods with
-            different results. In sigma a step from t = 1, where sigma is infinite, is Euler's.
+            different results. In sigma a step from t = 1, where sigma is infinite, is
+            Euler's.
     """
 
     order = 2

@@ -24,10 +24,11 @@ class IPNDM(LinearMultistep):
 
     Args:
         order: 1 to 4, the outputs that are used.
-        weights: "uniform" takes Adams-Bashforth's weights of equal steps, whatever the steps are
-            (Zhang and Chen 2023, arXiv 2204.13902, from Liu et al. 2022, arXiv 2202.09778); the
-            order is only reached on equal steps. "exact" integrates the polynomial in sigma over
-            the actual steps (iPNDM_v, DEIS rho-AB).
+        weights: "uniform" takes Adams-Bashforth's weights of equal steps, whatever the
+            steps are (Zhang and Chen 2023, arXiv 2204.13902, from Liu et al. 2022,
+            arXiv 2202.09778); the order is only reached on equal steps. "exact"
+            integrates the polynomial in sigma over the actual steps
+            (iPNDM_v, DEIS rho-AB).
     """
 
     prediction = "eps"

@@ -12,7 +12,8 @@ from torch import Tensor
 def integral_weights(nodes: Sequence[Tensor], end: Tensor) -> list[Tensor]:
     """Return the integrals from nodes[0] to end of the Lagrange basis polynomials of all nodes.
 
-    See Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter III.1.
+    See Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter
+    III.1.
     """
     step = end - nodes[0]
     scaled = [(node - nodes[0]) / step for node in nodes]  # the current node is 0 and the end is 1

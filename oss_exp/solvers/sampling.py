@@ -16,7 +16,7 @@ from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity, VelocityFn
 
 Watch = Callable[[int, Tensor], None]
-"""watch(step, x0 (B, *E)), with the clean sample x0 = x - t v that the step's first call predicts."""
+"""watch(step, x0 (B, *E)): x0 = x - t v is what the step's first network call predicts."""
 
 
 def walk(
@@ -40,6 +40,7 @@ def walk(
     times = times.to(x.device)
     num_steps = len(times) - 1
     state = solver.init(x, times[0])
+
     for step, order in enumerate(solver.orders(num_steps) if orders is None else orders):
         if calibration is not None:
             is_last = step == num_steps - 1
@@ -67,22 +68,25 @@ def sample(
 ) -> Tensor:
     """Run a step schedule and return the clean samples (B, *E).
 
-    Each step has the order that the schedule stores, or else the solver's own. Fitted steps use
-    only the calibration of the solver.
+    Each step has the order that the schedule stores, or else the solver's own. Fitted
+    steps use only the calibration of the solver.
 
     Args:
         solver: takes the steps.
         f: the velocity.
-        noise: (B, *E). A per-sample schedule needs one row for each noise, in the same order.
+        noise: (B, *E). A per-sample schedule needs one row for each noise, in the same
+            order.
         steps: the schedule.
         group: (B,) condition of each sample, for the schedule's mean.
-        watch: is called at each of the K steps with the predicted clean sample. It costs no
-            network call.
+        watch: is called at each of the K steps with the predicted clean sample. It
+            costs no network call.
     """
     if steps.per_sample and len(steps.times) != len(noise):
         raise ValueError(
             f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}"
         )
+
+    # The solver that takes the steps.
     calibration = solver.amplitude_table
     solver, orders = stepper(solver, steps, noise, group)
     velocity = BoundVelocity.of(f)
@@ -104,8 +108,8 @@ def sample(
 def solver_of(steps: StepSchedule) -> Solver:
     """Return the solver that the schedule was searched with; Euler where it names none.
 
-    Raises ValueError where the name is not a solver's of this package, or where the schedule
-    names none and its steps have orders.
+    Raises ValueError where the name is not a solver's of this package, or where the
+    schedule names none and its steps have orders.
     """
     record = steps.about("solver")
     if not record and steps.orders is not None:
@@ -134,6 +138,8 @@ def stepper(
         return FittedSolver(steps.steps.weights.to(noise.device), constants), None
     if steps.orders is None:
         return solver, None
+
+    # Stored orders.
     highest = int(steps.orders.max())
     if not isinstance(solver, LinearMultistep):
         raise ValueError(
@@ -190,12 +196,12 @@ def _rows(solver: Solver, times: Tensor, velocity: BoundVelocity | None) -> int:
 class FittedSolver(Solver):
     """A solver with given coefficients: x_next = sum_p w_p u_p, u = (x, noise, mean, x0, ...).
 
-    Its steps have no order. Under guidance every network call remembers its R predictions of x0
-    apart.
+    Its steps have no order. Under guidance every network call remembers its R
+    predictions of x0 apart.
 
     Args:
-        weights: (K, P) one row for each step, 0 where there is no output yet. The predictions
-            of x0 are ordered newest first.
+        weights: (K, P) one row for each step, 0 where there is no output yet. The
+            predictions of x0 are ordered newest first.
         constants: noise and mean, (B, *E) each.
     """
 

@@ -20,17 +20,18 @@ Variant = Literal["bh1", "bh2"]
 class UniPC(LinearMultistep):
     """UniPC with data prediction (Zhao et al. 2023, arXiv 2302.04867, Algorithms 5 to 8).
 
-    The corrector acts in `observe`. The network call at the predicted state also corrects that
-    state, at the order of its predictor; the output is remembered as it is. So a step has one
-    call, and is one order better than its predictor. The last state is never observed, so it is
-    never corrected. Right after a step from t = 1, where h is infinite, bh2's corrector takes its
-    limit, and bh1, which has none, does not correct.
+    The corrector acts in `observe`. The network call at the predicted state also
+    corrects that state, at the order of its predictor; the output is remembered as it
+    is. So a step has one call, and is one order better than its predictor. The last
+    state is never observed, so it is never corrected. Right after a step from t = 1,
+    where h is infinite, bh2's corrector takes its limit, and bh1, which has none, does
+    not correct.
 
     Args:
         order: 1 to 3, of the predictor.
         variant: "bh1" has B(h) = h, "bh2" has B(h) = e^h - 1.
-        lower_order_final: the last step but one has at most order 2. (The last, into t = 0,
-            always has order 1.)
+        lower_order_final: the last step but one has at most order 2. (The last, into
+            t = 0, always has order 1.)
     """
 
     prediction = "x0"
@@ -79,7 +80,8 @@ class UniPC(LinearMultistep):
     ) -> list[Tensor]:
         """Return the weights that are added to those of the Euler step.
 
-        They are of [current, older ...], and with `corrector` of [new output, current, older ...].
+        They are of [current, older ...], and with `corrector` also of the new output,
+        which then comes first.
         """
         # Positions of the other outputs, in log-SNR and relative to the step: (..., p).
         lambdas = [log_snr(t) for t in times]

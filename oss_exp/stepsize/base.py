@@ -24,9 +24,10 @@ class StepsizeStrategy(Protocol):
     A strategy is made from its yaml. `plan` has no effects besides the network calls.
 
     Attributes:
-        per_sample: its schedules have one row for each sample, so they must be planned on the
-            noises that they will run on.
-        baseline: it is not a search of ours, but one of those that gains are measured against.
+        per_sample: its schedules have one row for each sample, so they must be planned
+            on the noises that they will run on.
+        baseline: it is not a search of ours, but one of those that gains are measured
+            against.
     """
 
     per_sample: ClassVar[bool]
@@ -42,13 +43,14 @@ class StepsizeStrategy(Protocol):
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """Return the network calls per sample of `plan`, without the teacher's.
 
-        The number is exact, or an estimate where the strategy adapts. Raises ValueError where
-        a K does not fit the grid.
+        The number is exact, or an estimate where the strategy adapts. Raises ValueError
+        where a K does not fit the grid.
 
         Args:
             num_nodes: N, the teacher's steps.
             num_steps: the K to plan for.
-            edge_calls: calls that scoring one edge takes, see the function of that name.
+            edge_calls: calls that scoring one edge takes, see the function of that
+                name.
         """
         ...
 

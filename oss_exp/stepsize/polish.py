@@ -1,12 +1,12 @@
 """Polish: a schedule's weights and times improved together, by Gauss-Newton on the final error.
 
-Coefficients that are fitted step by step bring each state close to the teacher's, but only the
-last state counts. How it changes with every weight and time is measured: each of them is changed
-a little, and the steps after it are run again. So a polish costs network calls and no gradients,
-and works with networks that have none.
+Coefficients that are fitted step by step bring each state close to the teacher's, but
+only the last state counts. How it changes with every weight and time is measured: each
+of them is changed a little, and the steps after it are run again. So a polish costs
+network calls and no gradients, and works with networks that have none.
 
-Legend: B samples, K steps, P basis vectors of a step, R outputs of a guided call, C changes,
-*E event dims, F features, b samples of a micro-batch.
+Legend: B samples, K steps, P basis vectors of a step, R outputs of a guided call, C
+changes, *E event dims, F features, b samples of a micro-batch.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def polish(
 ) -> StepSchedule:
     """Return the schedule with better weights and times, as fitted steps.
 
-    A solver's steps become fitted ones first, exactly. Three of four search samples train (by
-    their global number, so that the ranks' shares do not matter). The others choose the damping
-    of each step, and end the polish where no damping makes them better: on them the result is
-    never worse than `steps`.
+    A solver's steps become fitted ones first, exactly. Three of four search samples
+    train (by their global number, so that the ranks' shares do not matter). The others
+    choose the damping
+    of each step, and end the polish where no damping makes them better: on them the
+    result is never worse than `steps`.
 
     Args:
         problem: the search set and its teacher.
@@ -61,8 +62,8 @@ def polish(
         micro_batch: samples that are run at a time, each with all changes of a step.
 
     Raises:
-        ValueError: the distance is not a square, the velocity cannot be cut to some samples, or
-            there are fewer than four samples.
+        ValueError: the distance is not a square, the velocity cannot be cut to some
+            samples, or there are fewer than four samples.
     """
     require_range(at_least=1, iterations=iterations, micro_batch=micro_batch)
     if problem.distance.norm != 2:
@@ -129,7 +130,7 @@ class _Values:
 
 
 class _Slopes(NamedTuple):
-    """How the features of some samples' last states change with every value.
+    """The derivatives of some samples' last features by every value.
 
     Attributes:
         problem: these b samples.

@@ -1,7 +1,7 @@
 """The search problem that every strategy solves, and the teacher's run in it.
 
-Legend: B samples of this rank, N+1 grid nodes from the noise (node 0) to the data (node N),
-K steps, G conditions, *E event dims.
+Legend: B samples of this rank, N+1 grid nodes from the noise (node 0) to the data
+(node N), K steps, G conditions, *E event dims.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from oss_exp.velocity import BoundVelocity, VelocityFn
 
 
 class Collective:
-    """How ranks combine their tensors; this one serves a single process.
+    """Sums and gathers over ranks; this one serves a single process.
 
     All ranks must make the same calls in the same order.
     """
@@ -41,8 +41,8 @@ class Collective:
 class Teacher:
     """The many-step run that students are compared with.
 
-    It takes the problem's solver over the whole grid once. Nothing is computed before it is
-    first used. The arguments are those of `Problem`.
+    It takes the problem's solver over the whole grid once. Nothing is computed before
+    it is first used. The arguments are those of `Problem`.
     """
 
     velocity: BoundVelocity
@@ -58,8 +58,8 @@ class Teacher:
     def first_outputs(self) -> tuple[Tensor, ...]:
         """The network's outputs at the first node, (B, *E) each, which students reuse.
 
-        Raises ValueError where they have another shape than the noise, or where the network
-        changes its input.
+        Raises ValueError where they have another shape than the noise, or where the
+        network changes its input.
         """
         with torch.no_grad():
             x = self.noise.clone()
@@ -103,9 +103,9 @@ class Teacher:
     def mean(self) -> Tensor:
         """The mean clean sample of each condition at pure noise, (G, *E) float32.
 
-        It is the mean over all ranks of the first call's predictions, x0 = x - t v. A condition
-        without any search sample gets the mean over all of them. Every rank must ask for it at
-        the same point.
+        It is the mean over all ranks of the first call's predictions, x0 = x - t v. A
+        condition without any search sample gets the mean over all of them. Every rank
+        must ask for it at the same point.
         """
         # Predictions of this rank.
         v = self.velocity.combine(self.first_outputs)
@@ -164,12 +164,12 @@ class Teacher:
 class Problem:
     """A search set, the teacher to follow on it, and the distance that measures how closely.
 
-    The default problem is a standard normal distribution in two dimensions, whose velocity is
-    exact.
+    The default problem is a standard normal distribution in two dimensions, whose
+    velocity is exact.
 
     Args:
-        velocity: a `VelocityFn`. A plain function is wrapped as a `BoundVelocity` that cannot
-            be cut to some of its samples.
+        velocity: a `VelocityFn`. A plain function is wrapped as a `BoundVelocity` that
+            cannot be cut to some of its samples.
         noise: (B, *E) state of the teacher at grid[0], float32 or float64.
         grid: (N+1,) strictly decreasing canonical times, the last one 0.
         solver: the solver of the teacher and of its students.
@@ -183,8 +183,8 @@ class Problem:
         teacher: its run, made from the other fields.
 
     Raises:
-        ValueError: the noise is empty, not finite or of another dtype, or a field does not have
-            the shape and range that are given above.
+        ValueError: the noise is empty, not finite or of another dtype, or a field does
+            not have the shape and range that are given above.
     """
 
     velocity: BoundVelocity
@@ -263,7 +263,8 @@ class Problem:
         """Return the distance (M,) of states to the teacher's.
 
         Args:
-            x: (M, *E) states, M a multiple of B: c copies of all samples, one after the other.
+            x: (M, *E) states, M a multiple of B: c copies of all samples, one after the
+                other.
             nodes: (b,) node of each sample, b = B or 1.
         """
         count = len(self.noise)
@@ -323,7 +324,8 @@ class Problem:
 def _check_noise(noise: Tensor) -> None:
     if len(noise) == 0:
         raise ValueError(
-            "a search needs at least one noise on every rank; use fewer ranks or more search samples"
+            "a search needs at least one noise on every rank; use fewer ranks or more "
+            "search samples"
         )
     if not bool(noise.isfinite().all()):
         raise ValueError("the noise holds NaN or infinity")

@@ -1,9 +1,10 @@
 """A solver's steps written as fitted steps.
 
-They have weights over the noise, the mean and all predictions of x0, and do exactly the same.
+They have weights over the noise, the mean and all predictions of x0, and do exactly the
+same.
 
-Legend: K steps, R outputs of a guided call, P = 3 + R K basis vectors: x, noise, mean, and the
-predictions of x0, newest first.
+Legend: K steps, R outputs of a guided call, P = 3 + R K basis vectors: x, noise, mean,
+and the predictions of x0, newest first.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def as_fitted(problem: Problem, steps: StepSchedule) -> StepSchedule:
     Fitted steps stay as they are.
 
     Raises:
-        ValueError: the solver calls the network again within a step, or every sample has times
-            of its own.
+        ValueError: the solver calls the network again within a step, or every sample
+            has times of its own.
     """
     if isinstance(steps.steps, FittedSteps):
         return steps
@@ -58,7 +59,8 @@ def solver_sums(solver: Solver, times: Tensor, orders: Sequence[Tensor] | None =
     count = len(times) - 1
     if solver.evals_per_step > 1 and count > 1:
         raise ValueError(
-            f"{solver} calls the network again within a step; fitted steps take a multistep solver's"
+            f"{solver} calls the network again within a step; fitted steps take a multistep "
+            "solver's"
         )
     basis = torch.eye(count + 1, dtype=torch.float64, device=times.device)
     states: list[Tensor] = []
@@ -72,7 +74,7 @@ def solver_sums(solver: Solver, times: Tensor, orders: Sequence[Tensor] | None =
 
 
 def first_parts(steps: StepSchedule, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the parts of the noise and of the mean in a schedule's first state, at time `first`."""
+    """Return the parts of noise and mean in a schedule's first state, at time `first`."""
     if isinstance(steps.start, Analytic):
         ratio = first / steps.start_time
     else:
@@ -123,7 +125,8 @@ def step_weights(solver: LinearMultistep, times: Tensor, mix: Sequence[float]) -
 def difference(problem: Problem, steps: StepSchedule, base: Tensor) -> Tensor:
     """Return what must be added to weights (K, P) to get those of a schedule's steps.
 
-    It is zero where the steps are those of a solver that calls the network again within them.
+    It is zero where the steps are those of a solver that calls the network again within
+    them.
 
     Args:
         problem: its solver takes the schedule's steps.

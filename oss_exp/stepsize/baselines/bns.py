@@ -2,7 +2,8 @@
 
 All times and all weights of the steps are learned by gradient descent.
 
-Legend: K steps, P basis vectors of fitted steps: x, noise, mean, predictions of x0, newest first.
+Legend: K steps, P basis vectors of fitted steps: x, noise, mean, predictions of x0,
+newest first.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from oss_exp.stepsize.solver_weights import difference, first_parts, over_basis,
 class BNS(GradientDescent):
     """Learns the times, and each step's weights over the noise, the mean and all predictions.
 
-    The weights are those of Euler steps between the learned times, plus a learned difference. At
-    first the difference makes the steps those of `init`, whether they are its solver's or fitted.
-    Under guidance each output of a call has its own weight. The paper's larger noise for strong
-    guidance is not implemented.
+    The weights are those of Euler steps between the learned times, plus a learned
+    difference. At first the difference makes the steps those of `init`, whether they
+    are its solver's or fitted. Under guidance each output of a call has its own weight.
+    The paper's larger noise for strong guidance is not implemented.
     """
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:

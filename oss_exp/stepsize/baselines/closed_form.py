@@ -21,12 +21,13 @@ ClosedFormStart = Literal["pinned", "analytic"]
 class ClosedForm:
     """The nodes of a noise schedule.
 
-    The first one is moved to the teacher's first node, so that all students share one noise.
+    The first one is moved to the teacher's first node, so that all students share one
+    noise.
 
     Args:
         schedule: gives the nodes.
-        start: "analytic" gives the baseline the same free first jump that OSS can have, which
-            makes K + 1 nodes for K network calls.
+        start: "analytic" gives the baseline the same free first jump that OSS can have,
+            which makes K + 1 nodes for K network calls.
     """
 
     per_sample: ClassVar[bool] = False

@@ -18,19 +18,20 @@ from oss_exp.stepsize.baselines.gradient import GradientDescent, Student
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import first_parts, over_basis
 
-# Least and greatest share of the last time that the next one is: whatever is learned, times decrease.
+# Least and greatest share of a time that the next one is: times decrease whatever is learned.
 NEXT_TIME = (0.01, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DyWeight(GradientDescent):
-    """Learns each step's weights of its last directions, of any sum, and scales of the network's times.
+    """Learns weights of each step's last directions, and scales of the network's times.
 
-    A step to the next time of `init` goes along the weighted directions. The clock moves by the
-    same way times the sum of the weights. The network receives the clock times a learned scale,
-    and sees the state as noise of that level. The clock is sigma; it is flow time where the noise
-    is pure and sigma is infinite, as in the paper's form for FLUX. The weights begin as iPNDM's.
-    The paper's times are those of init=edm. Its analytical first direction is not implemented.
+    The weights may have any sum. A step to the next time of `init` goes along the
+    weighted directions. The clock moves by the same way times the sum of the weights.
+    The network receives the clock times a learned scale, and sees the state as noise of
+    that level. The clock is sigma; it is flow time where the noise is pure and sigma is
+    infinite, as in the paper's form for FLUX. The weights begin as iPNDM's. The paper's
+    times are those of init=edm. Its analytical first direction is not implemented.
 
     Args:
         history: H, the directions that a step weighs.

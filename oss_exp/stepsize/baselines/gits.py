@@ -1,13 +1,15 @@
 """GITS: the steps whose single jumps from a teacher's states have the least total cost.
 
-Chen et al. 2024, arXiv 2405.11326. A teacher of its own is run once. Every jump from one of its
-states to every later time, along the noise predicted there, is compared with the teacher's state
-at that time. Dynamic programming then picks exactly K jumps of the least total cost. Unlike OSS it
-never sees a student's own error. All is in EDM coordinates: x_edm = x / (1 - t),
-sigma = t / (1 - t), eps = x + (1 - t) v, in which the ODE is dx_edm / dsigma = eps.
+Chen et al. 2024, arXiv 2405.11326. A teacher of its own is run once. Every jump from
+one of its states to every later time, along the noise predicted there, is compared with
+the teacher's state at that time. Dynamic programming then picks exactly K jumps of the
+least total cost. Unlike OSS it never sees a student's own error.
 
-Legend: B samples, N+1 nodes of its own teacher from the noise (node 0) to the data (node N), K
-steps, *E event dims, D = prod(E).
+All is in EDM coordinates, x_edm = x / (1 - t), sigma = t / (1 - t) and
+eps = x + (1 - t) v, in which the ODE is dx_edm / dsigma = eps.
+
+Legend: B samples, N+1 nodes of its own teacher from the noise (node 0) to the data
+(node N), K steps, *E event dims, D = prod(E).
 """
 
 from __future__ import annotations
@@ -40,15 +42,17 @@ class GITS:
         schedule: the noise schedule of the teacher; its first sigma must be finite.
         num_nodes: N, the teacher's steps.
         solver: the teacher's solver.
-        metric: "l1" or "l2" distance of a jump's end to the teacher's state, or "dev": how much
-            further than that state it is from the straight line between the teacher's ends.
-        coeff: weight of every jump relative to the one before it, from 0.1 to 10. Above 1 it cares
-            more for the end of the trajectory.
-        afs: the analytical first step: one more node, reached without a network call, because
-            d = x / sqrt(1 + sigma^2) predicts the noise there. It is written as an analytic start
-            with mean 0, x_t = (t / t_N) z. That is the same at t_N = 1, where sigma is infinite,
-            and differs by 1 / (2 sigma_N) of the noise below. Without a node between the first two
-            times there is nothing to insert, and the start stays pinned.
+        metric: "l1" or "l2" distance of a jump's end to the teacher's state, or "dev":
+            how much further than that state it is from the straight line between the
+            teacher's ends.
+        coeff: weight of every jump relative to the one before it, from 0.1 to 10. Above
+            1 it cares more for the end of the trajectory.
+        afs: the analytical first step: one more node, reached without a network call,
+            because d = x / sqrt(1 + sigma^2) predicts the noise there. It is written as
+            an analytic start with mean 0, x_t = (t / t_N) z. That is the same at
+            t_N = 1, where sigma is infinite, and differs by 1 / (2 sigma_N) of the
+            noise below. Without a node between the first two times there is nothing to
+            insert, and the start stays pinned.
     """
 
     per_sample: ClassVar[bool] = False
@@ -155,8 +159,8 @@ def edm_trajectory(
 ) -> tuple[Tensor, Tensor]:
     """Return x_edm at all nodes, (N+1, B, *E), and eps at the first N.
 
-    eps is the network's output when the solver last called it: at the node, or at the state that
-    UniPC then corrects.
+    eps is the network's output when the solver last called it: at the node, or at the
+    state that UniPC then corrects.
 
     Args:
         solver: takes the steps.
@@ -210,8 +214,8 @@ def cost_matrix(
 ) -> Tensor:
     """Return the cost of every jump, (N+1, N+1) float64 on the CPU.
 
-    Entry (i, j), j > i, compares the jump states[i] + (sigma_j - sigma_i) eps[i] with states[j]. It
-    is the mean over the samples of all ranks. Other entries are 0.
+    Entry (i, j), j > i, compares the jump states[i] + (sigma_j - sigma_i) eps[i] with
+    states[j]. It is the mean over the samples of all ranks. Other entries are 0.
 
     Args:
         states: (N+1, B, *E) in EDM coordinates.
@@ -248,8 +252,8 @@ def cost_matrix(
 def exact_steps(cost: Tensor, num_steps: int, coeff: float) -> list[int]:
     """Return the nodes 0 = n_0 < ... < n_K = N of the least total cost.
 
-    The total is c(n_0, n_1) + coeff (c(n_1, n_2) + coeff (...)). Between equals the smallest next
-    node wins.
+    The total is c(n_0, n_1) + coeff (c(n_1, n_2) + coeff (...)). Between equals the
+    smallest next node wins.
 
     Args:
         cost: (N+1, N+1).
@@ -287,7 +291,8 @@ def best_free_node(
     Args:
         free: nodes to choose from.
         path: K+1 nodes.
-        run: gives the student's final states (B, *E), for the nodes from the inserted one on.
+        run: gives the student's final states (B, *E), for the nodes from the inserted
+            one on.
         target: (B, *E) the teacher's last states.
         collective: sums over ranks.
     """

@@ -42,17 +42,17 @@ class Student(NamedTuple):
 class GradientDescent(abc.ABC):
     """A strategy that lowers the student's final distance to the teacher by gradient descent.
 
-    Every second search sample trains (by its global number, so that the ranks' shares do not
-    matter), and the others choose the best iteration. Every iteration sees the whole training
-    half. A training pass costs K forward and K backward calls a sample, a validation pass K
-    forward calls.
+    Every second search sample trains (by its global number, so that the ranks' shares
+    do not matter), and the others choose the best iteration. Every iteration sees the
+    whole training half. A training pass costs K forward and K backward calls a sample,
+    a validation pass K forward calls.
 
     Args:
         init: plans the schedule to begin with, one for all samples.
         iterations: training passes.
         learning_rate: that of the optimizer.
-        decay: factor of the learning rate after `patience` iterations without progress; the
-            descent then goes on from the best parameters so far.
+        decay: factor of the learning rate after `patience` iterations without progress;
+            the descent then goes on from the best parameters so far.
         patience: iterations to wait for progress.
         micro_batch: samples that are held with their gradients at a time.
         objective: lower the mean of the samples' distances, or of their logarithms.
@@ -260,7 +260,8 @@ def gap_logits(steps: StepSchedule) -> Tensor:
 def learned_times(steps: StepSchedule, logits: Tensor) -> Tensor:
     """Return the times (K+1,) of some logits.
 
-    The first one is that of `steps`; with an analytic start it is learned as the others are.
+    The first one is that of `steps`; with an analytic start it is learned as the others
+    are.
     """
     nodes = times_from(logits, steps.start_time)
     return nodes[1:] if isinstance(steps.start, Analytic) else nodes

@@ -2,7 +2,8 @@
 
 It is GAS of 2025 without the adversarial loss.
 
-Legend: K steps, P basis vectors of fitted steps: x, noise, mean, predictions of x0, newest first.
+Legend: K steps, P basis vectors of fitted steps: x, noise, mean, predictions of x0,
+newest first.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from oss_exp.stepsize.solver_weights import difference, step_weights
 
 @dataclass(frozen=True, kw_only=True)
 class GS(GradientDescent):
-    """Learns times for DPM-Solver++ of order 3, differences to its weights, and the network's times.
+    """Learns times and weights of DPM-Solver++ of order 3, and the network's times.
 
-    The differences are over the state, the noise, the mean and all predictions so far. At first
-    they make the steps those of `init`. The times that the network receives begin as the solver's,
-    and all but the first are learned apart from them. The paper has 1,400 samples, 10,000
-    iterations and LPIPS; this has the search's samples, `iterations` and distance.
+    Its weights get learned differences, over the state, the noise, the mean and all
+    predictions so far. At first they make the steps those of `init`. The times that the
+    network receives begin as the solver's, and all but the first are learned apart from
+    them. The paper has 1,400 samples, 10,000 iterations and LPIPS; this has the
+    search's samples, `iterations` and distance.
     """
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:

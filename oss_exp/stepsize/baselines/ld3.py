@@ -32,15 +32,16 @@ from oss_exp.stepsize.solver_weights import first_parts, over_basis, solver_sums
 class LD3(GradientDescent):
     """Learns the times of the solver's steps, by RMSprop on the logits of their gaps.
 
-    This is the descent of the released code. The paper's noises that move in a small ball are not
-    implemented.
+    This is the descent of the released code. The paper's noises that move in a small
+    ball are not implemented.
 
     Args:
         init: plans the schedule to begin with; its steps must be a solver's.
         momentum: that of RMSprop.
-        decoupled: learn the times that the network receives apart from the solver's, all but the
-            first. The solver then does not step between the network's times, so the result is
-            written as fitted steps, which a list of sigmas cannot hold.
+        decoupled: learn the times that the network receives apart from the solver's,
+            all but the first. The solver then does not step between the network's
+            times, so the result is written as fitted steps, which a list of sigmas
+            cannot hold.
     """
 
     init: StepsizeStrategy = field(

@@ -1,8 +1,8 @@
 """Steps over the initial noise and the network's velocities so far, written as fitted steps.
 
-Some methods state their coefficients for velocities. A velocity is (x - x0) / t, and the student's
-own x is linear in the noise and in the predictions of x0 before it. So every such step also has
-coefficients for predictions of x0, without any loss.
+Some methods state their coefficients for velocities. A velocity is (x - x0) / t, and
+the student's own x is linear in the noise and in the predictions of x0 before it. So
+every such step also has coefficients for predictions of x0, without any loss.
 
 Legend: K steps, step k goes from times[k] to times[k+1], R outputs of a guided call.
 """
@@ -21,8 +21,8 @@ def linear_steps(
 ) -> StepSchedule:
     """Return the schedule of steps that are sums over the noise and the velocities so far.
 
-    Step k ends at over_noise[k] noise + sum over j <= k of over_velocities[k, j] v_j, where v_j is
-    the network's velocity at the student's state at times[j].
+    Step k ends at over_noise[k] noise + sum over j <= k of over_velocities[k, j] v_j,
+    where v_j is the network's velocity at the student's state at times[j].
 
     Args:
         problem: the search set.

@@ -1,8 +1,8 @@
 """Published times and coefficients of differentiable solver search (Wang et al. 2025).
 
-"Differentiable Solver Search for Fast Diffusion Sampling" (arXiv 2505.21114). A step goes along a
-sum, of weight 1, of the newest velocity and all earlier ones. Times and weights were found on
-ImageNet; here they are run on any model.
+"Differentiable Solver Search for Fast Diffusion Sampling" (arXiv 2505.21114). A step
+goes along a sum, of weight 1, of the newest velocity and all earlier ones. Times and
+weights were found on ImageNet; here they are run on any model.
 
 Legend: K steps.
 """
@@ -32,11 +32,12 @@ Table = Literal["flowdcn", "sit"]
 class NeuralSolver:
     """The released tables of one model.
 
-    The first time becomes the teacher's first node. The last step ends at exactly 0, because the
-    rounded steps add up to 1 only within 0.0002.
+    The first time becomes the teacher's first node. The last step ends at exactly 0,
+    because the rounded steps add up to 1 only within 0.0002.
 
     Args:
-        table: "flowdcn" is FlowDCN-B (5 to 10 and 15 steps), "sit" is SiT-XL/2 (5 to 10 steps).
+        table: "flowdcn" is FlowDCN-B (5 to 10 and 15 steps), "sit" is SiT-XL/2
+            (5 to 10 steps).
     """
 
     per_sample: ClassVar[bool] = False
@@ -50,8 +51,8 @@ class NeuralSolver:
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         """Return the tables' schedules.
 
-        Raises ValueError for a K without a table, or where the second time is not below the
-        teacher's first.
+        Raises ValueError for a K without a table, or where the second time is not below
+        the teacher's first.
         """
         tables = released_tables(self.table)
         budgets = check_num_steps(num_steps, problem.num_nodes)

@@ -1,12 +1,13 @@
 """OLSS: least-squares coefficients on the teacher's states, along a path of equal errors.
 
-"Optimal Linear Subspace Search" (Duan et al. 2023, arXiv 2305.14677). The state at the next node
-is approximated by the initial noise and the network's outputs so far, by ordinary least squares
-over all elements of all samples. States and outputs are the teacher's: unlike `OSSFit`, it never
-sees how a student's errors grow, but one run of the teacher serves every K.
+"Optimal Linear Subspace Search" (Duan et al. 2023, arXiv 2305.14677). The state at the
+next node is approximated by the initial noise and the network's outputs so far, by
+ordinary least squares over all elements of all samples. States and outputs are the
+teacher's: unlike `OSSFit`, it never sees how a student's errors grow, but one run of
+the teacher serves every K.
 
-Legend: B samples, N+1 nodes, K steps, *E event dims. Columns: the noise, the velocities at nodes
-0 to N-1, the states at nodes 1 to N.
+Legend: B samples, N+1 nodes, K steps, *E event dims. Columns: the noise, the velocities
+at nodes 0 to N-1, the states at nodes 1 to N.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ HALVINGS = 50  # of the bound on a step's error
 class OLSS:
     """The paper's path and coefficients.
 
-    From each node the path goes to the farthest one that is reached with an error of at most a
-    bound, found by bisection over the nodes. The bound is found by bisection too: it is the least
-    for which K steps are enough. The authors' network predicts noise. Here its outputs are
-    velocities, because at t = 1 a prediction of noise is the noise itself.
+    From each node the path goes to the farthest one that is reached with an error of at
+    most a bound, found by bisection over the nodes. The bound, also found by bisection,
+    is the least for which K steps are enough. The authors' network predicts noise. Here
+    its outputs are velocities, because at t = 1 a prediction of noise is the noise.
     """
 
     per_sample: ClassVar[bool] = False
@@ -62,10 +63,10 @@ class OLSS:
 def triangular_factor(problem: Problem) -> Tensor:
     """Return R of a QR decomposition of the columns, (2N+1, 2N+1) float64 on the CPU.
 
-    The rows of the decomposed matrix are the elements of all ranks' samples. Least squares on
-    columns of R is least squares on those of the whole matrix, without the squared condition
-    number of inner products. R is made one sample at a time, and divided so that squared lengths
-    are means over the elements.
+    The rows of the decomposed matrix are the elements of all ranks' samples. Least
+    squares on columns of R is least squares on those of the whole matrix, without the
+    squared condition number of inner products. R is made one sample at a time, and
+    divided so that squared lengths are means over the elements.
     """
     # This rank's samples.
     states = problem.teacher.states

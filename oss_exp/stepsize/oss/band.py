@@ -1,6 +1,7 @@
 """The layers of nodes that a search goes through, coarse to fine.
 
-Legend: N+1 nodes counted from the noise, K steps, k one budget. Paths are (k, b), b = B or 1.
+Legend: N+1 nodes counted from the noise, K steps, k one budget. Paths are (k, b), b = B
+or 1.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from oss_exp.stepsize.oss.required import Required
 class Band:
     """A coarse-to-fine search: a pilot on a coarse grid, then finer grids around its path.
 
-    The stride is halved again and again down to 1. A coarse grid that is too small for all the
-    steps is searched with fewer, and the path is stretched for the next level. A grid that
-    leaves the pilot fewer than three nodes is searched whole.
+    The stride is halved again and again down to 1. A coarse grid that is too small for
+    all the steps is searched with fewer, and the path is stretched for the next level.
+    A grid that leaves the pilot fewer than three nodes is searched whole.
 
     Args:
         stride: the pilot searches every stride-th node; a power of two.
-        width: nodes of a level's stride on either side of the path that the level searches;
-            twice as many at stride 1.
-        shifts: where a path touches the edge of its band, the band is laid around it and
-            searched again, at most so many times for each level. Two double the calls, and with
-            Euler steps find what the whole search finds.
+        width: nodes of a level's stride on either side of the path that the level
+            searches; twice as many at stride 1.
+        shifts: where a path touches the edge of its band, the band is laid around it
+            and searched again, at most so many times for each level. Two double the
+            calls, and with Euler steps find what the whole search finds.
     """
 
     stride: int = 8
@@ -76,8 +77,8 @@ def layers(
 ) -> list[Tensor]:
     """Return the layers of a search, max(budgets) times (W, 1).
 
-    Layer r has every `stride`-th node, and the required ones, from which the data can be reached
-    in exactly the calls that are left.
+    Layer r has every `stride`-th node, and the required ones, from which the data can
+    be reached in exactly the calls that are left.
 
     Args:
         num_nodes: N.

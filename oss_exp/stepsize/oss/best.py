@@ -51,21 +51,23 @@ class Candidate:
 class OSSBest(Search):
     """The best schedule of a portfolio (ours), judged by samples that did not make it.
 
-    One half of the search samples makes the candidates: the paths of Algorithm 2 from `start`
-    and from a pinned start, and the nodes of the baselines, each with the solver's steps and with
-    fitted ones. The other half chooses. The best path is refined, if that is better on the other
-    half too, and its coefficients are fitted again to all samples. So the result is never much
-    worse than the best known schedule, and nobody needs to choose a strategy. Its provenance
-    lists the candidates with their scores in dB, `planning.chosen_from`. A single sample judges
-    what it made.
+    One half of the search samples makes the candidates: the paths of Algorithm 2 from
+    `start` and from a pinned start, and the nodes of the baselines, each with the
+    solver's steps and with fitted ones. The other half chooses. The best path is
+    refined, if that is better on the other half too, and its coefficients are fitted
+    again to all samples. So the result is never much worse than the best known
+    schedule, and nobody needs to choose a strategy. Its provenance lists the candidates
+    with their scores in dB, `planning.chosen_from`. A single sample judges what it
+    made.
 
     Args:
-        start: start of the portfolio's searches, beside the pinned one. A pipeline, which draws
-            its own noise, needs "pinned".
+        start: start of the portfolio's searches, beside the pinned one. A pipeline,
+            which draws its own noise, needs "pinned".
         objective: as in `OSSShared`.
         ridge: regularisation of the fits, see `coefficients.Fit`.
-        baselines: {name: strategy}, each with one schedule for all samples. One that does not
-            fit the teacher or the budgets is left out. With required times all of them are.
+        baselines: {name: strategy}, each with one schedule for all samples. One that
+            does not fit the teacher or the budgets is left out. With required times all
+            of them are.
     """
 
     start: StartKind = "analytic"
@@ -193,7 +195,7 @@ class OSSBest(Search):
         return replace(best.steps, provenance={"planning": planning})
 
     def _score(self, problem: Problem, candidate: Candidate, judges: Tensor) -> float:
-        """Return the judges' mean PSNR, or with objective "mean" that of their mean error, in dB."""
+        """Return the judges' mean PSNR in dB; with objective "mean", that of their mean error."""
         x0 = sample(problem.solver, problem.velocity, problem.noise, candidate.steps, problem.group)
         end = torch.tensor([problem.num_nodes], device=x0.device)
         cost = problem.cost(x0, end).double()[judges]
@@ -233,10 +235,11 @@ class OSSBest(Search):
 
 
 def halves(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return which of this rank's samples make schedules, (B,) bool, and which judge them: the others.
+    """Return which of this rank's samples make schedules, (B,) bool, and which judge them.
 
-    Conditions come in turn: every second turn makes, so that both halves have all of them; where there are too few
-    samples for two turns, every second sample. All samples do both where there is one.
+    Conditions come in turn: every second turn makes, so that both halves have all of
+    them; where there are too few samples for two turns, every second sample. All
+    samples do both where there is one.
     """
     count = int(
         problem.collective.sum(torch.tensor(len(problem.noise), device=problem.noise.device))

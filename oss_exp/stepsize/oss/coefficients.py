@@ -1,11 +1,12 @@
 """Coefficients along a path: every step gets its own, fitted in closed form.
 
-A step from node i to node j is x_j = sum_p w_p u_p, over its basis u = (x_i, noise, mean, all
-predictions of x0 so far, newest first). The weights w are ridge least squares over all samples
-against the teacher's state at j: a P x P solve from inner products, without a network call.
+A step from node i to node j is x_j = sum_p w_p u_p, over its basis u = (x_i, noise,
+mean, all predictions of x0 so far, newest first). The weights w are ridge least squares
+over all samples against the teacher's state at j: a P x P solve from inner products,
+without a network call.
 
-Legend: B samples, k nodes, P basis vectors of a step, R outputs of a guided call, *E event
-dims, F features.
+Legend: B samples, k nodes, P basis vectors of a step, R outputs of a guided call, *E
+event dims, F features.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Fit:
 
     Args:
         history: calls whose predictions a step may use; None means all so far.
-        ridge: pull of w towards the ordinary step, relative to each vector's mean square.
+        ridge: pull of w towards the ordinary step, relative to each vector's mean
+            square.
     """
 
     history: int | None = None
@@ -125,8 +127,8 @@ class FittedStudent:
             first: position on the path.
 
         Returns:
-            The path with its coefficients, its k checkpoints, and its final error (1,) under
-            the objective.
+            The path with its coefficients, its k checkpoints, and its final error (1,)
+            under the objective.
         """
         problem = self.problem
         nodes = path.nodes[:, 0].tolist()
@@ -175,7 +177,8 @@ class FittedStudent:
 
         Args:
             step: leads to the node.
-            node: where the network is called; at node 0 the teacher's first call serves.
+            node: where the network is called; at node 0 the teacher's first call
+                serves.
             before: the checkpoint at the step's other end.
         """
         problem, state = self.problem, step.state
@@ -238,7 +241,8 @@ class FittedStudent:
     def _ordinary(self, state: State, node: int, size: int) -> Tensor:
         """Return the weights (P,) of an ordinary step, towards which the ridge pulls.
 
-        It is the solver's step of its highest order, or Euler's where it does not predict x0.
+        It is the solver's step of its highest order, or Euler's where it does not
+        predict x0.
         """
         problem, solver = self.problem, self.problem.solver
         if not (isinstance(solver, LinearMultistep) and solver.prediction == "x0"):

@@ -1,9 +1,9 @@
 """The actions of the search: scoring every step from the sources of a stage to its targets.
 
-An edge is one step between two nodes, and an action is an edge with the order of its step.
-`TriedEdges` takes every step and measures where it ends. `LinearEdges` serves a linear
-multistep solver under a quadratic distance, where inner products are enough to score a step,
-and takes only the best ones.
+An edge is one step between two nodes, and an action is an edge with the order of its
+step. `TriedEdges` takes every step and measures where it ends. `LinearEdges` serves a
+linear multistep solver under a quadratic distance, where inner products are enough to
+score a step, and takes only the best ones.
 
 Legend: B samples, S sources, J targets (nodes (S, b) and (J, b): b is B, or 1 where all
 samples have the same nodes), P basis vectors of a step, O orders, A target nodes of all
@@ -129,8 +129,8 @@ class TriedEdges(Edges):
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         """Take all steps into one target (b,) over legal edges (S, 1, b).
 
-        Returns the parent (1, b), the order's position from 1 (1, b), the cost (1, B) and the
-        state (B,) of the best one.
+        Returns the parent (1, b), the order's position from 1 (1, b), the cost (1, B)
+        and the state (B,) of the best one.
         """
         problem, count = self.problem, len(self.problem.noise)
 
@@ -164,15 +164,16 @@ class TriedEdges(Edges):
 class LinearEdges(Edges):
     """Edges that are scored from inner products, without taking a single step.
 
-    A step ends at x = sum_p w_p u_p; its basis u is the state and the remembered outputs. Its
-    squared distance to a target, |x - T_j|^2, needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
-    The products <u_p, T_j> with all later target nodes are themselves kept as a solver's
-    state: a linear solver moves these numbers exactly as it moves the states. The terms nearly
-    cancel, so everything is float64.
+    A step ends at x = sum_p w_p u_p, where the basis u is the state and the remembered
+    outputs. Its squared distance to a target, |x - T_j|^2, needs only the products
+    <u_p, u_q>, <u_p, T_j> and |T_j|^2. Those with all later target nodes are kept as a
+    solver's state of their own, because a linear solver moves these numbers exactly as
+    it moves the states. The terms nearly cancel, so everything is float64.
 
     Attributes:
         target_nodes: (A,) ascending, all nodes that some step may lead to.
-        target_products: (S*B, A) products of the state and of its outputs with the targets.
+        target_products: (S*B, A) products of the state and of its outputs with the
+            targets.
     """
 
     target_products: State

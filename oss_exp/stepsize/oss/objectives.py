@@ -36,12 +36,14 @@ class PerSample:
 class Shared:
     """The objective of one schedule for all samples of all ranks.
 
-    It returns sums. They are least where the means are, and need no count from other ranks.
+    It returns sums. They are least where the means are, and need no count from other
+    ranks.
 
     Args:
-        objective: "mean" is the mean cost, "log_mean" the mean logarithmic cost, which is PSNR.
-        rows: (B,) bool, the samples that count; None means all. The others are run with them
-            and can judge the schedule that these make.
+        objective: "mean" is the mean cost, "log_mean" the mean logarithmic cost, which
+            is PSNR.
+        rows: (B,) bool, the samples that count; None means all. The others are run with
+            them and can judge the schedule that these make.
     """
 
     objective: Mean
@@ -59,8 +61,8 @@ class Shared:
     def emphasis(self, cost: Tensor) -> Tensor:
         """Return weights (B,) such that a lower weighted mean of costs lowers the objective.
 
-        This holds near the given costs (B,). For a mean of logarithms, log c <= log c0 + c / c0 - 1,
-        so the weights are 1 / c0.
+        This holds near the given costs (B,). For a mean of logarithms the weights are
+        1 / c0, because log c <= log c0 + c / c0 - 1.
         """
         weights = torch.ones_like(cost)
         if self.objective == "log_mean":

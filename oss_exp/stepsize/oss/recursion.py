@@ -1,8 +1,8 @@
 """The dynamic program of OSS (arXiv 2503.21774, Algorithms 1 and 2).
 
 The teacher runs N small steps and leaves N+1 nodes: times t_0 > ... > t_N = 0, with its
-state T_j at each. A student takes K large steps from node to node. This file finds the K
-nodes at which the student should call the network so that it ends near T_N.
+state T_j at each. A student takes K large steps from node to node. This file finds the
+K nodes at which the student should call the network so that it ends near T_N.
 
 The words are those of dynamic programming:
 
@@ -16,30 +16,32 @@ The words are those of dynamic programming:
     stage   Stage r fills the table of all states (r, j) from those of stage r-1.
 
 Stage r works as follows. The network is called once at every source, which is a node of
-stage r-1. For every target j, all legal actions are scored: each source before j, with each
-order that its history allows. The cheapest one is taken, and its end, parent, order and cost
-become the entry of j. When a budget of k steps is closed, node N is one of the targets of
-stage k, and following the parents back from it gives the schedule.
+stage r-1. For every target j, all legal actions are scored: each source before j, with
+each order that its history allows. The cheapest one is taken, and its end, parent,
+order and cost become the entry of j. When a budget of k steps is closed, node N is one
+of the targets of stage k, and following the parents back from it gives the schedule.
 
 Example: N = 4, K = 2, a start pinned to node 0, Euler steps.
 
     stage 1   source 0           targets 1, 2, 3    one action each: 0->1, 0->2, 0->3
     stage 2   sources 1, 2, 3    target 4           three actions: 1->4, 2->4, 3->4
 
-If 2->4 ends nearest to T_4, then 4 has parent 2, 2 has parent 0, and the student calls the
-network at nodes 0 and 2. The program has made four calls, at nodes 0, 1, 2 and 3, of which
-the first is the teacher's own.
+If 2->4 ends nearest to T_4, then 4 has parent 2, 2 has parent 0, and the student calls
+the network at nodes 0 and 2. The program has made four calls, at nodes 0, 1, 2 and 3,
+of which the first is the teacher's own.
 
-Every stage has a table of its own, so a path of k stages has exactly k steps, and running the
-schedule costs exactly what its table says. The program is greedy: a state keeps one x, the
-nearest to T_j, although another might end nearer to T_N. `refine.py` repairs some of that.
+Every stage has a table of its own, so a path of k stages has exactly k steps, and
+running the schedule costs exactly what its table says. The program is greedy: a state
+keeps one x, the nearest to T_j, although another might end nearer to T_N. `refine.py`
+repairs some of that.
 
-A full search, a coarse pilot and a narrow band differ only in their `layers`, the nodes that
-are allowed at each stage. One schedule for each sample, and one that all samples share, differ
-only in the `Objective`, which says over which samples a minimum is taken.
+A full search, a coarse pilot and a narrow band differ only in their `layers`, the nodes
+that are allowed at each stage. One schedule for each sample, and one that all samples
+share, differ only in the `Objective`, which says over which samples a minimum is taken.
 
-Legend: B samples, W nodes of a layer (S as sources, J as targets). Arrays of nodes are (W, b):
-b is B, or 1 where all samples have the same nodes. Nodes ascend from noise to data along W.
+Legend: B samples, W nodes of a layer (S as sources, J as targets). Arrays of nodes are
+(W, b): b is B, or 1 where all samples have the same nodes. Nodes ascend from noise to
+data along W.
 """
 
 from __future__ import annotations
@@ -120,8 +122,9 @@ def recurse(
 
     Args:
         problem: what the student should come close to.
-        layers: legal nodes (W, b) after r calls, for r = 0, ..., max(budgets) - 1. Node N is
-            in none of them; it is added to the targets of every stage that ends a budget.
+        layers: legal nodes (W, b) after r calls, for r = 0, ..., max(budgets) - 1. Node
+            N is in none of them; it is added to the targets of every stage that ends a
+            budget.
         budgets: numbers of steps to solve for.
         start: where a student begins.
         objective: what the samples' costs become before the minimum is taken.

@@ -1,7 +1,8 @@
 """Coordinate descent on a path's nodes and orders, over the true final error of the search batch.
 
-The recursion is greedy: it keeps one sampler's state for each node. Changing one step at a time,
-and sampling everything after it again, repairs what that missed, most of all a free start node.
+The recursion is greedy: it keeps one sampler's state for each node. Changing one step
+at a time, and sampling everything after it again, repairs what that missed, most of all
+a free start node.
 
 Legend: B samples, k nodes, b = B, or 1 where all samples share a path.
 """
@@ -150,8 +151,9 @@ def refine_fitted(
 ) -> FittedPath:
     """Return a path with no larger final error, with coefficients fitted again for every try.
 
-    It makes at most FIT_CALLS calls. Its largest move is a third of the mean distance of two
-    nodes, but at least 2: larger ones lower the error at once and end in worse places.
+    It makes at most FIT_CALLS calls. Its largest move is a third of the mean distance
+    of two nodes, but at least 2. Larger ones lower the error at once and end in worse
+    places.
 
     Args:
         student: runs the paths.

@@ -2,8 +2,8 @@
 
 They are an expert's switch, or the first steps of a distilled model.
 
-Legend: N+1 nodes counted from the noise, K steps. Nodes of a layer are (W, b), sources (S, b),
-targets (J, b).
+Legend: N+1 nodes counted from the noise, K steps. Nodes of a layer are (W, b), sources
+(S, b), targets (J, b).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Required:
     """Required nodes: a head of first nodes, and others that may come at any step.
 
     Args:
-        nodes: (R,) ascending. The first `head` of them are the path's first nodes in this order.
+        nodes: (R,) ascending. The first `head` of them are the path's first nodes in
+            this order.
         head: the number of given first nodes.
         fewest: the fewest steps that visit all of them.
     """

@@ -1,13 +1,13 @@
 """Optimal Stepsize (OSS, arXiv 2503.21774): search the schedule that stays closest to the teacher.
 
-`OSS` gives every sample its own schedule (the paper's OSS). `OSSAve` takes the median or mean
-of those, node by node (its OSS-ave). `OSSShared` (ours) chooses one schedule for all samples
-inside the recursion, and `OSSFit` (ours) also fits the coefficients of its steps. All of them
-can start freely, at the teacher's first node or by an analytic jump, can search coarse to
-fine, and can refine the path of the recursion.
+`OSS` gives every sample its own schedule (the paper's OSS). `OSSAve` takes the median
+or mean of those, node by node (its OSS-ave). `OSSShared` (ours) chooses one schedule
+for all samples inside the recursion, and `OSSFit` (ours) also fits the coefficients of
+its steps. All of them can start freely, at the teacher's first node or by an analytic
+jump, can search coarse to fine, and can refine the path of the recursion.
 
-Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget. Paths are (k, b),
-b = B or 1.
+Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget. Paths are
+(k, b), b = B or 1.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ class Search:
     """The base of all OSS strategies: start, band, refinement and required times.
 
     Args:
-        start: where a student begins: "free" at any node with the initial noise, "pinned" at
-            the teacher's first node, "analytic" at any node by a jump without a network call.
+        start: where a student begins: "free" at any node with the initial noise,
+            "pinned" at the teacher's first node, "analytic" at any node by a jump
+            without a network call.
         band: search coarse to fine; None searches the whole grid at once.
         refine: improve the path of the recursion by coordinate descent (`refine.py`).
-        max_order: highest order of a multistep solver's steps; None means the solver's own.
-        must_visit: canonical times at which every schedule calls the network, such as the
-            switch between two experts. The grid's nearest nodes are taken.
-        first_sigmas: the first canonical times of the schedule, as a distilled model requires
-            them; the search chooses the others. The grid's nearest nodes are taken.
+        max_order: highest order of a multistep solver's steps; None means the solver's
+            own.
+        must_visit: canonical times at which every schedule calls the network, such as
+            the switch between two experts. The grid's nearest nodes are taken.
+        first_sigmas: the first canonical times of the schedule, as a distilled model
+            requires them; the search chooses the others. The grid's nearest nodes are
+            taken.
     """
 
     per_sample: ClassVar[bool] = False
@@ -165,8 +168,8 @@ class Search:
     ) -> SolverPath:
         """Return the best path of every `stride`-th node in the band around nodes (k, b).
 
-        Where it touches an edge of the band, the band is laid around it and searched again, at
-        most `shifts` times.
+        Where it touches an edge of the band, the band is laid around it and searched
+        again, at most `shifts` times.
         """
         limits = self._limits(len(nodes), problem.num_nodes, stride)
         windows = self._windows(nodes, stride, limits)
@@ -270,9 +273,9 @@ class OSS(Search):
     It shows how good a schedule can be that knows the noise.
 
     Args:
-        chunk: samples that are searched at a time. It bounds the memory and changes nothing
-            else. With a plain VelocityFn, which cannot be cut to some samples, all of them are
-            searched at once.
+        chunk: samples that are searched at a time. It bounds the memory and changes
+            nothing else. With a plain VelocityFn, which cannot be cut to some samples,
+            all of them are searched at once.
     """
 
     per_sample: ClassVar[bool] = True
@@ -323,8 +326,8 @@ class OSSAve(Search):
 
     Args:
         refine: move the averaged nodes over the batch's mean error; off in the paper.
-        aggregate: how the samples agree on a node. "median" rounds halves towards the data, as
-            the released code does for an even number of samples.
+        aggregate: how the samples agree on a node. "median" rounds halves towards the
+            data, as the released code does for an even number of samples.
         chunk: samples that are searched at a time, see `OSS`.
     """
 
@@ -377,8 +380,8 @@ class OSSShared(Search):
     """One schedule for all samples, chosen inside the recursion (ours).
 
     Args:
-        objective: minimise the samples' mean cost ("mean"), or their mean logarithmic cost
-            ("log_mean"), which maximises PSNR.
+        objective: minimise the samples' mean cost ("mean"), or their mean logarithmic
+            cost ("log_mean"), which maximises PSNR.
     """
 
     start: StartKind = "analytic"
@@ -399,17 +402,17 @@ class OSSShared(Search):
 class OSSFit(Search):
     """A path first, then fitted coefficients for its steps (ours).
 
-    The nodes are those of `OSSShared`, found with the solver's own steps (Algorithm 2). Then
-    the coefficients of every step, over the state, the noise, the mean and all predictions so
-    far, are fitted in closed form (`coefficients.Fit`). `refine` moves the nodes and fits the
-    coefficients again for every move.
+    The nodes are those of `OSSShared`, found with the solver's own steps (Algorithm 2).
+    Then the coefficients of every step, over the state, the noise, the mean and all
+    predictions so far, are fitted in closed form (`coefficients.Fit`). `refine` moves
+    the nodes and fits the coefficients again for every move.
 
     Args:
         objective: as in `OSSShared`.
         history: calls whose predictions a step may use; None means all of them.
         ridge: regularisation of the fit, see `Fit`.
-        polish: iterations, at most, that improve all weights and times together, also between
-            the grid's nodes (`polish.polish`); 0 means none.
+        polish: iterations, at most, that improve all weights and times together, also
+            between the grid's nodes (`polish.polish`); 0 means none.
     """
 
     start: StartKind = "analytic"
@@ -503,8 +506,8 @@ def path_schedule(
 ) -> StepSchedule:
     """Return the schedule of a path.
 
-    Its provenance has the recursion's mean cost after each step, before samples agreed on nodes
-    and before refinement.
+    Its provenance has the recursion's mean cost after each step, before samples agreed
+    on nodes and before refinement.
 
     Args:
         problem: the problem that the path solves.
