@@ -15,7 +15,7 @@ from oss_exp.solvers import LinearMultistep, sample, walk
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.base import student_start
 from oss_exp.stepsize.oss.coefficients import FittedPath
-from oss_exp.stepsize.oss.recursion import Round, SolverPath
+from oss_exp.stepsize.oss.recursion import SolverPath, Stage
 
 
 def schedule(problem: Problem, path: SolverPath | FittedPath, start: str) -> StepSchedule:
@@ -41,12 +41,12 @@ def final_error(problem: Problem, steps: StepSchedule) -> Tensor:
     return problem.cost(x0, torch.tensor([problem.num_nodes]))
 
 
-def table_paths(rounds: Sequence[Round]) -> tuple[Tensor, Tensor]:
-    """Nodes (r+1, J, b) and orders (r, J, b) of the best path to every target of the last of these rounds."""
-    last = rounds[-1]
+def table_paths(stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
+    """Nodes (r+1, J, b) and orders (r, J, b) of the best path to every target of the last of these stages."""
+    last = stages[-1]
     position = torch.arange(len(last.targets))[:, None]
     nodes, orders = [last.targets], []
-    for step in reversed(rounds):
+    for step in reversed(stages):
         width = max(step.parent.shape[1], position.shape[1])
         position = position.expand(-1, width)
         orders.append(step.orders.expand(-1, width).gather(0, position))
@@ -56,10 +56,10 @@ def table_paths(rounds: Sequence[Round]) -> tuple[Tensor, Tensor]:
     return tuple(tables)
 
 
-def table_costs(problem: Problem, rounds: Sequence[Round], start: str) -> Tensor:
-    """(J, B): every path to a target of the last of these rounds, sampled; nonsense where there is no path."""
+def table_costs(problem: Problem, stages: Sequence[Stage], start: str) -> Tensor:
+    """(J, B): every path to a target of the last of these stages, sampled; nonsense where there is no path."""
     count = len(problem.noise)
-    nodes, orders = (table.expand(-1, -1, count) for table in table_paths(rounds))
+    nodes, orders = (table.expand(-1, -1, count) for table in table_paths(stages))
     times = problem.grid[nodes].flatten(1)
     x = problem.noise.repeat(nodes.shape[1], 1)
     if start == "analytic":
@@ -74,9 +74,9 @@ def table_costs(problem: Problem, rounds: Sequence[Round], start: str) -> Tensor
     )
 
 
-def assert_tables_replay(problem: Problem, rounds: Sequence[Round], start: str) -> None:
+def assert_tables_replay(problem: Problem, stages: Sequence[Stage], start: str) -> None:
     """Every entry of every round's table is what sampling its path costs."""
-    for r in range(1, len(rounds) + 1):
-        alive = rounds[r - 1].cost.isfinite()
-        found = table_costs(problem, rounds[:r], start)
-        torch.testing.assert_close(found[alive], rounds[r - 1].cost[alive], rtol=1e-9, atol=1e-14)
+    for r in range(1, len(stages) + 1):
+        alive = stages[r - 1].cost.isfinite()
+        found = table_costs(problem, stages[:r], start)
+        torch.testing.assert_close(found[alive], stages[r - 1].cost[alive], rtol=1e-9, atol=1e-14)

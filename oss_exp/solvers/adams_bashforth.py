@@ -13,9 +13,14 @@ from oss_exp.solvers.lagrange import integral_weights
 
 @dataclass(frozen=True)
 class AdamsBashforth(LinearMultistep):
-    """x + integral from t to t' of the polynomial in t through the last `order` velocities (Hairer et al., ch. III.1).
+    """x + the integral from t to t' of the polynomial through the last `order` velocities.
 
-    The velocity is regular at t = 1 and t = 0, so neither end needs care.
+    The velocity is regular at t = 1 and t = 0, so neither end needs a lower order
+    (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter
+    III.1).
+
+    Args:
+        order: 1 to 4.
     """
 
     prediction = "v"

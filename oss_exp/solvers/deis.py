@@ -1,4 +1,7 @@
-"""DEIS: polynomials in the variance-preserving clock, integrated with the exact exponential weight."""
+"""DEIS: polynomials in the variance-preserving clock.
+
+They are integrated with the exact exponential weight.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +13,21 @@ from torch import Tensor
 from oss_exp.checks import require_range
 from oss_exp.solvers.base import LinearMultistep
 
-QUADRATURE = 64  # Gauss-Legendre points: the integrands are smooth in log(1 + sigma)
+QUADRATURE = 64  # Gauss-Legendre points; the integrands are smooth in log(1 + sigma)
 
 
 @dataclass(frozen=True)
 class DEIS(LinearMultistep):
-    """tAB-DEIS of orders 1 to 3 (Zhang & Chen 2023, arXiv 2204.13902, eq. 15).
+    """tAB-DEIS of orders 1 to 3 (Zhang and Chen 2023, arXiv 2204.13902, eq. 15).
 
-    d(x / (1 - t)) = eps d(sigma) with eps a polynomial in the clock tau of the linear variance-preserving process,
-    log(1 + sigma^2) = beta_d tau^2 / 2 + beta_min tau, whatever process the network was trained with.
+    It integrates d(x / (1 - t)) = eps d(sigma), with eps a polynomial in the clock tau
+    of the linear variance-preserving process, log(1 + sigma^2) = beta_d tau^2 / 2 +
+    beta_min tau. The clock is the same whatever process the network was trained with.
+
+    Args:
+        order: 1 to 3.
+        beta_d: slope of the process's beta.
+        beta_min: its first beta.
     """
 
     prediction = "eps"
@@ -35,14 +44,18 @@ class DEIS(LinearMultistep):
         require_range(at_least=-1e3, at_most=1e3, beta_min=self.beta_min)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
+        # Quadrature points over y = log(1 + sigma) = -log(1 - t).
         points, quadrature = np.polynomial.legendre.leggauss(QUADRATURE)
-        points, quadrature = (torch.from_numpy(a).to(t_next.device) for a in (points, quadrature))
-        # Integrate over y = log(1 + sigma) = -log(1 - t).
-        start, end = -torch.log1p(-times[0]), -torch.log1p(-t_next)
-        half = (end - start) / 2
+        points = torch.from_numpy(points).to(t_next.device)
+        quadrature = torch.from_numpy(quadrature).to(t_next.device)
+        start = -torch.log1p(-times[0])
+        half = (-torch.log1p(-t_next) - start) / 2
         y = (start + half)[..., None] + half[..., None] * points
-        tau, nodes = self._clock(torch.expm1(y)), [self._clock(t / (1 - t)) for t in times]
         measure = half[..., None] * quadrature * y.exp()  # d(sigma)
+
+        # Integrals of the Lagrange basis polynomials in the clock.
+        tau = self._clock(torch.expm1(y))
+        nodes = [self._clock(t / (1 - t)) for t in times]
         weights = []
         for h, node in enumerate(nodes):
             basis = torch.ones_like(y)
@@ -52,5 +65,6 @@ class DEIS(LinearMultistep):
         return [(1 - t_next) / (1 - times[0]), *weights]
 
     def _clock(self, sigma: Tensor) -> Tensor:
+        """Return tau at sigma, in the linear variance-preserving process."""
         root = torch.sqrt(self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2))
         return (root - self.beta_min) / self.beta_d

@@ -1,4 +1,4 @@
-"""The midpoint method in sigma, at a geometric mean: "DPM2" of the k-diffusion family."""
+"""DPM2 of the k-diffusion family: the midpoint method in sigma, at a geometric mean."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,15 @@ from oss_exp.velocity import VelocityFn
 
 @dataclass(frozen=True)
 class DPM2(Singlestep):
-    """Second order: eps is taken at sigma'^r sigma^(1-r) and extrapolated along the step (2206.00364, App. D.2, alpha).
+    """A second-order method that takes eps between the ends of a step and extrapolates it.
 
-    r = 1/2 is the midpoint of k-diffusion's DPM2. The steps from t = 1 and into t = 0, which have no geometric mean in
-    sigma, are Euler's, with one call.
+    See Karras et al. 2022, arXiv 2206.00364, appendix D.2 (its alpha is r). The steps
+    from t = 1 and into t = 0, which have no geometric mean in sigma, are Euler's, with
+    one call.
+
+    Args:
+        r: the second call is at sigma'^r sigma^(1-r); 1/2 is the midpoint of
+            k-diffusion's DPM2.
     """
 
     order = 2
@@ -27,14 +32,17 @@ class DPM2(Singlestep):
         require_range(at_least=0.01, at_most=1, r=self.r)
 
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
-        x, v, start = state.x, state.outputs[0], state.t
+        x = state.x
+        v = state.outputs[0]
+        start = state.t
+
+        # Euler to the time between.
         sigma = (t_next / (1 - t_next)) ** self.r * (start / (1 - start)) ** (1 - self.r)
         middle = sigma / (1 + sigma)
         x_middle = self.euler(state, middle)
-        eps_change = (
-            x_middle + rowwise(1 - middle, x) * f(x_middle, middle) - x - rowwise(1 - start, x) * v
-        )
-        return (
-            self.euler(state, t_next)
-            + rowwise((t_next - start) / (1 - start) / (2 * self.r), x) * eps_change
-        )
+
+        # The change of eps, extrapolated to the whole step.
+        v_middle = f(x_middle, middle)
+        eps_change = x_middle + rowwise(1 - middle, x) * v_middle - x - rowwise(1 - start, x) * v
+        gain = (t_next - start) / (1 - start) / (2 * self.r)
+        return self.euler(state, t_next) + rowwise(gain, x) * eps_change

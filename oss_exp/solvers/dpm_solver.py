@@ -14,9 +14,14 @@ from oss_exp.velocity import VelocityFn
 
 @dataclass(frozen=True)
 class DPMSolver(Singlestep):
-    """DPM-Solver-2 (one call at the middle log-SNR) and -3 (two, at thirds); order 1 is Euler (arXiv 2206.00927, App.).
+    """DPM-Solver-2 and DPM-Solver-3 (Lu et al. 2022, arXiv 2206.00927, appendix).
 
-    The steps from t = 1 and into t = 0, which are infinitely long in log-SNR, are Euler's, with one call.
+    The steps from t = 1 and into t = 0, which are infinitely long in log-SNR, are
+    Euler's, with one call.
+
+    Args:
+        order: 1 is Euler, 2 has a second call at the middle log-SNR, 3 has two more
+            calls at thirds of it.
     """
 
     order: int = 2
@@ -38,10 +43,17 @@ class DPMSolver(Singlestep):
             change = eps_change(self.euler(state, middle), middle)
             gain = (start - t_next) / (1 - start)  # sigma (e^h - 1)
             return self.euler(state, t_next) - rowwise(gain, change) * change
-        third, two_thirds = (torch.sigmoid(-(log_snr(start) + r * h)) for r in (1 / 3, 2 / 3))
+
+        # Order 3: a call at one third of the step in log-SNR.
+        third = torch.sigmoid(-(log_snr(start) + 1 / 3 * h))
         change = eps_change(self.euler(state, third), third)
+
+        # A call at two thirds.
+        two_thirds = torch.sigmoid(-(log_snr(start) + 2 / 3 * h))
         phi = torch.expm1(2 * h / 3) / (2 * h / 3) - 1
         x = self.euler(state, two_thirds) - rowwise(2 * two_thirds * phi, change) * change
         change = eps_change(x, two_thirds)
+
+        # The end.
         phi = torch.expm1(h) / h - 1
         return self.euler(state, t_next) - rowwise(1.5 * t_next * phi, change) * change

@@ -15,10 +15,15 @@ Clock = Literal["t", "sigma"]
 
 @dataclass(frozen=True)
 class Heun(Singlestep):
-    """Euler, then the mean of the slopes at both ends; plain Euler into t = 0 (Karras et al., 2206.00364, Alg. 1).
+    """An Euler step, corrected with the mean of the slopes at both ends; Euler alone into t = 0.
 
-    clock `t`: the slope is v, in flow time. `sigma`: the slope is eps, in sigma = t / (1 - t), as in the paper; it is
-    another second-order method, not the same numbers, and a step from t = 1, where sigma is infinite, is Euler's too.
+    See Karras et al. 2022, arXiv 2206.00364, Algorithm 1.
+
+    Args:
+        clock: "t" takes the slope v in flow time. "sigma" takes the slope eps in
+            sigma = t / (1 - t), as in the paper. They are two second-order methods with
+            different results. In sigma a step from t = 1, where sigma is infinite, is
+            Euler's.
     """
 
     order = 2
@@ -34,16 +39,15 @@ class Heun(Singlestep):
         return (0.0,) if self.clock == "t" else (1.0, 0.0)
 
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
-        slope, step = state.outputs[0], rowwise(t_next - state.t, state.x)
+        slope = state.outputs[0]
+        step = rowwise(t_next - state.t, state.x)
         euler = self.euler(state, t_next)
         change = f(euler, t_next) - slope
         if self.clock == "t":
             return euler + step * 0.5 * change
-        # Half a step in sigma times the change of eps = x + (1 - t) v, all seen at t'.
+
+        # Half a step in sigma times the change of eps = x + (1 - t) v, in the scale of t'.
         start = rowwise(state.t, euler)
-        eps_change = (
-            (euler - state.x)
-            + (1 - rowwise(t_next, euler)) * (change + slope)
-            - (1 - start) * slope
-        )
+        end = rowwise(t_next, euler)
+        eps_change = (euler - state.x) + (1 - end) * (change + slope) - (1 - start) * slope
         return euler + 0.5 * step / (1 - start) * eps_change

@@ -1,4 +1,4 @@
-"""Adams-Bashforth methods on eps in sigma (variance-exploding coordinates): iPNDM and its variable-step form."""
+"""iPNDM and its variable-step form: Adams-Bashforth methods on eps in sigma."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,15 @@ UNIFORM = {
 
 @dataclass(frozen=True)
 class IPNDM(LinearMultistep):
-    """d(x / (1 - t)) = eps d(sigma), sigma = t / (1 - t): eps is extrapolated by the last `order` ones.
+    """d(x / (1 - t)) = eps d(sigma), sigma = t / (1 - t), with eps extrapolated from earlier ones.
 
-    weights `uniform`: Adams-Bashforth's for equal steps whatever the steps are (Zhang & Chen 2023, arXiv 2204.13902,
-    from Liu et al. 2022, arXiv 2202.09778): of higher order on equal steps only. `exact`: integrals of the polynomial
-    in sigma for the steps as they are (iPNDM_v; DEIS rho-AB).
+    Args:
+        order: 1 to 4, the outputs that are used.
+        weights: "uniform" takes Adams-Bashforth's weights of equal steps, whatever the
+            steps are (Zhang and Chen 2023, arXiv 2204.13902, from Liu et al. 2022,
+            arXiv 2202.09778); the order is only reached on equal steps. "exact"
+            integrates the polynomial in sigma over the actual steps
+            (iPNDM_v, DEIS rho-AB).
     """
 
     prediction = "eps"
@@ -39,9 +43,15 @@ class IPNDM(LinearMultistep):
         require_choice(get_args(Weights), weights=self.weights)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
-        sigmas, sigma_next = [t / (1 - t) for t in times], t_next / (1 - t_next)
+        sigmas = [t / (1 - t) for t in times]
+        sigma_next = t_next / (1 - t_next)
         if self.weights == "exact":
             steps = integral_weights(sigmas, sigma_next)
         else:
             steps = [(sigma_next - sigmas[0]) * weight for weight in UNIFORM[len(times)]]
-        return [(1 - t_next) / (1 - times[0]), *((1 - t_next) * step for step in steps)]
+
+        # From x / (1 - t) back to x.
+        weights = [(1 - t_next) / (1 - times[0])]
+        for step in steps:
+            weights.append((1 - t_next) * step)
+        return weights

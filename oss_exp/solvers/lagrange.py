@@ -1,4 +1,7 @@
-"""Integrals of the polynomial through past values: what Adams-Bashforth methods are made of."""
+"""Integrals of the polynomial through past values.
+
+They are the weights of Adams-Bashforth methods.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,11 @@ from torch import Tensor
 
 
 def integral_weights(nodes: Sequence[Tensor], end: Tensor) -> list[Tensor]:
-    """Integrals from nodes[0] to end of the Lagrange basis polynomials of all nodes (Hairer et al., ch. III.1)."""
+    """Return the integrals from nodes[0] to end of the Lagrange basis polynomials of all nodes.
+
+    See Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter
+    III.1.
+    """
     step = end - nodes[0]
     scaled = [(node - nodes[0]) / step for node in nodes]  # the current node is 0 and the end is 1
     weights = []
@@ -15,10 +22,10 @@ def integral_weights(nodes: Sequence[Tensor], end: Tensor) -> list[Tensor]:
         # The basis polynomial of this node, as coefficients of 1, u, u^2, ...
         basis = [torch.ones_like(step)]
         for other in scaled[:h] + scaled[h + 1 :]:
-            shifted = [torch.zeros_like(step), *basis]
-            basis = [
-                (up - other * low) / (node - other)
-                for up, low in zip(shifted, [*basis, 0.0], strict=True)
-            ]
+            raised = [torch.zeros_like(step), *basis]  # times u
+            terms = zip(raised, [*basis, 0.0], strict=True)
+            basis = [(high - other * low) / (node - other) for high, low in terms]
+
+        # Its integral from 0 to 1.
         weights.append(step * sum(c / (power + 1) for power, c in enumerate(basis)))
     return weights

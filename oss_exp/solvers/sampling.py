@@ -1,4 +1,4 @@
-"""Running a step schedule: the one way from noise to data that samples, evaluations and searches share."""
+"""The loop that runs a step schedule, which samples, evaluations and searches share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity, VelocityFn
 
 Watch = Callable[[int, Tensor], None]
-"""watch(step, x0 (B, *E)): the clean sample that a step's first network call, at its own x and t, predicts: x - t v."""
+"""watch(step, x0 (B, *E)): x0 = x - t v is what the step's first network call predicts."""
 
 
 def walk(
@@ -27,16 +27,24 @@ def walk(
     orders: Sequence[int | Tensor | None] | None = None,
     calibration: Calibration | None = None,
 ) -> Iterator[State]:
-    """x (M, *E) at times[0]; times (K+1,) or (K+1, M). Yields the observed state at each time, the last unobserved.
+    """Yield the observed state at each time; the last one is not observed.
 
-    orders: of the K steps, () or (M,) each; default: the solver's own. calibration: applied before each network call.
+    Args:
+        solver: takes the steps.
+        f: the velocity.
+        x: (M, *E) state at times[0].
+        times: (K+1,) or (K+1, M) decreasing canonical times.
+        orders: orders of the K steps, () or (M,) each; None means the solver's own.
+        calibration: applied to the state before each network call.
     """
     times = times.to(x.device)
-    state = solver.init(x, times[0])
     num_steps = len(times) - 1
+    state = solver.init(x, times[0])
+
     for step, order in enumerate(solver.orders(num_steps) if orders is None else orders):
         if calibration is not None:
-            state = replace(state, x=calibration(state.x, state.t, step == num_steps - 1))
+            is_last = step == num_steps - 1
+            state = replace(state, x=calibration(state.x, state.t, is_last))
         state = solver.observe(f, state)
         yield state
         state = solver.advance(f, state, times[step + 1], order)
@@ -45,7 +53,7 @@ def walk(
 
 @torch.no_grad()
 def trajectory(solver: Solver, f: VelocityFn, x: Tensor, times: Tensor) -> Tensor:
-    """x (M, *E) at times[0], times (N+1,) -> the states at all of them, (N+1, M, *E)."""
+    """Return the states (N+1, M, *E) at all times (N+1,), from x (M, *E) at times[0]."""
     return torch.stack([state.x for state in walk(solver, f, x, times)])
 
 
@@ -58,59 +66,80 @@ def sample(
     group: Tensor | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Run a step schedule: noise (B, *E), group (B,) condition indices for its mean -> x0 (B, *E).
+    """Run a step schedule and return the clean samples (B, *E).
 
-    Each step has the order that the schedule stores, else the solver's own; fitted steps need no solver but for its
-    calibration. A per-sample schedule needs one row per noise, in the same order. `watch` is told of each of the K
-    steps; it costs no network call.
+    Each step has the order that the schedule stores, or else the solver's own. Fitted
+    steps use only the calibration of the solver.
+
+    Args:
+        solver: takes the steps.
+        f: the velocity.
+        noise: (B, *E). A per-sample schedule needs one row for each noise, in the same
+            order.
+        steps: the schedule.
+        group: (B,) condition of each sample, for the schedule's mean.
+        watch: is called at each of the K steps with the predicted clean sample. It
+            costs no network call.
     """
     if steps.per_sample and len(steps.times) != len(noise):
         raise ValueError(
             f"the schedule has times for {len(steps.times)} samples, the noise has {len(noise)}"
         )
+
+    # The solver that takes the steps.
     calibration = solver.amplitude_table
     solver, orders = stepper(solver, steps, noise, group)
     velocity = BoundVelocity.of(f)
-
     predictions: list[Tensor] = []
     if watch is not None:
         velocity = _with_predictions(velocity, predictions)
-    times = steps.times.movedim(-1, 0)  # (K+1, B), or unchanged (K+1,)
-    final = steps.initial_state(noise, group)
-    for step, state in enumerate(walk(solver, velocity, final, times, orders, calibration)):
-        final = state.x
+
+    times = steps.times.movedim(-1, 0)  # (K+1,) or (K+1, B)
+    x = steps.initial_state(noise, group)
+    for step, state in enumerate(walk(solver, velocity, x, times, orders, calibration)):
+        x = state.x
         if watch is not None and step < steps.num_steps:
-            watch(
-                step, torch.cat(predictions)[-len(noise) :]
-            )  # before them: calls within the step that led here
+            # The newest; those before it are of calls within the step that led here.
+            watch(step, torch.cat(predictions)[-len(noise) :])
             predictions.clear()
-    return final
+    return x
 
 
 def solver_of(steps: StepSchedule) -> Solver:
-    """Return the solver that the schedule was searched with, Euler where its provenance names none.
+    """Return the solver that the schedule was searched with; Euler where it names none.
 
-    Raises ValueError where it names none of this package, or names none and its steps have orders.
+    Raises ValueError where the name is not a solver's of this package, or where the
+    schedule names none and its steps have orders.
     """
-    if not steps.about("solver") and steps.orders is not None:
+    record = steps.about("solver")
+    if not record and steps.orders is not None:
         raise ValueError(
             "the schedule has orders and names no solver; give the one they were searched with"
         )
-    return named_solver(steps.about("solver"))
+    return named_solver(record)
 
 
 def stepper(
     solver: Solver, steps: StepSchedule, noise: Tensor, group: Tensor | None
 ) -> tuple[Solver, list[Tensor] | None]:
-    """Return what takes the steps of a schedule from noise (B, *E), and their K orders where a search chose them.
+    """Return the solver that takes a schedule's steps, and their K orders if it stores any.
 
-    Raises ValueError where the solver cannot take steps of these orders.
+    Args:
+        solver: takes steps that are not fitted.
+        steps: the schedule.
+        noise: (B, *E), from which fitted steps start.
+        group: (B,) condition of each sample.
+
+    Raises:
+        ValueError: the solver cannot take steps of the stored orders.
     """
     if isinstance(steps.steps, FittedSteps):
         constants = noise, group_mean(steps.steps.mean, noise, group)
         return FittedSolver(steps.steps.weights.to(noise.device), constants), None
     if steps.orders is None:
         return solver, None
+
+    # Stored orders.
     highest = int(steps.orders.max())
     if not isinstance(solver, LinearMultistep):
         raise ValueError(
@@ -125,7 +154,7 @@ def stepper(
 
 
 def _with_predictions(velocity: BoundVelocity, predictions: list[Tensor]) -> BoundVelocity:
-    """Return the same velocity; every (micro-batch of a) call appends its predictions of x0."""
+    """Return the same velocity, whose calls (or micro-batches) append their x0 to the list."""
 
     def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         raw = velocity.fn(x, t, condition)
@@ -136,31 +165,44 @@ def _with_predictions(velocity: BoundVelocity, predictions: list[Tensor]) -> Bou
 
 
 def nfe(solver: Solver, steps: StepSchedule, velocity: BoundVelocity | None = None) -> int:
-    """Network rows per sample of `sample` with this velocity (None: one a call); of per-sample schedules the most."""
+    """Return the network rows for each sample of `sample`; of per-sample schedules the most.
+
+    Args:
+        solver: takes the steps.
+        steps: the schedule.
+        velocity: says how many rows a call has; None means one.
+    """
     if isinstance(steps.steps, FittedSteps):
-        solver = Euler()  # fitted steps call where Euler's do
+        solver = Euler()  # calls the network where fitted steps do
+    return max(_rows(solver, times, velocity) for times in torch.atleast_2d(steps.times))
 
-    def rows(times: Tensor) -> int:
-        """Found by stepping nothing through times (K+1,)."""
-        asked = []
 
-        def f(x: Tensor, t: Tensor) -> Tensor:
-            asked.append(t)
-            return torch.zeros_like(x)
+def _rows(solver: Solver, times: Tensor, velocity: BoundVelocity | None) -> int:
+    """Count the network rows of one sample by stepping a zero through times (K+1,)."""
+    call_times: list[Tensor] = []
 
-        for _ in walk(solver, f, torch.zeros(1, 1), times):
-            pass
-        return len(asked) if velocity is None else int(velocity.rows_at(torch.cat(asked)).sum())
+    def f(x: Tensor, t: Tensor) -> Tensor:
+        call_times.append(t)
+        return torch.zeros_like(x)
 
-    return max(rows(times) for times in torch.atleast_2d(steps.times))
+    for _ in walk(solver, f, torch.zeros(1, 1), times):
+        pass
+    if velocity is None:
+        return len(call_times)
+    return int(velocity.rows_at(torch.cat(call_times)).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class FittedSolver(Solver):
-    """A solver whose coefficients are given: x_next = sum_p w_p u_p over u = (x, noise, mean, x0, earlier x0 ...).
+    """A solver with given coefficients: x_next = sum_p w_p u_p, u = (x, noise, mean, x0, ...).
 
-    weights (K, P): one row a step, 0 where there is no output yet. constants: noise and mean, (B, *E) each. Under
-    guidance every network call remembers its R predictions of x0 apart. Its steps have no order.
+    Its steps have no order. Under guidance every network call remembers its R
+    predictions of x0 apart.
+
+    Args:
+        weights: (K, P) one row for each step, 0 where there is no output yet. The
+            predictions of x0 are ordered newest first.
+        constants: noise and mean, (B, *E) each.
     """
 
     weights: Tensor
@@ -182,7 +224,13 @@ class FittedSolver(Solver):
 
 
 def remember_parts(state: State, velocities: Sequence[Tensor], capacity: int) -> State:
-    """Return the state with the predictions x0 = x - t v of these outputs before its older ones, `capacity` in all."""
+    """Return the state with the predictions of x0 of a guided network call.
+
+    Args:
+        state: at which the network was called.
+        velocities: R outputs (M, *E) of the call; each is remembered as x0 = x - t v.
+        capacity: the number of predictions to keep, newest first.
+    """
     outputs = tuple(state.x - rowwise(state.t, state.x) * v for v in velocities)
     times = (*[state.t] * len(outputs), *state.times)[:capacity]
     return replace(state, outputs=(*outputs, *state.outputs)[:capacity], times=times)

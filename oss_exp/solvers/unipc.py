@@ -18,13 +18,20 @@ Variant = Literal["bh1", "bh2"]
 
 @dataclass(frozen=True)
 class UniPC(LinearMultistep):
-    """Orders 1 to 3, data prediction (Zhao et al. 2023, arXiv 2302.04867, Alg. 5-8), one network call a step.
+    """UniPC with data prediction (Zhao et al. 2023, arXiv 2302.04867, Algorithms 5 to 8).
 
-    variant bh1 has B(h) = h, bh2 B(h) = e^h - 1. The corrector acts in `observe`: the call at the predicted state
-    corrects that state, at its predictor's order, and is remembered as it is; together they are one order better. Right
-    after a step from t = 1, where h is infinite, bh2's corrector takes its limit and bh1, which has none, does not
-    correct. The last state is never observed, so never corrected.
-    lower_order_final: the last step but one at most of order 2. (The last, into t = 0, is always of order 1.)
+    The corrector acts in `observe`. The network call at the predicted state also
+    corrects that state, at the order of its predictor; the output is remembered as it
+    is. So a step has one call, and is one order better than its predictor. The last
+    state is never observed, so it is never corrected. Right after a step from t = 1,
+    where h is infinite, bh2's corrector takes its limit, and bh1, which has none, does
+    not correct.
+
+    Args:
+        order: 1 to 3, of the predictor.
+        variant: "bh1" has B(h) = h, "bh2" has B(h) = e^h - 1.
+        lower_order_final: the last step but one has at most order 2. (The last, into
+            t = 0, always has order 1.)
     """
 
     prediction = "x0"
@@ -40,7 +47,7 @@ class UniPC(LinearMultistep):
         require_choice(get_args(Variant), variant=self.variant)
 
     def higher_order(self, times: Sequence[Tensor], t_next: Tensor) -> list[Tensor]:
-        current, *older = self._extra(times, t_next, corrector=False)
+        current, *older = self._beyond_euler(times, t_next, corrector=False)
         return [t_next / times[0], 1 - t_next / times[0] + current, *older]
 
     def observe(self, f: VelocityFn, state: State) -> State:
@@ -52,43 +59,55 @@ class UniPC(LinearMultistep):
         return self.remember(replace(state, x=corrected), output)
 
     def _correction(self, times: Sequence[Tensor], t: Tensor) -> list[Tensor]:
-        """Weights of [the new output, current, older ...] that turn the predicted state into the corrected one."""
+        """Return the weights of [new output, current, older ...] that correct a predicted state."""
         if len(times) > 1:
-            new, *corrected = self._extra(times, t, corrector=True)
-            return [
-                new,
-                *(
-                    c - p
-                    for c, p in zip(corrected, self._extra(times, t, corrector=False), strict=True)
-                ),
-            ]
+            new, *corrected = self._beyond_euler(times, t, corrector=True)
+            predicted = self._beyond_euler(times, t, corrector=False)
+            for h, weight in enumerate(predicted):
+                corrected[h] = corrected[h] - weight
+            return [new, *corrected]
         start = torch.where(times[0] < 1, times[0], 0.5)
         new = -(1 - t) * self._b(log_snr(start) - log_snr(t)) / 2
         new = torch.where(times[0] < 1, new, (1 - t) / 2 if self.variant == "bh2" else 0.0)
         return [new, -new]
 
     def _b(self, hh: Tensor) -> Tensor:
+        """Return B(h) of the paper at hh = -h."""
         return hh if self.variant == "bh1" else torch.expm1(hh)
 
-    def _extra(self, times: Sequence[Tensor], t_next: Tensor, corrector: bool) -> list[Tensor]:
-        """Weights of [the new output (corrector only), current, older ...] beyond those of the Euler step."""
+    def _beyond_euler(
+        self, times: Sequence[Tensor], t_next: Tensor, corrector: bool
+    ) -> list[Tensor]:
+        """Return the weights that are added to those of the Euler step.
+
+        They are of [current, older ...], and with `corrector` also of the new output,
+        which then comes first.
+        """
+        # Positions of the other outputs, in log-SNR and relative to the step: (..., p).
         lambdas = [log_snr(t) for t in times]
         h = log_snr(t_next) - lambdas[0]
-        hh, size = -h, len(times)
-        ratios = [(older - lambdas[0]) / h for older in lambdas[1:]] + [
-            torch.ones_like(h)
-        ] * corrector
-        ratios = torch.stack(torch.broadcast_tensors(*ratios), dim=-1)  # (..., p)
-        if size == 2 and not corrector:
+        hh = -h
+        positions = []
+        for older in lambdas[1:]:
+            positions.append((older - lambdas[0]) / h)
+        if corrector:
+            positions.append(torch.ones_like(h))
+        ratios = torch.stack(torch.broadcast_tensors(*positions), dim=-1)
+
+        # The paper's rho solves a Vandermonde system.
+        if len(times) == 2 and not corrector:
             rho = torch.full_like(ratios, 0.5)
         else:
-            goals, g = [], torch.expm1(hh) / hh - 1
+            right = []
+            g = torch.expm1(hh) / hh - 1
             for i in range(1, ratios.shape[-1] + 1):
-                goals.append(g * factorial(i) / self._b(hh))
+                right.append(g * factorial(i) / self._b(hh))
                 g = g / hh - 1 / factorial(i + 1)
             powers = torch.arange(ratios.shape[-1], device=h.device)[:, None]
-            right = torch.stack(goals, dim=-1).expand_as(ratios)
-            rho = torch.linalg.solve(ratios[..., None, :] ** powers, right)
+            matrix = ratios[..., None, :] ** powers
+            rho = torch.linalg.solve(matrix, torch.stack(right, dim=-1).expand_as(ratios))
+
+        # Weights of differences to the current output.
         scaled = (-(1 - t_next) * self._b(hh))[..., None] * rho / ratios
         weights = list(scaled.unbind(-1))
         new = [weights.pop()] if corrector else []

@@ -1,10 +1,12 @@
-"""Polish: a schedule's weights and times improved together, by Gauss-Newton over the final error.
+"""Polish: a schedule's weights and times improved together, by Gauss-Newton on the final error.
 
-Coefficients that are fitted step by step make each state close to the teacher's. What counts is the last one, and how
-it changes with every weight and time is measured: each is changed a little, and the steps after it are run again. So
-a polish costs network calls and no gradients, and serves networks that have none.
+Coefficients that are fitted step by step bring each state close to the teacher's, but
+only the last state counts. How it changes with every weight and time is measured: each
+of them is changed a little, and the steps after it are run again. So a polish costs
+network calls and no gradients, and works with networks that have none.
 
-Legend: B samples, K steps, P basis vectors of a step, R outputs of a guided call, C changes, *E event dims.
+Legend: B samples, K steps, P basis vectors of a step, R outputs of a guided call, C
+changes, *E event dims, F features, b samples of a micro-batch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,12 +29,11 @@ from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 
-DAMPINGS = tuple(
-    10.0**power for power in range(1, -8, -1)
-)  # less allows weights that float32 states cannot carry
-REUSES = 3  # steps with the same slopes, whose residuals are new
+# Levenberg's dampings; smaller ones allow weights that float32 states cannot carry.
+DAMPINGS = tuple(10.0**power for power in range(1, -8, -1))
+REUSES = 3  # steps with the same slopes and new residuals
 WEIGHT_CHANGE = 1e-2  # large enough for a network of half precision to see
-TIME_CHANGE = 1e-2  # of the distance to the nearer time
+TIME_CHANGE = 1e-2  # relative to the distance to the nearer time
 
 
 @torch.no_grad()
@@ -43,21 +45,33 @@ def polish(
     fixed: Tensor | None = None,
     micro_batch: int = 16,
 ) -> StepSchedule:
-    """Return the schedule with better weights and times, as fitted steps; a solver's steps become such first, exactly.
+    """Return the schedule with better weights and times, as fitted steps.
 
-    Three of four search samples (by their global number, so that the ranks' shares do not matter) are trained on. The
-    others choose each step's damping (Levenberg's, relative to the diagonal), and end the polish where none makes them
-    better: on them the result is never worse than `steps`. An iteration measures the slopes, for a few steps. Times
-    among `fixed` stay.
-    `micro_batch` samples are looked at at a time, each with all changes of a step.
-    Raises ValueError where the distance has no squares, or where there are fewer than four samples.
+    A solver's steps become fitted ones first, exactly. Three of four search samples
+    train (by their global number, so that the ranks' shares do not matter). The others
+    choose the damping
+    of each step, and end the polish where no damping makes them better: on them the
+    result is never worse than `steps`.
+
+    Args:
+        problem: the search set and its teacher.
+        steps: the schedule to improve.
+        iterations: the most iterations; each measures the slopes once, for a few steps.
+        objective: lower the samples' mean error, or the mean of its logarithm.
+        fixed: times that stay.
+        micro_batch: samples that are run at a time, each with all changes of a step.
+
+    Raises:
+        ValueError: the distance is not a square, the velocity cannot be cut to some
+            samples, or there are fewer than four samples.
     """
     require_range(at_least=1, iterations=iterations, micro_batch=micro_batch)
     if problem.distance.norm != 2:
         raise ValueError("polish solves least squares; it needs a distance with norm=2")
     if not problem.velocity.divisible:
         raise ValueError(
-            "polish trains on some of the samples, and a plain function knows all; use a BoundVelocity"
+            "polish trains on some of the samples, and a plain function knows all of them at once; "
+            "use a BoundVelocity"
         )
 
     run = _Run(problem, as_fitted(problem, steps), objective, fixed, micro_batch)
@@ -65,15 +79,17 @@ def polish(
     values = run.start
     error = run.error(values, ~train)
     for _ in range(iterations):
-        slopes, before = run.slopes(values, train), error
+        before = error
+        slopes = run.slopes(values, train)
         for _ in range(REUSES):
+            # One step for each damping; the best one is taken.
             gradient, curvature = run.normal_equations(values, slopes)
-            tried = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
-            errors = [run.error(each, ~train) for each in tried]
+            moved = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
+            errors = [run.error(candidate, ~train) for candidate in moved]
             if min(errors) >= error:
                 break
             error = min(errors)
-            values = tried[errors.index(error)]
+            values = moved[errors.index(error)]
         if error == before:
             break
     return run.schedule(values)
@@ -82,28 +98,45 @@ def polish(
 def polish_calls(
     num_steps: int, iterations: int, history: int | None = None, parts: int = 1
 ) -> int:
-    """Network calls per search sample of so many iterations."""
+    """Return the network calls per search sample of a polish.
+
+    Args:
+        num_steps: K.
+        iterations: how many are made.
+        history: calls whose predictions a step may use; None means all so far.
+        parts: R.
+    """
     if iterations == 0:
         return 0
-    vectors = [2 + parts * min(step + 1, history or num_steps) for step in range(num_steps)]
-    changes = sum(columns * (num_steps - 1 - step) for step, columns in enumerate(vectors))
-    changes += sum(range(1, num_steps + 1))  # of the times
-    trained, checked = 3 * (changes + (1 + REUSES) * num_steps), REUSES * len(DAMPINGS) * num_steps
+
+    # Changes, each with the calls that follow it.
+    changes = sum(range(1, num_steps + 1))  # of the times
+    for step in range(num_steps):
+        vectors = 2 + parts * min(step + 1, history or num_steps)
+        changes += vectors * (num_steps - 1 - step)
+
+    # Three quarters of the samples train, one quarter checks.
+    trained = 3 * (changes + (1 + REUSES) * num_steps)
+    checked = REUSES * len(DAMPINGS) * num_steps
     return (num_steps + iterations * (trained + checked)) // 4
 
 
 @dataclass(frozen=True, eq=False)
 class _Values:
-    """What is polished: the times (K+1,) and the weights (K, P)."""
+    """The values that are polished: times (K+1,) and weights (K, P)."""
 
     times: Tensor
     weights: Tensor
 
 
 class _Slopes(NamedTuple):
-    """Of some samples, with their mean (b, *E): how the features of the last state change with everything.
+    """The derivatives of some samples' last features by every value.
 
-    changes: C x (b, F). gram: (b, C, C) their inner products.
+    Attributes:
+        problem: these b samples.
+        mean: (b, *E) mean clean sample of their conditions.
+        changes: C derivatives (b, F).
+        gram: (b, C, C) inner products of the derivatives.
     """
 
     problem: Problem
@@ -113,7 +146,13 @@ class _Slopes(NamedTuple):
 
 
 class _Run:
-    """A student of fitted steps on a search problem, at any values of its times and weights."""
+    """A student of fitted steps on a search problem, at any values of its times and weights.
+
+    Attributes:
+        start: the values of the given schedule.
+        times: steps whose time may move.
+        columns: for each step, the basis vectors whose weights may change.
+    """
 
     def __init__(
         self,
@@ -124,32 +163,43 @@ class _Run:
         micro_batch: int,
     ):
         assert isinstance(steps.steps, FittedSteps)
-        self.problem, self.steps, self.fitted = problem, steps, steps.steps
-        self.objective, self.micro_batch = Shared(objective), micro_batch
         device = problem.noise.device
+        self.problem = problem
+        self.steps = steps
+        self.fitted = steps.steps
+        self.objective = Shared(objective)
+        self.micro_batch = micro_batch
         self.start = _Values(steps.times.to(device), self.fitted.weights.to(device))
         self.end = torch.tensor([problem.num_nodes], device=device)
         self.mean = problem.teacher.sample_mean
 
-        # What changes, step by step: its time where it may move, and the weights of all vectors that there are then;
-        # that of x only where the others do not span it.
-        parts, capacity = len(problem.velocity.mix), self.start.weights.shape[1] - 3
+        # Times that may move.
         stays = torch.isin(self.start.times, self.start.times[:0] if fixed is None else fixed)
         stays[0] |= isinstance(steps.start, Pinned)
         self.times = [step for step in range(steps.num_steps) if not stays[step]]
-        self.columns = []
+
+        # Weights of all vectors that a step has; that of x only where the others do not span it.
+        parts = len(problem.velocity.mix)
+        capacity = self.start.weights.shape[1] - 3
+        self.columns: list[list[int]] = []
         for step in range(steps.num_steps):
-            known = (step + 1) * parts
-            x = [0] if known > capacity else []
-            self.columns.append([*x, 1, 2, *range(3, 3 + min(known, capacity))])
+            predictions = (step + 1) * parts
+            columns = [1, 2, *range(3, 3 + min(predictions, capacity))]
+            if predictions > capacity:
+                columns.insert(0, 0)
+            self.columns.append(columns)
 
     def schedule(self, values: _Values) -> StepSchedule:
+        """Return the schedule with these values."""
         fitted = replace(self.fitted, weights=values.weights.cpu())
         return replace(self.steps, times=values.times.cpu(), steps=fitted)
 
-    def error(self, values: _Values, chosen: Tensor) -> float:
-        """The objective over the chosen samples of all ranks; infinite where the times are no schedule's."""
-        total = self.problem.collective.sum(chosen.sum())
+    def error(self, values: _Values, rows: Tensor) -> float:
+        """Return the objective over some samples, rows (B,) bool, of all ranks.
+
+        It is infinite where the times are not those of a schedule.
+        """
+        total = self.problem.collective.sum(rows.sum())
         if total == 0:
             raise ValueError(
                 "polish checks itself on every fourth search sample: it needs four or more"
@@ -158,82 +208,96 @@ class _Run:
         if bool((values.times.diff() >= 0).any()) or bool(values.times[:1] > limit):
             return math.inf
         costs = [self.problem.grid.new_zeros(0)]
-        for part, mean in self._parts(chosen):
-            costs.append(part.cost(self._run(part, mean, values)[0][-1].x, self.end))
+        for part, mean in self._parts(rows):
+            states, _ = self._run(part, mean, values)
+            costs.append(part.cost(states[-1].x, self.end))
         error = float(self.objective(torch.cat(costs), self.problem.collective)) / float(total)
         return error if math.isfinite(error) else math.inf
 
-    def slopes(self, values: _Values, chosen: Tensor) -> list[_Slopes]:
-        """How the last states of the chosen samples of this rank change."""
-        found = []
-        for part, mean in self._parts(chosen):
+    def slopes(self, values: _Values, rows: Tensor) -> list[_Slopes]:
+        """Measure the slopes of some samples of this rank, rows (B,) bool."""
+        slopes = []
+        for part, mean in self._parts(rows):
             states, observed = self._run(part, mean, values)
             features = self._features(part, states[-1].x)
-            changes = self._changed(part, mean, values, states, observed)
-            slopes = [(self._features(part, end) - features) / size for size, end in changes]
-            found.append(_Slopes(part, mean, slopes, inner_products(slopes, slopes)))
-        return found
+            changes = []
+            for size, end in self._changed(part, mean, values, states, observed):
+                changes.append((self._features(part, end) - features) / size)
+            slopes.append(_Slopes(part, mean, changes, inner_products(changes, changes)))
+        return slopes
 
     def normal_equations(self, values: _Values, slopes: Sequence[_Slopes]) -> tuple[Tensor, Tensor]:
-        """Half the gradient (C,) and half the Gauss-Newton matrix (C, C) over all ranks, of slopes measured nearby."""
+        """Return half the gradient (C,) and half the Gauss-Newton matrix (C, C) over all ranks.
+
+        Args:
+            values: where the residuals are measured.
+            slopes: measured there or nearby.
+        """
         count = len(self.times) + sum(map(len, self.columns))
-        gradient, curvature = (
-            self.problem.grid.new_zeros(count),
-            self.problem.grid.new_zeros(count, count),
-        )
+        gradient = self.problem.grid.new_zeros(count)
+        curvature = self.problem.grid.new_zeros(count, count)
         for part, mean, changes, gram in slopes:
-            last = self._run(part, mean, values)[0][-1]
-            residual = self._features(part, last.x) - part.teacher.targets[-1].flatten(1)
-            right = inner_products(changes, [residual])[..., 0]
-            emphasis = torch.ones_like(right[:, 0])
+            states, _ = self._run(part, mean, values)
+            target = part.teacher.targets[-1].flatten(1)
+            residual = self._features(part, states[-1].x) - target
+            products = inner_products(changes, [residual])[..., 0]
+
+            # Of a mean of logarithms: each sample's square is divided by its value.
+            emphasis = torch.ones_like(products[:, 0])
             if self.objective.objective == "log_mean":
                 emphasis = 1 / residual.double().square().sum(1).clamp(min=COST_FLOOR)
-            gradient += emphasis @ right
+            gradient += emphasis @ products
             curvature += torch.einsum("b,bpq->pq", emphasis, gram)
-        return self.problem.collective.sum(gradient), self.problem.collective.sum(curvature)
+        collective = self.problem.collective
+        return collective.sum(gradient), collective.sum(curvature)
 
     def moved(
         self, values: _Values, gradient: Tensor, curvature: Tensor, damping: float
     ) -> _Values:
-        """The values after a step of Levenberg and Marquardt."""
+        """Return the values after a step of Levenberg and Marquardt."""
+        # A zero on the diagonal, as of a mean of 0: that weight stays.
         diagonal = curvature.diagonal()
-        pull = torch.where(
-            diagonal > 0, damping * diagonal, 1.0
-        )  # 0, as of a mean of 0: that weight stays
+        pull = torch.where(diagonal > 0, damping * diagonal, 1.0)
         change = -torch.linalg.solve(curvature + torch.diag(pull), gradient)
-        times, weights = values.times.clone(), values.weights.clone()
+
+        # The changes of the times come first, then those of the weights, step by step.
+        times = values.times.clone()
+        weights = values.weights.clone()
         times[self.times] += change[: len(self.times)]
-        place = len(self.times)
+        position = len(self.times)
         for step, columns in enumerate(self.columns):
-            weights[step, columns] += change[place : place + len(columns)]
-            place += len(columns)
+            weights[step, columns] += change[position : position + len(columns)]
+            position += len(columns)
         return _Values(times, weights)
 
-    def _parts(self, chosen: Tensor) -> Iterator[tuple[Problem, Tensor]]:
-        """The problem for a few of the chosen samples at a time, and their mean (b, *E)."""
-        rows = chosen.nonzero()[:, 0]
-        for part in rows.split(self.micro_batch) if len(rows) else ():  # a rank may hold none
+    def _parts(self, rows: Tensor) -> Iterator[tuple[Problem, Tensor]]:
+        """Yield the problem of a few of the samples at a time, and their mean (b, *E)."""
+        positions = rows.nonzero()[:, 0]
+        if len(positions) == 0:  # a rank may hold none
+            return
+        for part in positions.split(self.micro_batch):
             yield self.problem.subset(part), self.mean[part]
 
     def _features(self, part: Problem, x0: Tensor) -> Tensor:
-        """(b, *E) -> (b, F)"""
+        """Return the features (b, F) of last states (b, *E)."""
         return part.distance.features(x0, part.grid[-1:].expand(len(x0)), part.velocity).flatten(1)
 
     def _run(self, part: Problem, mean: Tensor, values: _Values) -> tuple[list[State], list[State]]:
-        """The states before each of the network calls and at the end (K+1), and those after the calls (K)."""
+        """Return the states before all network calls and at the end, K+1, and those after, K."""
         solver = FittedSolver(values.weights, (part.noise, mean))
-        states, observed = (
-            [solver.init(self._first(part, mean, values.times[0]), values.times[0])],
-            [],
-        )
+        first = values.times[0]
+        states = [solver.init(self._first(part, mean, first), first)]
+        observed = []
         for t in values.times[1:]:
             observed.append(solver.observe(part.velocity, states[-1]))
             states.append(solver.advance(part.velocity, observed[-1], t))
         return states, observed
 
     def _first(self, part: Problem, mean: Tensor, t: Tensor) -> Tensor:
-        analytic = isinstance(self.steps.start, Analytic)
-        return analytic_jump(part.noise, mean, self.steps.start_time, t) if analytic else part.noise
+        """Return the first state (b, *E), at time t."""
+        if isinstance(self.steps.start, Analytic):
+            return analytic_jump(part.noise, mean, self.steps.start_time, t)
+        return part.noise
 
     def _changed(
         self,
@@ -243,33 +307,43 @@ class _Run:
         states: list[State],
         observed: list[State],
     ) -> Iterator[tuple[float, Tensor]]:
-        """The size of every change, in the order of the matrix, and the last state (b, *E) that it leads to."""
+        """Yield the size of every change and the last state (b, *E) that it leads to.
+
+        They come in the order of the values in `normal_equations`.
+        """
+        # Times.
         before = torch.cat([values.times.new_tensor([self.steps.start_time]), values.times])
         for step in self.times:
             earlier, t, later = before[step : step + 3]
-            size = TIME_CHANGE * (
-                t - later if earlier == t else torch.minimum(earlier - t, t - later)
-            )
+            gap = t - later if earlier == t else torch.minimum(earlier - t, t - later)
+            size = TIME_CHANGE * gap
             x = self._first(part, mean, t - size) if step == 0 else states[step].x
             changed = replace(states[step], x=x, t=states[step].t - size)
             yield -float(size), self._finish(part, mean, values, changed)
+
+        # Weights, all those of a step in one batch.
         for step, columns in enumerate(self.columns):
+            count = len(columns)
             vectors = [observed[step].x, part.noise, mean, *observed[step].outputs]
-            after, count = states[step + 1], len(columns)
-            changed = after.map(
-                lambda each, count=count: each.repeat(count, *[1] * (each.ndim - 1))
-            )
-            changed = replace(
-                changed, x=changed.x + WEIGHT_CHANGE * torch.cat([vectors[p] for p in columns])
-            )
+            changes = WEIGHT_CHANGE * torch.cat([vectors[p] for p in columns])
+            copies = states[step + 1].map(partial(_repeated, count=count))
+            changed = replace(copies, x=copies.x + changes)
             for end in self._finish(part, mean, values, changed).chunk(count):
                 yield WEIGHT_CHANGE, end
 
     def _finish(self, part: Problem, mean: Tensor, values: _Values, state: State) -> Tensor:
-        """The last state (M, *E) of a state (M, *E) before its network call, M being a multiple of b."""
+        """Return the last states (M, *E) of states (M, *E) before their network call.
+
+        M is a multiple of b.
+        """
         copies = len(state.x) // len(mean)
-        noise, mean = (each.repeat(copies, *[1] * (each.ndim - 1)) for each in (part.noise, mean))
-        solver = FittedSolver(values.weights, (noise, mean))
+        constants = _repeated(part.noise, copies), _repeated(mean, copies)
+        solver = FittedSolver(values.weights, constants)
         for t in values.times[state.step + 1 :]:
             state = solver.advance(part.velocity, solver.observe(part.velocity, state), t)
         return state.x
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    """Return a tensor (M, ...) with its rows so many times, (count * M, ...)."""
+    return tensor.repeat(count, *[1] * (tensor.ndim - 1))

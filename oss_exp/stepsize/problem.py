@@ -1,6 +1,7 @@
-"""The search problem that every strategy solves: velocity, noises, grid, solver, distance, and the teacher's run.
+"""The search problem that every strategy solves, and the teacher's run in it.
 
-Legend: B samples of this rank, N+1 grid nodes from the noise (node 0) to the data (node N), K steps, G conditions.
+Legend: B samples of this rank, N+1 grid nodes from the noise (node 0) to the data
+(node N), K steps, G conditions, *E event dims.
 """
 
 from __future__ import annotations
@@ -19,22 +20,29 @@ from oss_exp.velocity import BoundVelocity, VelocityFn
 
 
 class Collective:
-    """The way in which ranks agree; this one is for a single process. All ranks make the same calls in one order."""
+    """Sums and gathers over ranks; this one serves a single process.
+
+    All ranks must make the same calls in the same order.
+    """
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the element-wise sum over ranks."""
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return all ranks' rows, one rank after the other; (b, ...) with any b on each rank."""
+        """Return the rows of all ranks, one rank after the other.
+
+        The tensor is (b, ...), where every rank has a b of its own.
+        """
         return tensor
 
 
 @dataclass(eq=False)
 class Teacher:
-    """The many-step run that students are compared with. Nothing is computed before it is first asked for.
+    """The many-step run that students are compared with.
 
-    It runs the problem's solver over the whole grid once; the arguments are those of `Problem`.
+    It takes the problem's solver over the whole grid once. Nothing is computed before
+    it is first used. The arguments are those of `Problem`.
     """
 
     velocity: BoundVelocity
@@ -48,9 +56,10 @@ class Teacher:
 
     @cached_property
     def first_outputs(self) -> tuple[Tensor, ...]:
-        """The network's outputs at the first node, (B, *E) each, for reuse.
+        """The network's outputs at the first node, (B, *E) each, which students reuse.
 
-        Raises ValueError where they are not of the noise's shape, or where the network changes its input.
+        Raises ValueError where they have another shape than the noise, or where the
+        network changes its input.
         """
         with torch.no_grad():
             x = self.noise.clone()
@@ -58,8 +67,8 @@ class Teacher:
         for output in outputs:
             if output.shape != x.shape or not output.is_floating_point():
                 raise ValueError(
-                    f"the velocity must return floating-point numbers of its input's shape {tuple(x.shape)}, got "
-                    f"{output.dtype} {tuple(output.shape)}"
+                    "the velocity must return floating-point numbers of its input's shape "
+                    f"{tuple(x.shape)}, got {output.dtype} {tuple(output.shape)}"
                 )
         if not torch.equal(x, self.noise):
             raise ValueError("the velocity changes its input in place; let it return a new tensor")
@@ -67,36 +76,42 @@ class Teacher:
 
     @cached_property
     def states(self) -> Tensor:
-        """The states at all nodes, (N+1, B, *E). Raises ValueError where the network returns NaN or infinity."""
+        """The states at all nodes, (N+1, B, *E).
+
+        Raises ValueError where the network returns NaN or infinity.
+        """
         first = self.velocity.combine(self.first_outputs)
 
-        def f(x: Tensor, t: Tensor) -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
             return first if x is self.noise else self.velocity(x, t)
 
+        shape = (len(self.grid), *self.noise.shape)
         with torch.no_grad():
-            states = torch.empty(
-                (len(self.grid), *self.noise.shape),
-                dtype=self.noise.dtype,
-                device=self.noise.device,
-            )
-            for node, state in enumerate(walk(self.solver, f, self.noise, self.grid)):
+            states = torch.empty(shape, dtype=self.noise.dtype, device=self.noise.device)
+            for node, state in enumerate(walk(self.solver, velocity, self.noise, self.grid)):
                 states[node] = state.x
         if not bool(states.isfinite().all()):
             node = int((~states.flatten(1).isfinite().all(dim=1)).nonzero()[0])
             raise ValueError(
-                f"the teacher's state is NaN or infinite from node {node} (t = {float(self.grid[node]):.4f}) on; "
-                "check the model's dtype and the noise schedule's first time"
+                f"the teacher's state is NaN or infinite from node {node} "
+                f"(t = {float(self.grid[node]):.4f}) on; check the model's dtype and the noise "
+                "schedule's first time"
             )
         return states
 
     @cached_property
     def mean(self) -> Tensor:
-        """The (G, *E) float32 mean clean sample at pure noise, from the first call: x0 = x - t v, over all ranks.
+        """The mean clean sample of each condition at pure noise, (G, *E) float32.
 
-        A condition that no search sample has gets the mean over all of them. Every rank asks for it at the same point.
+        It is the mean over all ranks of the first call's predictions, x0 = x - t v. A
+        condition without any search sample gets the mean over all of them. Every rank
+        must ask for it at the same point.
         """
+        # Predictions of this rank.
         v = self.velocity.combine(self.first_outputs)
         x0 = (self.noise - self.grid[0].to(self.noise) * v).double()
+
+        # Sums over the samples of each condition, and over ranks.
         member = torch.nn.functional.one_hot(self.group, self.num_groups).to(x0)  # (B, G)
         total = self.collective.sum(torch.einsum("bg,b...->g...", member, x0))
         count = self.collective.sum(member.sum(0)).reshape(-1, *[1] * (x0.ndim - 1))
@@ -106,12 +121,12 @@ class Teacher:
     @cached_property
     def targets(self) -> list[Tensor]:
         """The distance's features (B, ...) of the state at every node."""
+        times = self.grid[:, None].expand(-1, len(self.noise))
+        targets = []
         with torch.no_grad():
-            times = self.grid[:, None].expand(-1, len(self.noise))
-            return [
-                self.distance.features(x, t, self.velocity)
-                for x, t in zip(self.states, times, strict=True)
-            ]
+            for x, t in zip(self.states, times, strict=True):
+                targets.append(self.distance.features(x, t, self.velocity))
+        return targets
 
     @cached_property
     def target_norms(self) -> Tensor:
@@ -128,30 +143,48 @@ class Teacher:
         _ = self.states, self.targets
 
     def subset(self, samples: Tensor | slice, velocity: BoundVelocity) -> Teacher:
-        """Return the same run for some of the samples, whose velocity is given. Nothing is computed anew."""
-        part = replace(
-            self, velocity=velocity, noise=self.noise[samples], group=self.group[samples]
-        )
+        """Return the same run for some of the samples; nothing is computed again.
+
+        Args:
+            samples: (b,) positions, or a slice of them.
+            velocity: that of these samples.
+        """
+        noise, group = self.noise[samples], self.group[samples]
+        part = replace(self, velocity=velocity, noise=noise, group=group)
         part.first_outputs = tuple(output[samples] for output in self.first_outputs)
         part.states = self.states[:, samples]
         part.mean = self.mean
-        if self.distance.calls:  # else they are as easily made anew
+        # Targets that cost no network call are computed again when they are needed.
+        if self.distance.calls:
             part.targets = [target[samples] for target in self.targets]
         return part
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Problem:
-    """One search set: a bound network, noises, the teacher's grid, the student's solver and the distance.
+    """A search set, the teacher to follow on it, and the distance that measures how closely.
 
-    The default problem is a standard normal law in two dimensions, whose velocity is exact.
+    The default problem is a standard normal distribution in two dimensions, whose
+    velocity is exact.
 
-    velocity: a `VelocityFn`; a plain function is wrapped as a `BoundVelocity` that cannot be divided.
-    noise:    (B, *E) the teacher's state at grid[0], float32 or wider.
-    grid:     (N+1,) strictly decreasing canonical times, the last one 0.
-    samples:  (B,) global index of each noise (default 0 .. B-1), group: (B,) its condition in 0 .. num_groups-1.
-    teacher:  its run, made from the other fields.
-    Raises ValueError where the noise is empty, not finite or too narrow, or the grid is none.
+    Args:
+        velocity: a `VelocityFn`. A plain function is wrapped as a `BoundVelocity` that
+            cannot be cut to some of its samples.
+        noise: (B, *E) state of the teacher at grid[0], float32 or float64.
+        grid: (N+1,) strictly decreasing canonical times, the last one 0.
+        solver: the solver of the teacher and of its students.
+        distance: what the search minimises.
+        collective: how ranks combine their tensors.
+        samples: (B,) global index of each noise; 0 to B-1 by default.
+        group: (B,) condition of each noise, from 0 to num_groups - 1; 0 by default.
+        num_groups: the number of conditions, G.
+
+    Attributes:
+        teacher: its run, made from the other fields.
+
+    Raises:
+        ValueError: the noise is empty, not finite or of another dtype, or a field does
+            not have the shape and range that are given above.
     """
 
     velocity: BoundVelocity
@@ -177,34 +210,21 @@ class Problem:
         group: Tensor | None = None,
         num_groups: int = 1,
     ):
-        noise = (
-            torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
-            if noise is None
-            else noise
-        )
-        grid = FlowSchedule().nodes(100) if grid is None else grid
+        # Defaults.
+        if noise is None:
+            noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+        if grid is None:
+            grid = FlowSchedule().nodes(100)
         StepSchedule(grid)  # the same rules: finite, decreasing, closed by 0
-        if len(noise) == 0:
-            raise ValueError(
-                "a search needs at least one noise on every rank; use fewer ranks or more search samples"
-            )
-        if not bool(noise.isfinite().all()):
-            raise ValueError("the noise holds NaN or infinity")
-        if noise.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the noise must be float32 or float64, got {noise.dtype}")
-
+        _check_noise(noise)
         device, count = noise.device, len(noise)
-        for name, index in (("samples", samples), ("group", group)):
-            if index is not None and index.shape != (count,):
-                raise ValueError(
-                    f"{name} must have one entry for each of {count} noises, got {tuple(index.shape)}"
-                )
-        if group is not None and not bool(((group >= 0) & (group < num_groups)).all()):
-            raise ValueError(
-                f"group must be from 0 to num_groups - 1 = {num_groups - 1}, got {int(group.max())}"
-            )
-        samples = torch.arange(count) if samples is None else samples
-        group = torch.zeros(count, dtype=torch.long) if group is None else group
+        _check_indices(count, samples, group, num_groups)
+        if samples is None:
+            samples = torch.arange(count)
+        if group is None:
+            group = torch.zeros(count, dtype=torch.long)
+
+        # Fields.
         self._set(
             velocity=BoundVelocity.of(velocity),
             noise=noise,
@@ -216,57 +236,79 @@ class Problem:
             group=group.to(device),
             num_groups=num_groups,
         )
-        parts = self.velocity, self.noise, self.grid, self.solver, self.distance, self.collective
-        self._set(teacher=Teacher(*parts, self.group, self.num_groups))
+        teacher = Teacher(
+            self.velocity,
+            self.noise,
+            self.grid,
+            self.solver,
+            self.distance,
+            self.collective,
+            self.group,
+            self.num_groups,
+        )
+        self._set(teacher=teacher)
 
     def _set(self, **values: object) -> Problem:
+        """Set fields of this frozen object, and return it."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
         return self
 
     @property
     def num_nodes(self) -> int:
-        """N, the number of teacher steps."""
+        """The number of teacher steps, N."""
         return len(self.grid) - 1
 
     def cost(self, x: Tensor, nodes: Tensor) -> Tensor:
-        """Return the distance (M,) to the teacher of x (M, *E), M = c B, at nodes (b,) of their samples, b = B or 1."""
-        copies, count = len(x) // len(self.noise), len(self.noise)
+        """Return the distance (M,) of states to the teacher's.
+
+        Args:
+            x: (M, *E) states, M a multiple of B: c copies of all samples, one after the
+                other.
+            nodes: (b,) node of each sample, b = B or 1.
+        """
+        count = len(self.noise)
+        copies = len(x) // count
         t = self.grid[nodes].expand(count).repeat(copies)
+
+        # Features of the teacher's states, (B, ...).
         targets = self.teacher.targets
         if len(nodes) == 1:
             target = targets[int(nodes)]
         else:
-            target = torch.stack(
-                [targets[node][sample] for sample, node in enumerate(nodes.tolist())]
-            )
+            rows = [targets[node][sample] for sample, node in enumerate(nodes.tolist())]
+            target = torch.stack(rows)
+
         features = self.distance.features(x, t, self.velocity)
         return self.distance.between(features, target.repeat(copies, *[1] * (target.ndim - 1)))
 
     def at_most(self, order: int | None) -> Problem:
-        """Return the same problem and teacher for students whose steps are of this order or less."""
-        if (
-            order is None
-            or not isinstance(self.solver, LinearMultistep)
-            or order >= self.solver.order
-        ):
+        """Return the problem with the same teacher, for students of at most this order."""
+        if order is None or not isinstance(self.solver, LinearMultistep):
+            return self
+        if order >= self.solver.order:
             return self
         return replace(self, solver=replace(self.solver, order=order))._set(teacher=self.teacher)
 
     def subset(self, samples: Tensor) -> Problem:
-        """Return the same problem for some of this rank's samples, (b,) positions, with no other rank to agree with.
+        """Return the problem for some of this rank's samples, without other ranks.
 
-        The teacher, its targets and the mean are those of all. A velocity that cannot be divided must be kept whole:
-        else TypeError.
+        The teacher, its targets and its mean are those of all samples.
+
+        Args:
+            samples: (b,) positions.
+
+        Raises:
+            TypeError: the velocity cannot be cut to these samples.
         """
-        whole = len(samples) == len(self.noise)
-        velocity = (
-            self.velocity
-            if whole and not self.velocity.divisible
-            else self.velocity.subset(samples)
-        )
+        # A velocity that cannot be cut may be kept whole.
+        velocity = self.velocity
+        if len(samples) < len(self.noise) or velocity.divisible:
+            velocity = velocity.subset(samples)
+
+        # Neighbours need no copies.
         rows: Tensor | slice = samples
-        if bool((samples.diff() == 1).all()):  # neighbours need no copies
+        if bool((samples.diff() == 1).all()):
             rows = slice(int(samples[0]), int(samples[-1]) + 1)
         part = replace(
             self,
@@ -277,3 +319,29 @@ class Problem:
             group=self.group[rows],
         )
         return part._set(teacher=self.teacher.subset(rows, velocity))
+
+
+def _check_noise(noise: Tensor) -> None:
+    if len(noise) == 0:
+        raise ValueError(
+            "a search needs at least one noise on every rank; use fewer ranks or more "
+            "search samples"
+        )
+    if not bool(noise.isfinite().all()):
+        raise ValueError("the noise holds NaN or infinity")
+    if noise.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the noise must be float32 or float64, got {noise.dtype}")
+
+
+def _check_indices(
+    count: int, samples: Tensor | None, group: Tensor | None, num_groups: int
+) -> None:
+    for name, index in (("samples", samples), ("group", group)):
+        if index is not None and index.shape != (count,):
+            raise ValueError(
+                f"{name} must have one entry for each of {count} noises, got {tuple(index.shape)}"
+            )
+    if group is not None and not bool(((group >= 0) & (group < num_groups)).all()):
+        raise ValueError(
+            f"group must be from 0 to num_groups - 1 = {num_groups - 1}, got {int(group.max())}"
+        )

@@ -1,6 +1,9 @@
-"""BNS, bespoke non-stationary solvers: all times and all weights by gradient (Shaul et al. 2024, arXiv 2403.01329).
+"""BNS, bespoke non-stationary solvers (Shaul et al. 2024, arXiv 2403.01329).
 
-Legend: K steps, P vectors of fitted steps: x, noise, mean, predictions of x0, newest first.
+All times and all weights of the steps are learned by gradient descent.
+
+Legend: K steps, P basis vectors of fitted steps: x, noise, mean, predictions of x0,
+newest first.
 """
 
 from __future__ import annotations
@@ -19,19 +22,18 @@ from oss_exp.stepsize.solver_weights import difference, first_parts, over_basis,
 
 @dataclass(frozen=True, kw_only=True)
 class BNS(GradientDescent):
-    """Learns the times, and each step's weights over the noise, the mean and all predictions so far, for PSNR.
+    """Learns the times, and each step's weights over the noise, the mean and all predictions.
 
-    The weights are those of Euler steps between the times, which they follow, and a learned difference, which first
-    makes the steps those of `init`, be they its solver's or fitted ones. Under guidance each output of a call has
-    a weight of its own. Not taken over: a larger noise for strong guidance.
+    The weights are those of Euler steps between the learned times, plus a learned
+    difference. At first the difference makes the steps those of `init`, whether they
+    are its solver's or fitted. Under guidance each output of a call has its own weight.
+    The paper's larger noise for strong guidance is not implemented.
     """
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)
-        return [
-            logits,
-            difference(problem, steps, self._euler(problem, steps, learned_times(steps, logits))),
-        ]
+        euler = self._euler(problem, steps, learned_times(steps, logits))
+        return [logits, difference(problem, steps, euler)]
 
     def student(
         self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
@@ -42,6 +44,6 @@ class BNS(GradientDescent):
 
     @staticmethod
     def _euler(problem: Problem, steps: StepSchedule, times: Tensor) -> Tensor:
-        return over_basis(
-            solver_sums(Euler(), times), problem.velocity.mix, first_parts(steps, times[0])
-        )
+        """Return the weights (K, P) of Euler steps between times (K+1,)."""
+        sums = solver_sums(Euler(), times)
+        return over_basis(sums, problem.velocity.mix, first_parts(steps, times[0]))

@@ -1,4 +1,4 @@
-"""Hand-made schedules as strategies: the K-step version of a noise schedule, from the teacher's first node on."""
+"""Noise schedules as strategies: their K-step versions, from the teacher's first node on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ ClosedFormStart = Literal["pinned", "analytic"]
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The nodes of `schedule`, its first moved to the teacher's first node so that all students share one noise.
+    """The nodes of a noise schedule.
 
-    start `analytic` gives the baseline the same free first jump that OSS can have: K + 1 nodes, K network calls.
+    The first one is moved to the teacher's first node, so that all students share one
+    noise.
+
+    Args:
+        schedule: gives the nodes.
+        start: "analytic" gives the baseline the same free first jump that OSS can have,
+            which makes K + 1 nodes for K network calls.
     """
 
     per_sample: ClassVar[bool] = False
@@ -34,13 +40,15 @@ class ClosedForm:
         require_choice(get_args(ClosedFormStart), start=self.start)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
-        start_time, start = float(problem.grid[0]), student_start(problem, self.start)
+        start_time = float(problem.grid[0])
+        start = student_start(problem, self.start)
         plans = {}
         for k in check_num_steps(num_steps, problem.num_nodes):
             if self.start == "analytic":
-                plans[k] = StepSchedule(self._from(start_time, k + 1)[1:], start)
+                times = self._from(start_time, k + 1)[1:]
             else:
-                plans[k] = StepSchedule(self._from(start_time, k), start)
+                times = self._from(start_time, k)
+            plans[k] = StepSchedule(times, start)
         return plans
 
     def _from(self, start_time: float, num_steps: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Gradient descent through the student: what the strategies that learn their times and coefficients share.
+"""Gradient descent through the student, for the strategies that learn times and coefficients.
 
 Legend: B samples, K steps, P basis vectors of fitted steps, *E event dims.
 """
@@ -23,27 +23,39 @@ from oss_exp.stepsize.problem import Problem
 
 
 class Student(NamedTuple):
-    """What is learned: the times (K+1,), and the weights (K, P) of fitted steps, None where the solver steps."""
+    """The learned numbers of a student.
+
+    Attributes:
+        times: (K+1,) times.
+        weights: (K, P) weights of fitted steps; None where the solver steps.
+    """
 
     times: Tensor
     weights: Tensor | None = None
 
     def detached(self) -> Student:
-        """The same numbers, through which no gradients go on."""
+        """Return the same numbers, cut off from the gradients of the parameters."""
         return Student(self.times.detach(), None if self.weights is None else self.weights.detach())
 
 
 @dataclass(frozen=True)
 class GradientDescent(abc.ABC):
-    """Lowers the student's final distance to the teacher, beginning with the schedule of `init`.
+    """A strategy that lowers the student's final distance to the teacher by gradient descent.
 
-    Every second search sample is trained on (by its global number, so that the ranks' shares do not matter) and the
-    others choose the best iteration. Every iteration sees the whole training half; after `patience` iterations without
-    progress the rate falls by `decay`, from the best parameters so far on. `micro_batch` samples at a time are held
-    with their gradients.
-    Costs: a training pass is K forward and K backward calls a sample, a validation pass K forward calls.
+    Every second search sample trains (by its global number, so that the ranks' shares
+    do not matter), and the others choose the best iteration. Every iteration sees the
+    whole training half. A training pass costs K forward and K backward calls a sample,
+    a validation pass K forward calls.
 
-    objective: of the samples' distances, their mean or the mean of their logarithms.
+    Args:
+        init: plans the schedule to begin with, one for all samples.
+        iterations: training passes.
+        learning_rate: that of the optimizer.
+        decay: factor of the learning rate after `patience` iterations without progress;
+            the descent then goes on from the best parameters so far.
+        patience: iterations to wait for progress.
+        micro_batch: samples that are held with their gradients at a time.
+        objective: lower the mean of the samples' distances, or of their logarithms.
     """
 
     per_sample: ClassVar[bool] = False
@@ -74,38 +86,40 @@ class GradientDescent(abc.ABC):
 
     @abc.abstractmethod
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
-        """Float64 numbers to learn, at which the student is that of `steps`."""
+        """Return the float64 numbers to learn, at which the student is that of `steps`."""
 
     @abc.abstractmethod
     def student(
         self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
     ) -> Student:
-        """The student at these parameters, differentiable in them."""
+        """Return the student at these parameters, differentiable in them."""
 
     def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """The rule of descent: Adam, where a strategy has no other."""
+        """Return the optimizer: Adam, unless a strategy has another."""
         return torch.optim.Adam(parameters, lr=self.learning_rate)
 
     @property
     def name(self) -> str:
-        """As in messages."""
+        """The strategy's name in messages."""
         return type(self).__name__.lower()
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         if torch.is_inference_mode_enabled():
             raise ValueError(
-                f"{self.name} needs gradients, which torch's inference mode forbids; set trainer.inference_mode=false"
+                f"{self.name} needs gradients, which torch's inference mode forbids; set "
+                "trainer.inference_mode=false"
             )
         if not problem.velocity.divisible:
             raise ValueError(
-                f"{self.name} trains on a half of the samples, and a plain function knows all; use a BoundVelocity"
+                f"{self.name} trains on a half of the samples, and a plain function knows all of "
+                "them at once; use a BoundVelocity"
             )
-        _ = problem.teacher.mean  # known before the ranks part: some hold no sample of a half
-        return {
-            k: self._trained(problem, steps)
-            for k, steps in self.init.plan(problem, budgets).items()
-        }
+        _ = problem.teacher.mean  # now, by all ranks: some may hold no sample of a half
+        plans = {}
+        for k, steps in self.init.plan(problem, budgets).items():
+            plans[k] = self._trained(problem, steps)
+        return plans
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         passes = sum(k * (self.iterations + 1) for k in check_num_steps(num_steps, num_nodes))
@@ -113,35 +127,46 @@ class GradientDescent(abc.ABC):
 
     @torch.enable_grad()
     def _trained(self, problem: Problem, steps: StepSchedule) -> StepSchedule:
+        """Return the schedule of the iteration with the lowest loss on the held-out samples."""
         if isinstance(steps.start, Free):
             raise ValueError(f"{self.name}.init must start pinned or analytic")
-        parameters = [each.detach().requires_grad_() for each in self.parameters(problem, steps)]
+        parameters = [
+            tensor.detach().requires_grad_() for tensor in self.parameters(problem, steps)
+        ]
         optimizer = self.optimizer(parameters)
         train = problem.samples % 2 == 0
-        best_loss, since, best = torch.inf, 0, [each.detach().clone() for each in parameters]
 
+        best = _copies(parameters)
+        best_loss = torch.inf
+        waited = 0
         for iteration in range(self.iterations + 1):
+            # Validation.
             student = self.student(problem, steps, parameters)
-            held_out = self._loss(problem, steps, student.detached(), ~train)
-            since += 1
-            if held_out < best_loss:
-                best_loss, since, best = held_out, 0, [each.detach().clone() for each in parameters]
-            elif since % self.patience == 0:
-                for each, kept in zip(parameters, best, strict=True):
-                    each.data.copy_(kept)
-                for group in optimizer.param_groups:
-                    group["lr"] *= self.decay
+            loss = self._loss(problem, steps, student.detached(), ~train)
+            waited += 1
+            if loss < best_loss:
+                best = _copies(parameters)
+                best_loss = loss
+                waited = 0
+
+            # No progress: back to the best parameters, with a lower rate.
+            elif waited % self.patience == 0:
+                for parameter, copy in zip(parameters, best, strict=True):
+                    parameter.data.copy_(copy)
+                for param_group in optimizer.param_groups:
+                    param_group["lr"] *= self.decay
                 student = self.student(problem, steps, parameters)
+
             if iteration < self.iterations:
                 self._descend(problem, steps, student, train, parameters, optimizer)
 
+        # The best student as a schedule.
         with torch.no_grad():
             times, weights = self.student(problem, steps, best)
         if weights is None:
             return replace(steps, times=times.cpu())
-        return replace(
-            steps, times=times.cpu(), steps=FittedSteps(weights.cpu(), problem.teacher.mean.cpu())
-        )
+        fitted = FittedSteps(weights.cpu(), problem.teacher.mean.cpu())
+        return replace(steps, times=times.cpu(), steps=fitted)
 
     def _descend(
         self,
@@ -152,72 +177,80 @@ class GradientDescent(abc.ABC):
         parameters: list[Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """One iteration on the training samples of all ranks."""
+        """Make one iteration on the training samples of all ranks."""
+        # Gradients of the student's numbers, on this rank.
         leaves = student.detached()
         for leaf in leaves:
             if leaf is not None:
                 leaf.requires_grad_()
         self._loss(problem, steps, leaves, train)
 
+        # Gradients of the parameters, over all ranks.
         optimizer.zero_grad()
-        for learned, leaf in zip(student, leaves, strict=True):
-            if learned is None or leaf is None:
+        for numbers, leaf in zip(student, leaves, strict=True):
+            if numbers is None or leaf is None:
                 continue
-            slope = (
-                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            )  # a rank may hold no sample
-            slope = problem.collective.sum(slope).nan_to_num(
-                0, 0, 0
-            )  # a student may leave all bounds
-            if learned.requires_grad:
-                learned.backward(slope, retain_graph=True)
+            # A rank may hold no training sample, and a diverging student has no finite gradient.
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            gradient = problem.collective.sum(gradient).nan_to_num(0, 0, 0)
+            if numbers.requires_grad:
+                numbers.backward(gradient, retain_graph=True)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    def _loss(
-        self, problem: Problem, steps: StepSchedule, student: Student, chosen: Tensor
-    ) -> float:
-        """The objective over all ranks' chosen samples; adds its gradient to the student's where it has any."""
-        rows = chosen.nonzero()[:, 0]
-        count = float(problem.collective.sum(torch.tensor(float(len(rows)), device=chosen.device)))
+    def _loss(self, problem: Problem, steps: StepSchedule, student: Student, rows: Tensor) -> float:
+        """Return the objective over some samples, rows (B,) bool, of all ranks.
+
+        Adds its gradient to the student's numbers where they take any.
+        """
+        positions = rows.nonzero()[:, 0]
+        rank_count = torch.tensor(float(len(positions)), device=rows.device)
+        count = float(problem.collective.sum(rank_count))
         if count == 0:
             raise ValueError(
-                f"{self.name} trains on one half of the search samples and checks on the other: it needs two or more"
+                f"{self.name} trains on one half of the search samples and checks on the other: "
+                "it needs two or more"
             )
-        end = torch.tensor([problem.num_nodes], device=chosen.device)
-        total = torch.zeros((), dtype=torch.float64, device=chosen.device)
-        with torch.set_grad_enabled(student.times.requires_grad):
-            for part in (
-                rows.split(self.micro_batch) if len(rows) else ()
-            ):  # a rank may hold none of a half
+
+        end = torch.tensor([problem.num_nodes], device=rows.device)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        learns = student.times.requires_grad
+        parts = positions.split(self.micro_batch) if len(positions) else ()  # a rank may hold none
+        with torch.set_grad_enabled(learns):
+            for part in parts:
                 piece = problem.subset(part)
                 cost = piece.cost(_last_state(piece, steps, student), end)
                 if self.objective == "log_mean":
                     cost = cost.clamp(min=COST_FLOOR).log()
-                error = cost.sum() / count
-                if student.times.requires_grad:
-                    error.backward()
-                total += error.detach()
+                loss = cost.sum() / count
+                if learns:
+                    loss.backward()
+                total += loss.detach()
         return float(problem.collective.sum(total))
 
 
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
 def _last_state(problem: Problem, steps: StepSchedule, student: Student) -> Tensor:
-    """(B, *E)"""
+    """Return the student's last states (B, *E)."""
     times, weights = student
-    x, mean, orders = problem.noise, problem.teacher.sample_mean, steps.orders
+    x = problem.noise
+    mean = problem.teacher.sample_mean
     if isinstance(steps.start, Analytic):
         x = analytic_jump(x, mean, steps.start_time, times[0])
     if weights is None:
-        *_, last = walk(
-            problem.solver, problem.velocity, x, times, None if orders is None else list(orders)
-        )
+        orders = None if steps.orders is None else list(steps.orders)
+        *_, last = walk(problem.solver, problem.velocity, x, times, orders)
     else:
-        *_, last = walk(FittedSolver(weights, (problem.noise, mean)), problem.velocity, x, times)
+        solver = FittedSolver(weights, (problem.noise, mean))
+        *_, last = walk(solver, problem.velocity, x, times)
     return last.x
 
 
 def gap_logits(steps: StepSchedule) -> Tensor:
-    """Logits of the gaps between a schedule's times, of which `learned_times` makes the times again."""
+    """Return logits of the gaps between a schedule's times, which `learned_times` inverts."""
     nodes = steps.times
     if isinstance(steps.start, Analytic):
         nodes = torch.cat([nodes.new_tensor([steps.start_time]), nodes])
@@ -225,14 +258,17 @@ def gap_logits(steps: StepSchedule) -> Tensor:
 
 
 def learned_times(steps: StepSchedule, logits: Tensor) -> Tensor:
-    """(K+1,) times; the first is that of `steps`, or learned with the others where the start is analytic."""
+    """Return the times (K+1,) of some logits.
+
+    The first one is that of `steps`; with an analytic start it is learned as the others
+    are.
+    """
     nodes = times_from(logits, steps.start_time)
     return nodes[1:] if isinstance(steps.start, Analytic) else nodes
 
 
 def times_from(logits: Tensor, first: float | Tensor) -> Tensor:
-    """logits (K,) -> (K+1,) times from `first` down to exactly 0, whose gaps are the softmax's shares."""
+    """Return times (K+1,) from `first` to exactly 0, whose gaps are the softmax of logits (K,)."""
     remaining = logits.softmax(0).flip(0).cumsum(0).flip(0)
-    return torch.cat(
-        [first * remaining / remaining[0].detach().clamp(min=1e-300), logits.new_zeros(1)]
-    )
+    share = remaining / remaining[0].detach().clamp(min=1e-300)
+    return torch.cat([first * share, logits.new_zeros(1)])

@@ -1,6 +1,9 @@
-"""GS, the generalized solver: DPM-Solver++ with learned times and differences (GAS of 2025, without its adversary).
+"""GS, the generalized solver: DPM-Solver++ with learned times and differences to its weights.
 
-Legend: K steps, P vectors of fitted steps: x, noise, mean, predictions of x0, newest first.
+It is GAS of 2025 without the adversarial loss.
+
+Legend: K steps, P basis vectors of fitted steps: x, noise, mean, predictions of x0,
+newest first.
 """
 
 from __future__ import annotations
@@ -25,29 +28,30 @@ from oss_exp.stepsize.solver_weights import difference, step_weights
 
 @dataclass(frozen=True, kw_only=True)
 class GS(GradientDescent):
-    """Learns the times of DPM-Solver++ of order 3, differences to its weights, and the times that the network is told.
+    """Learns times and weights of DPM-Solver++ of order 3, and the network's times.
 
-    The difference is over the state, the noise, the mean and all predictions so far; it first makes the steps those of
-    `init`. The times that the network is told begin as the solver's, and all but the first are learned apart. The
-    paper has 1,400 samples, 10,000 iterations and LPIPS; here the search's samples, `iterations` and distance count.
+    Its weights get learned differences, over the state, the noise, the mean and all
+    predictions so far. At first they make the steps those of `init`. The times that the
+    network receives begin as the solver's, and all but the first are learned apart from
+    them. The paper has 1,400 samples, 10,000 iterations and LPIPS; this has the
+    search's samples, `iterations` and distance.
     """
 
     def parameters(self, problem: Problem, steps: StepSchedule) -> list[Tensor]:
         logits = gap_logits(steps).to(problem.noise.device)
-        told = (-steps.times.diff()).log().to(logits)
-        return [
-            logits,
-            told,
-            difference(problem, steps, self._base(problem, learned_times(steps, logits))),
-        ]
+        network_logits = (-steps.times.diff()).log().to(logits)
+        base = self._base(problem, learned_times(steps, logits))
+        return [logits, network_logits, difference(problem, steps, base)]
 
     def student(
         self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
     ) -> Student:
-        logits, told, change = parameters
+        logits, network_logits, change = parameters
         times = learned_times(steps, logits)
-        return Student(times_from(told, times[0]), self._base(problem, times) + change)
+        weights = self._base(problem, times) + change
+        return Student(times_from(network_logits, times[0]), weights)
 
     @staticmethod
     def _base(problem: Problem, times: Tensor) -> Tensor:
+        """Return the weights (K, P) of DPM-Solver++ between times (K+1,)."""
         return step_weights(DPMSolverPP(3, lower_order_final=True), times, problem.velocity.mix)

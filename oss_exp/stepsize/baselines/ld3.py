@@ -30,11 +30,18 @@ from oss_exp.stepsize.solver_weights import first_parts, over_basis, solver_sums
 
 @dataclass(frozen=True, kw_only=True)
 class LD3(GradientDescent):
-    """Learns the times of the solver's steps, by RMSprop on the logits of their gaps as in the released code.
+    """Learns the times of the solver's steps, by RMSprop on the logits of their gaps.
 
-    decoupled: learn apart from them the times that the network is told, all but the first. What the solver then does
-               is no step between those times, and is written as fitted steps, which a list of sigmas cannot hold.
-    Not taken over: noises that move in a small ball.
+    This is the descent of the released code. The paper's noises that move in a small
+    ball are not implemented.
+
+    Args:
+        init: plans the schedule to begin with; its steps must be a solver's.
+        momentum: that of RMSprop.
+        decoupled: learn the times that the network receives apart from the solver's,
+            all but the first. The solver then does not step between the network's
+            times, so the result is written as fitted steps, which a list of sigmas
+            cannot hold.
     """
 
     init: StepsizeStrategy = field(
@@ -53,19 +60,20 @@ class LD3(GradientDescent):
         if isinstance(steps.steps, FittedSteps):
             raise ValueError("ld3.init must step with the solver")
         logits = gap_logits(steps).to(problem.noise.device)
-        return [logits, (-steps.times.diff()).log().to(logits)] if self.decoupled else [logits]
+        if not self.decoupled:
+            return [logits]
+        return [logits, (-steps.times.diff()).log().to(logits)]
 
     def student(
         self, problem: Problem, steps: StepSchedule, parameters: Sequence[Tensor]
     ) -> Student:
-        logits, *told = parameters
-        times = learned_times(steps, logits)
-        if not told:
+        times = learned_times(steps, parameters[0])
+        if len(parameters) == 1:
             return Student(times)
         orders = None if steps.orders is None else list(steps.orders)
         sums = solver_sums(problem.solver, times, orders)
         weights = over_basis(sums, problem.velocity.mix, first_parts(steps, times[0]))
-        return Student(times_from(told[0], times[0]), weights)
+        return Student(times_from(parameters[1], times[0]), weights)
 
     def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(parameters, lr=self.learning_rate, momentum=self.momentum)

@@ -1,8 +1,8 @@
-"""Steps that combine the initial noise and the network's velocities so far, written as fitted steps.
+"""Steps over the initial noise and the network's velocities so far, written as fitted steps.
 
-Some methods state their coefficients for velocities. A velocity is (x - x0) / t, and the student's own x is linear in
-the noise and in the predictions of x0 before it: so every such step has coefficients for predictions of x0 too,
-without any loss.
+Some methods state their coefficients for velocities. A velocity is (x - x0) / t, and
+the student's own x is linear in the noise and in the predictions of x0 before it. So
+every such step also has coefficients for predictions of x0, without any loss.
 
 Legend: K steps, step k goes from times[k] to times[k+1], R outputs of a guided call.
 """
@@ -19,14 +19,23 @@ from oss_exp.stepsize.problem import Problem
 def linear_steps(
     problem: Problem, times: Tensor, over_noise: Tensor, over_velocities: Tensor
 ) -> StepSchedule:
-    """Return the schedule whose step k ends at over_noise[k] noise + sum over j <= k of over_velocities[k, j] v_j.
+    """Return the schedule of steps that are sums over the noise and the velocities so far.
 
-    times (K+1,) from the problem's first time to 0, over_noise (K,), over_velocities (K, K) lower triangular, float64.
-    v_j is the network's velocity at the student's state at times[j].
+    Step k ends at over_noise[k] noise + sum over j <= k of over_velocities[k, j] v_j,
+    where v_j is the network's velocity at the student's state at times[j].
+
+    Args:
+        problem: the search set.
+        times: (K+1,) from the problem's first time to 0.
+        over_noise: (K,) float64.
+        over_velocities: (K, K) float64, lower triangular.
     """
     noise, data = over_predictions(times, over_noise, over_velocities)
     mix = torch.tensor(problem.velocity.mix, dtype=torch.float64)
-    num_steps, parts = len(noise), len(mix)
+    num_steps = len(noise)
+    parts = len(mix)
+
+    # Over x, noise, mean and the predictions of x0, newest first.
     weights = torch.zeros(num_steps, 3 + num_steps * parts, dtype=torch.float64)
     weights[:, 1] = noise
     for k in range(num_steps):
@@ -38,12 +47,16 @@ def linear_steps(
 def over_predictions(
     times: Tensor, over_noise: Tensor, over_velocities: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same coefficients for predictions of x0: (K,) over the noise, (K, K) over x0. Arguments: `linear_steps`."""
+    """Return the coefficients (K,) over the noise and (K, K) over the predictions of x0.
+
+    The arguments are those of `linear_steps`.
+    """
+    # Unit vectors for the noise, x0 of call 0, x0 of call 1, ...
     num_steps = len(over_noise)
-    unit = torch.eye(
-        1 + num_steps, dtype=torch.float64
-    )  # the noise, x0 of call 0, x0 of call 1, ...
-    state, velocities, states = unit[0], [], []
+    unit = torch.eye(1 + num_steps, dtype=torch.float64)
+    state = unit[0]
+    velocities: list[Tensor] = []
+    states = []
     for k, t in enumerate(times[:-1].tolist()):
         velocities.append((state - unit[1 + k]) / t)
         state = over_noise[k] * unit[0] + over_velocities[k, : k + 1] @ torch.stack(velocities)

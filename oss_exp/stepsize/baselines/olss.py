@@ -1,11 +1,13 @@
-"""OLSS: least-squares coefficients on the teacher's states, along a path of equal errors (Duan et al. 2023).
+"""OLSS: least-squares coefficients on the teacher's states, along a path of equal errors.
 
-"Optimal Linear Subspace Search" (arXiv 2305.14677). The state at the next node is approximated by the initial noise and
-the network's answers so far, by ordinary least squares over all elements of all samples. States and answers are the
-teacher's: unlike `OSSFit` it never sees how a student's errors travel, but one run of the teacher serves every K.
+"Optimal Linear Subspace Search" (Duan et al. 2023, arXiv 2305.14677). The state at the
+next node is approximated by the initial noise and the network's outputs so far, by
+ordinary least squares over all elements of all samples. States and outputs are the
+teacher's: unlike `OSSFit`, it never sees how a student's errors grow, but one run of
+the teacher serves every K.
 
-Legend: B samples, N+1 nodes, K steps, *E event dims. Columns: the noise, the velocities at nodes 0 .. N-1, the states
-at nodes 1 .. N.
+Legend: B samples, N+1 nodes, K steps, *E event dims. Columns: the noise, the velocities
+at nodes 0 to N-1, the states at nodes 1 to N.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ HALVINGS = 50  # of the bound on a step's error
 class OLSS:
     """The paper's path and coefficients.
 
-    From each node the path goes to the farthest one that is reached with an error of at most a bound, found by
-    bisection over the nodes; the bound is one, by bisection too, below which K steps are no longer enough. The authors'
-    network predicts noise; here its answers are velocities, for at t = 1 a prediction of noise is the noise itself.
+    From each node the path goes to the farthest one that is reached with an error of at
+    most a bound, found by bisection over the nodes. The bound, also found by bisection,
+    is the least for which K steps are enough. The authors' network predicts noise. Here
+    its outputs are velocities, because at t = 1 a prediction of noise is the noise.
     """
 
     per_sample: ClassVar[bool] = False
@@ -48,63 +51,85 @@ class OLSS:
         return num_nodes - 1
 
     def _schedule(self, problem: Problem, fits: LeastSquares, path: list[int]) -> StepSchedule:
+        """Return the schedule of a path of K nodes."""
         nodes = [*path, problem.num_nodes]
         coefficients = torch.zeros(len(path), 1 + len(path), dtype=torch.float64)
         for step, node in enumerate(nodes[1:]):
             coefficients[step, : step + 2] = fits.weights((*path[: step + 1],), node)
-        return linear_steps(
-            problem, problem.grid[nodes].cpu(), coefficients[:, 0], coefficients[:, 1:]
-        )
+        times = problem.grid[nodes].cpu()
+        return linear_steps(problem, times, coefficients[:, 0], coefficients[:, 1:])
 
 
 def triangular_factor(problem: Problem) -> Tensor:
-    """(2N+1, 2N+1) float64 on the CPU: R of a QR decomposition of the columns, whose rows are all ranks' elements.
+    """Return R of a QR decomposition of the columns, (2N+1, 2N+1) float64 on the CPU.
 
-    Least squares on columns of R is least squares on those of the whole matrix, without the squared condition of
-    inner products. It is made one sample at a time; divided so that squared lengths are means over the elements.
+    The rows of the decomposed matrix are the elements of all ranks' samples. Least
+    squares on columns of R is least squares on those of the whole matrix, without the
+    squared condition number of inner products. R is made one sample at a time, and
+    divided so that squared lengths are means over the elements.
     """
-    states, velocities = problem.teacher.states, list(teacher_velocities(problem))
+    # This rank's samples.
+    states = problem.teacher.states
+    velocities = list(teacher_velocities(problem))
     factor = problem.grid.new_zeros(0, 2 * problem.num_nodes + 1)
     for sample, noise in enumerate(problem.noise):
-        columns = [noise, *(v[sample] for v in velocities), *states[1:, sample]]
+        columns = [noise]
+        columns.extend(v[sample] for v in velocities)
+        columns.extend(states[1:, sample])
         elements = torch.stack([column.flatten().double() for column in columns], dim=1)
         factor = torch.linalg.qr(torch.cat([factor, elements]), mode="r").R
+
+    # All ranks.
     count = problem.collective.sum(factor.new_tensor(problem.noise.numel()))
     factor = torch.linalg.qr(problem.collective.gather(factor), mode="r").R
     return (factor / count.sqrt()).cpu()
 
 
 class LeastSquares:
-    """Coefficients and errors of steps from the columns of a triangular factor (see `triangular_factor`)."""
+    """Coefficients and errors of steps, from the columns of a triangular factor.
+
+    See `triangular_factor`.
+    """
 
     def __init__(self, factor: Tensor, num_nodes: int):
-        self.factor, self.num_nodes = factor, num_nodes
+        self.factor = factor
+        self.num_nodes = num_nodes
         self.solved = lru_cache(maxsize=None)(self._solve)
 
     def weights(self, path: tuple[int, ...], node: int) -> Tensor:
-        """(1 + k,) over the noise and the velocities at the k nodes of the path, for the step to a later node."""
-        return self.solved(path)[0][:, node - path[-1] - 1]
+        """Return the weights (1 + k,) of the step from the last of k nodes to a later node.
+
+        They are over the noise and the velocities at the k nodes of the path.
+        """
+        weights, _ = self.solved(path)
+        return weights[:, node - path[-1] - 1]
 
     def path(self, num_steps: int) -> list[int]:
-        """The nodes of exactly num_steps calls."""
-        best, low, high = [0], 0.0, float(self.solved((0,))[1].max())
+        """Return the nodes of exactly num_steps calls."""
+        _, errors = self.solved((0,))
+        path = [0]
+        low = 0.0
+        high = float(errors.max())
         for _ in range(HALVINGS):
             bound = (low + high) / 2
-            path = self._greedy(bound, num_steps)
-            if path is None:
+            candidate = self._greedy(bound, num_steps)
+            if candidate is None:
                 low = bound
             else:
-                best, high = path, bound
-        while len(best) < num_steps:  # where one bound saves two calls
-            best = self._halved(best)
-        return best
+                path = candidate
+                high = bound
+        while len(path) < num_steps:  # where one bound saves two calls
+            path = self._halved(path)
+        return path
 
     def _greedy(self, bound: float, num_steps: int) -> list[int] | None:
-        """The nodes of the longest steps within the bound, None where these are more than num_steps."""
+        """Return the nodes of the longest steps within the bound, or None for too many steps."""
         path = [0]
         while len(path) <= num_steps:
-            errors = self.solved((*path,))[1]
-            low, high = path[-1] + 1, self.num_nodes
+            # The farthest node within the bound, by bisection.
+            _, errors = self.solved((*path,))
+            low = path[-1] + 1
+            high = self.num_nodes
             while low < high:
                 middle = (low + high + 1) // 2
                 if errors[middle - path[-1] - 1] > bound:
@@ -117,19 +142,22 @@ class LeastSquares:
         return None
 
     def _halved(self, path: list[int]) -> list[int]:
-        """The path with one more node: in the middle of the step of the largest error, of those that have one."""
+        """Return the path with one more node, in the middle of the step of the largest error.
+
+        Steps between neighbours have no middle.
+        """
         ends = [*path[1:], self.num_nodes]
-        errors = {
-            step: float(self.solved((*path[: step + 1],))[1][end - start - 1])
-            for step, (start, end) in enumerate(zip(path, ends, strict=True))
-            if end - start > 1
-        }
-        worst = max(errors, key=errors.__getitem__)
+        step_errors: dict[int, float] = {}
+        for step, (start, end) in enumerate(zip(path, ends, strict=True)):
+            if end - start > 1:
+                _, errors = self.solved((*path[: step + 1],))
+                step_errors[step] = float(errors[end - start - 1])
+        worst = max(step_errors, key=step_errors.__getitem__)
         return sorted([*path, (path[worst] + ends[worst]) // 2])
 
     def _solve(self, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Weights (1 + k, J) and mean squared errors (J,) of the steps to all J later nodes."""
+        """Return weights (1 + k, J) and mean squared errors (J,) of steps to all J later nodes."""
         basis = self.factor[:, [0, *(1 + node for node in path)]]
-        aims = self.factor[:, self.num_nodes + 1 + path[-1] :]
-        weights = torch.linalg.lstsq(basis, aims).solution
-        return weights, (basis @ weights - aims).square().sum(0)
+        targets = self.factor[:, self.num_nodes + 1 + path[-1] :]
+        weights = torch.linalg.lstsq(basis, targets).solution
+        return weights, (basis @ weights - targets).square().sum(0)

@@ -1,6 +1,7 @@
-"""Coarse to fine: the layers of nodes that a search goes through.
+"""The layers of nodes that a search goes through, coarse to fine.
 
-Legend: N+1 nodes counted from the noise, K steps, k one budget; paths are (k, b), b = B or 1.
+Legend: N+1 nodes counted from the noise, K steps, k one budget. Paths are (k, b), b = B
+or 1.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from oss_exp.stepsize.oss.required import Required
 
 @dataclass(frozen=True)
 class Band:
-    """Coarse to fine: search every `stride`-th node, then halve the stride again and again down to 1, each time among
-    the `width` nearest nodes of that stride on either side of the path so far, and twice as many at stride 1.
+    """A coarse-to-fine search: a pilot on a coarse grid, then finer grids around its path.
 
-    Coarse grids too small for all the steps are searched with fewer, and the path is stretched for the next; a grid
-    that leaves the pilot fewer than three nodes is searched whole. Where a path touches the edge of its band, the band
-    is laid around it anew and searched again, at most `shifts` times a level: 2 double the calls, and with Euler steps
-    find what the whole search finds.
+    The stride is halved again and again down to 1. A coarse grid that is too small for
+    all the steps is searched with fewer, and the path is stretched for the next level.
+    A grid that leaves the pilot fewer than three nodes is searched whole.
+
+    Args:
+        stride: the pilot searches every stride-th node; a power of two.
+        width: nodes of a level's stride on either side of the path that the level
+            searches; twice as many at stride 1.
+        shifts: where a path touches the edge of its band, the band is laid around it
+            and searched again, at most so many times for each level. Two double the
+            calls, and with Euler steps find what the whole search finds.
     """
 
     stride: int = 8
@@ -38,27 +45,25 @@ class Band:
         require_range(at_least=0, shifts=self.shifts)
 
     def fits(self, num_nodes: int) -> bool:
-        """Whether the pilot has the three nodes that it needs."""
+        """Return whether the pilot has the three nodes that it needs."""
         return num_nodes > 2 * self.stride
 
     def levels(self, num_nodes: int, num_steps: int) -> list[tuple[int, int]]:
-        """(stride, steps) of the pilot and of each level after it, the last (1, num_steps)."""
+        """Return (stride, steps) of the pilot and of each level after it.
+
+        The last one is (1, num_steps).
+        """
         pilot = len(range(0, num_nodes, self.stride))
         levels = [(self.stride, min(num_steps, pilot // 3))]
-        for level in range(1, self.stride.bit_length()):
-            stride = self.stride >> level
-            levels.append(
-                (
-                    stride,
-                    min(num_steps, len(range(0, num_nodes, stride)) // 2)
-                    if stride > 1
-                    else num_steps,
-                )
-            )
-        return levels
+        stride = self.stride // 2
+        while stride > 1:
+            count = len(range(0, num_nodes, stride))
+            levels.append((stride, min(num_steps, count // 2)))
+            stride //= 2
+        return [*levels, (1, num_steps)]
 
     def reach(self, stride: int) -> int:
-        """Nodes of this stride on either side of the path."""
+        """Return how many nodes of this stride are searched on either side of the path."""
         return self.width if stride > 1 else 2 * self.width
 
 
@@ -70,35 +75,60 @@ def layers(
     device,
     required: Required | None = None,
 ) -> list[Tensor]:
-    """max(budgets) x (W, 1): every stride-th node from which the data can be reached in exactly the calls left.
+    """Return the layers of a search, max(budgets) times (W, 1).
 
-    Required nodes are among them, and those are not from which a path could not contain them all.
+    Layer r has every `stride`-th node, and the required ones, from which the data can
+    be reached in exactly the calls that are left.
+
+    Args:
+        num_nodes: N.
+        budgets: ascending numbers of steps.
+        start: where a student begins; "pinned" leaves node 0 alone in the first layer.
+        stride: distance between nodes.
+        device: that of the layers.
+        required: nodes that every path contains.
     """
     nodes = torch.arange(0, num_nodes, stride, device=device)[:, None]
     if required is not None:
         nodes = torch.cat([nodes[:, 0], required.nodes]).unique()[:, None]
+
     result = []
     for r in range(budgets[-1]):
-        to_go = (
-            min(k for k in budgets if k > r) - r
-        )  # calls left, this one included, for the nearest budget
-        layer = nodes[r : len(nodes) - to_go + 1] if r or start != "pinned" else nodes[:1]
-        result.append(layer if required is None else required.layer(layer, r, budgets[-1] - r))
+        # Calls left for the nearest budget, this layer's included.
+        calls_left = min(k for k in budgets if k > r) - r
+        layer = nodes[r : len(nodes) - calls_left + 1] if r or start != "pinned" else nodes[:1]
+        if required is not None:
+            layer = required.layer(layer, r, budgets[-1] - r)
+        result.append(layer)
     return result
 
 
 def stretch(path: Tensor, num_steps: int, num_nodes: int) -> Tensor:
-    """path (k, b) of k steps over N nodes -> (num_steps, b): the same curve of node against share of the steps."""
+    """Return a path (num_steps, b) on the same curve of node against share of the steps.
+
+    Args:
+        path: (k, b) nodes.
+        num_steps: steps of the new path.
+        num_nodes: N.
+    """
     k = len(path)
     closed = torch.cat([path, torch.full_like(path[:1], num_nodes)]).double()
-    at = torch.arange(num_steps, device=path.device, dtype=torch.float64) * k / num_steps
-    low = at.long()
-    between = torch.lerp(closed[low], closed[low + 1], (at - low)[:, None]).round().long()
-    return torch.stack([strictly_monotone(column, num_nodes) for column in between.T], dim=1)
+
+    # Linear interpolation between the nodes.
+    position = torch.arange(num_steps, device=path.device, dtype=torch.float64) * k / num_steps
+    low = position.long()
+    share = (position - low)[:, None]
+    nodes = torch.lerp(closed[low], closed[low + 1], share).round().long()
+    return torch.stack([strictly_monotone(column, num_nodes) for column in nodes.T], dim=1)
 
 
 def strictly_monotone(nodes: Tensor, num_nodes: int) -> Tensor:
-    """nodes (k,) ascending with repeats -> strictly ascending within 0 .. N-1, each moved as little as may be."""
+    """Return strictly ascending nodes within 0 to N-1, each moved as little as possible.
+
+    Args:
+        nodes: (k,) ascending, with repeats.
+        num_nodes: N.
+    """
     steps = torch.arange(len(nodes), device=nodes.device)
     risen = (nodes - steps).cummax(0).values + steps
     return torch.minimum(risen, num_nodes - len(nodes) + steps)

@@ -28,19 +28,19 @@ from oss_exp.stepsize.problem import Problem
 
 
 def usual_baselines() -> dict[str, StepsizeStrategy]:
-    """Return the schedules by hand, and the search of others, that `OSSBest` compares itself with."""
-    by_hand = {
-        "fm": FlowSchedule(),
-        "ddim": DDIMSchedule(),
-        "edm": EDMSchedule(),
-        "logsnr": LogSNRSchedule(),
+    """Return the schedules that `OSSBest` compares itself with: four formulas and GITS."""
+    return {
+        "fm": ClosedForm(FlowSchedule()),
+        "ddim": ClosedForm(DDIMSchedule()),
+        "edm": ClosedForm(EDMSchedule()),
+        "logsnr": ClosedForm(LogSNRSchedule()),
+        "gits": GITS(),
     }
-    return {**{name: ClosedForm(schedule) for name, schedule in by_hand.items()}, "gits": GITS()}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule, and the path on the teacher's grid that it was made from, where there is one."""
+    """A schedule, with the path on the teacher's grid that it was made from, if there is one."""
 
     name: str
     steps: StepSchedule
@@ -49,18 +49,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class OSSBest(Search):
-    """The best of a portfolio (ours): searched and known schedules, judged by samples that did not make them.
+    """The best schedule of a portfolio (ours), judged by samples that did not make it.
 
-    One half of the search samples makes the candidates: the paths of Algorithm 2 from `start` and from a pinned start
-    and the baselines' nodes, each with the solver's steps and with fitted ones. The other half chooses; the best path
-    is refined, if that holds on the other half too, and its coefficients are fitted anew to all samples. So it is
-    never much worse than the best known schedule, and needs nobody to choose. The schedule's provenance has the
-    candidates and what the judges said, `planning.chosen_from`, in dB. A single sample judges what it made.
+    One half of the search samples makes the candidates: the paths of Algorithm 2 from
+    `start` and from a pinned start, and the nodes of the baselines, each with the
+    solver's steps and with fitted ones. The other half chooses. The best path is
+    refined, if that is better on the other half too, and its coefficients are fitted
+    again to all samples. So the result is never much worse than the best known
+    schedule, and nobody needs to choose a strategy. Its provenance lists the candidates
+    with their scores in dB, `planning.chosen_from`. A single sample judges what it
+    made.
 
-    start:     of the portfolio's searches, beside a pinned one. A pipeline, which draws its own noise, has "pinned".
-    ridge:     of the fits, see `coefficients.Fit`.
-    baselines: {name: strategy} of one schedule for all samples; one that does not fit the teacher or the budgets is
-               left out, and so are all where times are required.
+    Args:
+        start: start of the portfolio's searches, beside the pinned one. A pipeline,
+            which draws its own noise, needs "pinned".
+        objective: as in `OSSShared`.
+        ridge: regularisation of the fits, see `coefficients.Fit`.
+        baselines: {name: strategy}, each with one schedule for all samples. One that
+            does not fit the teacher or the budgets is left out. With required times all
+            of them are.
     """
 
     start: StartKind = "analytic"
@@ -72,146 +79,155 @@ class OSSBest(Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Shared(self.objective)  # its checks
-        Fit(ridge=self.ridge)  # its checks
-        if unfit := [name for name, each in self.baselines.items() if each.per_sample]:
-            raise ValueError(
-                f"oss_best.baselines must plan one schedule for all samples, {unfit[0]} does not"
-            )
+        Shared(self.objective)  # checks it
+        Fit(ridge=self.ridge)  # checks it
+        for name, strategy in self.baselines.items():
+            if strategy.per_sample:
+                raise ValueError(
+                    f"oss_best.baselines must plan one schedule for all samples, {name} does not"
+                )
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """Calls per sample of the searches, of every candidate once, and of a typical refinement."""
+        """Return the calls per sample of the searches, all candidates and a typical refinement."""
         budgets = set(num_steps)
         starts = len(self._starts)
         calls = starts * self._recursion_calls(num_nodes, num_steps, edge_calls)
         calls += (3 * starts + len(self.baselines) + 4) * sum(budgets)
-        calls += sum(
-            each.network_calls(num_nodes, num_steps, edge_calls) for each in self.baselines.values()
-        )
-        return calls + (sum(min(8 * k * k, FIT_CALLS) for k in budgets) if self.refine else 0)
+        for strategy in self.baselines.values():
+            calls += strategy.network_calls(num_nodes, num_steps, edge_calls)
+        if self.refine:
+            calls += sum(min(8 * k * k, FIT_CALLS) for k in budgets)
+        return calls
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
         makers, judges = halves(problem)
-        candidates = self._searched(problem, budgets, makers)
-        for k, known in self._known(problem, budgets).items():
-            candidates[k] += known
-        return {k: self._best(problem, each, makers, judges) for k, each in candidates.items()}
+        searched = self._searched(problem, budgets, makers)
+        baselines = self._baseline_candidates(problem, budgets)
+        plans = {}
+        for k in budgets:
+            candidates = [*searched[k], *baselines[k]]
+            plans[k] = self._best(problem, candidates, makers, judges)
+        return plans
 
     @property
     def _starts(self) -> list[StartKind]:
-        """Those that are searched; where the first times are given, there is one."""
-        return (
-            list(dict.fromkeys((self.start, "pinned")))
-            if self.first_sigmas is None
-            else [self.start]
-        )
+        """The starts to search from; a single one where the first times are given."""
+        if self.first_sigmas is not None or self.start == "pinned":
+            return [self.start]
+        return [self.start, "pinned"]
 
     def _searched(
         self, problem: Problem, budgets: Sequence[int], makers: Tensor
     ) -> dict[int, list[Candidate]]:
-        """The paths of Algorithm 2 from every start."""
-        found: dict[int, list[Candidate]] = {k: [] for k in budgets}
+        """Return the paths of Algorithm 2 from every start, for each budget."""
+        candidates: dict[int, list[Candidate]] = {k: [] for k in budgets}
+        objective = Shared(self.objective, makers)
         for start in self._starts:
             search = replace(self, start=start, refine=False)
-            for k, path in search.paths(problem, budgets, Shared(self.objective, makers)).items():
-                found[k].append(
-                    Candidate(f"{start} start", path_schedule(problem, path, start), path)
-                )
-        return found
+            for k, path in search.paths(problem, budgets, objective).items():
+                steps = path_schedule(problem, path, start)
+                candidates[k].append(Candidate(f"{start} start", steps, path))
+        return candidates
 
-    def _known(self, problem: Problem, budgets: Sequence[int]) -> dict[int, list[Candidate]]:
-        """The baselines' schedules, and the teacher's own times."""
+    def _baseline_candidates(
+        self, problem: Problem, budgets: Sequence[int]
+    ) -> dict[int, list[Candidate]]:
+        """Return the teacher's own times and the baselines' schedules, for each budget."""
+        candidates: dict[int, list[Candidate]] = {k: [] for k in budgets}
         if self.required_times:
-            return {}
-        found: dict[int, list[Candidate]] = {}
+            return candidates
+
+        # The teacher's times, evenly over its nodes.
         for k in budgets:
-            nodes = (
-                torch.linspace(0, problem.num_nodes, k + 1, dtype=torch.float64)[:-1].round().long()
-            )
-            found[k] = [Candidate("teacher's times", StepSchedule(_times(problem, nodes)))]
+            even = torch.linspace(0, problem.num_nodes, k + 1, dtype=torch.float64)
+            steps = StepSchedule(_times(problem, even[:-1].round().long()))
+            candidates[k].append(Candidate("teacher's times", steps))
+
+        # Baselines.
         for name, strategy in self.baselines.items():
             try:
                 plans = strategy.plan(problem, budgets)
             except DoesNotFit:
                 continue
             for k, steps in plans.items():
-                found[k].append(Candidate(name, steps))
-        return found
+                candidates[k].append(Candidate(name, steps))
+        return candidates
 
     def _best(
-        self, problem: Problem, found: list[Candidate], makers: Tensor, judges: Tensor
+        self, problem: Problem, candidates: list[Candidate], makers: Tensor, judges: Tensor
     ) -> StepSchedule:
-        """The candidate that the judges choose, refined, and fitted to all samples."""
-        scores = {each.name: self._score(problem, each, judges) for each in found}
+        """Return the candidate that the judges choose, refined, and fitted to all samples."""
+        scores: dict[str, float] = {}
 
-        # Fitted steps along all searched paths, and along the best of the known ones.
+        def best_of(candidates: Sequence[Candidate]) -> Candidate:
+            for candidate in candidates:
+                if candidate.name not in scores:
+                    scores[candidate.name] = self._score(problem, candidate, judges)
+            return max(candidates, key=lambda candidate: scores[candidate.name])
+
+        best = best_of(candidates)
+
+        # Fitted steps along all searched paths, and along the best of the pinned baselines.
         if problem.distance.quadratic:
-            known = [
-                each for each in found if each.path is None and isinstance(each.steps.start, Pinned)
-            ]
-            paths = [each for each in found if each.path is not None]
-            if known:
-                paths.append(_on_grid(problem, max(known, key=lambda each: scores[each.name])))
-            for each in paths:
-                found.append(self._fitted(problem, each, makers))
-                scores[found[-1].name] = self._score(problem, found[-1], judges)
-        best = max(found, key=lambda each: scores[each.name])
+            paths = [candidate for candidate in candidates if candidate.path is not None]
+            baselines = []
+            for candidate in candidates:
+                if candidate.path is None and isinstance(candidate.steps.start, Pinned):
+                    baselines.append(candidate)
+            if baselines:
+                paths.append(_on_grid(problem, best_of(baselines)))
+            fitted = [self._fitted(problem, candidate, makers) for candidate in paths]
+            best = best_of([*candidates, *fitted])
 
+        # Refinement.
         if self.refine and best.path is not None:
-            refined = self._refined(problem, best, makers)
-            scores[refined.name] = self._score(problem, refined, judges)
-            best = max(best, refined, key=lambda each: scores[each.name])
-        chosen_from = {
+            best = best_of([best, self._refined(problem, best, makers)])
+        planning = {
             "chosen_from": {name: round(score, 2) for name, score in scores.items()},
             "chosen": best.name,
         }
 
+        # Coefficients from all samples.
         if isinstance(best.path, FittedPath):
             best = self._fitted(problem, best, None)
-        planning = {**best.steps.about("planning"), **chosen_from}
+        planning = {**best.steps.about("planning"), **planning}
         return replace(best.steps, provenance={"planning": planning})
 
     def _score(self, problem: Problem, candidate: Candidate, judges: Tensor) -> float:
-        """The judges' mean PSNR, or that of their mean error, in dB."""
+        """Return the judges' mean PSNR in dB; with objective "mean", that of their mean error."""
         x0 = sample(problem.solver, problem.velocity, problem.noise, candidate.steps, problem.group)
-        cost = problem.cost(x0, torch.tensor([problem.num_nodes], device=x0.device)).double()[
-            judges
-        ]
+        end = torch.tensor([problem.num_nodes], device=x0.device)
+        cost = problem.cost(x0, end).double()[judges]
         log = self.objective == "log_mean"
-        values = torch.stack(
-            [cost.clamp(min=COST_FLOOR).log10() if log else cost, torch.ones_like(cost)]
-        )
-        total, count = problem.collective.sum(values.sum(1)).tolist()
-        return -10 * (total / count if log else math.log10(max(total / count, COST_FLOOR)))
+        value = cost.clamp(min=COST_FLOOR).log10() if log else cost
+
+        # Mean over all ranks.
+        sums = torch.stack([value, torch.ones_like(value)]).sum(1)
+        total, count = problem.collective.sum(sums).tolist()
+        mean = total / count
+        return -10 * (mean if log else math.log10(max(mean, COST_FLOOR)))
 
     def _fitted(self, problem: Problem, candidate: Candidate, makers: Tensor | None) -> Candidate:
-        """Its path with coefficients that these samples fit (None: all)."""
+        """Return the candidate's path with coefficients fitted to some samples; None means all."""
         assert candidate.path is not None
         start = candidate.steps.start.kind
         with torch.no_grad():
             path, *_ = self._student(problem, start, makers).run(candidate.path)
-        return Candidate(
-            f"{candidate.name}, fitted steps", path_schedule(problem, path, start), path
-        )
+        steps = path_schedule(problem, path, start)
+        return Candidate(f"{candidate.name}, fitted steps", steps, path)
 
     def _refined(self, problem: Problem, candidate: Candidate, makers: Tensor) -> Candidate:
-        start, required = (
-            candidate.steps.start.kind,
-            self._required(problem, candidate.steps.num_steps),
-        )
+        """Return the candidate with its path refined over the makers' error."""
+        start = candidate.steps.start.kind
+        required = self._required(problem, candidate.steps.num_steps)
         path = candidate.path
         if isinstance(path, FittedPath):
             path = refine_fitted(self._student(problem, start, makers), path, required)
         else:
             assert path is not None
-            path = refine(
-                problem.at_most(self.max_order),
-                path,
-                start,
-                Shared(self.objective, makers),
-                required,
-            )
+            objective = Shared(self.objective, makers)
+            path = refine(problem.at_most(self.max_order), path, start, objective, required)
         return Candidate(f"{candidate.name}, refined", path_schedule(problem, path, start), path)
 
     def _student(self, problem: Problem, start: StartKind, makers: Tensor | None) -> FittedStudent:
@@ -219,10 +235,11 @@ class OSSBest(Search):
 
 
 def halves(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return which of this rank's samples make schedules, (B,) bool, and which judge them: the others.
+    """Return which of this rank's samples make schedules, (B,) bool, and which judge them.
 
-    Conditions come in turn: every second turn makes, so that both halves have all of them; where there are too few
-    samples for two turns, every second sample. All samples do both where there is one.
+    Conditions come in turn: every second turn makes, so that both halves have all of
+    them; where there are too few samples for two turns, every second sample. All
+    samples do both where there is one.
     """
     count = int(
         problem.collective.sum(torch.tensor(len(problem.noise), device=problem.noise.device))
@@ -236,17 +253,16 @@ def halves(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _on_grid(problem: Problem, candidate: Candidate) -> Candidate:
-    """A pinned candidate on the teacher's nodes that are nearest to its times."""
+    """Return a pinned candidate on the teacher's nodes that are nearest to its times."""
     times = candidate.steps.times[:-1].to(problem.grid)
     nodes = (times[:, None] - problem.grid[None]).abs().argmin(1)
     nodes = strictly_monotone(nodes, problem.num_nodes)
-    empty = torch.zeros(len(nodes), len(problem.noise), dtype=torch.float64, device=nodes.device)
-    path = SolverPath(nodes[:, None], torch.ones_like(nodes)[:, None], empty)
+    no_costs = problem.grid.new_zeros(len(nodes), len(problem.noise))
+    path = SolverPath(nodes[:, None], torch.ones_like(nodes)[:, None], no_costs)
     return Candidate(candidate.name, StepSchedule(_times(problem, nodes)), path)
 
 
 def _times(problem: Problem, nodes: Tensor) -> Tensor:
-    """nodes (K,) -> times (K+1,)"""
-    return problem.grid[
-        torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes).to(problem.grid.device)
-    ].cpu()
+    """Return the times (K+1,) of nodes (K,) and of node N."""
+    closed = torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
+    return problem.grid[closed.to(problem.grid.device)].cpu()

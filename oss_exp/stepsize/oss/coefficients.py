@@ -1,10 +1,12 @@
-"""Coefficients along a path: every step of given nodes gets coefficients of its own, in closed form.
+"""Coefficients along a path: every step gets its own, fitted in closed form.
 
-A step from node i to node j is x_j = sum_p w_p u_p over its basis u = (x_i, noise, mean, all predictions of x0 so far,
-newest first). The weights w are ridge least squares over all samples against the teacher's state at j: a P x P solve
-from inner products, which costs no network call.
+A step from node i to node j is x_j = sum_p w_p u_p, over its basis u = (x_i, noise,
+mean, all predictions of x0 so far, newest first). The weights w are ridge least squares
+over all samples against the teacher's state at j: a P x P solve from inner products,
+without a network call.
 
-Legend: B samples, k nodes, P basis vectors of a step, R outputs of a guided call, *E event dims.
+Legend: B samples, k nodes, P basis vectors of a step, R outputs of a guided call, *E
+event dims, F features.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ REWEIGHTINGS = 4  # least squares solved for a mean of logarithms
 
 @dataclass(frozen=True)
 class Fit:
-    """How coefficients are fitted.
+    """Settings of the fit.
 
-    history: calls whose predictions a step may use; None: all so far.
-    ridge:   relative to each vector's mean square, pulls w towards the ordinary step.
+    Args:
+        history: calls whose predictions a step may use; None means all so far.
+        ridge: pull of w towards the ordinary step, relative to each vector's mean
+            square.
     """
 
     history: int | None = None
@@ -49,9 +53,12 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class FittedPath:
-    """The nodes (k, 1) of a student's calls, and the weights (k, P) of its fitted steps.
+    """The path of a student whose steps have fitted coefficients.
 
-    costs (k, B): each sample's distance to the teacher after every step.
+    Attributes:
+        nodes: (k, 1) nodes of its network calls.
+        weights: (k, P) weights of its steps.
+        costs: (k, B) distance of each sample to the teacher after every step.
     """
 
     nodes: Tensor
@@ -60,7 +67,13 @@ class FittedPath:
 
 
 class Step(NamedTuple):
-    """A step's end, not yet observed, its weights (P,), and each sample's distance (B,) to the teacher there."""
+    """A step of a student.
+
+    Attributes:
+        state: its end, before the network call there.
+        weights: (P,) its weights.
+        cost: (B,) distance of each sample to the teacher at its end.
+    """
 
     state: State
     weights: Tensor
@@ -68,12 +81,13 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A student after its network call at a node.
+class Checkpoint:
+    """A student after its network call at a node, from which its run can go on.
 
-    step:  the step that led here.
-    state: with the predictions of x0 so far, newest first.
-    gram:  (B, P, P) float64 inner products of the basis of the next step.
+    Attributes:
+        step: the step that led here.
+        state: with the predictions of x0 so far, newest first.
+        gram: (B, P, P) float64 inner products of the basis of the next step.
     """
 
     step: Step
@@ -82,122 +96,160 @@ class Stage:
 
 
 class FittedStudent:
-    """A student of fitted steps along any path of nodes; what comes before a change of the path is kept."""
+    """A student of fitted steps along any path of nodes.
 
-    highest = 0  # its steps have no order
+    Attributes:
+        highest: the highest order of a step; 0, because fitted steps have no order.
+    """
+
+    highest = 0
 
     def __init__(self, problem: Problem, start: StartKind, objective: Shared, fit: Fit):
-        self.problem, self.objective, self.fit = problem, objective, fit
+        self.problem = problem
+        self.objective = objective
+        self.fit = fit
         self.start: StartKind = start
-        self.rounds = REWEIGHTINGS if objective.objective == "log_mean" else 1
-        self.constants = problem.noise, problem.teacher.sample_mean
+        self.reweightings = REWEIGHTINGS if objective.objective == "log_mean" else 1
+        self.constants = (problem.noise, problem.teacher.sample_mean)
         self.parts = len(problem.teacher.first_outputs)
 
     def run(
-        self, path: FittedPath | SolverPath, kept: Sequence[Stage] = (), first: int = 0
-    ) -> tuple[FittedPath, list[Stage], Tensor]:
-        """Sample from node `first` of a path on; kept[r] is the stage at node r < first.
+        self,
+        path: FittedPath | SolverPath,
+        checkpoints: Sequence[Checkpoint] = (),
+        first: int = 0,
+    ) -> tuple[FittedPath, list[Checkpoint], Tensor]:
+        """Fit and sample along a path, from its node `first` on.
 
-        Returns the path with its coefficients, its k stages, and its final error under the objective, (1,).
+        Args:
+            path: the nodes to call the network at.
+            checkpoints: those at all nodes before `first`.
+            first: position on the path.
+
+        Returns:
+            The path with its coefficients, its k checkpoints, and its final error (1,)
+            under the objective.
         """
-        problem, nodes = self.problem, path.nodes
-        stages = list(kept[:first])
-        for r in range(first, len(nodes)):
-            step = self._start(nodes[:1]) if r == 0 else self._step(stages[-1], int(nodes[r]))
-            stages.append(self._called(step, int(nodes[r]), stages[-1] if stages else None))
-        last = self._step(stages[-1], problem.num_nodes)
+        problem = self.problem
+        nodes = path.nodes[:, 0].tolist()
 
-        steps = [*(stage.step for stage in stages[1:]), last]
+        # Steps and network calls.
+        reached = list(checkpoints[:first])
+        for r in range(first, len(nodes)):
+            if r == 0:
+                step = self._start(path.nodes[:1])
+                reached.append(self._called(step, nodes[r], None))
+            else:
+                step = self._step(reached[-1], nodes[r])
+                reached.append(self._called(step, nodes[r], reached[-1]))
+        last = self._step(reached[-1], problem.num_nodes)
+        steps = [checkpoint.step for checkpoint in reached[1:]]
+        steps.append(last)
+
+        # Weights as rows of one length.
         capacity = 3 + self.parts * (self.fit.history or len(nodes))
-        weights = torch.stack(
-            [torch.nn.functional.pad(w, (0, capacity - len(w))) for _, w, _ in steps]
-        )
-        costs = torch.stack([cost for *_, cost in steps])
+        weights = last.weights.new_zeros(len(steps), capacity)
+        for row, step in zip(weights, steps, strict=True):
+            row[: len(step.weights)] = step.weights
+        costs = torch.stack([step.cost for step in steps])
+
         end = torch.tensor([problem.num_nodes], device=problem.noise.device)
         error = self.objective(problem.cost(last.state.x, end), problem.collective)
-        return FittedPath(nodes, weights, costs), stages, error
+        return FittedPath(path.nodes, weights, costs), reached, error
 
     def merge(
         self,
         better: Tensor,
-        new: tuple[FittedPath, list[Stage]],
-        old: tuple[FittedPath, list[Stage]],
-    ) -> tuple[FittedPath, list[Stage]]:
-        """The new path and stages: there is one path for all samples, and it is better."""
+        new: tuple[FittedPath, list[Checkpoint]],
+        old: tuple[FittedPath, list[Checkpoint]],
+    ) -> tuple[FittedPath, list[Checkpoint]]:
+        """Return the new path and checkpoints: one path serves all samples, and it is better."""
         return new
 
     def _start(self, nodes: Tensor) -> Step:
+        """Return the step of no weights that leads to the first node, nodes (1, 1)."""
         state = start_states(self.problem, nodes, self.start)
-        return Step(
-            state, self.problem.grid.new_zeros(0), self.problem.grid.new_zeros(len(state.x))
-        )
+        no_weights = self.problem.grid.new_zeros(0)
+        return Step(state, no_weights, self.problem.grid.new_zeros(len(state.x)))
 
-    def _called(self, step: Step, node: int, before: Stage | None) -> Stage:
-        """The network's answer at a node joins the basis; the teacher's own first call serves node 0."""
+    def _called(self, step: Step, node: int, before: Checkpoint | None) -> Checkpoint:
+        """Call the network at the end of a step, and add its predictions to the basis.
+
+        Args:
+            step: leads to the node.
+            node: where the network is called; at node 0 the teacher's first call
+                serves.
+            before: the checkpoint at the step's other end.
+        """
         problem, state = self.problem, step.state
-        outputs = (
-            problem.teacher.first_outputs
-            if node == 0
-            else problem.velocity.outputs(state.x, state.t)
-        )
+        if node == 0:
+            outputs = problem.teacher.first_outputs
+        else:
+            outputs = problem.velocity.outputs(state.x, state.t)
         capacity = self.parts * self.fit.history if self.fit.history else sys.maxsize
         state = remember_parts(state, outputs, capacity)
 
-        # Inner products of what is new, the state and its R predictions, with all; the others are known.
-        fresh = [state.x, *state.outputs[: self.parts]]
-        same = [*self.constants, *state.outputs[self.parts :]]
-        old = slice(1, 1 + len(same))
-        known = self._products(same, same) if before is None else before.gram[:, old, old]
-        new, crossed = self._products(fresh, fresh), self._products(fresh, same)
-        gram = torch.cat(
-            [torch.cat([new, crossed], dim=2), torch.cat([crossed.mT, known], dim=2)], dim=1
-        )
-        parts = self.parts  # from (x, R predictions, noise, mean, ...) to the order of the basis
-        order = [
-            0,
-            parts + 1,
-            parts + 2,
-            *range(1, parts + 1),
-            *range(parts + 3, len(fresh) + len(same)),
-        ]
-        return Stage(step, state, gram[:, order][:, :, order])
+        # Inner products of the new vectors, the state and its R predictions, with all.
+        parts = self.parts
+        new = [state.x, *state.outputs[:parts]]
+        old = [*self.constants, *state.outputs[parts:]]
+        inner = self._products(new, new)
+        crossed = self._products(new, old)
+        if before is None:
+            earlier = self._products(old, old)
+        else:
+            columns = slice(1, 1 + len(old))
+            earlier = before.gram[:, columns, columns]
+        top = torch.cat([inner, crossed], dim=2)
+        bottom = torch.cat([crossed.mT, earlier], dim=2)
+        gram = torch.cat([top, bottom], dim=1)
 
-    def _step(self, stage: Stage, node: int) -> Step:
-        """The step to a later node."""
-        problem, sum_over_ranks = self.problem, self.problem.collective.sum
-        basis = [stage.state.x, *self.constants, *stage.state.outputs]
+        # From (x, R predictions, noise, mean, ...) to the order of the basis.
+        order = [0, parts + 1, parts + 2, *range(1, parts + 1)]
+        order += range(parts + 3, len(new) + len(old))
+        return Checkpoint(step, state, gram[:, order][:, :, order])
+
+    def _step(self, checkpoint: Checkpoint, node: int) -> Step:
+        """Return the fitted step from a checkpoint to a later node."""
+        problem, state, gram = self.problem, checkpoint.state, checkpoint.gram
+        basis = [state.x, *self.constants, *state.outputs]
         target = problem.teacher.targets[node].flatten(1)
-        aim = inner_products([self._features(u) for u in basis], [target])[..., 0]  # (B, P)
-        length, size = problem.teacher.target_norms[node], target.shape[1]
-        ordinary = self._ordinary(stage.state, node, len(basis))
+        features = [self._features(u) for u in basis]
+        products = inner_products(features, [target])[..., 0]  # (B, P)
+        norm = problem.teacher.target_norms[node]
+        ordinary = self._ordinary(state, node, len(basis))
 
-        weights, cost = ordinary, length
-        emphasis = self.objective.emphasis(torch.ones_like(length))
-        for _ in range(self.rounds):
-            gram = sum_over_ranks(torch.einsum("b,bpq->pq", emphasis, stage.gram))
-            right = sum_over_ranks(torch.einsum("b,bp->p", emphasis, aim))
-            norms = gram.diagonal()  # where 0, as of a mean of 0, w is the ordinary one
+        # Ridge least squares, with weights on the samples from the last fit.
+        weights = ordinary
+        cost = norm
+        emphasis = self.objective.emphasis(torch.ones_like(norm))
+        for _ in range(self.reweightings):
+            matrix = problem.collective.sum(torch.einsum("b,bpq->pq", emphasis, gram))
+            right = problem.collective.sum(torch.einsum("b,bp->p", emphasis, products))
+            norms = matrix.diagonal()  # where 0, as of a mean of 0, w is the ordinary one
             pull = self.fit.ridge * torch.where(norms > 0, norms, 1.0)
-            weights = torch.linalg.solve(gram + torch.diag(pull), right + pull * ordinary)
-            cost = (
-                length
-                - 2 * aim @ weights
-                + torch.einsum("p,bpq,q->b", weights, stage.gram, weights)
-            )
-            cost = cost.clamp(min=0) / size
+            weights = torch.linalg.solve(matrix + torch.diag(pull), right + pull * ordinary)
+            square = torch.einsum("p,bpq,q->b", weights, gram, weights)
+            cost = norm - 2 * products @ weights + square
+            cost = cost.clamp(min=0) / target.shape[1]
             emphasis = self.objective.emphasis(cost)
 
         x = combine(list(weights), basis)
-        t = problem.grid[node].expand_as(stage.state.t)
-        return Step(replace(stage.state, x=x, t=t), weights, cost)
+        t = problem.grid[node].expand_as(state.t)
+        return Step(replace(state, x=x, t=t), weights, cost)
 
     def _ordinary(self, state: State, node: int, size: int) -> Tensor:
-        """(P,) coefficients of the solver's step of its highest order, or of Euler's where it does not predict x0."""
+        """Return the weights (P,) of an ordinary step, towards which the ridge pulls.
+
+        It is the solver's step of its highest order, or Euler's where it does not
+        predict x0.
+        """
         problem, solver = self.problem, self.problem.solver
         if not (isinstance(solver, LinearMultistep) and solver.prediction == "x0"):
             solver = DPMSolverPP(1, lower_order_final=True)
-        times = [time[:1] for time in state.times[:: self.parts]][: solver.order]
-        a, b = solver.coefficients(times, problem.grid[node])
+        times = [time[:1] for time in state.times[:: self.parts]]
+        a, b = solver.coefficients(times[: solver.order], problem.grid[node])
+
         weights = problem.grid.new_zeros(size)
         weights[0] = a.squeeze()
         for h, weight in enumerate(b):
@@ -206,14 +258,13 @@ class FittedStudent:
         return weights
 
     def _products(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-        """first P x (B, *E), second Q x (B, *E) -> (B, P, Q) float64, under the distance's features."""
+        """Return the inner products (B, P, Q) of the features of P and Q vectors (B, *E)."""
         left = [self._features(u) for u in first]
-        return inner_products(
-            left, left if second is first else [self._features(u) for u in second]
-        )
+        if second is first:
+            return inner_products(left, left)
+        return inner_products(left, [self._features(u) for u in second])
 
     def _features(self, vectors: Tensor) -> Tensor:
-        """(B, *E) -> (B, F); a quadratic distance's features are linear."""
-        return self.problem.distance.features(
-            vectors, self.problem.grid, self.problem.velocity
-        ).flatten(1)
+        """Return the features (B, F) of vectors (B, *E); a quadratic distance's are linear."""
+        problem = self.problem
+        return problem.distance.features(vectors, problem.grid, problem.velocity).flatten(1)

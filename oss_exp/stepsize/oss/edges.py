@@ -1,10 +1,13 @@
-"""Edges of the search: the states at the sources of a round, and the best way from them to its targets.
+"""The actions of the search: scoring every step from the sources of a stage to its targets.
 
-An edge is one step of the solver between two nodes. Every edge is tried at every order that the history of its source
-allows; what the samples' costs become before the minimum is the `Objective`'s choice.
+An edge is one step between two nodes, and an action is an edge with the order of its
+step. `TriedEdges` takes every step and measures where it ends. `LinearEdges` serves a
+linear multistep solver under a quadratic distance, where inner products are enough to
+score a step, and takes only the best ones.
 
-Legend: B samples, S sources, J targets (nodes (S, b), (J, b): b is B, or 1 where all samples have the same),
-P basis vectors a step, O orders, A aims: the nodes that some step may end at, *E event dims, F features.
+Legend: B samples, S sources, J targets (nodes (S, b) and (J, b): b is B, or 1 where all
+samples have the same nodes), P basis vectors of a step, O orders, A target nodes of all
+stages, *E event dims, F features.
 """
 
 from __future__ import annotations
@@ -19,262 +22,339 @@ from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.objectives import Objective, PerSample
 from oss_exp.stepsize.problem import Problem
 
-SCORE_GROUP = 16  # samples, and
-
-SCORE_FEATURES = (
-    1 << 16
-)  # features, whose inner products are taken at a time; they bound the float64 copies
-
-BLOCK = 20  # nodes whose inner products are taken at a time; those with earlier nodes are skipped
+# Inner products are taken in float64 of so many samples, features and nodes at a time, which
+# bounds the copies.
+SCORE_GROUP = 16
+SCORE_FEATURES = 1 << 16
+BLOCK = 20
 
 
 class Edges:
-    """state: rows (W*B,) at the nodes of a layer."""
+    """The states at the sources of a stage, and the choice of the best action into each target.
+
+    Attributes:
+        state: the samplers' states, rows (S*B,), one block of B rows for each source.
+    """
 
     state: State
 
     def __init__(self, problem: Problem, objective: Objective):
-        self.problem, self.objective = problem, objective
+        self.problem = problem
+        self.objective = objective
 
     def begin(self, sources: Tensor, state: State) -> None:
+        """Stand at the first sources (S, b), in these states."""
         self.state = state
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
-        """One batched network call for all sources."""
+        """Call the network at all sources, in one batch.
+
+        Args:
+            sources: (S, b) nodes of the states.
+            reuse_first: use the teacher's own first call at node 0.
+        """
         v = self.problem.velocity.combine(self._outputs(sources, reuse_first))
         self.state = self.problem.solver.observe(lambda *_: v, self.state)
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Move to the targets (J, b) from the best sources; legal (S, J, b). -> parent (J, b), how, cost (J, B)."""
+        """Take the best action into every target; the states are then those at the targets.
+
+        Args:
+            targets: (J, b) nodes.
+            legal: (S, J, b) edges that may be taken.
+
+        Returns:
+            Parent (J, b) as a position among the sources, order (J, b) and cost (J, B).
+        """
         raise NotImplementedError
 
-    def keep(self, rows: int) -> None:
-        self.state = self.state.map(lambda old: old[:rows])
+    def keep_first(self, rows: int) -> None:
+        """Drop all states after so many rows."""
+        self.state = self.state.map(lambda tensor: tensor[:rows])
 
     def _outputs(self, sources: Tensor, reuse_first: bool) -> tuple[Tensor, ...]:
-        """The network at all sources; the teacher's own first call serves node 0."""
+        """Return the network's outputs at all sources."""
         problem, x, t = self.problem, self.state.x, self.state.t
         if not (reuse_first and bool((sources[0] == 0).all())):
             return problem.velocity.outputs(x, t)
+        first = problem.teacher.first_outputs
         if len(sources) == 1:
-            return problem.teacher.first_outputs
-        rest = problem.velocity.outputs(x[len(problem.noise) :], t[len(problem.noise) :])
-        return tuple(
-            torch.cat(pair) for pair in zip(problem.teacher.first_outputs, rest, strict=True)
-        )
+            return first
+        count = len(problem.noise)
+        others = problem.velocity.outputs(x[count:], t[count:])
+        return tuple(torch.cat(pair) for pair in zip(first, others, strict=True))
 
     def _best(self, cost: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """cost (O, S, J, B) -> parent (J, b), order (J, b) from 1, cost (J, B)."""
+        """Return the parent (J, b), order (J, b) and cost (J, B) of the least of (O, S, J, B)."""
         total = self.objective(cost, self.problem.collective).masked_fill(~legal, torch.inf)
-        # argmin takes the first of equals: the lowest order, then the noisiest parent, as the released code does.
+        # argmin takes the first of equals: the lowest order, then the noisiest parent, as the
+        # released code does.
         best = total.flatten(0, 1).argmin(0)
-        chosen = cost.flatten(0, 1).gather(0, best.expand(-1, cost.shape[-1])[None])[0]
-        return best % cost.shape[1], best // cost.shape[1] + 1, chosen
+        index = best.expand(-1, cost.shape[-1])[None]
+        best_cost = cost.flatten(0, 1).gather(0, index)[0]
+        num_sources = cost.shape[1]
+        return best % num_sources, best // num_sources + 1, best_cost
 
     def _rows(self, parent: Tensor) -> Tensor:
-        """parent (J, b) -> the rows (J*B,) of the parents' states."""
+        """Return the rows (J*B,) of the states of the parents (J, b)."""
         count = len(self.problem.noise)
         return (parent * count + torch.arange(count, device=parent.device)).flatten()
 
 
 class TriedEdges(Edges):
-    """Score edges by taking them, one target at a time: for singlestep solvers and distances that are not quadratic."""
+    """Edges that are scored by taking them, one target at a time.
+
+    Singlestep solvers and distances that are not quadratic need this.
+    """
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        problem, count = self.problem, len(self.problem.noise)
-        grid = unflatten(self.state, len(legal))
-        orders = [problem.solver.order]
+        problem = self.problem
+        orders: Sequence[int] = [problem.solver.order]
         if isinstance(problem.solver, LinearMultistep):
             orders = range(1, len(self.state.outputs) + 1)
-        found = []
+
+        parents, best_orders, costs, states = [], [], [], []
         for j, target in enumerate(targets):
-            reach = int(legal[:, j].any(1).nonzero().amax() if bool(legal[:, j].any()) else 0) + 1
-            near = grid.map(lambda nodes: nodes[:reach].flatten(0, 1))
-            t_next = problem.grid[target].expand(count).repeat(reach)
-            tried = [
-                problem.solver.advance(problem.velocity, near, t_next, order) for order in orders
-            ]
-            cost = torch.stack([problem.cost(state.x, target) for state in tried]).unflatten(
-                1, (reach, count)
-            )
-            parent, order, cost = self._best(cost[:, :, None], legal[:reach, j : j + 1])
-            joined = tried[0].map(
-                lambda *rows: torch.stack(rows).unflatten(1, (reach, count)), *tried[1:]
-            )
-            column = torch.arange(count, device=target.device)
-            state = joined.map(
-                lambda all_rows: all_rows[
-                    order.expand(1, count) - 1, parent.expand(1, count), column
-                ][0]
-            )
-            found.append((parent, order if len(orders) > 1 else order * 0 + orders[0], cost, state))
-        parents, hows, costs, states = zip(*found, strict=True)
+            parent, position, cost, state = self._into(target, legal[:, j : j + 1], orders)
+            parents.append(parent)
+            best_orders.append(position if len(orders) > 1 else position * 0 + orders[0])
+            costs.append(cost)
+            states.append(state)
+
         self.state = states[0].map(lambda *rows: torch.cat(rows), *states[1:])
-        return torch.cat(parents), torch.cat(hows), torch.cat(costs)
+        return torch.cat(parents), torch.cat(best_orders), torch.cat(costs)
+
+    def _into(
+        self, target: Tensor, legal: Tensor, orders: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """Take all steps into one target (b,) over legal edges (S, 1, b).
+
+        Returns the parent (1, b), the order's position from 1 (1, b), the cost (1, B)
+        and the state (B,) of the best one.
+        """
+        problem, count = self.problem, len(self.problem.noise)
+
+        # Sources after the last legal one are not tried.
+        sources = legal[:, 0].any(1).nonzero()
+        reach = int(sources.amax()) + 1 if len(sources) else 1
+        near = self.state.map(lambda rows: rows[: reach * count])
+        t_next = problem.grid[target].expand(count).repeat(reach)
+
+        # All steps, and their costs (O, S, 1, B).
+        ends, costs = [], []
+        for order in orders:
+            end = problem.solver.advance(problem.velocity, near, t_next, order)
+            ends.append(end)
+            costs.append(problem.cost(end.x, target))
+        cost = torch.stack(costs).unflatten(1, (reach, count))[:, :, None]
+        parent, position, cost = self._best(cost, legal[:reach])
+
+        # The state of the best step of each sample.
+        def stack(*rows: Tensor) -> Tensor:
+            return torch.stack(rows).unflatten(1, (reach, count))
+
+        def pick(rows: Tensor) -> Tensor:
+            sample = torch.arange(count, device=target.device)
+            return rows[position.expand(1, count) - 1, parent.expand(1, count), sample][0]
+
+        state = ends[0].map(stack, *ends[1:]).map(pick)
+        return parent, position, cost, state
 
 
 class LinearEdges(Edges):
-    """Score every edge without making it: |sum_p c_p u_p - T_j|^2 needs only <u_p, u_q>, <u_p, T_j> and |T_j|^2.
+    """Edges that are scored from inner products, without taking a single step.
 
-    The basis u is the state and the remembered outputs. `shadow` holds <u_p, T_j> for all nodes j that a student may
-    jump to (aims (A,), ascending) in their place: a linear solver moves these numbers as it moves the states. Float64
-    throughout, for the terms nearly cancel.
+    A step ends at x = sum_p w_p u_p, where the basis u is the state and the remembered
+    outputs. Its squared distance to a target, |x - T_j|^2, needs only the products
+    <u_p, u_q>, <u_p, T_j> and |T_j|^2. Those with all later target nodes are kept as a
+    solver's state of their own, because a linear solver moves these numbers exactly as
+    it moves the states. The terms nearly cancel, so everything is float64.
+
+    Attributes:
+        target_nodes: (A,) ascending, all nodes that some step may lead to.
+        target_products: (S*B, A) products of the state and of its outputs with the
+            targets.
     """
 
-    shadow: State
+    target_products: State
 
-    def __init__(self, problem: Problem, objective: Objective, aims: Tensor):
+    def __init__(self, problem: Problem, objective: Objective, target_nodes: Tensor):
         super().__init__(problem, objective)
-        self.aims = aims
+        self.target_nodes = target_nodes
 
     def begin(self, sources: Tensor, state: State) -> None:
-        self.state = state
-        self.shadow = replace(state, x=self._products(sources, state.x))
+        super().begin(sources, state)
+        self.target_products = replace(state, x=self._products(sources, state.x))
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
         v = self.problem.velocity.combine(self._outputs(sources, reuse_first))
         products = self._products(sources, v)
-        self.state = self.problem.solver.observe(lambda *_: v, self.state)
-        self.shadow = self.problem.solver.observe(lambda *_: products, self.shadow)
+        solver = self.problem.solver
+        self.state = solver.observe(lambda *_: v, self.state)
+        self.target_products = solver.observe(lambda *_: products, self.target_products)
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        problem, num_sources, count = self.problem, len(legal), len(self.problem.noise)
-        solver = problem.solver
+        # Score all actions.
+        num_sources = len(legal)
+        state = unflatten(self.state, num_sources)
+        products = unflatten(self.target_products, num_sources)
+        inner = _gram(self.problem, [state.x, *state.outputs])
+        weights = self._weights(targets, num_sources)
+        cost = self._costs(inner, [products.x, *products.outputs], targets, weights)
+        parent, order, cost = self._best(cost, legal)
+
+        # Take the best ones.
+        count = len(self.problem.noise)
+        rows = self._rows(parent)
+        t_next = self.problem.grid[targets].expand(-1, count).flatten()
+        orders = order.expand(-1, count).flatten()
+
+        def advance(state: State) -> State:
+            parents = state.map(lambda tensor: tensor[rows])
+            return self.problem.solver.advance(self.problem.velocity, parents, t_next, orders)
+
+        self.state = advance(self.state)
+        self.target_products = advance(self.target_products)
+        return parent, order, cost
+
+    def keep_first(self, rows: int) -> None:
+        super().keep_first(rows)
+        self.target_products = self.target_products.map(lambda tensor: tensor[:rows])
+
+    def _weights(self, targets: Tensor, num_sources: int) -> list[Tensor]:
+        """Return the weights (S, b, J, order + 1) of the steps to targets (J, b), by order."""
+        solver, count = self.problem.solver, len(self.problem.noise)
         assert isinstance(solver, LinearMultistep)
-        histories = (
-            count if isinstance(self.objective, PerSample) else 1
-        )  # else all samples have the same past
-        times = [
-            time.unflatten(0, (num_sources, count))[:, :histories, None]
-            for time in self.state.times
-        ]
-        t_next = problem.grid[targets].T[None]  # (1, b, J)
+
+        # Times (S, b, 1) of the outputs; samples that share a path share its times.
+        histories = count if isinstance(self.objective, PerSample) else 1
+        times = []
+        for time in self.state.times:
+            times.append(time.unflatten(0, (num_sources, count))[:, :histories, None])
+        t_next = self.problem.grid[targets].T[None]  # (1, b, J)
+
         weights = []
         for order in range(1, len(times) + 1):
             a, b = solver.coefficients(times[:order], t_next)
-            weights.append(
-                torch.stack(torch.broadcast_tensors(a, *b), dim=-1)
-            )  # (S, b, J, order + 1)
-        state, shadow = unflatten(self.state, num_sources), unflatten(self.shadow, num_sources)
-        inner = _gram(problem, [state.x, *state.outputs])
-        cost = self._costs(inner, [shadow.x, *shadow.outputs], targets, weights)
-        parent, order, cost = self._best(cost, legal)
-        rows, t_next = self._rows(parent), problem.grid[targets].expand(-1, count).flatten()
-        steps = t_next, order.expand(-1, count).flatten()
-        self.state = problem.solver.advance(
-            problem.velocity, self.state.map(lambda old: old[rows]), *steps
-        )
-        self.shadow = problem.solver.advance(
-            problem.velocity, self.shadow.map(lambda old: old[rows]), *steps
-        )
-        return parent, order, cost
-
-    def keep(self, rows: int) -> None:
-        super().keep(rows)
-        self.shadow = self.shadow.map(lambda old: old[:rows])
+            weights.append(torch.stack(torch.broadcast_tensors(a, *b), dim=-1))
+        return weights
 
     def _products(self, nodes: Tensor, vectors: Tensor) -> Tensor:
-        """vectors (W*B, *E) at nodes (W, b) -> (W*B, A) float64: <u, T_j> under the distance's features.
+        """Return <u, T_j> of vectors u and all target nodes j, under the distance's features.
 
-        Aims that a node, or all nodes of its block, cannot jump to are left out (0).
+        Targets that no node of a vector's block can step to are left out.
+
+        Args:
+            nodes: (W, b) ascending.
+            vectors: (W*B, *E) at these nodes.
+
+        Returns:
+            (W*B, A) float64, 0 for targets that are left out.
         """
         problem, count = self.problem, len(self.problem.noise)
         vectors = vectors.unflatten(0, (-1, count))
-        result = torch.zeros(
-            *vectors.shape[:2], len(self.aims), dtype=torch.float64, device=vectors.device
-        )
-        blocks = [range(len(nodes))[first : first + BLOCK] for first in range(0, len(nodes), BLOCK)]
+        shape = (*vectors.shape[:2], len(self.target_nodes))
+        result = torch.zeros(shape, dtype=torch.float64, device=vectors.device)
         for first in range(0, count, SCORE_GROUP):
+            # Features of some samples: vectors (g, W, F), and A targets (g, F).
             part = slice(first, first + SCORE_GROUP)
-            u = _features(problem, vectors[:, part])  # (g, W, F)
-            goals = [
-                problem.teacher.targets[aim][part].flatten(1) for aim in self.aims
-            ]  # A times (g, F)
-            for some in _slices(u.shape[2]):
-                own, goal = (
-                    u[..., some].double(),
-                    torch.stack([each[:, some] for each in goals], dim=1).double(),
-                )
-                for block in blocks:
-                    rows = slice(block.start, block.stop)
-                    low = int(torch.searchsorted(self.aims, nodes[block.start].min(), right=True))
-                    result[rows, part, low:] += torch.bmm(own[:, rows], goal[:, low:].mT).transpose(
-                        0, 1
-                    )
+            u = _features(problem, vectors[:, part])
+            targets = []
+            for node in self.target_nodes:
+                targets.append(problem.teacher.targets[node][part].flatten(1))
+
+            for columns in _slices(u.shape[2]):
+                left = u[..., columns].double()
+                right = torch.stack([target[:, columns] for target in targets], dim=1).double()
+                for start in range(0, len(nodes), BLOCK):
+                    rows = slice(start, start + BLOCK)
+                    lowest = nodes[start].min()
+                    low = int(torch.searchsorted(self.target_nodes, lowest, right=True))
+                    block = torch.bmm(left[:, rows], right[:, low:].mT)
+                    result[rows, part, low:] += block.transpose(0, 1)
         return result.flatten(0, 1)
 
     def _costs(
         self, inner: Tensor, products: Sequence[Tensor], targets: Tensor, weights: Sequence[Tensor]
     ) -> Tensor:
-        """inner (S, B, P, P), products P x (S, B, A), each of O weights (S, b, J, p <= P) -> costs (O, S, J, B)."""
-        problem, (num_sources, count) = self.problem, inner.shape[:2]
+        """Return the mean squared distance of every step to the teacher.
+
+        Args:
+            inner: (S, B, P, P) inner products of the basis.
+            products: P times (S, B, A), those of the basis with the targets.
+            targets: (J, b) nodes.
+            weights: (S, b, J, p) for each order, p <= P.
+
+        Returns:
+            (O, S, J, B) float64.
+        """
+        problem = self.problem
+        num_sources, count = inner.shape[:2]
         size = problem.teacher.targets[0][0].numel()
-        cost = torch.empty(
-            len(weights),
-            num_sources,
-            count,
-            len(targets),
-            dtype=torch.float64,
-            device=targets.device,
-        )
+        shape = (len(weights), num_sources, count, len(targets))
+        cost = torch.empty(shape, dtype=torch.float64, device=targets.device)
         nodes = targets.T.expand(count, -1).contiguous()  # (B, J)
         for first in range(0, count, SCORE_GROUP):
+            # Products with the targets of this stage, P times (S, g, J), and |T_j|^2.
             part = slice(first, first + SCORE_GROUP)
-            columns = torch.searchsorted(self.aims, nodes[part])[None].expand(num_sources, -1, -1)
-            crossed = [
-                u[:, part].gather(2, columns).mul_(-2) for u in products
-            ]  # P times (S, g, J)
-            length = problem.teacher.target_norms.T[part].gather(1, nodes[part])[None]
+            columns = torch.searchsorted(self.target_nodes, nodes[part])
+            columns = columns[None].expand(num_sources, -1, -1)
+            crossed = [u[:, part].gather(2, columns).mul_(-2) for u in products]
+            norm = problem.teacher.target_norms.T[part].gather(1, nodes[part])[None]
+
+            # |sum_p w_p u_p - T_j|^2, one p after the other.
             for o, table in enumerate(weights):
-                total = length.repeat(num_sources, 1, 1)
-                w = [
-                    column[:, part] if column.shape[1] > 1 else column
-                    for column in table.unbind(-1)
-                ]
+                shared = table.shape[1] == 1
+                w = (table if shared else table[:, part]).unbind(-1)
+                total = norm.repeat(num_sources, 1, 1)
                 for p in range(len(w)):
                     slope = crossed[p].clone()
                     for q in range(p + 1):
-                        slope.addcmul_(w[q], inner[:, part, p, q, None], value=1 if p == q else 2)
+                        factor = 1 if p == q else 2
+                        slope.addcmul_(w[q], inner[:, part, p, q, None], value=factor)
                     total.addcmul_(w[p], slope)
                 cost[o, :, part] = total.clamp_(min=0) / size
         return cost.transpose(2, 3)
 
 
 def unflatten(state: State, num_nodes: int) -> State:
-    """Rows (W*B,) -> (W, B)."""
+    """Return a state of rows (W*B,) as one of (W, B)."""
     return state.map(lambda rows: rows.unflatten(0, (num_nodes, -1)))
 
 
 def _gram(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
-    """basis P x (S, B, *E) -> (S, B, P, P) float64: <u_p, u_q> under the distance's features."""
+    """Return the inner products (S, B, P, P) of P vectors (S, B, *E), under the features."""
     parts = []
     for first in range(0, len(problem.noise), SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
         vectors = [_features(problem, u[:, part]) for u in basis]  # P times (g, S, F)
-        parts.append(inner_products(vectors, vectors))  # (g, S, P, P)
+        parts.append(inner_products(vectors, vectors))
     return torch.cat(parts).transpose(0, 1)
 
 
 def inner_products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """first P x (..., F), second Q x (..., F) -> (..., P, Q) float64."""
-    total = 0
-    for some in _slices(first[0].shape[-1]):
-        left = torch.stack([u[..., some].double() for u in first], dim=-2)
-        right = (
-            left
-            if second is first
-            else torch.stack([u[..., some].double() for u in second], dim=-2)
-        )
-        total = total + left @ right.mT
-    assert isinstance(total, Tensor)
-    return total
+    """Return all inner products of two lists of vectors, (..., P, Q) float64.
+
+    Args:
+        first: P vectors (..., F).
+        second: Q vectors (..., F); the same list as `first` saves a copy.
+    """
+    parts = []
+    for columns in _slices(first[0].shape[-1]):
+        left = torch.stack([u[..., columns].double() for u in first], dim=-2)
+        right = left
+        if second is not first:
+            right = torch.stack([u[..., columns].double() for u in second], dim=-2)
+        parts.append(left @ right.mT)
+    return sum(parts[1:], parts[0])
 
 
 def _features(problem: Problem, states: Tensor) -> Tensor:
-    """(W, g, *E) -> (g, W, F), under a linear distance."""
+    """Return the features (g, W, F) of states (W, g, *E), under a linear distance."""
     features = problem.distance.features(states.flatten(0, 1), problem.grid, problem.velocity)
     return features.flatten(1).unflatten(0, states.shape[:2]).transpose(0, 1)
 
 
 def _slices(features: int) -> list[slice]:
+    """Return slices of all features, SCORE_FEATURES each."""
     return [slice(first, first + SCORE_FEATURES) for first in range(0, features, SCORE_FEATURES)]

@@ -1,4 +1,4 @@
-"""Objectives: what the samples' costs become before the minimum over parents is taken."""
+"""Objectives: what the samples' costs become before a minimum over actions is taken."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from oss_exp.checks import require_choice
 from oss_exp.stepsize.problem import Collective
 
 Mean = Literal["mean", "log_mean"]
-COST_FLOOR = (
-    1e-15  # below the rounding of the inner products: -inf must not decide a mean of logarithms
-)
+
+# Below the rounding of the inner products: -inf must not decide a mean of logarithms.
+COST_FLOOR = 1e-15
 
 
 class Objective(Protocol):
-    """What the samples' costs (..., B) become before the minimum is taken: (..., B), or (..., 1) over all ranks."""
+    """A reduction of the samples' costs."""
 
-    def __call__(self, cost: Tensor, collective: Collective) -> Tensor: ...
+    def __call__(self, cost: Tensor, collective: Collective) -> Tensor:
+        """Return (..., B) or, over all ranks, (..., 1) for the samples' costs (..., B)."""
+        ...
 
 
 class PerSample:
-    """Every sample for itself."""
+    """The objective of one schedule for each sample: the costs as they are."""
 
     def __call__(self, cost: Tensor, collective: Collective) -> Tensor:
         return cost
@@ -32,10 +34,16 @@ class PerSample:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """All samples of all ranks together: the mean cost, or the mean log cost, which is PSNR.
+    """The objective of one schedule for all samples of all ranks.
 
-    Returned as sums: they are least where the means are, and need no count from the other ranks.
-    rows: (B,) bool, the samples that count; None: all. The others are run with them, and can judge what these made.
+    It returns sums. They are least where the means are, and need no count from other
+    ranks.
+
+    Args:
+        objective: "mean" is the mean cost, "log_mean" the mean logarithmic cost, which
+            is PSNR.
+        rows: (B,) bool, the samples that count; None means all. The others are run with
+            them and can judge the schedule that these make.
     """
 
     objective: Mean
@@ -51,13 +59,12 @@ class Shared:
         return collective.sum(cost.sum(-1, keepdim=True))
 
     def emphasis(self, cost: Tensor) -> Tensor:
-        """Return the weights (B,) with which a weighted mean of costs near these (B,) lowers the objective.
+        """Return weights (B,) such that a lower weighted mean of costs lowers the objective.
 
-        Of a mean of logarithms: log c <= log c0 + c / c0 - 1, so that lowering sum c / c0 lowers it.
+        This holds near the given costs (B,). For a mean of logarithms the weights are
+        1 / c0, because log c <= log c0 + c / c0 - 1.
         """
-        weights = (
-            1 / cost.clamp(min=COST_FLOOR)
-            if self.objective == "log_mean"
-            else torch.ones_like(cost)
-        )
+        weights = torch.ones_like(cost)
+        if self.objective == "log_mean":
+            weights = 1 / cost.clamp(min=COST_FLOOR)
         return weights if self.rows is None else weights * self.rows

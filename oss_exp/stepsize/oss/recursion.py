@@ -1,12 +1,47 @@
-"""The dynamic program of OSS (arXiv 2503.21774, Alg. 1 and 2) on a layered graph of teacher nodes.
+"""The dynamic program of OSS (arXiv 2503.21774, Algorithms 1 and 2).
 
-Layer r holds the nodes that a student may stand on after r jumps; an edge is one jump (`edges.py`). Round r fills a
-fresh table from round r-1, so a path of k rounds has exactly k jumps and its cost is the one that sampling it gives.
-A full search, a coarse pilot and a narrow band differ only in their layers; a search for one schedule per sample and
-one for a schedule that all samples share only in the `Objective`.
+The teacher runs N small steps and leaves N+1 nodes: times t_0 > ... > t_N = 0, with its
+state T_j at each. A student takes K large steps from node to node. This file finds the
+K nodes at which the student should call the network so that it ends near T_N.
 
-Legend: B samples, W nodes of a layer (S as sources, J as targets), P basis vectors a step.
-Node arrays are (W, B), or (W, 1) where all samples have the same (b is B or 1); nodes ascend (noise to data) along W.
+The words are those of dynamic programming:
+
+    state   (r, j): a student stands at node j after r steps. One state of the sampler, x
+            with the solver's memory, is kept for it: that of the best path so far.
+    action  A step to the next node, by one rule: a solver's step of some order.
+            An action is an edge of the graph (`edges.py`).
+    parent  The node from which the best action comes.
+    cost    The distance of the student's x to T_j after the step, by `Problem.distance`.
+            It is not a sum over the path: only the state where a path stands counts.
+    stage   Stage r fills the table of all states (r, j) from those of stage r-1.
+
+Stage r works as follows. The network is called once at every source, which is a node of
+stage r-1. For every target j, all legal actions are scored: each source before j, with
+each order that its history allows. The cheapest one is taken, and its end, parent,
+order and cost become the entry of j. When a budget of k steps is closed, node N is one
+of the targets of stage k, and following the parents back from it gives the schedule.
+
+Example: N = 4, K = 2, a start pinned to node 0, Euler steps.
+
+    stage 1   source 0           targets 1, 2, 3    one action each: 0->1, 0->2, 0->3
+    stage 2   sources 1, 2, 3    target 4           three actions: 1->4, 2->4, 3->4
+
+If 2->4 ends nearest to T_4, then 4 has parent 2, 2 has parent 0, and the student calls
+the network at nodes 0 and 2. The program has made four calls, at nodes 0, 1, 2 and 3,
+of which the first is the teacher's own.
+
+Every stage has a table of its own, so a path of k stages has exactly k steps, and
+running the schedule costs exactly what its table says. The program is greedy: a state
+keeps one x, the nearest to T_j, although another might end nearer to T_N. `refine.py`
+repairs some of that.
+
+A full search, a coarse pilot and a narrow band differ only in their `layers`, the nodes
+that are allowed at each stage. One schedule for each sample, and one that all samples
+share, differ only in the `Objective`, which says over which samples a minimum is taken.
+
+Legend: B samples, W nodes of a layer (S as sources, J as targets). Arrays of nodes are
+(W, b): b is B, or 1 where all samples have the same nodes. Nodes ascend from noise to
+data along W.
 """
 
 from __future__ import annotations
@@ -27,9 +62,12 @@ from oss_exp.stepsize.problem import Problem
 
 @dataclass(frozen=True, eq=False)
 class SolverPath:
-    """The nodes (k, b) of a student's calls, and the orders (k, b) of the solver's steps.
+    """The path of a student whose steps are a solver's.
 
-    costs (k, B): the recursion's entries along it, each sample's distance to the teacher after every step.
+    Attributes:
+        nodes: (k, b) nodes of its network calls.
+        orders: (k, b) orders of its steps.
+        costs: (k, B) distance of each sample to the teacher after every step.
     """
 
     nodes: Tensor
@@ -38,10 +76,15 @@ class SolverPath:
 
 
 @dataclass(frozen=True, eq=False)
-class Round:
-    """sources (S, b) -> targets (J, b), by steps of these orders (J, b).
+class Stage:
+    """The table of one stage: the best action into each of its targets.
 
-    parent (J, b): position among the sources. cost (J, B): of the best path.
+    Attributes:
+        sources: (S, b) nodes that the steps start from.
+        targets: (J, b) nodes that the steps lead to.
+        parent: (J, b) position, among the sources, where the best step starts.
+        orders: (J, b) order of that step.
+        cost: (J, B) distance to the teacher after it; infinite where no path leads.
     """
 
     sources: Tensor
@@ -53,11 +96,17 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A path for every budget k, its cost (B,) under the distance, and all rounds."""
+    """The result of the dynamic program.
+
+    Attributes:
+        paths: the best path of every budget k.
+        costs: (B,) final distance of the path of every budget k.
+        stages: the tables of all stages.
+    """
 
     paths: dict[int, SolverPath]
     costs: dict[int, Tensor]
-    rounds: list[Round]
+    stages: list[Stage]
 
 
 @torch.no_grad()
@@ -69,50 +118,76 @@ def recurse(
     objective: Objective,
     required: Required | None = None,
 ) -> Solution:
-    """Solve for every k in budgets (max = len(layers)): layers[r] (W, b) are the legal nodes after r calls.
+    """Run the dynamic program for several budgets at once.
 
-    Node N, the data, closes the path in round k of each budget and stands in no layer. required: no edge jumps over
-    these nodes.
+    Args:
+        problem: what the student should come close to.
+        layers: legal nodes (W, b) after r calls, for r = 0, ..., max(budgets) - 1. Node
+            N is in none of them; it is added to the targets of every stage that ends a
+            budget.
+        budgets: numbers of steps to solve for.
+        start: where a student begins.
+        objective: what the samples' costs become before the minimum is taken.
+        required: nodes over which no step may jump.
     """
-    end, count = problem.num_nodes, len(problem.noise)
-    if not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
-        edges: Edges = TriedEdges(problem, objective)
-    else:
-        aims = torch.cat(
-            [*(layer.flatten() for layer in layers[1:]), layers[0].new_tensor([end])]
-        ).unique()
-        edges = LinearEdges(problem, objective, aims)
-    rounds: list[Round] = []
-    paths, costs = {}, {}
+    end = problem.num_nodes
+    edges = _edges(problem, layers, objective)
+    stages: list[Stage] = []
+    paths: dict[int, SolverPath] = {}
+    costs: dict[int, Tensor] = {}
+
+    # Stage 0: the nodes at which a path may begin.
     sources = layers[0]
-    alive = (
-        torch.ones_like(sources, dtype=torch.bool) if required is None else required.starts(sources)
-    )
+    reachable = torch.ones_like(sources, dtype=torch.bool)
+    if required is not None:
+        reachable = required.starts(sources)
     edges.begin(sources, start_states(problem, sources, start))
+
     for r in range(1, len(layers) + 1):
         edges.observe(sources, reuse_first=r == 1)
+
+        # Targets: the nodes of the next layer, and node N where a budget ends.
         closing = r in budgets
         inner = layers[r] if r < len(layers) else sources[:0]
         width = max(inner.shape[1], sources.shape[1])
-        targets = torch.cat([inner.expand(-1, width), inner.new_full((int(closing), width), end)])
-        legal = (sources[:, None] < targets[None]) & alive[:, None]  # (S, J, b)
+        final = inner.new_full((int(closing), width), end)
+        targets = torch.cat([inner.expand(-1, width), final])
+
+        # Legal actions (S, J, b) go towards the data, from sources that a path reaches.
+        legal = (sources[:, None] < targets[None]) & reachable[:, None]
         if required is not None:
             legal &= required.allowed(sources, targets)
+
+        # The best action into every target.
         parent, orders, cost = edges.choose(targets, legal)
-        alive = legal.any(0)
-        rounds.append(Round(sources, targets, parent, orders, cost.masked_fill(~alive, torch.inf)))
+        reachable = legal.any(0)
+        cost = cost.masked_fill(~reachable, torch.inf)
+        stages.append(Stage(sources, targets, parent, orders, cost))
+
+        # Close a budget: node N is the last target.
         if closing:
-            paths[r] = _trace(rounds)
-            costs[r] = problem.cost(
-                edges.state.x[-count:], torch.tensor([end], device=targets.device)
-            )
-        sources, alive = inner, alive[: len(inner)]
-        edges.keep(len(inner) * count)  # node N stays behind
-    return Solution(paths, costs, rounds)
+            last = edges.state.x[-len(problem.noise) :]
+            paths[r] = _trace(stages)
+            costs[r] = problem.cost(last, torch.tensor([end], device=targets.device))
+
+        # The other targets are the sources of the next stage.
+        sources = inner
+        reachable = reachable[: len(inner)]
+        edges.keep_first(len(inner) * len(problem.noise))
+    return Solution(paths, costs, stages)
+
+
+def _edges(problem: Problem, layers: Sequence[Tensor], objective: Objective) -> Edges:
+    """Return the cheapest way to score the actions of this problem."""
+    if not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
+        return TriedEdges(problem, objective)
+    target_nodes = [layer.flatten() for layer in layers[1:]]
+    target_nodes.append(layers[0].new_tensor([problem.num_nodes]))
+    return LinearEdges(problem, objective, torch.cat(target_nodes).unique())
 
 
 def start_states(problem: Problem, nodes: Tensor, start: StartKind) -> State:
-    """nodes (W, b) -> unobserved states (W*B,) of a student that begins there."""
+    """Return the states (W*B,) of students that begin at nodes (W, b), before any network call."""
     count = len(problem.noise)
     t = problem.grid[nodes].expand(-1, count)
     x = problem.noise.expand(len(nodes), *problem.noise.shape).flatten(0, 1)
@@ -122,21 +197,25 @@ def start_states(problem: Problem, nodes: Tensor, start: StartKind) -> State:
     return problem.solver.init(x, t.flatten())
 
 
-def _trace(rounds: Sequence[Round]) -> SolverPath:
-    """Follow the parents from node N, the last target of the last round."""
-    last = rounds[-1]
+def _trace(stages: Sequence[Stage]) -> SolverPath:
+    """Follow the parents back from node N, the last target of the last stage."""
+    last = stages[-1]
     position = torch.full_like(last.targets[-1], len(last.targets) - 1)
     nodes, orders, costs = [], [], []
-    for step in reversed(rounds):
-        costs.append(step.cost.gather(0, position.expand(step.cost.shape[1])[None])[0])
-        width = max(step.orders.shape[1], step.parent.shape[1], len(position))
-        position = position.expand(width)
-        orders.append(step.orders.expand(-1, width).gather(0, position[None])[0])
-        position = step.parent.expand(-1, width).gather(0, position[None])[0]
-        nodes.append(step.sources.expand(-1, width).gather(0, position[None])[0])
-    samples = len(nodes[-1])
-    return SolverPath(
-        torch.stack([each.expand(samples) for each in nodes[::-1]]),
-        torch.stack([each.expand(samples) for each in orders[::-1]]),
-        torch.stack(costs[::-1]),
-    )
+    for stage in reversed(stages):
+        costs.append(_entries(stage.cost, position))
+        orders.append(_entries(stage.orders, position))
+        position = _entries(stage.parent, position)
+        nodes.append(_entries(stage.sources, position))
+    return SolverPath(_stacked(nodes), _stacked(orders), _stacked(costs))
+
+
+def _entries(table: Tensor, position: Tensor) -> Tensor:
+    """Return the entries of a table (W, b) in the row of each sample, position (b,)."""
+    width = max(table.shape[1], len(position))
+    return table.expand(-1, width).gather(0, position.expand(width)[None])[0]
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Return k rows (b,), which come last step first, as (k, b) in the order of the steps."""
+    return torch.stack(torch.broadcast_tensors(*reversed(rows)))

@@ -1,12 +1,15 @@
-"""Coordinate descent on a schedule's nodes and orders, over the search batch's true final error.
+"""Coordinate descent on a path's nodes and orders, over the true final error of the search batch.
 
-The recursion is greedy: it keeps one state per node. Changing one step at a time, with everything after it sampled
-anew, repairs what that missed, most of all a free start node. Legend: B samples, k nodes, b = B or 1 (shared).
+The recursion is greedy: it keeps one sampler's state for each node. Changing one step
+at a time, and sampling everything after it again, repairs what that missed, most of all
+a free start node.
+
+Legend: B samples, k nodes, b = B, or 1 where all samples share a path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -21,62 +24,84 @@ from oss_exp.stepsize.oss.recursion import SolverPath, start_states
 from oss_exp.stepsize.oss.required import Required
 from oss_exp.stepsize.problem import Problem
 
-MOVES = (8, 4, 2, 1)  # nodes, coarse to fine
-MAX_SWEEPS = 4  # passes over all nodes at one move size
-FIT_CALLS = 1000  # a sample, at most, for each budget of fitted steps
+MOVES = (8, 4, 2, 1)  # sizes of moves in nodes, coarse to fine
+MAX_SWEEPS = 4  # passes over all nodes with moves of one size
+FIT_CALLS = 1000  # network calls a sample, at most, for each budget of fitted steps
 
 Path = TypeVar("Path", SolverPath, FittedPath)
-Stage = TypeVar("Stage")
+Checkpoint = TypeVar("Checkpoint")
 
 
-class Student(Protocol[Path, Stage]):
-    """What runs a path. highest: the most that a step's order can be; 0: its steps have none."""
+class Student(Protocol[Path, Checkpoint]):
+    """A sampler that runs a path.
+
+    Attributes:
+        highest: the highest order of a step; 0 where its steps have none.
+    """
 
     problem: Problem
     start: StartKind
     highest: int
 
     def run(
-        self, path: Path, kept: Sequence[Stage] = (), first: int = 0
-    ) -> tuple[Path, list[Stage], Tensor]:
-        """Sample from node `first` on; kept[r] is the stage at node r < first. -> path, k stages, error (b,)."""
+        self, path: Path, checkpoints: Sequence[Checkpoint] = (), first: int = 0
+    ) -> tuple[Path, list[Checkpoint], Tensor]:
+        """Sample along a path from its node `first` on.
+
+        Args:
+            path: the nodes to call the network at.
+            checkpoints: those at all nodes before `first`.
+            first: position on the path.
+
+        Returns:
+            The path, its k checkpoints, and its final error (b,).
+        """
         ...
 
     def merge(
-        self, better: Tensor, new: tuple[Path, list[Stage]], old: tuple[Path, list[Stage]]
-    ) -> tuple[Path, list[Stage]]:
-        """Path and stages, the new ones where better (b,) says so; at least one of b is."""
+        self,
+        better: Tensor,
+        new: tuple[Path, list[Checkpoint]],
+        old: tuple[Path, list[Checkpoint]],
+    ) -> tuple[Path, list[Checkpoint]]:
+        """Return path and checkpoints, the new ones where better (b,) is true.
+
+        At least one entry of `better` is.
+        """
         ...
 
 
 class SolverStudent:
-    """A student whose steps are a solver's. Its stages are the observed states."""
+    """A student whose steps are a solver's; its checkpoints are the observed states."""
 
     def __init__(self, problem: Problem, start: StartKind, objective: Objective):
-        self.problem, self.objective = problem, objective
+        self.problem = problem
+        self.objective = objective
         self.start: StartKind = start
         self.highest = problem.solver.order if isinstance(problem.solver, LinearMultistep) else 0
 
     def run(
-        self, path: SolverPath, kept: Sequence[State] = (), first: int = 0
+        self, path: SolverPath, checkpoints: Sequence[State] = (), first: int = 0
     ) -> tuple[SolverPath, list[State], Tensor]:
-        problem, count = self.problem, len(self.problem.noise)
-        states = list(kept[:first])
+        """Sample along a path from its node `first` on, see `Student.run`."""
+        problem = self.problem
+        states = list(checkpoints[:first])
         for r in range(first, len(path.nodes)):
             if r == 0:
                 state = start_states(problem, path.nodes[:1], self.start)
             else:
-                t_next = problem.grid[path.nodes[r]].expand(count)
-                state = problem.solver.advance(
-                    problem.velocity, states[-1], t_next, path.orders[r - 1].expand(count)
-                )
+                state = self._step(states[-1], problem.grid[path.nodes[r]], path.orders[r - 1])
             states.append(problem.solver.observe(problem.velocity, state))
-        t_next = problem.grid[-1].expand(count)
-        final = problem.solver.advance(
-            problem.velocity, states[-1], t_next, path.orders[-1].expand(count)
-        )
+        final = self._step(states[-1], problem.grid[-1:], path.orders[-1])
+
         end = torch.tensor([problem.num_nodes], device=problem.noise.device)
         return path, states, self.objective(problem.cost(final.x, end), problem.collective)
+
+    def _step(self, state: State, t_next: Tensor, order: Tensor) -> State:
+        """Return the end of a step to t_next (b,) of order (b,)."""
+        problem, count = self.problem, len(self.problem.noise)
+        t_next = t_next.expand(count)
+        return problem.solver.advance(problem.velocity, state, t_next, order.expand(count))
 
     def merge(
         self,
@@ -84,15 +109,17 @@ class SolverStudent:
         new: tuple[SolverPath, list[State]],
         old: tuple[SolverPath, list[State]],
     ) -> tuple[SolverPath, list[State]]:
-        def choose(n: Tensor, o: Tensor) -> Tensor:
-            return torch.where(better.reshape(-1, *[1] * (n.ndim - 1)), n, o)
+        """Return path and states, the new ones for the samples that are better."""
+
+        def choose(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
         (path, states), (old_path, old_states) = new, old
         nodes = torch.where(better, path.nodes, old_path.nodes)
         orders = torch.where(better, path.orders, old_path.orders)
-        merged = [
-            state.map(choose, before) for state, before in zip(states, old_states, strict=True)
-        ]
+        merged = []
+        for state, old_state in zip(states, old_states, strict=True):
+            merged.append(state.map(choose, old_state))
         return replace(old_path, nodes=nodes, orders=orders), merged
 
 
@@ -104,9 +131,16 @@ def refine(
     objective: Objective,
     required: Required | None = None,
 ) -> SolverPath:
-    """A path with no larger final error under the objective; required nodes stay where they are.
+    """Return a path with no larger final error under the objective.
 
-    Costs stay those of the recursion's own path.
+    Its costs stay those of the recursion.
+
+    Args:
+        problem: the problem that the path solves.
+        path: where the descent begins.
+        start: where the student begins.
+        objective: what is lowered.
+        required: nodes that stay where they are.
     """
     return _descend(SolverStudent(problem, start, objective), path, MOVES, required)
 
@@ -115,61 +149,83 @@ def refine(
 def refine_fitted(
     student: FittedStudent, path: FittedPath, required: Required | None = None
 ) -> FittedPath:
-    """A path with no larger final error, its coefficients fitted anew for every try, by at most FIT_CALLS calls.
+    """Return a path with no larger final error, with coefficients fitted again for every try.
 
-    Its largest move is a third of the nodes' mean distance, or 2: larger ones win at once and end in worse places.
+    It makes at most FIT_CALLS calls. Its largest move is a third of the mean distance
+    of two nodes, but at least 2. Larger ones lower the error at once and end in worse
+    places.
+
+    Args:
+        student: runs the paths.
+        path: where the descent begins.
+        required: nodes that stay where they are.
     """
-    apart = student.problem.num_nodes // (len(path.nodes) + 1)
-    moves = [move for move in MOVES if move <= max(apart // 3, 2)]
+    distance = student.problem.num_nodes // (len(path.nodes) + 1)
+    moves = [move for move in MOVES if move <= max(distance // 3, 2)]
     return _descend(student, path, moves, required, FIT_CALLS)
 
 
 def _descend(
-    student: Student[Path, Stage],
+    student: Student[Path, Checkpoint],
     path: Path,
     moves: Sequence[int],
     required: Required | None,
-    most_calls: float = float("inf"),
+    max_calls: float = float("inf"),
 ) -> Path:
-    """Change one node or order at a time for as long as it helps; the stages before a change are reused."""
-    path, stages, best = student.run(path)
-    tried_before = {_key(path)}  # such as the way back from a change that helped
+    """Change one node or order at a time for as long as that lowers the error.
+
+    The checkpoints before a change are used again.
+    """
+    path, checkpoints, error = student.run(path)
+    tried = {_key(path)}  # a descent does not go back to where it was
     calls = 0
     for move in moves:
         for _ in range(MAX_SWEEPS):
             improved = False
             for r in range(len(path.nodes)):
-                changes: list[tuple[int, int | None]] = []
-                if r or student.start != "pinned":
-                    changes += [(-move, None), (move, None)]
-                if move == 1:
-                    changes += [(0, order) for order in range(1, min(r + 1, student.highest) + 1)]
-                for step, order in changes:
-                    tried = (
-                        _reordered(path, r, order)
-                        if order
-                        else _moved(path, r, step, student.problem, required)
-                    )
-                    if tried is None or _key(tried) in tried_before:
+                for step, order in _changes(r, move, student):
+                    # The changed path, unless it is known.
+                    if order is None:
+                        changed = _moved(path, r, step, student.problem, required)
+                    else:
+                        changed = _reordered(path, r, order)
+                    if changed is None or _key(changed) in tried:
                         continue
-                    tried_before.add(_key(tried))
-                    first = r if order is None else r + 1  # node whose state changes
-                    if calls > most_calls - (len(path.nodes) - first):
+                    tried.add(_key(changed))
+
+                    # Run it from the first node whose state changes.
+                    first = r if order is None else r + 1
+                    if calls > max_calls - (len(path.nodes) - first):
                         return path
                     calls += len(path.nodes) - first
+                    changed, new_checkpoints, new_error = student.run(changed, checkpoints, first)
 
-                    tried, new_stages, error = student.run(tried, stages, first)
-                    better = error < best
+                    # Keep it where it is better.
+                    better = new_error < error
                     if bool(better.any()):
-                        path, stages = student.merge(better, (tried, new_stages), (path, stages))
-                        best, improved = torch.where(better, error, best), True
+                        new = (changed, new_checkpoints)
+                        path, checkpoints = student.merge(better, new, (path, checkpoints))
+                        error = torch.where(better, new_error, error)
+                        improved = True
             if not improved:
                 break
     return path
 
 
+def _changes(
+    r: int, move: int, student: Student[Path, Checkpoint]
+) -> Iterator[tuple[int, int | None]]:
+    """Yield the changes to try at node r: (nodes to move by, None), or (0, order of its step)."""
+    if r or student.start != "pinned":
+        yield -move, None
+        yield move, None
+    if move == 1:
+        for order in range(1, min(r + 1, student.highest) + 1):
+            yield 0, order
+
+
 def _key(path: SolverPath | FittedPath) -> bytes:
-    """What a path's error depends on, its nodes and orders."""
+    """Return what a path's error depends on, its nodes and orders, as bytes."""
     orders = path.orders if isinstance(path, SolverPath) else path.nodes
     return torch.stack([path.nodes, orders.expand_as(path.nodes)]).cpu().numpy().tobytes()
 
@@ -177,19 +233,24 @@ def _key(path: SolverPath | FittedPath) -> bytes:
 def _moved(
     path: Path, r: int, step: int, problem: Problem, required: Required | None
 ) -> Path | None:
-    """Node r this many nodes later, as far as its neighbours allow; None where it cannot move."""
+    """Return the path with node r moved by `step` nodes, as far as its neighbours allow.
+
+    None means that it cannot move.
+    """
     nodes = path.nodes.clone()
     low = nodes[r - 1] + 1 if r else torch.zeros_like(nodes[r])
-    high = (
-        nodes[r + 1] - 1 if r + 1 < len(nodes) else torch.full_like(nodes[r], problem.num_nodes - 1)
-    )
+    high = torch.full_like(nodes[r], problem.num_nodes - 1)
+    if r + 1 < len(nodes):
+        high = nodes[r + 1] - 1
     moved = torch.minimum(torch.maximum(nodes[r] + step, low), high)
-    nodes[r] = moved if required is None else torch.where(required.fixed(nodes[r]), nodes[r], moved)
+    if required is not None:
+        moved = torch.where(required.fixed(nodes[r]), nodes[r], moved)
+    nodes[r] = moved
     return None if torch.equal(nodes, path.nodes) else replace(path, nodes=nodes)
 
 
 def _reordered(path: Path, r: int, order: int) -> Path | None:
-    """The step from node r taken at this order; None where it is already."""
+    """Return the path with the step from node r of this order; None if it already is."""
     assert isinstance(path, SolverPath)
     orders = path.orders.clone()
     orders[r] = order

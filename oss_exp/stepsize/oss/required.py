@@ -1,6 +1,9 @@
-"""Nodes that every path of a search contains: an expert's switch, or the first steps that a distilled model is given.
+"""Nodes that every path of a search must contain.
 
-Legend: N+1 nodes counted from the noise, K steps; nodes of a layer are (W, b), sources (S, b), targets (J, b).
+They are an expert's switch, or the first steps of a distilled model.
+
+Legend: N+1 nodes counted from the noise, K steps. Nodes of a layer are (W, b), sources
+(S, b), targets (J, b).
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ SAME = 1e-6  # times nearer than this are one node
 
 
 def with_nodes(grid: Tensor, times: Sequence[float]) -> Tensor:
-    """Return the grid (N+1,) with these times among its nodes. Raises ValueError for one outside of it."""
+    """Return the grid (N+1,) with these times among its nodes.
+
+    Raises ValueError for a time outside of the grid.
+    """
     for time in times:
         if not 0 < time <= float(grid[0]) + SAME:
             raise ValueError(
-                f"a search must visit t = {time:g}, and its teacher goes from {float(grid[0]):g} to 0; choose a time "
-                "between these"
+                f"a search must visit t = {time:g}, and its teacher goes from {float(grid[0]):g} "
+                "to 0; choose a time between these"
             )
         if float((grid - time).abs().min()) > SAME:
             grid = torch.cat([grid, grid.new_tensor([time])]).sort(descending=True).values
@@ -31,9 +37,13 @@ def with_nodes(grid: Tensor, times: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Required:
-    """nodes (R,) ascending, of which the first `head` are the path's first nodes in their order.
+    """Required nodes: a head of first nodes, and others that may come at any step.
 
-    fewest: the steps that visit them all.
+    Args:
+        nodes: (R,) ascending. The first `head` of them are the path's first nodes in
+            this order.
+        head: the number of given first nodes.
+        fewest: the fewest steps that visit all of them.
     """
 
     nodes: Tensor
@@ -49,48 +59,66 @@ class Required:
         start: StartKind,
         num_steps: int,
     ) -> Required:
-        """The nodes nearest to these times, for paths of so many steps or more. ValueError where there is no path."""
-        asked = f"must_visit={[*must_visit]} and first_sigmas={[*first_times]}"
-        first, others = (
-            torch.tensor([int((grid - time).abs().argmin()) for time in times], dtype=torch.long)
-            for times in (first_times, must_visit)
-        )
-        last = int(first[-1]) if len(first) else -1
+        """Return the nodes nearest to some times, for paths of `num_steps` steps or more.
+
+        Args:
+            grid: (N+1,) the teacher's times.
+            must_visit: times that may come at any step.
+            first_times: the path's first times.
+            start: where a student begins.
+            num_steps: the fewest steps that will be searched.
+
+        Raises:
+            ValueError: no path contains all of these nodes.
+        """
+        # The nearest nodes.
+        first = _nearest(grid, first_times)
+        others = _nearest(grid, must_visit)
         others = others[~torch.isin(others, first)].unique()
         nodes = torch.cat([first, others])
-        if (
-            bool((first.diff() < 1).any())
-            or bool((nodes >= len(grid) - 1).any())
-            or bool((others < last).any())
-        ):
+        last = int(first[-1]) if len(first) else -1
+
+        # Their order.
+        times = f"must_visit={[*must_visit]} and first_sigmas={[*first_times]}"
+        descends = bool((first.diff() < 1).any()) or bool((others < last).any())
+        if descends or bool((nodes >= len(grid) - 1).any()):
             raise ValueError(
-                f"{asked} need nodes of their own, the first ones first and above all others; search with more "
-                "teacher steps, or other times"
+                f"{times} need nodes of their own, the first ones first and above all others; "
+                "search with more teacher steps, or other times"
             )
         if start == "pinned" and last >= 0 and int(first[0]) != 0:
             raise ValueError(
-                f"first_sigmas={[*first_times]} begin below the teacher's first time, {float(grid[0]):g}, at which a "
-                "pinned start is; begin with it, or choose start=free or start=analytic"
+                f"first_sigmas={[*first_times]} begin below the teacher's first time, "
+                f"{float(grid[0]):g}, at which a pinned start is; begin with it, or choose "
+                "start=free or start=analytic"
             )
+
+        # Their number.
         count = len(nodes) + int(start == "pinned" and not bool((nodes == 0).any()))
         if count > num_steps or (num_steps - len(first) > len(grid) - 2 - last):
             raise ValueError(
-                f"{asked}, with the start, are {count} nodes of the {num_steps} at which a schedule of {num_steps} "
-                f"steps calls the network, between nodes {last + 1} and {len(grid) - 2}; search more steps, or ask for "
-                "fewer nodes"
+                f"{times}, with the start, are {count} nodes of the {num_steps} at which a "
+                f"schedule of {num_steps} steps calls the network, between nodes {last + 1} and "
+                f"{len(grid) - 2}; search more steps, or ask for fewer nodes"
             )
         return cls(nodes.to(grid.device), len(first), count)
 
     def starts(self, sources: Tensor) -> Tensor:
-        """(W, b) -> whether a path may begin there."""
+        """Return whether a path may begin at each of the sources (W, b)."""
         return self._before(sources) == 0
 
     def allowed(self, sources: Tensor, targets: Tensor) -> Tensor:
-        """(S, J, b): edges that jump over no required node."""
+        """Return whether each edge (S, J, b) jumps over no required node."""
         return self._before(targets)[None] == self._up_to(sources)[:, None]
 
     def layer(self, nodes: Tensor, step: int, calls_left: int) -> Tensor:
-        """nodes (W, 1) ascending -> those at which a path may be, so many calls before its end, and contain all."""
+        """Return the nodes of a layer from which a path can still contain all required nodes.
+
+        Args:
+            nodes: (W, 1) ascending.
+            step: the number of calls before this layer.
+            calls_left: the calls to come, this layer's included.
+        """
         if step < self.head:
             return self.nodes[step].reshape(1, 1)
         ahead = len(self.nodes) - self._up_to(nodes)
@@ -98,38 +126,43 @@ class Required:
         return nodes[(behind >= self.head) & (behind <= step) & (ahead < calls_left)][:, None]
 
     def steps(self, wanted: int, stride: int, num_nodes: int) -> int:
-        """As many steps as wanted, or as a path of every stride-th node and the required ones can make."""
-        free = sum(node > self._last for node in range(0, num_nodes, stride))
+        """Return `wanted` steps, or as many as a path of every `stride`-th node can have.
+
+        The required nodes are part of that path.
+        """
+        free = sum(node > self._last_of_head for node in range(0, num_nodes, stride))
         return max(self.fewest, min(wanted, self.head + free))
 
     def behind_the_head(self, nodes: Tensor) -> Tensor:
-        """(k, b) ascending -> the same, with those after the first steps behind them."""
+        """Return a path (k, b) whose nodes after the head are moved behind it."""
         step = torch.arange(len(nodes), device=nodes.device)[:, None]
-        return torch.where(
-            step < self.head, nodes, torch.maximum(nodes, self._last + 1 + step - self.head)
-        )
-
-    @property
-    def _last(self) -> int:
-        """The last of the first nodes."""
-        return int(self.nodes[self.head - 1]) if self.head else -1
+        earliest = self._last_of_head + 1 + step - self.head
+        return torch.where(step < self.head, nodes, torch.maximum(nodes, earliest))
 
     def window(self, nodes: Tensor, step: int) -> Tensor:
-        """nodes (W, b) of a band -> the same and the required ones."""
+        """Return the nodes (W, b) of a band together with the required ones, ascending."""
         if step < self.head:
             return self.nodes[step].expand(1, nodes.shape[1])
-        return (
-            torch.cat([nodes, self.nodes[self.head :, None].expand(-1, nodes.shape[1])])
-            .sort(dim=0)
-            .values
-        )
+        others = self.nodes[self.head :, None].expand(-1, nodes.shape[1])
+        return torch.cat([nodes, others]).sort(dim=0).values
 
     def fixed(self, nodes: Tensor) -> Tensor:
-        """(b,) whether these must stay where they are."""
+        """Return whether each of the nodes (b,) must stay where it is."""
         return torch.isin(nodes, self.nodes)
 
+    @property
+    def _last_of_head(self) -> int:
+        return int(self.nodes[self.head - 1]) if self.head else -1
+
     def _before(self, nodes: Tensor) -> Tensor:
+        """Count the required nodes before each node."""
         return torch.searchsorted(self.nodes, nodes.contiguous())
 
     def _up_to(self, nodes: Tensor) -> Tensor:
+        """Count the required nodes up to each node, itself included."""
         return torch.searchsorted(self.nodes, nodes.contiguous(), right=True)
+
+
+def _nearest(grid: Tensor, times: Sequence[float]) -> Tensor:
+    nodes = [int((grid - time).abs().argmin()) for time in times]
+    return torch.tensor(nodes, dtype=torch.long)

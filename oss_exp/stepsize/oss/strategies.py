@@ -1,9 +1,13 @@
-"""Optimal Stepsize (OSS, arXiv 2503.21774): the schedule whose states stay closest to the teacher's, by search.
+"""Optimal Stepsize (OSS, arXiv 2503.21774): search the schedule that stays closest to the teacher.
 
-`OSS` gives every sample its own schedule (the paper's OSS), `OSSAve` the node-wise median or mean of those (its
-OSS-ave), `OSSShared` chooses one schedule for all samples inside the recursion (ours). All three can start freely, at
-the teacher's first node or by an analytic jump, can search coarse to fine, and can refine what they found.
-Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget; paths are (k, b), b = B or 1.
+`OSS` gives every sample its own schedule (the paper's OSS). `OSSAve` takes the median
+or mean of those, node by node (its OSS-ave). `OSSShared` (ours) chooses one schedule
+for all samples inside the recursion, and `OSSFit` (ours) also fits the coefficients of
+its steps. All of them can start freely, at the teacher's first node or by an analytic
+jump, can search coarse to fine, and can refine the path of the recursion.
+
+Legend: B samples, N+1 nodes counted from the noise, K steps, k one budget. Paths are
+(k, b), b = B or 1.
 """
 
 from __future__ import annotations
@@ -33,12 +37,21 @@ Aggregate = Literal["median", "mean"]
 
 @dataclass(frozen=True)
 class Search:
-    """What all OSS strategies share: where a student may start, the band, and refinement.
+    """The base of all OSS strategies: start, band, refinement and required times.
 
-    max_order:    of a multistep solver's steps; None: the solver's own.
-    must_visit:   times at which every schedule calls the network, such as the switch between two experts.
-    first_sigmas: the schedule's first times, which a distilled model is given; the search chooses the rest.
-                  Both are times t, of which the grid's nearest nodes are taken.
+    Args:
+        start: where a student begins: "free" at any node with the initial noise,
+            "pinned" at the teacher's first node, "analytic" at any node by a jump
+            without a network call.
+        band: search coarse to fine; None searches the whole grid at once.
+        refine: improve the path of the recursion by coordinate descent (`refine.py`).
+        max_order: highest order of a multistep solver's steps; None means the solver's
+            own.
+        must_visit: canonical times at which every schedule calls the network, such as
+            the switch between two experts. The grid's nearest nodes are taken.
+        first_sigmas: the first canonical times of the schedule, as a distilled model
+            requires them; the search chooses the others. The grid's nearest nodes are
+            taken.
     """
 
     per_sample: ClassVar[bool] = False
@@ -53,47 +66,58 @@ class Search:
 
     def __post_init__(self) -> None:
         require_range(at_least=1, max_order=self.max_order)
-        for name in ("must_visit", "first_sigmas"):
-            if (times := getattr(self, name)) is not None:
-                if isinstance(times, int | float | str):
-                    raise ValueError(f"{name} must be a list of times, such as [{times}]")
-                for time in times:
-                    require_range(above=0, at_most=1, **{name: time})
-                object.__setattr__(
-                    self, name, [float(time) for time in times]
-                )  # it is written into schedules
         require_choice(get_args(StartKind), start=self.start)
-
-    def paths(
-        self, problem: Problem, budgets: Sequence[int], objective: Objective
-    ) -> dict[int, SolverPath]:
-        """The best path of the recursion for every budget, refined if wanted."""
-        problem = problem.at_most(self.max_order)
-        required = self._required(problem, budgets[0])
-        if self.band is None or not self.band.fits(problem.num_nodes):
-            steps = self._layers(problem, budgets, 1, required)
-            found = recurse(problem, steps, budgets, self.start, objective, required).paths
-        else:
-            found = self._coarse_to_fine(problem, budgets, objective, required)
-        if self.refine:
-            found = {
-                k: refine(problem, path, self.start, objective, required)
-                for k, path in found.items()
-            }
-        return found
+        for name in ("must_visit", "first_sigmas"):
+            times = getattr(self, name)
+            if times is None:
+                continue
+            if isinstance(times, int | float | str):
+                raise ValueError(f"{name} must be a list of times, such as [{times}]")
+            for time in times:
+                require_range(above=0, at_most=1, **{name: time})
+            # Plain numbers, for they are written into schedules.
+            object.__setattr__(self, name, [float(time) for time in times])
 
     @property
     def required_times(self) -> list[float]:
         """Times that the teacher's grid should have among its nodes."""
         return [*(self.first_sigmas or ()), *(self.must_visit or ())]
 
+    def paths(
+        self, problem: Problem, budgets: Sequence[int], objective: Objective
+    ) -> dict[int, SolverPath]:
+        """Return the best path of the recursion for every budget, refined if `refine` is set."""
+        problem = problem.at_most(self.max_order)
+        required = self._required(problem, budgets[0])
+        if self.band is None or not self.band.fits(problem.num_nodes):
+            grid_layers = self._layers(problem, budgets, 1, required)
+            solution = recurse(problem, grid_layers, budgets, self.start, objective, required)
+            paths = solution.paths
+        else:
+            paths = self._coarse_to_fine(problem, budgets, objective, required)
+        if not self.refine:
+            return paths
+        refined = {}
+        for k, path in paths.items():
+            refined[k] = refine(problem, path, self.start, objective, required)
+        return refined
+
     def _required(self, problem: Problem, num_steps: int) -> Required | None:
-        """For paths of so many steps or more; ValueError where there is none."""
+        """Return the required nodes of paths of `num_steps` steps or more.
+
+        Raises ValueError where no such path visits them all.
+        """
         if not self.required_times:
             return None
         return Required.of(
             problem.grid, self.must_visit or (), self.first_sigmas or (), self.start, num_steps
         )
+
+    def _layers(
+        self, problem: Problem, budgets: Sequence[int], stride: int, required: Required | None
+    ) -> list[Tensor]:
+        """Return the layers of a search over every `stride`-th node."""
+        return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device, required)
 
     def _coarse_to_fine(
         self,
@@ -102,33 +126,36 @@ class Search:
         objective: Objective,
         required: Required | None,
     ) -> dict[int, SolverPath]:
+        """Search a coarse grid, then finer and finer ones in a band around the path so far."""
         assert self.band is not None
-        levels = {k: self.band.levels(problem.num_nodes, k) for k in budgets}
-        if required is not None:
-            levels = {
-                k: [
-                    (stride, required.steps(steps, stride, problem.num_nodes))
-                    for stride, steps in level
-                ]
-                for k, level in levels.items()
-            }
-        fewer = sorted({steps for (_, steps), *_ in levels.values()})
-        layers = self._layers(problem, fewer, self.band.stride, required)
-        pilots = recurse(problem, layers, fewer, self.start, objective, required).paths
-        found = {}
+        levels = {k: self._levels(k, problem.num_nodes, required) for k in budgets}
+
+        # One pilot search serves all budgets.
+        pilot_steps = sorted({level[0][1] for level in levels.values()})
+        pilot_layers = self._layers(problem, pilot_steps, self.band.stride, required)
+        pilots = recurse(problem, pilot_layers, pilot_steps, self.start, objective, required).paths
+
+        # Finer levels, one budget after the other.
+        paths = {}
         for k, ((_, pilot), *finer) in levels.items():
             path = pilots[pilot]
             for stride, steps in finer:
                 nodes = stretch(path.nodes, steps, problem.num_nodes)
-                nodes = nodes if required is None else required.behind_the_head(nodes)
+                if required is not None:
+                    nodes = required.behind_the_head(nodes)
                 path = self._in_band(problem, nodes, stride, objective, self.band.shifts, required)
-            found[k] = path
-        return found
+            paths[k] = path
+        return paths
 
-    def _layers(
-        self, problem: Problem, budgets: Sequence[int], stride: int, required: Required | None
-    ) -> list[Tensor]:
-        return layers(problem.num_nodes, budgets, self.start, stride, problem.grid.device, required)
+    def _levels(
+        self, num_steps: int, num_nodes: int, required: Required | None
+    ) -> list[tuple[int, int]]:
+        """Return (stride, steps) of the pilot and of all finer levels of one budget."""
+        assert self.band is not None
+        levels = self.band.levels(num_nodes, num_steps)
+        if required is None:
+            return levels
+        return [(stride, required.steps(steps, stride, num_nodes)) for stride, steps in levels]
 
     def _in_band(
         self,
@@ -139,85 +166,116 @@ class Search:
         shifts: int,
         required: Required | None = None,
     ) -> SolverPath:
-        """The best path of every stride-th node in the band around `nodes` (k, b)."""
-        assert self.band is not None
-        k, count = len(nodes), len(range(0, problem.num_nodes, stride))
-        windows = []
-        touched = torch.zeros(nodes.shape[1], dtype=torch.bool, device=nodes.device)
-        limits = [
-            (0, 0) if r == 0 and self.start == "pinned" else (r, count - k + r) for r in range(k)
-        ]
-        for position, (lowest, highest) in zip(nodes // stride, limits, strict=True):
-            width = self.band.reach(stride)
-            size = min(2 * width + 1, highest - lowest + 1)
-            first = (position - width).clamp(lowest, highest - size + 1)
-            windows.append((first + torch.arange(size, device=nodes.device)[:, None]) * stride)
-        wider = (
-            windows
-            if required is None
-            else [required.window(window, r) for r, window in enumerate(windows)]
-        )
-        found = recurse(problem, wider, [k], self.start, objective, required).paths[k]
-        for node, window, (lowest, highest) in zip(found.nodes, windows, limits, strict=True):
-            touched |= (node == window[0]) & (node > lowest * stride) | (node == window[-1]) & (
-                node < highest * stride
-            )
+        """Return the best path of every `stride`-th node in the band around nodes (k, b).
+
+        Where it touches an edge of the band, the band is laid around it and searched
+        again, at most `shifts` times.
+        """
+        limits = self._limits(len(nodes), problem.num_nodes, stride)
+        windows = self._windows(nodes, stride, limits)
+        window_layers = windows
+        if required is not None:
+            window_layers = [required.window(window, r) for r, window in enumerate(windows)]
+        solution = recurse(problem, window_layers, [len(nodes)], self.start, objective, required)
+        path = solution.paths[len(nodes)]
+
+        touched = _touches_edge(path.nodes, windows, stride, limits)
         if shifts == 0 or not bool(touched.any()):
-            return found
-        if found.nodes.shape[1] == 1:
-            return self._in_band(problem, found.nodes, stride, objective, shifts - 1, required)
-        # Only the samples that need it, where the velocity can be cut to them.
+            return path
+        if path.nodes.shape[1] == 1:
+            return self._in_band(problem, path.nodes, stride, objective, shifts - 1, required)
+
+        # Search again for the samples that need it, where the velocity can be cut to them.
         rows = torch.ones_like(touched).nonzero()[:, 0]
         if problem.velocity.divisible:
             rows = touched.nonzero()[:, 0]
             problem = problem.subset(rows)
-        again = self._in_band(
-            problem, found.nodes[:, rows], stride, objective, shifts - 1, required
+        shifted = self._in_band(
+            problem, path.nodes[:, rows], stride, objective, shifts - 1, required
         )
-        for old, new in (
-            (found.nodes, again.nodes),
-            (found.orders, again.orders),
-            (found.costs, again.costs),
-        ):
+        pairs = (
+            (path.nodes, shifted.nodes),
+            (path.orders, shifted.orders),
+            (path.costs, shifted.costs),
+        )
+        for old, new in pairs:
             old[:, rows] = torch.where(touched[rows], new, old[:, rows])
-        return found
+        return path
+
+    def _limits(self, num_steps: int, num_nodes: int, stride: int) -> list[tuple[int, int]]:
+        """Return the lowest and highest multiple of the stride at which each call can be."""
+        count = len(range(0, num_nodes, stride))
+        limits = [(r, count - num_steps + r) for r in range(num_steps)]
+        if self.start == "pinned":
+            limits[0] = (0, 0)
+        return limits
+
+    def _windows(
+        self, nodes: Tensor, stride: int, limits: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Return the nodes (W, b) of the band around each call of a path (k, b)."""
+        assert self.band is not None
+        width = self.band.reach(stride)
+        windows = []
+        for position, (lowest, highest) in zip(nodes // stride, limits, strict=True):
+            size = min(2 * width + 1, highest - lowest + 1)
+            first = (position - width).clamp(lowest, highest - size + 1)
+            windows.append((first + torch.arange(size, device=nodes.device)[:, None]) * stride)
+        return windows
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """Calls per sample of the recursion and a typical refinement."""
+        """Return the calls per sample of the recursion and of a typical refinement."""
         calls = self._recursion_calls(num_nodes, num_steps, edge_calls)
         if self.refine:
-            calls += sum(
-                8 * k * (k + 2) for k in set(num_steps)
-            )  # two sweeps at each of four sizes, half a run a try
+            # Two sweeps at each of four sizes of moves, half a run for each try.
+            calls += sum(8 * k * (k + 2) for k in set(num_steps))
         return calls
 
     def _recursion_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int) -> int:
-        """Those of the recursion, its band not moved."""
+        """Return the calls per sample of the recursion, without shifts of its band."""
+        # Levels of the band.
         budgets = check_num_steps(num_steps, num_nodes)
-        stride, steps, finer = 1, budgets, []
+        stride = 1
+        steps = budgets
+        finer: list[tuple[int, int]] = []  # (steps, width of the window)
         if self.band is not None and self.band.fits(num_nodes):
+            stride = self.band.stride
             levels = [self.band.levels(num_nodes, k) for k in budgets]
-            stride, steps = self.band.stride, sorted({pilot for (_, pilot), *_ in levels})
-            finer = [
-                (k, 2 * self.band.reach(apart) + 1) for _, *rest in levels for apart, k in rest
-            ]
+            steps = sorted({level[0][1] for level in levels})
+            for level in levels:
+                for level_stride, level_steps in level[1:]:
+                    finer.append((level_steps, 2 * self.band.reach(level_stride) + 1))
+
+        # A call for each node and for each edge; the first node's is the teacher's.
         sizes = [len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")]
-        calls = (
-            sum(sizes)
-            - 1
-            + edge_calls * sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
-        )
+        num_edges = sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+        calls = sum(sizes) - 1 + edge_calls * num_edges
         for k, width in finer:
             calls += k * width * (1 + edge_calls * width)
         return calls
 
 
+def _touches_edge(
+    nodes: Tensor, windows: Sequence[Tensor], stride: int, limits: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Return whether each path of nodes (k, b) touches an edge of its band that could move."""
+    touched = torch.zeros(nodes.shape[1], dtype=torch.bool, device=nodes.device)
+    for node, window, (lowest, highest) in zip(nodes, windows, limits, strict=True):
+        touched |= (node == window[0]) & (node > lowest * stride)
+        touched |= (node == window[-1]) & (node < highest * stride)
+    return touched
+
+
 @dataclass(frozen=True)
 class OSS(Search):
-    """One schedule per sample (paper, Alg. 1, exactly k steps): how good a schedule can be if it may know the noise.
+    """One schedule for each sample (Algorithm 1 of the paper, with exactly k steps).
 
-    chunk: samples searched at a time; it bounds the memory and changes nothing else. With a plain VelocityFn, which
-    cannot be cut to some samples, all are searched at once.
+    It shows how good a schedule can be that knows the noise.
+
+    Args:
+        chunk: samples that are searched at a time. It bounds the memory and changes
+            nothing else. With a plain VelocityFn, which cannot be cut to some samples,
+            all of them are searched at once.
     """
 
     per_sample: ClassVar[bool] = True
@@ -230,43 +288,47 @@ class OSS(Search):
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         paths = self.sample_paths(problem, check_num_steps(num_steps, problem.num_nodes))
+
+        # In the order of the samples' global indices.
         samples = problem.collective.gather(problem.samples)
         order = samples.argsort()
-        in_order = {
-            k: replace(path, nodes=path.nodes[:, order], orders=path.orders[:, order])
-            for k, path in paths.items()
-        }
-        return {
-            k: path_schedule(problem, path, self.start, samples[order].tolist())
-            for k, path in in_order.items()
-        }
+        plans = {}
+        for k, path in paths.items():
+            path = replace(path, nodes=path.nodes[:, order], orders=path.orders[:, order])
+            plans[k] = path_schedule(problem, path, self.start, samples[order].tolist())
+        return plans
 
     def sample_paths(self, problem: Problem, budgets: Sequence[int]) -> dict[int, SolverPath]:
-        """Nodes, orders and costs (k, B) of all ranks' samples, one rank after the other."""
+        """Return the paths (k, B) of all ranks' samples, one rank after the other."""
         count = len(problem.noise)
         chunk = self.chunk if problem.velocity.divisible else count
         parts = []
         for rows in torch.arange(count, device=problem.noise.device).split(chunk):
             parts.append(self.paths(problem.subset(rows), budgets, PerSample()))
+
+        def gather(tables: list[Tensor]) -> Tensor:
+            by_sample = torch.cat(tables, dim=1).T.contiguous()
+            return problem.collective.gather(by_sample).T
+
         gathered = {}
         for k in budgets:
-            tables = {
-                name: [getattr(part[k], name) for part in parts]
-                for name in ("nodes", "orders", "costs")
-            }
-            whole = {name: torch.cat(table, dim=1).T.contiguous() for name, table in tables.items()}
             gathered[k] = SolverPath(
-                **{name: problem.collective.gather(table).T for name, table in whole.items()}
+                nodes=gather([part[k].nodes for part in parts]),
+                orders=gather([part[k].orders for part in parts]),
+                costs=gather([part[k].costs for part in parts]),
             )
         return gathered
 
 
 @dataclass(frozen=True)
 class OSSAve(Search):
-    """The paper's OSS-ave: node-wise agreement of the per-sample schedules, made strictly monotone again.
+    """The paper's OSS-ave: the per-sample schedules' nodes, averaged and made strictly monotone.
 
-    aggregate `median` rounds halves towards the data, as the released code does for an even number of samples.
-    `refine`, off in the paper, moves the agreed nodes over the batch's mean error.
+    Args:
+        refine: move the averaged nodes over the batch's mean error; off in the paper.
+        aggregate: how the samples agree on a node. "median" rounds halves towards the
+            data, as the released code does for an even number of samples.
+        chunk: samples that are searched at a time, see `OSS`.
     """
 
     aggregate: Aggregate = "median"
@@ -277,38 +339,37 @@ class OSSAve(Search):
         require_choice(get_args(Aggregate), aggregate=self.aggregate)
         if self.must_visit:
             raise ValueError(
-                "oss_ave agrees on each step's node, and may agree on none of must_visit; use oss_shared"
+                "oss_ave averages each step's node, and its samples may agree on none of "
+                "must_visit; use oss_shared"
             )
         require_range(at_least=1, chunk=self.chunk)
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
-        alone = OSS(
-            self.start,
-            self.band,
-            False,
-            self.chunk,
+        per_sample = OSS(
+            start=self.start,
+            band=self.band,
+            refine=False,
+            chunk=self.chunk,
             max_order=self.max_order,
             first_sigmas=self.first_sigmas,
         )
         plans = {}
-        for k, path in alone.sample_paths(problem, budgets).items():
+        for k, path in per_sample.sample_paths(problem, budgets).items():
             nodes = strictly_monotone(self._agree(path.nodes), problem.num_nodes)
-            agreed = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
+            average = SolverPath(nodes[:, None], self._agree(path.orders)[:, None], path.costs)
             if self.refine:
-                required = self._required(problem, k)
-                agreed = refine(
-                    problem.at_most(self.max_order),
-                    agreed,
-                    self.start,
-                    Shared("mean"),
-                    required=required,
-                )
-            plans[k] = path_schedule(problem, agreed, self.start)
+                average = self._refined(problem, average)
+            plans[k] = path_schedule(problem, average, self.start)
         return plans
 
+    def _refined(self, problem: Problem, path: SolverPath) -> SolverPath:
+        required = self._required(problem, len(path.nodes))
+        problem = problem.at_most(self.max_order)
+        return refine(problem, path, self.start, Shared("mean"), required=required)
+
     def _agree(self, values: Tensor) -> Tensor:
-        """(k, B) -> (k,)"""
+        """Return one value (k,) for all samples' values (k, B)."""
         if self.aggregate == "median":
             return values.double().quantile(0.5, dim=1).ceil().long()
         return values.double().mean(1).round().long()
@@ -316,7 +377,12 @@ class OSSAve(Search):
 
 @dataclass(frozen=True)
 class OSSShared(Search):
-    """One schedule for all samples, chosen inside the recursion by the batch's mean cost or mean log cost (ours)."""
+    """One schedule for all samples, chosen inside the recursion (ours).
+
+    Args:
+        objective: minimise the samples' mean cost ("mean"), or their mean logarithmic
+            cost ("log_mean"), which maximises PSNR.
+    """
 
     start: StartKind = "analytic"
     refine: bool = True
@@ -324,7 +390,7 @@ class OSSShared(Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Shared(self.objective)  # its checks
+        Shared(self.objective)  # checks it
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
         budgets = check_num_steps(num_steps, problem.num_nodes)
@@ -334,12 +400,19 @@ class OSSShared(Search):
 
 @dataclass(frozen=True)
 class OSSFit(Search):
-    """Path first, coefficients after (ours): the path of `OSSShared`, and along it steps with fitted coefficients.
+    """A path first, then fitted coefficients for its steps (ours).
 
-    The nodes are those of Algorithm 2 with the solver's own steps; then every step's coefficients over the state, the
-    noise, the mean and the full history of predictions are fitted in closed form (`coefficients.Fit`); then `refine`
-    moves the nodes, and fits anew for every move. See `Fit` for history and ridge. `polish`, so many iterations at
-    most, then improves weights and times together (`polish.polish`), at times off the grid too.
+    The nodes are those of `OSSShared`, found with the solver's own steps (Algorithm 2).
+    Then the coefficients of every step, over the state, the noise, the mean and all
+    predictions so far, are fitted in closed form (`coefficients.Fit`). `refine` moves
+    the nodes and fits the coefficients again for every move.
+
+    Args:
+        objective: as in `OSSShared`.
+        history: calls whose predictions a step may use; None means all of them.
+        ridge: regularisation of the fit, see `Fit`.
+        polish: iterations, at most, that improve all weights and times together, also
+            between the grid's nodes (`polish.polish`); 0 means none.
     """
 
     start: StartKind = "analytic"
@@ -353,64 +426,76 @@ class OSSFit(Search):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(at_least=0, polish=self.polish)
-        Shared(self.objective)  # its checks
-        Fit(self.history, self.ridge)  # its checks
+        Shared(self.objective)  # checks it
+        Fit(self.history, self.ridge)  # checks them
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """Calls per sample of the recursion, of a fit, of a typical refinement, and of all polishing."""
-        calls = self._recursion_calls(num_nodes, num_steps, edge_calls) + sum(set(num_steps))
-        calls += sum(polish_calls(k, self.polish, self.history) for k in set(num_steps))
-        return calls + (
-            sum(min(8 * k * k, FIT_CALLS) for k in set(num_steps)) if self.refine else 0
-        )
+        """Return the calls per sample of the search, the fits, a typical refinement and polish."""
+        budgets = set(num_steps)
+        calls = self._recursion_calls(num_nodes, num_steps, edge_calls) + sum(budgets)
+        for k in budgets:
+            calls += polish_calls(k, self.polish, self.history)
+            if self.refine:
+                calls += min(8 * k * k, FIT_CALLS)
+        return calls
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
-        if not problem.distance.quadratic:
-            raise ValueError(
-                f"oss_fit solves least squares on the states: {problem.distance} is not one; use xt_mse"
-            )
-        if self.ridge < 1e-7 and problem.noise.dtype == torch.float32:
-            raise ValueError(
-                f"oss_fit.ridge={self.ridge} allows weights that float32 states cannot carry; use 1e-7 or more"
-            )
-        objective, budgets = Shared(self.objective), check_num_steps(num_steps, problem.num_nodes)
+        self._check_fits(problem)
+        budgets = check_num_steps(num_steps, problem.num_nodes)
+        objective = Shared(self.objective)
         required = self._required(problem, budgets[0])
+
         student = FittedStudent(problem, self.start, objective, Fit(self.history, self.ridge))
         plans = {}
         for k, path in replace(self, refine=False).paths(problem, budgets, objective).items():
+            # Coefficients along the path.
             with torch.no_grad():
                 fitted, *_ = student.run(path)
             if self.refine:
                 fitted = refine_fitted(student, fitted, required)
             plans[k] = path_schedule(problem, fitted, self.start)
+
+            # Weights and times together.
             if self.polish:
                 fixed = None if required is None else problem.grid[required.nodes]
                 plans[k] = polish(problem, plans[k], self.polish, self.objective, fixed)
         return plans
 
+    def _check_fits(self, problem: Problem) -> None:
+        """Raise ValueError where least squares cannot be solved on this problem."""
+        if not problem.distance.quadratic:
+            raise ValueError(
+                f"oss_fit solves least squares on the states, which {problem.distance} does not "
+                "measure; use xt_mse"
+            )
+        if self.ridge < 1e-7 and problem.noise.dtype == torch.float32:
+            raise ValueError(
+                f"oss_fit.ridge={self.ridge} allows weights that float32 states cannot carry; "
+                "use 1e-7 or more"
+            )
+
 
 def with_required(grid: Tensor, strategies: Iterable[object]) -> Tensor:
-    """Return the teacher's grid (N+1,) with a node at every time that one of the strategies must visit."""
-    return with_nodes(
-        grid,
-        [time for each in strategies if isinstance(each, Search) for time in each.required_times],
-    )
+    """Return the grid (N+1,) with a node at every time that one of the strategies requires."""
+    times = []
+    for strategy in strategies:
+        if isinstance(strategy, Search):
+            times.extend(strategy.required_times)
+    return with_nodes(grid, times)
 
 
 def visiting(
     strategy: object, must_visit: Sequence[float] | None, first_sigmas: Sequence[float] | None
 ) -> StepsizeStrategy:
-    """Return the strategy with these required times. ValueError where it does not search."""
+    """Return the strategy with these required times.
+
+    Raises ValueError where the strategy is not a search.
+    """
     if not isinstance(strategy, Search) or not isinstance(strategy, StepsizeStrategy):
         raise ValueError(
             f"must_visit and first_sigmas are of searches such as OSSBest(), got {strategy!r}"
         )
     return replace(strategy, must_visit=must_visit, first_sigmas=first_sigmas)
-
-
-def _closed(nodes: Tensor, problem: Problem) -> Tensor:
-    """(..., k) -> (..., k+1), node N appended."""
-    return torch.nn.functional.pad(nodes, (0, 1), value=problem.num_nodes)
 
 
 def path_schedule(
@@ -419,21 +504,34 @@ def path_schedule(
     start: StartKind,
     samples: Sequence[int] | None = None,
 ) -> StepSchedule:
-    """Return the schedule of a path of b = 1 for all samples, or of one for each of these.
+    """Return the schedule of a path.
 
-    Its provenance says what the recursion's cost was after each of its rounds, before anything was agreed or refined.
+    Its provenance has the recursion's mean cost after each step, before samples agreed
+    on nodes and before refinement.
+
+    Args:
+        problem: the problem that the path solves.
+        path: one path for all samples (b = 1), or one for each of `samples`.
+        start: where the student begins.
+        samples: (B,) global indices, for a schedule with one row for each sample.
     """
-    times = problem.grid[_closed(path.nodes.T, problem)].cpu()
+    shared = samples is None
+    nodes = torch.nn.functional.pad(path.nodes.T, (0, 1), value=problem.num_nodes)
+    times = problem.grid[nodes].cpu()
+
+    # Steps.
     steps: Steps = SolverSteps()
     if isinstance(path, FittedPath):
         steps = FittedSteps(path.weights.cpu(), problem.teacher.mean.cpu())
     elif isinstance(problem.solver, LinearMultistep) and problem.solver.order > 1:
-        steps = SolverSteps(path.orders.T.cpu() if samples is not None else path.orders[:, 0].cpu())
+        steps = SolverSteps(path.orders[:, 0].cpu() if shared else path.orders.T.cpu())
+
+    # Mean costs over all ranks, to four digits.
     total = problem.collective.sum(path.costs.double().sum(1))
     count = problem.collective.sum(total.new_tensor([path.costs.shape[1]]))
     costs = [float(f"{cost:.4g}") for cost in (total / count).tolist()]
     return StepSchedule(
-        times if samples is not None else times[0],
+        times[0] if shared else times,
         student_start(problem, start),
         steps,
         samples=None if samples is None else tuple(samples),

@@ -95,7 +95,7 @@ def test_every_entry_of_the_table_and_every_schedule_replays(make, name, start):
     problem = make(SOLVERS[name])
     for objective in OBJECTIVES.values():
         solution = search(problem, BUDGETS, start, objective)
-        assert_tables_replay(problem, solution.rounds, start)
+        assert_tables_replay(problem, solution.stages, start)
         for k in BUDGETS:
             replayed = final_error(problem, schedule(problem, solution.paths[k], start))
             torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-9, atol=0)
@@ -248,7 +248,7 @@ def test_inner_products_choose_the_nodes_and_orders_that_candidates_do(make, sol
     by_hand = replace(problem, distance=ByHand())
     for objective in OBJECTIVES.values():
         fast, slow = (search(p, [2, 4], start, objective) for p in (problem, by_hand))
-        for quick, careful in zip(fast.rounds, slow.rounds, strict=True):
+        for quick, careful in zip(fast.stages, slow.stages, strict=True):
             alive = careful.cost.isfinite()
             assert torch.equal(quick.cost.isfinite(), alive)
             for found, expected in ((quick.parent, careful.parent), (quick.orders, careful.orders)):
@@ -268,7 +268,7 @@ def test_a_node_that_cannot_be_reached_is_no_parent(make, start):
         slow = recurse(replace(problem, distance=ByHand()), overlapping, [4], start, objective)
         assert torch.equal(slow.paths[4].nodes, fast.paths[4].nodes)
         assert bool((slow.paths[4].nodes.diff(dim=0) > 0).all())
-        assert_tables_replay(problem, slow.rounds, start)
+        assert_tables_replay(problem, slow.stages, start)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_every_level_of_a_band_replays(make, recursions, name, start):
     for part, solution, start in recursions:
         for path in solution.paths.values():
             assert bool((path.nodes.diff(dim=0) > 0).all())
-        assert_tables_replay(part, solution.rounds, start)
+        assert_tables_replay(part, solution.stages, start)
 
 
 @pytest.mark.parametrize("start", STARTS)

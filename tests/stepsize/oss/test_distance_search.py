@@ -87,7 +87,7 @@ def test_replay_equals_table(make, name, solver, start):
     problem, budgets = make(name, solver), [2, 4]
     for objective in (PerSample(), Shared("log_mean")):
         solution = recurse(problem, layers(N, budgets, start, 1, "cpu"), budgets, start, objective)
-        assert_tables_replay(problem, solution.rounds, start)
+        assert_tables_replay(problem, solution.stages, start)
         for k in budgets:
             replayed = final_error(problem, schedule(problem, solution.paths[k], start))
             torch.testing.assert_close(replayed, solution.costs[k], rtol=1e-9, atol=0)

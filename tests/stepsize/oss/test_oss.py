@@ -64,8 +64,8 @@ def test_replay_equals_table_for_every_k(kind, start, objective, request):
 def test_every_node_of_the_table_replays(problem, start):
     """Not only the data end: following the parents from any node of any round gives that node's cost."""
     for objective in (PerSample(), Shared("mean")):
-        rounds = recurse(problem, layers(N, [6], start, 1, "cpu"), [6], start, objective).rounds
-        assert_tables_replay(problem, rounds, start)
+        stages = recurse(problem, layers(N, [6], start, 1, "cpu"), [6], start, objective).stages
+        assert_tables_replay(problem, stages, start)
 
 
 @pytest.mark.parametrize("objective", [PerSample(), Shared("mean")], ids=["own", "mean"])
@@ -150,7 +150,7 @@ def test_inner_products_score_as_candidates_do(problem):
         grid_layers = layers(N, [3, 6], start, 1, "cpu")
         fast = recurse(problem, grid_layers, [3, 6], start, objective)
         slow = recurse(by_hand, grid_layers, [3, 6], start, objective)
-        for quick, careful in zip(fast.rounds, slow.rounds, strict=True):
+        for quick, careful in zip(fast.stages, slow.stages, strict=True):
             alive = careful.cost.isfinite()
             assert (
                 quick.parent.expand_as(alive)[alive].tolist()
