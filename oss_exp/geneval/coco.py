@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oss_exp.evaluation.clip import CLIP, as_uint8, opened
+from oss_exp.evaluation.clip import CLIP, as_uint8, open_pretrained
 from oss_exp.files import find_asset, sha256
 from oss_exp.geneval.detectors import Seen
 from oss_exp.geneval.rules import COLOURS, Rules
@@ -46,8 +46,8 @@ class COCODetector(nn.Module):
 
         super().__init__()
         self.names = find_asset(names, "names of classes").read_text().splitlines()
-        self.processor = opened(AutoImageProcessor, detector, "task.detector.detector")
-        self.network = opened(
+        self.processor = open_pretrained(AutoImageProcessor, detector, "task.detector.detector")
+        self.network = open_pretrained(
             Mask2FormerForUniversalSegmentation, detector, "task.detector.detector"
         )
         self.clip = CLIP(clip, "task.detector.clip")
