@@ -1,7 +1,7 @@
 """GenEval's results as a table in the layout of the paper, and as a page of pictures.
 
-The table is that of OSS, arXiv 2503.21774, table 7. The page shows every prompt with its pictures
-and what is wrong with them, for one schedule at a time.
+The table is that of OSS, arXiv 2503.21774, table 7. The page shows every prompt with
+its pictures and what is wrong with them, for one schedule at a time.
 """
 
 from __future__ import annotations

@@ -96,8 +96,9 @@ def _warn(folder: str | None, error: Exception) -> None:
 def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     """Log a run folder and close the logger.
 
-    Every job of a sweep gets a W&B run of its own, also where many jobs share a process. What a
-    dashboard cannot take becomes a warning, since the results are on disk.
+    Every job of a sweep gets a W&B run of its own, also where many jobs share a
+    process. What a dashboard cannot take becomes a warning, since the results are on
+    disk.
     """
     import wandb
 
@@ -116,8 +117,8 @@ def log_run(logger: Logger, cfg: DictConfig, folder: Path) -> None:
 def _log(logger: Logger, cfg: DictConfig, folder: Path) -> None:
     """Log the configuration and every schedule's PSNR, gain and spread.
 
-    W&B also gets the schedules as an artifact, curves of every metric against K and of the costs
-    of the search, the table and the pictures.
+    W&B also gets the schedules as an artifact, curves of every metric against K and of
+    the costs of the search, the table and the pictures.
     """
     # Configuration.
     settings = OmegaConf.to_container(cfg, resolve=True)

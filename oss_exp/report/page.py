@@ -69,7 +69,8 @@ DETAILS = "<details><summary><h2>{}</h2></summary><pre>{}</pre></details>"
 def write(folder: Path) -> None:
     """Everything that <folder> has the data for; prints the table and where the files are.
 
-    All files are made before the first is written: where one cannot be, those of an earlier report stay as they are.
+    All files are made before the first is written: where one cannot be, those of an
+    earlier report stay as they are.
     """
     console = PlainConsole()
     plans, shown = read_schedules(folder), list[Path]()

@@ -1,7 +1,7 @@
 """Records of the files in a run folder that reports read.
 
-The folder may be another person's, so it is treated as data: nothing in it is made into an object
-or looked up elsewhere, and no link is followed out of it.
+The folder may be another person's, so it is treated as data: nothing in it is made into
+an object or looked up elsewhere, and no link is followed out of it.
 """
 
 from __future__ import annotations
@@ -258,7 +258,8 @@ def read_metrics(folder: Path) -> MetricsRecord:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not as it should be; the message names the file and the field.
+        ValueError: If it is not as it should be; the message names the file and the
+            field.
     """
     return _read(folder, "metrics.json", MetricsRecord, "metrics of a run", "measure again")
 
@@ -313,7 +314,8 @@ def read_ways(folder: Path) -> dict[str, np.ndarray]:
     """Read trajectories.npz: predictions of the clean sample along the trajectories.
 
     Returns:
-        {"times/<label>": (n, P), "x0/<label>": uint8, (n, P, H, W, C)}; empty without such a file.
+        {"times/<label>": (n, P), "x0/<label>": uint8, (n, P, H, W, C)}; empty without
+        such a file.
     """
     path = folder / "trajectories.npz"
     if not path.is_file():

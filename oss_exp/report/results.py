@@ -75,7 +75,8 @@ def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
 def metric_lines(lines: Sequence[Line]) -> dict[str, dict[str, dict[int, float]]]:
     """Return the curve of every metric against K for every strategy.
 
-    Where several runs have the same strategy and K, the run is part of the strategy's name.
+    Where several runs have the same strategy and K, the run is part of the strategy's
+    name.
 
     Returns:
         {metric: {strategy: {K: value}}}, PSNR first, without standard deviations.

@@ -1,6 +1,7 @@
 """Pages that need nothing from elsewhere: page.html with its style, page.js, and one JSON block that the script draws.
 
-The page's own policy (CSP) forbids every request. Text of users is escaped here, or goes in as text in the script.
+The page's own policy (CSP) forbids every request. Text of users is escaped here, or
+goes in as text in the script.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def _curves(
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
     """The rows of the grid of samples: each a strip of its n pictures, the frames of videos below each other.
 
-    pictures: (n, H, W, C) bytes of each, or (n, F, H, W, C). Reduced, and of less quality, until they fit on a page.
+    pictures: (n, H, W, C) bytes of each, or (n, F, H, W, C). Reduced, and of less
+    quality, until they fit on a page.
     """
     videos = {label: each if each.ndim == 5 else each[:, None] for label, each in pictures.items()}
     frames, milliseconds = plots.moments(videos["teacher"].shape[1])
@@ -177,7 +179,8 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> di
 def trajectories(ways: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
     """The rows of the predictions on the way: each a strip of n columns, its P steps below each other.
 
-    ways: times/<label> (n, P) and x0/<label> (n, P, H, W, C) bytes, of the teacher and schedules (trajectories.npz).
+    ways: times/<label> (n, P) and x0/<label> (n, P, H, W, C) bytes, of the teacher and
+    schedules (trajectories.npz).
     """
     pictures = {
         key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")
