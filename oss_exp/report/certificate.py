@@ -40,11 +40,6 @@ def certified(plans: Sequence[tuple[str, StepSchedule]]) -> list[tuple[str, Cert
     return certificates
 
 
-def setting(cell: Cell) -> str:
-    """Return the name of a cell's setting, such as guidance=3."""
-    return str(cell.value) if cell.axis == "base" else f"{cell.axis}={cell.value}"
-
-
 def sections(plans: Sequence[tuple[str, StepSchedule]]) -> Iterator[str]:
     """Yield HTML: the picture, then a table and its note for each certificate."""
     certificates = certified(plans)
@@ -82,7 +77,7 @@ def _row(cell: Cell, certificate: Certificate) -> list[str]:
     base = cell.axis == "base"
     inside = "inside" if cell.loss <= certificate.tolerance else "outside"
     return [
-        setting(cell),
+        plots.setting(cell),
         str(cell.n),
         f"{cell.psnr:.2f} ± {_half(cell.psnr_interval):.2f}",
         f"{cell.baseline:.2f}",

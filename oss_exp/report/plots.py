@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib
 
@@ -35,8 +36,7 @@ Color = tuple[float, float, float]
 def palette(name: str) -> list[Color]:
     """Return the colours of one of matplotlib's colour maps, such as tab10."""
     colormap = matplotlib.colormaps[name]
-    colours = colormap(np.arange(colormap.N)).tolist()
-    return [(red, green, blue) for red, green, blue, _ in colours]
+    return [tuple(rgba[:3]) for rgba in colormap(np.arange(colormap.N)).tolist()]
 
 
 DPI = 130
@@ -133,12 +133,9 @@ def strong_and_muted(by_hand: Mapping[str, bool]) -> dict[str, Color]:
     Args:
         by_hand: True for names of schedules made by hand, which get muted colours.
     """
-    color_of = {}
-    for muted, colours in ((True, MUTED), (False, palette("tab10"))):
-        names = sorted(name for name, value in by_hand.items() if value is muted)
-        for i, name in enumerate(names):
-            color_of[name] = colours[i % len(colours)]
-    return color_of
+    muted = cycle(MUTED)
+    strong = cycle(palette("tab10"))
+    return {name: next(muted if by_hand[name] else strong) for name in sorted(by_hand)}
 
 
 def _baselines(plans: Sequence[tuple[str, StepSchedule]]) -> set[str]:
@@ -170,14 +167,13 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
     if pictures["teacher"].ndim == 4:
         return None
     numbers, milliseconds = moments(pictures["teacher"].shape[1])
-    first = {label: videos[:, 0] for label, videos in pictures.items()}
-    figure, panels = _sheet(first, results)
+    figure, panels = _sheet(_frame(pictures, 0), results)
 
     # One figure serves all frames, since making it takes longer than drawing it.
     frames = []
     for number in numbers:
-        frame = {label: videos[:, number] for label, videos in pictures.items()}
-        for panel, strip in zip(panels, _strips(frame, results), strict=True):
+        strips = _strips(_frame(pictures, number), results)
+        for panel, strip in zip(panels, strips, strict=True):
             panel.set_data(strip)
         figure.canvas.draw()
         buffer = figure.canvas.buffer_rgba()  # pyright: ignore[reportAttributeAccessIssue]  # Agg
@@ -187,7 +183,7 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
-    """Draw the samples of the teacher and of every schedule, with their absolute errors, as a PNG.
+    """Draw the teacher's and every schedule's samples, with their absolute errors, as a PNG.
 
     Args:
         pictures: Samples from the same noises by label, uint8, (n, H, W, C); of videos
@@ -197,6 +193,11 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> by
     if pictures["teacher"].ndim == 5:
         pictures = {label: videos[:, videos.shape[1] // 2] for label, videos in pictures.items()}
     return png(_sheet(pictures, results)[0])
+
+
+def _frame(videos: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """Return one frame of every video, (n, H, W, C)."""
+    return {label: frames[:, number] for label, frames in videos.items()}
 
 
 def _sheet(
@@ -282,14 +283,14 @@ def stages(records: Sequence[StageRecord]) -> bytes:
 
     # Bars before and after.
     places = np.arange(len(records))
-    before = [record.training.loss_before for record in records]
-    after = [record.training.loss_after for record in records]
-    bars.bar(places - 0.2, before, 0.4, color="0.7", label="before")
-    bars.bar(places + 0.2, after, 0.4, color="tab:blue", label="after")
-    labels = []
+    before, after, labels = [], [], []
     for record in records:
+        before.append(record.training.loss_before)
+        after.append(record.training.loss_after)
         first, last = record.times
         labels.append(f"{record.stage}\n{first:.3g} to {last:.3g}")
+    bars.bar(places - 0.2, before, 0.4, color="0.7", label="before")
+    bars.bar(places + 0.2, after, 0.4, color="tab:blue", label="after")
     bars.set_xticks(places, labels, fontsize=8)
     bars.set(xlabel="stage, and its times (1 noise, 0 data)", ylabel="loss", yscale="log")
 
@@ -413,14 +414,14 @@ def certificates(found: Sequence[tuple[str, Certificate]]) -> bytes:
     Args:
         found: Names of schedules and their certificates.
     """
-    found = found[:PANELS]
-    most = max(min(len(certificate.cells), ROWS) for _, certificate in found)
-    width, height = 1 + 5.5 * len(found), 1.6 + 0.3 * most
+    panels = found[:PANELS]
+    most = max(min(len(certificate.cells), ROWS) for _, certificate in panels)
+    width, height = 1 + 5.5 * len(panels), 1.6 + 0.3 * most
     figure, axes = plt.subplots(
-        1, len(found), figsize=(width, height), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(width, height), squeeze=False, layout="constrained"
     )
 
-    for axis, (name, certificate) in zip(axes[0], found, strict=True):
+    for axis, (name, certificate) in zip(axes[0], panels, strict=True):
         _draw_certificate(axis, certificate)
         axis.set_title(escaping.label(name))
         axis.set_xlabel("PSNR to the teacher of the same setting, dB")
@@ -438,10 +439,10 @@ def _draw_certificate(axis: Axes, certificate: Certificate) -> None:
     """Draw a row for each setting: the baseline, and the schedule with its interval."""
     cells = certificate.cells[:ROWS]
     rows = np.arange(len(cells))
-    psnr = np.array([cell.psnr for cell in cells])
-    baseline = np.array([cell.baseline for cell in cells])
+    values = np.array([(cell.psnr, cell.baseline, cell.loss) for cell in cells])
+    psnr, baseline, loss = values.T
     intervals = np.array([cell.psnr_interval for cell in cells])
-    inside = np.array([cell.loss <= certificate.tolerance for cell in cells])
+    inside = loss <= certificate.tolerance
 
     # Shade and baseline.
     least = psnr[0] - certificate.tolerance
@@ -461,7 +462,7 @@ def _draw_certificate(axis: Axes, certificate: Certificate) -> None:
         )
 
     # Axes.
-    axis.set_yticks(rows, [escaping.label(_setting(cell)) for cell in cells])
+    axis.set_yticks(rows, [escaping.label(setting(cell)) for cell in cells])
     lowest = min(intervals.min(), baseline.min())
     highest = max(intervals.max(), baseline.max())
     axis.set_xlim(lowest - 0.5, highest + 0.5)
@@ -469,7 +470,8 @@ def _draw_certificate(axis: Axes, certificate: Certificate) -> None:
     axis.grid(alpha=0.3, axis="x")
 
 
-def _setting(cell: Cell) -> str:
+def setting(cell: Cell) -> str:
+    """Return the name of a cell's setting, such as guidance=3."""
     return str(cell.value) if cell.axis == "base" else f"{cell.axis}={cell.value}"
 
 

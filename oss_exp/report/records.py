@@ -356,7 +356,7 @@ def _load(path: Path, what: str) -> dict[str, np.ndarray]:
 def _check_pictures(
     path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]
 ) -> None:
-    """Raise ValueError unless all are bytes of the teacher's shape, for as many samples or fewer."""
+    """Raise ValueError unless all are bytes of the teacher's shape, of 64 samples at most."""
     teacher = pictures.get("teacher")
     if teacher is None:
         raise ValueError(f"{path} has no pictures of the teacher; measure again")

@@ -29,6 +29,8 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
     metrics = read_metrics(folder)
     arena = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
     results = []
+
+    # The rows of the file.
     for row in metrics.rows:
         result = Result(
             run=run,
