@@ -1,6 +1,6 @@
 """Plans of the paper's tables: which runs give our numbers, and how claims are checked.
 
-Each `table_N` returns a plan at one of two scales. The scale `small` has our shipped
+Each `table_N` returns a plan at one of two scales. The scale `small` has our own
 networks in place of the public ones, and fewer pictures; numbers of steps, noise
 schedules, solvers and strategies are the paper's. The scale `paper` has the paper's
 models; conf/experiment/table_N.yaml is the setting that the runs of table N share
@@ -437,7 +437,7 @@ def table_7(paper: Paper, small: bool) -> Plan:
         {paper.claims[0].text: lambda values: _retention(values, index)},
         "flux_scenes on scenes of coloured garments, seen by the shipped detector; one picture "
         "of each of 553 prompts (the paper: four), guidance 3, the teacher's times shifted by 6 "
-        "as FLUX shifts its shipped.",
+        "as FLUX shifts its own.",
     )
 
 
