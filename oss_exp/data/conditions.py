@@ -42,9 +42,9 @@ class ConditionedDataset(Dataset[ConditionedItem]):
 class ConditionedData(NoiseData):
     """Search and held-out noises for a model whose conditions are not classes.
 
-    Search samples have the first conditions, held-out samples the last ones; both start again
-    where they end. So the held-out ones depend on nothing else, and conditions are shared only
-    where there are more samples than conditions.
+    Search samples have the first conditions, held-out samples the last ones; both start
+    again where they end. So the held-out ones depend on nothing else, and conditions
+    are shared only where there are more samples than conditions.
 
     Args:
         conditions: Shape (n, ...).
@@ -87,8 +87,8 @@ class ConditionedData(NoiseData):
 class ConditionedNoiseData(ConditionedData):
     """Noises with the rows of an array as conditions.
 
-    Rows are shuffled in the same way for every seed. Search and held-out samples must not share
-    any.
+    Rows are shuffled in the same way for every seed. Search and held-out samples must
+    not share any.
 
     Args:
         event_shape: As for `NoiseData`.

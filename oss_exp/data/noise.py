@@ -1,7 +1,7 @@
 """Initial noises with a seed for each sample index.
 
-Sample i is a function of (seed, i) alone, so any batch size and any number of ranks see the same
-samples.
+Sample i is a function of (seed, i) alone, so any batch size and any number of ranks see
+the same samples.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class NoiseData:
     Args:
         event_shape: Shape of a sample, *E.
         num_classes: Number of the model's classes; None without classes.
-        classes: None (unconditional), "all", or a list of classes that the samples have in turn.
-            Runs replace "auto" by one of these.
+        classes: None (unconditional), "all", or a list of classes that the samples have
+            in turn. Runs replace "auto" by one of these.
         seed: Seed of the noises.
         search_samples: Size of the search set.
         eval_samples: Size of the held-out set.

@@ -1,7 +1,8 @@
 """Scenes of coloured garments for a GenEval of our own: what a prompt wants, and pictures that show it.
 
-A wish is a record like GenEval's metadata (`evaluation.geneval`), for one of its six tasks. A scene shows what it
-wants and nothing else, with the boxes of its objects, so that detectors can be trained and judged on it.
+A wish is a record like GenEval's metadata (`evaluation.geneval`), for one of its six
+tasks. A scene shows what it wants and nothing else, with the boxes of its objects, so
+that detectors can be trained and judged on it.
 """
 
 from __future__ import annotations
