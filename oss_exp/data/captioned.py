@@ -104,7 +104,10 @@ class MovingFashion(CaptionedImages):
         draw = np.random.default_rng((0, i))
 
         # Centre and size in every frame; the centre varies most across the motion.
-        jitter = [0.1 if growth != 1 else 0.04 if along else 0.3 for along in travel]
+        if growth != 1:
+            jitter = (0.1, 0.1)
+        else:
+            jitter = (0.04, 0.3) if travel[0] else (0.3, 0.04)
         middle = torch.tensor(draw.uniform(-1, 1, 2) * jitter, dtype=torch.float32)
         clock = torch.linspace(-0.5, 0.5, FRAMES)[:, None]
         size = draw.uniform(0.6, 0.7) * growth**clock

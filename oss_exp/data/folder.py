@@ -99,9 +99,14 @@ def image_folder(
 def _classes_and_images(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Return the names of the classes, and path and label of each image."""
     # Images in folders, and beside them.
-    names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
-    folders = in_order([name for name in names if not _is_hidden(name)])
-    images = {name: list(_files(root / name, True, Counter())) for name in folders}
+    names = []
+    for entry in os.scandir(root):
+        if entry.is_dir() and not _is_hidden(entry.name):
+            names.append(entry.name)
+    folders = in_order(names)
+    images = {}
+    for name in folders:
+        images[name] = list(_files(root / name, deep=True, others=Counter()))
     others: Counter[str] = Counter()
     loose = list(_files(root, deep=False, others=others))
 
@@ -137,7 +142,9 @@ def _classes_and_images(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
 
 def _no_images(root: Path, others: Counter[str]) -> str:
     """Return the error message for a folder whose files have these endings."""
-    counts = [f"{count} {ending or 'without ending'}" for ending, count in others.most_common(4)]
+    counts = []
+    for ending, count in others.most_common(4):
+        counts.append(f"{count} {ending or 'without ending'}")
     files = f" (other files: {', '.join(counts)})" if counts else ""
     return (
         f"root={root} has no images, neither in folders of classes nor in itself{files}; "

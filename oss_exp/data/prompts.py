@@ -68,8 +68,7 @@ def read_prompts(file: str | Path) -> list[str]:
         raise ValueError(f"prompts {path} has null characters, as UTF-16 has; save it as UTF-8")
 
     # Prompts.
-    prompts = [prompt.strip() for prompt in _parse(path, ending, text)]
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = list(filter(None, map(str.strip, _parse(path, ending, text))))
     if not prompts:
         raise ValueError(f"prompts {path} has 0 prompts; {REMEDY}")
     for prompt in prompts:
