@@ -106,8 +106,10 @@ class MovingFashion(CaptionedImages):
         # Centre and size in every frame; the centre varies most across the motion.
         if growth != 1:
             jitter = (0.1, 0.1)
+        elif travel[0]:
+            jitter = (0.04, 0.3)
         else:
-            jitter = (0.04, 0.3) if travel[0] else (0.3, 0.04)
+            jitter = (0.3, 0.04)
         middle = torch.tensor(draw.uniform(-1, 1, 2) * jitter, dtype=torch.float32)
         clock = torch.linspace(-0.5, 0.5, FRAMES)[:, None]
         size = draw.uniform(0.6, 0.7) * growth**clock

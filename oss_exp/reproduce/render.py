@@ -99,10 +99,14 @@ class Reproduction:
 
     def grid(self) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
         """Return the lines, the columns, and the number of the row at each (line, column)."""
-        places = {self.plan.place(row): i for i, row in enumerate(self.paper.rows)}
-        lines = list(dict.fromkeys(line for line, _ in places))
-        columns = list(dict.fromkeys(column for _, column in places))
-        return lines, columns, places
+        lines: dict[str, None] = {}
+        columns: dict[str, None] = {}
+        places = {}
+        for i, row in enumerate(self.paper.rows):
+            line, column = self.plan.place(row)
+            lines[line] = columns[column] = None
+            places[line, column] = i
+        return list(lines), list(columns), places
 
     @property
     def measure(self) -> str:

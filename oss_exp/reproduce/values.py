@@ -37,16 +37,16 @@ class Value:
     def minus(self, other: Value) -> Interval:
         """Return the difference to another number; without pairs it has no interval."""
         common = sorted(self.pairs.keys() & other.pairs.keys())
+        ours = np.array([self.pairs[i] for i in common])
+        theirs = np.array([other.pairs[i] for i in common])
 
         # Verdicts of GenEval.
         if self.part and self.tags == other.tags:
-            verdicts = [bool(self.pairs[i]) for i in common]
-            other_verdicts = [bool(other.pairs[i]) for i in common]
-            return differences(self.tags, verdicts, other_verdicts)[self.part]
+            return differences(self.tags, ours != 0, theirs != 0)[self.part]
 
         # Pictures.
         if len(common) > 1:
-            return Interval.of(np.array([self.pairs[i] - other.pairs[i] for i in common]))
+            return Interval.of(ours - theirs)
 
         # Single numbers.
         mean = self.interval.mean - other.interval.mean
