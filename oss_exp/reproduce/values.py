@@ -42,7 +42,9 @@ class Value:
 
         # Verdicts of GenEval.
         if self.part and self.tags == other.tags:
-            return differences(self.tags, ours != 0, theirs != 0)[self.part]
+            verdicts = (ours != 0).tolist()
+            other_verdicts = (theirs != 0).tolist()
+            return differences(self.tags, verdicts, other_verdicts)[self.part]
 
         # Pictures.
         if len(common) > 1:
