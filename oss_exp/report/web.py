@@ -251,10 +251,11 @@ def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str,
     Returns:
         Data URLs by label, and the shape of their pictures.
     """
-    for side, form in FORMS:
-        strips, shape = _strips_of(videos, side, form)
+    strips, shape = _strips_of(videos, *FORMS[0])
+    for side, form in FORMS[1:]:
         if sum(map(len, strips.values())) <= MOST_BYTES:
             break
+        strips, shape = _strips_of(videos, side, form)
     return strips, shape
 
 

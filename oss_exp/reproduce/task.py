@@ -23,18 +23,19 @@ from oss_exp.tasks.task import Count, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce(Task):
-    """Make the missing runs of `table` (1 to 7, or all), then write <output>/table_N/<scale>.*.
+    """Do the missing runs of a table, then write <output>/table_N/<scale>.*.
 
-    A table of which a run failed is left as it was; the others are written, and a
-    ValueError says what failed.
+    A table with a failed run is left as it was; the others are written, and a
+    ValueError tells what failed.
 
     Args:
-        scale: small: our own networks | paper: the public checkpoints.
-        output: folder of the tables and figures.
-        cells: folder of the runs, each in a folder of its own.
-        jobs: runs at a time; None: one a CPU core at scale small, else one.
+        table: Number of the table, 1 to 7, or "all".
+        scale: "small" for our own networks, "paper" for the public checkpoints.
+        output: Folder of the tables and figures.
+        cells: Folder of the runs, each in a folder of its own.
+        jobs: Runs at a time; None means one for each CPU core at scale small, else one.
         overrides: {key: value} for every run that has the key; ValueError where none
-            has.
+            has it.
     """
 
     table: Literal["all"] | Annotated[int, Ge(1), Le(7)] = "all"
