@@ -6,7 +6,7 @@ import torch
 
 from oss_exp.data.scenes import CANVAS, Wardrobe
 from oss_exp.files import save_asset
-from oss_exp.geneval.detectors import FashionDetector, Detection, look, targets
+from oss_exp.geneval.detectors import Detection, FashionDetector, look, targets
 from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 
