@@ -1,4 +1,4 @@
-"""Images and videos with captions, made of Fashion-MNIST's garments, for training small networks of prompts.
+"""Images and videos with captions, made from Fashion-MNIST, to train small networks on prompts.
 
 Item i is a function of i alone.
 """
@@ -23,7 +23,9 @@ from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.models.checkpoints.weights import digest
 
 FRAMES, SIDE = 8, 32
-MOVES = {  # over all frames: across and down, in halves of the picture, and the size's factor
+
+# Motion over all frames: to the right and down, in halves of the picture, and factor of the size.
+MOVES = {
     "moving left": (-0.7, 0.0, 1.0),
     "moving right": (0.7, 0.0, 1.0),
     "rising": (0.0, -0.7, 1.0),
@@ -34,10 +36,19 @@ MOVES = {  # over all frames: across and down, in halves of the picture, and the
 
 
 class CaptionedImages(Dataset, abc.ABC):
-    """Items (x0 in [-1, 1], number of its caption).
+    """Base class of data sets whose items are x0 in [-1, 1] and the number of its caption.
 
-    captions: all there are. garments (n, 1, 32, 32), labels (n,): Fashion-MNIST's. fingerprint: SHA-256 of what the
-    items are made of.
+    Args:
+        root: Folder of Fashion-MNIST.
+        split: "train" or "test".
+        items_each: Items made from each garment.
+        download: Whether missing files may be downloaded.
+
+    Attributes:
+        captions: All captions.
+        garments: Fashion-MNIST's images, shape (n, 1, 32, 32).
+        labels: Their classes, shape (n,).
+        fingerprint: SHA-256 of what determines the items.
     """
 
     captions: list[str]
@@ -45,12 +56,12 @@ class CaptionedImages(Dataset, abc.ABC):
     def __init__(self, root: str | Path, split: Split, items_each: int, download: bool = False):
         self.garments, self.labels = fashion_mnist(root, split, SIDE, download)
         self.items_each = items_each
-        made_of = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
-        made_of.update(repr((type(self).__name__, self.captions, items_each)).encode())
-        self.fingerprint = made_of.hexdigest()
+
+        content = hashlib.sha256(self.garments.numpy().tobytes() + self.labels.numpy().tobytes())
+        content.update(repr((type(self).__name__, self.captions, items_each)).encode())
+        self.fingerprint = content.hexdigest()
 
     def __len__(self) -> int:
-        """As many items for each garment as were asked for."""
         return self.items_each * len(self.garments)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
@@ -59,17 +70,18 @@ class CaptionedImages(Dataset, abc.ABC):
         return self._make(i)
 
     @abc.abstractmethod
-    def _make(self, i: int) -> tuple[Tensor, int]: ...
+    def _make(self, i: int) -> tuple[Tensor, int]:
+        """Return item i."""
 
 
 class ColouredFashion(CaptionedImages):
-    """(3, 32, 32): every garment once in each of eight colours, on black; "a red sneaker"."""
+    """Images (3, 32, 32) of every garment in each of eight colours, on black: "a red sneaker"."""
 
     def __init__(self, root: str | Path, split: Split = "train", download: bool = False):
-        self.captions = [
-            f"{'an' if colour == 'orange' else 'a'} {colour} {garment}"
-            for garment, colour in product(GARMENTS, COLOURS)
-        ]
+        self.captions = []
+        for garment, colour in product(GARMENTS, COLOURS):
+            article = "an" if colour == "orange" else "a"
+            self.captions.append(f"{article} {colour} {garment}")
         self.colours = torch.tensor(list(COLOURS.values()))[:, :, None, None]
         super().__init__(root, split, len(COLOURS), download)
 
@@ -80,7 +92,10 @@ class ColouredFashion(CaptionedImages):
 
 
 class MovingFashion(CaptionedImages):
-    """(1, 8, 32, 32): every garment once in each of six moves, from a place and at a size of its own; "boot rising"."""
+    """Videos (1, 8, 32, 32) of every garment in each of six motions: "boot rising".
+
+    Each video has a place and a size of its own.
+    """
 
     def __init__(self, root: str | Path, split: Split = "train", download: bool = False):
         self.captions = [f"{garment} {move}" for garment, move in product(GARMENTS, MOVES)]
@@ -90,17 +105,24 @@ class MovingFashion(CaptionedImages):
         garment, move = divmod(i, len(MOVES))
         *travel, growth = list(MOVES.values())[move]
         draw = np.random.default_rng((0, i))
-        jitter = [0.1 if growth != 1 else 0.04 if along else 0.3 for along in travel]
+
+        # Centre and size in every frame; the centre varies most across the motion.
+        if growth != 1:
+            jitter = (0.1, 0.1)
+        elif travel[0]:
+            jitter = (0.04, 0.3)
+        else:
+            jitter = (0.3, 0.04)
         middle = torch.tensor(draw.uniform(-1, 1, 2) * jitter, dtype=torch.float32)
         clock = torch.linspace(-0.5, 0.5, FRAMES)[:, None]
         size = draw.uniform(0.6, 0.7) * growth**clock
         centre = middle + clock * torch.tensor(travel)
-        where = torch.cat(
-            [torch.eye(2) / size[..., None], -(centre / size)[..., None]], dim=2
-        )  # from canvas to garment
-        places = F.affine_grid(where, [FRAMES, 1, SIDE, SIDE], align_corners=False)
-        shown = (self.garments[garment] + 1).expand(FRAMES, -1, -1, -1)
-        frames = F.grid_sample(shown, places, align_corners=False)
+
+        # Frames, by affine maps from the canvas to the garment.
+        maps = torch.cat([torch.eye(2) / size[..., None], -(centre / size)[..., None]], dim=2)
+        grid = F.affine_grid(maps, [FRAMES, 1, SIDE, SIDE], align_corners=False)
+        images = (self.garments[garment] + 1).expand(FRAMES, -1, -1, -1)
+        frames = F.grid_sample(images, grid, align_corners=False)
         return frames.movedim(0, 1) - 1, int(self.labels[garment]) * len(MOVES) + move
 
 

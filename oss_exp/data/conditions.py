@@ -1,4 +1,4 @@
-"""Noises with a condition each that is no class: a row of an array in a file (an image to denoise), or a prompt."""
+"""Noises with conditions that are not classes: rows of an array (images to denoise), or prompts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from oss_exp.files import load_arrays
 
 
 class ConditionedItem(NoiseItem):
-    """A sample with a condition that is no class."""
+    """A sample with a condition that is not a class."""
 
     condition: Tensor
 
 
 class ConditionedDataset(Dataset[ConditionedItem]):
-    """The first items of `noise`, one for each row of `conditions` (n, ...)."""
+    """Samples with conditions.
+
+    Args:
+        noise: The samples.
+        conditions: A condition for each of the first samples, shape (n, ...).
+    """
 
     def __init__(self, noise: Dataset[NoiseItem], conditions: np.ndarray):
-        self.noise, self.conditions = noise, conditions
+        self.noise = noise
+        self.conditions = conditions
 
     def __len__(self) -> int:
         return len(self.conditions)
@@ -34,10 +40,21 @@ class ConditionedDataset(Dataset[ConditionedItem]):
 
 
 class ConditionedData(NoiseData):
-    """`NoiseData`, whose other settings are `noise`, for a model whose conditions are no classes.
+    """Search and held-out noises for a model whose conditions are not classes.
 
-    Of conditions (n, ...) search samples take the first, held-out samples the last, and both start again where they
-    end; so the held-out ones depend on nothing else, and some are in common only where there are more samples.
+    Search samples have the first conditions, held-out samples the last ones; both start
+    again where they end. So the held-out ones depend on nothing else, and conditions
+    are shared only where there are more samples than conditions.
+
+    Args:
+        conditions: Shape (n, ...).
+        event_shape: As for `NoiseData`, and so are the arguments below.
+        num_classes: Must be None.
+        seed: Seed of the noises.
+        search_samples: Size of the search set.
+        eval_samples: Size of the held-out set.
+        per_sample: Held-out noises for strategies that plan a schedule for each sample.
+        batch_size: Samples in a batch.
     """
 
     def __init__(
@@ -61,15 +78,28 @@ class ConditionedData(NoiseData):
         self.conditions = conditions
 
     def noises(self, first: int, count: int) -> Dataset[ConditionedItem]:
+        """Return `count` samples from number `first` on, with their conditions."""
         places = np.arange(count)
         rows = (-1 - places if first == HELD_OUT else places) % len(self.conditions)
         return ConditionedDataset(super().noises(first, count), self.conditions[rows])
 
 
 class ConditionedNoiseData(ConditionedData):
-    """conditions: an .npz file; key: its array with a condition in every row, shuffled in the same way for every seed.
+    """Noises with the rows of an array as conditions.
 
-    ValueError where search and held-out samples would have some in common.
+    Rows are shuffled in the same way for every seed. Search and held-out samples must
+    not share any.
+
+    Args:
+        event_shape: As for `NoiseData`.
+        num_classes: Must be None.
+        conditions: An .npz file.
+        key: Its array, with a condition in every row.
+        seed: As for `NoiseData`, and so are the arguments below.
+        search_samples: Size of the search set.
+        eval_samples: Size of the held-out set.
+        per_sample: Held-out noises for strategies that plan a schedule for each sample.
+        batch_size: Samples in a batch.
     """
 
     def __init__(
@@ -91,12 +121,24 @@ class ConditionedNoiseData(ConditionedData):
         if self.search_samples + self.eval_samples > len(rows):
             raise ValueError(
                 f"conditions={conditions} has {len(rows)} conditions, too few for "
-                f"search_samples={self.search_samples} and eval_samples={self.eval_samples} that share none"
+                f"search_samples={self.search_samples} and eval_samples={self.eval_samples} "
+                "that share none"
             )
 
 
 class PromptData(ConditionedData):
-    """Noises with the prompts of a file, as `read_prompts` takes it. A condition is a prompt's number in the file."""
+    """Noises with prompts. A condition is a prompt's number in the file.
+
+    Args:
+        event_shape: As for `NoiseData`.
+        num_classes: Must be None.
+        prompts: A file as `read_prompts` takes it.
+        seed: As for `NoiseData`, and so are the arguments below.
+        search_samples: Size of the search set.
+        eval_samples: Size of the held-out set.
+        per_sample: Held-out noises for strategies that plan a schedule for each sample.
+        batch_size: Samples in a batch.
+    """
 
     def __init__(
         self,
@@ -109,26 +151,42 @@ class PromptData(ConditionedData):
         per_sample: int = 8,
         batch_size: int = 8,
     ):
-        listed = read_prompts(prompts)
+        texts = read_prompts(prompts)
         noises = seed, search_samples, eval_samples, per_sample, batch_size
-        super().__init__(np.arange(len(listed)), event_shape, num_classes, *noises)
-        self.prompts = listed
+        super().__init__(np.arange(len(texts)), event_shape, num_classes, *noises)
+        self.prompts = texts
 
 
 def read_array(path: Path, key: str) -> np.ndarray:
-    """The array `key` of an .npz file, float32, at least one row. Objects in it are not unpickled."""
+    """Read an array of conditions from an .npz file, without unpickling objects.
+
+    Args:
+        path: The file.
+        key: Name of the array.
+
+    Returns:
+        Shape (n, ...), n >= 1, float32.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or has no such array of numbers.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"conditions {path} do not exist; set data.conditions to an .npz file"
         )
     arrays = load_arrays(path, "conditions", "make the file again with numpy.savez", {key})
-    if (array := arrays.get(key)) is None:
+
+    # The array.
+    array = arrays.get(key)
+    if array is None:
         names = ", ".join(list(arrays)[:20])
         raise ValueError(
             f"conditions {path} have no array {key!r}; set data.key to one of {names:.400}"
         )
     if array.ndim < 2 or array.dtype.kind not in "fiu":
         raise ValueError(
-            f"conditions {path}: {key} must be numbers, a condition in each row, got {array.shape!s:.80}"
+            f"conditions {path}: {key} must be numbers, a condition in each row, "
+            f"got {array.shape!s:.80}"
         )
     return array.astype(np.float32)

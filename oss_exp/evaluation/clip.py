@@ -1,4 +1,7 @@
-"""CLIP on transformers (Radford et al. 2021, arXiv 2103.00020): pictures and texts as directions in one space."""
+"""CLIP, which maps images and texts to unit vectors in one space.
+
+Radford et al. 2021, arXiv 2103.00020, through transformers.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,32 @@ from torch import Tensor, nn
 
 
 class CLIP(nn.Module):
-    """checkpoint: a folder or a hub id, as openai/clip-vit-large-patch14; setting: its name in the configuration."""
+    """A frozen CLIP network with its processor.
+
+    Args:
+        checkpoint: A folder or a hub id, such as openai/clip-vit-large-patch14.
+        setting: The name of this setting in the configuration, quoted in errors.
+    """
 
     def __init__(self, checkpoint: str, setting: str):
         from transformers import AutoProcessor, CLIPModel
 
         super().__init__()
-        self.processor = opened(AutoProcessor, checkpoint, setting)
-        self.network = opened(CLIPModel, checkpoint, setting).eval().requires_grad_(False)
+        self.processor = open_pretrained(AutoProcessor, checkpoint, setting)
+        self.network = open_pretrained(CLIPModel, checkpoint, setting)
+        self.network.eval().requires_grad_(False)
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Tensor]) -> Tensor:
-        """Pictures (3, H, W) in [0, 1], of any sizes -> unit vectors (n, D)."""
-        pixels = self.processor(
-            images=[as_uint8(each.cpu()) for each in pictures], return_tensors="pt"
-        )["pixel_values"]
-        return _unit(self.network.get_image_features(pixel_values=pixels.to(self.network.device)))
+        """Return unit vectors (n, D) of images (3, H, W) in [0, 1], which may differ in size."""
+        arrays = [as_uint8(picture.cpu()) for picture in pictures]
+        pixels = self.processor(images=arrays, return_tensors="pt")["pixel_values"]
+        features = self.network.get_image_features(pixel_values=pixels.to(self.network.device))
+        return _unit(features)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """-> unit vectors (n, D); what is longer than its 77 tokens is cut off."""
+        """Return unit vectors (n, D) of texts, cut off after the network's 77 tokens."""
         length = self.network.config.text_config.max_position_embeddings
         tokens = self.processor(
             text=list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length
@@ -38,24 +47,28 @@ class CLIP(nn.Module):
         return _unit(self.network.get_text_features(**tokens.to(self.network.device)))
 
 
-def opened(kind: Any, checkpoint: str, setting: str) -> Any:
-    """transformers' `kind` from a folder or a hub id; ValueError where there is none."""
+def open_pretrained(kind: Any, checkpoint: str, setting: str) -> Any:
+    """Load a transformers class from a folder or a hub id; none of its own code runs.
+
+    Raises:
+        ValueError: If the checkpoint cannot be opened; the message names `setting`.
+    """
     try:
-        return kind.from_pretrained(
-            checkpoint, trust_remote_code=False
-        )  # whose own code is not run
+        return kind.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{setting}={checkpoint} cannot be opened ({' '.join(str(error).split())[:200]}); give the folder of a "
+            f"{setting}={checkpoint} cannot be opened ({reason}); give the folder of a "
             "downloaded checkpoint, or a hub id where the hub can be reached"
         ) from None
 
 
 def as_uint8(image: Tensor) -> Tensor:
-    """[0, 1] -> bytes, which processors scale themselves."""
+    """Convert pixels from [0, 1] to bytes, which processors scale themselves."""
     return (image * 255).round().byte()
 
 
-def _unit(answer: Tensor | Any) -> Tensor:
-    """Since transformers 5 the features are in an object."""
-    return F.normalize(answer if isinstance(answer, Tensor) else answer.pooler_output, dim=-1)
+def _unit(output: Tensor | Any) -> Tensor:
+    """Normalise features, which transformers 5 wraps in an object."""
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    return F.normalize(features, dim=-1)

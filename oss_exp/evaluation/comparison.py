@@ -1,7 +1,8 @@
-"""A comparison of measured schedules: paired differences to the best baseline, and the table that shows them.
+"""A comparison of measured schedules: paired differences to the best baseline, and its table.
 
-Measured are PSNR per image and the spread: the 5 to 95 % amplitude of a sample relative to the teacher's (below 1: it
-blurs). The table is Markdown for files, HTML for notebooks and a rich table for the terminal.
+A schedule's record has the PSNR of every image and the spread: the 5 to 95 % amplitude
+of a sample relative to the teacher's (below 1, the sample is blurred). The table is
+written as Markdown for files, HTML for notebooks and a rich table for the terminal.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from oss_exp.escaping import markdown_table, plain, visible
 from oss_exp.evaluation.psnr import Interval
 
 NOTE = (
-    "PSNR: mean over n held-out images against the teacher's image from the same noise, ± 95 % interval. "
-    "gain: paired difference to the best baseline at the same NFE (*). NFE: network rows per image. "
+    "PSNR: mean over n held-out images against the teacher's image from the same noise, "
+    "± 95 % interval. gain: paired difference to the best baseline at the same NFE (*). "
+    "NFE: network rows per image. "
     "worst 1 %: the PSNR that 99 % of the images reach. "
     "spread: 5 to 95 % amplitude of the samples relative to the teacher's. "
     "planning: network calls per search sample and seconds for all budgets together."
@@ -30,7 +32,23 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Result:
-    """One measured schedule. values: {sample index: PSNR}; arena: what must agree for a comparison to be fair."""
+    """The measurements of one schedule.
+
+    Attributes:
+        run: Folder of the run.
+        strategy: Name of the step-size strategy.
+        num_steps: Steps of the schedule, K.
+        nfe: Network rows for an image.
+        baseline: True for a baseline, which gains are measured against.
+        start: How the schedule starts.
+        psnr: Mean PSNR in dB with its interval.
+        spread: Mean relative amplitude with its interval.
+        values: PSNR of every sample, by sample index.
+        planning: Cost of the search.
+        metrics: Other metrics, such as FID, by name.
+        arena: Identifies a group of comparable results: same model, teacher, noises and
+            NFE.
+    """
 
     run: str
     strategy: str
@@ -42,31 +60,41 @@ class Result:
     spread: Interval
     values: dict[int, float]
     planning: dict[str, Any]
-    metrics: dict[str, float]  # FID and the like, by name
+    metrics: dict[str, float]
     arena: str
 
     @classmethod
     def of(cls, row: Mapping[str, Any], arena: str, run: str = "") -> Result:
         """Return the result that a row of metrics.json or of a `Comparison` records."""
-        shared = ("strategy", "num_steps", "nfe", "baseline", "start", "planning", "metrics")
+        names = ("strategy", "num_steps", "nfe", "baseline", "start", "planning", "metrics")
+        fields = {name: row[name] for name in names}
+        samples = row["per_image"]
         return cls(
             run=run,
             psnr=Interval(**row["psnr"]),
             spread=Interval(**row["spread"]),
-            values=dict(zip(row["per_image"]["index"], row["per_image"]["psnr"], strict=True)),
+            values=dict(zip(samples["index"], samples["psnr"], strict=True)),
             arena=arena,
-            **{name: row[name] for name in shared},
+            **fields,
         )
 
     @property
     def worst(self) -> float:
-        """The PSNR that 99 % of the images reach."""
+        """The PSNR in dB that 99 % of the images reach."""
         return float(np.quantile(list(self.values.values()), 0.01))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: a result and its paired difference to the best baseline of its arena (None: it is that)."""
+    """A line of the table.
+
+    Attributes:
+        result: The schedule's measurements.
+        rival: The best baseline of the same arena, which may be `result` itself; None
+            without one.
+        gain: Paired PSNR difference to the rival in dB; None for the rival itself and
+            where the two have no sample in common.
+    """
 
     result: Result
     rival: Result | None
@@ -74,28 +102,48 @@ class Line:
 
 
 def with_gains(results: Sequence[Result]) -> list[Line]:
-    """Lines by budget, then best first; differences on the samples that both have."""
+    """Return the lines of a table, by budget and then by PSNR, best first.
+
+    Gains are computed on the samples that both results have.
+    """
     lines = []
     for result in sorted(results, key=lambda r: (r.nfe, r.arena, -r.psnr.mean)):
         baselines = [r for r in results if r.baseline and r.arena == result.arena]
         rival = max(baselines, key=lambda r: r.psnr.mean, default=None)
-        gain = None
-        if rival is not None and rival is not result:
-            common = sorted(result.values.keys() & rival.values.keys())
-            if common:
-                gain = Interval.of(np.array([result.values[i] - rival.values[i] for i in common]))
+        gain = None if rival is None or rival is result else _paired_gain(result, rival)
         lines.append(Line(result, rival, gain))
     return lines
 
 
+def _paired_gain(result: Result, rival: Result) -> Interval | None:
+    """Return the mean PSNR difference on common samples; None where there are none."""
+    common = sorted(result.values.keys() & rival.values.keys())
+    if not common:
+        return None
+    return Interval.of(np.array([result.values[i] - rival.values[i] for i in common]))
+
+
 def spread(x: Tensor) -> Tensor:
-    """(B, *E) -> (B,) float64, from the 5 to the 95 % quantile of each sample."""
+    """Return the distance between the 5 % and the 95 % quantile of each sample.
+
+    Args:
+        x: Samples, shape (B, *E).
+
+    Returns:
+        Shape (B,), float64.
+    """
     low, high = amplitude(x, per_channel=False)
     return high - low
 
 
 def measured(index: np.ndarray, psnr: np.ndarray, spread: np.ndarray) -> dict[str, Any]:
-    """The entries of a schedule's record that its values (n,) give: PSNR and relative spread of the samples `index`."""
+    """Return the entries of a schedule's record for its per-sample values.
+
+    Args:
+        index: Sample indices, shape (n,).
+        psnr: PSNR of these samples in dB, shape (n,).
+        spread: Their spread relative to the teacher's, shape (n,).
+    """
     return {
         "psnr": Interval.of(psnr).to_dict(),
         "spread": Interval.of(spread).to_dict(),
@@ -104,95 +152,96 @@ def measured(index: np.ndarray, psnr: np.ndarray, spread: np.ndarray) -> dict[st
 
 
 def columns(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells; the `run` column only where there are several runs."""
-    more = list(dict.fromkeys(name for line in lines for name in line.result.metrics))
-    header = [
-        "strategy",
-        "K",
-        "NFE",
-        "start",
-        "PSNR, dB",
-        "gain, dB",
-        "worst 1 %",
-        "spread",
-        *more,
-        "n",
-        "planning",
-    ]
-    cells = []
-    for line in lines:
-        result = line.result
-        plan = result.planning
-        gain = (
-            "*"
-            if line.rival is result
-            else ""
-            if line.gain is None
-            else f"{'+' * (line.gain.mean >= 0)}{line.gain}"
-        )
-        calls, seconds = plan.get("network_calls_per_sample"), plan.get("seconds")
-        cells.append(
-            [
-                result.strategy,
-                str(result.num_steps),
-                str(result.nfe),
-                result.start,
-                str(result.psnr),
-                gain,
-                f"{result.worst:.2f}",
-                f"{result.spread.mean:.3f}",
-                *(
-                    f"{result.metrics[name]:.4g}" if name in result.metrics else "-"
-                    for name in more
-                ),
-                str(result.psnr.n),
-                "-" if not calls or seconds is None else f"{calls:.0f} calls, {seconds:.1f} s",
-            ]
-        )
+    """Return the header and the rows of the table.
+
+    The `run` column is there only where the lines come from several runs.
+    """
+    # Header, with a column for every metric that any result has.
+    metrics = list(dict.fromkeys(name for line in lines for name in line.result.metrics))
+    header = ["strategy", "K", "NFE", "start", "PSNR, dB", "gain, dB", "worst 1 %", "spread"]
+    header += [*metrics, "n", "planning"]
+
+    # Rows.
+    rows = [_row(line, metrics) for line in lines]
     if len({line.result.run for line in lines}) > 1:
         header = ["run", *header]
-        cells = [[line.result.run, *row] for line, row in zip(lines, cells, strict=True)]
-    return header, cells
+        rows = [[line.result.run, *row] for line, row in zip(lines, rows, strict=True)]
+    return header, rows
+
+
+def _row(line: Line, metrics: Sequence[str]) -> list[str]:
+    """Return the cells of a line, the run's left out."""
+    result = line.result
+
+    # Paired gain.
+    if line.rival is result:
+        gain = "*"
+    elif line.gain is None:
+        gain = ""
+    else:
+        sign = "+" if line.gain.mean >= 0 else ""
+        gain = f"{sign}{line.gain}"
+
+    # Other metrics.
+    extra = []
+    for name in metrics:
+        extra.append(f"{result.metrics[name]:.4g}" if name in result.metrics else "-")
+
+    # Planning cost.
+    calls = result.planning.get("network_calls_per_sample")
+    seconds = result.planning.get("seconds")
+    planning = "-" if not calls or seconds is None else f"{calls:.0f} calls, {seconds:.1f} s"
+
+    return [
+        result.strategy,
+        str(result.num_steps),
+        str(result.nfe),
+        result.start,
+        str(result.psnr),
+        gain,
+        f"{result.worst:.2f}",
+        f"{result.spread.mean:.3f}",
+        *extra,
+        str(result.psnr.n),
+        planning,
+    ]
 
 
 def markdown(lines: Sequence[Line]) -> str:
+    """Return the table as Markdown, with a note on its columns."""
     return f"{markdown_table(*columns(lines))}\n{NOTE}\n"
 
 
 def terminal(lines: Sequence[Line], title: str) -> Table:
-    header, cells = columns(lines)
+    """Return the table for the terminal, with the best baselines in bold."""
+    header, rows = columns(lines)
     table = Table(title=plain(title), title_justify="left", caption=NOTE, caption_justify="left")
+
+    # Columns: names to the left, numbers to the right.
     for name in header:
-        table.add_column(
-            plain(name),
-            no_wrap=True,
-            justify="left" if name in ("run", "strategy", "start") else "right",
-        )
-    for index, row in enumerate(cells):
-        last = index + 1 == len(cells) or lines[index + 1].result.nfe != lines[index].result.nfe
-        table.add_row(
-            *map(plain, row),
-            end_section=last,
-            style="bold" if lines[index].rival is lines[index].result else None,
-        )
+        justify = "left" if name in ("run", "strategy", "start") else "right"
+        table.add_column(plain(name), no_wrap=True, justify=justify)
+
+    # Rows, with a rule below each budget.
+    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        last = index + 1 == len(lines) or lines[index + 1].result.nfe != line.result.nfe
+        style = "bold" if line.rival is line.result else None
+        table.add_row(*map(plain, row), end_section=last, style=style)
     return table
 
 
 def html(lines: Sequence[Line], title: str) -> str:
-    """The table for a notebook, its cells and the title escaped; the best baseline's row is bold."""
-    header, cells = columns(lines)
+    """Return the table as escaped HTML for a notebook, with the best baselines in bold."""
+    header, rows = columns(lines)
     parts = [
         f"<table><caption>{escaping.escape(visible(title))}</caption>",
         _html_row("th", header),
     ]
-    for line, row in zip(lines, cells, strict=True):
+    for line, row in zip(lines, rows, strict=True):
         parts.append(_html_row("th" if line.rival is line.result else "td", row))
     return "\n".join([*parts, f"</table><p>{escaping.escape(NOTE)}</p>"])
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:
-    return (
-        "<tr>"
-        + "".join(f"<{tag}>{escaping.escape(visible(cell))}</{tag}>" for cell in cells)
-        + "</tr>"
-    )
+    texts = [f"<{tag}>{escaping.escape(visible(cell))}</{tag}>" for cell in cells]
+    return f"<tr>{''.join(texts)}</tr>"

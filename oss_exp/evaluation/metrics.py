@@ -1,8 +1,10 @@
-"""FID, KID, precision and recall, class agreement and LPIPS, batch after batch and over any number of ranks.
+"""Metrics of generated images: FID, KID, precision and recall, class agreement, LPIPS, CLIP score.
 
-Every metric is a `torchmetrics.Metric` with one interface: `update(images, teacher, labels)` with each sample once,
-then `compute()` -> {name: number}. The first three compare with statistics of real images (`statistics.Reference`).
-Those that take `extractor`, `reference` or `classifier` are given the evaluation's, by the name of the argument.
+Every metric is a `torchmetrics.Metric` with one interface: `update(images, teacher,
+labels)` with each sample once, over any number of batches and ranks, then `compute()`
+-> {name: number}. FID, KID and precision and recall compare with statistics of real
+images (`statistics.Reference`). A metric whose constructor has an argument `extractor`,
+`reference` or `classifier` gets the evaluation's object of that name.
 """
 
 from __future__ import annotations
@@ -23,21 +25,22 @@ from oss_exp.evaluation.features import as_rgb, load_weights
 from oss_exp.evaluation.statistics import REMEDY, Reference, check_pixels, frechet, gram, moments
 
 Backbone = Literal["alex", "vgg"]
-BACKBONES = {
+BACKBONES = {  # torchvision's files, on download.pytorch.org
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
-}  # torchvision's, on download.pytorch.org
+}
 ALEXNET = (
     f"to torchvision's weights, such as https://download.pytorch.org/models/{BACKBONES['alex']}"
 )
 
 
 class ImageMetric(Metric):
-    """What the metrics share: images and the teacher's (B, C, H, W) in [0, 1], labels (B,) with -1 for no class.
+    """Base class of the metrics.
 
-    prompts (B): those of a model that takes prompts.
-    needs: of `classes` and `prompts`, those that every image must have been made for.
-    at_the_end: settings that only `compute` heeds, so that they may change when all images have been seen.
+    Attributes:
+        needs: What every image must have been made from: of "classes" and "prompts".
+        at_the_end: Settings that only `compute` uses, so that they may change after all
+            images have been seen.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -48,10 +51,22 @@ class ImageMetric(Metric):
     def update(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None = None
     ) -> None:
+        """Add a batch of images.
+
+        Args:
+            images: Generated images, shape (B, C, H, W), in [0, 1]; B may be 0.
+            teacher: The teacher's images from the same noises and conditions, same
+                shape.
+            labels: Classes, shape (B,), with -1 for none.
+            prompts: B prompts, where the model takes prompts.
+
+        Raises:
+            ValueError: If shapes disagree or pixels are not in [0, 1].
+        """
         if images.ndim != 4 or images.shape != teacher.shape or labels.shape != images.shape[:1]:
             raise ValueError(
-                "a metric needs images and the teacher's, both (B, C, H, W), and labels (B,), got "
-                f"{tuple(images.shape)}, {tuple(teacher.shape)} and {tuple(labels.shape)}"
+                "a metric needs images and the teacher's, both (B, C, H, W), and labels (B,), "
+                f"got {tuple(images.shape)}, {tuple(teacher.shape)} and {tuple(labels.shape)}"
             )
         if len(images) == 0:  # all of a rank's samples may be repetitions
             return
@@ -63,25 +78,29 @@ class ImageMetric(Metric):
     def add(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
     ) -> None:
-        """Take in a checked batch of at least one image, float32."""
+        """Add a checked, non-empty float32 batch."""
 
     def require(self, count: int) -> None:
-        """Raise ValueError where so many images cannot be measured."""
+        """Raise ValueError if this number of images cannot be measured."""
         del count
 
     @abstractmethod
-    def compute(self) -> dict[str, float]: ...
+    def compute(self) -> dict[str, float]:
+        """Return the metric's numbers by name."""
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Distances between distributions of features
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class FeatureMetric(ImageMetric):
-    """Compares the features that an extractor, images (B, C, H, W) in [0, 1] -> (B, F), sees with those of real images.
+    """Base class of metrics that compare features of generated and real images.
 
-    num_images: how many images there must be in the end; null: however many.
+    Args:
+        extractor: Network from images (B, C, H, W) in [0, 1] to features (B, F).
+        reference: Statistics of real images, made with the same extractor.
+        num_images: Number of images that is required in the end; None for any.
     """
 
     at_the_end = ("num_images",)
@@ -91,29 +110,35 @@ class FeatureMetric(ImageMetric):
         require_range(at_least=1, num_images=num_images)
         reference.check_extractor(extractor)
         self.extractor = extractor.eval().requires_grad_(False)
-        self.reference, self.num_images = reference, num_images
+        self.reference = reference
+        self.num_images = num_images
 
     def add(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
     ) -> None:
         features = self.extractor(images)
         self.reference.check_features(features, channels=images.shape[1])
-        self.keep(features)
+        self.add_features(features)
 
     @abstractmethod
-    def keep(self, features: Tensor) -> None: ...
+    def add_features(self, features: Tensor) -> None:
+        """Add the features (B, F) of a batch."""
 
     def require(self, count: int) -> None:
         if self.num_images not in (None, count):
             raise ValueError(
-                f"{type(self).__name__} of {count} images where {self.num_images} are expected: it depends on the "
-                f"number of images (FID falls as it grows), so only equal numbers compare; evaluate {self.num_images}, "
-                "or set num_images to null and say the number"
+                f"{type(self).__name__} of {count} images where {self.num_images} are expected: "
+                "it depends on the number of images (FID falls as it grows), so only equal "
+                f"numbers compare; evaluate {self.num_images}, or set num_images to null "
+                "and say the number"
             )
 
 
 class FID(FeatureMetric):
-    """Frechet distance between Gaussians fitted to features (Heusel et al. 2017). Biased: fewer images, higher FID."""
+    """Frechet distance between Gaussians fitted to features (Heusel et al. 2017).
+
+    It is biased: fewer images give a higher FID.
+    """
 
     total: Tensor
 
@@ -122,7 +147,7 @@ class FID(FeatureMetric):
         size = len(reference.mu) + 1
         self.add_state("total", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def keep(self, features: Tensor) -> None:
+    def add_features(self, features: Tensor) -> None:
         self.total += gram(features)
 
     def compute(self) -> dict[str, float]:
@@ -132,24 +157,27 @@ class FID(FeatureMetric):
 
 
 class GatheredMetric(FeatureMetric):
-    """Needs every single feature, of the real images too, and at least so many of both as `least` says."""
+    """Base class of metrics that need single features of generated and of real images.
+
+    Attributes:
+        least: Least number of images on both sides, and the setting that requires it.
+    """
 
     rows: list[Tensor]
-    least: tuple[int, str]  # and the setting that asks for them
+    least: tuple[int, str]
 
     def __init__(self, extractor: nn.Module, reference: Reference, num_images: int | None = None):
         super().__init__(extractor, reference, num_images)
         if reference.features is None:
             raise ValueError(
-                f"{type(self).__name__} needs single features, but {reference.path} has only their mean and "
-                f"covariance, as published statistics do; {REMEDY}"
+                f"{type(self).__name__} needs single features, but {reference.path} has only "
+                f"their mean and covariance, as published statistics do; {REMEDY}"
             )
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def keep(self, features: Tensor) -> None:
-        self.rows.append(
-            features.float().flatten()
-        )  # torchmetrics gathers a rank without any as an empty vector
+    def add_features(self, features: Tensor) -> None:
+        # Flat, since torchmetrics gathers a rank without images as an empty vector.
+        self.rows.append(features.float().flatten())
 
     def require(self, count: int) -> None:
         super().require(count)
@@ -158,12 +186,20 @@ class GatheredMetric(FeatureMetric):
         real = len(self.reference.features)
         if min(count, real) < least:
             raise ValueError(
-                f"{type(self).__name__} needs at least {least} images on both sides, got {count} generated ones and "
-                f"{real} in {self.reference.path}; evaluate more, or choose a smaller {setting}"
+                f"{type(self).__name__} needs at least {least} images on both sides, "
+                f"got {count} generated ones and {real} in {self.reference.path}; "
+                f"evaluate more, or choose a smaller {setting}"
             )
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """Generated (n, F) and real (m, F), as many as needed; in an order that ranks and batches do not change."""
+        """Return generated features (n, F) and real ones (m, F).
+
+        Generated features are sorted, so that ranks and batches do not change their
+        order.
+
+        Raises:
+            ValueError: If there are too few of either.
+        """
         real = torch.from_numpy(self.reference.features)
         rows = dim_zero_cat(self.rows) if len(self.rows) else real.new_zeros(0)
         generated = rows.reshape(-1, real.shape[1])
@@ -172,7 +208,16 @@ class GatheredMetric(FeatureMetric):
 
 
 class KID(GatheredMetric):
-    """Unbiased squared MMD of a cubic kernel, mean and spread over random subsets (Binkowski et al. 2018)."""
+    """Kernel distance: unbiased squared MMD of a cubic kernel (Binkowski et al. 2018).
+
+    Args:
+        extractor: As for `FeatureMetric`.
+        reference: As for `FeatureMetric`.
+        num_images: As for `FeatureMetric`.
+        subsets: Number of random subsets, over which mean and standard deviation are
+            taken.
+        subset_size: Images in a subset.
+    """
 
     at_the_end = ("num_images", "subsets", "subset_size")
 
@@ -187,7 +232,8 @@ class KID(GatheredMetric):
         super().__init__(extractor, reference, num_images)
         require_range(at_least=1, subsets=subsets)
         require_range(at_least=2, subset_size=subset_size)
-        self.subsets, self.subset_size = subsets, subset_size
+        self.subsets = subsets
+        self.subset_size = subset_size
         self.least = subset_size, "subset_size"
 
     def compute(self) -> dict[str, float]:
@@ -197,20 +243,28 @@ class KID(GatheredMetric):
             kid_features_to_metric,
         )
 
-        found = kid_features_to_metric(
+        values = kid_features_to_metric(
             *self.features(),
             kid_subsets=self.subsets,
             kid_subset_size=self.subset_size,
             rng_seed=0,
             verbose=False,
         )
-        return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
+        return {"kid": values[KEY_METRIC_KID_MEAN], "kid_std": values[KEY_METRIC_KID_STD]}
 
 
 class PrecisionRecall(GatheredMetric):
-    """Share of generated images among the real ones, and the reverse: within the distance of a k-th nearest neighbour.
+    """Precision and recall of generated images (Kynkaanniemi et al. 2019).
 
-    Kynkaanniemi et al. 2019. Both depend on the numbers of images.
+    Precision is the share of generated images within the distance from a real image to
+    its k-th nearest neighbour; recall exchanges the two sides. Both depend on the
+    numbers of images.
+
+    Args:
+        extractor: As for `FeatureMetric`.
+        reference: As for `FeatureMetric`.
+        num_images: As for `FeatureMetric`.
+        k: Number of the neighbour.
     """
 
     at_the_end = ("num_images", "k")
@@ -230,23 +284,27 @@ class PrecisionRecall(GatheredMetric):
             prc_features_to_metric,
         )
 
-        found = prc_features_to_metric(
+        values = prc_features_to_metric(
             *self.features(),
             prc_neighborhood=self.k,
             prc_batch_size=1000,
             save_cpu_ram=True,  # never all distances at once
             verbose=False,
         )
-        return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
+        return {"precision": values[KEY_METRIC_PRECISION], "recall": values[KEY_METRIC_RECALL]}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Means over images
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class MeanMetric(ImageMetric):
-    """The mean of a number that every image has for itself."""
+    """Base class of metrics that are the mean of one number for each image.
+
+    Attributes:
+        name: Name of the metric in `compute`'s result.
+    """
 
     name: str
     total: Tensor
@@ -261,7 +319,7 @@ class MeanMetric(ImageMetric):
     def values(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
     ) -> Tensor:
-        """One number an image, (B,)."""
+        """Return one number for each image, shape (B,)."""
 
     def add(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
@@ -277,15 +335,19 @@ class MeanMetric(ImageMetric):
 
 @runtime_checkable
 class Classifier(Protocol):
-    """A network that knows classes, as `classifier.FashionFeatures` does."""
+    """A network that scores classes, such as `classifier.FashionFeatures`."""
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> (B, classes)."""
+        """Return class scores (B, classes) of images (B, C, H, W) in [0, 1]."""
         ...
 
 
 class ClassAgreement(MeanMetric):
-    """How often a classifier, a `Classifier`, sees the class that was asked for, in %."""
+    """Share of images, in %, that a classifier assigns to the class they were generated for.
+
+    Args:
+        classifier: A `Classifier`.
+    """
 
     name = "class_agreement"
     needs = ("classes",)
@@ -301,19 +363,24 @@ class ClassAgreement(MeanMetric):
         logits = self.classifier.logits(images)
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(
-                f"class agreement needs a class from 0 to {logits.shape[1] - 1} for every image (-1 is none), got "
-                f"{sorted(set(labels.tolist()))}; set data.classes, or leave this metric out"
+                f"class agreement needs a class from 0 to {logits.shape[1] - 1} for every image "
+                f"(-1 is none), got {sorted(set(labels.tolist()))}; set data.classes, "
+                "or leave this metric out"
             )
         return 100 * (logits.argmax(dim=1) == labels)
 
 
 class LPIPS(MeanMetric):
-    """Perceptual distance to the teacher's image of the same noise (Zhang et al. 2018), through torchmetrics.
+    """Perceptual distance to the teacher's image (Zhang et al. 2018), through torchmetrics.
 
-    Grey images become RGB; an image with a side under 64 pixels is enlarged to 64, bilinearly, for the network's sake.
+    Grey images become RGB. Images with a side under 64 pixels are enlarged to 64,
+    bilinearly, which is the least that the network takes.
 
-    net: "alex" or "vgg". weights: torchvision's file of that backbone, local; the linear heads come with torchmetrics.
-    sha256: of that file; needed where it is a TorchScript archive, for that is a program.
+    Args:
+        weights: torchvision's file of the backbone, local; the linear heads come with
+            torchmetrics.
+        net: Backbone, "alex" or "vgg".
+        sha256: Hash of the file; needed for a TorchScript archive, which is a program.
     """
 
     name = "lpips"
@@ -329,17 +396,15 @@ class LPIPS(MeanMetric):
 
         super().__init__()
         require_choice(BACKBONES, net=net)
-        state = load_weights(
-            weights,
-            "LPIPS weights",
-            f"https://download.pytorch.org/models/{BACKBONES[net]}",
-            sha256,
-        )
+        url = f"https://download.pytorch.org/models/{BACKBONES[net]}"
+        state = load_weights(weights, "LPIPS weights", url, sha256)
+
+        # Backbone; its slice3.6.weight is torchvision's features.6.weight.
         self.network = _NoTrainLpips(net=net, pnet_rand=True)
-        backbone: dict[str, Any] = self.network.net.state_dict()
-        try:  # slice3.6.weight is torchvision's features.6.weight
+        names: dict[str, Any] = self.network.net.state_dict()
+        try:
             self.network.net.load_state_dict(
-                {name: state[f"features.{name.split('.', 1)[1]}"] for name in backbone}
+                {name: state[f"features.{name.split('.', 1)[1]}"] for name in names}
             )
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
@@ -348,24 +413,29 @@ class LPIPS(MeanMetric):
     def values(
         self, images: Tensor, teacher: Tensor, labels: Tensor, prompts: Sequence[str] | None
     ) -> Tensor:
-        factor = 64 / min(images.shape[2:])
-        pair = [as_rgb(images), as_rgb(teacher)]
-        if factor > 1:
-            size = [round(factor * side) for side in images.shape[2:]]
-            pair = [
-                nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
-                for x in pair
-            ]
-        return self.network(*pair, normalize=True).flatten()
+        return self.network(_enlarged(images), _enlarged(teacher), normalize=True).flatten()
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    """Return RGB images whose sides are at least 64 pixels."""
+    images = as_rgb(images)
+    factor = 64 / min(images.shape[2:])
+    if factor <= 1:
+        return images
+    size = [round(factor * side) for side in images.shape[2:]]
+    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 class CLIPScore(MeanMetric):
-    """How well images fit their prompts: 100 max(cos, 0) of CLIP's features (Hessel et al. 2021, arXiv 2104.08718).
+    """Agreement of images with their prompts: 100 max(cos, 0) of CLIP's features.
 
-    torchmetrics' own does not know the answers of transformers 5.
+    Hessel et al. 2021, arXiv 2104.08718. torchmetrics' class does not work with
+    transformers 5.
 
-    checkpoint: a folder or a hub id; openai/clip-vit-base-patch16 or openai/clip-vit-large-patch14 are common, and
-                numbers of one do not compare with those of another.
+    Args:
+        checkpoint: A folder or a hub id; openai/clip-vit-base-patch16 and
+            openai/clip-vit-large-patch14 are common. Scores of different checkpoints do
+            not compare.
     """
 
     name = "clip_score"

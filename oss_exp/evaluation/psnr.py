@@ -1,6 +1,7 @@
-"""PSNR per image or video, and the intervals that make means comparable.
+"""PSNR for each image or video, and confidence intervals of means.
 
-Pixels are in [0, 1], decoded and clipped; the reference is the teacher's image from the same noise and condition.
+Pixels are in [0, 1], decoded and clipped. The reference is the teacher's image from the
+same noise and condition.
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from oss_exp.evaluation.pictures import frames_of
 
-CEILING = 120.0  # dB; stands for images that are equal to float32 precision, where the ratio has no finite value
+CEILING = 120.0  # dB; reported for images that are equal to float32 precision
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """images, reference (B, ...) in [0, 1] -> (B,) 10 log10(1 / MSE) in dB, at most 120.
+    """Return the peak signal-to-noise ratio of each sample, 10 log10(1 / MSE), in dB.
 
-    Of videos (B, C, F, H, W) it is the mean over their frames. Of waveforms (B, C, samples), which are not clipped, it
-    is against full scale, -1 to 1: a peak of 1, as for pixels.
+    The PSNR of a video is the mean over its frames. Waveforms (B, C, samples) are not
+    clipped; their peak is 1, the full scale from -1 to 1.
+
+    Args:
+        images: Images (B, C, H, W), videos (B, C, F, H, W) or waveforms, in [0, 1].
+        reference: The same shape.
+
+    Returns:
+        Shape (B,), float64, at most 120.
     """
     if images.ndim == 5:
-        return psnr(frames_of(images), frames_of(reference)).unflatten(0, (len(images), -1)).mean(1)
+        frames = psnr(frames_of(images), frames_of(reference))
+        return frames.unflatten(0, (len(images), -1)).mean(1)
+
     dims = tuple(range(1, images.ndim))
     value = peak_signal_noise_ratio(
         images.double(), reference.double(), 1.0, dim=dims, reduction="none"
@@ -34,7 +44,14 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval (Student's t); one value has no interval, low and high are None."""
+    """A mean with its 95 % confidence interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of the interval; None where n is 1.
+        high: Upper end of the interval; None where n is 1.
+        n: Number of values.
+    """
 
     mean: float
     low: float | None
@@ -43,7 +60,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Interval:
-        """values (n,), n >= 1."""
+        """Return the mean of values (n,), n >= 1, with Student's t interval."""
         mean, n = float(np.mean(values)), len(values)
         if n == 1:
             return cls(mean, None, None, 1)
@@ -52,10 +69,11 @@ class Interval:
 
     @property
     def half(self) -> float | None:
-        """Half the width of the interval."""
+        """Half the width of the interval; None where there is none."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """Return the fields by name, as a run's records store them."""
         return asdict(self)
 
     def __str__(self) -> str:

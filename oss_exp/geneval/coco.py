@@ -1,21 +1,23 @@
 """GenEval's detector and colour classifier on transformers: Mask2Former on COCO, and CLIP.
 
-The public program runs the same networks on mmdet 2 and open_clip. Instances are read off the network's answers here as
-mmdet does, for transformers' own reading passes all masks through 384 x 384 pixels.
+The public program runs the same networks on mmdet 2 and open_clip. Instances are
+derived from the network's outputs as mmdet does it, because transformers' own
+post-processing resizes all masks to 384 x 384 pixels.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oss_exp.evaluation.clip import CLIP, as_uint8, opened
+from oss_exp.evaluation.clip import CLIP, as_uint8, open_pretrained
 from oss_exp.files import find_asset, sha256
-from oss_exp.geneval.detectors import Seen
-from oss_exp.geneval.rules import COLOURS, Rules
+from oss_exp.geneval.detectors import Detection
+from oss_exp.geneval.rules import COLOURS, Box, Rules
 from oss_exp.models.checkpoints.weights import digest
 
 TEMPLATES = (
@@ -23,15 +25,19 @@ TEMPLATES = (
     "a photo of a {colour}-colored {name}",
     "a photo of a {colour} object",
 )
-GREY = 0x99 / 255  # of what is not the object
+GREY = 0x99 / 255  # the pixels around a cut-out object
 
 
 class COCODetector(nn.Module):
-    """Mask2Former (Cheng et al. 2022, arXiv 2112.01527) and CLIP (Radford et al. 2021, arXiv 2103.00020).
+    """GenEval's detector: Mask2Former for objects, CLIP for their colours.
 
-    detector, clip: folders or hub ids; GenEval's are facebook/mask2former-swin-small-coco-instance and
-                    openai/clip-vit-large-patch14.
-    names:          a file with the name of each of the detector's classes, one a line, by a path or as it is shipped.
+    Cheng et al. 2022, arXiv 2112.01527, and Radford et al. 2021, arXiv 2103.00020.
+
+    Args:
+        detector: Folder or hub id of Mask2Former; the default is GenEval's.
+        clip: Folder or hub id of CLIP; the default is GenEval's.
+        names: A file with the name of each of the detector's classes, one a line: a
+            path or the name of a shipped file.
     """
 
     rules = Rules()
@@ -46,75 +52,103 @@ class COCODetector(nn.Module):
 
         super().__init__()
         self.names = find_asset(names, "names of classes").read_text().splitlines()
-        self.processor = opened(AutoImageProcessor, detector, "task.detector.detector")
-        self.network = opened(
-            Mask2FormerForUniversalSegmentation, detector, "task.detector.detector"
-        )
+
+        # Networks.
+        setting = "task.detector.detector"
+        self.processor = open_pretrained(AutoImageProcessor, detector, setting)
+        self.network = open_pretrained(Mask2FormerForUniversalSegmentation, detector, setting)
         self.clip = CLIP(clip, "task.detector.clip")
-        if (count := self.network.config.num_labels) != len(self.names):
+        count = self.network.config.num_labels
+        if count != len(self.names):
             raise ValueError(
-                f"task.detector.detector={detector} has {count} classes, {names} has {len(self.names)} names; choose a "
-                "detector of COCO's instances"
+                f"task.detector.detector={detector} has {count} classes, "
+                f"{names} has {len(self.names)} names; choose a detector of COCO's instances"
             )
-        self.fingerprint = sha256(
-            " ".join(digest(each.state_dict()) for each in (self.network, self.clip)).encode()
-        )
-        self.texts: dict[str, Tensor] = {}  # of each class, the ten colours' features (10, D)
+
+        digests = f"{digest(self.network.state_dict())} {digest(self.clip.state_dict())}"
+        self.fingerprint = sha256(digests.encode())
+        self.texts: dict[str, Tensor] = {}  # class -> features (10, D) of the colours
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def detect(self, images: Tensor) -> list[dict[str, list[Seen]]]:
-        """The 100 likeliest pairs of a query and a class; a score is the class's times the mask's mean."""
+    def detect(self, images: Tensor) -> list[dict[str, list[Detection]]]:
+        """Return the objects of each image by class.
+
+        Candidates are the 100 likeliest pairs of a query and a class. A score is the
+        class's probability times the mean of the mask.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1].
+        """
         return [self._instances(image) for image in images]
 
     @torch.no_grad()
-    def colour(self, image: Tensor, name: str, seen: Seen) -> str:
-        """The likeliest by CLIP of the object on grey, cut out."""
+    def colour(self, image: Tensor, name: str, seen: Detection) -> str:
+        """Return the colour that CLIP finds likeliest for the object, cut out on grey."""
         height, width = image.shape[1:]
-        x1, y1, x2, y2 = (round(edge) for edge in seen.box[:4])
-        alone = torch.where(seen.mask, image, image.new_tensor(GREY))
-        cut = alone[
-            :, max(y1, 0) : max(min(y2, height), y1 + 1), max(x1, 0) : max(min(x2, width), x1 + 1)
-        ]
-        return COLOURS[int((self.clip.images([cut]) @ self._texts(name).T).argmax())]
+        x1, y1, x2, y2 = map(round, seen.box[:4])
+        rows = slice(max(y1, 0), max(min(y2, height), y1 + 1))
+        columns = slice(max(x1, 0), max(min(x2, width), x1 + 1))
 
-    def _instances(self, image: Tensor) -> dict[str, list[Seen]]:
-        inputs = self.processor(images=[as_uint8(image)], return_tensors="pt").to(image.device)
-        answer = self.network(**inputs)
-        seen, (height, width) = inputs["pixel_values"].shape[2:], image.shape[1:]
-        inside = inputs["pixel_mask"][0].bool()
-        rows, columns = int(inside.any(1).sum()), int(inside.any(0).sum())  # the rest is padding
-        masks = F.interpolate(
-            answer.masks_queries_logits, tuple(seen), mode="bilinear", align_corners=False
-        )
-        masks = F.interpolate(
-            masks[..., :rows, :columns], (height, width), mode="bilinear", align_corners=False
-        )[0]
-        classes = answer.class_queries_logits[0].softmax(-1)[:, :-1]
+        object_on_grey = torch.where(seen.mask, image, image.new_tensor(GREY))
+        features = self.clip.images([object_on_grey[:, rows, columns]])
+        return COLOURS[int((features @ self._colour_features(name).T).argmax())]
+
+    def _instances(self, image: Tensor) -> dict[str, list[Detection]]:
+        masks, classes = self._predict(image)
         scores, pairs = classes.flatten().topk(min(100, classes.numel()))
-        found: dict[str, list[Seen]] = {}
+        objects: dict[str, list[Detection]] = {}
         for score, pair in zip(scores.tolist(), pairs.tolist(), strict=True):
             if score <= self.rules.threshold:  # the mask's mean is at most 1
                 continue
+
+            # Mask of the query.
             query, kind = divmod(pair, classes.shape[1])
             mask = masks[query] > 0
             if not bool(mask.any()):
                 continue
+
+            # Score of the object.
             score *= float(masks[query].sigmoid()[mask].mean())
             if score > self.rules.threshold:
-                (top, bottom), (left, right) = (
-                    (int(each[0]), int(each[-1]) + 1)
-                    for each in (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
-                )
-                box = (float(left), float(top), float(right), float(bottom), score)
-                found.setdefault(self.names[kind], []).append(Seen(box, mask))
-        return found
+                detection = Detection(_box(mask, score), mask)
+                objects.setdefault(self.names[kind], []).append(detection)
+        return objects
 
-    def _texts(self, name: str) -> Tensor:
+    def _predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mask logits (queries, H, W) and class probabilities (queries, classes)."""
+        inputs = self.processor(images=[as_uint8(image)], return_tensors="pt").to(image.device)
+        output = self.network(**inputs)
+
+        # Part of the input that is not padding.
+        inside = inputs["pixel_mask"][0].bool()
+        rows = int(inside.any(1).sum())
+        columns = int(inside.any(0).sum())
+
+        # Masks in the image's pixels.
+        padded = _resized(output.masks_queries_logits, inputs["pixel_values"].shape[2:])
+        masks = _resized(padded[..., :rows, :columns], image.shape[1:])[0]
+        return masks, output.class_queries_logits[0].softmax(-1)[:, :-1]
+
+    def _colour_features(self, name: str) -> Tensor:
+        """Return the features (10, D) of a class in each colour, averaged over the templates."""
         if name not in self.texts:
-            prompts = [
-                form.format(colour=colour, name=name) for colour in COLOURS for form in TEMPLATES
-            ]
-            each = self.clip.texts(prompts).unflatten(0, (len(COLOURS), -1))
-            self.texts[name] = F.normalize(each.mean(1), dim=-1)
+            prompts = []
+            for colour, template in product(COLOURS, TEMPLATES):
+                prompts.append(template.format(colour=colour, name=name))
+            features = self.clip.texts(prompts).unflatten(0, (len(COLOURS), -1))
+            self.texts[name] = F.normalize(features.mean(1), dim=-1)
         return self.texts[name]
+
+
+def _resized(masks: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(masks, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _box(mask: Tensor, score: float) -> Box:
+    """Return the bounding box of a mask (H, W), its ends exclusive."""
+    rows = mask.any(1).nonzero()[:, 0]
+    columns = mask.any(0).nonzero()[:, 0]
+    x1, y1 = float(columns[0]), float(rows[0])
+    x2, y2 = float(columns[-1] + 1), float(rows[-1] + 1)
+    return x1, y1, x2, y2, score

@@ -1,6 +1,7 @@
-"""What finds the objects that GenEval asks for: a small network that knows our garments, and Mask2Former with CLIP.
+"""Detectors of the objects that GenEval's prompts name: the protocol, and a small one for garments.
 
-A detector takes images (B, 3, H, W) in [0, 1] and gives for each its objects by class; it tells their colours too.
+`coco.COCODetector` is the detector of the public program. A detector finds the objects
+of images by class, and names their colours.
 """
 
 from __future__ import annotations
@@ -19,147 +20,228 @@ from oss_exp.geneval.rules import Box, Rules, Verdict, Wish, judge
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """box: x1, y1, x2, y2, pixels, all its own, and the score; mask (H, W): which pixels are the object's."""
+class Detection:
+    """An object in an image.
+
+    Attributes:
+        box: x1, y1, x2, y2 in pixels, ends included, and the score.
+        mask: True in the object's pixels, shape (H, W).
+    """
 
     box: Box
     mask: Tensor
 
 
 class Detector(Protocol):
-    """rules: the thresholds that its scores are made for. fingerprint: SHA-256 of its weights."""
+    """The interface of detectors.
+
+    Attributes:
+        rules: Thresholds for the detector's scores.
+        fingerprint: SHA-256 of its weights.
+    """
 
     rules: Rules
     fingerprint: str
 
-    def detect(self, images: Tensor) -> list[dict[str, list[Seen]]]:
-        """images (B, 3, H, W) in [0, 1]."""
+    def detect(self, images: Tensor) -> list[dict[str, list[Detection]]]:
+        """Return the objects of each image (B, 3, H, W), in [0, 1], by class."""
         ...
 
-    def colour(self, image: Tensor, name: str, seen: Seen) -> str:
-        """Of an object of this class in image (3, H, W)."""
+    def colour(self, image: Tensor, name: str, seen: Detection) -> str:
+        """Return the colour of an object of class `name` in an image (3, H, W)."""
         ...
 
 
 def look(
-    detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Seen]], wanted: Wish
+    detector: Detector, image: Tensor, seen: Mapping[str, Sequence[Detection]], wanted: Wish
 ) -> Verdict:
-    """GenEval's verdict on image (3, H, W), of which `detect` gave `seen`."""
-    owner = {each.box: each for objects in seen.values() for each in objects}
-    boxes = {name: [each.box for each in objects] for name, objects in seen.items()}
-    return judge(
-        wanted, boxes, lambda name, box: detector.colour(image, name, owner[box]), detector.rules
-    )
+    """Return GenEval's verdict on an image.
+
+    Args:
+        detector: The detector, which names colours where they matter.
+        image: Shape (3, H, W), in [0, 1].
+        seen: The detector's objects in the image, by class.
+        wanted: What the image must show.
+    """
+    boxes: dict[str, list[Box]] = {}
+    detection_of: dict[Box, Detection] = {}
+    for name, detections in seen.items():
+        boxes[name] = []
+        for detection in detections:
+            boxes[name].append(detection.box)
+            detection_of[detection.box] = detection
+
+    def colour_of(name: str, box: Box) -> str:
+        return detector.colour(image, name, detection_of[box])
+
+    return judge(wanted, boxes, colour_of, detector.rules)
 
 
 class FashionDetector(Shipped):
-    """Finds garments on black: a heat map of middles for each class, and how far the four edges are (CenterNet, Zhou et
-    al. 2019, arXiv 1904.07850). A cell is 4 x 4 pixels; a peak among its eight neighbours is an object.
+    """A small detector of garments on black, after CenterNet (Zhou et al. 2019, arXiv 1904.07850).
+
+    It predicts a heat map of object centres for each class, and in each cell of 4 x 4
+    pixels the distances to the four edges of the object. An object is a cell that is
+    hotter than its eight neighbours.
+
+    Args:
+        name: Name of the network, used in error messages.
+        fingerprint: SHA-256 of the weights; empty for an untrained network.
     """
 
-    asset, task, what = "fashion_detector.safetensors", "fit_detector", "detector"
+    asset = "fashion_detector.safetensors"
+    task = "fit_detector"
+    what = "detector"
     CELL = 4
     rules = Rules(threshold=0.3, counting_threshold=0.3)
 
     def __init__(self, name: str = "fashion_detector", fingerprint: str = ""):
         super().__init__(name, fingerprint)
+
+        # A U-Net of three levels.
         self.stem = nn.Sequential(_conv(3, 24, stride=2), _conv(24, 48, stride=2), _conv(48, 48))
         self.down = nn.ModuleList([_stage(48, 64), _stage(64, 96)])
         self.up = nn.ModuleList([_conv(96 + 64, 64), _conv(64 + 48, 64)])
-        self.heat, self.edges = nn.Conv2d(64, len(GARMENTS), 1), nn.Conv2d(64, 4, 1)
+
+        # Heads.
+        self.heat = nn.Conv2d(64, len(GARMENTS), 1)
+        self.edges = nn.Conv2d(64, 4, 1)
         assert self.heat.bias is not None
         nn.init.constant_(self.heat.bias, -4.0)  # few cells have an object
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> heat (B, classes, H/4, W/4) before the sigmoid, distances of the edges (B, 4, H/4, W/4)."""
+        """Return heat map and edges of images (B, 3, H, W) in [0, 1].
+
+        Returns:
+            Logits of the heat, shape (B, classes, H/4, W/4), and distances from the
+            centre of each cell to the left, upper, right and lower edge in pixels,
+            shape (B, 4, H/4, W/4).
+        """
         x = self.stem(images.float())
         levels = [x]
         for stage in self.down:
-            levels.append(x := stage(x))
+            x = stage(x)
+            levels.append(x)
         for layer, finer in zip(self.up, levels[-2::-1], strict=True):
             x = layer(torch.cat([F.interpolate(x, scale_factor=2), finer], dim=1))
         return self.heat(x), F.softplus(self.edges(x)) * self.CELL
 
     @torch.no_grad()
-    def detect(self, images: Tensor) -> list[dict[str, list[Seen]]]:
-        if images.ndim != 4 or images.shape[1] != 3 or any(side % 16 for side in images.shape[2:]):
+    def detect(self, images: Tensor) -> list[dict[str, list[Detection]]]:
+        """Return the garments of each image (B, 3, H, W), whose sides are multiples of 16."""
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % 16 or shape[3] % 16:
             raise ValueError(
-                f"the detector of garments takes RGB images whose sides are multiples of 16, got {tuple(images.shape)}"
+                "the detector of garments takes RGB images whose sides are multiples of 16, "
+                f"got {shape}"
             )
+
+        # Peaks of the heat; a cell has one object at most.
         heat, edges = self(images)
-        score = heat.sigmoid()
-        best, kind = score.max(1)  # a cell has one object
+        best, kind = heat.sigmoid().max(1)
         peak = (best == F.max_pool2d(best, 3, 1, 1)) & (best > self.rules.threshold)
-        found: list[dict[str, list[Seen]]] = [{} for _ in images]
+
+        # Boxes around them.
+        objects: list[dict[str, list[Detection]]] = [{} for _ in images]
         for number, row, column in peak.nonzero().tolist():
             left, up, right, down = edges[number, :, row, column].tolist()
-            x, y = self.CELL * (column + 0.5) - 0.5, self.CELL * (row + 0.5) - 0.5
+            x = self._centre(column)
+            y = self._centre(row)
             box = (x - left, y - up, x + right, y + down, float(best[number, row, column]))
-            seen = Seen(box, _inside(images[number], box))
-            found[number].setdefault(GARMENTS[int(kind[number, row, column])], []).append(seen)
-        return found
+            detection = Detection(box, _inside(images[number], box))
+            name = GARMENTS[int(kind[number, row, column])]
+            objects[number].setdefault(name, []).append(detection)
+        return objects
 
-    def colour(self, image: Tensor, name: str, seen: Seen) -> str:
-        """The nearest to the mean colour of what is bright in the box."""
-        bright = image.amax(0)
-        mask = seen.mask & (bright > 0.2 * bright.amax())
+    def colour(self, image: Tensor, name: str, seen: Detection) -> str:
+        """Return the colour nearest to the mean of the bright pixels in the box."""
+        brightness = image.amax(0)
+        mask = seen.mask & (brightness > 0.2 * brightness.amax())
         return nearest_colours((image * mask).sum((1, 2))[None])[0]
 
     def loss(self, images: Tensor, heat: Tensor, edges: Tensor, middles: Tensor) -> Tensor:
-        """heat (B, classes, h, w) 1 at a middle and less around, edges (B, 4, h, w) where middles (B, h, w) are.
+        """Return CenterNet's focal loss plus the mean error of the edges, in cells.
 
-        The focal loss of CenterNet, and the mean error of the edges in cells.
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1].
+            heat: Target heat, shape (B, classes, h, w), 1 at a centre and less around.
+            edges: Target distances of the edges in pixels, shape (B, 4, h, w).
+            middles: True in the cells with a centre, shape (B, h, w).
         """
-        raw, found = self(images)
-        score, at = raw.float().sigmoid().clamp(1e-4, 1 - 1e-4), heat == 1
-        positive = ((1 - score) ** 2 * score.log())[at].sum()
-        negative = ((1 - heat) ** 4 * score**2 * (1 - score).log())[~at].sum()
-        count = at.sum().clamp(min=1)
-        error = (found.float() - edges).abs().mean(1)[middles].sum() / self.CELL
-        return (error - positive - negative) / count
+        logits, distances = self(images)
+        score = logits.float().sigmoid().clamp(1e-4, 1 - 1e-4)
+
+        # Focal loss of the heat, CenterNet eq. (1).
+        centre = heat == 1
+        positive = ((1 - score) ** 2 * score.log())[centre].sum()
+        negative = ((1 - heat) ** 4 * score**2 * (1 - score).log())[~centre].sum()
+
+        # Error of the edges.
+        error = (distances.float() - edges).abs().mean(1)[middles].sum() / self.CELL
+        return (error - positive - negative) / centre.sum().clamp(min=1)
+
+    @classmethod
+    def _centre(cls, cell: int) -> float:
+        """Return the coordinate in pixels of a cell's centre."""
+        return cls.CELL * (cell + 0.5) - 0.5
 
 
 def nearest_colours(mean: Tensor) -> list[str]:
-    """Of mean colours (n, 3) in any brightness, the names of the nearest by direction."""
-    known = torch.tensor(list(COLOURS.values())).to(mean)
-    closest = (F.normalize(mean, dim=1) @ F.normalize(known, dim=1).T).argmax(1)
-    return [list(COLOURS)[i] for i in closest]
+    """Return the names of the colours nearest by direction to colours (n, 3) of any brightness."""
+    palette = torch.tensor(list(COLOURS.values())).to(mean)
+    closest = (F.normalize(mean, dim=1) @ F.normalize(palette, dim=1).T).argmax(1)
+    names = list(COLOURS)
+    return [names[i] for i in closest]
 
 
 def targets(
     objects: Sequence[tuple[str, Sequence[float]]], side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Objects (class, x1, y1, x2, y2) of a square image -> heat (classes, h, w), edges (4, h, w), middles (h, w).
+    """Return what `FashionDetector` should predict for an image.
 
-    Heat falls off as a Gaussian a sixth as wide as the object.
+    The heat of an object is a Gaussian whose standard deviation is a sixth of its size.
+
+    Args:
+        objects: Classes and boxes (x1, y1, x2, y2) in pixels.
+        side: Side of the square image in pixels.
+
+    Returns:
+        Heat (classes, h, w), edges (4, h, w) and centres (h, w), as
+        `FashionDetector.loss` takes them for a batch.
     """
-    cells = side // FashionDetector.CELL
-    heat, edges = torch.zeros(len(GARMENTS), cells, cells), torch.zeros(4, cells, cells)
+    cell = FashionDetector.CELL
+    cells = side // cell
+    heat = torch.zeros(len(GARMENTS), cells, cells)
+    edges = torch.zeros(4, cells, cells)
     middles = torch.zeros(cells, cells, dtype=torch.bool)
-    place = FashionDetector.CELL * (torch.arange(cells) + 0.5) - 0.5
+    centres = cell * (torch.arange(cells) + 0.5) - 0.5
+
     for name, (x1, y1, x2, y2) in objects:
-        column, row = (
-            int(((low + high + 1) / 2) // FashionDetector.CELL)
-            for low, high in ((x1, x2), (y1, y2))
-        )
-        across = (torch.arange(cells) - column) * FashionDetector.CELL / max((x2 - x1 + 1) / 6, 1)
-        down = (torch.arange(cells) - row) * FashionDetector.CELL / max((y2 - y1 + 1) / 6, 1)
+        column = int(((x1 + x2 + 1) / 2) // cell)
+        row = int(((y1 + y2 + 1) / 2) // cell)
+
+        # Heat around the object's cell.
+        across = (torch.arange(cells) - column) * cell / max((x2 - x1 + 1) / 6, 1)
+        down = (torch.arange(cells) - row) * cell / max((y2 - y1 + 1) / 6, 1)
         blob = torch.exp(-(across**2 + down[:, None] ** 2) / 2)
         kind = GARMENTS.index(name)
         heat[kind] = torch.maximum(heat[kind], blob)
-        x, y = float(place[column]), float(place[row])
+
+        # Edges seen from the centre of that cell.
+        x, y = float(centres[column]), float(centres[row])
         edges[:, row, column] = torch.tensor([x - x1, y - y1, x2 - x, y2 - y])
         middles[row, column] = True
     return heat, edges, middles
 
 
 def _inside(image: Tensor, box: Sequence[float]) -> Tensor:
-    """(3, H, W) -> (H, W), True in the box."""
-    rows, columns = (torch.arange(side, device=image.device) for side in image.shape[1:])
+    """Return a mask (H, W) of an image (3, H, W), True in the box."""
     x1, y1, x2, y2 = box[:4]
-    return ((rows >= y1 - 0.5) & (rows <= y2 + 0.5))[:, None] & (
-        (columns >= x1 - 0.5) & (columns <= x2 + 0.5)
-    )
+    rows = torch.arange(image.shape[1], device=image.device)
+    columns = torch.arange(image.shape[2], device=image.device)
+    in_rows = (rows >= y1 - 0.5) & (rows <= y2 + 0.5)
+    in_columns = (columns >= x1 - 0.5) & (columns <= x2 + 0.5)
+    return in_rows[:, None] & in_columns
 
 
 def _stage(inputs: int, outputs: int) -> nn.Sequential:
@@ -167,9 +249,8 @@ def _stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    layers = (
+    return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
     )
-    return nn.Sequential(*layers)

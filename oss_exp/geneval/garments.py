@@ -1,4 +1,4 @@
-"""What our pictures of garments show: the classes of Fashion-MNIST in their order, and the colours we give them."""
+"""The classes of Fashion-MNIST in their order, and the colours of our pictures in RGB."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""GenEval: does a picture show what its prompt asks for? (Ghosh et al. 2023, arXiv 2310.11513.)
+"""The rules of GenEval, which decide whether a picture shows what its prompt asks for.
 
-A detector says which objects are in a picture, a classifier which colour they have; the rules are pure functions of
-what they said, those of the published program, its quirks too. An object is a box (x1, y1, x2, y2) in pixels with a
-score; objects are listed by class, in any order.
+Ghosh et al. 2023, arXiv 2310.11513. A detector lists the objects of a picture and a
+classifier names their colours. The rules are pure functions of these answers and follow
+the published program, including its quirks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -26,7 +27,7 @@ Relation = Literal["left of", "right of", "above", "below"]
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 Box = tuple[float, float, float, float, float]
-"""x1, y1, x2, y2, score."""
+"""The box of an object in pixels and its score: x1, y1, x2, y2, score."""
 
 Clause = TypedDict(
     "Clause",
@@ -37,10 +38,13 @@ Clause = TypedDict(
         "position": NotRequired[tuple[Relation, Count]],
     },
 )
-"""So many objects of a class. position: where they stand, seen from those of the clause of this number."""
+"""A requirement: `count` objects of a class. `position` is a relation and the number of the clause
+whose objects it refers to.
+"""
 
 
-def _related(clauses: list[Clause]) -> list[Clause]:
+def _check_positions(clauses: list[Clause]) -> list[Clause]:
+    """Raise ValueError if a position refers to the clause itself or a later one."""
     for number, clause in enumerate(clauses):
         if "position" in clause and clause["position"][1] >= number:
             raise ValueError(
@@ -51,22 +55,25 @@ def _related(clauses: list[Clause]) -> list[Clause]:
 
 @with_config(Record.model_config)
 class Wish(TypedDict):
-    """A line of GenEval's metadata: what a picture of the prompt must show, and what it must not."""
+    """A line of GenEval's metadata: what a picture must show, and what it must not."""
 
     tag: Task
-    include: Annotated[list[Clause], Field(min_length=1), AfterValidator(_related)]
+    include: Annotated[list[Clause], Field(min_length=1), AfterValidator(_check_positions)]
     exclude: NotRequired[list[Clause]]
     prompt: str
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which of the detector's objects count.
+    """The thresholds that decide which of the detector's objects count.
 
-    threshold:          the score that they must exceed; counting_threshold: for prompts that ask for a number.
-    max_objects:        of a class, the most confident ones.
-    max_overlap:        IoU from which the less confident of two is dropped; 1: none is.
-    position_threshold: share of the two sizes that an offset must exceed.
+    Attributes:
+        threshold: The score that an object must exceed.
+        counting_threshold: The same for prompts that ask for a number.
+        max_objects: Largest number of objects of a class; the most confident count.
+        max_overlap: IoU from which the less confident of two objects is dropped; 1
+            drops none.
+        position_threshold: Share of the two sizes that an offset must exceed.
     """
 
     threshold: float = 0.3
@@ -77,7 +84,13 @@ class Rules:
 
 
 class VerdictRecord(Record):
-    """What is kept of a `Verdict` on the picture of this number: boxes of x1, y1, x2, y2 and score, by class."""
+    """The record of a `Verdict`.
+
+    Attributes:
+        number: Number of the picture.
+        reasons: As in `Verdict`.
+        objects: Boxes by class.
+    """
 
     number: Count
     reasons: list[str]
@@ -86,7 +99,12 @@ class VerdictRecord(Record):
 
 @dataclass(frozen=True)
 class Verdict:
-    """reasons: what is wrong, empty where all is right. objects: those that counted, the most confident first."""
+    """The judgement of a picture.
+
+    Attributes:
+        reasons: What is wrong; empty for a correct picture.
+        objects: The objects that counted, by class, the most confident first.
+    """
 
     reasons: tuple[str, ...]
     objects: Mapping[str, Sequence[Box]]
@@ -102,24 +120,37 @@ def judge(
     colour_of: Callable[[str, Box], str],
     rules: Rules = Rules(),
 ) -> Verdict:
-    """Is what a prompt of GenEval's wants among what was found? colour_of(class, box): asked only if it matters.
+    """Judge whether the objects of a picture are those that its prompt asks for.
 
-    Of a class as many objects as wanted are looked at, the most confident: all must have the colour, and all must stand
-    where they should to all objects of the clause they are related to. `exclude` bounds their number.
+    Of a class, the most confident objects are looked at, as many as the clause asks
+    for. All of them must have the clause's colour, and all must stand in the clause's
+    relation to all objects of the clause that it refers to. `exclude` bounds the number
+    of objects.
+
+    Args:
+        wanted: The requirements of the prompt.
+        found: Boxes of the picture's objects, by class, in any order.
+        colour_of: Returns the colour of an object of a class; called only where it
+            matters.
+        rules: Thresholds.
     """
-    objects = {
-        name: kept
-        for name, boxes in found.items()
-        if (kept := counted(boxes, wanted["tag"], rules))
-    }
+    # Objects that count.
+    objects: dict[str, list[Box]] = {}
+    for name, boxes in found.items():
+        confident = count_objects(boxes, wanted["tag"], rules)
+        if confident:
+            objects[name] = confident
+
+    # Clauses to include; `groups` has the objects of each clause, None where it is not satisfied.
     reasons: list[str] = []
-    groups: list[Sequence[Box] | None] = []  # of each clause, where it is satisfied
+    groups: list[Sequence[Box] | None] = []
     for clause in wanted.get("include", ()):
-        name, count = clause["class"], clause["count"]
-        seen = objects.get(name, [])[:count]
-        wrong = _clause(clause, seen, groups, colour_of, rules)
+        group = objects.get(clause["class"], [])[: clause["count"]]
+        wrong = _judge_clause(clause, group, groups, colour_of, rules)
         reasons += wrong
-        groups.append(None if wrong else seen)
+        groups.append(None if wrong else group)
+
+    # Clauses to exclude.
     for clause in wanted.get("exclude", ()):
         name, count = clause["class"], clause["count"]
         if len(objects.get(name, [])) >= count:
@@ -127,52 +158,66 @@ def judge(
     return Verdict(tuple(reasons), objects)
 
 
-def _clause(
+def _judge_clause(
     clause: Clause,
-    seen: Sequence[Box],
+    group: Sequence[Box],
     groups: Sequence[Sequence[Box] | None],
     colour_of: Callable[[str, Box], str],
     rules: Rules,
 ) -> list[str]:
-    """What is wrong with the objects seen."""
+    """Return what is wrong with the objects of a clause: one reason or none."""
     name, count = clause["class"], clause["count"]
-    if len(seen) < count:
-        return [f"expected {name}>={count}, found {len(seen)}"]
+    if len(group) < count:
+        return [f"expected {name}>={count}, found {len(group)}"]
+
+    # Colour.
     if "color" in clause:
-        colours, colour = [colour_of(name, box) for box in seen], clause["color"]
-        if (right := colours.count(colour)) < count:
-            rest = ", ".join(
-                f"{colours.count(other)} {other}" for other in COLOURS if other in colours
-            )
-            return [f"expected {colour} {name}>={count}, found {right} {colour}; and {rest}"]
+        colour = clause["color"]
+        colours = [colour_of(name, box) for box in group]
+        right = colours.count(colour)
+        if right < count:
+            counts = []
+            for other in COLOURS:
+                if other in colours:
+                    counts.append(f"{colours.count(other)} {other}")
+            others = ", ".join(counts)
+            return [f"expected {colour} {name}>={count}, found {right} {colour}; and {others}"]
+
+    # Position.
     if "position" in clause:
         relation, target = clause["position"]
-        if (others := groups[target]) is None:
+        others = groups[target]
+        if others is None:
             return [f"no target for {name} to be {relation}"]
-        for box in seen:
-            for other in others:
-                relations = relative_position(box, other, rules.position_threshold)
-                if relation not in relations:
-                    return [
-                        f"expected {name} {relation} target, found {' and '.join(relations)} target"
-                    ]
+        for box, other in product(group, others):
+            relations = relative_position(box, other, rules.position_threshold)
+            if relation not in relations:
+                actual = " and ".join(relations)
+                return [f"expected {name} {relation} target, found {actual} target"]
     return []
 
 
-def counted(boxes: Sequence[Box], tag: str, rules: Rules) -> list[Box]:
-    """Those of a class that count for a prompt of this tag, the most confident first."""
-    least = rules.counting_threshold if tag == "counting" else rules.threshold
-    # Of equals the last comes first, as in the original.
-    confident = sorted((box for box in reversed(boxes) if box[4] > least), key=lambda box: -box[4])
-    kept: list[Box] = []
-    for box in confident[: rules.max_objects]:
-        if rules.max_overlap == 1 or all(iou(box, other) < rules.max_overlap for other in kept):
-            kept.append(box)
-    return kept
+def count_objects(boxes: Sequence[Box], tag: str, rules: Rules) -> list[Box]:
+    """Return the objects of a class that count for a prompt of this task, most confident first."""
+    threshold = rules.counting_threshold if tag == "counting" else rules.threshold
+
+    # Of equal scores the last comes first, as in the published program.
+    confident = [box for box in reversed(boxes) if box[4] > threshold]
+    confident.sort(key=lambda box: -box[4])
+    confident = confident[: rules.max_objects]
+    if rules.max_overlap == 1:
+        return confident
+
+    # Overlapping objects.
+    separate: list[Box] = []
+    for box in confident:
+        if all(iou(box, other) < rules.max_overlap for other in separate):
+            separate.append(box)
+    return separate
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of boxes, with or without a score, whose last pixel is theirs."""
+    """Return the intersection over union of two boxes, with or without a score, ends included."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
@@ -183,67 +228,99 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def relative_position(a: Sequence[float], b: Sequence[float], threshold: float) -> list[str]:
-    """Where box a is, seen from b: of left of, right of, above and below none, one, or two for a diagonal.
+    """Return where box a is, seen from box b.
 
-    Offsets of the middles count for what exceeds `threshold` of the two sizes together, in units of the whole offset.
+    An offset of the centres counts as far as it exceeds `threshold` times the sum of
+    the two sizes, in units of the whole offset.
+
+    Returns:
+        Of "left of", "right of", "above" and "below": none, one, or two for a diagonal.
     """
     boxes = np.asarray([a[:4], b[:4]], dtype=float).reshape(2, 2, 2)  # (box, corner, axis)
-    middles, sizes = boxes.mean(1), np.abs(boxes[:, 1] - boxes[:, 0])
-    offset = middles[0] - middles[1]
+    centres = boxes.mean(1)
+    sizes = np.abs(boxes[:, 1] - boxes[:, 0])
+
+    # Offset beyond the threshold.
+    offset = centres[0] - centres[1]
     excess = np.maximum(np.abs(offset) - threshold * sizes.sum(0), 0) * np.sign(offset)
     if not excess.any():
         return []
+
     x, y = excess / np.linalg.norm(offset)
-    known = (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
-    return [name for name, holds in known if holds]
+    relations = []
+    if abs(x) > 0.5:
+        relations.append("left of" if x < 0 else "right of")
+    if abs(y) > 0.5:
+        relations.append("above" if y < 0 else "below")
+    return relations
 
 
 def read_metadata(file: str | Path) -> list[Wish]:
-    """Lines of GenEval's `evaluation_metadata.jsonl`; ValueError says which line is not as it should be."""
+    """Read GenEval's `evaluation_metadata.jsonl`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is not as it should be; the message names the line.
+    """
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"GenEval's prompts {path} do not exist; get prompts/evaluation_metadata.jsonl from "
             "github.com/djghosh13/geneval"
         )
-    wishes = load_records(
-        path, TypeAdapter(Wish), "metadata of GenEval", "get evaluation_metadata.jsonl again"
-    )
+    remedy = "get evaluation_metadata.jsonl again"
+    wishes = load_records(path, TypeAdapter(Wish), "metadata of GenEval", remedy)
     if not wishes:
-        raise ValueError(f"{path} has 0 prompts; get evaluation_metadata.jsonl again")
+        raise ValueError(f"{path} has 0 prompts; {remedy}")
     return wishes
 
 
 def scores(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Interval]:
-    """Of each task that is there the share of right images, and `overall`, the mean of the tasks' shares.
+    """Return the share of correct pictures in each task, and `overall`, the mean of these shares.
 
-    Intervals are of 95 %, a task's Wilson's (1927), overall's from those.
+    Intervals are of 95 %: Wilson's (1927) for a task, and from these for the overall
+    score.
+
+    Args:
+        tags: Task of each picture.
+        correct: Verdict on each picture.
     """
-    names, right = np.asarray(tags), np.asarray(correct, dtype=bool)
-    found = {}
+    names = np.asarray(tags)
+    right = np.asarray(correct, dtype=bool)
+    shares = {}
     for task in TASKS:
-        own = right[names == task]
-        if len(own):
-            around = binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
-            found[task] = Interval(float(own.mean()), around.low, around.high, len(own))
-    return {**found, "overall": _mean(list(found.values()))}
+        in_task = right[names == task]
+        if len(in_task):
+            bounds = binomtest(int(in_task.sum()), len(in_task)).proportion_ci(method="wilson")
+            mean = float(in_task.mean())
+            shares[task] = Interval(mean, bounds.low, bounds.high, len(in_task))
+    return {**shares, "overall": _mean(list(shares.values()))}
 
 
 def differences(
     tags: Sequence[str], correct: Sequence[bool], other: Sequence[bool]
 ) -> dict[str, Interval]:
-    """As `scores`, of how much larger the shares are than the other's on the same prompts and noises, pair by pair."""
-    names, gain = (
-        np.asarray(tags),
-        np.asarray(correct, dtype=float) - np.asarray(other, dtype=float),
-    )
-    found = {task: Interval.of(gain[names == task]) for task in TASKS if (names == task).any()}
-    return {**found, "overall": _mean(list(found.values()))}
+    """Return by how much the shares of `scores` exceed another schedule's, paired by picture.
+
+    Args:
+        tags: Task of each picture.
+        correct: Verdict on each picture.
+        other: Verdicts on the other schedule's pictures of the same prompts and noises.
+    """
+    names = np.asarray(tags)
+    gain = np.asarray(correct, dtype=float) - np.asarray(other, dtype=float)
+    gains = {}
+    for task in TASKS:
+        in_task = names == task
+        if in_task.any():
+            gains[task] = Interval.of(gain[in_task])
+    return {**gains, "overall": _mean(list(gains.values()))}
 
 
 def _mean(parts: Sequence[Interval]) -> Interval:
-    """Of independent estimates."""
-    mean, n = float(np.mean([part.mean for part in parts])), sum(part.n for part in parts)
+    """Return the mean of independent estimates, with its interval."""
+    mean = float(np.mean([part.mean for part in parts]))
+    n = sum(part.n for part in parts)
     halves = [part.half for part in parts if part.half is not None]
     if len(halves) < len(parts):
         return Interval(mean, None, None, n)

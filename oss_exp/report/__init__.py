@@ -1,4 +1,4 @@
-"""From run folders to what people read: tables, pictures, one HTML page. Nothing here runs a model."""
+"""Reports of run folders: tables, pictures and one HTML page. No model runs here."""
 
 from oss_exp.report.logging import log_run
 from oss_exp.report.page import write

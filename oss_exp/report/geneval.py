@@ -1,6 +1,7 @@
-"""GenEval's results as a table in the paper's layout (OSS, arXiv 2503.21774, table 7), and as a page of pictures.
+"""GenEval's results as a table in the layout of the paper, and as a page of pictures.
 
-The page shows every prompt with its pictures and what is wrong with them, for one schedule at a time.
+The table is that of OSS, arXiv 2503.21774, table 7. The page shows every prompt with
+its pictures and what is wrong with them, for one schedule at a time.
 """
 
 from __future__ import annotations
@@ -31,71 +32,100 @@ HEADER = [
     "color attr",
 ]
 MINUS = "Minus the teacher, pair by pair:"
-SIDE = 4096
-PAGE_PICTURES = (
-    1000  # on the page, of prompts spread over the list; all verdicts are in geneval.json
+SIDE = 4096  # longest side of a picture that is read, in pixels
+PAGE_PICTURES = 1000  # on the page, of prompts spread over the list; geneval.json has all verdicts
+CHOICE = (
+    '<p><select id="label">{}</select> '
+    '<label><input type="checkbox" id="wrong"> failures only</label></p>'
 )
-CHOICE = """<p><select id="label">{}</select> <label><input type="checkbox" id="wrong"> failures only</label></p>"""
+FIGURE = '<figure class="{}"><img src="{}"><figcaption>{}</figcaption></figure>'
+
+Shares = Mapping[str, tuple[int, Mapping[str, Interval]]]
+"""Steps and scores by label. A label may end in the number of steps, as `oss_10`."""
 
 
 def right(row: Judged) -> list[bool]:
-    """Which of its pictures show what was asked for."""
+    """Return for each picture whether it shows what was asked for."""
     return [not verdict.reasons for verdict in row.verdicts]
 
 
-def cells(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> list[list[str]]:
-    """label (may end in _steps) -> (steps, scores), in the layout of table 7; intervals where they are known."""
-    found = []
-    for label, (steps, scored) in rows.items():
-        shares = [scored["overall"], *(scored.get(task) for task in TASKS)]
+def cells(rows: Shares) -> list[list[str]]:
+    """Return the rows of table 7, with intervals where there are any."""
+    table_rows = []
+    for label, (steps, intervals) in rows.items():
         name = label.removesuffix(f"_{steps}")
-        found.append(
-            [f"{name} ({steps})", *("-" if each is None else _share(each) for each in shares)]
-        )
-    return found
+        row = [f"{name} ({steps})", _share(intervals["overall"])]
+        row += [_share(intervals.get(task)) for task in TASKS]
+        table_rows.append(row)
+    return table_rows
 
 
-def table(rows: Mapping[str, tuple[int, Mapping[str, Interval]]]) -> str:
-    """Those cells as Markdown."""
+def table(rows: Shares) -> str:
+    """Return table 7 as Markdown."""
     return markdown_table(HEADER, cells(rows))
 
 
-def _share(each: Interval) -> str:
-    return f"{each.mean:.3f}" if each.half is None else f"{each.mean:.3f} ± {each.half:.3f}"
+def _share(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    half = "" if interval.half is None else f" ± {interval.half:.3f}"
+    return f"{interval.mean:.3f}{half}"
 
 
 def files(folder: Path) -> dict[Path, str]:
-    """geneval.json -> geneval.md and geneval.html, each with its text."""
+    """Return the texts of geneval.md and geneval.html for a folder with geneval.json."""
     record = read_geneval(folder)
-    tags, (teacher, *others) = record.tags, record.rows
+    tags = record.tags
+    teacher, *students = record.rows
+
+    # Shares, and their differences to the teacher's.
     shares = {row.label: (row.num_steps, scores(tags, right(row))) for row in record.rows}
-    apart = {
-        row.label: (row.num_steps, differences(tags, right(row), right(teacher))) for row in others
-    }
+    gains = {}
+    for row in students:
+        gains[row.label] = (row.num_steps, differences(tags, right(row), right(teacher)))
+
+    # Markdown.
     note = (
-        f"Shares of {len(tags)} pictures, {record.images_per_prompt} of each prompt, on the same noises; overall "
-        "is the mean of the six. Intervals of 95 %."
+        f"Shares of {len(tags)} pictures, {record.images_per_prompt} of each prompt, on the same "
+        "noises; overall is the mean of the six. Intervals of 95 %."
     )
-    text = f"{table(shares)}\n{MINUS}\n\n{table(apart)}\n{note}\n"
-    body = [web.table(HEADER, cells(shares)), f"<p>{MINUS}</p>", web.table(HEADER, cells(apart))]
-    body += [f'<p class="note">{note} A click on a column sorts.</p>', *_gallery(folder, record)]
+    text = f"{table(shares)}\n{MINUS}\n\n{table(gains)}\n{note}\n"
+
+    # Page.
+    body = [
+        web.table(HEADER, cells(shares)),
+        f"<p>{MINUS}</p>",
+        web.table(HEADER, cells(gains)),
+        f'<p class="note">{note} A click on a column sorts.</p>',
+        *_gallery(folder, record),
+    ]
     return {folder / "geneval.md": text, folder / "geneval.html": web.page("GenEval", body, {})}
 
 
 def _gallery(folder: Path, record: GenEvalRecord) -> Iterator[str]:
-    """Every schedule's pictures of the same prompts; the page's script shows one schedule at a time."""
-    count, wished = record.images_per_prompt, record.prompts
-    most = max(1, PAGE_PICTURES // (count * len(record.rows)))
-    shown = np.linspace(0, len(wished) - 1, min(most, len(wished))).round().astype(int)
-    each = max(1, PAGE_PICTURES // len(record.rows))  # of one prompt, at most
-    labels = [html.escape(row.label) for row in record.rows]
-    yield CHOICE.format("".join(f'<option value="{label}">{label}</option>' for label in labels))
+    """Yield HTML with each schedule's pictures; the page's script shows one schedule at a time."""
+    count = record.images_per_prompt
+    prompts = record.prompts
+
+    # The prompts on the page, and the number of pictures of each.
+    most = min(max(1, PAGE_PICTURES // (count * len(record.rows))), len(prompts))
+    numbers = np.linspace(0, len(prompts) - 1, most).round().astype(int)
+    per_prompt = min(count, max(1, PAGE_PICTURES // len(record.rows)))
+
+    # Choice of the schedule.
+    options = []
+    for row in record.rows:
+        label = html.escape(row.label)
+        options.append(f'<option value="{label}">{label}</option>')
+    yield CHOICE.format("".join(options))
+
+    # Pictures.
     for row in record.rows:
         yield f'<div class="schedule" data-label="{html.escape(row.label)}" hidden>'
-        for number in shown:
-            prompt, tag = (html.escape(wished[number][key]) for key in ("prompt", "tag"))
-            yield f"<section><b>{prompt}</b> ({tag})<br>"
-            for verdict in row.verdicts[number * count : number * count + min(count, each)]:
+        for number in numbers:
+            wish = prompts[number]
+            yield f"<section><b>{html.escape(wish['prompt'])}</b> ({html.escape(wish['tag'])})<br>"
+            for verdict in row.verdicts[number * count : number * count + per_prompt]:
                 picture = inside(folder, "images", row.label, f"{verdict.number:06d}.png")
                 yield _figure(picture, verdict.reasons)
             yield "</section>"
@@ -103,26 +133,25 @@ def _gallery(folder: Path, record: GenEvalRecord) -> Iterator[str]:
 
 
 def _picture(file: Path) -> Image.Image:
-    """A picture of at most SIDE pixels a side; ValueError for any other file."""
+    """Read a PNG of at most SIDE pixels a side; raise ValueError for any other file."""
     try:
-        with Image.open(
-            io.BytesIO(read_binary(file, "picture", LIMIT)), formats=["png"]
-        ) as picture:
+        data = io.BytesIO(read_binary(file, "picture", LIMIT))
+        with Image.open(data, formats=["png"]) as picture:
             if max(picture.size) > SIDE:
                 raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels")
             return picture.convert("RGB")
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever broken bytes make Pillow do
+    except Exception as error:  # whatever Pillow raises for broken bytes
         raise ValueError(
             f"picture {file} cannot be read ({error!s:.100}); make it again with task=geneval"
         ) from None
 
 
 def _figure(file: Path, reasons: Sequence[str]) -> str:
+    """Return the HTML of a picture with what is wrong with it."""
     picture = _picture(file)
     form = "png" if max(picture.size) <= 64 else "jpeg"
     picture.thumbnail((128, 128))
-    kind = "wrong" if reasons else "right"
-    said = html.escape("; ".join(reasons)) or "as asked"
-    return f'<figure class="{kind}"><img src="{web.url(picture, form)}"><figcaption>{said}</figcaption></figure>'
+    caption = html.escape("; ".join(reasons)) or "as asked"
+    return FIGURE.format("wrong" if reasons else "right", web.url(picture, form), caption)

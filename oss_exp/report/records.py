@@ -1,7 +1,7 @@
-"""The files of a run folder that reports read: what each must hold.
+"""Records of the files in a run folder that reports read.
 
-The folder may be another person's. It is data: nothing in it is made into an object or looked up elsewhere, and no link
-is followed out of it.
+The folder may be another person's, so it is treated as data: nothing in it is made into
+an object or looked up elsewhere, and no link is followed out of it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,9 @@ from oss_exp.models.stages import FinetuneRecord
 Table = Numbers | list[Numbers]  # a number at each time, or one for each channel
 FIELDS = 1 << 19  # of a file
 MOST = 1000  # schedules, metrics, curves or stages of a run
-PICTURES, FRAMES = 64, 4096  # that a run keeps of each schedule
-LARGEST = 256  # pixels a side of the pictures of a report
-PICTURES_LIMIT = (
-    1 << 31
-)  # 2 GiB: of all pictures, of which those of one schedule are in memory at a time
+PICTURES, FRAMES = 64, 4096  # of each schedule in a run
+LARGEST = 256  # longest side of a report's pictures, in pixels
+PICTURES_LIMIT = 1 << 31  # bytes of all pictures; one schedule's are in memory at a time
 
 
 def _few(value: Any) -> Any:
@@ -61,13 +59,19 @@ MetricValues = Annotated[dict[Name, float], BeforeValidator(_few)]
 
 
 class Measured(Record):
-    """What an evaluation measured; of a student that diverged, numbers are NaN."""
+    """A record of measurements; those of a student that diverged are NaN."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
 
 class Model(Record):
-    """name: that of its configuration. Whatever else is known of it tells arenas apart."""
+    """The model of a run.
+
+    Other fields are kept too: they tell apart what must not be compared.
+
+    Attributes:
+        name: Name of the model's configuration.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -75,7 +79,12 @@ class Model(Record):
 
 
 class Teacher(Record):
-    """noise_schedule: its configuration; num_steps: N."""
+    """The teacher of a run.
+
+    Attributes:
+        noise_schedule: The configuration of its noise schedule.
+        num_steps: Its steps, N.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -84,7 +93,11 @@ class Teacher(Record):
 
 
 class TeacherGrid(Record):
-    """teacher.json: the times of the teacher's nodes, noise first."""
+    """The file teacher.json.
+
+    Attributes:
+        times: Times t of the teacher's nodes, decreasing.
+    """
 
     times: Annotated[
         list[Annotated[float, Field(ge=0, le=1)]], FailFast(), Field(max_length=100_000)
@@ -98,14 +111,19 @@ class TeacherGrid(Record):
 
 
 class Planning(TypedDict, total=False):
-    """What a schedule cost: network calls per search sample, and seconds."""
+    """The cost of a schedule: network calls for a search sample, and seconds."""
 
     network_calls_per_sample: float
     seconds: float
 
 
 class Images(Measured):
-    """index: numbers of samples; psnr: of each."""
+    """The PSNR of single images.
+
+    Attributes:
+        index: Sample indices.
+        psnr: PSNR of each in dB.
+    """
 
     index: Annotated[list[Count], FailFast()]
     psnr: Numbers
@@ -120,7 +138,7 @@ class Images(Measured):
 
 
 class Row(Measured):
-    """One measured schedule. metrics: FID and the like, by name."""
+    """The measurements of one schedule; `metrics` has FID and the like by name."""
 
     strategy: Name
     num_steps: Count
@@ -135,7 +153,7 @@ class Row(Measured):
 
 
 class MetricsRecord(Measured):
-    """metrics.json. teacher_metrics: FID and the like, by name, of the teacher's own samples."""
+    """The file metrics.json; `teacher_metrics` has FID and the like of the teacher's samples."""
 
     model: Model
     teacher: Teacher
@@ -146,7 +164,16 @@ class MetricsRecord(Measured):
 
 
 class Curve(Record):
-    """Amplitudes of the teacher or of a student along its way: its times, and low and high at each."""
+    """Amplitudes of the states of the teacher or a student.
+
+    Attributes:
+        strategy: Name of the strategy, or "teacher".
+        num_steps: Number of steps.
+        calibrated: True for a student with calibration.
+        times: Times t of the states.
+        low: 5 % quantile at each time.
+        high: 95 % quantile at each time.
+    """
 
     strategy: Name
     num_steps: Count
@@ -164,7 +191,7 @@ class Curve(Record):
 
 
 class AmplitudeRecord(Record):
-    """amplitude.json, of task=calibrate."""
+    """The file amplitude.json of task=calibrate: curves of one teacher and of students."""
 
     curves: Annotated[list[Curve], FailFast(), Field(min_length=2, max_length=MOST)]
 
@@ -177,13 +204,13 @@ class AmplitudeRecord(Record):
 
 
 class TrainingRecord(Record):
-    """training.json. losses: of every step."""
+    """The file training.json; `losses` has the loss of every step."""
 
     losses: Annotated[Numbers, Field(min_length=1)]
 
 
 class Judged(Record):
-    """A schedule, or the teacher, and the verdicts on its pictures."""
+    """The verdicts on the pictures of a schedule or of the teacher."""
 
     label: Name
     num_steps: Count
@@ -191,7 +218,13 @@ class Judged(Record):
 
 
 class GenEvalRecord(Record):
-    """geneval.json: what was asked for, and of every schedule the verdicts; the teacher is the first."""
+    """The file geneval.json.
+
+    Attributes:
+        prompts: What pictures had to show.
+        images_per_prompt: Pictures of each prompt.
+        rows: Verdicts on every schedule's pictures; the first row is the teacher.
+    """
 
     prompts: Annotated[list[Wish], FailFast(), Field(min_length=1)]
     images_per_prompt: Annotated[PositiveInt, Field(le=100_000)]
@@ -221,40 +254,54 @@ def _read(folder: Path, name: str, form: type[R], what: str, remedy: str = AGAIN
 
 
 def read_metrics(folder: Path) -> MetricsRecord:
-    """metrics.json of a run. FileNotFoundError or ValueError, as all of these, names the file and the field."""
+    """Read metrics.json of a run folder.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not as it should be; the message names the file and the
+            field.
+    """
     return _read(folder, "metrics.json", MetricsRecord, "metrics of a run", "measure again")
 
 
 def read_amplitude(folder: Path) -> AmplitudeRecord:
+    """Read amplitude.json; raises as `read_metrics`."""
     return _read(folder, "amplitude.json", AmplitudeRecord, "amplitudes of a run")
 
 
 def read_training(folder: Path) -> TrainingRecord:
+    """Read training.json; raises as `read_metrics`."""
     return _read(folder, "training.json", TrainingRecord, "losses of a training run")
 
 
 def read_finetuning(folder: Path) -> FinetuneRecord:
+    """Read finetune.json; raises as `read_metrics`."""
     return _read(folder, "finetune.json", FinetuneRecord, "stages of a finetuning")
 
 
 def read_geneval(folder: Path) -> GenEvalRecord:
+    """Read geneval.json; raises as `read_metrics`."""
     return _read(folder, "geneval.json", GenEvalRecord, "GenEval's results")
 
 
 def read_teacher_times(folder: Path) -> list[float]:
-    """The times of the teacher's nodes; none of a run of a version that did not write them."""
+    """Read the times of the teacher's nodes; runs of early versions have none."""
     if not (folder / "teacher.json").is_file():
         return []
     return _read(folder, "teacher.json", TeacherGrid, "times of the teacher").times
 
 
 def read_configuration(folder: Path) -> str:
-    """The text of config.yaml, for people to read."""
+    """Read config.yaml as text to be displayed."""
     return read_text(inside(folder, "config.yaml"), "configuration", CONFIG_LIMIT)
 
 
 def read_pictures(folder: Path) -> dict[str, np.ndarray]:
-    """samples.npz: bytes (n, H, W, C) or (n, F, H, W, C) of the teacher and of schedules; empty where there is none."""
+    """Read samples.npz: the pictures of the teacher and of schedules.
+
+    Returns:
+        {label: uint8, (n, H, W, C) or (n, F, H, W, C)}; empty without such a file.
+    """
     path = folder / "samples.npz"
     if not path.is_file():
         return {}
@@ -264,70 +311,78 @@ def read_pictures(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_ways(folder: Path) -> dict[str, np.ndarray]:
-    """trajectories.npz: times/<label> (n, P) and x0/<label>, bytes (n, P, H, W, C); empty where there is none."""
+    """Read trajectories.npz: predictions of the clean sample along the trajectories.
+
+    Returns:
+        {"times/<label>": (n, P), "x0/<label>": uint8, (n, P, H, W, C)}; empty without
+        such a file.
+    """
     path = folder / "trajectories.npz"
     if not path.is_file():
         return {}
-    ways = _load(inside(folder, path.name), "predictions of a run")
-    pictures = {
-        key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")
-    }
+    arrays = _load(inside(folder, path.name), "predictions of a run")
+
+    # Pictures.
+    pictures = {}
+    for key, array in arrays.items():
+        if key.startswith("x0/"):
+            pictures[key.removeprefix("x0/")] = array
     _check_pictures(path, pictures, (5,))
-    times = {
-        key.removeprefix("times/"): each for key, each in ways.items() if key.startswith("times/")
-    }
-    if {key: each.shape for key, each in times.items()} != {
-        key: each.shape[:2] for key, each in pictures.items()
-    }:
+
+    # A time for every picture.
+    times = {}
+    for key, array in arrays.items():
+        if key.startswith("times/"):
+            times[key.removeprefix("times/")] = array.shape
+    if times != {label: array.shape[:2] for label, array in pictures.items()}:
         raise ValueError(f"predictions of a run {path} must have the time of each; measure again")
-    return ways
+    return arrays
 
 
 def _load(path: Path, what: str) -> dict[str, np.ndarray]:
-    """The arrays of a file, pictures reduced to the size of those of a report."""
+    """Read the arrays of a file, with pictures reduced to a report's size."""
 
     def small(array: np.ndarray) -> np.ndarray:
-        pictures = array.dtype == np.uint8 and array.ndim in (4, 5) and array.size
-        if not pictures:
+        if array.dtype != np.uint8 or array.ndim not in (4, 5) or not array.size:
             return array
-        return (
-            reduced(array, LARGEST) if array.ndim == 5 else reduced(array[:, None], LARGEST)[:, 0]
-        )
+        if array.ndim == 5:
+            return reduced(array, LARGEST)
+        return reduced(array[:, None], LARGEST)[:, 0]
 
-    found = load_arrays(path, what, "measure again", None, PICTURES_LIMIT, small)
-    return {name: array for name, array in found.items() if array is not None}
+    arrays = load_arrays(path, what, "measure again", None, PICTURES_LIMIT, small)
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _check_pictures(
     path: Path, pictures: dict[str, np.ndarray], dimensions: tuple[int, ...]
 ) -> None:
-    """ValueError unless all are bytes of the teacher's shape, for as many samples or fewer."""
+    """Raise ValueError unless all are bytes of the teacher's shape, of 64 samples at most."""
     teacher = pictures.get("teacher")
     if teacher is None:
         raise ValueError(f"{path} has no pictures of the teacher; measure again")
-    for label, each in pictures.items():
-        if each.dtype != np.uint8 or each.ndim not in dimensions:
+
+    for label, array in pictures.items():
+        # Dtype.
+        if array.dtype != np.uint8 or array.ndim not in dimensions:
             raise ValueError(
-                f"{path} must hold pictures of bytes, and {label!r:.80} is {each.dtype!s:.40}"
+                f"{path} must hold pictures of bytes, and {label!r:.80} is {array.dtype!s:.40}"
             )
-        *_, height, width, channels = each.shape
-        fits = 0 < len(each) <= PICTURES and height and width and channels in (1, 3)
-        if (
-            not fits
-            or each.shape[-3:] != teacher.shape[-3:]
-            or each.ndim != teacher.ndim
-            or each.size == 0
-        ):
-            shapes = f"{each.shape!s:.80}, the teacher {teacher.shape!s:.80}"
+
+        # Shape.
+        *_, height, width, channels = array.shape
+        is_picture = height and width and channels in (1, 3) and array.size
+        is_teachers = array.shape[-3:] == teacher.shape[-3:] and array.ndim == teacher.ndim
+        if not (is_picture and is_teachers and len(array) <= PICTURES):
+            shapes = f"{array.shape!s:.80}, the teacher {teacher.shape!s:.80}"
             raise ValueError(f"{path}: {label!r:.80} has pictures of shape {shapes}")
-        if each.ndim == 5 and each.shape[1] > FRAMES:
+        if array.ndim == 5 and array.shape[1] > FRAMES:
             raise ValueError(
-                f"{path}: {label!r:.80} has {each.shape[1]} frames or steps, more than {FRAMES}"
+                f"{path}: {label!r:.80} has {array.shape[1]} frames or steps, more than {FRAMES}"
             )
 
 
 def reduced(videos: np.ndarray, side: int) -> np.ndarray:
-    """(n, F, H, W, C) bytes, at most `side` pixels high and wide."""
+    """Shrink videos (n, F, H, W, C) of bytes so that no side exceeds `side` pixels."""
     factor = side / max(videos.shape[2:4])
     if factor >= 1:
         return videos

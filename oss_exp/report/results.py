@@ -1,4 +1,4 @@
-"""Reading run folders: what was measured there, and the schedules."""
+"""Readers of run folders: measured results and schedules, and the curves drawn from them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ from oss_exp.schedule import StepSchedule
 
 
 def read_run(folder: Path, run: str = "") -> list[Result]:
-    """Results of <folder>/metrics.json; ValueError where an evaluation did not write it."""
+    """Read the results in <folder>/metrics.json.
+
+    Args:
+        folder: A run folder.
+        run: Name of the run in the results.
+
+    Raises:
+        ValueError: If the file does not hold the metrics of an evaluation.
+    """
     metrics = read_metrics(folder)
     arena = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
-    return [
-        Result(
+    results = []
+
+    # The rows of the file.
+    for row in metrics.rows:
+        result = Result(
             run=run,
             strategy=row.strategy,
             num_steps=row.num_steps,
@@ -35,58 +46,76 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
             metrics=row.metrics,
             arena=json.dumps([*arena.values(), row.nfe]),
         )
-        for row in metrics.rows
-    ]
+        results.append(result)
+    return results
 
 
 def read_schedules(folder: Path) -> list[tuple[str, StepSchedule]]:
-    """(strategy, schedule) of <folder>/schedules, tensors' provenance files aside."""
-    files = sorted(
-        p for p in (folder / "schedules").glob("*.json") if not p.name.endswith(".mean.json")
-    )
+    """Read the schedules of a run folder, with the names of their strategies.
+
+    Raises:
+        ValueError: If a schedule is damaged, or there are more than a run can have.
+    """
+    # Files, without the records of tensors beside them.
+    files = sorted((folder / "schedules").glob("*.json"))
+    files = [path for path in files if not path.name.endswith(".mean.json")]
     if len(files) > MOST:
         raise ValueError(
-            f"{folder / 'schedules'} has {len(files)} schedules, more than {MOST}; give a run folder"
+            f"{folder / 'schedules'} has {len(files)} schedules, more than {MOST}; "
+            "give a run folder"
         )
-    plans = [(path, StepSchedule.load(inside(folder, "schedules", path.name))) for path in files]
-    for path, _ in plans:
+
+    # Schedules.
+    plans = []
+    for path in files:
+        plan = StepSchedule.load(inside(folder, "schedules", path.name))
         require_name(schedule=path.stem)
-    return [(plan.about("strategy").get("name", path.stem), plan) for path, plan in plans]
+        plans.append((plan.about("strategy").get("name", path.stem), plan))
+    return plans
 
 
 def metric_lines(lines: Sequence[Line]) -> dict[str, dict[str, dict[int, float]]]:
-    """{metric: {strategy: {K: value}}}, PSNR first, no standard deviations; a strategy that several runs have with
-    the same K goes by its run, too.
+    """Return the curve of every metric against K for every strategy.
+
+    Where several runs have the same strategy and K, the run is part of the strategy's
+    name.
+
+    Returns:
+        {metric: {strategy: {K: value}}}, PSNR first, without standard deviations.
     """
     results = sorted((line.result for line in lines), key=lambda result: result.num_steps)
-    times_seen = Counter((result.strategy, result.num_steps) for result in results)
-    several = {strategy for (strategy, _), times in times_seen.items() if times > 1}
-    found: dict[str, dict[str, dict[int, float]]] = {"psnr": {}}
+    counts = Counter((result.strategy, result.num_steps) for result in results)
+    repeated = {strategy for (strategy, _), count in counts.items() if count > 1}
+
+    curves: dict[str, dict[str, dict[int, float]]] = {"psnr": {}}
     for result in results:
-        name = (
-            f"{result.strategy} (run {result.run})"
-            if result.strategy in several
-            else result.strategy
-        )
+        name = result.strategy
+        if name in repeated:
+            name = f"{name} (run {result.run})"
         for metric, value in {"psnr": result.psnr.mean, **result.metrics}.items():
             if not metric.endswith("_std"):
-                found.setdefault(metric, {}).setdefault(name, {})[result.num_steps] = value
-    return found
+                curves.setdefault(metric, {}).setdefault(name, {})[result.num_steps] = value
+    return curves
 
 
 def cost_lines(
     plans: Sequence[tuple[str, StepSchedule]],
 ) -> dict[tuple[str, int], dict[int, float]]:
-    """{(strategy, K): {round: cost}} of those that a dynamic program made: mean distance to the teacher on its way."""
-    costs = {
-        (name, plan.num_steps): plan.about("planning").get("cost_per_round", [])
-        for name, plan in plans
-    }
-    return {key: dict(enumerate(each, start=1)) for key, each in sorted(costs.items()) if each}
+    """Return the cost after each round of the dynamic programs that made schedules.
+
+    Returns:
+        {(strategy, K): {round: mean distance to the teacher}}.
+    """
+    costs = {}
+    for name, plan in plans:
+        rounds = plan.about("planning").get("cost_per_round", [])
+        if rounds:
+            costs[name, plan.num_steps] = dict(enumerate(rounds, start=1))
+    return dict(sorted(costs.items()))
 
 
 def mean_psnr(folder: Path) -> float | None:
-    """Over all rows of a run; None where nothing was measured."""
+    """Return the mean PSNR over all rows of a run; None where nothing was measured."""
     if not (folder / "metrics.json").is_file():
         return None
     return float(np.mean([result.psnr.mean for result in read_run(folder)]))

@@ -1,4 +1,4 @@
-"""The table of stages that were finetuned."""
+"""The table of finetuned stages."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from rich.table import Table
 from oss_exp.escaping import plain
 from oss_exp.models.stages import FinetuneRecord
 
+COLUMNS = (
+    "stage",
+    "times",
+    "steps",
+    "parameters",
+    "loss before",
+    "after",
+    "seconds",
+    "peak memory",
+)
+
 
 def stages(record: FinetuneRecord) -> Table:
-    """A row for each stage of finetune.json."""
+    """Return a table with a row for each stage of finetune.json."""
     table = Table(title=plain(f"{record.name}, finetuned by stages"))
-    for name in (
-        "stage",
-        "times",
-        "steps",
-        "parameters",
-        "loss before",
-        "after",
-        "seconds",
-        "peak memory",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
+
     for stage in record.stages:
-        (first, last), training = stage.times, stage.training
+        first, last = stage.times
+        training = stage.training
         table.add_row(
             str(stage.stage),
             f"{first:.4f} to {last:.4f}",

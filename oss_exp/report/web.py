@@ -1,6 +1,7 @@
-"""Pages that need nothing from elsewhere: page.html with its style, page.js, and one JSON block that the script draws.
+"""Self-contained HTML pages: page.html with its style, page.js, and a JSON block that it draws.
 
-The page's own policy (CSP) forbids every request. Text of users is escaped here, or goes in as text in the script.
+The page's own policy (CSP) forbids every request. Text from users is escaped here, or
+inserted as text by the script.
 """
 
 from __future__ import annotations
@@ -27,18 +28,27 @@ from oss_exp.schedule import StepSchedule
 
 HERE = Path(__file__).parent
 MOST_BYTES = 4 * 2**20  # of pictures in a section of a page
+
+# Pixels a side and file format of pictures; the first that fits is used.
 FORMS = (
     (LARGEST, "png"),
     (LARGEST, "jpeg"),
     (128, "jpeg"),
     (64, "jpeg"),
     (32, "jpeg"),
-)  # pixels a side; the first that fits
+)
 
 
 def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
-    """title is text, body HTML; data: {"schedules": schedules(...), "samples": samples(...), ...} or parts of it."""
-    template, script = ((HERE / name).read_text("utf-8") for name in ("page.html", "page.js"))
+    """Return the text of a page.
+
+    Args:
+        title: Text.
+        body: Pieces of HTML.
+        data: Data of the script's drawings, such as {"schedules": schedules(...)}.
+    """
+    template = (HERE / "page.html").read_text("utf-8")
+    script = (HERE / "page.js").read_text("utf-8")
     block = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
     return Template(template).substitute(
         title=html.escape(title), body="\n".join(body), data=block, script=script
@@ -46,20 +56,23 @@ def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
-    """Cells as text; kinds: the class of each row, where they have one."""
+    """Return an HTML table of texts.
+
+    Args:
+        header: Names of the columns.
+        cells: Rows.
+        kinds: CSS class of each row; may be empty.
+    """
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     parts = [f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>']
     for row, kind in zip_longest(cells, kinds, fillvalue=""):
-        parts.append(
-            f'<tr class="{kind}">'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            + "</tr>"
-        )
+        texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        parts.append(f'<tr class="{kind}">{texts}</tr>')
     return "\n".join([*parts, "</tbody></table></div>"])
 
 
 def url(picture: Image.Image, form: str) -> str:
-    """The picture itself, to stand where an address does; form: png or jpeg."""
+    """Return a picture as a data URL; `form` is png or jpeg."""
     buffer = io.BytesIO()
     picture.save(buffer, form, quality=90, subsampling=0)
     return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -68,15 +81,20 @@ def url(picture: Image.Image, form: str) -> str:
 def schedules(
     plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float]
 ) -> dict[str, Any]:
-    """The lines of the plot: as `plots.schedules`, per-sample schedules as a band around their median."""
-    colors, lines = plots.colors(plans), []
+    """Return the data of the plot of schedules, which shows the same as `plots.schedules`."""
+    colors = plots.colors(plans)
+    lines = []
     for name, plan in plans:
-        times, band = plan.times.numpy(), {}
+        # Band of per-sample schedules, or orders.
+        times = plan.times.numpy()
+        band = {}
         if times.ndim == 2:
             low, times, high = np.quantile(times, [0.1, 0.5, 0.9], axis=0)
             band = {"low": _rounded(low), "high": _rounded(high), "samples": len(plan.times)}
         elif plan.orders is not None:
             band = {"orders": plan.orders.tolist()}
+
+        # Line.
         lines.append(
             {
                 "name": name,
@@ -92,34 +110,37 @@ def schedules(
 
 
 def measured(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The panels of every metric against K; none where there is one K."""
+    """Return the panels of every metric against K; none where there is one K."""
     if len({line.result.num_steps for line in lines}) < 2:
         return []
     baselines = {line.result.strategy: line.result.baseline for line in lines}
     panels = metric_lines(lines)
-    by_hand = {
-        name: baselines[name.partition(" (run ")[0]]
-        for curves in panels.values()
-        for name in curves
-    }
+
+    # Colours.
+    by_hand = {}
+    for curves in panels.values():
+        for name in curves:
+            by_hand[name] = baselines[name.partition(" (run ")[0]]
     colors = plots.strong_and_muted(by_hand)
-    return [
-        {
-            "title": f"{metric} against K",
-            "across": "K",
-            "up": metric,
-            "lines": _curves(curves, colors, by_hand),
-        }
-        for metric, curves in panels.items()
-    ]
+
+    # Panels.
+    data = []
+    for metric, curves in panels.items():
+        lines_of_panel = _curves(curves, colors, by_hand)
+        title = f"{metric} against K"
+        data.append({"title": title, "across": "K", "up": metric, "lines": lines_of_panel})
+    return data
 
 
 def costs(plans: Sequence[tuple[str, StepSchedule]]) -> list[dict[str, Any]]:
-    """The panels, one a K, of what the rounds of the dynamic programs cost."""
-    found, colors = cost_lines(plans), plots.colors(plans)
+    """Return the panels of the costs of the dynamic programs' rounds, one for each K."""
+    curves_of: dict[int, dict[str, dict[int, float]]] = {}
+    for (name, k), curve in cost_lines(plans).items():
+        curves_of.setdefault(k, {})[name] = curve
+
+    colors = plots.colors(plans)
     panels = []
-    for k in sorted({k for _, k in found}):
-        curves = {name: found[name, own] for name, own in found if own == k}
+    for k, curves in sorted(curves_of.items()):
         lines = _curves(curves, colors, dict.fromkeys(curves, False))
         if max(max(line["y"]) for line in lines) > 0:
             panels.append(
@@ -133,37 +154,54 @@ def _curves(
     colors: Mapping[str, plots.Color],
     by_hand: Mapping[str, bool],
 ) -> list[dict[str, Any]]:
-    return [
-        {
+    """Return the data of the lines of a panel."""
+    lines = []
+    for name, curve in curves.items():
+        line = {
             "name": name,
             "color": to_hex(colors[name]),
             "baseline": by_hand[name],
             "x": list(curve),
             "y": _rounded(curve.values()),
         }
-        for name, curve in curves.items()
-    ]
+        lines.append(line)
+    return lines
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
-    """The rows of the grid of samples: each a strip of its n pictures, the frames of videos below each other.
+    """Return the data of the grid of samples.
 
-    pictures: (n, H, W, C) bytes of each, or (n, F, H, W, C). Reduced, and of less quality, until they fit on a page.
+    Each row is a strip of n pictures, with the frames of videos below each other.
+    Pictures are reduced, and lose quality, until they fit on a page.
+
+    Args:
+        pictures: Samples by label, uint8, (n, H, W, C) or (n, F, H, W, C).
+        results: Results of the schedules.
     """
-    videos = {label: each if each.ndim == 5 else each[:, None] for label, each in pictures.items()}
-    frames, milliseconds = plots.moments(videos["teacher"].shape[1])
-    strips, shape = _strips({label: each[:, frames] for label, each in videos.items()})
-    rows = [{"label": "teacher", "name": "teacher", "k": None}]
+    # Strips.
+    teacher = pictures["teacher"]
+    frames, milliseconds = plots.moments(teacher.shape[1] if teacher.ndim == 5 else 1)
+    videos = {}
+    for label, images in pictures.items():
+        videos[label] = images[:, frames] if images.ndim == 5 else images[:, None]
+    strips, shape = _strips(videos)
+
+    # Rows.
+    rows: list[dict[str, Any]] = [
+        {"label": "teacher", "name": "teacher", "k": None, "strip": strips["teacher"]}
+    ]
     for label, result in plots.ordered(pictures, results):
-        values = [
-            f"{result.values[index]:.2f}" for index in sorted(result.values)[: len(pictures[label])]
-        ]
-        rows.append(
-            {"label": label, "name": result.strategy, "k": result.num_steps, "values": values}
-        )
-        rows[-1]["psnr"] = f"{result.psnr.mean:.2f} dB"
-    for row in rows:
-        row["strip"] = strips[row["label"]]
+        indices = sorted(result.values)[: len(pictures[label])]
+        row = {
+            "label": label,
+            "name": result.strategy,
+            "k": result.num_steps,
+            "values": [f"{result.values[index]:.2f}" for index in indices],
+            "psnr": f"{result.psnr.mean:.2f} dB",
+            "strip": strips[label],
+        }
+        rows.append(row)
+
     inferno = "".join(to_hex(color)[1:] for color in plots.palette("inferno"))
     return {
         **shape,
@@ -175,47 +213,59 @@ def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> di
 
 
 def trajectories(ways: Mapping[str, np.ndarray], results: Sequence[Result]) -> dict[str, Any]:
-    """The rows of the predictions on the way: each a strip of n columns, its P steps below each other.
+    """Return the data of the predictions along the trajectories.
 
-    ways: times/<label> (n, P) and x0/<label> (n, P, H, W, C) bytes, of the teacher and schedules (trajectories.npz).
+    Each row is a strip of n columns, with its P steps below each other.
+
+    Args:
+        ways: The arrays of trajectories.npz: times/<label> (n, P) and x0/<label>,
+            uint8, (n, P, H, W, C).
+        results: Results of the schedules.
     """
-    pictures = {
-        key.removeprefix("x0/"): each for key, each in ways.items() if key.startswith("x0/")
-    }
+    pictures = {}
+    for key, array in ways.items():
+        if key.startswith("x0/"):
+            pictures[key.removeprefix("x0/")] = array
     strips, shape = _strips(pictures)
-    known = [
-        ("teacher", None),
-        *((label, result.num_steps) for label, result in plots.ordered(pictures, results)),
-    ]
-    rows = [
-        {
+
+    # Rows.
+    steps_of: dict[str, int | None] = {"teacher": None}
+    for label, result in plots.ordered(pictures, results):
+        steps_of[label] = result.num_steps
+    rows = []
+    for label, k in steps_of.items():
+        row = {
             "label": label,
             "name": label.removesuffix(f" K={k}"),
             "k": k,
             "times": [_rounded(times) for times in ways[f"times/{label}"]],
             "strip": strips[label],
         }
-        for label, k in known
-    ]
+        rows.append(row)
     return {**shape, "rows": rows}
 
 
 def _strips(videos: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str, Any]]:
-    """(n, F, H, W, C) bytes of each, F its own -> a strip of each in the first form in which all fit; its shape."""
-    smaller = (_strips_of(videos, side, form) for side, form in FORMS)
-    strips = next(smaller)
-    while sum(map(len, strips[0].values())) > MOST_BYTES and (following := next(smaller, None)):
-        strips = following
-    return strips
+    """Return a strip of each video (n, F, H, W, C), in the first form in which all fit.
+
+    Returns:
+        Data URLs by label, and the shape of their pictures.
+    """
+    strips, shape = _strips_of(videos, *FORMS[0])
+    for side, form in FORMS[1:]:
+        if sum(map(len, strips.values())) <= MOST_BYTES:
+            break
+        strips, shape = _strips_of(videos, side, form)
+    return strips, shape
 
 
 def _strips_of(
     videos: Mapping[str, np.ndarray], side: int, form: str
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """As `_strips`, in this form."""
-    small = {label: reduced(each, side) for label, each in videos.items()}
+    """Return strips as `_strips`, in one form."""
+    small = {label: reduced(video, side) for label, video in videos.items()}
     height, width = small["teacher"].shape[2:4]
-    strips = {label: _strip(each, form) for label, each in small.items()}
+    strips = {label: _strip(video, form) for label, video in small.items()}
     return strips, {"width": width, "height": height, "form": form}
 
 
@@ -224,7 +274,7 @@ def _rounded(values: Iterable[float]) -> list[float]:
 
 
 def _strip(videos: np.ndarray, form: str) -> str:
-    """(n, F, H, W, C) bytes -> a picture of F H x n W pixels as a URL."""
+    """Return videos (n, F, H, W, C) as a data URL of one picture, F H x n W pixels."""
     n, frames, height, width, channels = videos.shape
     strip = videos.transpose(1, 2, 0, 3, 4).reshape(frames * height, n * width, channels)
     return url(Image.fromarray(strip[..., 0] if channels == 1 else strip), form)

@@ -1,6 +1,7 @@
-"""The paper's tables and figures by one command: plan the runs, make those that are missing, set ours beside theirs.
+"""Reproduction of the paper's tables and figures by one command.
 
-A `Cell` is one run of the program, kept in a folder named by what it computes (cells.py). A table's plan (plans.py)
-says which cell holds the number that stands for each of the paper's (paper.py); render.py writes both, and whether the
-paper's claims hold here.
+A `Cell` is one run of the program, in a folder named by what it computes (cells.py).
+The plan of a table (plans.py) names the cell of each number that stands for one of the
+paper's (paper.py). render.py writes both numbers, and whether the paper's claims hold
+here.
 """

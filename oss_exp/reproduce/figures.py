@@ -1,4 +1,4 @@
-"""Pictures that stand for figures of the paper, drawn from the runs of a table, without numbers of the paper's."""
+"""Counterparts of the paper's figures, drawn from the runs of a table."""
 
 from __future__ import annotations
 
@@ -16,28 +16,20 @@ from oss_exp.reproduce.paper import Paper
 from oss_exp.reproduce.plans import Plan
 
 
-def _runs(paper: Paper, plan: Plan, key: str, strategy: str) -> dict[str, Cell]:
-    """What the rows of a strategy say under `key` -> the run that planned it."""
-    rows = [(row, source) for row, source in zip(paper.rows, plan.sources, strict=True) if source]
-    return {
-        str(row[key]): source.cells[0].lineage()[0]
-        for row, source in rows
-        if row["strategy"] == strategy
-    }
-
-
 def figure_1(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
-    """Pictures from prompts: of the teacher, and of 10 steps by OSS-ave and at uniform times, from the same noises."""
+    """Draw pictures from prompts: the teacher's, and those of 10 steps, from the same noises."""
     folder = _runs(paper, plan, "dataset", "oss_ave")["mscoco512"].folder(root)
-    found = read_pictures(folder)
+    pictures = read_pictures(folder)
     rows = {
-        "teacher": found["teacher"],
-        **{f"{name}, 10 steps": found[f"{name} K=10"] for name in ("oss_ave", "fm")},
+        "teacher": pictures["teacher"],
+        "oss_ave, 10 steps": pictures["oss_ave K=10"],
+        "fm, 10 steps": pictures["fm K=10"],
     }
+
+    # One line of pictures for each schedule.
     count = min(8, len(rows["teacher"]))
-    figure, axes = plt.subplots(
-        len(rows), count, figsize=(1.1 * count + 1, 1.2 * len(rows)), layout="constrained"
-    )
+    size = (1.1 * count + 1, 1.2 * len(rows))
+    figure, axes = plt.subplots(len(rows), count, figsize=size, layout="constrained")
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -47,7 +39,10 @@ def figure_1(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
 
 
 def figure_5(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
-    """Times of 20 searched steps for several numbers of teacher steps; lines: mean of the samples, bands: 5 to 95 %."""
+    """Plot the times of 20 searched steps for several numbers of teacher steps.
+
+    Lines are means over samples, bands 5 to 95 % of them.
+    """
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for teacher, cell in _runs(paper, plan, "search_teacher_steps", "oss").items():
         (times,) = [
@@ -63,30 +58,35 @@ def figure_5(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
 
 
 def figure_10(paper: Paper, plan: Plan, root: Path) -> plt.Figure:
-    """Where every strategy puts its 10 steps, a panel a model, of 100-step teachers."""
+    """Plot the 10 steps of every strategy, one panel for each model."""
     cells = _runs(paper, plan, "dataset", "oss_ave")
-    figure, axes = plt.subplots(
-        1, len(cells), figsize=(3.2 * len(cells), 3.4), sharey=True, layout="constrained"
-    )
+    size = (3.2 * len(cells), 3.4)
+    figure, axes = plt.subplots(1, len(cells), figsize=size, sharey=True, layout="constrained")
+
     for axis, cell in zip(axes, cells.values(), strict=True):
-        plans = [
-            (name, plan) for name, plan in read_schedules(cell.folder(root)) if plan.num_steps == 10
-        ]
-        for name, each in plans:
-            ours = name.startswith("oss")
-            axis.plot(
-                each.times.numpy(),
-                "o-",
-                ms=3,
-                lw=1.6 if ours else 0.9,
-                label=name,
-                zorder=3 if ours else 2,
-            )
-        axis.set(title=plans[0][1].about("model")["name"], xlabel="student step")
+        # Schedules of 10 steps; ours are drawn over the others.
+        model = ""
+        for name, schedule in read_schedules(cell.folder(root)):
+            if schedule.num_steps == 10:
+                model = schedule.about("model")["name"]
+                width, order = (1.6, 3) if name.startswith("oss") else (0.9, 2)
+                times = schedule.times.numpy()
+                axis.plot(times, "o-", ms=3, lw=width, label=name, zorder=order)
+        axis.set(title=model, xlabel="student step")
         axis.grid(alpha=0.3)
+
     axes[0].set_ylabel("time t (1: noise)")
     axes[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _runs(paper: Paper, plan: Plan, key: str, strategy: str) -> dict[str, Cell]:
+    """Return the runs that planned a strategy's schedules, by their rows' value of `key`."""
+    runs = {}
+    for row, source in zip(paper.rows, plan.sources, strict=True):
+        if source is not None and row["strategy"] == strategy:
+            runs[str(row[key])] = source.cells[0].lineage()[0]
+    return runs
 
 
 DRAWN: dict[str, list[Callable[[Paper, Plan, Path], plt.Figure]]] = {
@@ -96,8 +96,8 @@ DRAWN: dict[str, list[Callable[[Paper, Plan, Path], plt.Figure]]] = {
 
 
 def draw(paper: Paper, plan: Plan, root: Path) -> dict[str, bytes]:
-    """Name of the figure -> PNG."""
-    return {
-        function.__name__: png(function(paper, plan, root))
-        for function in DRAWN.get(paper.name, ())
-    }
+    """Draw the figures that belong to a table; returns PNGs by name."""
+    pictures = {}
+    for function in DRAWN.get(paper.name, ()):
+        pictures[function.__name__] = png(function(paper, plan, root))
+    return pictures

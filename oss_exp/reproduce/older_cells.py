@@ -1,8 +1,9 @@
-"""Cells that an earlier version made, found again by what they computed.
+"""Recognition of runs that an earlier version did, by what they computed.
 
-A cell's folder has the name of its key (cells.py), and the key changes when a version spells its configurations in
-another way. The folder itself says what it holds: config.yaml has the configuration, cell.json the hashes of the
-shipped files and the folder of the run before. Both are data; nothing in them is executed or resolved.
+The folder of a cell is named by its key (cells.py), and the key changes when a version
+spells its configurations in another way. The folder itself has what is needed:
+config.yaml is the configuration, and cell.json has the hashes of the shipped files and
+the folder of the run before. Both are data; nothing in them is executed or resolved.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Any
 from oss_exp.files import ASSETS, Record, load_config, load_record, sha256
 from oss_exp.tasks.older_configs import canonical, changed
 
-OUTPUT, DATA, PARENT = "OUTPUT", "DATA", "PARENT"  # in a key, in the place of folders
+# Words that stand for folders in a configuration.
+OUTPUT, DATA, PARENT = "OUTPUT", "DATA", "PARENT"
+
+# Groups that version 0.1 left out of the hash in a folder's name.
 UNNAMED = (
     "trainer",
     "logger",
@@ -26,38 +30,44 @@ UNNAMED = (
     "hydra",
     "keep_calls",
     "offload_states",
-)  # by version 0.1 in a folder's name
+)
 
 
 def shipped_files(values: Any) -> dict[str, str]:
-    """Return {file: SHA-256} of the shipped files that a configuration names."""
-    return {
-        name: sha256((ASSETS / name).read_bytes())
-        for name in sorted(set(_texts(values)))
-        if _is_shipped(name)
-    }
+    """Return the shipped files that a configuration names: {file: SHA-256}."""
+    hashes = {}
+    for name in sorted(set(_texts(values))):
+        if name and "/" not in name and (ASSETS / name).is_file():
+            hashes[name] = sha256((ASSETS / name).read_bytes())
+    return hashes
 
 
 def older_cell(
     root: Path, values: Mapping[str, Any], files: Mapping[str, str], parent: str | None
 ) -> Path | None:
-    """Return the folder below `root` that holds the results of a canonical configuration; None where there is none.
+    """Return the folder that has the results of a canonical configuration; None without one.
 
-    files: hashes of the shipped files that it names. parent: the name of the folder of the run that it goes on from.
+    Args:
+        root: Folder of all runs.
+        values: The configuration.
+        files: Hashes of the shipped files that it names.
+        parent: Name of the folder of the run that it starts from.
     """
-    for made in _made_cells(root.resolve()):
-        same_files = all(
-            made.files.get(name, hash_now) == hash_now for name, hash_now in files.items()
-        )
-        if made.parent == parent and same_files and not changed(made.values, values):
-            return root / made.name
+    for cell in _done_cells(root.resolve()):
+        same_files = all(cell.files.get(name, now) == now for name, now in files.items())
+        if cell.parent == parent and same_files and not changed(cell.values, values):
+            return root / cell.name
     return None
 
 
 class CellRecord(Record):
-    """cell.json: what was run, after which run (its folder's name), and the hashes of the shipped files that it named.
+    """The file cell.json. Version 0.1 wrote neither parent nor files.
 
-    packages: their versions. Version 0.1 wrote neither parent nor files.
+    Attributes:
+        overrides: The command line.
+        parent: Name of the folder of the run before.
+        files: Hashes of the shipped files that the configuration names.
+        packages: Versions of packages.
     """
 
     overrides: list[str]
@@ -67,17 +77,15 @@ class CellRecord(Record):
 
 
 def read_cell(folder: Path) -> CellRecord:
-    """Return what cell.json in a folder says; ValueError where it is no such record."""
-    return load_record(
-        folder / "cell.json",
-        CellRecord,
-        "record of a run",
-        "remove its folder, and it is made again",
-    )
+    """Read cell.json of a folder; raises ValueError if it is not such a record."""
+    remedy = "remove its folder, and it is made again"
+    return load_record(folder / "cell.json", CellRecord, "record of a run", remedy)
 
 
 @dataclass(frozen=True)
-class _MadeCell:
+class _DoneCell:
+    """The content of a folder: its canonical configuration, files and parent."""
+
     name: str
     values: dict[str, Any]
     files: dict[str, str]
@@ -85,51 +93,72 @@ class _MadeCell:
 
 
 @cache
-def _made_cells(root: Path) -> list[_MadeCell]:
-    """Return what the folders hold that were complete when this process first asked."""
-    folders = [
-        file.parent
-        for file in sorted(root.glob("*/cell.json"))
-        if file.with_name("config.yaml").is_file()
-    ]
+def _done_cells(root: Path) -> list[_DoneCell]:
+    """Return the runs that were complete when this process first asked."""
+    files = sorted(root.glob("*/cell.json"))
+    folders = [file.parent for file in files if file.with_name("config.yaml").is_file()]
     names = {folder.name for folder in folders}
-    made = [_read(folder, names) for folder in folders]
-    return [cell for cell in made if cell is not None]
+    cells = []
+    for folder in folders:
+        cell = _read(folder, names)
+        if cell is not None:
+            cells.append(cell)
+    return cells
 
 
-def _read(folder: Path, names: set[str]) -> _MadeCell | None:
-    """Return what a folder holds; None where it cannot be told for certain. names: of the folders beside it."""
+def _read(folder: Path, names: set[str]) -> _DoneCell | None:
+    """Read a folder.
+
+    Args:
+        folder: The folder.
+        names: Names of the folders beside it.
+
+    Returns:
+        None where its content cannot be determined for certain.
+    """
     try:
-        config, record = load_config(folder / "config.yaml", "configuration"), read_cell(folder)
-        overrides, parent = record.overrides, record.parent
+        config = load_config(folder / "config.yaml", "configuration")
+        record = read_cell(folder)
+        parent = record.parent
         if "parent" not in record.model_fields_set:
-            parent = next(
-                (name for name in names if any(f"{name}/" in text for text in overrides)), None
-            )
+            parent = _parent(record.overrides, names)
 
-        # As it was before the run knew its folders and its model.
-        config = _with_places(
-            config, {folder.name: OUTPUT, parent: PARENT}, config["paths"]["data_dir"]
-        )
-        if "classes" in config.get("data", {}) and not any(
-            text.startswith("data.classes=") for text in overrides
-        ):
+        # The configuration before the run filled in its folders and its model's classes.
+        data_dir = config["paths"]["data_dir"]
+        config = _with_places(config, {folder.name: OUTPUT, parent: PARENT}, data_dir)
+        has_classes = any(text.startswith("data.classes=") for text in record.overrides)
+        if "classes" in config.get("data", {}) and not has_classes:
             config["data"]["classes"] = "auto"
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
-    # Version 0.1 kept hashes of files in the folder's name alone: they are today's where that name comes out again.
+    # Version 0.1 recorded the hashes of files in the folder's name alone. Those of today's files
+    # are the same if they give that name again.
     files = record.files
     if files is None:
         values = {key: value for key, value in config.items() if key not in UNNAMED}
         files = shipped_files(values)
         if sha256(json.dumps([values, files, parent], sort_keys=True).encode())[:16] != folder.name:
             return None
-    return _MadeCell(folder.name, canonical(config), files, parent)
+    return _DoneCell(folder.name, canonical(config), files, parent)
+
+
+def _parent(overrides: list[str], names: set[str]) -> str | None:
+    """Return the folder that a command line names."""
+    for name in names:
+        if any(f"{name}/" in text for text in overrides):
+            return name
+    return None
 
 
 def _with_places(value: Any, folders: Mapping[str | None, str], data: str) -> Any:
-    """Return a configuration with a word in the place of each of these folders, wherever they were."""
+    """Replace folders in a configuration by words, whatever they were below.
+
+    Args:
+        value: A configuration, or a part of it.
+        folders: Word for each name of a folder.
+        data: The folder that DATA replaces.
+    """
     if isinstance(value, dict):
         return {key: _with_places(inner, folders, data) for key, inner in value.items()}
     if isinstance(value, list):
@@ -143,14 +172,13 @@ def _with_places(value: Any, folders: Mapping[str | None, str], data: str) -> An
 
 
 def _texts(value: Any) -> list[str]:
-    if isinstance(value, dict | list):
-        return [
-            text
-            for inner in (value.values() if isinstance(value, dict) else value)
-            for text in _texts(inner)
-        ]
-    return [value] if isinstance(value, str) else []
-
-
-def _is_shipped(name: str) -> bool:
-    return bool(name) and "/" not in name and (ASSETS / name).is_file()
+    """Return all texts in a configuration."""
+    if isinstance(value, str):
+        return [value]
+    inner_values = value if isinstance(value, list) else []
+    if isinstance(value, dict):
+        inner_values = value.values()
+    texts = []
+    for inner in inner_values:
+        texts += _texts(inner)
+    return texts

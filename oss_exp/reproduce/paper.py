@@ -12,7 +12,16 @@ from oss_exp.files import ASSETS, Record, load_record
 
 @dataclass(frozen=True)
 class Claim:
-    """better, than: keys of the rows that it orders; both None where it orders none."""
+    """A claim of the paper.
+
+    Attributes:
+        text: The claim in words.
+        better: Values that pick the row which is better; None where the claim orders no
+            rows.
+        than: Values that pick the rows which it beats.
+        gain: The gain that the paper states.
+        doubt: Why the claim is in doubt.
+    """
 
     text: str
     better: dict[str, Any] | None
@@ -22,7 +31,7 @@ class Claim:
 
 
 class PaperRecord(Record):
-    """assets/paper/*.json. setting: what holds of all rows; a row may replace it."""
+    """A file of assets/paper; `setting` has the values of all rows that do not replace them."""
 
     id: str
     title: str
@@ -35,7 +44,16 @@ class PaperRecord(Record):
 
 @dataclass(frozen=True)
 class Paper:
-    """rows: each with all that holds of it, the table's setting included."""
+    """A table or figure of the paper.
+
+    Attributes:
+        name: Such as table_2.
+        title: Its subject.
+        metric: The metric's name, unit and better direction; None where there is none.
+        rows: The numbers, each with its whole setting.
+        claims: The paper's claims about them.
+        doubts: Doubts about the numbers.
+    """
 
     name: str
     title: str
@@ -46,13 +64,9 @@ class Paper:
 
     @classmethod
     def load(cls, name: str) -> Paper:
-        """Return what the paper says in a table or figure, such as table_2."""
-        record = load_record(
-            ASSETS / "paper" / f"{name}.json",
-            PaperRecord,
-            "the paper's numbers",
-            "restore the file",
-        )
+        """Read a table or figure, such as table_2."""
+        file = ASSETS / "paper" / f"{name}.json"
+        record = load_record(file, PaperRecord, "the paper's numbers", "restore the file")
         return cls(
             name=record.id,
             title=record.title,
@@ -63,10 +77,12 @@ class Paper:
         )
 
     def ordered(self, claim: Claim) -> tuple[int, list[int]]:
-        """Numbers of the row that is better by the claim, and of those that it beats."""
-        picked = [
-            [i for i, row in enumerate(self.rows) if keys.items() <= row.items()]
-            for keys in (claim.better, claim.than)
-        ]
-        ((better,), others) = picked
-        return better, [i for i in others if i != better]
+        """Return the number of the row that a claim calls better, and of those that it beats."""
+        (better,) = self._matching(claim.better)
+        others = [i for i in self._matching(claim.than) if i != better]
+        return better, others
+
+    def _matching(self, values: dict[str, Any] | None) -> list[int]:
+        """Return the numbers of the rows with these values."""
+        assert values is not None, "a claim that orders rows names both sides"
+        return [i for i, row in enumerate(self.rows) if values.items() <= row.items()]

@@ -1,4 +1,4 @@
-"""`oss-exp task=reproduce table=2`."""
+"""The task that reproduces the paper's tables: `oss-exp task=reproduce table=2`."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from oss_exp.files import write_atomically
 from oss_exp.reproduce.cells import Cell, make
 from oss_exp.reproduce.figures import draw
 from oss_exp.reproduce.paper import Paper
-from oss_exp.reproduce.plans import TABLES, Plan, values_of
+from oss_exp.reproduce.plans import TABLES, Plan, Source, values_of
 from oss_exp.reproduce.render import Reproduction, summary
 from oss_exp.tasks.task import Count, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce(Task):
-    """Make the missing runs of `table` (1 to 7, or all), then write <output>/table_N/<scale>.*.
+    """Do the missing runs of a table, then write <output>/table_N/<scale>.*.
 
-    A table of which a run failed is left as it was; the others are written, and a ValueError says what failed.
+    A table with a failed run is left as it was; the others are written, and a
+    ValueError tells what failed.
 
     Args:
-        scale: small: our own networks | paper: the public checkpoints.
-        output: folder of the tables and figures.
-        cells: folder of the runs, each in a folder of its own.
-        jobs: runs at a time; None: one a CPU core at scale small, else one.
-        overrides: {key: value} for every run that has the key; ValueError where none has.
+        table: Number of the table, 1 to 7, or "all".
+        scale: "small" for our own networks, "paper" for the public checkpoints.
+        output: Folder of the tables and figures.
+        cells: Folder of the runs, each in a folder of its own.
+        jobs: Runs at a time; None means one for each CPU core at scale small, else one.
+        overrides: {key: value} for every run that has the key; ValueError where none
+            has it.
     """
 
     table: Literal["all"] | Annotated[int, Ge(1), Le(7)] = "all"
@@ -44,85 +47,109 @@ class Reproduce(Task):
 
     def __call__(self, cfg: DictConfig) -> None:
         names = list(TABLES) if self.table == "all" else [f"table_{self.table}"]
-        small, root, output = self.scale == "small", Path(self.cells), Path(self.output)
+        small = self.scale == "small"
+        root = Path(self.cells)
 
-        # The plans, with the user's values in every run.
+        # Plans, with the user's values in every run.
         papers = {name: Paper.load(name) for name in names}
         plans = {name: TABLES[name](paper, small) for name, paper in papers.items()}
         if self.overrides:
             plans = _with(plans, self.overrides)
 
-        # The runs, those of the last table first.
+        # Runs, those of the last table first.
         root.mkdir(parents=True, exist_ok=True)
         jobs = self.jobs or (os.cpu_count() or 1 if small else 1)
+        cells = []
+        for name in reversed(names):
+            cells += _cells(plans[name])
         try:
             with FileLock(root / ".lock", timeout=0):
-                failed = make(
-                    [cell for name in reversed(names) for cell in _cells(plans[name])], root, jobs
-                )
+                failed = make(cells, root, jobs)
         except Timeout:
             raise ValueError(
-                f"another reproduction makes the runs in {root}; wait for it, or choose another task.cells"
+                f"another reproduction makes the runs in {root}; wait for it, "
+                "or choose another task.cells"
             ) from None
 
-        # The tables whose runs are all there.
+        # Tables whose runs are all there.
         written = []
         for name in names:
-            if not failed.keys().isdisjoint(
-                cell for each in _cells(plans[name]) for cell in each.lineage()
-            ):
-                continue
-            reproduction = Reproduction(
-                papers[name], plans[name], self.scale, values_of(plans[name], root)
-            )
-            written.append(reproduction)
-            files = reproduction.write(output / name, root)
-            for figure, picture in draw(papers[name], plans[name], root).items():
-                files.append(write_atomically(output / figure / f"{self.scale}.png", picture))
-            print(f"\n{reproduction.markdown()}\n{', '.join(map(str, files))}")
+            if _is_complete(plans[name], failed):
+                written.append(self._write(papers[name], plans[name]))
 
-        # What can be said of all of them.
+        # Summary of all tables, or the failures.
         if self.table == "all" and not failed:
             text = f"# All tables at {self.scale} scale\n\n{summary(written)}"
-            print(write_atomically(output / f"{self.scale}.md", text).read_text())
+            file = write_atomically(Path(self.output) / f"{self.scale}.md", text)
+            print(file.read_text())
         if failed:
-            reasons = "\n".join(
-                f"  oss-exp {' '.join(cell.command(root))}\n    {reason}"
-                for cell, reason in failed.items()
-            )
+            reasons = []
+            for cell, reason in failed.items():
+                reasons.append(f"  oss-exp {' '.join(cell.command(root))}\n    {reason}")
             raise ValueError(
-                f"{len(failed)} runs failed, and their tables are not written; the others are kept. When it is mended, "
-                f"the same command goes on:\n{reasons}"
+                f"{len(failed)} runs failed, and their tables are not written; the others are "
+                "kept. When it is mended, the same command goes on:\n" + "\n".join(reasons)
             )
+
+    def _write(self, paper: Paper, plan: Plan) -> Reproduction:
+        """Write and print a table, and draw its figures."""
+        root = Path(self.cells)
+        output = Path(self.output)
+
+        # Table.
+        reproduction = Reproduction(paper, plan, self.scale, values_of(plan, root))
+        files = reproduction.write(output / paper.name, root)
+
+        # Figures.
+        for figure, picture in draw(paper, plan, root).items():
+            files.append(write_atomically(output / figure / f"{self.scale}.png", picture))
+        print(f"\n{reproduction.markdown()}\n{', '.join(map(str, files))}")
+        return reproduction
 
 
 def _cells(plan: Plan) -> list[Cell]:
-    return [cell for source in plan.sources if source for cell in source.cells]
+    """Return the runs that the numbers of a plan are read from."""
+    cells = []
+    for source in plan.sources:
+        if source is not None:
+            cells += source.cells
+    return cells
+
+
+def _is_complete(plan: Plan, failed: Mapping[Cell, str]) -> bool:
+    """Return whether no run that a plan needs has failed."""
+    needed = set()
+    for cell in _cells(plan):
+        needed.update(cell.lineage())
+    return needed.isdisjoint(failed)
 
 
 def _with(plans: Mapping[str, Plan], overrides: Mapping[str, Any]) -> dict[str, Plan]:
     """Return the same plans with these values in every run that has their keys."""
     unknown = set(overrides)
 
-    def changed(cell: Cell | None) -> Cell | None:
-        if cell is None:
-            return None
-        own = list(cell.overrides)
+    def changed(cell: Cell) -> Cell:
+        values = list(cell.overrides)
         for key, value in overrides.items():
-            if Cell.of(*own).has(key):
-                own.append(f"{key}={value}")
+            if Cell.of(*values).has(key):
+                values.append(f"{key}={value}")
                 unknown.discard(key)
-        return Cell.of(*own, parent=changed(cell.parent))
+        parent = None if cell.parent is None else changed(cell.parent)
+        return Cell.of(*values, parent=parent)
 
-    made = {}
+    # Plans with other runs.
+    changed_plans = {}
     for name, plan in plans.items():
-        sources = [
-            source and replace(source, cells=tuple(map(changed, source.cells)))
-            for source in plan.sources
-        ]
-        made[name] = replace(plan, sources=sources)
+        sources: list[Source | None] = []
+        for source in plan.sources:
+            cells = () if source is None else tuple(map(changed, source.cells))
+            sources.append(None if source is None else replace(source, cells=cells))
+        changed_plans[name] = replace(plan, sources=sources)
+
+    # Keys that no run has.
     if unknown:
         raise ValueError(
-            f"task.overrides.{min(unknown)} is an option of none of these runs; see oss-exp --cfg job"
+            f"task.overrides.{min(unknown)} is an option of none of these runs; "
+            "see oss-exp --cfg job"
         )
-    return made
+    return changed_plans

@@ -80,7 +80,7 @@ def test_written_statistics_come_back(tmp_path):
 
 
 def test_no_more_features_are_kept_than_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("oss_exp.evaluation.statistics.KEPT", 10)
+    monkeypatch.setattr("oss_exp.evaluation.statistics.MAX_FEATURES", 10)
     reference = write_statistics(tmp_path / "s.npz", EXTRACTOR, images(20).split(8))
     assert (reference.n, len(reference.features)) == (20, 10)
     torch.testing.assert_close(

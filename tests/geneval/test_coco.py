@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from oss_exp.evaluation.metrics import CLIPScore
 from oss_exp.files import find_asset
 from oss_exp.geneval.coco import GREY, TEMPLATES, COCODetector
-from oss_exp.geneval.detectors import Seen, look
+from oss_exp.geneval.detectors import Detection, look
 from oss_exp.geneval.rules import COLOURS, Rules
 from oss_exp.models.tiny.parts import clip_bytes
 
@@ -120,7 +120,7 @@ def test_objects_are_the_likeliest_pairs_with_the_boxes_of_their_masks(detector,
 def test_a_colour_is_the_nearest_of_ten_texts_to_the_object_on_grey(detector, images):
     mask = torch.zeros(48, 60, dtype=torch.bool)
     mask[10:20, 5:40] = True
-    found = detector.colour(images[0], "cow", Seen((5.0, 10.0, 40.0, 20.0, 0.9), mask))
+    found = detector.colour(images[0], "cow", Detection((5.0, 10.0, 40.0, 20.0, 0.9), mask))
     cut = images[0, :, 10:20, 5:40]
     clip = detector.clip
     vision = clip.processor(images=(cut * 255).round().byte(), return_tensors="pt")["pixel_values"]
@@ -133,7 +133,7 @@ def test_a_colour_is_the_nearest_of_ten_texts_to_the_object_on_grey(detector, im
         each = F.normalize(clip.network.get_text_features(**tokens).pooler_output, dim=-1).mean(0)
         likely.append(float(own[0] @ F.normalize(each, dim=0)))
     assert found == COLOURS[max(range(10), key=likely.__getitem__)]
-    hidden = Seen((0.0, 0.0, 60.0, 48.0, 0.9), torch.zeros_like(mask))  # nothing but grey
+    hidden = Detection((0.0, 0.0, 60.0, 48.0, 0.9), torch.zeros_like(mask))  # nothing but grey
     assert detector.colour(images[0], "cow", hidden) == detector.colour(
         torch.full_like(images[1], GREY), "cow", hidden
     )

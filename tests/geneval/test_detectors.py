@@ -6,7 +6,7 @@ import torch
 
 from oss_exp.data.scenes import CANVAS, Wardrobe
 from oss_exp.files import save_asset
-from oss_exp.geneval.detectors import FashionDetector, Seen, look, targets
+from oss_exp.geneval.detectors import Detection, FashionDetector, look, targets
 from oss_exp.geneval.garments import COLOURS, GARMENTS
 
 
@@ -71,7 +71,7 @@ def test_colours_are_told_apart_in_any_brightness():
     for name, colour in COLOURS.items():
         for brightness in (0.3, 1.0):
             image = brightness * torch.tensor(colour)[:, None, None].expand(3, 8, 8)
-            assert detector.colour(image, "bag", Seen((0, 0, 7, 7, 1), mask)) == name
+            assert detector.colour(image, "bag", Detection((0, 0, 7, 7, 1), mask)) == name
 
 
 def test_files_and_images_of_another_kind_are_refused(tmp_path):
