@@ -454,38 +454,41 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
 
 
 def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
-    """Return where a setting {axis: value, None: unknown} is outside of a certificate, and what was measured there."""
-    found = []
+    """Return a message on each part of a setting that lies outside a certificate.
+
+    Args:
+        measured: The certificate of a schedule; empty where it has none.
+        setting: Value on each axis; None where it is unknown.
+    """
+    messages = []
     for axis, value in setting.items():
         base = measured["base"].get(axis) if measured else None
-        if (
-            value is None
-            or base is None
-            or value == base
-            or (axis == "shape" and len(value) != len(base))
-        ):
+        if value is None or base is None or value == base:
             continue
+        if axis == "shape" and len(value) != len(base):
+            continue
+
+        # Cells at this value, or the two around it.
         cells = [cell for cell in measured["cells"] if cell["axis"] == axis]
         near = [cell for cell in cells if value is True or cell["value"] == value]
-        if not near and isinstance(value, float):  # between two that were measured
-            points = sorted(
-                [*cells, {"value": base, "loss": 0.0}], key=lambda point: point["value"]
-            )
-            near = [
-                p
-                for pair in pairwise(points)
-                if pair[0]["value"] < value < pair[1]["value"]
-                for p in pair
-            ]
+        if not near and isinstance(value, float):
+            points = [*cells, {"value": base, "loss": 0.0}]
+            for low, high in pairwise(sorted(points, key=lambda point: point["value"])):
+                if low["value"] < value < high["value"]:
+                    near += [low, high]
         if not near:
-            known = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
-            found.append(f"nothing was measured at {axis}={value}, only at {known}")
-        elif (worst := max(near, key=lambda point: point["loss"]))["loss"] > measured["tolerance"]:
-            lost = "{loss:.1f} dB ({loss_interval[0]:.1f} to {loss_interval[1]:.1f}, n={n}; gain {gain:+.1f})"
-            found.append(
-                f"{axis}={value} is outside of its range: at {worst['value']} it lost {lost.format(**worst)}"
-            )
-    return found
+            values = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
+            messages.append(f"nothing was measured at {axis}={value}, only at {values}")
+            continue
+
+        # The largest loss there.
+        worst = max(near, key=lambda point: point["loss"])
+        if worst["loss"] > measured["tolerance"]:
+            low, high = worst["loss_interval"][:2]
+            loss = f"{worst['loss']:.1f} dB ({low:.1f} to {high:.1f}, n={worst['n']}"
+            place = f"{axis}={value} is outside of its range: at {worst['value']}"
+            messages.append(f"{place} it lost {loss}; gain {worst['gain']:+.1f})")
+    return messages
 
 
 def _numbers(steps: StepSchedule) -> tuple[Mapping[str, Any], Tensor | None]:
