@@ -168,7 +168,7 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _fault(record: dict[str, Any], mean: Tensor | None) -> str | None:
+def _fault(record: Any, mean: Tensor | None) -> str | None:
     """Return the first field whose value is wrong, or None."""
     times = record.get("times")
     if not _numbers(times, 2) or times != sorted({*times}, reverse=True):

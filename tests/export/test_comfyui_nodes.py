@@ -348,7 +348,10 @@ def test_exported_folder(tmp_path, velocity):
     text = ComfyUINodes().write(steps, tmp_path / "oss_exp")
     assert "mixture_5.json\nRestart ComfyUI once" in text
     assert (tmp_path / "oss_exp" / "__init__.py").read_text() == CODE.read_text()
+    earlier = 'FORMAT = "oss_exp/scheduler"  # of another version'
+    (tmp_path / "oss_exp" / "__init__.py").write_text(earlier)
     ComfyUINodes().write(steps, tmp_path / "oss_exp")  # and again
+    assert (tmp_path / "oss_exp" / "__init__.py").read_text() == CODE.read_text()
     names = {file.name for file in (tmp_path / "oss_exp" / "schedules").iterdir()}
     assert names == {"mixture_5.json", "mixture_5.mean.json", "mixture_5.mean.safetensors"}
     (tmp_path / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
