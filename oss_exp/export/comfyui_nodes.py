@@ -162,6 +162,7 @@ def _record(path: Path) -> dict[str, Any]:
         command = "oss-exp task=export exporter=comfyui_nodes task.schedule=FILE"
         remedy = f"where oss_exp is, make one by {command}"
         raise ValueError(f"{path.name} is no {FORMAT} of version {VERSION}; {remedy}")
+
     if unknown := record.keys() - {*FIELDS.split()}:
         reason = f"{min(unknown)!r:.50}, which these nodes do not know; update them"
         raise ValueError(f"schedule {path.name} has {reason}")
@@ -431,7 +432,7 @@ def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
                 if low["value"] < value < high["value"]:
                     near += [low, high]
         if not near:
-            values = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
+            values = ", ".join(map(str, [base, *(cell["value"] for cell in cells)]))
             messages.append(f"nothing was measured at {axis}={value}, only at {values}")
             continue
 

@@ -105,6 +105,8 @@ class Diffusers(Exporter):
             arguments["sigmas"] = f"{call.wrapper}({arguments['sigmas']})"
         words = [f"{key}={value}" for key, value in arguments.items() if key != "mu"]
         advice = f"pipe(..., {', '.join(words)})"
+
+        # Its noise.
         if abs(call.noise - 1) > 5e-3:
             advice += (
                 f"\nGive it latents=noise * {call.noise:.6g}, for the search began with other "
@@ -492,6 +494,7 @@ def _walk(
     enter = getattr(trial, "scale_model_input", lambda sample, timestep: sample)
     latents = basis[0].view(1, -1, 1, 1)
     noise, states = 1.0, []
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for step, timestep in enumerate(trial.timesteps):

@@ -113,6 +113,7 @@ def in_numbers(
             "the schedule has times of its own for each sample; "
             "a scheduler runs one schedule for all"
         )
+
     image = _image_call(steps)
     solver = steps_of(steps) if solver is None else uncalibrated(solver)
 

@@ -284,6 +284,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             shift = self._shift(mu)
             fraction = self.timesteps / self.config["num_train_timesteps"]
             self.timesteps = self.timesteps / (shift - (shift - 1) * fraction)
+
         self.calls = self.config["begin_index"]
         self._outputs = []
 
@@ -348,6 +349,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             latents = self._first_state(x)
         else:
             latents = self._next_state(step, model_output.to(x.dtype), x)
+
         latents = latents.to(sample.dtype)
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
@@ -427,6 +429,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 "the schedule's mean is not there; load it with from_schedule, from the schedule's "
                 "file"
             )
+
         if self.mean.shape[1:] != x.shape[1:]:
             shapes = f"{tuple(self.mean.shape[1:])}, the latents {tuple(x.shape[1:])}"
             raise ValueError(
@@ -438,6 +441,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
                 f"the schedule has means of {len(self.mean)} conditions; "
                 "set scheduler.condition to (B,)"
             )
+
         mean = self.mean.to(x)
         rows = mean if self.condition is None else mean[self.condition.to(x.device)]
         return rows.repeat(len(x) // len(rows), *[1] * (x.ndim - 1))
@@ -517,6 +521,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         if self.config["rescale_betas_zero_snr"]:  # Lin et al. 2023, arXiv 2305.08891, Alg. 1
             alpha = alpha2.sqrt()
             alpha2 = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
         return ((1 - alpha2) / alpha2).sqrt().clamp(max=LAST_RATIO).numpy()
 
 
@@ -544,7 +549,7 @@ def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
                 if low["value"] < value < high["value"]:
                     near += [low, high]
         if not near:
-            values = ", ".join(str(point) for point in [base, *(cell["value"] for cell in cells)])
+            values = ", ".join(map(str, [base, *(cell["value"] for cell in cells)]))
             messages.append(f"nothing was measured at {axis}={value}, only at {values}")
             continue
 
@@ -572,6 +577,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
         FileNotFoundError: The file, or that of its mean, does not exist.
         ValueError: Its content cannot be run.
     """
+    # Format.
     record = _load_json(path)
     form = record.get("format") if isinstance(record, dict) else None
     if form == "oss_exp/step_schedule":
@@ -579,6 +585,8 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Tensor | None]:
     if form != FORMAT or record.get("version") != VERSION:
         expected = f'"format": "{FORMAT}", "version": {VERSION}'
         raise ValueError(f"{path} is not of {expected}; write it with task=export")
+
+    # Fields.
     if record.get("answers", 1) != 1:
         raise ValueError(
             f"schedule {path} weighs guided and unguided answers apart, and a pipeline gives their "

@@ -96,7 +96,9 @@ class Node:
         sigmas = numbers_in(self.first, place)
         if self.kind != "CustomSigmas":
             return sigmas
-        steps, count = self.values.get("interpolate_to_steps"), len(sigmas)
+
+        # The node's interpolation.
+        count, steps = len(sigmas), self.values.get("interpolate_to_steps")
         if steps not in (0, None, count - 1):
             raise ValueError(
                 f"{place} interpolates its {count} numbers to {steps!r:.20} steps; give the list "
@@ -219,6 +221,7 @@ def _in_workflow(content: Mapping[str, Any], name: str, choice: str | None) -> S
         raise ValueError(
             f"{name} has no node ManualSigmas or CustomSigmas with a list of sigmas; {REMEDY}"
         )
+
     excerpts = []
     for node in lists[:5]:
         missing = "from another node" if node.linked else "no list"
@@ -236,6 +239,7 @@ def _in_workflow(content: Mapping[str, Any], name: str, choice: str | None) -> S
             f"{name} has {len(lists)} lists of sigmas, by node id {excerpt}; "
             "choose one with task.node=ID"
         )
+
     samplers = {node.first for node in nodes if node.kind == "KSamplerSelect"}
     return SigmaFile(candidates[0].sigmas(name), samplers.pop() if len(samplers) == 1 else None)
 

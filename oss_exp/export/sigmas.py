@@ -106,6 +106,7 @@ def _require_sigmas(sigmas: Sequence[float]) -> None:
     # Finite, decreasing.
     if not sigmas or not all(math.isfinite(sigma) and sigma >= 0 for sigma in sigmas):
         raise ValueError(f"sigmas must be finite numbers of at least 0, got {_excerpt(sigmas)}")
+
     if any(later >= sigma for sigma, later in pairwise(sigmas)):
         raise ValueError(
             f"sigmas must strictly decrease, noise first, got {_excerpt(sigmas)}; "

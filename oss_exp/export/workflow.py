@@ -264,6 +264,7 @@ class _Saved(_Graph):
             outputs.append(output)
             if name not in slots:
                 continue
+
             index, slot = slots[name]
             if slot.get("link") is not None:
                 self._unlink(slot["link"])
@@ -280,6 +281,7 @@ class _Saved(_Graph):
         if isinstance(position, dict):
             position = [*position.values()]
         x, y = (position or [0, 0])[:2]
+
         node = {
             "id": number,
             "type": "OSSSchedule",
@@ -294,6 +296,8 @@ class _Saved(_Graph):
             "widgets_values": [self.schedule, self.denoise, 0],
         }
         self._rename(node, "OSSSchedule")
+
+        # The graph, which counts its nodes and links.
         self.graph["nodes"].append(node)
         self.nodes[number] = node
         for counts, name, value in self._counters(number):

@@ -57,6 +57,7 @@ class UNet(nn.Module):
         )
         require_range(at_least=1, attention_head_dim=attention_head_dim)
         require_multiple(size, patch)
+
         self.patch = patch
         self.num_classes = num_classes
         embeddings = None if num_classes is None else num_classes + 1
@@ -117,6 +118,7 @@ class DiT(nn.Module):
         require_range(at_least=1, num_layers=num_layers, num_attention_heads=num_attention_heads)
         require_range(at_least=1, attention_head_dim=attention_head_dim)
         require_multiple(size, patch)
+
         self.num_classes = num_classes
         self.network = DiTTransformer2DModel(
             sample_size=size,

@@ -40,8 +40,8 @@ SPELLINGS = (
 class PublishedDiT(DiT):
     """A public DiT, which predicts eps.
 
-    The public networks return 2 C channels. The second half, the learned variance, is not needed for
-    an ODE. Arguments are those of `DiT`, all of them required.
+    The public networks return 2 C channels. The second half, the learned variance, is not needed
+    for an ODE. Arguments are those of `DiT`, all of them required.
     """
 
     FILES = (
@@ -72,11 +72,12 @@ class PublishedDiT(DiT):
             norm_eps=1e-6,
         )
 
-        # Twice the channels, and the frequencies of the training.
+        # The channels of eps and of its variance, and the frequencies of the training.
         self.network.out_channels = 2 * channels
         self.network.proj_out_2 = nn.Linear(
             self.network.inner_dim, patch**2 * self.network.out_channels
         )
+
         for block in self.network.transformer_blocks:
             block.norm1.emb.time_proj = Frequencies()
 

@@ -121,12 +121,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return (M, out_channels, H', W') from x (M, C, H, W) and an embedding (M, E)."""
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
+
+        # The embedding, at the second norm.
         params = self.affine(embedding)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm1(h), scale + 1)
         else:
             h = self.norm1(h + params)
+
+        # Residual and attention.
         x = (self.conv1(F.silu(h)) + self.skip(self.resample(x))) * self.skip_scale
         if not self.heads:
             return x
@@ -220,6 +224,7 @@ class _UNet(nn.Module):
                 f"channel_mult must have positive numbers for as many levels as "
                 f"img_resolution={img_resolution} can be halved, got the widths {list(widths)}"
             )
+
         self.img_channels = img_channels
         block = partial(block, eps=eps)
         levels = [(img_resolution >> level, width) for level, width in enumerate(widths)]
@@ -364,6 +369,8 @@ class ADM(_UNet):
         require_range(at_least=0, label_dim=label_dim)
         require_range(at_least=img_channels, out_channels=out_channels)
         require_range(at_least=1, channel_mult_emb=channel_mult_emb)
+
+        # U-Net.
         emb_channels = model_channels * channel_mult_emb
         super().__init__(
             img_resolution=img_resolution,
@@ -462,6 +469,7 @@ class ADM(_UNet):
         places = {}
         for count, name in enumerate(self.enc):
             places[f"enc.{name}"] = (f"input_blocks.{count}", 0)
+
         group, layer, count = "middle_block", 0, 0
         for name, block in self.dec.items():
             if "_block" in name:
@@ -537,6 +545,8 @@ class Song(_UNet):
         require_range(
             at_least=1, channel_mult_emb=channel_mult_emb, channel_mult_noise=channel_mult_noise
         )
+
+        # U-Net.
         emb_channels = model_channels * channel_mult_emb
         super().__init__(
             img_resolution=img_resolution,
@@ -565,6 +575,7 @@ class Song(_UNet):
         self.label_dim = label_dim
         self.noise_channels = model_channels * channel_mult_noise
         self.map_noise = Fourier(self.noise_channels // 2) if embedding_type == "fourier" else None
+
         if label_dim:
             self.map_label = nn.Linear(label_dim, self.noise_channels)
         if augment_dim:

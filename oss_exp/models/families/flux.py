@@ -54,6 +54,8 @@ class PromptedFlux(PromptedBackbone):
         text = self.text[prompts]
         rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
         places = [torch.arange(count, device=x.device) for count in (1, rows, columns)]
+
+        # Time, and guidance where it is an input.
         times = [1000 * clock]
         if self.guidance is not None:
             times.append(torch.full_like(clock, 1000 * self.guidance))

@@ -2,8 +2,8 @@
 
 In each iteration a transformer sees the tokens that are known and returns a context for each place
 of the image. Its head, a diffusion network on single tokens, makes some more tokens from noise,
-given their contexts. The head is searched, and a step schedule runs it. Weights have the names of the
-public files.
+given their contexts. The head is searched, and a step schedule runs it. Weights have the names of
+the public files.
 Shapes: B samples, M rows; L places, one for each token of an image, n of them, V that are known;
 D token dimensions; E context dimensions; S class tokens; R answers, 2 under guidance.
 """
@@ -157,6 +157,7 @@ class MARNetwork(nn.Module):
         )
         require_range(above=0, at_most=64, mlp_ratio=mlp_ratio)
         require_multiple(size, patch)
+
         self.side = size // patch
         self.patch = patch
         self.buffer_size = buffer_size
@@ -248,8 +249,8 @@ class MAR(Published):
 
     An event is an image's tokens (L, D). The velocity that strategies see is the head's, on the L
     places of an image in some iterations, which have an equal share of them: a later iteration has
-    those that stay unknown longer. Where an iteration has fewer unknown places than its share, their
-    contexts are repeated in place of others. The resulting schedule runs in every iteration of
+    those that stay unknown longer. If an iteration has fewer unknown places than its share, their
+    contexts are repeated. The resulting schedule runs in every iteration of
     `sample` (Optimal Stepsize, arXiv 2503.21774, sec. 4.1.4, searches the first).
 
     Args:
@@ -318,13 +319,15 @@ class MAR(Published):
         count = self.search_iterations[-1]
         tokens = self._make(Euler(), steps, noise, labels, None, guidance, count)
 
-        # Contexts. Tokens stay once they are made, so the last iteration's hold those of the others.
+        # Contexts. A token stays once it is made, so these tokens hold those of earlier iterations.
         iterations = self.search_iterations[::-1]
         used = [self._search_scale(guidance, iteration) for iteration in iterations]
         guided = any(scale != 1 for scale in used)
         places = torch.arange(self.event_shape[0], device=classes.device)
         shares = places.tensor_split(len(iterations))
-        orders, contexts, scales = self.orders(noise), [], []
+
+        orders = self.orders(noise)
+        contexts, scales = [], []
         for iteration, scale, share in zip(iterations, used, shares, strict=True):
             unknown = self.unknown[iteration]
             every = self.contexts(tokens, orders[:, unknown:], classes, guided)
@@ -335,9 +338,9 @@ class MAR(Published):
 
         # In the order of the places.
         in_place = orders.argsort(dim=1)
+        rows = None if condition is None else of_sample
         context = at(torch.cat(contexts, dim=1), in_place)
-        scale = torch.cat(scales)[in_place]
-        return self._bind(context, None if condition is None else of_sample, scale)
+        return self._bind(context, rows, torch.cat(scales)[in_place])
 
     def _search_scale(self, guidance: Guidance, iteration: int) -> float:
         """Return the scale of guidance in a search iteration."""
@@ -444,6 +447,8 @@ class MAR(Published):
         """
         labels = torch.cat([classes, torch.full_like(classes, NO_CLASS)]) if guided else classes
         copies = len(labels) // len(classes)
+
+        # In micro-batches.
         inputs = (at(tokens, known).repeat(copies, 1, 1), known.repeat(copies, 1), labels)
         parts = []
         for x, places, y in zip(*(part.split(self.micro_batch) for part in inputs), strict=True):
@@ -467,6 +472,7 @@ class MAR(Published):
         rows = torch.arange(len(noise), device=noise.device)
         mean = None if steps.mean is None else group_mean(steps.mean, noise, group)
         index = None if mean is None else rows
+
         for iteration in range(iterations):
             # Contexts of the places to fill.
             before, after = self.unknown[iteration], self.unknown[iteration + 1]
@@ -519,6 +525,7 @@ class MAR(Published):
                     "set data.classes, or scale 1"
                 )
             return torch.full((count,), NO_CLASS, device=self.backbone.fake_latent.device)
+
         if not bool(((condition >= 0) & (condition < self.num_classes)).all()):
             raise ValueError(
                 f"{self.name} has {self.num_classes} classes, got {condition.unique().tolist()}"

@@ -68,6 +68,7 @@ class GaussianMixture(Model):
     ):
         super().__init__()
         require_range(at_least=1, micro_batch=micro_batch)
+
         self.path: GaussianPath = FlowPath(shift=1.0, time_scale=1.0)
         self.event_shape = tuple(event_shape)
         self.name = name
@@ -144,6 +145,7 @@ class GaussianMixture(Model):
         """
         values, vectors = torch.linalg.eigh(covariances)  # ascending
         floor = values[:, 0]
+
         return cls(
             weights,
             means,
@@ -295,6 +297,7 @@ def fit(
             values = (len(cluster) / len(images), *component, label)
             for name, value in zip(names, values, strict=True):
                 columns[name].append(torch.as_tensor(value))
+
         progress(number, len(classes))
 
     tensors = {name: torch.stack(values) for name, values in columns.items()}

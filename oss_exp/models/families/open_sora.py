@@ -117,6 +117,7 @@ class OpenSora(Prompted):
         rate = fps if num_frames > 1 else PICTURE_FPS
         image_size = (height * width) ** 0.5
         backbone = PromptedSTDiT3(network, **encoded, fps=rate, image_size=image_size)
+
         super().__init__(
             name=name,
             prompts=prompts,
@@ -225,6 +226,7 @@ def public_t5(checkpoint: str, length: int, source: str) -> TextModel:
         raise ValueError(
             f"{setting}={checkpoint} is a file; give a folder with text_encoder/ and tokenizer/"
         )
+
     for files in T5_OTHERS:
         locate(checkpoint, files, source, setting)
     weights = locate(checkpoint, T5_WEIGHTS, source, setting)
@@ -248,6 +250,7 @@ def random_t5(
     require_range(at_least=1, length=length, num_layers=num_layers, num_heads=num_heads)
     require_range(at_least=1, d_model=d_model, d_kv=d_kv, d_ff=d_ff)
     require_range(at_least=259, vocab_size=vocab_size)
+
     config = {
         "vocab_size": vocab_size,
         "d_model": d_model,

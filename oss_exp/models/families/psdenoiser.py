@@ -135,11 +135,13 @@ class PSDenoiser(Model):
                 "(sampling needs none of the simulators it asks for)"
             ) from None
 
-        # Network and weights.
+        # Network.
         constants = psdenoiser.denoiser_csts
         height, width = len(constants.kperp), len(constants.kpar)
         size = (height, width)
         network = psdenoiser.UNet(dim=size, channels=2, dim_mults=(1, 2, 4, 8), cdn_len=None)
+
+        # Weights.
         published = Path(psdenoiser.__file__).with_name("denoiser_model.pt")
         file = Path(checkpoint or published).expanduser()
         return cls(
@@ -168,14 +170,15 @@ class PSDenoiser(Model):
             )
         if tuple(condition.shape[1:]) != self.event_shape[1:]:
             raise ValueError(
-                f"{self.name} denoises spectra of shape {self.event_shape[1:]} (k_perp, k_par), got "
-                f"{tuple(condition.shape[1:])}; choose another array with data.key"
+                f"{self.name} denoises spectra of shape {self.event_shape[1:]} (k_perp, k_par), "
+                f"got {tuple(condition.shape[1:])}; choose another array with data.key"
             )
         if not bool(((condition > 0) & condition.isfinite()).all()):
             raise ValueError(
                 f"{self.name} takes logarithms of spectra: they must be positive and finite, "
                 "in mK^2"
             )
+
         noisy = self.noisy.scaled(condition)[:, None]
         return BoundVelocity(self._velocity, noisy, self.micro_batch)
 

@@ -65,6 +65,7 @@ class Published(Network):
         checkpoint = checkpoint or chosen["checkpoint"]
         if checkpoint not in ("random", UNTRAINED):  # fail before large networks are built
             checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source, own=True))
+
         super().__init__(
             name=name,
             decoder=build_part(sizes, size, "decoder"),

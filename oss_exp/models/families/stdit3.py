@@ -1,8 +1,8 @@
 """Define STDiT3, the network of Open-Sora 1.2 (Zheng et al. 2024, arXiv 2412.20404).
 
 Its weights have the names of the public files. Blocks take turns: one attends within each frame,
-the next along time at each place. Attention is torch's own and needs no other kernel. Prompts, and what
-the network was trained to predict, are in `open_sora`.
+the next along time at each place. Attention is torch's own and needs no other kernel. Prompts, and
+what the network was trained to predict, are in `open_sora`.
 Shapes: M rows, C channels, T frames, H x W latents; S places of a frame; F features, L tokens of
 text.
 """
@@ -55,6 +55,7 @@ class STDiT3(nn.Module):
             at_least=1, text_features=text_features, text_tokens=text_tokens, image_size=image_size
         )
         require_range(at_least=1, patch=patch)
+
         if features % (2 * num_heads):
             raise ValueError(
                 f"features must be a multiple of 2 num_heads={2 * num_heads}, got {features}"
