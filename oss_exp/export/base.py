@@ -1,7 +1,7 @@
 """The base classes of exporters, which write step schedules for other programs.
 
-An exporter is chosen with `oss-exp task=export exporter=NAME`. A new one is a file here, a yaml in
-conf/exporter and a test.
+An exporter is chosen with `oss-exp task=export exporter=NAME`. A new one is a file
+here, a yaml in conf/exporter and a test.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class SigmaList(Exporter):
 
     Attributes:
         samplers: The program's samplers: names in `samplers.SAMPLERS` -> its names.
-        network: "flow", or "eps" for any model whose sigma is sigma / alpha; None: as the
-            schedule's file says.
+        network: "flow", or "eps" for any model whose sigma is sigma / alpha; None: as
+            the schedule's file says.
     """
 
     samplers: ClassVar[Mapping[str, str]]

@@ -1,12 +1,13 @@
 """Run step schedules in ComfyUI, k-diffusion and webui.
 
-A list of sigmas cannot hold a schedule's orders, fitted steps or analytic start; this sampler takes
-every step as numbers. The file needs nothing else of oss_exp: `oss-exp task=export
-exporter=comfyui_nodes` copies it, together with schedules, into a folder for custom_nodes.
-Schedules are read from `schedules` beside this file and from ComfyUI's models/oss_schedules.
+A list of sigmas cannot hold a schedule's orders, fitted steps or analytic start; this
+sampler takes every step as numbers. The file needs nothing else of oss_exp: `oss-exp
+task=export exporter=comfyui_nodes` copies it, together with schedules, into a folder
+for custom_nodes. Schedules are read from `schedules` beside this file and from
+ComfyUI's models/oss_schedules.
 
-Times t are those of flow matching, x_t = (1 - t) x0 + t eps. The sigma of a flow model is t. The
-sigma of any other model is t / (1 - t), and its latents are x_t / (1 - t).
+Times t are those of flow matching, x_t = (1 - t) x0 + t eps. The sigma of a flow model
+is t. The sigma of any other model is t / (1 - t), and its latents are x_t / (1 - t).
 Shapes: B samples, K steps, G conditions, *E the dimensions of a latent.
 """
 
@@ -60,13 +61,13 @@ class Schedule:
     Attributes:
         name: Name of the file without its suffix.
         times: K + 1 decreasing times t, the last 0.
-        weights: K rows over (x, first state, mean, newest answers, older answers, ...). The sum is
-            the next state.
-        start: "pinned" or "free": the noise is the first state. "analytic": the first state is a
-            jump away from it, towards the mean.
+        weights: K rows over (x, first state, mean, newest answers, older answers, ...).
+            The sum is the next state.
+        start: "pinned" or "free": the noise is the first state. "analytic": the first
+            state is a jump away from it, towards the mean.
         start_time: The noise is start_time * eps.
-        answers: Predictions of x0 that one call adds: 1, or 2 where the guided and the unguided one
-            have their own weights.
+        answers: Predictions of x0 that one call adds: 1, or 2 where the guided and the
+            unguided one have their own weights.
         strength: Strength of a schedule that begins at an image.
         measured: The certificate, which says where the schedule was measured to hold.
         about: The schedule's provenance.
@@ -106,7 +107,8 @@ class Schedule:
             flow: Whether the connected model is one; None if no model is connected.
 
         Raises:
-            ValueError: The schedule is for the other kind, or neither of them names a kind.
+            ValueError: The schedule is for the other kind, or neither of them names a
+                kind.
         """
         clock = _dict(self.about.get("native")).get("clock")
         planned = flow if clock is None else clock == "flow time"
@@ -116,9 +118,9 @@ class Schedule:
         return planned
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def load(file: str | Path) -> Schedule:
@@ -233,9 +235,9 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The sampler
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -387,7 +389,8 @@ def for_k_diffusion(file, flow: bool | None = None, condition=0, webui: bool = F
         file: The schedule's file.
         flow: Whether the model is a flow model; None: as the file says.
         condition: Index of the mean for all samples, or for each one (B,).
-        webui: Whether the sampler ignores the sigmas that it gets and runs the schedule's.
+        webui: Whether the sampler ignores the sigmas that it gets and runs the
+            schedule's.
     """
     schedule = load(file)
     flow = schedule.for_flow(flow)
@@ -403,9 +406,9 @@ def for_k_diffusion(file, flow: bool | None = None, condition=0, webui: bool = F
     return sampler, schedule_sigmas
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Where a schedule holds
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def outside(measured: dict[str, Any], setting: dict[str, Any]) -> list[str]:
@@ -495,9 +498,9 @@ def describe(schedule: Schedule) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The nodes
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 INPUTS = {
     "model": ("MODEL",),

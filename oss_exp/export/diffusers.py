@@ -1,7 +1,8 @@
 """Write the arguments with which a scheduler of diffusers runs a step schedule.
 
-Schedulers shift, round and extend the times that they are given, each in its own way. Arguments are
-therefore tried on the real scheduler, and what it runs is compared with the schedule.
+Schedulers shift, round and extend the times that they are given, each in its own way.
+Arguments are therefore tried on the real scheduler, and what it runs is compared with
+the schedule.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ class Diffusers(Exporter):
     """The arguments of a pipeline's call, tried on its scheduler.
 
     Attributes:
-        scheduler: A scheduler_config.json, the folder of a pipeline, or a class of diffusers.
+        scheduler: A scheduler_config.json, the folder of a pipeline, or a class of
+            diffusers.
         mu: Shift that the pipeline gives a scheduler with use_dynamic_shifting.
-        height: Pixels; with `width` in place of `mu`, which FLUX's and some other pipelines compute
-            from the size.
+        height: Pixels; with `width` in place of `mu`, which FLUX's and some other
+            pipelines compute from the size.
         width: Pixels.
     """
 
@@ -95,7 +97,7 @@ class Diffusers(Exporter):
         call = diffusers_call(steps, scheduler, self._mu(scheduler))
         arguments = {**call.arguments}
         if "sigmas" in arguments:
-            arguments["sigmas"] = [float(sigma) for sigma in arguments["sigmas"]]
+            arguments["sigmas"] = list(map(float, arguments["sigmas"]))
         record = {"scheduler": type(scheduler).__name__, **arguments}
         record["runs"] = {"network": call.network, "sigmas": call.sigmas}
         write_atomically(path, json.dumps(record, indent=2) + "\n")
@@ -194,10 +196,11 @@ class Call:
 
     Attributes:
         arguments: Arguments of set_timesteps, and of a pipeline's call.
-        wrapper: Name of the function that turns a list into what the scheduler takes, such as
-            numpy.array; empty if it takes the list.
+        wrapper: Name of the function that turns a list into what the scheduler takes,
+            such as numpy.array; empty if it takes the list.
         network: Kind of network that the scheduler is for.
-        sigmas: The K + 1 sigmas that it runs, as lists for that kind of network have them.
+        sigmas: The K + 1 sigmas that it runs, as lists for that kind of network have
+            them.
         noise: The search's first latents as a multiple of the scheduler's.
     """
 
@@ -213,8 +216,8 @@ def diffusers_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of `set_timesteps` with which a scheduler runs a schedule.
 
-    They are `sigmas` or `timesteps`, for a pipeline's call too, and `mu` if it is given. Arguments
-    and errors are those of `diffusers_call`.
+    They are `sigmas` or `timesteps`, for a pipeline's call too, and `mu` if it is
+    given. Arguments and errors are those of `diffusers_call`.
     """
     return diffusers_call(steps, scheduler, mu).arguments
 
@@ -229,8 +232,8 @@ def diffusers_call(steps: StepSchedule, scheduler: Any, mu: float | None = None)
             `math.log(flux_shift(height, width))`.
 
     Raises:
-        ValueError: The scheduler takes no times, changes them, steps at random, is for another kind
-            of network, or takes other steps than the schedule's solver.
+        ValueError: The scheduler takes no times, changes them, steps at random, is for
+            another kind of network, or takes other steps than the schedule's solver.
     """
     # The lists.
     _require_fit(steps, scheduler, mu)
@@ -486,8 +489,8 @@ def _walk(
     """Run a scheduler on unit vectors, for the first state and for the x0 that each call predicts.
 
     Returns:
-        The search's first latents as a multiple of the scheduler's, and the states (K, 1 + K) after
-        the steps.
+        The search's first latents as a multiple of the scheduler's, and the states (K,
+        1 + K) after the steps.
     """
     config = trial.config
     basis = torch.eye(steps.num_steps + 1, dtype=torch.float64)

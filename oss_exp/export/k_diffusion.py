@@ -12,7 +12,12 @@ from oss_exp.export.base import SigmaList
 class KDiffusion(SigmaList):
     """A JSON list of sigmas for the sampler of k-diffusion that takes the schedule's steps."""
 
-    samplers = {name: f"sample_{name}" for name in ("euler", "heun", "dpm_2", "dpmpp_2m")}  # noqa: RUF012
+    samplers = {  # noqa: RUF012
+        "euler": "sample_euler",
+        "heun": "sample_heun",
+        "dpm_2": "sample_dpm_2",
+        "dpmpp_2m": "sample_dpmpp_2m",
+    }
 
     def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
         """Return the list as JSON, and the call of its sampler."""

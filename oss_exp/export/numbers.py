@@ -46,8 +46,8 @@ class ComfyUINodes(Exporter):
     Further exports to the same folder add to its schedules.
 
     Attributes:
-        workflow: A workflow of ComfyUI. A copy that samples by the schedule is written to
-            `example_workflows`, which ComfyUI lists.
+        workflow: A workflow of ComfyUI. A copy that samples by the schedule is written
+            to `example_workflows`, which ComfyUI lists.
     """
 
     folder = True
@@ -100,13 +100,14 @@ def in_numbers(
 
     Args:
         steps: The schedule.
-        solver: The solver whose steps it takes; None: the one that its file names, else Euler.
-        apart: Whether the program knows the two answers of a guided call, guided and unguided.
-            `answers` in the result then says how many the steps weigh.
+        solver: The solver whose steps it takes; None: the one that its file names, else
+            Euler.
+        apart: Whether the program knows the two answers of a guided call, guided and
+            unguided. `answers` in the result then says how many the steps weigh.
 
     Raises:
-        ValueError: A step is no sum of one x0 a call, or it needs answers that the program does
-            not know.
+        ValueError: A step is no sum of one x0 a call, or it needs answers that the
+            program does not know.
     """
     if steps.per_sample:
         raise ValueError(
@@ -172,8 +173,8 @@ def save_in_numbers(
 ) -> Path:
     """Write the file that OSSScheduler.from_schedule reads.
 
-    A mean is written first, to `<name>.mean.safetensors`. Arguments and errors are those of
-    `in_numbers`.
+    A mean is written first, to `<name>.mean.safetensors`. Arguments and errors are
+    those of `in_numbers`.
     """
     path = Path(path)
     record = {

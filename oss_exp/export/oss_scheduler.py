@@ -1,13 +1,14 @@
 """Run step schedules in the pipelines of diffusers.
 
-A list of sigmas cannot hold a schedule's orders, fitted steps or analytic start; this scheduler
-takes every step as numbers: a weighted sum of the current state, the first state, a mean and all
-clean samples predicted so far. `oss-exp task=export exporter=oss_scheduler` writes such a schedule.
-The file needs torch, diffusers and safetensors, and nothing else of oss_exp, so that it can lie
-beside any script.
+A list of sigmas cannot hold a schedule's orders, fitted steps or analytic start; this
+scheduler takes every step as numbers: a weighted sum of the current state, the first
+state, a mean and all clean samples predicted so far. `oss-exp task=export
+exporter=oss_scheduler` writes such a schedule. The file needs torch, diffusers and
+safetensors, and nothing else of oss_exp, so that it can lie beside any script.
 
 Times t are those of flow matching, x_t = (1 - t) x0 + t eps.
-Shapes: B samples, M rows (a multiple of B), K steps, G conditions, *E the dimensions of a latent.
+Shapes: B samples, M rows (a multiple of B), K steps, G conditions, *E the dimensions of
+a latent.
 """
 
 from __future__ import annotations
@@ -56,37 +57,45 @@ SCHEDULE = (*REQUIRED, "range", "strength", "num_inference_steps", "begin_index"
 class OSSScheduler(SchedulerMixin, ConfigMixin):
     """A scheduler of diffusers that runs one step schedule.
 
-    Use it as `pipe.scheduler = OSSScheduler.from_schedule("x.json", pipe.scheduler.config)` and
-    `pipe(..., num_inference_steps=K)`. Where several means are stored, set `condition` (B,), the
-    index of each sample's mean, before the pipeline is called. Each step computes the state from
-    the noise and the predictions, so changes that a callback makes to the latents are lost.
+    Use it as `pipe.scheduler = OSSScheduler.from_schedule("x.json",
+    pipe.scheduler.config)` and `pipe(..., num_inference_steps=K)`. Where several means
+    are stored, set `condition` (B,), the index of each sample's mean, before the
+    pipeline is called. Each step computes the state from the noise and the predictions,
+    so changes that a callback makes to the latents are lost.
 
     Args:
         times: K + 1 decreasing times t, the last 0.
-        weights: K rows over (x, first state, mean, newest x0, older x0, ...). The sum is the state
-            at the next time.
-        start: "pinned" or "free": the noise is the first state. "analytic": the first state is a
-            jump away from it, see `begin`.
+        weights: K rows over (x, first state, mean, newest x0, older x0, ...). The sum
+            is the state at the next time.
+        start: "pinned" or "free": the noise is the first state. "analytic": the first
+            state is a jump away from it, see `begin`.
         start_time: The noise is start_time * eps.
-        prediction_type, num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas,
-            rescale_betas_zero_snr, snr_shift_scale, use_flow_sigmas, invert_sigmas, sigma_data: How
-            the network was trained, with the names and defaults of diffusers.
-        timestep_type: The same; "arctan" is the clock of CosineDPMSolverMultistepScheduler.
-        shift, use_dynamic_shifting, time_shift_type, base_shift, max_shift, base_image_seq_len,
-            max_image_seq_len: Constants that pipelines read to compute their shift.
-        strength: Strength that the pipeline is called with, for a schedule that begins at an image.
+        prediction_type, num_train_timesteps, beta_schedule, beta_start, beta_end,
+            trained_betas, rescale_betas_zero_snr, snr_shift_scale, use_flow_sigmas,
+            invert_sigmas, sigma_data: How the network was trained, with the names and
+            defaults of diffusers.
+        timestep_type: The same; "arctan" is the clock of
+            CosineDPMSolverMultistepScheduler.
+        shift, use_dynamic_shifting, time_shift_type, base_shift, max_shift,
+            base_image_seq_len, max_image_seq_len: Constants that pipelines read to
+            compute their shift.
+        strength: Strength that the pipeline is called with, for a schedule that begins
+            at an image.
         num_inference_steps: Number of steps that it is called with then.
-        begin_index: Number of `timesteps` that it cuts off then, before the schedule's first.
-        extra_call: Whether to spend one more network call, whose answer is not used, on turning the
-            noise into the first state. For pipelines that take no `latents` and do not read
-            init_noise_sigma, such as DiTPipeline.
-        range: Certificate of task=certify: where the schedule was measured to hold. Calls outside
-            it are warned of, once each. The scheduler sees the network's dtype and the latents'
-            shape; tell `check_range` the rest.
-        mean: Mean clean latents (G, *E), in the pipeline's layout (packed for FluxPipeline).
+        begin_index: Number of `timesteps` that it cuts off then, before the schedule's
+            first.
+        extra_call: Whether to spend one more network call, whose answer is not used, on
+            turning the noise into the first state. For pipelines that take no `latents`
+            and do not read init_noise_sigma, such as DiTPipeline.
+        range: Certificate of task=certify: where the schedule was measured to hold.
+            Calls outside it are warned of, once each. The scheduler sees the network's
+            dtype and the latents' shape; tell `check_range` the rest.
+        mean: Mean clean latents (G, *E), in the pipeline's layout (packed for
+            FluxPipeline).
 
     Raises:
-        ValueError: The network's training is unknown, or its clock does not reach the first time.
+        ValueError: The network's training is unknown, or its clock does not reach the
+            first time.
     """
 
     config_name = "scheduler_config.json"
@@ -128,7 +137,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         mean: Tensor | None = None,
     ):
         self.times = list(times)
-        self.weights = [list(row) for row in weights]
+        self.weights = list(map(list, weights))
         self.mean = mean
         self.condition: Tensor | None = None
         self.said: set[str] = set()  # each warning is given once
@@ -167,10 +176,11 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             )
 
         # Times.
-        clock = torch.tensor([self._native(t) for t in self.times[:-1]], dtype=torch.float32)
+        clock = torch.tensor(list(map(self._native, self.times[:-1])), dtype=torch.float32)
         self.clock = torch.cat([clock[:1].expand(begin_index + extra_call), clock])
         self.timesteps = self.clock
-        self.sigmas = torch.tensor([t if self.flow else self._ratio(t) for t in self.times])
+        sigmas = self.times if self.flow else list(map(self._ratio, self.times))
+        self.sigmas = torch.tensor(sigmas)
         self.num_inference_steps = len(self.weights)
         self.begun = False
         self.calls = len(self.timesteps)  # until set_timesteps
@@ -186,14 +196,16 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         """Build the scheduler of a schedule.
 
         Args:
-            file: What exporter=oss_scheduler wrote. Where oss_exp is installed, also a step
-                schedule or its file.
-            config: Config of the pipeline's scheduler, which says how the network was trained.
+            file: What exporter=oss_scheduler wrote. Where oss_exp is installed, also a
+                step schedule or its file.
+            config: Config of the pipeline's scheduler, which says how the network was
+                trained.
             extra_call: As in the constructor.
             changes: Fields to set in place of the config's.
 
         Raises:
-            OSError, ValueError: The file cannot be run, or the config does not say enough.
+            OSError, ValueError: The file cannot be run, or the config does not say
+            enough.
         """
         # How the network was trained.
         fields = {**config} if config is not None else {}
@@ -252,8 +264,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
             device: Device of `timesteps`.
             sigmas: Not used, except for their number where no other is given.
             mu: Shift of the pipeline, for use_dynamic_shifting.
-            timesteps: Not used. Pipelines that pass both lists, such as CogView4's, give their
-                network the times before the shift.
+            timesteps: Not used. Pipelines that pass both lists, such as CogView4's,
+                give their network the times before the shift.
         """
         # The number of steps.
         requested = num_inference_steps

@@ -135,10 +135,11 @@ def read_list(
     """Return the sigmas of a list, a text or a file.
 
     Args:
-        source: Numbers; a text of numbers, with or without commas, brackets, `tensor(...)` and
-            comments; or a file of such text, of ComfyUI (as saved, in its API format, or a
-            request), or of exporter=diffusers.
-        network: Kind of network that the list is for; a file of exporter=diffusers has to agree.
+        source: Numbers; a text of numbers, with or without commas, brackets,
+            `tensor(...)` and comments; or a file of such text, of ComfyUI (as saved, in
+            its API format, or a request), or of exporter=diffusers.
+        network: Kind of network that the list is for; a file of exporter=diffusers has
+            to agree.
         node: Id of the node, for a ComfyUI file with several lists.
 
     Raises:
@@ -146,7 +147,7 @@ def read_list(
         ValueError: The source holds no such list.
     """
     if not isinstance(source, str):
-        return SigmaFile([float(sigma) for sigma in source])
+        return SigmaFile(list(map(float, source)))
 
     # The text and its name in messages.
     text, name = source, source if len(source) < 60 else f"{source[:57]}..."
@@ -178,7 +179,7 @@ def numbers_in(text: str, name: str) -> list[float]:
             )
     if not words:
         raise ValueError(f"{name} has no numbers; give numbers with commas, noise first")
-    return [float(word) for word in words]
+    return list(map(float, words))
 
 
 def _in_json(text: str, name: str, network: Network, node: str | None) -> SigmaFile:

@@ -1,7 +1,8 @@
 """Find the samplers of other programs that take the steps of a schedule.
 
-A step of one network call is a weighted sum of the first state and the clean samples that the calls
-predict. Two solvers with the same weights are the same sampler on these times.
+A step of one network call is a weighted sum of the first state and the clean samples
+that the calls predict. Two solvers with the same weights are the same sampler on these
+times.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def same_steps(steps: StepSchedule, solver: Solver, other: Solver) -> bool:
 def states_of(steps: StepSchedule, solver: Solver) -> Tensor:
     """Return the states after the steps as weighted sums.
 
-    The solver is run on unit vectors, which stand for the first state and for the x0 of each call.
+    The solver is run on unit vectors, which stand for the first state and for the x0 of
+    each call.
 
     Returns:
         Weights (K, 1 + K) over the first state and the x0 of the calls, oldest first.

@@ -1,7 +1,7 @@
 """Turn step schedules into the lists of sigmas that other programs read, and back.
 
-The sigma of a flow model is canonical time; that of any other model is sigma / alpha = t / (1 - t).
-A list holds times alone, so schedules with more than times are refused.
+The sigma of a flow model is canonical time; that of any other model is sigma / alpha =
+t / (1 - t). A list holds times alone, so schedules with more than times are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def flow_sigmas(steps: StepSchedule) -> list[float]:
     The list does not say which sampler has to run it; `samplers.sampler_of` does.
 
     Raises:
-        ValueError: The schedule has more than times, so no sampler can run it from a list.
+        ValueError: The schedule has more than times, so no sampler can run it from a
+            list.
     """
     features = {
         "times of their own for each sample": steps.per_sample,
@@ -87,7 +88,8 @@ def from_ratio_sigmas(sigmas: Sequence[float], **provenance: Any) -> StepSchedul
         provenance: What the schedule's file says of its origin.
 
     Raises:
-        ValueError: The sigmas are no such list, or they are the indices of a training chain.
+        ValueError: The sigmas are no such list, or they are the indices of a training
+            chain.
     """
     _require_sigmas(sigmas)
     whole = all(float(sigma).is_integer() for sigma in sigmas)

@@ -28,8 +28,8 @@ class WebUI(SigmaList):
 def webui_text(sigmas: Sequence[float]) -> str:
     """Return the text for the extension's field "custom".
 
-    The extension stretches a list from 1 to 0 to the model's own range, so a first sigma of 1 is
-    written as a little less.
+    The extension stretches a list from 1 to 0 to the model's own range, so a first
+    sigma of 1 is written as a little less.
     """
     first = min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0]
     return f"[{sigma_text([first, *sigmas[1:]])}]"

@@ -1,7 +1,8 @@
 """Put a step schedule into a user's ComfyUI workflow, as saved or in the API format.
 
 KSampler becomes OSS Sampler, with the same model, prompts, latents, seed and guidance.
-SamplerCustom and SamplerCustomAdvanced stay, and take sigmas and sampler from a new OSS Schedule.
+SamplerCustom and SamplerCustomAdvanced stay, and take sigmas and sampler from a new OSS
+Schedule.
 """
 
 from __future__ import annotations
@@ -124,9 +125,9 @@ class _Graph:
         )
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The API format: {id: {class_type, inputs}}, where a link is [id, slot]
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 class _Prompt(_Graph):
@@ -181,9 +182,9 @@ class _Prompt(_Graph):
         return self.graph.get(link[0], {}) if isinstance(link, list) else default
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # As saved: lists of nodes and of links, whose inputs and outputs know the links by number
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 class _Saved(_Graph):

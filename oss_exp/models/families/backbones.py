@@ -1,7 +1,8 @@
 """Wrap networks of the diffusers library in one signature.
 
-A network is called as network(x (M, *E), clock (M,), classes (M,)) and returns (M, *E). A class of
--1 stands for none; every network with classes has one more label embedding for it.
+A network is called as network(x (M, *E), clock (M,), classes (M,)) and returns (M, *E).
+A class of -1 stands for none; every network with classes has one more label embedding
+for it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from oss_exp.checks import require_range
 class UNet(nn.Module):
     """A UNet2DModel of diffusers on patches of pixels.
 
-    With patches as channels, the network of small images is three times as fast (Simple Diffusion,
-    arXiv 2301.11093).
+    With patches as channels, the network of small images is three times as fast (Simple
+    Diffusion, arXiv 2301.11093).
 
     Args:
         channels: Channels of the images.
         size: Their height and width in pixels.
         num_classes: Number of classes; None for a network without.
         patch: Height and width of a patch in pixels; 1 for none.
-        layers_per_block, block_out_channels, down_block_types, up_block_types, attention_head_dim,
-            norm_num_groups: Arguments of UNet2DModel.
+        layers_per_block, block_out_channels, down_block_types, up_block_types,
+            attention_head_dim, norm_num_groups: Arguments of UNet2DModel.
     """
 
     adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")

@@ -1,8 +1,8 @@
 """Run the published DiT networks (Peebles & Xie 2022, arXiv 2212.09748).
 
-Their files have the keys of the original code or of diffusers. The network is that of diffusers,
-except where it differs from the one that was trained: the frequencies of the clock (i / 127 in
-place of i / 128) and the epsilon of one norm (1e-5 in place of 1e-6).
+Their files have the keys of the original code or of diffusers. The network is that of
+diffusers, except where it differs from the one that was trained: the frequencies of the
+clock (i / 127 in place of i / 128) and the epsilon of one norm (1e-5 in place of 1e-6).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SPELLINGS = (
 class PublishedDiT(DiT):
     """A public DiT, which predicts eps.
 
-    The public networks return 2 C channels. The second half, the learned variance, is not needed
-    for an ODE. Arguments are those of `DiT`, all of them required.
+    The public networks return 2 C channels. The second half, the learned variance, is
+    not needed for an ODE. Arguments are those of `DiT`, all of them required.
     """
 
     FILES = (
@@ -125,8 +125,8 @@ class PublishedDiT(DiT):
         """Return the weights in one of `LAYOUTS`.
 
         Raises:
-            ValueError: No such layout, or "original" cannot hold the weights, because the copies of
-                an embedder in the blocks differ.
+            ValueError: No such layout, or "original" cannot hold the weights, because
+                the copies of an embedder in the blocks differ.
         """
         # Our keys, or those of diffusers.
         if layout not in LAYOUTS:

@@ -1,9 +1,9 @@
 """Define the U-Nets of EDM (Karras et al. 2022, arXiv 2206.00364): ADM, DDPM++ and NCSN++.
 
-ADM is by Dhariwal & Nichol, DDPM++ and NCSN++ are by Song et al. One block serves them all, and,
-with other names, the U-Nets of guided-diffusion; UNet2DModel of diffusers could express only ADM.
-Our weights have the names of EDM's files without `model.`, and q, k, v are innermost among the
-channels of `qkv`. Dropout is for training and left out.
+ADM is by Dhariwal & Nichol, DDPM++ and NCSN++ are by Song et al. One block serves them
+all, and, with other names, the U-Nets of guided-diffusion; UNet2DModel of diffusers
+could express only ADM. Our weights have the names of EDM's files without `model.`, and
+q, k, v are innermost among the channels of `qkv`. Dropout is for training and left out.
 Shapes: M rows, C channels, E embedding channels. A class is a number, or -1 for none.
 """
 
@@ -73,15 +73,16 @@ class Block(nn.Module):
     Args:
         channels: Channels of the input.
         out_channels: Channels of the output.
-        resample: Change of size of both the input and its residual; None: the size stays.
+        resample: Change of size of both the input and its residual; None: the size
+            stays.
         heads: Heads of the attention; 0: there is none.
         emb_channels: Channels of the embedding.
         skip_scale: Factor of the sums with the residuals.
         eps: Epsilon of the norms.
-        adaptive_scale: Whether the embedding scales and shifts after the second norm, not only
-            shifts before it.
-        resample_proj: Whether a block with `resample` projects its residual even if the number of
-            channels stays.
+        adaptive_scale: Whether the embedding scales and shifts after the second norm,
+            not only shifts before it.
+        resample_proj: Whether a block with `resample` projects its residual even if the
+            number of channels stays.
     """
 
     def __init__(
@@ -146,8 +147,8 @@ class Block(nn.Module):
 class Residual(nn.Conv2d):
     """The image that enters a level of NCSN++: the level above, convolved, then halved.
 
-    The convolution also computes the border that the filter `taps` reaches for, so nothing is
-    padded between the two.
+    The convolution also computes the border that the filter `taps` reaches for, so
+    nothing is padded between the two.
     """
 
     def __init__(self, channels: int, out_channels: int, taps: Sequence[int]):
@@ -162,8 +163,8 @@ class Residual(nn.Conv2d):
 class Fourier(nn.Module):
     """The frequencies of a clock, drawn from N(0, 16^2) and part of the checkpoint.
 
-    Without a checkpoint they are the quantiles of that law. Their dtype stays, whatever that of the
-    weights becomes.
+    Without a checkpoint they are the quantiles of that law. Their dtype stays, whatever
+    that of the weights becomes.
     """
 
     def __init__(self, num: int):
@@ -189,8 +190,8 @@ class _UNet(nn.Module):
         taps: Filter of the changes of size.
         residual: Whether the image enters every level of the encoder.
         heads: Heads of an attention, as a function of its channels.
-        everywhere: Whether every block of the decoder at an attention resolution has one, not only
-            the last.
+        everywhere: Whether every block of the decoder at an attention resolution has
+            one, not only the last.
         block: Builds a Block from (channels, out_channels, resample, heads).
         eps: Epsilon of the norms.
     """
@@ -334,8 +335,8 @@ class ADM(_UNet):
     Args:
         img_resolution: Height and width of the images.
         img_channels: Their channels.
-        out_channels: Channels of the last convolution; twice img_channels if the network learned a
-            variance too.
+        out_channels: Channels of the last convolution; twice img_channels if the
+            network learned a variance too.
         label_dim: Number of classes; 0: none.
         model_channels: Channels that the multiples count.
         channel_mult: Channels of each level, as multiples.
@@ -509,8 +510,10 @@ class Song(_UNet):
         channel_mult_noise: Channels of the embedded clock, as a multiple.
         num_blocks: Blocks of a level.
         attn_resolutions: Sizes of the levels with attention.
-        embedding_type: Embedding of the clock, "positional" (DDPM++) or "fourier" (NCSN++).
-        encoder_type: "standard" (DDPM++), or "residual" (NCSN++): the image enters every level.
+        embedding_type: Embedding of the clock, "positional" (DDPM++) or "fourier"
+            (NCSN++).
+        encoder_type: "standard" (DDPM++), or "residual" (NCSN++): the image enters
+            every level.
         resample_filter: Filter of the changes of size.
     """
 

@@ -21,10 +21,11 @@ class PromptedFlux(PromptedBackbone):
 
     Args:
         network: The transformer.
-        guidance: Guidance that a distilled network gets as an input; None if it has none.
+        guidance: Guidance that a distilled network gets as an input; None if it has
+            none.
         patch: Height and width of a token in latents.
-        tables: Encodings of the prompts, the last row for none: `pooled` (P + 1, D) and `text`
-            (P + 1, L, D).
+        tables: Encodings of the prompts, the last row for none: `pooled` (P + 1, D) and
+            `text` (P + 1, L, D).
     """
 
     adaptive_norms: ClassVar[tuple[str, ...]] = (
@@ -74,7 +75,8 @@ class PromptedFlux(PromptedBackbone):
 def _exact(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Replace all arguments by the last one, which holds them unrounded.
 
-    Before this module, diffusers rounds time and guidance to the dtype of the weights. In bfloat16
-    these are multiples of 0.004 near t = 1, more than a step there of a shifted grid of 100.
+    Before this module, diffusers rounds time and guidance to the dtype of the weights.
+    In bfloat16 these are multiples of 0.004 near t = 1, more than a step there of a
+    shifted grid of 100.
     """
     return arguments[-1]

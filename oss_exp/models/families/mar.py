@@ -1,11 +1,12 @@
 """Run MAR, which makes the tokens of an image in random order (Li et al. 2024, arXiv 2406.11838).
 
-In each iteration a transformer sees the tokens that are known and returns a context for each place
-of the image. Its head, a diffusion network on single tokens, makes some more tokens from noise,
-given their contexts. The head is searched, and a step schedule runs it. Weights have the names of
-the public files.
-Shapes: B samples, M rows; L places, one for each token of an image, n of them, V that are known;
-D token dimensions; E context dimensions; S class tokens; R answers, 2 under guidance.
+In each iteration a transformer sees the tokens that are known and returns a context for
+each place of the image. Its head, a diffusion network on single tokens, makes some more
+tokens from noise, given their contexts. The head is searched, and a step schedule runs
+it. Weights have the names of the public files.
+Shapes: B samples, M rows; L places, one for each token of an image, n of them, V that
+are known; D token dimensions; E context dimensions; S class tokens; R answers, 2 under
+guidance.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ CONTEXT_STEPS = 100  # of the head, for tokens before a search iteration; the au
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Networks
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 class HeadBlock(nn.Module):
@@ -239,26 +240,30 @@ class MARNetwork(nn.Module):
         return tensors
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The model
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 class MAR(Published):
     """A `MARNetwork` at one of its sizes, its head in canonical time.
 
-    An event is an image's tokens (L, D). The velocity that strategies see is the head's, on the L
-    places of an image in some iterations, which have an equal share of them: a later iteration has
-    those that stay unknown longer. If an iteration has fewer unknown places than its share, their
-    contexts are repeated. The resulting schedule runs in every iteration of
-    `sample` (Optimal Stepsize, arXiv 2503.21774, sec. 4.1.4, searches the first).
+    An event is an image's tokens (L, D). The velocity that strategies see is the
+    head's, on the L places of an image in some iterations, which have an equal share of
+    them: a later iteration has those that stay unknown longer. If an iteration has
+    fewer unknown places than its share, their contexts are repeated. The resulting
+    schedule runs in every iteration of `sample` (Optimal Stepsize, arXiv 2503.21774,
+    sec. 4.1.4, searches the first).
 
     Args:
-        num_iter: Iterations; each makes at least one token. The guidance is that of the last one;
-            it grows to that from 1, as 1 + (scale - 1) (share of known tokens).
-        search_iterations: Iterations of the velocity, from 0; None: the first of each quarter. The
-            tokens that are known before a later one are made of the class alone, from seeded noise.
-        search_cfg: Scale of the velocity; None: those of its iterations (almost 1 in the first).
+        num_iter: Iterations; each makes at least one token. The guidance is that of the
+            last one; it grows to that from 1, as 1 + (scale - 1) (share of known
+            tokens).
+        search_iterations: Iterations of the velocity, from 0; None: the first of each
+            quarter. The tokens that are known before a later one are made of the class
+            alone, from seeded noise.
+        search_cfg: Scale of the velocity; None: those of its iterations (almost 1 in
+            the first).
         seed: Seed of the orders in which tokens are made, and of that noise.
         published: Arguments of `Published`.
     """
@@ -368,11 +373,13 @@ class MAR(Published):
         Args:
             solver: The head's solver.
             steps: The head's schedule.
-            noise: Noise (B, L, D) at steps.start_time, each token's own, whatever its iteration.
+            noise: Noise (B, L, D) at steps.start_time, each token's own, whatever its
+                iteration.
             condition: Classes (B,); None for none.
-            group: Index (B,) of each sample's mean, of those of the schedule. They belong to the
-                iterations of the velocity, and serve in all.
-            watch: Never called: a step predicts the tokens of one iteration, not an image.
+            group: Index (B,) of each sample's mean, of those of the schedule. They
+                belong to the iterations of the velocity, and serve in all.
+            watch: Never called: a step predicts the tokens of one iteration, not an
+                image.
         """
         return self._make(solver, steps, noise, condition, group, self.guidance, self.num_iter)
 
@@ -384,13 +391,13 @@ class MAR(Published):
     def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of the head on the unknown places of a random order, given the others.
 
-        The share of unknown places is the same for all images of a step, cos(pi u / 2) of a uniform
-        u: as often as `sample` meets it (MaskGIT, arXiv 2202.04200).
+        The share of unknown places is the same for all images of a step, cos(pi u / 2)
+        of a uniform u: as often as `sample` meets it (MaskGIT, arXiv 2202.04200).
 
         Args:
             network: The network in training.
-            batch: `x0` and `noise` (B, channels, size, size), `t` (B,), `label` (B,), `shared`,
-                whose first entry is u.
+            batch: `x0` and `noise` (B, channels, size, size), `t` (B,), `label` (B,),
+                `shared`, whose first entry is u.
         """
         # Hidden and known places.
         x0, noise = network.patchify(batch["x0"]), network.patchify(batch["noise"])
@@ -417,8 +424,8 @@ class MAR(Published):
     def orders(self, noise: Tensor) -> Tensor:
         """Return the places of each sample (B, L), first those that stay unknown longest.
 
-        They depend on the seed and on the signs of the noise (B, L, D): the same for teacher and
-        student, in any batch, at any start.
+        They depend on the seed and on the signs of the noise (B, L, D): the same for
+        teacher and student, in any batch, at any start.
         """
         signs = np.packbits((noise > 0).flatten(1).cpu().numpy(), axis=1)
         orders = []
@@ -430,7 +437,8 @@ class MAR(Published):
     def scale(self, guidance: Guidance, iteration: int) -> float:
         """Return the scale of guidance in an iteration.
 
-        It is linear in the number of tokens that are known after it; after the last, all but one.
+        It is linear in the number of tokens that are known after it; after the last,
+        all but one.
         """
         places = self.event_shape[0]
         known_after = places - max(self.unknown[iteration + 1], 1)
@@ -536,8 +544,8 @@ class MAR(Published):
 class Guided(BoundVelocity):
     """A velocity with two network rows for each row of x, which it mixes itself.
 
-    Fitted steps do not see the two answers, for they would hold the scale of one iteration, and the
-    others have their own.
+    Fitted steps do not see the two answers, for they would hold the scale of one
+    iteration, and the others have their own.
     """
 
     def rows_at(self, t: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Define a Gaussian mixture whose probability-flow ODE is exact: a tiny model without a network.
 
-Each component has covariance U diag(extra) U^T + floor I (probabilistic PCA, Tipping & Bishop
-1999). Noise keeps that form, so E[x0 | x_t], E[eps | x_t] and the velocity are closed form at every
-t, the ends 0 and 1 included.
+Each component has covariance U diag(extra) U^T + floor I (probabilistic PCA, Tipping &
+Bishop 1999). Noise keeps that form, so E[x0 | x_t], E[eps | x_t] and the velocity are
+closed form at every t, the ends 0 and 1 included.
 Shapes: M rows, C components, R rank, D = prod(event_shape).
 """
 
@@ -254,9 +254,9 @@ def fit(
         labels: Their classes (n,).
         clusters: Components of a class.
         rank: Rank of a component.
-        floor: Variance of every direction outside a component's subspace. The maximum-likelihood
-            value (the mean of the other eigenvalues, 0.01 to 0.09 on Fashion-MNIST) shows as grain
-            in every sample, so it is a choice.
+        floor: Variance of every direction outside a component's subspace. The
+            maximum-likelihood value (the mean of the other eigenvalues, 0.01 to 0.09 on
+            Fashion-MNIST) shows as grain in every sample, so it is a choice.
         seed: Seed of the start.
         iterations: Largest number of iterations.
         progress: Called with the number of finished classes and of all classes.

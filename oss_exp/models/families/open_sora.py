@@ -1,9 +1,9 @@
 """Run Open-Sora 1.2, which makes videos of prompts (Zheng et al. 2024, arXiv 2412.20404).
 
-The network is in `stdit3`, the decoder in `video_vae`; here are the prompts, which T5 encodes, and
-the network's other inputs. A condition is the index of a prompt.
-Shapes: M rows, C channels, T latent frames, h x w latents; P prompts, L tokens, D features; t (M,)
-float64.
+The network is in `stdit3`, the decoder in `video_vae`; here are the prompts, which T5
+encodes, and the network's other inputs. A condition is the index of a prompt.
+Shapes: M rows, C channels, T latent frames, h x w latents; P prompts, L tokens, D
+features; t (M,) float64.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ class OpenSora(Prompted):
     Args:
         name: Name of the model.
         size: Name of the size.
-        sizes: What differs, by name. Of `network`, `text_encoder` and `decoder`, which are partial,
-            only the chosen ones are built. "full" is the public network; "tiny" has the same
-            layers, small.
+        sizes: What differs, by name. Of `network`, `text_encoder` and `decoder`, which
+            are partial, only the chosen ones are built. "full" is the public network;
+            "tiny" has the same layers, small.
         num_frames: Frames of the video; 1 for a picture.
         height: Pixels.
         width: Pixels.
         fps: Frames a second.
         guidance: As in `Network`.
-        ending: Text that is appended to each prompt, such as the scores that captions ended with in
-            training. Prompts become lower case, as captions were; the cleaning of addresses, file
-            names and the like is not repeated.
+        ending: Text that is appended to each prompt, such as the scores that captions
+            ended with in training. Prompts become lower case, as captions were; the
+            cleaning of addresses, file names and the like is not repeated.
         micro_batch: As in `Network`.
         dtype: As in `Network`.
-        checkpoint: A file, a folder or a hub id; "random": reproducible random weights, to try all
-            but the pictures; None: that of the size.
+        checkpoint: A file, a folder or a hub id; "random": reproducible random weights,
+            to try all but the pictures; None: that of the size.
         source: URL of the public checkpoint, quoted in the error when it is missing.
         prompts: The prompts that conditions are indices of.
         weights_set: As in `Network`.
@@ -146,8 +146,8 @@ class OpenSora(Prompted):
 class PromptedSTDiT3(nn.Module):
     """An STDiT3 with the encodings of its prompts.
 
-    The null prompt is a learned encoding, of which as many tokens are read as the prompt has in
-    whose place it is, in training and in sampling.
+    The null prompt is a learned encoding, of which as many tokens are read as the
+    prompt has in whose place it is, in training and in sampling.
 
     Args:
         network: The network.
@@ -180,7 +180,8 @@ class PromptedSTDiT3(nn.Module):
         Args:
             x: Latents (M, C, T, h, w).
             clock: The network's clock (M,).
-            prompts: Indices of prompts (M,); -1 - p for the null prompt in place of prompt p.
+            prompts: Indices of prompts (M,); -1 - p for the null prompt in place of
+                prompt p.
         """
         numbers = torch.where(prompts < 0, -1 - prompts, prompts)
         null = self.network.y_embedder.y_embedding
@@ -199,16 +200,16 @@ def time_shift(num_frames: int = 102, height: int = 720, width: int = 1280) -> f
     return (height * width / 512**2) ** 0.5 * latent_frames(num_frames) ** 0.5
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Text
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def t5_masked(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Return the encodings `text` (P, L, D) and `mask` (P, L) of prompts.
 
-    The encodings are in bfloat16, as in training. Tokens of a prompt, which the mask marks, see no
-    others.
+    The encodings are in bfloat16, as in training. Tokens of a prompt, which the mask
+    marks, see no others.
     """
     return {"text": model(tokens, mask).last_hidden_state.bfloat16(), "mask": mask.bool()}
 

@@ -1,9 +1,10 @@
 """Run 21cmPSDenoiser, which denoises 21-cm power spectra (Breitman et al. 2025).
 
-A simulation shows one realisation of a power spectrum. The network, trained on many, samples their
-mean, given one. It is the published U-Net (PyPI 21cmpsdenoiser 1.0.2, MIT), which predicts eps on
-the continuous variance-preserving path, with the noisy spectrum as a second channel of its input.
-Spectra have 32 k_perp x 16 k_par bins, in mK^2; the network sees log10 of them.
+A simulation shows one realisation of a power spectrum. The network, trained on many,
+samples their mean, given one. It is the published U-Net (PyPI 21cmpsdenoiser 1.0.2,
+MIT), which predicts eps on the continuous variance-preserving path, with the noisy
+spectrum as a second channel of its input. Spectra have 32 k_perp x 16 k_par bins, in
+mK^2; the network sees log10 of them.
 Shapes: M rows, B samples, H x W bins.
 """
 
@@ -50,9 +51,11 @@ class PSDenoiser(Model):
     """A network that denoises spectra, conditioned on noisy ones.
 
     Args:
-        network: Returns eps (M, 1, H, W) for x (M, 1, H, W), clock (M,), noisy (M, 1, H, W).
+        network: Returns eps (M, 1, H, W) for x (M, 1, H, W), clock (M,), noisy (M, 1,
+            H, W).
         path: Path of its training.
-        time_min: Smallest native time tau of its training; below, it is called at time_min.
+        time_min: Smallest native time tau of its training; below, it is called at
+            time_min.
         time_scale: The network's clock is time_scale tau, for tau in [time_min, 1].
         noisy: Range of the spectra to denoise.
         clean: Range of the denoised ones.

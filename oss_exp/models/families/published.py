@@ -28,22 +28,22 @@ class PublishedSize(TypedDict):
 class Published(Network):
     """A network that somebody else trained, at one of its sizes.
 
-    The backbone's class knows the names of the public files (`FILES`) and the translation of their
-    keys (`translate`, `to_public`).
+    The backbone's class knows the names of the public files (`FILES`) and the
+    translation of their keys (`translate`, `to_public`).
 
     Args:
         name: Name of the model.
         size: Name of the size.
-        sizes: What differs, by name: `backbone` and `decoder` (partial: only the chosen ones are
-            built), `event_shape`, `num_classes`, `checkpoint`. "full" is the public network; "tiny"
-            has the same layers, small.
+        sizes: What differs, by name: `backbone` and `decoder` (partial: only the chosen
+            ones are built), `event_shape`, `num_classes`, `checkpoint`. "full" is the
+            public network; "tiny" has the same layers, small.
         parameterization: As in `Network`.
         guidance: As in `Network`.
         micro_batch: As in `Network`.
         dtype: As in `Network`.
-        checkpoint: A file, by its path or by the name of a shipped one, a folder, or a hub id;
-            "random": reproducible random weights, to try all but the pictures; "untrained": as
-            initialised; None: that of the size.
+        checkpoint: A file, by its path or by the name of a shipped one, a folder, or a
+            hub id; "random": reproducible random weights, to try all but the pictures;
+            "untrained": as initialised; None: that of the size.
         source: URL of the public checkpoint, quoted in the error when it is missing.
         weights_set: As in `Network`.
     """

@@ -10,8 +10,8 @@ from oss_exp.models.families.dit import PublishedDiT
 class SiT(PublishedDiT):
     """A public SiT, which predicts the velocity v = eps - x0.
 
-    Its clock s = 1 - t runs from noise at 0 to data at 1, and its answer is dx / ds = x0 - eps. Its
-    files have the keys of DiT.
+    Its clock s = 1 - t runs from noise at 0 to data at 1, and its answer is dx / ds =
+    x0 - eps. Its files have the keys of DiT.
     """
 
     FILES = ("SiT-XL-2-256x256.pt", "SiT-XL-2-256.pt")

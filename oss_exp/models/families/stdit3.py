@@ -1,10 +1,10 @@
 """Define STDiT3, the network of Open-Sora 1.2 (Zheng et al. 2024, arXiv 2412.20404).
 
-Its weights have the names of the public files. Blocks take turns: one attends within each frame,
-the next along time at each place. Attention is torch's own and needs no other kernel. Prompts, and
-what the network was trained to predict, are in `open_sora`.
-Shapes: M rows, C channels, T frames, H x W latents; S places of a frame; F features, L tokens of
-text.
+Its weights have the names of the public files. Blocks take turns: one attends within
+each frame, the next along time at each place. Attention is torch's own and needs no
+other kernel. Prompts, and what the network was trained to predict, are in `open_sora`.
+Shapes: M rows, C channels, T frames, H x W latents; S places of a frame; F features, L
+tokens of text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class STDiT3(nn.Module):
         num_heads: Heads of each attention.
         text_features: Features of an encoded token of text.
         text_tokens: Tokens of the null prompt, `y_embedder.y_embedding`.
-        image_size: Root of the area, in pixels, at which places count 0, 1, 2, ... (512).
+        image_size: Root of the area, in pixels, at which places count 0, 1, 2, ...
+            (512).
         patch: Height and width of a place in latents.
     """
 
@@ -93,13 +94,15 @@ class STDiT3(nn.Module):
         """Return data - noise, and a variance that no ODE needs, together (M, 2 C, T, H, W).
 
         Args:
-            x: Latents (M, C, T, H, W); zeros are added if H and W are no multiples of a patch.
+            x: Latents (M, C, T, H, W); zeros are added if H and W are no multiples of a
+                patch.
             clock: Times (M,) from 0 to 1000.
             text: Encoded prompts (M, L, text_features).
             kept: Which tokens (M, L) are read.
             fps: Frames a second (M,).
             image_size: Root of the video's area in pixels.
-            noisy: Which frames (M, T) are noisy; the others are known, at clock 0. None: all.
+            noisy: Which frames (M, T) are noisy; the others are known, at clock 0.
+                None: all.
         """
         # Places with their positions.
         height, width = x.shape[3:]
@@ -316,8 +319,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 def position_table(rows: int, columns: int, scale: float, base: int, features: int) -> Tensor:
     """Return the positions of places: sines, then cosines, of the column, then of the row.
 
-    Rows and columns both count from 0 to base / scale, however many there are, so that the network
-    knows the places of images of any size and shape.
+    Rows and columns both count from 0 to base / scale, however many there are, so that
+    the network knows the places of images of any size and shape.
 
     Returns:
         (rows * columns, features), float64.
