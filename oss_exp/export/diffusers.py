@@ -163,9 +163,8 @@ class Diffusers(Exporter):
         if path.exists():
             config = read_scheduler_config(_config_file(path))
             name = config.get("_class_name")
-        kind = getattr(diffusers, str(name), None)
-        is_class = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
-        if not is_class or not issubclass(kind, ConfigMixin):
+        kind: Any = getattr(diffusers, str(name), None)
+        if not {SchedulerMixin, ConfigMixin} <= {*getattr(kind, "__mro__", ())}:
             raise ValueError(
                 f"task.exporter.scheduler={self.scheduler} is neither a class of diffusers' "
                 "schedulers nor a file of one"

@@ -61,10 +61,11 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return images (M, C, 2 H, 2 W) or (M, C, H / 2, W / 2) from x (M, C, H, W)."""
         kernel = self.kernel.expand(x.shape[1], -1, -1, -1)
-        options = {"stride": 2, "padding": self.padding, "groups": x.shape[1]}
+        groups = x.shape[1]
         if self.up:
-            return F.conv_transpose2d(x, 4 * kernel, **options)
-        return F.conv2d(x, kernel, **options)
+            kernel = 4 * kernel
+            return F.conv_transpose2d(x, kernel, stride=2, padding=self.padding, groups=groups)
+        return F.conv2d(x, kernel, stride=2, padding=self.padding, groups=groups)
 
 
 class Block(nn.Module):
