@@ -1,4 +1,8 @@
-"""What takes a step schedule to another program: an `Exporter`, chosen as `oss-exp task=export exporter=NAME`."""
+"""The base classes of exporters, which write step schedules for other programs.
+
+An exporter is chosen with `oss-exp task=export exporter=NAME`. A new one is a file
+here, a yaml in conf/exporter and a test.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,33 @@ from oss_exp.schedule import StepSchedule
 
 
 class Exporter(abc.ABC):
-    """A program that step schedules are written for. A new one is one file, one yaml in conf/exporter and one test."""
+    """A program that step schedules are written for.
 
-    folder: ClassVar[bool] = False  # whether it writes a folder, not a .json
+    Attributes:
+        folder: Whether the exporter writes a folder, not a .json file.
+    """
+
+    folder: ClassVar[bool] = False
 
     @abc.abstractmethod
     def write(self, steps: StepSchedule, path: Path) -> str:
-        """Write the schedule to `path`, and return the text that there is to paste.
+        """Write the schedule to `path`, and return the text for the user to paste.
 
-        Raises ValueError where the program cannot run the schedule.
+        Raises:
+            ValueError: The program cannot run the schedule.
         """
 
 
 @dataclass(frozen=True)
 class SigmaList(Exporter):
-    """A list of sigmas, which holds times alone: its program's sampler has to take the schedule's steps.
+    """A list of sigmas.
 
-    network:  `flow`, or `eps` for any model whose sigma is sigma / alpha; None: as the schedule's file says.
-    samplers: of the program, names of `samplers.SAMPLERS` -> its own.
+    It holds times alone, so the program needs a sampler that takes the schedule's steps.
+
+    Attributes:
+        samplers: The program's samplers: names in `samplers.SAMPLERS` -> its names.
+        network: "flow", or "eps" for any model whose sigma is sigma / alpha; None: as
+            the schedule's file says.
     """
 
     samplers: ClassVar[Mapping[str, str]]
@@ -44,26 +57,35 @@ class SigmaList(Exporter):
         """Return the text of the file, and the text to paste."""
 
     def write(self, steps: StepSchedule, path: Path) -> str:
-        network, planned = self.network, network_of(steps)
-        if network is None and planned is None:
-            raise ValueError(
-                "the schedule's file does not name a kind of network; set task.exporter.network=flow|eps"
-            )
-        if network is not None and planned not in (network, None):
-            raise ValueError(
-                f"the schedule was planned for a network of kind {planned}, task.exporter.network={network} is "
-                "another; leave it out, or plan a schedule on that network"
-            )
-        network = network or planned
-        assert network is not None
+        """Write the list, and return advice on its use."""
+        # The file.
+        network = self._network(steps)
         sigmas = flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)
         content, advice = self.texts(sigmas, sampler_of(steps, network, self.samplers))
         write_atomically(path, f"{content}\n")
 
+        # A start that is lost.
         ratio = steps.start_time / float(steps.times[0])
         if ratio > 1.001:
             advice += (
-                f"\nThere the noise is times the first sigma: {ratio:.3f} times less than in the search, which "
-                "start=pinned would have kept."
+                f"\nThere the noise is times the first sigma: {ratio:.3f} times less than in the "
+                "search, which start=pinned would have kept."
             )
         return advice
+
+    def _network(self, steps: StepSchedule) -> Network:
+        """Return the kind of network, from the option or the schedule's file."""
+        planned = network_of(steps)
+        network = self.network or planned
+        if network is None:
+            raise ValueError(
+                "the schedule's file does not name a kind of network; "
+                "set task.exporter.network=flow|eps"
+            )
+        if planned not in (network, None):
+            raise ValueError(
+                f"the schedule was planned for a network of kind {planned}, "
+                f"task.exporter.network={network} is another; leave it out, or plan a schedule on "
+                "that network"
+            )
+        return network

@@ -1,4 +1,7 @@
-"""Step schedules for AUTOMATIC1111's web UI and Forge, which need the extension webUI_ExtraSchedulers for them."""
+"""Write step schedules as lists of sigmas for AUTOMATIC1111's web UI and Forge.
+
+Neither takes a list by itself; the extension webUI_ExtraSchedulers adds a field for one.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,22 @@ from oss_exp.export.sigmas import sigma_text
 
 @dataclass(frozen=True)
 class WebUI(SigmaList):
-    """The list of sigmas that the extension's scheduler `custom` takes."""
+    """A list of sigmas for the extension's scheduler `custom`."""
 
-    samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # noqa: RUF012  (DPM2 leaves a sigma out)
+    # Without DPM2, which leaves a sigma out.
+    samplers = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # noqa: RUF012
 
     def texts(self, sigmas: list[float], sampler: str) -> tuple[str, str]:
-        return webui_text(
-            sigmas
-        ), f"webUI_ExtraSchedulers, custom, with {sampler}: {webui_text(sigmas)}"
+        """Return the list, and where to put it."""
+        text = webui_text(sigmas)
+        return text, f"webUI_ExtraSchedulers, custom, with {sampler}: {text}"
 
 
 def webui_text(sigmas: Sequence[float]) -> str:
-    """Return the text for the field "custom" of the extension; AUTOMATIC1111 and Forge alone take no list.
+    """Return the text for the extension's field "custom".
 
-    It stretches a list from 1 to 0 to the model's own range: a first 1 is written as a little less.
+    The extension stretches a list from 1 to 0 to the model's own range, so a first
+    sigma of 1 is written as a little less.
     """
-    return (
-        f"[{sigma_text([min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0], *sigmas[1:]])}]"
-    )
+    first = min(sigmas[0], 1 - 1e-7) if sigmas[0] <= 1 else sigmas[0]
+    return f"[{sigma_text([first, *sigmas[1:]])}]"

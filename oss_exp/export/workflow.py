@@ -1,7 +1,8 @@
-"""A user's ComfyUI workflow with our nodes in the place of its sampler, as saved or in the API format.
+"""Put a step schedule into a user's ComfyUI workflow, as saved or in the API format.
 
-KSampler becomes OSS Sampler, with its own model, prompts, latents, seed and guidance. SamplerCustom and
-SamplerCustomAdvanced stay, and take sigmas and sampler from an OSS Schedule.
+KSampler becomes OSS Sampler, with the same model, prompts, latents, seed and guidance.
+SamplerCustom and SamplerCustomAdvanced stay, and take sigmas and sampler from a new OSS
+Schedule.
 """
 
 from __future__ import annotations
@@ -19,142 +20,192 @@ from oss_exp.files import parse_record, read_text
 
 REMEDY = "save the workflow again, by Save or by Save (API)"
 CUSTOM = ("SamplerCustom", "SamplerCustomAdvanced")
-CUTS = (
-    "SplitSigmas",
-    "SplitSigmasDenoise",
-    "FlipSigmas",
-    "SetFirstSigma",
-    "ExtendIntermediateSigmas",
+CUTS = (  # nodes that change a list of sigmas
+    *("SplitSigmas", "SplitSigmasDenoise", "FlipSigmas"),
+    *("SetFirstSigma", "ExtendIntermediateSigmas"),
 )
-KEPT = (
-    "model",
-    "seed",
-    "cfg",
-    "positive",
-    "negative",
-    "latent_image",
-    "denoise",
-)  # of KSampler's inputs
+INPUTS = ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")  # that stay
 WIDGETS = ("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise")
 OUTPUTS = (("sigmas", "SIGMAS"), ("sampler", "SAMPLER"), ("about", "STRING"))  # of OSS Schedule
-Say = Callable[[str], None]
+PLACES = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")  # of a link
+Report = Callable[[str], None]
 
 
 def with_schedule(file: str | Path, schedule: str, denoise: float = 1.0) -> tuple[str, list[str]]:
-    """Return the text of a workflow's copy that samples by `schedule`, and a line on each node that it touched.
+    """Return the text of a workflow's copy that samples by a schedule, and a report.
 
-    schedule: its file's name, as the nodes list it. denoise: that the schedule is for; samplers with another stay.
-    Raises ValueError where the file is no workflow, or where no node could be replaced.
+    Args:
+        file: The workflow.
+        schedule: Name of the schedule's file, as the nodes list it.
+        denoise: Denoise that the schedule is for; samplers with another one stay.
+
+    Returns:
+        The text, and a line on each node that was changed or left.
+
+    Raises:
+        ValueError: The file is no workflow, or no node could be replaced.
     """
+    # The file.
     name = f"workflow {file}"
     text = read_text(str(file), "workflow").lstrip("\ufeff")
-    content: Any = copy.deepcopy(
-        parse_record(text, TypeAdapter(dict[str, JsonValue]), name, REMEDY)
-    )
-    said, left = list[str](), list[str]()
+    record = parse_record(text, TypeAdapter(dict[str, JsonValue]), name, REMEDY)
+    content: Any = copy.deepcopy(record)
+
+    # Its graphs.
+    changes = list[str]()
+    omissions = list[str]()
+    reports = (changes.append, omissions.append)
     try:
         if isinstance(content.get("nodes"), list):
-            for graph in [content, *objects((content.get("definitions") or {}).get("subgraphs"))]:
-                _Saved(graph, schedule, denoise, said.append, left.append).replace()
+            subgraphs = (content.get("definitions") or {}).get("subgraphs")
+            for graph in [content, *objects(subgraphs)]:
+                _Saved(graph, schedule, denoise, *reports).replace()
         else:
             prompt = content.get("prompt")
             prompt = prompt if isinstance(prompt, dict) else content
-            _replace_in_api(prompt, schedule, denoise, said.append, left.append)
+            _Prompt(prompt, schedule, denoise, *reports).replace()
     except (AttributeError, LookupError, TypeError, ValueError):  # not laid out as ComfyUI does
         raise ValueError(f"{name} has damaged nodes or links; {REMEDY}") from None
-    if not said:
-        raise ValueError(
-            "\n".join([f"{name} has no sampler to replace (KSampler, {', '.join(CUSTOM)})", *left])
+
+    if not changes:
+        problem = f"{name} has no sampler to replace (KSampler, {', '.join(CUSTOM)})"
+        raise ValueError("\n".join([problem, *omissions]))
+    return json.dumps(content, indent=2), [*changes, *omissions]
+
+
+class _Graph:
+    """A graph of nodes whose samplers are replaced.
+
+    Args:
+        graph: The graph, which is changed.
+        schedule: Name of the schedule's file.
+        denoise: Denoise that it is for.
+        report: Called with a line on each node that is changed.
+        omit: Called with a line on each sampler that is left as it is.
+    """
+
+    def __init__(
+        self, graph: dict[str, Any], schedule: str, denoise: float, report: Report, omit: Report
+    ):
+        self.graph = graph
+        self.schedule = schedule
+        self.denoise = denoise
+        self.report = report
+        self.omit = omit
+
+    def _matches(self, key: Any, denoise: Any) -> bool:
+        """Return whether a KSampler has the schedule's denoise; report it if not."""
+        if denoise == self.denoise:
+            return True
+        self.omit(
+            f"node {key}: KSampler with denoise={denoise} is left as it is; "
+            f"the schedule is for denoise={self.denoise:g}"
         )
-    return json.dumps(content, indent=2), [*said, *left]
+        return False
+
+    def _is_whole(self, key: Any, kind: str, source: Any) -> bool:
+        """Return whether a node's sigmas come straight from a schedule; report it if not."""
+        if source not in CUTS:
+            return True
+        self.omit(
+            f"node {key}: {kind} takes a part of its sigmas, by {source}; "
+            "put OSS Schedule before that by hand"
+        )
+        return False
+
+    def _omit_other(self, key: Any, kind: str) -> None:
+        """Report a node if it is a sampler that is not replaced."""
+        if kind.startswith("KSampler") and kind != "KSamplerSelect":
+            self.omit(f"node {key}: {kind} is left as it is; replace it by hand, by OSS Sampler")
+
+    def _report_custom(self, key: Any, kind: str, number: Any) -> None:
+        """Report a node that takes its sigmas from a new OSS Schedule."""
+        self.report(
+            f"node {key}: {kind} takes sigmas and sampler of the new node {number}, OSSSchedule"
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The API format: {id: {class_type, inputs}}, a link is [id, slot]
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# The API format: {id: {class_type, inputs}}, where a link is [id, slot]
+# ------------------------------------------------------------------------------
 
 
-def _replace_in_api(
-    prompt: dict[str, Any], schedule: str, denoise: float, say: Say, leave: Say
-) -> None:
-    for key, node in [*prompt.items()]:
-        if not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
-            continue
-        kind, inputs = node.get("class_type"), node["inputs"]
-        if kind == "KSampler":
-            if inputs.get("denoise", 1.0) != denoise:
-                leave(_other_denoise(key, kind, inputs.get("denoise"), denoise))
+class _Prompt(_Graph):
+    """A workflow in the API format."""
+
+    def replace(self) -> None:
+        """Replace the samplers."""
+        for key, node in [*self.graph.items()]:
+            if not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
                 continue
-            node["class_type"] = "OSSSampler"
-            node["inputs"] = {name: inputs[name] for name in KEPT if name in inputs} | {
-                "schedule": schedule
-            }
-            say(f"node {key}: KSampler is now OSSSampler")
-        elif kind in CUSTOM:
-            source = (
-                prompt.get(inputs["sigmas"][0], {})
-                if isinstance(inputs.get("sigmas"), list)
-                else {}
-            )
-            if source.get("class_type") in CUTS:
-                leave(_cut(key, kind, source["class_type"]))
-                continue
-            guider = (
-                prompt.get(inputs["guider"][0], {})
-                if isinstance(inputs.get("guider"), list)
-                else node
-            )
-            new = str(
-                1
-                + max(
-                    [int(each) for each in prompt if each.isdecimal() and len(each) < 20], default=0
-                )
-            )
-            given = {"schedule": schedule, "denoise": denoise}
-            if isinstance(model := (guider.get("inputs") or {}).get("model"), list):
-                given["model"] = model
-            prompt[new] = {"class_type": "OSSSchedule", "inputs": given}
-            inputs |= {"sigmas": [new, 0], "sampler": [new, 1]}
-            say(f"node {key}: {kind} takes sigmas and sampler of the new node {new}, OSSSchedule")
-        elif str(kind).startswith("KSampler") and kind != "KSamplerSelect":
-            leave(f"node {key}: {kind} is left as it is; replace it by hand, by OSS Sampler")
+            kind = node.get("class_type")
+            if kind == "KSampler":
+                self._sampler(key, node)
+            elif kind in CUSTOM:
+                self._custom(key, node)
+            else:
+                self._omit_other(key, str(kind))
+
+    def _sampler(self, key: str, node: dict[str, Any]) -> None:
+        """Turn a KSampler into an OSSSampler."""
+        inputs = node["inputs"]
+        if not self._matches(key, inputs.get("denoise", 1.0)):
+            return
+        stay = {name: inputs[name] for name in INPUTS if name in inputs}
+        node["class_type"] = "OSSSampler"
+        node["inputs"] = {**stay, "schedule": self.schedule}
+        self.report(f"node {key}: KSampler is now OSSSampler")
+
+    def _custom(self, key: str, node: dict[str, Any]) -> None:
+        """Give a SamplerCustom sigmas and sampler from a new OSSSchedule."""
+        kind, inputs = node["class_type"], node["inputs"]
+        source = self._origin(inputs.get("sigmas"), {})
+        if not self._is_whole(key, kind, source.get("class_type")):
+            return
+
+        # The new node.
+        numbers = [int(name) for name in self.graph if name.isdecimal() and len(name) < 20]
+        number = str(1 + max(numbers, default=0))
+        schedule_inputs = {"schedule": self.schedule, "denoise": self.denoise}
+        guider = self._origin(inputs.get("guider"), node)
+        model = (guider.get("inputs") or {}).get("model")
+        if isinstance(model, list):
+            schedule_inputs["model"] = model
+        self.graph[number] = {"class_type": "OSSSchedule", "inputs": schedule_inputs}
+
+        # Its links.
+        inputs |= {"sigmas": [number, 0], "sampler": [number, 1]}
+        self._report_custom(key, kind, number)
+
+    def _origin(self, link: Any, default: dict[str, Any]) -> dict[str, Any]:
+        """Return the node that a link comes from."""
+        return self.graph.get(link[0], {}) if isinstance(link, list) else default
 
 
-def _other_denoise(key: Any, kind: str, given: Any, wanted: float) -> str:
-    return f"node {key}: {kind} with denoise={given} is left as it is; the schedule is for denoise={wanted:g}"
-
-
-def _cut(key: Any, kind: str, by: str) -> str:
-    return f"node {key}: {kind} takes a part of its sigmas, by {by}; put OSS Schedule before that by hand"
-
-
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # As saved: lists of nodes and of links, whose inputs and outputs know the links by number
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
-class _Saved:
+class _Saved(_Graph):
     """A saved workflow, or a subgraph of one, in which links are objects and not lists."""
 
-    def __init__(self, graph: dict[str, Any], schedule: str, denoise: float, say: Say, leave: Say):
-        self.graph, self.schedule, self.denoise, self.say, self.leave = (
-            graph,
-            schedule,
-            denoise,
-            say,
-            leave,
-        )
+    def __init__(
+        self, graph: dict[str, Any], schedule: str, denoise: float, report: Report, omit: Report
+    ):
+        super().__init__(graph, schedule, denoise, report, omit)
         self.nodes = {node.get("id"): node for node in objects(graph.get("nodes"))}
         links = graph.get("links")
         self.links: list[Any] = links if isinstance(links, list) else []
         self.state = graph["state"] if isinstance(graph.get("state"), dict) else {}
-        self.listed = (
-            isinstance(self.links[0], list) if self.links else "state" not in graph
-        )  # else objects
-        counted = self.state.get("lastLinkId") or 0, graph.get("last_link_id") or 0
-        self.last = max([*counted, *(_get(link, 0) for link in self.links)])
+
+        # Whether links are lists, and the last one's number.
+        self.as_lists = isinstance(self.links[0], list) if self.links else "state" not in graph
+        counters = (self.state.get("lastLinkId") or 0, graph.get("last_link_id") or 0)
+        self.last = max([*counters, *(_get(link, 0) for link in self.links)])
 
     def replace(self) -> None:
+        """Replace the samplers."""
         for key, node in [*self.nodes.items()]:
             if node.get("mode") in MUTED:
                 continue
@@ -162,77 +213,78 @@ class _Saved:
                 self._sampler(key, node)
             elif node.get("type") in CUSTOM:
                 self._custom(key, node)
-            elif str(node.get("type")).startswith("KSampler") and node["type"] != "KSamplerSelect":
-                self.leave(
-                    f"node {key}: {node['type']} is left as it is; replace it by hand, by OSS Sampler"
-                )
+            else:
+                self._omit_other(key, str(node.get("type")))
 
     def _sampler(self, key: Any, node: dict[str, Any]) -> None:
-        """KSampler -> OSSSampler."""
+        """Turn a KSampler into an OSSSampler."""
+        # Widgets.
         values = node.get("widgets_values")
-        told = (
-            dict(zip(WIDGETS, values, strict=False))
-            if isinstance(values, list)
-            else dict(values or {})
-        )
-        if told.get("denoise", 1.0) != self.denoise:
-            self.leave(_other_denoise(key, "KSampler", told.get("denoise"), self.denoise))
+        if isinstance(values, list):
+            values = dict(zip(WIDGETS, values, strict=False))
+        widgets = dict(values or {})
+        if not self._matches(key, widgets.get("denoise", 1.0)):
             return
-        seed, control = told.get("seed", 0), told.get("control_after_generate", "randomize")
-        node["widgets_values"] = [
-            self.schedule,
-            seed,
-            control,
-            told.get("cfg", 1.0),
-            self.denoise,
-            0,
-        ]
+        seed = widgets.get("seed", 0)
+        control = widgets.get("control_after_generate", "randomize")
+        cfg = widgets.get("cfg", 1.0)
+        node["widgets_values"] = [self.schedule, seed, control, cfg, self.denoise, 0]
+
+        # Inputs.
         slots = objects(node.get("inputs"))
         for slot in slots:
-            if slot.get("name") not in KEPT and slot.get("link") is not None:
+            if slot.get("name") not in INPUTS and slot.get("link") is not None:
                 self._unlink(slot["link"])
-        node["inputs"] = [slot for slot in slots if slot.get("name") in KEPT]
+        node["inputs"] = [slot for slot in slots if slot.get("name") in INPUTS]
         for index, slot in enumerate(node["inputs"]):
-            if (link := self._link(slot.get("link"))) is not None:
+            link = self._link(slot.get("link"))
+            if link is not None:
                 _set(link, 4, index)
-        self._named(node, "OSSSampler")
-        self.say(f"node {key}: KSampler is now OSSSampler")
+
+        self._rename(node, "OSSSampler")
+        self.report(f"node {key}: KSampler is now OSSSampler")
 
     def _custom(self, key: Any, node: dict[str, Any]) -> None:
-        """Sigmas and sampler of a SamplerCustom from a new OSSSchedule."""
-        slots = {
-            slot.get("name"): (index, slot)
-            for index, slot in enumerate(objects(node.get("inputs")))
-        }
-        wanted = {name: slots[name] for name, _ in OUTPUTS if name in slots}
-        before = self._link((wanted.get("sigmas") or (0, {}))[1].get("link"))
-        source = {} if before is None else self.nodes.get(_get(before, 1), {})
-        if source.get("type") in CUTS:
-            self.leave(_cut(key, node["type"], source["type"]))
+        """Give a SamplerCustom sigmas and sampler from a new OSSSchedule."""
+        # The present source of its sigmas.
+        slots = {}
+        for index, slot in enumerate(objects(node.get("inputs"))):
+            slots[slot.get("name")] = (index, slot)
+        _, sigmas = slots.get("sigmas", (0, {}))
+        link = self._link(sigmas.get("link"))
+        source = {} if link is None else self.nodes.get(_get(link, 1), {})
+        if not self._is_whole(key, node["type"], source.get("type")):
             return
-        new = 1 + max(
-            [
-                self.state.get("lastNodeId") or 0,
-                *(each for each in self.nodes if isinstance(each, int)),
-            ]
-        )
-        place = node.get("pos")
-        x, y = [*place.values()][:2] if isinstance(place, dict) else (place or [0, 0])[:2]
-        outputs: list[dict[str, Any]] = [
-            {"name": name, "type": kind, "links": []} for name, kind in OUTPUTS
-        ]
-        for slot, (name, kind) in enumerate(OUTPUTS):
-            if name not in wanted:
+
+        # The new node's number and outputs.
+        numbers = [name for name in self.nodes if isinstance(name, int)]
+        number = 1 + max([self.state.get("lastNodeId") or 0, *numbers])
+        outputs: list[dict[str, Any]] = []
+        for place, (name, kind) in enumerate(OUTPUTS):
+            output = {"name": name, "type": kind, "links": []}
+            outputs.append(output)
+            if name not in slots:
                 continue
-            index, given = wanted[name]
-            if given.get("link") is not None:
-                self._unlink(given["link"])
+
+            index, slot = slots[name]
+            if slot.get("link") is not None:
+                self._unlink(slot["link"])
             self.last += 1
-            self.links.append(self._new_link(self.last, new, slot, key, index, kind))
-            given["link"] = self.last
-            outputs[slot]["links"] = [self.last]
-        made = {
-            "id": new,
+            self.links.append(self._new_link(self.last, number, place, key, index, kind))
+            slot["link"] = self.last
+            output["links"] = [self.last]
+
+        self._add(number, node.get("pos"), outputs)
+        self._report_custom(key, node["type"], number)
+
+    def _add(self, number: int, position: Any, outputs: list[dict[str, Any]]) -> None:
+        """Add an OSSSchedule to the left of a position, and count it."""
+        if isinstance(position, dict):
+            position = [*position.values()]
+        x, y = (position or [0, 0])[:2]
+
+        node = {
+            "id": number,
             "type": "OSSSchedule",
             "pos": [x - 340, y],
             "size": [315, 130],
@@ -244,56 +296,60 @@ class _Saved:
             "properties": {},
             "widgets_values": [self.schedule, self.denoise, 0],
         }
-        self._named(made, "OSSSchedule")
-        self.graph["nodes"].append(made)
-        self.nodes[new] = made
-        for counts, name, value in self._counters(new):
+        self._rename(node, "OSSSchedule")
+
+        # The graph, which counts its nodes and links.
+        self.graph["nodes"].append(node)
+        self.nodes[number] = node
+        for counts, name, value in self._counters(number):
             counts[name] = max(value, counts.get(name) or 0)
-        self.say(
-            f"node {key}: {node['type']} takes sigmas and sampler of the new node {new}, OSSSchedule"
-        )
 
-    def _counters(self, new: int) -> Iterator[tuple[dict[str, Any], str, int]]:
+    def _counters(self, number: int) -> Iterator[tuple[dict[str, Any], str, int]]:
+        """Yield the graph's counters of nodes and links with their new values."""
         if self.state:
-            yield from ((self.state, "lastNodeId", new), (self.state, "lastLinkId", self.last))
+            yield self.state, "lastNodeId", number
+            yield self.state, "lastLinkId", self.last
         if "last_node_id" in self.graph:
-            yield from ((self.graph, "last_node_id", new), (self.graph, "last_link_id", self.last))
+            yield self.graph, "last_node_id", number
+            yield self.graph, "last_link_id", self.last
 
-    def _new_link(
-        self, number: int, origin: int, slot: int, target: Any, index: int, kind: str
-    ) -> Any:
-        values = (number, origin, slot, target, index, kind)
-        return [*values] if self.listed else dict(zip(PLACES, values, strict=True))
+    def _new_link(self, *values: Any) -> Any:
+        """Return a link with the values of `PLACES`."""
+        return [*values] if self.as_lists else dict(zip(PLACES, values, strict=True))
 
     def _link(self, number: Any) -> Any:
-        return next(
-            (link for link in self.links if number is not None and _get(link, 0) == number), None
-        )
+        """Return the link of this number, or None."""
+        for link in self.links:
+            if number is not None and _get(link, 0) == number:
+                return link
+        return None
 
     def _unlink(self, number: Any) -> None:
-        """Take a link away, at its origin too: a node's output, or an input of the subgraph."""
+        """Remove a link, at its origin too: a node's output, or an input of the subgraph."""
         self.links[:] = [link for link in self.links if _get(link, 0) != number]
-        outputs = [slot for node in self.nodes.values() for slot in objects(node.get("outputs"))]
-        for slot in [*outputs, *objects(self.graph.get("inputs"))]:
+        origins = objects(self.graph.get("inputs"))
+        for node in self.nodes.values():
+            origins += objects(node.get("outputs"))
+        for slot in origins:
             for name in ("links", "linkIds"):
                 if isinstance(slot.get(name), list):
-                    slot[name] = [each for each in slot[name] if each != number]
+                    slot[name] = [link for link in slot[name] if link != number]
 
-    def _named(self, node: dict[str, Any], kind: str) -> None:
+    def _rename(self, node: dict[str, Any], kind: str) -> None:
+        """Set a node's type, and drop the names of its former package."""
         node["type"] = kind
         node["properties"] = {**(node.get("properties") or {}), "Node name for S&R": kind}
-        for name in ("cnr_id", "ver", "aux_id"):  # of the node that it was
+        for name in ("cnr_id", "ver", "aux_id"):
             node["properties"].pop(name, None)
 
 
-PLACES = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-
-
 def _get(link: Any, place: int) -> Any:
+    """Return a value of a link, whichever form it has."""
     if isinstance(link, dict):
         return link.get(PLACES[place])
     return link[place] if isinstance(link, list) and len(link) > place else 0
 
 
 def _set(link: Any, place: int, value: Any) -> None:
+    """Set a value of a link, whichever form it has."""
     link[PLACES[place] if isinstance(link, dict) else place] = value

@@ -1,6 +1,8 @@
-"""Networks of the diffusers library with one way of calling: network(x (M, *E), clock (M,), classes (M,)) -> (M, *E).
+"""Wrap networks of the diffusers library in one signature.
 
-A class of -1 stands for none; every network has one more label embedding for it.
+A network is called as network(x (M, *E), clock (M,), classes (M,)) and returns (M, *E).
+A class of -1 stands for none; every network with classes has one more label embedding
+for it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,18 @@ from oss_exp.checks import require_range
 
 
 class UNet(nn.Module):
-    """diffusers.UNet2DModel on `patch` x `patch` pixels at a time (1: on pixels); the arguments after it are its own.
+    """A UNet2DModel of diffusers on patches of pixels.
 
-    Patches as channels make the network of small images three times as fast, as in Simple Diffusion (arXiv 2301.11093).
+    With patches as channels, the network of small images is three times as fast (Simple
+    Diffusion, arXiv 2301.11093).
+
+    Args:
+        channels: Channels of the images.
+        size: Their height and width in pixels.
+        num_classes: Number of classes; None for a network without.
+        patch: Height and width of a patch in pixels; 1 for none.
+        layers_per_block, block_out_channels, down_block_types, up_block_types,
+            attention_head_dim, norm_num_groups: Arguments of UNet2DModel.
     """
 
     adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
@@ -47,7 +58,9 @@ class UNet(nn.Module):
         )
         require_range(at_least=1, attention_head_dim=attention_head_dim)
         require_multiple(size, patch)
-        self.patch, self.num_classes = patch, num_classes
+
+        self.patch = patch
+        self.num_classes = num_classes
         embeddings = None if num_classes is None else num_classes + 1
         self.network = UNet2DModel(
             sample_size=size // patch,
@@ -63,17 +76,25 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
+        """Return the network's answer (M, C, H, W) at x (M, C, H, W)."""
         x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        labels = (
-            None
-            if self.num_classes is None
-            else torch.where(classes < 0, self.num_classes, classes)
-        )
+        labels = None
+        if self.num_classes is not None:
+            labels = torch.where(classes < 0, self.num_classes, classes)
         return F.pixel_shuffle(self.network(x, clock, class_labels=labels).sample, self.patch)
 
 
 class DiT(nn.Module):
-    """diffusers.DiTTransformer2DModel (Peebles & Xie 2022, arXiv 2212.09748); arguments after `patch` are its own."""
+    """A DiTTransformer2DModel of diffusers (Peebles & Xie 2022, arXiv 2212.09748).
+
+    Args:
+        channels: Channels of the images.
+        size: Their height and width in pixels.
+        num_classes: Number of classes.
+        patch: Height and width of a patch in pixels.
+        num_layers, num_attention_heads, attention_head_dim, norm_eps: Arguments of
+            DiTTransformer2DModel.
+    """
 
     adaptive_norms: ClassVar[tuple[str, ...]] = ("norm1.linear", "timestep_embedder", "proj_out_1")
 
@@ -98,6 +119,7 @@ class DiT(nn.Module):
         require_range(at_least=1, num_layers=num_layers, num_attention_heads=num_attention_heads)
         require_range(at_least=1, attention_head_dim=attention_head_dim)
         require_multiple(size, patch)
+
         self.num_classes = num_classes
         self.network = DiTTransformer2DModel(
             sample_size=size,
@@ -110,18 +132,19 @@ class DiT(nn.Module):
             attention_head_dim=attention_head_dim,
             norm_eps=norm_eps,
         )
+
+        # The trainer drops labels; each block would drop others.
         for module in self.network.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = (
-                    0.0  # each block would drop labels by itself; the trainer drops them
-                )
+                module.dropout_prob = 0.0
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
+        """Return the network's answer (M, C, H, W) at x (M, C, H, W)."""
         labels = torch.where(classes < 0, self.num_classes, classes)
         return self.network(x, timestep=clock, class_labels=labels).sample
 
 
 def require_multiple(size: int, patch: int) -> None:
-    """ValueError for images that are not a whole number of patches wide."""
+    """Raise a ValueError for images that are not a whole number of patches wide."""
     if size % patch:
         raise ValueError(f"size must be a multiple of patch, got {size} and {patch}")

@@ -1,6 +1,7 @@
-"""FLUX's rectified-flow transformer (Black Forest Labs 2024) as the backbone of small networks of prompts.
+"""Use FLUX's transformer (Black Forest Labs 2024) as the backbone of small networks of prompts.
 
-The network's clock is canonical time itself, and it gives v. Legend: M rows, P prompts, L tokens, D features.
+The network's clock is canonical time, and it predicts v.
+Shapes: M rows, P prompts, L tokens, D features.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ from oss_exp.models.text.prompted import PromptedBackbone
 
 
 class PromptedFlux(PromptedBackbone):
-    """diffusers.FluxTransformer2DModel(x (M, C, h, w), clock (M,), prompts (M,), -1 for none) -> v (M, C, h, w).
+    """A FluxTransformer2DModel of diffusers with the encodings of its prompts.
 
-    A token is patch x patch latents of all channels. tables: `pooled` (P + 1, D) and `text` (P + 1, L, D).
+    Args:
+        network: The transformer.
+        guidance: Guidance that a distilled network gets as an input; None if it has
+            none.
+        patch: Height and width of a token in latents.
+        tables: Encodings of the prompts, the last row for none: `pooled` (P + 1, D) and
+            `text` (P + 1, L, D).
     """
 
     adaptive_norms: ClassVar[tuple[str, ...]] = (
@@ -33,19 +40,31 @@ class PromptedFlux(PromptedBackbone):
         super().__init__(network, **tables)
         require_range(at_least=1, patch=patch)
         require_range(at_least=0, at_most=1000, guidance=guidance)
-        self.guidance, self.patch = guidance, patch
+        self.guidance = guidance
+        self.patch = patch
         network.time_text_embed.register_forward_pre_hook(_exact)
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
-        text, rows, columns = self.text[prompts], x.shape[2] // self.patch, x.shape[3] // self.patch
+        """Return v (M, C, h, w) at x (M, C, h, w).
+
+        Args:
+            x: Latents (M, C, h, w).
+            clock: Canonical times (M,).
+            prompts: Indices of prompts (M,), -1 for none.
+        """
+        text = self.text[prompts]
+        rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
         places = [torch.arange(count, device=x.device) for count in (1, rows, columns)]
-        times = [1000 * clock] + (
-            [] if self.guidance is None else [torch.full_like(clock, 1000 * self.guidance)]
-        )
+
+        # Time, and guidance where it is an input.
+        times = [1000 * clock]
+        if self.guidance is not None:
+            times.append(torch.full_like(clock, 1000 * self.guidance))
+
         tokens = self.network(
             hidden_states=pixel_unshuffle(x, self.patch).flatten(2).mT,
             encoder_hidden_states=text,
-            pooled_projections=(*times, self.pooled[prompts]),  # whole to _exact
+            pooled_projections=(*times, self.pooled[prompts]),  # see _exact
             timestep=clock,
             img_ids=torch.cartesian_prod(*places),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=torch.long, device=x.device),
@@ -54,8 +73,10 @@ class PromptedFlux(PromptedBackbone):
 
 
 def _exact(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The last argument in place of all: diffusers rounds time and guidance to the weights' dtype on the way here.
+    """Replace all arguments by the last one, which holds them unrounded.
 
-    In bfloat16 that is to multiples of 0.004 near t = 1, more than a step there of a shifted grid of 100.
+    Before this module, diffusers rounds time and guidance to the dtype of the weights.
+    In bfloat16 these are multiples of 0.004 near t = 1, more than a step there of a
+    shifted grid of 100.
     """
     return arguments[-1]

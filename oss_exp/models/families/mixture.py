@@ -1,8 +1,9 @@
-"""A Gaussian mixture whose probability-flow ODE is exact: a real, tiny diffusion model without a network.
+"""Define a Gaussian mixture whose probability-flow ODE is exact: a tiny model without a network.
 
-Each component has covariance U diag(extra) U^T + floor I (Tipping & Bishop's probabilistic PCA, 1999). Noising keeps
-that form, so E[x0 | x_t], E[eps | x_t] and the velocity are closed form at every t, the ends 0 and 1 included.
-Legend: M rows, C components, R rank, D = prod(event_shape).
+Each component has covariance U diag(extra) U^T + floor I (probabilistic PCA, Tipping &
+Bishop 1999). Noise keeps that form, so E[x0 | x_t], E[eps | x_t] and the velocity are
+closed form at every t, the ends 0 and 1 included.
+Shapes: M rows, C components, R rank, D = prod(event_shape).
 """
 
 from __future__ import annotations
@@ -26,16 +27,29 @@ from oss_exp.velocity import BoundVelocity
 
 
 class MixtureProvenance(Provenance):
-    """Of a mixture's file: the name of the model, and the shape of its samples."""
+    """The record in a mixture's file: name of the model, and shape of its samples."""
 
     name: Name
     event_shape: tuple[PositiveInt, ...]
 
 
 class GaussianMixture(Model):
-    """weights (C,), means (C, D), basis (C, D, R) orthonormal, extra (C, R) >= 0, floor (C,) > 0, labels (C,) class.
+    """A mixture of Gaussians, with a class for each component.
 
     Guidance mixes the exact velocities of a class and of all classes.
+
+    Args:
+        weights: Weights (C,) of the components.
+        means: Means (C, D).
+        basis: Orthonormal bases U (C, D, R).
+        extra: Variances (C, R) >= 0 inside of U, beyond the floor.
+        floor: Variances (C,) > 0 in every direction.
+        labels: Classes (C,) of the components.
+        event_shape: Shape of a sample.
+        name: Name of the model.
+        fingerprint: Hash of its file.
+        guidance: Guidance of the model.
+        micro_batch: Rows that are evaluated at a time.
     """
 
     def __init__(
@@ -54,15 +68,16 @@ class GaussianMixture(Model):
     ):
         super().__init__()
         require_range(at_least=1, micro_batch=micro_batch)
+
         self.path: GaussianPath = FlowPath(shift=1.0, time_scale=1.0)
         self.event_shape = tuple(event_shape)
-        self.name, self.fingerprint, self.guidance, self.micro_batch = (
-            name,
-            fingerprint,
-            guidance,
-            micro_batch,
-        )
+        self.name = name
+        self.fingerprint = fingerprint
+        self.guidance = guidance
+        self.micro_batch = micro_batch
         self.num_classes = int(labels.max()) + 1
+
+        # Buffers.
         count, dim, rank = basis.shape
         flat_basis = basis.permute(1, 0, 2).reshape(dim, count * rank)
         buffers = {
@@ -86,19 +101,31 @@ class GaussianMixture(Model):
         guidance: Guidance = UNGUIDED,
         micro_batch: int = 1024,
     ) -> GaussianMixture:
-        """`file`: a path, or the name of a file shipped with the package. ValueError if its bytes were changed."""
+        """Load a mixture.
+
+        Args:
+            file: A path, or the name of a file that is shipped with the package.
+            guidance: Guidance of the model.
+            micro_batch: Rows that are evaluated at a time.
+
+        Raises:
+            ValueError: The file was changed, or holds no mixture.
+        """
         path = find_asset(file, "mixture file")
         tensors, record = load_asset(path, "mixture", MixtureProvenance)
+
+        # Shapes.
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        count, dim, rank = (
-            shapes.get("basis", ()) if len(shapes.get("basis", ())) == 3 else (0, 0, 0)
-        )
-        wanted = {"means": (count, dim), "basis": (count, dim, rank), "extra": (count, rank)}
-        wanted |= dict.fromkeys(("weights", "floor", "labels"), (count,))
-        if shapes != wanted or 0 in (count, dim) or math.prod(record.event_shape) != dim:
+        basis = shapes.get("basis", ())
+        count, dim, rank = basis if len(basis) == 3 else (0, 0, 0)
+        expected = {"means": (count, dim), "basis": (count, dim, rank), "extra": (count, rank)}
+        expected |= dict.fromkeys(("weights", "floor", "labels"), (count,))
+        if shapes != expected or 0 in (count, dim) or math.prod(record.event_shape) != dim:
             raise ValueError(
-                f"{path} holds no mixture of samples of shape {record.event_shape}; take another file"
+                f"{path} holds no mixture of samples of shape {record.event_shape}; "
+                "take another file"
             )
+
         return cls(
             **tensors,
             event_shape=record.event_shape,
@@ -112,9 +139,13 @@ class GaussianMixture(Model):
     def from_covariances(
         cls, weights: Tensor, means: Tensor, covariances: Tensor, event_shape: tuple[int, ...]
     ):
-        """Full covariances (C, D, D), one class a component: rank D - 1 over the smallest eigenvalue."""
+        """Build a mixture from full covariances (C, D, D), each component a class of its own.
+
+        The rank is D - 1, over the smallest eigenvalue. Weights (C,), means (C, D).
+        """
         values, vectors = torch.linalg.eigh(covariances)  # ascending
         floor = values[:, 0]
+
         return cls(
             weights,
             means,
@@ -130,59 +161,64 @@ class GaussianMixture(Model):
         )
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
+        """Return the exact velocity of the samples' classes (B,), or of all classes."""
         if condition is not None and not bool(torch.isin(condition, self.labels).all()):
-            known = self.labels.unique().tolist()
-            raise ValueError(f"classes must be among {known}, got {condition.unique().tolist()}")
+            labels = self.labels.unique().tolist()
+            raise ValueError(f"classes must be among {labels}, got {condition.unique().tolist()}")
         return (guidance or self.guidance).bind(self._velocity, condition, self.micro_batch)
 
     def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Samples (count, *E) of the mixture itself and their classes (count,)."""
+        """Return samples (count, *E) of the mixture, and their classes (count,)."""
         require_range(at_least=1, at_most=10_000_000, count=count)
         require_range(at_least=0, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        component = torch.multinomial(
-            self.log_weights.exp(), count, replacement=True, generator=generator
-        )
-        (_, rank), dim = self.extra.shape, self.means.shape[1]
-        inside = torch.randn(count, rank, generator=generator) * self.extra[component].sqrt()
+        weights = self.log_weights.exp()
+        component = torch.multinomial(weights, count, replacement=True, generator=generator)
+
+        # Coordinates in the component's subspace, and noise around it.
+        rank, dim = self.extra.shape[1], self.means.shape[1]
+        spread = self.extra[component].sqrt()
+        floor = self.floor[component, None].sqrt()
+        inside = torch.randn(count, rank, generator=generator) * spread
+        x = self.means[component] + torch.randn(count, dim, generator=generator) * floor
+
+        # Their sum.
         basis = self.flat_basis.unflatten(1, (-1, rank))  # (D, C, R)
-        x = (
-            self.means[component]
-            + torch.randn(count, dim, generator=generator) * self.floor[component, None].sqrt()
-        )
         for c in component.unique():
             x[component == c] += inside[component == c] @ basis[:, c].T
         return x.unflatten(1, self.event_shape), self.labels[component]
 
     def decode(self, x0: Tensor) -> Tensor:
+        """Return pixels in [0, 1] of samples in [-1, 1]."""
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[x0 | x_t = x], x (M, *E), t (M,): x - t v."""
-        return x - rowwise(t, x) * self._velocity(
-            x, t, torch.full((len(x),), NO_CLASS, device=x.device)
-        )
+        """Return E[x0 | x_t = x] = x - t v, for x (M, *E) and t (M,)."""
+        classes = torch.full((len(x),), NO_CLASS, device=x.device)
+        return x - rowwise(t, x) * self._velocity(x, t, classes)
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-        """E[eps | x] - E[x0 | x] for x_t = alpha x0 + sigma eps, without a difference that cancels as t -> 0.
+        """Return v = E[eps | x] - E[x0 | x], without a difference that cancels as t -> 0.
 
-        classes (M,): whose components, NO_CLASS for all.
+        Args:
+            x: States (M, *E), x_t = alpha x0 + sigma eps.
+            t: Times (M,).
+            classes: Classes (M,) whose components count, NO_CLASS for all.
         """
-        flat, (count, rank) = x.flatten(1), self.extra.shape
+        flat = x.flatten(1)
+        count, rank = self.extra.shape
         alpha, sigma = (1 - t).to(x)[:, None], t.to(x)[:, None]  # (M, 1)
-        noise = (
-            alpha**2 * self.floor + sigma**2
-        )  # (M, C): variance outside the component's subspace
-        spread = noise[..., None] + alpha[..., None] ** 2 * self.extra  # (M, C, R): inside it
+
+        # Variances outside of each component's subspace and inside it.
+        noise = alpha**2 * self.floor + sigma**2  # (M, C)
+        spread = noise[..., None] + alpha[..., None] ** 2 * self.extra  # (M, C, R)
+
         # Deviations from each component's mean, in its subspace and in full length.
-        inside = (flat @ self.flat_basis).unflatten(1, (count, rank)) - alpha[
-            ..., None
-        ] * self.projected_means
-        length = (
-            flat.square().sum(1, keepdim=True)
-            - 2 * alpha * (flat @ self.means.T)
-            + alpha**2 * self.mean_norms
-        )
+        projected = (flat @ self.flat_basis).unflatten(1, (count, rank))
+        inside = projected - alpha[..., None] * self.projected_means
+        square = flat.square().sum(1, keepdim=True)
+        length = square - 2 * alpha * (flat @ self.means.T) + alpha**2 * self.mean_norms
+
         # Responsibilities.
         energy = length / noise + (inside.square() * (1 / spread - 1 / noise[..., None])).sum(-1)
         log_volume = flat.shape[1] * noise.log() + (spread / noise[..., None]).log().sum(-1)
@@ -190,11 +226,11 @@ class GaussianMixture(Model):
         classes = classes[:, None]
         logits = logits.masked_fill((self.labels != classes) & (classes != NO_CLASS), -math.inf)
         share = self.responsibilities(logits)
+
         # sigma C^-1 y - mu - alpha Sigma C^-1 y, averaged over components with y = x - alpha mu.
         outside = (sigma - alpha * self.floor) / noise  # (M, C)
-        gain = (
-            sigma[..., None] - alpha[..., None] * (self.floor[:, None] + self.extra)
-        ) / spread - outside[..., None]
+        variance = self.floor[:, None] + self.extra
+        gain = (sigma[..., None] - alpha[..., None] * variance) / spread - outside[..., None]
         v = (share * outside).sum(1, keepdim=True) * flat
         v = v - (share * (1 + alpha * outside)) @ self.means
         v = v + (share[..., None] * gain * inside).flatten(1) @ self.flat_basis.T
@@ -211,55 +247,88 @@ def fit(
     iterations: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    """images (n, D) in [-1, 1], labels (n,) -> tensors of a GaussianMixture, float32, `clusters` components a class.
+    """Fit a mixture by hard-assignment EM of probabilistic PCAs with a k-means++ start.
 
-    Hard-assignment EM of a mixture of probabilistic PCAs, k-means++ start. `floor` is the variance left to every
-    direction outside a component's subspace; the maximum-likelihood value (the mean of the eigenvalues left out,
-    0.01-0.09 on Fashion-MNIST) shows as grain in every sample, so it is a choice. progress(done, total): classes.
+    Args:
+        images: Images (n, D) in [-1, 1].
+        labels: Their classes (n,).
+        clusters: Components of a class.
+        rank: Rank of a component.
+        floor: Variance of every direction outside a component's subspace. The
+            maximum-likelihood value (the mean of the other eigenvalues, 0.01 to 0.09 on
+            Fashion-MNIST) shows as grain in every sample, so it is a choice.
+        seed: Seed of the start.
+        iterations: Largest number of iterations.
+        progress: Called with the number of finished classes and of all classes.
+
+    Returns:
+        Tensors of a GaussianMixture, float32.
+
+    Raises:
+        ValueError: A class or a cluster has too few images.
     """
     if rank < 1 or clusters < 1 or not floor > 0:
         raise ValueError(
             f"need rank >= 1, clusters >= 1 and floor > 0, got {rank}, {clusters}, {floor}"
         )
     classes = labels.unique().tolist()
-    parts: dict[str, list[Any]] = {
-        key: [] for key in ("weights", "means", "basis", "extra", "floor", "labels")
-    }
-    for done, label in enumerate(classes, start=1):
+    names = ("weights", "means", "basis", "extra", "floor", "labels")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for number, label in enumerate(classes, start=1):
+        # Clusters.
         members = images[labels == label].double()
         if len(members) < clusters * (rank + 2):
             raise ValueError(
-                f"class {label} has {len(members)} images, too few for {clusters} clusters of rank {rank}; "
-                f"use clusters * (rank + 2) <= {len(members)}"
+                f"class {label} has {len(members)} images, too few for {clusters} clusters of rank "
+                f"{rank}; use clusters * (rank + 2) <= {len(members)}"
             )
         assignment = _kmeans(members, clusters, seed)
-        if bool((assignment.bincount(minlength=clusters) < rank + 2).any()):
+        if _has_small_cluster(assignment, clusters, rank):
             raise ValueError(
-                f"class {label}: a cluster has fewer than {rank + 2} images; use fewer clusters or a lower rank"
+                f"class {label}: a cluster has fewer than {rank + 2} images; "
+                "use fewer clusters or a lower rank"
             )
-        for _ in range(iterations):
-            fits = [
-                _probabilistic_pca(members[assignment == c], rank, floor) for c in range(clusters)
-            ]
-            share = torch.bincount(assignment, minlength=clusters).double() / len(members)
-            scores = torch.stack([_log_density(members, *f) for f in fits], dim=1) + share.log()
-            changed = scores.argmax(1)
-            if bool((changed == assignment).all()) or bool(
-                (changed.bincount(minlength=clusters) < rank + 2).any()
-            ):
-                break
-            assignment = changed
+        assignment = _reassign(members, assignment, clusters, rank, floor, iterations)
+
+        # Components.
         for c in range(clusters):
             cluster = members[assignment == c]
-            values = (len(cluster) / len(images), *_probabilistic_pca(cluster, rank, floor), label)
-            for key, value in zip(parts, values, strict=True):
-                parts[key].append(torch.as_tensor(value))
-        progress(done, len(classes))
-    tensors = {key: torch.stack(values) for key, values in parts.items()}
-    return {key: tensor if key == "labels" else tensor.float() for key, tensor in tensors.items()}
+            component = _probabilistic_pca(cluster, rank, floor)
+            values = (len(cluster) / len(images), *component, label)
+            for name, value in zip(names, values, strict=True):
+                columns[name].append(torch.as_tensor(value))
+
+        progress(number, len(classes))
+
+    tensors = {name: torch.stack(values) for name, values in columns.items()}
+    return {name: t if name == "labels" else t.float() for name, t in tensors.items()}
+
+
+def _reassign(
+    x: Tensor, assignment: Tensor, clusters: int, rank: int, floor: float, iterations: int
+) -> Tensor:
+    """Return the clusters (n,) of points x (n, D) after some iterations of EM."""
+    for _ in range(iterations):
+        share = torch.bincount(assignment, minlength=clusters).double() / len(x)
+        densities = []
+        for c in range(clusters):
+            component = _probabilistic_pca(x[assignment == c], rank, floor)
+            densities.append(_log_density(x, *component))
+        scores = torch.stack(densities, dim=1) + share.log()
+        update = scores.argmax(1)
+        if bool((update == assignment).all()) or _has_small_cluster(update, clusters, rank):
+            break
+        assignment = update
+    return assignment
+
+
+def _has_small_cluster(assignment: Tensor, clusters: int, rank: int) -> bool:
+    """Return whether a cluster has too few points for its rank."""
+    return bool((assignment.bincount(minlength=clusters) < rank + 2).any())
 
 
 def _kmeans(x: Tensor, clusters: int, seed: int) -> Tensor:
+    """Return the clusters (n,) of points x (n, D)."""
     from scipy.cluster.vq import kmeans2
 
     if clusters == 1:
@@ -269,14 +338,15 @@ def _kmeans(x: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def _probabilistic_pca(x: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean (D,), basis (D, R), extra (R,) and floor () of points x (n, D)."""
     mean = x.mean(0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     return mean, vectors[:, -rank:], (values[-rank:] - floor).clamp(min=0), x.new_tensor(floor)
 
 
 def _log_density(x: Tensor, mean: Tensor, basis: Tensor, extra: Tensor, floor: Tensor) -> Tensor:
+    """Return the log density (n,) of points x (n, D), without its constant."""
     y = x - mean
-    energy = y.square().sum(1) / floor + (
-        (y @ basis).square() * (1 / (floor + extra) - 1 / floor)
-    ).sum(1)
+    inside = (y @ basis).square() * (1 / (floor + extra) - 1 / floor)
+    energy = y.square().sum(1) / floor + inside.sum(1)
     return -0.5 * (energy + x.shape[1] * floor.log() + (1 + extra / floor).log().sum())

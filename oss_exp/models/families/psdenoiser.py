@@ -1,9 +1,11 @@
-"""21cmPSDenoiser: a noisy 21-cm power spectrum -> samples of its mean, by conditional diffusion (Breitman et al. 2025).
+"""Run 21cmPSDenoiser, which denoises 21-cm power spectra (Breitman et al. 2025).
 
-One simulation shows one realisation of a power spectrum; the network, trained on many, says what their mean may be. It
-is the published one (PyPI 21cmpsdenoiser 1.0.2, MIT): a U-Net that predicts eps on the continuous variance-preserving
-path, with the noisy spectrum as a second channel of its input. Spectra are 32 k_perp x 16 k_par bins, in mK^2; the
-network sees log10 of them. Legend: M rows, B samples.
+A simulation shows one realisation of a power spectrum. The network, trained on many,
+samples their mean, given one. It is the published U-Net (PyPI 21cmpsdenoiser 1.0.2,
+MIT), which predicts eps on the continuous variance-preserving path, with the noisy
+spectrum as a second channel of its input. Spectra have 32 k_perp x 16 k_par bins, in
+mK^2; the network sees log10 of them.
+Shapes: M rows, B samples, H x W bins.
 """
 
 from __future__ import annotations
@@ -26,27 +28,41 @@ from oss_exp.velocity import BoundVelocity
 
 @dataclass(frozen=True)
 class LogRange:
-    """Powers from 10^low mK^2 over so many decades, as -1 to 1 in their logarithm."""
+    """A range of powers, which a network sees as -1 to 1 in their logarithm.
+
+    Attributes:
+        low: log10 of the smallest power in mK^2.
+        decades: Width of the range.
+    """
 
     low: float
     decades: float
 
     def scaled(self, power: Tensor) -> Tensor:
-        """mK^2 -> the network's units."""
+        """Return a power in mK^2 in the network's units."""
         return 2 * (power.log10() - self.low) / self.decades - 1
 
     def power(self, scaled: Tensor) -> Tensor:
-        """The network's units -> mK^2."""
+        """Return a power in the network's units in mK^2."""
         return 10 ** (self.low + self.decades * (scaled + 1) / 2)
 
 
 class PSDenoiser(Model):
-    """network(x (M, 1, H, W), clock (M,), noisy (M, 1, H, W)) -> eps (M, 1, H, W), conditioned on noisy spectra.
+    """A network that denoises spectra, conditioned on noisy ones.
 
-    time_scale: the network's clock is time_scale tau, for tau in [time_min, 1] of `path`; below time_min it has seen
-                nothing and is asked at time_min.
-    noisy, clean: the ranges in which it sees the spectra to denoise, and in which it gives denoised ones.
-    micro_batch: network rows evaluated at a time.
+    Args:
+        network: Returns eps (M, 1, H, W) for x (M, 1, H, W), clock (M,), noisy (M, 1,
+            H, W).
+        path: Path of its training.
+        time_min: Smallest native time tau of its training; below, it is called at
+            time_min.
+        time_scale: The network's clock is time_scale tau, for tau in [time_min, 1].
+        noisy: Range of the spectra to denoise.
+        clean: Range of the denoised ones.
+        event_shape: (1, H, W).
+        micro_batch: Network rows that are evaluated at a time.
+        name: Name of the model.
+        fingerprint: Hash of its weights.
     """
 
     num_classes = None
@@ -70,12 +86,21 @@ class PSDenoiser(Model):
         require_time_scale(time_scale)
         require_range(at_least=1, micro_batch=micro_batch)
         self.network = network.eval().requires_grad_(False)
-        self.path, self.time_min, self.time_scale = path, time_min, time_scale
-        self.parameterization = NoisePrediction(
-            path, time_max=float(path.canonical(torch.ones((), dtype=torch.float64)))
-        )
-        self.noisy, self.clean, self.event_shape = noisy, clean, tuple(event_shape)
-        self.micro_batch, self.name, self.fingerprint = micro_batch, name, fingerprint
+
+        # Times.
+        self.path = path
+        self.time_min = time_min
+        self.time_scale = time_scale
+        time_max = path.canonical(torch.ones((), dtype=torch.float64))
+        self.parameterization = NoisePrediction(path, time_max=float(time_max))
+
+        # Spectra.
+        self.noisy = noisy
+        self.clean = clean
+        self.event_shape = tuple(event_shape)
+        self.micro_batch = micro_batch
+        self.name = name
+        self.fingerprint = fingerprint
 
     @classmethod
     def from_package(
@@ -87,27 +112,41 @@ class PSDenoiser(Model):
         micro_batch: int = 64,
         checkpoint: str | Path | None = None,
     ) -> PSDenoiser:
-        """The published network. checkpoint: other weights of it, a state dict; null: those of the package.
+        """Build the published network.
 
-        ModuleNotFoundError without the package; FileNotFoundError or ValueError for a checkpoint that is missing,
-        damaged or of another network.
+        Args:
+            beta_min: Beta of the path at tau = 0.
+            beta_max: Beta of the path at tau = 1.
+            time_min: As in the constructor.
+            time_scale: As in the constructor.
+            micro_batch: As in the constructor.
+            checkpoint: Another state dict of the network; None: the package's.
+
+        Raises:
+            ModuleNotFoundError: The package is not installed.
+            FileNotFoundError: The checkpoint does not exist.
+            ValueError: It is damaged, or of another network.
         """
         try:
             with torch.random.fork_rng(devices=[]):  # importing it seeds torch
                 import psdenoiser
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"model=psdenoiser_21cm needs the package 21cmpsdenoiser ({error}): pip install 'oss_exp[psdenoiser]', "
-                "then pip install --no-deps 21cmpsdenoiser==1.0.2 (sampling needs none of the simulators it asks for)"
+                f"model=psdenoiser_21cm needs the package 21cmpsdenoiser ({error}): "
+                "pip install 'oss_exp[psdenoiser]', "
+                "then pip install --no-deps 21cmpsdenoiser==1.0.2 "
+                "(sampling needs none of the simulators it asks for)"
             ) from None
+
+        # Network.
         constants = psdenoiser.denoiser_csts
         height, width = len(constants.kperp), len(constants.kpar)
-        network = psdenoiser.UNet(
-            dim=(height, width), channels=2, dim_mults=(1, 2, 4, 8), cdn_len=None
-        )
-        file = Path(
-            checkpoint or Path(psdenoiser.__file__).with_name("denoiser_model.pt")
-        ).expanduser()
+        size = (height, width)
+        network = psdenoiser.UNet(dim=size, channels=2, dim_mults=(1, 2, 4, 8), cdn_len=None)
+
+        # Weights.
+        published = Path(psdenoiser.__file__).with_name("denoiser_model.pt")
+        file = Path(checkpoint or published).expanduser()
         return cls(
             network=network,
             path=VPPath(beta_min, beta_max),
@@ -122,40 +161,48 @@ class PSDenoiser(Model):
         )
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        """condition: noisy spectra (B, H, W) in mK^2, as the package takes them."""
+        """Return the velocity for noisy spectra (B, H, W) in mK^2, as the package takes them."""
         if condition is None:
             raise ValueError(
                 f"{self.name} denoises given spectra; set data=conditions data.conditions=FILE.npz"
             )
         if guidance not in (None, self.guidance):
             raise ValueError(
-                f"{self.name} cannot be guided: it has no answer without a condition; got {guidance}"
+                f"{self.name} cannot be guided: it has no answer without a condition; "
+                f"got {guidance}"
             )
         if tuple(condition.shape[1:]) != self.event_shape[1:]:
             raise ValueError(
-                f"{self.name} denoises spectra of shape {self.event_shape[1:]} (k_perp, k_par), got "
-                f"{tuple(condition.shape[1:])}; choose another array with data.key"
+                f"{self.name} denoises spectra of shape {self.event_shape[1:]} (k_perp, k_par), "
+                f"got {tuple(condition.shape[1:])}; choose another array with data.key"
             )
         if not bool(((condition > 0) & condition.isfinite()).all()):
             raise ValueError(
-                f"{self.name} takes logarithms of spectra: they must be positive and finite, in mK^2"
+                f"{self.name} takes logarithms of spectra: they must be positive and finite, "
+                "in mK^2"
             )
-        return BoundVelocity(
-            self._velocity, self.noisy.scaled(condition)[:, None], self.micro_batch
-        )
+
+        noisy = self.noisy.scaled(condition)[:, None]
+        return BoundVelocity(self._velocity, noisy, self.micro_batch)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """(B, 1, H, W) -> [0, 1], log10 of the power in units of the network's range (11.2 decades in the package)."""
+        """Return log10 of the power (B, 1, H, W), as 0 to 1 over the network's range of decades."""
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def _velocity(self, x: Tensor, t: Tensor, noisy: Tensor) -> Tensor:
-        question, tau = self.parameterization.question(x, t)
-        eps = self.network(question, self.time_scale * tau.clamp(min=self.time_min), noisy.to(x))
+        network_input, tau = self.parameterization.question(x, t)
+        clock = self.time_scale * tau.clamp(min=self.time_min)
+        eps = self.network(network_input, clock, noisy.to(x))
         return self.parameterization.velocity(eps, x, t)
 
 
 def load_weights(network: nn.Module, file: Path) -> str:
-    """Fill the network from a state dict on disk, none of which is executed; returns the file's SHA-256."""
+    """Fill a network from a state dict, without running code of its file; return its SHA-256.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: It holds no weights of this network.
+    """
     if not file.is_file():
         raise FileNotFoundError(
             f"psdenoiser weights {file} do not exist; set model.checkpoint=null for the published"
@@ -165,6 +212,7 @@ def load_weights(network: nn.Module, file: Path) -> str:
         network.load_state_dict(read_for(file, network.state_dict(), dict, None, model))
     except ValueError as error:
         raise ValueError(
-            f"{file} holds no weights of {model}: {error!s:.400}; set model.checkpoint=null for the published"
+            f"{file} holds no weights of {model}: {error!s:.400}; "
+            "set model.checkpoint=null for the published"
         ) from None
     return file_sha256(file)

@@ -1,4 +1,4 @@
-"""A published network: a public checkpoint, whatever its layout, behind canonical time."""
+"""Run a published network, from a public checkpoint in any of its layouts, in canonical time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oss_exp.models.parameterization import Parameterization
 
 
 class PublishedSize(TypedDict):
-    """One of the sizes of `Published`."""
+    """A size of `Published`."""
 
     event_shape: Sequence[int]
     num_classes: int | None
@@ -28,15 +28,24 @@ class PublishedSize(TypedDict):
 class Published(Network):
     """A network that somebody else trained, at one of its sizes.
 
-    sizes:      by name what differs: `backbone` and `decoder` (partial: only the chosen ones are built), `event_shape`,
-                `num_classes`, `checkpoint`. `full` is the public one; `tiny` has the same layers, small.
-    checkpoint: a file, by path or by the name it is shipped under, a folder or a hub id; `random`: reproducible random
-                weights, to try all but the pictures; `untrained`: as initialised; null: that of the size.
-    source:     where the public checkpoint is had, for the message when it is missing.
-    weights_set: as Network's.
+    The backbone's class knows the names of the public files (`FILES`) and the
+    translation of their keys (`translate`, `to_public`).
 
-    The backbone's class says what the public files are called (`FILES`) and how their keys translate (`translate`,
-    `to_public`).
+    Args:
+        name: Name of the model.
+        size: Name of the size.
+        sizes: What differs, by name: `backbone` and `decoder` (partial: only the chosen
+            ones are built), `event_shape`, `num_classes`, `checkpoint`. "full" is the
+            public network; "tiny" has the same layers, small.
+        parameterization: As in `Network`.
+        guidance: As in `Network`.
+        micro_batch: As in `Network`.
+        dtype: As in `Network`.
+        checkpoint: A file, by its path or by the name of a shipped one, a folder, or a
+            hub id; "random": reproducible random weights, to try all but the pictures;
+            "untrained": as initialised; None: that of the size.
+        source: URL of the public checkpoint, quoted in the error when it is missing.
+        weights_set: As in `Network`.
     """
 
     def __init__(
@@ -54,11 +63,9 @@ class Published(Network):
     ):
         name, chosen = at_size(name, size, sizes), sizes[size]
         checkpoint = checkpoint or chosen["checkpoint"]
-        if checkpoint not in (
-            "random",
-            UNTRAINED,
-        ):  # a missing file is found before large networks are built
+        if checkpoint not in ("random", UNTRAINED):  # fail before large networks are built
             checkpoint = str(locate(checkpoint, chosen["backbone"].func.FILES, source, own=True))
+
         super().__init__(
             name=name,
             decoder=build_part(sizes, size, "decoder"),
@@ -74,7 +81,7 @@ class Published(Network):
         )
 
     def _load(self, checkpoint: str) -> str:
-        """The hash is of the weights themselves, so it is the same in every layout."""
+        """Load the weights, and return a hash of them that is the same in every layout."""
         if checkpoint == "random":
             randomise(self.backbone, torch.Generator().manual_seed(0))
         else:

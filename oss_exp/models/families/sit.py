@@ -1,4 +1,4 @@
-"""SiT-XL/2 as it is published (Ma et al. 2024, arXiv 2401.08740): DiT's network, trained by flow matching."""
+"""Run the published SiT networks (Ma et al. 2024, arXiv 2401.08740): DiT with flow matching."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from oss_exp.models.families.dit import PublishedDiT
 
 
 class SiT(PublishedDiT):
-    """x (M, C, h, w), clock (M,) in [0, 1], 1 being noise, classes (M,), -1 for none -> v = eps - x0.
+    """A public SiT, which predicts the velocity v = eps - x0.
 
-    Its own clock s = 1 - t runs from noise at 0 to data at 1, and what it says is dx / ds = x0 - eps. The keys of its
-    files are DiT's.
+    Its clock s = 1 - t runs from noise at 0 to data at 1, and its answer is dx / ds =
+    x0 - eps. Its files have the keys of DiT.
     """
 
     FILES = ("SiT-XL-2-256x256.pt", "SiT-XL-2-256.pt")
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
+        """Return v (M, C, h, w) at x (M, C, h, w).
+
+        Args:
+            x: Latents (M, C, h, w).
+            clock: Canonical times (M,).
+            classes: Classes (M,), -1 for none.
+        """
         return -super().forward(x, 1 - clock, classes)

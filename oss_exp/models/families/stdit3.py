@@ -1,8 +1,10 @@
-"""STDiT3, the network of Open-Sora 1.2 (Zheng et al. 2024, arXiv 2412.20404), by the names of its public weights.
+"""Define STDiT3, the network of Open-Sora 1.2 (Zheng et al. 2024, arXiv 2412.20404).
 
-Blocks take turns: one attends within each frame, the next along time at each place. Attention is torch's own, so it
-needs no kernel besides. What it was trained to give, and the prompts, are in `open_sora`.
-Legend: M rows, C channels, T frames, H x W latents; S places of a frame; F features, L tokens of text.
+Its weights have the names of the public files. Blocks take turns: one attends within
+each frame, the next along time at each place. Attention is torch's own and needs no
+other kernel. Prompts, and what the network was trained to predict, are in `open_sora`.
+Shapes: M rows, C channels, T frames, H x W latents; S places of a frame; F features, L
+tokens of text.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from oss_exp.models.families.dit import Frequencies
 
 
 class STDiT3(nn.Module):
-    """A velocity and its variance, on the public checkpoints' keys.
+    """A network of videos and texts, which predicts a velocity and its variance.
 
-    channels: C. features: F, with `num_heads` heads and `num_layers` blocks of each kind.
-    text_features, text_tokens: of an encoding (text_tokens, text_features); `y_embedder.y_embedding` is the null one.
-    image_size: pixels; the root of the area at which places have their own numbers (512).
-    patch: a place is patch x patch latents.
+    Args:
+        channels: C.
+        features: F, for all heads together.
+        num_layers: Blocks of each kind, within frames and along time.
+        num_heads: Heads of each attention.
+        text_features: Features of an encoded token of text.
+        text_tokens: Tokens of the null prompt, `y_embedder.y_embedding`.
+        image_size: Root of the area, in pixels, at which places count 0, 1, 2, ...
+            (512).
+        patch: Height and width of a place in latents.
     """
 
     def __init__(
@@ -48,23 +56,26 @@ class STDiT3(nn.Module):
             at_least=1, text_features=text_features, text_tokens=text_tokens, image_size=image_size
         )
         require_range(at_least=1, patch=patch)
+
         if features % (2 * num_heads):
             raise ValueError(
                 f"features must be a multiple of 2 num_heads={2 * num_heads}, got {features}"
             )
-        self.channels, self.features, self.image_size, self.patch = (
-            channels,
-            features,
-            image_size,
-            patch,
-        )
-        self.x_embedder = nn.ModuleDict(
-            {"proj": nn.Conv3d(channels, features, (1, patch, patch), (1, patch, patch))}
-        )
-        self.t_embedder, self.fps_embedder = ScalarEmbedder(features), ScalarEmbedder(features)
+        self.channels = channels
+        self.features = features
+        self.image_size = image_size
+        self.patch = patch
+
+        # Embedders.
+        patches = nn.Conv3d(channels, features, (1, patch, patch), (1, patch, patch))
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        self.t_embedder = ScalarEmbedder(features)
+        self.fps_embedder = ScalarEmbedder(features)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(features, 6 * features))
         self.y_embedder = TextEmbedder(text_features, text_tokens, features)
         self.rope = Rope(features // num_heads)
+
+        # Blocks.
         self.spatial_blocks = nn.ModuleList(Block(features, num_heads) for _ in range(num_layers))
         self.temporal_blocks = nn.ModuleList(Block(features, num_heads) for _ in range(num_layers))
         self.final_layer = FinalLayer(features, patch**2 * 2 * channels)
@@ -80,41 +91,51 @@ class STDiT3(nn.Module):
         image_size: float,
         noisy: Tensor | None = None,
     ) -> Tensor:
-        """x (M, C, T, H, W), clock (M,) of 0 .. 1000 -> (M, 2 C, T, H, W): data - noise, then what no ODE needs.
+        """Return data - noise, and a variance that no ODE needs, together (M, 2 C, T, H, W).
 
-        text (M, L, text_features), of which `kept` (M, L) are read; fps (M,) frames a second.
-        image_size: the root of the video's area in pixels. noisy (M, T): False where a frame is given, at clock 0.
-        H and W that are no multiples of a patch are filled up with zeros.
+        Args:
+            x: Latents (M, C, T, H, W); zeros are added if H and W are no multiples of a
+                patch.
+            clock: Times (M,) from 0 to 1000.
+            text: Encoded prompts (M, L, text_features).
+            kept: Which tokens (M, L) are read.
+            fps: Frames a second (M,).
+            image_size: Root of the video's area in pixels.
+            noisy: Which frames (M, T) are noisy; the others are known, at clock 0.
+                None: all.
         """
+        # Places with their positions.
         height, width = x.shape[3:]
-        x = self.x_embedder["proj"](
-            F.pad(x, (0, -width % self.patch, 0, -height % self.patch))
-        ).movedim(1, -1)
+        x = F.pad(x, (0, -width % self.patch, 0, -height % self.patch))
+        x = self.x_embedder["proj"](x).movedim(1, -1)
         frames, rows, columns = x.shape[1:4]
         scale = image_size / self.image_size
+        base = round((rows * columns) ** 0.5)
         with x.device:
-            places = position_table(
-                rows, columns, scale, round((rows * columns) ** 0.5), self.features
-            )
-        x = x.flatten(2, 3) + places.to(x)  # (M, T, S, F)
+            positions = position_table(rows, columns, scale, base, self.features)
+        x = x.flatten(2, 3) + positions.to(x)  # (M, T, S, F)
+
+        # Clock and frame rate.
         rate = self.fps_embedder(fps)
-        own, clean = self.t_embedder(clock) + rate, self.t_embedder(torch.zeros_like(clock)) + rate
-        clocks = (
-            own[:, None]
-            if noisy is None
-            else torch.where(noisy[:, :, None], own[:, None], clean[:, None])
-        )
+        noisy_clock = self.t_embedder(clock) + rate
+        clean_clock = self.t_embedder(torch.zeros_like(clock)) + rate
+        clocks = noisy_clock[:, None]
+        if noisy is not None:
+            clocks = torch.where(noisy[:, :, None], clocks, clean_clock[:, None])
         modulation = self.t_block(clocks).unflatten(-1, (6, self.features))
-        text, angles = self.y_embedder.y_proj(text), self.rope.angles(frames)
+
+        # Blocks.
+        text = self.y_embedder.y_proj(text)
+        angles = self.rope.angles(frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x = spatial(x, text, kept, modulation)
-            x = temporal(x.transpose(1, 2), text, kept, modulation.unsqueeze(1), angles).transpose(
-                1, 2
-            )
-        x = self.final_layer(x, own, clean, noisy).unflatten(2, (rows, columns))
-        x = x.unflatten(-1, (self.patch, self.patch, 2 * self.channels)).permute(
-            0, 6, 1, 2, 4, 3, 5
-        )
+            x = x.transpose(1, 2)
+            x = temporal(x, text, kept, modulation.unsqueeze(1), angles).transpose(1, 2)
+
+        # Latents.
+        x = self.final_layer(x, noisy_clock, clean_clock, noisy).unflatten(2, (rows, columns))
+        x = x.unflatten(-1, (self.patch, self.patch, 2 * self.channels))
+        x = x.permute(0, 6, 1, 2, 4, 3, 5)
         return x.flatten(5, 6).flatten(3, 4)[..., :height, :width]
 
 
@@ -136,7 +157,15 @@ class Block(nn.Module):
         modulation: Tensor,
         angles: Tensor | None = None,
     ) -> Tensor:
-        """x (M, T, S, F) with modulation (M, T or 1, 6, F), or (M, S, T, F) with (M, 1, T or 1, 6, F) and angles."""
+        """Return x after the block.
+
+        Args:
+            x: (M, T, S, F); with `angles` (M, S, T, F).
+            text: (M, L, F).
+            kept: Which tokens (M, L) are read.
+            modulation: (M, T or 1, 6, F); with `angles` (M, 1, T or 1, 6, F).
+            angles: Rotary positions of the frames.
+        """
         table = self.scale_shift_table + modulation
         if angles is None:
             table = table.unsqueeze(2)
@@ -147,131 +176,162 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x (M, A, N, F): among the N of each of the A, heads normalised, then turned by `angles` (N, F / heads / 2)."""
+    """Attention with normalised heads and rotary positions."""
 
     def __init__(self, features: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(features, 3 * features), nn.Linear(features, features)
-        self.q_norm, self.k_norm = (nn.RMSNorm(features // num_heads, eps=1e-6) for _ in range(2))
+        self.qkv = nn.Linear(features, 3 * features)
+        self.proj = nn.Linear(features, features)
+        self.q_norm = nn.RMSNorm(features // num_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(features // num_heads, eps=1e-6)
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        q, k, v = (
-            self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        """Return the attention among the N of each of the A, for x (M, A, N, F).
+
+        Args:
+            x: (M, A, N, F).
+            angles: Rotary positions (N, F / heads / 2); None for none.
+        """
+        qkv = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q, k = turned(q, angles), turned(k, angles)
-        found = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(found.transpose(1, 2).reshape(x.shape))
+            q, k = rotate(q, angles), rotate(k, angles)
+        heads = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(heads.transpose(1, 2).reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
-    """x (M, N, F) to the `kept` (M, L) of text (M, L, F)."""
+    """Attention to a text."""
 
     def __init__(self, features: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear, self.kv_linear = (
-            nn.Linear(features, features),
-            nn.Linear(features, 2 * features),
-        )
+        self.q_linear = nn.Linear(features, features)
+        self.kv_linear = nn.Linear(features, 2 * features)
         self.proj = nn.Linear(features, features)
 
     def forward(self, x: Tensor, text: Tensor, kept: Tensor) -> Tensor:
+        """Return the attention of x (M, N, F) to the `kept` (M, L) of text (M, L, F)."""
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=kept[:, None, None])
-        return self.proj(found.transpose(1, 2).flatten(2))
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=kept[:, None, None])
+        return self.proj(heads.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU in between."""
+
     def __init__(self, features: int, hidden: int, outputs: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(features, hidden), nn.Linear(hidden, outputs)
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (..., outputs) for x (..., features)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class ScalarEmbedder(nn.Module):
-    """(M,) -> (M, F)."""
+    """The embedding of a number."""
 
     def __init__(self, features: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, value: Tensor) -> Tensor:
+        """Return the embeddings (M, F) of numbers (M,)."""
         return self.mlp(Frequencies()(value).to(self.mlp[0].weight))
 
 
 class TextEmbedder(nn.Module):
-    """y_proj: (..., text_features) -> (..., F). y_embedding: the null prompt's encoding."""
+    """The projection of encoded texts, and the encoding of the null prompt.
+
+    Attributes:
+        y_proj: (..., text_features) -> (..., F).
+        y_embedding: The null prompt (text_tokens, text_features).
+    """
 
     def __init__(self, text_features: int, text_tokens: int, features: int):
         super().__init__()
         self.y_proj = MLP(text_features, features, features)
-        self.y_embedding = nn.Parameter(
-            torch.randn(text_tokens, text_features) / text_features**0.5
-        )
+        null = torch.randn(text_tokens, text_features) / text_features**0.5
+        self.y_embedding = nn.Parameter(null)
 
 
 class Rope(nn.Module):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864); the public files hold their frequencies."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864); files hold their frequencies."""
 
     def __init__(self, size: int):
         super().__init__()
         self.register_buffer("freqs", 10000.0 ** -(torch.arange(0, size, 2) / size))
 
     def angles(self, count: int) -> Tensor:
-        """(count, size / 2) float64."""
+        """Return the angles (count, size / 2) of so many positions, float64."""
         freqs = self.freqs.double()
         return torch.arange(count, device=freqs.device)[:, None] * freqs
 
 
 class FinalLayer(nn.Module):
-    """x (M, T, S, F) -> (M, T, S, outputs), at the clock (M, F) of noisy frames or of clean ones."""
+    """The last layer, at the clocks of noisy and of known frames."""
 
     def __init__(self, features: int, outputs: int):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(2, features) / features**0.5)
         self.linear = nn.Linear(features, outputs)
 
-    def forward(self, x: Tensor, own: Tensor, clean: Tensor, noisy: Tensor | None) -> Tensor:
-        x = self._modulated(x, own)
-        if noisy is not None:  # as the network was trained: a given frame is modulated twice
-            x = torch.where(noisy[:, :, None, None], x, self._modulated(x, clean))
+    def forward(
+        self, x: Tensor, noisy_clock: Tensor, clean_clock: Tensor, noisy: Tensor | None
+    ) -> Tensor:
+        """Return (M, T, S, outputs).
+
+        Args:
+            x: (M, T, S, F).
+            noisy_clock: Embedded clock (M, F) of the noisy frames.
+            clean_clock: Embedded clock (M, F) of the known frames.
+            noisy: Which frames (M, T) are noisy; None: all.
+        """
+        x = self._modulated(x, noisy_clock)
+        if noisy is not None:  # as in training: a known frame is modulated twice
+            x = torch.where(noisy[:, :, None, None], x, self._modulated(x, clean_clock))
         return self.linear(x)
 
     def _modulated(self, x: Tensor, clock: Tensor) -> Tensor:
-        return modulate(x, *(self.scale_shift_table + clock[:, None])[:, :, None, None].unbind(1))
+        """Return x at an embedded clock (M, F)."""
+        table = (self.scale_shift_table + clock[:, None])[:, :, None, None]
+        shift, scale = table.unbind(1)
+        return modulate(x, shift, scale)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x normalised, scaled and shifted."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """x (..., N, D): neighbours 2 i, 2 i + 1 turned by angles (N, D / 2)."""
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the neighbours 2 i and 2 i + 1 of x (..., N, D) by angles (N, D / 2)."""
     cos, sin = angles.cos().to(x), angles.sin().to(x)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
 def position_table(rows: int, columns: int, scale: float, base: int, features: int) -> Tensor:
-    """(rows * columns, features) float64: sines, then cosines, of the column, then of the row.
+    """Return the positions of places: sines, then cosines, of the column, then of the row.
 
-    Both count from 0 to base / scale, whatever their number, so that a place of any size and shape is known.
+    Rows and columns both count from 0 to base / scale, however many there are, so that
+    the network knows the places of images of any size and shape.
+
+    Returns:
+        (rows * columns, features), float64.
     """
-    frequencies = 10000.0 ** -(
-        torch.arange(0, features // 2, 2, dtype=torch.float64) / (features // 2)
-    )
-    across, down = (
-        torch.arange(count, dtype=torch.float64) * base / (scale * count)
-        for count in (columns, rows)
-    )
-    phases = (across[None, :, None] * frequencies, down[:, None, None] * frequencies)
-    parts = [
-        part.expand(rows, columns, -1) for phase in phases for part in (phase.sin(), phase.cos())
-    ]
+    half = features // 2
+    frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
+    across = torch.arange(columns, dtype=torch.float64) * base / (scale * columns)
+    down = torch.arange(rows, dtype=torch.float64) * base / (scale * rows)
+
+    parts = []
+    for phase in (across[None, :, None] * frequencies, down[:, None, None] * frequencies):
+        parts.append(phase.sin().expand(rows, columns, -1))
+        parts.append(phase.cos().expand(rows, columns, -1))
     return torch.cat(parts, dim=-1).flatten(0, 1)

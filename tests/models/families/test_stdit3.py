@@ -18,7 +18,7 @@ from oss_exp.distances import Select, XtMSE
 from oss_exp.models.decoders.image import Pixels
 from oss_exp.models.decoders.video_vae import VideoVAE
 from oss_exp.models.families.open_sora import OpenSora, public_t5, time_shift
-from oss_exp.models.families.stdit3 import STDiT3, position_table, turned
+from oss_exp.models.families.stdit3 import STDiT3, position_table, rotate
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
 from oss_exp.schedule import Free, StepSchedule
@@ -166,7 +166,7 @@ def test_rows_do_not_see_each_other(filled, arrays):
 
 
 def test_positions_of_the_original(filled, arrays):
-    found = turned(arrays["rope.in"], filled.rope.angles(5))
+    found = rotate(arrays["rope.in"], filled.rope.angles(5))
     torch.testing.assert_close(found, arrays["rope.out"], rtol=0, atol=1e-6)
     for key, rows, columns, scale, base in (
         ("h2_w2_scale0.7_base2", 2, 2, 0.7, 2),
