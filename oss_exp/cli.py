@@ -30,8 +30,9 @@ import oss_exp
 from oss_exp import report
 from oss_exp.escaping import on_a_screen
 from oss_exp.files import remove_unfinished, write_atomically
-from oss_exp.tasks import border, preemption
+from oss_exp.tasks import border, doctor, preemption
 from oss_exp.tasks.configuration import check_configuration, expand_home
+from oss_exp.tasks.help import help_text
 from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
@@ -145,6 +146,9 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
         print(f"oss-exp {oss_exp.__version__}")
         return
+    if sys.argv[1:] == ["doctor"]:
+        doctor.report()
+        return
 
     # Run. Without HYDRA_FULL_ERROR, Hydra would print errors in its own form.
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
@@ -152,6 +156,9 @@ def main() -> None:
 
     error: BaseException | None = None
     try:
+        if (text := help_text(sys.argv[1:], CONF)) is not None:
+            print(text, end="")
+            return
         with preemption.watched():
             refuse_unknown(sys.argv[1:], CONF)
             run()

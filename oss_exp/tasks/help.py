@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -118,8 +118,8 @@ def _settings(file: Path, conf: Path, package: str | None = None) -> Iterator[Se
         package = "" if package == "_global_" else f"{package}."
 
     # Base files.
-    defaults = OmegaConf.create(text).get("defaults") or []
-    for entry in defaults:
+    config: Any = OmegaConf.create(text)
+    for entry in config.get("defaults") or []:
         name = str(entry).partition("@")[0].removeprefix("/base/")
         base = conf / "base" / f"{name}.yaml"
         if isinstance(entry, str) and base.is_file():
