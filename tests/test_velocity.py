@@ -5,7 +5,7 @@ import torch
 from references import difference, float64
 
 from oss_exp.models.guidance import Guidance
-from oss_exp.velocity import BoundVelocity
+from oss_exp.velocity import BoundVelocity, joined
 
 
 @pytest.fixture
@@ -90,3 +90,41 @@ def test_without_guidance_the_one_answer_is_the_velocity(mixture, rows):
         (answer,) = f.outputs(x, t)
         assert torch.equal(answer, bound(x, t))
         assert f.combine([answer]) is answer
+
+
+# ----------------------------------------------------------------------------------------------
+# Several velocities as one
+# ----------------------------------------------------------------------------------------------
+
+
+def scaled(scales: list[float], classes: torch.Tensor) -> list[BoundVelocity]:
+    """Return velocities g (t + c) x of samples with classes c (B,)."""
+
+    def bound(scale: float) -> BoundVelocity:
+        return BoundVelocity(lambda x, t, c: scale * (t + c)[:, None] * x, classes, micro_batch=3)
+
+    return [bound(scale) for scale in scales]
+
+
+def test_joined_velocities_answer_each_for_its_samples():
+    classes = torch.tensor([0.0, 1.0, 2.0])
+    velocities = scaled([1.0, 3.0], classes)
+    x, t = torch.randn(3 * 2 * 2, 5), torch.rand(3 * 2 * 2)
+
+    found = joined(velocities)(x, t).unflatten(0, (2, 3, 2))
+    for number, velocity in enumerate(velocities):
+        rows = torch.arange(12).unflatten(0, (2, 3, 2))[:, :, number].flatten()
+        expected = velocity(x[rows], t[rows])
+        assert torch.equal(found[:, :, number].flatten(0, 1), expected)
+
+
+def test_some_samples_of_joined_velocities_are_as_in_all():
+    velocity = joined(scaled([1.0, 3.0], torch.tensor([0.0, 1.0, 2.0])))
+    x, t = torch.randn(6, 5), torch.rand(6)
+    samples = torch.tensor([5, 0, 3])
+    assert torch.equal(velocity.subset(samples)(x[samples], t[samples]), velocity(x, t)[samples])
+
+
+def test_velocities_without_conditions_are_not_joined():
+    with pytest.raises(ValueError, match="each sample has a condition"):
+        joined([BoundVelocity(), BoundVelocity()])
