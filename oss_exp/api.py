@@ -64,6 +64,7 @@ def search(
     first_sigmas: Sequence[float] | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
+    guidance: Sequence[float] | None = ...,
     seed: int = ...,
     progress: bool | None = ...,
 ) -> StepSchedule: ...
@@ -84,6 +85,7 @@ def search(
     first_sigmas: Sequence[float] | None = ...,
     distance: Distance = ...,
     condition: Tensor | None = ...,
+    guidance: Sequence[float] | None = ...,
     seed: int = ...,
     progress: bool | None = ...,
 ) -> dict[int, StepSchedule]: ...
@@ -103,6 +105,7 @@ def search(
     first_sigmas: Sequence[float] | None = None,
     distance: Distance = XtMSE(),
     condition: Tensor | None = None,
+    guidance: Sequence[float] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> StepSchedule | dict[int, StepSchedule]:
@@ -141,6 +144,9 @@ def search(
         distance: What the search minimises between student and teacher.
         condition: Conditions (C, ...) of a model, such as classes (C,); the noises take
             them in turn. None uses every class in turn for a model that needs one.
+        guidance: Scales of classifier-free guidance, such as [1, 3, 7]: one schedule is
+            searched for all of them, each noise at each scale. None uses the model's
+            own scale, at which a schedule is best, and which it should be used at.
         seed: Seed of drawn noises.
         progress: Whether to draw a progress bar on stderr. None draws one on a
             terminal.
@@ -170,8 +176,8 @@ def search(
         source, budgets, solver, teacher, num_teacher_steps, [strategy], distance, progress
     )
     x = source.noises(noise, "noise", seed, 0)
-    problem = planner.problem(x, condition)
-    about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
+    problem = planner.problem(x, condition, guidance=guidance)
+    about = planner.about(condition, None if isinstance(noise, Tensor) else seed, guidance)
 
     with planner.counter.progress:
         plans = planner.plan(type(strategy).__name__, strategy, problem, about)

@@ -33,7 +33,7 @@ from oss_exp.solvers import Solver
 from oss_exp.stepsize import OSSBest, OSSShared, Problem, Profile, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps, edge_calls
 from oss_exp.stepsize.oss.strategies import with_required
-from oss_exp.velocity import BoundVelocity, VelocityFn
+from oss_exp.velocity import BoundVelocity, VelocityFn, joined
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -208,6 +208,21 @@ class SampledSource:
             return self.sampled
         return self.sampled.subset(torch.arange(count) % len(self.sampled.condition))
 
+    def velocity_at_scales(
+        self, condition: Tensor | None, scales: Sequence[float]
+    ) -> BoundVelocity:
+        """Return one velocity of all samples at all scales of guidance, as `joined` orders them."""
+        model = self.sampled
+        if not isinstance(model, Model) or isinstance(model, Pipeline) or condition is None:
+            raise ValueError(
+                "guidance is for models that are guided here: a network with classes or prompts; "
+                f"{self.name} is none, so search at each scale and keep the schedules apart"
+            )
+        if isinstance(scales, str) or not isinstance(scales, Sequence) or not len(scales):
+            raise ValueError(f"guidance must be scales such as [1, 3, 7], got {shown(scales)}")
+        guidances = [replace(model.guidance, scale=scale) for scale in scales]
+        return joined([model.velocity(condition, guidance) for guidance in guidances])
+
     def groups(self, condition: Tensor | None) -> Tensor | None:
         """Return each sample's index into a schedule's means, (B,); None where all share one."""
         return None if self.num_classes is None else condition
@@ -314,13 +329,16 @@ class Planner:
         self.counter = CallCounter(show=sys.stderr.isatty() if progress is None else progress)
         self.taught: list[Problem] = []  # problems whose teacher has run
 
-    def about(self, condition: Tensor | None, seed: int | None) -> dict[str, Any]:
+    def about(
+        self, condition: Tensor | None, seed: int | None, guidance: Sequence[float] | None = None
+    ) -> dict[str, Any]:
         """Return the provenance that all schedules share."""
         classes = None
         if self.source.groups(self.source.conditions(condition, 1)) is not None:
             classes = "all" if condition is None else condition.unique().tolist()
+        at_scales = {} if guidance is None else {"guidance_scales": list(guidance)}
         return provenance(
-            model={**self.source.record, "classes": classes},
+            model={**self.source.record, **at_scales, "classes": classes},
             teacher={
                 "noise_schedule": configuration(self.noise_schedule),
                 "num_steps": len(self.grid) - 1,
@@ -330,13 +348,28 @@ class Planner:
             seed=seed,
         )
 
-    def problem(self, noise: Tensor, condition: Tensor | None, first: int = 0) -> Problem:
-        """Return the search problem of noises (B, *E), the samples from index `first` on."""
+    def problem(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        first: int = 0,
+        guidance: Sequence[float] | None = None,
+    ) -> Problem:
+        """Return the search problem of noises (B, *E), the samples from index `first` on.
+
+        With G scales of guidance every noise is a sample G times, once at each scale.
+        """
         rows = self.source.conditions(condition, len(noise))
+        velocity = self.source.velocity(rows, len(noise))
+        if guidance is not None:
+            velocity = self.source.velocity_at_scales(rows, guidance)
+            noise = noise.repeat_interleave(len(guidance), 0)
+            rows = None if rows is None else rows.repeat_interleave(len(guidance), 0)
+
         groups = self.source.groups(rows)
         num_classes = self.source.num_classes
         return Problem(
-            velocity=self.counter.counted(self.source.velocity(rows, len(noise))),
+            velocity=self.counter.counted(velocity),
             noise=noise * self.grid[0].to(noise),
             grid=self.grid,
             solver=self.solver,

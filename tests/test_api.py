@@ -631,3 +631,61 @@ def test_a_schedule_of_a_solver_from_elsewhere_wants_it(noise):
         oss_exp.sample(velocity, noise, steps)
     expected = oss_exp.sample(velocity, noise, steps, solver=oss_exp.Euler())
     assert torch.equal(oss_exp.sample(velocity, noise, steps, solver=Mine()), expected)
+
+
+# ----------------------------------------------------------------------------------------------
+# Several scales of guidance
+# ----------------------------------------------------------------------------------------------
+
+CLASSES = torch.arange(10)
+AT_SCALES = {"num_steps": 5, "num_teacher_steps": 50, "strategy": oss_exp.OSSShared()}
+
+
+def guided_digits(scale: float) -> GaussianMixture:
+    return GaussianMixture.from_asset(
+        "mixture_digits.safetensors", guidance=Guidance(scale=scale), micro_batch=4096
+    )
+
+
+def error_at(scale: float, steps: oss_exp.StepSchedule) -> float:
+    """Return the mean log10 squared error to the teacher at a scale of guidance."""
+    model, solver = guided_digits(scale), oss_exp.DPMSolverPP()
+    noise = torch.randn(40, *model.event_shape, generator=torch.Generator().manual_seed(1))
+    teacher = oss_exp.StepSchedule(oss_exp.FlowSchedule().nodes(50))
+    expected = oss_exp.sample(model, noise, teacher, solver=solver, condition=CLASSES)
+    x0 = oss_exp.sample(model, noise, steps, solver=solver, condition=CLASSES)
+    return float((x0 - expected).flatten(1).square().mean(1).log10().mean())
+
+
+def test_one_scale_given_is_that_of_a_model_with_it():
+    own = oss_exp.search(guided_digits(3.0), 10, condition=CLASSES, **AT_SCALES)
+    given = oss_exp.search(guided_digits(1.0), 10, condition=CLASSES, guidance=[3.0], **AT_SCALES)
+    assert torch.equal(given.times, own.times)
+    assert given.provenance["model"]["guidance_scales"] == [3.0]
+
+
+@pytest.mark.slow
+def test_a_schedule_for_all_scales_is_better_at_its_worst_than_those_for_one():
+    scales = [1.0, 4.0]
+    singles = [
+        oss_exp.search(guided_digits(scale), 10, condition=CLASSES, **AT_SCALES) for scale in scales
+    ]
+    joint = oss_exp.search(guided_digits(1.0), 10, condition=CLASSES, guidance=scales, **AT_SCALES)
+    worst = [max(error_at(scale, steps) for scale in scales) for steps in (joint, *singles)]
+    assert worst[0] < min(worst[1:]) - 0.3
+
+
+@pytest.mark.parametrize(
+    ("model", "guidance", "message"),
+    [
+        (lambda x, t: -x, [1.0, 3.0], "a network with classes or prompts"),
+        (guided_digits(1.0), 3.0, r"scales such as \[1, 3, 7\]"),
+        (guided_digits(1.0), [], r"scales such as \[1, 3, 7\]"),
+    ],
+)
+def test_scales_that_cannot_be_searched_are_refused(model, guidance, message):
+    condition = CLASSES if isinstance(model, GaussianMixture) else None
+    with pytest.raises(ValueError, match=message):
+        oss_exp.search(
+            model, torch.randn(4, 1, 8, 8), condition=condition, guidance=guidance, **AT_SCALES
+        )
