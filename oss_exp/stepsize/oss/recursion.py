@@ -14,6 +14,7 @@ The words are those of dynamic programming:
     cost    The distance of the student's x to T_j after the step, by `Problem.distance`.
             It is not a sum over the path: only the state where a path stands counts.
     stage   Stage r fills the table of all states (r, j) from those of stage r-1.
+            (docs/concepts.md calls it round r.)
 
 Stage r works as follows. The network is called once at every source, which is a node of
 stage r-1. For every target j, all legal actions are scored: each source before j, with
