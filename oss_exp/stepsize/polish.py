@@ -28,6 +28,7 @@ from oss_exp.stepsize.oss.edges import inner_products
 from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
+from oss_exp.stepsize.split import split_samples
 
 # Levenberg's dampings; smaller ones allow weights that float32 states cannot carry.
 DAMPINGS = tuple(10.0**power for power in range(1, -8, -1))
@@ -48,10 +49,9 @@ def polish(
     """Return the schedule with better weights and times, as fitted steps.
 
     A solver's steps become fitted ones first, exactly. Three of four search samples
-    train (by their global number, so that the ranks' shares do not matter). The others
-    choose the damping
-    of each step, and end the polish where no damping makes them better: on them the
-    result is never worse than `steps`.
+    train (`split_samples`). The others choose the damping of each step, and end the
+    polish where no damping makes them better: on them the result is never worse than
+    `steps`.
 
     Args:
         problem: the search set and its teacher.
@@ -75,9 +75,9 @@ def polish(
         )
 
     run = _Run(problem, as_fitted(problem, steps), objective, fixed, micro_batch)
-    train = problem.samples % 4 != 3
+    train, judge = split_samples(problem, 4)
     values = run.start
-    error = run.error(values, ~train)
+    error = run.error(values, judge)
     for _ in range(iterations):
         before = error
         slopes = run.slopes(values, train)
@@ -85,7 +85,7 @@ def polish(
             # One step for each damping; the best one is taken.
             gradient, curvature = run.normal_equations(values, slopes)
             moved = [run.moved(values, gradient, curvature, damping) for damping in DAMPINGS]
-            errors = [run.error(candidate, ~train) for candidate in moved]
+            errors = [run.error(candidate, judge) for candidate in moved]
             if min(errors) >= error:
                 break
             error = min(errors)

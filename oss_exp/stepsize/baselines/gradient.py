@@ -20,6 +20,7 @@ from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps
 from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean
 from oss_exp.stepsize.problem import Problem
+from oss_exp.stepsize.split import split_samples
 
 
 class Student(NamedTuple):
@@ -42,9 +43,8 @@ class Student(NamedTuple):
 class GradientDescent(abc.ABC):
     """A strategy that lowers the student's final distance to the teacher by gradient descent.
 
-    Every second search sample trains (by its global number, so that the ranks' shares
-    do not matter), and the others choose the best iteration. Every iteration sees the
-    whole training half. A training pass costs K forward and K backward calls a sample,
+    One half of the search samples trains (`split_samples`), and the other chooses the
+    best iteration. Every iteration sees the whole training half. A training pass costs K forward and K backward calls a sample,
     a validation pass K forward calls.
 
     Args:
@@ -134,7 +134,7 @@ class GradientDescent(abc.ABC):
             tensor.detach().requires_grad_() for tensor in self.parameters(problem, steps)
         ]
         optimizer = self.optimizer(parameters)
-        train = problem.samples % 2 == 0
+        train, judge = split_samples(problem)
 
         best = _copies(parameters)
         best_loss = torch.inf
@@ -142,7 +142,7 @@ class GradientDescent(abc.ABC):
         for iteration in range(self.iterations + 1):
             # Validation.
             student = self.student(problem, steps, parameters)
-            loss = self._loss(problem, steps, student.detached(), ~train)
+            loss = self._loss(problem, steps, student.detached(), judge)
             waited += 1
             if loss < best_loss:
                 best = _copies(parameters)

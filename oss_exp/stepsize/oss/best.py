@@ -25,6 +25,7 @@ from oss_exp.stepsize.oss.recursion import SolverPath
 from oss_exp.stepsize.oss.refine import FIT_CALLS, refine, refine_fitted
 from oss_exp.stepsize.oss.strategies import Search, path_schedule
 from oss_exp.stepsize.problem import Problem
+from oss_exp.stepsize.split import split_samples
 
 
 def usual_baselines() -> dict[str, StepsizeStrategy]:
@@ -237,19 +238,12 @@ class OSSBest(Search):
 def halves(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return which of this rank's samples make schedules, (B,) bool, and which judge them.
 
-    Conditions come in turn: every second turn makes, so that both halves have all of
-    them; where there are too few samples for two turns, every second sample. All
-    samples do both where there is one.
+    A single sample does both.
     """
-    count = int(
-        problem.collective.sum(torch.tensor(len(problem.noise), device=problem.noise.device))
-    )
-    if count == 1:
-        everyone = torch.ones_like(problem.samples, dtype=torch.bool)
-        return everyone, everyone
-    turn = problem.num_groups if 2 * problem.num_groups <= count else 1
-    makers = problem.samples // turn % 2 == 0
-    return makers, ~makers
+    makers, judges = split_samples(problem)
+    if problem.collective.sum(judges.sum()) == 0:
+        judges = makers
+    return makers, judges
 
 
 def _on_grid(problem: Problem, candidate: Candidate) -> Candidate:
