@@ -90,7 +90,7 @@ if (
     from oss_exp.stepsize.problem import Problem as Problem
     from oss_exp.velocity import BoundVelocity as BoundVelocity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PUBLIC = {
     # Verbs.

@@ -17,7 +17,7 @@ from oss_exp.schedule import StepSchedule
 class Exporter(abc.ABC):
     """A program that step schedules are written for. A new one is one file, one yaml in conf/exporter and one test."""
 
-    folder: ClassVar[bool] = False  # whether it writes a folder, not a .json
+    suffix: ClassVar[str] = ".json"  # of what it writes; "": a folder
 
     @abc.abstractmethod
     def write(self, steps: StepSchedule, path: Path) -> str:

@@ -40,7 +40,7 @@ class ComfyUINodes(Exporter):
     workflow: of ComfyUI; a copy that samples by the schedule goes into `example_workflows`, which ComfyUI lists.
     """
 
-    folder = True
+    suffix = ""  # a folder
 
     workflow: str | None = None
 

@@ -37,10 +37,11 @@ class Export(Task):
                     "task.workflow is for exporter=comfyui_nodes, whose nodes its copy has"
                 )
             exporter = replace(exporter, workflow=self.workflow)
-        if self.exporter.folder and output.suffix == ".json":
-            output = output.with_suffix("")
-        elif not self.exporter.folder and output.suffix != ".json":
-            raise ValueError(f"task.output must end in .json, got {output}")
+        suffix = self.exporter.suffix
+        if output.suffix == ".json":  # as the default ends
+            output = output.with_suffix(suffix)
+        elif suffix and output.suffix != suffix:
+            raise ValueError(f"task.output must end in {suffix}, got {output}")
         if output.resolve() == path.resolve():
             raise ValueError(
                 f"task.output and task.schedule are the same file {output}; choose another output"
