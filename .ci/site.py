@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -28,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point the links of the repository at the pages of the site."""
+    """Point the links of the repository at the pages of the site; show the leaderboard's tables on its page."""
     folder = Path(page.file.abs_src_path or ROOT).parent
     here = Path(page.file.src_uri).parent
 
@@ -47,9 +48,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return text
         return match[0]
 
+    if here.as_posix() == "experiments/leaderboard" and page.file.name == "index":
+        tables = (path for path in sorted(folder.glob("*.md")) if path.name != "README.md")
+        markdown += "".join(_leaderboard(table) for table in tables)
     parts = CODE.split(markdown)
     texts = [LINK.sub(site_link, part) if not part.startswith("`") else part for part in parts]
     return "".join(texts)
+
+
+def _leaderboard(table: Path) -> str:
+    picture = f"![{table.stem}: PSNR against planning time]({table.stem}.png)"
+    return f"\n## {table.stem}\n\n{picture}\n\n{table.read_text()}\n"
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -60,3 +69,12 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         return convert(unescape(match[3]).strip(), display=display)
 
     return FORMULA.sub(mathml, html)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would fetch something from elsewhere."""
+    if match := re.search(
+        r'(<script[^>]* src|<link[^>]* href|<img[^>]* src)="?(https?:)?//[^"> ]*', output
+    ):
+        raise PluginError(f"{page.file.src_uri} loads {match[0]}")
+    return output

@@ -214,8 +214,8 @@ def test_components_of_ones_own(tmp_path):
     for place, text in files:
         file = tmp_path / place
         file.parent.mkdir(parents=True, exist_ok=True)
-        own = re.sub(r"oss_exp\.(Midpoint|ArcLength|Contrast|Table|MLP)\b", r"newcomer.\1", text)
-        file.write_text(own.replace("checkpoint: mlp.safetensors", "checkpoint: untrained"))
+        local = re.sub(r"oss_exp\.(Midpoint|ArcLength|Contrast|Table|MLP)\b", r"newcomer.\1", text)
+        file.write_text(local.replace("checkpoint: mlp.safetensors", "checkpoint: untrained"))
     assert len(files) == 5
 
     def run(options: str) -> None:
