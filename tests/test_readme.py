@@ -65,7 +65,8 @@ PIPELINE = """
 import diffusers, functools, oss_exp
 from oss_exp.models.tiny import tiny
 pipeline, call = tiny("StableDiffusionXLPipeline", {})
-pipeline.__class__.__call__ = functools.partialmethod(pipeline.__class__.__call__, **call)
+method = type(pipeline).__call__
+type(pipeline).__call__ = functools.wraps(method)(lambda *a, **given: method(*a, **given | call))
 diffusers.DiffusionPipeline.from_pretrained = lambda name: pipeline
 oss_exp.search = functools.partial(oss_exp.search, num_teacher_steps=12)
 oss_exp.compare = functools.partial(oss_exp.compare, num_teacher_steps=12)
@@ -76,8 +77,12 @@ BEFORE = {
     "docs/comfyui.md": """
 import pathlib, sys, torch, oss_exp.export.comfyui_nodes
 sys.path.append(str(pathlib.Path(oss_exp.export.comfyui_nodes.__file__).parent))
-steps = oss_exp.StepSchedule(torch.tensor([1.0, 0.7, 0.3, 0.0]).double())
-steps.save("schedules/sd15_oss_shared_6.json")
+provenance = {"native": {"clock": "sigma"}}
+steps = oss_exp.StepSchedule(torch.tensor([0.9, 0.7, 0.3, 0.0]).double(), provenance=provenance)
+oss_exp.ComfyUINodes().write(steps, pathlib.Path("nodes"))
+(file,) = pathlib.Path("nodes").glob("schedules/*.json")
+pathlib.Path("schedules").mkdir()
+file.rename("schedules/sd15_oss_shared_6.json")
 cond = uncond = None
 noise = torch.randn(2, 4, 8, 8)
 model = lambda x, sigma, **_: x / (1 + sigma[:, None, None, None] ** 2)
@@ -113,7 +118,9 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    """The contents of a page's fenced blocks of a language, or of none ("")."""
+    fences = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for kind, text in fences if kind == language]
 
 
 def commands(page: Path) -> list[str]:
