@@ -35,7 +35,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSBest, OSSShared, Problem, Profile, StepsizeStrategy
-from oss_exp.stepsize.base import check_num_steps, edge_calls
+from oss_exp.stepsize.base import DoesNotFit, check_num_steps, edge_calls
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.strategies import visiting, with_required
 from oss_exp.velocity import BoundVelocity, VelocityFn
@@ -214,7 +214,8 @@ def compare(
     Args:
         noise, num_steps, prompts, solver, teacher, num_teacher_steps, distance, condition, seed, progress: as in
             `search`.
-        strategies: {label: strategy}; None: those of `oss_exp.api.standard_strategies()`.
+        strategies: {label: strategy}; None: those of `oss_exp.api.standard_strategies()` that have
+            schedules for this teacher and these num_steps.
         held_out: (n, *E) standard normal noises that the search does not see, or how many to draw.
         held_out_condition: conditions that the held-out noises take in turn; None: `condition`.
         decode: x0 (B, *E) -> pixels in [0, 1]; None: a model's own, of a function x0 itself, so that its PSNR is
@@ -225,9 +226,9 @@ def compare(
     """
     source = _Source.of(velocity_or_model, prompts)
     budgets = _budgets(num_steps, num_teacher_steps)
-    strategies = (
-        standard_strategies() | {"oss_best": source.strategy} if strategies is None else strategies
-    )
+    standard = strategies is None
+    if strategies is None:
+        strategies = standard_strategies() | {"oss_best": source.strategy}
     if not isinstance(strategies, Mapping) or not strategies:
         raise ValueError(
             f"strategies must be a dict such as {{'mine': OSSBest()}}, got {_shown(strategies)}"
@@ -257,7 +258,11 @@ def compare(
             if strategy.per_sample:
                 alone = alone or planner.problem(fresh[:PER_SAMPLE], held_out_condition, HELD_OUT)
                 problem = alone
-            schedules[label] = planner.plan(label, strategy, problem, about)
+            try:
+                schedules[label] = planner.plan(label, strategy, problem, about)
+            except DoesNotFit:
+                if not standard:
+                    raise
         runs = {
             (label, k): steps for label, plans in schedules.items() for k, steps in plans.items()
         }
