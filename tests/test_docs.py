@@ -213,4 +213,6 @@ def first_of_sweep(word: str) -> str:
     key, _, value = word.partition("=")
     if value.startswith("interval"):
         return f"{key}=3"
-    return word if value.startswith(("[", "{")) else f"{key}={value.split(',')[0]}"
+    if value.startswith("["):
+        return f"{key}={value.partition(']')[0]}]"
+    return word if value.startswith("{") else f"{key}={value.split(',')[0]}"
