@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     from oss_exp.stepsize.problem import Problem as Problem
     from oss_exp.velocity import BoundVelocity as BoundVelocity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 ASSETS = Path(__file__).parent / "assets"  # shipped networks, schedules, prompts
 
 PUBLIC = {

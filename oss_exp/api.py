@@ -37,6 +37,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSBest, Problem, StepsizeStrategy
+from oss_exp.stepsize.base import DoesNotFit
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.strategies import visiting
 from oss_exp.velocity import BoundVelocity, VelocityFn
@@ -265,8 +266,9 @@ def compare(
             how many to draw; None draws 32, or one for each prompt of a pipeline.
         num_steps: K, the number of network calls, or several.
         prompts: Prompts of a pipeline of diffusers; required for one.
-        strategies: {label: strategy}. None uses `standard_strategies()` of this module,
-            with the default strategy of `search` as "oss_best".
+        strategies: {label: strategy}. None uses those of `standard_strategies()` of
+            this module that fit the teacher, with the default strategy of `search` as
+            "oss_best".
         held_out: Standard normal noises (n, *E) that the search does not see, or how
             many to draw.
         solver: Solver of teacher and students. Searches use it without its calibration.
@@ -301,6 +303,7 @@ def compare(
     budgets = distinct_budgets(num_steps, num_teacher_steps)
 
     # Strategies.
+    standard = strategies is None
     if strategies is None:
         strategies = standard_strategies() | {"oss_best": source.strategy}
     if not isinstance(strategies, Mapping) or not strategies:
@@ -341,7 +344,12 @@ def compare(
                     held_out_noise[:PER_SAMPLE], held_out_condition, HELD_OUT
                 )
                 problem = per_sample_problem
-            schedules[label] = planner.plan(label, strategy, problem, about)
+            try:
+                schedules[label] = planner.plan(label, strategy, problem, about)
+            except DoesNotFit:
+                if not standard:
+                    raise
+                continue
             for k, steps in schedules[label].items():
                 runs[label, k] = steps
 

@@ -22,10 +22,10 @@ class Exporter(abc.ABC):
     """A program that step schedules are written for.
 
     Attributes:
-        folder: Whether the exporter writes a folder, not a .json file.
+        suffix: Suffix of the file that the exporter writes; empty for a folder.
     """
 
-    folder: ClassVar[bool] = False
+    suffix: ClassVar[str] = ".json"
 
     @abc.abstractmethod
     def write(self, steps: StepSchedule, path: Path) -> str:

@@ -50,7 +50,7 @@ class ComfyUINodes(Exporter):
             to `example_workflows`, which ComfyUI lists.
     """
 
-    folder = True
+    suffix = ""  # a folder
 
     workflow: str | None = None
 

@@ -42,12 +42,13 @@ class Export(Task):
                 )
             exporter = replace(exporter, workflow=self.workflow)
 
-        # A folder or a .json.
+        # A folder or a file.
         output = Path(self.output)
-        if self.exporter.folder and output.suffix == ".json":
-            output = output.with_suffix("")
-        elif not self.exporter.folder and output.suffix != ".json":
-            raise ValueError(f"task.output must end in .json, got {output}")
+        suffix = self.exporter.suffix
+        if output.suffix == ".json":  # the default output ends so
+            output = output.with_suffix(suffix)
+        elif suffix and output.suffix != suffix:
+            raise ValueError(f"task.output must end in {suffix}, got {output}")
         if output.resolve() == path.resolve():
             raise ValueError(
                 f"task.output and task.schedule are the same file {output}; choose another output"
