@@ -25,7 +25,7 @@ from oss_exp.stepsize import ClosedForm, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.stepsize.oss.strategies import with_required
 from oss_exp.tasks import border
-from oss_exp.tasks.collective import GroupEnd
+from oss_exp.tasks.collective import GroupEnd, SharedFolder
 from oss_exp.tasks.compatibility import require_same
 from oss_exp.tasks.setting import Setting, describe
 
@@ -67,7 +67,7 @@ class Run:
             raise ValueError(
                 f"{error}; choose one that this machine has, such as trainer=cpu"
             ) from error
-        self.trainer.callbacks.append(GroupEnd())  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it
+        self.trainer.callbacks += [GroupEnd(), SharedFolder()]  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it
         grid = json.dumps({"times": self.setting.grid.tolist()})
         rank_zero_only(write_atomically)(self.folder / "teacher.json", f"{grid}\n")
         rank_zero_only(write_atomically)(
