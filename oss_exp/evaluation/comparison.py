@@ -75,10 +75,15 @@ class Line:
 
 def with_gains(results: Sequence[Result]) -> list[Line]:
     """Lines by budget, then best first; differences on the samples that both have."""
+    rivals: dict[str, Result] = {}
+    for result in results:
+        best = rivals.get(result.arena)
+        if result.baseline and (best is None or result.psnr.mean > best.psnr.mean):
+            rivals[result.arena] = result
+
     lines = []
     for result in sorted(results, key=lambda r: (r.nfe, r.arena, -r.psnr.mean)):
-        baselines = [r for r in results if r.baseline and r.arena == result.arena]
-        rival = max(baselines, key=lambda r: r.psnr.mean, default=None)
+        rival = rivals.get(result.arena)
         gain = None
         if rival is not None and rival is not result:
             common = sorted(result.values.keys() & rival.values.keys())

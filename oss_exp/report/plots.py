@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from oss_exp import escaping
@@ -95,7 +96,10 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
-    figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False)
+    named = dict(list(entries.items())[:ROWS])
+    if more := len(entries) - len(named):
+        named[f"and {more} more, on the page"] = Line2D([], [], linestyle="none")
+    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False)
     return png(figure)
 
 
