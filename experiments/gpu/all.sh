@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# One call of at most 9 minutes on a machine with a GPU: its tests, speed, and a training; saved as it goes.
+#
+# experiments/gpu/all.sh [--dry] [--wheels FOLDER] [--training "SETTINGS"] [--only tests|speed|training]
+#
+# --dry       everything small, on the CPU
+# --wheels    install these first (experiments/gpu/wheels.sh collects them)
+# --training  the settings of a task=pretrain, which goes on where an earlier call ended
+# --only      one of the three parts
+#
+# Results go to $OUT (outputs/gpu), at most ten files; work to $WORK (outputs/gpu_work).
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+export OUT=${OUT:-$PWD/outputs/gpu} WORK=${WORK:-$PWD/outputs/gpu_work} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export WANDB_MODE=offline PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+python=$(command -v python3 || command -v python)
+dry="" only="" training="model=unet_fashion images=fashion_mnist_32 task.batch_size=256 task.compile=true"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry) dry=yes ;;
+    --wheels)
+      site=$(mktemp -d)
+      "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$2"/*.whl || exit 1
+      PYTHONPATH=$PYTHONPATH:$site
+      shift
+      ;;
+    --training) training=$2 && shift ;;
+    --only) only=$2 && shift ;;
+    *) echo "unknown: $1" >&2 && exit 2 ;;
+  esac
+  shift
+done
+mkdir -p "$OUT" "$WORK"
+failed=0
+
+# Seconds of each part: 8 minutes and 40 seconds in all.
+tests=130 speed=150 train=240 trainer=gpu
+quick=(tests/gpu) small=()
+if [ -n "$dry" ]; then
+  export OSS_EXP_GPU_TESTS=cpu OMP_NUM_THREADS=1
+  tests=900 speed=600 train=600 trainer=cpu small=(--dry)
+  quick=(tests/gpu -k "search_of_an_exact or flux_dev or host_memory")
+  training="model=dit_fashion images=digits model.event_shape=[1,8,8] model.backbone.size=8 task.batch_size=8"
+  training+=" model.backbone.num_layers=1 task.max_steps=4 task.save_every=2 task.warmup_steps=1"
+fi
+
+part() { # NAME SECONDS COMMAND...: run it for so long, with what it prints in $OUT/NAME.log
+  local name=$1 seconds=$2 code
+  shift 2
+  [ -z "$only" ] || [ "$only" = "$name" ] || return 0
+  echo "== $name, at most $seconds s"
+  timeout --signal TERM --kill-after 15 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+  code=$?
+  tail -n 15 "$OUT/$name.log"
+  echo "== $name ended with $code"
+  return $code
+}
+
+collect() { # the training's files, which lie deep
+  local file
+  for file in "$WORK"/training/*.safetensors "$WORK"/training/training.json "$WORK"/training/checkpoints/last.ckpt; do
+    [ ! -f "$file" ] || cp "$file" "$OUT/.copy" && mv "$OUT/.copy" "$OUT/$(basename "$file")" 2>/dev/null
+  done
+  file=$(ls "$WORK"/training/samples/step_*.png 2>/dev/null | tail -n 1)
+  [ -z "$file" ] || cp "$file" "$OUT/samples.png"
+}
+
+{
+  date && "$python" --version
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1
+  echo "missing packages:" && "$python" experiments/gpu/missing.py
+} >"$OUT/machine.txt" 2>&1
+cat "$OUT/machine.txt"
+
+part tests "$tests" "$python" -m pytest -q -n 0 -p no:cacheprovider -m gpu "${quick[@]}" || failed=1
+part speed "$speed" "$python" -m experiments.gpu_speed.run --output "$OUT" --seconds $((speed - 30)) "${small[@]}" ||
+  failed=1
+
+# A signal ends a training with all its steps kept; the next call goes on.
+(while sleep 20; do collect; done) &
+collector=$!
+# shellcheck disable=SC2086  # settings are words
+part training "$train" "$python" -m oss_exp task=pretrain $training trainer=$trainer logger=none \
+  hydra.run.dir="$WORK/training"
+code=$?
+kill $collector 2>/dev/null
+case $code in 0 | 124 | 143) ;; *) failed=1 ;; esac
+collect
+ls -l "$OUT"
+exit $failed
