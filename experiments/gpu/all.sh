@@ -8,7 +8,9 @@
 # --training  the settings of a task=pretrain, which goes on where an earlier call ended
 # --only      one of the three parts
 #
-# Results go to $OUT (outputs/gpu), at most ten files; work to $WORK (outputs/gpu_work).
+# Results go to $OUT (outputs/gpu), work to $WORK (outputs/gpu_work). Results are eight flat files at most: log.txt,
+# speed.md, speed.json, the trained weights, a grid of samples, and the checkpoint in parts of 15 MB
+# (`cat last.ckpt.* >last.ckpt`, then `--training "... task.resume=last.ckpt"` goes on elsewhere).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 export OUT=${OUT:-$PWD/outputs/gpu} WORK=${WORK:-$PWD/outputs/gpu_work} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -31,7 +33,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 mkdir -p "$OUT" "$WORK"
-failed=0
+failed=0 log=$OUT/log.txt
 
 # Seconds of each part: 8 minutes and 40 seconds in all.
 tests=130 speed=150 train=240 trainer=gpu
@@ -44,33 +46,34 @@ if [ -n "$dry" ]; then
   training+=" model.backbone.num_layers=1 task.max_steps=4 task.save_every=2 task.warmup_steps=1"
 fi
 
-part() { # NAME SECONDS COMMAND...: run it for so long, with what it prints in $OUT/NAME.log
-  local name=$1 seconds=$2 code
+part() { # NAME SECONDS COMMAND...: run it for so long
+  local seconds=$2 name=$1 code
   shift 2
   [ -z "$only" ] || [ "$only" = "$name" ] || return 0
-  echo "== $name, at most $seconds s"
-  timeout --signal TERM --kill-after 15 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+  echo "== $name, at most $seconds s, from $(date +%T)" | tee -a "$log"
+  timeout --signal TERM --kill-after 15 "$seconds" "$@" >>"$log" 2>&1
   code=$?
-  tail -n 15 "$OUT/$name.log"
-  echo "== $name ended with $code"
+  tail -n 15 "$log"
+  echo "== $name ended with $code, at $(date +%T)" | tee -a "$log"
   return $code
 }
 
 collect() { # the training's files, which lie deep
-  local file
-  for file in "$WORK"/training/*.safetensors "$WORK"/training/training.json "$WORK"/training/checkpoints/last.ckpt; do
-    [ ! -f "$file" ] || cp "$file" "$OUT/.copy" && mv "$OUT/.copy" "$OUT/$(basename "$file")" 2>/dev/null
-  done
-  file=$(ls "$WORK"/training/samples/step_*.png 2>/dev/null | tail -n 1)
-  [ -z "$file" ] || cp "$file" "$OUT/samples.png"
+  local weights grid
+  weights=$(ls "$WORK"/training/*.safetensors 2>/dev/null | head -n 1)
+  grid=$(ls "$WORK"/training/samples/step_*.png 2>/dev/null | tail -n 1)
+  [ -z "$weights" ] || cp "$weights" "$OUT/weights.safetensors"
+  [ -z "$grid" ] || cp "$grid" "$OUT/samples.png"
+  [ ! -f "$WORK/training/checkpoints/last.ckpt" ] ||
+    split --bytes 15M "$WORK/training/checkpoints/last.ckpt" "$OUT/last.ckpt."
 }
 
 {
   date && "$python" --version
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1
   echo "missing packages:" && "$python" experiments/gpu/missing.py
-} >"$OUT/machine.txt" 2>&1
-cat "$OUT/machine.txt"
+} >"$log" 2>&1
+cat "$log"
 
 part tests "$tests" "$python" -m pytest -q -n 0 -p no:cacheprovider -m gpu "${quick[@]}" || failed=1
 part speed "$speed" "$python" -m experiments.gpu_speed.run --output "$OUT" --seconds $((speed - 30)) "${small[@]}" ||
