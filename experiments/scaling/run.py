@@ -3,7 +3,8 @@
 python -m experiments.scaling.run [--draw]
 
 oss_shared, pinned start, the network a formula: time and memory are the search's own. Each search is a forked process:
-seconds of a core, and the peak of its memory less what it began with. --draw: the figure and table of the last run.
+seconds of a core, and the peak of its memory less what it began with. What measured.json has is not measured again;
+--draw: only the figure and the table of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -145,6 +146,7 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
     figure, panels = plt.subplots(3, len(AXES), figsize=(17, 9), layout="constrained")
     rows = []
     for column, (name, (label, base, values)) in enumerate(AXES.items()):
+        values = values[: len(results[name])]
         sizes = [replace(base, **{name: value}) for value in values]
         for row, (quantity, unit) in enumerate(QUANTITIES.items()):
             measured = [result[quantity] for result in results[name]]
@@ -178,13 +180,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--draw", action="store_true")
+    results: dict[str, list[dict[str, float]]] = {}
+    if RESULTS.is_file():
+        results = json.loads(RESULTS.read_text())
     if not parser.parse_args().draw:
         torch.set_num_threads(1)
         search(Size(nodes=20))  # what the first search alone makes
-        results: dict[str, list[dict[str, float]]] = {}
         for name, (_, base, values) in AXES.items():
-            results[name] = []
-            for value in values:
+            for value in values[len(results.setdefault(name, [])) :]:
                 size = replace(base, **{name: value})
                 result = apart(size)
                 assert math.isclose(result["calls"], size.calls), (
@@ -193,9 +196,9 @@ def main() -> None:
                     size.calls,
                 )
                 results[name].append(result)
-                print(asdict(size), result, flush=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    draw(json.loads(RESULTS.read_text()))
+                print(size, result, flush=True)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results)
 
 
 if __name__ == "__main__":
