@@ -26,13 +26,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from scipy.optimize import nnls
 
 from experiments.common import keep, png, table
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.stepsize import OSSShared, Problem
+from oss_exp.stepsize.oss.edges import SCORE_FEATURES, SCORE_GROUP
 from oss_exp.velocity import BoundVelocity, standard_normal_velocity
 
+FIXED = 9.0  # MB that the smallest search takes
 RESULTS = Path(__file__).with_name("measured.json")
 QUANTITIES = {
     "calls": "network rows a sample",
@@ -63,16 +66,29 @@ class Size:
 
     @property
     def memory(self) -> float:
-        """MB: the teacher's states, a layer's states with their history, made anew for the next layer, and tables."""
+        """MB: the program's part, the teacher's states, those of layers, float64 copies, and tables of edges.
+
+        While students move to the next layer there are their old states and outputs, those of their parents, and three
+        temporary ones. Inner products have copies of at most SCORE_GROUP samples and SCORE_FEATURES numbers.
+        """
         width, history = self.layers[-1], min(self.order, self.steps)
-        states = 4 * self.samples * self.event * (self.nodes + 1 + 2 * width * (1 + history))
-        products = 8 * self.samples * width * self.nodes * 2 * (1 + history)
-        return (states + products) / 1e6
+        states = 4 * self.samples * self.event * (self.nodes + 1 + width * (2 * (1 + history) + 3))
+        slices = 8 * min(self.samples, SCORE_GROUP) * min(self.event, SCORE_FEATURES)
+        copies = slices * max(width + self.nodes, width * (1 + history))
+        tables = 6 * 8 * self.samples * width * self.nodes
+        return FIXED + (states + copies + tables) / 1e6
 
     @property
-    def operations(self) -> float:
-        """Multiplications of the inner products with the teacher's states, half of which a student can reach."""
-        return sum(width * self.nodes / 2 * self.samples * self.event for width in self.layers)
+    def work(self) -> list[float]:
+        """The terms of the time; what one of each takes is fitted once, to all searches.
+
+        Inner products of students with the teacher's states, half of which they can reach; numbers of states that are
+        moved; entries of the tables of edges; steps of the teacher and rounds of the search.
+        """
+        pairs = sum(width * self.nodes / 2 for width in self.layers) * self.samples
+        entries = pairs * sum((order + 1) * (order + 2) / 2 for order in range(1, self.order + 1))
+        moved = self.calls * self.samples * self.event * (1 + self.order)
+        return [pairs * self.event, moved, entries, self.nodes + self.steps]
 
 
 AXES: dict[str, tuple[str, Size, Sequence[int]]] = {
@@ -137,42 +153,49 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(logs[0][start:], logs[1][start:], 1)[0])
 
 
-def theory(size: Size) -> dict[str, float]:
-    return {"calls": size.calls, "memory": size.memory, "seconds": size.operations}
+def unit_costs(sizes: Sequence[Size], seconds: Sequence[float]) -> np.ndarray:
+    """Seconds of one unit of each term of the work, by least squares of relative errors."""
+    work = np.array([size.work for size in sizes]) / np.array(seconds)[:, None]
+    return nnls(work, np.ones(len(work)))[0]
 
 
 def draw(results: dict[str, list[dict[str, float]]]) -> None:
     """The figure, and the table of exponents beside those of the formulas at the same sizes."""
+    sizes = {
+        name: [replace(base, **{name: value}) for value in values[: len(results[name])]]
+        for name, (_, base, values) in AXES.items()
+    }
+    every = [size for group in sizes.values() for size in group]
+    costs = unit_costs(every, [result["seconds"] for group in results.values() for result in group])
+
     figure, panels = plt.subplots(3, len(AXES), figsize=(17, 9), layout="constrained")
     rows = []
-    for column, (name, (label, base, values)) in enumerate(AXES.items()):
-        values = values[: len(results[name])]
-        sizes = [replace(base, **{name: value}) for value in values]
+    for column, (name, (label, _, values)) in enumerate(AXES.items()):
+        expected = {
+            "calls": [float(size.calls) for size in sizes[name]],
+            "memory": [size.memory for size in sizes[name]],
+            "seconds": [float(np.dot(size.work, costs)) for size in sizes[name]],
+        }
         for row, (quantity, unit) in enumerate(QUANTITIES.items()):
             measured = [result[quantity] for result in results[name]]
-            expected = [theory(size)[quantity] for size in sizes]
             axis: Axes = panels[row, column]
-            scale = measured[-1] / expected[-1] if quantity == "seconds" else 1.0
-            axis.plot(
-                values, [scale * each for each in expected], color="0.6", lw=4, label="formula"
-            )
+            axis.plot(values, expected[quantity], color="0.7", lw=5, label="formula")
             axis.plot(values, measured, "o-", color="tab:blue", label="measured")
             axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit if column == 0 else "")
-            slopes = [exponent(values, each) for each in (measured, expected)]
+            axis.set_xticks(
+                values, [f"{value:g}" if value < 10**4 else f"{value:.0e}" for value in values]
+            )
+            axis.minorticks_off()
+            slopes = [exponent(values, each) for each in (measured, expected[quantity])]
             axis.set_title(f"exponent {slopes[0]:.2f}, formula {slopes[1]:.2f}", fontsize=10)
             axis.grid(alpha=0.3)
-            near = abs(slopes[0] - slopes[1]) <= 0.15
-            rows.append(
-                [
-                    label,
-                    quantity,
-                    *(f"{slope:.2f}" for slope in slopes),
-                    "" if near else "see below",
-                ]
-            )
+            rows.append([label, quantity, *(f"{slope:.2f}" for slope in slopes)])
+            rows[-1].append(f"{abs(slopes[0] - slopes[1]):.2f}")
     panels[0, 0].legend()
+    terms = ("inner product of a number", "number moved", "entry of a table", "step")
+    print({term: f"{cost:.2e} s" for term, cost in zip(terms, costs, strict=True)})
     keep(__file__, "figure.png", png(figure))
-    keep(__file__, "exponents.md", table(["grows", "what", "measured", "formula", ""], rows))
+    keep(__file__, "exponents.md", table(["grows", "what", "exponent", "formula", "apart"], rows))
 
 
 def main() -> None:
