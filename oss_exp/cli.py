@@ -123,13 +123,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             f"{states[0]} is not of this program, and Lightning would load it; remove it"
         )
     check_configuration(cfg)
-    devices = cfg.trainer.devices if "trainer" in cfg else 1
-    if HydraConfig.get().mode is RunMode.MULTIRUN and devices not in (1, "1"):
-        raise ValueError(
-            f"--multirun with trainer.devices={devices}: every process would start the sweep "
-            "again; sweep with one device per job (trainer=cpu or trainer=gpu) and use several "
-            "devices in single runs"
-        )
+    _check_sweep(cfg)
 
     # Task. One that logs while it runs returns its logger.
     logger = border.build(cfg.task, "task", Task)(cfg)
@@ -139,6 +133,30 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         report.write(folder)
         if (logger := logger or border.build(cfg.logger, "logger", Logger | None)) is not None:
             report.log_run(logger, cfg, folder)
+
+
+def _check_sweep(cfg: DictConfig) -> None:
+    """Raise ValueError where the jobs of a sweep would start processes that start the sweep again."""
+    settings = cfg.get("trainer") or {}
+    devices, num_nodes = settings.get("devices", 1), settings.get("num_nodes", 1)
+    alone = str(devices) == "1" and num_nodes == 1
+    sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweeps and not alone and not SLURMEnvironment.detect():  # which starts all processes itself
+        raise ValueError(
+            f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep with one "
+            "device per job (trainer=cpu or trainer=gpu) and use several devices in single runs, or let SLURM start "
+            "the processes (hydra/launcher=submitit_slurm)"
+        )
+
+
+def _count_machines() -> None:
+    """Tell Lightning's messages which process is the first, where it goes by the processes of one machine alone.
+
+    Until a trainer is built, the first process of every machine would take itself for rank 0.
+    """
+    known = any(name in os.environ for name in ("RANK", "SLURM_PROCID"))
+    if not known and int(os.environ.get("NODE_RANK", 0)) > 0:
+        rank_zero_only.rank = max(1, rank_zero_only.rank)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def main() -> None:
@@ -159,6 +177,7 @@ def main() -> None:
         if (text := help_text(sys.argv[1:], CONF)) is not None:
             print(text, end="")
             return
+        _count_machines()
         with preemption.watched():
             refuse_unknown(sys.argv[1:], CONF)
             run()

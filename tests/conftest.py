@@ -97,6 +97,32 @@ def garments(tmp_path_factory) -> Path:
 # A skipped test is a hole: continuous integration fails on one that has no reason here
 # --------------------------------------------------------------------------------------------------------------
 
+LEFT_OUT = pytest.StashKey[int]()
+GPU = "OSS_EXP_GPU_TESTS"  # in the environment: a trainer in the place of trainer=gpu, such as cpu
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out the tests of a GPU where there is none, and say so: they are no skips, which would hide others."""
+    if not any(item.get_closest_marker("gpu") for item in items) or os.environ.get(GPU):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT] = len(left_out)
+        if hasattr(config, "workeroutput"):  # of pytest-xdist
+            config.workeroutput["left_out"] = len(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Take over what a process of pytest-xdist left out."""
+    count = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[LEFT_OUT] = max(count, node.config.stash.get(LEFT_OUT, 0))
+
+
 SKIPS = {
     "tests/data/test_cifar10.py": "needs the CIFAR-10 archive, which no package ships",
     "tests/evaluation/test_inception.py": "needs the public Inception-V3 weights, which no package ships",
@@ -108,6 +134,8 @@ SKIPS = {
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    if count := terminalreporter.config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"left out {count} tests: they need a GPU, or {GPU}=cpu")
     for test in _skipped(terminalreporter):
         reason = next(
             (reason for place, reason in SKIPS.items() if test.startswith(place)),

@@ -106,10 +106,16 @@ def with_gains(results: Sequence[Result]) -> list[Line]:
 
     Gains are computed on the samples that both results have.
     """
+    # The best baseline of each comparison.
+    rivals: dict[str, Result] = {}
+    for result in results:
+        best = rivals.get(result.arena)
+        if result.baseline and (best is None or result.psnr.mean > best.psnr.mean):
+            rivals[result.arena] = result
+
     lines = []
     for result in sorted(results, key=lambda r: (r.nfe, r.arena, -r.psnr.mean)):
-        baselines = [r for r in results if r.baseline and r.arena == result.arena]
-        rival = max(baselines, key=lambda r: r.psnr.mean, default=None)
+        rival = rivals.get(result.arena)
         gain = None if rival is None or rival is result else _paired_gain(result, rival)
         lines.append(Line(result, rival, gain))
     return lines

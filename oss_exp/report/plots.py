@@ -87,7 +87,10 @@ def schedules(plans: Sequence[tuple[str, StepSchedule]], teacher: Sequence[float
         axis.grid(alpha=0.3)
 
     axes[0][0].set_ylabel("time t  (1 noise, 0 data)")
-    figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False)
+    named = dict(list(entries.items())[:ROWS])
+    if more := len(entries) - len(named):
+        named[f"and {more} more, on the page"] = Line2D([], [], linestyle="none")
+    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False)
     return png(figure)
 
 

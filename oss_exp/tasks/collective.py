@@ -1,6 +1,9 @@
 """Sum and gather tensors over ranks, through torch.distributed."""
 
 import atexit
+import contextlib
+import uuid
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -52,6 +55,35 @@ class GroupEnd(L.Callback):
 
     def setup(self, *_: Any, **__: Any) -> None:
         atexit.register(_end_group)
+
+
+class SharedFolder(L.Callback):
+    """Checks before any work that all ranks see the run folder of rank 0.
+
+    Later every rank reads the schedules that rank 0 wrote. Without this check, a machine with a folder of its own would
+    search for hours and then fail.
+    """
+
+    def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        if not _distributed():
+            return
+        folder = Path(trainer.default_root_dir)
+        marker = folder / trainer.strategy.broadcast(f".shared_{uuid.uuid4().hex}")
+        if trainer.is_global_zero:
+            marker.touch()
+        trainer.strategy.barrier("the marker is written")
+
+        # All ranks fail together: none is left waiting for the others.
+        unseen = torch.tensor(int(not marker.exists()), device=trainer.strategy.root_device)
+        count = int(DistributedCollective().sum(unseen))
+        if trainer.is_global_zero:
+            with contextlib.suppress(OSError):
+                marker.unlink()
+        if count:
+            raise ValueError(
+                f"{count} of {trainer.world_size} ranks do not see the run folder of rank 0, and this one's is "
+                f"{folder.resolve()}; give hydra.run.dir=FOLDER, an absolute path that all machines share"
+            )
 
 
 def _end_group() -> None:

@@ -29,7 +29,7 @@ from oss_exp.stepsize import ClosedForm, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.stepsize.oss.strategies import with_required
 from oss_exp.tasks import border
-from oss_exp.tasks.collective import GroupEnd
+from oss_exp.tasks.collective import GroupEnd, SharedFolder
 from oss_exp.tasks.compatibility import require_same
 from oss_exp.tasks.setting import Setting, describe
 
@@ -123,7 +123,7 @@ class Run:
                 f"{error}; choose one that this machine has, such as trainer=cpu"
             ) from error
         # Lightning sets `callbacks` later than its annotation says.
-        trainer.callbacks.append(GroupEnd())  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks += [GroupEnd(), SharedFolder()]  # pyright: ignore[reportAttributeAccessIssue]
         return trainer
 
     def _write_inputs(self) -> None:

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from oss_exp.files import write_atomically
 from oss_exp.tasks import border, preemption
-from oss_exp.tasks.collective import DistributedCollective, GroupEnd
+from oss_exp.tasks.collective import DistributedCollective, GroupEnd, SharedFolder
 from oss_exp.tasks.fitting import loss_bar, versions
 from oss_exp.tasks.task import Amount, Count, Positive, Share, Task, Whole
 from oss_exp.tasks.training_state import check_state, prune
@@ -260,7 +260,7 @@ def fit(
         log_every_n_steps=min(50, task.save_every),
         max_epochs=1,
         gradient_clip_val=task.gradient_clip,
-        callbacks=[Bar(), GroupEnd()],
+        callbacks=[Bar(), GroupEnd(), SharedFolder()],
         plugins=[WholeCheckpoints()],
         **trainer_options,
     )

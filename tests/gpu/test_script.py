@@ -1,0 +1,45 @@
+"""The one call that a GPU gets, dry: it ends well and leaves what it should."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_all_parts(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    done = subprocess.run(
+        ["bash", str(ROOT / "experiments" / "gpu" / "all.sh"), "--dry"],
+        env={**os.environ, "OUT": str(out), "WORK": str(work)},
+        capture_output=True,
+        text=True,
+    )
+    log = (out / "log.txt").read_text()
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log}"
+    assert "left out" not in log
+    results = json.loads((out / "speed.json").read_text())
+    assert len(results["speed"]) == len(results["faster"]) == 3
+    assert {row["way"] for row in results["products"]} == {
+        "float64",
+        "float32",
+        "float32, compensated",
+    }
+
+    # Few files, and a checkpoint that goes on.
+    files = {file.name for file in out.iterdir()}
+    assert files == {
+        "log.txt",
+        "speed.json",
+        "speed.md",
+        "weights.safetensors",
+        "samples.png",
+        "last.ckpt.aa",
+    }
+    kept = torch.load(out / "last.ckpt.aa", weights_only=True)
+    assert len(kept["progress"]["losses"]) == 4
