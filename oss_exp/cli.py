@@ -136,27 +136,33 @@ def _run(cfg: DictConfig, folder: Path) -> None:
 
 
 def _check_sweep(cfg: DictConfig) -> None:
-    """Raise ValueError where the jobs of a sweep would start processes that start the sweep again."""
+    """Refuse a sweep whose jobs would start processes that start the sweep again.
+
+    SLURM starts all processes of a job itself.
+    """
     settings = cfg.get("trainer") or {}
-    devices, num_nodes = settings.get("devices", 1), settings.get("num_nodes", 1)
-    alone = str(devices) == "1" and num_nodes == 1
-    sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
-    if sweeps and not alone and not SLURMEnvironment.detect():  # which starts all processes itself
+    devices = settings.get("devices", 1)
+    one_process = str(devices) == "1" and settings.get("num_nodes", 1) == 1
+    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+
+    if is_sweep and not one_process and not SLURMEnvironment.detect():
         raise ValueError(
-            f"--multirun with trainer.devices={devices}: every process would start the sweep again; sweep with one "
-            "device per job (trainer=cpu or trainer=gpu) and use several devices in single runs, or let SLURM start "
-            "the processes (hydra/launcher=submitit_slurm)"
+            f"--multirun with trainer.devices={devices}: every process would start the sweep "
+            "again; sweep with one device per job (trainer=cpu or trainer=gpu) and use several "
+            "devices in single runs, or let SLURM start the processes "
+            "(hydra/launcher=submitit_slurm)"
         )
 
 
-def _count_machines() -> None:
-    """Tell Lightning's messages which process is the first, where it goes by the processes of one machine alone.
+def _set_rank() -> None:
+    """Keep the first process of every further machine from taking itself for rank 0.
 
-    Until a trainer is built, the first process of every machine would take itself for rank 0.
+    Lightning counts the processes of one machine until a trainer is built.
     """
-    known = any(name in os.environ for name in ("RANK", "SLURM_PROCID"))
-    if not known and int(os.environ.get("NODE_RANK", 0)) > 0:
-        rank_zero_only.rank = max(1, rank_zero_only.rank)  # pyright: ignore[reportFunctionMemberAccess]
+    launched = any(name in os.environ for name in ("RANK", "SLURM_PROCID"))
+    if not launched and int(os.environ.get("NODE_RANK", 0)) > 0:
+        rank = max(1, rank_zero_only.rank)  # pyright: ignore[reportFunctionMemberAccess]
+        rank_zero_only.rank = rank  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def main() -> None:
@@ -177,7 +183,7 @@ def main() -> None:
         if (text := help_text(sys.argv[1:], CONF)) is not None:
             print(text, end="")
             return
-        _count_machines()
+        _set_rank()
         with preemption.watched():
             refuse_unknown(sys.argv[1:], CONF)
             run()

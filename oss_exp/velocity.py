@@ -148,8 +148,8 @@ def joined(velocities: Sequence[BoundVelocity]) -> BoundVelocity:
         velocities: G velocities, each divisible and bound to the same number of conditions.
     """
     count = len(velocities)
-    conditions = [velocity.condition for velocity in velocities]
-    if any(condition is None for condition in conditions):
+    conditions = [v.condition for v in velocities if v.condition is not None]
+    if len(conditions) < count:
         raise ValueError("velocities can be joined only where each sample has a condition")
 
     def fn(x: Tensor, t: Tensor, numbers: Tensor | None) -> Tensor:
