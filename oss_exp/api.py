@@ -329,8 +329,9 @@ def compare(
     held_out_noise = source.noises(held_out, "held_out", seed, HELD_OUT, like=x)
     held_out_condition = condition if held_out_condition is None else held_out_condition
     rows = source.conditions(held_out_condition, len(held_out_noise))
-    about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
     shared_problem = planner.problem(x, condition)
+    # A pipeline's guidance is known once its velocity is bound.
+    about = planner.about(condition, None if isinstance(noise, Tensor) else seed)
     per_sample_problem: Problem | None = None
 
     with planner.counter.progress:

@@ -87,7 +87,7 @@ def _is_pipeline(overrides: Sequence[str], conf: Path) -> bool:
     if choices.get("task") in ("convert", "pretrain"):
         raise ValueError(
             f"model={file.stem} is a pipeline of published parts, which task={choices['task']} "
-            "cannot read; choose a network of this package"
+            "does not take; choose a network of this package"
         )
     return True
 
