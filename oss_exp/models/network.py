@@ -146,7 +146,7 @@ class Network(Model):
         return self.parameterization.velocity(output.to(x), x, t)
 
     def _load(self, checkpoint: str) -> str:
-        """Fill the backbone, and return the SHA-256 of the file (.safetensors) or of the weights."""
+        """Fill the backbone; return the SHA-256 of a safetensors file, else of the weights."""
         path = find_asset(checkpoint, "checkpoint")
         if path.is_dir():
             path = trained_in(path)

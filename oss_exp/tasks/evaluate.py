@@ -465,7 +465,7 @@ class EvaluateModule(L.LightningModule):
         return pictures
 
     def _compute_metrics(self, label: str) -> dict[str, float]:
-        """Return the values of a label's metrics, {} where it has none; remember those that fail."""
+        """Return the values of a label's metrics, if it has any; remember those that fail."""
         for name, metrics in self._metric_sets():
             if name == label:
                 values, failed = metrics.compute()

@@ -160,7 +160,7 @@ def build_setting(
 
 
 def _bind(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
-    """Return the strategy; a closed-form one is bound to the model, for it may be the model's own."""
+    """Return the strategy; a closed-form one is bound to the model, which may set its times."""
     if isinstance(strategy, ClosedForm):
         return replace(strategy, schedule=strategy.schedule.bind(model))
     return strategy
@@ -172,7 +172,7 @@ def takes_prompts(model: DictConfig) -> bool:
 
 
 def prompts_for(cfg: DictConfig) -> dict[str, list[str]]:
-    """Return {"prompts": the data's prompts}, an argument for a model that takes prompts, else {}.
+    """Return the argument {"prompts": [...]} for a model that takes prompts, else {}.
 
     Such a model encodes all of them before it loads its network.
     """

@@ -217,7 +217,7 @@ def _descend(
 def _changes(
     r: int, move: int, student: Student[Path, Checkpoint]
 ) -> Iterator[tuple[int, int | None]]:
-    """Yield the changes to try at node r: (nodes to move it by, None), or (0, order of its step)."""
+    """Yield the changes to try at node r: (nodes to move by, None), or (0, order of its step)."""
     if r or student.start != "pinned":
         yield -move, None
         yield move, None
