@@ -1,12 +1,12 @@
 """Optimal step schedules for few-step diffusion and flow-matching samplers (OSS, arXiv 2503.21774).
 
 All public names are attributes of this package, such as `oss_exp.OSSShared`. User code,
-the `_target_` entries of configurations and saved schedules use these names and no
-module paths, so files can move. A name is imported when it is first used: importing the
-package takes milliseconds and does not load torch.
+the `_target_` entries of configurations and saved schedules use these names, never the
+paths of modules, so files can move. A name is imported when it is first used: importing
+the package takes milliseconds and does not load torch.
 
-`__all__` lists what users of the library need, `CONFIGURED` the further names that
-configurations use, and `BASES` the classes that extensions subclass.
+`PUBLIC` (and `__all__`) has what users of the library need, `CONFIGURED` what
+configurations use besides, and `BASES` what extensions subclass and functions return.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 ASSETS = Path(__file__).parent / "assets"  # shipped networks, schedules, prompts
 
+# Each of the three tables maps a name to its module below this package.
 PUBLIC = {
     # Functions.
     "compare": "api",
@@ -265,7 +266,7 @@ CONFIGURED = {
     "PipelineSchedule": "models.pipeline",
 }
 
-# Classes that extensions subclass, and types that the verbs and files return.
+# Classes that extensions subclass, and types of what functions return.
 BASES = {
     "Calibration": "calibration",
     "Comparison": "api",

@@ -3,8 +3,8 @@
 They take a model, a pipeline of diffusers (`search` and `compare`), or a plain velocity
 v(x (M, *E), t (M,)) -> (M, *E) in canonical time: x_t = (1 - t) x0 + t eps and
 v = eps - x0, with noise at t = 1 and data at t = 0. Noises are standard normal; a
-teacher or a schedule that begins below t = 1 scales them. Legend: B noises, C
-conditions, K steps, N teacher steps, *E event dims.
+teacher or a schedule that begins below t = 1 scales them. Legend: B noises, M rows of a
+call, C conditions, K steps, N teacher steps, *E event dims.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 else:
     DiffusionPipeline = Any  # diffusers is not imported for its name
 
-PER_SAMPLE = 32  # held-out noises for strategies that plan a schedule for each sample
+PER_SAMPLE = 32  # most held-out noises for strategies that plan a schedule for each sample
 
 
 @overload
@@ -110,7 +110,7 @@ def search(
     seed: int = 0,
     progress: bool | None = None,
 ) -> StepSchedule | dict[int, StepSchedule]:
-    """Search the step schedule of `num_steps` network calls that stays closest to a teacher.
+    """Search the step schedule of `num_steps` steps that ends closest to a teacher.
 
     The teacher is a run of many steps. The schedule's times are chosen from the
     teacher's times so that few steps end as close to it as possible. The defaults suit
@@ -124,8 +124,8 @@ def search(
             which is a `Model`.
         noise: Standard normal noises (B, *E), float32 or float64. For a model also how
             many to draw; None draws 32, or one for each prompt of a pipeline.
-        num_steps: K, the number of network calls, or several. One search serves all of
-            them.
+        num_steps: K, the number of steps, or several numbers, which one search serves.
+            A step is one network call with most solvers.
         prompts: Prompts of a pipeline of diffusers; required for one.
         solver: Solver of teacher and student. It searches without its calibration. The
             default, DPM-Solver++ of order up to 2, is far better than Euler at few
@@ -146,8 +146,8 @@ def search(
         condition: Conditions (C, ...) of a model, such as classes (C,); the noises take
             them in turn. None uses every class in turn for a model that needs one.
         guidance: Scales of classifier-free guidance, such as [1, 3, 7]: one schedule is
-            searched for all of them, each noise at each scale. None uses the model's
-            own scale, at which a schedule is best, and which it should be used at.
+            searched for all of them, each noise at each scale. None searches at the
+            model's own scale, and the schedule is best used at that scale.
         seed: Seed of drawn noises.
         progress: Whether to draw a progress bar on stderr. None draws one on a
             terminal.
@@ -264,7 +264,7 @@ def compare(
             `BoundVelocity`, a `Model`, or a pipeline of diffusers.
         noise: Standard normal noises (B, *E) that strategies plan on. For a model also
             how many to draw; None draws 32, or one for each prompt of a pipeline.
-        num_steps: K, the number of network calls, or several.
+        num_steps: K, the number of steps, or several numbers.
         prompts: Prompts of a pipeline of diffusers; required for one.
         strategies: {label: strategy}. None uses those of `standard_strategies()` of
             this module that fit the teacher, with the default strategy of `search` as
@@ -367,7 +367,7 @@ def compare(
 
 
 def _record(values: Tensor, steps: StepSchedule, nfe: int) -> dict[str, Any]:
-    """Return a row of `Comparison` from the values (n, 3) or (n, 4) of `Planner.measure`."""
+    """Return a schedule's record from its values (n, 3) or (n, 4) of `Planner.measure`."""
     metrics: dict[str, float] = {}
     if values.shape[1] > 3:
         metrics["spectral, dB"] = float(values[:, 3].mean())

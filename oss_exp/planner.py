@@ -1,8 +1,8 @@
-"""Plan and measure schedules for the front door, after a check of the arguments.
+"""The work behind `search`, `sample` and `compare`: check arguments, plan and measure schedules.
 
 `SampledSource` hides whether a model, a diffusers pipeline or a plain velocity is
 sampled. `Planner` holds what all strategies of one search or comparison share. Legend:
-B noises, C conditions, K steps, *E event dims.
+B noises, n held-out noises, C conditions, K steps, *E event dims.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class SampledSource:
-    """A model or a bound velocity, with the name that messages and files use for it."""
+    """What is sampled: a model (a pipeline is wrapped as one) or a bound velocity.
+
+    Attributes:
+        name: Its name in messages and files.
+        sampled: The model or the velocity.
+    """
 
     name: str
     sampled: Model | BoundVelocity
@@ -238,7 +243,7 @@ class SampledSource:
     def teacher(
         self, solver: Solver, steps: StepSchedule, noise: Tensor, condition: Tensor | None
     ) -> Tensor:
-        """Return x0 of the teacher: of a finetuned model, the model before finetuning."""
+        """Return the teacher's x0 (B, *E); a finetuned model's teacher is the one before that."""
         if isinstance(self.sampled, BoundVelocity):
             return self.sample(solver, steps, noise, None)
         return self.sampled.original.sample(solver, steps, noise, condition)
@@ -248,7 +253,7 @@ class SampledSource:
         return self.sampled.decode(x0) if isinstance(self.sampled, Model) else x0
 
     def part(self, rows: Tensor) -> SampledSource:
-        """Return the source for these rows of the samples that it is bound to."""
+        """Return the source for some samples, the rows (b,) of those that it is bound to."""
         bound = self.sampled
         if isinstance(bound, Model) or bound.condition is None:
             return self
@@ -290,12 +295,12 @@ class Planner:
         source: What is sampled.
         budgets: Sorted distinct numbers of steps K.
         solver: Solver of teacher and student.
-        teacher: Noise schedule of the teacher; None: the source's default.
+        teacher: Noise schedule of the teacher. None uses the source's default.
         num_teacher_steps: Number of steps of the teacher. The nodes that strategies
             must visit are added.
         strategies: Strategies that will be planned.
         distance: What a search minimises.
-        progress: Whether to draw a progress bar; None: if stderr is a terminal.
+        progress: Whether to draw a progress bar. None draws one on a terminal.
     """
 
     def __init__(
@@ -355,9 +360,13 @@ class Planner:
         first: int = 0,
         guidance: Sequence[float] | None = None,
     ) -> Problem:
-        """Return the search problem of noises (B, *E), the samples from index `first` on.
+        """Return the search problem of standard normal noises.
 
-        With G scales of guidance every noise is a sample G times, once at each scale.
+        Args:
+            noise: (B, *E).
+            condition: Conditions (C, ...), which the noises take in turn.
+            first: Index of the first sample.
+            guidance: G scales. Every noise is then G samples in a row, one at each.
         """
         rows = self.source.conditions(condition, len(noise))
         velocity = self.source.velocity(rows, len(noise))
@@ -433,7 +442,8 @@ class Planner:
 
         Returns:
             {(label, K): (n, 3) float64}: sample index, PSNR, and spread relative to the
-            teacher's. Waveforms have a fourth column, the spectral distance.
+            teacher's. Waveforms have a fourth column, the spectral distance. A
+            per-sample schedule has rows for its own samples only.
         """
         grid = StepSchedule(self.grid)
         teacher_solver = replace(self.solver, calibration=None)
@@ -480,7 +490,7 @@ class Planner:
         noise: Tensor,
         condition: Tensor | None,
     ) -> Tensor:
-        """Return x0 of the held-out noises `rows`, sampled with a schedule."""
+        """Return x0 (b, *E) of rows (b,) of the held-out noises (n, *E), by a schedule."""
         if steps.per_sample:
             steps = steps.rows((HELD_OUT + rows).tolist())
         x0 = self.source.part(rows).sample(self.solver, steps, noise[rows], condition)

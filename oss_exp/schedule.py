@@ -1,8 +1,8 @@
-"""Step schedules: the times at which a few-step student calls the network, its start and its steps.
+"""Step schedules: the times of a few-step student, and how it starts and takes its steps.
 
 Every strategy returns a `StepSchedule`, and every sampler runs one. It is saved as JSON
-with its provenance (docs/schedule_format.md). Legend: B samples, K network calls, G
-conditions, *E event dims. Times are canonical (1 noise, 0 data) and float64.
+with its provenance (docs/schedule_format.md). Legend: B samples, K steps, G conditions,
+P weights of a fitted step, *E event dims. Times are canonical (1 noise, 0 data) and float64.
 """
 
 from __future__ import annotations
@@ -219,18 +219,17 @@ class StepSchedule:
         provenance: Mapping[str, Any] | None = None,
         range: Certificate | None = None,
     ):
-        # Fields of a frozen dataclass.
+        # The schedule has a copy of the times, which the caller cannot change.
+        copied_times = torch.as_tensor(times, dtype=torch.float64).clone()
         values = {
-            "times": torch.as_tensor(
-                times, dtype=torch.float64
-            ).clone(),  # the caller may change it
+            "times": copied_times,
             "start": start,
             "steps": steps,
             "samples": samples,
             "provenance": {} if provenance is None else provenance,
             "range": range,
         }
-        for name, value in values.items():
+        for name, value in values.items():  # the dataclass is frozen
             object.__setattr__(self, name, value)
 
         # Checks, in the order in which they build on one another.
@@ -256,7 +255,7 @@ class StepSchedule:
             raise ValueError(f"the last step time must be 0 (clean data), got {_listed(times)}")
 
     def _check_samples(self) -> None:
-        """Raise ValueError unless exactly times (B, K+1) have B different sample indices."""
+        """Raise ValueError unless times (B, K+1) have B sample indices, and times (K+1,) none."""
         samples = () if self.samples is None else self.samples
         are_shared = self.times.ndim == 1
         if are_shared != (self.samples is None) or (
@@ -318,7 +317,7 @@ class StepSchedule:
 
     @property
     def num_steps(self) -> int:
-        """K, the number of jumps that call the network."""
+        """K, the number of steps; the jump of an analytic start is none."""
         return self.times.shape[-1] - 1
 
     @property
@@ -352,7 +351,7 @@ class StepSchedule:
         return self.steps.mean if isinstance(self.steps, FittedSteps) else None
 
     def about(self, section: str) -> Mapping[str, Any]:
-        """Return a section of the provenance, such as "model"; empty where it is absent."""
+        """Return a section of the provenance, such as "model", or an empty mapping."""
         content = self.provenance.get(section)
         return content if isinstance(content, Mapping) else {}
 
@@ -534,7 +533,8 @@ def group_mean(mean: Tensor, noise: Tensor, group: Tensor | None) -> Tensor:
         group: (B,) condition of each sample; None where there is only one.
 
     Raises:
-        ValueError: If the means are of another shape, or of too few conditions.
+        ValueError: If the means have another shape, there are too few of them, or there
+            are several and no group chooses among them.
     """
     # Shape.
     event_shape = tuple(mean.shape[1:])
@@ -561,16 +561,16 @@ def group_mean(mean: Tensor, noise: Tensor, group: Tensor | None) -> Tensor:
 
 
 def analytic_jump(noise: Tensor, mean: Tensor, start_time: float, t: Tensor) -> Tensor:
-    """Return the Euler jump from pure noise to t, with the mean as the clean prediction.
+    """Return the state (B, *E) at t after an Euler step from noise towards the mean.
 
-    At pure noise a network can only answer the mean, so the jump needs no network call:
-    x_t = (t / t_N) z + (1 - t / t_N) mean.
+    At pure noise the best prediction of the clean sample is the mean, so the step needs
+    no network call: x = (t / t_0) z + (1 - t / t_0) mean.
 
     Args:
         noise: z, (B, *E), at start_time.
-        mean: (B, *E).
-        start_time: t_N, the time of the noise.
-        t: (), or (B,).
+        mean: (B, *E) mean clean sample of each sample's condition.
+        start_time: t_0, the time of the noise.
+        t: time to reach, () or (B,).
     """
     ratio = rowwise(t / start_time, noise)
     return ratio * noise + (1 - ratio) * mean

@@ -1,7 +1,7 @@
 """The velocity that solvers and searches call: a network with its condition and guidance bound.
 
-Legend: B bound samples, M rows (a multiple of B), R outputs of a guided call, *E event
-dims.
+Legend: B bound samples, M rows (a multiple of B, except inside `fn`), R outputs of a
+guided call, *E event dims.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class BoundVelocity:
         micro_batch: Most rows in one call of `fn`.
         mix: Weights of the R outputs, whose weighted sum is v. A guidance scale g has
             the weights (g, 1 - g), with the conditional output first.
-        mixed_within: Times (low, high) between which a row of x costs R network rows.
-            Outside, it costs one.
-        divisible: Whether it can be cut to some of its samples. A plain function
-            cannot, because it may depend on which row is which sample.
+        mixed_within: The interval of times [low, high] in which guidance applies, so that a
+            row of x costs R network rows. Outside, it costs one.
+        divisible: Whether `subset` can cut it to some of its samples. A plain function
+            cannot be cut, because it may tell samples apart by their rows.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor | None], Tensor] = standard_normal_velocity
@@ -69,7 +69,7 @@ class BoundVelocity:
         return cls(partial(_unconditioned, velocity), divisible=False)
 
     def rows_at(self, t: Tensor) -> Tensor:
-        """Return the number of network rows that one row of x costs at each time."""
+        """Return the number of network rows (M,) that a row of x costs at each time t (M,)."""
         low, high = self.mixed_within
         return torch.where((t >= low) & (t <= high), len(self.mix), 1)
 
@@ -82,7 +82,7 @@ class BoundVelocity:
         return self.apart(self.raw(x, t))
 
     def apart(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """Split the result of `raw` into its R outputs."""
+        """Split the result of `raw` into its R outputs (M, *E)."""
         return (raw,) if len(self.mix) == 1 else raw.unbind(1)
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -93,7 +93,7 @@ class BoundVelocity:
         return sum(others, first)
 
     def raw(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the result of `fn` for all rows, computed in micro-batches."""
+        """Return the result of `fn`, (M, *E) or (M, R, *E), computed in micro-batches."""
         condition = None
         if self.condition is not None:
             repeats = len(x) // len(self.condition)
@@ -108,10 +108,9 @@ class BoundVelocity:
         return torch.cat(parts)
 
     def offloaded(self, device: torch.device) -> BoundVelocity:
-        """Return the velocity of rows in host memory.
+        """Return the velocity for x in host memory and a network on `device`.
 
-        Each micro-batch is moved to `device`, where the network is, and its result is
-        moved back.
+        Each micro-batch is moved to the device, and its result is moved back.
         """
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
@@ -141,27 +140,31 @@ def joined(velocities: Sequence[BoundVelocity]) -> BoundVelocity:
     """Bind several velocities of the same B samples as one velocity of all of them.
 
     A search on it finds one schedule for all, such as for several guidance scales. Sample
-    b of velocity g is sample G b + g of the result, so a split of the samples over ranks
-    splits whole groups.
+    b of velocity g is sample G b + g of the result, so the G samples of one b are
+    neighbours.
 
     Args:
-        velocities: G velocities, each divisible and bound to the same number of conditions.
+        velocities: G divisible velocities, each bound to B conditions.
+
+    Raises:
+        ValueError: If one of them is bound to no conditions.
     """
-    count = len(velocities)
+    num_velocities = len(velocities)
     conditions = [v.condition for v in velocities if v.condition is not None]
-    if len(conditions) < count:
+    if len(conditions) < num_velocities:
         raise ValueError("velocities can be joined only where each sample has a condition")
 
-    def fn(x: Tensor, t: Tensor, numbers: Tensor | None) -> Tensor:
-        assert numbers is not None
+    def fn(x: Tensor, t: Tensor, samples: Tensor | None) -> Tensor:
+        assert samples is not None
         v = torch.empty_like(x)
-        for number, velocity in enumerate(velocities):
-            rows = (numbers % count == number).nonzero()[:, 0]
+        for g, velocity in enumerate(velocities):
+            rows = (samples % num_velocities == g).nonzero()[:, 0]
             if len(rows):
-                part = velocity.subset(numbers[rows] // count)
+                part = velocity.subset(samples[rows] // num_velocities)
                 v[rows] = part(x[rows], t[rows])
         return v
 
-    samples = len(conditions[0]) * count
-    micro_batch = min(velocity.micro_batch for velocity in velocities) * count
-    return BoundVelocity(fn, torch.arange(samples, device=conditions[0].device), micro_batch)
+    # The condition of a sample is its number.
+    samples = torch.arange(len(conditions[0]) * num_velocities, device=conditions[0].device)
+    micro_batch = min(velocity.micro_batch for velocity in velocities) * num_velocities
+    return BoundVelocity(fn, samples, micro_batch)

@@ -1,7 +1,7 @@
-"""A neural network behind canonical time.
+"""A neural network as a velocity in canonical time.
 
-Any backbone, any parameterization, and weights from a file. Helpers for the families, which build
-their networks from parts and sizes, are at the end.
+`Network` takes any backbone, any parameterization, and weights from a file. At the end are helpers
+for the model families, which build their networks from parts and sizes.
 
 Legend: B samples, M rows, *E event dims.
 """
@@ -35,19 +35,19 @@ class Network(Model):
 
     Args:
         name: Name in tables and files.
-        backbone: Maps x (M, *E), clock (M,) and classes (M,), -1 for none, to the output that the
-            parameterization describes.
+        backbone: Maps input (M, *E), clock (M,) and classes (M,), -1 for none, to an output. The
+            parameterization says what the three mean.
         parameterization: Clock, input scaling and output of the backbone.
         event_shape: *E.
         num_classes: Number of classes, or None.
         decoder: Maps x0 (B, *E) to pixels in [0, 1].
-        guidance: Guidance that applies where none is passed.
-        micro_batch: Number of network rows evaluated at a time.
+        guidance: Guidance of a velocity that is bound without one.
+        micro_batch: Most network rows in one call of the backbone.
         dtype: Type of the network's weights and input; states and times stay wider.
         checkpoint: File of weights, by path or by the name it is shipped under, or the run folder
             of a `task=pretrain`. `untrained` leaves the weights as initialised, for training.
-        weights_set: Which of several sets of weights in that file. None takes the one that fits,
-            and the average if several do.
+        weights_set: Name of a set of weights in that file. None takes the set that fits the
+            backbone; if several do, the averaged weights (EMA).
     """
 
     def __init__(
@@ -91,11 +91,15 @@ class Network(Model):
 
     @property
     def needs_classes(self) -> bool:
-        """Tell whether the network was trained with classes, and so is at its best with one."""
+        """True if the network was trained with classes, so that a sample should have one."""
         return self.num_classes is not None
 
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
-        """Bind classes (B,) and guidance. Raises ValueError for a class that does not exist."""
+        """Return the velocity with classes (B,) and guidance bound.
+
+        Raises:
+            ValueError: If a class does not exist, or there is guidance but no class.
+        """
         if condition is not None:
             valid = (condition >= 0) & (condition < (self.num_classes or 0))
             if not bool(valid.all()):
@@ -124,8 +128,9 @@ class Network(Model):
 
         Args:
             network: The backbone in training, with the same inputs as this model's own.
-            batch: x0 and noise (B, *image_shape), t (B,) float64, label (B,), NO_CLASS for none,
-                and shared (B,), a number in (0, 1) that all examples of a step have in common.
+            batch: x0 and noise (B, *image_shape), t (B,) float64, and label (B,), NO_CLASS for
+                none. It also has shared (B,), a number in (0, 1) that all examples of a training
+                step have in common, which this loss does not use.
         """
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         x = rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise
@@ -141,7 +146,7 @@ class Network(Model):
         return self.parameterization.velocity(output.to(x), x, t)
 
     def _load(self, checkpoint: str) -> str:
-        """Fill the backbone, and return a SHA-256: of a safetensors file, else of the weights."""
+        """Fill the backbone; return the SHA-256 of a safetensors file, else of the weights."""
         path = find_asset(checkpoint, "checkpoint")
         if path.is_dir():
             path = trained_in(path)
@@ -151,7 +156,7 @@ class Network(Model):
         return digest(self.backbone.state_dict())
 
     def _fill(self, path: Path, translate: Translate = Tensors) -> None:
-        """Read every weight of the backbone from a file; none of either may be left over."""
+        """Fill the backbone from a file; neither may have a weight that the other lacks."""
         weights = self.backbone.state_dict()
         reader = f"model={self.name}"
         self.backbone.load_state_dict(read_for(path, weights, translate, self.weights_set, reader))
@@ -178,7 +183,7 @@ def at_size(name: str, size: str, sizes: Mapping[str, Any]) -> str:
 
 
 def build_part(sizes: Mapping[str, Mapping[str, Any]], size: str, part: str) -> Any:
-    """Build one part of a model at a size; an error names the settings that cannot be built."""
+    """Build one part of a model at a size; an error names the settings that do not fit."""
     with settings_named(f"sizes.{size}.{part}"):
         return sizes[size][part]()
 

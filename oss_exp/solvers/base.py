@@ -24,7 +24,7 @@ from oss_exp.tensors import rowwise
 from oss_exp.velocity import VelocityFn
 
 WeightRule = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
-"""(times of the outputs, newest first; time to reach) -> a weight for each of some vectors."""
+"""rule(times of the outputs, newest first; time to reach) -> the weights of a sum of vectors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,8 @@ class State:
         t: (M,) float64 its canonical time.
         outputs: the last H remembered outputs, (M, *E) each, newest first.
         times: the times (M,) of these outputs.
-        order: (M,) order of the step that led here; None before the first step.
+        order: (M,) order of the step that led here; None before the first step, and for
+            solvers that are not linear multistep.
         step: the number of steps so far.
     """
 
@@ -48,9 +49,9 @@ class State:
     step: int = 0
 
     def map(self, change: Callable[..., Tensor], *others: State) -> State:
-        """Return a state whose tensors are `change(tensor, *the same tensor of the others)`.
+        """Return a state with `change` applied to each tensor and the same ones of the others.
 
-        It reshapes, selects or merges the rows of all tensors at once.
+        Example: `state.map(lambda rows: rows[:2])` keeps the first two rows.
         """
         columns = zip(self._tensors, *(other._tensors for other in others), strict=True)
         x, t, *memory = (change(*tensors) for tensors in columns)
@@ -84,7 +85,7 @@ class Solver(_Ordered, abc.ABC):
 
     Args:
         calibration: an amplitude table, or its file, that `sample` applies before each
-            network call. A search and its teacher run without it.
+            step. A search and its teacher run without it.
     """
 
     calibration: Calibration | str | Path | None = field(default=None, kw_only=True)
@@ -95,12 +96,12 @@ class Solver(_Ordered, abc.ABC):
 
     @property
     def evals_per_step(self) -> int:
-        """Network calls of a step whose ends are both regular."""
+        """Network calls of one step; a step that ends at t = 0 may need fewer."""
         return 1
 
     @property
     def amplitude_table(self) -> Calibration | None:
-        """The calibration, read if a file was given."""
+        """The calibration as a table; None without one."""
         assert not isinstance(self.calibration, str | Path)
         return self.calibration
 
@@ -137,7 +138,7 @@ class Solver(_Ordered, abc.ABC):
 class Singlestep(Solver):
     """A solver that remembers no earlier step and calls the network again within a step.
 
-    Methods of order p make p calls.
+    A step of order p makes p calls.
     """
 
     @property
@@ -154,7 +155,7 @@ class Singlestep(Solver):
 
     @abc.abstractmethod
     def inner_step(self, f: VelocityFn, state: State, t_next: Tensor) -> Tensor:
-        """Return x at t_next (M,) from an observed state; neither end is singular."""
+        """Return x (M, *E) at t_next (M,) from an observed state; neither time is singular."""
 
     def advance(
         self, f: VelocityFn, state: State, t_next: Tensor, order: int | Tensor | None = None
@@ -165,7 +166,8 @@ class Singlestep(Solver):
         if 1.0 in self.singular_at:
             regular = regular & (state.t < 1)
         if self.evals_per_step > 1 and bool(regular.any()):
-            # Rows with a singular end get any regular times; their result is not used.
+            # Rows that start or end at a singular time get regular ones, whatever they are;
+            # their result is not used.
             start = torch.where(regular, state.t, 0.6)
             end = torch.where(regular, t_next, 0.4)
             inner = self.inner_step(f, replace(state, t=start), end)
@@ -220,8 +222,9 @@ class LinearMultistep(Solver):
 
         Args:
             times: of the outputs, newest first, that of the current state being the
-                newest. Their number is the order. All of them broadcast to `t_next`.
-            t_next: time to reach.
+                newest. Their number is the order.
+            t_next: time to reach. Its shape and those of the times broadcast with each
+                other, and a and each b with the common shape.
         """
         a, *b = self.at_ends(self._any_order, times, t_next)
         return a, b
@@ -344,8 +347,8 @@ class LinearMultistep(Solver):
         if not bool(regular.any()):
             return lower
 
-        # Singular rows get any regular times; their result is not used, and infinities there
-        # would spoil the gradient of the others.
+        # Singular rows get regular times, whatever they are. Their result is not used, but
+        # infinities there would spoil the gradient of the others.
         times = [torch.where(regular, time, 0.5 + 0.1 * h) for h, time in enumerate(times)]
         weights = rule(times, torch.where(regular, t_next, 0.4))
         for p, low in enumerate(lower):

@@ -35,7 +35,7 @@ def walk(
         x: (M, *E) state at times[0].
         times: (K+1,) or (K+1, M) decreasing canonical times.
         orders: orders of the K steps, () or (M,) each; None means the solver's own.
-        calibration: applied to the state before each network call.
+        calibration: applied to the state before each step.
     """
     times = times.to(x.device)
     num_steps = len(times) - 1
@@ -74,12 +74,16 @@ def sample(
     Args:
         solver: takes the steps.
         f: the velocity.
-        noise: (B, *E). A per-sample schedule needs one row for each noise, in the same
-            order.
+        noise: (B, *E) initial noise at steps.start_time. A per-sample schedule needs one
+            row for each noise, in the same order.
         steps: the schedule.
         group: (B,) condition of each sample, for the schedule's mean.
         watch: is called at each of the K steps with the predicted clean sample. It
             costs no network call.
+
+    Raises:
+        ValueError: the noise has another number of samples than a per-sample schedule,
+            or the solver cannot take steps of the stored orders.
     """
     if steps.per_sample and len(steps.times) != len(noise):
         raise ValueError(
@@ -99,7 +103,7 @@ def sample(
     for step, state in enumerate(walk(solver, velocity, x, times, orders, calibration)):
         x = state.x
         if watch is not None and step < steps.num_steps:
-            # The newest; those before it are of calls within the step that led here.
+            # The newest prediction; those before it come from calls within the last step.
             watch(step, torch.cat(predictions)[-len(noise) :])
             predictions.clear()
     return x
@@ -165,12 +169,14 @@ def _with_predictions(velocity: BoundVelocity, predictions: list[Tensor]) -> Bou
 
 
 def nfe(solver: Solver, steps: StepSchedule, velocity: BoundVelocity | None = None) -> int:
-    """Return the network rows for each sample of `sample`; of per-sample schedules the most.
+    """Return how many network rows `sample` needs for one sample.
+
+    Where samples have their own schedules, it is the largest number among them.
 
     Args:
         solver: takes the steps.
         steps: the schedule.
-        velocity: says how many rows a call has; None means one.
+        velocity: says how many rows a call has at each time; None means one.
     """
     if isinstance(steps.steps, FittedSteps):
         solver = Euler()  # calls the network where fitted steps do
@@ -196,12 +202,12 @@ def _rows(solver: Solver, times: Tensor, velocity: BoundVelocity | None) -> int:
 class FittedSolver(Solver):
     """A solver with given coefficients: x_next = sum_p w_p u_p, u = (x, noise, mean, x0, ...).
 
-    Its steps have no order. Under guidance every network call remembers its R
-    predictions of x0 apart.
+    Its steps have no order. A guided network call has R outputs, and the prediction of x0
+    from each of them has a weight of its own.
 
     Args:
-        weights: (K, P) one row for each step, 0 where there is no output yet. The
-            predictions of x0 are ordered newest first.
+        weights: (K, P) one row for each step, 0 for predictions that do not exist yet.
+            The predictions of x0 are ordered newest first.
         constants: noise and mean, (B, *E) each.
     """
 
@@ -224,10 +230,10 @@ class FittedSolver(Solver):
 
 
 def remember_parts(state: State, velocities: Sequence[Tensor], capacity: int) -> State:
-    """Return the state with the predictions of x0 of a guided network call.
+    """Return the state that also remembers a network call's R predictions of x0.
 
     Args:
-        state: at which the network was called.
+        state: the state at which the network was called.
         velocities: R outputs (M, *E) of the call; each is remembered as x0 = x - t v.
         capacity: the number of predictions to keep, newest first.
     """

@@ -32,7 +32,7 @@ class Collective:
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the rows of all ranks, one rank after the other.
 
-        The tensor is (b, ...), where every rank has a b of its own.
+        The ranks' tensors (n, ...) may have different numbers of rows n.
         """
         return tensor
 
@@ -41,8 +41,8 @@ class Collective:
 class Teacher:
     """The many-step run that students are compared with.
 
-    It takes the problem's solver over the whole grid once. Nothing is computed before
-    it is first used. The arguments are those of `Problem`.
+    The problem's solver takes it over the whole grid, from node to node, once. Nothing is
+    computed before it is first used. The arguments are those of `Problem`.
     """
 
     velocity: BoundVelocity
@@ -130,7 +130,7 @@ class Teacher:
 
     @cached_property
     def target_norms(self) -> Tensor:
-        """The squared length of the targets, (N+1, B) float64."""
+        """The squared lengths of the targets, (N+1, B) float64."""
         return torch.stack([target.flatten(1).double().square().sum(1) for target in self.targets])
 
     @property
@@ -143,7 +143,7 @@ class Teacher:
         _ = self.states, self.targets
 
     def subset(self, samples: Tensor | slice, velocity: BoundVelocity) -> Teacher:
-        """Return the same run for some of the samples; nothing is computed again.
+        """Return the same run for some of the samples; no network call is repeated.
 
         Args:
             samples: (b,) positions, or a slice of them.
@@ -256,7 +256,10 @@ class Problem:
 
     @property
     def num_nodes(self) -> int:
-        """The number of teacher steps, N."""
+        """N, the number of nodes that a step can start from, and of the teacher's steps.
+
+        Node N, the data, is not counted.
+        """
         return len(self.grid) - 1
 
     def cost(self, x: Tensor, nodes: Tensor) -> Tensor:
@@ -293,7 +296,8 @@ class Problem:
     def subset(self, samples: Tensor) -> Problem:
         """Return the problem for some of this rank's samples, without other ranks.
 
-        The teacher, its targets and its mean are those of all samples.
+        It keeps what the teacher has computed: its states for these samples, and its mean
+        over all samples of all ranks.
 
         Args:
             samples: (b,) positions.

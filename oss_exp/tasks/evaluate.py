@@ -45,9 +45,9 @@ from oss_exp.tasks.task import Task
 from oss_exp.tasks.trajectories import Recorder, Trajectories
 from oss_exp.velocity import BoundVelocity
 
-SHOWN = 8  # images per row in the picture of samples
+SHOWN = 8  # first samples whose images are kept for the report
 TEACHER_STEPS = 8  # recorded steps of the teacher's trajectory
-KEPT_EVERY = 30  # seconds between two savings of the progress
+KEPT_EVERY = 30  # seconds from one saving of the progress to the next
 ABSENT = {
     "classes": "the samples have none (data.classes)",
     "prompts": "the model takes none (data=prompts and a model of prompts)",
@@ -56,10 +56,11 @@ ABSENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Task):
-    """Measure one step schedule against the teacher.
+    """Measure step schedules against the teacher.
 
     Attributes:
-        schedule: Path of a saved step schedule. None: plan `stepsize` first, and measure that.
+        schedule: Path of a saved step schedule. None plans the strategies of `stepsize` first,
+            and measures their schedules.
         allow_other_model: Accept a schedule that was searched on other weights.
     """
 
@@ -89,7 +90,8 @@ def metrics_of(run: Run) -> Metrics:
     Raises:
         ValueError: If a metric needs what the run does not have.
     """
-    # Metrics that suit the samples; only a decoder knows how many frames a video has.
+    # Metrics that suit the samples. The number of a video's frames, each of which is an image to a
+    # metric, is not known before decoding.
     model = run.setting.model
     is_video = len(model.event_shape) == 4
     conditions = {"classes": run.data.classes, "prompts": run.data.prompts}
@@ -170,14 +172,15 @@ class EvaluateModule(L.LightningModule):
     Args:
         setting: Model, grid, solver and distance.
         schedules: The schedules by label.
-        rows: What the table has in the row of every label.
+        rows: What is known of each schedule before it is measured, by label.
         folder: The run folder.
         about: The provenance of the run.
         metrics: What is measured besides PSNR.
-        save_images: "png" or "npz": the format of all images; None: save only the first.
+        save_images: "png" or "npz", the format in which all images are saved. None saves only the
+            first ones.
         trajectories: Collects the predictions of x0.
         eval_samples: Number of held-out samples, over all ranks.
-        prompts: The prompts that conditions number; None without prompts.
+        prompts: The prompts, of which a sample's condition is an index; None without prompts.
     """
 
     def __init__(
@@ -205,7 +208,7 @@ class EvaluateModule(L.LightningModule):
         self.eval_samples = eval_samples
         self.prompts = prompts
 
-        # Metrics; a schedule per sample has too few samples for a distribution.
+        # Metrics; a per-sample schedule has too few samples for a distribution.
         self.metrics = {"teacher": metrics()}
         for label, steps in schedules.items():
             if not steps.per_sample:
@@ -222,7 +225,7 @@ class EvaluateModule(L.LightningModule):
         self.saved_at = time.monotonic()
         self.velocity: BoundVelocity | None = None
 
-        # Results by label: rows of (index, PSNR, amplitude ratio), and pictures with their index.
+        # Results by label: rows of (index, PSNR, spread), and pictures with their indices.
         self.values: dict[str, list[Tensor]] = {}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {"teacher": []}
         for label in schedules:
@@ -260,8 +263,8 @@ class EvaluateModule(L.LightningModule):
         original = self.model.original
         grid = self.setting.teacher
         recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
-        reference, teacher = run(original, plain, grid, noise, condition, None, recorder)
-        width = spread(reference)
+        x0, teacher = _sampled(original, plain, grid, noise, condition, None, recorder)
+        width = spread(x0)
 
         # A distributed sampler repeats samples to even out the ranks; metrics take each once.
         position = self.num_seen + torch.arange(len(index), device=index.device)
@@ -270,7 +273,7 @@ class EvaluateModule(L.LightningModule):
         self.num_seen += len(index)
         self._record("teacher", batch, teacher, teacher, is_new)
 
-        # Students; a schedule per sample covers some of the samples.
+        # Students; a per-sample schedule covers some of the samples.
         for label, steps in self.schedules.items():
             rows = torch.arange(len(index), device=index.device)
             if steps.per_sample:
@@ -282,11 +285,13 @@ class EvaluateModule(L.LightningModule):
             row_condition = None if condition is None else condition[rows]
             group = None if classes is None else classes[rows]
             recorder = self.trajectories.recorder(label, self.model, steps, index[rows])
-            x0, images = run(self.model, solver, steps, noise[rows], row_condition, group, recorder)
+            x0, images = _sampled(
+                self.model, solver, steps, noise[rows], row_condition, group, recorder
+            )
 
             quality = psnr(images, teacher[rows]).double()
-            ratio = spread(x0) / width[rows]
-            table = torch.stack([index[rows].double(), quality, ratio], dim=1)
+            relative_spread = spread(x0) / width[rows]
+            table = torch.stack([index[rows].double(), quality, relative_spread], dim=1)
             self.values[label].append(table)
             part = {key: value[rows] for key, value in batch.items()}
             self._record(label, part, images, teacher[rows], is_new[rows])
@@ -424,7 +429,7 @@ class EvaluateModule(L.LightningModule):
             self.progress.parent.rmdir()
 
     def _image_values(self, label: str, collective: DistributedCollective) -> dict[str, Any]:
-        """Return the PSNR and the amplitude ratio of a schedule's images, with their statistics."""
+        """Return the PSNR and the spread of a schedule's samples, as `measured` does."""
         empty = torch.zeros(0, 3, dtype=torch.float64, device=self.device)
         table = collective.gather(torch.cat(self.values[label] or [empty])).cpu().numpy()
 
@@ -434,11 +439,14 @@ class EvaluateModule(L.LightningModule):
             raise ValueError(
                 f"{label} has per-sample schedules for none of the held-out samples; plan it again"
             )
-        value, ratio = table[first, 1:].T
-        return measured(index, value, ratio)
+        quality, relative_spread = table[first, 1:].T
+        return measured(index, quality, relative_spread)
 
     def _gather_pictures(self, collective: DistributedCollective) -> dict[str, np.ndarray]:
-        """Return the first pictures of every label (n, H, W, C), and write all of them for npz."""
+        """Return the first pictures by label, and write all of them where they are saved as npz.
+
+        They are images (n, H, W, C) or videos (n, F, H, W, C), in bytes.
+        """
         pictures: dict[str, np.ndarray] = {}
         template_index, template_images = self.pictures["teacher"][0]
         for label, parts in self.pictures.items():
@@ -457,7 +465,7 @@ class EvaluateModule(L.LightningModule):
         return pictures
 
     def _compute_metrics(self, label: str) -> dict[str, float]:
-        """Return the metrics of a schedule; remember those that fail."""
+        """Return the values of a label's metrics, if it has any; remember those that fail."""
         for name, metrics in self._metric_sets():
             if name == label:
                 values, failed = metrics.compute()
@@ -494,14 +502,14 @@ PARTS = ("extractor", "reference", "classifier")
 
 
 class Metrics:
-    """The metrics of conf/metric, around one extractor and one reference.
+    """The configured metrics of a run; a call makes a new `MetricSet` of them.
 
-    A call makes a new set of them.
+    All sets share one extractor and one reference.
 
     Args:
         metric: The configurations of the metrics by name.
         evaluation: The configuration of the extractor and the reference.
-        inputs: Which of `classes` and `prompts` the run's images are made for.
+        inputs: Those of "classes" and "prompts" that the run's samples are conditioned on.
         images: The number of images; None if it is not known yet.
 
     Raises:
@@ -550,7 +558,7 @@ class Metrics:
             )
         self.parts = {"extractor": extractor, "reference": reference, "classifier": extractor}
 
-        # Make a set, so that errors show before any work.
+        # A first set, so that errors show before any work.
         for name, member in self().named():
             if images is not None:
                 with _named(name):
@@ -571,7 +579,7 @@ class Metrics:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """All settings that a metric's sums over images depend on."""
+        """All settings that the metrics' sums over images depend on."""
         values: Any = OmegaConf.to_container(self.settings, resolve=True)
         for name, settings in values.items():
             for key in border.class_of(settings, f"metric.{name}").at_the_end:
@@ -656,7 +664,7 @@ class MetricSet(nn.ModuleList):
         return values, failed
 
 
-def run(
+def _sampled(
     model: Model,
     solver: Solver,
     steps: StepSchedule,
@@ -665,7 +673,7 @@ def run(
     group: Tensor | None,
     recorder: Recorder | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sample x0 (B, *E) and its images, from noise (B, *E) at `steps.start_time`."""
+    """Return samples x0 (b, *E) and their images, from noise (b, *E) at `steps.start_time`."""
     x0 = model.sample(solver, steps, noise, condition, group, recorder)
     images = model.decode(x0)
     if recorder is not None:

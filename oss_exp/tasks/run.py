@@ -1,7 +1,7 @@
-"""Build everything that a run's configuration names.
+"""Build the objects that a run's configuration names.
 
-The tasks around a search share these objects. They are built once, before any work, so that
-a value that does not fit is reported in seconds.
+Searching, evaluating and comparing share them. They are built once, before any work, so that a
+value that does not fit is reported in seconds.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from oss_exp.tasks.setting import Setting, describe
 class Run:
     """The objects of one run, built from its configuration.
 
-    Writes `config.yaml` and `teacher.json` into the run folder.
+    Making it writes `config.yaml` and `teacher.json` into the run folder.
 
     Args:
         cfg: The composed configuration.
-        free: Keys of `cfg.task` that may differ from the run whose results the folder holds.
+        free: Keys of `cfg.task` that may have changed since the results in the folder were made.
 
     Raises:
         ValueError: If a value does not fit, or the folder holds results of another configuration.
@@ -51,7 +51,7 @@ class Run:
         self.cfg = cfg
         self.folder = Path(cfg.paths.output_dir)
 
-        # Model and resolved configuration.
+        # Model, and the configuration with nothing left open.
         for name in cfg.stepsize:
             require_name(stepsize=str(name))
         model = build_model(cfg)
@@ -70,7 +70,7 @@ class Run:
         if (calibration := self.setting.solver.amplitude_table) is not None:
             calibration.check(model.fingerprint, model.name, self.setting.grid)
 
-        # Budgets and data; a band that does not fit the grid is refused here.
+        # Budgets and data. Counting the calls refuses what does not fit the grid.
         self.num_steps = check_num_steps(list(cfg.num_steps), cfg.num_teacher_steps)
         self.data = self.noises()
         for strategy in self.strategies.values():
@@ -110,7 +110,7 @@ class Run:
         )
 
     def file(self, strategy: str, num_steps: int) -> Path:
-        """Return the path of a strategy's schedule."""
+        """Return the path of the file for a strategy's schedule of `num_steps` steps."""
         return self.folder / "schedules" / f"{strategy}_{num_steps}.json"
 
     def _build_trainer(self) -> L.Trainer:
@@ -142,12 +142,12 @@ def build_model(cfg: DictConfig) -> Model:
 def build_setting(
     cfg: DictConfig, model: Model, strategies: Iterable[StepsizeStrategy] = ()
 ) -> Setting:
-    """Return the teacher's grid, the solver and the distance of a configuration, with `model`.
+    """Return the model with the teacher's grid, solver and distance of a configuration.
 
     Args:
         cfg: The composed configuration.
         model: The model to run.
-        strategies: Strategies whose required nodes the grid must contain.
+        strategies: Strategies whose required times become nodes of the grid.
     """
     schedule: NoiseSchedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
     nodes = schedule.bind(model).nodes(cfg.num_teacher_steps)
@@ -160,21 +160,21 @@ def build_setting(
 
 
 def _bind(strategy: StepsizeStrategy, model: Model) -> StepsizeStrategy:
-    """Bind a closed-form schedule to the model, whose own schedule it may be."""
+    """Return the strategy; a closed-form one is bound to the model, which may set its times."""
     if isinstance(strategy, ClosedForm):
         return replace(strategy, schedule=strategy.schedule.bind(model))
     return strategy
 
 
 def takes_prompts(model: DictConfig) -> bool:
-    """Tell whether the class of a model configuration has an argument `prompts`."""
+    """Return whether the class of a model configuration has an argument `prompts`."""
     return "prompts" in border.parameters_of(border.class_of(model, "model")).kinds
 
 
 def prompts_for(cfg: DictConfig) -> dict[str, list[str]]:
-    """Return the data's prompts as a keyword argument of the model.
+    """Return the argument {"prompts": [...]} for a model that takes prompts, else {}.
 
-    A model of prompts encodes them before it loads its network. Empty for all other models.
+    Such a model encodes all of them before it loads its network.
     """
     if "prompts" in cfg.data and takes_prompts(cfg.model):
         return {"prompts": read_prompts(cfg.data.prompts)}

@@ -29,7 +29,7 @@ class Band:
         stride: the pilot searches every stride-th node; a power of two.
         width: nodes of a level's stride on either side of the path that the level
             searches; twice as many at stride 1.
-        shifts: where a path touches the edge of its band, the band is laid around it
+        shifts: where a path touches the border of its band, the band is laid around it
             and searched again, at most so many times for each level. Two double the
             calls, and with Euler steps find what the whole search finds.
     """

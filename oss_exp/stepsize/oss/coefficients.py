@@ -123,8 +123,9 @@ class FittedStudent:
 
         Args:
             path: the nodes to call the network at.
-            checkpoints: those at all nodes before `first`.
-            first: position on the path.
+            checkpoints: those of an earlier run, of which the ones before position
+                `first` are used.
+            first: position on the path, 0 to k; k samples the last step only.
 
         Returns:
             The path with its coefficients, its k checkpoints, and its final error (1,)

@@ -22,15 +22,17 @@ from oss_exp.solvers.base import LinearMultistep, State
 from oss_exp.stepsize.oss.objectives import Objective, PerSample
 from oss_exp.stepsize.problem import Problem
 
-# Inner products are taken in float64 of so many samples, features and nodes at a time, which
-# bounds the copies.
-SCORE_GROUP = 16
-SCORE_FEATURES = 1 << 16
-BLOCK = 20
+# Inner products are computed in float64, on parts of this size, which bounds the copies.
+SCORE_GROUP = 16  # samples
+SCORE_FEATURES = 1 << 16  # features
+BLOCK = 20  # nodes
 
 
 class Edges:
     """The states at the sources of a stage, and the choice of the best action into each target.
+
+    It changes as the search goes on: `choose` replaces the states at the sources by those
+    at the targets, which are the sources of the next stage.
 
     Attributes:
         state: the samplers' states, rows (S*B,), one block of B rows for each source.
@@ -47,7 +49,7 @@ class Edges:
         self.state = state
 
     def observe(self, sources: Tensor, reuse_first: bool) -> None:
-        """Call the network at all sources, in one batch.
+        """Call the network at all sources, in one batch, and remember its outputs.
 
         Args:
             sources: (S, b) nodes of the states.
@@ -57,7 +59,7 @@ class Edges:
         self.state = self.problem.solver.observe(lambda *_: v, self.state)
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the best action into every target; the states are then those at the targets.
+        """Take the best action into every target, so that the states are those at the targets.
 
         Args:
             targets: (J, b) nodes.
@@ -85,7 +87,12 @@ class Edges:
         return tuple(torch.cat(pair) for pair in zip(first, others, strict=True))
 
     def _best(self, cost: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parent (J, b), order (J, b) and cost (J, B) of the least of (O, S, J, B)."""
+        """Return the parent (J, b), order (J, b) and cost (J, B) of the cheapest legal action.
+
+        Args:
+            cost: (O, S, J, B) of all actions, orders ascending from 1.
+            legal: (S, J, b) edges that may be taken.
+        """
         total = self.objective(cost, self.problem.collective).masked_fill(~legal, torch.inf)
         # argmin takes the first of equals: the lowest order, then the noisiest parent, as the
         # released code does.
@@ -102,9 +109,9 @@ class Edges:
 
 
 class TriedEdges(Edges):
-    """Edges that are scored by taking them, one target at a time.
+    """Edges that are scored by taking every step, one target at a time.
 
-    Singlestep solvers and distances that are not quadratic need this.
+    Solvers that are not linear multistep need this, and distances that are not quadratic.
     """
 
     def choose(self, targets: Tensor, legal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +124,7 @@ class TriedEdges(Edges):
         for j, target in enumerate(targets):
             parent, position, cost, state = self._into(target, legal[:, j : j + 1], orders)
             parents.append(parent)
+            # Several orders are 1, 2, ..., so the position is the order.
             best_orders.append(position if len(orders) > 1 else position * 0 + orders[0])
             costs.append(cost)
             states.append(state)
@@ -129,8 +137,8 @@ class TriedEdges(Edges):
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         """Take all steps into one target (b,) over legal edges (S, 1, b).
 
-        Returns the parent (1, b), the order's position from 1 (1, b), the cost (1, B)
-        and the state (B,) of the best one.
+        Returns the parent (1, b), the position of the order in `orders` (1, b), counted
+        from 1, the cost (1, B) and the state, B rows, of the best one.
         """
         problem, count = self.problem, len(self.problem.noise)
 
@@ -172,8 +180,8 @@ class LinearEdges(Edges):
 
     Attributes:
         target_nodes: (A,) ascending, all nodes that some step may lead to.
-        target_products: (S*B, A) products of the state and of its outputs with the
-            targets.
+        target_products: `state` with inner products (S*B, A) in place of x and of each
+            output: those of that tensor with the teacher at all target nodes.
     """
 
     target_products: State
@@ -222,15 +230,15 @@ class LinearEdges(Edges):
         self.target_products = self.target_products.map(lambda tensor: tensor[:rows])
 
     def _weights(self, targets: Tensor, num_sources: int) -> list[Tensor]:
-        """Return the weights (S, b, J, order + 1) of the steps to targets (J, b), by order."""
+        """Return for each order the weights (S, b, J, order + 1) of the steps to targets (J, b)."""
         solver, count = self.problem.solver, len(self.problem.noise)
         assert isinstance(solver, LinearMultistep)
 
         # Times (S, b, 1) of the outputs; samples that share a path share its times.
-        histories = count if isinstance(self.objective, PerSample) else 1
+        num_paths = count if isinstance(self.objective, PerSample) else 1
         times = []
         for time in self.state.times:
-            times.append(time.unflatten(0, (num_sources, count))[:, :histories, None])
+            times.append(time.unflatten(0, (num_sources, count))[:, :num_paths, None])
         t_next = self.problem.grid[targets].T[None]  # (1, b, J)
 
         weights = []
@@ -240,9 +248,10 @@ class LinearEdges(Edges):
         return weights
 
     def _products(self, nodes: Tensor, vectors: Tensor) -> Tensor:
-        """Return <u, T_j> of vectors u and all target nodes j, under the distance's features.
+        """Return <u, T_j> for vectors u and all target nodes j, both as the distance's features.
 
-        Targets that no node of a vector's block can step to are left out.
+        Nodes are taken in blocks. Targets that no node of a block can step to are left
+        out for all of the block.
 
         Args:
             nodes: (W, b) ascending.
@@ -323,7 +332,7 @@ def unflatten(state: State, num_nodes: int) -> State:
 
 
 def _gram(problem: Problem, basis: Sequence[Tensor]) -> Tensor:
-    """Return the inner products (S, B, P, P) of P vectors (S, B, *E), under the features."""
+    """Return the inner products (S, B, P, P) of the features of P vectors (S, B, *E)."""
     parts = []
     for first in range(0, len(problem.noise), SCORE_GROUP):
         part = slice(first, first + SCORE_GROUP)
@@ -351,6 +360,7 @@ def inner_products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 def _features(problem: Problem, states: Tensor) -> Tensor:
     """Return the features (g, W, F) of states (W, g, *E), under a linear distance."""
+    # A linear distance ignores the times and the network.
     features = problem.distance.features(states.flatten(0, 1), problem.grid, problem.velocity)
     return features.flatten(1).unflatten(0, states.shape[:2]).transpose(0, 1)
 

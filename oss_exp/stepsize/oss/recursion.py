@@ -1,26 +1,32 @@
 """The dynamic program of OSS (arXiv 2503.21774, Algorithms 1 and 2).
 
 The teacher runs N small steps and leaves N+1 nodes: times t_0 > ... > t_N = 0, with its
-state T_j at each. A student takes K large steps from node to node. This file finds the
-K nodes at which the student should call the network so that it ends near T_N.
+state T_j at each (X_j in docs/concepts.md). A student takes K large steps from node to
+node. This file finds the K nodes at which the student should call the network so that
+it ends near T_N.
 
 The words are those of dynamic programming:
 
     state   (r, j): a student stands at node j after r steps. One state of the sampler, x
             with the solver's memory, is kept for it: that of the best path so far.
-    action  A step to the next node, by one rule: a solver's step of some order.
-            An action is an edge of the graph (`edges.py`).
+    action  An edge of the graph, which is a step from one node to any later one, taken by
+            one rule: a solver's step of some order (`edges.py`).
     parent  The node from which the best action comes.
     cost    The distance of the student's x to T_j after the step, by `Problem.distance`.
             It is not a sum over the path: only the state where a path stands counts.
     stage   Stage r fills the table of all states (r, j) from those of stage r-1.
             (docs/concepts.md calls it round r.)
+    budget  k, a number of steps to find a path for. One run serves several.
+
+Stage 0 is the start, before any network call. A free start puts the noise, as it is, at
+every node of layer 0 (below). A pinned one puts it at node 0 only. An analytic one jumps
+from the noise towards the mean of the data, to every node of layer 0.
 
 Stage r works as follows. The network is called once at every source, which is a node of
 stage r-1. For every target j, all legal actions are scored: each source before j, with
 each order that its history allows. The cheapest one is taken, and its end, parent,
-order and cost become the entry of j. When a budget of k steps is closed, node N is one
-of the targets of stage k, and following the parents back from it gives the schedule.
+order and cost become the entry of j. Where k is a budget, node N is one of the targets of
+stage k, and following the parents back from it gives the schedule.
 
 Example: N = 4, K = 2, a start pinned to node 0, Euler steps.
 
@@ -28,21 +34,22 @@ Example: N = 4, K = 2, a start pinned to node 0, Euler steps.
     stage 2   sources 1, 2, 3    target 4           three actions: 1->4, 2->4, 3->4
 
 If 2->4 ends nearest to T_4, then 4 has parent 2, 2 has parent 0, and the student calls
-the network at nodes 0 and 2. The program has made four calls, at nodes 0, 1, 2 and 3,
-of which the first is the teacher's own.
+the network at nodes 0 and 2. The program needs the network at nodes 0, 1, 2 and 3. The
+call at node 0 is the teacher's own first one, so three calls are new.
 
-Every stage has a table of its own, so a path of k stages has exactly k steps, and
-running the schedule costs exactly what its table says. The program is greedy: a state
-keeps one x, the nearest to T_j, although another might end nearer to T_N. `refine.py`
-repairs some of that.
+Every stage begins with an empty table, so a path of k stages has exactly k steps, and a
+student that runs the schedule ends as far from T_N as the table says. The program is
+greedy: a state keeps one x, the nearest to T_j, although another might end nearer to
+T_N. `refine.py` repairs some of that.
 
-A full search, a coarse pilot and a narrow band differ only in their `layers`, the nodes
-that are allowed at each stage. One schedule for each sample, and one that all samples
-share, differ only in the `Objective`, which says over which samples a minimum is taken.
+A full search, a coarse pilot and a narrow band differ only in their `layers`: layer r has
+the nodes at which a student may stand after r steps. One schedule for each sample, and
+one that all samples share, differ only in the `Objective`, which says over which samples
+a minimum is taken.
 
-Legend: B samples, W nodes of a layer (S as sources, J as targets). Arrays of nodes are
-(W, b): b is B, or 1 where all samples have the same nodes. Nodes ascend from noise to
-data along W.
+Legend: B samples, k steps of a path, W nodes of a layer (S as sources, J as targets).
+Arrays of nodes are (W, b), where b is B, or 1 where all samples have the same entries; it
+may differ from one array to the next. Nodes ascend from noise to data along W.
 """
 
 from __future__ import annotations
@@ -80,10 +87,12 @@ class SolverPath:
 class Stage:
     """The table of one stage: the best action into each of its targets.
 
+    The samplers' states are not in it. `Edges` holds them, for the newest stage only.
+
     Attributes:
         sources: (S, b) nodes that the steps start from.
         targets: (J, b) nodes that the steps lead to.
-        parent: (J, b) position, among the sources, where the best step starts.
+        parent: (J, b) position, among the sources, of the one where the best step starts.
         orders: (J, b) order of that step.
         cost: (J, B) distance to the teacher after it; infinite where no path leads.
     """
@@ -101,8 +110,8 @@ class Solution:
 
     Attributes:
         paths: the best path of every budget k.
-        costs: (B,) final distance of the path of every budget k.
-        stages: the tables of all stages.
+        costs: (B,) final distance of the path of every budget k, measured at its last x.
+        stages: the tables of stages 1, 2, ...
     """
 
     paths: dict[int, SolverPath]
@@ -123,15 +132,15 @@ def recurse(
 
     Args:
         problem: what the student should come close to.
-        layers: legal nodes (W, b) after r calls, for r = 0, ..., max(budgets) - 1. Node
-            N is in none of them; it is added to the targets of every stage that ends a
-            budget.
+        layers: legal nodes (W, b) after r steps, for r = 0, ..., max(budgets) - 1. Node
+            N is in none of them; it is added to the targets of stage k for every budget
+            k.
         budgets: numbers of steps to solve for.
         start: where a student begins.
         objective: what the samples' costs become before the minimum is taken.
         required: nodes over which no step may jump.
     """
-    end = problem.num_nodes
+    end = problem.num_nodes  # node N
     edges = _edges(problem, layers, objective)
     stages: list[Stage] = []
     paths: dict[int, SolverPath] = {}
@@ -147,7 +156,7 @@ def recurse(
     for r in range(1, len(layers) + 1):
         edges.observe(sources, reuse_first=r == 1)
 
-        # Targets: the nodes of the next layer, and node N where a budget ends.
+        # Targets: the nodes of the next layer, and node N where r is a budget.
         closing = r in budgets
         inner = layers[r] if r < len(layers) else sources[:0]
         width = max(inner.shape[1], sources.shape[1])
@@ -159,7 +168,7 @@ def recurse(
         if required is not None:
             legal &= required.allowed(sources, targets)
 
-        # The best action into every target.
+        # Take the best action into every target; `edges` then holds the states there.
         parent, orders, cost = edges.choose(targets, legal)
         reachable = legal.any(0)
         cost = cost.masked_fill(~reachable, torch.inf)
@@ -167,9 +176,9 @@ def recurse(
 
         # Close a budget: node N is the last target.
         if closing:
-            last = edges.state.x[-len(problem.noise) :]
+            final_x = edges.state.x[-len(problem.noise) :]
             paths[r] = _trace(stages)
-            costs[r] = problem.cost(last, torch.tensor([end], device=targets.device))
+            costs[r] = problem.cost(final_x, torch.tensor([end], device=targets.device))
 
         # The other targets are the sources of the next stage.
         sources = inner
@@ -179,7 +188,7 @@ def recurse(
 
 
 def _edges(problem: Problem, layers: Sequence[Tensor], objective: Objective) -> Edges:
-    """Return the cheapest way to score the actions of this problem."""
+    """Return the quickest way to score the actions of this problem."""
     if not (isinstance(problem.solver, LinearMultistep) and problem.distance.quadratic):
         return TriedEdges(problem, objective)
     target_nodes = [layer.flatten() for layer in layers[1:]]
@@ -199,9 +208,13 @@ def start_states(problem: Problem, nodes: Tensor, start: StartKind) -> State:
 
 
 def _trace(stages: Sequence[Stage]) -> SolverPath:
-    """Follow the parents back from node N, the last target of the last stage."""
-    last = stages[-1]
-    position = torch.full_like(last.targets[-1], len(last.targets) - 1)
+    """Follow the parents back from node N, the last target of the last stage.
+
+    The sources of a stage are the first targets of the stage before it, so a position
+    among them is a row of that stage's table.
+    """
+    last_stage = stages[-1]
+    position = torch.full_like(last_stage.targets[-1], len(last_stage.targets) - 1)
     nodes, orders, costs = [], [], []
     for stage in reversed(stages):
         costs.append(_entries(stage.cost, position))
@@ -212,7 +225,7 @@ def _trace(stages: Sequence[Stage]) -> SolverPath:
 
 
 def _entries(table: Tensor, position: Tensor) -> Tensor:
-    """Return the entries of a table (W, b) in the row of each sample, position (b,)."""
+    """Return the entries of a table (W, b) that lie, for each sample, in row position (b,)."""
     width = max(table.shape[1], len(position))
     return table.expand(-1, width).gather(0, position.expand(width)[None])[0]
 

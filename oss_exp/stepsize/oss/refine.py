@@ -1,8 +1,8 @@
-"""Coordinate descent on a path's nodes and orders, over the true final error of the search batch.
+"""Coordinate descent on a path's nodes and orders, which lowers the error at the end of the path.
 
-The recursion is greedy: it keeps one sampler's state for each node. Changing one step
-at a time, and sampling everything after it again, repairs what that missed, most of all
-a free start node.
+The recursion is greedy: it keeps one state of the sampler for each node and stage. Here
+one node or order is changed at a time, and everything after it is sampled again. That
+finds what the recursion missed, most of all where a start is free.
 
 Legend: B samples, k nodes, b = B, or 1 where all samples share a path.
 """
@@ -26,7 +26,7 @@ from oss_exp.stepsize.problem import Problem
 
 MOVES = (8, 4, 2, 1)  # sizes of moves in nodes, coarse to fine
 MAX_SWEEPS = 4  # passes over all nodes with moves of one size
-FIT_CALLS = 1000  # network calls a sample, at most, for each budget of fitted steps
+FIT_CALLS = 1000  # most network calls a sample for the moves of a path with fitted steps
 
 Path = TypeVar("Path", SolverPath, FittedPath)
 Checkpoint = TypeVar("Checkpoint")
@@ -50,11 +50,12 @@ class Student(Protocol[Path, Checkpoint]):
 
         Args:
             path: the nodes to call the network at.
-            checkpoints: those at all nodes before `first`.
-            first: position on the path.
+            checkpoints: those of an earlier run, of which the ones before position
+                `first` are used.
+            first: position on the path, 0 to k; k samples the last step only.
 
         Returns:
-            The path, its k checkpoints, and its final error (b,).
+            The path, its k checkpoints, and its final error (b,) under the objective.
         """
         ...
 
@@ -64,9 +65,9 @@ class Student(Protocol[Path, Checkpoint]):
         new: tuple[Path, list[Checkpoint]],
         old: tuple[Path, list[Checkpoint]],
     ) -> tuple[Path, list[Checkpoint]]:
-        """Return path and checkpoints, the new ones where better (b,) is true.
+        """Return path and checkpoints: the new ones where `better` (b,) is true, else the old.
 
-        At least one entry of `better` is.
+        `better` is true somewhere.
         """
         ...
 
@@ -151,9 +152,9 @@ def refine_fitted(
 ) -> FittedPath:
     """Return a path with no larger final error, with coefficients fitted again for every try.
 
-    It makes at most FIT_CALLS calls. Its largest move is a third of the mean distance
-    of two nodes, but at least 2. Larger ones lower the error at once and end in worse
-    places.
+    The moves make at most FIT_CALLS network calls a sample. They are no larger than a
+    third of the mean distance of two nodes, or than 2 where that is less. Larger ones
+    lower the error at once and end in worse places.
 
     Args:
         student: runs the paths.
@@ -172,9 +173,10 @@ def _descend(
     required: Required | None,
     max_calls: float = float("inf"),
 ) -> Path:
-    """Change one node or order at a time for as long as that lowers the error.
+    """Change one node or order at a time, and keep each change where it lowers the error.
 
-    The checkpoints before a change are used again.
+    Moves of one size are tried until none helps, or MAX_SWEEPS times. The checkpoints
+    before a change are used again.
     """
     path, checkpoints, error = student.run(path)
     tried = {_key(path)}  # a descent does not go back to where it was
@@ -225,7 +227,7 @@ def _changes(
 
 
 def _key(path: SolverPath | FittedPath) -> bytes:
-    """Return what a path's error depends on, its nodes and orders, as bytes."""
+    """Return as bytes what a path's error depends on: its nodes, and a solver's orders."""
     orders = path.orders if isinstance(path, SolverPath) else path.nodes
     return torch.stack([path.nodes, orders.expand_as(path.nodes)]).cpu().numpy().tobytes()
 
@@ -250,7 +252,7 @@ def _moved(
 
 
 def _reordered(path: Path, r: int, order: int) -> Path | None:
-    """Return the path with the step from node r of this order; None if it already is."""
+    """Return the path whose step from node r has this order; None if it has it already."""
     assert isinstance(path, SolverPath)
     orders = path.orders.clone()
     orders[r] = order

@@ -137,8 +137,8 @@ class Search:
 
         # Finer levels, one budget after the other.
         paths = {}
-        for k, ((_, pilot), *finer) in levels.items():
-            path = pilots[pilot]
+        for k, ((_, pilot_budget), *finer) in levels.items():
+            path = pilots[pilot_budget]
             for stride, steps in finer:
                 nodes = stretch(path.nodes, steps, problem.num_nodes)
                 if required is not None:
@@ -166,10 +166,18 @@ class Search:
         shifts: int,
         required: Required | None = None,
     ) -> SolverPath:
-        """Return the best path of every `stride`-th node in the band around nodes (k, b).
+        """Return the best path through every `stride`-th node of the band around a path.
 
-        Where it touches an edge of the band, the band is laid around it and searched
+        Where it touches the border of the band, the band is laid around it and searched
         again, at most `shifts` times.
+
+        Args:
+            problem: the problem that the path solves.
+            nodes: (k, b) nodes of the path that the band is around.
+            stride: distance between the nodes that are searched.
+            objective: what the samples' costs become before the minimum is taken.
+            shifts: how often the band may be laid anew.
+            required: nodes that every path contains; they are added to the band.
         """
         limits = self._limits(len(nodes), problem.num_nodes, stride)
         windows = self._windows(nodes, stride, limits)
@@ -179,7 +187,7 @@ class Search:
         solution = recurse(problem, window_layers, [len(nodes)], self.start, objective, required)
         path = solution.paths[len(nodes)]
 
-        touched = _touches_edge(path.nodes, windows, stride, limits)
+        touched = _touches_border(path.nodes, windows, stride, limits)
         if shifts == 0 or not bool(touched.any()):
             return path
         if path.nodes.shape[1] == 1:
@@ -203,7 +211,7 @@ class Search:
         return path
 
     def _limits(self, num_steps: int, num_nodes: int, stride: int) -> list[tuple[int, int]]:
-        """Return the lowest and highest multiple of the stride at which each call can be."""
+        """Return (lowest, highest) for each call: it is at a node between these times `stride`."""
         count = len(range(0, num_nodes, stride))
         limits = [(r, count - num_steps + r) for r in range(num_steps)]
         if self.start == "pinned":
@@ -213,7 +221,10 @@ class Search:
     def _windows(
         self, nodes: Tensor, stride: int, limits: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """Return the nodes (W, b) of the band around each call of a path (k, b)."""
+        """Return the nodes (W, b) of the band around each of the nodes (k, b) of a path.
+
+        The limits are those of `_limits`.
+        """
         assert self.band is not None
         width = self.band.reach(stride)
         windows = []
@@ -246,7 +257,8 @@ class Search:
                 for level_stride, level_steps in level[1:]:
                     finer.append((level_steps, 2 * self.band.reach(level_stride) + 1))
 
-        # A call for each node and for each edge; the first node's is the teacher's.
+        # One call for each node, the first of which the teacher has made, and `edge_calls` for
+        # each edge.
         sizes = [len(layer) for layer in layers(num_nodes, steps, self.start, stride, "cpu")]
         num_edges = sum(a * b // 2 for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
         calls = sum(sizes) - 1 + edge_calls * num_edges
@@ -255,10 +267,10 @@ class Search:
         return calls
 
 
-def _touches_edge(
+def _touches_border(
     nodes: Tensor, windows: Sequence[Tensor], stride: int, limits: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Return whether each path of nodes (k, b) touches an edge of its band that could move."""
+    """Return (b,) whether each path of nodes (k, b) touches a border that its band could move."""
     touched = torch.zeros(nodes.shape[1], dtype=torch.bool, device=nodes.device)
     for node, window, (lowest, highest) in zip(nodes, windows, limits, strict=True):
         touched |= (node == window[0]) & (node > lowest * stride)
@@ -325,9 +337,11 @@ class OSSAve(Search):
     """The paper's OSS-ave: the per-sample schedules' nodes, averaged and made strictly monotone.
 
     Args:
-        refine: move the averaged nodes over the batch's mean error; off in the paper.
-        aggregate: how the samples agree on a node. "median" rounds halves towards the
-            data, as the released code does for an even number of samples.
+        refine: refine the averaged path, so that the samples' mean error at the end falls;
+            off in the paper.
+        aggregate: how the samples agree on a node, and on the order of a step. "median"
+            rounds halves up, for nodes towards the data, as the released code does for
+            an even number of samples.
         chunk: samples that are searched at a time, see `OSS`.
     """
 
@@ -369,7 +383,7 @@ class OSSAve(Search):
         return refine(problem, path, self.start, Shared("mean"), required=required)
 
     def _agree(self, values: Tensor) -> Tensor:
-        """Return one value (k,) for all samples' values (k, B)."""
+        """Return the median or mean (k,) over samples of values (k, B)."""
         if self.aggregate == "median":
             return values.double().quantile(0.5, dim=1).ceil().long()
         return values.double().mean(1).round().long()
@@ -402,10 +416,10 @@ class OSSShared(Search):
 class OSSFit(Search):
     """A path first, then fitted coefficients for its steps (ours).
 
-    The nodes are those of `OSSShared`, found with the solver's own steps (Algorithm 2).
-    Then the coefficients of every step, over the state, the noise, the mean and all
-    predictions so far, are fitted in closed form (`coefficients.Fit`). `refine` moves
-    the nodes and fits the coefficients again for every move.
+    The nodes are searched as `OSSShared` does it, with the solver's own steps (Algorithm
+    2). Then every step gets coefficients for the state, the noise, the mean and all
+    predictions so far, fitted in closed form (`coefficients.Fit`). `refine` moves these
+    nodes and fits the coefficients again for every move.
 
     Args:
         objective: as in `OSSShared`.
@@ -506,8 +520,8 @@ def path_schedule(
 ) -> StepSchedule:
     """Return the schedule of a path.
 
-    Its provenance has the recursion's mean cost after each step, before samples agreed
-    on nodes and before refinement.
+    Its provenance has the mean of the path's costs after each step. With a solver's steps
+    they are the recursion's, from before samples agreed on nodes and before refinement.
 
     Args:
         problem: the problem that the path solves.
