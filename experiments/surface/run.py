@@ -21,10 +21,11 @@ from statistics import median, quantiles
 
 LONG = 20  # lines of a function that wants a heading
 SPACIOUS = 15  # lines of a function that wants blank lines
-NARRATIVE = set(
-    "found made said told kept known own each taken given asked left shown how such thus those "
-    "rest same much wanted done gone seen had got held meant goals aims shadow ways".split()
-)
+NARRATIVE = {
+    "found", "made", "told", "said", "kept", "known", "own", "each", "taken", "given", "asked",
+    "left", "shown", "how", "such", "thus", "those", "rest", "same", "much", "wanted", "done",
+    "gone", "seen", "had", "got", "held", "meant", "goals", "aims", "shadow", "ways",
+}  # fmt: skip
 NO_SENTENCE = ("Of ", "What ", "Where ", "As ", "Whether ", "How ", "Which ", "None, or ", "That ")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
