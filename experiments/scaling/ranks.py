@@ -1,8 +1,9 @@
-"""What does each rank of a search hold, send and wait for?
+"""What each rank of a search holds, sends and waits for.
 
 python -m experiments.scaling.ranks
 
-1, 2 and 4 processes (gloo, one thread each) share 14 samples of the shipped Fashion mixture: N = 100, K = 10.
+1, 2 and 4 processes (gloo, one thread each) share 14 samples of the shipped Fashion mixture:
+N = 100, K = 10.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ STRATEGIES = {
 
 
 class Counted(DistributedCollective):
-    """Counts what goes through, and the seconds within: those of sending and of waiting."""
+    """A collective that counts calls, bytes, and the seconds of sending and waiting."""
 
     def __init__(self) -> None:
         self.calls = self.bytes = 0
@@ -52,11 +53,9 @@ class Counted(DistributedCollective):
 
     def _counted(self, work: Any, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
-        self.calls, self.bytes, self.largest = (
-            self.calls + 1,
-            self.bytes + size,
-            max(self.largest, size),
-        )
+        self.calls += 1
+        self.bytes += size
+        self.largest = max(self.largest, size)
         started = time.perf_counter()
         result = work(tensor)
         self.waiting += time.perf_counter() - started
