@@ -64,7 +64,7 @@ NOT_BUILT = ("logger", "images", "evaluation", "metric", "task.detector")
 
 
 class Outcome(NamedTuple):
-    """What became of one value.
+    """The outcome of one value.
 
     Attributes:
         config: The option, such as solver/deis.

@@ -1,4 +1,4 @@
-"""What amplitude calibration does to the PSNR of few-step students.
+"""The effect of amplitude calibration on the PSNR of few-step students.
 
 The paper's section 4.2.1 and figures 4 and 8.
 

@@ -64,7 +64,7 @@ HEADER = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
         case: The case.

@@ -1,4 +1,4 @@
-"""What a network in bfloat16 costs: the schedules that a search finds with it, and its images.
+"""The cost of a network in bfloat16: its searched schedules, and its images.
 
 python -m experiments.network_precision.run
 

@@ -1,4 +1,4 @@
-"""How near the searches come to the best of all paths, on grids small enough to try every path.
+"""The distance of searched paths to the best, on grids small enough to try every path.
 
 python -m experiments.optimality.run    # ten minutes of a core
 """

@@ -1,4 +1,4 @@
-"""What a pipeline costs as a model: velocities through its suspended loop over bare network calls.
+"""The overhead of a pipeline as a model: velocities in its loop against bare network calls.
 
 python -m experiments.pipeline_overhead.run [--repeats 9] [--threads 1] [--device cpu]
 

@@ -1,4 +1,4 @@
-"""What failed searches leave behind: errors at random points of 1,000 searches in a pipeline.
+"""The state that failed searches leave: errors at random points of 1,000 searches in a pipeline.
 
 python -m experiments.pipeline_release.run [--searches 1000]
 

@@ -1,4 +1,4 @@
-"""What a network of 20 B parameters would need on 64 GPUs, computed on the meta device.
+"""The needs of a network of 20 B parameters on 64 GPUs, computed on the meta device.
 
 python -m experiments.scaling.plan
 

@@ -1,4 +1,4 @@
-"""What each rank of a search holds, sends and waits for.
+"""The calls, bytes and waiting times of each rank of a search.
 
 python -m experiments.scaling.ranks
 

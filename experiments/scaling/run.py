@@ -1,4 +1,4 @@
-"""How the calls, the memory and the time of a search grow with its sizes.
+"""The growth of the calls, the memory and the time of a search with its sizes.
 
 python -m experiments.scaling.run [--draw]
 

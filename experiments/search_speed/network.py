@@ -1,4 +1,4 @@
-"""What a search costs beyond its network: its wall time over that of the same bare calls.
+"""The cost of a search beyond its network: its wall time over that of the same bare calls.
 
 python -m experiments.search_speed.network [--repeats 3] [--threads 1] [--samples 8] [--device cpu]
 
