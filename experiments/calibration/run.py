@@ -18,6 +18,8 @@ def main() -> None:
         "before every call": calibration(last_step_only=False),
         "before the last call": calibration(last_step_only=True),
     }
+
+    # Measure.
     rows = []
     for name, file in files.items():
         settings = [f"stepsize=[{','.join(STRATEGIES)}]", f"solver.calibration={file}"]
@@ -30,6 +32,7 @@ def main() -> None:
                 row.append(f"{result.psnr} / {result.spread.mean:.3f}")
             rows.append(row)
 
+    # Table and picture.
     header = ["calibration", "K", *(f"{name}: PSNR / spread" for name in STRATEGIES)]
     keep(__file__, "table.md", table(header, rows))
     picture = OUTPUTS / "calibration/table_false/amplitude.png"

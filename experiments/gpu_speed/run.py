@@ -310,6 +310,8 @@ def inner_products(sizes: Sizes) -> list[dict[str, Any]]:
     vectors = torch.randn(sizes.samples, count, features, device=sizes.device)
     vectors[:, 1:] = vectors[:, :1] + 1e-3 * vectors[:, 1:]  # neighbours on a path nearly cancel
     exact = torch.bmm(vectors.double(), vectors.double().mT)
+
+    # Time and error of every variant.
     variants = {
         "float64": lambda: torch.bmm(vectors.double(), vectors.double().mT),
         "float32": lambda: torch.bmm(vectors, vectors.mT).double(),
@@ -418,17 +420,22 @@ def save(folder: Path, results: dict[str, Any]) -> None:
     """Write speed.json and speed.md with the results so far."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "speed.json", json.dumps(results, indent=1))
+
+    # Searching and sampling.
     parts = [f"On {results['device']}; goal: at most {GOAL} % outside of the network.\n"]
     rows = [
         [name, *(f"{row[key]:.3g}" for key in COLUMNS)] for name, row in results["speed"].items()
     ]
     parts.append(table(["network", *COLUMNS.values()], rows))
-    rows = [
-        [name, way, f"{milliseconds:.2f}"]
-        for name, ways in results["faster"].items()
-        for way, milliseconds in ways.items()
-    ]
+
+    # Faster calls.
+    rows = []
+    for name, times in results["faster"].items():
+        for variant, milliseconds in times.items():
+            rows.append([name, variant, f"{milliseconds:.2f}"])
     parts.append(table(["network", "way", "ms a call"], rows))
+
+    # Inner products.
     if products := results.get("products"):
         rows = [
             [row["way"], f"{row['ms']:.3g}", f"{row['error of distances']:.1e}"] for row in products

@@ -244,10 +244,13 @@ def _run_child(function: Callable[[], str], pipe: int) -> None:
 
 def main(readers: list[str]) -> None:
     torch.set_num_threads(1)
-    training([1.0, 0.5])  # load what is loaded once
+
+    # Load and make what is needed once.
+    training([1.0, 0.5])
     for make in bombs().values():
         make()
 
+    # Try all cases.
     outcomes: list[Outcome] = []
     for case in cases():
         if readers and case.reader not in readers:

@@ -57,6 +57,8 @@ Gaps = dict[StartKind, dict[str, list[float]]]  # by start and path, dB below th
 def main() -> None:
     torch.set_grad_enabled(False)
     gaps: Gaps = {start: {"recursion": [], "refined": []} for start in STARTS}
+
+    # Every setting.
     rows = []
     settings = list(product(MIXTURES, SCHEDULES, SIZES))
     for mixture, schedule, (nodes, k) in track(settings, "settings"):
@@ -68,6 +70,7 @@ def main() -> None:
                 row.append(f"{gap:.3f}")
         rows.append(row)
 
+    # Tables and picture.
     header = ["mixture", "noise schedule", "N", "K"]
     for start in STARTS:
         header += [f"{start}, recursion", f"{start}, refined"]
@@ -112,10 +115,12 @@ def errors(problem: Problem, k: int, start: StartKind) -> Iterator[float]:
     end = problem.num_nodes
     count = len(problem.noise)
 
+    # The error of a path whose calls are all made.
     def final_error(state: State) -> float:
         final = problem.solver.advance(problem.velocity, state, problem.grid[-1].expand(count))
         return float(OBJECTIVE(problem.cost(final.x, torch.tensor([end])), problem.collective))
 
+    # The errors of all paths that begin alike.
     def continued(state: State, node: int, calls: int) -> Iterator[float]:
         if calls == k:
             yield final_error(state)

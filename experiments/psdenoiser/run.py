@@ -79,6 +79,8 @@ def rmse(result: Result) -> np.ndarray:
 def errors(results: list[Result]) -> str:
     """Return a table of all strategies, worst first by the error with ten calls."""
     by_key = {(result.strategy, result.num_steps): result for result in results}
+
+    # One row a strategy.
     rows = []
     for name in dict.fromkeys(result.strategy for result in results):
         first = by_key[name, BUDGETS[0]]

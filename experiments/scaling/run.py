@@ -11,6 +11,7 @@ measured.json are not measured again; --draw writes only their figure and table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -177,13 +178,16 @@ def unit_costs(sizes: Sequence[Size], seconds: Sequence[float]) -> np.ndarray:
 
 def draw(results: dict[str, list[dict[str, float]]]) -> None:
     """Write the figure, and a table of measured exponents and those of the formulas."""
-    sizes = {
-        name: [replace(base, **{name: value}) for value in values[: len(results[name])]]
-        for name, (_, base, values) in AXES.items()
-    }
-    every = [size for group in sizes.values() for size in group]
-    costs = unit_costs(every, [result["seconds"] for group in results.values() for result in group])
+    # Unit costs of the formula for time.
+    sizes: dict[str, list[Size]] = {}
+    for name, (_, base, values) in AXES.items():
+        measured_values = values[: len(results[name])]
+        sizes[name] = [replace(base, **{name: value}) for value in measured_values]
+    all_sizes = list(itertools.chain.from_iterable(sizes.values()))
+    all_results = itertools.chain.from_iterable(results[name] for name in sizes)
+    costs = unit_costs(all_sizes, [result["seconds"] for result in all_results])
 
+    # One panel for each axis and quantity.
     figure, panels = plt.subplots(3, len(AXES), figsize=(17, 9), layout="constrained")
     rows = []
     for column, (name, (label, _, values)) in enumerate(AXES.items()):
@@ -202,12 +206,15 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
                 values, [f"{value:g}" if value < 10**4 else f"{value:.0e}" for value in values]
             )
             axis.minorticks_off()
-            slopes = [exponent(values, each) for each in (measured, expected[quantity])]
+
+            # Exponents.
+            slopes = [exponent(values, measured), exponent(values, expected[quantity])]
             axis.set_title(f"exponent {slopes[0]:.2f}, formula {slopes[1]:.2f}", fontsize=10)
             axis.grid(alpha=0.3)
             rows.append([label, quantity, *(f"{slope:.2f}" for slope in slopes)])
             rows[-1].append(f"{abs(slopes[0] - slopes[1]):.2f}")
     panels[0, 0].legend()
+
     terms = ("inner product of a number", "number moved", "entry of a table", "step")
     print({term: f"{cost:.2e} s" for term, cost in zip(terms, costs, strict=True)})
     keep(__file__, "figure.png", png(figure))
@@ -219,9 +226,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--draw", action="store_true")
+
+    # Earlier results.
     results: dict[str, list[dict[str, float]]] = {}
     if RESULTS.is_file():
         results = json.loads(RESULTS.read_text())
+
+    # Missing ones.
     if not parser.parse_args().draw:
         torch.set_num_threads(1)
         search(Size(nodes=20))  # what the first search alone makes
@@ -237,6 +248,7 @@ def main() -> None:
                 results[name].append(result)
                 print(size, result, flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
     draw(results)
 
 

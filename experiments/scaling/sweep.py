@@ -19,7 +19,7 @@ from pathlib import Path
 from experiments.common import OUTPUTS, finished, keep, table
 from oss_exp.report.page import gather
 
-STRATEGIES, SEEDS = 10, 50  # names; the rest of the copies differ by their seeds
+STRATEGIES = 10  # names; other copies differ by their seeds
 RUN = [
     "model=mixture_fashion",
     "stepsize=oss_shared",
@@ -38,6 +38,7 @@ def copies(sources: Sequence[Path], sweep: Path, count: int) -> None:
         name = f"strategy_{place % STRATEGIES}"
         shutil.copytree(source, run, ignore=shutil.ignore_patterns("*.png", "*.html", ".lock"))
 
+        # Other metrics.
         metrics = json.loads((run / "metrics.json").read_text())
         metrics["seed"] = place // STRATEGIES
         for row in metrics["rows"]:
@@ -46,6 +47,8 @@ def copies(sources: Sequence[Path], sweep: Path, count: int) -> None:
             row["psnr"]["mean"] += 1e-3 * number
             row["per_image"]["psnr"] = [value + 1e-3 * number for value in row["per_image"]["psnr"]]
         (run / "metrics.json").write_text(json.dumps(metrics))
+
+        # Other names in its schedules.
         for file in (run / "schedules").glob("*[0-9].json"):
             schedule = json.loads(file.read_text())
             schedule["provenance"]["strategy"]["name"] = name
