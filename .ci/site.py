@@ -29,7 +29,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point the links of the repository at the pages of the site; show the leaderboard's tables on its page."""
+    """Point links into the repository at the pages of the site.
+
+    The leaderboard's page also gets its tables.
+    """
     folder = Path(page.file.abs_src_path or ROOT).parent
     here = Path(page.file.src_uri).parent
 

@@ -1,4 +1,4 @@
-"""What the experiments share: runs of the program, each kept in a folder and made once; small tables."""
+"""Helpers of the experiments: program runs that are made once and kept, and small tables."""
 
 from __future__ import annotations
 
@@ -20,47 +20,50 @@ OUTPUTS = Path("outputs/experiments")
 
 
 def measure(name: str, *overrides: str) -> list[Result]:
-    """The results of a `finished` run."""
+    """Return the results of a run, which is made by `finished`."""
     return read_run(finished(name, *overrides))
 
 
 def finished(name: str, *overrides: str, file: str = "metrics.json") -> Path:
-    """The folder outputs/experiments/<name>, into which `oss-exp <overrides>` is run unless `file` is there already."""
+    """Run `oss-exp <overrides>` in outputs/experiments/<name> unless `file` is there already.
+
+    Returns:
+        The run's folder.
+    """
     folder = OUTPUTS / name
     if not (folder / file).exists():
         print("oss-exp", *overrides, flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "oss_exp",
-            *overrides,
-            "logger=none",
-            f"hydra.run.dir={folder}",
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run_program(*overrides, f"hydra.run.dir={folder}", stdout=subprocess.DEVNULL)
     return folder
 
 
+def run_program(*overrides: str, stdout: int | None = None) -> None:
+    """Run `oss-exp <overrides>` without a logger; raise if it fails."""
+    command = [sys.executable, "-m", "oss_exp", *overrides, "logger=none"]
+    subprocess.run(command, check=True, stdout=stdout)
+
+
 def configuration(*overrides: str) -> DictConfig:
-    """What `oss-exp <overrides>` would run with."""
+    """Compose the configuration of `oss-exp <overrides>`."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def png(figure) -> bytes:
+    """Return a figure of matplotlib as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
 def keep(script: str, name: str, content: str | bytes) -> None:
-    """Write a result beside the script that made it, and say so."""
+    """Write a result beside its script, and print where (and what, if it is text)."""
     path = Path(script).with_name(name)
     write_atomically(path, content)
     print(path if isinstance(content, bytes) else f"{path}\n\n{content}")

@@ -11,10 +11,9 @@ from experiments.common import OUTPUTS, keep, measure
 def main() -> None:
     for solver in ("euler", "dpm_solver_pp", "unipc"):
         measure(f"baselines/{solver}", "experiment=baselines", f"solver={solver}")
-        keep(__file__, f"{solver}.md", (OUTPUTS / f"baselines/{solver}/table.md").read_text())
-        keep(
-            __file__, f"{solver}.png", (OUTPUTS / f"baselines/{solver}/schedules.png").read_bytes()
-        )
+        folder = OUTPUTS / "baselines" / solver
+        keep(__file__, f"{solver}.md", (folder / "table.md").read_text())
+        keep(__file__, f"{solver}.png", (folder / "schedules.png").read_bytes())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Nonsense for every value of every configuration: is it refused, in one message that names the key?
+"""Nonsense for every value of every configuration: it should be refused by the key's name.
 
     python -m experiments.border_fuzz.run [--only solver/deis task/pretrain ...]
 
-Every option of every group and every task is composed once; then every value in it is replaced, one at a time, by each
-of VALUES, as an override on the command line does it. What a run does before it works is done: the whole configuration
-is checked, and the object that the value belongs to is built. Published models are built at size=tiny. Writes
-accepted.md beside this file: all nonsense that was taken, by the type that took it.
+Every option of every group and every task is composed once. Then every value in it is replaced,
+one at a time, by each of VALUES, as an override on the command line does it. As at the start of a
+run, the whole configuration is checked, and the object that the value belongs to is built;
+published models are built at size=tiny. Writes accepted.md beside this file: all accepted
+nonsense, by the type of the parameter.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from oss_exp.tasks.task import Task
 VALUES = ("abc", "-1", "0", "1e30", "nan", "inf", "[]", "null", "{a: 1}", "1.5", "true", "[1,2]")
 PSDENOISER = importlib.util.find_spec("psdenoiser") is not None
 HERE = Path(__file__).resolve().parent
-NEEDED = {  # by option, what it is composed with
+NEEDED = {  # further overrides that an option needs
     "task/report": ["sweep=x"],
     "task/export": ["exporter=comfyui", "task.schedule=x"],
     "task/import_sigmas": ["task.sigmas=x", "task.network=eps"],
@@ -58,17 +59,20 @@ NEEDED_BY_GROUP = {
     "detector": ["task=geneval"],
 }
 PLACES = {"detector": "task.detector", "exporter": "task.exporter"}
-NOT_BUILT = (
-    "logger",
-    "images",
-    "evaluation",
-    "metric",
-    "task.detector",
-)  # would read files or start something
+# Building these would read files or start something.
+NOT_BUILT = ("logger", "images", "evaluation", "metric", "task.detector")
 
 
 class Outcome(NamedTuple):
-    """What became of one value: `accepted`, `refused` (perhaps with its node named only), `fault`, and its message."""
+    """The outcome of one value.
+
+    Attributes:
+        config: The option, such as solver/deis.
+        key: Key of the value.
+        value: The nonsense.
+        kind: `accepted`, `refused` (perhaps with only its node named), or `fault`.
+        message: The error's message.
+    """
 
     config: str
     key: str
@@ -79,24 +83,27 @@ class Outcome(NamedTuple):
 
 def options() -> list[str]:
     """Return every group/option of conf/ that a run can choose."""
-    skipped = ("base", "hydra", "scale", "paths")
-    return [
-        f"{file.parent.name}/{file.stem}"
-        for file in sorted(CONF.glob("*/*.yaml"))
-        if file.parent.name not in skipped
-    ]
+    names = []
+    for file in sorted(CONF.glob("*/*.yaml")):
+        group = file.parent.name
+        if group not in ("base", "hydra", "scale", "paths"):
+            names.append(f"{group}/{file.stem}")
+    return names
 
 
 @lru_cache(maxsize=1)
 def composed(option: str) -> DictConfig:
-    """Return the configuration of a run with this option; its models are small ones."""
+    """Return the configuration of a run with this option and with small models."""
+    # Compose.
     group, _, name = option.partition("/")
     needed = [*NEEDED_BY_GROUP.get(group, []), *NEEDED.get(option, []), "paths.output_dir=out"]
-    chosen = f"detector@task.detector={name}" if group == "detector" else f"{group}={name}"
-    cfg = compose("config", [*needed, chosen], return_hydra_config=True)
+    override = f"detector@task.detector={name}" if group == "detector" else f"{group}={name}"
+    cfg = compose("config", [*needed, override], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     OmegaConf.set_struct(cfg, False)
     del cfg.hydra
+
+    # Make the model small.
     if "sizes" in cfg.get("model", {}) and "tiny" in cfg.model.sizes:
         cfg.model.size = "tiny"
     elif "checkpoint" in cfg.get("model", {}) and cfg.model.checkpoint is not None:
@@ -105,13 +112,20 @@ def composed(option: str) -> DictConfig:
 
 
 def keys_of(cfg: DictConfig, option: str) -> list[str]:
-    """Return the keys of all values of an option, lists included; of a task, of the whole run but for other groups."""
+    """Return the keys of all values of an option, lists included.
+
+    For a task or an experiment these are the keys of the whole run without its other groups.
+    """
     group, _, name = option.partition("/")
     plain: Any = OmegaConf.to_container(cfg)
+
+    # A run.
     if group in ("task", "experiment"):
-        groups = {path.name for path in CONF.iterdir()}
-        chosen = {key: value for key, value in plain.items() if key == "task" or key not in groups}
-        return list(_leaves(chosen, ""))
+        groups = {path.name for path in CONF.iterdir()} - {"task"}
+        values = {key: value for key, value in plain.items() if key not in groups}
+        return list(_leaves(values, ""))
+
+    # An option of a group.
     place = PLACES.get(group, group)
     if group in ("stepsize", "metric"):
         place = f"{group}.{name}"
@@ -129,29 +143,39 @@ def _leaves(node: Any, key: str) -> Iterator[str]:
         yield key
 
 
-def tried(
-    option: str, cfg: DictConfig, key: str, value: str, refusals: dict[tuple, Exception | None]
-) -> Outcome:
-    """Replace one value, check the configuration, and build what the value belongs to, once for each class.
+Refusals = dict[tuple[str, str, str], Exception | None]  # by class, parameter and value
 
-    refusals: what came of building, by class, parameter and value, of all options.
+
+def outcome_of(option: str, cfg: DictConfig, key: str, value: str, refusals: Refusals) -> Outcome:
+    """Replace one value, check the configuration, and build what the value belongs to.
+
+    Args:
+        option: The option, such as solver/deis.
+        cfg: Its configuration.
+        key: Key of the value.
+        value: The nonsense.
+        refusals: Errors of what was built before, so that every class, parameter and value is
+            built once; extended.
     """
     changed = copy.deepcopy(cfg)
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
         OmegaConf.update(changed, key, override.value(), merge=True)
         check_configuration(changed)
-        same = (_owner(cfg, key), key.rpartition(".")[2], value)
-        if refusals.get(same) is not None:
-            return Outcome(option, key, value, "refused", str(refusals[same]))
-        if same not in refusals:
-            refusals[same] = None
+
+        # Built before.
+        place = (_owner(cfg, key), key.rpartition(".")[2], value)
+        if refusals.get(place) is not None:
+            return Outcome(option, key, value, "refused", str(refusals[place]))
+
+        # Build.
+        if place not in refusals:
             try:
                 if not _build(changed, key):
-                    del refusals[same]
                     return Outcome(option, key, value, "accepted, not built")
+                refusals[place] = None
             except Exception as error:
-                refusals[same] = error
+                refusals[place] = error
                 raise
     except USER_ERRORS as error:
         return Outcome(option, key, value, _kind(str(error), key), str(error))
@@ -161,21 +185,21 @@ def tried(
 
 
 def _kind(message: str, key: str) -> str:
-    """Of a refusal: whether its message holds the key, or that of a node above and the parameter's name."""
+    """Tell by its message whether a refusal names the key.
+
+    It does with the whole key, or with a node above it and the parameter's name. Classes of other
+    libraries often do not say which of their arguments is wrong; then the node alone is named.
+    """
     *above, name = key.split(".")
     nodes = [".".join(above[: end + 1]) for end in range(len(above))]
-    if key in message or (
-        name in message and any(re.search(rf"\b{re.escape(node)}\b", message) for node in nodes)
-    ):
+    named = [bool(re.search(rf"\b{re.escape(node)}\b", message)) for node in nodes]
+    if key in message or (name in message and any(named)):
         return "refused"
-    # Classes of other libraries often do not say which of their arguments they cannot take.
-    return (
-        "refused, its node named" if re.search(rf"\b{re.escape(nodes[-1])}\b", message) else "fault"
-    )
+    return "refused, its node named" if named[-1] else "fault"
 
 
 def _owner(cfg: DictConfig, key: str) -> str:
-    """The nearest _target_ above a key."""
+    """Return the nearest _target_ above a key."""
     parts = key.split(".")[:-1]
     while parts:
         node = OmegaConf.select(cfg, ".".join(parts))
@@ -186,22 +210,24 @@ def _owner(cfg: DictConfig, key: str) -> str:
 
 
 def _build(cfg: DictConfig, key: str) -> bool:
-    """Build what a run builds of this part of its configuration; return whether it is built here."""
+    """Build the object that a value belongs to, as a run does.
+
+    Returns:
+        False where this fuzz does not build it.
+    """
+    # Not built here.
     if key.startswith(NOT_BUILT) or key.startswith("model.sizes.full."):
         return False
     part = key.split(".")[0]
-    if (
-        part == "model"
-        and cfg.model.get("_target_") == "oss_exp.PSDenoiser.from_package"
-        and not PSDENOISER
-    ):
+    if part == "model" and not PSDENOISER and "PSDenoiser" in cfg.model.get("_target_", ""):
         return False
+
+    # Built by part.
     if part == "model":
         border.build(cfg.model, "model", Model)
     elif part == "noise_schedule":
-        border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule).nodes(
-            cfg.num_teacher_steps
-        )
+        schedule = border.build(cfg.noise_schedule, "noise_schedule", NoiseSchedule)
+        schedule.nodes(cfg.num_teacher_steps)
     elif part == "stepsize":
         name = key.split(".")[1]
         strategy = border.build(cfg.stepsize[name], f"stepsize.{name}")
@@ -222,19 +248,20 @@ def _build(cfg: DictConfig, key: str) -> bool:
 
 def fuzz(chosen: list[str], values: tuple[str, ...] = VALUES) -> Iterator[Outcome]:
     """Yield what became of every value of these options."""
-    refusals: dict[tuple, Exception | None] = {}
+    refusals: Refusals = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for option in chosen:
             cfg = composed(option)
             for key in keys_of(cfg, option):
                 for value in values:
-                    yield tried(option, cfg, key, value, refusals)
+                    yield outcome_of(option, cfg, key, value, refusals)
 
 
 def taker(outcome: Outcome) -> tuple[str, str]:
-    """Return the words for the type that accepted a value, and the name of its parameter."""
+    """Return a description of the type that accepted a value, and the name of its parameter."""
     cfg = composed(outcome.config)
-    owner, name = _owner(cfg, outcome.key), outcome.key.rpartition(".")[2]
+    owner = _owner(cfg, outcome.key)
+    name = outcome.key.rpartition(".")[2]
     if owner == "the run" or name.startswith("_"):
         return "a value of the run", outcome.key
     kinds = border.parameters_of(border.class_of({"_target_": owner}, "")).kinds
@@ -243,37 +270,41 @@ def taker(outcome: Outcome) -> tuple[str, str]:
 
 
 def report(accepted: list[Outcome]) -> str:
-    """Return the table of what was accepted: the type, the values, how many parameters."""
-    table: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    """Return a table of the accepted values: the type, the values, how many parameters."""
+    # Type -> parameter -> values.
+    table: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        words: dict[tuple[str, str], tuple[str, str]] = {}
+        takers: dict[tuple[str, str], tuple[str, str]] = {}
         for outcome in accepted:
             place = (outcome.config, outcome.key)
-            words[place] = words.get(place) or taker(outcome)
-            kind, parameter = words[place]
-            found = table[kind].setdefault(parameter, [])
-            if outcome.value not in found:
-                found.append(outcome.value)
+            if place not in takers:
+                takers[place] = taker(outcome)
+            kind, parameter = takers[place]
+            if outcome.value not in table[kind][parameter]:
+                table[kind][parameter].append(outcome.value)
+
+    # One row for the parameters of a type that accept the same values.
     lines = ["| what the parameter takes | accepted | parameters | such as |", "|---|---|---|---|"]
     for kind in sorted(table):
         by_values: dict[tuple[str, ...], list[str]] = defaultdict(list)
-        for parameter, found in table[kind].items():
-            by_values[tuple(found)].append(parameter)
-        for found, parameters in sorted(by_values.items(), key=lambda item: -len(item[1])):
-            shown = ", ".join(f"`{each}`" for each in found)
-            lines.append(f"| {kind} | {shown} | {len(parameters)} | {', '.join(parameters[:4])} |")
+        for parameter, values in table[kind].items():
+            by_values[tuple(values)].append(parameter)
+        for values, parameters in sorted(by_values.items(), key=lambda item: -len(item[1])):
+            listed = ", ".join(f"`{value}`" for value in values)
+            lines.append(f"| {kind} | {listed} | {len(parameters)} | {', '.join(parameters[:4])} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
         "--only", nargs="*", default=None, help="options such as solver/deis; all without"
     )
-    chosen = arguments.parse_args().only or options()
+    chosen = parser.parse_args().only or options()
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     warnings.simplefilter("ignore")
-    counts: Counter[str] = Counter()
+
+    # Try everything in an empty folder.
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OSS_EXP_CACHE"] = folder
@@ -281,16 +312,18 @@ def main() -> None:
         np.savez("conditions.npz", deltasq_realisations=np.zeros((16, 8), np.float32))
         for outcome in fuzz(chosen):
             outcomes.append(outcome)
-            counts[outcome.kind] += 1
             if outcome.kind == "fault":
-                print(
-                    f"{outcome.config} {outcome.key}={outcome.value}: {outcome.message}", flush=True
-                )
-        text = report([each for each in outcomes if each.kind == "accepted"])
-        unbuilt = report([each for each in outcomes if each.kind == "accepted, not built"])
-    counted = f"{sum(counts.values())} tried, {', '.join(f'{counts[kind]} {kind}' for kind in sorted(counts))}"
-    print(counted)
-    (HERE / "accepted.md").write_text(f"{counted}\n\n{text}\nNot built here:\n\n{unbuilt}")
+                place = f"{outcome.config} {outcome.key}={outcome.value}"
+                print(f"{place}: {outcome.message}", flush=True)
+        built = report([outcome for outcome in outcomes if outcome.kind == "accepted"])
+        unbuilt = report([outcome for outcome in outcomes if outcome.kind == "accepted, not built"])
+
+    # Count.
+    counts = Counter(outcome.kind for outcome in outcomes)
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
+    summary = f"{len(outcomes)} tried, {listed}"
+    print(summary)
+    (HERE / "accepted.md").write_text(f"{summary}\n\n{built}\nNot built here:\n\n{unbuilt}")
 
 
 if __name__ == "__main__":

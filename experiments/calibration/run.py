@@ -1,51 +1,53 @@
-"""What amplitude calibration does to the PSNR of few-step students (the paper's section 4.2.1 and figures 4 and 8).
+"""The effect of amplitude calibration on the PSNR of few-step students.
+
+The paper's section 4.2.1 and figures 4 and 8.
 
 python -m experiments.calibration.run
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from experiments.common import OUTPUTS, keep, measure, table
+from experiments.common import OUTPUTS, keep, measure, run_program, table
 
 STRATEGIES = ("fm", "ddim", "oss", "oss_ave", "oss_shared")
 
 
 def main() -> None:
-    files = {"no calibration": "null"}
-    for name, last in (("before every call", "false"), ("before the last call", "true")):
-        folder = OUTPUTS / f"calibration/table_{last}"
-        if not (folder / "calibration.json").exists():
-            command = [
-                sys.executable,
-                "-m",
-                "oss_exp",
-                "task=calibrate",
-                f"task.last_step_only={last}",
-                "logger=none",
-            ]
-            subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
-        files[name] = str(folder / "calibration.json")
+    files = {
+        "no calibration": "null",
+        "before every call": calibration(last_step_only=False),
+        "before the last call": calibration(last_step_only=True),
+    }
+
+    # Measure.
     rows = []
     for name, file in files.items():
-        chosen = [f"stepsize=[{','.join(STRATEGIES)}]", f"solver.calibration={file}"]
-        found = {
-            (r.strategy, r.num_steps): r
-            for r in measure(f"calibration/{name.replace(' ', '_')}", *chosen)
-        }
+        settings = [f"stepsize=[{','.join(STRATEGIES)}]", f"solver.calibration={file}"]
+        results = measure(f"calibration/{name.replace(' ', '_')}", *settings)
+        by_key = {(result.strategy, result.num_steps): result for result in results}
         for k in (5, 10):
-            cells = [f"{found[s, k].psnr} / {found[s, k].spread.mean:.3f}" for s in STRATEGIES]
-            rows.append([name, str(k), *cells])
-    keep(
-        __file__,
-        "table.md",
-        table(["calibration", "K", *(f"{s}: PSNR / spread" for s in STRATEGIES)], rows),
-    )
-    keep(
-        __file__, "amplitude.png", (OUTPUTS / "calibration/table_false/amplitude.png").read_bytes()
-    )
+            row = [name, str(k)]
+            for strategy in STRATEGIES:
+                result = by_key[strategy, k]
+                row.append(f"{result.psnr} / {result.spread.mean:.3f}")
+            rows.append(row)
+
+    # Table and picture.
+    header = ["calibration", "K", *(f"{name}: PSNR / spread" for name in STRATEGIES)]
+    keep(__file__, "table.md", table(header, rows))
+    picture = OUTPUTS / "calibration/table_false/amplitude.png"
+    keep(__file__, "amplitude.png", picture.read_bytes())
+
+
+def calibration(last_step_only: bool) -> str:
+    """Return the file of a calibration, which is made unless it is there."""
+    setting = str(last_step_only).lower()
+    folder = OUTPUTS / f"calibration/table_{setting}"
+    file = folder / "calibration.json"
+    if not file.exists():
+        overrides = ["task=calibrate", f"task.last_step_only={setting}"]
+        run_program(*overrides, f"hydra.run.dir={folder}")
+    return str(file)
 
 
 if __name__ == "__main__":

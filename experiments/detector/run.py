@@ -1,4 +1,4 @@
-"""How high a score on our own scenes can be: the detector's verdicts on scenes that show exactly what is wished.
+"""The highest score that scenes can reach: the detector's verdicts on scenes that fit the prompt.
 
 python -m experiments.detector.run
 """
@@ -22,10 +22,8 @@ def main() -> None:
     rows = {}
     for split in ("train", "test"):
         wardrobe = Wardrobe(*fashion_mnist(root, split, SIDE))
-        rows[f"scenes of {split} garments"] = (
-            0,
-            ceiling(FashionDetector.from_asset(), wardrobe, seed=1),
-        )
+        verdicts = ceiling(FashionDetector.from_asset(), wardrobe, seed=1)
+        rows[f"scenes of {split} garments"] = (0, verdicts)
     keep(__file__, "table.md", table(rows).replace(" (0)", ""))
 
 

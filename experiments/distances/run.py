@@ -1,4 +1,4 @@
-"""What the search minimises: four distances, two norms, per sample and shared.
+"""Compare what a search minimises: four distances and two norms, per sample and shared.
 
 python -m experiments.distances.run
 """
@@ -24,22 +24,31 @@ SETTING = [
 ]
 
 
+BUDGETS = (5, 10)
+SEARCHES = ("oss", "oss_ave", "oss_shared")
+
+
 def main() -> None:
-    header = [
-        "distance",
-        *(f"{s}, K={k}" for k in (5, 10) for s in ("oss", "oss_ave", "oss_shared")),
-        "calls a sample",
-    ]
     rows = []
     for name, distance in DISTANCES.items():
         results = measure(f"distances/{'_'.join(distance).replace('=', '_')}", *SETTING, *distance)
-        found = {(r.strategy, r.num_steps): r for r in results}
-        calls = found["oss", 5].planning["network_calls_per_sample"]
-        cells = [str(found[s, k].psnr) for k in (5, 10) for s in ("oss", "oss_ave", "oss_shared")]
-        rows.append([name, *cells, f"{calls:.0f}"])
-    ddim = [str(found["ddim", k].psnr) for k in (5, 10)]
+        by_key = {(result.strategy, result.num_steps): result for result in results}
+
+        # One row a distance.
+        row = [name]
+        for k in BUDGETS:
+            row += [str(by_key[search, k].psnr) for search in SEARCHES]
+        calls = by_key["oss", 5].planning["network_calls_per_sample"]
+        rows.append([*row, f"{calls:.0f}"])
+
+    # DDIM does not depend on the distance.
+    ddim = [str(by_key["ddim", k].psnr) for k in BUDGETS]
     rows.append(["(ddim, no search)", ddim[0], "", "", ddim[1], "", "", "0"])
-    keep(__file__, "table.md", table(header, rows))
+
+    header = ["distance"]
+    for k in BUDGETS:
+        header += [f"{search}, K={k}" for search in SEARCHES]
+    keep(__file__, "table.md", table([*header, "calls a sample"], rows))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Fitted steps: what they gain on networks, how many search samples they need, what history and ridge do.
+"""Fitted steps: what they gain on networks, how many search samples they need, and their options.
 
-python -m experiments.fitted_steps.run                       # networks: half an hour of a core; the mixture: as much
+python -m experiments.fitted_steps.run                       # networks and mixture: an hour
 python -m experiments.fitted_steps.run unet_fashion mixture  # some of them
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
+from itertools import product
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from experiments.common import OUTPUTS, keep, measure, png, table
 from oss_exp.calibration import amplitude
@@ -23,134 +25,141 @@ from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
+from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import sample, trajectory
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem
+from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem, StepsizeStrategy
 
-SAMPLES, HELD_OUT, BUDGETS, SEEDS = (4, 8, 16, 64), 384, (5, 10), 3
+SAMPLES = (4, 8, 16, 64)
+HELD_OUT = 384
+BUDGETS = (5, 10)
+SEEDS = 3
 NETWORKS = ("unet_fashion", "dit_fashion")
-NETWORK = ["solver=dpm_solver_pp", "solver.order=3", "num_steps=[5,10,20]"]
-NETWORK += [
+SETTINGS = [  # of the comparison on networks
+    "solver=dpm_solver_pp",
+    "solver.order=3",
+    "num_steps=[5,10,20]",
     "data.search_samples=32",
     "data.eval_samples=256",
     "stepsize=[edm,fm,logsnr,quadratic,gits,oss_shared,oss_fit]",
+    "stepsize.oss_shared.band={_target_: oss_exp.Band, stride: 8, width: 1, shifts: 0}",
 ]
-NETWORK += ["stepsize.oss_shared.band={_target_: oss_exp.Band, stride: 8, width: 1, shifts: 0}"]
-SOLVER, GRID = DPMSolverPP(2, lower_order_final=True), FlowSchedule(1.0).nodes(100)
+SOLVER = DPMSolverPP(2, lower_order_final=True)
+GRID = FlowSchedule(1.0).nodes(100)
+SEARCHED = OSSShared("analytic", None, True, "log_mean")
 
 
 def fit(history=None, ridge=1e-6, start="analytic", refine=True) -> OSSFit:
     return OSSFit(start, Band(), refine, "log_mean", history, ridge)
 
 
-ORDINARY = OSSShared("analytic", None, True, "log_mean")
-
-
 class Bench:
-    """Noises of one seed, with the teacher's answers on the held-out ones."""
+    """The mixture with held-out noises, and what its teacher makes of them."""
 
     def __init__(self) -> None:
         self.model = GaussianMixture.from_asset(
             "mixture_fashion.safetensors", guidance=Guidance(), micro_batch=4096
         )
         self.velocity = self.model.velocity(None)
-        self.other = self.noise(10**6, HELD_OUT)
-        self.truth = self._teacher(self.other)
+        self.held_out_noise = self.noise(10**6, HELD_OUT)
+        self.held_out_x0 = self._teacher(self.held_out_noise)
 
-    def noise(self, seed: int, count: int) -> torch.Tensor:
-        return torch.randn(
-            count, *self.model.event_shape, generator=torch.Generator().manual_seed(seed)
-        )
+    def noise(self, seed: int, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, *self.model.event_shape, generator=generator)
 
-    def plans(self, strategy, count: int, seed: int):
-        noise = self.noise(seed, count)
-        return noise, strategy.plan(
-            Problem(self.velocity, noise, GRID, SOLVER, XtMSE()), list(BUDGETS)
-        )
+    def plan(self, strategy: StepsizeStrategy, noise: Tensor) -> dict[int, StepSchedule]:
+        """Search a schedule for every budget on these noises."""
+        problem = Problem(self.velocity, noise, GRID, SOLVER, XtMSE())
+        return strategy.plan(problem, list(BUDGETS))
 
-    def psnr(self, steps, noise: torch.Tensor, truth: torch.Tensor | None = None) -> torch.Tensor:
-        truth = self._teacher(noise) if truth is None else truth
+    def psnr(self, steps: StepSchedule, noise: Tensor, x0: Tensor | None = None) -> Tensor:
+        """Return the PSNR of every sample to the teacher, whose end states may be passed."""
+        x0 = self._teacher(noise) if x0 is None else x0
         images = self.model.decode(sample(SOLVER, self.velocity, noise, steps))
-        return psnr(images, self.model.decode(truth))
+        return psnr(images, self.model.decode(x0))
 
-    def held_out(self, steps) -> torch.Tensor:
-        return self.psnr(steps, self.other, self.truth)
+    def held_out(self, steps: StepSchedule) -> Tensor:
+        """Return the PSNR of every held-out sample."""
+        return self.psnr(steps, self.held_out_noise, self.held_out_x0)
 
-    def quantiles(self, steps=None) -> list[float]:
-        x0 = self.truth if steps is None else sample(SOLVER, self.velocity, self.other, steps)
-        return [float(q.mean()) for q in amplitude(x0, per_channel=False)]
+    def quantiles(self, steps: StepSchedule | None = None) -> str:
+        """Return the 5 and 95 % quantiles of x0, of the teacher's without steps."""
+        x0 = self.held_out_x0
+        if steps is not None:
+            x0 = sample(SOLVER, self.velocity, self.held_out_noise, steps)
+        low, high = amplitude(x0, per_channel=False)
+        return f"{float(low.mean()):.3f} .. {float(high.mean()):.3f}"
 
-    def _teacher(self, noise: torch.Tensor) -> torch.Tensor:
+    def _teacher(self, noise: Tensor) -> Tensor:
         return trajectory(SOLVER, self.velocity, noise, GRID)[-1]
 
 
 def main() -> None:
-    given = sys.argv[1:] or [*NETWORKS, "mixture"]
+    names = sys.argv[1:] or [*NETWORKS, "mixture"]
     for name in NETWORKS:
-        if name in given:
-            measure(f"fitted_steps/{name}", f"model={name}", *NETWORK)
+        if name in names:
+            measure(f"fitted_steps/{name}", f"model={name}", *SETTINGS)
             keep(__file__, f"{name}.md", (OUTPUTS / f"fitted_steps/{name}/table.md").read_text())
-    if "mixture" in given:
+    if "mixture" in names:
         mixture()
 
 
 def mixture() -> None:
     bench = Bench()
-    curve = overfitting(bench)
-    keep(__file__, "overfitting.md", _curve_table(curve))
-    keep(__file__, "overfitting.png", _curve_figure(curve))
+    curves = overfitting(bench)
+    keep(__file__, "overfitting.md", curve_table(curves))
+    keep(__file__, "overfitting.png", curve_picture(curves))
     keep(__file__, "choices.md", choices(bench))
 
 
-def overfitting(bench: Bench) -> dict[tuple[str, int, int], tuple[list[float], list[float]]]:
-    """{(strategy, samples, K): (train PSNR of each seed, held-out PSNR of each seed)}."""
-    curve = {}
-    kinds = {"oss_fit": fit(), "oss_shared": ORDINARY}
-    for (name, strategy), count in track(
-        list(itertools.product(kinds.items(), SAMPLES)), "overfitting"
-    ):
-        for seed in range(SEEDS):
-            noise, plans = bench.plans(strategy, count, seed)
-            for k, steps in plans.items():
-                train, other = curve.setdefault((name, count, k), ([], []))
-                train.append(float(bench.psnr(steps, noise).mean()))
-                other.append(float(bench.held_out(steps).mean()))
-    return curve
+# --------------------------------------------------------------------------------------------------
+# Search samples
+# --------------------------------------------------------------------------------------------------
+
+# (strategy, samples, K) -> mean PSNR for each seed, on the search samples and on held-out ones.
+Curves = dict[tuple[str, int, int], tuple[list[float], list[float]]]
 
 
-def _curve_table(curve) -> str:
+def overfitting(bench: Bench) -> Curves:
+    """Search with few and many samples, and compare both PSNRs."""
+    curves: Curves = {}
+    strategies = {"oss_fit": fit(), "oss_shared": SEARCHED}
+    runs = list(product(strategies, SAMPLES, range(SEEDS)))
+    for name, count, seed in track(runs, "overfitting"):
+        noise = bench.noise(seed, count)
+        for k, steps in bench.plan(strategies[name], noise).items():
+            search, held_out = curves.setdefault((name, count, k), ([], []))
+            search.append(float(bench.psnr(steps, noise).mean()))
+            held_out.append(float(bench.held_out(steps).mean()))
+    return curves
+
+
+def curve_table(curves: Curves) -> str:
+    columns = list(product(("oss_shared", "oss_fit"), BUDGETS))
     rows = []
     for count in SAMPLES:
-        cells = [str(count)]
-        for name, k in itertools.product(("oss_shared", "oss_fit"), BUDGETS):
-            train, other = (sum(values) / len(values) for values in curve[name, count, k])
-            cells.append(f"{train:.2f} / {other:.2f}")
-        rows.append(cells)
-    header = [
-        "search samples",
-        *(f"{n}, K={k}: train / held-out" for n in ("oss_shared", "oss_fit") for k in BUDGETS),
-    ]
-    return (
-        table(header, rows)
-        + f"\nPSNR in dB, mean over {SEEDS} search sets; {HELD_OUT} held-out noises.\n"
-    )
+        row = [str(count)]
+        for name, k in columns:
+            search, held_out = curves[name, count, k]
+            row.append(f"{sum(search) / SEEDS:.2f} / {sum(held_out) / SEEDS:.2f}")
+        rows.append(row)
+    header = ["search samples", *(f"{name}, K={k}: train / held-out" for name, k in columns)]
+    note = f"\nPSNR in dB, mean over {SEEDS} search sets; {HELD_OUT} held-out noises.\n"
+    return table(header, rows) + note
 
 
-def _curve_figure(curve) -> bytes:
+def curve_picture(curves: Curves) -> bytes:
     figure, axes = plt.subplots(1, len(BUDGETS), figsize=(9, 3.8), layout="constrained")
     for axis, k in zip(axes, BUDGETS, strict=True):
         for name, color in (("oss_fit", "tab:blue"), ("oss_shared", "tab:red")):
             for part, style in ((0, "--"), (1, "-")):
                 label = f"{name}, {'held-out' if part else 'its own search samples'}"
-                mean = [sum(curve[name, n, k][part]) / SEEDS for n in SAMPLES]
+                values = np.array([curves[name, count, k][part] for count in SAMPLES])
+                mean = values.mean(1)
                 axis.plot(SAMPLES, mean, style, color=color, marker="o", ms=4, label=label)
                 axis.fill_between(
-                    SAMPLES,
-                    [min(curve[name, n, k][part]) for n in SAMPLES],
-                    [max(curve[name, n, k][part]) for n in SAMPLES],
-                    color=color,
-                    alpha=0.12,
-                    lw=0,
+                    SAMPLES, values.min(1), values.max(1), color=color, alpha=0.12, lw=0
                 )
         axis.set(title=f"K = {k}", xscale="log", xlabel="search samples")
         axis.set_xticks(SAMPLES, SAMPLES)
@@ -161,28 +170,35 @@ def _curve_figure(curve) -> bytes:
     return png(figure)
 
 
+# --------------------------------------------------------------------------------------------------
+# Options
+# --------------------------------------------------------------------------------------------------
+
+
 def choices(bench: Bench) -> str:
-    """History, ridge, start and refinement with 64 search samples, and the amplitudes of what comes out."""
-    kinds = {"oss_shared (Algorithm 2)": ORDINARY}
-    kinds |= {f"oss_fit, history {h}": fit(history=h) for h in (1, 2, 3, 5)}
-    kinds |= {f"oss_fit, ridge {ridge:g}": fit(ridge=ridge) for ridge in (1e-7, 1e-4, 1e-2)}
-    kinds |= {f"oss_fit, {start} start": fit(start=start) for start in ("free", "pinned")}
-    kinds["oss_fit, not refined"] = fit(refine=False)
+    """Compare history, ridge, start and refinement with 64 search samples."""
+    strategies = {"oss_shared (Algorithm 2)": SEARCHED}
+    for history in (1, 2, 3, 5):
+        strategies[f"oss_fit, history {history}"] = fit(history=history)
+    for ridge in (1e-7, 1e-4, 1e-2):
+        strategies[f"oss_fit, ridge {ridge:g}"] = fit(ridge=ridge)
+    for start in ("free", "pinned"):
+        strategies[f"oss_fit, {start} start"] = fit(start=start)
+    strategies["oss_fit, not refined"] = fit(refine=False)
+
+    # PSNR and amplitude of each.
+    noise = bench.noise(0, 64)
     rows = []
-    for name, strategy in track(kinds.items(), "choices"):
-        cells = [name]
-        for steps in bench.plans(strategy, 64, 0)[1].values():
-            cells += [
-                str(Interval.of(bench.held_out(steps).numpy())),
-                "{:.3f} .. {:.3f}".format(*bench.quantiles(steps)),
-            ]
-        rows.append(cells)
-    truth = "{:.3f} .. {:.3f}".format(*bench.quantiles())
-    rows.append(["(teacher)", "", truth, "", truth])
-    header = [
-        "64 search samples",
-        *(text for k in BUDGETS for text in (f"K={k}: PSNR, dB", "5 .. 95 % of x0")),
-    ]
+    for name, strategy in track(strategies.items(), "choices"):
+        row = [name]
+        for steps in bench.plan(strategy, noise).values():
+            row += [str(Interval.of(bench.held_out(steps).numpy())), bench.quantiles(steps)]
+        rows.append(row)
+    rows.append(["(teacher)", "", bench.quantiles(), "", bench.quantiles()])
+
+    header = ["64 search samples"]
+    for k in BUDGETS:
+        header += [f"K={k}: PSNR, dB", "5 .. 95 % of x0"]
     return table(header, rows)
 
 

@@ -1,4 +1,4 @@
-"""Which of the packages that this program needs are not installed here? One a line, with what is needed."""
+"""Print the required packages that are not installed here, one a line with its version."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version

@@ -1,10 +1,10 @@
-"""How fast are networks of full size on a GPU: bare, in a search, in sampling; and what does the search add?
+"""The speed of full-size networks on a GPU: bare, in a search and in sampling.
 
 python -m experiments.gpu_speed.run [--output FOLDER] [--seconds 150] [--dry]
 
-DiT-XL/2, EDM's ADM for ImageNet 64 and a transformer of FLUX's shape, all with random weights, the last one in bfloat16.
-What is left when the time is over is left out and said so; every result is written as soon as it is there. --dry: the
-same at small sizes on the CPU.
+DiT-XL/2, EDM's ADM for ImageNet 64 and a transformer of FLUX's shape, all with random weights, the
+last one in bfloat16. Measurements that do not fit into the time are skipped and listed; every
+result is written at once. --dry: the same at small sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,17 @@ COLUMNS = {
 
 @dataclass
 class Sizes:
-    """What is measured of each network. Images are of `steps` network calls each."""
+    """The sizes of the measurements.
+
+    Attributes:
+        device: Device of all networks.
+        steps: Network calls of an image.
+        nodes: Teacher steps.
+        samples: Images of a search.
+        repeats: Repeats of a bare call.
+        full: Whether networks have their full size.
+        compiler: Backend of torch.compile.
+    """
 
     device: torch.device
     steps: int = 10
@@ -60,7 +70,14 @@ class Sizes:
 
 @dataclass
 class Network:
-    """A bound network. rows: of a call; blocks: its parts that are alike, which are compiled once for all."""
+    """A bound network.
+
+    Attributes:
+        velocity: Its velocity.
+        shape: Shape of a sample.
+        rows: Rows of a call.
+        blocks: Its equal parts, which are compiled once for all.
+    """
 
     velocity: BoundVelocity
     shape: tuple[int, ...]
@@ -69,14 +86,17 @@ class Network:
 
 
 def published(sizes: Sizes, model: str, rows: int, *settings: str) -> Network:
-    """A network of conf/model with random weights."""
+    """Return a network of conf/model with random weights."""
     size = "full" if sizes.full else "tiny"
-    more = [f"model={model}", f"model.size={size}", f"model.sizes.{size}.checkpoint=random"]
-    cfg = configuration(*more, f"model.micro_batch={rows}", *settings)
-    built: Model = border.build(cfg.model, "model", Model).to(sizes.device)
+    overrides = [f"model={model}", f"model.size={size}", f"model.sizes.{size}.checkpoint=random"]
+    cfg = configuration(*overrides, f"model.micro_batch={rows}", *settings)
+    network: Model = border.build(cfg.model, "model", Model).to(sizes.device)
     classes = torch.arange(sizes.samples, device=sizes.device)
-    blocks = [each for each in built.modules() if type(each).__name__ == "BasicTransformerBlock"]
-    return Network(built.velocity(classes), built.event_shape, rows, blocks)
+    blocks = []
+    for module in network.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            blocks.append(module)
+    return Network(network.velocity(classes), network.event_shape, rows, blocks)
 
 
 def dit(sizes: Sizes) -> Network:
@@ -89,7 +109,8 @@ def adm(sizes: Sizes) -> Network:
 
 
 def flux(sizes: Sizes) -> Network:
-    """A transformer of FLUX.1's shape at 1024 x 1024 pixels and 512 words."""
+    """Return a transformer of FLUX.1's shape at 1024 x 1024 pixels and 512 words."""
+    # Random weights.
     small = {
         "num_layers": 1,
         "num_single_layers": 1,
@@ -104,6 +125,7 @@ def flux(sizes: Sizes) -> Network:
     for weight in network.parameters():
         weight.normal_(std=0.02)
 
+    # Fixed inputs.
     side, words = (64, 512) if sizes.full else (4, 8)
     grid = torch.cartesian_prod(torch.arange(1), torch.arange(side), torch.arange(side))
     text = torch.zeros(words, network.config.joint_attention_dim)
@@ -144,7 +166,7 @@ class Clock:
         self.inside = self.total = 0.0
 
     def counted(self, velocity: BoundVelocity) -> BoundVelocity:
-        """The same velocity, the calls of which are timed on the device."""
+        """Return the same velocity with calls that are timed on the device."""
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             start = self._mark()
@@ -162,15 +184,14 @@ class Clock:
         yield
         self._wait()
         self.total = time.perf_counter() - started
-        spans = [
-            start.elapsed_time(end) / 1e3 if self.cuda else end - start
-            for start, end in self.events
-        ]
-        self.inside = sum(spans)
+
+        self.inside = 0.0
+        for start, end in self.events:
+            self.inside += start.elapsed_time(end) / 1e3 if self.cuda else end - start
 
     @property
     def outside(self) -> float:
-        """Per cent of the time."""
+        """Return the share of time outside the network, in per cent."""
         return 100 * (1 - self.inside / self.total)
 
     def _mark(self) -> Any:
@@ -187,7 +208,8 @@ class Clock:
 
 @torch.no_grad()
 def speed(network: Network, sizes: Sizes) -> dict[str, Any]:
-    """Images a second and the share outside of the network; GiB."""
+    """Return images a second, the shares outside the network, and GiB."""
+    # Bare calls.
     clock = Clock(sizes.device)
     rows = torch.randn(network.rows, *network.shape, device=sizes.device)
     rows = rows[: network.rows - network.rows % sizes.samples or None]
@@ -204,22 +226,22 @@ def speed(network: Network, sizes: Sizes) -> dict[str, Any]:
     steps = ClosedForm().plan(problem, [sizes.steps])[sizes.steps]
     with clock.running():
         sample(Euler(), velocity, noise, steps)
-    result["sampling"], result["sampling_outside"] = sizes.samples / clock.total, clock.outside
+    result["sampling"] = sizes.samples / clock.total
+    result["sampling_outside"] = clock.outside
 
     # The search.
     with clock.running():
         OSSShared("pinned", Band(8, 1), False).plan(problem, [sizes.steps])
-    result["search_calls"], result["search_seconds"] = len(clock.events), clock.total
-    result["search"], result["search_outside"] = (
-        result["bare"] * clock.inside / clock.total,
-        clock.outside,
-    )
+    result["search_calls"] = len(clock.events)
+    result["search_seconds"] = clock.total
+    result["search"] = result["bare"] * clock.inside / clock.total
+    result["search_outside"] = clock.outside
     result["search_memory"] = memory(sizes.device)
     return result
 
 
 def bare_seconds(network: Network, rows: Tensor, clock: Clock, repeats: int) -> float:
-    """Of one call of so many rows, the best of a few."""
+    """Return the seconds of one call of these rows, the best of a few."""
     t = torch.full((len(rows),), 0.5, dtype=torch.float64, device=rows.device)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
@@ -233,11 +255,18 @@ def bare_seconds(network: Network, rows: Tensor, clock: Clock, repeats: int) -> 
 def faster(
     network: Network, sizes: Sizes, times: dict[str, float], done: Callable[[], None]
 ) -> None:
-    """Fill in the milliseconds of a call: as it is, with compiled blocks, and as a CUDA graph; `done` after each."""
+    """Fill in the milliseconds of a call: plain, with compiled blocks, and as a CUDA graph.
+
+    `done` is called after each of them.
+    """
     clock = Clock(sizes.device)
     rows = torch.randn(sizes.samples, *network.shape, device=sizes.device)
+
+    # As it is.
     times["plain"] = 1e3 * bare_seconds(network, rows, clock, sizes.repeats)
     done()
+
+    # With compiled blocks.
     if network.blocks:
         for block in network.blocks:
             block.compile(dynamic=False, backend=sizes.compiler)
@@ -246,13 +275,15 @@ def faster(
         times["compiled, first call"] = 1e3 * clock.total
         times["compiled"] = 1e3 * bare_seconds(network, rows, clock, sizes.repeats)
         done()
+
+    # As a graph.
     if clock.cuda:
         times["as a graph"] = 1e3 * graphed_seconds(network, rows, clock, sizes.repeats)
         done()
 
 
 def graphed_seconds(network: Network, rows: Tensor, clock: Clock, repeats: int) -> float:
-    """Of one call that is replayed as a CUDA graph."""
+    """Return the seconds of one call that is replayed as a CUDA graph."""
     t = torch.full((len(rows),), 0.5, dtype=torch.float64, device=rows.device)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
@@ -271,49 +302,60 @@ def graphed_seconds(network: Network, rows: Tensor, clock: Clock, repeats: int) 
 
 @torch.no_grad()
 def inner_products(sizes: Sizes) -> list[dict[str, Any]]:
-    """Seconds and errors of <u_p, u_q> in float64, and in float32 with compensated sums over slices."""
+    """Measure the inner products <u_p, u_q> in float64 and float32.
+
+    The second float32 variant has compensated sums over slices.
+    """
     count, features = (64, 4096 * 64) if sizes.full else (8, 4096)
     vectors = torch.randn(sizes.samples, count, features, device=sizes.device)
     vectors[:, 1:] = vectors[:, :1] + 1e-3 * vectors[:, 1:]  # neighbours on a path nearly cancel
     exact = torch.bmm(vectors.double(), vectors.double().mT)
-    ways = {
+
+    # Time and error of every variant.
+    variants = {
         "float64": lambda: torch.bmm(vectors.double(), vectors.double().mT),
         "float32": lambda: torch.bmm(vectors, vectors.mT).double(),
         "float32, compensated": lambda: compensated(vectors),
     }
     results = []
-    for way, multiply in ways.items():
-        clock, seconds = Clock(sizes.device), []
+    for name, multiply in variants.items():
+        clock = Clock(sizes.device)
+        seconds = []
         for _ in range(sizes.repeats + 1):
             with clock.running():
                 products = multiply()
             seconds.append(clock.total)
-        distances = [squared_distances(each) for each in (products, exact)]
-        error = (distances[0] - distances[1]).abs().max() / distances[1].max()
-        results.append({"way": way, "ms": 1e3 * min(seconds), "error of distances": float(error)})
+        distances = squared_distances(products)
+        expected = squared_distances(exact)
+        error = (distances - expected).abs().max() / expected.max()
+        results.append({"way": name, "ms": 1e3 * min(seconds), "error of distances": float(error)})
     return results
 
 
 def squared_distances(products: Tensor) -> Tensor:
-    """|u_p - u_q|^2 of inner products (B, P, P): what a search compares."""
+    """Return |u_p - u_q|^2 of inner products (B, P, P), which a search compares."""
     squares = products.diagonal(dim1=1, dim2=2)
     return squares[:, :, None] + squares[:, None] - 2 * products
 
 
 def compensated(vectors: Tensor, features: int = 512) -> Tensor:
-    """Inner products (B, P, P) of float32 vectors (B, P, F): sums of slices by Neumaier's two numbers."""
-    total, rest = 0, 0
+    """Return inner products (B, P, P) of float32 vectors (B, P, F).
+
+    The sums of slices are compensated (Neumaier).
+    """
+    total = 0
+    correction = 0
     for part in vectors.split(features, dim=2):
         term = torch.bmm(part, part.mT)
         new = total + term
-        rest = rest + (term - (new - total))
+        correction = correction + (term - (new - total))
         total = new
     assert isinstance(total, Tensor)
-    return total.double() + rest
+    return total.double() + correction
 
 
 def memory(device: torch.device) -> float:
-    """The most GiB since it was last asked for; 0 on a CPU."""
+    """Return the peak in GiB since the last call; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
     most = torch.cuda.max_memory_allocated() / 2**30
@@ -357,7 +399,7 @@ def main() -> None:
         times = results["faster"].setdefault(name, {})
         faster(networks[name], sizes, times, lambda: save(options.output, results))
 
-    # What compiles may be slow, and what is captured may fail: they come last.
+    # Compiling may be slow, and capturing may fail: they come last.
     measurements = [(name, partial(measure, name)) for name in NETWORKS]
     measurements.append(("inner products", lambda: results.update(products=inner_products(sizes))))
     measurements += [(f"{name}, faster", partial(hasten, name)) for name in NETWORKS]
@@ -375,20 +417,25 @@ def main() -> None:
 
 
 def save(folder: Path, results: dict[str, Any]) -> None:
-    """speed.json and speed.md of what there is so far."""
+    """Write speed.json and speed.md with the results so far."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "speed.json", json.dumps(results, indent=1))
+
+    # Searching and sampling.
     parts = [f"On {results['device']}; goal: at most {GOAL} % outside of the network.\n"]
     rows = [
         [name, *(f"{row[key]:.3g}" for key in COLUMNS)] for name, row in results["speed"].items()
     ]
     parts.append(table(["network", *COLUMNS.values()], rows))
-    rows = [
-        [name, way, f"{milliseconds:.2f}"]
-        for name, ways in results["faster"].items()
-        for way, milliseconds in ways.items()
-    ]
+
+    # Faster calls.
+    rows = []
+    for name, times in results["faster"].items():
+        for variant, milliseconds in times.items():
+            rows.append([name, variant, f"{milliseconds:.2f}"])
     parts.append(table(["network", "way", "ms a call"], rows))
+
+    # Inner products.
     if products := results.get("products"):
         rows = [
             [row["way"], f"{row['ms']:.3g}", f"{row['error of distances']:.1e}"] for row in products

@@ -1,4 +1,4 @@
-"""Names of strategies that are allowed, and that some border would obey if it took them for more than text."""
+"""Names that a strategy may have, and that some output could take for markup or a command."""
 
 NAMES = [
     "v1.5|[bold]",

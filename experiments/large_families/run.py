@@ -1,10 +1,11 @@
-"""The small relatives of FLUX, Open-Sora and MAR: what they draw, and what every strategy makes of them.
+"""The small relatives of FLUX, Open-Sora and MAR: their samples, and every strategy on them.
 
-python -m experiments.large_families.run quality    # pictures by 100 Euler steps, and how many are what was asked for
-python -m experiments.large_families.run compare    # K = 5, 10, 20 of Euler's steps, 100 for the teacher
-python -m experiments.large_families.run figure_7   # MAR: FID against the steps of every token, one schedule for all
+python -m experiments.large_families.run quality    # 100 Euler steps, and how many samples fit
+python -m experiments.large_families.run compare    # K = 5, 10, 20 Euler steps, 100 for the teacher
+python -m experiments.large_families.run figure_7   # MAR: FID against the steps of every token
 
-Each can be limited to some networks: `... quality flux_fashion`. Finished runs are kept in outputs/experiments.
+Each can be limited to some networks: `... quality flux_fashion`. Finished runs are kept in
+outputs/experiments.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ NETWORKS = {
     "video_fashion": ["data=prompts", "data.prompts=moving_fashion.txt", "data.eval_samples=128"],
     "mar_fashion": ["noise_schedule=cosine", "data.eval_samples=256"],
 }
-# An analytic start is from a mean: a prompt has its own, and so has each token in MAR's later iterations.
+# An analytic start needs one mean for all samples. Here every prompt has its own, and so has every
+# token in MAR's later iterations.
 PINNED = "stepsize.oss_shared.start=pinned"
 STRATEGIES = "stepsize=[fm,fm_shifted,ddim,edm,dm,gits,oss_ave,oss_shared,oss_fit,oss_best]"
-QUICK = [  # a search of a twentieth of the calls: coarse to fine, and not refined
-    f"stepsize.{name}.{setting}"
-    for name in ("oss_ave", "oss_shared", "oss_fit")
-    for setting in ("band={stride: 8, width: 1}", "refine=false")
+QUICK = [  # searches with a twentieth of the calls: coarse to fine, and not refined
+    "stepsize.oss_ave.band={stride: 8, width: 1}",
+    "stepsize.oss_ave.refine=false",
+    "stepsize.oss_shared.band={stride: 8, width: 1}",
+    "stepsize.oss_shared.refine=false",
+    "stepsize.oss_fit.band={stride: 8, width: 1}",
+    "stepsize.oss_fit.refine=false",
 ]
-SHARE = 0.2  # of the brightest pixel, above which a pixel is of the garment
+SHARE = 0.2  # of the brightest pixel, above which a pixel belongs to the garment
 
 
 def main() -> None:
@@ -70,153 +75,193 @@ def compare(name: str) -> None:
             keep(__file__, f"{name}_{picture}", (folder / picture).read_bytes())
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What they draw
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Quality
+# --------------------------------------------------------------------------------------------------
 
 
 def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
-    """A picture of some of the teacher's samples, and the shares of `count` that show what was asked for."""
-    once = ["stepsize=ddim", "num_steps=[1]", "evaluation.save_images=npz", "data.batch_size=40"]
-    settings = [each for each in NETWORKS[name] if "eval_samples" not in each]
-    model = [f"model={name}", f"model.guidance.scale={scale}"]
+    """Draw some of the teacher's samples, and tabulate how many of `count` fit their texts."""
+    settings = [setting for setting in NETWORKS[name] if "eval_samples" not in setting]
     folder = finished(
-        f"large_families/{name}_quality", *model, *settings, *once, f"data.eval_samples={count}"
+        f"large_families/{name}_quality",
+        f"model={name}",
+        f"model.guidance.scale={scale}",
+        *settings,
+        "stepsize=ddim",
+        "num_steps=[1]",
+        "evaluation.save_images=npz",
+        "data.batch_size=40",
+        f"data.eval_samples={count}",
     )
-    images = (
-        torch.from_numpy(np.load(folder / "images" / "teacher.npz")["arr_0"]).movedim(-1, 1) / 255
-    )
-    if name == "mar_fashion":
-        texts = [GARMENTS[i % 10] for i in range(count)]
-    else:  # held-out prompts are from the back of the list
-        prompts = read_prompts(settings[1].removeprefix("data.prompts="))
-        texts = [prompts[(-1 - i) % len(prompts)] for i in range(count)]
+    with np.load(folder / "images" / "teacher.npz") as file:
+        images = torch.from_numpy(file["arr_0"]).movedim(-1, 1) / 255
+    texts = texts_of(name, settings, count)
+
+    # Table.
     rows = [[part, f"{100 * share:.1f} %"] for part, share in agreement(images, texts).items()]
-    keep(
-        __file__,
-        f"{name}_quality.md",
-        table([f"{name}, guidance {scale:g}, n = {count}", "as asked"], rows),
-    )
-    shown = frames_of(images).unflatten(0, (count, -1))[
-        : 40 if images.ndim == 5 else 80
-    ]  # (n, F, C, H, W)
-    grid = torch.stack([make_grid(frame, nrow=10) for frame in shown.unbind(1)])
+    header = [f"{name}, guidance {scale:g}, n = {count}", "as asked"]
+    keep(__file__, f"{name}_quality.md", table(header, rows))
+
+    # Pictures, or videos.
+    is_video = images.ndim == 5
+    samples = frames_of(images).unflatten(0, (count, -1))  # (n, F, C, H, W)
+    samples = samples[: 40 if is_video else 80]
+    grid = torch.stack([make_grid(frame, nrow=10) for frame in samples.unbind(1)])
     frames = as_bytes(grid).numpy()
-    if images.ndim == 5:
+    if is_video:
         keep(__file__, f"{name}_quality.gif", encoded(frames))
     else:
         keep(__file__, f"{name}_quality.png", encoded(frames[0]))
 
 
-def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
-    """images (n, C, H, W) or (n, C, F, H, W) in [0, 1] -> the share that has each thing that their texts ask for.
+def texts_of(name: str, settings: list[str], count: int) -> list[str]:
+    """Return the texts of the held-out samples."""
+    if name == "mar_fashion":
+        return [GARMENTS[i % 10] for i in range(count)]
+    # Held-out prompts are from the back of the list.
+    prompts = read_prompts(settings[1].removeprefix("data.prompts="))
+    return [prompts[(-1 - i) % len(prompts)] for i in range(count)]
 
-    A garment is what the classifier sees, in most of a video's frames; a colour is the nearest of the eight to the mean
-    colour of what is drawn; a move is where its middle goes, and what becomes of its area.
+
+def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
+    """Return the shares of images that have the garment, the colour and the move of their texts.
+
+    A garment is what the classifier sees in most of a video's frames. A colour is the nearest of
+    the eight to the mean colour of the garment. A move is where the garment's middle goes, and how
+    its area changes.
+
+    Args:
+        images: (n, C, H, W) or (n, C, F, H, W) in [0, 1].
+        texts: n texts.
     """
     frames = frames_of(images).unflatten(0, (len(images), -1))  # (n, F, C, H, W)
     bright = frames.amax(2)
     drawn = bright > SHARE * bright.amax((2, 3), keepdim=True)
-    seen = garments(bright, drawn)
-    right = {
-        "garment": np.array(
-            [label in text.split() for text, label in zip(texts, seen, strict=True)]
-        )
-    }
+
+    # What every image has.
+    labels = {"garment": garments(bright, drawn)}
     if images.shape[1] == 3:
-        names = nearest_colours((frames * drawn[:, :, None]).sum((1, 3, 4)))
-        right["colour"] = np.array(
-            [name in text.split() for name, text in zip(names, texts, strict=True)]
-        )
+        labels["colour"] = nearest_colours((frames * drawn[:, :, None]).sum((1, 3, 4)))
+
+    # What is right.
+    right = {}
+    for part, names in labels.items():
+        right[part] = np.array([n in text.split() for n, text in zip(names, texts, strict=True)])
     if images.ndim == 5:
-        right["move"] = np.array(
-            [move in text for move, text in zip(moves(drawn), texts, strict=True)]
-        )
+        right["move"] = np.array([m in text for m, text in zip(moves(drawn), texts, strict=True)])
     right["all of it"] = np.logical_and.reduce(list(right.values()))
-    return {name: float(each.mean()) for name, each in right.items()}
+    return {part: float(values.mean()) for part, values in right.items()}
 
 
 def garments(bright: Tensor, drawn: Tensor) -> list[str]:
-    """(n, F, 32, 32): what the classifier sees in most frames of the drawn part, scaled to 28 pixels and centred."""
+    """Return what the classifier sees in most frames.
+
+    Args:
+        bright: Brightness (n, F, 32, 32).
+        drawn: Pixels of the garment (n, F, 32, 32).
+    """
     classifier = FashionFeatures.from_asset()
-    found = []
+    names = []
     for frames, masks in zip(bright, drawn, strict=True):
-        cut = torch.cat([centred(frame, mask) for frame, mask in zip(frames, masks, strict=True)])
-        votes = classifier.logits(cut).softmax(1).sum(0)
-        found.append(GARMENTS[int(votes.argmax())])
-    return found
+        pictures = [centred(frame, mask) for frame, mask in zip(frames, masks, strict=True)]
+        votes = classifier.logits(torch.cat(pictures)).softmax(1).sum(0)
+        names.append(GARMENTS[int(votes.argmax())])
+    return names
 
 
 def centred(frame: Tensor, mask: Tensor) -> Tensor:
-    """(32, 32) -> (1, 1, 32, 32), the box around what is drawn as large as in Fashion-MNIST."""
-    rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    """Scale and centre the garment of a frame (32, 32) as in Fashion-MNIST: (1, 1, 32, 32)."""
+    # The box around the garment.
+    rows = mask.any(1).nonzero()[:, 0]
+    columns = mask.any(0).nonzero()[:, 0]
     box = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][None, None]
+
+    # Its longer side has 28 pixels.
     factor = 28 / max(box.shape[2:])
-    height, width = (max(1, round(factor * side)) for side in box.shape[2:])
+    height = max(1, round(factor * box.shape[2]))
+    width = max(1, round(factor * box.shape[3]))
     box = F.interpolate(box, (height, width), mode="bilinear", antialias=factor < 1)
-    top, left = (32 - height) // 2, (32 - width) // 2
+
+    top = (32 - height) // 2
+    left = (32 - width) // 2
     return F.pad(box, (left, 32 - width - left, top, 32 - height - top)).clamp(0, 1)
 
 
 def moves(drawn: Tensor) -> list[str]:
-    """(n, F, 32, 32) -> the move whose travel and growth, first to last quarter of the frames, are nearest."""
+    """Return the move of MOVES that is nearest to that of every video.
+
+    Compared are the travel of the garment's middle and its growth, between the first and the last
+    two frames.
+
+    Args:
+        drawn: Pixels of the garment (n, F, 32, 32).
+    """
     place = torch.linspace(-1, 1, drawn.shape[-1])
     area = drawn.sum((2, 3)).clamp(min=1)
     across = (drawn * place).sum((2, 3)) / area
     down = (drawn * place[:, None]).sum((2, 3)) / area
-    late, early = slice(-2, None), slice(0, 2)
-    change = [
-        each[:, late].mean(1) - each[:, early].mean(1) for each in (across, down, area.log() / 2)
-    ]
+
+    changes = []
+    for track in (across, down, area.log() / 2):
+        changes.append(track[:, -2:].mean(1) - track[:, :2].mean(1))
     expected = torch.tensor([[x, y, np.log(growth)] for x, y, growth in MOVES.values()])
-    nearest = torch.cdist(torch.stack(change, dim=1), expected.float()).argmin(1)
+    nearest = torch.cdist(torch.stack(changes, dim=1), expected.float()).argmin(1)
     return [list(MOVES)[i] for i in nearest]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figure 7
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+BUDGETS = (5, 10, 20, 50)
 
 
 def figure_7(count: int = 500) -> None:
-    """The same schedule of each token's diffusion in every iteration, found in the first one."""
-    budgets = [5, 10, 20, 50]
+    """Write FID against the steps of every token.
+
+    The schedule is searched in the first iteration and used in all.
+    """
+    run = "large_families/figure_7"
     results = measure(
-        "large_families/figure_7",
+        run,
         "model=mar_fashion",
         "noise_schedule=cosine",
         PINNED,
         "stepsize=[ddim,fm,oss_ave,oss_shared]",
         *QUICK[:4],
-        f"num_steps={budgets}".replace(" ", ""),
+        "num_steps=[5,10,20,50]",
         "data.search_samples=32",
         f"data.eval_samples={count}",
         "data.batch_size=100",
         "metric=[fid,class_agreement]",
     )
+    teacher = json.loads((OUTPUTS / run / "metrics.json").read_text())["teacher_metrics"]["fid"]
+    by_key = {(result.strategy, result.num_steps): result for result in results}
     names = list(dict.fromkeys(result.strategy for result in results))
+
+    # Table.
     rows = []
+    for name in names:
+        row = [name]
+        row += [f"{by_key[name, k].metrics['fid']:.3f}" for k in BUDGETS]
+        row += [f"{by_key[name, k].psnr.mean:.2f}" for k in BUDGETS]
+        rows.append(row)
+    header = ["strategy", *(f"FID, {k}" for k in BUDGETS), *(f"PSNR, {k}" for k in BUDGETS)]
+
+    # Figure.
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in names:
-        own = {result.num_steps: result for result in results if result.strategy == name}
-        fids = [own[k].metrics["fid"] for k in budgets]
-        rows.append(
-            [name, *(f"{fid:.3f}" for fid in fids), *(f"{own[k].psnr.mean:.2f}" for k in budgets)]
-        )
-        axis.plot(budgets, fids, marker="o", label=name)
-    found = json.loads((OUTPUTS / "large_families" / "figure_7" / "metrics.json").read_text())[
-        "teacher_metrics"
-    ]["fid"]
-    axis.axhline(found, color="0.5", ls="--", label="teacher, 100 steps")
-    axis.set(
-        xlabel="steps of each token", ylabel=f"FID, {count} images", xscale="log", ylim=(0, None)
-    )
-    axis.set_xticks(budgets, map(str, budgets))
+        fids = [by_key[name, k].metrics["fid"] for k in BUDGETS]
+        axis.plot(BUDGETS, fids, marker="o", label=name)
+    axis.axhline(teacher, color="0.5", ls="--", label="teacher, 100 steps")
+    axis.set(xlabel="steps of each token", ylabel=f"FID, {count} images")
+    axis.set(xscale="log", ylim=(0, None))
+    axis.set_xticks(BUDGETS, map(str, BUDGETS))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     keep(__file__, "figure_7.png", png(figure))
-    header = ["strategy", *(f"FID, {k}" for k in budgets), *(f"PSNR, {k}" for k in budgets)]
     keep(__file__, "figure_7.md", table(header, rows))
 
 

@@ -1,12 +1,12 @@
-"""Every strategy beside every other: the same solver, teacher, search samples and held-out noises for all.
+"""Every strategy with the same solver, teacher, search samples and held-out noises.
 
 python -m experiments.leaderboard.run                      # all networks: days of a core
 python -m experiments.leaderboard.run unet_fashion         # one of them
 python -m experiments.leaderboard.run unet_fashion --steps 5 10 20
-python -m experiments.leaderboard.run unet_fashion --images 10000   # FID and the like of so many samples
+python -m experiments.leaderboard.run unet_fashion --images 10000   # with FID of 10,000 samples
 
-A run that was stopped goes on with the same command. Beside this file: a table (Markdown, LaTeX) and pictures for each
-network, and page.html with all tables, which sort by any column.
+The same command continues a run that was stopped. It writes, beside this file, a table (Markdown,
+LaTeX) and a picture for each network, and page.html with all tables, sortable by any column.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ NETWORKS = {
     "flux_fashion, guidance 3": [*PROMPTS, "model.guidance.scale=3"],
     "mar_fashion": ["noise_schedule=cosine"],
 }
-SHARED = [
+SHARED = [  # also those of experiment=leaderboard
     "solver=dpm_solver_pp",
     "solver.order=3",
     "data.search_samples=32",
-]  # as experiment=leaderboard has them
+]
 METRICS = "metric=[fid,kid,precision_recall,class_agreement]"
-COMMON_STEPS, COMMON_NOISES = 200, 64  # of Heun, 400 calls; it judges the first held-out noises
+COMMON_STEPS = 200  # of the common teacher, Heun: 400 calls
+COMMON_NOISES = 64  # the first of the held-out noises
 HEADER = [
     "strategy",
     "K",
@@ -72,7 +73,13 @@ OURS = ("oss_shared", "oss_fit", "oss_fit_polished", "oss_best")
 
 @dataclass(frozen=True)
 class Entry:
-    """A measured schedule, its error to the common teacher (None: not sampled), and its fitted parameters."""
+    """A measured schedule.
+
+    Attributes:
+        result: Its measurements.
+        common: Its PSNR to the common teacher; None where there is no such teacher.
+        parameters: How many numbers were chosen for it.
+    """
 
     result: Result
     common: Interval | None
@@ -99,180 +106,195 @@ def main() -> None:
     write_atomically(Path(__file__).with_name("page.html"), page())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
-    """Every strategy of experiment=leaderboard; NeuralSolver, published for some budgets, in a run of its own."""
-    settings = [
-        f"model={name.split(',')[0]}",
-        *SHARED,
-        *NETWORKS[name],
-        f"data.eval_samples={images}",
-    ]
+    """Measure every strategy of experiment=leaderboard on a network.
+
+    NeuralSolver has published tables for some budgets only, so it has a run of its own.
+    """
+    settings = [f"model={name.split(',')[0]}", *SHARED, *NETWORKS[name]]
+    settings.append(f"data.eval_samples={images}")
     settings += [METRICS] * (images >= 10_000)
-    of_run = f"leaderboard/{name.replace(', guidance ', '_')}_{'_'.join(map(str, steps))}_{images}"
-    folders = [
-        finished(
-            of_run, "experiment=leaderboard", *settings, f"num_steps={[*steps]}".replace(" ", "")
-        )
-    ]
-    if known := [k for k in steps if k in TABULATED]:
-        only = [f"num_steps={known}".replace(" ", ""), "stepsize=neural_solver"]
-        folders.append(finished(f"{of_run}_tables", *settings, *only))
-    results, plans = {}, {}
+
+    # Runs.
+    run = f"leaderboard/{name.replace(', guidance ', '_')}_{'_'.join(map(str, steps))}_{images}"
+    budgets = f"num_steps={[*steps]}".replace(" ", "")
+    folders = [finished(run, "experiment=leaderboard", *settings, budgets)]
+    if tabulated := [k for k in steps if k in TABULATED]:
+        budgets = f"num_steps={tabulated}".replace(" ", "")
+        folders.append(finished(f"{run}_tables", *settings, budgets, "stepsize=neural_solver"))
+
+    # Results and schedules.
+    results = {}
+    schedules = {}
     for folder in folders:
         for result in read_run(folder):
-            key = result.strategy, result.num_steps
+            key = (result.strategy, result.num_steps)
             results[key] = result
-            plans[key] = StepSchedule.load(
-                folder / "schedules" / f"{result.strategy}_{result.num_steps}.json"
-            )
-    common = to_common_teacher(settings, plans)
-    return [
-        Entry(result, common.get(key), parameters(plans[key])) for key, result in results.items()
-    ]
+            file = folder / "schedules" / f"{result.strategy}_{result.num_steps}.json"
+            schedules[key] = StepSchedule.load(file)
+
+    # Entries.
+    common = to_common_teacher(settings, schedules)
+    entries = []
+    for key, result in results.items():
+        entries.append(Entry(result, common.get(key), parameters(schedules[key])))
+    return entries
 
 
 @torch.no_grad()
-def to_common_teacher(settings: Sequence[str], plans: dict[tuple[str, int], StepSchedule]) -> dict:
-    """{run: PSNR to Heun's many calls}: a teacher that is no student's own. Of MAR and of prompts there is none."""
+def to_common_teacher(
+    settings: Sequence[str], schedules: dict[tuple[str, int], StepSchedule]
+) -> dict[tuple[str, int], Interval]:
+    """Return the PSNR of each schedule to many steps of Heun, which no student uses.
+
+    It is empty for MAR and for models of prompts.
+    """
     cfg = configuration(*settings)
     model: Model = instantiate(cfg.model)
     if "mar" in model.name or "prompts" in cfg.data:
         return {}
+
+    # Teacher.
     data = NoiseDataset(0, HELD_OUT, COMMON_NOISES, model.event_shape, None)
     noise = torch.stack([data[i]["noise"] for i in range(COMMON_NOISES)])
     teacher = StepSchedule(FlowSchedule().nodes(COMMON_STEPS))
     truth = model.decode(oss_exp.sample(model, noise, teacher, solver=Heun()))
-    return {
-        run: Interval.of(psnr(model.decode(oss_exp.sample(model, noise, steps)), truth).numpy())
-        for run, steps in plans.items()
-    }
+
+    # Students.
+    intervals = {}
+    for key, steps in schedules.items():
+        images = model.decode(oss_exp.sample(model, noise, steps))
+        intervals[key] = Interval.of(psnr(images, truth).numpy())
+    return intervals
 
 
 def parameters(steps: StepSchedule) -> int:
-    """Numbers that were chosen: times between the ends, orders, weights."""
+    """Count the numbers that were chosen: times between the ends, orders, weights."""
     count = steps.num_steps - (steps.start.kind == "pinned")
     if isinstance(steps.steps, FittedSteps):
         return count + int((steps.steps.weights != 0).sum())
     return count + (0 if steps.orders is None else steps.num_steps)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Showing
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------
 
 
 def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """By calls, then best first; gains are paired differences to the best baseline."""
-    more = list(dict.fromkeys(name for entry in entries for name in entry.result.metrics))
+    """Return header and rows, sorted by calls and then best first."""
+    metrics = list(dict.fromkeys(name for entry in entries for name in entry.result.metrics))
     rows = []
-    for entry in sorted(entries, key=lambda each: (each.result.nfe, -each.result.psnr.mean)):
+    for entry in sorted(entries, key=lambda entry: (entry.result.nfe, -entry.result.psnr.mean)):
         result = entry.result
-        rivals = [e.result for e in entries if e.result.baseline and e.result.nfe == result.nfe]
-        rival = max(rivals, key=lambda each: each.psnr.mean)
-        gain = Interval.of(
-            np.array([value - rival.values[i] for i, value in result.values.items()])
-        )
-        calls, seconds = (
-            result.planning.get(key, 0) for key in ("network_calls_per_sample", "seconds")
-        )
-        rows.append(
-            [
-                result.strategy,
-                str(result.num_steps),
-                str(result.nfe),
-                str(result.psnr),
-                "*" if result is rival else f"{'+' * (gain.mean >= 0)}{gain}",
-                f"{result.worst:.2f}",
-                "-" if entry.common is None else str(entry.common),
-                str(entry.parameters),
-                *(
-                    f"{result.metrics[name]:.4g}" if name in result.metrics else "-"
-                    for name in more
-                ),
-                f"{calls:.0f} calls, {seconds:.0f} s",
-            ]
-        )
-    return [*HEADER, *more, "planning for all K"], rows
+        row = [result.strategy, str(result.num_steps), str(result.nfe), str(result.psnr)]
+        row.append(gain(result, best_baseline(entries, result.nfe)))
+        row.append(f"{result.worst:.2f}")
+        row.append("-" if entry.common is None else str(entry.common))
+        row.append(str(entry.parameters))
+        for name in metrics:
+            row.append(f"{result.metrics[name]:.4g}" if name in result.metrics else "-")
+
+        calls = result.planning.get("network_calls_per_sample", 0)
+        seconds = result.planning.get("seconds", 0)
+        rows.append([*row, f"{calls:.0f} calls, {seconds:.0f} s"])
+    return [*HEADER, *metrics, "planning for all K"], rows
+
+
+def best_baseline(entries: Sequence[Entry], nfe: int) -> Result:
+    """Return the best baseline of so many calls."""
+    results = [entry.result for entry in entries]
+    baselines = [result for result in results if result.baseline and result.nfe == nfe]
+    return max(baselines, key=lambda result: result.psnr.mean)
+
+
+def gain(result: Result, baseline: Result) -> str:
+    """Return the mean paired difference to the baseline, or a star for the baseline itself."""
+    if result is baseline:
+        return "*"
+    differences = [value - baseline.values[index] for index, value in result.values.items()]
+    interval = Interval.of(np.array(differences))
+    return f"{'+' * (interval.mean >= 0)}{interval}"
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        " & ".join(latex(cell).replace("±", r"$\pm$") for cell in row) + r" \\"
-        for row in (header, *rows)
-    ]
+    lines = []
+    for row in (header, *rows):
+        texts = [latex(cell).replace("±", r"$\pm$") for cell in row]
+        lines.append(" & ".join(texts) + r" \\")
     begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-    return "\n".join(
-        [begin, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}", ""]
-    )
+    parts = [begin, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}", ""]
+    return "\n".join(parts)
+
+
+def page() -> str:
+    """Return a page with the tables of all Markdown files beside this one."""
+    body: list[str] = []
+    for file in sorted(Path(__file__).parent.glob("*.md")):
+        lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
+        if file.name != "README.md" and lines:
+            rows = [line.strip("| ").split(" | ") for line in lines]
+            body += [f"<h2>{file.stem}</h2>", web.table(rows[0], rows[2:])]
+    return web.page("Leaderboard", body, {})
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
 
 
 def picture(entries: Sequence[Entry], title: str) -> bytes:
-    """What planning buys (PSNR against its seconds, at a middle budget), and PSNR or FID against calls."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    """Draw PSNR against the seconds of planning, and PSNR or FID against calls."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     figure.suptitle(title)
-
-    # Planning.
     results = [entry.result for entry in entries]
-    middle = min({result.num_steps for result in results}, key=lambda k: abs(k - 10))
-    for result in results:
-        if result.num_steps == middle:
-            at = max(float(result.planning.get("seconds", 0)), 0.1), result.psnr.mean
-            color = (
-                "tab:red"
-                if result.strategy in OURS
-                else "tab:gray"
-                if result.baseline
-                else "tab:blue"
-            )
-            left.plot(*at, "o", color=color)
-            left.annotate(
-                result.strategy, at, xytext=(4, 2), textcoords="offset points", fontsize=7
-            )
-    left.margins(x=0.2)  # for the names
-    left.set(
-        xscale="log", xlabel="seconds of planning, all K together", ylabel=f"PSNR, dB, K = {middle}"
-    )
-
-    # Calls.
-    curves: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda each: each.nfe):
-        curves.setdefault(result.strategy, []).append(result)
-    by_fid = all("fid" in result.metrics for result in results)
-    best = sorted(curves, key=lambda name: -np.mean([result.psnr.mean for result in curves[name]]))[
-        :10
-    ]
-    for strategy in best:
-        heights = [
-            result.metrics["fid"] if by_fid else result.psnr.mean for result in curves[strategy]
-        ]
-        right.plot(
-            [result.nfe for result in curves[strategy]], heights, marker="o", ms=3, label=strategy
-        )
-    right.set(xlabel="network calls of an image", ylabel="FID" if by_fid else "PSNR, dB")
-    right.set_yscale("log" if by_fid else "linear")
-    right.legend(fontsize=7, title="the ten best")
-    for axis in (left, right):
+    draw_planning(axes[0], results)
+    draw_calls(axes[1], results)
+    for axis in axes:
         axis.grid(alpha=0.3)
     return png(figure)
 
 
-def page() -> str:
-    """All tables that were made, as the Markdown files beside this one have them."""
-    body: list[str] = []
-    for file in sorted(Path(__file__).parent.glob("*.md")):
-        lines = [
-            line.strip("| ").split(" | ")
-            for line in file.read_text().splitlines()
-            if line.startswith("|")
-        ]
-        if file.name != "README.md" and lines:
-            body += [f"<h2>{file.stem}</h2>", web.table(lines[0], lines[2:])]
-    return web.page("Leaderboard", body, {})
+def draw_planning(axis: plt.Axes, results: Sequence[Result]) -> None:
+    """Draw a dot for every strategy, at a middle budget."""
+    middle = min({result.num_steps for result in results}, key=lambda k: abs(k - 10))
+    for result in results:
+        if result.num_steps != middle:
+            continue
+        if result.strategy in OURS:
+            color = "tab:red"
+        else:
+            color = "tab:gray" if result.baseline else "tab:blue"
+        point = (max(float(result.planning.get("seconds", 0)), 0.1), result.psnr.mean)
+        axis.plot(*point, "o", color=color)
+        axis.annotate(result.strategy, point, xytext=(4, 2), textcoords="offset points", fontsize=7)
+    axis.margins(x=0.2)  # for the names
+    axis.set(xscale="log", xlabel="seconds of planning, all K together")
+    axis.set(ylabel=f"PSNR, dB, K = {middle}")
+
+
+def draw_calls(axis: plt.Axes, results: Sequence[Result]) -> None:
+    """Draw a line for each of the ten best strategies."""
+    curves: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.nfe):
+        curves.setdefault(result.strategy, []).append(result)
+
+    def mean_psnr(name: str) -> float:
+        return float(np.mean([result.psnr.mean for result in curves[name]]))
+
+    by_fid = all("fid" in result.metrics for result in results)
+    for name in sorted(curves, key=mean_psnr, reverse=True)[:10]:
+        calls = [result.nfe for result in curves[name]]
+        heights = [r.metrics["fid"] if by_fid else r.psnr.mean for r in curves[name]]
+        axis.plot(calls, heights, marker="o", ms=3, label=name)
+    axis.set(xlabel="network calls of an image", ylabel="FID" if by_fid else "PSNR, dB")
+    axis.set_yscale("log" if by_fid else "linear")
+    axis.legend(fontsize=7, title="the ten best")
 
 
 if __name__ == "__main__":

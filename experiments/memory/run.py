@@ -1,10 +1,11 @@
-"""How much memory does a search need at the sizes of FLUX at 1024 x 1024 and of Wan 2.1 at 480p and 81 frames?
+"""The memory that a search needs at the sizes of FLUX (1024 x 1024) and Wan 2.1 (480p, 81 frames).
 
 python -m experiments.memory.run
 
-N = 100 Euler steps, K = 10. The network is a formula of the right shapes: what is measured is the search itself, each
-in a process of its own: the peak of its memory, less what the program has before it begins. "In its pipeline": the same
-through the loop of a FluxPipeline or a WanPipeline whose transformer is the formula.
+N = 100 Euler steps, K = 10. The network is a formula of the right shapes, so that only the search
+is measured: in a process of its own, the peak of its memory less what the program holds before it
+begins. "In its pipeline" is the same through the loop of a FluxPipeline or a WanPipeline whose
+transformer is the formula.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +40,32 @@ SEARCHES = {
     "oss_shared, all edges": ["stepsize=oss_shared"],
     "oss_shared, band": ["stepsize=oss_shared", "stepsize.oss_shared.band={stride: 8, width: 1}"],
 }
-BARE, PIPELINED = "bare", "in its pipeline"
 BANDED = [search for search in SEARCHES if "band" in search]
-PIPELINES = {  # states of as many numbers
+BARE = "bare"
+PIPELINED = "in its pipeline"
+PIPELINES = {  # with states of as many numbers
     "FLUX 1024 x 1024": ("FluxPipeline", {"height": 1024, "width": 2048}),
     "Wan 480p, 81 frames": (
         "WanPipeline",
         {"height": 960, "width": 1664, "num_frames": 81, "guidance_scale": 1.0},
     ),
 }
+CASES = [  # shape, search, samples, network
+    *product(SHAPES, SEARCHES, [1], [BARE]),
+    *product(SHAPES, BANDED, [4], [BARE]),
+    *product(SHAPES, BANDED, [1], [PIPELINED]),
+]
+HEADER = [
+    "states of",
+    "network",
+    "search",
+    "B",
+    "teacher's states, GiB",
+    "peak, GiB",
+    "ratio",
+    "network calls",
+    "seconds",
+]
 
 
 def main() -> None:
@@ -56,124 +75,107 @@ def main() -> None:
     parser.add_argument(
         "--alone",
         nargs=4,
-        metavar=("SHAPE", "SEARCH", "B", "HOW"),
+        metavar=("SHAPE", "SEARCH", "B", "NETWORK"),
         help="one search in this process",
     )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+
+    # One search in this process.
     if options.alone:
-        shape, search, count, how = options.alone
-        make = pipelined if how == PIPELINED else bare
-        print(
-            json.dumps(
-                searched(*make(shape, int(count), options.device), SEARCHES[search], options.device)
-            )
-        )
+        shape, search, count, network = options.alone
+        make = pipelined if network == PIPELINED else bare
+        velocity, noise = make(shape, int(count), options.device)
+        print(json.dumps(measured(velocity, noise, SEARCHES[search], options.device)))
         return
+
+    # All of them, each in a process of its own.
     rows = []
-    every = [*product(SHAPES, SEARCHES, [1], [BARE]), *product(SHAPES, BANDED, [4], [BARE])]
-    for shape, search, count, how in [*every, *product(SHAPES, BANDED, [1], [PIPELINED])]:
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.memory.run",
-            "--alone",
-            shape,
-            search,
-            str(count),
-            how,
-        ]
-        found = subprocess.run(
-            [*command, "--device", options.device], capture_output=True, text=True, check=True
-        )
-        peak, calls, seconds = json.loads(found.stdout.splitlines()[-1])
+    for shape, search, count, network in CASES:
+        peak, calls, seconds = measured_alone(shape, search, count, network, options.device)
         states = 101 * count * torch.Size(SHAPES[shape]).numel() * 4 / 2**30
-        row = [
-            shape,
-            how,
-            search,
-            str(count),
-            f"{states:.2f}",
-            f"{peak:.2f}",
-            f"{peak / states:.1f}",
-            str(calls),
-        ]
-        rows.append([*row, f"{seconds:.0f}"])
+        row = [shape, network, search, str(count), f"{states:.2f}", f"{peak:.2f}"]
+        rows.append([*row, f"{peak / states:.1f}", str(calls), f"{seconds:.0f}"])
         print(*rows[-1], sep=" | ", flush=True)
-    header = [
-        "states of",
-        "network",
-        "search",
-        "B",
-        "teacher's states, GiB",
-        "peak, GiB",
-        "ratio",
-        "network calls",
-        "seconds",
-    ]
-    keep(__file__, "table.md", table(header, rows))
+    keep(__file__, "table.md", table(HEADER, rows))
+
+
+def measured_alone(shape: str, search: str, count: int, network: str, device: str) -> list:
+    """Return what `measured` does, from a process of its own."""
+    command = [sys.executable, "-m", "experiments.memory.run", "--device", device]
+    command += ["--alone", shape, search, str(count), network]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def bare(shape: str, count: int, device: str) -> tuple[BoundVelocity, Tensor]:
-    """The formula, and noises for it."""
-    noise = torch.randn(count, *SHAPES[shape], generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    """Return the formula, and noises for it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, *SHAPES[shape], generator=generator).to(device)
     return BoundVelocity(lambda x, t, condition: gaussian(x, t), None, 4), noise
 
 
 def pipelined(shape: str, count: int, device: str) -> tuple[BoundVelocity, Tensor]:
-    """The formula in the place of a pipeline's transformer, behind its loop."""
+    """Return the formula in the place of a pipeline's transformer, and noises for it."""
     kind, size = PIPELINES[shape]
     pipe, call = tiny(kind, {})
-    pipe.transformer.forward = lambda hidden_states, timestep, **_: (
-        gaussian(hidden_states, timestep / (1 if kind == "FluxPipeline" else 1000)),
-    )
+    unit = 1 if kind == "FluxPipeline" else 1000  # of the transformer's time
+
+    def forward(hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        return (gaussian(hidden_states, timestep / unit),)
+
+    pipe.transformer.forward = forward
     model = Pipeline(pipe.to(device), [f"prompt {i}" for i in range(count)], **call | size)
-    noise = torch.randn(count, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, *model.event_shape, generator=generator).to(device)
     assert noise[0].numel() == torch.Size(SHAPES[shape]).numel(), model.event_shape
     return model.velocity(None), noise
 
 
 def gaussian(x: Tensor, t: Tensor) -> Tensor:
-    """The velocity of Gaussian data whose width goes by the last axis."""
+    """Return the velocity of Gaussian data whose width depends on the last axis."""
     width = torch.linspace(0.1, 1.5, x.shape[-1], device=x.device)
     t = t.to(x).view(-1, *[1] * (x.ndim - 1))
     return x * ((t - width**2 * (1 - t)) / (t**2 + width**2 * (1 - t) ** 2))
 
 
 @torch.no_grad()
-def searched(
+def measured(
     velocity: BoundVelocity, noise: Tensor, settings: list[str], device: str
 ) -> tuple[float, int, float]:
-    """Peak memory in GiB of host and device above that at the beginning, calls a sample, seconds."""
-    (strategy,) = (
-        border.build(each, "stepsize", StepsizeStrategy)
-        for each in configuration(*settings).stepsize.values()
-    )
+    """Measure one search.
+
+    Returns:
+        Peak memory in GiB of host and device above that at the beginning, network calls per
+        sample, and seconds.
+    """
+    ((name, config),) = configuration(*settings).stepsize.items()
+    strategy = border.build(config, f"stepsize.{name}", StepsizeStrategy)
+
+    # Count the calls.
     rows = 0
 
-    def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def counted(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         nonlocal rows
         rows += len(x)
         return velocity.fn(x, t, condition)
 
-    problem = Problem(
-        replace(velocity, fn=fn), noise, FlowSchedule(3.0).nodes(100), Euler(), XtMSE()
-    )
-    before, started = host(), time.perf_counter()
+    grid = FlowSchedule(3.0).nodes(100)
+    problem = Problem(replace(velocity, fn=counted), noise, grid, Euler(), XtMSE())
+
+    # Search.
+    before = host_peak()
+    start = time.perf_counter()
     strategy.plan(problem, [10])
-    seconds = time.perf_counter() - started
-    peak = host() - before
+    seconds = time.perf_counter() - start
+    peak = host_peak() - before
     if device != "cpu":
         peak += torch.cuda.max_memory_allocated() / 2**30
     return peak, rows // len(noise), seconds
 
 
-def host() -> float:
-    """The most that this process has had so far, in GiB."""
+def host_peak() -> float:
+    """Return the most host memory that this process has held so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

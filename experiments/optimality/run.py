@@ -1,4 +1,4 @@
-"""How near the searches come to the best of all paths, on grids that are small enough to try every one.
+"""The distance of searched paths to the best, on grids small enough to try every path.
 
 python -m experiments.optimality.run    # ten minutes of a core
 """
@@ -51,46 +51,53 @@ STARTS: tuple[StartKind, ...] = ("pinned", "free", "analytic")
 COUNT = 16  # search samples
 OBJECTIVE = Shared("log_mean")
 
+Gaps = dict[StartKind, dict[str, list[float]]]  # by start and path, dB below the best path
+
 
 def main() -> None:
     torch.set_grad_enabled(False)
-    gaps: dict[StartKind, dict[str, list[float]]] = {
-        start: {"recursion": [], "refined": []} for start in STARTS
-    }
+    gaps: Gaps = {start: {"recursion": [], "refined": []} for start in STARTS}
+
+    # Every setting.
     rows = []
     settings = list(product(MIXTURES, SCHEDULES, SIZES))
     for mixture, schedule, (nodes, k) in track(settings, "settings"):
         problem = problem_of(mixture, SCHEDULES[schedule], nodes)
-        cells = [mixture, schedule, str(nodes), str(k)]
+        row = [mixture, schedule, str(nodes), str(k)]
         for start in STARTS:
-            best = min(errors(problem, k, start))
-            path = OSSShared(start, None, False, "log_mean").paths(problem, [k], OBJECTIVE)[k]
-            for name, found in (
-                ("recursion", path),
-                ("refined", refine(problem, path, start, OBJECTIVE)),
-            ):
-                *_, error = SolverStudent(problem, start, OBJECTIVE).run(found)
-                gaps[start][name].append((float(error) - best) / COUNT * 10 / np.log(10))
-                cells.append(f"{gaps[start][name][-1]:.3f}")
-        rows.append(cells)
-    header = [
-        "mixture",
-        "noise schedule",
-        "N",
-        "K",
-        *(f"{s}, {n}" for s in STARTS for n in ("recursion", "refined")),
-    ]
-    keep(
-        __file__,
-        "settings.md",
-        table(header, rows) + "\ndB of PSNR below the best of all paths, Euler's steps.\n",
-    )
+            for name, gap in gaps_of(problem, k, start).items():
+                gaps[start][name].append(gap)
+                row.append(f"{gap:.3f}")
+        rows.append(row)
+
+    # Tables and picture.
+    header = ["mixture", "noise schedule", "N", "K"]
+    for start in STARTS:
+        header += [f"{start}, recursion", f"{start}, refined"]
+    note = "\ndB of PSNR below the best of all paths, Euler's steps.\n"
+    keep(__file__, "settings.md", table(header, rows) + note)
     keep(__file__, "summary.md", summary(gaps))
     keep(__file__, "gaps.png", picture(gaps))
 
 
+def gaps_of(problem: Problem, k: int, start: StartKind) -> dict[str, float]:
+    """Return how far the recursion's path and the refined one are below the best, in dB."""
+    best = min(errors(problem, k, start))
+    path = OSSShared(start, None, False, "log_mean").paths(problem, [k], OBJECTIVE)[k]
+    paths = {"recursion": path, "refined": refine(problem, path, start, OBJECTIVE)}
+
+    gaps = {}
+    for name, path in paths.items():
+        *_, error = SolverStudent(problem, start, OBJECTIVE).run(path)
+        gaps[name] = (float(error) - best) / COUNT * 10 / np.log(10)
+    return gaps
+
+
 def problem_of(mixture: str, schedule: NoiseSchedule, nodes: int) -> Problem:
-    """Noises of a teacher of so many Euler steps; float64, so that equal paths have equal errors."""
+    """Return a problem with a teacher of `nodes` Euler steps.
+
+    It is in float64, so that equal paths have equal errors.
+    """
     model = GaussianMixture.from_asset(
         f"{mixture}.safetensors", guidance=Guidance(), micro_batch=4096
     ).double()
@@ -101,50 +108,48 @@ def problem_of(mixture: str, schedule: NoiseSchedule, nodes: int) -> Problem:
 
 
 def errors(problem: Problem, k: int, start: StartKind) -> Iterator[float]:
-    """The objective of every path of k calls; a node's call is made once for all paths that share what comes before."""
-    end, count = problem.num_nodes, len(problem.noise)
+    """Yield the objective of every path of k calls.
 
-    def closed(state: State) -> float:
+    The call at a node is made once for all paths that share the nodes before it.
+    """
+    end = problem.num_nodes
+    count = len(problem.noise)
+
+    # The error of a path whose calls are all made.
+    def final_error(state: State) -> float:
         final = problem.solver.advance(problem.velocity, state, problem.grid[-1].expand(count))
         return float(OBJECTIVE(problem.cost(final.x, torch.tensor([end])), problem.collective))
 
-    def onwards(state: State, node: int, calls: int) -> Iterator[float]:
+    # The errors of all paths that begin alike.
+    def continued(state: State, node: int, calls: int) -> Iterator[float]:
         if calls == k:
-            yield closed(state)
+            yield final_error(state)
             return
-        for after in range(node + 1, end - (k - calls) + 1):
-            moved = problem.solver.advance(
-                problem.velocity, state, problem.grid[after].expand(count)
-            )
-            yield from onwards(problem.solver.observe(problem.velocity, moved), after, calls + 1)
+        for next_node in range(node + 1, end - (k - calls) + 1):
+            t_next = problem.grid[next_node].expand(count)
+            moved = problem.solver.advance(problem.velocity, state, t_next)
+            observed = problem.solver.observe(problem.velocity, moved)
+            yield from continued(observed, next_node, calls + 1)
 
     for first in range(1 if start == "pinned" else end - k + 1):
         state = start_states(problem, torch.tensor([[first]]), start)
-        yield from onwards(problem.solver.observe(problem.velocity, state), first, 1)
+        yield from continued(problem.solver.observe(problem.velocity, state), first, 1)
 
 
-def summary(gaps: dict[StartKind, dict[str, list[float]]]) -> str:
+def summary(gaps: Gaps) -> str:
     rows = []
-    for start, found in gaps.items():
-        for name, values in found.items():
+    for start, paths in gaps.items():
+        for name, values in paths.items():
             gap = np.array(values)
             shares = [f"{np.mean(gap < limit):.0%}" for limit in (1e-6, 0.1)]
-            rows.append(
-                [
-                    start,
-                    name,
-                    *shares,
-                    f"{np.median(gap):.3f}",
-                    f"{gap.mean():.3f}",
-                    f"{gap.max():.2f}",
-                ]
-            )
+            numbers = [f"{np.median(gap):.3f}", f"{gap.mean():.3f}", f"{gap.max():.2f}"]
+            rows.append([start, name, *shares, *numbers])
     header = ["start", "path", "optimal", "within 0.1 dB", "median, dB", "mean, dB", "worst, dB"]
     return table(header, rows) + f"\n{len(gaps['free']['refined'])} settings each.\n"
 
 
-def picture(gaps: dict[StartKind, dict[str, list[float]]]) -> bytes:
-    """Sorted gaps of every start."""
+def picture(gaps: Gaps) -> bytes:
+    """Draw the sorted gaps of every start."""
     figure, axes = plt.subplots(
         1, len(STARTS), figsize=(12, 3.6), layout="constrained", sharey=True
     )

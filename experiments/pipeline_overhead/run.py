@@ -1,11 +1,11 @@
-"""What a pipeline costs as a model: velocities through its suspended loop, over the same bare calls of its network.
+"""The overhead of a pipeline as a model: velocities in its loop against bare network calls.
 
 python -m experiments.pipeline_overhead.run [--repeats 9] [--threads 1] [--device cpu]
 
-A FluxPipeline with random weights, two prompts, a network of a few microseconds' work and one of about 20 ms. In every
-repeat, in turn: the network's module alone with the arguments that the pipeline gave it; the same velocities through
-`Pipeline`, one time a call; all times of a search round in one call. On a CPU, which others may
-share, seconds are the process's own.
+A FluxPipeline with random weights and two prompts, with a tiny network and one of about 20 ms a
+call. In every repeat there are, in turn, the network's module alone with the arguments that the
+pipeline passed; the same velocities through `Pipeline`, one time a call; and all times of a search
+round in one call. On a CPU, which may be shared, seconds are the process's own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.tiny.parts import clip_bytes
 
 PROMPTS = ["a red boot", "a blue bag"]
-CALLS = 20  # in a row, of which each gives one number
+CALLS = 20  # in a row, timed together
 NETWORKS = {
     "tiny": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "size": 16},
     "of 20 ms": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 8, "size": 32},
@@ -48,81 +48,97 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     rows = []
-    for name, config in NETWORKS.items():
-        ways = contestants(options.device, **config)
-        for run in ways.values():
-            run()  # warm
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(options.repeats):
-            for way, run in ways.items():
-                seconds[way].append(timed(run, options.device))
+    for name, sizes in NETWORKS.items():
+        seconds = measured(options.device, options.repeats, sizes)
         bare = seconds.pop("bare")
-        cells = [name, f"{1000 * statistics.median(bare) / CALLS:.2f}"]
-        for taken in seconds.values():
-            ratios = [one / other for one, other in zip(taken, bare, strict=True)]
-            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
-        more = 1e6 * statistics.median(
-            (one - other) / CALLS for one, other in zip(seconds["velocity"], bare, strict=True)
-        )
-        rows.append([*cells, f"{more:.0f}"])
-    header = [
-        "network",
-        "ms a bare call",
-        *(f"{way} / bare" for way in seconds),
-        "microseconds a velocity more",
-    ]
+        row = [name, f"{1000 * statistics.median(bare) / CALLS:.2f}"]
+
+        # Ratios to the bare calls.
+        for times in seconds.values():
+            ratios = [value / reference for value, reference in zip(times, bare, strict=True)]
+            row.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+
+        # What one velocity adds.
+        pairs = zip(seconds["velocity"], bare, strict=True)
+        added = statistics.median((value - reference) / CALLS for value, reference in pairs)
+        rows.append([*row, f"{1e6 * added:.0f}"])
+
+    ratio_names = [f"{contestant} / bare" for contestant in seconds]
+    header = ["network", "ms a bare call", *ratio_names, "microseconds a velocity more"]
     keep(__file__, f"overhead_{options.device}.md", table(header, rows))
 
 
-def contestants(device: str, **config: int) -> dict[str, Callable[[], Any]]:
-    """Each makes CALLS calls of the same network with the same arguments, two prompts a call."""
-    pipe = pipeline(**config).to(device)
-    size = 2 * config["size"]
+def measured(device: str, repeats: int, sizes: dict[str, int]) -> dict[str, list[float]]:
+    """Return the seconds of every contestant in every repeat."""
+    runs = contestants(device, **sizes)
+    for run in runs.values():
+        run()  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+    return seconds
+
+
+def contestants(device: str, **sizes: int) -> dict[str, Callable[[], Any]]:
+    """Return functions that make CALLS calls of the same network with the same arguments."""
+    pipe = pipeline(**sizes).to(device)
+    side = 2 * sizes["size"]
     model = Pipeline(
-        pipe, PROMPTS, height=size, width=size, guidance_scale=3.5, max_sequence_length=16
+        pipe, PROMPTS, height=side, width=side, guidance_scale=3.5, max_sequence_length=16
     )
     x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0)).to(device)
     times = torch.linspace(1, 0.05, CALLS, dtype=torch.float64)
-    velocity, given = model.velocity(None), []
+    velocity = model.velocity(None)
+
+    # Record the network's arguments.
+    arguments = []
     hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: given.append(kwargs), with_kwargs=True
+        lambda _, args, kwargs: arguments.append(kwargs), with_kwargs=True
     )
     for t in times:
         velocity(x, t.expand(2))
     hook.remove()
-    together = x.repeat(CALLS, 1, 1)
 
+    # The contestants.
     def bare() -> None:
-        for kwargs in given:
+        for kwargs in arguments:
             pipe.transformer(**kwargs)
 
     def one_by_one() -> None:
         for t in times:
             velocity(x, t.expand(2))
 
+    rows = x.repeat(CALLS, 1, 1)
     return {
         "bare": torch.no_grad()(bare),
         "velocity": torch.no_grad()(one_by_one),
-        "round": torch.no_grad()(lambda: velocity(together, times.repeat_interleave(2))),
+        "round": torch.no_grad()(lambda: velocity(rows, times.repeat_interleave(2))),
     }
 
 
-def pipeline(size: int, **config: int) -> FluxPipeline:
+def pipeline(size: int, **sizes: int) -> FluxPipeline:
+    """Return a FluxPipeline with small random parts."""
     torch.manual_seed(0)
+
+    # Text encoders.
     tokenizer, ends = clip_bytes(80)
-    text = {
+    clip_sizes = {
         "vocab_size": 600,
         "hidden_size": 24,
         "intermediate_size": 32,
         "max_position_embeddings": 80,
     }
-    clip = CLIPTextModel(CLIPTextConfig(**text, num_hidden_layers=2, num_attention_heads=3, **ends))
-    words = [
-        (word, -3.0) for word in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.")
-    ]
+    clip = CLIPTextModel(
+        CLIPTextConfig(**clip_sizes, num_hidden_layers=2, num_attention_heads=3, **ends)
+    )
+    words = ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,.")
+    t5_tokenizer = T5Tokenizer(vocab=[(word, -3.0) for word in words], extra_ids=0)
     t5 = T5EncoderModel(
         T5Config(vocab_size=40, d_model=20, d_kv=5, d_ff=32, num_layers=2, num_heads=4)
     )
+
+    # Network.
     transformer = FluxTransformer2DModel(
         in_channels=16,
         attention_head_dim=24,
@@ -130,38 +146,37 @@ def pipeline(size: int, **config: int) -> FluxPipeline:
         pooled_projection_dim=24,
         guidance_embeds=True,
         axes_dims_rope=(8, 8, 8),
-        **config,
+        **sizes,
     )
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
+
+    # Autoencoder.
     vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         scaling_factor=0.4,
         shift_factor=0.1,
-        **blocks,
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = FluxPipeline(
-        scheduler, vae, clip, tokenizer, t5, T5Tokenizer(vocab=words, extra_ids=0), transformer
-    )
+    pipe = FluxPipeline(scheduler, vae, clip, tokenizer, t5, t5_tokenizer, transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
+    """Return the seconds of a run; on a CPU those that the process itself worked."""
     if device == "cpu":
-        started = time.process_time()
+        start = time.process_time()
         run()
-        return time.process_time() - started
+        return time.process_time() - start
     torch.cuda.synchronize()
-    started = time.perf_counter()
+    start = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

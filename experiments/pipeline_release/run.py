@@ -1,11 +1,12 @@
-"""What searches that fail leave behind: errors at random points of 1,000 searches in a pipeline.
+"""The state that failed searches leave: errors at random points of 1,000 searches in a pipeline.
 
 python -m experiments.pipeline_release.run [--searches 1000]
 
-A FluxPipeline with small random parts. A third of the searches fail by an error in a random call of the network, a
-third by one in a random call of the pipeline's `callback_on_step_end`, and a third by Ctrl-C after a random time,
-wherever the program is then. After each: the pipeline's own scheduler, progress bar and hooks. In steps: suspended
-calls that are alive, and the memory of the process. In the end the pipeline itself makes the same images as before.
+A FluxPipeline with small random parts. A third of the searches fail by an error in a random call
+of the network, a third by one in a random call of the pipeline's `callback_on_step_end`, and a
+third by Ctrl-C after a random time, wherever the program is then. After each search the pipeline's
+own scheduler, progress bar and hooks are checked; from time to time the suspended calls that are
+alive and the memory of the process; and in the end that the pipeline makes the same images.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CALL = {"height": 32, "width": 32, "max_sequence_length": 16}
 
 
 class Fault(Exception):
-    """What is thrown."""
+    """The error that is raised in a search."""
 
 
 def main() -> None:
@@ -43,83 +44,111 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--searches", type=int, default=1000)
-    options = parser.parse_args()
+    count = parser.parse_args().searches
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, interrupt)
 
-    pipe, draw = pipeline(**NETWORKS["tiny"]), random.Random(0)
+    # The pipeline before any search.
+    pipe = pipeline(**NETWORKS["tiny"])
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()  # T5 has a dropout
-    before, images = state(pipe), run(pipe)
-    ways = {"network": in_the_network, "callback": in_the_callback, "Ctrl-C": by_interrupt}
-    counts: dict[str, Counter[str]] = {way: Counter() for way in ways}
+    before = state(pipe)
+    images = run(pipe)
+
+    # Searches.
+    draw = random.Random(0)
+    counts: dict[str, Counter[str]] = {fault: Counter() for fault in SEARCHES}
     memory = []
-    for number in range(options.searches):
-        way = draw.choice([*ways])
-        counts[way]["searches"] += 1
-        try:
-            ways[way](pipe, draw)
-        except (Fault, KeyboardInterrupt) as error:
-            counts[way]["raised"] += 1
-            del error
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        after = state(pipe)
-        for what, value in after.items():
-            if value != before[what]:
-                counts[way][f"other {what}"] += 1
-        if number % max(options.searches // 10, 1) == 0 or number == options.searches - 1:
+    for number in range(count):
+        fault = draw.choice([*SEARCHES])
+        counts[fault].update(attempt(SEARCHES[fault], pipe, draw, before))
+        if number % max(count // 10, 1) == 0 or number == count - 1:
             memory.append((number + 1, resident(), suspended()))
             print(memory[-1], flush=True)
-    same = torch.equal(run(pipe), images)
 
-    left = [f"other {what}" for what in before]
-    rows = [
-        [way, *(str(count[key]) for key in ("searches", "raised", *left))]
-        for way, count in counts.items()
-    ]
-    text = table(["fault in", "searches", "raised", *left], rows) + "\n"
-    text += table(
-        ["after searches", "MiB", "suspended calls"],
-        [[str(n), f"{m:.0f}", str(s)] for n, m, s in memory],
-    )
-    text += f"\nThe pipeline makes {'the same' if same else 'OTHER'} images as before.\n"
-    keep(__file__, "table.md", text)
+    is_same = torch.equal(run(pipe), images)
+    keep(__file__, "table.md", report(counts, memory, [*before], is_same))
+
+
+def attempt(
+    search_with_fault: Callable[[Any, random.Random], None],
+    pipe: Any,
+    draw: random.Random,
+    before: dict[str, Any],
+) -> Counter[str]:
+    """Make a search that should fail, and count what is not as before."""
+    counts = Counter(["searches"])
+    try:
+        search_with_fault(pipe, draw)
+    except (Fault, KeyboardInterrupt) as error:
+        counts["raised"] += 1
+        del error
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for name, value in state(pipe).items():
+        if value != before[name]:
+            counts[f"other {name}"] += 1
+    return counts
+
+
+def report(
+    counts: dict[str, Counter[str]],
+    memory: list[tuple[int, float, int]],
+    parts: list[str],
+    is_same: bool,
+) -> str:
+    columns = ["searches", "raised", *(f"other {part}" for part in parts)]
+    rows = []
+    for fault, counter in counts.items():
+        rows.append([fault, *(str(counter[column]) for column in columns)])
+    text = table(["fault in", *columns], rows) + "\n"
+
+    rows = []
+    for number, mebibytes, calls in memory:
+        rows.append([str(number), f"{mebibytes:.0f}", str(calls)])
+    text += table(["after searches", "MiB", "suspended calls"], rows)
+    return text + f"\nThe pipeline makes {'the same' if is_same else 'OTHER'} images as before.\n"
 
 
 def search(pipe: Any, **call: Any) -> None:
     model = Pipeline(pipe, PROMPTS, **CALL, **call)
-    oss_exp.search(
-        model, num_steps=2, num_teacher_steps=6, strategy=oss_exp.OSSShared("pinned", refine=False)
-    )
+    strategy = oss_exp.OSSShared("pinned", refine=False)
+    oss_exp.search(model, num_steps=2, num_teacher_steps=6, strategy=strategy)
 
 
-def in_the_network(pipe: Any, draw: random.Random) -> None:
-    with hooked(pipe, after(draw.randrange(1, CALLS))):
+def search_with_network_fault(pipe: Any, draw: random.Random) -> None:
+    with hooked(pipe, fault_after(draw.randrange(1, CALLS))):
         search(pipe)
 
 
-def in_the_callback(pipe: Any, draw: random.Random) -> None:
-    fault = after(draw.randrange(1, CALLS))
+def search_with_callback_fault(pipe: Any, draw: random.Random) -> None:
+    fault = fault_after(draw.randrange(1, CALLS))
 
-    def callback(own: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def callback(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         fault()
         return tensors
 
     search(pipe, callback_on_step_end=callback)
 
 
-def by_interrupt(pipe: Any, draw: random.Random) -> None:
+def search_with_interrupt(pipe: Any, draw: random.Random) -> None:
     signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.001, SECONDS))
     search(pipe)
+
+
+SEARCHES = {
+    "network": search_with_network_fault,
+    "callback": search_with_callback_fault,
+    "Ctrl-C": search_with_interrupt,
+}
 
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def after(calls: int) -> Callable[..., None]:
-    """A function that raises when it is called so often."""
+def fault_after(calls: int) -> Callable[..., None]:
+    """Return a function that raises at its n-th call."""
 
     def fault(*_: Any) -> None:
         nonlocal calls
@@ -132,6 +161,7 @@ def after(calls: int) -> Callable[..., None]:
 
 @contextmanager
 def hooked(pipe: Any, fault: Callable[..., None]) -> Iterator[None]:
+    """Call `fault` after every call of the network, within this context."""
     hook = pipe.transformer.transformer_blocks[0].register_forward_hook(fault)
     try:
         yield
@@ -140,32 +170,35 @@ def hooked(pipe: Any, fault: Callable[..., None]) -> Iterator[None]:
 
 
 def run(pipe: Any) -> torch.Tensor:
+    """Return the pipeline's own images."""
     draws = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     return pipe(PROMPTS, num_inference_steps=2, output_type="pt", generator=draws, **CALL).images
 
 
 def state(pipe: Any) -> dict[str, Any]:
-    """What a search must leave as it was."""
-    hooks = sum(len(module._forward_hooks) for module in pipe.transformer.modules())
+    """Return what a search must leave as it was."""
     return {
         "scheduler": id(pipe.scheduler),
         "progress bar": pipe._progress_bar_config,
-        "hooks": hooks,
+        "hooks": sum(len(module._forward_hooks) for module in pipe.transformer.modules()),
     }
 
 
 def suspended() -> int:
+    """Return the number of suspended calls that are alive."""
     gc.collect()
-    calls = [
-        each for each in gc.get_objects() if isinstance(each, greenlet) and each is not getcurrent()
-    ]
-    return sum(not call.dead for call in calls)
+    count = 0
+    for value in gc.get_objects():
+        if isinstance(value, greenlet) and value is not getcurrent():
+            count += not value.dead
+    return count
 
 
 def resident() -> float:
-    """MiB."""
+    """Return the memory of this process, in MiB."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

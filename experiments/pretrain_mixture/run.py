@@ -1,22 +1,22 @@
-"""Does training find the velocity that it should? On samples of a mixture, whose velocity is known exactly.
+"""Compare trained velocities with exact ones, on samples of a mixture.
 
 python -m experiments.pretrain_mixture.run [--steps 1500]
 
-Trains a small transformer (flow matching) and a small U-Net (EDM) with task=pretrain on 50,000 samples of the digits
-mixture, and compares their velocities with the exact ones on fresh noisy samples, a number for each t.
+Trains a small transformer (flow matching) and a small U-Net (EDM) with task=pretrain on 50,000
+samples of the digits mixture, and compares their velocities with the exact ones on fresh noisy
+samples, a number for each t.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
-from experiments.common import OUTPUTS, configuration, keep, png, table
+from experiments.common import OUTPUTS, configuration, keep, png, run_program, table
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.tensors import rowwise
@@ -40,62 +40,73 @@ NETWORKS = {
 }
 
 
+COUNT = 4096  # noisy samples of every t
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
+
+    # Fresh samples: the training set has seed 0.
     exact = GaussianMixture.from_asset(
         "mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096
     )
-    x0, labels = exact.draw(4096, seed=10**6)  # the training set has seed 0
+    x0, labels = exact.draw(COUNT, seed=10**6)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+
+    # Errors of both networks.
     errors = {}
     for name, settings in NETWORKS.items():
         model = trained(name, [*settings, "model.event_shape=[1,8,8]"], options.steps)
-        for asked, condition in (("given the class", labels), ("of all classes", None)):
-            found = []
-            for t in TIMES:
-                time = torch.full((len(x0),), t, dtype=torch.float64)
-                x = rowwise(1 - time, x0) * x0 + rowwise(time, x0) * noise
-                with torch.no_grad():
-                    v, truth = (m.velocity(condition)(x, time) for m in (model, exact))
-                found.append(float(((v - truth).square().mean() / truth.square().mean()).sqrt()))
-            errors[f"{name}, {asked}"] = found
+        for question, condition in (("given the class", labels), ("of all classes", None)):
+            row = [relative_error(model, exact, x0, noise, t, condition) for t in TIMES]
+            errors[f"{name}, {question}"] = row
+
+    # Table and picture.
     header = ["relative error of v at t =", *(f"{t:g}" for t in TIMES)]
-    keep(
-        __file__,
-        "errors.md",
-        table(header, [[name, *(f"{e:.3f}" for e in row)] for name, row in errors.items()]),
-    )
+    rows = []
+    for name, row in errors.items():
+        rows.append([name, *(f"{error:.3f}" for error in row)])
+    keep(__file__, "errors.md", table(header, rows))
+    keep(__file__, "errors.png", picture(errors))
+
+
+@torch.no_grad()
+def relative_error(
+    model, exact: GaussianMixture, x0: Tensor, noise: Tensor, t: float, condition: Tensor | None
+) -> float:
+    """Return the root mean square of a velocity's error, relative to the exact velocity's."""
+    time = torch.full((len(x0),), t, dtype=torch.float64)
+    x = rowwise(1 - time, x0) * x0 + rowwise(time, x0) * noise
+    v = model.velocity(condition)(x, time)
+    truth = exact.velocity(condition)(x, time)
+    return float(((v - truth).square().mean() / truth.square().mean()).sqrt())
+
+
+def picture(errors: dict[str, list[float]]) -> bytes:
+    """Draw the errors against t."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in errors.items():
         axis.plot(TIMES, row, marker="o", label=name, ls="--" if "all" in name else "-")
     axis.set(xlabel="t  (1 noise, 0 data)", ylabel="rms error of v / rms of v", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")
-    keep(__file__, "errors.png", png(figure))
+    return png(figure)
 
 
 def trained(name: str, settings: list[str], steps: int):
-    """The network of `oss-exp task=pretrain`, trained unless it is there already."""
+    """Return the network of `oss-exp task=pretrain`, trained unless it is there already."""
     folder = OUTPUTS / "pretrain_mixture" / f"{name}_{steps}"
     weights = folder / f"{name}.safetensors"
-    command = ["task=pretrain", f"model={name}", "images=mixture_samples", *settings]
-    command += [f"task.max_steps={steps}", "task.batch_size=128", "trainer.precision=32-true"]
     if not weights.exists():
-        program = [
-            sys.executable,
-            "-m",
-            "oss_exp",
-            *command,
-            "logger=none",
-            f"hydra.run.dir={folder}",
-        ]
-        subprocess.run(program, check=True)
-    shape = [setting for setting in settings if setting.startswith("model.")]
-    return instantiate(configuration(f"model={name}", *shape, f"model.checkpoint={weights}").model)
+        overrides = ["task=pretrain", f"model={name}", "images=mixture_samples", *settings]
+        overrides += [f"task.max_steps={steps}", "task.batch_size=128"]
+        run_program(*overrides, "trainer.precision=32-true", f"hydra.run.dir={folder}")
+    sizes = [setting for setting in settings if setting.startswith("model.")]
+    return instantiate(configuration(f"model={name}", *sizes, f"model.checkpoint={weights}").model)
 
 
 if __name__ == "__main__":

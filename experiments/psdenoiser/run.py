@@ -1,4 +1,4 @@
-"""A published scientific model at 5, 10 and 20 calls: 21cmPSDenoiser against its own 200-step run.
+"""A published scientific model with 5, 10 and 20 calls: 21cmPSDenoiser against its 200-step run.
 
 python -m experiments.psdenoiser.run --conditions test_ps.npz
 """
@@ -27,38 +27,39 @@ from oss_exp.noise import VPPath, VPSchedule
 from oss_exp.schedule import Analytic, StepSchedule
 from oss_exp.solvers import Euler, sample
 
-SOLVERS, BUDGETS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}, (5, 10, 20)
-DECADES = float(
-    psdenoiser.denoiser_csts.mean_scale[0]
-)  # of power between 0 and 1 of a decoded spectrum
+SOLVERS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}
+BUDGETS = (5, 10, 20)
+# Decades of power between 0 and 1 of a decoded spectrum.
+DECADES = float(psdenoiser.denoiser_csts.mean_scale[0])
 VP = {"beta_min": 0.1, "beta_max": 20.0}
 SCHEDULES = OUTPUTS / "psdenoiser/euler/schedules"
-SPECTRA, SAMPLES = 4, 16  # whose posterior is sampled, how often
+SPECTRA = 4  # whose posterior is sampled
+SAMPLES = 16  # of each of them
 COLORS = {
     "vp": "0.4",
     "edm": "tab:olive",
     "dm": "tab:green",
     "oss_ave": "tab:orange",
     "oss_shared": "tab:red",
+    "oss_fit": "tab:blue",
 }
-COLORS |= {"oss_fit": "tab:blue"}
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
         "--conditions", required=True, help="docs/tutorials/test_ps.npz of 21cmpsdenoiser's sdist"
     )
-    file = Path(arguments.parse_args().conditions).expanduser().resolve()
+    file = Path(parser.parse_args().conditions).expanduser().resolve()
+
+    # Measure every strategy with both solvers.
     results = {}
     for solver in SOLVERS:
-        results[solver] = measure(
-            f"psdenoiser/{solver}",
-            "experiment=psdenoiser",
-            f"solver={solver}",
-            f"data.conditions={file}",
-        )
+        settings = ["experiment=psdenoiser", f"solver={solver}", f"data.conditions={file}"]
+        results[solver] = measure(f"psdenoiser/{solver}", *settings)
         keep(__file__, f"{solver}.md", errors(results[solver]))
+
+    # Times, picture, schedule, posterior.
     keep(__file__, "times.md", times())
     keep(__file__, "figure.png", figure(results))
     for suffix in (".json", ".mean.json", ".mean.safetensors"):
@@ -67,29 +68,37 @@ def main() -> None:
 
 
 def rmse(result: Result) -> np.ndarray:
-    """(n,) in 0.001 dex: of log10 power over the bins of each spectrum, from its PSNR."""
+    """Return the error of every spectrum's log10 power over its bins, from its PSNR.
+
+    Returns:
+        (n,) in 0.001 dex.
+    """
     return 1000 * DECADES * 10 ** (-np.array(list(result.values.values())) / 20)
 
 
 def errors(results: list[Result]) -> str:
+    """Return a table of all strategies, worst first by the error with ten calls."""
+    by_key = {(result.strategy, result.num_steps): result for result in results}
+
+    # One row a strategy.
     rows = []
     for name in dict.fromkeys(result.strategy for result in results):
-        found = {result.num_steps: result for result in results if result.strategy == name}
-        cells = [
-            f"{Interval.of(rmse(found[k]))} ({np.sqrt(np.mean(rmse(found[k]) ** 2)):.1f})"
-            for k in BUDGETS
-        ]
-        planning = found[BUDGETS[0]].planning
-        calls, seconds = planning["network_calls_per_sample"], planning["seconds"]
-        cost = f"{calls:.0f} calls, {seconds:.0f} s" if calls else "-"
-        rows.append([f"`{name}`", found[BUDGETS[0]].start, *cells, cost])
+        first = by_key[name, BUDGETS[0]]
+        row = [f"`{name}`", first.start]
+        for k in BUDGETS:
+            error = rmse(by_key[name, k])
+            row.append(f"{Interval.of(error)} ({np.sqrt(np.mean(error**2)):.1f})")
+        calls = first.planning["network_calls_per_sample"]
+        row.append(f"{calls:.0f} calls, {first.planning['seconds']:.0f} s" if calls else "-")
+        rows.append(row)
     rows.sort(key=lambda row: -float(row[3].split()[0]))
+
     header = ["strategy", "start", *(f"{k} calls" for k in BUDGETS), "planning"]
-    count = results[0].psnr.n
     return table(header, rows) + (
-        f"\nRMSE of log10 power to the 200-step run, 0.001 dex (0.23 %): mean over {count} held-out spectra, ± 95 % "
-        "interval, and in brackets the root of the mean square over all. Calls and seconds: of a sample, and of the "
-        "whole search, for the three budgets together.\n"
+        "\nRMSE of log10 power to the 200-step run, 0.001 dex (0.23 %): mean over "
+        f"{results[0].psnr.n} held-out spectra, ± 95 % interval, and in brackets the root of the "
+        "mean square over all. Calls and seconds: of a sample, and of the whole search, for the "
+        "three budgets together.\n"
     )
 
 
@@ -98,86 +107,107 @@ def schedule(solver: str, name: str, num_steps: int) -> StepSchedule:
 
 
 def native(steps: StepSchedule) -> list[float]:
-    """The times at which the network is called, in its own clock."""
+    """Return the times of the network calls, in the network's own clock."""
     return VPPath(**VP).native(steps.times[:-1]).tolist()
 
 
 def times() -> str:
+    """Return a table of the searched times."""
     rows = []
-    for (solver, label), name, k in product(
-        SOLVERS.items(), ("oss_shared", "oss_shared_pinned", "oss_fit"), BUDGETS
-    ):
-        listed = ", ".join(f"{t:.4f}" for t in native(schedule(solver, name, k)))
+    names = ("oss_shared", "oss_shared_pinned", "oss_fit")
+    for (solver, label), name, k in product(SOLVERS.items(), names, BUDGETS):
+        native_times = native(schedule(solver, name, k))
+        listed = ", ".join(f"{t:.4f}" for t in native_times)
         rows.append([label, f"`{name}`", str(k), listed])
-    return table(
-        [
-            "solver",
-            "strategy",
-            "calls",
-            "times t of the calls, in the network's clock from 1 to 0.001",
-        ],
-        rows,
-    )
+    clock = "times t of the calls, in the network's clock from 1 to 0.001"
+    return table(["solver", "strategy", "calls", clock], rows)
 
 
 def figure(results: dict[str, list[Result]]) -> bytes:
+    """Draw the errors of both solvers, and the times of ten calls."""
     drawing, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1, 1.3)
     )
-    for (solver, style), (name, color) in product(
-        zip(SOLVERS, ("-", ":"), strict=True), COLORS.items()
-    ):
-        found = sorted(
-            (r for r in results[solver] if r.strategy == name), key=lambda r: r.num_steps
-        )
-        means = [Interval.of(rmse(r)) for r in found]
-        bars = [i.high - i.mean for i in means]
-        label = name if solver == "euler" else None
-        left.errorbar(
-            BUDGETS,
-            [i.mean for i in means],
-            bars,
-            ls=style,
-            color=color,
-            marker="o",
-            ms=4,
-            label=label,
-        )
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="network calls",
-        ylabel="RMSE to the 200-step run, 0.001 dex",
-    )
-    left.set_xticks(BUDGETS, BUDGETS)
-    left.set_yticks(ticks := (1, 2, 5, 10, 20), ticks)
-    left.minorticks_off()
-    left.set_title("DDIM (lines), DPM-Solver++ 2M (dotted)", fontsize=10)
-    left.grid(alpha=0.3, which="both")
-    left.legend(fontsize=8)
-    for row, (name, color) in enumerate(COLORS.items()):
-        steps = schedule("euler", name, 10)
-        right.plot(native(steps), [row] * 10, "o-", color=color, ms=5, lw=1)
-        if isinstance(steps.start, Analytic):
-            right.plot([1, native(steps)[0]], [row, row], "--", color=color, lw=1)
-            right.plot([1], [row], "o", color=color, ms=5, mfc="white")
-    right.set_yticks(range(len(COLORS)), COLORS)
-    right.set(xlabel="time t of the network's clock", xlim=(1.02, -0.02))
-    right.set_title("the 10 calls, DDIM (open: left without a call)", fontsize=10)
-    right.grid(alpha=0.3, axis="x")
+    draw_errors(left, results)
+    draw_times(right)
     return png(drawing)
 
 
-# --------------------------------------------------------------------------------------------------------------
+def draw_errors(axis: plt.Axes, results: dict[str, list[Result]]) -> None:
+    for solver, style in zip(SOLVERS, ("-", ":"), strict=True):
+        by_key = {(result.strategy, result.num_steps): result for result in results[solver]}
+        for name, color in COLORS.items():
+            intervals = [Interval.of(rmse(by_key[name, k])) for k in BUDGETS]
+            means = [interval.mean for interval in intervals]
+            bars = [interval.high - interval.mean for interval in intervals]
+            label = name if solver == "euler" else None
+            axis.errorbar(
+                BUDGETS, means, bars, ls=style, color=color, marker="o", ms=4, label=label
+            )
+
+    # Axes.
+    axis.set(xscale="log", yscale="log", xlabel="network calls")
+    axis.set_ylabel("RMSE to the 200-step run, 0.001 dex")
+    axis.set_xticks(BUDGETS, BUDGETS)
+    ticks = (1, 2, 5, 10, 20)
+    axis.set_yticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.set_title("DDIM (lines), DPM-Solver++ 2M (dotted)", fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+
+
+def draw_times(axis: plt.Axes) -> None:
+    for row, (name, color) in enumerate(COLORS.items()):
+        steps = schedule("euler", name, 10)
+        axis.plot(native(steps), [row] * 10, "o-", color=color, ms=5, lw=1)
+        if isinstance(steps.start, Analytic):
+            axis.plot([1, native(steps)[0]], [row, row], "--", color=color, lw=1)
+            axis.plot([1], [row], "o", color=color, ms=5, mfc="white")
+    axis.set_yticks(range(len(COLORS)), COLORS)
+    axis.set(xlabel="time t of the network's clock", xlim=(1.02, -0.02))
+    axis.set_title("the 10 calls, DDIM (open: left without a call)", fontsize=10)
+    axis.grid(alpha=0.3, axis="x")
+
+
+# --------------------------------------------------------------------------------------------------
 # What the package reports: median and standard deviation over samples
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def posterior(file: Path) -> str:
-    """Few-step samplers and the package's own against 200 steps, on several samples of a few held-out spectra."""
+    """Compare samplers with 200 steps, on several samples of a few held-out spectra."""
     model = PSDenoiser.from_package(
         **VP, time_min=1e-3, time_scale=999.0, micro_batch=64, checkpoint=None
     )
+    noise, spectra = held_out(model, file)
+    velocity = model.velocity(spectra.repeat_interleave(SAMPLES, dim=0))
+    teacher = StepSchedule(VPSchedule(**VP, time_min=1e-3).nodes(200))
+
+    def run(steps: StepSchedule) -> Tensor:
+        return sample(Euler(), velocity, steps.start_time * noise, steps)
+
+    # Few steps.
+    reference = run(teacher)
+    rows = []
+    for name, k in product(("vp", "oss_shared", "oss_fit"), BUDGETS):
+        samples = run(schedule("euler", name, k))
+        rows.append([f"`{name}`", str(k), *compare(samples, reference)])
+
+    # The package's own sampler.
+    samples, calls = package_samples(model, spectra, noise)
+    rows.append(["the package's RK45", f"{calls:.0f}", *compare(samples, reference)])
+
+    shift = "shift of the median, in standard deviations"
+    return table(["sampler", "calls", "RMSE, 0.001 dex", shift, "width"], rows) + (
+        f"\n{SAMPLES} samples of {SPECTRA} held-out spectra, from the same noises, against 200 "
+        "DDIM steps. Width: the samples' standard deviation in a bin, relative to the 200-step "
+        "run's; shift: root mean square over the bins.\n"
+    )
+
+
+def held_out(model: PSDenoiser, file: Path) -> tuple[Tensor, Tensor]:
+    """Return noises (SPECTRA * SAMPLES, 1, H, W), and spectra (SPECTRA, ...) that no search saw."""
     count = SPECTRA * SAMPLES
     data = ConditionedNoiseData(
         event_shape=model.event_shape,
@@ -191,43 +221,25 @@ def posterior(file: Path) -> str:
         batch_size=count,
     )
     batch = next(iter(data.test_dataloader()))
-    noise, spectra = batch["noise"], batch["condition"][:SPECTRA]
-    velocity = model.velocity(spectra.repeat_interleave(SAMPLES, dim=0))
-    grid = VPSchedule(**VP, time_min=1e-3).nodes(200)
-    teacher = StepSchedule(grid)
-
-    def run(steps: StepSchedule) -> Tensor:
-        return sample(Euler(), velocity, steps.start_time * noise, steps)
-
-    reference, rows = run(teacher), []
-    for name, k in product(("vp", "oss_shared", "oss_fit"), BUDGETS):
-        rows.append([f"`{name}`", str(k), *compare(run(schedule("euler", name, k)), reference)])
-    own, calls = package_samples(model, spectra, noise)
-    rows.append(["the package's RK45", f"{calls:.0f}", *compare(own, reference)])
-    header = [
-        "sampler",
-        "calls",
-        "RMSE, 0.001 dex",
-        "shift of the median, in standard deviations",
-        "width",
-    ]
-    return table(header, rows) + (
-        f"\n{SAMPLES} samples of {SPECTRA} held-out spectra, from the same noises, against 200 DDIM steps. Width: the "
-        "samples' standard deviation in a bin, relative to the 200-step run's; shift: root mean square over the bins.\n"
-    )
+    return batch["noise"], batch["condition"][:SPECTRA]
 
 
 def compare(samples: Tensor, reference: Tensor) -> list[str]:
-    """(SPECTRA * SAMPLES, 1, H, W) each."""
+    """Return RMSE, shift of the median and width of samples (SPECTRA * SAMPLES, 1, H, W)."""
     error = 1000 * DECADES / 2 * (samples - reference).square().mean((1, 2, 3)).sqrt().mean()
-    ours, theirs = (x.unflatten(0, (SPECTRA, SAMPLES)) for x in (samples, reference))
+    ours = samples.unflatten(0, (SPECTRA, SAMPLES))
+    theirs = reference.unflatten(0, (SPECTRA, SAMPLES))
     spread = theirs.std(1)
     shift = ((ours.median(1).values - theirs.median(1).values) / spread).square().mean().sqrt()
     return [f"{error:.2f}", f"{shift:.3f}", f"{(ours.std(1) / spread).mean():.3f}"]
 
 
 def package_samples(model: PSDenoiser, spectra: Tensor, noise: Tensor) -> tuple[Tensor, float]:
-    """By the adaptive sampler of `psdenoiser.Denoiser`, with its own settings; and its mean number of network calls."""
+    """Sample with the adaptive sampler of `psdenoiser.Denoiser`, with its own settings.
+
+    Returns:
+        Samples (SPECTRA * SAMPLES, 1, H, W), and the mean number of network calls.
+    """
     sampler = psdenoiser.GetODESampler(
         psdenoiser.VPSDE(**VP),
         (SAMPLES, *model.event_shape),
@@ -236,11 +248,13 @@ def package_samples(model: PSDenoiser, spectra: Tensor, noise: Tensor) -> tuple[
         rtol=1e-5,
         atol=1e-5,
     )
-    parts = [
-        sampler.ode_sampler(model.network, z=z, x_cdn=scaled, return_nfe=True)
-        for z, scaled in zip(noise.split(SAMPLES), model.noisy.scaled(spectra), strict=True)
-    ]
-    return torch.cat([x0 for x0, _ in parts]), sum(calls for _, calls in parts) / len(parts)
+    samples = []
+    calls = []
+    for z, scaled in zip(noise.split(SAMPLES), model.noisy.scaled(spectra), strict=True):
+        x0, count = sampler.ode_sampler(model.network, z=z, x_cdn=scaled, return_nfe=True)
+        samples.append(x0)
+        calls.append(count)
+    return torch.cat(samples), sum(calls) / len(calls)
 
 
 if __name__ == "__main__":

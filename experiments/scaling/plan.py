@@ -1,9 +1,10 @@
-"""What would a network of 20 B parameters need on 64 GPUs? Nothing is allocated: it is built on the meta device.
+"""The needs of a network of 20 B parameters on 64 GPUs, computed on the meta device.
 
 python -m experiments.scaling.plan
 
-QwenImageTransformer2DModel at 1024 x 1024, in bfloat16, machines of 8 GPUs. Operations are counted in a forward pass on
-the meta device, bytes by the parameters; times are those of the link and of the arithmetic alone.
+QwenImageTransformer2DModel at 1024 x 1024, in bfloat16, machines of 8 GPUs. Nothing is allocated:
+operations are counted in a forward pass on the meta device, bytes from the parameters. Times are
+those of the link and of the arithmetic alone.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def build() -> nn.Module:
 
 
 def size(module: nn.Module) -> int:
-    """Bytes of its weights."""
+    """Return the bytes of its weights."""
     return BYTES * sum(weight.numel() for weight in module.parameters())
 
 
 @torch.no_grad()
 def operations(network: nn.Module) -> int:
-    """Of a forward pass of one sample."""
+    """Count the operations of a forward pass of one sample."""
     text = torch.empty(
         1, WORDS, network.config.joint_attention_dim, dtype=torch.bfloat16, device="meta"
     )
@@ -56,7 +57,8 @@ def operations(network: nn.Module) -> int:
 def main() -> None:
     network = build()
     blocks = list(network.transformer_blocks)
-    whole, block = size(network), size(blocks[0])
+    whole = size(network)
+    block = size(blocks[0])
     split = sum(
         size(part) for each in blocks for name, part in each.named_children() if name in SPLIT
     )
@@ -66,7 +68,9 @@ def main() -> None:
     state = 4 * TOKENS * CHANNELS
     seconds = operations(network) / ARITHMETIC
 
-    ways = {  # weights on a GPU, ranks, bytes that a GPU sends in a call of one sample, seconds of its arithmetic
+    # Bytes of weights on a GPU, ranks, bytes that a GPU sends in a call of one sample, and seconds
+    # of its arithmetic.
+    layouts = {
         "whole on every GPU (ddp)": (whole, MACHINES * GPUS, 0.0, seconds),
         "FSDP2 within a machine": (
             whole / GPUS + 2 * block,
@@ -82,9 +86,9 @@ def main() -> None:
         ),
     }
     rows = []
-    for name, (weights, ranks, sent, arithmetic) in ways.items():
-        own = math.ceil(SAMPLES / ranks)
-        search = PEAK * own * (NODES + 1) * state
+    for name, (weights, ranks, sent, arithmetic) in layouts.items():
+        samples = math.ceil(SAMPLES / ranks)
+        search = PEAK * samples * (NODES + 1) * state
         figures = [
             weights / 1e9,
             activations / 1e9,
@@ -92,7 +96,7 @@ def main() -> None:
             (weights + activations + search) / 1e9,
         ]
         figures += [sent / 1e9, 1e3 * sent / LINK, 1e3 * arithmetic]
-        rows.append([name, str(ranks), str(own), *(f"{figure:.1f}" for figure in figures)])
+        rows.append([name, str(ranks), str(samples), *(f"{figure:.1f}" for figure in figures)])
     header = [
         "way",
         "ranks",
@@ -103,9 +107,13 @@ def main() -> None:
         "in all, GB",
     ]
     header += ["sent a call, GB", "ms", "arithmetic, ms"]
-    parameters = f"{whole / BYTES / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB; {len(blocks)} blocks of {block / 1e9:.2f} GB"
-    work = f"{seconds * ARITHMETIC / 1e12:.0f} TFLOP a sample's call; its state is {state / 1e6:.2f} MB."
-    keep(__file__, "plan.md", f"{parameters}; {work}\n\n{table(header, rows)}")
+    summary = (
+        f"{whole / BYTES / 1e9:.2f} B parameters, {whole / 1e9:.1f} GB; "
+        f"{len(blocks)} blocks of {block / 1e9:.2f} GB; "
+        f"{seconds * ARITHMETIC / 1e12:.0f} TFLOP a sample's call; "
+        f"its state is {state / 1e6:.2f} MB."
+    )
+    keep(__file__, "plan.md", f"{summary}\n\n{table(header, rows)}")
 
 
 if __name__ == "__main__":

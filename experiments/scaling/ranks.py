@@ -1,8 +1,9 @@
-"""What does each rank of a search hold, send and wait for?
+"""The calls, bytes and waiting times of each rank of a search.
 
 python -m experiments.scaling.ranks
 
-1, 2 and 4 processes (gloo, one thread each) share 14 samples of the shipped Fashion mixture: N = 100, K = 10.
+1, 2 and 4 processes (gloo, one thread each) share 14 samples of the shipped Fashion mixture:
+N = 100, K = 10.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from oss_exp.stepsize import OSS, OSSAve, OSSFit, OSSShared, Problem
 from oss_exp.tasks.collective import DistributedCollective
 from oss_exp.velocity import BoundVelocity
 
-WORLDS, SAMPLES, NODES, STEPS = (1, 2, 4), 14, 100, 10
+WORLDS = (1, 2, 4)
+SAMPLES = 14
+NODES = 100
+STEPS = 10
 STRATEGIES = {
     "oss": OSS("pinned", None, False),
     "oss_ave": OSSAve("pinned", None, False),
@@ -37,7 +41,7 @@ STRATEGIES = {
 
 
 class Counted(DistributedCollective):
-    """Counts what goes through, and the seconds within: those of sending and of waiting."""
+    """A collective that counts calls, bytes, and the seconds of sending and waiting."""
 
     def __init__(self) -> None:
         self.calls = self.bytes = 0
@@ -52,11 +56,9 @@ class Counted(DistributedCollective):
 
     def _counted(self, work: Any, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
-        self.calls, self.bytes, self.largest = (
-            self.calls + 1,
-            self.bytes + size,
-            max(self.largest, size),
-        )
+        self.calls += 1
+        self.bytes += size
+        self.largest = max(self.largest, size)
         started = time.perf_counter()
         result = work(tensor)
         self.waiting += time.perf_counter() - started
@@ -70,10 +72,14 @@ def plan(rank: int, world: int, folder: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
         )
+
+    # This rank's samples.
     model = GaussianMixture.from_asset()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SAMPLES, *model.event_shape, generator=generator)
-    own = torch.arange(SAMPLES)[rank::world]
+    samples = torch.arange(SAMPLES)[rank::world]
+
+    # Plan with every strategy.
     result = {}
     for name, strategy in STRATEGIES.items():
         rows = 0
@@ -86,10 +92,15 @@ def plan(rank: int, world: int, folder: str) -> None:
             rows += len(x)
             return velocity.fn(x, t, condition)
 
+        # The problem.
         collective = Counted()
         grid = FlowSchedule().nodes(NODES)
         counted = BoundVelocity(fn, velocity.condition, velocity.micro_batch)
-        problem = Problem(counted, noise[own], grid, Euler(), collective=collective, samples=own)
+        problem = Problem(
+            counted, noise[samples], grid, Euler(), collective=collective, samples=samples
+        )
+
+        # The search.
         started = time.perf_counter()
         steps = strategy.plan(problem, [STEPS])[STEPS]
         result[name] = {
@@ -98,6 +109,7 @@ def plan(rank: int, world: int, folder: str) -> None:
             "times": steps.times.tolist(),
             **vars(collective),
         }
+
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
     if world > 1:
         dist.destroy_process_group()
@@ -107,21 +119,24 @@ def main() -> None:
     expected: dict[str, Any] = {}
     rows = []
     for world in WORLDS:
+        # Run the ranks.
         with tempfile.TemporaryDirectory() as folder:
             start_processes(plan, (world, folder), nprocs=world, start_method="forkserver")
-            ranks = [
-                json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)
-            ]
+            files = [Path(folder) / f"{rank}.json" for rank in range(world)]
+            results = [json.loads(file.read_text()) for file in files]
+
+        # One row a strategy.
         for name in STRATEGIES:
-            each = [rank[name] for rank in ranks]
-            expected.setdefault(name, each[0]["times"])
-            assert all(rank["times"] == expected[name] for rank in each), (world, name)
-            calls = [rank["rows"] for rank in each]
+            ranks = [result[name] for result in results]
+            expected.setdefault(name, ranks[0]["times"])
+            assert all(rank["times"] == expected[name] for rank in ranks), (world, name)
+            calls = [rank["rows"] for rank in ranks]
             balance = sum(calls) / (world * max(calls))
             most = SAMPLES / (world * math.ceil(SAMPLES / world))
-            waits = [100 * rank["waiting"] / rank["seconds"] for rank in each]
+            waits = [100 * rank["waiting"] / rank["seconds"] for rank in ranks]
             waited = f"{min(waits):.0f} to {max(waits):.0f}"
-            rows.append([name, str(world), *cells(each), waited, f"{balance:.3f}", f"{most:.3f}"])
+            rows.append([name, str(world), *cells(ranks), waited, f"{balance:.3f}", f"{most:.3f}"])
+
     header = [
         "strategy",
         "ranks",

@@ -1,15 +1,17 @@
-"""How do the calls, the memory and the time of a search grow with N, K, B, the event's size and the order?
+"""The growth of the calls, the memory and the time of a search with its sizes.
 
 python -m experiments.scaling.run [--draw]
 
-oss_shared, pinned start, the network a formula: time and memory are the search's own. Each search is a forked process:
-seconds of a core, and the peak of its memory less what it began with. What measured.json has is not measured again;
---draw: only the figure and the table of it.
+The sizes are N, K, B, the numbers in a sample and the order. oss_shared with a pinned start; the
+network is a formula, so that time and memory are those of the search. Each search is a forked
+process: seconds of a core, and the peak of its memory less what it began with. Results in
+measured.json are not measured again; --draw writes only their figure and table.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -46,7 +48,15 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Size:
-    """Of a search: N teacher steps, K calls, B samples, E numbers in a sample, steps of up to this order."""
+    """The sizes of a search.
+
+    Attributes:
+        nodes: Teacher steps N.
+        steps: Network calls K.
+        samples: Samples B.
+        event: Numbers in a sample.
+        order: Largest order of a step.
+    """
 
     nodes: int = 200
     steps: int = 5
@@ -56,20 +66,22 @@ class Size:
 
     @property
     def layers(self) -> list[int]:
-        """Nodes that a student may stand on before each of its calls."""
+        """Return the number of nodes that each call of a student can be at."""
         return [1, *[self.nodes - self.steps + 1] * (self.steps - 1)]
 
     @property
     def calls(self) -> int:
-        """Teacher and search; the first call of both is the same one."""
+        """Return the calls of teacher and search, whose first call is the same."""
         return self.nodes + sum(self.layers) - 1
 
     @property
     def memory(self) -> float:
-        """MB: the program's part, the teacher's states, those of layers, float64 copies, and tables of edges.
+        """Return the memory in MB.
 
-        While students move to the next layer there are their old states and outputs, those of their parents, and three
-        temporary ones. Inner products have copies of at most SCORE_GROUP samples and SCORE_FEATURES numbers.
+        It holds the program, the teacher's states, those of layers, float64 copies, and tables of
+        edges. While students move to the next layer there are their old states and outputs, those
+        of their parents, and three temporary ones. Inner products have copies of at most
+        SCORE_GROUP samples and SCORE_FEATURES numbers.
         """
         width, history = self.layers[-1], min(self.order, self.steps)
         states = 4 * self.samples * self.event * (self.nodes + 1 + width * (2 * (1 + history) + 3))
@@ -80,10 +92,11 @@ class Size:
 
     @property
     def work(self) -> list[float]:
-        """The terms of the time; what one of each takes is fitted once, to all searches.
+        """Return the terms of the time, whose unit costs are fitted once to all searches.
 
-        Inner products of students with the teacher's states, half of which they can reach; numbers of states that are
-        moved; entries of the tables of edges; steps of the teacher and rounds of the search.
+        The terms are inner products of students with the teacher's states, half of which they can
+        reach; numbers of states that are moved; entries of the tables of edges; and steps of the
+        teacher and rounds of the search.
         """
         pairs = sum(width * self.nodes / 2 for width in self.layers) * self.samples
         entries = pairs * sum((order + 1) * (order + 2) / 2 for order in range(1, self.order + 1))
@@ -105,7 +118,7 @@ AXES: dict[str, tuple[str, Size, Sequence[int]]] = {
 
 
 def search(size: Size) -> dict[str, float]:
-    """Calls, MB and seconds of a search of this size."""
+    """Return the calls, MB and seconds of a search of this size."""
     rows = 0
 
     def fn(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -116,21 +129,22 @@ def search(size: Size) -> dict[str, float]:
     noise = torch.randn(size.samples, size.event, generator=torch.Generator().manual_seed(0))
     grid = FlowSchedule().nodes(size.nodes)
     problem = Problem(BoundVelocity(fn, micro_batch=64), noise, grid, AdamsBashforth(size.order))
-    before, started = resident("VmRSS"), time.process_time()
+    before = resident("VmRSS")
+    started = time.process_time()
     OSSShared("pinned", None, False).plan(problem, [size.steps])
     seconds = time.process_time() - started
     return {"calls": rows / size.samples, "memory": resident("VmHWM") - before, "seconds": seconds}
 
 
 def resident(name: str) -> float:
-    """MB of this process: VmRSS now, VmHWM at most."""
+    """Return the MB of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(name))
     return int(line.split()[1]) / 1e3
 
 
 def apart(size: Size) -> dict[str, float]:
-    """The same in a forked process, whose memory begins small."""
+    """Search in a forked process, whose memory begins small."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         os.close(reading)
@@ -147,27 +161,33 @@ def apart(size: Size) -> dict[str, float]:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The slope of y over x, both in logarithms, over the upper half of x: below, fixed costs are most of it."""
+    """Return the slope of log y over log x, over the upper half of x.
+
+    In the lower half fixed costs dominate.
+    """
     logs = np.log([x, y])
     start = (len(x) - 1) // 2
     return float(np.polyfit(logs[0][start:], logs[1][start:], 1)[0])
 
 
 def unit_costs(sizes: Sequence[Size], seconds: Sequence[float]) -> np.ndarray:
-    """Seconds of one unit of each term of the work, by least squares of relative errors."""
+    """Fit the seconds of one unit of each term, by least squares of relative errors."""
     work = np.array([size.work for size in sizes]) / np.array(seconds)[:, None]
     return nnls(work, np.ones(len(work)))[0]
 
 
 def draw(results: dict[str, list[dict[str, float]]]) -> None:
-    """The figure, and the table of exponents beside those of the formulas at the same sizes."""
-    sizes = {
-        name: [replace(base, **{name: value}) for value in values[: len(results[name])]]
-        for name, (_, base, values) in AXES.items()
-    }
-    every = [size for group in sizes.values() for size in group]
-    costs = unit_costs(every, [result["seconds"] for group in results.values() for result in group])
+    """Write the figure, and a table of measured exponents and those of the formulas."""
+    # Unit costs of the formula for time.
+    sizes: dict[str, list[Size]] = {}
+    for name, (_, base, values) in AXES.items():
+        measured_values = values[: len(results[name])]
+        sizes[name] = [replace(base, **{name: value}) for value in measured_values]
+    all_sizes = list(itertools.chain.from_iterable(sizes.values()))
+    all_results = itertools.chain.from_iterable(results[name] for name in sizes)
+    costs = unit_costs(all_sizes, [result["seconds"] for result in all_results])
 
+    # One panel for each axis and quantity.
     figure, panels = plt.subplots(3, len(AXES), figsize=(17, 9), layout="constrained")
     rows = []
     for column, (name, (label, _, values)) in enumerate(AXES.items()):
@@ -186,12 +206,15 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
                 values, [f"{value:g}" if value < 10**4 else f"{value:.0e}" for value in values]
             )
             axis.minorticks_off()
-            slopes = [exponent(values, each) for each in (measured, expected[quantity])]
+
+            # Exponents.
+            slopes = [exponent(values, measured), exponent(values, expected[quantity])]
             axis.set_title(f"exponent {slopes[0]:.2f}, formula {slopes[1]:.2f}", fontsize=10)
             axis.grid(alpha=0.3)
             rows.append([label, quantity, *(f"{slope:.2f}" for slope in slopes)])
             rows[-1].append(f"{abs(slopes[0] - slopes[1]):.2f}")
     panels[0, 0].legend()
+
     terms = ("inner product of a number", "number moved", "entry of a table", "step")
     print({term: f"{cost:.2e} s" for term, cost in zip(terms, costs, strict=True)})
     keep(__file__, "figure.png", png(figure))
@@ -203,9 +226,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--draw", action="store_true")
+
+    # Earlier results.
     results: dict[str, list[dict[str, float]]] = {}
     if RESULTS.is_file():
         results = json.loads(RESULTS.read_text())
+
+    # Missing ones.
     if not parser.parse_args().draw:
         torch.set_num_threads(1)
         search(Size(nodes=20))  # what the first search alone makes
@@ -221,6 +248,7 @@ def main() -> None:
                 results[name].append(result)
                 print(size, result, flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
     draw(results)
 
 

@@ -1,4 +1,4 @@
-"""How long does the report of a sweep of 1,000 runs take, and how much memory?
+"""The time and memory of the report of a sweep of 1,000 runs.
 
 python -m experiments.scaling.sweep
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from experiments.common import OUTPUTS, finished, keep, table
 from oss_exp.report.page import gather
 
-STRATEGIES, SEEDS = 10, 50  # names; the rest of the copies differ by their seeds
+STRATEGIES = 10  # names; other copies differ by their seeds
 RUN = [
     "model=mixture_fashion",
     "stepsize=oss_shared",
@@ -32,10 +32,13 @@ def copies(sources: Sequence[Path], sweep: Path, count: int) -> None:
     """Fill the folder of a sweep with `count` runs."""
     shutil.rmtree(sweep, ignore_errors=True)
     for number in range(count):
-        source, place = sources[number % len(sources)], number // len(sources)
-        run, name = sweep / str(number), f"strategy_{place % STRATEGIES}"
+        source = sources[number % len(sources)]
+        place = number // len(sources)
+        run = sweep / str(number)
+        name = f"strategy_{place % STRATEGIES}"
         shutil.copytree(source, run, ignore=shutil.ignore_patterns("*.png", "*.html", ".lock"))
 
+        # Other metrics.
         metrics = json.loads((run / "metrics.json").read_text())
         metrics["seed"] = place // STRATEGIES
         for row in metrics["rows"]:
@@ -44,6 +47,8 @@ def copies(sources: Sequence[Path], sweep: Path, count: int) -> None:
             row["psnr"]["mean"] += 1e-3 * number
             row["per_image"]["psnr"] = [value + 1e-3 * number for value in row["per_image"]["psnr"]]
         (run / "metrics.json").write_text(json.dumps(metrics))
+
+        # Other names in its schedules.
         for file in (run / "schedules").glob("*[0-9].json"):
             schedule = json.loads(file.read_text())
             schedule["provenance"]["strategy"]["name"] = name
@@ -56,10 +61,13 @@ def main() -> None:
     for count in (250, 500, 1000):
         sweep = OUTPUTS / "scaling" / f"sweep_{count}"
         copies(sources, sweep, count)
-        before, started, clock = peak(), time.monotonic(), time.process_time()
+        before = peak()
+        started = time.monotonic()
+        clock = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             gather(sweep)
-        wall, busy = time.monotonic() - started, time.process_time() - clock
+        wall = time.monotonic() - started
+        busy = time.process_time() - clock
         rows.append(
             [f"{count:,}", f"{wall:.1f}", f"{busy:.1f}", f"{peak() - before:.0f}", f"{before:.0f}"]
         )
@@ -68,7 +76,7 @@ def main() -> None:
 
 
 def peak() -> float:
-    """The most memory that this process has had, in MB."""
+    """Return the peak of this process's memory, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 

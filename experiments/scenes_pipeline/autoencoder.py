@@ -36,7 +36,8 @@ CONFIG = {
 
 
 def train(steps: int, folder: Path) -> AutoencoderKL:
-    """Train by squared error and a slight divergence; the weights are saved with their average."""
+    """Train by squared and absolute error and a slight divergence; save the averaged weights."""
+    # Network and optimizer.
     torch.manual_seed(0)
     network = AutoencoderKL(**CONFIG)
     average = torch.optim.swa_utils.AveragedModel(
@@ -46,17 +47,20 @@ def train(steps: int, folder: Path) -> AutoencoderKL:
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     images = iter(DataLoader(scenes(range(steps * BATCH)), BATCH, num_workers=1))
 
+    # Steps.
     start = time.perf_counter()
     for step in range(steps):
         pixels = next(images)[0]
         with torch.autocast("cpu", torch.bfloat16):
             loss, error = _loss(network, pixels)
+
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         rate.step()
         average.update_parameters(network)
+
         if (step + 1) % 100 == 0:
             print(step + 1, float(error), f"{time.perf_counter() - start:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
@@ -75,6 +79,7 @@ def _loss(network: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _save(network: AutoencoderKL, folder: Path) -> None:
     """Write weights with the latents' scale, and a picture of scenes above their restorations."""
+    # The latents' scale.
     pixels = torch.stack([scene for scene, _ in scenes(range(10**7, 10**7 + 64))])
     latents = network.encode(pixels).latent_dist.mean
     network.register_to_config(
@@ -82,6 +87,8 @@ def _save(network: AutoencoderKL, folder: Path) -> None:
         shift_factor=round(float(latents.mean()), 4),
     )
     network.save_pretrained(folder)
+
+    # How well scenes are restored.
     restored = network.decode(latents).sample.clamp(-1, 1)
     errors = (restored - pixels).square().mean((1, 2, 3)) / 4
     psnr = float((-10 * errors.log10()).mean())

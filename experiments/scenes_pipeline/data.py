@@ -19,5 +19,8 @@ def _all() -> FashionScenes:
 
 
 def scenes(numbers: Sequence[int]) -> Subset:
-    """Return the scenes of these numbers, ((3, 64, 64) in [-1, 1], number of the caption) each."""
+    """Return the scenes of these numbers.
+
+    Each is ((3, 64, 64) in [-1, 1], number of the caption).
+    """
     return Subset(_all(), [number % len(_all()) for number in numbers])

@@ -39,10 +39,14 @@ def network_config() -> dict:
 
 
 def main(text: Path, vae: Path, transformer: Path | None, output: Path) -> None:
+    """Load the parts, and save them as a pipeline."""
+    # Transformer.
     network = FluxTransformer2DModel(**network_config())
     if transformer is not None:
         tensors = load_file(transformer)
         network.load_state_dict({key.removeprefix("network."): tensors[key] for key in tensors})
+
+    # Pipeline.
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(vae),

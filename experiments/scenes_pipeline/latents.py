@@ -34,7 +34,8 @@ def main(kind: str, vae: Path, count: int, output: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     numbers = torch.randperm(len(images), generator=draw)[:count].tolist()
 
-    latents, labels = [], []
+    latents = []
+    labels = []
     for pixels, captions in tqdm(DataLoader(Subset(images, numbers), BATCH)):
         latents.append(encoded(network, pixels).half())
         labels.append(captions)
@@ -45,11 +46,12 @@ def main(kind: str, vae: Path, count: int, output: Path) -> None:
 
 def encoded(network: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Encode pictures (B, C, H, W), or each frame of videos (B, C, F, H, W); grey ones as RGB."""
-    scale, shift = network.config.scaling_factor, network.config.shift_factor
+    # Frames as a batch.
     frames = pixels.movedim(1, -3).reshape(-1, *pixels.shape[1:2], *pixels.shape[-2:])
     means = network.encode(frames.expand(-1, 3, -1, -1)).latent_dist.mean
     latents = means.reshape(len(pixels), *pixels.shape[2:-2], *means.shape[1:])
-    return ((latents - shift) * scale).movedim(-3, 1)
+    scaled = (latents - network.config.shift_factor) * network.config.scaling_factor
+    return scaled.movedim(-3, 1)
 
 
 if __name__ == "__main__":

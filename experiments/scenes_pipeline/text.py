@@ -10,6 +10,7 @@ vector of the whole caption.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,21 +50,24 @@ def answers(wish: Wish) -> list[int]:
 
     The last number of a choice stands for none.
     """
-    names = list(GARMENTS)
+    garments = [*GARMENTS, None]
     colours = [*COLOURS, None]
+    relations = [*RELATIONS, None]
     clauses = wish["include"]
     if wish["tag"] == "position":  # listed after the garment that it refers to
         clauses = clauses[::-1]
 
-    first, second = clauses[0], clauses[1] if len(clauses) > 1 else None
+    # The clauses of both garments; the second may be missing.
+    first = clauses[0]
+    second = clauses[1] if len(clauses) > 1 else {}
     relation = first["position"][0] if "position" in first else None
     return [
-        names.index(first["class"]),
-        names.index(second["class"]) if second else len(names),
+        garments.index(first["class"]),
+        garments.index(second.get("class")),
         colours.index(first.get("color")),
-        colours.index(second.get("color")) if second else len(COLOURS),
+        colours.index(second.get("color")),
         first["count"] - 1,
-        [*RELATIONS, None].index(relation),
+        relations.index(relation),
     ]
 
 
@@ -72,7 +76,8 @@ class Reader(nn.Module):
 
     def __init__(self, encoder: nn.Module, pool: Callable[[nn.Module, Tensor, Tensor], Tensor]):
         super().__init__()
-        self.encoder, self.pool = encoder, pool
+        self.encoder = encoder
+        self.pool = pool
         self.heads = nn.ModuleList(nn.Linear(FEATURES, count) for count in CHOICES)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
@@ -97,12 +102,14 @@ def pooled(encoder: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 
 def t5(captions: Sequence[str]) -> tuple[T5EncoderModel, T5Tokenizer]:
     """Return an encoder of two layers, and a tokenizer with a token for every word and letter."""
-    words = sorted({word for caption in captions for word in caption.split()})
+    # Tokens.
+    words = sorted(set(" ".join(captions).split()))
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     vocab += [(letter, -8.0) for letter in LETTERS]
     vocab += [(f"▁{word}", -2.0) for word in words]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=LENGTH)
 
+    # Encoder.
     config = T5Config(
         vocab_size=len(vocab),
         d_model=FEATURES,
@@ -120,6 +127,7 @@ def t5(captions: Sequence[str]) -> tuple[T5EncoderModel, T5Tokenizer]:
 
 def clip(captions: Sequence[str]) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """Return an encoder of two layers, and a byte-pair tokenizer trained on the captions."""
+    # Train the byte pairs.
     byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     byte_pairs.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = ["<|startoftext|>", "<|endoftext|>"]
@@ -131,6 +139,8 @@ def clip(captions: Sequence[str]) -> tuple[CLIPTextModel, CLIPTokenizer]:
         show_progress=False,
     )
     byte_pairs.train_from_iterator(captions, trainer)
+
+    # Tokenizer.
     trained = json.loads(byte_pairs.to_str())["model"]
     tokenizer = CLIPTokenizer(
         vocab=trained["vocab"],
@@ -138,6 +148,7 @@ def clip(captions: Sequence[str]) -> tuple[CLIPTextModel, CLIPTokenizer]:
         model_max_length=CLIP_LENGTH,
     )
 
+    # Encoder.
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=FEATURES,
@@ -176,6 +187,8 @@ def train(reader: Reader, inputs: Sequence[Tensor], targets: Tensor, steps: int)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     draw = torch.Generator().manual_seed(0)
+
+    # Steps on random captions.
     for _ in range(steps):
         rows = torch.randint(len(targets), (BATCH,), generator=draw)
         outputs = reader(*(tensor[rows] for tensor in inputs))
@@ -185,6 +198,7 @@ def train(reader: Reader, inputs: Sequence[Tensor], targets: Tensor, steps: int)
         optimizer.step()
         rate.step()
 
+    # Answers to all of them.
     with torch.no_grad():
         outputs = reader.eval()(*inputs)
     chosen = torch.stack([output.argmax(1) for output in outputs], 1)
@@ -192,8 +206,9 @@ def train(reader: Reader, inputs: Sequence[Tensor], targets: Tensor, steps: int)
 
 
 def main(folder: Path, steps: int) -> None:
+    """Train both encoders, and save them with their tokenizers."""
     torch.manual_seed(0)
-    listed = [wish for known in wishes().values() for wish in known]
+    listed = list(itertools.chain.from_iterable(wishes().values()))
     captions = [wish["prompt"] for wish in listed]
     targets = torch.tensor([answers(wish) for wish in listed])
     parts = (

@@ -1,9 +1,9 @@
-"""What a search costs beyond its network: its wall time over that of the same bare forward passes, one by one.
+"""The cost of a search beyond its network: its wall time over that of the same bare calls.
 
 python -m experiments.search_speed.network [--repeats 3] [--threads 1] [--samples 8] [--device cpu]
 
-The U-Net of Fashion-MNIST, 100 nodes, K = 10, the strategies as shipped. The bare passes are calls of the network
-module alone, as many, in the same order and of the same sizes as the search made.
+The U-Net of Fashion-MNIST, 100 nodes, K = 10, the strategies as shipped. The bare calls are those
+of the network module alone: as many, in the same order and of the same sizes as the search made.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from hydra.utils import instantiate
 
 from experiments.common import configuration, keep, table
 from oss_exp.distances import XtMSE
+from oss_exp.models.network import Network
 from oss_exp.noise import FlowSchedule
-from oss_exp.solvers import Euler
+from oss_exp.solvers import Euler, Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import OSSAve, OSSShared, Problem
+from oss_exp.stepsize import OSSAve, OSSShared, Problem, StepsizeStrategy
 
-N, K = 100, 10
-SEARCHES = {
+N = 100  # teacher steps
+K = 10  # student steps
+SHARED = OSSShared("analytic", None, True, "log_mean")
+SEARCHES = {  # solver and strategy; None for that of conf/stepsize/oss_fit.yaml
     "oss_ave": (Euler(), OSSAve("free", None, False, "median", 8)),
-    "oss_shared": (Euler(), OSSShared("analytic", None, True, "log_mean")),
-    "oss_shared, DPM-Solver++ of orders up to 3": (
-        DPMSolverPP(3, True),
-        OSSShared("analytic", None, True, "log_mean"),
-    ),
+    "oss_shared": (Euler(), SHARED),
+    "oss_shared, DPM-Solver++ of orders up to 3": (DPMSolverPP(3, True), SHARED),
     "oss_fit": (Euler(), None),
 }
 
@@ -44,58 +45,73 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+
+    # Build the network and the fitting strategy.
     model = instantiate(configuration("model=unet_fashion").model).to(options.device)
     fit = instantiate(configuration("stepsize=oss_fit").stepsize.oss_fit, _convert_="all")
-    grid, labels = (
-        FlowSchedule(shift=1.0).nodes(N),
-        torch.arange(options.samples, device=options.device) % 10,
-    )
-    inner, sizes = model.backbone.forward, []
+    labels = torch.arange(options.samples, device=options.device) % 10
+
+    # Measure.
+    rows = []
+    for name, (solver, strategy) in SEARCHES.items():
+        seconds = []
+        ratios = []
+        for seed in range(options.repeats):
+            sizes, searched = search(model, labels, solver, strategy or fit, seed)
+            seconds.append(searched)
+            ratios.append(searched / bare_calls(model, labels, sizes))
+        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+        calls = sum(sizes) / options.samples
+        rows.append([name, f"{calls:.0f}", f"{statistics.median(seconds):.1f} s", ratio])
+
+    header = ["search", "rows a sample", "seconds", "search / bare network, median (range)"]
+    keep(__file__, f"network_{options.device}.md", table(header, rows))
+
+
+def search(
+    model: Network, labels: torch.Tensor, solver: Solver, strategy: StepsizeStrategy, seed: int
+) -> tuple[list[int], float]:
+    """Return the sizes of the network calls of a search, and its seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(labels), *model.event_shape, generator=generator).to(labels.device)
+    grid = FlowSchedule(shift=1.0).nodes(N)
+    problem = Problem(model.velocity(labels), noise, grid, solver, XtMSE())
+
+    # Watch the network.
+    forward = model.backbone.forward
+    sizes = []
 
     def watched(x, clock, classes):
         sizes.append(len(x))
-        return inner(x, clock, classes)
+        return forward(x, clock, classes)
 
-    def clock() -> float:
-        if options.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    model.backbone.forward = watched
+    start = now(labels.device)
+    strategy.plan(problem, [K])
+    seconds = now(labels.device) - start
+    model.backbone.forward = forward
+    return sizes, seconds
 
-    rows = []
-    for name, (solver, strategy) in SEARCHES.items():
-        ratios, seconds = [], []
-        for seed in range(options.repeats):
-            noise = torch.randn(
-                options.samples, *model.event_shape, generator=torch.Generator().manual_seed(seed)
-            )
-            noise = noise.to(options.device)
-            problem = Problem(model.velocity(labels), noise, grid, solver, XtMSE())
-            model.backbone.forward = watched
-            sizes.clear()
-            started = clock()
-            (strategy or fit).plan(problem, [K])
-            searched = clock() - started
-            model.backbone.forward = inner
-            rest = [torch.randn(max(sizes), *model.event_shape, device=options.device)]
-            rest += [torch.zeros(max(sizes), device=options.device), labels[:1].expand(max(sizes))]
-            with torch.no_grad():
-                started = clock()
-                for size in sizes:
-                    inner(*(tensor[:size] for tensor in rest))
-                bare = clock() - started
-            ratios.append(searched / bare)
-            seconds.append(searched)
-        calls = sum(sizes) / options.samples
-        rows.append(
-            [
-                name,
-                f"{calls:.0f}",
-                f"{statistics.median(seconds):.1f} s",
-                f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})",
-            ]
-        )
-    header = ["search", "rows a sample", "seconds", "search / bare network, median (range)"]
-    keep(__file__, f"network_{options.device}.md", table(header, rows))
+
+@torch.no_grad()
+def bare_calls(model: Network, labels: torch.Tensor, sizes: Sequence[int]) -> float:
+    """Return the seconds of network calls of these sizes, one after the other."""
+    largest = max(sizes)
+    x = torch.randn(largest, *model.event_shape, device=labels.device)
+    clock = torch.zeros(largest, device=labels.device)
+    classes = labels[:1].expand(largest)
+
+    start = now(labels.device)
+    for size in sizes:
+        model.backbone.forward(x[:size], clock[:size], classes[:size])
+    return now(labels.device) - start
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done its work."""
+    if device.type != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Algorithm 1 of the OSS paper (arXiv 2503.21774) as a research script writes it: the yardstick here.
+"""Algorithm 1 of the OSS paper (arXiv 2503.21774) as a research script would write it.
 
-One sample at a time, the network batched over the nodes, every candidate of every round materialised. Rows are fresh
-in each round (exactly k steps), so that its schedules can be compared with ours one by one.
+This is the yardstick for the library's speed. One sample at a time, the network batched over the
+nodes, every candidate of every round materialised. Each round fills a fresh row (exactly k steps),
+so that its schedules can be compared with the library's one by one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,22 @@ from torch import Tensor
 
 @torch.no_grad()
 def search(velocity, noise: Tensor, grid: Tensor, num_steps: int) -> list[list[int]]:
-    """velocity(x (M, *E), t (M,)), noise (B, *E), grid (N+1,) decreasing -> the K nodes of each, noise first."""
+    """Search a schedule for every sample.
+
+    Args:
+        velocity: v = velocity(x (M, *E), t (M,)).
+        noise: Samples (B, *E).
+        grid: Times (N+1,), decreasing.
+        num_steps: Number of steps K.
+
+    Returns:
+        The K nodes of every sample, noise first.
+    """
     return [search_one(velocity, z, grid, num_steps) for z in noise]
 
 
 def search_one(velocity, z: Tensor, grid: Tensor, num_steps: int) -> list[int]:
+    """Return the K nodes of one sample (*E)."""
     end = len(grid) - 1
     times = grid.to(z.dtype)
 
@@ -44,7 +56,8 @@ def search_one(velocity, z: Tensor, grid: Tensor, num_steps: int) -> list[int]:
         reached = best[:end].isfinite()
 
     # Backtrack.
-    path, node = [], end
+    path = []
+    node = end
     for parent in reversed(parents):
         node = int(parent[node])
         path.append(node)

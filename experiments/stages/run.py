@@ -1,8 +1,8 @@
 """Stages cut at uniform (DDIM) times and at searched ones, before and after they are trained.
 
-python -m experiments.stages.run dit_fashion 5    # a network and a number of stages; without any: all of them
+python -m experiments.stages.run dit_fashion 5    # one cell; without arguments: all
 
-Each cell is a training of every stage and four evaluations, and goes on where it was stopped.
+Each cell is a training of every stage and four evaluations, and continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -25,49 +25,66 @@ CUTS = {"ddim": "uniform (DDIM)", "oss_ave": "OSS"}
 LONG = ("dit_fashion", 5)  # with a longer training and more images for FID
 
 
+HEADER = [
+    "network",
+    "stages",
+    "cuts",
+    "FID before",
+    "after",
+    "PSNR before",
+    "after",
+    "right class before",
+    "after",
+    "training steps a stage",
+    "n of FID",
+]
+
+
 def main() -> None:
-    chosen = (
-        [(sys.argv[1], int(sys.argv[2]))]
-        if len(sys.argv) > 1
-        else [(n, k) for k in STAGES for n in NETWORKS]
-    )
-    for network, stages in chosen:
+    if len(sys.argv) > 1:
+        cells = [(sys.argv[1], int(sys.argv[2]))]
+    else:
+        cells = [(network, stages) for stages in STAGES for network in NETWORKS]
+    for network, stages in cells:
         for cuts in CUTS:
             cell(network, stages, cuts)
     show()
 
 
 def cell(network: str, stages: int, cuts: str) -> dict[str, Any]:
-    """What a network says of one way to cut it: {"before", "after"} of FID, PSNR, class agreement; the stages' records.
+    """Train and evaluate a network that is cut in one way.
 
-    The teacher of the images for FID takes few steps, for it is not looked at. PSNR is of 256 images.
+    The teacher of the images for FID takes few steps, because its images are not used. PSNR is of
+    256 images.
+
+    Returns:
+        FID, PSNR and class agreement as "before" and "after", the records of the "stages", the
+        number "n" of images for FID, and the training "steps" of a stage.
     """
     name = f"stages/{network}_{stages}_{cuts}"
-    steps, trajectories, count = (
-        (250, 1024, 10_000) if (network, stages) == LONG else (100, 512, 2_000)
-    )
-    training = [
-        f"task.max_steps={steps}",
-        f"task.save_every={steps // 2}",
-        f"task.trajectories={trajectories}",
-    ]
-    model = [f"model={network}", f"noise_schedule={'edm' if network == 'unet_fashion' else 'fm'}"]
+    is_long = (network, stages) == LONG
+    steps, trajectories, count = (250, 1024, 10_000) if is_long else (100, 512, 2_000)
+
+    # Search the cuts and train the stages.
+    noise_schedule = "edm" if network == "unet_fashion" else "fm"
+    model = [f"model={network}", f"noise_schedule={noise_schedule}"]
     search = [f"stepsize={cuts}", f"num_steps=[{stages}]", f"task.num_stages={stages}"]
+    training = [f"task.max_steps={steps}", f"task.save_every={steps // 2}"]
+    training.append(f"task.trajectories={trajectories}")
     run = finished(name, "task=finetune", *model, *search, *training, file="finetune.json")
-    schedule = [f"task.schedule={run / 'stages' / 'schedule.json'}", "data.batch_size=100"]
+    records = json.loads((run / "finetune.json").read_text())["stages"]
+
+    # Evaluate before and after.
+    evaluate = ["task=evaluate", *model, f"task.schedule={run / 'stages' / 'schedule.json'}"]
+    evaluate.append("data.batch_size=100")
     few = [f"num_teacher_steps={stages}", f"num_steps=[{stages}]"]
     images = [f"data.eval_samples={count}", *few, "metric=[fid,class_agreement]"]
-    records = json.loads((run / "finetune.json").read_text())["stages"]
-    found: dict[str, Any] = {"stages": records, "n": count, "steps": steps}
-    for when, more in (("before", []), ("after", [f"stages={run / 'stages'}"])):
-        (quality,) = rows(
-            finished(f"{name}_{when}", "task=evaluate", *model, *schedule, *more, *images)
-        )
-        (pictures,) = rows(
-            finished(f"{name}_{when}_psnr", "task=evaluate", *model, *schedule, *more)
-        )
-        found[when] = {**quality["metrics"], "psnr": pictures["psnr"]}
-    return found
+    result: dict[str, Any] = {"stages": records, "n": count, "steps": steps}
+    for moment, weights in (("before", []), ("after", [f"stages={run / 'stages'}"])):
+        (quality,) = rows(finished(f"{name}_{moment}", *evaluate, *weights, *images))
+        (pairs,) = rows(finished(f"{name}_{moment}_psnr", *evaluate, *weights))
+        result[moment] = {**quality["metrics"], "psnr": pairs["psnr"]}
+    return result
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -75,73 +92,55 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def show() -> None:
-    """The table and the figure of all cells that are there."""
-    lines, records = [], {}
-    for network in NETWORKS:
-        for stages in sorted(STAGES):
-            folders = [OUTPUTS / f"stages/{network}_{stages}_{cuts}_after_psnr" for cuts in CUTS]
-            if not all((folder / "metrics.json").is_file() for folder in folders):
-                continue
-            for cuts, label in CUTS.items():
-                found = records[network, stages, cuts] = cell(network, stages, cuts)
-                before, after = found["before"], found["after"]
-                psnr = [str(Interval(**each["psnr"])) for each in (before, after)]
-                right = [f"{each['class_agreement']:.1f} %" for each in (before, after)]
-                fids = [f"{each['fid']:.3f}" for each in (before, after)]
-                sizes = [str(found["steps"]), f"{found['n']:,}"]
-                lines.append([network, str(stages), label, *fids, *psnr, *right, *sizes])
-    header = [
-        "network",
-        "stages",
-        "cuts",
-        "FID before",
-        "after",
-        "PSNR before",
-        "after",
-        "right class before",
-        "after",
-    ]
-    keep(__file__, "table.md", table([*header, "training steps a stage", "n of FID"], lines))
+    """Write the table and the figure of all cells that are there."""
+    lines = []
+    records = {}
+    for network, stages in product(NETWORKS, sorted(STAGES)):
+        folders = [OUTPUTS / f"stages/{network}_{stages}_{cuts}_after_psnr" for cuts in CUTS]
+        if not all((folder / "metrics.json").is_file() for folder in folders):
+            continue
+        for cuts, label in CUTS.items():
+            record = cell(network, stages, cuts)
+            records[network, stages, cuts] = record
+            lines.append([network, str(stages), label, *table_cells(record)])
+    keep(__file__, "table.md", table(HEADER, lines))
     keep(__file__, "difficulty.png", png(difficulty(records)))
 
 
+def table_cells(record: dict[str, Any]) -> list[str]:
+    moments = (record["before"], record["after"])
+    fids = [f"{moment['fid']:.3f}" for moment in moments]
+    psnr = [str(Interval(**moment["psnr"])) for moment in moments]
+    classes = [f"{moment['class_agreement']:.1f} %" for moment in moments]
+    return [*fids, *psnr, *classes, str(record["steps"]), f"{record['n']:,}"]
+
+
 def difficulty(records: dict[tuple[str, int, str], dict[str, Any]]) -> plt.Figure:
-    """The error of each stage's jump before (bars) and after its training (dots), a panel a network and number."""
-    networks, numbers = (sorted({key[i] for key in records}) for i in (0, 1))
+    """Draw the error of each stage's jump before (bars) and after its training (dots)."""
+    networks = sorted({network for network, _, _ in records})
+    numbers = sorted({stages for _, stages, _ in records})
     size = (4.2 * len(numbers), 3.3 * len(networks))
     figure, axes = plt.subplots(
         len(networks), len(numbers), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
+
+    # A panel for each network and number of stages.
     for axis, (network, stages) in zip(axes.flat, product(networks, numbers), strict=True):
         if (network, stages, "ddim") not in records:
             axis.remove()
             continue
-        places = np.arange(stages)
         for offset, (cuts, label) in zip((-0.2, 0.2), CUTS.items(), strict=True):
             training = [stage["training"] for stage in records[network, stages, cuts]["stages"]]
-            bars = axis.bar(
-                places + offset,
-                [each["loss_before"] for each in training],
-                0.4,
-                label=label,
-                alpha=0.6,
-            )
-            after = [each["loss_after"] for each in training]
-            axis.plot(
-                places + offset,
-                after,
-                "o",
-                color=bars.patches[0].get_facecolor(),
-                mec="black",
-                ms=5,
-            )
-        axis.set(
-            title=f"{network}, {stages} stages",
-            xlabel="stage (0: noise)",
-            yscale="log",
-            xticks=places,
-        )
+            before = [stage["loss_before"] for stage in training]
+            after = [stage["loss_after"] for stage in training]
+            places = np.arange(stages) + offset
+            bars = axis.bar(places, before, 0.4, label=label, alpha=0.6)
+            color = bars.patches[0].get_facecolor()
+            axis.plot(places, after, "o", color=color, mec="black", ms=5)
+        title = f"{network}, {stages} stages"
+        axis.set(title=title, xlabel="stage (0: noise)", yscale="log", xticks=range(stages))
         axis.grid(alpha=0.3)
+
     figure.supylabel("mean squared error of its jump", fontsize=10)
     axes[0][0].legend(frameon=False, fontsize=8)
     return figure

@@ -3,8 +3,9 @@
 The measures and the anchors' ranges are those of a survey of diffrax, k-diffusion, EDM,
 flow_matching, smalldiffusion, lightning-hydra-template, probdiffeq, torchtitan and nanochat.
 
-    python -m experiments.surface.run                     # the package: all measures
-    python -m experiments.surface.run oss_exp/stepsize    # a part of it
+    python -m experiments.surface.run                     # the package, and the README
+    python -m experiments.surface.run oss_exp/stepsize    # a folder with its subfolders
+    python -m experiments.surface.run oss_exp/*.py        # the direct files of a folder
 """
 
 from __future__ import annotations
@@ -21,39 +22,10 @@ from statistics import median, quantiles
 LONG = 20  # lines of a function that wants a heading
 SPACIOUS = 15  # lines of a function that wants blank lines
 NARRATIVE = {
-    "found",
-    "made",
-    "said",
-    "told",
-    "kept",
-    "known",
-    "own",
-    "each",
-    "taken",
-    "given",
-    "asked",
-    "left",
-    "shown",
-    "how",
-    "such",
-    "thus",
-    "those",
-    "rest",
-    "same",
-    "much",
-    "wanted",
-    "done",
-    "gone",
-    "seen",
-    "had",
-    "got",
-    "held",
-    "meant",
-    "goals",
-    "aims",
-    "shadow",
-    "ways",
-}
+    "found", "made", "told", "said", "kept", "known", "own", "each", "taken", "given", "asked",
+    "left", "shown", "how", "such", "thus", "those", "rest", "same", "much", "wanted", "done",
+    "gone", "seen", "had", "got", "held", "meant", "goals", "aims", "shadow", "ways",
+}  # fmt: skip
 NO_SENTENCE = ("Of ", "What ", "Where ", "As ", "Whether ", "How ", "Which ", "None, or ", "That ")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -74,6 +46,7 @@ ANCHORS = {
     "docstrings that are no sentence": (0, 0),
     "words in README": (315, 4699),
 }
+LOWER_BOUNDS = ("comment lines, % of non-blank", "blank lines in long functions, %")
 
 
 @dataclass
@@ -96,7 +69,7 @@ class Surface:
 
     def add(self, source: str) -> None:
         """Count one file."""
-        lines, tree = source.splitlines(), ast.parse(source)
+        lines = source.splitlines()
         comments = _comment_lines(source)
 
         # Lines.
@@ -105,7 +78,7 @@ class Surface:
         self.widths += [len(line) for line in lines if line.strip()]
 
         # Nodes.
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(source)):
             self.comprehensions += isinstance(node, COMPREHENSIONS)
             self.pairs += _is_pair(node)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -132,17 +105,21 @@ class Surface:
         nonblank = len(self.widths)
         return {
             "function length, median": median(self.lengths),
-            "function length, 90th percentile": quantiles(self.lengths, n=10)[-1],
+            "function length, 90th percentile": _ninth_decile(self.lengths),
             "functions above 60 lines": sum(length > 60 for length in self.lengths),
             "comment lines, % of non-blank": 100 * self.comments / nonblank,
             "long functions without a comment, %": 100 * self.bare / max(self.long, 1),
             "blank lines in long functions, %": 100 * self.body_blanks / max(self.body_lines, 1),
-            "line length, 90th percentile": quantiles(self.widths, n=10)[-1],
+            "line length, 90th percentile": _ninth_decile(self.widths),
             "comprehensions per 1,000 lines": 1000 * self.comprehensions / self.lines,
             "unrelated pairs assigned per 1,000 lines": 1000 * self.pairs / self.lines,
             "narrative names, % of names stored": 100 * self.narrative / max(self.names, 1),
             "docstrings that are no sentence": self.fragments,
         }
+
+
+def _ninth_decile(values: list[int]) -> float:
+    return quantiles(values, n=10)[-1] if len(values) > 1 else values[0]
 
 
 def _body(node: ast.FunctionDef) -> tuple[int, int]:
@@ -169,18 +146,25 @@ def _is_fragment(docstring: str | None) -> bool:
 
 
 def _comment_lines(source: str, alone: bool = True) -> set[int]:
-    """Return the numbers of the lines with a comment, or with nothing but one; rulers do not count."""
+    """Return the numbers of the lines with a comment; rulers do not count.
+
+    Args:
+        source: Python code.
+        alone: Count only lines that hold nothing but a comment.
+    """
     tokens = tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__)
-    return {
-        token.start[0]
-        for token in tokens
-        if token.type == tokenize.COMMENT
-        and (token.line.lstrip().startswith("#") or not alone)
-        and not set(token.string) <= set("# -")
-    }
+    numbers = set()
+    for token in tokens:
+        is_ruler = set(token.string) <= set("# -")
+        if token.type != tokenize.COMMENT or is_ruler:
+            continue
+        if token.line.lstrip().startswith("#") or not alone:
+            numbers.add(token.start[0])
+    return numbers
 
 
 def _files(paths: list[str]) -> Iterator[Path]:
+    """Yield the files among the paths, and all Python files below the folders."""
     for path in map(Path, paths):
         yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
 
@@ -197,7 +181,8 @@ def main(paths: list[str]) -> None:
     print("| measure | here | anchors | |\n| --- | --- | --- | --- |")
     for name, value in measures.items():
         low, high = ANCHORS[name]
-        verdict = "" if value <= high and (value >= low or "%" not in name) else "**outside**"
+        is_low = name in LOWER_BOUNDS and value < low
+        verdict = "**outside**" if is_low or value > high else ""
         print(f"| {name} | {value:.4g} | {low} to {high} | {verdict} |")
 
 

@@ -60,8 +60,8 @@ class GroupEnd(L.Callback):
 class SharedFolder(L.Callback):
     """Checks before any work that all ranks see the run folder of rank 0.
 
-    Later every rank reads the schedules that rank 0 wrote. Without this check, a machine with a folder of its own would
-    search for hours and then fail.
+    Later every rank reads the schedules that rank 0 wrote. Without this check, a machine with
+    another folder would search for hours and then fail.
     """
 
     def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
@@ -81,8 +81,9 @@ class SharedFolder(L.Callback):
                 marker.unlink()
         if count:
             raise ValueError(
-                f"{count} of {trainer.world_size} ranks do not see the run folder of rank 0, and this one's is "
-                f"{folder.resolve()}; give hydra.run.dir=FOLDER, an absolute path that all machines share"
+                f"{count} of {trainer.world_size} ranks do not see the run folder of rank 0, "
+                f"and this one's is {folder.resolve()}; "
+                "give hydra.run.dir=FOLDER, an absolute path that all machines share"
             )
 
 

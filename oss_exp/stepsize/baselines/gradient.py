@@ -44,8 +44,8 @@ class GradientDescent(abc.ABC):
     """A strategy that lowers the student's final distance to the teacher by gradient descent.
 
     One half of the search samples trains (`split_samples`), and the other chooses the
-    best iteration. Every iteration sees the whole training half. A training pass costs K forward and K backward calls a sample,
-    a validation pass K forward calls.
+    best iteration. Every iteration sees the whole training half. A training pass costs K
+    forward and K backward calls per sample, a validation pass K forward calls.
 
     Args:
         init: plans the schedule to begin with, one for all samples.
