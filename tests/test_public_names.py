@@ -40,7 +40,7 @@ OWN_YAML = {
     "Pipeline.from_pretrained": ("model/pipeline", ""),
     "XtMSE": ("distance/xt_mse", ""),
     "DDPMPath": ("model/dit_xl_2_256", "parameterization.path"),
-    "DataPrediction": ("model/video_fashion", "parameterization"),
+    "DataPrediction": ("model/flux_scenes", "parameterization"),
     "EDMPrediction": ("model/edm_afhqv2_64", "parameterization"),
     "FlowPath": ("model/dit_fashion", "parameterization.path"),
     "FlowVelocity": ("model/dit_fashion", "parameterization"),
