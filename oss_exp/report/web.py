@@ -48,10 +48,10 @@ def page(title: str, body: Sequence[str], data: Mapping[str, Any]) -> str:
         data: Data of the script's drawings, such as {"schedules": schedules(...)}.
     """
     template = (HERE / "page.html").read_text("utf-8")
-    script = (HERE / "page.js").read_text("utf-8")
+    scripts = [(HERE / name).read_text("utf-8") for name in ("page.js", "charts.js")]
     block = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no </script> inside
     return Template(template).substitute(
-        title=html.escape(title), body="\n".join(body), data=block, script=script
+        title=html.escape(title), body="\n".join(body), data=block, script="\n".join(scripts)
     )
 
 
@@ -64,7 +64,7 @@ def table(header: Sequence[str], cells: Sequence[Sequence[str]], kinds: Sequence
         kinds: CSS class of each row; may be empty.
     """
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    parts = [f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>']
+    parts = [f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>']
     for row, kind in zip_longest(cells, kinds, fillvalue=""):
         texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
         parts.append(f'<tr class="{kind}">{texts}</tr>')
