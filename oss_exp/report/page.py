@@ -41,7 +41,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.tasks.task import Task
 
 FILTER = """<form class="filter" hidden><label>Strategies <input type="search" id="filter"
-placeholder="parts of names, commas" autocomplete="off"></label> <output></output></form>"""
+placeholder="such as oss, fm" autocomplete="off"></label> <output></output></form>"""
 SCHEDULES = """<h2>Step schedules</h2>
 <div class="panels" id="panels"></div><div class="legend" id="legend"></div>
 <p class="note">The mouse or the arrow keys show a point's strategy and time. In the legend a click
