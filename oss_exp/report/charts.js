@@ -212,7 +212,7 @@ function drawLegend(panels, lines) { // in the element after the panels
   const both = add(document.body, "p", { class: "both" });
   add(both, "button", {}, "show all").onclick = () => press(() => true);
   add(both, "button", {}, "hide all").onclick = () => press(() => false);
-  legend.before(both);
+  legend.after(both);
 }
 
 // -------------------------------------------------------------------------------------------------------- Drawings

@@ -3,7 +3,7 @@
 The page's own policy (CSP) forbids every request. Text from users is escaped here, or
 inserted as text by the scripts.
 
-The charts are drawn by charts.js, about 270 lines, and not by a library. The page of a
+The charts are drawn by charts.js, about 260 lines, and not by a library. The page of a
 small run has 100 kB; a minified library would add to every page 53 kB (uPlot 1.6), 210 kB
 (Chart.js 4.6), 490 kB (Observable Plot 0.6 and D3 7), 832 kB (Vega 6, Vega-Lite 6 and
 Vega-Embed 7, whose expressions need `eval`, which the policy forbids) or 1,192 kB (basic

@@ -121,7 +121,7 @@ def test_hide_all_and_show_all_act_on_what_the_filter_leaves(large):
         large,
         """async function visit(found) {
           const filter = document.getElementById("filter");
-          const [show, hide] = all("button", document.getElementById("legend").previousElementSibling);
+          const [show, hide] = all("button", document.getElementById("legend").nextElementSibling);
           const lines = () => all("#panels .line").filter(each => each.getClientRects().length).length;
           const type = text => { filter.value = text; filter.oninput(); };
           type("s1"); hide.click(); type(""); found.hidden = lines();
