@@ -35,10 +35,10 @@ MINUS = "Minus the teacher, pair by pair:"
 SIDE = 4096  # longest side of a picture that is read, in pixels
 PAGE_PICTURES = 1000  # on the page, of prompts spread over the list; geneval.json has all verdicts
 CHOICE = (
-    '<p><select id="label">{}</select> '
+    '<p><select id="label" aria-label="schedule">{}</select> '
     '<label><input type="checkbox" id="wrong"> failures only</label></p>'
 )
-FIGURE = '<figure class="{}"><img src="{}"><figcaption>{}</figcaption></figure>'
+FIGURE = '<figure class="{}"><img src="{}" alt=""><figcaption>{}</figcaption></figure>'
 
 Shares = Mapping[str, tuple[int, Mapping[str, Interval]]]
 """Steps and scores by label. A label may end in the number of steps, as `oss_10`."""

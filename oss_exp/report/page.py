@@ -40,11 +40,13 @@ from oss_exp.report.table import stages
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks.task import Task
 
+FILTER = """<form class="filter" hidden><label>Strategies <input type="search" id="filter"
+placeholder="such as oss, fm" autocomplete="off"></label> <output></output></form>"""
 SCHEDULES = """<h2>Step schedules</h2>
 <div class="panels" id="panels"></div><div class="legend" id="legend"></div>
-<p class="note">The mouse shows a point's strategy and time. In the legend a click hides or shows
-a strategy, a double click shows it alone. Dashed: baselines. Ticks on the left: the teacher's
-nodes.</p>
+<p class="note">The mouse or the arrow keys show a point's strategy and time. In the legend a click
+hides or shows a strategy, a double click shows it alone. Dashed: baselines. Ticks on the left: the
+teacher's nodes.</p>
 <noscript>This plot needs JavaScript; it is also in schedules.png.</noscript>"""
 CURVES = """<h2>{}</h2>
 <div class="panels" id="{}"></div><div class="legend"></div>
@@ -332,6 +334,7 @@ def _page(
         first = above is None or above.result.nfe != line.result.nfe
         kinds.append("best " * (line.rival is line.result) + "first" * first)
     body = [
+        FILTER,
         web.table(*columns(lines), kinds),
         f'<p class="note">{html.escape(NOTE)} A click on a column sorts.</p>',
     ]

@@ -7,14 +7,13 @@ import html
 import io
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from browser import needs_browser, visited
 from PIL import Image
 
 from oss_exp.evaluation.psnr import Interval
@@ -217,37 +216,6 @@ def test_genevals_page_escapes_and_keeps_every_budget(tmp_path):
 # --------------------------------------------------------------------------------------------------------------
 # What it does
 # --------------------------------------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-READY = """
-const all = (query, root = document) => [...root.querySelectorAll(query)];
-const pixels = (canvas, across, down) => [...canvas.getContext("2d").getImageData(0, 0, across, down).data];
-const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
-(async () => {
-  while (!all("#grid canvas").length) await wait(10);
-  const found = {};
-  try { await visit(found); } catch (error) { found.error = String(error); }
-  document.body.replaceChildren();
-  document.body.dataset.found = JSON.stringify(found);
-})();
-"""
-
-
-def visited(folder: Path, script: str) -> dict:
-    """What `async function visit(found)` finds out on the page."""
-    copy = folder / "visited.html"
-    copy.write_text((folder / "report.html").read_text() + f"<script>{script}{READY}</script>")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={folder / 'chromium'}",
-    ]
-    command = [CHROMIUM, *options, "--virtual-time-budget=20000", "--dump-dom", copy.as_uri()]
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    (data,) = re.findall(r'data-found="([^"]*)"', page)
-    return json.loads(html.unescape(data))
 
 
 @pytest.mark.slow
