@@ -40,10 +40,10 @@ CHANGED = {
 }
 SAMPLES = "data.search_samples=4 data.eval_samples=8 logger=none"
 ADDED = {
-    r"oss-exp(?!.*(--help|task=(?!search|evaluate|compare|calibrate|finetune|certify)))": SAMPLES,
-    r"oss-exp(?!.*(--help|task=))": "data.per_sample=4",
+    r"oss-exp(?!.*(--help|doctor|task=(?!search|evaluate|compare|calibrate|finetune|certify)))": SAMPLES,
+    r"oss-exp(?!.*(--help|doctor|task=))": "data.per_sample=4",
     r"task=search .*(oss |\[oss[],]|experiment=table_2 m)": "data.per_sample=4",
-    r"oss-exp(?!.*(--help|scale=tiny|num_teacher_steps|task=(?!search|evaluate|calibrate|finetune)))": (
+    r"oss-exp(?!.*(--help|doctor|scale=tiny|num_teacher_steps|task=(?!search|evaluate|calibrate|finetune)))": (
         "num_teacher_steps=20"
     ),
     r"^(?!.*task=).*model=": "num_teacher_steps=10",
@@ -157,7 +157,14 @@ def test_commands(page, tmp_path, garments):
         if any(re.match(pattern, command) for pattern in NOT_RUN):
             continue
         if not command.startswith("oss-exp"):
-            subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of this Python
+            subprocess.run(
+                ["bash", "-c", command],
+                cwd=tmp_path,
+                env={**os.environ, "PATH": path},
+                check=True,
+                capture_output=True,
+            )
             continue
         listed = shortened(command).replace("oss-exp", r"printf '%s\n'", 1)  # as a shell reads them
         arguments = subprocess.run(

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_dry_run_of_all_parts(tmp_path):
     out, work = tmp_path / "out", tmp_path / "work"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # whose python the script takes
     done = subprocess.run(
         ["bash", str(ROOT / "experiments" / "gpu" / "all.sh"), "--dry"],
-        env={**os.environ, "OUT": str(out), "WORK": str(work)},
+        env={**os.environ, "PATH": path, "OUT": str(out), "WORK": str(work)},
         capture_output=True,
         text=True,
     )

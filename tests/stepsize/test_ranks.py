@@ -130,7 +130,7 @@ def test_ranks_agree_with_one_process(alone, tmp_path, world):
             weights, expected = plan.pop("weights"), dict(alone[name])
             if expected.pop("weights") is not None:
                 torch.testing.assert_close(
-                    *map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-8, atol=1e-8
+                    *map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-7, atol=1e-7
                 )
             times = torch.tensor(plan.pop("times")), torch.tensor(expected.pop("times"))
             torch.testing.assert_close(
