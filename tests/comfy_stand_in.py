@@ -43,7 +43,9 @@ class Patcher:
         self.model = types.SimpleNamespace(
             model_sampling=sampling, get_dtype=lambda: dtype, scale_latent_inpaint=scaled
         )
-        self.model.answers, self.patches, self.load_device = (conditional, free), {}, "cpu"
+        self.model.answers = (conditional, free)
+        self.patches = {}
+        self.load_device = "cpu"
 
     def get_model_object(self, name):
         return getattr(self.model, name)
@@ -56,14 +58,17 @@ def scaled(x, sigma, noise, latent_image, **_):
 
 class CFGGuider:
     def __init__(self, patcher, cfg=1.0):
-        self.model_patcher, self.inner_model, self.cfg = patcher, patcher.model, cfg
+        self.model_patcher = patcher
+        self.inner_model = patcher.model
+        self.cfg = cfg
 
     def __call__(self, x, sigma, model_options, seed=None):
         conditional, free = self.inner_model.answers
         spared = math.isclose(self.cfg, 1) and not model_options.get(
             "disable_cfg1_optimization", False
         )
-        cond, uncond = conditional(x, sigma), 0.0 if spared else free(x, sigma)
+        cond = conditional(x, sigma)
+        uncond = 0.0 if spared else free(x, sigma)
         denoised = uncond + (cond - uncond) * self.cfg
         for after in model_options.get("sampler_post_cfg_function", []):
             denoised = after(
@@ -118,7 +123,8 @@ class KSAMPLER:
         extra_options=MappingProxyType({}),
         inpaint_options=MappingProxyType({}),
     ):
-        self.sampler_function, self.extra_options = sampler_function, extra_options
+        self.sampler_function = sampler_function
+        self.extra_options = extra_options
 
     def sample(
         self,
@@ -133,7 +139,8 @@ class KSAMPLER:
     ):
         extra_args["denoise_mask"] = denoise_mask
         model = KSamplerX0Inpaint(model_wrap)
-        model.latent_image, model.noise = latent_image, noise
+        model.latent_image = latent_image
+        model.noise = noise
         sampling = model_wrap.inner_model.model_sampling
         largest = math.isclose(float(sampling.sigma_max), float(sigmas[0]), rel_tol=1e-5)
         x = sampling.noise_scaling(sigmas[0], noise, latent_image, largest)

@@ -93,9 +93,9 @@ def garments(tmp_path_factory) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A skipped test is a hole: continuous integration fails on one that has no reason here
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LEFT_OUT = pytest.StashKey[int]()
 GPU = "OSS_EXP_GPU_TESTS"  # in the environment: a trainer in the place of trainer=gpu, such as cpu

@@ -57,15 +57,14 @@ def run_diffusers(
         scheduler.set_timesteps(len(times) - 1)
         scheduler.set_begin_index(0)
         scheduler.sigmas = times if coordinates == "flow" else times / (1 - times)
-        scheduler.alphas, scheduler.betas = (
-            (1 - times) / root,
-            times / root,
-        )  # alpha and sigma in IPNDMScheduler
+        scheduler.alphas = (1 - times) / root
+        scheduler.betas = times / root  # alpha and sigma in IPNDMScheduler
         scheduler.timesteps = 1000 * times[:-1]
         for t, factor, timestep in zip(times[:-1], norm[:-1], scheduler.timesteps, strict=True):
             flow = factor * x
             v = velocity(flow, t.expand(len(x)))
-            x0, eps = flow - t * v, flow + (1 - t) * v
+            x0 = flow - t * v
+            eps = flow + (1 - t) * v
             output = {"flow": v, "variance_v": ((1 - t) * eps - t * x0) / factor}.get(
                 coordinates, eps
             )

@@ -45,7 +45,8 @@ def table_paths(stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
     """Nodes (r+1, J, b) and orders (r, J, b) of the best path to every target of the last of these stages."""
     last = stages[-1]
     position = torch.arange(len(last.targets))[:, None]
-    nodes, orders = [last.targets], []
+    nodes = [last.targets]
+    orders = []
     for step in reversed(stages):
         width = max(step.parent.shape[1], position.shape[1])
         position = position.expand(-1, width)

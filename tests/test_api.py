@@ -62,9 +62,9 @@ def assert_same(a: oss_exp.StepSchedule, b: oss_exp.StepSchedule) -> None:
     assert a.samples == b.samples
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The door
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_second():
@@ -77,6 +77,7 @@ def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_se
         subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout
         for _ in range(3)
     ]
+
     assert min(float(run.split()[0]) for run in runs) < 0.3
     assert all(run.split()[1] == "False" for run in runs)
 
@@ -89,9 +90,9 @@ def test_the_verbs_need_no_hydra():
     assert done.stdout.strip() == "set()", done.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # search
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,7 @@ def test_a_search_is_the_plan_of_its_strategy(noise, strategy):
     problem = oss_exp.Problem(velocity, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE())
     plans = strategy.plan(problem, [3, 5])
     found = oss_exp.search(velocity, noise, [5, 3], strategy=strategy, **SHORT)
+
     assert list(found) == [3, 5]
     for k, steps in found.items():
         assert_same(steps, plans[k])
@@ -118,7 +120,8 @@ def test_drawn_noises_are_those_of_the_command_line(digits):
 
 
 def test_a_model_its_bound_velocity_and_a_function_have_one_schedule(digits):
-    noise, bound = drawn(0, 6, digits), digits.velocity(None)
+    noise = drawn(0, 6, digits)
+    bound = digits.velocity(None)
     assert isinstance(bound, BoundVelocity)
     first = oss_exp.search(digits, noise, 3, **SHORT)
     for other in (bound, lambda x, t: bound(x, t)):
@@ -128,17 +131,20 @@ def test_a_model_its_bound_velocity_and_a_function_have_one_schedule(digits):
 def test_a_teacher_that_begins_below_one_scales_the_noises(digits):
     teacher = oss_exp.EDMSchedule()
     grid = teacher.nodes(20)
-    noise, rows = drawn(0, 6, digits), digits.velocity(None)
+    noise = drawn(0, 6, digits)
+    rows = digits.velocity(None)
     problem = oss_exp.Problem(rows, noise * grid[0].float(), grid, oss_exp.Euler(), oss_exp.XtMSE())
     plan = oss_exp.OSSBest().plan(problem, [3])[3]
     steps = oss_exp.search(digits, noise, 3, teacher=teacher, solver=oss_exp.Euler(), **SHORT)
     assert_same(steps, plan)
     expected = solvers.sample(oss_exp.Euler(), rows, noise * float(grid[0]), plan)
+
     assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
 
 
 def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
-    noise, condition = drawn(0, 6, guided), torch.tensor([3, 1])
+    noise = drawn(0, 6, guided)
+    condition = torch.tensor([3, 1])
     rows = condition[torch.arange(6) % 2]
     bound = guided.velocity(rows)
     grid = oss_exp.FlowSchedule().nodes(20)
@@ -155,6 +161,7 @@ def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
     steps = oss_exp.search(guided, noise, 3, condition=condition, **SHORT)
     assert_same(steps, plan)
     expected = solvers.sample(oss_exp.DPMSolverPP(), bound, noise, plan, rows)
+
     assert torch.equal(oss_exp.sample(guided, noise, steps, condition=condition), expected)
     assert steps.about("model")["classes"] == [1, 3]
 
@@ -175,9 +182,9 @@ def test_progress_is_drawn_where_it_is_asked_for(noise, capfd):
     assert "network calls a sample" in err
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sample
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [oss_exp.Euler(), oss_exp.DPMSolverPP(order=3), oss_exp.Heun()])
@@ -205,6 +212,7 @@ def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
     steps = oss_exp.StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
     noise = drawn(HELD_OUT, 4, digits)
     expected = solvers.sample(solvers.solver_of(steps), digits.velocity(None), noise, steps)
+
     assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
     assert torch.equal(oss_exp.sample(digits, 4, steps), expected)
 
@@ -222,6 +230,7 @@ def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
         f"hydra.run.dir={tmp_path}/run",
     )
     (result,) = read_run(tmp_path / "run")
+
     assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSBest", 3, 12)
 
 
@@ -231,9 +240,9 @@ def test_times_by_hand_are_eulers(noise):
     assert torch.equal(oss_exp.sample(velocity, noise, steps), expected)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # compare
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 STRATEGIES = {
@@ -279,6 +288,7 @@ def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
         assert ours.gain == theirs.gain
         calls = "network_calls_per_sample"
         assert ours.result.planning.get(calls) == theirs.result.planning.get(calls)
+
     for label, plans in comparison.schedules.items():
         for k, steps in plans.items():
             assert_same(steps, oss_exp.StepSchedule.load(run / "schedules" / f"{label}_{k}.json"))
@@ -288,6 +298,7 @@ def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
 def test_a_schedule_says_what_the_command_lines_does(comparison, run):
     ours = comparison.schedules["oss_shared"][4].provenance
     theirs = oss_exp.StepSchedule.load(run / "schedules" / "oss_shared_4.json").provenance
+
     assert ours.keys() == theirs.keys()
     for section in (
         "program",
@@ -328,6 +339,7 @@ def test_classes_are_compared_as_on_the_command_line(guided, tmp_path):
         [line.result.nfe for line in found.lines] == [line.result.nfe for line in lines] == [6, 6]
     )
     theirs = oss_exp.StepSchedule.load(tmp_path / "schedules" / "fm_3.json")
+
     assert {**found.about["model"], "prompts": None} == theirs.about("model")
 
 
@@ -380,6 +392,7 @@ def test_a_function_is_compared_on_its_own_values(noise):
     gap = solvers.sample(oss_exp.Euler(), velocity, x, found.schedules["fm"][3]) - teacher
     (row,) = [row for row in found.rows if row["strategy"] == "fm"]
     expected = -10 * gap.double().square().mean(1).log10()
+
     assert row["per_image"]["psnr"] == pytest.approx(expected.clamp(max=120).tolist(), abs=1e-3)
 
 
@@ -387,7 +400,8 @@ def test_bound_conditions_are_taken_in_turn(digits):
     condition = torch.arange(4)
     bound = digits.velocity(condition)
     strategies = {"fm": oss_exp.ClosedForm()}
-    noise, held_out = drawn(0, 4, digits), drawn(HELD_OUT, 8, digits)
+    noise = drawn(0, 4, digits)
+    held_out = drawn(HELD_OUT, 8, digits)
     first = oss_exp.compare(
         bound, noise, 3, held_out=held_out, strategies=strategies, batch_size=3, **SHORT
     )
@@ -398,11 +412,13 @@ def test_bound_conditions_are_taken_in_turn(digits):
         oss_exp.DPMSolverPP(), tiled, held_out, oss_exp.FlowSchedule().nodes(20)
     )[-1]
     expected = -10 * (x0 - teacher).double().square().flatten(1).mean(1).log10()
+
     assert first.rows[0]["per_image"]["psnr"] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_a_comparison_prints_itself(comparison):
     text = str(comparison)
+
     assert text == repr(comparison)
     assert text.startswith("mixture_digits: students against the 20-step teacher")
     for line in comparison.lines:
@@ -432,6 +448,7 @@ def test_a_notebook_shows_a_table(comparison):
 
 def test_a_comparison_is_json(comparison):
     record = json.loads(json.dumps(comparison.to_dict()))
+
     assert [row["strategy"] for row in record["rows"]] == [
         line.result.strategy for line in comparison.lines
     ]
@@ -446,9 +463,9 @@ def test_a_comparison_is_json(comparison):
     }
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -642,6 +659,7 @@ def test_a_schedule_of_a_solver_from_elsewhere_wants_it(noise):
     with pytest.raises(ValueError, match=r"Mine is no solver of oss_exp; give the solver itself"):
         oss_exp.sample(velocity, noise, steps)
     expected = oss_exp.sample(velocity, noise, steps, solver=oss_exp.Euler())
+
     assert torch.equal(oss_exp.sample(velocity, noise, steps, solver=Mine()), expected)
 
 
@@ -661,7 +679,8 @@ def guided_digits(scale: float) -> GaussianMixture:
 
 def error_at(scale: float, steps: oss_exp.StepSchedule) -> float:
     """Return the mean log10 squared error to the teacher at a scale of guidance."""
-    model, solver = guided_digits(scale), oss_exp.DPMSolverPP()
+    model = guided_digits(scale)
+    solver = oss_exp.DPMSolverPP()
     noise = torch.randn(40, *model.event_shape, generator=torch.Generator().manual_seed(1))
     teacher = oss_exp.StepSchedule(oss_exp.FlowSchedule().nodes(50))
     expected = oss_exp.sample(model, noise, teacher, solver=solver, condition=CLASSES)

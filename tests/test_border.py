@@ -108,7 +108,8 @@ def test_all_faults_are_told_at_once():
 
 @pytest.mark.usefixtures("_as_ours")
 def test_values_are_built_as_they_are_written():
-    band, solver = {"stride": 8, "width": 1}, {"_target_": "oss_exp.Euler"}
+    band = {"stride": 8, "width": 1}
+    solver = {"_target_": "oss_exp.Euler"}
     made = border.build(
         node(share=1, path="x", sizes=[1, 2], band=band, solver=solver), "thing", Thing, whole=7
     )
@@ -140,5 +141,6 @@ def test_nonsense_is_refused_by_name_in_one_option_of_every_group(monkeypatch, t
     )
     outcomes = list(fuzz(chosen.split()))
     counts = Counter(outcome.kind for outcome in outcomes)
+
     assert [outcome for outcome in outcomes if outcome.kind == "fault"] == []
     assert counts["refused"] > 5 * counts["accepted"] > 0

@@ -37,9 +37,9 @@ def by_channel(**changes) -> Calibration:
     return whole(low=low, high=low + float64([1.0, 3.0]), **changes)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Amplitudes
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,6 +48,7 @@ def test_quantiles_are_those_of_numpy(shape, dtype):
     x = randn(*shape).to(dtype)
     rows = x.double().numpy().reshape(shape[0], math.prod(shape[1:]))
     low, high = amplitude(x, per_channel=False)
+
     assert low.dtype == high.dtype == torch.float64
     for found, q in ((low, 0.05), (high, 0.95)):
         np.testing.assert_allclose(
@@ -96,14 +97,15 @@ def test_a_state_without_channels_is_refused():
         amplitude(randn(5), per_channel=True)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Calibrated states
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [whole, by_channel])
 def test_a_calibrated_state_has_the_amplitudes_of_the_table(make):
-    calibration, x = make(), 3 * randn(4, 2, 6, 5) - 1
+    calibration = make()
+    x = 3 * randn(4, 2, 6, 5) - 1
     for node, t in enumerate(calibration.times):
         low, high = amplitude(calibration(x, t, is_last=False), calibration.per_channel)
         torch.testing.assert_close(low, calibration.low[node].expand_as(low), rtol=0, atol=1e-14)
@@ -130,14 +132,18 @@ def test_between_two_nodes_the_table_is_linear_in_time(make):
 
 @pytest.mark.parametrize("make", [whole, by_channel])
 def test_every_row_has_its_own_time(make):
-    calibration, x, t = make(), randn(3, 2, 9), float64([0.9, 0.6, 0.05])
+    calibration = make()
+    x = randn(3, 2, 9)
+    t = float64([0.9, 0.6, 0.05])
     together = calibration(x, t, is_last=False)
     for row in range(3):
         assert together[row].equal(calibration(x[row : row + 1], t[row], is_last=False)[0])
 
 
 def test_the_range_that_a_state_arrives_with_does_not_matter():
-    calibration, x, t = whole(), randn(3, 40), float64(0.3)
+    calibration = whole()
+    x = randn(3, 40)
+    t = float64(0.3)
     once = calibration(x, t, is_last=False)
     torch.testing.assert_close(calibration(5 * x - 2, t, is_last=False), once, rtol=0, atol=1e-14)
     torch.testing.assert_close(calibration(once, t, is_last=True), once, rtol=0, atol=1e-14)
@@ -184,7 +190,8 @@ def test_a_table_without_spread_shrinks_to_its_value():
 
 
 def test_last_step_only():
-    x, t = randn(3, 40), float64(0.3)
+    x = randn(3, 40)
+    t = float64(0.3)
     last = whole(last_step_only=True)
     assert last(x, t, is_last=False) is x
     assert last(x, t, is_last=True).equal(whole()(x, t, is_last=True))
@@ -217,9 +224,9 @@ def test_the_constructor_refuses_what_is_not_a_table(fields, words):
         whole(**{name: float64(value) for name, value in fields.items()})
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -304,6 +311,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_check_accepts_its_own_model_and_grid_and_no_other():
     made = whole(provenance={"model": {"name": "mixture", "sha256": "a" * 64}})
     made.check("a" * 64, "mixture", made.times)
+
     with pytest.raises(
         ValueError, match=r"made for model 'mixture' \(weights aaaaaaaaaaaa\), this run has 'other'"
     ):
@@ -316,9 +324,9 @@ def test_check_accepts_its_own_model_and_grid_and_no_other():
         whole().check("a" * 64, "mixture", made.times)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [20, 50, 100])

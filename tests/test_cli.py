@@ -91,9 +91,9 @@ def refused(tmp_path, capsys):
     return run
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Values
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -225,9 +225,9 @@ def test_an_unknown_flag_is_a_usage_error(refused):
     assert "--evaluate" in refused(*SMALL, "--evaluate")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +298,7 @@ def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(
     path = tmp_path / "schedule.json"
     path.write_text(text(record(saved)))
     error = refused(*SMALL, "task=evaluate", f"task.schedule={path}")
+
     assert str(tmp_path) in error
     assert words in error
 
@@ -329,6 +330,7 @@ def other_weights(folder: Path) -> Path:
 def test_other_weights_need_leave_and_then_run(refused, saved, tmp_path, capsys):
     arguments = [*SMALL, "task=evaluate", f"task.schedule={saved / 'oss_shared_2.json'}"]
     arguments.append(f"model.file={other_weights(tmp_path)}")
+
     assert "task.allow_other_model=true" in refused(*arguments)
     assert oss_exp(tmp_path, *arguments, "task.allow_other_model=true") == 0
     assert (
@@ -352,6 +354,7 @@ def test_an_analytic_start_runs_only_with_the_classes_it_has_means_of(
     arguments = [*SMALL, "task=search", "stepsize=oss_shared", "hydra.run.dir=searched"]
     assert oss_exp(tmp_path, *arguments, f"data.classes={searched}") == 0
     path = tmp_path / "searched/schedules/oss_shared_2.json"
+
     assert "class" in refused(
         *SMALL, "task=evaluate", f"task.schedule={path}", f"data.classes={measured}"
     )
@@ -371,6 +374,7 @@ def test_a_mixture_with_one_flipped_byte_is_refused(refused, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     error = refused(*SMALL, f"model.file={path}")
+
     assert str(path) in error
     assert "SHA-256" in error
 
@@ -402,6 +406,7 @@ def test_the_home_folder_is_meant_in_every_path(refused, saved, tmp_path, monkey
     )
     assert str(tmp_path / "home" / "stages") in refused(*SMALL, 'stages="~/stages"')
     error = refused(*SMALL, 'hydra.run.dir="~/run"')
+
     assert f"would be a folder called ~; write hydra.run.dir={tmp_path}/home/run" in error
 
 
@@ -444,6 +449,7 @@ def test_a_mixture_is_fitted_to_images_in_folders_if_these_are_classes(refused, 
     ]
     fit += ["task.clusters=1", "task.rank=2"]
     message = refused(*fit, f"images.root={tmp_path / 'images' / 'a'}", "hydra.run.dir=run")
+
     assert message.startswith(
         "images has no classes to fit; give images in a folder for each class"
     )
@@ -456,9 +462,9 @@ def test_a_run_folder_that_cannot_be_made_is_named(refused, tmp_path):
     assert "file" in refused(*SMALL, "hydra.run.dir=file")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def process(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -479,4 +485,5 @@ def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(t
         output, error = module.communicate(timeout=60)
     assert (module.returncode, output.strip(), error) == (0, text.strip(), "")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="oss-exp")
+
     assert script.load() is main

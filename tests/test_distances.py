@@ -31,7 +31,8 @@ def decode(x0):
 
 def every_distance(norm: int) -> dict:
     """Distances of videos."""
-    xt, x0 = XtMSE(norm=norm), X0MSE(norm=norm)
+    xt = XtMSE(norm=norm)
+    x0 = X0MSE(norm=norm)
     inception = Inception(Projection(), decode, norm=norm)
     return {
         "xt": xt,
@@ -82,14 +83,15 @@ def value(distance, x, y, t=TIMES) -> torch.Tensor:
     return distance.between(distance.features(x, t, network), distance.features(y, t, network))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All of them
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distance", ALL)
 def test_zero_only_between_equals_and_symmetric(distance):
-    x, y = videos(0), videos(1)
+    x = videos(0)
+    y = videos(1)
     assert value(distance, x, x).tolist() == [0] * 5
     assert bool((value(distance, x, y) > 0).all())
     assert torch.equal(value(distance, x, y), value(distance, y, x))
@@ -97,7 +99,8 @@ def test_zero_only_between_equals_and_symmetric(distance):
 
 @pytest.mark.parametrize("distance", ALL)
 def test_changing_one_row_changes_only_its_value(distance):
-    x, y = videos(0), videos(1)
+    x = videos(0)
+    y = videos(1)
     before = value(distance, x, y)
     x[3] += 1
     changed = (value(distance, x, y) != before).tolist()
@@ -116,7 +119,9 @@ def test_what_is_called_linear_is_linear_and_reads_neither_time_nor_network(dist
     def features(x):
         return distance.features(x, None, None)
 
-    x, y = videos(0), videos(1)
+    x = videos(0)
+    y = videos(1)
+
     torch.testing.assert_close(
         features(2 * x - 3 * y), 2 * features(x) - 3 * features(y), rtol=1e-12, atol=1e-12
     )
@@ -150,21 +155,24 @@ def test_a_norm_other_than_1_or_2_is_refused(make, norm):
         make(norm)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Those that ask the network
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [1, 2])
 def test_x0_mse_compares_clean_predictions(norm):
-    x, y, t = videos(0), videos(1), TIMES[:, None, None, None, None]
+    x = videos(0)
+    y = videos(1)
+    t = TIMES[:, None, None, None, None]
     v = Network()
     expected = ((x - t * v(x, TIMES)) - (y - t * v(y, TIMES))).abs().pow(norm).flatten(1).mean(1)
     torch.testing.assert_close(value(X0MSE(norm=norm), x, y), expected, rtol=1e-14, atol=0)
 
 
 def test_at_the_data_the_clean_prediction_is_the_state_and_costs_no_call():
-    x, network = videos(0), Network()
+    x = videos(0)
+    network = Network()
     assert torch.equal(X0MSE().features(x, torch.zeros(5, dtype=torch.float64), network), x)
     assert torch.equal(
         Inception(Projection(), decode).features(x, torch.zeros(5, dtype=torch.float64), network),
@@ -172,6 +180,7 @@ def test_at_the_data_the_clean_prediction_is_the_state_and_costs_no_call():
     )
     assert network.rows == 0
     mixed = torch.tensor([0.5, 0, 0, 0, 0], dtype=torch.float64)
+
     assert torch.equal(X0MSE().features(x, mixed, network)[1:], x[1:])
 
 
@@ -212,12 +221,13 @@ def test_the_cost_of_a_problem_counts_one_call_for_every_row_above_the_data(make
     ]
     network.rows = 0
     problem.cost(x, torch.tensor([6]))
+
     assert network.rows == 0
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Select
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +250,8 @@ def test_select_uses_the_first_channels():
 
 
 def test_select_gives_the_network_the_full_state():
-    x, seen = videos(0), []
+    x = videos(0)
+    seen = []
 
     def network(x, t):
         seen.append(x)
@@ -249,12 +260,14 @@ def test_select_gives_the_network_the_full_state():
     found = Select(X0MSE(), frames=2, channels=1).features(x, TIMES, network)
     assert torch.equal(seen[0], x)
     expected = x[:, :1] - TIMES[:, None, None, None, None] * x[:, 1:]
+
     torch.testing.assert_close(found, expected[:, :, [0, 3]], rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("norm", [1, 2])
 def test_select_keeps_the_norm_of_what_it_selects_from(norm):
-    x, y = videos(0), videos(1)
+    x = videos(0)
+    y = videos(1)
     inner = XtMSE(norm=norm)
     assert Select(inner, frames=None, channels=None).norm == norm
     assert torch.equal(value(Select(inner, frames=None, channels=None), x, y), value(inner, x, y))
@@ -270,6 +283,7 @@ def test_select_uses_the_frames_and_channels_of_the_released_search(oss_oracle, 
         expected = z[:, case["channels_used"]][:, :, case["frames_used"]]
         assert torch.equal(Select(XtMSE(), frames, channels).features(z, None, None), expected)
         settings.add((frames, channels))
+
     assert len(settings) > 2
 
 

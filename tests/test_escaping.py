@@ -59,9 +59,9 @@ def test_names_that_lead_elsewhere_are_refused_and_shown_in_short(name):
     assert visible(str(caught.value)) == str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The terminal
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def printed(*parts) -> str:
@@ -89,9 +89,9 @@ def test_messages_are_cut_to_a_screen():
     assert line("x" * 1000) == "x" * 297 + "..."
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Text(HTMLParser):
@@ -121,6 +121,7 @@ def test_markdown_shows_names_and_obeys_nothing(lines):
     found = Text(reader.render(comparison.markdown(lines)))
     width = len(comparison.columns(lines)[0])
     cells = [found.cells[i : i + width] for i in range(0, len(found.cells), width)]
+
     assert (
         [cell.strip() for cell in cells[0][8:-2]] == [row[0].strip() for row in cells[1:]] == NAMES
     )
@@ -139,6 +140,7 @@ def test_pages_show_names_and_obey_nothing(lines):
     block = re.search(
         r'id="data">(.*?)</script>', web.page(NAMES[16], [], json.loads(data)), re.DOTALL
     )[1]
+
     assert "<" not in block
     assert json.loads(block) == json.loads(data)
     assert f"<h1>{html.escape(NAMES[16])}</h1>" in web.page(NAMES[16], [], {})
@@ -198,12 +200,14 @@ def test_pictures_show_names_and_no_formulas(monkeypatch):
     plots.samples(pictures | {f"{name} K=2": pictures["teacher"] for name in NAMES[:30]}, results)
     texts = [axis.yaxis.label for axis in drawn[1].axes if axis.yaxis.label.get_text()]
     found = {text._preprocess_math(text.get_text()) for text in texts[1:]}
+
     assert found == {(f"{name} K=2\n1.00 dB", False) for name in NAMES[:30]}
     assert label("$") == r"\$"
 
 
 def test_a_run_of_such_a_schedule_shows_its_name_everywhere(tmp_path, capsys):
-    name, folder = "v1.5|[bold]", tmp_path / "run"
+    name = "v1.5|[bold]"
+    folder = tmp_path / "run"
     StepSchedule([1.0, 0.5, 0.0], provenance={"strategy": {"name": name}}).save(tmp_path / "x.json")
     run_cli(
         "task=evaluate",

@@ -36,6 +36,7 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(error, old, tmp_pa
         raise error
 
     monkeypatch.setattr(os, "replace", fail)
+
     with pytest.raises(type(error)):
         write_atomically(path, "new content")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == (
@@ -66,6 +67,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_file_and_nothing_else
             write_atomically(path, bytes(2 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(path.name, b"old")]
 
 
@@ -84,6 +86,7 @@ def test_an_asset_gives_back_tensors_and_provenance(tmp_path):
         tmp_path / "x.safetensors", {"x": x, "n": torch.arange(3)}, {"made_by": "a test"}
     )
     tensors, record = load_asset(tmp_path / "x.safetensors", "asset")
+
     assert torch.equal(tensors["x"], x)
     assert tensors["n"].tolist() == [0, 1, 2]
     assert record.model_dump() == {"file": "x.safetensors", "sha256": digest, "made_by": "a test"}
@@ -96,6 +99,7 @@ def test_an_asset_with_one_changed_byte_is_refused_by_name(position, tmp_path):
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
     with pytest.raises(ValueError, match="damaged or was replaced") as caught:
         load_asset(path, "asset")
     assert str(path) in str(caught.value)
@@ -133,13 +137,14 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
     remove_unfinished(tmp_path)
+
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Records (tests/test_records.py gives every reader the same broken contents)
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Note(Record):
@@ -256,6 +261,7 @@ def test_a_line_is_named_by_its_number(tmp_path):
     path.write_text(f"{line}\n\n{line}\r\n", encoding="utf-8")
     assert len(load_records(path, Note, "notes")) == 2
     path.write_text(f"{line}\n\n{{}}\n", encoding="utf-8")
+
     with pytest.raises(ValueError, match=r"notes .*n\.jsonl, line 3: field `format` is missing"):
         load_records(path, Note, "notes")
 
@@ -295,6 +301,7 @@ def test_a_link_out_of_a_folder_is_refused(tmp_path):
     (folder / "loop").symlink_to("loop")
     (folder / "in").symlink_to("own")
     (tmp_path / "also").symlink_to("run")
+
     assert inside(folder, "in") == folder / "in"
     assert inside(tmp_path / "also", "own") == tmp_path / "also" / "own"
     for parts in (("out",), ("..", "secret"), ("/etc/passwd",)):

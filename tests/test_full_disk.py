@@ -144,6 +144,7 @@ def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
         f"task.schedule={tmp_path / 'lists.json'}",
         f"task.output={folder / 'comfy.json'}",
     ]
+
     assert "comfy.json: No space left on device; free space" in refused(arguments, tmp_path, capsys)
     assert [file.name for file in folder.iterdir()] == ["other"]
 

@@ -59,7 +59,8 @@ def test_hostile_files_do_nothing(reader, tmp_path, monkeypatch):
         try:
             read(path)
         except (ValueError, OSError) as error:
-            message, refused = str(error), refused + 1
+            message = str(error)
+            refused = refused + 1
         except Exception as error:
             pytest.fail(f"{case.name}: {type(error).__name__}: {error!s:.500}")
         finally:
@@ -67,4 +68,5 @@ def test_hostile_files_do_nothing(reader, tmp_path, monkeypatch):
         assert len(message) < 4000, case.name
         assert contents(outside) == before, case.name
         assert not (folder / hostile.MARK).exists()
+
     assert refused or reader in ("sweeps", "cells of a reproduction")

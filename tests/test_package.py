@@ -27,6 +27,13 @@ def test_wheel(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
     run(*build, str(tmp_path / "dist"), str(ROOT), folder=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site = tmp_path / "site"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    where = run("-c", "import oss_exp; print(oss_exp.__file__)", cwd=elsewhere, env=environment)
+    assert where.startswith(str(site))
 
     # An environment with nothing but the wheel; what it depends on is lent by this one.
     environment, folder = tmp_path / "environment", tmp_path / "empty"
@@ -48,6 +55,9 @@ def test_wheel(tmp_path):
     run(command, *short.split(), "num_steps=[3]", "hydra.run.dir=demo", folder=folder)
     assert {"table.md", "report.html", "samples.png"} <= {*os.listdir(folder / "demo")}
     short = "task.overrides={model: mixture_digits, num_teacher_steps: 12, data.search_samples: 4}"
-    printed = run(command, "task=reproduce", "table=1", short, folder=folder)
+    printed = run(
+        "-m", "oss_exp", "task=reproduce", "table=1", short, cwd=elsewhere, env=environment
+    )
+
     assert "# Table 1: What five ways to choose steps can do" in printed
     assert (folder / "outputs/paper/table_1/small.md").is_file()

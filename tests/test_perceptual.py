@@ -52,7 +52,8 @@ def test_the_features_are_the_layers_output_whatever_the_micro_batch(net, micro_
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 100])
 def test_under_guidance_both_calls_are_compared(net, micro_batch):
-    (x, t), y = states(6), torch.tensor([1.0, 2.0, 3.0])
+    (x, t) = states(6)
+    y = torch.tensor([1.0, 2.0, 3.0])
     found = (
         Perceptual("inner", 0.0).bind(net).features(x, t, net.velocity(y, (2.0, -1.0), micro_batch))
     )
@@ -62,11 +63,9 @@ def test_under_guidance_both_calls_are_compared(net, micro_batch):
 
 @pytest.mark.parametrize("norm", [1, 2])
 def test_identity_symmetry_and_rows_of_their_own(net, norm):
-    distance, (x, t), (y, _) = (
-        Perceptual("inner", 0.0, norm=norm).bind(net),
-        states(4),
-        states(4, seed=1),
-    )
+    distance = Perceptual("inner", 0.0, norm=norm).bind(net)
+    (x, t) = states(4)
+    (y, _) = states(4, seed=1)
     a, b = (distance.features(rows, t, net.velocity(None)) for rows in (x, y))
     assert distance.between(a, a).tolist() == [0] * 4
     assert torch.equal(distance.between(a, b), distance.between(b, a))
@@ -74,6 +73,7 @@ def test_identity_symmetry_and_rows_of_their_own(net, norm):
     changed = distance.between(a, distance.features(y, t, net.velocity(None))) != distance.between(
         a, b
     )
+
     assert changed.tolist() == [False, False, True, False]
 
 
@@ -95,6 +95,7 @@ def test_a_search_by_responsibilities_replays(mixture, gmm):
     end = torch.tensor([12])
     found = problem.cost(sample(Euler(), problem.velocity, problem.noise, steps), end).mean()
     uniform = problem.cost(problem.teacher.states[0] * 0 + gmm["means"][0], end).mean()
+
     assert 0 < found < uniform
 
 

@@ -65,9 +65,9 @@ OTHER_DEFAULTS = {
 PUBLIC_CLASSES = [name for name in oss_exp.PUBLIC if name[0].isupper()]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Names
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_editors_see_the_names_that_are_imported_when_they_are_used():
@@ -78,6 +78,7 @@ def test_editors_see_the_names_that_are_imported_when_they_are_used():
         [alias] = statement.names
         assert alias.name == alias.asname
         seen[alias.name] = statement.module
+
     assert seen == {name: f"oss_exp.{place}" for name, place in oss_exp.PUBLIC.items()}
     assert oss_exp.__all__ == [*oss_exp.PUBLIC]
     assert not oss_exp.PUBLIC.keys() & oss_exp.CONFIGURED.keys()
@@ -101,9 +102,9 @@ def test_targets_are_public_names(file):
             assert not method or inspect.ismethod(getattr(named_object(f"oss_exp.{owner}"), method))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Defaults
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def targets(node, key: str = "") -> dict[str, DictConfig]:
@@ -118,7 +119,8 @@ def targets(node, key: str = "") -> dict[str, DictConfig]:
 
 
 def composed(file: Path) -> DictConfig:
-    group, name = file.parent.name, file.stem
+    group = file.parent.name
+    name = file.stem
     with initialize_config_dir(str(CONF), version_base="1.3"):
         # A pipeline chooses options of other groups, which must be there.
         config = (

@@ -221,7 +221,8 @@ READERS = {
 
 def written(reader: Reader, folder: Path, content: bytes) -> Path:
     """The record, beside tensors and shards that are as they should be."""
-    tensors, shard = folder / "x.safetensors", folder / "w.safetensors"
+    tensors = folder / "x.safetensors"
+    shard = folder / "w.safetensors"
     if not tensors.exists():
         save_asset(tensors, {"x": torch.ones(1)}, {})
         safetensors.torch.save_file({"w": torch.ones(1)}, shard)
@@ -351,7 +352,8 @@ NONSENSE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_nonsense_in_any_field_is_taken_or_refused_by_name(name, tmp_path):
-    reader, refused = READERS[name], 0
+    reader = READERS[name]
+    refused = 0
     for place in places(reader.valid):
         for value in NONSENSE:
             path = written(reader, tmp_path, as_json(replaced(reader.valid, place, value)))
@@ -361,18 +363,21 @@ def test_nonsense_in_any_field_is_taken_or_refused_by_name(name, tmp_path):
                     path.name in message or ".safetensors" in message
                 )  # a file that the record names
                 assert len(message) < 500 + 2 * len(str(path))
+
     assert refused
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("config", "scheduler")])
 def test_the_field_that_is_wrong_is_named(name, tmp_path):
     """An object where none belongs."""
-    reader, named = READERS[name], 0
+    reader = READERS[name]
+    named = 0
     for place in filter(None, places(reader.valid)):
         path = written(reader, tmp_path, as_json(replaced(reader.valid, place, {"odd": [{}]})))
         message = refusal(reader, path)
         named += f"`{'.'.join(map(str, place))}`" in message
         assert not message or f"`{place[0]}" in message or "has no node ManualSigmas" in message
+
     assert named
 
 
@@ -406,6 +411,7 @@ def test_arrays_of_other_kinds_are_no_statistics(change, tmp_path):
     np.savez(tmp_path / "whole.npz", **whole)
     Reference.load(tmp_path / "whole.npz")
     np.savez(tmp_path / "x.npz", **{**whole, **change})
+
     with pytest.raises(
         ValueError, match=rf"x\.npz: {next(iter(change))} (must be|has)|x\.npz: mu must be \(F,\)"
     ):

@@ -57,6 +57,7 @@ def test_a_network_elsewhere_gets_a_micro_batch_at_a_time(mixture, rows):
     assert seen == [("meta", "meta", "meta", 4), ("meta", "meta", "meta", 2)]
     assert v.device.type == "cpu"
     here = mixture.velocity(label, Guidance(1.5))
+
     assert torch.equal(here.offloaded(torch.device("cpu"))(x, t), here(x, t))
 
 
@@ -69,6 +70,7 @@ def test_a_subset_gives_the_rows_of_the_whole(guidance, mixture, rows):
     assert part.mix == f.mix
     assert difference(part(x[:3][chosen], t[:3][chosen]), f(x[:3], t[:3])[chosen]) < 1e-12
     free = mixture.velocity(None)
+
     assert torch.equal(free.subset(chosen)(x, t), free(x, t))
 
 
@@ -76,6 +78,7 @@ def test_guidance_mixes_the_answers_with_and_without_the_condition(mixture, rows
     x, t, label = rows
     guided = mixture.velocity(label, Guidance(1.5))
     apart = [mixture.velocity(y)(x, t) for y in (label, None)]
+
     assert guided.rows_at(float64(0.5)).tolist() == [2]
     assert guided.raw(x, t).shape == (6, 2, 64)
     assert difference(torch.stack(guided.outputs(x, t)), torch.stack(apart)) < 1e-12
@@ -109,7 +112,8 @@ def scaled(scales: list[float], classes: torch.Tensor) -> list[BoundVelocity]:
 def test_joined_velocities_answer_each_for_its_samples():
     classes = torch.tensor([0.0, 1.0, 2.0])
     velocities = scaled([1.0, 3.0], classes)
-    x, t = torch.randn(3 * 2 * 2, 5), torch.rand(3 * 2 * 2)
+    x = torch.randn(3 * 2 * 2, 5)
+    t = torch.rand(3 * 2 * 2)
 
     found = joined(velocities)(x, t).unflatten(0, (2, 3, 2))
     for number, velocity in enumerate(velocities):
@@ -120,7 +124,8 @@ def test_joined_velocities_answer_each_for_its_samples():
 
 def test_some_samples_of_joined_velocities_are_as_in_all():
     velocity = joined(scaled([1.0, 3.0], torch.tensor([0.0, 1.0, 2.0])))
-    x, t = torch.randn(6, 5), torch.rand(6)
+    x = torch.randn(6, 5)
+    t = torch.rand(6)
     samples = torch.tensor([5, 0, 3])
     assert torch.equal(velocity.subset(samples)(x[samples], t[samples]), velocity(x, t)[samples])
 

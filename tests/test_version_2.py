@@ -37,6 +37,7 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_there_is_one_of_every_kind():
     schedules = [StepSchedule.load(FILES / name) for name in SCHEDULES]
     kinds = {(each.kind, each.per_sample, each.orders is not None) for each in schedules}
+
     assert {start for start, _, _ in kinds} >= {
         f"{kind} start" for kind in ("free", "pinned", "analytic")
     }
@@ -50,7 +51,8 @@ def test_there_is_one_of_every_kind():
 def test_a_schedule_saved_again_is_the_same(name, tmp_path):
     old = StepSchedule.load(FILES / name)
     path = old.save(tmp_path / "again.json")
-    again, record = StepSchedule.load(path), json.loads(path.read_text())
+    again = StepSchedule.load(path)
+    record = json.loads(path.read_text())
     assert record["version"] == 3
     assert torch.equal(again.times, old.times)
     for key in ("kind", "start_time", "samples", "provenance"):
@@ -58,6 +60,7 @@ def test_a_schedule_saved_again_is_the_same(name, tmp_path):
     pairs = [
         (each.mean, each.orders, getattr(each.steps, "weights", None)) for each in (again, old)
     ]
+
     for value, expected in zip(*pairs, strict=True):
         assert (value is None and expected is None) or torch.equal(value, expected)
 
@@ -76,6 +79,7 @@ def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_pat
             {**json.loads(file.read_text()), "times": times, "samples": samples, "orders": None}
         )
     )
+
     with pytest.raises(
         ValueError,
         match=r"steps\.json: (field `times|times of shape|a step schedule needs at least two times)",
@@ -95,7 +99,8 @@ def test_a_schedule_names_public_objects_only(name, tmp_path):
 def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
     """The same bits on the machine that made them; another processor may round its last bits otherwise."""
     monkeypatch.chdir(FILES.parents[1])  # some name a calibration by its path
-    replay, steps = REPLAYS[name], StepSchedule.load(FILES / name)
+    replay = REPLAYS[name]
+    steps = StepSchedule.load(FILES / name)
     guidance = Guidance(**replay["guidance"])
     model = GaussianMixture.from_asset(
         f"{replay['model']}.safetensors", guidance=guidance, micro_batch=1024
@@ -107,6 +112,7 @@ def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
     velocity = model.velocity(condition)
     noise = tensors[replay["noise"]] * replay["start_time"]
     x0 = sample(solver, velocity, noise, steps, group=condition)
+
     torch.testing.assert_close(x0, tensors[replay["x0"]], rtol=1e-12, atol=1e-12)
     assert nfe(solver, steps, velocity) == replay["nfe"]
 
@@ -145,6 +151,7 @@ def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
     run_cli("task=evaluate", *NETWORK, *SHORT, *measured, "data.batch_size=4", "logger=none")
     (old,) = json.loads((FILES / f"{name}.metrics.json").read_text())["rows"]
     (new,) = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+
     assert new["per_image"]["index"] == old["per_image"]["index"]
     assert new["per_image"]["psnr"] == pytest.approx(old["per_image"]["psnr"], abs=2e-4)
 
@@ -153,7 +160,8 @@ def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
 @pytest.mark.parametrize("name", ["run_search", "run_compare"])
 def test_an_older_run_goes_on_by_its_own_command(name, tmp_path):
     """It plans nothing anew, and measures the same."""
-    old, folder = FILES / "run" / name, tmp_path / "run"
+    old = FILES / "run" / name
+    folder = tmp_path / "run"
     shutil.copytree(old, folder)
     run_cli(*yaml.safe_load((old / "overrides.yaml").read_text()), f"hydra.run.dir={folder}")
     for file in (old / "schedules").iterdir():

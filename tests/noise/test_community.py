@@ -74,13 +74,15 @@ def test_simple_with_a_divisor_of_the_levels_is_the_flow_schedule():
 @pytest.mark.parametrize("k", [2, 3, 5, 8, 10, 20, 33, 198, 998])
 def test_bong_tangent_is_two_arctangents(k):
     points = k + 2
-    upper, slope = int(points * 0.6), 0.2 / (points / 40)
+    upper = int(points * 0.6)
+    slope = 0.2 / (points / 40)
 
     def piece(count, pivot, start, end):
         value = [(2 / math.pi * math.atan(-slope * (x - pivot)) + 1) / 2 for x in range(count)]
         return [(v - value[-1]) / (value[0] - value[-1]) * (start - end) + end for v in value]
 
     expected = piece(upper, upper, 1.0, 0.5)[:-1] + piece(points - upper, 0, 0.5, 0.0)
+
     np.testing.assert_allclose(BongTangentSchedule().nodes(k).numpy(), expected, rtol=0, atol=1e-12)
     assert BongTangentSchedule().nodes(1).tolist() == [1.0, 0.0]
 

@@ -53,9 +53,9 @@ def test_nodes_strictly_decrease_from_at_most_1_to_0(name, num_steps):
     assert bool((nodes.diff() < 0).all())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against diffusers
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -82,6 +82,7 @@ def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
         "exponential": LogSNRSchedule(*ends),
         "beta": BetaSchedule(*ends, 0.6, 0.6),
     }
+
     torch.testing.assert_close(
         sigmas(ours[rule], num_steps), theirs.sigmas.double(), rtol=1e-5, atol=0
     )
@@ -116,9 +117,9 @@ def test_linear_quadratic_of_one_step_equals_diffusers():
     assert ours.tolist() == [*linear_quadratic_schedule(1).tolist(), 0.0]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against each other, and what each is for
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_beta_of_ones_is_uniform_in_sigma():
@@ -169,7 +170,8 @@ def test_kl_optimal_loses_least_of_a_normal_law():
 
     def kept(sigma: torch.Tensor) -> torch.Tensor:
         """(..., n) noise levels -> scale that Euler steps along dx/dsigma = x sigma / (1 + sigma^2) leave."""
-        now, after = sigma[..., :-1], sigma[..., 1:]
+        now = sigma[..., :-1]
+        after = sigma[..., 1:]
         return ((1 + now * after) / (1 + now**2)).prod(-1)
 
     best = sigmas(KLOptimalSchedule(*SD_RANGE), 8)[:-1]
@@ -181,6 +183,7 @@ def test_kl_optimal_loses_least_of_a_normal_law():
     )
     others = best.repeat(500, 1)
     others[:, 1:-1] *= moves.exp()
+
     assert bool((kept(others) < kept(best)).all())
     assert 0.8 * exact < kept(best) < exact
 
@@ -190,9 +193,9 @@ def test_cosine_is_uniform_in_the_angle():
     np.testing.assert_allclose(angle, np.pi / 2 * np.linspace(0.9, 0, 10), rtol=0, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Yamls and refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["pinned", "analytic"])

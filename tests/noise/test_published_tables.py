@@ -97,6 +97,7 @@ def test_own_length_is_the_list_itself(schedule):
 
 def test_lengths():
     lengths = {(type(s).__name__, s.table): len(s.tables[s.table]) - 1 for s in SCHEDULES}
+
     assert [n for (family, _), n in lengths.items() if family == "AlignYourSteps"] == [
         10,
         10,
@@ -141,7 +142,8 @@ def test_sigmas_stand_at_the_published_indices_of_their_chain(table, betas, publ
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_other_lengths_are_log_linear(schedule, num_steps):
     table = schedule.tables[schedule.table]
-    places, wanted = np.linspace(0, 1, len(table)), np.linspace(0, 1, num_steps + 1)
+    places = np.linspace(0, 1, len(table))
+    wanted = np.linspace(0, 1, num_steps + 1)
     expected = np.exp(np.interp(wanted, places, np.log(table)))[:-1]
     np.testing.assert_allclose(levels(schedule, num_steps), [*expected, 0], rtol=1e-11, atol=0)
 

@@ -62,6 +62,7 @@ def test_with_its_clock_equals_diffusers(order, velocity, gmm):
     )
     expected = run_diffusers(scheduler, velocity, gmm["z"], LATER[:-1])
     found = run(LogDEIS(order, beta_d=19.9, beta_min=0.1), velocity, gmm["z"], LATER[:-1])
+
     assert difference(found, expected) < 1e-10
 
 

@@ -17,7 +17,8 @@ def test_equals_released_code(r, velocity, gmm):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_equals_diffusers(velocity, gmm):
     """KDPM2 lists each sigma, then the midpoint before the next one; its float32 tables bound the agreement."""
-    scheduler, sigmas = KDPM2DiscreteScheduler(), LATER / (1 - LATER)
+    scheduler = KDPM2DiscreteScheduler()
+    sigmas = LATER / (1 - LATER)
     scheduler.set_timesteps(len(LATER) - 1)
     scheduler.set_begin_index(0)
     middles = (sigmas[:-2] * sigmas[1:-1]).sqrt()
@@ -33,6 +34,7 @@ def test_equals_diffusers(velocity, gmm):
         canonical = x * (1 - t)
         eps = canonical + (1 - t) * velocity(canonical, t.expand(len(x)))
         x = scheduler.step(eps, timestep, x).prev_sample
+
     assert difference(run(DPM2(0.5), velocity, gmm["z"], LATER), x) < 1e-6
 
 

@@ -41,4 +41,5 @@ def test_equals_diffusers(order, velocity, gmm):
     expected = run_diffusers(
         scheduler, velocity, gmm["z"], torch.cat([calls, times[-1:]]), "variance"
     )
+
     assert difference(run(DPMSolver(order), velocity, gmm["z"], times), expected) < 1e-10

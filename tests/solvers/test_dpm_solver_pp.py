@@ -14,10 +14,8 @@ LONG = torch.linspace(0.98, 0, 17, dtype=torch.float64)
 @pytest.mark.parametrize("lower_order_final", [True, False])
 def test_equals_released_code(order, lower_order_final, velocity, gmm):
     """Without its thresholding, which ours has not."""
-    solver, name = (
-        DPMSolverPP(order, lower_order_final),
-        f"dpmpp{order}_x0_lof{int(lower_order_final)}_nothresh",
-    )
+    solver = DPMSolverPP(order, lower_order_final)
+    name = f"dpmpp{order}_x0_lof{int(lower_order_final)}_nothresh"
     assert difference_to_released(solver, name, velocity, gmm["z"]) < 1e-10
 
 
@@ -40,4 +38,5 @@ def test_equals_diffusers(order, times, lower_order_final, velocity, gmm):
     )
     expected = run_diffusers(scheduler, velocity, gmm["z"], times)
     solver = DPMSolverPP(order, lower_order_final and len(times) - 1 < 15)
+
     assert difference(run(solver, velocity, gmm["z"], times), expected) < 1e-10

@@ -43,7 +43,8 @@ def test_is_the_trapezoid_in_flow_time_and_euler_into_0():
     def f(x, t):
         return 3 * x - 2 * t[:, None] + 1
 
-    x, times = 0.7, [1.0, 0.6, 0.25, 0.01, 0.0]
+    x = 0.7
+    times = [1.0, 0.6, 0.25, 0.01, 0.0]
     expected = [x]
     for t, s in pairwise(times):
         slope = 3 * x - 2 * t + 1
@@ -52,6 +53,7 @@ def test_is_the_trapezoid_in_flow_time_and_euler_into_0():
         x = x + (s - t) * slope
         expected.append(x)
     states = trajectory(Heun("t"), f, float64([0.7]), float64(*times))
+
     assert states.flatten().tolist() == pytest.approx(expected, rel=1e-14)
 
 

@@ -29,6 +29,7 @@ def test_the_weights_agree_on_even_steps_in_sigma(order):
         IPNDM(order, weights).coefficients(times, float64(2 / 7))
         for weights in ("uniform", "exact")
     )
+
     torch.testing.assert_close(
         torch.stack([uniform[0], *uniform[1]]), torch.stack([exact[0], *exact[1]])
     )

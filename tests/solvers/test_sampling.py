@@ -28,11 +28,13 @@ def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_firs
     mixture, gmm
 ):
     label = torch.arange(16) % 10
-    f, rest = mixture.velocity(label), float64(0.9, 0.4, 0)
+    f = mixture.velocity(label)
+    rest = float64(0.9, 0.4, 0)
     free = sample(Euler(), f, gmm["z"], StepSchedule(rest, Free()))
     assert torch.equal(free, run(Euler(), f, gmm["z"], rest))
     saved = sample(Euler(), f, gmm["z"], StepSchedule(rest, Analytic(gmm["means"])), group=label)
     full = sample(Euler(), f, gmm["z"], StepSchedule(float64(1, *rest)))
+
     assert difference(saved, full) < 1e-12
 
 
@@ -50,9 +52,9 @@ def test_nfe_is_that_of_the_sample_with_the_most_calls():
     assert nfe(Heun("sigma"), fitted) == 6
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Predictions of x0 on the way
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def watched(solver, f, noise, steps, **more) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -80,11 +82,9 @@ def watched(solver, f, noise, steps, **more) -> tuple[torch.Tensor, list[torch.T
 def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(
     solver, guidance, mixture, gmm
 ):
-    f, steps, asked = (
-        mixture.velocity(torch.arange(16) % 10, Guidance(guidance)),
-        StepSchedule(PINNED),
-        [],
-    )
+    f = mixture.velocity(torch.arange(16) % 10, Guidance(guidance))
+    steps = StepSchedule(PINNED)
+    asked = []
 
     def counted(x, t, condition):
         asked.append((x, t))
@@ -98,6 +98,7 @@ def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(
     own = [
         next(x for x, at in calls[::-1] if at[0] == t) for t in PINNED[:-1]
     ]  # after any call within a step
+
     for x, t, clean in zip(own, PINNED, seen, strict=False):
         assert difference(clean, x - t * f(x, t.expand(16))) < 1e-12
     if not isinstance(solver, AdamsBashforth | UniPC):
@@ -114,13 +115,14 @@ def test_a_watch_of_fitted_steps_sees_the_networks_predictions(mixture, gmm):
     plain, same = watched(
         Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED)
     )  # a plain function
+
     assert torch.equal(plain, same[-1])
     assert max(difference(a, b) for a, b in zip(seen, same, strict=True)) < 1e-13
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fitted weights
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def spelled_out(solver, times, mix=(1.0,)) -> torch.Tensor:
@@ -140,7 +142,8 @@ def spelled_out(solver, times, mix=(1.0,)) -> torch.Tensor:
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mixture, gmm):
     """Order 1 is Euler's. Under guidance the network's answers have a weight each, and the solver mixes them first."""
-    solver, label = DPMSolverPP(order, lower_order_final=False), torch.arange(16) % 10
+    solver = DPMSolverPP(order, lower_order_final=False)
+    label = torch.arange(16) % 10
     f = mixture.velocity(label, Guidance(guidance))
     weights = spelled_out(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
     found = sample(
@@ -150,6 +153,7 @@ def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mix
         StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"])),
         group=label,
     )
+
     assert difference(found, run(solver, f, gmm["z"], PINNED)) < 1e-13
     if order == 1:
         assert difference(found, run(Euler(), f, gmm["z"], PINNED)) < 1e-13

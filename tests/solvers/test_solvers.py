@@ -71,9 +71,9 @@ def row_by_row(mixture):
     return BoundVelocity(lambda x, t, _: mixture.velocity(None)(x, t), None, micro_batch=1)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Accuracy
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def accuracy(solver) -> int:
@@ -115,7 +115,8 @@ def test_the_error_falls_with_the_order(solver, velocity, exact):
 
     The steps are even in sigma, where the weights of IPNDM for even steps have their order too.
     """
-    counts, errors = (80, 160), []
+    counts = (80, 160)
+    errors = []
     for count in counts:
         sigmas = torch.linspace(0.65 / 0.35, 0.35 / 0.65, count + 1, dtype=torch.float64)
         times = sigmas / (1 + sigmas)
@@ -127,20 +128,22 @@ def test_the_error_falls_with_the_order(solver, velocity, exact):
             state = solver.advance(velocity, solver.observe(velocity, state), t_next)
         errors.append((state.x - exact(times[-1])).square().mean().sqrt().item())
     slope = np.log(errors[0] / errors[1]) / np.log(counts[1] / counts[0])
+
     assert slope == pytest.approx(accuracy(solver), abs=0.2)
 
 
 @every_solver
 def test_float32_states_stay_float32(solver, velocity, gmm):
-    x, times = gmm["z"][:4], PINNED
+    x = gmm["z"][:4]
+    times = PINNED
     low = run(solver, lambda x, t: velocity(x.double(), t).float(), x.float(), times)
     assert low.dtype == torch.float32
     assert difference(low, run(solver, velocity, x, times)) < 1e-4
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pure noise
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def limit(solver) -> Literal["reached", "slow"] | None:
@@ -180,9 +183,9 @@ def test_from_pure_noise(solver, velocity, gmm):
             assert errors[2] < 0.85 * errors[1] < 0.6 * errors[0]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,16 +242,17 @@ def test_a_per_sample_schedule_gives_each_sample_what_it_gets_alone(
 
 @every_solver
 def test_a_state_can_be_cut_to_some_rows(solver, row_by_row, gmm):
-    rows, times = torch.tensor([2, 0, 2]), torch.stack([PINNED, LATER, 0.9 * LATER], dim=1)
+    rows = torch.tensor([2, 0, 2])
+    times = torch.stack([PINNED, LATER, 0.9 * LATER], dim=1)
     states = list(walk(solver, row_by_row, gmm["z"][:3], times))
     cut = solver.advance(row_by_row, states[2].map(lambda tensor: tensor[rows]), times[3][rows])
     whole = solver.advance(row_by_row, states[2], times[3])
     assert difference(cut.x, whole.x[rows]) < 1e-12
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [1, 0.98])
@@ -263,6 +267,7 @@ def test_a_run_calls_the_network_nfe_times_and_never_at_clean_data(solver, num_s
 
     times = torch.linspace(start, 0, num_steps + 1, dtype=torch.float64)
     run(solver, f, torch.ones(2, 3), times)
+
     assert len(asked) == nfe(solver, StepSchedule(times))
     assert all((t > 0).all() for t in asked)
 
@@ -291,12 +296,13 @@ def test_gradients_with_respect_to_the_times(solver, velocity, gmm):
     assert gradient.isfinite().all()
     with torch.no_grad():
         central = (end(times + 1e-5 * direction) - end(times - 1e-5 * direction)) / 2e-5
+
     torch.testing.assert_close((gradient * direction).sum(), central, rtol=1e-5, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Orders
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @each([solver for solver in MULTISTEP if solver.order == 3])

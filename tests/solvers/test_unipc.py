@@ -41,6 +41,7 @@ def test_equals_diffusers(order, variant, lower_order_final, velocity, gmm):
     expected = run_diffusers(
         scheduler(order, variant, lower_order_final), velocity, gmm["z"], times
     )
+
     assert (
         difference(
             run(UniPC(order, variant, lower_order_final), velocity, gmm["z"], times), expected

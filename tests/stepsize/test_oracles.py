@@ -12,7 +12,9 @@ from oss_exp.stepsize.oss.band import layers
 from oss_exp.stepsize.oss.objectives import PerSample
 from oss_exp.stepsize.oss.recursion import recurse
 
-GRIDS, SIZES, BUDGETS = ("uniform", "edm", "ddpm"), (20, 50, 100), (3, 5, 10)
+GRIDS = ("uniform", "edm", "ddpm")
+SIZES = (20, 50, 100)
+BUDGETS = (3, 5, 10)
 # Samples (of 16) whose released schedule is not that of the exactly-k recurrence, because the released table carries
 # rows from round to round. 62 of 432 in all; everything else is equal.
 CARRIED = {
@@ -72,7 +74,8 @@ def test_teacher_and_per_sample_schedules(problems, oss_oracle, oss_arrays, grid
 @pytest.mark.parametrize("grid", GRIDS)
 def test_replay_of_the_released_schedules(problems, oss_oracle, oss_arrays, velocity, gmm, grid, k):
     """Student states and PSNR of the released per-sample and median schedules, run by our loop."""
-    problem, case = problems[grid, 50], oss_oracle["cases"][f"{grid}_N50_M{k}"]
+    problem = problems[grid, 50]
+    case = oss_oracle["cases"][f"{grid}_N50_M{k}"]
     teacher = problem.teacher.states[-1]
 
     def run(indices):
@@ -120,7 +123,8 @@ def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
     def cost(steps: StepSchedule) -> float:
         return float((sample(Euler(), velocity, gmm["z"], steps) - goal).square().mean())
 
-    end, k = case["N"], case["M"]
+    end = case["N"]
+    k = case["M"]
     for descending, expected in list(
         zip(case["all_schedules_descending"], case["all_costs"], strict=True)
     )[::7]:
@@ -132,6 +136,7 @@ def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
     greedy = cost(OSSShared("free", None, False, "mean").plan(problem, [k])[k])
     assert 1.8 * best_free <= greedy <= 5 * best_free
     free = cost(OSSShared("free", None, True, "mean").plan(problem, [k])[k])
+
     assert best_free * (1 - 1e-10) <= free <= best_free * 1.35
 
 
@@ -142,7 +147,8 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
     states = dict.fromkeys(range(1 if start == "pinned" else end), z)
     if start == "analytic":
         states = {i: grid[i] * z + (1 - grid[i]) * mean for i in states}
-    costs, parents = {}, []
+    costs = {}
+    parents = []
     for _ in range(k):
         table = dict(parents[-1]) if carry and parents else {}
         fresh = dict(states) if carry else {}
@@ -157,10 +163,13 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
                     )
                 )
                 if j not in costs or c < costs[j]:
-                    costs[j], table[j], fresh[j] = c, i, x
+                    costs[j] = c
+                    table[j] = i
+                    fresh[j] = x
         parents.append(table)
         states = fresh
-    path, node = [], end
+    path = []
+    node = end
     for table in reversed(parents):
         node = table.get(node, 0)
         path.append(node)
@@ -199,4 +208,5 @@ def test_video_selection(velocity, oss_oracle, oss_arrays):
             assert released_indices(released, case["N"])[0] == case["schedules_sample0to5"][b]
             assert literal_search(*settings, carry=False) == found[:, b].tolist()
         checked += 1
+
     assert checked >= 3

@@ -44,9 +44,12 @@ def error(problem: Problem, steps: StepSchedule, rows=slice(None)) -> float:
 @pytest.mark.parametrize("init", [UNIFORM, ANALYTIC], ids=["pinned", "analytic"])
 def test_slopes_are_the_gradient_of_the_mean_logarithm(problem, init):
     steps = as_fitted(problem, init.plan(problem, [3])[3])
-    times, weights = steps.times.requires_grad_(), steps.steps.weights.requires_grad_()
-    noise, mean = problem.noise, problem.teacher.sample_mean
-    x, known = noise, []
+    times = steps.times.requires_grad_()
+    weights = steps.steps.weights.requires_grad_()
+    noise = problem.noise
+    mean = problem.teacher.sample_mean
+    x = noise
+    known = []
     if init is ANALYTIC:
         x = times[0] / problem.grid[0] * noise + (1 - times[0] / problem.grid[0]) * mean
     for k in range(3):
@@ -63,6 +66,7 @@ def test_slopes_are_the_gradient_of_the_mean_logarithm(problem, init):
         times.grad[run.times],
         *(weights.grad[k, columns] for k, columns in enumerate(run.columns)),
     ]
+
     torch.testing.assert_close(2 * slopes, torch.cat(expected), rtol=0.05, atol=0.1)
     assert float(torch.linalg.eigvalsh(curvature)[0]) > -1e-9
 
@@ -81,6 +85,7 @@ def test_an_iteration_on_a_single_step_is_least_squares(problem):
     target = problem.teacher.states[-1].flatten()
     least = (vectors @ torch.linalg.lstsq(vectors, target).solution).reshape(16, 64)
     found = sample(SOLVER, problem.velocity, problem.noise, better, problem.group)
+
     torch.testing.assert_close(found, least, rtol=0, atol=1e-5)
 
 
@@ -124,6 +129,7 @@ def test_any_micro_batch_and_any_ranks_polish_alike(problem):
         sample(SOLVER, problem.velocity, problem.noise, each, problem.group)
         for each in (whole, small, both)
     ]
+
     for other in x0[1:]:
         torch.testing.assert_close(other, x0[0], rtol=1e-5, atol=1e-6)
 

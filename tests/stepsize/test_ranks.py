@@ -127,7 +127,8 @@ def test_ranks_agree_with_one_process(alone, tmp_path, world):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found.keys() == alone.keys()
         for name, plan in found.items():
-            weights, expected = plan.pop("weights"), dict(alone[name])
+            weights = plan.pop("weights")
+            expected = dict(alone[name])
             if expected.pop("weights") is not None:
                 torch.testing.assert_close(
                     *map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-8, atol=1e-8

@@ -22,7 +22,9 @@ from oss_exp.solvers import Euler
 from oss_exp.stepsize import Problem
 from oss_exp.stepsize.baselines.dm import DM, linearise, objective, optimise, parts, spaced
 
-VP, FLOW, EDM = CosinePath(), FlowPath(1.0, 1.0), EDMPath()
+VP = CosinePath()
+FLOW = FlowPath(1.0, 1.0)
+EDM = EDMPath()
 PATHS = {"vp": VP, "flow": FLOW, "edm": EDM, "ddpm": DDPMPath(linear_betas(1000, 1e-4, 0.02))}
 INITS = ("unif", "unif_t", "quad", "edm")
 DEFAULT = DM(VP, 2, None, "unif", 0.0105, 152.0)
@@ -159,6 +161,7 @@ def test_derivatives(path, separate_steps):
     values, jacobian = linearise(nodes, path, 2, separate_steps)
     step = 1e-5 * torch.eye(9, dtype=torch.float64)
     differences = torch.stack([(both(nodes + d) - both(nodes - d)) / 2e-5 for d in step], dim=1)
+
     torch.testing.assert_close(values, both(nodes))
     torch.testing.assert_close(
         jacobian, differences, rtol=1e-6, atol=1e-7 * float(values.abs().max())
@@ -217,6 +220,7 @@ def test_plans(problem, path):
         assert (plan.num_steps, plan.start.kind, plan.times.dtype) == (k, "pinned", torch.float64)
         assert (plan.times[0], plan.times[-1]) == (1, 0)
     optimum = optimise(spaced("unif", path, *ENDS, 5), path, 2, None)
+
     assert plans[5].times[1:-1].tolist() == pytest.approx(
         torch.sigmoid(-optimum[1:-1]).tolist(), rel=1e-12
     )
@@ -263,6 +267,7 @@ def test_ends_that_do_not_fit(problem):
     ):
         DEFAULT.plan(late, [5])
     beyond = replace(DEFAULT, path=PATHS["ddpm"], init="unif_t", sigma_min=1e3, sigma_max=1e4)
+
     with pytest.raises(ValueError, match="needs 6 distinct log SNRs"):
         beyond.plan(problem, [5])
     for change in (

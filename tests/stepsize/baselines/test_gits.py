@@ -89,9 +89,9 @@ def teachers(arrays, velocity):
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The released numbers
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ORACLE["cases"], ids=lambda case: case["cost_matrix"])
@@ -103,6 +103,7 @@ def test_teacher_cost_matrix_and_steps(case, arrays, teachers):
         states, eps, arrays[f"sigmas_{case['num_steps_tea']}"], case["metric"], Collective()
     )
     expected = arrays[case["cost_matrix"]]
+
     assert (cost - expected).abs().max() < 1e-10 * expected.abs().max()
     assert len(case["dp"]) == 28
     for choice in case["dp"]:
@@ -136,7 +137,8 @@ def test_schedules(arrays):
 
 def test_analytical_first_step(arrays, teachers, denoise_eps):
     sigmas = arrays["sigmas_21"]
-    start, goal = arrays["latents"].flatten(1) * sigmas[0], teachers["ipndm", 21][0][-1]
+    start = arrays["latents"].flatten(1) * sigmas[0]
+    goal = teachers["ipndm", 21][0][-1]
     for case in ORACLE["afs"]:
         path = case["dp_list_afs_on_before_insertion"]
 
@@ -145,12 +147,13 @@ def test_analytical_first_step(arrays, teachers, denoise_eps):
 
         node = best_free_node(range(1, path[1]), path, run, goal, Collective())
         assert [0, node, *path[1:]] == case["dp_list_afs_on"]
+
     assert len(ORACLE["afs"]) == 18
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Theorems
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coeff", [0.8, 1.0, 1.3])
@@ -182,6 +185,7 @@ def test_eps_is_the_prediction_at_the_node(velocity, gmm, denoise_eps, solver):
     """Whatever else a solver asks the network between two nodes; t = 0 is a node like any other."""
     times = EDM.nodes(9)
     states, eps = edm_trajectory(solver, velocity, gmm["z"][:4] * times[0], times)
+
     assert (
         states[-1] - trajectory(solver, velocity, gmm["z"][:4] * times[0], times)[-1]
     ).abs().max() == 0
@@ -225,7 +229,8 @@ def test_plan_with_the_analytical_first_step(velocity, gmm):
     """Its node is the best of all that could be inserted, and costs no call; without one the start is pinned."""
     problem = problem_of(velocity, gmm["z"], group=torch.arange(16) % 2, num_groups=3)
     times = EDM.nodes(20)
-    pinned, plans = gits().plan(problem, [1, 4, 20]), gits(afs=True).plan(problem, [1, 4, 20])
+    pinned = gits().plan(problem, [1, 4, 20])
+    plans = gits(afs=True).plan(problem, [1, 4, 20])
     goal = trajectory(Euler(), velocity, gmm["z"] * times[0], times)[-1]
     for k in (1, 4):
         plan = plans[k]
@@ -238,6 +243,7 @@ def test_plan_with_the_analytical_first_step(velocity, gmm):
             for p in tried
         ]
         assert plan.times[0] == between[torch.stack(errors).argmin()]
+
     assert plans[20].start == Pinned()
     assert plans[20].times.tolist() == pinned[20].times.tolist()
 
@@ -245,8 +251,11 @@ def test_plan_with_the_analytical_first_step(velocity, gmm):
 def test_analytic_start_is_the_analytical_first_step(gmm):
     """Up to 1 / (2 sigma_N), and in the limit exactly."""
     for sigma, bound in ((80.0, 1 / 160), (1e6, 1e-6)):
-        noise, t_n, t = gmm["z"], sigma / (1 + sigma), torch.tensor(0.6, dtype=torch.float64)
-        x, sigma_next = noise * sigma, float(EDMPath().native(t))
+        noise = gmm["z"]
+        t_n = sigma / (1 + sigma)
+        t = torch.tensor(0.6, dtype=torch.float64)
+        x = noise * sigma
+        sigma_next = float(EDMPath().native(t))
         jump = x + (sigma_next - sigma) * x / math.sqrt(1 + sigma**2)
         plan = StepSchedule(torch.tensor([0.6, 0.0]), Analytic(torch.zeros(1, 64), t_n))
         difference = plan.initial_state(noise * t_n) - (1 - t) * jump
@@ -257,7 +266,8 @@ class Threads(Collective):
     """Ranks that are threads: each waits for the parts of the others."""
 
     def __init__(self, ranks):
-        self.barrier, self.parts = Barrier(ranks), {}
+        self.barrier = Barrier(ranks)
+        self.parts = {}
 
     def sum(self, tensor):
         self.parts[get_ident()] = tensor
@@ -269,7 +279,8 @@ class Threads(Collective):
 
 @pytest.mark.parametrize("metric", ["dev", "l1", "l2"])
 def test_any_split_into_ranks_gives_the_same_steps(velocity, gmm, metric):
-    strategy, ranks = gits(metric=metric, afs=True), Threads(2)
+    strategy = gits(metric=metric, afs=True)
+    ranks = Threads(2)
     whole = strategy.plan(problem_of(velocity, gmm["z"]), [3, 5])
 
     def plan(part):
@@ -282,9 +293,9 @@ def test_any_split_into_ranks_gives_the_same_steps(velocity, gmm, metric):
             }
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,6 +320,7 @@ def test_wrong_settings(wrong, message):
 
 def test_problems_it_cannot_answer(velocity, gmm):
     problem = problem_of(velocity, gmm["z"])
+
     with pytest.raises(ValueError, match="its own 4 steps and is asked for 5"):
         gits(num_nodes=4).plan(problem, [3, 5])
     with pytest.raises(ValueError, match="from 1 to 40"):

@@ -24,7 +24,8 @@ from oss_exp.stepsize.solver_weights import as_fitted
 from oss_exp.tasks.call_log import Calls
 
 K = 4
-FLOW, EDM = ClosedForm(FlowSchedule(2.0)), ClosedForm(EDMSchedule(0.002, 80.0, 7.0))
+FLOW = ClosedForm(FlowSchedule(2.0))
+EDM = ClosedForm(EDMSchedule(0.002, 80.0, 7.0))
 LEARNERS = {
     "ld3": LD3(FLOW, decoupled=True),
     "bns": BNS(FLOW),
@@ -81,25 +82,30 @@ def shares(logits):
     return torch.cat([torch.ones(1), 1 - logits.softmax(0).cumsum(0)]).double().clamp(min=0)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formulas
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_ld3_tells_the_network_other_times_than_the_solver_has(problem):
     problem = replace(problem, solver=Euler())
     _, (logits, query_logits), times, x0 = at_random_parameters(LEARNERS["ld3"], problem)
-    t, q, x = shares(logits), shares(query_logits), problem.noise
+    t = shares(logits)
+    q = shares(query_logits)
+    x = problem.noise
     torch.testing.assert_close(times, q, rtol=0, atol=1e-12)
     for k in range(K):
         x = t[k + 1] / t[k] * x + (1 - t[k + 1] / t[k]) * told(problem, x, q[k])
+
     torch.testing.assert_close(x0, x)
 
 
 def test_bns_adds_to_eulers_weights_over_the_noise_and_all_predictions(problem):
     """x_{k+1} = a_k z + sum_j b_kj m_j, of Euler: a_k = t_{k+1}, b_kj = t_{k+1} (1 / t_{j+1} - 1 / t_j)."""
     _, (logits, change), times, x0 = at_random_parameters(LEARNERS["bns"], problem)
-    t, x, known = shares(logits), problem.noise, []
+    t = shares(logits)
+    x = problem.noise
+    known = []
     mean = problem.teacher.sample_mean
     torch.testing.assert_close(times, t, rtol=0, atol=1e-12)
     for k in range(K):
@@ -111,14 +117,19 @@ def test_bns_adds_to_eulers_weights_over_the_noise_and_all_predictions(problem):
         ]
         x = delta[0] * x + (t[k + 1] + delta[1]) * problem.noise + delta[2] * mean
         x = x + sum((b[j] + delta[3 + k - j]) * known[j] for j in range(k + 1))
+
     torch.testing.assert_close(x0, x)
 
 
 def test_gs_adds_to_the_weights_of_dpm_solver(problem):
     """Lu et al. 2022, arXiv 2211.01095, equation 9 and the third order of the released code."""
     _, (logits, query_logits, change), _, x0 = at_random_parameters(LEARNERS["gs"], problem)
-    t, q, x, known = shares(logits), shares(query_logits), problem.noise, []
-    mean, lam = problem.teacher.sample_mean, ((1 - t) / t).log()
+    t = shares(logits)
+    q = shares(query_logits)
+    x = problem.noise
+    known = []
+    mean = problem.teacher.sample_mean
+    lam = ((1 - t) / t).log()
     for k in range(K):
         known.insert(0, told(problem, x, q[k]))
         m = known[0]
@@ -126,13 +137,15 @@ def test_gs_adds_to_the_weights_of_dpm_solver(problem):
             1 - t[k + 1] / t[k]
         ) * m  # orders 1: from pure noise, and to clean data
         if k == 2:  # of the three calls that it may look back on, the first was at pure noise
-            h, r = lam[3] - lam[2], (lam[2] - lam[1]) / (lam[3] - lam[2])
+            h = lam[3] - lam[2]
+            r = (lam[2] - lam[1]) / (lam[3] - lam[2])
             step = t[3] / t[2] * x - (1 - t[3]) * torch.expm1(-h) * (
                 (1 + 1 / (2 * r)) * m - known[1] / (2 * r)
             )
         delta = change[k]
         vectors = [x, problem.noise, mean, *known]
         x = step + sum(delta[p] * vector for p, vector in enumerate(vectors))
+
     torch.testing.assert_close(x0, x)
 
 
@@ -142,7 +155,9 @@ def test_dyweight_moves_its_clock_by_the_sum_of_its_weights(problem, from_edm, b
     steps, (w, s), times, x0 = at_random_parameters(DyWeight(EDM), problem)
     scale = 1 - steps.times
     clock = steps.times / scale if by_sigma else steps.times
-    x, now, known = problem.noise / (scale[0] if by_sigma else 1), clock[0], []
+    x = problem.noise / (scale[0] if by_sigma else 1)
+    now = clock[0]
+    known = []
     for k in range(K):
         level = now if k == 0 else s[k - 1] * now
         q = level / (1 + level) if by_sigma else level
@@ -150,12 +165,13 @@ def test_dyweight_moves_its_clock_by_the_sum_of_its_weights(problem, from_edm, b
         known.insert(0, (x - told(problem, x * (1 - q) if by_sigma else x, q)) / now)
         x = x + (clock[k + 1] - now) * sum(w[k, j] * d for j, d in enumerate(known))
         now = now + w[k, : k + 1].sum() * (clock[k + 1] - now)
+
     torch.testing.assert_close(x0, x)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Beginnings
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,12 +211,13 @@ def test_they_begin_with_the_steps_of_init(problem, name, init):
         sample(problem.solver, problem.velocity, problem.noise, each, problem.group)
         for each in (steps, begun)
     )
+
     torch.testing.assert_close(x0, expected, rtol=1e-6, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Learning
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def validation(problem, steps) -> float:
@@ -230,6 +247,7 @@ def test_any_micro_batch_and_any_ranks_learn_the_same(problem, name):
     whole = learner.plan(problem, [3])[3]
     small = replace(learner, micro_batch=3).plan(problem, [3])[3]
     both = learner.plan(replace(problem, collective=Twice()), [3])[3]
+
     for other in (small, both):
         torch.testing.assert_close(other.times, whole.times, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(other.steps.weights, whole.steps.weights, rtol=1e-8, atol=1e-8)
@@ -237,7 +255,8 @@ def test_any_micro_batch_and_any_ranks_learn_the_same(problem, name):
 
 def test_what_was_computed_before_a_kill_is_answered_from_the_file(problem, tmp_path):
     """Calls that gradients go through are made again, the others are not, and the result is the same."""
-    learner, asked = replace(LEARNERS["bns"], iterations=3), []
+    learner = replace(LEARNERS["bns"], iterations=3)
+    asked = []
 
     def fn(x, t, condition):
         asked.append(len(x))
@@ -253,6 +272,7 @@ def test_what_was_computed_before_a_kill_is_answered_from_the_file(problem, tmp_
     before = len(asked)
     with calls.of("bns"):
         found = learner.plan(kept, [3])[3]
+
     assert torch.equal(found.times, expected.times)
     assert torch.equal(found.steps.weights, expected.steps.weights)
     assert len(asked) - before < 25  # of 60

@@ -57,6 +57,7 @@ def test_times_equal_the_released_parametrisation():
             ours * (theirs[0] - theirs[-1]) + theirs[-1], theirs, rtol=0, atol=1e-6 * theirs[0]
         )
         checked += 1
+
     assert checked > 5
 
 
@@ -80,9 +81,12 @@ def test_the_logarithms_of_the_gaps_give_the_times_back():
 def test_training_lowers_the_error_on_other_noises(mixture, solver, start):
     noise = torch.randn(112, 64, generator=torch.Generator().manual_seed(1)).double()
     velocity = mixture.velocity(None)
-    search, other = problem(velocity, noise[:48], solver), problem(velocity, noise[48:], solver)
+    search = problem(velocity, noise[:48], solver)
+    other = problem(velocity, noise[48:], solver)
     init = ClosedForm(EDMSchedule(0.002, 80, 7), start)
-    before, after = init.plan(search, [4])[4], ld3(init).plan(search, [4])[4]
+    before = init.plan(search, [4])[4]
+    after = ld3(init).plan(search, [4])[4]
+
     assert after.start.kind == start
     assert error(other, after) < 0.6 * error(other, before)
 
@@ -111,6 +115,7 @@ def test_any_micro_batch_and_any_ranks_give_the_same_times(mixture, gmm):
             return 2 * tensor
 
     both = replace(problem(velocity, gmm["z"], Euler()), collective=Twice())
+
     torch.testing.assert_close(
         ld3(iterations=5).plan(both, [3])[3].times, whole, rtol=1e-10, atol=1e-12
     )

@@ -21,13 +21,15 @@ def problem(velocity, grid) -> Problem:
 
 def released_sampler(velocity, x, steps, earlier):
     """Time s runs from 0, noise, to 1; every step goes along a mixture of all slopes dx / ds so far."""
-    s, slopes = 0.0, []
+    s = 0.0
+    slopes = []
     for step, weights in zip(steps, earlier, strict=True):
         slopes.append(-velocity(x, torch.full((len(x),), 1 - s, dtype=torch.float64)))
         mixed = (1 - sum(weights)) * slopes[-1]
         for weight, slope in zip(weights, slopes[:-1], strict=True):
             mixed = mixed + weight * slope
-        x, s = x + step * mixed, s + step
+        x = x + step * mixed
+        s = s + step
     return x
 
 

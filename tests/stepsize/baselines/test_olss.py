@@ -12,7 +12,8 @@ from oss_exp.stepsize import Problem
 from oss_exp.stepsize.baselines.linear_steps import linear_steps
 from oss_exp.stepsize.baselines.olss import OLSS
 
-N, BUDGETS = 24, [1, 3, 5, 8, 24]
+N = 24
+BUDGETS = [1, 3, 5, 8, 24]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,8 @@ def greedy(teacher, bound):
     """The farthest node within the bound, by bisection, again and again."""
     path = [0]
     while True:
-        low, high = path[-1] + 1, N
+        low = path[-1] + 1
+        high = N
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (
@@ -63,7 +65,8 @@ def greedy(teacher, bound):
 
 def expected_path(teacher, num_steps):
     """At a bound where the greedy path gets short enough: its length is not quite monotone, so the bracket matters."""
-    low, high = 0.0, max(least_squares(teacher, [0], node)[1] for node in range(1, N + 1))
+    low = 0.0
+    high = max(least_squares(teacher, [0], node)[1] for node in range(1, N + 1))
     for _ in range(60):
         bound = (low + high) / 2
         low, high = (bound, high) if len(greedy(teacher, bound)) > num_steps else (low, bound)
@@ -72,7 +75,8 @@ def expected_path(teacher, num_steps):
 
 def run_by_hand(problem, nodes, coefficients):
     """x = w_z z + sum_j w_j v_j, with the velocities that the student itself meets."""
-    x, velocities = problem.noise, []
+    x = problem.noise
+    velocities = []
     for step, t in enumerate(problem.grid[nodes[:-1]]):
         velocities.append(problem.velocity(x, t.expand(len(x))))
         over_noise, *over_velocities = coefficients[step]
@@ -97,6 +101,7 @@ def test_path_and_samples_are_those_of_the_paper(problem, teacher):
         ]
         x0 = sample(problem.solver, problem.velocity, problem.noise, steps, problem.group)
         torch.testing.assert_close(x0, run_by_hand(problem, nodes, coefficients), rtol=0, atol=1e-8)
+
     assert exact >= 3
 
 
@@ -126,6 +131,7 @@ def test_linear_steps_of_a_guided_network(mixture):
     steps = linear_steps(problem, problem.grid[[0, 1, 3, 4]], rows[:, 0], over_velocities)
     x0 = sample(problem.solver, problem.velocity, noise, steps, labels)
     coefficients = [[float(rows[k, 0]), *over_velocities[k, : k + 1].tolist()] for k in range(3)]
+
     torch.testing.assert_close(
         x0, run_by_hand(problem, [0, 1, 3, 4], coefficients), rtol=1e-9, atol=1e-9
     )
@@ -142,4 +148,5 @@ def test_network_calls(problem, velocity):
     asked.teacher.run()
     rows[0] = 0
     OLSS().plan(asked, BUDGETS)
+
     assert rows[0] == 12 * OLSS().network_calls(N, BUDGETS)

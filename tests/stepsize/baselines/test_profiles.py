@@ -79,6 +79,7 @@ def test_smoothing_is_that_of_the_released_code():
         )
         expected = (mirrored.unfold(0, 2 * reach + 1, 1) * kernel).sum(1) / kernel.sum()
         torch.testing.assert_close(smoothed(values, width), expected, rtol=1e-12, atol=0)
+
     assert smoothed(values, 0) is values
 
 
@@ -106,6 +107,7 @@ def test_calls_and_ends(strategy, velocity):
     asked.teacher.run()
     rows[0] = 0
     plans = strategy.plan(asked, range(1, 21))
+
     assert rows[0] == 6 * strategy.network_calls(20, [5])
     for k, steps in plans.items():
         assert steps.num_steps == k

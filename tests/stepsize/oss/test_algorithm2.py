@@ -77,9 +77,9 @@ def search(problem: Problem, budgets, start: str, objective):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Replay equals table
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_solver_with_a_yaml_is_searched_here():
@@ -120,6 +120,7 @@ def test_orders_are_legal_and_all_of_them_are_used_somewhere(make, name):
             if 0.0 in problem.solver.singular_at:
                 assert bool((orders[-1] == 1).all())
             used |= set(orders.unique().tolist())
+
     assert used == set(range(1, problem.solver.order + 1))
 
 
@@ -138,9 +139,9 @@ def test_as_many_steps_as_the_teacher_cost_nothing(make, name):
         assert final_error(problem, plan).max() < 1e-20
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedules carry their orders
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,7 @@ def test_a_schedule_is_sampled_at_its_orders_and_survives_a_file(make, solver, s
     x0 = sample(solver, problem.velocity, problem.noise, plan, group)
     assert torch.equal(last.x, x0)
     loaded = StepSchedule.load(plan.save(tmp_path / "plan.json"))
+
     assert torch.equal(sample(solver, problem.velocity, problem.noise, loaded, group), x0)
 
 
@@ -213,12 +215,13 @@ def test_max_order_searches_lower_orders_against_the_same_teacher(make, start):
     assert limited.teacher is problem.teacher
     path = search(limited, [5], start, Shared("mean"))
     replayed = final_error(problem, schedule(problem, path.paths[5], start))
+
     torch.testing.assert_close(replayed, path.costs[5], rtol=1e-9, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two ways to score, one answer
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,9 +274,9 @@ def test_a_node_that_cannot_be_reached_is_no_parent(make, start):
         assert_tables_replay(problem, slow.stages, start)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bands
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -305,6 +308,7 @@ def test_every_level_of_a_band_replays(make, recursions, name, start):
     ):
         plan = strategy.plan(problem, [5])[5]
         assert plan.num_steps == 5
+
     assert len(recursions) >= 3 + 4
     for part, solution, start in recursions:
         for path in solution.paths.values():
@@ -332,9 +336,9 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
             )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refinement
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
@@ -347,7 +351,8 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
     ids=str,
 )
 def test_refine_never_loses(make, solver, start):
-    small, long = make(solver, 10, 16, 1.0), make(solver, 24, 5)
+    small = make(solver, 10, 16, 1.0)
+    long = make(solver, 24, 5)
     for problem, k, objective in (
         (small, 4, Shared("mean")),
         (small, 4, Shared("log_mean")),
@@ -365,7 +370,8 @@ def test_refine_never_loses(make, solver, start):
 @pytest.mark.parametrize("start", STARTS)
 def test_refine_leaves_no_single_change_that_helps(make, start):
     """Neither one node moved by 1 nor one step taken at another order: so its errors were those of its schedules."""
-    problem, k = make(AdamsBashforth(3), 16, 8), 5
+    problem = make(AdamsBashforth(3), 16, 8)
+    k = 5
     found = refine(
         problem, search(problem, [k], start, Shared("mean")).paths[k], start, Shared("mean")
     )
@@ -400,17 +406,19 @@ def test_refine_changes_orders_too(make):
         for start in STARTS
         for path in [search(problem, [5], start, Shared("mean")).paths[5]]
     ]
+
     assert any(changed)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against all schedules
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def best_of_all(problem: Problem, k: int, start: str) -> float:
     """The least mean error over all nodes and orders of k steps, all of them sampled in one batch."""
-    size, count = problem.num_nodes, len(problem.noise)
+    size = problem.num_nodes
+    count = len(problem.noise)
     inner = (
         combinations(range(1, size), k - 1) if start == "pinned" else combinations(range(size), k)
     )
@@ -462,6 +470,7 @@ def test_near_the_best_of_all_nodes_and_orders(
             ]
             ratios.append([float(final_error(problem, plan).mean()) / best for plan in plans])
     found, refined = torch.tensor(ratios).T
+
     assert min(found.min(), refined.min()) >= 1 - 1e-6
     assert found.max() <= worst
     assert found.log().mean().exp() <= typical

@@ -98,6 +98,7 @@ def test_a_better_baseline_wins_and_stays_as_it_is(problem):
     steps = OSSBest("analytic", BAND, False, "mean", baselines={"known": Known()}).plan(
         problem, [4]
     )[4]
+
     assert steps.about("planning")["chosen"] == "known"
     assert torch.equal(steps.times, known.times)
     assert torch.equal(steps.steps.weights, known.steps.weights)
@@ -117,6 +118,7 @@ def test_halves_have_all_conditions_and_no_sample_twice(problem):
         velocity=BoundVelocity(),
         num_groups=1,
     )
+
     assert all(bool(half.all()) for half in halves(single))
 
 
@@ -127,6 +129,7 @@ def test_a_plain_function_has_the_schedule_of_its_bound_velocity(problem):
     plain, known = (
         oss_exp.search(each, noise, 3, **options) for each in (lambda x, t: bound(x, t), bound)
     )
+
     assert torch.equal(plain.times, known.times)
     assert torch.equal(plain.steps.weights, known.steps.weights)
 
@@ -154,6 +157,7 @@ def test_every_kind_of_problem_has_one(problem, change):
         final_error(problem, each).log().mean()
         for each in (steps, ClosedForm().plan(problem, [4])[4])
     ]
+
     assert errors[0] < errors[1]
 
 
@@ -170,6 +174,7 @@ def test_a_baseline_that_does_not_fit_is_left_out(problem):
         raise ValueError("the network's own fault")
 
     failing = replace(problem, velocity=replace(problem.velocity, fn=broken))
+
     with pytest.raises(ValueError, match="the network's own fault"):
         strategy.plan(failing, [4])
 

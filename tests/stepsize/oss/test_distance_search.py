@@ -58,7 +58,8 @@ def make(mixture, gmm):
     """(name of the distance, solver) -> a problem with classes."""
     labels = torch.arange(6) % 2
     velocity = mixture.velocity(labels)
-    grid, noise = FlowSchedule(shift=2.0).nodes(N), gmm["z"][:6]
+    grid = FlowSchedule(shift=2.0).nodes(N)
+    noise = gmm["z"][:6]
 
     def problem(name: str, solver) -> Problem:
         distance = distances(mixture)[name]
@@ -84,7 +85,8 @@ def make(mixture, gmm):
     ids=str,
 )
 def test_replay_equals_table(make, name, solver, start):
-    problem, budgets = make(name, solver), [2, 4]
+    problem = make(name, solver)
+    budgets = [2, 4]
     for objective in (PerSample(), Shared("log_mean")):
         solution = recurse(problem, layers(N, budgets, start, 1, "cpu"), budgets, start, objective)
         assert_tables_replay(problem, solution.stages, start)
@@ -116,7 +118,8 @@ def test_no_split_of_the_work_changes_a_schedule(make, name):
         OSS("free", Band(4, 2, 1), True, 16),
         OSSAve("analytic", None, False, "median", 16),
     ):
-        whole, parts = strategy.plan(problem, [4])[4], replace(strategy, chunk=4).plan(part, [4])[4]
+        whole = strategy.plan(problem, [4])[4]
+        parts = replace(strategy, chunk=4).plan(part, [4])[4]
         assert torch.equal(whole.times, parts.times)
         assert torch.equal(whole.orders, parts.orders)
 
@@ -130,9 +133,9 @@ def test_distances_disagree_about_the_best_schedule(make):
     assert not any(torch.equal(a, b) for i, a in enumerate(plans) for b in plans[:i])
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Network calls
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_edge_calls():
@@ -186,4 +189,5 @@ def test_the_announced_calls_are_about_those_made(make, velocity, name, solver, 
     lowest, highest = (
         (0.85, 1.05) if band is None else (0.5, 1.0)
     )  # a band's windows are cut off at its ends
+
     assert lowest * announced <= rows[0] <= highest * announced

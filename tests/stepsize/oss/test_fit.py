@@ -77,9 +77,9 @@ def fitted_states(problem: Problem, path, start: str) -> list[State]:
     return list(walk(solver, problem.velocity, first, steps.times))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Replay equals table
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("history", mostly_slow([1, 2, None], None))
@@ -106,12 +106,13 @@ def test_a_schedule_survives_a_file(kind, request, tmp_path):
         sample(Euler(), problem.velocity, problem.noise, steps, problem.group)
         for steps in (plan, loaded)
     ]
+
     assert torch.equal(*runs)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Between the ordinary step and the best one
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -120,7 +121,8 @@ def test_a_strong_pull_gives_the_weights_of_the_solver(kind, order, request):
     """Of the highest order that the history allows; under guidance each answer has its share of them."""
     solver = DPMSolverPP(order, lower_order_final=False)
     problem = replace(request.getfixturevalue(kind), solver=solver)
-    mix, history = problem.velocity.mix, 2
+    mix = problem.velocity.mix
+    history = 2
     path = fit_along(problem, [1, 4, 6, 10, 13], "analytic", Shared("mean"), Fit(history, 1e12))
     times = problem.grid[[*path.nodes[:, 0].tolist(), N]]
     for step, row in enumerate(path.weights):
@@ -140,7 +142,8 @@ def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state
     kind, start, request
 ):
     """Weak pull, mean objective: least squares may choose any step of DPM-Solver++ that its history allows."""
-    problem, fit = request.getfixturevalue(kind), Fit(3, 1e-12)
+    problem = request.getfixturevalue(kind)
+    fit = Fit(3, 1e-12)
     nodes = [0 if start == "pinned" else 2, 5, 6, 10, 13]
     path = fit_along(problem, nodes, start, Shared("mean"), fit)
     states = fitted_states(problem, path, start)
@@ -160,13 +163,15 @@ def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state
 @pytest.mark.parametrize("kind", ["problem", "guided"])
 def test_a_fit_for_the_mean_of_logarithms_lowers_it(kind, request):
     """Against least squares of the mean, on every edge from the same source."""
-    problem, gains = request.getfixturevalue(kind), []
+    problem = request.getfixturevalue(kind)
+    gains = []
     for node in range(3, N):
         mean, log_mean = (
             fit_along(problem, [2, node], "free", o, Fit(1, 1e-9)).costs[0] for o in OBJECTIVES
         )
         assert mean.mean() <= log_mean.mean() * (1 + 1e-6)
         gains.append(float(mean.log().mean() - log_mean.log().mean()))
+
     assert min(gains) > -1e-6
     assert max(gains) > 0.01
 
@@ -178,12 +183,14 @@ def test_weights_are_those_of_a_ridge_regression(problem):
     x = fitted_states(problem, path, "analytic")[0]
     mean = problem.teacher.mean[problem.group].double()
     basis = torch.stack([u.flatten() for u in (x.x, problem.noise, mean, x.outputs[0])], dim=1)
-    t, t_next = problem.grid[3], problem.grid[node]
+    t = problem.grid[3]
+    t_next = problem.grid[node]
     ordinary = torch.stack([t_next / t, 0 * t, 0 * t, 1 - t_next / t])
     pull = (ridge * basis.square().sum(0)).sqrt()
     left = torch.cat([basis, pull.diag()])
     right = torch.cat([problem.teacher.states[node].flatten(), pull * ordinary])
     expected = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+
     torch.testing.assert_close(path.weights[0], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -197,14 +204,15 @@ def test_fitted_steps_beat_searched_orders_and_history_helps(problem, start):
     assert errors == sorted(errors, reverse=True)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Guidance
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_both_answers_under_guidance_have_weights_of_their_own(guided):
     weights = OSSFit("analytic", None, False, "mean", 2, RIDGE).plan(guided, [5])[5].steps.weights
-    conditional, unconditional = weights[:, 3::2], weights[:, 4::2]
+    conditional = weights[:, 3::2]
+    unconditional = weights[:, 4::2]
     conditional_share = conditional[:, 0] / (conditional[:, 0] + unconditional[:, 0])
     assert bool(((conditional_share - 2.0).abs() > 0.01).any())
     assert conditional_share.std() > 0.01
@@ -222,9 +230,9 @@ def test_own_weights_of_the_answers_do_better_than_their_mixture(guided):
         assert apart.mean() < together.mean()
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # No shortcut changes an answer
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -240,6 +248,7 @@ def test_refine_never_loses_and_its_weights_are_those_of_its_nodes(problem, star
     )
     assert bool((after <= before).all())
     again = fit_along(problem, better.nodes[:, 0].tolist(), start, objective, fit)
+
     torch.testing.assert_close(better.weights, again.weights, rtol=1e-9, atol=0)
 
 
@@ -250,6 +259,7 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(kind, start, request):
     full, band = (
         OSSFit(start, b, False, "mean", 2, RIDGE).plan(problem, [3, 5]) for b in (None, Band(4, N))
     )
+
     for k in (3, 5):
         assert torch.equal(full[k].times, band[k].times)
         torch.testing.assert_close(
@@ -317,6 +327,7 @@ def test_a_selection_of_the_state_is_fitted_to_what_it_selects(mixture, gmm):
     )
     path = search(problem, [3], "analytic", Shared("mean"), Fit(2, RIDGE))[3]
     replayed = final_error(problem, schedule(problem, path, "analytic"))
+
     torch.testing.assert_close(replayed, path.costs[-1], rtol=1e-9, atol=0)
 
 
@@ -338,6 +349,7 @@ def test_single_precision_is_enough_at_the_default_ridge(kind, start, request):
         replayed = final_error(same, schedule(same, path, start))
         torch.testing.assert_close(replayed, path.costs[-1], rtol=1e-3, atol=0)
         errors.append(float(replayed.log().mean()))
+
     assert errors[1] == pytest.approx(errors[0], abs=0.05)
 
 
@@ -364,12 +376,13 @@ def test_a_prediction_that_is_zero_at_pure_noise_is_no_obstacle():
     noise = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     problem = Problem(velocity, noise, FlowSchedule(shift=1.0).nodes(10), Euler(), XtMSE())
     plan = OSSFit("pinned", None, False, "mean", 2, RIDGE).plan(problem, [3])[3]
+
     assert final_error(problem, plan).max() < 1e-6
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_a_schedule_says_what_the_rounds_cost(strategy, problem):
     found = [
         problem.cost(state.x, at).mean().item() for state, at in zip(states, nodes, strict=True)
     ]
+
     assert costs == pytest.approx(found, rel=1e-3)
 
 
@@ -215,13 +216,12 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(problem, start):
 
 def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gmm):
     problem = Problem(velocity, gmm["z"], FlowSchedule(shift=1.0).nodes(60), Euler(), XtMSE())
-    full, band = (
-        OSSShared("analytic", None, False, "mean"),
-        OSSShared("analytic", Band(8, 1), False, "mean"),
-    )
+    full = OSSShared("analytic", None, False, "mean")
+    band = OSSShared("analytic", Band(8, 1), False, "mean")
     errors = [
         final_error(problem, strategy.plan(problem, [6])[6]).mean() for strategy in (full, band)
     ]
+
     assert errors[1] <= 1.05 * errors[0]
     assert band.network_calls(60, [6]) <= 0.25 * full.network_calls(60, [6])
 
@@ -248,6 +248,7 @@ def test_a_band_moves_when_its_path_touches_the_edge(velocity, gmm):
         search = OSSShared("analytic", Band(8, 1, shifts), False, "mean")
         moved = search._in_band(problem, far, 1, Shared("mean"), shifts)
         distances.append(int((moved.nodes - best.nodes).abs().sum()))
+
     assert distances[0] > distances[1] > distances[2]
 
 
@@ -288,6 +289,7 @@ def test_mean_is_per_condition(mixture, gmm):
     grid = FlowSchedule(shift=1.0).nodes(5)
     problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE(), group=labels, num_groups=10)
     expected = gmm["means"][:4]
+
     torch.testing.assert_close(problem.teacher.mean[:4].double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         problem.teacher.mean[7].double(), expected.mean(0), rtol=0, atol=1e-6

@@ -78,7 +78,8 @@ def test_the_best_schedule_that_begins_so(problem, head):
 @pytest.mark.parametrize("make", [OSS, OSSShared, OSSFit])
 def test_every_search_visits_them(fine, make, band, start):
     """Two nodes, not on the band's coarse grid, after two first ones."""
-    head, visited = [float(fine.grid[i]) for i in (0, 3)], [float(fine.grid[i]) for i in (13, 14)]
+    head = [float(fine.grid[i]) for i in (0, 3)]
+    visited = [float(fine.grid[i]) for i in (13, 14)]
     refine = make is not OSSFit  # which takes long
     strategy = make(start, band, refine, must_visit=visited, first_sigmas=head)
     for k, steps in strategy.plan(fine, [5, 6]).items():
@@ -97,6 +98,7 @@ def test_the_teacher_gets_the_nodes(gmm):
         standard_normal_velocity, noise, 4, num_teacher_steps=20, solver=Euler(),
         strategy=OSSShared("pinned"), **given,
     )  # fmt: skip
+
     assert steps.times[:2].tolist() == given["first_sigmas"]
     assert 0.874 in steps.times.tolist()
     assert steps.about("teacher")["num_steps"] == 22
