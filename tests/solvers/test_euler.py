@@ -1,4 +1,4 @@
-"""Euler is DDIM and Euler in sigma, in every coordinate system, and the teacher of the released search."""
+"""Euler is DDIM and Euler in sigma, and the teacher of the released search."""
 
 import pytest
 import torch
@@ -29,13 +29,14 @@ def test_equals_the_teacher_of_the_released_search(grid, gmm, velocity, oss_arra
     assert difference(states.flip(0), oss_arrays[f"{grid}_N20.teacher_traj"]) < 1e-10
 
 
-def test_equals_the_euler_schedulers_of_diffusers(velocity, gmm):
+def test_equals_flow_euler_of_diffusers(velocity, gmm):
     flow = run_diffusers(FlowMatchEulerDiscreteScheduler(), velocity, gmm["z"], PINNED)
     assert difference(run(Euler(), velocity, gmm["z"], PINNED), flow) < 1e-10
+
+
+def test_equals_euler_in_sigma_of_diffusers(velocity, gmm):
     scheduler = EulerDiscreteScheduler()
-    scheduler.is_scale_input_called = (
-        True  # the velocity is asked at the flow state: there is nothing to scale
-    )
+    scheduler.is_scale_input_called = True  # the velocity takes flow states, which need no scale
     sigma = run_diffusers(scheduler, velocity, gmm["z"], LATER, "sigma")
 
     assert difference(run(Euler(), velocity, gmm["z"], LATER), sigma) < 1e-10
@@ -46,6 +47,7 @@ def test_equals_ddim_of_diffusers(velocity, gmm):
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)  # the library's are float32
     scheduler.set_timesteps(5)
+
     path = DDPMPath(betas)
     tau = torch.cat([scheduler.timesteps, torch.tensor([-1])]).double()
     times = path.canonical(tau)
@@ -58,7 +60,7 @@ def test_equals_ddim_of_diffusers(velocity, gmm):
 
 
 def native_ddim(mixture, path, x, t, alpha, sigma):
-    """x at t[0], with alpha and sigma at every t -> the native states at all t."""
+    """Return the native states at all t, from x at t[0] and alpha and sigma at every t."""
     states = [path.scale(t[0]) * x]
     for i in range(len(t) - 1):
         x0 = mixture.denoise(states[-1] / path.scale(t[i]), t[i].expand(len(x)))
@@ -80,6 +82,6 @@ def test_is_ddim_in_native_coordinates(kind, mixture, velocity, gmm):
         alpha = torch.ones_like(sigma)
     t = path.canonical(tau)
     native = native_ddim(mixture, path, gmm["z"], t, alpha, sigma)
-    found = path.scale(t)[:, None, None] * trajectory(Euler(), velocity, gmm["z"], t)
+    result = path.scale(t)[:, None, None] * trajectory(Euler(), velocity, gmm["z"], t)
 
-    torch.testing.assert_close(found, native, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result, native, rtol=1e-10, atol=1e-10)
