@@ -5,7 +5,7 @@ Legend: B samples, J targets of a round, k steps, b = B or 1 (the same for all s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,3 +94,15 @@ class SameSamplesTwice(Collective):
 
     def sum(self, tensor: Tensor) -> Tensor:
         return 2 * tensor
+
+
+class RowCounter:
+    """A network function that counts the rows that it is called with."""
+
+    def __init__(self, fn: Callable[..., Tensor]):
+        self.fn = fn
+        self.rows = 0
+
+    def __call__(self, x: Tensor, t: Tensor, *condition: Tensor | None) -> Tensor:
+        self.rows += len(x)
+        return self.fn(x, t, *condition)
