@@ -1,6 +1,6 @@
 """Fixtures of all tests: the digits mixture in float64, the oracles, and folders of images.
 
-Fixtures import slow modules themselves, because the main process of pytest-xdist reads this file too.
+Fixtures import slow modules themselves: pytest-xdist's main process reads this file too.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def oss_arrays() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory) -> Path:
-    """A folder in Fashion-MNIST's format with a square as bag (8) and a tall bar as trousers (1)."""
+    """A folder in Fashion-MNIST's format: a square as bag (8) and a tall bar as trousers (1)."""
     import numpy as np
     from helpers import write_fashion
 

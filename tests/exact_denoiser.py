@@ -24,7 +24,7 @@ def mean(noisy: Tensor) -> Tensor:
 
 
 class ExactNoise(nn.Module):
-    """E[eps | x] at x = alpha x0 + sigma eps, x0 ~ N(mean(noisy), SPREAD^2); its clock is 999 tau."""
+    """E[eps | x], x = alpha x0 + sigma eps, x0 ~ N(mean(noisy), SPREAD^2), at clock 999 tau."""
 
     def forward(self, x: Tensor, clock: Tensor, noisy: Tensor) -> Tensor:
         alpha, sigma = (part[:, None, None, None] for part in alpha_sigma(clock / 999))

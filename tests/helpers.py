@@ -187,7 +187,7 @@ def write_fashion(
 
 
 def random_weights(file: Path, *settings: str) -> str:
-    """Save random weights for the model of these settings, and return the setting that loads them."""
+    """Save random weights for the model of these settings; return the setting that loads them."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         model = instantiate(compose("config", [*settings, "model.checkpoint=untrained"]).model)
     randomise(model.backbone, torch.Generator().manual_seed(0))
