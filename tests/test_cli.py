@@ -233,7 +233,7 @@ def test_an_unknown_flag_is_a_usage_error(refused):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A folder of schedules for mixture_digits: edm_2, oss_2 (per sample), oss_shared_2 (analytic)."""
+    """A folder of schedules: edm_2, oss_2 (per sample) and oss_shared_2 (analytic)."""
     folder = tmp_path_factory.mktemp("saved")
     assert oss_exp(folder, *SMALL, "task=search", "stepsize=[edm,oss,oss_shared]") == 0
     return folder / "run" / "schedules"

@@ -1,4 +1,4 @@
-"""Step schedules: what they refuse, what survives a file, and where an analytic start lands."""
+"""Step schedules refuse wrong values, survive a file, and start where they should."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_no_field_can_be_set(name):
         setattr(shared(), name, None)
 
 
-def test_changing_the_tensor_it_was_made_from_changes_nothing():
+def test_changing_a_tensor_does_not_change_the_schedule_built_from_it():
     times = float64([1, 0.5, 0])
     orders = torch.tensor([1, 2])
     weights = float64([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -138,7 +138,7 @@ TWO = [[1.0] * 4] * 2
         ),
     ],
 )
-def test_the_constructor_refuses_what_is_not_a_schedule(times, fields, words):
+def test_the_constructor_refuses_wrong_fields(times, fields, words):
     with pytest.raises(ValueError, match=words):
         StepSchedule(float64(times), **fields)
 
@@ -165,7 +165,7 @@ def test_weights_of_another_shape_or_not_finite_are_refused(weights):
         FittedSteps(weights)
 
 
-def test_rows_selects_by_sample_index_in_the_order_asked_for():
+def test_rows_selects_samples_by_index_in_the_given_order():
     schedule = per_sample()
     cut = schedule.rows([5, 3])
     assert cut.samples == (5, 3)
@@ -237,24 +237,28 @@ def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
     assert loaded.times.dtype == torch.float64
     for name in ("kind", "start_time", "samples", "provenance", "num_steps"):
         assert getattr(loaded, name) == getattr(schedule, name)
-    tensors = [
-        (each.mean, each.orders, getattr(each.steps, "weights", None))
-        for each in (loaded, schedule)
-    ]
 
-    for value, expected in zip(*tensors, strict=True):
-        assert (value is None) == (expected is None)
-        assert expected is None or (torch.equal(value, expected) and value.dtype == expected.dtype)
+    for name in ("mean", "orders"):
+        assert_equal(getattr(loaded, name), getattr(schedule, name))
+    weights = [getattr(steps.steps, "weights", None) for steps in (loaded, schedule)]
+    assert_equal(*weights)
+
+
+def assert_equal(value: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    """Assert that two tensors are equal with their types, or both None."""
+    assert (value is None) == (expected is None)
+    if expected is not None:
+        assert torch.equal(value, expected)
+        assert value.dtype == expected.dtype
 
 
 def edit(**changes):
-    """Write the record again with these fields; ... removes one."""
+    """Return a function that rewrites a record with these fields; ... removes one."""
 
     def change(path):
         record = json.loads(path.read_text()) | changes
-        path.write_text(
-            json.dumps({key: value for key, value in record.items() if value is not ...})
-        )
+        record = {key: value for key, value in record.items() if value is not ...}
+        path.write_text(json.dumps(record))
 
     return change
 
