@@ -101,27 +101,29 @@ def garments(tmp_path_factory) -> Path:
 # --------------------------------------------------------------------------------------------------
 
 LEFT_OUT = pytest.StashKey[int]()
-GPU = "OSS_EXP_GPU_TESTS"  # in the environment: a trainer in the place of trainer=gpu, such as cpu
+# The environment variable that names a trainer in place of trainer=gpu, such as cpu.
+GPU = "OSS_EXP_GPU_TESTS"
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out the tests of a GPU where there is none, and say so: they are no skips, which would hide others."""
+    """Deselect the tests of a GPU on machines without one; skips would hide others."""
     if not any(item.get_closest_marker("gpu") for item in items) or os.environ.get(GPU):
         return
     import torch
 
-    if not torch.cuda.is_available():
-        left_out = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[LEFT_OUT] = len(left_out)
-        if hasattr(config, "workeroutput"):  # of pytest-xdist
-            config.workeroutput["left_out"] = len(left_out)
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
+    if hasattr(config, "workeroutput"):  # in a process of pytest-xdist
+        config.workeroutput["left_out"] = len(left_out)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """Take over what a process of pytest-xdist left out."""
+    """Take over the count of a process of pytest-xdist."""
     count = getattr(node, "workeroutput", {}).get("left_out", 0)
     node.config.stash[LEFT_OUT] = max(count, node.config.stash.get(LEFT_OUT, 0))
 
@@ -141,7 +143,9 @@ SKIPS = {
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """List every skipped test with its reason."""
+    """Count the tests left out, and list every skipped test with its reason."""
+    if count := terminalreporter.config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"left out {count} tests: they need a GPU, or {GPU}=cpu")
     for test in _skipped(terminalreporter):
         reasons = [reason for place, reason in SKIPS.items() if test.startswith(place)]
         reason = reasons[0] if reasons else "not on the list of skips"

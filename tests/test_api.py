@@ -360,13 +360,18 @@ def test_batches_and_given_noises_change_nothing(digits, comparison):
 def test_standard_strategies_that_do_not_fit_the_teacher_are_left_out(noise):
     """DDIM's second time of eight lies above the first of a teacher that begins at sigma 14.6."""
     teacher = oss_exp.EDMSchedule(sigma_max=14.6)
-    asked = {"num_steps": 8, "held_out": noise, "teacher": teacher, "num_teacher_steps": 16}
-    labels = {row["strategy"] for row in oss_exp.compare(lambda x, t: x, noise, **asked).rows}
+    options = {"num_steps": 8, "held_out": noise, "teacher": teacher, "num_teacher_steps": 16}
+    labels = {row["strategy"] for row in oss_exp.compare(lambda x, t: x, noise, **options).rows}
     assert "oss_best" in labels
     assert "ddim" not in labels
+
+
+def test_a_chosen_strategy_that_does_not_fit_the_teacher_is_refused(noise):
+    teacher = oss_exp.EDMSchedule(sigma_max=14.6)
+    options = {"num_steps": 8, "held_out": noise, "teacher": teacher, "num_teacher_steps": 16}
     mine = {"mine": oss_exp.ClosedForm(oss_exp.DDIMSchedule())}
     with pytest.raises(ValueError, match="above the teacher's first"):
-        oss_exp.compare(lambda x, t: x, noise, strategies=mine, **asked)
+        oss_exp.compare(lambda x, t: x, noise, strategies=mine, **options)
 
 
 def test_a_function_is_compared_on_its_own_values(noise):

@@ -188,16 +188,12 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
         table = dict(parents[-1]) if carry and parents else {}
         fresh = dict(states) if carry else {}
         costs = costs if carry else {}
-        for i in sorted(i for i in states if i < end):
-            v = velocity(states[i][None], grid[i][None])[0]
-            for j in range(i + 1, end + 1):
-                x = states[i] + (grid[j] - grid[i]) * v
-                student, target = (distance.features(y[None], None, None) for y in (x, teacher[j]))
-                c = float(distance.between(student, target))
-                if j not in costs or c < costs[j]:
-                    costs[j] = c
-                    table[j] = i
-                    fresh[j] = x
+        for i, j, x in literal_steps(velocity, states, grid):
+            c = literal_cost(distance, x, teacher[j])
+            if j not in costs or c < costs[j]:
+                costs[j] = c
+                table[j] = i
+                fresh[j] = x
         parents.append(table)
         states = fresh
 
@@ -208,6 +204,21 @@ def literal_search(velocity, z, grid, k, start, mean, distance, carry):
         node = table.get(node, 0)
         path.append(node)
     return path[::-1]
+
+
+def literal_steps(velocity, states, grid):
+    """Yield (i, j, x): every Euler step from a state at node i to a later node j."""
+    end = len(grid) - 1
+    for i in sorted(i for i in states if i < end):
+        v = velocity(states[i][None], grid[i][None])[0]
+        for j in range(i + 1, end + 1):
+            yield i, j, states[i] + (grid[j] - grid[i]) * v
+
+
+def literal_cost(distance, x, target) -> float:
+    """Return the distance of one state to its target."""
+    student, teacher = (distance.features(y[None], None, None) for y in (x, target))
+    return float(distance.between(student, teacher))
 
 
 @pytest.mark.parametrize("start", ["free", "pinned", "analytic"])
