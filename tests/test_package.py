@@ -1,4 +1,4 @@
-"""A wheel works from an empty folder of an empty environment: configuration and assets are inside."""
+"""A wheel works from an empty folder of an empty environment: it has configuration and assets."""
 
 import os
 import subprocess
