@@ -24,6 +24,7 @@ def schedule(problem: Problem, path: SolverPath | FittedPath, start: str) -> Ste
     nodes = torch.nn.functional.pad(path.nodes.T, (0, 1), value=problem.num_nodes)
     shared = len(nodes) == 1
     steps = SolverSteps()
+
     if isinstance(path, FittedPath):
         steps = FittedSteps(path.weights, problem.teacher.mean)
     elif isinstance(problem.solver, LinearMultistep):
@@ -49,6 +50,7 @@ def table_paths(stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
     position = torch.arange(len(last.targets))[:, None]
     nodes = [last.targets]
     orders = []
+
     for step in reversed(stages):
         width = max(step.parent.shape[1], position.shape[1])
         position = position.expand(-1, width)

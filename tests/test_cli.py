@@ -85,6 +85,7 @@ def refused(tmp_path, capsys):
         assert error.count("oss-exp:") <= 1, error
         assert "--multirun" in arguments or "Error executing job" not in error, error
         files = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
+
         assert not any(is_result(path) for path in files)
         message = error.partition("oss-exp: ")[2]  # what precedes it repeats the command line
         return message or error

@@ -234,6 +234,7 @@ def test_a_run_of_such_a_schedule_shows_its_name_everywhere(tmp_path, capsys):
         "logger=none",
         f"hydra.run.dir={folder}",
     )
+
     assert f"│ {name} " in capsys.readouterr().out
     assert "| v1.5\\|\\[bold\\] | 2 |" in (folder / "table.md").read_text()
     assert f"<td>{name}</td>" in (folder / "report.html").read_text()

@@ -129,6 +129,7 @@ def composed(file: Path) -> DictConfig:
     """Return the configuration that an option of a group gives."""
     group = file.parent.name
     name = file.stem
+
     with initialize_config_dir(str(CONF), version_base="1.3"):
         # A pipeline chooses options of other groups, which must be there.
         if group == "model":
@@ -168,6 +169,7 @@ def same(one, other) -> bool:
             return False
         names = [field.name for field in fields(one)]
         return all(same(getattr(one, name), getattr(other, name)) for name in names)
+
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return False

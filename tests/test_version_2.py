@@ -164,6 +164,7 @@ def test_an_older_run_continues_by_its_own_command(name, tmp_path):
     run_cli(*yaml.safe_load((old / "overrides.yaml").read_text()), f"hydra.run.dir={folder}")
     for file in (old / "schedules").iterdir():
         assert (folder / "schedules" / file.name).read_bytes() == file.read_bytes()
+
     if name == "run_compare":
         before = json.loads((old / "metrics.json").read_text())["rows"]
         after = json.loads((folder / "metrics.json").read_text())["rows"]

@@ -33,6 +33,7 @@ def choices(solver) -> dict[str, list]:
     hints = get_type_hints(type(solver))
     literals = {name: hint for name, hint in hints.items() if get_origin(hint) is Literal}
     values = {name: list(get_args(hint)) for name, hint in literals.items()}
+
     if "order" in {field.name for field in fields(solver)}:
         values["order"] = []
         for order in range(1, 10):

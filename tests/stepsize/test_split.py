@@ -60,6 +60,7 @@ def test_ranks_split_as_one_process_does():
     whole = split_samples(problem_of(groups, 5))[1]
     keys = groups * 23 + samples
     order = torch.cat([samples[0::2], samples[1::2]])
+
     for rank in range(2):
         rows = samples[rank::2]
         collective = Gathered([samples[order], keys[order]])

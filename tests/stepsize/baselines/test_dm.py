@@ -124,6 +124,7 @@ def test_optimum_with_three_separate_steps(oracle, size):
         if size <= 6:  # beyond, the released runs end at different nodes
             torch.testing.assert_close(nodes, doubles(*case["opt_lambdas"]), rtol=0, atol=1e-3)
         value = float(objective(nodes, VP, case["p"], 3))
+
         assert value <= best_of(oracle, case) * (1 + 1e-9)
         assert value == pytest.approx(optimal_values.setdefault(case["p"], value), rel=1e-5)
 

@@ -252,6 +252,7 @@ def test_analytic_start_is_the_analytical_first_step(gmm):
         jump = x + (sigma_next - sigma) * x / math.sqrt(1 + sigma**2)
         plan = StepSchedule(torch.tensor([0.6, 0.0]), Analytic(torch.zeros(1, 64), t_n))
         difference = plan.initial_state(noise * t_n) - (1 - t) * jump
+
         assert (difference.abs() <= bound * noise.abs()).all()
 
 

@@ -23,6 +23,7 @@ def released_sampler(velocity, x, steps, earlier):
     """Return the samples at s = 1; each step from s = 0, noise, mixes all slopes dx/ds so far."""
     s = 0.0
     slopes = []
+
     for step, weights in zip(steps, earlier, strict=True):
         slopes.append(-velocity(x, torch.full((len(x),), 1 - s, dtype=torch.float64)))
         mixed = (1 - sum(weights)) * slopes[-1]

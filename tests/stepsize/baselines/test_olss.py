@@ -84,6 +84,7 @@ def run_by_hand(problem, nodes, coefficients):
     """Return x = w_z z + sum_j w_j v_j, with the student's own velocities."""
     x = problem.noise
     velocities = []
+
     for step, t in enumerate(problem.grid[nodes[:-1]]):
         velocities.append(problem.velocity(x, t.expand(len(x))))
         over_noise, *over_velocities = coefficients[step]

@@ -251,6 +251,7 @@ class ByHand(XtMSE):
 def test_inner_products_choose_the_nodes_and_orders_that_candidates_do(make, solver, start):
     problem = make(solver)
     by_hand = replace(problem, distance=ByHand())
+
     for objective in OBJECTIVES:
         fast = search(problem, [2, 4], start, objective)
         slow = search(by_hand, [2, 4], start, objective)
@@ -270,6 +271,7 @@ def test_a_node_that_cannot_be_reached_is_no_parent(make, start):
     node_lists = ([1, 2, 3], [1, 2, 3], [2, 3, 4], [5, 6])
     overlapping = [torch.tensor(nodes)[:, None] for nodes in node_lists]
     problem = make(AdamsBashforth(2))
+
     for objective in OBJECTIVES:
         fast = recurse(problem, overlapping, [4], start, objective)
         slow = recurse(replace(problem, distance=ByHand()), overlapping, [4], start, objective)
@@ -355,6 +357,7 @@ def test_a_band_as_wide_as_the_grid_is_the_full_search(make, name, start):
 def test_refine_never_loses(make, solver, start):
     small = make(solver, 10, 16, 1.0)
     long = make(solver, 24, 5)
+
     for problem, k, objective in (
         (small, 4, Shared("mean")),
         (small, 4, Shared("log_mean")),

@@ -46,6 +46,7 @@ def test_samples_that_do_not_count_change_nothing(problem, objective):
     rows = torch.arange(16) % 3 > 0
     search = OSSShared("analytic", BAND, True, objective)
     alone = problem.subset(rows.nonzero()[:, 0])
+
     for k, path in search.paths(problem, [3, 5], Shared(objective, rows)).items():
         expected = search.paths(alone, [3, 5], Shared(objective))[k]
         assert torch.equal(path.nodes, expected.nodes)

@@ -113,6 +113,7 @@ def test_refine_never_loses(make, name):
 def test_no_split_of_the_work_changes_a_schedule(make, name):
     problem = make(name, AdamsBashforth(2))
     part = replace(problem, velocity=replace(problem.velocity, micro_batch=5))
+
     for strategy in (
         OSS("free", Band(4, 2, 1), True, 16),
         OSSAve("analytic", None, False, "median", 16),

@@ -126,6 +126,7 @@ def test_a_strong_pull_gives_the_weights_of_the_solver(kind, order, request):
     history = 2
     path = fit_along(problem, [1, 4, 6, 10, 13], "analytic", Shared("mean"), Fit(history, 1e12))
     times = problem.grid[[*path.nodes[:, 0].tolist(), N]]
+
     for step, row in enumerate(path.weights):
         highest = min(order, history, step + 1)
         a, b = solver.coefficients(list(times[: step + 1].flip(0)[:highest]), times[step + 1])
@@ -149,6 +150,7 @@ def test_a_fitted_edge_is_never_worse_than_the_ordinary_ones_from_the_same_state
     path = fit_along(problem, nodes, start, Shared("mean"), fit)
     states = fitted_states(problem, path, start)
     past = []
+
     for node, state, cost in zip([*nodes[1:], N], states, path.costs, strict=False):
         data = state.x - state.t[:, None] * problem.velocity(state.x, state.t)
         past.insert(0, (data, state.t))

@@ -53,6 +53,7 @@ def test_the_best_schedule_that_visits_a_node(problem, node, num_steps):
         error(problem, sorted([0, node, *inner]))
         for inner in itertools.combinations(others, num_steps - 2)
     )
+
     for refine in (False, True):
         strategy = OSSShared("pinned", None, refine, "mean", must_visit=times(node))
         steps = strategy.plan(problem, [num_steps])[num_steps]
@@ -70,6 +71,7 @@ def test_the_best_schedule_that_begins_with_given_nodes(problem, head):
         k = len(head) + count
         strategy = OSSShared("pinned", None, False, "mean", first_sigmas=times(*head))
         steps = strategy.plan(problem, [k])[k]
+
         assert indices(steps)[: len(head)] == [*head]
         assert error(problem, indices(steps)) == pytest.approx(best, rel=1e-10)
 
@@ -83,6 +85,7 @@ def test_every_search_visits_the_required_nodes(fine, make, band, start):
     visited = [float(fine.grid[i]) for i in (13, 14)]
     refine = make is not OSSFit  # for time
     strategy = make(start, band, refine, must_visit=visited, first_sigmas=head)
+
     for k, steps in strategy.plan(fine, [5, 6]).items():
         rows = steps.times if steps.times.ndim == 2 else steps.times[None]
         for row in rows:
