@@ -1,6 +1,6 @@
-"""Shared truth: the digits mixture of the oracles in float64, where every number is exact to rounding.
+"""Fixtures of all tests: the digits mixture in float64, the oracles, and folders of images.
 
-What takes seconds to import is imported by the fixtures: pytest-xdist's own process reads this file too.
+Fixtures import slow modules themselves: pytest-xdist's main process reads this file too.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests run side by side, and start processes of their own
+# Tests run side by side, and start processes of their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import signal
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-if not os.access(Path.home(), os.W_OK):  # a home that cannot be written: caches are elsewhere
+# Caches move elsewhere if the home folder cannot be written.
+if not os.access(Path.home(), os.W_OK):
     for name in ("OSS_EXP_CACHE", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         os.environ.setdefault(name, tempfile.gettempdir())
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 ORACLES = Path(__file__).parent / "oracles"
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell starts what runs in its background
+# A shell makes its background processes ignore interrupts; some tests send them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def gmm() -> dict[str, torch.Tensor]:
+    """The tensors of the digits mixture: weights, means, covariances, noises z and states."""
     from safetensors.torch import load_file
 
     return load_file(ORACLES / "digits_gmm.safetensors")
@@ -46,7 +46,7 @@ def gmm() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def mixture(gmm) -> GaussianMixture:
-    """Float64, 10 components on 64 pixels."""
+    """The digits mixture in float64: 10 components on 64 pixels, exact to rounding."""
     from oss_exp.models.families.mixture import GaussianMixture
 
     return GaussianMixture.from_covariances(gmm["weights"], gmm["means"], gmm["covariances"], (64,))
@@ -54,16 +54,19 @@ def mixture(gmm) -> GaussianMixture:
 
 @pytest.fixture(scope="session")
 def velocity(mixture):
+    """The exact velocity of the digits mixture, over all classes."""
     return mixture.velocity(None)
 
 
 @pytest.fixture(scope="session")
 def oss_oracle() -> dict:
+    """The released search's schedules and costs."""
     return json.loads((ORACLES / "oss_search.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def oss_arrays() -> dict[str, torch.Tensor]:
+    """The released search's grids, states and amplitudes."""
     from safetensors.torch import load_file
 
     return load_file(ORACLES / "oss_search.safetensors")
@@ -71,7 +74,7 @@ def oss_arrays() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory) -> Path:
-    """A folder as Fashion-MNIST's, of two garments: a square as a bag (8), a tall bar as trousers (1)."""
+    """A folder in Fashion-MNIST's format: a square as bag (8) and a tall bar as trousers (1)."""
     import numpy as np
     from helpers import write_fashion
 
@@ -85,7 +88,7 @@ def fashion(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def garments(tmp_path_factory) -> Path:
-    """A folder as Fashion-MNIST's of 300 real test images, 30 of each class: the test split, and again as training."""
+    """A folder of Fashion-MNIST with 300 test images, 30 of each class, as both splits."""
     folder = tmp_path_factory.mktemp("garments")
     for file in (ORACLES / "fashion").glob("*.gz"):
         shutil.copy(file, folder)
@@ -93,40 +96,46 @@ def garments(tmp_path_factory) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------------
-# A skipped test is a hole: continuous integration fails on one that has no reason here
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Skips: continuous integration fails on a skipped test without a reason here
+# --------------------------------------------------------------------------------------------------
 
 LEFT_OUT = pytest.StashKey[int]()
-GPU = "OSS_EXP_GPU_TESTS"  # in the environment: a trainer in the place of trainer=gpu, such as cpu
+# The environment variable that names a trainer in place of trainer=gpu, such as cpu.
+GPU = "OSS_EXP_GPU_TESTS"
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out the tests of a GPU where there is none, and say so: they are no skips, which would hide others."""
+    """Deselect the tests of a GPU on machines without one; skips would hide others."""
     if not any(item.get_closest_marker("gpu") for item in items) or os.environ.get(GPU):
         return
     import torch
 
-    if not torch.cuda.is_available():
-        left_out = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[LEFT_OUT] = len(left_out)
-        if hasattr(config, "workeroutput"):  # of pytest-xdist
-            config.workeroutput["left_out"] = len(left_out)
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
+    if hasattr(config, "workeroutput"):  # in a process of pytest-xdist
+        config.workeroutput["left_out"] = len(left_out)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """Take over what a process of pytest-xdist left out."""
+    """Take over the count of a process of pytest-xdist."""
     count = getattr(node, "workeroutput", {}).get("left_out", 0)
     node.config.stash[LEFT_OUT] = max(count, node.config.stash.get(LEFT_OUT, 0))
 
 
 SKIPS = {
     "tests/data/test_cifar10.py": "needs the CIFAR-10 archive, which no package ships",
-    "tests/evaluation/test_inception.py": "needs the public Inception-V3 weights, which no package ships",
-    "tests/models/families/test_psdenoiser.py": "needs 21cmpsdenoiser without the simulators that it depends on",
+    "tests/evaluation/test_inception.py": (
+        "needs the public Inception-V3 weights, which no package ships"
+    ),
+    "tests/models/families/test_psdenoiser.py": (
+        "needs 21cmpsdenoiser without the simulators that it depends on"
+    ),
     "tests/models/pipelines/test_pretrained.py::test_quantised_weights": "needs torchao",
     "tests/test_full_disk.py": "needs the right to mount a file system",
     "tests/test_cli.py::test_a_gpu_that_is_not_there": "needs a machine without a GPU",
@@ -134,17 +143,17 @@ SKIPS = {
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    """Count the tests left out, and list every skipped test with its reason."""
     if count := terminalreporter.config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(f"left out {count} tests: they need a GPU, or {GPU}=cpu")
     for test in _skipped(terminalreporter):
-        reason = next(
-            (reason for place, reason in SKIPS.items() if test.startswith(place)),
-            "not on the list of skips",
-        )
+        reasons = [reason for place, reason in SKIPS.items() if test.startswith(place)]
+        reason = reasons[0] if reasons else "not on the list of skips"
         terminalreporter.write_line(f"skipped {test}: {reason}")
 
 
 def pytest_sessionfinish(session) -> None:
+    """Fail a run of continuous integration that skips a test without a reason."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if "CI" not in os.environ or reporter is None:
         return
@@ -153,5 +162,5 @@ def pytest_sessionfinish(session) -> None:
 
 
 def _skipped(reporter) -> list[str]:
-    """The tests that were skipped, sorted, each once."""
+    """Return the names of the skipped tests, sorted."""
     return sorted({report.nodeid for report in reporter.stats.get("skipped", [])})

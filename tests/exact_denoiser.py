@@ -1,4 +1,4 @@
-"""A denoiser of spectra whose network is exact: given a noisy spectrum, the clean one is Gaussian around half of it."""
+"""An exact denoiser of spectra: the clean spectrum is Gaussian around half of the noisy one."""
 
 import math
 
@@ -13,18 +13,18 @@ EVENT = (1, 4, 3)
 
 
 def alpha_sigma(tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the variance-preserving path from beta 0.1 to 20, written as Song et al. 2021 do."""
+    """Return alpha and sigma of the VP path from beta 0.1 to 20 (Song et al. 2021)."""
     alpha = torch.exp(-0.25 * tau**2 * (20 - 0.1) - 0.5 * tau * 0.1)
     return alpha, torch.sqrt(1 - alpha**2)
 
 
 def mean(noisy: Tensor) -> Tensor:
-    """Of the clean data, in the network's units, as noisy is."""
+    """Return the mean of the clean data, in the network's units."""
     return noisy / 2
 
 
 class ExactNoise(nn.Module):
-    """E[eps | x] at x = alpha x0 + sigma eps, x0 ~ N(mean(noisy), SPREAD^2), told 999 tau."""
+    """E[eps | x], x = alpha x0 + sigma eps, x0 ~ N(mean(noisy), SPREAD^2), at clock 999 tau."""
 
     def forward(self, x: Tensor, clock: Tensor, noisy: Tensor) -> Tensor:
         alpha, sigma = (part[:, None, None, None] for part in alpha_sigma(clock / 999))
@@ -32,7 +32,7 @@ class ExactNoise(nn.Module):
 
 
 def build(beta_min, beta_max, time_min, time_scale, micro_batch, checkpoint) -> PSDenoiser:
-    """In place of `PSDenoiser.from_package`."""
+    """Return the exact denoiser, in place of `PSDenoiser.from_package`."""
     assert checkpoint is None
     return PSDenoiser(
         ExactNoise(),
@@ -49,12 +49,12 @@ def build(beta_min, beta_max, time_min, time_scale, micro_batch, checkpoint) -> 
 
 
 def default() -> PSDenoiser:
+    """Return the exact denoiser with the package's settings."""
     return build(0.1, 20.0, 1e-3, 999.0, 64, None)
 
 
 def spectra(count: int, seed: int = 0) -> Tensor:
-    """(count, 4, 3) positive float64 powers over some decades, no two alike."""
+    """Return different positive powers over some decades, (count, 4, 3) float64."""
     generator = torch.Generator().manual_seed(seed)
-    return 10 ** (
-        math.log10(50) + torch.randn(count, *EVENT[1:], dtype=torch.float64, generator=generator)
-    )
+    exponents = torch.randn(count, *EVENT[1:], dtype=torch.float64, generator=generator)
+    return 10 ** (math.log10(50) + exponents)

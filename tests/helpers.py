@@ -1,4 +1,4 @@
-"""What many tests need: the command line inside their own process, and files to give it."""
+"""Helpers of many tests: runs of the command line, results, and files to give it."""
 
 import gzip
 import logging
@@ -32,11 +32,12 @@ ORACLES = Path(__file__).parent / "oracles"
 
 
 def run_cli(*arguments: str) -> None:
-    """`oss-exp ARGUMENTS`, W&B offline; SystemExit where the command ends with an error.
+    """Run `oss-exp ARGUMENTS` in this process, W&B offline, which saves seconds of start-up.
 
-    It saves the seconds that a process of its own needs to start.
+    Raises:
+        SystemExit: The command ends with an error.
     """
-    handlers = logging.root.handlers[:]
+    handlers = logging.root.handlers[:]  # Hydra's write to a stream that pytest closes
     GlobalHydra.instance().clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -45,23 +46,27 @@ def run_cli(*arguments: str) -> None:
             main()
     finally:
         GlobalHydra.instance().clear()
-        logging.root.handlers = handlers  # Hydra's write to a stream that pytest closes
+        logging.root.handlers = handlers
 
 
 FORKS = multiprocessing.get_context("forkserver")
-"""Processes that start with everything imported: a fraction of a second instead of five seconds."""
+"""Processes that start with everything imported, in a fraction of a second instead of five."""
 FORKS.set_forkserver_preload(
     ["oss_exp.cli", "oss_exp.tasks.run", "oss_exp.tasks.finetune", "diffusers", "helpers"]
 )
 
 
 def run_process(*arguments: str, folder: Path, **environment: str) -> str:
-    """`oss-exp ARGUMENTS` in a process and a folder of its own; returns what it printed. AssertionError if it fails."""
+    """Run `oss-exp ARGUMENTS` in its own process and folder, and return its output.
+
+    Raises:
+        AssertionError: The command fails.
+    """
     return _finish(start_process(arguments, folder, environment))
 
 
 def run_two_ranks(*arguments: str, folder: Path) -> None:
-    """`oss-exp ARGUMENTS` in two processes that work together on the CPU, as a launcher of clusters starts them."""
+    """Run `oss-exp ARGUMENTS` as two ranks on the CPU, started as a cluster's launcher does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {
@@ -69,24 +74,25 @@ def run_two_ranks(*arguments: str, folder: Path) -> None:
             "MASTER_PORT": str(probe.getsockname()[1]),
             "NODE_RANK": "0",
         }
-    together = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    ranks = [
-        start_process([*arguments, *together], folder, {**shared, "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _finish(rank)
+    distributed = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+    processes = []
+    for rank in range(2):
+        environment = {**shared, "LOCAL_RANK": str(rank)}
+        processes.append(start_process([*arguments, *distributed], folder, environment))
+    for process in processes:
+        _finish(process)
 
 
 def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
-    """`work(rank, *arguments)` in `world` processes side by side; raises what one of them raised."""
+    """Run `work(rank, *arguments)` in `world` processes; raises the error of any of them."""
     start_processes(work, arguments, nprocs=world, start_method="forkserver")
 
 
 def start_process(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> tuple[BaseProcess, Path]:
-    """Start `oss-exp ARGUMENTS` in a folder; returns the process, and the file with what it prints."""
+    """Start `oss-exp ARGUMENTS` in a folder, and return the process and the file of its output."""
     printed = Path(tempfile.mkdtemp()) / "printed.txt"
     process = FORKS.Process(target=_run, args=(arguments, folder, environment, printed))
     process.start()
@@ -96,18 +102,18 @@ def start_process(
 def _run(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str], printed: Path
 ) -> None:
+    """Run the command line in a forked process that prints to a file."""
     file = os.open(printed, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.chdir(folder)
     os.environ.update(environment)
-    rank_zero_only.rank = int(
-        environment.get("LOCAL_RANK", 0)
-    )  # Lightning reads it where it is first imported
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it at import
     run_cli(*arguments)
 
 
 def _finish(started: tuple[BaseProcess, Path]) -> str:
+    """Wait for a process and return its output; AssertionError if it fails."""
     process, printed = started
     process.join()
     assert process.exitcode == 0, printed.read_text()
@@ -115,7 +121,7 @@ def _finish(started: tuple[BaseProcess, Path]) -> str:
 
 
 def mostly_slow(values: Iterable, *quick: Any) -> list:
-    """Parameters of a test, all of which are slow but these few."""
+    """Return parameters of a test, of which all but the quick ones are marked slow."""
 
     def slow(value: Any) -> Any:
         return pytest.param(*value if isinstance(value, tuple) else [value], marks=pytest.mark.slow)
@@ -131,7 +137,12 @@ def result(
     arena: str = "a",
     **extra,
 ):
-    """A measured schedule; values {sample: PSNR}, extra: other fields of `Result`."""
+    """Return a measured schedule.
+
+    Args:
+        values: {sample: PSNR}.
+        extra: Other fields of `Result`.
+    """
     interval = Interval.of(np.array(list(values.values())))
     fields = {
         "run": "",
@@ -160,7 +171,13 @@ def write_fashion(
     split: str = "train",
     zipped: bool = False,
 ) -> None:
-    """The two files of a split (train, t10k) of Fashion-MNIST: pixels (n, 28, 28) uint8, labels (n,)."""
+    """Write a split of Fashion-MNIST.
+
+    Args:
+        pixels: Images (n, 28, 28), uint8.
+        labels: Classes (n,).
+        split: `train` or `t10k`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     images = struct.pack(">4i", 2051, len(pixels), 28, 28) + np.asarray(pixels, np.uint8).tobytes()
     classes = struct.pack(">2i", 2049, len(labels)) + np.asarray(labels, np.uint8).tobytes()
@@ -170,7 +187,7 @@ def write_fashion(
 
 
 def random_weights(file: Path, *settings: str) -> str:
-    """Save weights of the model of these settings, filled at random; returns the setting that takes them."""
+    """Save random weights for the model of these settings; return the setting that loads them."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         model = instantiate(compose("config", [*settings, "model.checkpoint=untrained"]).model)
     randomise(model.backbone, torch.Generator().manual_seed(0))

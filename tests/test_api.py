@@ -1,4 +1,4 @@
-"""The verbs of the front door give what their parts give, to the bit, and refuse what makes no sense."""
+"""The public verbs give what their parts give, to the bit, and refuse wrong arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = {"num_teacher_steps": 20}
 
 
 def velocity(x, t):
-    """Exact for data on three points."""
+    """Return the exact velocity of data on three points."""
     t = t.to(x)[:, None]
     gap = x[:, None] - (1 - t[..., None]) * POINTS
     x0 = (-gap.square().sum(-1) / (2 * t**2)).softmax(-1) @ POINTS
@@ -51,20 +51,21 @@ def noise() -> torch.Tensor:
 
 
 def drawn(first: int, count: int, model: GaussianMixture) -> torch.Tensor:
+    """Return noises of the command line's seed."""
     dataset = NoiseDataset(0, first, count, model.event_shape, None)
     return torch.stack([dataset[i]["noise"] for i in range(count)])
 
 
 def assert_same(a: oss_exp.StepSchedule, b: oss_exp.StepSchedule) -> None:
-    """But for the provenance."""
+    """Assert that two schedules are equal, apart from their provenance."""
     assert torch.equal(a.times, b.times)
     assert a.start_time == b.start_time
     assert a.samples == b.samples
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The door
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The import
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_second():
@@ -73,25 +74,27 @@ def test_the_package_is_imported_without_torch_in_less_than_three_tenths_of_a_se
         "import sys, time; start = time.perf_counter(); import oss_exp; "
         "print(time.perf_counter() - start, 'torch' in sys.modules)"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout
-        for _ in range(3)
-    ]
-    assert min(float(run.split()[0]) for run in runs) < 0.3
-    assert all(run.split()[1] == "False" for run in runs)
+    seconds = []
+    for _ in range(3):
+        process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+        time, has_torch = process.stdout.split()
+        seconds.append(float(time))
+        assert has_torch == "False"
+
+    assert min(seconds) < 0.3
 
 
 @pytest.mark.slow
 def test_the_verbs_need_no_hydra():
     heavy = {"hydra", "omegaconf", "lightning", "wandb"}
     command = f"import sys, oss_exp; oss_exp.compare; print({heavy} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
+    process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert process.stdout.strip() == "set()", process.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # search
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,24 +104,25 @@ def test_a_search_is_the_plan_of_its_strategy(noise, strategy):
     grid = oss_exp.FlowSchedule().nodes(20)
     problem = oss_exp.Problem(velocity, noise, grid, oss_exp.DPMSolverPP(), oss_exp.XtMSE())
     plans = strategy.plan(problem, [3, 5])
-    found = oss_exp.search(velocity, noise, [5, 3], strategy=strategy, **SHORT)
-    assert list(found) == [3, 5]
-    for k, steps in found.items():
-        assert_same(steps, plans[k])
-        assert_same(
-            oss_exp.search(velocity, noise, k, strategy=strategy, **SHORT),
-            strategy.plan(problem, [k])[k],
-        )
+
+    result = oss_exp.search(velocity, noise, [5, 3], strategy=strategy, **SHORT)
+
+    assert list(result) == [3, 5]
+    for k in (3, 5):
+        assert_same(result[k], plans[k])
+        alone = oss_exp.search(velocity, noise, k, strategy=strategy, **SHORT)
+        assert_same(alone, strategy.plan(problem, [k])[k])
 
 
 def test_drawn_noises_are_those_of_the_command_line(digits):
-    own = oss_exp.search(digits, drawn(0, 6, digits), 3, **SHORT)
-    assert_same(oss_exp.search(digits, 6, 3, **SHORT), own)
-    assert not torch.equal(oss_exp.search(digits, 6, 3, seed=1, **SHORT).times, own.times)
+    expected = oss_exp.search(digits, drawn(0, 6, digits), 3, **SHORT)
+    assert_same(oss_exp.search(digits, 6, 3, **SHORT), expected)
+    assert not torch.equal(oss_exp.search(digits, 6, 3, seed=1, **SHORT).times, expected.times)
 
 
 def test_a_model_its_bound_velocity_and_a_function_have_one_schedule(digits):
-    noise, bound = drawn(0, 6, digits), digits.velocity(None)
+    noise = drawn(0, 6, digits)
+    bound = digits.velocity(None)
     assert isinstance(bound, BoundVelocity)
     first = oss_exp.search(digits, noise, 3, **SHORT)
     for other in (bound, lambda x, t: bound(x, t)):
@@ -128,17 +132,21 @@ def test_a_model_its_bound_velocity_and_a_function_have_one_schedule(digits):
 def test_a_teacher_that_begins_below_one_scales_the_noises(digits):
     teacher = oss_exp.EDMSchedule()
     grid = teacher.nodes(20)
-    noise, rows = drawn(0, 6, digits), digits.velocity(None)
+    noise = drawn(0, 6, digits)
+    rows = digits.velocity(None)
     problem = oss_exp.Problem(rows, noise * grid[0].float(), grid, oss_exp.Euler(), oss_exp.XtMSE())
     plan = oss_exp.OSSBest().plan(problem, [3])[3]
+
     steps = oss_exp.search(digits, noise, 3, teacher=teacher, solver=oss_exp.Euler(), **SHORT)
     assert_same(steps, plan)
+
     expected = solvers.sample(oss_exp.Euler(), rows, noise * float(grid[0]), plan)
     assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
 
 
 def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
-    noise, condition = drawn(0, 6, guided), torch.tensor([3, 1])
+    noise = drawn(0, 6, guided)
+    condition = torch.tensor([3, 1])
     rows = condition[torch.arange(6) % 2]
     bound = guided.velocity(rows)
     grid = oss_exp.FlowSchedule().nodes(20)
@@ -152,11 +160,13 @@ def test_conditions_are_taken_in_turn_and_have_means_of_their_own(guided):
         num_groups=guided.num_classes,
     )
     plan = oss_exp.OSSBest().plan(problem, [3])[3]
+
     steps = oss_exp.search(guided, noise, 3, condition=condition, **SHORT)
     assert_same(steps, plan)
+    assert steps.about("model")["classes"] == [1, 3]
+
     expected = solvers.sample(oss_exp.DPMSolverPP(), bound, noise, plan, rows)
     assert torch.equal(oss_exp.sample(guided, noise, steps, condition=condition), expected)
-    assert steps.about("model")["classes"] == [1, 3]
 
 
 def test_a_guided_model_gets_all_classes_in_turn(guided):
@@ -166,7 +176,7 @@ def test_a_guided_model_gets_all_classes_in_turn(guided):
     )
 
 
-def test_progress_is_drawn_where_it_is_asked_for(noise, capfd):
+def test_progress_is_drawn_if_asked_for(noise, capfd):
     oss_exp.search(velocity, noise, 3, **SHORT)
     assert capfd.readouterr() == ("", "")  # stderr is no terminal here
     oss_exp.search(velocity, noise, 3, progress=True, **SHORT)
@@ -175,9 +185,9 @@ def test_progress_is_drawn_where_it_is_asked_for(noise, capfd):
     assert "network calls a sample" in err
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sample
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [oss_exp.Euler(), oss_exp.DPMSolverPP(order=3), oss_exp.Heun()])
@@ -199,12 +209,13 @@ def test_a_schedule_of_the_command_line_is_sampled(digits, tmp_path):
         "logger=none",
         "model=mixture_digits",
     ]
-    run_cli(
-        *small, "task=search", "solver=unipc", "stepsize=[oss_shared]", f"hydra.run.dir={tmp_path}"
-    )
+    search = ["task=search", "solver=unipc", "stepsize=[oss_shared]"]
+    run_cli(*small, *search, f"hydra.run.dir={tmp_path}")
+
     steps = oss_exp.StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
     noise = drawn(HELD_OUT, 4, digits)
     expected = solvers.sample(solvers.solver_of(steps), digits.velocity(None), noise, steps)
+
     assert torch.equal(oss_exp.sample(digits, noise, steps), expected)
     assert torch.equal(oss_exp.sample(digits, 4, steps), expected)
 
@@ -221,6 +232,7 @@ def test_the_command_line_measures_a_searched_schedule(digits, tmp_path):
         f"task.schedule={file}",
         f"hydra.run.dir={tmp_path}/run",
     )
+
     (result,) = read_run(tmp_path / "run")
     assert (result.strategy, result.num_steps, result.psnr.n) == ("OSSBest", 3, 12)
 
@@ -231,9 +243,9 @@ def test_times_by_hand_are_eulers(noise):
     assert torch.equal(oss_exp.sample(velocity, noise, steps), expected)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # compare
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 STRATEGIES = {
@@ -246,12 +258,13 @@ STRATEGIES = {
 
 @pytest.fixture(scope="module")
 def comparison(digits):
+    """A comparison of four strategies by the library."""
     return oss_exp.compare(digits, 6, [2, 4], held_out=40, strategies=STRATEGIES, **SHORT)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The command line's comparison of the same."""
+    """The folder of the same comparison by the command line."""
     folder = tmp_path_factory.mktemp("compared")
     run_cli(
         "model=mixture_digits",
@@ -279,6 +292,7 @@ def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
         assert ours.gain == theirs.gain
         calls = "network_calls_per_sample"
         assert ours.result.planning.get(calls) == theirs.result.planning.get(calls)
+
     for label, plans in comparison.schedules.items():
         for k, steps in plans.items():
             assert_same(steps, oss_exp.StepSchedule.load(run / "schedules" / f"{label}_{k}.json"))
@@ -288,17 +302,10 @@ def test_a_comparison_is_the_command_lines_to_the_digit(comparison, run):
 def test_a_schedule_says_what_the_command_lines_does(comparison, run):
     ours = comparison.schedules["oss_shared"][4].provenance
     theirs = oss_exp.StepSchedule.load(run / "schedules" / "oss_shared_4.json").provenance
+
     assert ours.keys() == theirs.keys()
-    for section in (
-        "program",
-        "versions",
-        "teacher",
-        "solver",
-        "distance",
-        "seed",
-        "native",
-        "strategy",
-    ):
+    sections = "program versions teacher solver distance seed native strategy"
+    for section in sections.split():
         assert ours[section] == theirs[section], section
     assert ours["planning"].keys() == theirs["planning"].keys()
     assert {**ours["model"], "prompts": None} == theirs["model"]
@@ -306,35 +313,35 @@ def test_a_schedule_says_what_the_command_lines_does(comparison, run):
 
 @pytest.mark.slow
 def test_classes_are_compared_as_on_the_command_line(guided, tmp_path):
-    settings = [
+    run_cli(
+        "model=mixture_digits",
+        "model.guidance.scale=2.0",
+        "solver=dpm_solver_pp",
+        "stepsize=[fm,oss_shared]",
         "data.search_samples=6",
         "data.eval_samples=12",
         "num_teacher_steps=20",
         "num_steps=[3]",
         "logger=none",
-    ]
-    model = [
-        "model=mixture_digits",
-        "model.guidance.scale=2.0",
-        "solver=dpm_solver_pp",
-        "stepsize=[fm,oss_shared]",
-    ]
-    run_cli(*model, *settings, f"hydra.run.dir={tmp_path}")
-    strategies = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
-    found = oss_exp.compare(guided, 6, 3, held_out=12, strategies=strategies, **SHORT)
-    lines = with_gains(read_run(tmp_path))
-    assert [line.result.values for line in found.lines] == [line.result.values for line in lines]
-    assert (
-        [line.result.nfe for line in found.lines] == [line.result.nfe for line in lines] == [6, 6]
+        f"hydra.run.dir={tmp_path}",
     )
-    theirs = oss_exp.StepSchedule.load(tmp_path / "schedules" / "fm_3.json")
-    assert {**found.about["model"], "prompts": None} == theirs.about("model")
+    strategies = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
+    result = oss_exp.compare(guided, 6, 3, held_out=12, strategies=strategies, **SHORT)
+
+    lines = with_gains(read_run(tmp_path))
+    assert [line.result.nfe for line in lines] == [6, 6]
+    assert len(result.lines) == 2
+    for ours, theirs in zip(result.lines, lines, strict=True):
+        assert ours.result.values == theirs.result.values
+        assert ours.result.nfe == theirs.result.nfe
+    saved = oss_exp.StepSchedule.load(tmp_path / "schedules" / "fm_3.json")
+    assert {**result.about["model"], "prompts": None} == saved.about("model")
 
 
 def test_batches_and_given_noises_change_nothing(digits, comparison):
     held_out = drawn(HELD_OUT, 40, digits)
     few = {name: STRATEGIES[name] for name in ("fm", "oss_shared")}
-    found = oss_exp.compare(
+    result = oss_exp.compare(
         digits,
         drawn(0, 6, digits),
         [2, 4],
@@ -343,66 +350,66 @@ def test_batches_and_given_noises_change_nothing(digits, comparison):
         batch_size=7,
         **SHORT,
     )
-    for row in found.rows:
-        (same,) = [
-            r
-            for r in comparison.rows
-            if (r["strategy"], r["num_steps"]) == (row["strategy"], row["num_steps"])
-        ]
-        assert row["psnr"]["mean"] == pytest.approx(same["psnr"]["mean"], abs=1e-3)
+
+    expected = {(row["strategy"], row["num_steps"]): row["psnr"] for row in comparison.rows}
+    for row in result.rows:
+        psnr = expected[row["strategy"], row["num_steps"]]
+        assert row["psnr"]["mean"] == pytest.approx(psnr["mean"], abs=1e-3)
 
 
 def test_standard_strategies_that_do_not_fit_the_teacher_are_left_out(noise):
     """DDIM's second time of eight lies above the first of a teacher that begins at sigma 14.6."""
     teacher = oss_exp.EDMSchedule(sigma_max=14.6)
-    asked = {"num_steps": 8, "held_out": noise, "teacher": teacher, "num_teacher_steps": 16}
-    labels = {row["strategy"] for row in oss_exp.compare(lambda x, t: x, noise, **asked).rows}
+    options = {"num_steps": 8, "held_out": noise, "teacher": teacher, "num_teacher_steps": 16}
+    labels = {row["strategy"] for row in oss_exp.compare(lambda x, t: x, noise, **options).rows}
     assert "oss_best" in labels
     assert "ddim" not in labels
+
+
+def test_a_chosen_strategy_that_does_not_fit_the_teacher_is_refused(noise):
+    teacher = oss_exp.EDMSchedule(sigma_max=14.6)
+    options = {"num_steps": 8, "held_out": noise, "teacher": teacher, "num_teacher_steps": 16}
     mine = {"mine": oss_exp.ClosedForm(oss_exp.DDIMSchedule())}
     with pytest.raises(ValueError, match="above the teacher's first"):
-        oss_exp.compare(lambda x, t: x, noise, strategies=mine, **asked)
+        oss_exp.compare(lambda x, t: x, noise, strategies=mine, **options)
 
 
 def test_a_function_is_compared_on_its_own_values(noise):
-    found = oss_exp.compare(velocity, noise, 3, solver=oss_exp.Euler(), held_out=20, **SHORT)
-    assert {row["strategy"] for row in found.rows} == {
-        "fm",
-        "ddim",
-        "edm",
-        "logsnr",
-        "gits",
-        "oss_best",
-    }
+    result = oss_exp.compare(velocity, noise, 3, solver=oss_exp.Euler(), held_out=20, **SHORT)
+    rows = {row["strategy"]: row for row in result.rows}
+    assert rows.keys() == {"fm", "ddim", "edm", "logsnr", "gits", "oss_best"}
+
     held_out = NoiseDataset(0, HELD_OUT, 20, (2,), None)
     x = torch.stack([held_out[i]["noise"] for i in range(20)])
     teacher = solvers.trajectory(oss_exp.Euler(), velocity, x, oss_exp.FlowSchedule().nodes(20))[-1]
-    gap = solvers.sample(oss_exp.Euler(), velocity, x, found.schedules["fm"][3]) - teacher
-    (row,) = [row for row in found.rows if row["strategy"] == "fm"]
-    expected = -10 * gap.double().square().mean(1).log10()
-    assert row["per_image"]["psnr"] == pytest.approx(expected.clamp(max=120).tolist(), abs=1e-3)
+    gap = solvers.sample(oss_exp.Euler(), velocity, x, result.schedules["fm"][3]) - teacher
+    expected = (-10 * gap.double().square().mean(1).log10()).clamp(max=120)
+    assert rows["fm"]["per_image"]["psnr"] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_bound_conditions_are_taken_in_turn(digits):
     condition = torch.arange(4)
     bound = digits.velocity(condition)
     strategies = {"fm": oss_exp.ClosedForm()}
-    noise, held_out = drawn(0, 4, digits), drawn(HELD_OUT, 8, digits)
+    noise = drawn(0, 4, digits)
+    held_out = drawn(HELD_OUT, 8, digits)
     first = oss_exp.compare(
         bound, noise, 3, held_out=held_out, strategies=strategies, batch_size=3, **SHORT
     )
+
     tiled = digits.velocity(condition.repeat(2))
     steps = first.schedules["fm"][3]
     x0 = solvers.sample(oss_exp.DPMSolverPP(), tiled, held_out, steps)
-    teacher = solvers.trajectory(
-        oss_exp.DPMSolverPP(), tiled, held_out, oss_exp.FlowSchedule().nodes(20)
-    )[-1]
+    grid = oss_exp.FlowSchedule().nodes(20)
+    teacher = solvers.trajectory(oss_exp.DPMSolverPP(), tiled, held_out, grid)[-1]
     expected = -10 * (x0 - teacher).double().square().flatten(1).mean(1).log10()
+
     assert first.rows[0]["per_image"]["psnr"] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_a_comparison_prints_itself(comparison):
     text = str(comparison)
+
     assert text == repr(comparison)
     assert text.startswith("mixture_digits: students against the 20-step teacher")
     for line in comparison.lines:
@@ -417,10 +424,10 @@ def test_a_comparison_prints_itself(comparison):
 
 def test_long_labels_are_printed_whole(digits):
     label = "a strategy with a very long name " * 4
-    found = oss_exp.compare(
+    result = oss_exp.compare(
         digits, 4, 2, held_out=4, strategies={label: oss_exp.ClosedForm()}, **SHORT
     )
-    assert label.strip() in str(found)
+    assert label.strip() in str(result)
 
 
 def test_a_notebook_shows_a_table(comparison):
@@ -432,9 +439,9 @@ def test_a_notebook_shows_a_table(comparison):
 
 def test_a_comparison_is_json(comparison):
     record = json.loads(json.dumps(comparison.to_dict()))
-    assert [row["strategy"] for row in record["rows"]] == [
-        line.result.strategy for line in comparison.lines
-    ]
+
+    strategies = [line.result.strategy for line in comparison.lines]
+    assert [row["strategy"] for row in record["rows"]] == strategies
     assert record["rows"][0]["psnr"].keys() == {"mean", "low", "high", "n"}
     assert record["rows"][0]["gain"]["mean"] > 0
     assert [row["gain"] for row in record["rows"]].count(None) == 2
@@ -446,9 +453,9 @@ def test_a_comparison_is_json(comparison):
     }
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,7 +471,7 @@ def test_a_comparison_is_json(comparison):
     ],
 )
 @pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
-def test_num_steps(noise, verb, num_steps, message):
+def test_a_wrong_num_steps_is_refused(noise, verb, num_steps, message):
     with pytest.raises(ValueError, match=message):
         verb(velocity, noise, num_steps, **SHORT)
 
@@ -492,7 +499,7 @@ def test_num_steps(noise, verb, num_steps, message):
         (lambda x: 2.5, "noise must be a whole number of at least 1 .*got 2.5"),
     ],
 )
-def test_noises(digits, change, message):
+def test_wrong_noises_are_refused(digits, change, message):
     noise = change(drawn(0, 4, digits))
     with pytest.raises(ValueError, match=message):
         oss_exp.search(digits, noise, 3, **SHORT)
@@ -536,7 +543,7 @@ def test_noises(digits, change, message):
     ],
 )
 @pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
-def test_options(digits, verb, options, message):
+def test_wrong_options_are_refused(digits, verb, options, message):
     with pytest.raises(ValueError, match=message):
         verb(digits, 4, 3, **{**SHORT, **options})
 
@@ -552,7 +559,7 @@ def test_options(digits, verb, options, message):
         (oss_exp.Euler(), r"must be a StepsizeStrategy such as OSSBest\(\), got Euler"),
     ],
 )
-def test_strategies(noise, strategy, message):
+def test_wrong_strategies_are_refused(noise, strategy, message):
     with pytest.raises(ValueError, match="strategy " + message):
         oss_exp.search(velocity, noise, 3, strategy=strategy, **SHORT)
     with pytest.raises(ValueError, match=r"strategies\['mine'\] " + message):
@@ -560,7 +567,7 @@ def test_strategies(noise, strategy, message):
 
 
 @pytest.mark.parametrize("strategies", [["oss_shared"], {}, oss_exp.OSSShared()])
-def test_strategies_are_a_dict(noise, strategies):
+def test_strategies_other_than_a_dict_are_refused(noise, strategies):
     with pytest.raises(
         ValueError, match=r"strategies must be a dict such as \{'mine': OSSBest\(\)\}, got"
     ):
@@ -569,7 +576,7 @@ def test_strategies_are_a_dict(noise, strategies):
 
 @pytest.mark.parametrize("verb", [oss_exp.search, oss_exp.compare])
 @pytest.mark.parametrize("wrong", ["a model", None, GaussianMixture])
-def test_what_is_no_velocity(noise, verb, wrong):
+def test_objects_that_are_no_velocity_are_refused(noise, verb, wrong):
     with pytest.raises(
         ValueError, match=r"velocity_or_model must be a function v\(x, t\) or a Model, got"
     ):
@@ -593,15 +600,14 @@ def test_what_is_no_velocity(noise, verb, wrong):
         (lambda x, t: x / t.to(x)[:, None] ** 1000, "NaN or infini"),
     ],
 )
-def test_what_a_velocity_returns(noise, wrong, message):
+def test_wrong_outputs_of_a_velocity_are_refused(noise, wrong, message):
     with pytest.raises(ValueError, match=message):
         oss_exp.search(wrong, noise, 3, **SHORT)
     with pytest.raises(ValueError, match=message):
         oss_exp.compare(wrong, noise, 3, strategies={"fm": oss_exp.ClosedForm()}, **SHORT)
+    steps = oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0]))
     with pytest.raises(ValueError, match=message):
-        oss_exp.sample(
-            wrong, noise, oss_exp.StepSchedule(torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0]))
-        )
+        oss_exp.sample(wrong, noise, steps)
 
 
 def test_a_function_has_no_conditions_and_no_shape(noise):
@@ -623,24 +629,26 @@ def test_a_distance_that_looks_inside_needs_a_model(noise):
     [
         (
             {5: None},
-            r"steps must be a StepSchedule, got \{5: None\}; choose one of its schedules, such as steps\[5\]",
+            r"steps must be a StepSchedule, got \{5: None\}; "
+            r"choose one of its schedules, such as steps\[5\]",
         ),
         ("steps.json", "steps must be a StepSchedule, got 'steps.json'"),
         (torch.tensor([1.0, 0.0]), r"steps must be a StepSchedule, got a tensor of shape \(2,\)"),
     ],
 )
-def test_steps(noise, steps, message):
+def test_objects_that_are_no_schedule_are_refused(noise, steps, message):
     with pytest.raises(ValueError, match=message):
         oss_exp.sample(velocity, noise, steps)
 
 
-def test_a_schedule_of_a_solver_from_elsewhere_wants_it(noise):
+def test_a_schedule_of_a_foreign_solver_needs_that_solver(noise):
     class Mine(oss_exp.Euler):
         pass
 
     steps = oss_exp.search(velocity, noise, 3, solver=Mine(), **SHORT)
     with pytest.raises(ValueError, match=r"Mine is no solver of oss_exp; give the solver itself"):
         oss_exp.sample(velocity, noise, steps)
+
     expected = oss_exp.sample(velocity, noise, steps, solver=oss_exp.Euler())
     assert torch.equal(oss_exp.sample(velocity, noise, steps, solver=Mine()), expected)
 
@@ -661,7 +669,8 @@ def guided_digits(scale: float) -> GaussianMixture:
 
 def error_at(scale: float, steps: oss_exp.StepSchedule) -> float:
     """Return the mean log10 squared error to the teacher at a scale of guidance."""
-    model, solver = guided_digits(scale), oss_exp.DPMSolverPP()
+    model = guided_digits(scale)
+    solver = oss_exp.DPMSolverPP()
     noise = torch.randn(40, *model.event_shape, generator=torch.Generator().manual_seed(1))
     teacher = oss_exp.StepSchedule(oss_exp.FlowSchedule().nodes(50))
     expected = oss_exp.sample(model, noise, teacher, solver=solver, condition=CLASSES)
@@ -669,11 +678,11 @@ def error_at(scale: float, steps: oss_exp.StepSchedule) -> float:
     return float((x0 - expected).flatten(1).square().mean(1).log10().mean())
 
 
-def test_one_scale_given_is_that_of_a_model_with_it():
-    own = oss_exp.search(guided_digits(3.0), 10, condition=CLASSES, **AT_SCALES)
-    given = oss_exp.search(guided_digits(1.0), 10, condition=CLASSES, guidance=[3.0], **AT_SCALES)
-    assert torch.equal(given.times, own.times)
-    assert given.provenance["model"]["guidance_scales"] == [3.0]
+def test_a_search_at_one_scale_is_that_of_a_model_with_this_scale():
+    expected = oss_exp.search(guided_digits(3.0), 10, condition=CLASSES, **AT_SCALES)
+    steps = oss_exp.search(guided_digits(1.0), 10, condition=CLASSES, guidance=[3.0], **AT_SCALES)
+    assert torch.equal(steps.times, expected.times)
+    assert steps.provenance["model"]["guidance_scales"] == [3.0]
 
 
 @pytest.mark.slow

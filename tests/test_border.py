@@ -1,4 +1,4 @@
-"""The border of configurations: wrong types are refused with their full keys, nonsense never ends in a traceback."""
+"""Configurations of wrong types are refused with their full keys, and never by a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from oss_exp.tasks import border
 
 @dataclass(frozen=True)
 class Thing:
-    """One of each kind of parameter."""
+    """A class with one parameter of each kind."""
 
     whole: int = 1
     share: Annotated[float, Ge(0), Le(1)] = 0.5
@@ -40,12 +40,13 @@ class Thing:
 
 
 def node(**values: Any) -> dict[str, Any]:
+    """Return the configuration of a `Thing`."""
     return {"_target_": f"{__name__}.Thing", **values}
 
 
 @pytest.fixture
 def _as_ours(monkeypatch):
-    """Annotations of this file are trusted to the letter, as the package's own."""
+    """Trust the annotations of this file as those of the package."""
     border.parameters_of.cache_clear()
     monkeypatch.setattr(border, "_is_ours", lambda target: True)
     yield
@@ -99,7 +100,7 @@ def test_a_wrong_value_is_named_with_its_full_key(values, message):
 
 
 @pytest.mark.usefixtures("_as_ours")
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_listed_at_once():
     with pytest.raises(ValueError) as error:
         border.check({"a": node(whole="x", flag=3), "b": {"c": [node(text=1)]}})
     keys = [line.split()[0] for line in str(error.value).splitlines()]
@@ -108,37 +109,38 @@ def test_all_faults_are_told_at_once():
 
 @pytest.mark.usefixtures("_as_ours")
 def test_values_are_built_as_they_are_written():
-    band, solver = {"stride": 8, "width": 1}, {"_target_": "oss_exp.Euler"}
-    made = border.build(
-        node(share=1, path="x", sizes=[1, 2], band=band, solver=solver), "thing", Thing, whole=7
-    )
-    assert made == Thing(7, 1, path="x", sizes=[1, 2], band=Band(8, 1), solver=oss_exp.Euler())
+    band = {"stride": 8, "width": 1}
+    solver = {"_target_": "oss_exp.Euler"}
+    configuration = node(share=1, path="x", sizes=[1, 2], band=band, solver=solver)
+
+    thing = border.build(configuration, "thing", Thing, whole=7)
+
+    assert thing == Thing(7, 1, path="x", sizes=[1, 2], band=Band(8, 1), solver=oss_exp.Euler())
     assert border.build(None, "logger", Thing | None) is None
 
 
 def test_names_of_an_earlier_version_are_known():
-    assert (
-        border.build({"_target_": "oss_exp.solvers.euler.Euler"}, "solver", Solver)
-        == oss_exp.Euler()
-    )
+    old = {"_target_": "oss_exp.solvers.euler.Euler"}
+    assert border.build(old, "solver", Solver) == oss_exp.Euler()
 
 
-def test_every_configured_name_tells_its_types():
+def test_every_configured_name_has_types():
     for name in {**oss_exp.PUBLIC, **oss_exp.CONFIGURED}:
         border.parameters_of(getattr(oss_exp, name))
 
 
 @pytest.mark.slow
 def test_nonsense_is_refused_by_name_in_one_option_of_every_group(monkeypatch, tmp_path):
-    """The whole fuzz, with what it accepts: experiments/border_fuzz."""
+    """The whole fuzz is in experiments/border_fuzz."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     chosen = (
-        "model/mixture_digits noise_schedule/edm solver/unipc distance/select stepsize/oss_shared data/noise "
-        "trainer/cpu evaluation/fashion metric/kid exporter/diffusers detector/fashion logger/wandb "
-        "task/compare task/calibrate"
+        "model/mixture_digits noise_schedule/edm solver/unipc distance/select "
+        "stepsize/oss_shared data/noise trainer/cpu evaluation/fashion metric/kid "
+        "exporter/diffusers detector/fashion logger/wandb task/compare task/calibrate"
     )
     outcomes = list(fuzz(chosen.split()))
     counts = Counter(outcome.kind for outcome in outcomes)
+
     assert [outcome for outcome in outcomes if outcome.kind == "fault"] == []
     assert counts["refused"] > 5 * counts["accepted"] > 0

@@ -1,4 +1,4 @@
-"""Amplitude calibration: quantiles are numpy's, calibrated states have the table's, and replays are the reference's."""
+"""Calibrated states have the amplitudes of the table; tables and replays are the released ones."""
 
 import json
 import math
@@ -22,24 +22,25 @@ def float64(values) -> torch.Tensor:
 
 
 def whole(**changes) -> Calibration:
+    """Return a calibration of whole states with these fields changed."""
     fields = {
-        "times": [1.0, 0.6, 0.1, 0.0],
-        "low": [-1.6, -1.2, -1.0, -0.9],
-        "high": [1.7, 1.0, 0.8, 0.7],
+        "times": float64([1.0, 0.6, 0.1, 0.0]),
+        "low": float64([-1.6, -1.2, -1.0, -0.9]),
+        "high": float64([1.7, 1.0, 0.8, 0.7]),
+        "provenance": {"seed": 3},
     }
-    return Calibration(
-        **{k: float64(v) for k, v in fields.items()} | {"provenance": {"seed": 3}} | changes
-    )
+    return Calibration(**fields | changes)
 
 
 def by_channel(**changes) -> Calibration:
+    """Return a calibration of each channel."""
     low = float64([[-1.6, -1.5], [-1.2, -2.0], [-1.0, 0.2], [-0.9, 0.3]])
     return whole(low=low, high=low + float64([1.0, 3.0]), **changes)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Amplitudes
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,37 +49,36 @@ def test_quantiles_are_those_of_numpy(shape, dtype):
     x = randn(*shape).to(dtype)
     rows = x.double().numpy().reshape(shape[0], math.prod(shape[1:]))
     low, high = amplitude(x, per_channel=False)
+
     assert low.dtype == high.dtype == torch.float64
-    for found, q in ((low, 0.05), (high, 0.95)):
-        np.testing.assert_allclose(
-            found.numpy(), np.quantile(rows, q, axis=1), rtol=1e-14, atol=1e-15
-        )
+    for result, q in ((low, 0.05), (high, 0.95)):
+        expected = np.quantile(rows, q, axis=1)
+        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-14, atol=1e-15)
 
 
 def test_quantiles_of_each_channel():
     x = randn(4, 3, 7, 5)
-    for found, q in zip(amplitude(x, per_channel=True), (0.05, 0.95), strict=True):
-        np.testing.assert_allclose(
-            found.numpy(), np.quantile(x.numpy(), q, axis=(2, 3)), rtol=1e-14
-        )
+    for result, q in zip(amplitude(x, per_channel=True), (0.05, 0.95), strict=True):
+        expected = np.quantile(x.numpy(), q, axis=(2, 3))
+        np.testing.assert_allclose(result.numpy(), expected, rtol=1e-14)
 
 
 def test_the_order_of_the_elements_and_of_memory_does_not_matter():
     x = randn(2, 3, 4, 5)
     swapped = x.to(memory_format=torch.channels_last).flip(-1)
-    assert all(
-        a.equal(b) for a, b in zip(amplitude(x, False), amplitude(swapped, False), strict=True)
-    )
+    low, high = amplitude(swapped, False)
+    expected_low, expected_high = amplitude(x, False)
+    assert low.equal(expected_low)
+    assert high.equal(expected_high)
 
 
 @pytest.mark.slow
 def test_more_elements_than_a_float32_can_count():
-    """Above 2^24 elements, where torch.quantile gave up for long."""
+    """Older versions of torch.quantile refuse more than 2^24 elements."""
     count = 2**24 + 2
     low, high = amplitude(torch.arange(count, dtype=torch.float64).flip(0)[None], per_channel=False)
-    assert (low.item(), high.item()) == pytest.approx(
-        (0.05 * (count - 1), 0.95 * (count - 1)), rel=1e-15
-    )
+    expected = (0.05 * (count - 1), 0.95 * (count - 1))
+    assert (low.item(), high.item()) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -96,14 +96,15 @@ def test_a_state_without_channels_is_refused():
         amplitude(randn(5), per_channel=True)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Calibrated states
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [whole, by_channel])
 def test_a_calibrated_state_has_the_amplitudes_of_the_table(make):
-    calibration, x = make(), 3 * randn(4, 2, 6, 5) - 1
+    calibration = make()
+    x = 3 * randn(4, 2, 6, 5) - 1
     for node, t in enumerate(calibration.times):
         low, high = amplitude(calibration(x, t, is_last=False), calibration.per_channel)
         torch.testing.assert_close(low, calibration.low[node].expand_as(low), rtol=0, atol=1e-14)
@@ -115,29 +116,28 @@ def test_between_two_nodes_the_table_is_linear_in_time(make):
     calibration = make()
     t = float64([0.6, 0.475, 0.1, 0.025, 0.0, 1.0])
     low, high = calibration.at(t)
-    for found, table in ((low, calibration.low), (high, calibration.high)):
-        expected = [
-            table[1],
-            0.75 * table[1] + 0.25 * table[2],
-            table[2],
-            0.25 * table[2] + 0.75 * table[3],
-        ]
-        torch.testing.assert_close(
-            found, torch.stack([*expected, table[3], table[0]]), rtol=0, atol=1e-15
-        )
-        assert found[[0, 2, 4, 5]].equal(table[[1, 2, 3, 0]])  # at a node not a bit differs
+    for result, table in ((low, calibration.low), (high, calibration.high)):
+        early = 0.75 * table[1] + 0.25 * table[2]
+        late = 0.25 * table[2] + 0.75 * table[3]
+        expected = torch.stack([table[1], early, table[2], late, table[3], table[0]])
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-15)
+        assert result[[0, 2, 4, 5]].equal(table[[1, 2, 3, 0]])  # equal to the bit at a node
 
 
 @pytest.mark.parametrize("make", [whole, by_channel])
 def test_every_row_has_its_own_time(make):
-    calibration, x, t = make(), randn(3, 2, 9), float64([0.9, 0.6, 0.05])
+    calibration = make()
+    x = randn(3, 2, 9)
+    t = float64([0.9, 0.6, 0.05])
     together = calibration(x, t, is_last=False)
     for row in range(3):
         assert together[row].equal(calibration(x[row : row + 1], t[row], is_last=False)[0])
 
 
-def test_the_range_that_a_state_arrives_with_does_not_matter():
-    calibration, x, t = whole(), randn(3, 40), float64(0.3)
+def test_the_scale_and_shift_of_a_state_do_not_matter():
+    calibration = whole()
+    x = randn(3, 40)
+    t = float64(0.3)
     once = calibration(x, t, is_last=False)
     torch.testing.assert_close(calibration(5 * x - 2, t, is_last=False), once, rtol=0, atol=1e-14)
     torch.testing.assert_close(calibration(once, t, is_last=True), once, rtol=0, atol=1e-14)
@@ -147,9 +147,8 @@ def test_a_state_keeps_its_dtype():
     x = randn(3, 40)
     low = whole()(x.float(), float64(0.3), is_last=False)
     assert low.dtype == torch.float32
-    torch.testing.assert_close(
-        low.double(), whole()(x, float64(0.3), is_last=False), rtol=0, atol=1e-6
-    )
+    expected = whole()(x, float64(0.3), is_last=False)
+    torch.testing.assert_close(low.double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [-0.01, 1.01, math.nan])
@@ -178,13 +177,13 @@ def test_a_state_without_spread_is_only_shifted(spread, dtype):
 
 def test_a_table_without_spread_shrinks_to_its_value():
     flat = whole(low=float64([0.5] * 4), high=float64([0.5] * 4))
-    assert flat(randn(2, 9), float64(0.5), is_last=False).flatten().tolist() == pytest.approx(
-        [0.5] * 18, abs=1e-15
-    )
+    x = flat(randn(2, 9), float64(0.5), is_last=False)
+    assert x.flatten().tolist() == pytest.approx([0.5] * 18, abs=1e-15)
 
 
-def test_last_step_only():
-    x, t = randn(3, 40), float64(0.3)
+def test_last_step_only_leaves_all_earlier_states():
+    x = randn(3, 40)
+    t = float64(0.3)
     last = whole(last_step_only=True)
     assert last(x, t, is_last=False) is x
     assert last(x, t, is_last=True).equal(whole()(x, t, is_last=True))
@@ -217,9 +216,9 @@ def test_the_constructor_refuses_what_is_not_a_table(fields, words):
         whole(**{name: float64(value) for name, value in fields.items()})
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,9 +226,8 @@ def test_the_constructor_refuses_what_is_not_a_table(fields, words):
 )
 def test_a_file_gives_the_same_calibration(calibration, tmp_path):
     read = Calibration.load(calibration.save(tmp_path / "made" / "calibration.json"))
-    assert all(
-        getattr(read, name).equal(getattr(calibration, name)) for name in ("times", "low", "high")
-    )
+    for name in ("times", "low", "high"):
+        assert getattr(read, name).equal(getattr(calibration, name))
     assert read.last_step_only == calibration.last_step_only
     assert read.per_channel == calibration.per_channel
     assert read.provenance == calibration.provenance
@@ -238,7 +236,8 @@ def test_a_file_gives_the_same_calibration(calibration, tmp_path):
 DAMAGE = {
     "format": (
         lambda r: {**r, "format": "oss_exp/step_schedule"},
-        "is of another format: `format` must be 'oss_exp/calibration', got \"oss_exp/step_schedule\"",
+        "is of another format: `format` must be 'oss_exp/calibration', "
+        'got "oss_exp/step_schedule"',
     ),
     "a list": (lambda r: [r], r"must be an object, got \[\{\.\.\.\}\]"),
     "version": (
@@ -295,30 +294,32 @@ def test_a_truncated_file_is_refused(text, words, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=re.escape(f"calibration {tmp_path / 'none.json'} does not exist")
-    ):
-        Calibration.load(tmp_path / "none.json")
+    path = tmp_path / "none.json"
+    words = re.escape(f"calibration {path} does not exist")
+    with pytest.raises(FileNotFoundError, match=words):
+        Calibration.load(path)
 
 
-def test_check_accepts_its_own_model_and_grid_and_no_other():
-    made = whole(provenance={"model": {"name": "mixture", "sha256": "a" * 64}})
-    made.check("a" * 64, "mixture", made.times)
-    with pytest.raises(
-        ValueError, match=r"made for model 'mixture' \(weights aaaaaaaaaaaa\), this run has 'other'"
-    ):
-        made.check("b" * 64, "other", made.times)
+def test_check_accepts_the_calibrated_model_and_grid_and_no_other():
+    calibration = whole(provenance={"model": {"name": "mixture", "sha256": "a" * 64}})
+    calibration.check("a" * 64, "mixture", calibration.times)
+
+    words = r"made for model 'mixture' \(weights aaaaaaaaaaaa\), this run has 'other'"
+    with pytest.raises(ValueError, match=words):
+        calibration.check("b" * 64, "other", calibration.times)
     with pytest.raises(ValueError, match="a teacher of 3 steps from t = 1, this run's has 2"):
-        made.check("a" * 64, "mixture", made.times[1:])
+        calibration.check("a" * 64, "mixture", calibration.times[1:])
     with pytest.raises(ValueError, match="or other times"):
-        made.check("a" * 64, "mixture", made.times.clone().index_fill(0, torch.tensor(1), 0.61))
+        calibration.check(
+            "a" * 64, "mixture", calibration.times.clone().index_fill(0, torch.tensor(1), 0.61)
+        )
     with pytest.raises(ValueError, match="made for model None"):
-        whole().check("a" * 64, "mixture", made.times)
+        whole().check("a" * 64, "mixture", calibration.times)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [20, 50, 100])
@@ -326,17 +327,19 @@ def test_check_accepts_its_own_model_and_grid_and_no_other():
 def test_tables_and_replays_are_those_of_the_released_code(
     velocity, gmm, oss_oracle, oss_arrays, tmp_path, grid, size
 ):
-    """Its tables leave out t = 0, where no network is called; its students start free, as the paper's do."""
-    arrays = {
-        name: oss_arrays[f"{grid}_N{size}.{name}"] for name in ("fm_steps", "min_amp", "max_amp")
-    }
-    nodes = arrays["fm_steps"].flip(0)
+    """Its tables leave out t = 0, where no network is called; its students start free."""
+    case = f"{grid}_N{size}"
+    nodes = oss_arrays[f"{case}.fm_steps"].flip(0)
+
+    # The table, a row for each node.
     states = trajectory(Euler(), velocity, gmm["z"], nodes)
-    low, high = (
-        torch.stack(q).mean(1) for q in zip(*(amplitude(x, False) for x in states), strict=True)
-    )
-    assert (low[:-1] - arrays["min_amp"].flip(0)).abs().max() < 1e-10
-    assert (high[:-1] - arrays["max_amp"].flip(0)).abs().max() < 1e-10
+    amplitudes = [amplitude(x, False) for x in states]
+    low = torch.stack([low for low, _ in amplitudes]).mean(1)
+    high = torch.stack([high for _, high in amplitudes]).mean(1)
+    assert (low[:-1] - oss_arrays[f"{case}.min_amp"].flip(0)).abs().max() < 1e-10
+    assert (high[:-1] - oss_arrays[f"{case}.max_amp"].flip(0)).abs().max() < 1e-10
+
+    # The replays.
     path = Calibration(nodes, low, high).save(tmp_path / "calibration.json")
     for k in (3, 5, 10):
         name = f"{grid}_N{size}_M{k}"

@@ -1,4 +1,4 @@
-"""The command line: wrong input ends in one message and exit code 1 or 2, an interrupt in 130, and no half result."""
+"""The command line answers wrong input by one message and exit code 1 or 2, with no results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_version_is_that_of_the_package(capsys, monkeypatch):
 
 
 def oss_exp(folder: Path, *arguments: str) -> int:
-    """Run the command line in `folder`; returns its exit code."""
+    """Run the command line in `folder` and return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         try:
@@ -66,9 +66,14 @@ def oss_exp(folder: Path, *arguments: str) -> int:
     return 0
 
 
+def is_result(path: Path) -> bool:
+    """Return whether a file is a result, or a part of one."""
+    return "schedules" in path.parts or path.name == "metrics.json" or path.suffix == ".tmp"
+
+
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """A function: run with these arguments, expect a refusal; returns the message."""
+    """A function that runs a command, expects a refusal, and returns its message."""
 
     def run(*arguments: str) -> str:
         capsys.readouterr()
@@ -79,21 +84,18 @@ def refused(tmp_path, capsys):
         assert "Traceback" not in error, error
         assert error.count("oss-exp:") <= 1, error
         assert "--multirun" in arguments or "Error executing job" not in error, error
-        left = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
-        assert [
-            p
-            for p in left
-            if "schedules" in p.parts or p.name == "metrics.json" or p.suffix == ".tmp"
-        ] == []
+        files = [path for folder in ("run", "sweep") for path in (tmp_path / folder).rglob("*")]
+
+        assert not any(is_result(path) for path in files)
         message = error.partition("oss-exp: ")[2]  # what precedes it repeats the command line
         return message or error
 
     return run
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Values
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -225,20 +227,21 @@ def test_an_unknown_flag_is_a_usage_error(refused):
     assert "--evaluate" in refused(*SMALL, "--evaluate")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Folder of good step schedules for mixture_digits: edm_2, oss_2 (one a sample) and oss_shared_2 (analytic)."""
+    """A folder of schedules: edm_2, oss_2 (per sample) and oss_shared_2 (analytic)."""
     folder = tmp_path_factory.mktemp("saved")
     assert oss_exp(folder, *SMALL, "task=search", "stepsize=[edm,oss,oss_shared]") == 0
     return folder / "run" / "schedules"
 
 
 def record(saved: Path) -> dict:
+    """Return the content of a good schedule file."""
     return json.loads((saved / "edm_2.json").read_text())
 
 
@@ -298,6 +301,7 @@ def test_a_step_schedule_that_cannot_be_used_is_named_with_its_fault(
     path = tmp_path / "schedule.json"
     path.write_text(text(record(saved)))
     error = refused(*SMALL, "task=evaluate", f"task.schedule={path}")
+
     assert str(tmp_path) in error
     assert words in error
 
@@ -317,7 +321,7 @@ def test_a_step_schedule_for_another_model_is_refused(refused, saved):
 
 
 def other_weights(folder: Path) -> Path:
-    """A mixture of the shape and the file name of mixture_digits, with other means."""
+    """Save a mixture like mixture_digits with other means, and return its file."""
     path = folder / "mixture_digits.safetensors"
     tensors, about = load_asset(ASSETS / path.name, "mixture")
     about = about.model_dump(include={"name", "event_shape"})
@@ -326,19 +330,18 @@ def other_weights(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_other_weights_need_leave_and_then_run(refused, saved, tmp_path, capsys):
+def test_other_weights_run_only_if_allowed(refused, saved, tmp_path, capsys):
     arguments = [*SMALL, "task=evaluate", f"task.schedule={saved / 'oss_shared_2.json'}"]
     arguments.append(f"model.file={other_weights(tmp_path)}")
+
     assert "task.allow_other_model=true" in refused(*arguments)
     assert oss_exp(tmp_path, *arguments, "task.allow_other_model=true") == 0
-    assert (
-        json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"][0]["strategy"]
-        == "oss_shared"
-    )
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["rows"][0]["strategy"] == "oss_shared"
 
 
 @pytest.mark.slow
-def test_leave_to_use_another_model_does_not_cover_another_shape(refused, saved):
+def test_a_model_of_another_shape_is_refused_even_if_allowed(refused, saved):
     arguments = ["model=mixture_fashion", "task=evaluate", "task.allow_other_model=true"]
     error = refused(*SMALL, *arguments, f"task.schedule={saved / 'oss_shared_2.json'}")
     assert "shape" in error
@@ -352,6 +355,7 @@ def test_an_analytic_start_runs_only_with_the_classes_it_has_means_of(
     arguments = [*SMALL, "task=search", "stepsize=oss_shared", "hydra.run.dir=searched"]
     assert oss_exp(tmp_path, *arguments, f"data.classes={searched}") == 0
     path = tmp_path / "searched/schedules/oss_shared_2.json"
+
     assert "class" in refused(
         *SMALL, "task=evaluate", f"task.schedule={path}", f"data.classes={measured}"
     )
@@ -371,6 +375,7 @@ def test_a_mixture_with_one_flipped_byte_is_refused(refused, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     error = refused(*SMALL, f"model.file={path}")
+
     assert str(path) in error
     assert "SHA-256" in error
 
@@ -387,26 +392,32 @@ def test_an_override_that_cannot_be_read_is_named_with_its_quoting(override, ref
 
 
 @pytest.mark.slow
-def test_the_home_folder_is_meant_in_every_path(refused, saved, tmp_path, monkeypatch):
-    """Also below task.overrides, in files that a library opens, and of what is written."""
+def test_a_tilde_is_the_home_folder_in_every_path(refused, saved, tmp_path, monkeypatch):
+    """In files that are read by a library and in files that are written too."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "a=1").mkdir(parents=True)
     shutil.copy(saved / "edm_2.json", tmp_path / "home" / "a=1")
-    given = ["exporter=comfyui", 'task.schedule="~/a=1/edm_2.json"', 'task.output="~/out.json"']
-    assert oss_exp(tmp_path, "task=export", *given, "logger=none", "hydra.run.dir=run") == 0
+    export = ["exporter=comfyui", 'task.schedule="~/a=1/edm_2.json"', 'task.output="~/out.json"']
+
+    assert oss_exp(tmp_path, "task=export", *export, "logger=none", "hydra.run.dir=run") == 0
     assert (tmp_path / "home" / "out.json").is_file()
     assert not (tmp_path / "~").exists()
+
     (tmp_path / "run").rename(tmp_path / "old")
-    assert str(tmp_path / "home" / "w.safetensors") in refused(
-        *SMALL, 'model.file="~/w.safetensors"'
-    )
+    error = refused(*SMALL, 'model.file="~/w.safetensors"')
+    assert str(tmp_path / "home" / "w.safetensors") in error
     assert str(tmp_path / "home" / "stages") in refused(*SMALL, 'stages="~/stages"')
+
+
+def test_a_run_folder_called_tilde_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
     error = refused(*SMALL, 'hydra.run.dir="~/run"')
     assert f"would be a folder called ~; write hydra.run.dir={tmp_path}/home/run" in error
 
 
-def test_states_of_other_programs_are_not_loaded(refused, tmp_path, monkeypatch):
-    """On a cluster Lightning loads hpc_ckpt_*.ckpt from a run folder, whoever has put it there."""
+def test_checkpoints_of_other_programs_are_not_loaded(refused, tmp_path, monkeypatch):
+    """On a cluster Lightning loads any hpc_ckpt_*.ckpt in a run folder."""
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_JOB_NAME", "job")
     (tmp_path / "run").mkdir()
@@ -441,12 +452,14 @@ def test_a_mixture_is_fitted_to_images_in_folders_if_these_are_classes(refused, 
         "images.size=8",
         "images.channels=1",
         "task.output=x.safetensors",
+        "task.clusters=1",
+        "task.rank=2",
     ]
-    fit += ["task.clusters=1", "task.rank=2"]
+
     message = refused(*fit, f"images.root={tmp_path / 'images' / 'a'}", "hydra.run.dir=run")
-    assert message.startswith(
-        "images has no classes to fit; give images in a folder for each class"
-    )
+    words = "images has no classes to fit; give images in a folder for each class"
+    assert message.startswith(words)
+
     assert oss_exp(tmp_path, *fit, f"images.root={tmp_path / 'images'}", "hydra.run.dir=run") == 0
     assert GaussianMixture.from_asset(tmp_path / "x.safetensors").event_shape == (1, 8, 8)
 
@@ -456,12 +469,13 @@ def test_a_run_folder_that_cannot_be_made_is_named(refused, tmp_path):
     assert "file" in refused(*SMALL, "hydra.run.dir=file")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def process(folder: Path, *arguments: str) -> subprocess.Popen:
+    """Start `python -m oss_exp` in a folder."""
     command = [sys.executable, "-m", "oss_exp", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
@@ -469,7 +483,7 @@ def process(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(tmp_path, capsys):
+def test_the_help_of_the_module_names_the_commands_and_every_group(tmp_path, capsys):
     with process(tmp_path, "--help") as module:
         assert oss_exp(tmp_path, "--help") == 0
         text = capsys.readouterr().out
@@ -478,5 +492,8 @@ def test_help_names_the_commands_and_every_group_and_the_module_is_the_command(t
         assert {file.stem for file in (CONF / "task").glob("*.yaml")} <= words
         output, error = module.communicate(timeout=60)
     assert (module.returncode, output.strip(), error) == (0, text.strip(), "")
+
+
+def test_the_script_is_the_command():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="oss-exp")
     assert script.load() is main

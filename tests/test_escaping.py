@@ -1,4 +1,4 @@
-"""Names that a border would obey come out as they are: in a terminal, Markdown, LaTeX, CSV, pictures and pages."""
+"""Names with special characters appear unchanged in every output, and nothing obeys them."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ from oss_exp.schedule import StepSchedule
 
 @pytest.fixture(scope="module")
 def lines():
-    return with_gains(
-        [
-            result(name, {0: 30.0 - i, 1: 31.0 - i}, metrics={name: 1.0})
-            for i, name in enumerate(NAMES)
-        ]
-    )
+    """Results of a strategy for every name."""
+    results = []
+    for i, name in enumerate(NAMES):
+        results.append(result(name, {0: 30.0 - i, 1: 31.0 - i}, metrics={name: 1.0}))
+    return with_gains(results)
 
 
-def test_they_are_allowed_as_names():
+def test_the_names_are_allowed():
     assert len(set(NAMES)) > 60
     for name in NAMES:
         require_name(strategy=name)
@@ -52,23 +51,23 @@ def test_they_are_allowed_as_names():
 @pytest.mark.parametrize(
     "name", ["../x", "..", "a/b", "a\\b", "a\0", "\x1b[31m", "a\nb", "a\u202eb", " ", "x" * 201]
 )
-def test_names_that_lead_elsewhere_are_refused_and_shown_in_short(name):
+def test_names_with_paths_or_control_characters_are_refused_in_a_short_message(name):
     with pytest.raises(ValueError, match=r"^strategy must be a name ") as caught:
         require_name(strategy=name)
     assert len(str(caught.value)) < 200
     assert visible(str(caught.value)) == str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The terminal
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def printed(*parts) -> str:
+    """Return what a terminal shows."""
     file = io.StringIO()
-    PlainConsole(file=file, width=4000, force_terminal=True, color_system=None).print(
-        *parts, soft_wrap=True
-    )
+    console = PlainConsole(file=file, width=4000, force_terminal=True, color_system=None)
+    console.print(*parts, soft_wrap=True)
     return file.getvalue()
 
 
@@ -89,13 +88,13 @@ def test_messages_are_cut_to_a_screen():
     assert line("x" * 1000) == "x" * 297 + "..."
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Text(HTMLParser):
-    """The texts of the cells of a table, and the tags in them."""
+    """The texts of a table's cells, and all tags of a page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -118,34 +117,38 @@ TABLE = {"table", "thead", "tbody", "tr", "td", "th", "p", "caption", "div"}
 
 def test_markdown_shows_names_and_obeys_nothing(lines):
     reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    found = Text(reader.render(comparison.markdown(lines)))
+    page = Text(reader.render(comparison.markdown(lines)))
     width = len(comparison.columns(lines)[0])
-    cells = [found.cells[i : i + width] for i in range(0, len(found.cells), width)]
-    assert (
-        [cell.strip() for cell in cells[0][8:-2]] == [row[0].strip() for row in cells[1:]] == NAMES
-    )
-    assert found.tags <= TABLE
-    assert not re.search(
-        r"(?<!\\):[\w+-]+:|(?<!\\)\$|(?<!\\)@\w|www\.", "".join(map(markdown, NAMES))
-    )
+    cells = [page.cells[i : i + width] for i in range(0, len(page.cells), width)]
+
+    assert [cell.strip() for cell in cells[0][8:-2]] == NAMES
+    assert [row[0].strip() for row in cells[1:]] == NAMES
+    assert page.tags <= TABLE
+
+
+def test_markdown_has_no_emojis_formulas_mentions_or_links():
+    text = "".join(map(markdown, NAMES))
+    assert not re.search(r"(?<!\\):[\w+-]+:|(?<!\\)\$|(?<!\\)@\w|www\.", text)
 
 
 def test_pages_show_names_and_obey_nothing(lines):
     for page in (comparison.html(lines, "<b>title"), web.table(*comparison.columns(lines))):
-        found = Text(page)
-        assert found.tags <= TABLE
-        assert [cell for cell in found.cells if cell in NAMES][: len(NAMES)] == NAMES
-    data = json.dumps({"name": NAMES})
-    block = re.search(
-        r'id="data">(.*?)</script>', web.page(NAMES[16], [], json.loads(data)), re.DOTALL
-    )[1]
+        text = Text(page)
+        assert text.tags <= TABLE
+        assert [cell for cell in text.cells if cell in NAMES][: len(NAMES)] == NAMES
+
+
+def test_the_data_and_the_title_of_a_page_contain_no_tags():
+    data = {"name": NAMES}
+    page = web.page(NAMES[16], [], data)
+    block = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
     assert "<" not in block
-    assert json.loads(block) == json.loads(data)
+    assert json.loads(block) == data
     assert f"<h1>{html.escape(NAMES[16])}</h1>" in web.page(NAMES[16], [], {})
 
 
 def read_latex(text: str) -> str:
-    """What TeX prints of a text whose only commands are these."""
+    """Return what TeX prints of a text whose only commands are these."""
     commands = {
         "textbackslash": "\\",
         "textasciitilde": "~",
@@ -156,14 +159,15 @@ def read_latex(text: str) -> str:
         "textasciigrave": "`",
     }
     parts = re.compile(r"\\([a-z]+)\{\}|\\([_%&#{}$])|\{([\[*])\}|(\{\})|([^\\{}_%&#$~^<>|`\[*])")
-    shown, place = "", 0
+    printed = ""
+    place = 0
     while place < len(text):
-        found = parts.match(text, place)
-        assert found, f"TeX would obey {text[place:]!r}"
-        command, escaped, braced, _, letter = found.groups()
-        shown += commands[command] if command else escaped or braced or letter or ""
-        place = found.end()
-    return shown
+        match = parts.match(text, place)
+        assert match, f"TeX would obey {text[place:]!r}"
+        command, escaped, braced, _, letter = match.groups()
+        printed += commands[command] if command else escaped or braced or letter or ""
+        place = match.end()
+    return printed
 
 
 def test_latex_shows_names_and_obeys_nothing():
@@ -181,27 +185,45 @@ def test_a_spreadsheet_shows_names_and_computes_nothing():
     assert csv_cell("\t=1") == "'\t=1"
 
 
-def test_pictures_show_names_and_no_formulas(monkeypatch):
-    """And every name has its entry in the legend, one that begins with _ too."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that the plots draw."""
     drawn = []
     monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
-    for names in (NAMES[: plots.ROWS], NAMES[plots.ROWS :]):  # a legend has so many entries at most
-        times = [torch.tensor([1, 0.5 + i / 200, 0]) for i in range(len(names))]
-        plots.schedules([(name, StepSchedule(t)) for name, t in zip(names, times, strict=True)], [])
-        texts = drawn[-1].legends[0].get_texts()
-        labels = [text._preprocess_math(text.get_text()) for text in texts]
-        assert labels == [(name, False) for name in names]
+    return drawn
+
+
+@pytest.mark.parametrize("part", [slice(plots.ROWS), slice(plots.ROWS, None)], ids=["first", "rest"])
+def test_a_legend_shows_every_name_and_no_formulas(figures, part):
+    """A legend has at most `plots.ROWS` entries."""
+    names = NAMES[part]
+    plans = []
+    for i, name in enumerate(names):
+        plans.append((name, StepSchedule(torch.tensor([1, 0.5 + i / 200, 0]))))
+
+    plots.schedules(plans, [])
+
+    texts = figures[0].legends[0].get_texts()
+    labels = [text._preprocess_math(text.get_text()) for text in texts]
+    assert labels == [(name, False) for name in names]
+
+
+def test_pictures_show_names_and_no_formulas(figures):
     results = [result(name, {0: 1.0}, num_steps=2) for name in NAMES[:30]]
-    pictures = {"teacher": np.zeros((1, 2, 2, 1), np.uint8)}
-    plots.samples(pictures | {f"{name} K=2": pictures["teacher"] for name in NAMES[:30]}, results)
-    texts = [axis.yaxis.label for axis in drawn[-1].axes if axis.yaxis.label.get_text()]
-    found = {text._preprocess_math(text.get_text()) for text in texts[1:]}
-    assert found == {(f"{name} K=2\n1.00 dB", False) for name in NAMES[:30]}
+    image = np.zeros((1, 2, 2, 1), np.uint8)
+    pictures = {"teacher": image, **{f"{name} K=2": image for name in NAMES[:30]}}
+
+    plots.samples(pictures, results)
+
+    texts = [axis.yaxis.label for axis in figures[0].axes if axis.yaxis.label.get_text()]
+    labels = {text._preprocess_math(text.get_text()) for text in texts[1:]}
+    assert labels == {(f"{name} K=2\n1.00 dB", False) for name in NAMES[:30]}
     assert label("$") == r"\$"
 
 
 def test_a_run_of_such_a_schedule_shows_its_name_everywhere(tmp_path, capsys):
-    name, folder = "v1.5|[bold]", tmp_path / "run"
+    name = "v1.5|[bold]"
+    folder = tmp_path / "run"
     StepSchedule([1.0, 0.5, 0.0], provenance={"strategy": {"name": name}}).save(tmp_path / "x.json")
     run_cli(
         "task=evaluate",
@@ -215,6 +237,7 @@ def test_a_run_of_such_a_schedule_shows_its_name_everywhere(tmp_path, capsys):
         "logger=none",
         f"hydra.run.dir={folder}",
     )
+
     assert f"│ {name} " in capsys.readouterr().out
     assert "| v1.5\\|\\[bold\\] | 2 |" in (folder / "table.md").read_text()
     assert f"<td>{name}</td>" in (folder / "report.html").read_text()

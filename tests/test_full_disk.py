@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written ends every kind of work with one message, and what is left is whole."""
+"""A full or read-only disk ends any work with one message, and leaves whole files only."""
 
 import json
 import re
@@ -51,7 +51,7 @@ EXPORT = ["task=export", "exporter=comfyui"]
 
 @pytest.fixture
 def disk(tmp_path):
-    """Makes a file system of so many KiB; skips where that is not allowed."""
+    """A function that mounts a file system of so many KiB; skips where that is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -68,7 +68,7 @@ def disk(tmp_path):
 
 
 def assert_whole(folder: Path) -> None:
-    """Every file but the kept calls, which may end anywhere, can be read; no other is left."""
+    """Assert that every file can be read, but for the log of calls, which may end anywhere."""
     for file in folder.rglob("*"):
         assert not file.name.endswith(".tmp")
         if file.suffix == ".json":
@@ -83,12 +83,12 @@ def assert_whole(folder: Path) -> None:
 
 
 def refused(arguments: list[str], folder: Path, capsys) -> str:
-    """Its one message."""
+    """Run a command that fails and return its one message."""
     with pytest.raises(SystemExit):
         run_cli(*arguments, f"hydra.run.dir={folder / 'run'}")
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    (message,) = [line for line in told.splitlines() if line.startswith("oss-exp: ")]
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (message,) = [line for line in error.splitlines() if line.startswith("oss-exp: ")]
     return message
 
 
@@ -99,7 +99,8 @@ def refused(arguments: list[str], folder: Path, capsys) -> str:
         (
             [*COMPARE, "task=search"],
             40,
-            "cannot keep the network calls of a search in .*they come to about .* GB are free; free space, or",
+            "cannot keep the network calls of a search in .*"
+            "they come to about .* GB are free; free space, or",
         ),
         (
             [*COMPARE, "task=search", "keep_calls=false"],
@@ -124,7 +125,7 @@ def refused(arguments: list[str], folder: Path, capsys) -> str:
     ],
     ids=["search", "schedules", "compare", "pretrain", "finetune"],
 )
-def test_a_full_disk_is_told_of(arguments, kib, message, disk, tmp_path, capsys):
+def test_a_full_disk_is_reported(arguments, kib, message, disk, tmp_path, capsys):
     if arguments is FINETUNE:
         arguments = [*FINETUNE, random_weights(tmp_path / "weights.safetensors", *NETWORK)]
     folder = disk(kib)
@@ -139,12 +140,12 @@ def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
     steps.save(tmp_path / "lists.json")
     folder = disk(4)
     (folder / "other").write_bytes(bytes(4096))
-    arguments = [
-        *EXPORT,
-        f"task.schedule={tmp_path / 'lists.json'}",
-        f"task.output={folder / 'comfy.json'}",
-    ]
-    assert "comfy.json: No space left on device; free space" in refused(arguments, tmp_path, capsys)
+    schedule = f"task.schedule={tmp_path / 'lists.json'}"
+    output = f"task.output={folder / 'comfy.json'}"
+
+    message = refused([*EXPORT, schedule, output], tmp_path, capsys)
+
+    assert "comfy.json: No space left on device; free space" in message
     assert [file.name for file in folder.iterdir()] == ["other"]
 
 
@@ -152,6 +153,6 @@ def test_an_export_to_a_full_disk_leaves_nothing(disk, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments", [COMPARE, PRETRAIN, EXPORT], ids=["compare", "pretrain", "export"]
 )
-def test_a_folder_that_cannot_be_written_is_told_of(arguments, disk, capsys):
+def test_a_read_only_disk_is_reported(arguments, disk, capsys):
     folder = disk(100, "ro")
     assert "Read-only file system" in refused(arguments, folder, capsys)

@@ -1,4 +1,4 @@
-"""Every reader of a record: what is broken is refused by the name of its file and field, and nothing else happens."""
+"""Every reader of a record refuses broken content by the name of its file and field."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ VERDICT = {"number": 0, "reasons": ["none"], "objects": {"car": [[0.0, 0.0, 1.0,
 
 
 class Reader(NamedTuple):
-    """read: takes the path."""
+    """A file's name, valid content, and the function that reads it from its path."""
 
     file: str
     valid: Any
@@ -92,6 +92,7 @@ class Reader(NamedTuple):
 
 
 def asset(form: type[Provenance]) -> Callable[[Path], Any]:
+    """Return the reader of an asset with provenance of this form."""
     return lambda path: load_asset(path.with_suffix(".safetensors"), "asset", form)
 
 
@@ -220,8 +221,9 @@ READERS = {
 
 
 def written(reader: Reader, folder: Path, content: bytes) -> Path:
-    """The record, beside tensors and shards that are as they should be."""
-    tensors, shard = folder / "x.safetensors", folder / "w.safetensors"
+    """Write the record beside valid tensors and shards, and return its path."""
+    tensors = folder / "x.safetensors"
+    shard = folder / "w.safetensors"
     if not tensors.exists():
         save_asset(tensors, {"x": torch.ones(1)}, {})
         safetensors.torch.save_file({"w": torch.ones(1)}, shard)
@@ -231,11 +233,12 @@ def written(reader: Reader, folder: Path, content: bytes) -> Path:
 
 
 def as_json(value: Any) -> bytes:
+    """Return the value as JSON."""
     return json.dumps(value).encode()
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_is_whole_is_read(name, tmp_path):
+def test_a_valid_record_is_read(name, tmp_path):
     reader = READERS[name]
     reader.read(written(reader, tmp_path, as_json(reader.valid)))
 
@@ -266,16 +269,15 @@ BROKEN = {
 }
 
 
-SIGMAS = [
-    kind for kind, content in BROKEN.items() if content.lstrip()[:1] == b"{"
-]  # others are lists of sigmas
-
-
-EVERY = [(name, kind) for name in READERS for kind in (SIGMAS if name == "sigmas" else BROKEN)]
+# Other contents may be lists of sigmas.
+BROKEN_SIGMAS = [kind for kind, content in BROKEN.items() if content.lstrip()[:1] == b"{"]
+EVERY = []
+for name in READERS:
+    EVERY += [(name, kind) for kind in (BROKEN_SIGMAS if name == "sigmas" else BROKEN)]
 
 
 @pytest.mark.parametrize(("name", "kind"), mostly_slow(EVERY, *EVERY[::7]))
-def test_what_is_broken_is_refused_by_the_name_of_its_file(name, kind, tmp_path):
+def test_broken_content_is_refused_by_the_name_of_its_file(name, kind, tmp_path):
     reader = READERS[name]
     path = written(reader, tmp_path, BROKEN[kind])
     with pytest.raises(ValueError) as caught:
@@ -291,25 +293,25 @@ def test_a_file_that_is_not_there_is_named(name, tmp_path):
     path = written(reader, tmp_path, b"{}")
     path.unlink()
     if name in ("scheduler", "index of shards"):
-        return  # of a class, and of a hub's repository, these are names
+        return  # they may be names of a class and of a hub's repository
     with pytest.raises(FileNotFoundError, match=path.name):
         reader.read(path)
 
 
 def places(value: Any, above: tuple = ()) -> Iterator[tuple]:
-    """The way to everything inside, and to the whole."""
+    """Yield the keys that lead to the whole and to everything inside."""
     yield above
-    for key, each in (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    ):
-        yield from places(each, (*above, key))
+    items = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
+        yield from places(inner, (*above, key))
 
 
 def replaced(value: Any, place: tuple, new: Any) -> Any:
+    """Return a copy of the value with another one at this place."""
     if not place:
         return new
     value = copy.deepcopy(value)
@@ -321,7 +323,7 @@ def replaced(value: Any, place: tuple, new: Any) -> Any:
 
 
 def refusal(reader: Reader, path: Path) -> str:
-    """Empty where the file is taken."""
+    """Return the message of the refusal, empty if the file is accepted."""
     try:
         reader.read(path)
     except (ValueError, FileNotFoundError) as error:
@@ -350,8 +352,9 @@ NONSENSE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_nonsense_in_any_field_is_taken_or_refused_by_name(name, tmp_path):
-    reader, refused = READERS[name], 0
+def test_nonsense_in_any_field_is_accepted_or_refused_by_name(name, tmp_path):
+    reader = READERS[name]
+    refused = 0
     for place in places(reader.valid):
         for value in NONSENSE:
             path = written(reader, tmp_path, as_json(replaced(reader.valid, place, value)))
@@ -359,20 +362,23 @@ def test_nonsense_in_any_field_is_taken_or_refused_by_name(name, tmp_path):
                 refused += 1
                 assert (
                     path.name in message or ".safetensors" in message
-                )  # a file that the record names
+                )  # or the file that it names
                 assert len(message) < 500 + 2 * len(str(path))
+
     assert refused
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("config", "scheduler")])
 def test_the_field_that_is_wrong_is_named(name, tmp_path):
-    """An object where none belongs."""
-    reader, named = READERS[name], 0
+    """With an object in place of its value."""
+    reader = READERS[name]
+    named = 0
     for place in filter(None, places(reader.valid)):
         path = written(reader, tmp_path, as_json(replaced(reader.valid, place, {"odd": [{}]})))
         message = refusal(reader, path)
         named += f"`{'.'.join(map(str, place))}`" in message
         assert not message or f"`{place[0]}" in message or "has no node ManualSigmas" in message
+
     assert named
 
 
@@ -394,7 +400,7 @@ def test_the_field_that_is_wrong_is_named(name, tmp_path):
     ],
     ids=lambda change: next(f"{key} {value.dtype} {value.shape}" for key, value in change.items()),
 )
-def test_arrays_of_other_kinds_are_no_statistics(change, tmp_path):
+def test_arrays_of_other_kinds_are_refused_as_statistics(change, tmp_path):
     whole = {
         "mu": np.zeros(2),
         "sigma": np.eye(2),
@@ -406,7 +412,7 @@ def test_arrays_of_other_kinds_are_no_statistics(change, tmp_path):
     np.savez(tmp_path / "whole.npz", **whole)
     Reference.load(tmp_path / "whole.npz")
     np.savez(tmp_path / "x.npz", **{**whole, **change})
-    with pytest.raises(
-        ValueError, match=rf"x\.npz: {next(iter(change))} (must be|has)|x\.npz: mu must be \(F,\)"
-    ):
+
+    words = rf"x\.npz: {next(iter(change))} (must be|has)|x\.npz: mu must be \(F,\)"
+    with pytest.raises(ValueError, match=words):
         Reference.load(tmp_path / "x.npz")

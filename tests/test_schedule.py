@@ -1,4 +1,4 @@
-"""Step schedules: what they refuse, what survives a file, and where an analytic start lands."""
+"""Step schedules refuse wrong values, survive a file, and start where they should."""
 
 import dataclasses
 import json
@@ -60,9 +60,9 @@ def fitted() -> StepSchedule:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Values
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(StepSchedule)])
@@ -71,20 +71,22 @@ def test_no_field_can_be_set(name):
         setattr(shared(), name, None)
 
 
-def test_changing_the_tensor_it_was_made_from_changes_nothing():
-    times, orders, weights = (
-        float64([1, 0.5, 0]),
-        torch.tensor([1, 2]),
-        float64([[1, 2, 3, 4], [5, 6, 7, 8]]),
-    )
-    schedule, steps, fitted_steps = StepSchedule(times), SolverSteps(orders), FittedSteps(weights)
+def test_changing_a_tensor_does_not_change_the_schedule_built_from_it():
+    times = float64([1, 0.5, 0])
+    orders = torch.tensor([1, 2])
+    weights = float64([[1, 2, 3, 4], [5, 6, 7, 8]])
+    schedule = StepSchedule(times)
+    steps = SolverSteps(orders)
+    fitted_steps = FittedSteps(weights)
     before = times.tolist(), orders.tolist(), weights.tolist()
     for tensor in (times, orders, weights):
         tensor[1] = 3
+
     assert (schedule.times.tolist(), steps.orders.tolist(), fitted_steps.weights.tolist()) == before
 
 
-ONE, TWO = [[1.0] * 4], [[1.0] * 4] * 2
+ONE = [[1.0] * 4]
+TWO = [[1.0] * 4] * 2
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ ONE, TWO = [[1.0] * 4], [[1.0] * 4] * 2
         ),
     ],
 )
-def test_the_constructor_refuses_what_is_not_a_schedule(times, fields, words):
+def test_the_constructor_refuses_wrong_fields(times, fields, words):
     with pytest.raises(ValueError, match=words):
         StepSchedule(float64(times), **fields)
 
@@ -163,7 +165,7 @@ def test_weights_of_another_shape_or_not_finite_are_refused(weights):
         FittedSteps(weights)
 
 
-def test_rows_selects_by_sample_index_in_the_order_asked_for():
+def test_rows_selects_samples_by_index_in_the_given_order():
     schedule = per_sample()
     cut = schedule.rows([5, 3])
     assert cut.samples == (5, 3)
@@ -172,9 +174,9 @@ def test_rows_selects_by_sample_index_in_the_order_asked_for():
     assert ordered_per_sample().rows([5, 11]).orders.tolist() == [[1, 2], [1, 1]]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The first state
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [Free(), Pinned()])
@@ -184,7 +186,8 @@ def test_without_a_mean_the_noise_is_the_first_state(start):
 
 
 def test_an_analytic_start_is_the_exact_euler_jump_from_pure_noise(gmm, velocity):
-    z, t = gmm["z"], 0.93
+    z = gmm["z"]
+    t = 0.93
     mean = (gmm["weights"][:, None] * gmm["means"]).sum(0, keepdim=True)
     jumped = StepSchedule(float64([t, 0.5, 0]), start=Analytic(mean)).initial_state(z)
     expected = z + (t - 1) * velocity(z, torch.ones(len(z), dtype=torch.float64))
@@ -192,12 +195,14 @@ def test_an_analytic_start_is_the_exact_euler_jump_from_pure_noise(gmm, velocity
 
 
 def test_an_analytic_start_uses_each_samples_own_condition_and_time(gmm, mixture):
-    z, label = gmm["z"], torch.arange(16) % 10
+    z = gmm["z"]
+    label = torch.arange(16) % 10
     first = torch.linspace(0.9, 0.99, 16, dtype=torch.float64)
     times = torch.stack([first, torch.zeros(16, dtype=torch.float64)], dim=1)
     schedule = StepSchedule(times, start=Analytic(gmm["means"]), samples=tuple(range(16)))
     v = mixture.velocity(label)(z, torch.ones(16, dtype=torch.float64))
     expected = z + (first[:, None] - 1) * v
+
     torch.testing.assert_close(schedule.initial_state(z, label), expected, rtol=0, atol=1e-12)
 
 
@@ -217,9 +222,9 @@ def test_an_analytic_jump_from_below_1_is_euler_with_the_mean_as_clean_predictio
     torch.testing.assert_close(jumped, noise + (t - start_time) * v, rtol=0, atol=1e-14)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,23 +237,28 @@ def test_a_file_gives_back_the_same_schedule_bit_for_bit(make, tmp_path):
     assert loaded.times.dtype == torch.float64
     for name in ("kind", "start_time", "samples", "provenance", "num_steps"):
         assert getattr(loaded, name) == getattr(schedule, name)
-    tensors = [
-        (each.mean, each.orders, getattr(each.steps, "weights", None))
-        for each in (loaded, schedule)
-    ]
-    for value, expected in zip(*tensors, strict=True):
-        assert (value is None) == (expected is None)
-        assert expected is None or (torch.equal(value, expected) and value.dtype == expected.dtype)
+
+    for name in ("mean", "orders"):
+        assert_equal(getattr(loaded, name), getattr(schedule, name))
+    weights = [getattr(steps.steps, "weights", None) for steps in (loaded, schedule)]
+    assert_equal(*weights)
+
+
+def assert_equal(value: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    """Assert that two tensors are equal with their types, or both None."""
+    assert (value is None) == (expected is None)
+    if expected is not None:
+        assert torch.equal(value, expected)
+        assert value.dtype == expected.dtype
 
 
 def edit(**changes):
-    """Write the record again with these fields; ... removes one."""
+    """Return a function that rewrites a record with these fields; ... removes one."""
 
     def change(path):
         record = json.loads(path.read_text()) | changes
-        path.write_text(
-            json.dumps({key: value for key, value in record.items() if value is not ...})
-        )
+        record = {key: value for key, value in record.items() if value is not ...}
+        path.write_text(json.dumps(record))
 
     return change
 
@@ -350,6 +360,7 @@ def test_a_mean_file_with_one_changed_byte_is_refused_by_name(tmp_path):
     data = bytearray(mean.read_bytes())
     data[-1] ^= 1
     mean.write_bytes(data)
+
     with pytest.raises(ValueError, match="damaged or was replaced") as caught:
         StepSchedule.load(path)
     assert str(mean) in str(caught.value)

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong becomes one sentence."""
+"""The faults that pydantic finds become one sentence."""
 
 from typing import Annotated, Literal
 
@@ -30,14 +30,15 @@ class Settings(BaseModel):
     names: dict[str, int] = {}
 
 
-def described(given: dict, prefix: str = "task") -> str:
+def described(values: dict, prefix: str = "task") -> str:
+    """Return the sentence about the faults of these values."""
     with pytest.raises(ValidationError) as caught:
-        Settings.model_validate(given)
-    return describe(caught.value, prefix, given)
+        Settings.model_validate(values)
+    return describe(caught.value, prefix, values)
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("values", "sentence"),
     [
         ({"part": {"kind": "one"}}, "`task.part.rate` is missing"),
         ({"part": {"kind": "one", "rate": 2.0}}, "`task.part.rate` must be at most 1.0, got 2.0"),
@@ -59,11 +60,11 @@ def described(given: dict, prefix: str = "task") -> str:
         ({"n" * 10_000: {}}, f"`task.{'n' * 77}...` is unknown"),
     ],
 )
-def test_the_field_what_it_should_be_and_what_was_given(given, sentence):
-    assert described(given) == sentence
+def test_a_fault_names_the_field_its_rule_and_its_value(values, sentence):
+    assert described(values) == sentence
 
 
-def test_the_whole_has_the_prefix_alone():
+def test_a_fault_of_the_whole_names_the_prefix_alone():
     with pytest.raises(ValidationError) as caught:
         Settings.model_validate([1])
     assert describe(caught.value, "task", [1]) == "`task` must be an object, got [1]"
@@ -85,5 +86,5 @@ def test_the_whole_has_the_prefix_alone():
         ("a" * 1000, '"' + "a" * 76 + "..."),
     ],
 )
-def test_values_are_short(value, text):
+def test_values_are_shortened(value, text):
     assert shown(value) == text

@@ -1,4 +1,4 @@
-"""One condition per sample on any number of rows, in micro-batches, and guidance as a mix of the network's answers."""
+"""A bound velocity has one condition per sample, runs in micro-batches, and mixes guidance."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from oss_exp.velocity import BoundVelocity, joined
 
 @pytest.fixture
 def rows(gmm):
-    """x, t of 6 rows for 3 samples, and the samples' classes."""
+    """States and times of 6 rows for 3 samples, and the samples' classes."""
     return gmm["fm_x"][:6], float64(0.9, 0.5, 0.2, 0.8, 0.4, 0.1), torch.tensor([4, 0, 7])
 
 
@@ -38,24 +38,27 @@ def test_no_rows_at_a_time_are_refused():
 
 def test_conditions_of_any_shape_are_tiled_whole():
     condition = torch.arange(12.0).reshape(3, 2, 2)
-    v = BoundVelocity(lambda x, t, y: x + y, condition, micro_batch=4)(
-        torch.zeros(6, 2, 2), torch.zeros(6)
-    )
+    velocity = BoundVelocity(lambda x, t, y: x + y, condition, micro_batch=4)
+    v = velocity(torch.zeros(6, 2, 2), torch.zeros(6))
     assert torch.equal(v, torch.cat([condition, condition]))
 
 
-def test_a_network_elsewhere_gets_a_micro_batch_at_a_time(mixture, rows):
-    """Elsewhere is torch's meta device here, which has shapes but no numbers."""
+def test_an_offloaded_network_gets_a_micro_batch_at_a_time(mixture, rows):
+    """On torch's meta device, which has shapes but no numbers."""
     x, t, label = rows
-    seen = []
+    calls = []
 
     def network(x, t, y):
-        seen.append((x.device.type, t.device.type, y.device.type, len(x)))
+        calls.append((x.device.type, t.device.type, y.device.type, len(x)))
         return torch.zeros(x.shape)
 
     v = BoundVelocity(network, label.to("meta"), 4).offloaded(torch.device("meta"))(x, t)
-    assert seen == [("meta", "meta", "meta", 4), ("meta", "meta", "meta", 2)]
+    assert calls == [("meta", "meta", "meta", 4), ("meta", "meta", "meta", 2)]
     assert v.device.type == "cpu"
+
+
+def test_a_network_offloaded_to_its_device_gives_the_same(mixture, rows):
+    x, t, label = rows
     here = mixture.velocity(label, Guidance(1.5))
     assert torch.equal(here.offloaded(torch.device("cpu"))(x, t), here(x, t))
 
@@ -68,28 +71,30 @@ def test_a_subset_gives_the_rows_of_the_whole(guidance, mixture, rows):
     part = f.subset(chosen)
     assert part.mix == f.mix
     assert difference(part(x[:3][chosen], t[:3][chosen]), f(x[:3], t[:3])[chosen]) < 1e-12
+
     free = mixture.velocity(None)
     assert torch.equal(free.subset(chosen)(x, t), free(x, t))
 
 
-def test_guidance_mixes_the_answers_with_and_without_the_condition(mixture, rows):
+def test_guidance_mixes_the_outputs_with_and_without_the_condition(mixture, rows):
     x, t, label = rows
     guided = mixture.velocity(label, Guidance(1.5))
-    apart = [mixture.velocity(y)(x, t) for y in (label, None)]
+    outputs = [mixture.velocity(y)(x, t) for y in (label, None)]
+
     assert guided.rows_at(float64(0.5)).tolist() == [2]
     assert guided.raw(x, t).shape == (6, 2, 64)
-    assert difference(torch.stack(guided.outputs(x, t)), torch.stack(apart)) < 1e-12
-    assert difference(guided(x, t), apart[1] + 1.5 * (apart[0] - apart[1])) < 1e-12
+    assert difference(torch.stack(guided.outputs(x, t)), torch.stack(outputs)) < 1e-12
+    assert difference(guided(x, t), outputs[1] + 1.5 * (outputs[0] - outputs[1])) < 1e-12
     assert torch.equal(guided.combine(guided.outputs(x, t)), guided(x, t))
 
 
-def test_without_guidance_the_one_answer_is_the_velocity(mixture, rows):
+def test_without_guidance_the_one_output_is_the_velocity(mixture, rows):
     x, t, label = rows
     bound = mixture.velocity(label)
     for f in (bound, BoundVelocity.of(lambda x, t: bound(x, t))):
-        (answer,) = f.outputs(x, t)
-        assert torch.equal(answer, bound(x, t))
-        assert f.combine([answer]) is answer
+        (output,) = f.outputs(x, t)
+        assert torch.equal(output, bound(x, t))
+        assert f.combine([output]) is output
 
 
 # ----------------------------------------------------------------------------------------------
@@ -106,21 +111,23 @@ def scaled(scales: list[float], classes: torch.Tensor) -> list[BoundVelocity]:
     return [bound(scale) for scale in scales]
 
 
-def test_joined_velocities_answer_each_for_its_samples():
+def test_joined_velocities_serve_their_own_samples():
     classes = torch.tensor([0.0, 1.0, 2.0])
     velocities = scaled([1.0, 3.0], classes)
-    x, t = torch.randn(3 * 2 * 2, 5), torch.rand(3 * 2 * 2)
+    x = torch.randn(3 * 2 * 2, 5)
+    t = torch.rand(3 * 2 * 2)
 
-    found = joined(velocities)(x, t).unflatten(0, (2, 3, 2))
+    result = joined(velocities)(x, t).unflatten(0, (2, 3, 2))
     for number, velocity in enumerate(velocities):
         rows = torch.arange(12).unflatten(0, (2, 3, 2))[:, :, number].flatten()
         expected = velocity(x[rows], t[rows])
-        assert torch.equal(found[:, :, number].flatten(0, 1), expected)
+        assert torch.equal(result[:, :, number].flatten(0, 1), expected)
 
 
 def test_some_samples_of_joined_velocities_are_as_in_all():
     velocity = joined(scaled([1.0, 3.0], torch.tensor([0.0, 1.0, 2.0])))
-    x, t = torch.randn(6, 5), torch.rand(6)
+    x = torch.randn(6, 5)
+    t = torch.rand(6)
     samples = torch.tensor([5, 0, 3])
     assert torch.equal(velocity.subset(samples)(x[samples], t[samples]), velocity(x, t)[samples])
 

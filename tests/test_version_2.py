@@ -1,4 +1,4 @@
-"""Files of format version 2, written by release 0.1 (`tests/version_2`), mean today what they meant then."""
+"""Files of format version 2, written by release 0.1, are read as they were then."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ def tensors() -> dict[str, torch.Tensor]:
     return load_file(FILES / "replay.safetensors")
 
 
-def test_there_is_one_of_every_kind():
+def test_the_files_have_schedules_of_every_kind():
     schedules = [StepSchedule.load(FILES / name) for name in SCHEDULES]
-    kinds = {(each.kind, each.per_sample, each.orders is not None) for each in schedules}
+    kinds = {(steps.kind, steps.per_sample, steps.orders is not None) for steps in schedules}
+
     assert {start for start, _, _ in kinds} >= {
-        f"{kind} start" for kind in ("free", "pinned", "analytic")
-    }
-    assert {"analytic start, fitted steps", "pinned start, fitted steps"} <= {
-        start for start, _, _ in kinds
+        "free start",
+        "pinned start",
+        "analytic start",
+        "analytic start, fitted steps",
+        "pinned start, fitted steps",
     }
     assert len(kinds) >= 11
 
@@ -50,15 +52,17 @@ def test_there_is_one_of_every_kind():
 def test_a_schedule_saved_again_is_the_same(name, tmp_path):
     old = StepSchedule.load(FILES / name)
     path = old.save(tmp_path / "again.json")
-    again, record = StepSchedule.load(path), json.loads(path.read_text())
+    again = StepSchedule.load(path)
+    record = json.loads(path.read_text())
     assert record["version"] == 3
     assert torch.equal(again.times, old.times)
     for key in ("kind", "start_time", "samples", "provenance"):
         assert getattr(again, key) == getattr(old, key)
-    pairs = [
-        (each.mean, each.orders, getattr(each.steps, "weights", None)) for each in (again, old)
-    ]
-    for value, expected in zip(*pairs, strict=True):
+
+    def tensors_of(steps: StepSchedule) -> tuple:
+        return steps.mean, steps.orders, getattr(steps.steps, "weights", None)
+
+    for value, expected in zip(tensors_of(again), tensors_of(old), strict=True):
         assert (value is None and expected is None) or torch.equal(value, expected)
 
 
@@ -67,19 +71,14 @@ def test_a_schedule_saved_again_is_the_same(name, tmp_path):
     [([1.0, 0.5, 0.0], [0]), ([[1.0, 0.5, 0.0]], None), ([], None), ([[]], [0])],
 )
 def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_path):
-    file = next(
-        FILES / name for name in SCHEDULES if StepSchedule.load(FILES / name).kind == "pinned start"
-    )
+    paths = [FILES / name for name in SCHEDULES]
+    pinned = next(path for path in paths if StepSchedule.load(path).kind == "pinned start")
+    changes = {"times": times, "samples": samples, "orders": None}
     path = tmp_path / "steps.json"
-    path.write_text(
-        json.dumps(
-            {**json.loads(file.read_text()), "times": times, "samples": samples, "orders": None}
-        )
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"steps\.json: (field `times|times of shape|a step schedule needs at least two times)",
-    ):
+    path.write_text(json.dumps(json.loads(pinned.read_text()) | changes))
+
+    words = r"field `times|times of shape|a step schedule needs at least two times"
+    with pytest.raises(ValueError, match=rf"steps\.json: ({words})"):
         StepSchedule.load(path)
 
 
@@ -87,15 +86,19 @@ def test_times_that_do_not_fit_their_samples_are_refused(times, samples, tmp_pat
 def test_a_schedule_names_public_objects_only(name, tmp_path):
     text = StepSchedule.load(FILES / name).save(tmp_path / "again.json").read_text()
     names = re.findall(r'"_target_": "([^"]*)"', text)
-    assert all(re.fullmatch(r"oss_exp\.([a-z]\w*|[A-Z]\w*(\.[a-z]\w*)?)", each) for each in names)
-    assert all(callable(named_object(each)) for each in names)
+    for name in names:
+        assert re.fullmatch(r"oss_exp\.([a-z]\w*|[A-Z]\w*(\.[a-z]\w*)?)", name)
+        assert callable(named_object(name))
 
 
 @pytest.mark.parametrize("name", mostly_slow(REPLAYS, *[*REPLAYS][::9]))
 def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
-    """The same bits on the machine that made them; another processor may round its last bits otherwise."""
-    monkeypatch.chdir(FILES.parents[1])  # some name a calibration by its path
-    replay, steps = REPLAYS[name], StepSchedule.load(FILES / name)
+    """To rounding: the last bits depend on the processor."""
+    monkeypatch.chdir(FILES.parents[1])  # some schedules name a calibration by its path
+    replay = REPLAYS[name]
+    steps = StepSchedule.load(FILES / name)
+
+    # The model and the sampler of the replay.
     guidance = Guidance(**replay["guidance"])
     model = GaussianMixture.from_asset(
         f"{replay['model']}.safetensors", guidance=guidance, micro_batch=1024
@@ -107,6 +110,7 @@ def test_a_schedule_replays_to_the_same_numbers(name, tensors, monkeypatch):
     velocity = model.velocity(condition)
     noise = tensors[replay["noise"]] * replay["start_time"]
     x0 = sample(solver, velocity, noise, steps, group=condition)
+
     torch.testing.assert_close(x0, tensors[replay["x0"]], rtol=1e-12, atol=1e-12)
     assert nfe(solver, steps, velocity) == replay["nfe"]
 
@@ -135,38 +139,39 @@ SHORT = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stages", "stages_lora"])
-def test_a_folder_of_stages_gives_the_same_pictures(name, tmp_path):
+def test_a_folder_of_stages_gives_the_same_samples(name, tmp_path):
     stages = FILES / name
-    measured = [
+    evaluation = [
         f"stages={stages}",
         f"task.schedule={stages / 'schedule.json'}",
         f"hydra.run.dir={tmp_path}",
     ]
-    run_cli("task=evaluate", *NETWORK, *SHORT, *measured, "data.batch_size=4", "logger=none")
+    run_cli("task=evaluate", *NETWORK, *SHORT, *evaluation, "data.batch_size=4", "logger=none")
     (old,) = json.loads((FILES / f"{name}.metrics.json").read_text())["rows"]
     (new,) = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+
     assert new["per_image"]["index"] == old["per_image"]["index"]
     assert new["per_image"]["psnr"] == pytest.approx(old["per_image"]["psnr"], abs=2e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["run_search", "run_compare"])
-def test_an_older_run_goes_on_by_its_own_command(name, tmp_path):
-    """It plans nothing anew, and measures the same."""
-    old, folder = FILES / "run" / name, tmp_path / "run"
+def test_an_older_run_continues_by_its_own_command(name, tmp_path):
+    """It plans nothing again, and measures the same."""
+    old = FILES / "run" / name
+    folder = tmp_path / "run"
     shutil.copytree(old, folder)
     run_cli(*yaml.safe_load((old / "overrides.yaml").read_text()), f"hydra.run.dir={folder}")
     for file in (old / "schedules").iterdir():
         assert (folder / "schedules" / file.name).read_bytes() == file.read_bytes()
+
     if name == "run_compare":
-        before, after = (
-            json.loads((place / "metrics.json").read_text())["rows"] for place in (old, folder)
-        )
+        before = json.loads((old / "metrics.json").read_text())["rows"]
+        after = json.loads((folder / "metrics.json").read_text())["rows"]
         assert [row["schedule"] for row in after] == [row["schedule"] for row in before]
         for row, expected in zip(after, before, strict=True):
-            assert row["per_image"]["psnr"] == pytest.approx(
-                expected["per_image"]["psnr"], abs=2e-4
-            )
+            psnr = expected["per_image"]["psnr"]
+            assert row["per_image"]["psnr"] == pytest.approx(psnr, abs=2e-4)
 
 
 def test_an_older_run_of_another_command_is_refused(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The schedules of ComfyUI's users against their definitions over a list of 1000 sigmas, written down once more."""
+"""Schedules from the ComfyUI community equal their definitions over a list of 1000 sigmas."""
 
 import math
 
@@ -22,9 +22,9 @@ from oss_exp.stepsize import Problem
 BUDGETS = [1, 2, 3, 5, 7, 10, 20, 30]
 SHIFT = 3.0
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-FLOW = [
-    SHIFT * u / (1 + (SHIFT - 1) * u) for u in np.arange(1, 1001) / 1000
-]  # sigmas from data to noise, as theirs
+# Sigmas from data to noise, in ComfyUI's order.
+UNIFORM = np.arange(1, 1001) / 1000
+FLOW = [*SHIFT * UNIFORM / (1 + (SHIFT - 1) * UNIFORM)]
 CHAIN = [*((1 - ABAR) / ABAR) ** 0.5]
 CLOCKS = {
     "flow": (FLOW, FlowSchedule(SHIFT)),
@@ -32,35 +32,51 @@ CLOCKS = {
 }
 
 
-def found(clock: str, schedule, num_steps: int) -> np.ndarray:
-    """In ComfyUI's units: flow time, or sigma."""
+def levels_of(clock: str, schedule, num_steps: int) -> np.ndarray:
+    """Return the schedule's nodes in ComfyUI's units: flow time, or sigma."""
     nodes = schedule.nodes(num_steps)
     return (nodes if clock == "flow" else EDMPath().native(nodes)).numpy()
 
 
-@pytest.mark.parametrize("clock", CLOCKS)
-@pytest.mark.parametrize("k", BUDGETS)
-def test_levels_are_those_of_comfyui(clock, k):
+every_clock = pytest.mark.parametrize("clock", CLOCKS)
+every_budget = pytest.mark.parametrize("k", BUDGETS)
+
+
+@every_clock
+@every_budget
+def test_simple_takes_every_nth_sigma_from_the_noise(clock, k):
     sigmas, levels = CLOCKS[clock]
+    expected = [sigmas[-(1 + int(i * (len(sigmas) / k)))] for i in range(k)]
 
-    simple = [sigmas[-(1 + int(i * (len(sigmas) / k)))] for i in range(k)]
-    np.testing.assert_allclose(found(clock, SimpleSchedule(levels), k), [*simple, 0], rtol=1e-9)
+    result = levels_of(clock, SimpleSchedule(levels), k)
+    np.testing.assert_allclose(result, [*expected, 0], rtol=1e-9)
 
+
+@every_clock
+@every_budget
+def test_sgm_uniform_is_even_in_the_index_of_the_sigmas(clock, k):
+    sigmas, levels = CLOCKS[clock]
     places = np.linspace(999, 0, k + 1)[:-1]
-    between = np.interp(places, np.arange(1000), np.log(sigmas) if clock == "chain" else sigmas)
-    uniform = np.exp(between) if clock == "chain" else between
-    np.testing.assert_allclose(
-        found(clock, SGMUniformSchedule(levels), k), [*uniform, 0], rtol=2e-4
-    )
+    if clock == "chain":
+        expected = np.exp(np.interp(places, np.arange(1000), np.log(sigmas)))
+    else:
+        expected = np.interp(places, np.arange(1000), sigmas)
 
-    for alpha, beta in ((0.5, 0.7), (0.6, 0.6)):
-        index = np.rint(
-            stats.beta.ppf(1 - np.linspace(0, 1, k, endpoint=False), alpha, beta) * 999
-        ).astype(int)
-        expected = [*np.array(sigmas)[index], 0]
-        np.testing.assert_allclose(
-            found(clock, BetaLevelsSchedule(levels, 1000, alpha, beta), k), expected, rtol=1e-9
-        )
+    result = levels_of(clock, SGMUniformSchedule(levels), k)
+    np.testing.assert_allclose(result, [*expected, 0], rtol=2e-4)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.7), (0.6, 0.6)])
+@every_clock
+@every_budget
+def test_beta_levels_are_sigmas_at_the_quantiles_of_a_beta_law(clock, k, alpha, beta):
+    sigmas, levels = CLOCKS[clock]
+    quantiles = stats.beta.ppf(1 - np.linspace(0, 1, k, endpoint=False), alpha, beta)
+    indices = np.rint(quantiles * 999).astype(int)
+    expected = [*np.array(sigmas)[indices], 0]
+
+    result = levels_of(clock, BetaLevelsSchedule(levels, 1000, alpha, beta), k)
+    np.testing.assert_allclose(result, expected, rtol=1e-9)
 
 
 def test_simple_with_a_divisor_of_the_levels_is_the_flow_schedule():
@@ -74,13 +90,15 @@ def test_simple_with_a_divisor_of_the_levels_is_the_flow_schedule():
 @pytest.mark.parametrize("k", [2, 3, 5, 8, 10, 20, 33, 198, 998])
 def test_bong_tangent_is_two_arctangents(k):
     points = k + 2
-    upper, slope = int(points * 0.6), 0.2 / (points / 40)
+    upper = int(points * 0.6)
+    slope = 0.2 / (points / 40)
 
     def piece(count, pivot, start, end):
-        value = [(2 / math.pi * math.atan(-slope * (x - pivot)) + 1) / 2 for x in range(count)]
-        return [(v - value[-1]) / (value[0] - value[-1]) * (start - end) + end for v in value]
+        values = [(2 / math.pi * math.atan(-slope * (x - pivot)) + 1) / 2 for x in range(count)]
+        return [(v - values[-1]) / (values[0] - values[-1]) * (start - end) + end for v in values]
 
     expected = piece(upper, upper, 1.0, 0.5)[:-1] + piece(points - upper, 0, 0.5, 0.0)
+
     np.testing.assert_allclose(BongTangentSchedule().nodes(k).numpy(), expected, rtol=0, atol=1e-12)
     assert BongTangentSchedule().nodes(1).tolist() == [1.0, 0.0]
 
@@ -90,13 +108,13 @@ def test_bong_tangent_is_two_arctangents(k):
 def test_yaml_plans_every_budget(name, start):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         strategy = instantiate(compose(overrides=[f"+stepsize={name}"]).stepsize[name], start=start)
-    plans = strategy.plan(
-        Problem(lambda x, t: x, torch.ones(2, 3), FlowSchedule().nodes(20)), range(1, 21)
-    )
+    problem = Problem(lambda x, t: x, torch.ones(2, 3), FlowSchedule().nodes(20))
+
+    plans = strategy.plan(problem, range(1, 21))
     for k, steps in plans.items():
         assert steps.num_steps == k
-        kept = strategy.schedule.nodes(k + (start == "analytic"))[1:]
-        assert torch.equal(steps.times[-len(kept) :], kept)
+        nodes = strategy.schedule.nodes(k + (start == "analytic"))[1:]
+        assert torch.equal(steps.times[-len(nodes) :], nodes)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Hand-made schedules against diffusers, against each other where they must meet, and against their own theorem."""
+"""Heuristic schedules equal those of diffusers, meet where they must, and obey their theorems."""
 
 import numpy as np
 import pytest
@@ -53,9 +53,9 @@ def test_nodes_strictly_decrease_from_at_most_1_to_0(name, num_steps):
     assert bool((nodes.diff() < 0).all())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against diffusers
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -64,26 +64,27 @@ def test_nodes_strictly_decrease_from_at_most_1_to_0(name, num_steps):
     ("scheduler", "num_steps"),
     [
         *(("DPMSolverMultistepScheduler", k) for k in (1, 2, 3, 10, 25, 60)),
-        *(
-            ("EulerDiscreteScheduler", k) for k in (2, 3, 10, 25, 60)
-        ),  # its only step would be from sigma_min
+        # Not one step, which would start at sigma_min.
+        *(("EulerDiscreteScheduler", k) for k in (2, 3, 10, 25, 60)),
     ],
 )
 def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
     import diffusers
 
     options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    theirs = getattr(diffusers, scheduler)(**options, **{f"use_{rule}_sigmas": True})
-    theirs.set_timesteps(num_steps)
-    abar = theirs.alphas_cumprod.double()
+    reference = getattr(diffusers, scheduler)(**options, **{f"use_{rule}_sigmas": True})
+    reference.set_timesteps(num_steps)
+
+    abar = reference.alphas_cumprod.double()
     ends = [float(((1 - a) / a).sqrt()) for a in (abar[0], abar[-1])]
-    ours = {
+    schedules = {
         "karras": EDMSchedule(*ends, 7.0),
         "exponential": LogSNRSchedule(*ends),
         "beta": BetaSchedule(*ends, 0.6, 0.6),
     }
+
     torch.testing.assert_close(
-        sigmas(ours[rule], num_steps), theirs.sigmas.double(), rtol=1e-5, atol=0
+        sigmas(schedules[rule], num_steps), reference.sigmas.double(), rtol=1e-5, atol=0
     )
 
 
@@ -102,23 +103,22 @@ def test_sigmas_equal_diffusers(scheduler, num_steps, rule):
 def test_linear_quadratic_equals_diffusers(num_steps, threshold, linear_steps):
     from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
-    theirs = torch.tensor(
-        linear_quadratic_schedule(num_steps, threshold, linear_steps), dtype=torch.float64
-    )
-    ours = LinearQuadraticSchedule(threshold, linear_steps).nodes(num_steps)
-    torch.testing.assert_close(ours[:-1], theirs, rtol=0, atol=1e-13)
+    sigmas = linear_quadratic_schedule(num_steps, threshold, linear_steps)
+    expected = torch.tensor(sigmas, dtype=torch.float64)
+    nodes = LinearQuadraticSchedule(threshold, linear_steps).nodes(num_steps)
+    torch.testing.assert_close(nodes[:-1], expected, rtol=0, atol=1e-13)
 
 
 def test_linear_quadratic_of_one_step_equals_diffusers():
     from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
-    ours = LinearQuadraticSchedule(0.025, None).nodes(1)
-    assert ours.tolist() == [*linear_quadratic_schedule(1).tolist(), 0.0]
+    nodes = LinearQuadraticSchedule(0.025, None).nodes(1)
+    assert nodes.tolist() == [*linear_quadratic_schedule(1).tolist(), 0.0]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Against each other, and what each is for
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Against each other and their theorems
+# --------------------------------------------------------------------------------------------------
 
 
 def test_beta_of_ones_is_uniform_in_sigma():
@@ -136,11 +136,12 @@ def test_beta_has_alpha_at_the_low_end():
 
 
 def test_beta_is_symmetric_about_the_middle_and_denser_at_the_ends():
-    found = sigmas(BetaSchedule(*SD_RANGE, 0.6, 0.6), 15)[:-1]
+    levels = sigmas(BetaSchedule(*SD_RANGE, 0.6, 0.6), 15)[:-1]
     torch.testing.assert_close(
-        found + found.flip(0), torch.full_like(found, sum(SD_RANGE)), rtol=1e-10, atol=0
+        levels + levels.flip(0), torch.full_like(levels, sum(SD_RANGE)), rtol=1e-10, atol=0
     )
-    gaps = -found.diff()[:7]  # from the noise to the middle
+
+    gaps = -levels.diff()[:7]  # from the noise to the middle
     assert bool((gaps.diff() > 0).all())
 
 
@@ -165,24 +166,26 @@ def test_kl_optimal_over_all_sigmas_is_the_cosine_schedule():
 
 
 def test_kl_optimal_loses_least_of_a_normal_law():
-    """Euler steps on N(0, 1) data shrink the state a little too much: arXiv 2404.14507, theorem 3.1."""
+    """Euler steps on N(0, 1) data shrink the state too much (arXiv 2404.14507, theorem 3.1)."""
 
-    def kept(sigma: torch.Tensor) -> torch.Tensor:
-        """(..., n) noise levels -> scale that Euler steps along dx/dsigma = x sigma / (1 + sigma^2) leave."""
-        now, after = sigma[..., :-1], sigma[..., 1:]
+    def remaining_scale(sigma: torch.Tensor) -> torch.Tensor:
+        """Return the scale after Euler steps on dx/dsigma = x sigma / (1 + sigma^2), (..., n)."""
+        now = sigma[..., :-1]
+        after = sigma[..., 1:]
         return ((1 + now * after) / (1 + now**2)).prod(-1)
 
     best = sigmas(KLOptimalSchedule(*SD_RANGE), 8)[:-1]
     exact = ((1 + best[-1] ** 2) / (1 + best[0] ** 2)).sqrt()
+
+    # The same schedule with its inner levels moved at random.
     generator = torch.Generator().manual_seed(0)
-    moves = (
-        torch.randn(500, 6, generator=generator, dtype=torch.float64)
-        * torch.logspace(-4, -1, 500)[:, None]
-    )
+    moves = torch.randn(500, 6, generator=generator, dtype=torch.float64)
+    moves *= torch.logspace(-4, -1, 500)[:, None]
     others = best.repeat(500, 1)
     others[:, 1:-1] *= moves.exp()
-    assert bool((kept(others) < kept(best)).all())
-    assert 0.8 * exact < kept(best) < exact
+
+    assert bool((remaining_scale(others) < remaining_scale(best)).all())
+    assert 0.8 * exact < remaining_scale(best) < exact
 
 
 def test_cosine_is_uniform_in_the_angle():
@@ -190,9 +193,9 @@ def test_cosine_is_uniform_in_the_angle():
     np.testing.assert_allclose(angle, np.pi / 2 * np.linspace(0.9, 0, 10), rtol=0, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Yamls and refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["pinned", "analytic"])
@@ -202,22 +205,22 @@ def test_yaml_plans_every_budget(name, start):
     problem = Problem(
         lambda x, t: x, torch.ones(2, 3), FlowSchedule(1.0).nodes(20), Euler(), XtMSE()
     )
+
     plans = strategy.plan(problem, range(1, 21))
+
     for k, steps in plans.items():
         assert steps.num_steps == k
-        kept = strategy.schedule.nodes(k + (start == "analytic"))[1:]
-        assert torch.equal(steps.times[-len(kept) :], kept)
+        nodes = strategy.schedule.nodes(k + (start == "analytic"))[1:]
+        assert torch.equal(steps.times[-len(nodes) :], nodes)
 
 
 @pytest.mark.parametrize("name", ["beta", "exponential", "karras", "kl_optimal"])
 def test_yaml_has_the_range_of_stable_diffusion(name):
     schedule = instantiate(OmegaConf.load(CONF / "stepsize" / f"{name}.yaml")).schedule
-    t = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012)).canonical(
-        torch.tensor([0.0, 999.0]).double()
-    )
-    np.testing.assert_allclose(
-        [schedule.sigma_min, schedule.sigma_max], t / (1 - t), rtol=0, atol=5e-5
-    )
+    path = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
+    t = path.canonical(torch.tensor([0.0, 999.0]).double())
+    result = [schedule.sigma_min, schedule.sigma_max]
+    np.testing.assert_allclose(result, t / (1 - t), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Paths against their textbook alpha and sigma, and noise schedules against released code and diffusers."""
+"""Paths have their textbook alpha and sigma; noise schedules equal released code and diffusers."""
 
 import math
 
@@ -31,7 +31,7 @@ BETAS = {
     "cosine": cosine_betas(1000, 0.999),
     "zero_snr": scaled_linear_betas(1000, 0.00085, 0.012, zero_snr=True),
 }
-# Clean data, the stretch below index 0, the indices, the last fractions.
+# Clean data, fractions below index 0, whole indices, and fractions near the last index.
 INDICES = torch.cat(
     [torch.linspace(-1, 2, 61), torch.arange(3.0, 990.0), torch.linspace(990, 999, 55)]
 ).double()
@@ -56,15 +56,17 @@ SCHEDULES = {
     "quadratic": QuadraticSchedule(LINEAR),
     "vp": VPSchedule(0.1, 20.0, 1e-3),
 }
+SHIFTS = [0.3, 1.0, 3.0, 12.0]
 
 
 def alphas_cumprod(betas: torch.Tensor) -> np.ndarray:
+    """Return the cumulative products of 1 - beta, (T,)."""
     return np.cumprod(1 - betas.numpy())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Paths
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NATIVE_TIMES)
@@ -99,7 +101,7 @@ def test_canonical_time_is_0_at_clean_data_and_grows_with_the_native_clock(name)
             np.array([0.9, 0.5, 0.0]),
             np.array([0.1, 0.5, 1.0]),
         ),
-        # A clock in thousandths that is shifted by 3 against t: u = 1/4 is t = 1/2, u = 1/7 is t = 1/3.
+        # A clock in thousandths, shifted by 3: u = 1/4 is t = 1/2, u = 1/7 is t = 1/3.
         (
             FlowPath(3.0, 1000.0),
             np.array([250.0, 1000 / 7]),
@@ -125,7 +127,8 @@ def test_time_is_sigma_share_and_scale_is_alpha_plus_sigma(path, tau, alpha, sig
 def test_vp_times_have_the_alpha_and_sigma_of_the_score_sde_code():
     tau = np.array([1e-3, 0.2, 0.6, 1.0])
     log_alpha = -0.25 * tau**2 * (20.0 - 0.1) - 0.5 * tau * 0.1
-    alpha, sigma = np.exp(log_alpha), np.sqrt(1 - np.exp(2 * log_alpha))
+    alpha = np.exp(log_alpha)
+    sigma = np.sqrt(1 - np.exp(2 * log_alpha))
     t = VPPath(0.1, 20.0).canonical(torch.tensor(tau))
     np.testing.assert_allclose(t.numpy(), sigma / (alpha + sigma), rtol=1e-10)
     np.testing.assert_allclose(VPPath(0.1, 20.0).scale(t).numpy(), alpha + sigma, rtol=1e-10)
@@ -146,20 +149,24 @@ def test_the_vp_process_is_the_limit_of_the_linear_chain():
 
 @pytest.mark.parametrize("name", BETAS)
 def test_ddpm_indices_have_the_alpha_and_sigma_of_the_chain(name):
-    path, abar = DDPMPath(BETAS[name]), alphas_cumprod(BETAS[name])
-    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    path = DDPMPath(BETAS[name])
+    abar = alphas_cumprod(BETAS[name])
+    alpha = np.sqrt(abar)
+    sigma = np.sqrt(1 - abar)
     t = path.canonical(torch.arange(1000, dtype=torch.float64))
     np.testing.assert_allclose(t.numpy(), sigma / (alpha + sigma), rtol=1e-12)
     np.testing.assert_allclose(path.scale(t).numpy(), alpha + sigma, rtol=1e-12)
 
 
 def test_ddpm_fractions_interpolate_log_ratio_above_index_0_and_the_ratio_itself_below():
-    path, abar = DDPMPath(LINEAR), alphas_cumprod(LINEAR)
+    path = DDPMPath(LINEAR)
+    abar = alphas_cumprod(LINEAR)
     ratio = np.sqrt((1 - abar) / abar)
     expected = np.array(
         [0.75 * ratio[0], ratio[4] ** 0.7 * ratio[5] ** 0.3, np.sqrt(ratio[998] * ratio[999])]
     )
     t = path.canonical(torch.tensor([-0.25, 4.3, 998.5], dtype=torch.float64))
+
     np.testing.assert_allclose((t / (1 - t)).numpy(), expected, rtol=1e-12)
 
 
@@ -189,27 +196,35 @@ def test_ddpm_chain_equals_diffusers(betas, options):
 
     scheduler = DDPMScheduler(num_train_timesteps=1000, **options)
     abar = scheduler.alphas_cumprod.double()
-    np.testing.assert_allclose(alphas_cumprod(betas), abar.numpy(), rtol=1e-4)  # theirs is float32
-    t = DDPMPath(betas).canonical(torch.arange(1000, dtype=torch.float64))
     expected = (1 - abar).sqrt() / (abar.sqrt() + (1 - abar).sqrt())
+
+    # The library's chain is float32.
+    np.testing.assert_allclose(alphas_cumprod(betas), abar.numpy(), rtol=1e-4)
+    t = DDPMPath(betas).canonical(torch.arange(1000, dtype=torch.float64))
     torch.testing.assert_close(t, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 12.0])
+@pytest.mark.parametrize("shift", SHIFTS)
 def test_shift_time_is_inverted_by_one_over_shift_and_keeps_the_ends(shift):
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     shifted = shift_time(t, shift)
+
     torch.testing.assert_close(shift_time(shifted, 1 / shift), t, rtol=1e-12, atol=1e-14)
     assert shifted[0] == 0
     assert shifted[-1] == pytest.approx(1, abs=1e-15)
-    # A shift multiplies sigma / alpha by s.
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_a_shift_multiplies_sigma_over_alpha(shift):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    shifted = shift_time(t, shift)
     odds = shifted[:-1] / (1 - shifted[:-1])
     torch.testing.assert_close(odds, shift * t[:-1] / (1 - t[:-1]), rtol=1e-11, atol=1e-14)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noise schedules
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 200])
@@ -278,9 +293,9 @@ def test_quadratic_nodes_are_uniform_in_the_square_root_of_the_index():
     torch.testing.assert_close((indices + 1).clamp(min=0).sqrt(), expected, rtol=1e-8, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Published lists: their numbers, the stretch to other lengths, and the chains that they belong to."""
+"""Published tables keep their numbers, stretch to other lengths, and fit their chains."""
 
 import numpy as np
 import pytest
@@ -21,51 +21,13 @@ from oss_exp.solvers import Euler
 from oss_exp.stepsize import ClosedForm, Problem
 
 SD15_30 = [
-    999,
-    954,
-    907,
-    855,
-    819,
-    782,
-    744,
-    713,
-    684,
-    654,
-    623,
-    592,
-    559,
-    528,
-    499,
-    470,
-    437,
-    401,
-    364,
-    328,
-]
-SD15_30 += [291, 256, 221, 183, 149, 114, 70, 41, 21, 4]
+    999, 954, 907, 855, 819, 782, 744, 713, 684, 654, 623, 592, 559, 528, 499,
+    470, 437, 401, 364, 328, 291, 256, 221, 183, 149, 114, 70, 41, 21, 4,
+]  # fmt: skip
 SDXL_30 = [
-    999,
-    953,
-    904,
-    850,
-    813,
-    777,
-    738,
-    695,
-    650,
-    602,
-    556,
-    510,
-    462,
-    417,
-    374,
-    331,
-    290,
-    250,
-    214,
-    182,
-]
-SDXL_30 += [155, 131, 108, 85, 66, 49, 32, 20, 12, 3]
+    999, 953, 904, 850, 813, 777, 738, 695, 650, 602, 556, 510, 462, 417, 374,
+    331, 290, 250, 214, 182, 155, 131, 108, 85, 66, 49, 32, 20, 12, 3,
+]  # fmt: skip
 STABLE_DIFFUSION = scaled_linear_betas(1000, 0.00085, 0.012)
 SCHEDULES = [*map(AlignYourSteps, AlignYourSteps.tables), *map(OSSComfyUI, OSSComfyUI.tables)]
 DIFFUSERS = {
@@ -76,36 +38,30 @@ DIFFUSERS = {
 
 
 def levels(schedule, num_steps: int) -> torch.Tensor:
-    """Nodes in the units of the tables."""
+    """Return the nodes in the units of the tables."""
     nodes = schedule.nodes(num_steps)
     return EDMPath().native(nodes) if isinstance(schedule, AlignYourSteps) else nodes
 
 
 def problem(grid: torch.Tensor) -> Problem:
+    """Return a problem on this grid whose network costs nothing."""
     return Problem(lambda x, t: x, torch.ones(2, 3), grid, Euler(), XtMSE())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_own_length_is_the_list_itself(schedule):
+def test_a_schedule_of_the_tables_length_is_the_table(schedule):
     table = torch.tensor(schedule.tables[schedule.table], dtype=torch.float64)
-    own = levels(schedule, len(table) - 1)
-    torch.testing.assert_close(
-        own[:-1], table[:-1], rtol=1e-12 if isinstance(schedule, AlignYourSteps) else 0, atol=0
-    )
-    assert own[-1] == 0
+    nodes = levels(schedule, len(table) - 1)
+    rtol = 1e-12 if isinstance(schedule, AlignYourSteps) else 0
+    torch.testing.assert_close(nodes[:-1], table[:-1], rtol=rtol, atol=0)
+    assert nodes[-1] == 0
 
 
-def test_lengths():
-    lengths = {(type(s).__name__, s.table): len(s.tables[s.table]) - 1 for s in SCHEDULES}
-    assert [n for (family, _), n in lengths.items() if family == "AlignYourSteps"] == [
-        10,
-        10,
-        10,
-        10,
-        30,
-        30,
-    ]
-    assert [lengths["OSSComfyUI", table] for table in ("flux", "wan", "chroma")] == [10, 20, 40]
+def test_the_tables_have_their_published_lengths():
+    ays = [len(sigmas) - 1 for sigmas in AlignYourSteps.tables.values()]
+    assert ays == [10, 10, 10, 10, 30, 30]
+    comfyui = [len(OSSComfyUI.tables[table]) - 1 for table in ("flux", "wan", "chroma")]
+    assert comfyui == [10, 20, 40]
 
 
 @pytest.mark.parametrize("table", DIFFUSERS)
@@ -132,7 +88,7 @@ def test_align_your_steps_equals_diffusers(table):
     ],
 )
 def test_sigmas_stand_at_the_published_indices_of_their_chain(table, betas, published):
-    """The authors give each schedule twice, as sigmas of three decimals and as whole time indices."""
+    """The authors publish both sigmas, to three decimals, and whole time indices."""
     indices = DDPMPath(betas).native(AlignYourSteps(table).nodes(len(published))[:-1])
     np.testing.assert_allclose(indices, published, rtol=0, atol=0.6)
 
@@ -141,8 +97,9 @@ def test_sigmas_stand_at_the_published_indices_of_their_chain(table, betas, publ
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_other_lengths_are_log_linear(schedule, num_steps):
     table = schedule.tables[schedule.table]
-    places, wanted = np.linspace(0, 1, len(table)), np.linspace(0, 1, num_steps + 1)
-    expected = np.exp(np.interp(wanted, places, np.log(table)))[:-1]
+    places = np.linspace(0, 1, len(table))
+    targets = np.linspace(0, 1, num_steps + 1)
+    expected = np.exp(np.interp(targets, places, np.log(table)))[:-1]
     np.testing.assert_allclose(levels(schedule, num_steps), [*expected, 0], rtol=1e-11, atol=0)
 
 
@@ -173,8 +130,8 @@ def test_yaml_plans_every_budget_from_every_table(name, start):
         plans = strategy.plan(problem(FlowSchedule(1.0).nodes(20)), range(1, 21))
         for k, steps in plans.items():
             assert steps.num_steps == k
-            kept = strategy.schedule.nodes(k + (start == "analytic"))[1:]
-            assert torch.equal(steps.times[-len(kept) :], kept)
+            nodes = strategy.schedule.nodes(k + (start == "analytic"))[1:]
+            assert torch.equal(steps.times[-len(nodes) :], nodes)
 
 
 def test_a_schedule_from_beyond_the_teacher_is_refused():

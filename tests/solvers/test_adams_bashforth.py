@@ -1,4 +1,4 @@
-"""Adams-Bashforth on the velocity: textbook weights, and exact integrals of polynomials."""
+"""Adams-Bashforth has its textbook weights and integrates polynomials exactly."""
 
 import pytest
 from references import float64
@@ -17,11 +17,12 @@ from oss_exp.solvers.adams_bashforth import AdamsBashforth
 )
 def test_the_textbook_weights_on_even_steps(order, weights):
     times = [float64(0.5 + 0.1 * h) for h in range(order)]
+    expected = [-0.1 * weight for weight in weights]
+
     a, b = AdamsBashforth(order).coefficients(times, float64(0.4))
+
     assert float(a) == 1
-    assert [float(weight) for weight in b] == pytest.approx(
-        [-0.1 * weight for weight in weights], rel=1e-12
-    )
+    assert [float(weight) for weight in b] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -29,5 +30,5 @@ def test_integrates_polynomials_exactly_on_uneven_steps(order):
     times = [float64(t) for t in (0.3, 0.55, 0.6, 1.0)[:order]]
     _, b = AdamsBashforth(order).coefficients(times, float64(0))
     for power in range(order):
-        found = sum(weight * time**power for weight, time in zip(b, times, strict=True))
-        assert float(found) == pytest.approx(-(0.3 ** (power + 1)) / (power + 1), rel=1e-12)
+        integral = sum(weight * time**power for weight, time in zip(b, times, strict=True))
+        assert float(integral) == pytest.approx(-(0.3 ** (power + 1)) / (power + 1), rel=1e-12)

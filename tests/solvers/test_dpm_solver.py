@@ -1,4 +1,4 @@
-"""Singlestep DPM-Solver against released code and diffusers."""
+"""Singlestep DPM-Solver equals released code and diffusers."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from oss_exp.solvers.dpm_solver import DPMSolver
 
 
 def test_order_2_equals_released_code(velocity, gmm):
-    """Its DPM-Solver-2 with r = 1/2."""
+    """The released sampler is DPM-Solver-2 with r = 1/2."""
     assert difference_to_released(DPMSolver(2), "dpm2_r0.5", velocity, gmm["z"]) < 1e-10
 
 
 class Scheduler(DPMSolverSinglestepScheduler):
-    """With the second inner point of order 3 in the paper's form, which is the library's second order of type heun."""
+    """The scheduler with order 3 as in the paper: its second inner point is a step of type heun."""
 
     def singlestep_dpm_solver_second_order_update(self, *args, **kwargs):
         if self.config.solver_order == 3:
@@ -27,7 +27,7 @@ class Scheduler(DPMSolverSinglestepScheduler):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_equals_diffusers(order, velocity, gmm):
-    """It lists the time of every network call: 1 / order and so on of the way in log-SNR."""
+    """The scheduler lists the time of every call: fractions 1 / order of a step in log-SNR."""
     times = LATER[:-1]
     fractions = torch.arange(order, dtype=torch.float64) / order
     log_snr = torch.logit(1 - times)
@@ -41,4 +41,5 @@ def test_equals_diffusers(order, velocity, gmm):
     expected = run_diffusers(
         scheduler, velocity, gmm["z"], torch.cat([calls, times[-1:]]), "variance"
     )
+
     assert difference(run(DPMSolver(order), velocity, gmm["z"], times), expected) < 1e-10

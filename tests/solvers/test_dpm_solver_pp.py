@@ -1,4 +1,4 @@
-"""DPM-Solver++ against released code and diffusers."""
+"""DPM-Solver++ equals released code and diffusers."""
 
 import pytest
 import torch
@@ -13,11 +13,9 @@ LONG = torch.linspace(0.98, 0, 17, dtype=torch.float64)
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("lower_order_final", [True, False])
 def test_equals_released_code(order, lower_order_final, velocity, gmm):
-    """Without its thresholding, which ours has not."""
-    solver, name = (
-        DPMSolverPP(order, lower_order_final),
-        f"dpmpp{order}_x0_lof{int(lower_order_final)}_nothresh",
-    )
+    """The released code runs without thresholding, which ours does not have."""
+    solver = DPMSolverPP(order, lower_order_final)
+    name = f"dpmpp{order}_x0_lof{int(lower_order_final)}_nothresh"
     assert difference_to_released(solver, name, velocity, gmm["z"]) < 1e-10
 
 
@@ -28,9 +26,10 @@ def test_equals_released_code(order, lower_order_final, velocity, gmm):
 )
 @pytest.mark.parametrize("lower_order_final", [True, False])
 def test_equals_diffusers(order, times, lower_order_final, velocity, gmm):
-    """Its lower_order_final acts below 15 steps only. Its solver_type is midpoint at order 2, by default.
+    """The library's lower_order_final acts below 15 steps only.
 
-    After t = 1 its third order becomes the other second order, solver_type heun; ours is the midpoint's.
+    Order 3 is not compared from t = 1: the step after it is one of second order, of type heun in
+    the library and of type midpoint here.
     """
     scheduler = DPMSolverMultistepScheduler(
         solver_order=order,
@@ -40,4 +39,5 @@ def test_equals_diffusers(order, times, lower_order_final, velocity, gmm):
     )
     expected = run_diffusers(scheduler, velocity, gmm["z"], times)
     solver = DPMSolverPP(order, lower_order_final and len(times) - 1 < 15)
+
     assert difference(run(solver, velocity, gmm["z"], times), expected) < 1e-10

@@ -1,4 +1,4 @@
-"""Euler is DDIM and Euler in sigma, in every coordinate system, and the teacher of the released search."""
+"""Euler is DDIM and Euler in sigma, and the teacher of the released search."""
 
 import pytest
 import torch
@@ -29,14 +29,16 @@ def test_equals_the_teacher_of_the_released_search(grid, gmm, velocity, oss_arra
     assert difference(states.flip(0), oss_arrays[f"{grid}_N20.teacher_traj"]) < 1e-10
 
 
-def test_equals_the_euler_schedulers_of_diffusers(velocity, gmm):
+def test_equals_flow_euler_of_diffusers(velocity, gmm):
     flow = run_diffusers(FlowMatchEulerDiscreteScheduler(), velocity, gmm["z"], PINNED)
     assert difference(run(Euler(), velocity, gmm["z"], PINNED), flow) < 1e-10
+
+
+def test_equals_euler_in_sigma_of_diffusers(velocity, gmm):
     scheduler = EulerDiscreteScheduler()
-    scheduler.is_scale_input_called = (
-        True  # the velocity is asked at the flow state: there is nothing to scale
-    )
+    scheduler.is_scale_input_called = True  # the velocity takes flow states, which need no scale
     sigma = run_diffusers(scheduler, velocity, gmm["z"], LATER, "sigma")
+
     assert difference(run(Euler(), velocity, gmm["z"], LATER), sigma) < 1e-10
 
 
@@ -45,17 +47,20 @@ def test_equals_ddim_of_diffusers(velocity, gmm):
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)  # the library's are float32
     scheduler.set_timesteps(5)
-    path, tau = DDPMPath(betas), torch.cat([scheduler.timesteps, torch.tensor([-1])]).double()
+
+    path = DDPMPath(betas)
+    tau = torch.cat([scheduler.timesteps, torch.tensor([-1])]).double()
     times = path.canonical(tau)
     x = path.scale(times[0]) * gmm["z"]
     for t, timestep in zip(times[:-1], scheduler.timesteps, strict=True):
         flow = x / path.scale(t)
         x = scheduler.step(flow + (1 - t) * velocity(flow, t.expand(16)), timestep, x).prev_sample
+
     assert difference(run(Euler(), velocity, gmm["z"], times), x) < 1e-10
 
 
 def native_ddim(mixture, path, x, t, alpha, sigma):
-    """x at t[0], with alpha and sigma at every t -> the native states at all t."""
+    """Return the native states at all t, from x at t[0] and alpha and sigma at every t."""
     states = [path.scale(t[0]) * x]
     for i in range(len(t) - 1):
         x0 = mixture.denoise(states[-1] / path.scale(t[i]), t[i].expand(len(x)))
@@ -66,12 +71,17 @@ def native_ddim(mixture, path, x, t, alpha, sigma):
 @pytest.mark.parametrize("kind", ["cosine", "edm"])
 def test_is_ddim_in_native_coordinates(kind, mixture, velocity, gmm):
     if kind == "cosine":
-        path, tau = CosinePath(), float64(0.99, 0.8, 0.5, 0.3, 0.1, 0)
-        alpha, sigma = torch.cos(torch.pi / 2 * tau), torch.sin(torch.pi / 2 * tau)
+        path = CosinePath()
+        tau = float64(0.99, 0.8, 0.5, 0.3, 0.1, 0)
+        alpha = torch.cos(torch.pi / 2 * tau)
+        sigma = torch.sin(torch.pi / 2 * tau)
     else:
-        path, sigma = EDMPath(), float64(80, 20, 5, 1, 0.2, 0.01, 0)
-        tau, alpha = sigma, torch.ones_like(sigma)
+        path = EDMPath()
+        sigma = float64(80, 20, 5, 1, 0.2, 0.01, 0)
+        tau = sigma
+        alpha = torch.ones_like(sigma)
     t = path.canonical(tau)
     native = native_ddim(mixture, path, gmm["z"], t, alpha, sigma)
-    found = path.scale(t)[:, None, None] * trajectory(Euler(), velocity, gmm["z"], t)
-    torch.testing.assert_close(found, native, rtol=1e-10, atol=1e-10)
+    result = path.scale(t)[:, None, None] * trajectory(Euler(), velocity, gmm["z"], t)
+
+    torch.testing.assert_close(result, native, rtol=1e-10, atol=1e-10)

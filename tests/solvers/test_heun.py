@@ -1,4 +1,4 @@
-"""Heun in flow time and in sigma: the trapezoid by hand, released samplers, diffusers."""
+"""Heun in flow time and in sigma equals the trapezoid, released samplers and diffusers."""
 
 from itertools import pairwise
 
@@ -33,7 +33,7 @@ def test_in_sigma_equals_released_code(name, velocity, gmm):
     ],
 )
 def test_equals_diffusers(clock, scheduler, times, coordinates, velocity, gmm):
-    inner = times[1:-1].repeat_interleave(2)  # it lists the time of every network call
+    inner = times[1:-1].repeat_interleave(2)  # the schedulers list the time of every call
     calls = torch.cat([times[:1], inner, times[-1:]])
     expected = run_diffusers(scheduler(), velocity, gmm["z"], calls, coordinates)
     assert difference(run(Heun(clock), velocity, gmm["z"], times), expected) < 1e-10
@@ -43,7 +43,8 @@ def test_is_the_trapezoid_in_flow_time_and_euler_into_0():
     def f(x, t):
         return 3 * x - 2 * t[:, None] + 1
 
-    x, times = 0.7, [1.0, 0.6, 0.25, 0.01, 0.0]
+    x = 0.7
+    times = [1.0, 0.6, 0.25, 0.01, 0.0]
     expected = [x]
     for t, s in pairwise(times):
         slope = 3 * x - 2 * t + 1
@@ -52,12 +53,12 @@ def test_is_the_trapezoid_in_flow_time_and_euler_into_0():
         x = x + (s - t) * slope
         expected.append(x)
     states = trajectory(Heun("t"), f, float64([0.7]), float64(*times))
+
     assert states.flatten().tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_in_sigma_a_step_from_1_is_eulers(velocity, gmm):
     for times in (float64(1, 0.6), float64(1, 0.6, 0)):
-        found, euler = (
-            trajectory(solver, velocity, gmm["z"], times)[1] for solver in (Heun("sigma"), Euler())
-        )
-        assert torch.equal(found, euler)
+        heun = trajectory(Heun("sigma"), velocity, gmm["z"], times)
+        euler = trajectory(Euler(), velocity, gmm["z"], times)
+        assert torch.equal(heun[1], euler[1])

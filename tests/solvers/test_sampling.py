@@ -1,4 +1,4 @@
-"""Running schedules: starts, counts of network calls, and steps with fitted weights."""
+"""Sampling a schedule: its start, its network calls, and steps with fitted weights."""
 
 from dataclasses import replace
 
@@ -24,15 +24,19 @@ def test_every_yielded_state_but_the_last_has_seen_the_network_at_its_own_time(v
     assert states[-1].times[0][0] > 0
 
 
-def test_a_free_start_uses_the_noise_as_it_is_and_an_analytic_one_saves_the_first_call(
-    mixture, gmm
-):
+def test_a_free_start_uses_the_noise_as_it_is(velocity, gmm):
+    times = float64(0.9, 0.4, 0)
+    free = sample(Euler(), velocity, gmm["z"], StepSchedule(times, Free()))
+    assert torch.equal(free, run(Euler(), velocity, gmm["z"], times))
+
+
+def test_an_analytic_start_saves_the_first_call(mixture, gmm):
     label = torch.arange(16) % 10
-    f, rest = mixture.velocity(label), float64(0.9, 0.4, 0)
-    free = sample(Euler(), f, gmm["z"], StepSchedule(rest, Free()))
-    assert torch.equal(free, run(Euler(), f, gmm["z"], rest))
-    saved = sample(Euler(), f, gmm["z"], StepSchedule(rest, Analytic(gmm["means"])), group=label)
-    full = sample(Euler(), f, gmm["z"], StepSchedule(float64(1, *rest)))
+    f = mixture.velocity(label)
+    times = float64(0.9, 0.4, 0)
+    saved = sample(Euler(), f, gmm["z"], StepSchedule(times, Analytic(gmm["means"])), group=label)
+    full = sample(Euler(), f, gmm["z"], StepSchedule(float64(1, *times)))
+
     assert difference(saved, full) < 1e-12
 
 
@@ -50,23 +54,26 @@ def test_nfe_is_that_of_the_sample_with_the_most_calls():
     assert nfe(Heun("sigma"), fitted) == 6
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Predictions of x0 on the way
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def watched(solver, f, noise, steps, **more) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The sample, and the predictions of x0 of its steps."""
-    seen = []
-    x0 = sample(
-        solver, f, noise, steps, **more, watch=lambda step, clean: seen.append((step, clean))
-    )
-    assert [step for step, _ in seen] == list(range(steps.num_steps))
-    return x0, [clean for _, clean in seen]
+    """Return the sample and each step's prediction of x0."""
+    predictions = []
+
+    def watch(step, prediction):
+        assert step == len(predictions)
+        predictions.append(prediction)
+
+    x0 = sample(solver, f, noise, steps, **more, watch=watch)
+    assert len(predictions) == steps.num_steps
+    return x0, predictions
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-@pytest.mark.parametrize(
+every_guidance = pytest.mark.parametrize("guidance", [1.0, 1.5])
+watched_solvers = pytest.mark.parametrize(
     "solver",
     [
         Euler(),
@@ -77,86 +84,99 @@ def watched(solver, f, noise, steps, **more) -> tuple[torch.Tensor, list[torch.T
         UniPC(2, "bh2", False),
     ],
 )
-def test_a_watch_sees_what_the_network_predicts_at_each_step_and_costs_no_call(
-    solver, guidance, mixture, gmm
-):
-    f, steps, asked = (
-        mixture.velocity(torch.arange(16) % 10, Guidance(guidance)),
-        StepSchedule(PINNED),
-        [],
-    )
+
+
+@every_guidance
+@watched_solvers
+def test_a_watch_costs_no_call_and_changes_no_sample(solver, guidance, mixture, gmm):
+    f = mixture.velocity(torch.arange(16) % 10, Guidance(guidance))
+    rows = []
 
     def counted(x, t, condition):
-        asked.append((x, t))
+        rows.append(len(x))
         return f.fn(x, t, condition)
 
-    plain = sample(solver, replace(f, fn=counted), gmm["z"], steps)
-    calls = list(asked)
-    found, seen = watched(solver, replace(f, fn=counted, micro_batch=5), gmm["z"], steps)
-    assert difference(found, plain) < 1e-12
-    assert sum(len(x) for x, _ in asked) == 2 * sum(len(x) for x, _ in calls)
-    own = [
-        next(x for x, at in calls[::-1] if at[0] == t) for t in PINNED[:-1]
-    ]  # after any call within a step
-    for x, t, clean in zip(own, PINNED, seen, strict=False):
-        assert difference(clean, x - t * f(x, t.expand(16))) < 1e-12
+    plain = sample(solver, replace(f, fn=counted), gmm["z"], StepSchedule(PINNED))
+    plain_rows = sum(rows)
+    rows.clear()
+    micro_batches = replace(f, fn=counted, micro_batch=5)
+    x0, _ = watched(solver, micro_batches, gmm["z"], StepSchedule(PINNED))
+
+    assert difference(x0, plain) < 1e-12
+    assert sum(rows) == plain_rows
+
+
+@every_guidance
+@watched_solvers
+def test_a_watch_sees_what_the_network_predicts_at_each_step(solver, guidance, mixture, gmm):
+    f = mixture.velocity(torch.arange(16) % 10, Guidance(guidance))
+    inputs = {}
+
+    def recorded(x, t, condition):
+        inputs[float(t[0])] = x  # the last call at this time comes after any within a step
+        return f.fn(x, t, condition)
+
+    steps = StepSchedule(PINNED)
+    x0, predictions = watched(solver, replace(f, fn=recorded), gmm["z"], steps)
+
+    for t, prediction in zip(PINNED, predictions, strict=False):
+        x = inputs[float(t)]
+        assert difference(prediction, x - t * f(x, t.expand(16))) < 1e-12
     if not isinstance(solver, AdamsBashforth | UniPC):
-        assert difference(seen[-1], found) < 1e-14, "their step into t = 0 is Euler's"
+        assert difference(predictions[-1], x0) < 1e-14, "their step into t = 0 is Euler's"
 
 
 def test_a_watch_of_fitted_steps_sees_the_networks_predictions(mixture, gmm):
     label = torch.arange(16) % 10
     f = mixture.velocity(label, Guidance(1.5))
-    fitted = spelled_out(DPMSolverPP(1, lower_order_final=False), PINNED, f.mix)
+    fitted = weights_of(DPMSolverPP(1, lower_order_final=False), PINNED, f.mix)
     steps = StepSchedule(PINNED, steps=FittedSteps(fitted, gmm["means"]))
-    found, seen = watched(Euler(), f, gmm["z"], steps, group=label)
-    assert difference(seen[-1], found) < 1e-14
-    plain, same = watched(
-        Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED)
-    )  # a plain function
-    assert torch.equal(plain, same[-1])
-    assert max(difference(a, b) for a, b in zip(seen, same, strict=True)) < 1e-13
+    x0, predictions = watched(Euler(), f, gmm["z"], steps, group=label)
+    assert difference(predictions[-1], x0) < 1e-14
+
+    # A plain function.
+    plain, expected = watched(Euler(), lambda x, t: f(x, t), gmm["z"], StepSchedule(PINNED))
+
+    assert torch.equal(plain, expected[-1])
+    assert max(difference(a, b) for a, b in zip(predictions, expected, strict=True)) < 1e-13
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fitted weights
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def spelled_out(solver, times, mix=(1.0,)) -> torch.Tensor:
-    """The weights over x, noise, mean and the predictions of x0 with which a run is one of this solver's."""
+def weights_of(solver, times, mix=(1.0,)) -> torch.Tensor:
+    """Return the weights over x, noise, mean and predictions that make this solver's steps."""
     orders = solver.orders(len(times) - 1)
     weights = torch.zeros(len(orders), 3 + solver.order * len(mix), dtype=torch.float64)
     for step, order in enumerate(orders):
-        known = [times[step - h] for h in range(order)]
-        weights[step, 0], b = solver.coefficients(known, times[step + 1])
-        weights[step, 3 : 3 + order * len(mix)] = torch.outer(
-            torch.stack(b), float64(*mix)
-        ).flatten()
+        past_times = [times[step - h] for h in range(order)]
+        weights[step, 0], b = solver.coefficients(past_times, times[step + 1])
+        over_outputs = torch.outer(torch.stack(b), float64(*mix))
+        weights[step, 3 : 3 + order * len(mix)] = over_outputs.flatten()
     return weights
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@every_guidance
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_weights_that_spell_out_a_solver_give_what_it_gives(order, guidance, mixture, gmm):
-    """Order 1 is Euler's. Under guidance the network's answers have a weight each, and the solver mixes them first."""
-    solver, label = DPMSolverPP(order, lower_order_final=False), torch.arange(16) % 10
+def test_a_solvers_weights_give_its_samples(order, guidance, mixture, gmm):
+    """Order 1 is Euler's. Under guidance each of the network's two outputs has its weight."""
+    solver = DPMSolverPP(order, lower_order_final=False)
+    label = torch.arange(16) % 10
     f = mixture.velocity(label, Guidance(guidance))
-    weights = spelled_out(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
-    found = sample(
-        Euler(),
-        f,
-        gmm["z"],
-        StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"])),
-        group=label,
-    )
-    assert difference(found, run(solver, f, gmm["z"], PINNED)) < 1e-13
+    weights = weights_of(solver, PINNED, (1.0,) if guidance == 1 else f.mix)
+    steps = StepSchedule(PINNED, steps=FittedSteps(weights, gmm["means"]))
+
+    result = sample(Euler(), f, gmm["z"], steps, group=label)
+
+    assert difference(result, run(solver, f, gmm["z"], PINNED)) < 1e-13
     if order == 1:
-        assert difference(found, run(Euler(), f, gmm["z"], PINNED)) < 1e-13
+        assert difference(result, run(Euler(), f, gmm["z"], PINNED)) < 1e-13
 
 
-def test_the_weights_of_noise_and_mean(velocity, gmm):
-    """The analytic jump, at every step anew; the network is called all the same."""
+def test_weights_of_noise_and_mean_alone_give_the_mean_at_0(velocity, gmm):
+    """Every step is an analytic jump; the network is called all the same."""
     weights = torch.stack([torch.zeros(6), PINNED[1:], 1 - PINNED[1:], torch.zeros(6)], dim=1)
     label = torch.arange(16) % 10
     steps = StepSchedule(float64(0.9, 0), Free(), steps=FittedSteps(weights[-1:], gmm["means"]))

@@ -1,4 +1,4 @@
-"""The search against the numbers of the released code and of exhaustive enumeration (oracles B)."""
+"""The search reproduces the released code's numbers and those of exhaustive enumeration."""
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from oss_exp.stepsize.oss.band import layers
 from oss_exp.stepsize.oss.objectives import PerSample
 from oss_exp.stepsize.oss.recursion import recurse
 
-GRIDS, SIZES, BUDGETS = ("uniform", "edm", "ddpm"), (20, 50, 100), (3, 5, 10)
-# Samples (of 16) whose released schedule is not that of the exactly-k recurrence, because the released table carries
-# rows from round to round. 62 of 432 in all; everything else is equal.
+GRIDS = ("uniform", "edm", "ddpm")
+SIZES = (20, 50, 100)
+BUDGETS = (3, 5, 10)
+# Samples (of 16) whose released schedule differs from the exactly-k recurrence: the released table
+# carries rows from round to round. 62 of 432 in all; everything else is equal.
 CARRIED = {
     ("uniform", 20): {3: 4, 5: 4, 10: 0},
     ("uniform", 50): {3: 2, 5: 6, 10: 0},
@@ -29,11 +31,12 @@ CARRIED = {
 
 
 def released_indices(nodes: torch.Tensor, num_nodes: int) -> list[list[int]]:
-    """(k, B) nodes counted from the noise -> per sample, indices counted from the data, ascending."""
+    """Return each sample's indices counted from the data; nodes (k, B) count from the noise."""
     return [[num_nodes - n for n in reversed(row)] for row in nodes.T.tolist()]
 
 
 def search(problem, k, start):
+    """Return the solution of a full search by each sample's cost."""
     grid_layers = layers(problem.num_nodes, [k], start, 1, "cpu")
     return recurse(problem, grid_layers, [k], start, PerSample())
 
@@ -49,42 +52,61 @@ def problems(velocity, gmm, oss_arrays):
     }
 
 
-@pytest.mark.parametrize("size", mostly_slow(SIZES, SIZES[0]))
-@pytest.mark.parametrize("grid", GRIDS)
-def test_teacher_and_per_sample_schedules(problems, oss_oracle, oss_arrays, grid, size):
-    problem = problems[grid, size]
-    final = problem.teacher.states[-1]
+every_grid = pytest.mark.parametrize("grid", GRIDS)
+every_size = pytest.mark.parametrize("size", mostly_slow(SIZES, SIZES[0]))
+
+
+@every_size
+@every_grid
+def test_the_teacher_is_the_released_one(problems, oss_arrays, grid, size):
+    final = problems[grid, size].teacher.states[-1]
     assert (final - oss_arrays[f"{grid}_N{size}.teacher_final"]).abs().max() < 1e-10
+
+
+@every_size
+@every_grid
+def test_free_schedules_are_those_of_the_paper_and_mostly_the_released_ones(
+    problems, oss_oracle, grid, size
+):
     for k in BUDGETS:
         case = oss_oracle["cases"][f"{grid}_N{size}_M{k}"]
-        free = search(problem, k, "free")
-        found = released_indices(free.paths[k].nodes, size)
-        assert found == case["variant_alg1"]["schedules"]
-        assert free.costs[k].tolist() == pytest.approx(case["variant_alg1"]["cost"], rel=1e-10)
-        differ = sum(a != b for a, b in zip(found, case["schedules"], strict=True))
+        expected = case["variant_alg1"]
+
+        solution = search(problems[grid, size], k, "free")
+        schedules = released_indices(solution.paths[k].nodes, size)
+
+        assert schedules == expected["schedules"]
+        assert solution.costs[k].tolist() == pytest.approx(expected["cost"], rel=1e-10)
+        differ = sum(a != b for a, b in zip(schedules, case["schedules"], strict=True))
         assert differ == CARRIED[grid, size][k]
-        pinned = search(problem, k, "pinned")
-        assert released_indices(pinned.paths[k].nodes, size) == case["variant_strict"]["schedules"]
-        assert pinned.costs[k].tolist() == pytest.approx(case["variant_strict"]["cost"], rel=1e-10)
+
+
+@every_size
+@every_grid
+def test_pinned_schedules_are_those_of_the_strict_recurrence(problems, oss_oracle, grid, size):
+    for k in BUDGETS:
+        expected = oss_oracle["cases"][f"{grid}_N{size}_M{k}"]["variant_strict"]
+
+        solution = search(problems[grid, size], k, "pinned")
+
+        assert released_indices(solution.paths[k].nodes, size) == expected["schedules"]
+        assert solution.costs[k].tolist() == pytest.approx(expected["cost"], rel=1e-10)
 
 
 @pytest.mark.parametrize("k", BUDGETS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_replay_of_the_released_schedules(problems, oss_oracle, oss_arrays, velocity, gmm, grid, k):
-    """Student states and PSNR of the released per-sample and median schedules, run by our loop."""
-    problem, case = problems[grid, 50], oss_oracle["cases"][f"{grid}_N50_M{k}"]
+    """Our loop gives the student states and PSNR of the released schedules."""
+    problem = problems[grid, 50]
+    case = oss_oracle["cases"][f"{grid}_N50_M{k}"]
     teacher = problem.teacher.states[-1]
 
     def run(indices):
         nodes = torch.tensor([[50 - i for i in reversed(row)] + [50] for row in indices])
         samples = tuple(range(16)) if len(nodes) == 16 else None
         times = problem.grid[nodes if samples else nodes[0]]
-        return sample(
-            Euler(),
-            velocity,
-            gmm["z"],
-            StepSchedule(times, Free(float(problem.grid[0])), samples=samples),
-        )
+        steps = StepSchedule(times, Free(float(problem.grid[0])), samples=samples)
+        return sample(Euler(), velocity, gmm["z"], steps)
 
     for indices, array, key in (
         (case["schedules"], "persample", "psnr_persample"),
@@ -106,97 +128,131 @@ def test_median_is_the_released_one_for_even_samples(problems, oss_oracle):
             assert plans[k].times.tolist() == problem.grid[nodes].tolist(), (grid, size, k)
 
 
-@pytest.mark.parametrize("index", range(6))
-def test_brute_force_over_all_schedules(velocity, gmm, oss_oracle, index):
-    """Costs equal the enumeration's; pinned `shared` finds its optimum, a refined free start comes within 1.35 of its.
-
-    Unrefined, the greedy recursion with a free start is 1.8 to 5 times above that optimum here.
-    """
-    case = oss_oracle["brute_force"][index]
+@pytest.fixture(scope="module", params=range(6))
+def enumeration(request, velocity, gmm, oss_oracle):
+    """A case of the exhaustive enumeration, its problem, and the cost of a schedule there."""
+    case = oss_oracle["brute_force"][request.param]
     grid = torch.tensor(case["fm_steps"], dtype=torch.float64).flip(0)
     problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE())
-    goal = problem.teacher.states[-1]
 
     def cost(steps: StepSchedule) -> float:
-        return float((sample(Euler(), velocity, gmm["z"], steps) - goal).square().mean())
+        x0 = sample(Euler(), velocity, gmm["z"], steps)
+        return float((x0 - problem.teacher.states[-1]).square().mean())
 
-    end, k = case["N"], case["M"]
-    for descending, expected in list(
-        zip(case["all_schedules_descending"], case["all_costs"], strict=True)
-    )[::7]:
-        nodes = torch.tensor([end - i for i in descending])
-        assert cost(StepSchedule(grid[nodes])) == pytest.approx(expected, rel=1e-10)
+    return case, problem, cost
+
+
+def test_costs_are_those_of_the_enumeration(enumeration):
+    case, problem, cost = enumeration
+    pairs = zip(case["all_schedules_descending"], case["all_costs"], strict=True)
+    for descending, expected in list(pairs)[::7]:
+        nodes = torch.tensor([case["N"] - i for i in descending])
+        assert cost(StepSchedule(problem.grid[nodes])) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_pinned_shared_search_finds_the_best_of_all_schedules(enumeration):
+    case, problem, cost = enumeration
+    k = case["M"]
     pinned = cost(OSSShared("pinned", None, False, "mean").plan(problem, [k])[k])
     assert pinned == pytest.approx(case["best_cost"], rel=1e-10)
-    best_free = case["free_start"]["best_cost"]
+
+
+def test_a_refined_free_search_comes_near_the_best_of_all_schedules(enumeration):
+    """The greedy recursion alone is 1.8 to 5 times above the optimum here."""
+    case, problem, cost = enumeration
+    k = case["M"]
+    best = case["free_start"]["best_cost"]
+
     greedy = cost(OSSShared("free", None, False, "mean").plan(problem, [k])[k])
-    assert 1.8 * best_free <= greedy <= 5 * best_free
-    free = cost(OSSShared("free", None, True, "mean").plan(problem, [k])[k])
-    assert best_free * (1 - 1e-10) <= free <= best_free * 1.35
+    refined = cost(OSSShared("free", None, True, "mean").plan(problem, [k])[k])
+
+    assert 1.8 * best <= greedy <= 5 * best
+    assert best * (1 - 1e-10) <= refined <= best * 1.35
 
 
 def literal_search(velocity, z, grid, k, start, mean, distance, carry):
-    """Algorithm 1 for one sample, loop by loop, every candidate made; `carry` keeps rows as the released code does."""
+    """Return the nodes of Algorithm 1 for one sample, loop by loop.
+
+    `carry` keeps the table's rows from round to round, as the released code does.
+    """
     end = len(grid) - 1
     teacher = trajectory(Euler(), velocity, z[None], grid)[:, 0]
     states = dict.fromkeys(range(1 if start == "pinned" else end), z)
     if start == "analytic":
         states = {i: grid[i] * z + (1 - grid[i]) * mean for i in states}
-    costs, parents = {}, []
+
+    # Rounds: the best parent of every node.
+    costs = {}
+    parents = []
     for _ in range(k):
         table = dict(parents[-1]) if carry and parents else {}
         fresh = dict(states) if carry else {}
         costs = costs if carry else {}
-        for i in sorted(i for i in states if i < end):
-            v = velocity(states[i][None], grid[i][None])[0]
-            for j in range(i + 1, end + 1):
-                x = states[i] + (grid[j] - grid[i]) * v
-                c = float(
-                    distance.between(
-                        *(distance.features(y[None], None, None) for y in (x, teacher[j]))
-                    )
-                )
-                if j not in costs or c < costs[j]:
-                    costs[j], table[j], fresh[j] = c, i, x
+        for i, j, x in literal_steps(velocity, states, grid):
+            c = literal_cost(distance, x, teacher[j])
+            if j not in costs or c < costs[j]:
+                costs[j] = c
+                table[j] = i
+                fresh[j] = x
         parents.append(table)
         states = fresh
-    path, node = [], end
+
+    # The path back from the data.
+    path = []
+    node = end
     for table in reversed(parents):
         node = table.get(node, 0)
         path.append(node)
     return path[::-1]
 
 
+def literal_steps(velocity, states, grid):
+    """Yield (i, j, x): every Euler step from a state at node i to a later node j."""
+    end = len(grid) - 1
+    for i in sorted(i for i in states if i < end):
+        v = velocity(states[i][None], grid[i][None])[0]
+        for j in range(i + 1, end + 1):
+            yield i, j, states[i] + (grid[j] - grid[i]) * v
+
+
+def literal_cost(distance, x, target) -> float:
+    """Return the distance of one state to its target."""
+    student, teacher = (distance.features(y[None], None, None) for y in (x, target))
+    return float(distance.between(student, teacher))
+
+
 @pytest.mark.parametrize("start", ["free", "pinned", "analytic"])
-def test_literal_transcription(velocity, gmm, start):
+def test_the_search_is_algorithm_1_literally(velocity, gmm, start):
     grid = torch.linspace(1, 0, 9, dtype=torch.float64)
     problem = Problem(velocity, gmm["z"][:5], grid, Euler(), XtMSE())
-    found = OSS(start, None, False, 16).sample_paths(problem, [4])[4].nodes
+    nodes = OSS(start, None, False, 16).sample_paths(problem, [4])[4].nodes
+    mean = problem.teacher.mean[0].double()
+
     for b in range(5):
-        mean = problem.teacher.mean[0].double()
         literal = literal_search(velocity, gmm["z"][b], grid, 4, start, mean, XtMSE(), carry=False)
-        assert found[:, b].tolist() == literal
+        assert nodes[:, b].tolist() == literal
 
 
 @pytest.mark.slow
-def test_video_selection(velocity, oss_oracle, oss_arrays):
-    """Frames and channels: with carried rows the transcription gives the released schedules, without them ours."""
+def test_searches_of_selected_frames_and_channels_are_the_literal_ones(
+    velocity, oss_oracle, oss_arrays
+):
+    """With carried rows the literal search gives the released schedules, without them ours."""
 
     def as_video(x, t):
         return velocity(x.flatten(1), t).reshape(x.shape)
 
-    checked = 0
-    for case in (case for case in oss_oracle["video"] if case["norm"] == 2):
+    cases = [case for case in oss_oracle["video"] if case["norm"] == 2]
+    assert len(cases) >= 3
+    for case in cases:
         frames = None if case["frame_type"] == "all" else int(case["frame_type"])
         channels = None if case["channel_type"] == "all" else int(case["channel_type"])
         distance = Select(XtMSE(), frames, channels)
         grid = torch.tensor(case["fm_steps"], dtype=torch.float64).flip(0)
         problem = Problem(as_video, oss_arrays["video.z"][:6], grid, Euler(), distance)
-        found = search(problem, case["M"], "free").paths[case["M"]].nodes
+        nodes = search(problem, case["M"], "free").paths[case["M"]].nodes
         for b in range(6):
             settings = (as_video, oss_arrays["video.z"][b], grid, case["M"], "free", None, distance)
             released = torch.tensor(literal_search(*settings, carry=True))[:, None]
             assert released_indices(released, case["N"])[0] == case["schedules_sample0to5"][b]
-            assert literal_search(*settings, carry=False) == found[:, b].tolist()
-        checked += 1
-    assert checked >= 3
+            assert literal_search(*settings, carry=False) == nodes[:, b].tolist()

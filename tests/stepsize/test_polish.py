@@ -1,9 +1,10 @@
-"""Polish: its slopes are the derivatives, one linear step is least squares, and no held-out sample set gets worse."""
+"""Polish: exact slopes, least squares on a single step, and better held-out samples."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from replay import SameSamplesTwice
 
 from oss_exp.distances import XtMSE
 from oss_exp.models.guidance import Guidance
@@ -13,7 +14,6 @@ from oss_exp.solvers import Euler, sample
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import ClosedForm, OSSFit, Problem
 from oss_exp.stepsize.polish import _Run, polish
-from oss_exp.stepsize.problem import Collective
 from oss_exp.stepsize.solver_weights import as_fitted
 
 SOLVER = DPMSolverPP(2, lower_order_final=True)
@@ -36,7 +36,7 @@ def guided(mixture, gmm) -> Problem:
 
 
 def error(problem: Problem, steps: StepSchedule, rows=slice(None)) -> float:
-    """The mean logarithm of the samples' errors."""
+    """Return the mean logarithm of the errors of these samples."""
     x0 = sample(problem.solver, problem.velocity, problem.noise, steps, problem.group)
     return float((x0 - problem.teacher.states[-1]).square().mean(1)[rows].log().mean())
 
@@ -44,25 +44,29 @@ def error(problem: Problem, steps: StepSchedule, rows=slice(None)) -> float:
 @pytest.mark.parametrize("init", [UNIFORM, ANALYTIC], ids=["pinned", "analytic"])
 def test_slopes_are_the_gradient_of_the_mean_logarithm(problem, init):
     steps = as_fitted(problem, init.plan(problem, [3])[3])
-    times, weights = steps.times.requires_grad_(), steps.steps.weights.requires_grad_()
-    noise, mean = problem.noise, problem.teacher.sample_mean
-    x, known = noise, []
+    times = steps.times.requires_grad_()
+    weights = steps.steps.weights.requires_grad_()
+    noise = problem.noise
+    mean = problem.teacher.sample_mean
+
+    # The gradient by backpropagation through the samples.
+    x = noise
+    predictions = []
     if init is ANALYTIC:
         x = times[0] / problem.grid[0] * noise + (1 - times[0] / problem.grid[0]) * mean
     for k in range(3):
-        known.insert(0, x - times[k] * problem.velocity(x, times[k].expand(len(x))))
-        x = sum(w * u for w, u in zip(weights[k], [x, noise, mean, *known], strict=False))
+        predictions.insert(0, x - times[k] * problem.velocity(x, times[k].expand(len(x))))
+        x = sum(w * u for w, u in zip(weights[k], [x, noise, mean, *predictions], strict=False))
     (x - problem.teacher.states[-1]).square().mean(1).log().sum().backward()
 
     run = _Run(problem, replace(steps, times=times.detach()), "log_mean", None, 5)
     with torch.no_grad():
-        slopes, curvature = run.normal_equations(
-            run.start, run.slopes(run.start, torch.ones(16, dtype=torch.bool))
-        )
-    expected = [
-        times.grad[run.times],
-        *(weights.grad[k, columns] for k, columns in enumerate(run.columns)),
-    ]
+        whole = torch.ones(16, dtype=torch.bool)
+        slopes, curvature = run.normal_equations(run.start, run.slopes(run.start, whole))
+
+    over_weights = [weights.grad[k, columns] for k, columns in enumerate(run.columns)]
+    expected = [times.grad[run.times], *over_weights]
+
     torch.testing.assert_close(2 * slopes, torch.cat(expected), rtol=0.05, atol=0.1)
     assert float(torch.linalg.eigvalsh(curvature)[0]) > -1e-9
 
@@ -80,8 +84,9 @@ def test_an_iteration_on_a_single_step_is_least_squares(problem):
     vectors = torch.stack([problem.noise.flatten(), x0.flatten()], 1)
     target = problem.teacher.states[-1].flatten()
     least = (vectors @ torch.linalg.lstsq(vectors, target).solution).reshape(16, 64)
-    found = sample(SOLVER, problem.velocity, problem.noise, better, problem.group)
-    torch.testing.assert_close(found, least, rtol=0, atol=1e-5)
+    result = sample(SOLVER, problem.velocity, problem.noise, better, problem.group)
+
+    torch.testing.assert_close(result, least, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,20 +94,19 @@ def test_an_iteration_on_a_single_step_is_least_squares(problem):
 )
 def test_the_samples_that_are_not_trained_on_get_better(problem, init):
     steps = init.plan(problem, [4])[4]
-    assert (
-        error(problem, polish(problem, steps, 4), slice(3, None, 4))
-        < error(problem, steps, slice(3, None, 4)) - 0.1
-    )
+    held_out = slice(3, None, 4)
+    polished = error(problem, polish(problem, steps, 4), held_out)
+    assert polished < error(problem, steps, held_out) - 0.1
 
 
-def test_where_nothing_helps_the_schedule_stays(problem):
-    """On the teacher's own nodes no error is left."""
+def test_a_schedule_that_nothing_improves_stays(problem):
+    """The teacher's own nodes leave no error."""
     few = Problem(problem.velocity, problem.noise, FlowSchedule().nodes(5), SOLVER)
     steps = UNIFORM.plan(few, [5])[5]
     assert error(few, polish(few, steps, 2)) <= error(few, as_fitted(few, steps))
 
 
-def test_both_answers_of_a_guided_call_have_weights(guided):
+def test_both_outputs_of_a_guided_call_have_weights(guided):
     steps = ANALYTIC.plan(guided, [3])[3]
     better = polish(guided, steps, 3)
     assert better.steps.weights.shape == (3, 9)
@@ -110,22 +114,16 @@ def test_both_answers_of_a_guided_call_have_weights(guided):
 
 
 def test_any_micro_batch_and_any_ranks_polish_alike(problem):
-    class Twice(Collective):
-        """Two ranks with the same samples."""
-
-        def sum(self, tensor):
-            return 2 * tensor
-
     steps = UNIFORM.plan(problem, [3])[3]
     whole = polish(problem, steps, 2)
     small = polish(problem, steps, 2, micro_batch=1)
-    both = polish(replace(problem, collective=Twice()), steps, 2)
-    x0 = [
-        sample(SOLVER, problem.velocity, problem.noise, each, problem.group)
-        for each in (whole, small, both)
-    ]
-    for other in x0[1:]:
-        torch.testing.assert_close(other, x0[0], rtol=1e-5, atol=1e-6)
+    both = polish(replace(problem, collective=SameSamplesTwice()), steps, 2)
+
+    def final(steps):
+        return sample(SOLVER, problem.velocity, problem.noise, steps, problem.group)
+
+    torch.testing.assert_close(final(small), final(whole), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final(both), final(whole), rtol=1e-5, atol=1e-6)
 
 
 def test_required_times_stay(problem):
@@ -143,11 +141,9 @@ def test_required_times_stay(problem):
     ],
 )
 def test_what_it_cannot_polish_is_refused(problem, change, words):
+    parts = {"velocity": problem.velocity, "noise": problem.noise, **change}
     with pytest.raises(ValueError, match=words):
-        polish(
-            Problem(**{"velocity": problem.velocity, "noise": problem.noise, **change}),
-            StepSchedule([1.0, 0.0]),
-        )
+        polish(Problem(**parts), StepSchedule([1.0, 0.0]))
 
 
 def test_three_samples_are_too_few(velocity, gmm):

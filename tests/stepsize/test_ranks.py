@@ -1,4 +1,4 @@
-"""Any number of processes gives the same schedules, bit for bit in float64, and the same fitted numbers to rounding."""
+"""Any number of processes gives the same schedules, bit for bit, and the same fitted weights."""
 
 import json
 from dataclasses import replace
@@ -44,13 +44,8 @@ STRATEGIES = {
     "entropic": Entropic(),
 }
 PROFILES = {"tors", "sharp_euler", "entropic"}
-TO_ROUNDING = PROFILES | {
-    "ld3",
-    "bns",
-    "gs",
-    "dyweight",
-    "oss_fit_polished",
-}  # their times are no nodes of the grid
+# Their times are no nodes of the grid, and equal only to rounding.
+TO_ROUNDING = PROFILES | {"ld3", "bns", "gs", "dyweight", "oss_fit_polished"}
 GUIDED = {
     "oss_orders": OSS("free", None, True, 3),
     "oss_ave_orders": OSSAve("analytic", None, True, "median", 3),
@@ -62,50 +57,57 @@ GUIDED = {
 }
 
 
-def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-        )
+def problem_of(rank: int, world: int, samples: int, guided: bool) -> Problem:
+    """Return one rank's part of a problem with classes."""
     model = GaussianMixture.from_asset(
         "mixture_digits.safetensors", guidance=Guidance(), micro_batch=64
     ).double()
-    noise = torch.randn(
-        samples, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    mine = torch.arange(samples)[rank::world]
-    labels = mine % 3
-    problem = Problem(
-        model.velocity(labels),
-        noise[mine],
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(samples, 1, 8, 8, dtype=torch.float64, generator=generator)
+    rows = torch.arange(samples)[rank::world]
+    labels = rows % 3
+    return Problem(
+        model.velocity(labels, Guidance(2.0) if guided else Guidance()),
+        noise[rows],
         FlowSchedule(shift=2.0).nodes(12),
-        Euler(),
+        DPMSolverPP(2, lower_order_final=True) if guided else Euler(),
         XtMSE(),
         collective=DistributedCollective(),
-        samples=mine,
+        samples=rows,
         group=labels,
         num_groups=10,
     )
-    guided = replace(
-        problem,
-        velocity=model.velocity(labels, Guidance(2.0)),
-        solver=DPMSolverPP(2, lower_order_final=True),
-    )
+
+
+def described(plan) -> dict:
+    """Return a schedule's numbers as JSON has them."""
+    fitted = isinstance(plan.steps, FittedSteps)
+    return {
+        "times": plan.times.tolist(),
+        "samples": plan.samples,
+        "orders": None if plan.orders is None else plan.orders.tolist(),
+        "weights": plan.steps.weights.tolist() if fitted else None,
+    }
+
+
+def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
+    """Write every strategy's schedules, planned as one rank of `world`, to a file."""
+    torch.set_num_threads(1)
+    if world > 1:
+        rendezvous = f"file://{folder}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+
+    problem = problem_of(rank, world, samples, guided=False)
+    guided = problem_of(rank, world, samples, guided=True)
     by_image = replace(problem, distance=X0MSE())
     plans = {name: strategy.plan(problem, [3, 5]) for name, strategy in STRATEGIES.items()}
     plans |= {name: strategy.plan(guided, [3, 5]) for name, strategy in GUIDED.items()}
     plans["x0_mse"] = OSSShared("pinned", Band(4, 1), False, "mean").plan(by_image, [3])
-    result = {
-        f"{name} {k}": {
-            "times": p.times.tolist(),
-            "samples": p.samples,
-            "orders": None if p.orders is None else p.orders.tolist(),
-            "weights": p.steps.weights.tolist() if isinstance(p.steps, FittedSteps) else None,
-        }
-        for name, plan in plans.items()
-        for k, p in plan.items()
-    }
+
+    result = {}
+    for name, budgets in plans.items():
+        for k, plan in budgets.items():
+            result[f"{name} {k}"] = described(plan)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(result))
     if world > 1:
         dist.destroy_process_group()
@@ -113,6 +115,7 @@ def plan_all(rank: int, world: int, samples: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
+    """The schedules of one process that has all samples."""
     folder = tmp_path_factory.mktemp("alone")
     run_ranks(plan_all, 1, 1, 14, str(folder))
     return json.loads((folder / "rank0.json").read_text())
@@ -124,16 +127,19 @@ def test_ranks_agree_with_one_process(alone, tmp_path, world):
     """14 samples on 4 ranks: 4, 4, 3 and 3."""
     run_ranks(plan_all, world, world, 14, str(tmp_path))
     for rank in range(world):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert found.keys() == alone.keys()
-        for name, plan in found.items():
-            weights, expected = plan.pop("weights"), dict(alone[name])
-            if expected.pop("weights") is not None:
-                torch.testing.assert_close(
-                    *map(torch.tensor, (weights, alone[name]["weights"])), rtol=1e-7, atol=1e-7
-                )
-            times = torch.tensor(plan.pop("times")), torch.tensor(expected.pop("times"))
-            torch.testing.assert_close(
-                *times, rtol=0, atol=1e-8 if name.split()[0] in TO_ROUNDING else 0, msg=name
-            )
-            assert plan == expected, name
+        plans = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert plans.keys() == alone.keys()
+        for name, plan in plans.items():
+            assert_same_plan(name, plan, alone[name])
+
+
+def assert_same_plan(name: str, plan: dict, expected: dict) -> None:
+    """Assert equal numbers: weights to rounding, and times where they are no nodes."""
+    if expected["weights"] is not None:
+        weights = torch.tensor(plan["weights"])
+        torch.testing.assert_close(weights, torch.tensor(expected["weights"]), rtol=1e-7, atol=1e-7)
+    times = torch.tensor(plan["times"])
+    atol = 1e-8 if name.split()[0] in TO_ROUNDING else 0
+    torch.testing.assert_close(times, torch.tensor(expected["times"]), rtol=0, atol=atol, msg=name)
+    for key in ("samples", "orders"):
+        assert plan[key] == expected[key], name

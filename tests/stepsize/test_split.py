@@ -10,6 +10,7 @@ from oss_exp.stepsize.split import split_samples
 
 
 def problem_of(groups: torch.Tensor, num_groups: int, samples=None, collective=None) -> Problem:
+    """Return a problem of samples with these conditions."""
     noise = torch.zeros(len(groups), 1)
     return Problem(
         noise=noise,
@@ -30,7 +31,6 @@ def test_conditions_in_turn_are_on_both_sides(num_classes, parts):
 
 
 def test_a_few_of_many_classes_are_on_both_sides():
-    """As where eight of a thousand classes are asked for."""
     groups = torch.tensor([3, 141, 59, 265, 358, 979, 323, 846]).repeat(4)
     for side in split_samples(problem_of(groups, 1000)):
         assert len(groups[side].unique()) == 8
@@ -46,12 +46,12 @@ def test_one_condition_is_split_by_number(parts):
 
 @dataclass
 class Gathered(Collective):
-    """A rank that is given all ranks' tensors in the order in which it asks for them."""
+    """A rank that receives all ranks' tensors in the order of its calls."""
 
-    answers: list[torch.Tensor]
+    results: list[torch.Tensor]
 
     def gather(self, tensor):
-        return self.answers.pop(0)
+        return self.results.pop(0)
 
 
 def test_ranks_split_as_one_process_does():
@@ -60,6 +60,7 @@ def test_ranks_split_as_one_process_does():
     whole = split_samples(problem_of(groups, 5))[1]
     keys = groups * 23 + samples
     order = torch.cat([samples[0::2], samples[1::2]])
+
     for rank in range(2):
         rows = samples[rank::2]
         collective = Gathered([samples[order], keys[order]])

@@ -1,4 +1,4 @@
-"""LD3's parametrisation equals the released one, and training lowers the error on noises that it has not seen."""
+"""LD3 has the released parametrisation, and training lowers the error on other noises."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import ORACLES
+from replay import SameSamplesTwice
 
 from oss_exp.distances import XtMSE
 from oss_exp.noise import EDMSchedule, FlowSchedule
@@ -13,12 +14,12 @@ from oss_exp.solvers import Euler, sample
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import OSS, ClosedForm, Problem
 from oss_exp.stepsize.baselines.ld3 import LD3, times_from
-from oss_exp.stepsize.problem import Collective
 
 UNIFORM = ClosedForm(FlowSchedule(1.0), "pinned")
 
 
-def ld3(init=UNIFORM, iterations=40) -> LD3:
+def ld3(init=UNIFORM, iterations=40, micro_batch=5) -> LD3:
+    """Return LD3 with the settings of these tests."""
     return LD3(
         init,
         iterations=iterations,
@@ -26,7 +27,7 @@ def ld3(init=UNIFORM, iterations=40) -> LD3:
         momentum=0.9,
         decay=0.8,
         patience=5,
-        micro_batch=5,
+        micro_batch=micro_batch,
     )
 
 
@@ -35,29 +36,23 @@ def problem(velocity, noise, solver) -> Problem:
 
 
 def error(problem: Problem, steps) -> float:
-    x0 = sample(
-        problem.solver,
-        problem.velocity,
-        problem.noise,
-        steps,
-        problem.group if steps.mean is not None else None,
-    )
+    """Return the mean squared error of the samples of these steps."""
+    group = problem.group if steps.mean is not None else None
+    x0 = sample(problem.solver, problem.velocity, problem.noise, steps, group)
     return float((x0 - problem.teacher.states[-1]).square().mean())
 
 
 def test_times_equal_the_released_parametrisation():
-    """There: t descends from t_max to t_min with the cumulative softmax of n + 1 numbers, the first without effect."""
-    checked = 0
-    for case in json.loads((ORACLES / "ld3.json").read_text())["cases"]:
-        if case["mode"] != "time":
-            continue
-        ours = times_from(torch.tensor(case["theta1"]).double().flip(0)[:-1], 1.0)
-        theirs = torch.tensor(case["t1"]).double()
-        torch.testing.assert_close(
-            ours * (theirs[0] - theirs[-1]) + theirs[-1], theirs, rtol=0, atol=1e-6 * theirs[0]
-        )
-        checked += 1
-    assert checked > 5
+    """Released: t falls from t_max to t_min by a cumulative softmax; its first number is unused."""
+    cases = json.loads((ORACLES / "ld3.json").read_text())["cases"]
+    cases = [case for case in cases if case["mode"] == "time"]
+    assert len(cases) > 5
+
+    for case in cases:
+        result = times_from(torch.tensor(case["theta1"]).double().flip(0)[:-1], 1.0)
+        expected = torch.tensor(case["t1"]).double()
+        result = result * (expected[0] - expected[-1]) + expected[-1]
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6 * expected[0])
 
 
 def test_the_logarithms_of_the_gaps_give_the_times_back():
@@ -80,40 +75,33 @@ def test_the_logarithms_of_the_gaps_give_the_times_back():
 def test_training_lowers_the_error_on_other_noises(mixture, solver, start):
     noise = torch.randn(112, 64, generator=torch.Generator().manual_seed(1)).double()
     velocity = mixture.velocity(None)
-    search, other = problem(velocity, noise[:48], solver), problem(velocity, noise[48:], solver)
+    search = problem(velocity, noise[:48], solver)
+    other = problem(velocity, noise[48:], solver)
     init = ClosedForm(EDMSchedule(0.002, 80, 7), start)
-    before, after = init.plan(search, [4])[4], ld3(init).plan(search, [4])[4]
+    before = init.plan(search, [4])[4]
+    after = ld3(init).plan(search, [4])[4]
+
     assert after.start.kind == start
     assert error(other, after) < 0.6 * error(other, before)
 
 
-def test_it_never_ends_worse_than_it_began_on_its_own_validation_half(velocity, gmm):
+def test_training_never_raises_the_error_on_the_validation_half(velocity, gmm):
     whole = problem(velocity, gmm["z"], Euler())
     wild = replace(ld3(iterations=3), learning_rate=50.0).plan(whole, [4])[4]
     half = problem(velocity, gmm["z"][1::2], Euler())
     assert error(half, wild) <= error(half, UNIFORM.plan(half, [4])[4]) * (1 + 1e-12)
 
 
-def test_any_micro_batch_and_any_ranks_give_the_same_times(mixture, gmm):
-    velocity = mixture.velocity(None)
-    whole = ld3(iterations=5).plan(problem(velocity, gmm["z"], Euler()), [3])[3].times
-    small = (
-        replace(ld3(iterations=5), micro_batch=1)
-        .plan(problem(velocity, gmm["z"], Euler()), [3])[3]
-        .times
-    )
-    torch.testing.assert_close(small, whole, rtol=1e-10, atol=1e-12)
+def test_any_micro_batch_and_any_ranks_give_the_same_times(velocity, gmm):
+    whole = problem(velocity, gmm["z"], Euler())
+    ranks = replace(whole, collective=SameSamplesTwice())
 
-    class Twice(Collective):
-        """Two ranks with the same samples: sums double, means stay."""
+    expected = ld3(iterations=5).plan(whole, [3])[3].times
+    small = ld3(iterations=5, micro_batch=1).plan(whole, [3])[3].times
+    both = ld3(iterations=5).plan(ranks, [3])[3].times
 
-        def sum(self, tensor):
-            return 2 * tensor
-
-    both = replace(problem(velocity, gmm["z"], Euler()), collective=Twice())
-    torch.testing.assert_close(
-        ld3(iterations=5).plan(both, [3])[3].times, whole, rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(small, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(both, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +124,7 @@ def test_one_sample_cannot_be_halved(velocity, gmm):
         ld3().plan(problem(velocity, gmm["z"][:1], Euler()), [2])
 
 
-def test_without_gradients_it_learns_and_in_inference_mode_it_refuses(velocity, gmm):
+def test_it_learns_under_no_grad_and_refuses_inference_mode(velocity, gmm):
     whole = problem(velocity, gmm["z"], Euler())
     with torch.no_grad():  # as under a Lightning trainer
         assert not torch.equal(

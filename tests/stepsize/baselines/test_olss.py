@@ -1,8 +1,9 @@
-"""OLSS against the paper's procedure written down once more, and a student run from its coefficients by hand."""
+"""OLSS has the path and the samples of the paper's procedure, done by hand."""
 
 import numpy as np
 import pytest
 import torch
+from replay import RowCounter
 
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import FlowSchedule
@@ -12,7 +13,8 @@ from oss_exp.stepsize import Problem
 from oss_exp.stepsize.baselines.linear_steps import linear_steps
 from oss_exp.stepsize.baselines.olss import OLSS
 
-N, BUDGETS = 24, [1, 3, 5, 8, 24]
+N = 24
+BUDGETS = [1, 3, 5, 8, 24]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def problem(mixture) -> Problem:
 
 @pytest.fixture(scope="module")
 def teacher(problem):
-    """States (N+1, F) and velocities (N, F) of all samples."""
+    """The states (N+1, F) and velocities (N, F) of all samples."""
     states = problem.teacher.states
     velocities = [
         problem.velocity(x, t.expand(len(x)))
@@ -38,6 +40,7 @@ def teacher(problem):
 
 
 def least_squares(teacher, path, node):
+    """Return the weights over the noise and the path's velocities for a node, and their error."""
     states, velocities = teacher
     basis = np.stack([states[0], *velocities[path]], axis=1)
     weights = np.linalg.lstsq(basis, states[node], rcond=None)[0]
@@ -45,34 +48,43 @@ def least_squares(teacher, path, node):
 
 
 def greedy(teacher, bound):
-    """The farthest node within the bound, by bisection, again and again."""
+    """Return the path that always goes to the farthest node within the bound."""
     path = [0]
     while True:
-        low, high = path[-1] + 1, N
+        low = path[-1] + 1
+        high = N
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (low, middle - 1)
-                if least_squares(teacher, path, middle)[1] > bound
-                else (middle, high)
-            )
+            if least_squares(teacher, path, middle)[1] > bound:
+                high = middle - 1
+            else:
+                low = middle
         if low == N:
             return path
         path.append(low)
 
 
 def expected_path(teacher, num_steps):
-    """At a bound where the greedy path gets short enough: its length is not quite monotone, so the bracket matters."""
-    low, high = 0.0, max(least_squares(teacher, [0], node)[1] for node in range(1, N + 1))
+    """Return the greedy path at the least bound that makes it short enough.
+
+    Its length is not quite monotone in the bound, so the bracket of the bisection matters.
+    """
+    low = 0.0
+    high = max(least_squares(teacher, [0], node)[1] for node in range(1, N + 1))
     for _ in range(60):
         bound = (low + high) / 2
-        low, high = (bound, high) if len(greedy(teacher, bound)) > num_steps else (low, bound)
+        if len(greedy(teacher, bound)) > num_steps:
+            low = bound
+        else:
+            high = bound
     return greedy(teacher, high)
 
 
 def run_by_hand(problem, nodes, coefficients):
-    """x = w_z z + sum_j w_j v_j, with the velocities that the student itself meets."""
-    x, velocities = problem.noise, []
+    """Return x = w_z z + sum_j w_j v_j, with the student's own velocities."""
+    x = problem.noise
+    velocities = []
+
     for step, t in enumerate(problem.grid[nodes[:-1]]):
         velocities.append(problem.velocity(x, t.expand(len(x))))
         over_noise, *over_velocities = coefficients[step]
@@ -97,6 +109,7 @@ def test_path_and_samples_are_those_of_the_paper(problem, teacher):
         ]
         x0 = sample(problem.solver, problem.velocity, problem.noise, steps, problem.group)
         torch.testing.assert_close(x0, run_by_hand(problem, nodes, coefficients), rtol=0, atol=1e-8)
+
     assert exact >= 3
 
 
@@ -111,7 +124,7 @@ def test_more_steps_come_nearer_and_one_search_serves_all(problem):
 
 
 def test_linear_steps_of_a_guided_network(mixture):
-    """The two answers of a guided call get the shares that make the guided velocity."""
+    """The two outputs of a guided call get the shares that make the guided velocity."""
     labels = torch.arange(12) % 3
     noise = torch.randn(12, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     problem = Problem(
@@ -126,20 +139,18 @@ def test_linear_steps_of_a_guided_network(mixture):
     steps = linear_steps(problem, problem.grid[[0, 1, 3, 4]], rows[:, 0], over_velocities)
     x0 = sample(problem.solver, problem.velocity, noise, steps, labels)
     coefficients = [[float(rows[k, 0]), *over_velocities[k, : k + 1].tolist()] for k in range(3)]
+
     torch.testing.assert_close(
         x0, run_by_hand(problem, [0, 1, 3, 4], coefficients), rtol=1e-9, atol=1e-9
     )
 
 
-def test_network_calls(problem, velocity):
-    rows = [0]
+def test_a_search_makes_the_calls_that_it_announces(problem, velocity):
+    counter = RowCounter(velocity)
+    counted = Problem(counter, problem.noise, problem.grid, problem.solver)
+    counted.teacher.run()
+    counter.rows = 0
 
-    def counted(x, t):
-        rows[0] += len(x)
-        return velocity(x, t)
+    OLSS().plan(counted, BUDGETS)
 
-    asked = Problem(counted, problem.noise, problem.grid, problem.solver)
-    asked.teacher.run()
-    rows[0] = 0
-    OLSS().plan(asked, BUDGETS)
-    assert rows[0] == 12 * OLSS().network_calls(N, BUDGETS)
+    assert counter.rows == 12 * OLSS().network_calls(N, BUDGETS)

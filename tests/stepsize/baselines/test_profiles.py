@@ -1,7 +1,8 @@
-"""Profiles where their quantiles are known: a helix, velocities that are powers of t, a normal law."""
+"""Profiles equal their known quantiles: of a helix, of powers of t, of a normal law."""
 
 import pytest
 import torch
+from replay import RowCounter
 
 from oss_exp.noise import EDMSchedule, FlowSchedule
 from oss_exp.noise.heuristics import CosineSchedule
@@ -25,6 +26,7 @@ def problem(f, shape=(4, 5), num_nodes=200, shift=2.0) -> Problem:
 
 
 def even(num_steps: int, power: float) -> torch.Tensor:
+    """Return powers of even numbers from 1 to 0."""
     return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64) ** power
 
 
@@ -36,11 +38,11 @@ def test_angles_are_exact_when_they_are_small():
 
 
 def test_a_helix_rotates_by_its_curvature_and_torsion():
-    """Radius 2, pitch 2 pi: curvature 2/5, torsion 1/5 of the arc length, whatever the points on it."""
+    """Radius 2, pitch 2 pi: curvature 2/5 and torsion 1/5 per arc length, at any points."""
     turn = torch.linspace(0, 3, 400, dtype=torch.float64) ** 2
-    found = rotation(torch.stack([2 * turn.cos(), 2 * turn.sin(), turn], dim=1))
+    angles = rotation(torch.stack([2 * turn.cos(), 2 * turn.sin(), turn], dim=1))
     expected = turn.diff() * 5**0.5 * (0.4**2 + 0.2**2) ** 0.5
-    torch.testing.assert_close(found[1:-1], expected[1:-1], rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(angles[1:-1], expected[1:-1], rtol=2e-3, atol=1e-6)
 
 
 def test_tors_steps_evenly_along_a_helix_in_any_space():
@@ -60,7 +62,7 @@ def test_tors_steps_evenly_along_a_helix_in_any_space():
 
 @pytest.mark.parametrize(("gamma", "power"), [(1 / 2, 1 / 2), (1 / 3, 3 / 5)])
 def test_sharp_euler_of_a_velocity_that_is_a_cube(gamma, power):
-    """The acceleration is 3 t^2, so the density t^(2 gamma) and its quantiles powers of even numbers."""
+    """The acceleration is 3 t^2, so the density is t^(2 gamma), with powers as its quantiles."""
     plans = SharpEuler(gamma, smoothing=0).plan(
         problem(lambda x, t: t[:, None] ** 3 * torch.ones_like(x)), [1, 5, 10]
     )
@@ -69,7 +71,7 @@ def test_sharp_euler_of_a_velocity_that_is_a_cube(gamma, power):
 
 
 def test_smoothing_is_that_of_the_released_code():
-    """A convolution with exp(-d^2 / 2 width^2), d up to 3 width, of values that are mirrored at their ends."""
+    """A convolution with exp(-d^2 / 2 width^2), d up to 3 width; the ends are mirrored."""
     values = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for width in (0.5, 1.0, 5.0):
         reach = max(1, int(3 * width))
@@ -79,11 +81,12 @@ def test_smoothing_is_that_of_the_released_code():
         )
         expected = (mirrored.unfold(0, 2 * reach + 1, 1) * kernel).sum(1) / kernel.sum()
         torch.testing.assert_close(smoothed(values, width), expected, rtol=1e-12, atol=0)
+
     assert smoothed(values, 0) is values
 
 
 def test_rescaled_entropic_time_of_a_normal_law_is_the_cosine_clock():
-    """Its loss is sigma^2 / (1 + sigma^2), so the density over sigma that of an arctangent."""
+    """The loss is sigma^2 / (1 + sigma^2), so the density over sigma is that of an arctangent."""
 
     def exact(x, t):
         t = t[:, None]
@@ -93,23 +96,20 @@ def test_rescaled_entropic_time_of_a_normal_law_is_the_cosine_clock():
         torch.testing.assert_close(steps.times, CosineSchedule().nodes(k), rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda each: type(each).__name__)
-def test_calls_and_ends(strategy, velocity):
-    rows = [0]
-
-    def counted(x, t):
-        rows[0] += len(x)
-        return velocity(x, t)
-
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
+def test_every_budget_begins_with_the_teacher_at_the_announced_calls(strategy, velocity):
+    counter = RowCounter(velocity)
     noise = torch.randn(6, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    asked = Problem(counted, noise, EDMSchedule().nodes(20), Euler())
-    asked.teacher.run()
-    rows[0] = 0
-    plans = strategy.plan(asked, range(1, 21))
-    assert rows[0] == 6 * strategy.network_calls(20, [5])
+    counted = Problem(counter, noise, EDMSchedule().nodes(20), Euler())
+    counted.teacher.run()
+    counter.rows = 0
+
+    plans = strategy.plan(counted, range(1, 21))
+
+    assert counter.rows == 6 * strategy.network_calls(20, [5])
     for k, steps in plans.items():
         assert steps.num_steps == k
-        assert steps.times[0] == asked.grid[0]
+        assert steps.times[0] == counted.grid[0]
 
 
 @pytest.mark.parametrize(

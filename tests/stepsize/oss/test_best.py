@@ -1,4 +1,4 @@
-"""The best of a portfolio: what made a candidate does not judge it, and nothing known is better."""
+"""The best of a portfolio: other samples judge the candidates, and no baseline is better."""
 
 from dataclasses import replace
 
@@ -29,6 +29,7 @@ from oss_exp.velocity import BoundVelocity
 
 N = 24
 BAND = Band(4, 1, 0)
+BASELINES = {"fm", "ddim", "edm", "logsnr", "gits"}
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +46,16 @@ def test_samples_that_do_not_count_change_nothing(problem, objective):
     rows = torch.arange(16) % 3 > 0
     search = OSSShared("analytic", BAND, True, objective)
     alone = problem.subset(rows.nonzero()[:, 0])
+
     for k, path in search.paths(problem, [3, 5], Shared(objective, rows)).items():
         expected = search.paths(alone, [3, 5], Shared(objective))[k]
         assert torch.equal(path.nodes, expected.nodes)
         assert torch.equal(path.orders, expected.orders)
+        student = FittedStudent(problem, "analytic", Shared(objective, rows), Fit())
+        other_student = FittedStudent(alone, "analytic", Shared(objective), Fit())
         with torch.no_grad():
-            fitted, *_ = FittedStudent(problem, "analytic", Shared(objective, rows), Fit()).run(
-                path
-            )
-            other, *_ = FittedStudent(alone, "analytic", Shared(objective), Fit()).run(path)
+            fitted, *_ = student.run(path)
+            other, *_ = other_student.run(path)
         torch.testing.assert_close(fitted.weights, other.weights, rtol=1e-7, atol=1e-9)
 
 
@@ -62,24 +64,15 @@ def test_the_best_is_chosen_and_no_baseline_is_better(problem, objective):
     plans = OSSBest(band=BAND, objective=objective).plan(problem, [2, 5])
     for steps in plans.values():
         scores = steps.about("planning")["chosen_from"]
-        assert {
-            "fm",
-            "ddim",
-            "edm",
-            "logsnr",
-            "gits",
-            "teacher's times",
-            "pinned start, fitted steps",
-        } < {*scores}
+        assert BASELINES | {"teacher's times", "pinned start, fitted steps"} < {*scores}
         assert scores[steps.about("planning")["chosen"]] == max(scores.values())
 
 
 def test_scores_are_the_judges_errors(problem):
-    """By an evaluation of their own; baselines are made by nobody's samples."""
-    known = {"fm": ClosedForm(), "gits": GITS()}
-    steps = OSSBest(band=BAND, refine=False, baselines=known).plan(problem, [4])[4]
+    baselines = {"fm": ClosedForm(), "gits": GITS()}
+    steps = OSSBest(band=BAND, refine=False, baselines=baselines).plan(problem, [4])[4]
     judges = halves(problem)[1]
-    for name, strategy in known.items():
+    for name, strategy in baselines.items():
         plan = strategy.plan(problem, [4])[4]
         x0 = sample(problem.solver, problem.velocity, problem.noise, plan, problem.group)
         error = (x0 - problem.teacher.states[-1]).square().mean(1)[judges]
@@ -88,35 +81,35 @@ def test_scores_are_the_judges_errors(problem):
 
 
 def test_a_better_baseline_wins_and_stays_as_it_is(problem):
-    """One that was refined, and has seen the judges."""
-    known = OSSFit("analytic", None, True, "mean").plan(problem, [4])[4]
+    """A refined schedule, fitted to the judges too."""
+    better = OSSFit("analytic", None, True, "mean").plan(problem, [4])[4]
 
     class Known(ClosedForm):
         def plan(self, problem, num_steps):
-            return {4: known}
+            return {4: better}
 
-    steps = OSSBest("analytic", BAND, False, "mean", baselines={"known": Known()}).plan(
-        problem, [4]
-    )[4]
+    strategy = OSSBest("analytic", BAND, False, "mean", baselines={"known": Known()})
+    steps = strategy.plan(problem, [4])[4]
+
     assert steps.about("planning")["chosen"] == "known"
-    assert torch.equal(steps.times, known.times)
-    assert torch.equal(steps.steps.weights, known.steps.weights)
+    assert torch.equal(steps.times, better.times)
+    assert torch.equal(steps.steps.weights, better.steps.weights)
 
 
-def test_halves_have_all_conditions_and_no_sample_twice(problem):
+def test_halves_share_no_sample(problem):
     makers, judges = halves(problem)
     assert torch.equal(makers, ~judges)
+
+
+def test_halves_have_all_conditions(problem):
     one_each = replace(problem, group=torch.arange(16) % 4)
     for half in halves(one_each):
         assert one_each.group[half].unique().tolist() == [0, 1, 2, 3]
-    single = replace(
-        problem,
-        noise=problem.noise[:1],
-        samples=None,
-        group=None,
-        velocity=BoundVelocity(),
-        num_groups=1,
-    )
+
+
+def test_a_single_sample_is_in_both_halves(problem):
+    single = Problem(BoundVelocity(), problem.noise[:1], problem.grid, problem.solver)
+
     assert all(bool(half.all()) for half in halves(single))
 
 
@@ -124,54 +117,55 @@ def test_a_plain_function_has_the_schedule_of_its_bound_velocity(problem):
     bound = oss_exp.BoundVelocity()
     noise = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     options = {"num_teacher_steps": 16, "strategy": OSSBest(band=None, refine=False)}
-    plain, known = (
-        oss_exp.search(each, noise, 3, **options) for each in (lambda x, t: bound(x, t), bound)
-    )
-    assert torch.equal(plain.times, known.times)
-    assert torch.equal(plain.steps.weights, known.steps.weights)
+    expected = oss_exp.search(bound, noise, 3, **options)
+    plain = oss_exp.search(lambda x, t: bound(x, t), noise, 3, **options)
+
+    assert torch.equal(plain.times, expected.times)
+    assert torch.equal(plain.steps.weights, expected.steps.weights)
 
 
-@pytest.mark.parametrize("change", ["heun", "x0_mse", "required", "first times"])
-def test_every_kind_of_problem_has_one(problem, change):
-    """Distances without fits, solvers without orders, required times: which the schedule has."""
-    given = {}
-    match change:
-        case "heun":
-            problem = replace(problem, solver=Heun())
-        case "x0_mse":
-            problem = replace(problem, distance=oss_exp.X0MSE())
-        case "required":
-            given = {"must_visit": [float(problem.grid[7])]}
-        case "first times":
-            given = {"first_sigmas": [float(problem.grid[1]), float(problem.grid[5])]}
-    steps = OSSBest("analytic", BAND, False, **given).plan(problem, [4])[4]
-    assert steps.num_steps == 4
-    for time in [*given.get("must_visit", ()), *given.get("first_sigmas", ())]:
-        assert time in steps.times.tolist()
-    if change == "x0_mse":
+@pytest.mark.parametrize("change", [{"solver": Heun()}, {"distance": oss_exp.X0MSE()}])
+def test_solvers_without_orders_and_distances_without_fits_have_a_best_schedule(problem, change):
+    problem = replace(problem, **change)
+    steps = OSSBest("analytic", BAND, False).plan(problem, [4])[4]
+    assert_better_than_uniform(problem, steps)
+    if "distance" in change:
         assert not isinstance(steps.steps, FittedSteps)
-    errors = [
-        final_error(problem, each).log().mean()
-        for each in (steps, ClosedForm().plan(problem, [4])[4])
-    ]
-    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(("option", "nodes"), [("must_visit", [7]), ("first_sigmas", [1, 5])])
+def test_the_best_schedule_has_the_required_times(problem, option, nodes):
+    times = problem.grid[nodes].tolist()
+    steps = OSSBest("analytic", BAND, False, **{option: times}).plan(problem, [4])[4]
+    assert_better_than_uniform(problem, steps)
+    assert set(times) <= set(steps.times.tolist())
+
+
+def assert_better_than_uniform(problem: Problem, steps) -> None:
+    """Assert a lower error than that of four steps of the flow schedule."""
+    assert steps.num_steps == 4
+    uniform = ClosedForm().plan(problem, [4])[4]
+    error = final_error(problem, steps).log().mean()
+    assert error < final_error(problem, uniform).log().mean()
 
 
 def test_a_baseline_that_does_not_fit_is_left_out(problem):
-    """GITS chooses among 12 steps of its own, and is asked for 14; what the network says is no such reason."""
-    strategy = OSSBest(
-        "analytic", BAND, False, baselines={"fm": ClosedForm(), "gits": GITS(num_nodes=12)}
-    )
+    """GITS has 12 steps of its own, fewer than the 14 of the search."""
+    baselines = {"fm": ClosedForm(), "gits": GITS(num_nodes=12)}
+    strategy = OSSBest("analytic", BAND, False, baselines=baselines)
     scores = strategy.plan(problem, [14])[14].about("planning")["chosen_from"]
     assert "fm" in scores
     assert "gits" not in scores
 
+
+def test_an_error_of_the_network_is_raised(problem):
     def broken(x, t, condition):
         raise ValueError("the network's own fault")
 
     failing = replace(problem, velocity=replace(problem.velocity, fn=broken))
+
     with pytest.raises(ValueError, match="the network's own fault"):
-        strategy.plan(failing, [4])
+        OSSBest("analytic", BAND, False, baselines={"fm": ClosedForm()}).plan(failing, [4])
 
 
 def test_a_baseline_has_one_schedule_for_all():

@@ -1,4 +1,4 @@
-"""Invariants of the search: replay equals table, K = N costs nothing, and no shortcut changes an answer."""
+"""The search has exact costs, costs nothing at K = N, and no shortcut changes its result."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import mostly_slow
-from replay import assert_tables_replay, final_error, schedule
+from replay import RowCounter, assert_tables_replay, final_error, schedule
 
 from oss_exp.distances import XtMSE
 from oss_exp.noise import EDMSchedule, FlowSchedule
@@ -38,7 +38,7 @@ def heun(velocity, gmm) -> Problem:
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["order2", "order3"])
 def adams(velocity, gmm, request) -> Problem:
-    """A solver with memory: the history of a node is that of its best path."""
+    """A problem whose solver has memory: a node's history is that of its best path."""
     return Problem(
         velocity, gmm["z"], FlowSchedule(shift=2.0).nodes(N), AdamsBashforth(request.param), XtMSE()
     )
@@ -62,7 +62,7 @@ def test_replay_equals_table_for_every_k(kind, start, objective, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_every_node_of_the_table_replays(problem, start):
-    """Not only the data end: following the parents from any node of any round gives that node's cost."""
+    """Following the parents from any node of any round gives that node's cost."""
     for objective in (PerSample(), Shared("mean")):
         stages = recurse(problem, layers(N, [6], start, 1, "cpu"), [6], start, objective).stages
         assert_tables_replay(problem, stages, start)
@@ -89,35 +89,33 @@ def test_replay_equals_table_with_a_solver_that_remembers(adams, start, objectiv
     ],
 )
 def test_a_schedule_says_what_the_rounds_cost(strategy, problem):
-    """Of a path that nothing has changed, what sampling it costs after every step."""
+    """The costs of a path that was not changed are those of sampling it, step by step."""
     steps = strategy.plan(problem, [3, 6])[6]
     costs = steps.about("planning")["cost_per_round"]
     assert len(costs) == 6
     assert all(cost >= 0 for cost in costs)
     if isinstance(strategy, OSSAve) or strategy.refine:
         return
+
+    # The path, step by step.
     times = steps.times if steps.samples is None else steps.times.T
     solver = problem.solver
     if isinstance(steps.steps, FittedSteps):
         solver = stepper(problem.solver, steps, problem.noise, problem.group)[0]
     _, *states = walk(solver, problem.velocity, problem.noise, times)
-    nodes = [
-        torch.stack([(problem.grid == t).nonzero()[0, 0] for t in state.t]) for state in states
-    ]
-    found = [
-        problem.cost(state.x, at).mean().item() for state, at in zip(states, nodes, strict=True)
-    ]
-    assert costs == pytest.approx(found, rel=1e-3)
+    expected = []
+    for state in states:
+        nodes = torch.stack([(problem.grid == t).nonzero()[0, 0] for t in state.t])
+        expected.append(problem.cost(state.x, nodes).mean().item())
+
+    assert costs == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_search_with_memory_beats_one_without_on_its_own_ground(adams):
-    """Nodes found for the solver that runs them are better for it than Euler's."""
-    euler = replace(adams, solver=Euler())
-    plans = {
-        name: OSSShared("pinned", None, True, "mean").plan(p, [6])[6]
-        for name, p in (("own", adams), ("e", euler))
-    }
-    assert final_error(adams, plans["own"]).mean() < final_error(adams, plans["e"]).mean()
+def test_nodes_searched_with_the_samplers_solver_beat_those_of_euler(adams):
+    strategy = OSSShared("pinned", None, True, "mean")
+    searched = strategy.plan(adams, [6])[6]
+    euler = strategy.plan(replace(adams, solver=Euler()), [6])[6]
+    assert final_error(adams, searched).mean() < final_error(adams, euler).mean()
 
 
 @pytest.mark.parametrize("kind", ["problem", "heun"])
@@ -129,34 +127,36 @@ def test_as_many_steps_as_the_teacher_cost_nothing(kind, request):
         assert final_error(problem, plan).max() == 0
 
 
+@dataclass(frozen=True)
+class EulerByHand(Solver):
+    """Euler, but no LinearMultistep: the search must take every step."""
+
+    order = 1
+    evals_per_step = 1
+
+    def observe(self, f, state):
+        return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
+
+    def advance(self, f, state, t_next, order=None):
+        step = (t_next - state.t).to(state.x.dtype)[:, None]
+        return replace(state, x=state.x + step * state.outputs[0], t=t_next.expand_as(state.t))
+
+
 @pytest.mark.slow
-def test_inner_products_score_as_candidates_do(problem):
-    """The fast path for linear solvers chooses what taking every edge would, at the same cost."""
-
-    @dataclass(frozen=True)
-    class EulerByHand(Solver):  # not a LinearMultistep: the search must make every candidate
-        order = 1
-        evals_per_step = 1
-
-        def observe(self, f, state):
-            return replace(state, outputs=(f(state.x, state.t),), times=(state.t,))
-
-        def advance(self, f, state, t_next, order=None):
-            step = (t_next - state.t).to(state.x.dtype)[:, None]
-            return replace(state, x=state.x + step * state.outputs[0], t=t_next.expand_as(state.t))
-
+@pytest.mark.parametrize("objective", [PerSample(), Shared("log_mean")], ids=["own", "log_mean"])
+@pytest.mark.parametrize("start", STARTS)
+def test_inner_products_score_as_candidates_do(problem, start, objective):
     by_hand = replace(problem, solver=EulerByHand())
-    for start, objective in itertools.product(STARTS, (PerSample(), Shared("log_mean"))):
-        grid_layers = layers(N, [3, 6], start, 1, "cpu")
-        fast = recurse(problem, grid_layers, [3, 6], start, objective)
-        slow = recurse(by_hand, grid_layers, [3, 6], start, objective)
-        for quick, careful in zip(fast.stages, slow.stages, strict=True):
-            alive = careful.cost.isfinite()
-            assert (
-                quick.parent.expand_as(alive)[alive].tolist()
-                == careful.parent.expand_as(alive)[alive].tolist()
-            )
-            torch.testing.assert_close(quick.cost, careful.cost, rtol=1e-9, atol=1e-14)
+    grid_layers = layers(N, [3, 6], start, 1, "cpu")
+
+    fast = recurse(problem, grid_layers, [3, 6], start, objective)
+    slow = recurse(by_hand, grid_layers, [3, 6], start, objective)
+
+    for quick, careful in zip(fast.stages, slow.stages, strict=True):
+        alive = careful.cost.isfinite()
+        parents = quick.parent.expand_as(alive)[alive]
+        assert torch.equal(parents, careful.parent.expand_as(alive)[alive])
+        torch.testing.assert_close(quick.cost, careful.cost, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_one_search_serves_every_budget(problem):
 
 @pytest.fixture(scope="module", params=[Euler(), AdamsBashforth(2)], ids=["euler", "adams"])
 def small(velocity, gmm, request):
-    """A small problem and what three strategies plan for it in one piece."""
+    """A small problem and what three strategies plan for it without splitting the work."""
     problem = Problem(
         velocity, gmm["z"][:5], FlowSchedule(shift=2.0).nodes(10), request.param, XtMSE()
     )
@@ -187,9 +187,9 @@ def test_no_split_of_the_work_changes_a_schedule(small, velocity, chunk, micro_b
     problem, plans = small
     part = replace(problem, velocity=replace(velocity, micro_batch=micro_batch))
     for strategy, whole in plans:
-        found = replace(strategy, chunk=chunk).plan(part, [4])[4]
-        assert found.times.equal(whole.times)
-        assert (found.orders is None and whole.orders is None) or found.orders.equal(whole.orders)
+        result = replace(strategy, chunk=chunk).plan(part, [4])[4]
+        assert result.times.equal(whole.times)
+        assert (result.orders is None and whole.orders is None) or result.orders.equal(whole.orders)
 
 
 def test_a_plain_callable_is_enough(problem):
@@ -203,25 +203,21 @@ def test_a_plain_callable_is_enough(problem):
 
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "analytic"))
 def test_a_band_as_wide_as_the_grid_is_the_full_search(problem, start):
-    for make in (
-        lambda band: OSS(start, band, False, 16),
-        lambda band: OSSShared(start, band, False, "mean"),
-    ):
-        full = make(None).plan(problem, [3, 5])
-        band = make(Band(4, N)).plan(problem, [3, 5])
+    for strategy in (OSS(start, None, False, 16), OSSShared(start, None, False, "mean")):
+        full = strategy.plan(problem, [3, 5])
+        band = replace(strategy, band=Band(4, N)).plan(problem, [3, 5])
         for k in (3, 5):
             assert band[k].times.equal(full[k].times)
 
 
 def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gmm):
     problem = Problem(velocity, gmm["z"], FlowSchedule(shift=1.0).nodes(60), Euler(), XtMSE())
-    full, band = (
-        OSSShared("analytic", None, False, "mean"),
-        OSSShared("analytic", Band(8, 1), False, "mean"),
-    )
+    full = OSSShared("analytic", None, False, "mean")
+    band = OSSShared("analytic", Band(8, 1), False, "mean")
     errors = [
         final_error(problem, strategy.plan(problem, [6])[6]).mean() for strategy in (full, band)
     ]
+
     assert errors[1] <= 1.05 * errors[0]
     assert band.network_calls(60, [6]) <= 0.25 * full.network_calls(60, [6])
 
@@ -230,16 +226,15 @@ def test_a_narrow_band_is_nearly_as_good_for_a_quarter_of_the_calls(velocity, gm
 @pytest.mark.parametrize("start", mostly_slow(STARTS, "free"))
 def test_a_band_serves_every_budget_of_a_small_grid(problem, start):
     budgets = list(range(1, N + 1))
-    for k, path in (
-        OSSShared(start, Band(8, 1), False, "mean").paths(problem, budgets, Shared("mean")).items()
-    ):
+    strategy = OSSShared(start, Band(8, 1), False, "mean")
+    for k, path in strategy.paths(problem, budgets, Shared("mean")).items():
         assert len(path.nodes) == k
         assert (path.nodes.diff(dim=0) > 0).all()
         assert 0 <= int(path.nodes.min()) <= int(path.nodes.max()) < N
 
 
 def test_a_band_moves_when_its_path_touches_the_edge(velocity, gmm):
-    """From a path far off, a band of width 1 gets nearer the more often it may be laid anew."""
+    """From a path far off, a band of width 1 gets nearer with every shift it is allowed."""
     problem = Problem(velocity, gmm["z"], FlowSchedule(shift=1.0).nodes(60), Euler(), XtMSE())
     far = torch.tensor([1, 2, 3, 4])[:, None]
     best = OSSShared("analytic", None, False, "mean").paths(problem, [4], Shared("mean"))[4]
@@ -248,6 +243,7 @@ def test_a_band_moves_when_its_path_touches_the_edge(velocity, gmm):
         search = OSSShared("analytic", Band(8, 1, shifts), False, "mean")
         moved = search._in_band(problem, far, 1, Shared("mean"), shifts)
         distances.append(int((moved.nodes - best.nodes).abs().sum()))
+
     assert distances[0] > distances[1] > distances[2]
 
 
@@ -261,17 +257,16 @@ def test_stretch_keeps_the_curve(path):
 
 @pytest.mark.slow
 def test_refine_never_loses_on_the_search_set(problem):
-    for start, objective in itertools.product(
-        STARTS, (PerSample(), Shared("mean"), Shared("log_mean"))
-    ):
+    objectives = (PerSample(), Shared("mean"), Shared("log_mean"))
+    for start, objective in itertools.product(STARTS, objectives):
         path = recurse(problem, layers(N, [4], start, 1, "cpu"), [4], start, objective).paths[4]
-        before = objective(final_error(problem, schedule(problem, path, start)), problem.collective)
-        after_path = refine(problem, path, start, objective)
-        after = objective(
-            final_error(problem, schedule(problem, after_path, start)), problem.collective
-        )
-        assert (after <= before).all()
-        assert (after_path.nodes.diff(dim=0) > 0).all()
+        refined = refine(problem, path, start, objective)
+
+        before = final_error(problem, schedule(problem, path, start))
+        after = final_error(problem, schedule(problem, refined, start))
+        gain = objective(before, problem.collective) - objective(after, problem.collective)
+        assert (gain >= 0).all()
+        assert (refined.nodes.diff(dim=0) > 0).all()
 
 
 def test_free_start_uses_the_noise_anywhere_pinned_only_at_its_node(problem):
@@ -282,52 +277,57 @@ def test_free_start_uses_the_noise_anywhere_pinned_only_at_its_node(problem):
 
 
 def test_mean_is_per_condition(mixture, gmm):
-    """At pure noise the network answers the mean of the class; a class that no sample has gets the overall mean."""
+    """A class without samples gets the overall mean."""
     labels = torch.tensor([0, 1, 2, 3] * 4)
     velocity = mixture.velocity(labels)
     grid = FlowSchedule(shift=1.0).nodes(5)
     problem = Problem(velocity, gmm["z"], grid, Euler(), XtMSE(), group=labels, num_groups=10)
     expected = gmm["means"][:4]
+
     torch.testing.assert_close(problem.teacher.mean[:4].double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         problem.teacher.mean[7].double(), expected.mean(0), rtol=0, atol=1e-6
     )
 
 
-def test_exact_number_of_network_calls(problem, velocity):
-    """Without a band and refinement a search makes the calls it announces, and the teacher's first call is reused."""
-    rows = [0]
+@pytest.mark.parametrize(
+    "strategy",
+    [OSS(band=None, refine=False, chunk=4), OSSShared(band=None, refine=False, objective="mean")],
+)
+@pytest.mark.parametrize("start", STARTS)
+def test_a_search_makes_the_calls_that_it_announces(problem, velocity, start, strategy):
+    """Exactly so without a band and refinement; the teacher's first call is used again."""
+    counter = RowCounter(velocity.fn)
+    counted = replace(problem, velocity=BoundVelocity(counter, None, 1000))
+    counted.teacher.run()
+    counter.rows = 0
 
-    def fn(x, t, condition):
-        rows[0] += len(x)
-        return velocity.fn(x, t, condition)
+    search = replace(strategy, start=start)
+    search.plan(counted, [3, 5])
 
-    for start, strategy in itertools.product(STARTS, (OSS, OSSShared)):
-        counted = replace(problem, velocity=BoundVelocity(fn, None, 1000))
-        counted.teacher.run()
-        rows[0] = 0
-        last = {"chunk": 4} if strategy is OSS else {"objective": "mean"}
-        search = strategy(start=start, band=None, refine=False, **last)
-        search.plan(counted, [3, 5])
-        assert rows[0] == search.network_calls(N, [3, 5]) * 16
+    assert counter.rows == search.network_calls(N, [3, 5]) * 16
 
 
 def test_a_nan_network_is_refused(problem):
-    broken = replace(
-        problem, velocity=lambda x, t: x * torch.where(t < 0.5, torch.nan, 1.0)[:, None]
-    )
+
+    def velocity(x, t):
+        return x * torch.where(t < 0.5, torch.nan, 1.0)[:, None]
+
+    broken = replace(problem, velocity=velocity)
     with pytest.raises(ValueError, match=r"NaN or infinite from node \d+"):
         OSSShared("pinned", None, False, "mean").plan(broken, [3])
 
 
 def test_closed_forms_begin_with_the_teacher(problem):
-    plan = ClosedForm(EDMSchedule(0.002, 80.0, 7.0), "pinned").plan(problem, [1, 4])
+    edm = EDMSchedule(0.002, 80.0, 7.0)
+    plan = ClosedForm(edm, "pinned").plan(problem, [1, 4])
+    nodes = edm.nodes(4)
     assert plan[1].times.tolist() == [1.0, 0.0]
-    nodes = EDMSchedule(0.002, 80.0, 7.0).nodes(4)
     assert plan[4].times[1:].equal(nodes[1:])
     assert float(plan[4].times[0]) == 1.0
-    analytic = ClosedForm(EDMSchedule(0.002, 80.0, 7.0), "analytic").plan(problem, [4])[4]
-    assert analytic.times.equal(EDMSchedule(0.002, 80.0, 7.0).nodes(5)[1:])
+
+    analytic = ClosedForm(edm, "analytic").plan(problem, [4])[4]
+    assert analytic.times.equal(edm.nodes(5)[1:])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_closed_forms_begin_with_the_teacher(problem):
         ([1, 4, 8], [1, 4, 8]),
     ],
 )
-def test_strictly_monotone(nodes, expected):
+def test_strictly_monotone_moves_equal_nodes_apart(nodes, expected):
     assert strictly_monotone(torch.tensor(nodes), 10).tolist() == expected
 
 
@@ -363,13 +363,13 @@ def test_strictly_monotone(nodes, expected):
         ),
     ],
 )
-def test_wrong_options(problem, make, message):
+def test_wrong_options_are_refused(problem, make, message):
     with pytest.raises(ValueError, match=message):
         make().plan(problem, [3])
 
 
 @pytest.mark.parametrize("budgets", [[0], [], [N + 1], [2.5], [-3]])
-def test_wrong_budgets(problem, budgets):
+def test_wrong_budgets_are_refused(problem, budgets):
     for strategy in (OSS("free", None, False, 4), ClosedForm(FlowSchedule(1.0), "pinned")):
         with pytest.raises(ValueError, match=f"whole numbers from 1 to {N}"):
             strategy.plan(problem, budgets)
