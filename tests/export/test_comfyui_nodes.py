@@ -27,7 +27,8 @@ from oss_exp.velocity import BoundVelocity, standard_normal_velocity
 CODE = Path(oss_exp.export.comfyui_nodes.__file__)
 PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
 CLOCK = {True: "flow time", False: "DDPM index"}
-STEPS, GUIDANCE = 5, 2.5
+STEPS = 5
+GUIDANCE = 2.5
 SMALL = {"band": None, "refine": False}
 STRATEGIES = {
     "Euler list": (OSSAve(start="free", aggregate="median", **SMALL), Euler()),
@@ -73,6 +74,7 @@ def plan(
         "native": {"clock": CLOCK[flow]},
         "model": {"name": "mixture", "guidance": guidance},
     }
+
     return StepSchedule(steps.times, steps.start, steps.steps, provenance=provenance), solver
 
 
@@ -86,12 +88,13 @@ def guided(velocity) -> BoundVelocity:
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
     """The file inside of (the stand-in of) ComfyUI, beside its models."""
-    shown = comfy.install(monkeypatch, tmp_path / "models")
+    display = comfy.install(monkeypatch, tmp_path / "models")
     spec = importlib.util.spec_from_file_location("custom_nodes.oss_exp", CODE)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    module.shown, module.models = shown, tmp_path / "models" / "oss_schedules"
+    module.shown = display
+    module.models = tmp_path / "models" / "oss_schedules"
     module.models.mkdir(parents=True)
     return module
 
@@ -105,15 +108,16 @@ def k_diffusion(monkeypatch):
     package = types.ModuleType("k_diffusion")
     package.__path__ = list(spec.submodule_search_locations)
     monkeypatch.setitem(sys.modules, "k_diffusion", package)
+
     return types.SimpleNamespace(
         sampling=importlib.import_module("k_diffusion.sampling"),
         external=importlib.import_module("k_diffusion.external"),
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Equality
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "sigma"])
@@ -122,10 +126,8 @@ def test_samples_are_our_own(name, flow, nodes, velocity):
     """By SamplerCustom's way through ComfyUI: an image under the noise where the schedule begins at one."""
     steps, solver = plan(name, velocity, flow)
     save_in_numbers(steps, nodes.models / "x.json", solver)
-    noise, image = (
-        draw((3, 64)),
-        draw((3, 64), 3) if name == "strength" else torch.zeros(3, 64, dtype=torch.float64),
-    )
+    noise = draw((3, 64))
+    image = draw((3, 64), 3) if name == "strength" else torch.zeros(3, 64, dtype=torch.float64)
     state = steps.start_time * noise + (1 - steps.start_time) * image
     expected = sample(solver, velocity, state, steps)
     sampling = (
@@ -136,10 +138,12 @@ def test_samples_are_our_own(name, flow, nodes, velocity):
     model = comfy.Patcher(sampling, denoiser(velocity, flow))
     denoise = 1.0 if name != "strength" else steps.start_time
     sigmas, sampler, text = nodes.OSSSchedule().run("x.json", denoise, model)
+
     assert text.startswith("x: 5 network calls")
     assert sigmas.dtype == torch.float32
-    found = comfy.CFGGuider(model).sample(noise, image, sampler, sigmas)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    result = comfy.CFGGuider(model).sample(noise, image, sampler, sigmas)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["orders, analytic", "fitted, analytic"])
@@ -148,13 +152,16 @@ def test_guided(name, nodes, velocity):
     mixed = guided(velocity)
     steps, solver = plan(name, mixed, True, mixed=True)
     save_in_numbers(steps, nodes.models / "x.json", solver, apart=True)
+
     assert nodes.load(nodes.models / "x.json").answers == (2 if "fitted" in name else 1)
+
     model = comfy.Patcher(
         comfy.CONST(), denoiser(velocity, True), denoiser(standard_normal_velocity, True)
     )
     latent = {"samples": torch.zeros(3, 64, dtype=torch.float64), "batch_index": None}
     (out,) = nodes.OSSSampler().run(model, "x.json", 7, GUIDANCE, [], [], latent)
     noise = comfy.prepare_noise(latent["samples"], 7)
+
     torch.testing.assert_close(
         out["samples"], sample(solver, mixed, noise, steps), rtol=0, atol=1e-5
     )
@@ -176,9 +183,12 @@ def test_networks_of_k_diffusion(name, kind, k_diffusion, nodes, velocity, tmp_p
             else (ratio := (clock * torch.pi / 2).tan()) / (1 + ratio)
         )
         scale = rows(t**2 + (1 - t) ** 2, x) ** 0.5
-        state, t = x * scale, rows(t, x)
+        state = x * scale
+        t = rows(t, x)
         v = velocity(state, t.flatten())
-        x0, eps = state - t * v, state + (1 - t) * v
+        x0 = state - t * v
+        eps = state + (1 - t) * v
+
         return eps if kind == "epsilon" else ((1 - t) * eps - t * x0) / scale
 
     model = k_diffusion.external.VDenoiser(network)
@@ -187,12 +197,15 @@ def test_networks_of_k_diffusion(name, kind, k_diffusion, nodes, velocity, tmp_p
     noise = draw((3, 64))
     found = sampler(model, noise * sigmas[0], sigmas, disable=True)
     expected = sample(solver, velocity, noise * steps.start_time, steps)
+
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
     webui, _ = nodes.for_k_diffusion(tmp_path / "x.json", webui=True)
     others = torch.tensor([9.0, 1.0, 0.0])
     torch.testing.assert_close(
         webui(model, noise * 9, others, disable=True), expected, rtol=0, atol=1e-5
     )
+
     if name == "Euler list":
         pinned = StepSchedule(steps.times, provenance=steps.provenance)
         sampler, sigmas = nodes.for_k_diffusion(save_in_numbers(pinned, tmp_path / "y.json"))
@@ -207,14 +220,17 @@ def test_each_condition_has_its_mean(nodes, velocity, tmp_path):
     steps = StepSchedule(
         [0.8, 0.5, 0.0], Analytic(mean), provenance={"native": {"clock": "flow time"}}
     )
-    file, group = save_in_numbers(steps, tmp_path / "x.json"), torch.tensor([2, 0, 1, 2])
+    file = save_in_numbers(steps, tmp_path / "x.json")
+    group = torch.tensor([2, 0, 1, 2])
     noise = draw((4, 64))
+
     for condition, chosen in ((group, group), (1, torch.ones(4, dtype=torch.long))):
         sampler, sigmas = nodes.for_k_diffusion(file, condition=condition)
-        found = sampler(denoiser(velocity, True), noise * sigmas[0], sigmas, disable=True)
+        result = sampler(denoiser(velocity, True), noise * sigmas[0], sigmas, disable=True)
         torch.testing.assert_close(
-            found, sample(Euler(), velocity, noise, steps, chosen), rtol=0, atol=1e-5
+            result, sample(Euler(), velocity, noise, steps, chosen), rtol=0, atol=1e-5
         )
+
     sampler, sigmas = nodes.for_k_diffusion(file, condition=3)
     with pytest.raises(ValueError, match="has means of 3 conditions, 0 to 2"):
         sampler(denoiser(velocity, True), noise, sigmas)
@@ -236,22 +252,26 @@ def test_packed_means_are_unpacked(nodes):
 def test_two_experts_share_a_list(nodes, velocity, tmp_path):
     """First-order steps remember nothing: two samplers, each with its part, do what one does; others are refused."""
     sigmas_of = {}
+
     for name in ("Euler list", "orders"):
         steps, solver = plan(name, velocity, True)
         save_in_numbers(steps, nodes.models / "x.json", solver)
         model = comfy.Patcher(comfy.CONST(), denoiser(velocity, True))
         sigmas_of[name] = sigmas, sampler, _ = nodes.OSSSchedule().run("x.json", 1.0, model)
-        noise, nothing = draw((3, 64)), torch.zeros(3, 64, dtype=torch.float64)
+        noise = draw((3, 64))
+        nothing = torch.zeros(3, 64, dtype=torch.float64)
         half = comfy.CFGGuider(model).sample(noise, nothing, sampler, sigmas[:3])
+
         if name == "Euler list":
-            found = comfy.CFGGuider(model).sample(nothing, half, sampler, sigmas[2:])
+            result = comfy.CFGGuider(model).sample(nothing, half, sampler, sigmas[2:])
             whole = comfy.CFGGuider(model).sample(noise, nothing, sampler, sigmas)
-            torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+            torch.testing.assert_close(result, whole, rtol=0, atol=1e-5)
         else:
             with pytest.raises(
                 ValueError, match="remember those before; give one sampler all of its sigmas"
             ):
                 comfy.CFGGuider(model).sample(nothing, half, sampler, sigmas[2:])
+
     with pytest.raises(ValueError, match="the sigmas are not those of schedule x"):
         comfy.CFGGuider(model).sample(noise, nothing, sampler, torch.tensor([1.0, 0.5, 0.0]))
 
@@ -261,10 +281,12 @@ def test_what_a_mask_keeps_stays(name, nodes, velocity):
     steps, solver = plan(name, velocity, True)
     save_in_numbers(steps, nodes.models / "x.json", solver)
     model = comfy.Patcher(comfy.CONST(), denoiser(velocity, True))
-    image, mask = draw((3, 64), 3), (torch.arange(64) < 32).double().expand(3, 64)
+    image = draw((3, 64), 3)
+    mask = (torch.arange(64) < 32).double().expand(3, 64)
     (out,) = nodes.OSSSampler().run(
         model, "x.json", 7, 1.0, [], [], {"samples": image, "noise_mask": mask}
     )
+
     assert torch.equal(out["samples"][:, 32:], image[:, 32:])
     assert (out["samples"] - image)[:, :32].abs().min() > 0
 
@@ -285,12 +307,13 @@ def test_an_interrupt_goes_through(nodes, velocity):
         comfy.CFGGuider(comfy.Patcher(comfy.CONST(), denoiser(velocity, True))).sample(
             draw((1, 64)), torch.zeros(1, 64), sampler, sigmas, callback=interrupt
         )
+
     assert calls == [0, 1]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The file, alone
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ALONE = """
 import json, sys
@@ -315,15 +338,17 @@ def test_one_file_without_oss_exp(tmp_path):
     save_in_numbers(steps, tmp_path / "x.json", solver)
     shutil.copy(CODE, tmp_path / "nodes.py")
     noise = draw((3, 64))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(noise.tolist())],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    found = torch.tensor(json.loads(done.stdout), dtype=torch.float64)
-    torch.testing.assert_close(found, sample(solver, velocity, noise, steps), rtol=0, atol=1e-5)
+
+    assert process.returncode == 0, process.stderr
+
+    result = torch.tensor(json.loads(process.stdout), dtype=torch.float64)
+    torch.testing.assert_close(result, sample(solver, velocity, noise, steps), rtol=0, atol=1e-5)
 
 
 def test_the_file_is_short():
@@ -340,6 +365,7 @@ def test_the_file_is_short():
         for number, line in enumerate(source.splitlines(), start=1)
         if number not in docstrings and line.strip() and not line.strip().startswith("#")
     ]
+
     assert len(code) < 400
 
 
@@ -348,12 +374,16 @@ def test_exported_folder(tmp_path, velocity):
     text = ComfyUINodes().write(steps, tmp_path / "oss_exp")
     assert "mixture_5.json\nRestart ComfyUI once" in text
     assert (tmp_path / "oss_exp" / "__init__.py").read_text() == CODE.read_text()
+
     earlier = 'FORMAT = "oss_exp/scheduler"  # of another version'
     (tmp_path / "oss_exp" / "__init__.py").write_text(earlier)
     ComfyUINodes().write(steps, tmp_path / "oss_exp")  # and again
+
     assert (tmp_path / "oss_exp" / "__init__.py").read_text() == CODE.read_text()
+
     names = {file.name for file in (tmp_path / "oss_exp" / "schedules").iterdir()}
     assert names == {"mixture_5.json", "mixture_5.mean.json", "mixture_5.mean.safetensors"}
+
     (tmp_path / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
     with pytest.raises(ValueError, match=r"holds another __init__\.py; choose a folder of its own"):
         ComfyUINodes().write(steps, tmp_path)
@@ -366,20 +396,22 @@ def test_shipped_schedules(nodes):
         for path in (ASSETS / "schedules").glob("*.json")
         if not path.name.endswith(".mean.json")
     )
+
     assert len(shipped) >= 2
     assert sum(path.stat().st_size for path in (ASSETS / "schedules").iterdir()) < 300_000
+
     for path in shipped:
         steps = StepSchedule.load(shipped_schedule(path.name))
         assert (ASSETS / f"{steps.about('model')['name']}.safetensors").is_file()
         assert {cell.axis for cell in steps.range.cells} >= {"base", "dtype", "guidance"}
-        found = nodes.load(save_in_numbers(steps, nodes.models / path.name))
-        assert "at 5" in nodes.warn(found, {"guidance": 5.0})[0]
-        assert nodes.warn(found, {"guidance": 1.0, "dtype": "float8_e4m3fn"}) == []
+        schedule = nodes.load(save_in_numbers(steps, nodes.models / path.name))
+        assert "at 5" in nodes.warn(schedule, {"guidance": 5.0})[0]
+        assert nodes.warn(schedule, {"guidance": 1.0, "dtype": "float8_e4m3fn"}) == []
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and inputs
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_files_appear_without_a_restart(nodes, velocity):
@@ -388,12 +420,15 @@ def test_files_appear_without_a_restart(nodes, velocity):
 
     assert listed() == ["none in models/oss_schedules"]
     assert "there is no schedule" in nodes.OSSSampler.VALIDATE_INPUTS(listed()[0])
+
     save_in_numbers(*plan("fitted", velocity, True)[:1], nodes.models / "x.json")
     assert listed() == ["x.json"]
     assert nodes.OSSSampler.VALIDATE_INPUTS("x.json") is True
+
     before = nodes.OSSSchedule.IS_CHANGED("x.json")
     save_in_numbers(*plan("Euler list", velocity, True)[:1], nodes.models / "x.json")
     assert nodes.OSSSchedule.IS_CHANGED("x.json", denoise=1.0) != before
+
     for node in nodes.NODE_CLASS_MAPPINGS.values():
         assert {*node.INPUT_TYPES()} == {"required", "optional"}
         assert callable(getattr(node, node.FUNCTION))
@@ -472,6 +507,7 @@ def test_wrong_use_says_what_is_right(nodes, velocity):
     (nodes.models / "inside.json").write_text(json.dumps(GOOD | {"strength": 0.6}))
     (nodes.models / "unknown.json").write_text(json.dumps(GOOD | {"provenance": {}}))
     sigma = comfy.Patcher(comfy.EPS(), denoiser(velocity, False))
+
     for name, denoise, model, message in [
         ("x.json", 0.6, None, r"begins at pure noise: set denoise=1\.00"),
         ("inside.json", 1.0, None, r"begins at an image: set denoise=0\.60"),
@@ -480,14 +516,22 @@ def test_wrong_use_says_what_is_right(nodes, velocity):
     ]:
         with pytest.raises(ValueError, match=message):
             nodes.OSSSchedule().run(name, denoise, model)
+
     sigmas, sampler, _ = nodes.OSSSchedule().run("x.json")
     with pytest.raises(
         ValueError, match="is for a flow model, and the model is one of sigma"
     ):  # the wrong way round
         comfy.CFGGuider(sigma).sample(draw((1, 64)), torch.zeros(1, 64), sampler, sigmas)
-    fitted = StepSchedule(GOOD["times"], steps=FittedSteps(torch.ones(2, 5), torch.zeros(1)), provenance={
-        "native": {"clock": "flow time"}, "model": {"guidance": {"scale": 3.0}},
-    })  # fmt: skip
+
+    fitted = StepSchedule(
+        GOOD["times"],
+        steps=FittedSteps(torch.ones(2, 5), torch.zeros(1)),
+        provenance={
+            "native": {"clock": "flow time"},
+            "model": {"guidance": {"scale": 3.0}},
+        },
+    )
+
     save_in_numbers(fitted, nodes.models / "apart.json", apart=True)
     sampler, sigmas = nodes.for_k_diffusion(nodes.models / "apart.json")
     with pytest.raises(

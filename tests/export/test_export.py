@@ -108,13 +108,14 @@ def test_a_real_scheduler_makes_our_sample(preset, name):
     x = noise
     for t in scheduler.timesteps:
         x = scheduler.step(velocity(x, t.expand(2) / 1000), t, x).prev_sample
+
     ours = sample(Euler(), velocity, noise, from_flow_sigmas(flow_sigmas(preset)))
     torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every kind of scheduler
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
@@ -165,8 +166,8 @@ def test_euler_of_diffusers_runs_published_levels(table, settings):
 
 def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_no_reason_to_refuse():
     steps = StepSchedule(AlignYourSteps("sd15").nodes(10))
-    found = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
-    torch.testing.assert_close(found, steps.times, rtol=0, atol=1e-6)
+    times = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
+    torch.testing.assert_close(times, steps.times, rtol=0, atol=1e-6)
 
 
 def test_a_chain_does_not_run_levels_beyond_its_end():
@@ -194,12 +195,14 @@ def test_euler_of_diffusers_makes_our_sample(velocity):
     run_through(scheduler, steps)
     noise = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = noise * steps.start_time / (1 - steps.times[0])
+
     for t in scheduler.timesteps:
         native = scheduler.scale_model_input(x, t)
         time = PATH.canonical(t.double()).expand(3)
         canonical = native / PATH.scale(time)[:, None]
         eps = canonical + (1 - time)[:, None] * velocity(canonical, time)
         x = scheduler.step(eps, t, x).prev_sample
+
     ours = sample(Euler(), velocity, noise * steps.start_time, steps)
     torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)
 
@@ -248,9 +251,9 @@ def test_schedulers_that_would_run_other_times_are_refused(scheduler, message):
         diffusers_arguments(FEW, scheduler)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def comfyui_reads(text: str) -> list[float]:
@@ -266,24 +269,27 @@ def test_lists_there_and_back(network):
     if network == "eps":
         assert sigmas == pytest.approx([t / (1 - t) for t in times], rel=1e-12)
     back = from_flow_sigmas if network == "flow" else from_ratio_sigmas
+
     assert comfyui_reads(sigma_text(sigmas)) == sigmas
-    for given in (
+
+    for source in (
         sigmas,
         sigma_text(sigmas),
         json.dumps(sigmas),
         json.dumps(comfyui_nodes(sigmas)),
         webui_text(sigmas),
     ):
-        torch.testing.assert_close(back(read_sigmas(given)).times, steps.times, rtol=1e-12, atol=0)
+        torch.testing.assert_close(back(read_sigmas(source)).times, steps.times, rtol=1e-12, atol=0)
+
     assert back(sigmas).start_time == (1.0 if network == "flow" else pytest.approx(0.98))
 
 
 def test_a_list_of_the_webui_is_not_stretched():
     """One from exactly 1 to 0 would be."""
-    first, *rest = json.loads(webui_text([1.0, 0.5, 0.0]))
+    first, *others = json.loads(webui_text([1.0, 0.5, 0.0]))
     assert first != 1
     assert first == pytest.approx(1, abs=1e-6)
-    assert rest == [0.5, 0.0]
+    assert others == [0.5, 0.0]
     assert webui_text([14.6, 0.00001, 0.0]) == "[14.6, 0.00001, 0.0]"
 
 
@@ -293,7 +299,7 @@ def test_sigma_over_alpha_is_finite():
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("source", "error", "message"),
     [
         ("1.0, x, 0", ValueError, r"'x'\); give numbers with commas, noise first"),
         ("[1.0, ..., 0.0]", ValueError, r"no list of sigmas \('\.\.\.'\)"),
@@ -306,14 +312,14 @@ def test_sigma_over_alpha_is_finite():
         ("absent.txt", FileNotFoundError, r"absent\.txt does not exist"),
     ],
 )
-def test_what_is_no_list_is_refused(given, error, message):
+def test_what_is_no_list_is_refused(source, error, message):
     with pytest.raises(error, match=message):
-        read_sigmas(given)
+        read_sigmas(source)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -88,16 +88,17 @@ def load(steps: StepSchedule, solver: str, folder: Path, *arguments, **more) -> 
     return OSSScheduler.from_schedule(file, *arguments, **more)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Plain loops around an exact velocity
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Answering:
     """What a network of this prediction type says of its latents: the mixture's exact velocity, in its words."""
 
     def __init__(self, velocity, prediction: str):
-        self.velocity, self.prediction = velocity, prediction
+        self.velocity = velocity
+        self.prediction = prediction
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         if self.prediction == "flow_prediction":
@@ -105,8 +106,11 @@ class Answering:
         t = PATH.canonical(timestep.double()).expand(len(latents))
         scale = rows(PATH.scale(t), latents)
         x = latents / scale
-        v, t = self.velocity(x, t), rows(t, x)
-        x0, eps = x - t * v, x + (1 - t) * v
+        v = self.velocity(x, t)
+        t = rows(t, x)
+        x0 = x - t * v
+        eps = x + (1 - t) * v
+
         return {"epsilon": eps, "sample": x0, "v_prediction": scale * ((1 - t) * eps - t * x0)}[
             self.prediction
         ]
@@ -136,31 +140,38 @@ CASES += [("oss_shared", "unipc", "epsilon"), ("oss_fit", "euler", "v_prediction
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "solver", "prediction"), CASES)
 def test_samples_are_our_own(strategy, solver, prediction, velocity, tmp_path):
-    grid, noise = GRIDS.get(prediction, GRIDS["ddpm"]), draw((6, 64), dtype=torch.float64)
+    grid = GRIDS.get(prediction, GRIDS["ddpm"])
+    noise = draw((6, 64), dtype=torch.float64)
     steps = plan(strategy, solver, velocity, grid, draw((8, 64), 2, torch.float64))
     if solver not in ("euler", "unipc bh1"):
         assert int(steps.orders.max()) > 1
     expected = sample(SOLVERS[solver], velocity, noise * float(grid[0]), steps)
     scheduler = load(steps, solver, tmp_path, {"prediction_type": prediction, **SD})
     network = Answering(velocity, prediction)
-    found = loop(scheduler, network, noise)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(loop(scheduler, network, noise), found, rtol=0, atol=0)  # and again
+    result = loop(scheduler, network, noise)
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loop(scheduler, network, noise), result, rtol=0, atol=0)  # and again
+
     if not isinstance(steps.start, Analytic):
         torch.testing.assert_close(
-            loop(scheduler, network, noise, begin=False), found, rtol=0, atol=1e-12
+            loop(scheduler, network, noise, begin=False), result, rtol=0, atol=1e-12
         )
     spent = load(steps, solver, tmp_path, {"prediction_type": prediction, **SD}, extra_call=True)
-    torch.testing.assert_close(loop(spent, network, noise, begin=False), found, rtol=0, atol=1e-12)
+
+    torch.testing.assert_close(loop(spent, network, noise, begin=False), result, rtol=0, atol=1e-12)
     assert len(spent.timesteps) == len(scheduler.timesteps) + 1
 
 
 def test_each_condition_has_its_mean(velocity, tmp_path):
     steps = StepSchedule([0.8, 0.5, 0.2, 0.1, 0.05, 0.0], Analytic(draw((3, 64), 3, torch.float64)))
-    noise, group = draw((4, 64), dtype=torch.float64), torch.tensor([2, 0, 1, 2])
+    noise = draw((4, 64), dtype=torch.float64)
+    group = torch.tensor([2, 0, 1, 2])
     scheduler = load(steps, "euler", tmp_path)
+
     with pytest.raises(ValueError, match=r"means of 3 conditions; set scheduler\.condition"):
         scheduler.begin(noise)
+
     scheduler.condition = group
     expected = sample(Euler(), velocity, noise, steps, group)
     torch.testing.assert_close(
@@ -176,10 +187,11 @@ def test_half_precision_does_not_add_up(velocity, tmp_path):
     scheduler = load(steps, "euler", tmp_path)
     network = Answering(lambda x, t: velocity(x.double(), t), "flow_prediction")
     noise = draw((6, 64)).half()
-    found = loop(scheduler, network, noise)
-    assert found.dtype == torch.float16
+    result = loop(scheduler, network, noise)
+
+    assert result.dtype == torch.float16
     torch.testing.assert_close(
-        found.double(), sample(Euler(), velocity, noise.double(), steps), rtol=0, atol=5e-3
+        result.double(), sample(Euler(), velocity, noise.double(), steps), rtol=0, atol=5e-3
     )
 
 
@@ -193,10 +205,12 @@ def test_the_clock_is_that_of_our_paths(tmp_path):
         0.005,
         0.0,
     ]  # the last two calls are cleaner than index 0
+
     scheduler = load(StepSchedule(times), "euler", tmp_path, DDIMScheduler(**SD).config)
     expected = PATH.native(torch.tensor(times[:-1], dtype=torch.float64)).float()
     torch.testing.assert_close(scheduler.timesteps, expected, rtol=0, atol=2e-3)
     torch.testing.assert_close(scheduler.timesteps[1:4], expected[1:4], rtol=0, atol=1e-4)
+
     other = DDPMPath(linear_betas(1000, 1e-4, 0.02))
     scheduler = load(
         StepSchedule([0.9, 0.5, 0.0]),
@@ -205,6 +219,7 @@ def test_the_clock_is_that_of_our_paths(tmp_path):
         prediction_type="epsilon",
         beta_schedule="linear",
     )
+
     expected = other.native(torch.tensor([0.9, 0.5], dtype=torch.float64)).float()
     torch.testing.assert_close(scheduler.timesteps, expected, rtol=0, atol=1e-3)
 
@@ -235,11 +250,13 @@ EULERS = {
 @pytest.mark.parametrize("name", EULERS)
 def test_networks_are_asked_as_their_own_scheduler_asks_them(name, tmp_path):
     """Clock, scaling and the meaning of the answer: an Euler scheduler's own run, on its own times, comes out."""
-    own = EULERS[name]
-    own.set_timesteps(STEPS)
-    sigmas = own.sigmas.double()
+    original = EULERS[name]
+    original.set_timesteps(STEPS)
+    sigmas = original.sigmas.double()
     times = (
-        sigmas / (1 + sigmas) if not isinstance(own, FlowMatchEulerDiscreteScheduler) else sigmas
+        sigmas / (1 + sigmas)
+        if not isinstance(original, FlowMatchEulerDiscreteScheduler)
+        else sigmas
     )
     steps = StepSchedule(1 - times if name == "inverted" else times)
     noise = draw((2, 64), dtype=torch.float64)
@@ -247,12 +264,20 @@ def test_networks_are_asked_as_their_own_scheduler_asks_them(name, tmp_path):
     def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return (latents * 0.3 + timestep / 500).sin()
 
-    latents = noise * getattr(own, "init_noise_sigma", steps.start_time)
-    for t in own.timesteps:
-        given = own.scale_model_input(latents, t) if hasattr(own, "scale_model_input") else latents
-        latents = own.step(network(given, t), t, latents).prev_sample
-    scheduler = load(steps, "euler", tmp_path, own.config)
-    torch.testing.assert_close(scheduler.timesteps, own.timesteps.float(), rtol=1e-4, atol=2e-3)
+    latents = noise * getattr(original, "init_noise_sigma", steps.start_time)
+
+    for t in original.timesteps:
+        network_input = (
+            original.scale_model_input(latents, t)
+            if hasattr(original, "scale_model_input")
+            else latents
+        )
+        latents = original.step(network(network_input, t), t, latents).prev_sample
+
+    scheduler = load(steps, "euler", tmp_path, original.config)
+    torch.testing.assert_close(
+        scheduler.timesteps, original.timesteps.float(), rtol=1e-4, atol=2e-3
+    )
     torch.testing.assert_close(loop(scheduler, network, noise), latents, rtol=2e-3, atol=2e-3)
 
 
@@ -262,6 +287,7 @@ def test_a_chain_without_signal_at_its_end_is_run_from_pure_noise(velocity, tmp_
     steps = StepSchedule([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
     config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **SD}
     scheduler = load(steps, "euler", tmp_path, config)
+
     torch.testing.assert_close(
         scheduler.timesteps, path.native(steps.times[:-1]).float(), rtol=0, atol=5e-3
     )
@@ -271,34 +297,36 @@ def test_a_chain_without_signal_at_its_end_is_run_from_pure_noise(velocity, tmp_
         t = steps.times[scheduler.timesteps.tolist().index(float(timestep))].expand(len(latents))
         scale = rows(path.scale(t), latents)
         x = latents / scale
-        v, t = velocity(x, t), rows(t, x)
+        v = velocity(x, t)
+        t = rows(t, x)
         return scale * ((1 - t) * (x + (1 - t) * v) - t * (x - t * v))
 
     noise = draw((3, 64), dtype=torch.float64)
-    found = loop(scheduler, network, noise)
-    torch.testing.assert_close(found, sample(Euler(), velocity, noise, steps), rtol=0, atol=1e-6)
+    result = loop(scheduler, network, noise)
+    torch.testing.assert_close(result, sample(Euler(), velocity, noise, steps), rtol=0, atol=1e-6)
     assert load(StepSchedule([0.9, 0.5, 0.0]), "euler", tmp_path, SD).prediction == "epsilon"
 
 
 def test_the_shifted_chain_of_cogvideox(tmp_path):
     """Its signal-to-noise ratio is shifted before the chain is cut to end without signal."""
-    own = CogVideoXDDIMScheduler(
+    original = CogVideoXDDIMScheduler(
         snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction"
     )
-    kept = own.alphas_cumprod.double()
-    ratio = ((1 - kept[[700, 300]]) / kept[[700, 300]]).sqrt()
+    alphas_cumprod = original.alphas_cumprod.double()
+    ratio = ((1 - alphas_cumprod[[700, 300]]) / alphas_cumprod[[700, 300]]).sqrt()
     steps = StepSchedule([*(ratio / (1 + ratio)).tolist(), 0.0])
+
     torch.testing.assert_close(
-        load(steps, "euler", tmp_path, own.config).timesteps,
+        load(steps, "euler", tmp_path, original.config).timesteps,
         torch.tensor([700.0, 300.0]),
         rtol=0,
         atol=5e-3,
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pipelines of diffusers
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def lively(network: torch.nn.Module) -> torch.nn.Module:
@@ -335,11 +363,13 @@ def test_flux_pipeline(strategy, solver, tmp_path):
             axes_dims_rope=(4, 4, 4),
         )
     )
+
     pipe = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer
     )
     pipe.set_progress_bar_config(disable=True)
-    text, pooled = draw((1, 6, 8), 5), draw((1, 8), 6)
+    text = draw((1, 6, 8), 5)
+    pooled = draw((1, 8), 6)
     ids = FluxPipeline._prepare_latent_image_ids(3, 2, 3, "cpu", torch.float32)
 
     def fn(x: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
@@ -347,11 +377,18 @@ def test_flux_pipeline(strategy, solver, tmp_path):
             "encoder_hidden_states": text.expand(len(x), -1, -1),
             "pooled_projections": pooled.expand(len(x), -1),
         }
-        found = transformer(FluxPipeline._pack_latents(x, len(x), 4, 4, 6), timestep=t.float(), img_ids=ids,
-                            txt_ids=torch.zeros(6, 3), **many).sample  # fmt: skip
+        found = transformer(
+            FluxPipeline._pack_latents(x, len(x), 4, 4, 6),
+            timestep=t.float(),
+            img_ids=ids,
+            txt_ids=torch.zeros(6, 3),
+            **many,
+        ).sample
+
         return FluxPipeline._unpack_latents(found, 32, 48, 8)
 
-    velocity, noise = BoundVelocity(fn, None, 60), draw((2, 4, 4, 6))
+    velocity = BoundVelocity(fn, None, 60)
+    noise = draw((2, 4, 4, 6))
     steps = plan(strategy, solver, velocity, FlowSchedule(1.0).nodes(16), draw((4, 4, 4, 6), 2))
     pipe.scheduler = scheduler = load(steps, solver, tmp_path, pipe.scheduler.config)
     latents = FluxPipeline._pack_latents(noise, 2, 4, 4, 6)
@@ -370,8 +407,10 @@ def test_flux_pipeline(strategy, solver, tmp_path):
     expected = FluxPipeline._pack_latents(
         sample(SOLVERS[solver], velocity, noise, steps), 2, 4, 4, 6
     )
+
     assert (expected - FluxPipeline._pack_latents(noise, 2, 4, 4, 6)).std() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
     with pytest.raises(ValueError, match=r"has 5 steps, 28 were asked; set num_inference_steps=5"):
         pipe(**ask)
 
@@ -399,12 +438,15 @@ def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )
     )
+
     own = DDIMScheduler(**SD, prediction_type=prediction, clip_sample=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
         None, None, None, unet, own, None, None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    text, free, noise = draw((1, 6, 8), 5), draw((1, 6, 8), 6), draw((2, 4, 8, 8))
+    text = draw((1, 6, 8), 5)
+    free = draw((1, 6, 8), 6)
+    noise = draw((2, 4, 8, 8))
 
     def guided(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         without, with_ = (
@@ -429,6 +471,7 @@ def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
         "output_type": "latent",
         "num_inference_steps": STEPS,
     }
+
     if isinstance(steps.start, Analytic):
         with pytest.raises(
             ValueError, match=r"give the pipeline latents=scheduler\.begin\(noise\)"
@@ -437,6 +480,7 @@ def test_stable_diffusion_pipeline(strategy, solver, prediction, tmp_path):
         noise_given = pipe.scheduler.begin(noise)
     else:
         noise_given = noise
+
     found = pipe(latents=noise_given, **ask).images
     expected = sample(SOLVERS[solver], velocity, noise * float(grid[0]), steps)
     assert (expected - noise).std() > 0.1
@@ -457,6 +501,7 @@ def test_dit_pipeline_draws_its_own_noise(tmp_path):
             num_embeds_ada_norm=1000,
         ).double()
     )
+
     vae = AutoencoderKL(
         latent_channels=4, block_out_channels=(8,), norm_num_groups=4, scaling_factor=1.0
     )
@@ -466,7 +511,8 @@ def test_dit_pipeline_draws_its_own_noise(tmp_path):
     vae.decode = lambda latents: (
         decoded.append(latents) or type("Out", (), {"sample": latents[:, :3]})()
     )
-    path, labels = DDPMPath(linear_betas(1000, 1e-4, 0.02)), torch.tensor([3, 0, 3])
+    path = DDPMPath(linear_betas(1000, 1e-4, 0.02))
+    labels = torch.tensor([3, 0, 3])
 
     def network(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         both = [
@@ -491,14 +537,15 @@ def test_dit_pipeline_draws_its_own_noise(tmp_path):
         num_inference_steps=STEPS,
         output_type="np",
     )
+
     noise = draw((3, 4, 8, 8), dtype=torch.float64)
     expected = sample(SOLVERS["dpm_solver_pp"], velocity, noise * float(grid[0]), steps)
     torch.testing.assert_close(decoded[0], expected, rtol=1e-5, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The file, alone
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ALONE = """
 import json, sys
@@ -532,19 +579,22 @@ def test_without_oss_exp(tmp_path):
         FlowSchedule(1.0).nodes(16),
         draw((8, 4), 2, torch.float64),
     )
+
     save_in_numbers(steps, tmp_path / "x.json", SOLVERS["dpm_solver_pp"])
     steps.save(tmp_path / "raw.json")
     shutil.copy(oss_exp.export.oss_scheduler.__file__, tmp_path)
     refuse = "import sys; sys.modules['oss_exp'] = None\n"
     check = ALONE.replace('== "oss_exp"]', '== "oss_exp" and sys.modules[name] is not None]')
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", refuse + check, json.dumps(noise.tolist())],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    latents, refusal = done.stdout.splitlines()
+
+    assert process.returncode == 0, process.stderr
+
+    latents, refusal = process.stdout.splitlines()
     expected = sample(SOLVERS["dpm_solver_pp"], velocity, noise, steps)
     torch.testing.assert_close(
         torch.tensor(json.loads(latents), dtype=torch.float64), expected, rtol=0, atol=1e-6
@@ -565,6 +615,7 @@ def test_with_oss_exp_any_schedule_is_read(tmp_path, velocity):
         [0.9, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 1])), provenance={"solver": solver}
     )
     scheduler = OSSScheduler.from_schedule(steps.save(tmp_path / "raw.json"))
+
     assert (
         scheduler.weights
         == in_numbers(steps, UniPC(order=2, variant="bh2", lower_order_final=True))["weights"]
@@ -579,9 +630,9 @@ def test_config_goes_through_a_folder(tmp_path):
     assert torch.equal(again.timesteps, scheduler.timesteps)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 GUIDED = {"model": {"guidance": {"scale": 2.0}}}
 ZEROS = torch.zeros(1, 4)
@@ -618,45 +669,59 @@ def test_what_a_scheduler_cannot_run_is_refused(steps, solver, message, tmp_path
 
 
 def test_wrong_use_says_what_is_right(tmp_path):
-    steps, whole = StepSchedule([0.8, 0.5, 0.0], Analytic(ZEROS)), StepSchedule([1.0, 0.5, 0.0])
+    steps = StepSchedule([0.8, 0.5, 0.0], Analytic(ZEROS))
+    whole = StepSchedule([1.0, 0.5, 0.0])
     with pytest.raises(
         ValueError, match=r"needs the betas of the training; give from_schedule the config"
     ):
         load(steps, "euler", tmp_path, prediction_type="epsilon")
+
     with pytest.raises(ValueError, match=r"begins at t = 1, where sigma is infinite"):
         load(whole, "euler", tmp_path, DDIMScheduler(**SD, rescale_betas_zero_snr=True).config)
+
     with pytest.raises(ValueError, match=r"begins at t = 1, where sigma is infinite"):
         load(whole, "euler", tmp_path, EDMEulerScheduler().config)
+
     with pytest.raises(
         ValueError, match="use_flow_sigmas=True with prediction_type=epsilon is no flow network"
     ):
         load(steps, "euler", tmp_path, UniPCMultistepScheduler(use_flow_sigmas=True).config)
+
     with pytest.raises(ValueError, match="prediction_type must be one of flow_prediction, eps"):
         load(steps, "euler", tmp_path, prediction_type="score")
+
     scheduler = load(steps, "euler", tmp_path)
     with pytest.raises(
         ValueError,
         match=r"latents=scheduler\.begin\(noise\), or build the scheduler with extra_call",
     ):
         scheduler.set_timesteps(2)
+
     scheduler.begin(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="call set_timesteps"):
         scheduler.step(torch.zeros(1, 4), scheduler.timesteps[0], torch.zeros(1, 4))
+
     with pytest.raises(ValueError, match="makes the first state itself"):
         load(steps, "euler", tmp_path, extra_call=True).begin(torch.zeros(1, 4))
+
     scheduler.set_timesteps(2)
     with pytest.raises(ValueError, match="runs through all of its times"):
         scheduler.step(torch.zeros(1, 4), scheduler.timesteps[1], torch.zeros(1, 4))
+
     with pytest.raises(ValueError, match="not from inside; search one for image-to-image"):
         scheduler.set_begin_index(1)
+
     (tmp_path / "x.mean.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"is not the one of schedule .*copy both again"):
         OSSScheduler.from_schedule(tmp_path / "x.json")
+
     (tmp_path / "x.mean.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="copy it too"):
         OSSScheduler.from_schedule(tmp_path / "x.json")
+
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="not complete JSON"):
         OSSScheduler.from_schedule(tmp_path / "x.json")
+
     with pytest.raises(FileNotFoundError, match=r"y\.json does not exist"):
         OSSScheduler.from_schedule(tmp_path / "y.json")

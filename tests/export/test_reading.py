@@ -87,9 +87,9 @@ def test_large_sigmas_are_no_indices():
     assert from_ratio_sigmas([80.0, 10.0, 1.0, 0.0]).num_steps == 3
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ComfyUI
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def saved(key: int, text: str, kind: str = "ManualSigmas", **more) -> dict:
@@ -154,12 +154,15 @@ def test_of_two_lists_one_is_chosen_by_its_node():
         match=r"has 2 lists .* by node id 1:10: 1\., 0\.6, 0\.0; 11: 0\.8, .*task\.node=ID",
     ):
         read_sigmas(json.dumps(TWO))
+
     assert read_sigmas(json.dumps(TWO), node="1:10") == LIST
     assert read_sigmas(json.dumps(TWO), node=11) == [0.8, 0.45, 0.0]
+
     with pytest.raises(
         ValueError, match=r"no list of sigmas in task\.node=5; lists by node id: 1:10: 1\., "
     ):
         read_sigmas(json.dumps(TWO), node=5)
+
     with pytest.raises(ValueError, match=r"task\.node=5 is of a ComfyUI file"):
         read_sigmas("1.0, 0.0", node=5)
 
@@ -215,9 +218,9 @@ def test_workflows_without_a_list_in_them_say_so(workflow, message):
         read_sigmas(json.dumps(workflow))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our own
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,7 @@ def test_our_own_exports_come_back(exporter, clock, tmp_path, monkeypatch):
     network, back = (
         ("flow", from_flow_sigmas) if clock == "flow time" else ("eps", from_ratio_sigmas)
     )
+
     torch.testing.assert_close(
         back(read_sigmas("x.json", network)).times, steps.times, rtol=1e-9, atol=0
     )
@@ -247,11 +251,14 @@ def test_files_with_more_than_a_list_say_where_the_list_is(tmp_path):
     steps = StepSchedule([0.9, 0.5, 0.0], provenance={"native": {"clock": "flow time"}})
     with pytest.raises(ValueError, match="is a step schedule already"):
         read_sigmas(str(steps.save(tmp_path / "s.json")))
+
     with pytest.raises(ValueError, match="is made of a step schedule"):
         read_sigmas(str(save_in_numbers(steps, tmp_path / "n.json")))
+
     Diffusers("FlowMatchEulerDiscreteScheduler").write(steps, tmp_path / "d.json")
     with pytest.raises(ValueError, match=r"for a network of kind flow; set task\.network=flow"):
         read_sigmas(str(tmp_path / "d.json"), "eps")
+
     earlier = {"scheduler": "FlowMatchEulerDiscreteScheduler", "sigmas": [1.0, 0.5]}
     with pytest.raises(
         ValueError,

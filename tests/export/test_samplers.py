@@ -33,7 +33,8 @@ from oss_exp.solvers.heun import Heun
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PATH = DDPMPath(scaled_linear_betas())
-FLOW, CHAIN = "flow time", "DDPM index"
+FLOW = "flow time"
+CHAIN = "DDPM index"
 TIMES = [0.98, 0.9, 0.78, 0.59, 0.25, 0.0]
 WHOLE = [
     *PATH.canonical(torch.tensor([999.0, 700, 500, 300, 100], dtype=torch.float64)).tolist(),
@@ -60,9 +61,9 @@ def unipc(**settings) -> UniPCMultistepScheduler:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,30 +163,37 @@ def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
 
     x = noise * sigmas[0]
     older = None
+
     for sigma, after in pairwise(sigmas):
-        d, step = slope(x, sigma), after - sigma
+        d = slope(x, sigma)
+        step = after - sigma
+
         if isinstance(solver, DPMSolverPP):
             clean = x - sigma * d
-            ratio, guess = after / sigma, clean
+            ratio = after / sigma
+            guess = clean
             if older is not None and after > 0:
                 r = (older[1] / sigma).log() / (sigma / after).log()
                 guess = clean + (clean - older[0]) / (2 * r)
-            x, older = ratio * x + (1 - ratio) * guess, (clean, sigma)
+            x = ratio * x + (1 - ratio) * guess
+            older = (clean, sigma)
             continue
+
         if after > 0 and isinstance(solver, Heun):
             d = (d + slope(x + step * d, after)) / 2
         elif after > 0:
             middle = (sigma * after).sqrt()
             d = slope(x + (middle - sigma) * d, middle)
         x = x + step * d
+
     torch.testing.assert_close(
         x, sample(solver, velocity, noise * steps.start_time, steps), rtol=0, atol=1e-9
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedulers of diffusers
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,6 +231,7 @@ def test_a_scheduler_that_takes_the_steps_is_accepted(scheduler, steps):
     if scheduler is ZERO_SNR:  # for which diffusers has 4096
         assert call.sigmas[0] == pytest.approx(4096, rel=1e-6)
         expected[0] = 4096 / 4097
+
     torch.testing.assert_close(sigmas, expected, rtol=0, atol=2e-6)
 
 
@@ -320,7 +329,9 @@ def test_every_scheduler_gets_its_list_or_one_line(kind, tmp_path):
         for clock in (FLOW, CHAIN)
         for times in (TIMES, [0.9, 0.0])
     }
+
     assert not any("\n" in text for text in texts.values())
+
     runs = {key for key, text in texts.items() if not text}
     assert ({1, 5} <= {count for _, count in runs}) == (kind.__name__ in RUNS)
     assert len({clock for clock, _ in runs}) < 2  # a scheduler is for one kind of network
@@ -329,18 +340,20 @@ def test_every_scheduler_gets_its_list_or_one_line(kind, tmp_path):
     steps = planned(times=[0.9, 0.5, 0.0])
     file = save_in_numbers(steps, tmp_path / "x.json")
     text = refusal(OSSScheduler.from_schedule, file, scheduler.config)
+
     assert "\n" not in text
+
     if not text and hasattr(scheduler, "alphas_cumprod"):
-        kept = scheduler.alphas_cumprod.double()
-        ratios = ((1 - kept) / kept).sqrt()
+        alphas_cumprod = scheduler.alphas_cumprod.double()
+        ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         index = OSSScheduler.from_schedule(file, scheduler.config).timesteps.long()
         ratio = EDMPath().native(steps.times[:-1])
         assert bool(((ratios[index] <= ratio * 1.001) & (ratio <= ratios[index + 1] * 1.001)).all())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the exporter of diffusers writes
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pipeline(folder: Path, kind: str | None, scheduler: SchedulerMixin) -> Path:
@@ -359,12 +372,14 @@ def test_mu_is_computed_with_the_schedulers_own_constants(place, tmp_path):
         base_image_seq_len=256,
         max_image_seq_len=8192,
     )
+
     pipeline(tmp_path, "QwenImagePipeline", scheduler)
     Diffusers(str(tmp_path / place), height=1328, width=1328).write(planned(), tmp_path / "d.json")
-    given = json.loads((tmp_path / "d.json").read_text())
-    assert given["mu"] == pytest.approx(0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256), abs=1e-12)
-    assert given["sigmas"][1] == pytest.approx(0.9 / (0.9 + math.exp(given["mu"]) * 0.1))
-    assert given["runs"] == {"network": "flow", "sigmas": TIMES}
+    exported = json.loads((tmp_path / "d.json").read_text())
+
+    assert exported["mu"] == pytest.approx(0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256), abs=1e-12)
+    assert exported["sigmas"][1] == pytest.approx(0.9 / (0.9 + math.exp(exported["mu"]) * 0.1))
+    assert exported["runs"] == {"network": "flow", "sigmas": TIMES}
 
 
 @pytest.mark.parametrize(
@@ -409,10 +424,12 @@ def test_other_first_latents_are_said(tmp_path):
     assert (
         "Give it latents=noise * 0.98, for the search began with other noise than it does." in text
     )
+
     free = StepSchedule(TIMES, Free(), provenance=planned().provenance)
     assert "latents" not in Diffusers("FlowMatchEulerDiscreteScheduler").write(
         free, tmp_path / "d.json"
     )
+
     text = Diffusers("EulerDiscreteScheduler").write(planned(clock=CHAIN), tmp_path / "d.json")
     assert "latents" not in text
 

@@ -23,14 +23,25 @@ API = {
     "9": {"class_type": "KSamplerAdvanced", "inputs": {}},
     "10": {
         "class_type": "SamplerCustomAdvanced",
-        "inputs": {"noise": ["1", 0], "guider": ["11", 0], "sampler": ["12", 0], "sigmas": ["13", 0]},
+        "inputs": {
+            "noise": ["1", 0],
+            "guider": ["11", 0],
+            "sampler": ["12", 0],
+            "sigmas": ["13", 0],
+        },
     },
     "11": {"class_type": "BasicGuider", "inputs": {"model": ["4", 0], "conditioning": ["6", 0]}},
     "12": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
-    "13": {"class_type": "BasicScheduler", "inputs": {"model": ["4", 0], "scheduler": "beta", "steps": 20}},
+    "13": {
+        "class_type": "BasicScheduler",
+        "inputs": {"model": ["4", 0], "scheduler": "beta", "steps": 20},
+    },
     "14": {"class_type": "SplitSigmas", "inputs": {"sigmas": ["13", 0], "step": 3}},
-    "15": {"class_type": "SamplerCustom", "inputs": {"sigmas": ["14", 0], "sampler": ["12", 0], "model": ["4", 0]}},
-}  # fmt: skip
+    "15": {
+        "class_type": "SamplerCustom",
+        "inputs": {"sigmas": ["14", 0], "sampler": ["12", 0], "model": ["4", 0]},
+    },
+}
 
 
 def saved(links_as_objects: bool) -> dict:
@@ -45,10 +56,18 @@ def saved(links_as_objects: bool) -> dict:
         "widgets_values": [7, "fixed", 20, 2.0, "euler", "normal", 1],
         "properties": {"cnr_id": "comfy-core"},
     }
-    custom = {"id": 10, "type": "SamplerCustom", "pos": [800, 100], "inputs": [
-        {"name": "model", "type": "MODEL", "link": 6}, {"name": "sampler", "type": "SAMPLER", "link": 7},
-        {"name": "sigmas", "type": "SIGMAS", "link": 8},
-    ]}  # fmt: skip
+
+    custom = {
+        "id": 10,
+        "type": "SamplerCustom",
+        "pos": [800, 100],
+        "inputs": [
+            {"name": "model", "type": "MODEL", "link": 6},
+            {"name": "sampler", "type": "SAMPLER", "link": 7},
+            {"name": "sigmas", "type": "SIGMAS", "link": 8},
+        ],
+    }
+
     others = [(2, [5]), (4, [1, 6]), (6, [2, 3, 4]), (12, [7]), (13, [8])]
     nodes = [
         {"id": key, "type": "Other", "outputs": [{"name": "x", "links": links}]}
@@ -61,6 +80,7 @@ def saved(links_as_objects: bool) -> dict:
         [4, 6, 0, 3, 3, "*"],
         [5, 2, 0, 3, 4, "INT"],
     ]
+
     links += [[6, 4, 0, 10, 0, "MODEL"], [7, 12, 0, 10, 1, "SAMPLER"], [8, 13, 0, 10, 2, "SIGMAS"]]
     graph = {
         "nodes": [sampler, custom, *nodes],
@@ -72,30 +92,36 @@ def saved(links_as_objects: bool) -> dict:
         names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         graph["links"] = [dict(zip(names, link, strict=True)) for link in links]
         graph = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
+
     return graph
 
 
 def test_api_format(tmp_path):
     file = tmp_path / "my.json"
+
     for content in (API, {"prompt": API, "client_id": "x"}):
         file.write_text(json.dumps(content))
-        text, said = with_schedule(file, "x.json")
-        found = json.loads(text)
-        prompt = found.get("prompt", found)
+        text, lines = with_schedule(file, "x.json")
+        content_ = json.loads(text)
+        prompt = content_.get("prompt", content_)
+
         assert prompt["3"]["class_type"] == "OSSSampler"
-        kept = {
+
+        inputs = {
             name: KSAMPLER[name]
             for name in ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")
         }
-        assert prompt["3"]["inputs"] == kept | {"schedule": "x.json"}
+
+        assert prompt["3"]["inputs"] == inputs | {"schedule": "x.json"}
         assert prompt["10"]["inputs"]["sigmas"] == ["16", 0]
         assert prompt["10"]["inputs"]["sampler"] == ["16", 1]
+
         schedule = {"schedule": "x.json", "denoise": 1.0, "model": ["4", 0]}
         assert prompt["16"] == {"class_type": "OSSSchedule", "inputs": schedule}
         assert {key: prompt[key] for key in prompt if key not in ("3", "10", "16")} == {
             key: node for key, node in API.items() if key not in ("3", "10")
         }
-        assert said == [
+        assert lines == [
             "node 3: KSampler is now OSSSampler",
             "node 10: SamplerCustomAdvanced takes sigmas and sampler of the new node 16, OSSSchedule",
             "node 8: KSampler with denoise=0.5 is left as it is; the schedule is for denoise=1",
@@ -108,10 +134,11 @@ def test_api_format(tmp_path):
 def test_as_saved(links_as_objects, tmp_path):
     """Every link is known at both of its ends, and nodes keep their other links."""
     (tmp_path / "my.json").write_text(json.dumps(saved(links_as_objects)))
-    text, said = with_schedule(tmp_path / "my.json", "x.json")
+    text, lines = with_schedule(tmp_path / "my.json", "x.json")
     graph = json.loads(text)
     graph = graph["definitions"]["subgraphs"][0] if links_as_objects else graph
     nodes = {node["id"]: node for node in graph["nodes"]}
+
     assert nodes[3]["type"] == "OSSSampler"
     assert nodes[3]["widgets_values"] == ["x.json", 7, "fixed", 2.0, 1.0, 0]
     assert nodes[3]["properties"] == {"Node name for S&R": "OSSSampler"}
@@ -123,20 +150,24 @@ def test_as_saved(links_as_objects, tmp_path):
     ]
     assert nodes[14]["type"] == "OSSSchedule"
     assert (graph["last_node_id"], graph["last_link_id"]) == (14, 10)
-    assert [line.split(":")[0] for line in said] == ["node 3", "node 10"]
+    assert [line.split(":")[0] for line in lines] == ["node 3", "node 10"]
+
     ends = {}
+
     for link in graph["links"]:
         number, origin, slot, target, index, kind = link.values() if links_as_objects else link
         ends[number] = origin, kind
         assert number in nodes[origin]["outputs"][slot]["links"]
         assert nodes[target]["inputs"][index]["link"] == number
-    told = [
-        each
+
+    outgoing = [
+        number_
         for node in nodes.values()
         for slot in node.get("outputs", [])
-        for each in slot["links"]
+        for number_ in slot["links"]
     ]
-    assert sorted(told) == sorted(ends)
+
+    assert sorted(outgoing) == sorted(ends)
     assert {kind for origin, kind in ends.values() if origin == 14} == {"SIGMAS", "SAMPLER"}
 
 
@@ -154,6 +185,7 @@ def test_sigmas_from_outside_of_a_subgraph(tmp_path):
         "target_slot": 0,
         "type": "SIGMAS",
     }
+
     graph = {"nodes": [{"id": 4, "type": "SamplerCustom", "inputs": slots}], "links": [outside]}
     graph |= {"inputs": [{"id": "a", "linkIds": [2]}], "state": {"lastNodeId": 7, "lastLinkId": 9}}
     content = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
@@ -161,6 +193,7 @@ def test_sigmas_from_outside_of_a_subgraph(tmp_path):
     graph = json.loads(with_schedule(tmp_path / "my.json", "x.json")[0])["definitions"][
         "subgraphs"
     ][0]
+
     assert graph["inputs"] == [{"id": "a", "linkIds": []}]
     assert [(link["id"], link["target_slot"]) for link in graph["links"]] == [(10, 0), (11, 1)]
     assert graph["state"] == {"lastNodeId": 8, "lastLinkId": 11}
@@ -203,8 +236,11 @@ def test_by_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "my.json").write_text(json.dumps(API))
     export = ["task=export", "task.schedule=two.json", "task.workflow=my.json", "hydra.run.dir=run"]
     run_cli(*export, "exporter=comfyui_nodes", "task.output=oss_exp")
+
     assert "node 3: KSampler is now OSSSampler" in capsys.readouterr().out
     assert '"OSSSampler"' in (tmp_path / "oss_exp" / "example_workflows" / "my.json").read_text()
+
     with pytest.raises(SystemExit):
         run_cli(*export, "exporter=comfyui")
+
     assert "task.workflow is for exporter=comfyui_nodes" in capsys.readouterr().err

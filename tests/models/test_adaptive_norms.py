@@ -46,11 +46,11 @@ def test_a_family_names_its_adaptive_layer_norms(name):
     layers, beside = FAMILIES[name]
     network = backbone(name)
     names = adaptive_norms(network)
-    assert {layer(each) for each in names} == layers
-    everything = {each for each, _ in network.named_parameters()}
+    assert {layer(name_) for name_ in names} == layers
+    everything = {name_ for name_, _ in network.named_parameters()}
     assert set(names) < everything
-    others = {layer(each) for each in everything - set(names)}
-    assert beside in {part for each in others for part in (each, each.split(".")[0])}
+    others = {layer(name_) for name_ in everything - set(names)}
+    assert beside in {part for name_ in others for part in (name_, name_.split(".")[0])}
 
 
 @pytest.mark.parametrize("name", WITHOUT)

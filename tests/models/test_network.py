@@ -12,7 +12,8 @@ from oss_exp.models.network import Network
 from oss_exp.models.parameterization import EDMPrediction, FlowVelocity
 from oss_exp.noise import FlowPath
 
-EDM_FORM, FLOW = EDMPrediction(0.8, 0.002, 80.0, 1000.0), FlowVelocity(FlowPath(1.0, 1000.0))
+EDM_FORM = EDMPrediction(0.8, 0.002, 80.0, 1000.0)
+FLOW = FlowVelocity(FlowPath(1.0, 1000.0))
 
 
 def unet(width: int = 8, num_classes: int | None = 3, patch: int = 2) -> UNet:
@@ -58,10 +59,10 @@ def network(
 @pytest.fixture
 def random_network():
     torch.manual_seed(0)
-    made = network(unet())
-    for parameter in made.parameters():
+    model = network(unet())
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return made
+    return model
 
 
 def states(count: int, *shape: int):
@@ -75,14 +76,17 @@ def states(count: int, *shape: int):
 def test_backbones_keep_shapes_and_have_a_label_for_no_class(backbone):
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+
     shape = (2, 16, 16) if isinstance(backbone, DiT) else (1, 16, 16)
     x, t = states(4, *shape)
-    found = backbone.eval()(x, t.float(), torch.tensor([-1, 0, 1, 2]))
-    assert found.shape == x.shape
-    same = backbone(
+    output = backbone.eval()(x, t.float(), torch.tensor([-1, 0, 1, 2]))
+
+    assert output.shape == x.shape
+
+    outputs = backbone(
         x[:1].expand(4, -1, -1, -1), t[:1].float().expand(4), torch.tensor([-1, 0, 1, 2])
     )
-    assert len({float(row.sum()) for row in same}) == 4
+    assert len({float(row.sum()) for row in outputs}) == 4
 
 
 def test_rows_micro_batches_and_clocks_are_independent(random_network):
@@ -99,7 +103,8 @@ def test_guidance_is_on_the_velocity(random_network):
     x, t = states(3, 1, 16, 16)
     labels = torch.tensor([0, 1, 2])
     guided = random_network.velocity(labels, Guidance(3.0))(x, t)
-    conditional, free = random_network.velocity(labels)(x, t), random_network.velocity(None)(x, t)
+    conditional = random_network.velocity(labels)(x, t)
+    free = random_network.velocity(None)(x, t)
     torch.testing.assert_close(guided, free + 3 * (conditional - free), rtol=1e-3, atol=1e-3)
 
 
@@ -131,9 +136,9 @@ def test_weights_come_back_from_a_file(random_network, tmp_path):
     assert not again.training
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def saved(tmp_path, tensors):
@@ -188,6 +193,7 @@ def test_weights_without_provenance_are_known_by_their_own_hash(random_network, 
     known = save_asset(tmp_path / "with.safetensors", tensors, {})
     for file in ("without.safetensors", "half.pt", "run/checkpoints/last.ckpt"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+
     (tmp_path / "without.safetensors").write_bytes((tmp_path / "with.safetensors").read_bytes())
     torch.save(
         {"model": {f"module.{key}": each.half() for key, each in tensors.items()}},
@@ -203,13 +209,17 @@ def test_weights_without_provenance_are_known_by_their_own_hash(random_network, 
     torch.save(training, tmp_path / "run" / "checkpoints" / "last.ckpt")
 
     assert network(unet(), checkpoint=str(tmp_path / "without.safetensors")).fingerprint == known
+
     found = network(unet(), checkpoint=str(tmp_path / "half.pt"))
     assert found.fingerprint not in (known, random_network.fingerprint)
+
     key = next(iter(tensors))
     torch.testing.assert_close(found.backbone.state_dict()[key], tensors[key], rtol=1e-3, atol=1e-3)
+
     for checkpoint in ("run", "run/checkpoints", "run/checkpoints/last.ckpt"):
         state = network(unet(), checkpoint=str(tmp_path / checkpoint)).backbone.state_dict()
         assert all(torch.equal(state[key], each) for key, each in tensors.items())
+
     state = network(
         unet(), checkpoint=str(tmp_path / "run"), weights_set="state_dict.network"
     ).backbone.state_dict()
@@ -221,6 +231,7 @@ def test_a_folder_with_several_files_of_weights_is_asked_about(tmp_path):
         FileNotFoundError, match=r"has no weights .* nor a run's checkpoints/last\.ckpt"
     ):
         network(unet(), checkpoint=str(tmp_path))
+
     for name in ("a.safetensors", "b.pt"):
         (tmp_path / name).touch()
     with pytest.raises(

@@ -62,15 +62,21 @@ def test_question_and_velocity_are_finite_at_both_ends(kind, t):
 
 def test_edm_is_karras_et_al_in_their_own_variables():
     """arXiv 2206.00364, eq. 7 and table 1: D = c_skip x + c_out F(c_in x; ln(sigma) / 4) on x = x0 + sigma eps."""
-    kind, sigma, sd = EDMPrediction(0.5, 0.002, 80.0, 1.0), 3.0, 0.5
+    kind = EDMPrediction(0.5, 0.002, 80.0, 1.0)
+    sigma = 3.0
+    sd = 0.5
     x0, noise, x, t = triple(sigma / (1 + sigma))
     native = x0 + sigma * noise
     question, clock = kind.question(x, t)
+
     torch.testing.assert_close(question, native / (sigma**2 + sd**2) ** 0.5)
     torch.testing.assert_close(clock, torch.full((3,), sigma, dtype=torch.float64).log() / 4)
+
     output = torch.sin(question)
-    skip, out = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2) ** 0.5
+    skip = sd**2 / (sigma**2 + sd**2)
+    out = sigma * sd / (sigma**2 + sd**2) ** 0.5
     denoised = skip * native + out * output
+
     torch.testing.assert_close(x - t[0] * kind.velocity(output, x, t), denoised)
     torch.testing.assert_close(kind.answer(x0, noise, t), (x0 - skip * native) / out)
 

@@ -56,6 +56,7 @@ def test_a_shift_and_no_convolution_before_the_decoder(latents, tmp_path):
         False
     )
     whole.save_pretrained(tmp_path)
+
     ours = VAE(
         str(tmp_path),
         0.5,
@@ -66,12 +67,14 @@ def test_a_shift_and_no_convolution_before_the_decoder(latents, tmp_path):
         use_post_quant_conv=False,
         **CONFIG,
     )
+
     expected = (whole.decode(latents / 0.5 + 0.3).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(ours(latents), expected, rtol=0, atol=1e-5)
 
 
 def test_old_names_of_attention(whole, latents, tmp_path):
     old = {}
+
     for key, value in whole.state_dict().items():
         for ours, theirs in (
             ("to_q", "query"),
@@ -81,7 +84,9 @@ def test_old_names_of_attention(whole, latents, tmp_path):
         ):
             key = key.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
         old[key] = value
+
     assert old.keys() != whole.state_dict().keys()
+
     torch.save(old, tmp_path / "diffusion_pytorch_model.bin")
     whole.save_pretrained(tmp_path / "vae")
     assert torch.equal(
@@ -94,12 +99,13 @@ def test_the_vae_of_conf_is_the_public_one(monkeypatch):
     monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
     config = OmegaConf.load(CONF / "base" / "dit_xl_2.yaml").sizes.full.decoder
     with torch.device("meta"):
-        found = instantiate(config, checkpoint="random")()
-    assert sum(p.numel() for p in found.parameters()) == 49_490_179 + 20
+        decoder = instantiate(config, checkpoint="random")()
+    assert sum(p.numel() for p in decoder.parameters()) == 49_490_179 + 20
 
 
 def test_random_weights_are_reproducible_and_frozen(latents):
-    first, second = vae("random"), vae("random")
+    first = vae("random")
+    second = vae("random")
     assert torch.equal(first(latents), second(latents))
     assert not first.training
     assert not any(parameter.requires_grad for parameter in first.parameters())

@@ -42,9 +42,9 @@ def tiny(size: int = 8, width: int = 32) -> PublishedDiT:
     )
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest, of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((result - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,22 @@ def model(backbone, form=EXACT, guidance=UNGUIDED, dtype="float32") -> Network:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_answers_of_the_original(filled, arrays):
-    x, y = arrays["x"], arrays["y"]  # 10 is their null label
+    x = arrays["x"]
+    y = arrays["y"]  # 10 is their null label
+
     for labels in (y, torch.where(y == 10, -1, y)):
         eps = filled(x, arrays["t"].float(), labels)
         assert difference(eps, arrays["forward"][:, :4]) < 1e-4
         assert (
             difference(filled(x, arrays["t_frac"], labels), arrays["forward_t_frac"][:, :4]) < 1e-4
         )
+
     wide = filled.double()(x.double(), arrays["t"].double(), y)
     assert difference(wide, arrays["forward64"][:, :4]) < 1e-9
 
@@ -119,9 +122,9 @@ def test_the_position_table_is_the_original_one(filled, arrays):
     ).abs().max() < 1e-6
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layouts
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -135,6 +138,7 @@ def test_round_trips(filled, original, arrays, layout):
     again = tiny()
     again.load_state_dict(again.translate(public))
     question = arrays["x"], arrays["t"].float(), arrays["y"]
+
     torch.testing.assert_close(again(*question), filled(*question), rtol=0, atol=1e-6)
 
 
@@ -144,6 +148,7 @@ def test_full_size_has_the_weights_of_the_public_file(size):
     """All there, none left over: 675.1 M numbers with the table (256 x 256), which is the paper's 675 M."""
     with torch.device("meta"):
         network = PublishedDiT(size=size, attention_head_dim=72, **XL)
+
     nothing = torch.zeros(
         (), dtype=torch.bfloat16
     )  # each weight one number in memory, seen as many
@@ -153,9 +158,11 @@ def test_full_size_has_the_weights_of_the_public_file(size):
     public = network.to_public("original")
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())
     table = [1, (size // 2) ** 2, 1152]
+
     assert {key: list(value.shape) for key, value in public.items()} == expected["state_dict"] | {
         "pos_embed": table
     }
+
     if size == 32:
         assert (
             sum(value.numel() for value in public.values()) == expected["n_params"] == 675_129_632
@@ -166,14 +173,15 @@ def test_a_folder_that_diffusers_wrote(filled, arrays, tmp_path):
     filled.network.save_pretrained(tmp_path / "transformer")
     question = arrays["x"], torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
     expected = model(filled).velocity(torch.tensor([0, 3, 9, 1]))(*question)
-    found = published(tmp_path).velocity(torch.tensor([0, 3, 9, 1]))(*question)
-    assert torch.equal(found, expected)
+    velocity = published(tmp_path).velocity(torch.tensor([0, 3, 9, 1]))(*question)
+    assert torch.equal(velocity, expected)
 
 
 def test_an_original_file(filled, original, arrays, tmp_path):
     torch.save(original, tmp_path / "DiT-XL-2-256x256.pt")
     files = published(tmp_path), published(tmp_path / "DiT-XL-2-256x256.pt")
     filled.network.save_pretrained(tmp_path / "hub" / "transformer")
+
     assert len({file.fingerprint for file in (*files, published(tmp_path / "hub"))}) == 1
     assert (
         difference(
@@ -207,9 +215,9 @@ def published(checkpoint, size: int = 8) -> Published:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler and the search of the released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -235,7 +243,8 @@ class Released(NoisePrediction):
 def test_guidance_of_the_velocity_is_theirs_of_the_noise(filled, arrays, scale):
     """v is linear in eps at the same x, so guiding either one, on 3 channels or on all, is the same."""
     half = len(arrays["cfg.x"]) // 2
-    x, y = arrays["cfg.x"][:half], arrays["cfg.y"][:half]
+    x = arrays["cfg.x"][:half]
+    y = arrays["cfg.y"][:half]
     t = EXACT.path.canonical(arrays["cfg.t"][:half].double())
     state = x.double() / rowwise(EXACT.path.scale(t), x.double())
     for channels, name in ((3, ""), (None, "_allchannels")):
@@ -262,11 +271,15 @@ def test_noise_schedule_ddim_is_the_grid_of_the_released_code(size):
 @pytest.mark.parametrize("size", [10, 50, 200])
 def test_velocities_of_the_released_wrapper(filled, arrays, size, name, guidance):
     """Ours are its own without its 1e-4, which moves v by up to 1.1 %, and with x scaled at the first node as well."""
-    f, x, labels = f"wrap.N{size}.", arrays[f"wrap.N{size}.x"].double(), arrays[f"wrap.N{size}.y"]
-    grid, indices = arrays[f + "fm_steps"], arrays[f + "t_index"]
+    f = f"wrap.N{size}."
+    x = arrays[f"wrap.N{size}.x"].double()
+    labels = arrays[f"wrap.N{size}.y"]
+    grid = arrays[f + "fm_steps"]
+    indices = arrays[f + "t_index"]
     exact = model(filled, EXACT, guidance, "float64").velocity(labels)
     form = Released(EXACT.path, EXACT.time_max, start=float(grid[-1]))
     released = model(filled, form, guidance, "float64").velocity(labels)
+
     for j, t in enumerate(grid[indices]):
         at = t.expand(len(x))
         assert difference(exact(x, at), arrays[f"{f}v_{name}_nofudge"][j]) < 1e-5
@@ -278,26 +291,32 @@ def test_search_of_the_released_code(filled, arrays):
     """Teacher, schedules and student are its own with its scaling; ours moves the images by 1.1 %, no schedule."""
     with safe_open(ORACLES / "dit_tiny.safetensors", "pt") as file:
         case = json.loads(file.metadata()["oss_end_to_end"])
-    grid, noise, labels = DDIMSchedule(BETAS).nodes(case["N"]), arrays["oss.z"], arrays["oss.y"]
+
+    grid = DDIMSchedule(BETAS).nodes(case["N"])
+    noise = arrays["oss.z"]
+    labels = arrays["oss.y"]
     released = Released(EXACT.path, EXACT.time_max, start=float(grid[0]))
+
     for form, tolerance in ((released, 1e-5), (EXACT, 0.012)):
         f = model(filled, form, Guidance(case["cfg_scale"], channels=3)).velocity(labels)
         problem = Problem(f, noise, grid, Euler(), XtMSE())
         assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < tolerance
+
         k = case["M"]
-        found = recurse(
+        path = recurse(
             problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
         ).paths[k]
-        nodes = [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()]
+        nodes = [[case["N"] - n for n in reversed(row)] for row in path.nodes.T.tolist()]
         assert nodes == case["schedules"]
+
         times = grid[[case["N"] - i for i in reversed(case["median"])] + [case["N"]]]
         student = sample(Euler(), f, noise, StepSchedule(times, Free(float(grid[0]))))
         assert difference(student, arrays["oss.student_median_final"]) < tolerance
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models of conf/
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def configured(name: str):
@@ -310,11 +329,14 @@ def test_models_of_conf(name, size):
     tiny_model = instantiate(configured(name), size="tiny")
     assert (tiny_model.name, tiny_model.guidance) == (f"{name}_tiny", Guidance(1.5, channels=3))
     assert tiny_model.path.canonical(torch.tensor(999.0)) <= tiny_model.parameterization.time_max
+
     steps = StepSchedule(DDIMSchedule(BETAS).nodes(3), Free())
     noise = torch.randn(2, *tiny_model.event_shape, generator=torch.Generator().manual_seed(0))
     pixels = tiny_model.generate(Euler(), steps, noise, torch.tensor([0, 999]))
+
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1
+
     full = configured(name).sizes.full
     with torch.device("meta"):
         backbone = instantiate(full.backbone)()
@@ -324,9 +346,9 @@ def test_models_of_conf(name, size):
     assert len(backbone.network.transformer_blocks) == 28
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_file_of_another_image_size_is_refused(original):

@@ -79,6 +79,7 @@ def build(init: dict, out_channels: int = 3):
             "adaptive_scale": True,
         } | settings
         return ADM(out_channels=out_channels, **settings)
+
     return Song(**{"num_blocks": 4, "attn_resolutions": [16]} | settings)
 
 
@@ -93,13 +94,13 @@ def inputs(clock: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([-1.3, 0.1, 1.0]) * clock, torch.tensor([3, -1, 6])
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def distance(result: Tensor, expected: Tensor) -> float:
+    return float((result - expected).abs().max() / expected.abs().max())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[(file, tag) for file, tags in CASES.items() for tag in tags], ids="-".join)
@@ -109,6 +110,7 @@ def oracle(request):
     path = ORACLES / f"edm_{file}.safetensors"
     with safe_open(path, "pt") as opened:
         meta = json.loads(opened.metadata()["meta"])[tag]
+
     prefix = "" if tag == "net" else f"{tag}."
     arrays = {
         key.removeprefix(prefix): array
@@ -122,7 +124,9 @@ def oracle(request):
         if key.startswith("sd.")
     }
     network.load_state_dict(network.translate(public))
+
     assert sum(parameter.numel() for parameter in network.parameters()) == meta["n_params"]
+
     return network, PRECONDITIONINGS[meta["class_name"]], arrays
 
 
@@ -146,16 +150,22 @@ def denoise(network, kind, x, sigma, classes, dtype=torch.float32, **extra):
 
 def test_single_precision(oracle):
     network, kind, arrays = oracle
-    x, sigma, classes = arrays["x"], arrays["sigma"].double(), classes_of(arrays)
+    x = arrays["x"]
+    sigma = arrays["sigma"].double()
+    classes = classes_of(arrays)
     denoised, question, clock = denoise(network, kind, x, sigma, classes)
+
     assert distance(denoised, arrays["D"]) < 1e-4
     assert distance(question, arrays["model_in"]) < 1e-6
     assert distance(clock, arrays["c_noise"]) < 1e-6
+
     with torch.no_grad():
         output = network(arrays["model_in"], arrays["c_noise"], classes)
     assert distance(output, arrays["F"][:, :3]) < 1e-4
+
     shared = denoise(network, kind, x, torch.full_like(sigma, 1.7), classes)[0]
     assert distance(shared, arrays["D_sigma_scalar_1.7"]) < 1e-4
+
     if "D_nolabel" in arrays:
         assert distance(denoise(network, kind, x, sigma, none())[0], arrays["D_nolabel"]) < 1e-4
     if "D_augment" in arrays:
@@ -166,10 +176,13 @@ def test_single_precision(oracle):
 def test_double_precision(oracle):
     """Their F is of an input and a clock that were rounded to float32, their D is not."""
     network, kind, arrays = oracle
-    network, classes = network.double(), classes_of(arrays)
+    network = network.double()
+    classes = classes_of(arrays)
     with torch.no_grad():
         output = network(arrays["model_in"].double(), arrays["c_noise"].double(), classes)
+
     assert distance(output, arrays["F64"][:, :3]) < 1e-9
+
     denoised = denoise(
         network, kind, arrays["x"], arrays["sigma"].double(), classes, torch.float64
     )[0]
@@ -201,9 +214,9 @@ def test_full_size_names_and_shapes(name):
     assert sum(parameter.numel() for parameter in network.parameters()) == theirs["n_params"]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Preconditionings
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRECONDITIONINGS)
@@ -213,7 +226,8 @@ def test_exact_answer_gives_the_exact_velocity(name, t):
     x0, noise = torch.randn(
         2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    x, times = (1 - t) * x0 + t * noise, torch.full((3,), t, dtype=torch.float64)
+    x = (1 - t) * x0 + t * noise
+    times = torch.full((3,), t, dtype=torch.float64)
     assert (
         kind.velocity(kind.answer(x0, noise, times), x, times) - (noise - x0)
     ).abs().max() < 1e-12
@@ -221,10 +235,11 @@ def test_exact_answer_gives_the_exact_velocity(name, t):
 
 def test_the_score_is_finite_at_both_ends():
     kind = PRECONDITIONINGS["VEPrecond"]
-    x, times = torch.randn(2, 1, 4, 4), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    x = torch.randn(2, 1, 4, 4)
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     question, clock = kind.question(x, times)
     assert all(
-        bool(found.isfinite().all()) for found in (question, clock, kind.velocity(x, x, times))
+        bool(values.isfinite().all()) for values in (question, clock, kind.velocity(x, x, times))
     )
     with pytest.raises(ValueError, match="sigma_min must be below sigma_max"):
         ScorePrediction(sigma_min=1.0, sigma_max=0.5)
@@ -240,9 +255,9 @@ def test_whole_clocks_are_the_nearest_in_sigma():
     assert clock.equal(indices[gaps.abs().argmin(1)])
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layouts
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,7 +265,8 @@ def test_whole_clocks_are_the_nearest_in_sigma():
 )
 @torch.no_grad()
 def test_round_trip(name, layout):
-    network, other = random_family(name), random_family(name, seed=1)
+    network = random_family(name)
+    other = random_family(name, seed=1)
     public = network.to_public(layout)
     assert layout == "own" or public.keys() != network.state_dict().keys()
     other.load_state_dict(other.translate(public))
@@ -284,14 +300,15 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
 
     def residual(name, h, resize):
         y = conv(f"{name}.in_layers.2", resize(F.silu(norm(f"{name}.in_layers.0", h))))
-        told = linear(f"{name}.emb_layers.1", F.silu(embedding))[..., None, None]
+        conditioning = linear(f"{name}.emb_layers.1", F.silu(embedding))[..., None, None]
         if film:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = conditioning.chunk(2, dim=1)
             y = norm(f"{name}.out_layers.0", y) * (1 + scale) + shift
         else:
-            y = norm(f"{name}.out_layers.0", y + told)
+            y = norm(f"{name}.out_layers.0", y + conditioning)
         skip = f"{name}.skip_connection"
         h = resize(h)
+
         return (conv(skip, h) if f"{skip}.weight" in w else h) + conv(
             f"{name}.out_layers.3", F.silu(y)
         )
@@ -304,6 +321,7 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
         else:
             q, k, v = (part.reshape(len(h) * heads, 64, -1) for part in qkv.chunk(3, dim=1))
         weight = torch.einsum("bct,bcs->bts", q, k).div(8).softmax(-1)
+
         return h + conv(
             f"{name}.proj_out", torch.einsum("bts,bcs->bct", weight, v).reshape(h.shape)
         )
@@ -311,6 +329,7 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
     def stage(name, h, resize):
         """The layers name.0, name.1, ...; `resize` by layer."""
         layer = 0
+
         while any(key.startswith(f"{name}.{layer}.") for key in w):
             here = f"{name}.{layer}"
             if f"{here}.qkv.weight" in w:
@@ -320,6 +339,7 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
             else:
                 h = conv(here, h)
             layer += 1
+
         return h
 
     def keep(layer):
@@ -339,14 +359,19 @@ def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
     )
     if "label_emb.weight" in w:
         embedding = embedding + w["label_emb.weight"][classes]
-    h, skips, count = x, [], 0
+    h = x
+    skips = []
+    count = 0
+
     while any(key.startswith(f"input_blocks.{count}.") for key in w):
         h = stage(f"input_blocks.{count}", h, half if count and count % (blocks + 1) == 0 else keep)
         skips.append(h)
         count += 1
+
     h = stage("middle_block", h, keep)
     for index in range(count):
         h = stage(f"output_blocks.{index}", torch.cat([h, skips.pop()], dim=1), double)
+
     return conv("out.2", F.silu(norm("out.0", h)))
 
 
@@ -361,8 +386,10 @@ def test_guided_diffusion(name, base, blocks):
     classes = classes.abs()  # theirs always has one
     settings = {"legacy": "legacy" in name, "film": name != "adm_three_levels"}
     expected = guided_diffusion(public, x, clock, classes, base=base, blocks=blocks, **settings)
+
     assert public.asked == public.keys()
     assert distance(network(x, clock, classes), expected[:, :3]) < 1e-5
+
     # Original files convolve over one axis in the attention.
     flat = {
         key: w[..., 0] if ".qkv.w" in key or ".proj_out.w" in key else w
@@ -370,6 +397,7 @@ def test_guided_diffusion(name, base, blocks):
     }
     other = random_family(name, seed=1)
     other.load_state_dict(other.translate(flat))
+
     assert network(x, clock, classes).equal(other(x, clock, classes))
 
 
@@ -381,13 +409,17 @@ def test_strange_names_and_layouts_are_told():
         )
         with pytest.raises(ValueError, match="layout must be one of own, edm"):
             network.to_public("flax")
+
     adm = random_family("adm")
     strange = {"stranger": torch.ones(1), "input_blocks.1.1.qkv.weight": torch.ones(96, 32, 1)}
-    found = adm.translate(adm.to_public("guided_diffusion") | strange)
-    assert found["stranger"].shape == (1,)
-    assert any(tensor.shape == (96, 32, 1, 1) for tensor in found.values())
+    translated = adm.translate(adm.to_public("guided_diffusion") | strange)
+
+    assert translated["stranger"].shape == (1,)
+    assert any(tensor.shape == (96, 32, 1, 1) for tensor in translated.values())
+
     with pytest.raises(ValueError, match="embedding_type must be"):
         Song(16, 3, 0, 0, 16, [1], 4, 1, 1, [], "sine", "standard", [1, 1])
+
     with pytest.raises(ValueError, match="encoder_type must be"):
         Song(16, 3, 0, 0, 16, [1], 4, 1, 1, [], "fourier", "skip", [1, 1])
 
@@ -399,16 +431,16 @@ def test_half_precision_weights_know_the_time_exactly(name):
     network = random_family(name)
     x, clock, classes = inputs(703.3 if name != "ncsnpp" else 1.033)
     expected = network(x, clock, classes)
-    found = network.bfloat16()(x.bfloat16(), clock, classes)
-    assert found.dtype == torch.bfloat16
-    assert (found - expected).square().mean() < 1e-3 * expected.square().mean()
+    output = network.bfloat16()(x.bfloat16(), clock, classes)
+    assert output.dtype == torch.bfloat16
+    assert (output - expected).square().mean() < 1e-3 * expected.square().mean()
     if name == "ncsnpp":
         assert network.map_noise.freqs.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The configured models
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -445,6 +477,7 @@ def test_a_public_file_is_read_whatever_its_layout_and_refused_when_it_is_of_ano
 ):
     tiny = model("edm_bedroom256")
     fingerprints = set()
+
     for layout in tiny.backbone.LAYOUTS:
         path = tmp_path / f"{layout}.safetensors"
         save_file(
@@ -454,4 +487,5 @@ def test_a_public_file_is_read_whatever_its_layout_and_refused_when_it_is_of_ano
         fingerprints.add(model("edm_bedroom256", f"model.checkpoint={path}").fingerprint)
         with pytest.raises(InstantiationException, match="is of another architecture"):
             model("edm_imagenet64", f"model.checkpoint={path}")
+
     assert fingerprints == {tiny.fingerprint}

@@ -42,18 +42,19 @@ RUNS = {run["prefix"]: run for run in META["extra"]["sample_runs"]}
 def network(tag: str) -> MARNetwork:
     channels, size, patch = SIZES[tag]
     public = META["meta"][tag]["init_kwargs"]
-    own = {
+    arguments = {
         key: public[key]
         for key in public
         if key.startswith(("encoder", "decoder", "mlp", "buffer", "diffloss"))
     }
-    return MARNetwork(channels, size, public["class_num"], patch, **own)
+    return MARNetwork(channels, size, public["class_num"], patch, **arguments)
 
 
 def mar(
     tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int = 5, **changes
 ) -> MAR:
     channels, size, patch = SIZES[tag]
+
     sizes = {
         "full": {
             "event_shape": ((size // patch) ** 2, channels * patch**2),
@@ -63,6 +64,7 @@ def mar(
             "decoder": nn.Identity,
         }
     }
+
     arguments = {
         "search_iterations": [0],
         "search_cfg": None,
@@ -70,6 +72,7 @@ def mar(
         "dtype": "float64",
         "micro_batch": 7,
     } | changes
+
     return MAR(
         num_iter,
         name="mar",
@@ -93,9 +96,9 @@ class Backbone(partial):
         return network(*self.args)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest, of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((result - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +109,23 @@ def arrays():
 @pytest.fixture(scope="module")
 def files(arrays, tmp_path_factory):
     """The authors' checkpoints: trained weights, and their average, which counts."""
-    found = {}
+    paths = {}
+
     for tag in SIZES:
         prefix = f"{tag}.sd."
         average = {
-            key.removeprefix(prefix): each.float()
-            for key, each in arrays.items()
+            key.removeprefix(prefix): tensor.float()
+            for key, tensor in arrays.items()
             if key.startswith(prefix)
         }
-        found[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
-        trained = {key: torch.zeros_like(each) for key, each in average.items()}
+        paths[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
+        trained = {key: torch.zeros_like(tensor) for key, tensor in average.items()}
         torch.save(
             {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3},
-            found[tag],
+            paths[tag],
         )
-    return found
+
+    return paths
 
 
 @pytest.fixture
@@ -128,9 +133,9 @@ def tokens():
     return torch.randn(4, 16, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The networks
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", SIZES)
@@ -138,23 +143,31 @@ def test_contexts_of_the_original(files, arrays, tag):
     backbone = mar(tag, files[tag], dtype="float32").backbone
     f = f"{tag}.enc."
     places = (arrays[f + "mask"] == 0).nonzero()[:, 1].view(3, -1)
-    public, label = arrays[f + "class_embedding"], torch.full((3,), -1)
+    public = arrays[f + "class_embedding"]
+    label = torch.full((3,), -1)
     for row in (0, 1):  # the third row has none
         label[row] = (backbone.class_emb.weight - public[row]).abs().sum(1).argmin()
-    for name, known in (("", places), ("_allmasked", places[:, :0])):
-        encoded = backbone.encode(at(arrays[f + "tokens"], known), known, label)
+
+    for name, visible in (("", places), ("_allmasked", places[:, :0])):
+        encoded = backbone.encode(at(arrays[f + "tokens"], visible), visible, label)
         assert difference(encoded, arrays[f"{tag}.enc{name}.out"]) < 1e-5
-        assert difference(backbone.decode(encoded, known), arrays[f"{tag}.dec{name}.out"]) < 1e-5
+        assert difference(backbone.decode(encoded, visible), arrays[f"{tag}.dec{name}.out"]) < 1e-5
 
 
 @pytest.mark.parametrize("tag", SIZES)
 def test_head_of_the_original(files, arrays, tag):
     head = mar(tag, files[tag], dtype="float32").backbone.diffloss["net"]
-    x, clock, z = arrays[f"{tag}.mlp.x"], arrays[f"{tag}.mlp.t"].float(), arrays[f"{tag}.mlp.c"]
+    x = arrays[f"{tag}.mlp.x"]
+    clock = arrays[f"{tag}.mlp.t"].float()
+    z = arrays[f"{tag}.mlp.c"]
+
     assert difference(head(x[:, None], clock, z[:, None])[:, 0], arrays[f"{tag}.mlp.out"]) < 1e-5
+
     half = len(x) // 2
     out = head(x[:half].repeat(2, 1)[:, None], clock, z[:, None])[:, 0]
-    eps, free = out[:half, : x.shape[1]], out[half:, : x.shape[1]]
+    eps = out[:half, : x.shape[1]]
+    free = out[half:, : x.shape[1]]
+
     assert (
         difference(2.5 * eps - 1.5 * free, arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]])
         < 1e-5
@@ -172,6 +185,7 @@ def test_full_size_has_the_weights_of_the_public_file():
     """All there, none left over: with the head the authors' 208 M, 479 M and 943 M numbers, rounded up."""
     expected = json.loads((ORACLES / "mar_fullsize_keys.json").read_text())["mar_base"]
     numbers = {}
+
     for name in ("mar_base", "mar_large", "mar_huge"):
         with torch.device("meta"):
             state = instantiate(configured(name).sizes.full.backbone)().state_dict()
@@ -180,6 +194,7 @@ def test_full_size_has_the_weights_of_the_public_file():
             assert {key: list(value.shape) for key, value in state.items()} == expected[
                 "state_dict"
             ]
+
     assert numbers["mar_base"] == expected["n_params"] == 207_924_768
     assert [math.ceil(numbers[name] / 1e6) for name in ("mar_large", "mar_huge")] == [479, 943]
 
@@ -194,69 +209,73 @@ def test_a_public_file_and_ours_are_one(files, tmp_path):
         mar(checkpoint=tmp_path / "own.pt")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler of the released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("prefix", RUNS)
 def test_the_stochastic_sampler_of_the_original(files, arrays, prefix, dtype, monkeypatch):
     """With their orders, noises and steps our token loop gives their contexts and tokens in every iteration."""
-    run, tensors = (
-        RUNS[prefix],
-        {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)},
-    )
+    run = RUNS[prefix]
+    tensors = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
     model = mar(
         run["model"], files[run["model"]], run["cfg"], run["num_iter"], dtype=dtype, micro_batch=64
     )
     if run["cfg_schedule"] == "linear":
-        found = [model.scale(model.guidance, k) for k in range(run["num_iter"])]
-        assert found == pytest.approx(run["cfg_iter"], rel=1e-6)
+        scales = [model.scale(model.guidance, k) for k in range(run["num_iter"])]
+        assert scales == pytest.approx(run["cfg_iter"], rel=1e-6)
     else:
         monkeypatch.setattr(MAR, "scale", lambda self, guidance, iteration: guidance.scale)
     monkeypatch.setattr(MAR, "orders", lambda self, noise: tensors["orders"])
-    seen, iterations = [], iter(range(run["num_iter"]))
+    head_calls = []
+    iterations = iter(range(run["num_iter"]))
     model.backbone.diffloss["net"].register_forward_hook(
-        lambda _, inputs, output: seen.append((*inputs, output))
+        lambda _, inputs, output: head_calls.append((*inputs, output))
     )
 
     def sampler(solver, velocity, noise, steps, group):
-        name, rows = f"iter{next(iterations)}.", noise.shape[0] * noise.shape[1]
+        name = f"iter{next(iterations)}."
+        rows = noise.shape[0] * noise.shape[1]
         noises = [tensors[name + "noise_init"], *tensors[name + "noise_steps"]]
         noises = [
-            each[:rows].view(noise.shape).to(noise) for each in noises
+            values[:rows].view(noise.shape).to(noise) for values in noises
         ]  # the rest is for rows without class
-        made = ancestral(velocity, noises, seen, run["temperature"])
-        assert difference(seen[-1][2].flatten(0, 1), tensors[name + "z"]) < 2e-5
-        assert difference(made.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
-        return made
+        tokens = ancestral(velocity, noises, head_calls, run["temperature"])
+
+        assert difference(head_calls[-1][2].flatten(0, 1), tensors[name + "z"]) < 2e-5
+        assert difference(tokens.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
+
+        return tokens
 
     monkeypatch.setattr("oss_exp.models.families.mar.sample", sampler)
     nothing = torch.zeros(run["bsz"], *model.event_shape, dtype=getattr(torch, dtype))
     labels = None if run["labels"] is None else torch.tensor(run["labels"])
     images = model.generate(Euler(), STEPS, nothing, labels)
     final, tolerance = ("final", 2e-5) if dtype == "float32" else ("final64", 1e-8)
+
     assert difference(images, tensors[final]) < tolerance
 
 
-def ancestral(velocity, noises, seen, temperature):
+def ancestral(velocity, noises, head_calls, temperature):
     """Ho et al. 2020, alg. 2, on the respaced chain, with the learned variance of Nichol & Dhariwal 2021, eq. 15."""
     x, *noises = noises
     times = DDIMSchedule(BETAS).nodes(len(noises))
-    kept = torch.cumprod(1 - BETAS, 0)[FORM.path.native(times).round().long()[:-1]]
-    before = torch.cat([kept[1:], torch.ones(1, dtype=torch.float64)])
-    beta = 1 - kept / before
-    small = beta * (1 - before) / (1 - kept)
+    alphas_cumprod = torch.cumprod(1 - BETAS, 0)[FORM.path.native(times).round().long()[:-1]]
+    before = torch.cat([alphas_cumprod[1:], torch.ones(1, dtype=torch.float64)])
+    beta = 1 - alphas_cumprod / before
+    small = beta * (1 - before) / (1 - alphas_cumprod)
     small[-1] = small[-2]
+
     for i, noise in enumerate(noises):
         t = times[i].expand(len(x))
         state = x / rowwise(FORM.path.scale(t), x)
         eps = state + rowwise(1 - t, x) * velocity(state, t)
-        share = (seen[-1][3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
-        x0 = (x - (1 - kept[i]).sqrt() * eps) / kept[i].sqrt()
+        share = (head_calls[-1][3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
+        x0 = (x - (1 - alphas_cumprod[i]).sqrt() * eps) / alphas_cumprod[i].sqrt()
         x = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (
-            1 - kept[i]
+            1 - alphas_cumprod[i]
         )
         if i + 1 < len(noises):
             x = (
@@ -265,20 +284,25 @@ def ancestral(velocity, noises, seen, temperature):
                 * noise
                 * (share * beta[i].log() / 2 + (1 - share) * small[i].log() / 2).exp()
             )
+
     return x
 
 
 @pytest.mark.parametrize("num_steps", [5, 10, 25, 50, 100, 500, 1000])
 def test_the_chain_of_the_original(num_steps):
-    known = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"][
+    respaced = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"][
         str(num_steps)
     ]
     nodes = DDIMSchedule(BETAS).nodes(num_steps)
-    assert FORM.path.native(nodes)[:-1].round().tolist() == known["timestep_map"][::-1]
+
+    assert FORM.path.native(nodes)[:-1].round().tolist() == respaced["timestep_map"][::-1]
     assert nodes[0] <= FORM.time_max
-    kept = torch.tensor(known["alphas_cumprod"][::-1], dtype=torch.float64)
-    sigma = (1 - kept).sqrt()
-    torch.testing.assert_close(nodes[:-1], sigma / (sigma + kept.sqrt()), rtol=1e-12, atol=0)
+
+    alphas_cumprod = torch.tensor(respaced["alphas_cumprod"][::-1], dtype=torch.float64)
+    sigma = (1 - alphas_cumprod).sqrt()
+    torch.testing.assert_close(
+        nodes[:-1], sigma / (sigma + alphas_cumprod.sqrt()), rtol=1e-12, atol=0
+    )
 
 
 def test_an_euler_step_is_their_ddim_step():
@@ -287,17 +311,19 @@ def test_an_euler_step_is_their_ddim_step():
         torch.tensor(case[key], dtype=torch.float64) for key in ("x", "model_output", "ddim_eta0")
     )
     times = DDIMSchedule(BETAS).nodes(10).flip(0)
+
     for i in range(10):  # row i is asked at index i of the respaced chain
-        t, t_next = times[i + 1].view(1), times[i].view(1)
+        t = times[i + 1].view(1)
+        t_next = times[i].view(1)
         state = x[i : i + 1] / FORM.path.scale(t)
         v = FORM.velocity(out[i : i + 1, :3], state, t)
-        found = (state + (t_next - t) * v) * FORM.path.scale(t_next)
-        assert difference(found, expected[i : i + 1]) < 1e-5
+        result = (state + (t_next - t) * v) * FORM.path.scale(t_next)
+        assert difference(result, expected[i : i + 1]) < 1e-5
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The velocity and the token loop
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_iteration_makes_a_token():
@@ -316,6 +342,7 @@ def test_orders_are_the_samples_own(tokens):
     assert len({tuple(row) for row in orders.tolist()}) == 4
     assert torch.equal(model.orders(0.3 * tokens[2:3].float()), orders[2:3])
     assert not torch.equal(mar(seed=1).orders(tokens), orders)
+
     many = torch.randn(2000, 16, 4, generator=torch.Generator().manual_seed(1))
     first = model.orders(many)[:, 0]
     assert (first.bincount(minlength=16) - 125).abs().max() < 50
@@ -326,19 +353,16 @@ def test_orders_are_the_samples_own(tokens):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeypatch):
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    model, classes = (
-        mar(scale=scale, search_iterations=search_iterations),
-        torch.tensor([3, 1, 3, 0]),
-    )
-    v, t = (
-        model.velocity(classes),
-        torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
-    )
+    model = mar(scale=scale, search_iterations=search_iterations)
+    classes = torch.tensor([3, 1, 3, 0])
+    v = model.velocity(classes)
+    t = torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x = torch.cat([tokens, tokens.flip(0), -tokens])
     together = v(x, t)
     for row in range(12):
         alone = model.velocity(classes[row % 4 : row % 4 + 1])(x[row : row + 1], t[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-9, atol=1e-9)
+
     torch.testing.assert_close(
         v.subset(torch.tensor([2, 3]))(x[2:4], t[2:4]), together[2:4], rtol=1e-9, atol=1e-9
     )
@@ -348,52 +372,61 @@ def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeyp
 def test_velocity_of_a_later_iteration_knows_some_tokens(tokens, monkeypatch):
     """What is unknown has its own context, in its place; what is known has one of theirs again."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    classes, t = torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
+    classes = torch.tensor([3])
+    t = torch.full((1,), 0.5, dtype=torch.float64)
     model = mar(search_iterations=[2])
+
     assert model.unknown[2] == 12
+
     noise = np.random.default_rng((0, 4)).standard_normal((1, 16, 4), dtype=np.float32)
     order = model.orders(torch.from_numpy(noise))[0]
     x = tokens[:1, :1].expand(1, 16, 4)
-    found = model.velocity(classes)(x, t)[0]
-    torch.testing.assert_close(found[order[12:]], found[order[:4]])
-    assert (found[order[0]] - found[order[1]]).abs().max() > 1e-4
-    assert (found - mar().velocity(classes)(x, t)[0]).abs().max() > 1e-4
+    result = model.velocity(classes)(x, t)[0]
+
+    torch.testing.assert_close(result[order[12:]], result[order[:4]])
+    assert (result[order[0]] - result[order[1]]).abs().max() > 1e-4
+    assert (result - mar().velocity(classes)(x, t)[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monkeypatch):
     """In their places and at their own scales: those that stay unknown longest are the last iteration's."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    classes, t = torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
+    classes = torch.tensor([3])
+    t = torch.full((1,), 0.5, dtype=torch.float64)
     noise = np.random.default_rng((0, 4)).standard_normal((1, 16, 4), dtype=np.float32)
     order = mar().orders(torch.from_numpy(noise))[0]
     x = tokens[:1, :1].expand(1, 16, 4)
-    found = mar(scale=scale, search_iterations=[0, 3]).velocity(classes)(x, t)[0]
+    result = mar(scale=scale, search_iterations=[0, 3]).velocity(classes)(x, t)[0]
     for iteration, places in ((3, order[:8]), (0, order[8:])):
         alone = mar(scale=scale, search_iterations=[iteration]).velocity(classes)(x, t)[0]
-        torch.testing.assert_close(found[places], alone[places], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result[places], alone[places], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("search_cfg", [None, 1, 2.0])
 def test_guidance_of_the_velocity(search_cfg, tokens):
     """v is linear in its scale, which is that of the iteration unless `search_cfg` says otherwise."""
-    classes, t = torch.tensor([3, 1, 3, 0]), torch.full((4,), 0.5, dtype=torch.float64)
+    classes = torch.tensor([3, 1, 3, 0])
+    t = torch.full((4,), 0.5, dtype=torch.float64)
     one, two = (mar(search_cfg=scale).velocity(classes) for scale in (1, 2))
     scale = 1 + 2 * 1 / 16 if search_cfg is None else search_cfg
     model = mar(search_cfg=search_cfg)
+
     assert model.unknown[1] == 15
-    found = model.velocity(classes)
+
+    velocity = model.velocity(classes)
     expected = torch.lerp(one(tokens, t), two(tokens, t), scale - 1)
-    torch.testing.assert_close(found(tokens, t), expected, rtol=1e-9, atol=1e-9)
-    assert nfe(Euler(), STEPS, found) == (4 if search_cfg == 1 else 8)
+    torch.testing.assert_close(velocity(tokens, t), expected, rtol=1e-9, atol=1e-9)
+    assert nfe(Euler(), STEPS, velocity) == (4 if search_cfg == 1 else 8)
     assert torch.equal(
         mar(scale=7.0, search_cfg=search_cfg).velocity(classes, Guidance(3.0))(tokens, t),
-        found(tokens, t),
+        velocity(tokens, t),
     )
 
 
 def test_without_classes(tokens):
-    model, t = mar(scale=1.0), torch.full((4,), 0.5, dtype=torch.float64)
+    model = mar(scale=1.0)
+    t = torch.full((4,), 0.5, dtype=torch.float64)
     v = model.velocity(None)
     torch.testing.assert_close(v(tokens, t)[1:], v(tokens[1:], t[1:]), rtol=1e-9, atol=1e-9)
     assert model.sample(Euler(), STEPS, tokens).isfinite().all()
@@ -402,12 +435,13 @@ def test_without_classes(tokens):
 def test_one_iteration_is_sampling_the_velocity(tokens):
     classes = torch.tensor([3, 1, 3, 0])
     mean = torch.randn(10, 16, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    own = torch.stack([GRID * factor for factor in (1, 0.9, 0.8, 0.7)])
+    times_per_sample = torch.stack([GRID * factor for factor in (1, 0.9, 0.8, 0.7)])
     model = mar(num_iter=1)
+
     for steps in (
         STEPS,
         StepSchedule(GRID[1:], Analytic(mean, float(GRID[0]))),
-        StepSchedule(own, Free(float(GRID[0])), samples=(0, 1, 2, 3)),
+        StepSchedule(times_per_sample, Free(float(GRID[0])), samples=(0, 1, 2, 3)),
     ):
         expected = sample(Euler(), model.velocity(classes), tokens, steps, group=classes)
         torch.testing.assert_close(
@@ -422,10 +456,13 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
     steps = STEPS if start == "pinned" else StepSchedule(GRID[1:], Analytic(mean, float(GRID[0])))
     model = mar()
     images = model.generate(Euler(), steps, tokens, classes)
+
     assert images.shape == (4, 4, 4, 4)
     assert torch.equal(model.generate(Euler(), steps, tokens, classes), images)
+
     turned = model.generate(Euler(), steps, tokens.flip(0), classes.flip(0)).flip(0)
     torch.testing.assert_close(turned, images, rtol=1e-7, atol=1e-7)
+
     for row in range(4):
         alone = mar(micro_batch=1).generate(
             Euler(), steps, tokens[row : row + 1], classes[row : row + 1]
@@ -441,13 +478,19 @@ def test_training_hides_what_is_to_be_made(monkeypatch):
         torch.randn(3, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
     )
     batch = {"noise": noise, "t": torch.full((3,), 0.4).double(), "label": torch.tensor([0, -1, 2])}
+
     assert torch.equal(model.backbone.unpatchify(model.backbone.patchify(x0)), x0)
-    places, seen = model.orders(model.backbone.patchify(noise)), []
-    keep = MARNetwork.decode
+
+    places = model.orders(model.backbone.patchify(noise))
+    outputs = []
+    decode = MARNetwork.decode
     monkeypatch.setattr(
-        MARNetwork, "decode", lambda self, *given: seen.append(keep(self, *given)) or seen[-1]
+        MARNetwork,
+        "decode",
+        lambda self, *arguments: outputs.append(decode(self, *arguments)) or outputs[-1],
     )
     count = model.event_shape[0]
+
     for shared in (0.0, 0.5, 0.99):
         unknown = math.ceil(math.cos(math.pi / 2 * shared) * count)
         tokens = model.backbone.patchify(x0)
@@ -455,14 +498,16 @@ def test_training_hides_what_is_to_be_made(monkeypatch):
         step = {**batch, "shared": torch.full((3,), shared)}
         one = model.loss(model.backbone, {**step, "x0": x0})
         other = model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(changed)})
-        assert torch.equal(*seen[-2:])
+        assert torch.equal(*outputs[-2:])
         assert not torch.equal(one, other)
+
         if unknown < count:
-            known = tokens.scatter(
+            changed_context = tokens.scatter(
                 1, places[:, unknown:, None].expand(-1, -1, tokens.shape[2]), 7.0
             )
-            model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(known)})
-            assert not torch.equal(*seen[-2:])
+            model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(changed_context)})
+            assert not torch.equal(*outputs[-2:])
+
     assert unknown == 1
 
 
@@ -473,21 +518,25 @@ def test_training_asks_the_head_for_what_sampling_reads():
     x0, noise = (
         torch.randn(2, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
     )
-    t, classes = torch.tensor([0.7, 0.2], dtype=torch.float64), torch.tensor([1, 2])
-    found = model.loss(
+    t = torch.tensor([0.7, 0.2], dtype=torch.float64)
+    classes = torch.tensor([1, 2])
+    loss = model.loss(
         model.backbone,
         {"x0": x0, "noise": noise, "t": t, "label": classes, "shared": torch.zeros(2)},
     )
-    clean, eps = model.backbone.patchify(x0), model.backbone.patchify(noise)
+    clean = model.backbone.patchify(x0)
+    eps = model.backbone.patchify(noise)
     x = rowwise(1 - t, clean) * clean + rowwise(t, clean) * eps
     v = model.velocity(classes, Guidance(1.0))(x, t)
     error = (rowwise(1 - t, x) * v + x - eps).square().mean()  # eps_hat = x + (1 - t) v
-    assert float(found) == pytest.approx(float(error), rel=1e-5)
+
+    assert float(loss) == pytest.approx(float(error), rel=1e-5)
 
 
 def test_tokens_depend_on_those_before(tokens):
     """Noise of the last token made reaches itself alone; that of the first made reaches all."""
-    model, classes = mar(num_iter=16), torch.tensor([3])
+    model = mar(num_iter=16)
+    classes = torch.tensor([3])
     order = model.orders(tokens[:1])[0]
     before = model.sample(Euler(), STEPS, tokens[:1], classes)
     for place, reached in ((order[0], 1), (order[-1], 16)):
@@ -497,9 +546,9 @@ def test_tokens_depend_on_those_before(tokens):
         assert ((after - before).abs().amax(-1) > 1e-9).sum() == reached
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The VAE
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 VAE_CONFIG = {
     "latent_channels": 4,
@@ -514,6 +563,7 @@ VAE_CONFIG = {
 def ldm_name(key: str, top: int) -> str:
     """diffusers' key of a decoder -> latent diffusion's."""
     parts = key.split(".")
+
     if parts[1] == "conv_norm_out":
         parts[1] = "norm_out"
     elif parts[1] == "mid_block":
@@ -531,6 +581,7 @@ def ldm_name(key: str, top: int) -> str:
     elif parts[1] == "up_blocks":
         parts[1:3] = ["up", str(top - int(parts[2]))]
         parts[3:5] = ["block", parts[4]] if parts[3] == "resnets" else ["upsample"]
+
     return ".".join(parts).replace("conv_shortcut", "nin_shortcut")
 
 
@@ -538,12 +589,14 @@ def test_a_vae_of_latent_diffusion(tmp_path):
     whole = AutoencoderKL(**VAE_CONFIG).requires_grad_(False)
     randomise(whole, torch.Generator().manual_seed(0))
     theirs = {}
+
     for key, value in whole.state_dict().items():
         if key.startswith("decoder."):
             kernel = ".attentions." in key and value.ndim == 2
             theirs[ldm_name(key, top=2)] = value[..., None, None] if kernel else value
         else:
             theirs[key] = value
+
     assert {key.split(".")[2] for key in theirs if key.startswith("decoder.up.")} == {"0", "1", "2"}
     assert theirs["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
     assert "decoder.up.1.block.0.nin_shortcut.weight" in theirs
@@ -554,6 +607,7 @@ def test_a_vae_of_latent_diffusion(tmp_path):
     whole.save_pretrained(tmp_path / "vae")
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     expected = (whole.decode(latents / 0.2325).sample / 2 + 0.5).clamp(0, 1)
+
     for checkpoint in (tmp_path, tmp_path / "kl16.ckpt", tmp_path / "vae"):
         vae = LDMVAE(
             str(checkpoint),
@@ -563,6 +617,7 @@ def test_a_vae_of_latent_diffusion(tmp_path):
             **VAE_CONFIG,
         )
         torch.testing.assert_close(vae(latents), expected, rtol=0, atol=1e-5)
+
     torch.save(
         {"model": theirs | {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}}, tmp_path / "kl16.ckpt"
     )
@@ -589,18 +644,20 @@ def test_the_vae_of_conf_is_the_authors(monkeypatch):
         conv(16, 16, 1) + conv(16, 512) + 2 * resnet(512, 512) + 2 * 512 + 4 * conv(512, 512, 1)
     )
     width = 512
+
     for level in reversed(range(5)):
         expected += resnet(width, widths[level]) + 2 * resnet(widths[level], widths[level])
         width = widths[level]
         expected += conv(width, width) if level else 0
+
     expected += 2 * 128 + conv(128, 3)
     assert sum(p.numel() for p in vae.parameters()) == expected
     assert vae.scaling_factor == 0.2325
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models of conf/, and bad input
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def configured(name: str):
@@ -618,13 +675,16 @@ def test_models_of_conf(name, scale):
         Guidance(scale),
         True,
     )
+
     noise = (
         torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
         * STEPS.start_time
     )
     pixels = model.generate(Euler(), STEPS, noise, torch.tensor([0, 999]))
+
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1
+
     full = configured(name).sizes.full
     assert tuple(full.event_shape) == (full.backbone.size**2, full.backbone.channels)
     assert full.checkpoint == f"pretrained_models/mar/{name}"

@@ -30,24 +30,30 @@ def canonical(tau: float) -> torch.Tensor:
     return sigma / (alpha + sigma)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The adapter, with an exact network
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_the_velocity_is_that_of_the_data_in_canonical_time(tau):
-    model, powers, x, t = exact.default(), exact.spectra(3), noise(3), canonical(tau)
+    model = exact.default()
+    powers = exact.spectra(3)
+    x = noise(3)
+    t = canonical(tau)
     mean = exact.mean(model.noisy.scaled(powers))[:, None]
     # Gaussian data at x_t = (1 - t) x0 + t eps.
     surprise = (x - (1 - t) * mean) / ((1 - t) ** 2 * exact.SPREAD**2 + t**2)
     expected = t * surprise - (mean + (1 - t) * exact.SPREAD**2 * surprise)
-    found = model.velocity(powers)(x, t.expand(3))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    result = model.velocity(powers)(x, t.expand(3))
+
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end():
-    model, powers, x = exact.default(), exact.spectra(2), noise(2)
+    model = exact.default()
+    powers = exact.spectra(2)
+    x = noise(2)
     clock = torch.full((2,), 0.999, dtype=torch.float64)
     eps = exact.ExactNoise()(x, clock, model.noisy.scaled(powers)[:, None])
     torch.testing.assert_close(
@@ -57,19 +63,24 @@ def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end()
 
 @pytest.mark.slow
 def test_many_small_steps_reach_the_exact_end_of_the_flow():
-    model, powers, z = exact.default(), exact.spectra(4), noise(4)
+    model = exact.default()
+    powers = exact.spectra(4)
+    z = noise(4)
     times = VPSchedule(0.1, 20.0, 1e-3).nodes(4000)
     t = float(times[0])
-    found = sample(Euler(), model.velocity(powers), t * z, StepSchedule(times))
+    result = sample(Euler(), model.velocity(powers), t * z, StepSchedule(times))
     alpha, sigma = exact.alpha_sigma(torch.tensor(1.0, dtype=torch.float64))
     mean = exact.mean(model.noisy.scaled(powers))[:, None]
     spread = (alpha**2 * exact.SPREAD**2 + sigma**2).sqrt()
     expected = mean + exact.SPREAD * (sigma * z - alpha * mean) / spread
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-3)
 
 
 def test_every_row_has_the_condition_of_its_sample_in_any_micro_batch():
-    powers, x, t = exact.spectra(3), noise(6), torch.full((6,), 0.4, dtype=torch.float64)
+    powers = exact.spectra(3)
+    x = noise(6)
+    t = torch.full((6,), 0.4, dtype=torch.float64)
     whole = exact.default().velocity(powers)(x, t)
     pieces = exact.build(0.1, 20.0, 1e-3, 999.0, 2, None).velocity(powers)(x, t)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
@@ -112,9 +123,9 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
         PSDenoiser.from_package(**YAML, checkpoint=None)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The published package
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -148,18 +159,18 @@ def test_the_flow_is_that_of_the_packages_own_sampler(package, published, tau):
     clock = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     t = published.path.canonical(clock)
     scale = published.path.scale(t)
-    (dt,), (dscale,) = (
-        torch.autograd.grad(t, clock, retain_graph=True),
-        torch.autograd.grad(scale, clock),
-    )
+    (dt,) = torch.autograd.grad(t, clock, retain_graph=True)
+    (dscale,) = torch.autograd.grad(scale, clock)
     scale = float(scale.detach())
     v = published.velocity(powers)(x / scale, t.detach().expand(2))
-    found = float(dscale) * x / scale + scale * float(dt) * v
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    drift = float(dscale) * x / scale + scale * float(dt) * v
+
+    torch.testing.assert_close(drift, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
     torch.manual_seed(0)
+
     model = PSDenoiser(
         package.UNet(dim=(8, 8), channels=2, dim_mults=(1, 2, 4, 8)),
         VPPath(0.1, 20.0),
@@ -172,6 +183,7 @@ def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
         name="tiny",
         fingerprint="",
     )
+
     velocity = model.velocity(10 ** torch.randn(2, 8, 8))
     grid = VPSchedule(0.1, 20.0, 1e-3).nodes(8)
     z = float(grid[0]) * noise(2, (1, 8, 8)).float()
@@ -180,6 +192,7 @@ def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
     )[3]
     x0 = sample(Euler(), velocity, z, steps)
     teacher = sample(Euler(), velocity, z, StepSchedule(grid))
+
     assert 0 < float((x0 - teacher).square().mean()) < float(teacher.square().mean())
     assert model.decode(x0).shape == (2, 1, 8, 8)
 

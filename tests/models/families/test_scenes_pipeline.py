@@ -47,13 +47,15 @@ def test_both_draw_the_same_pictures(pipe):
         output_type="pt",
         **CALL,
     ).images
-    found = flux_scenes().generate(Euler(), StepSchedule(TIMES), x, torch.arange(len(PROMPTS)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+    pictures = flux_scenes().generate(Euler(), StepSchedule(TIMES), x, torch.arange(len(PROMPTS)))
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_guidance_is_its_true_cfg(pipe):
     x = noise(1)
+
     expected = pipe(
         PROMPTS[:1],
         negative_prompt="",
@@ -64,9 +66,10 @@ def test_guidance_is_its_true_cfg(pipe):
         output_type="pt",
         **CALL,
     ).images
+
     guided = flux_scenes("model.guidance.scale=3")
-    found = guided.generate(Euler(), StepSchedule(TIMES), x, torch.arange(1))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    pictures = guided.generate(Euler(), StepSchedule(TIMES), x, torch.arange(1))
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-4)
 
 
 def test_every_caption_is_read_whole(pipe):

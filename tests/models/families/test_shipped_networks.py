@@ -36,11 +36,13 @@ def noise(count: int, seed: int) -> torch.Tensor:
 def test_provenance(name):
     record = json.loads((ASSETS / f"{name}.json").read_text())
     assert (ASSETS / f"{name}.safetensors").stat().st_size < 8e6
+
     model = load(name)
     if (
         name in NETWORKS
     ):  # others' fingerprints are of their words too, or of the numbers in whatever file
         assert model.fingerprint == record["sha256"]
+
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert 1e6 < record["parameters"] < 4e6
     assert record["made_by"].startswith(f"oss-exp task=pretrain model={name}")
@@ -57,25 +59,30 @@ def test_provenance(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_samples_are_of_the_class_asked_for(name):
-    model, labels = load(name, "model.guidance.scale=1.5"), torch.arange(100) % 10
+    model = load(name, "model.guidance.scale=1.5")
+    labels = torch.arange(100) % 10
     steps = StepSchedule(FlowSchedule(shift=3.0).nodes(16))
     images = model.generate(DPMSolverPP(2, lower_order_final=True), steps, noise(100, 0), labels)
-    seen = FashionFeatures.from_asset().logits(images).argmax(1)
-    assert (seen == labels).double().mean() >= 0.85
+    predictions = FashionFeatures.from_asset().logits(images).argmax(1)
+    assert (predictions == labels).double().mean() >= 0.85
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_searched_schedule_beats_a_uniform_one(name):
-    model, labels, grid = load(name), torch.arange(16) % 10, FlowSchedule(shift=1.0).nodes(20)
-    velocity, x = model.velocity(labels), noise(16, 2)
+    model = load(name)
+    labels = torch.arange(16) % 10
+    grid = FlowSchedule(shift=1.0).nodes(20)
+    velocity = model.velocity(labels)
+    x = noise(16, 2)
     search = OSSShared(start="pinned", band=None, refine=False, objective="log_mean")
-    found = search.plan(Problem(model.velocity(labels), noise(16, 1), grid, Euler(), XtMSE()), [5])[
-        5
-    ]
+    searched = search.plan(
+        Problem(model.velocity(labels), noise(16, 1), grid, Euler(), XtMSE()), [5]
+    )[5]
     teacher = sample(Euler(), velocity, x, StepSchedule(grid))
     ours, uniform = (
         psnr(model.decode(sample(Euler(), velocity, x, steps)), model.decode(teacher)).mean()
-        for steps in (found, StepSchedule(grid[::4]))
+        for steps in (searched, StepSchedule(grid[::4]))
     )
+
     assert ours > uniform + 1

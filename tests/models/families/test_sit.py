@@ -27,15 +27,15 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
         if key.startswith("sd.")
     }
     backbone.load_state_dict(backbone.translate(original))
-    flow, classes = (
-        FlowVelocity(FlowPath(time_scale=1.0)),
-        torch.where(arrays["y"] == 10, -1, arrays["y"]),
-    )
+    flow = FlowVelocity(FlowPath(time_scale=1.0))
+    classes = torch.where(arrays["y"] == 10, -1, arrays["y"])
 
-    x, t = arrays["x"], 1 - arrays["t_frac"].double()
+    x = arrays["x"]
+    t = 1 - arrays["t_frac"].double()
     velocity = flow.velocity(backbone(*flow.question(x, t), classes), x, t)
 
     expected = -arrays["forward_t_frac"][:, :4]
+
     assert float((velocity - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
@@ -45,7 +45,9 @@ def test_the_preset_has_the_weights_of_the_public_file():
         backbone = instantiate(
             compose("config", ["model=sit_xl_2_256"]).model.sizes.full.backbone
         )()
+
     assert isinstance(backbone, SiT)
+
     nothing = torch.zeros(
         (), dtype=torch.bfloat16
     )  # each weight one number in memory, seen as many
@@ -53,5 +55,6 @@ def test_the_preset_has_the_weights_of_the_public_file():
         {key: nothing.expand(w.shape) for key, w in backbone.state_dict().items()}, assign=True
     )
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())["state_dict"]
-    found = {key: list(value.shape) for key, value in backbone.to_public("original").items()}
-    assert found == expected | {"pos_embed": [1, 256, 1152]}
+    shapes = {key: list(value.shape) for key, value in backbone.to_public("original").items()}
+
+    assert shapes == expected | {"pos_embed": [1, 256, 1152]}

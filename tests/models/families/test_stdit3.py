@@ -36,9 +36,9 @@ def tiny() -> STDiT3:
     return STDiT3(4, 32, num_layers=2, num_heads=4, text_features=24, text_tokens=7, image_size=512)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest, of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((result - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,12 @@ def surroundings(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-class Given:
+class FixedEncoder:
     """A text encoder that gives what it was given, for every prompt."""
 
     def __init__(self, **encodings: torch.Tensor):
-        self.encodings, self.fingerprint = encodings, "given"
+        self.encodings = encodings
+        self.fingerprint = "given"
 
     def __call__(self, prompts):
         return {
@@ -93,17 +94,20 @@ def build(arrays, weights, tmp_path):
     """A model of the sampler's case, from a file in the public layout."""
     null = arrays["rflow.y_null"][0, 0]  # of that case, not of the state dict
     save_file(weights | {"y_embedder.y_embedding": null}, tmp_path / "model.safetensors")
-    given = partial(Given, text=arrays["rflow.y"][:, 0], mask=arrays["rflow.mask"].bool())
+    text_encoder = partial(
+        FixedEncoder, text=arrays["rflow.y"][:, 0], mask=arrays["rflow.mask"].bool()
+    )
 
     def make(**changes) -> OpenSora:
         sizes = {
             "full": {
                 "network": tiny,
-                "text_encoder": given,
+                "text_encoder": text_encoder,
                 "decoder": Pixels,
                 "checkpoint": "nowhere",
             }
         }
+
         settings = {
             "guidance": Guidance(4.0),
             "fps": 24,
@@ -111,12 +115,14 @@ def build(arrays, weights, tmp_path):
             "dtype": "float32",
             **VIDEO,
         }
+
         settings |= {
             "prompts": ["a cat", "a dog"],
             "ending": "",
             "micro_batch": 64,
             "source": "the authors",
         }
+
         return OpenSora("open_sora", "full", sizes, **(settings | changes))
 
     return make
@@ -135,21 +141,21 @@ def noise():
     return torch.randn(3, 4, 5, 6, 9, generator=torch.Generator().manual_seed(0))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def answer(network: STDiT3, arrays, case: str, rows: slice = slice(None)) -> torch.Tensor:
     x, text, clock, fps = (arrays[f"{case}.{name}"][rows] for name in ("x", "y", "timestep", "fps"))
-    kept = arrays.get(f"{case}.mask", torch.ones(2, 7))[rows].bool()
+    mask = arrays.get(f"{case}.mask", torch.ones(2, 7))[rows].bool()
     noisy = arrays.get(
         f"{case}.x_mask", None if case == "c2" else torch.ones(2, x.shape[2], dtype=bool)
     )
     size = float(arrays[f"{case}.height"][0] * arrays[f"{case}.width"][0]) ** 0.5
     dtype = network.final_layer.linear.weight.dtype
     noisy = None if noisy is None else noisy[rows]
-    return network(x.to(dtype), clock, text[:, 0].to(dtype), kept, fps, size, noisy)
+    return network(x.to(dtype), clock, text[:, 0].to(dtype), mask, fps, size, noisy)
 
 
 @pytest.mark.parametrize("case", ["c0", "c1", "c2", "c3"])
@@ -166,8 +172,8 @@ def test_rows_do_not_see_each_other(filled, arrays):
 
 
 def test_positions_of_the_original(filled, arrays):
-    found = rotate(arrays["rope.in"], filled.rope.angles(5))
-    torch.testing.assert_close(found, arrays["rope.out"], rtol=0, atol=1e-6)
+    rotated = rotate(arrays["rope.in"], filled.rope.angles(5))
+    torch.testing.assert_close(rotated, arrays["rope.out"], rtol=0, atol=1e-6)
     for key, rows, columns, scale, base in (
         ("h2_w2_scale0.7_base2", 2, 2, 0.7, 2),
         ("h4_w6_scale0.3_base5", 4, 6, 0.3, 5),
@@ -190,9 +196,9 @@ def test_full_size_has_the_weights_of_the_public_file(yaml):
     )  # the null prompt is no parameter of theirs
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler and the search
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,35 +224,43 @@ def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Te
 def test_the_sampler_of_the_original(build, arrays, name):
     """Its 6 steps at guidance 4 and times between whole numbers: the clock, the sign, and whose the null tokens are."""
     shift = time_shift(**VIDEO) if name == "transform1" else 1.0
-    found = euler(build(), arrays["rflow.z"], FlowSchedule(shift).nodes(6))
-    assert difference(found, arrays[f"rflow.final_{name}"]) < 1e-4
+    result = euler(build(), arrays["rflow.z"], FlowSchedule(shift).nodes(6))
+    assert difference(result, arrays[f"rflow.final_{name}"]) < 1e-4
 
 
 def test_the_search_of_the_released_code(build, arrays):
-    case, model, z = FACTS["oss"], build(), arrays["rflow.z"]
+    case = FACTS["oss"]
+    model = build()
+    z = arrays["rflow.z"]
     grid = FlowSchedule(time_shift(**VIDEO)).nodes(case["N"])
+
     torch.testing.assert_close(grid.flip(0).float(), arrays["oss.fm_steps"], rtol=0, atol=1e-6)
+
     f = model.velocity(torch.zeros(1, dtype=int))
     problem = Problem(f, z, grid, Euler(), Select(XtMSE(), frames=2, channels=4))
     assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < 1e-4
+
     k = case["M"]
-    found = recurse(
+    path = recurse(
         problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
     ).paths[k]
-    assert [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()] == [
+
+    assert [[case["N"] - n for n in reversed(row)] for row in path.nodes.T.tolist()] == [
         case["schedule"]
     ]
+
     student = euler(
         model, z, grid[[case["N"] - i for i in reversed(case["schedule"])] + [case["N"]]]
     )
     assert difference(student, arrays["oss.student_final"]) < 1e-4
+
     for index, v in zip(arrays["oss.v_indices"].tolist(), arrays["oss.v_at_index"], strict=True):
         assert difference(f(z, grid[[case["N"] - index]])[0], v) < 1e-4
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -260,30 +274,37 @@ def small(yaml, tmp_path_factory):
 
 @pytest.mark.parametrize("interval", [None, [0.3, 0.8]])
 def test_the_null_prompt_has_as_many_tokens_as_the_prompt(small, noise, interval):
-    numbers, t = torch.tensor([4, 0, 8]), torch.tensor([0.5, 0.9, 0.7], dtype=torch.float64)
+    numbers = torch.tensor([4, 0, 8])
+    t = torch.tensor([0.5, 0.9, 0.7], dtype=torch.float64)
     assert len(set(small.backbone.mask[numbers].sum(1).tolist())) == 3
+
     conditional, free = (
         small.backbone(noise.double(), 1000 * t, rows) for rows in (numbers, -1 - numbers)
     )
     assert (conditional - free).abs().amax((1, 2, 3, 4)).min() > 1e-3
+
     scales = torch.tensor([7.0, 1.0 if interval else 7.0, 7.0])[:, None, None, None, None]
     expected = free + scales * (conditional - free)
-    found = small.velocity(numbers, Guidance(7.0, interval=interval))(noise.double(), t)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    result = small.velocity(numbers, Guidance(7.0, interval=interval))(noise.double(), t)
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
 
 def test_the_decoder_takes_17_frames_at_a_time(small, noise):
     pixels = small.decode(noise)
     assert pixels.shape == (3, 3, 17, 12, 18)
     assert 0 <= float(pixels.min()) < float(pixels.max()) <= 1
+
     one_after_the_other = torch.cat([noise[:1], noise[1:2]], dim=2)
     expected = torch.cat([pixels[:1], pixels[1:2]], dim=2)
     torch.testing.assert_close(small.decode(one_after_the_other), expected, rtol=0, atol=1e-5)
     assert small.decode(noise[:1, :, :1]).shape == (1, 3, 1, 12, 18)  # a picture
+
     latents = noise[:1] * torch.tensor([3.85, 2.32, 2.33, 3.06]).view(4, 1, 1, 1)
     latents += torch.tensor([-0.1, 0.34, 0.27, 0.98]).view(4, 1, 1, 1)
     vae = small.decoder.temporal_vae
     frames = vae.decoder(vae.post_quant_conv(latents))[0].transpose(0, 1)
+
     torch.testing.assert_close(
         small.decoder.spatial_vae(frames), pixels[0].transpose(0, 1), rtol=0, atol=1e-5
     )
@@ -293,14 +314,16 @@ def test_time_is_doubled_in_order_and_only_the_past_is_seen(small, noise):
     """Each convolution in turn: the two halves of every channel pair are neighbouring frames."""
     decoder = small.decoder.temporal_vae.decoder
     x = noise[:1].repeat(1, 4, 1, 1, 1)  # 16 channels
-    found = decoder.conv_blocks[1](x)
+    output = decoder.conv_blocks[1](x)
     later = torch.cat([x[:, :, :3], x[:, :, 3:] + 1], dim=2)
-    assert decoder.conv_blocks[1](later)[:, :, :3].equal(found[:, :, :3])
-    assert found.shape[1] == 2 * x.shape[1]
+
+    assert decoder.conv_blocks[1](later)[:, :, :3].equal(output[:, :, :3])
+    assert output.shape[1] == 2 * x.shape[1]
+
     doubled = decoder.doubled(x, 1)
     for channel, frame in ((0, 0), (5, 3), (15, 4)):
         for half in range(2):
-            assert doubled[0, channel, 2 * frame + half].equal(found[0, 2 * channel + half, frame])
+            assert doubled[0, channel, 2 * frame + half].equal(output[0, 2 * channel + half, frame])
 
 
 def test_the_decoder_reads_the_public_layout(small, yaml, noise, tmp_path):
@@ -316,7 +339,9 @@ def test_the_decoder_reads_the_public_layout(small, yaml, noise, tmp_path):
     )
     save_file(state | {key: torch.zeros(1) for key in others}, tmp_path / "model.safetensors")
     make = instantiate(yaml.model.sizes.tiny.decoder)
+
     assert make(checkpoint=str(tmp_path))(noise).equal(small.decode(noise))
+
     state.pop("temporal_vae.decoder.conv1.conv.bias")
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(
@@ -345,22 +370,27 @@ def test_t5_from_a_folder(tmp_path, monkeypatch):
         ("▁red", -2.0),
         ("▁cat", -2.0),
     ]
+
     T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(tmp_path / "tokenizer")
     config = T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     torch.manual_seed(0)
     model = T5EncoderModel(config).eval()
     model.save_pretrained(tmp_path / "text_encoder")
     encoder = public_t5(str(tmp_path), 6, "the authors")
-    found = encoder(["a red cat", "cat"])
-    assert found["mask"].tolist() == [[True] * 4 + [False] * 2, [True] * 2 + [False] * 4]
+    encoded = encoder(["a red cat", "cat"])
+
+    assert encoded["mask"].tolist() == [[True] * 4 + [False] * 2, [True] * 2 + [False] * 4]
+
     expected = model(torch.tensor([[5, 1]])).last_hidden_state
-    torch.testing.assert_close(found["text"][1:, :2].float(), expected, rtol=0, atol=0.02)
-    assert found["text"].dtype == torch.bfloat16
+    torch.testing.assert_close(encoded["text"][1:, :2].float(), expected, rtol=0, atol=0.02)
+    assert encoded["text"].dtype == torch.bfloat16
+
     (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"tokenizer_config\.json.*the authors.*text_encoder\.checkpoint"
     ):
         public_t5(str(tmp_path), 6, "the authors")
+
     with pytest.raises(ValueError, match="is a file; give a folder"):
         public_t5(str(tmp_path / "text_encoder" / "config.json"), 6, "the authors")
 
@@ -381,16 +411,19 @@ def test_the_yaml_is_at_two_sizes(small, yaml):
     )
     assert [yaml.model[name] for name in ("num_frames", "height", "width")] == [102, 720, 1280]
     assert instantiate(yaml.noise_schedule).shift == pytest.approx(1.875 * 30**0.5)
+
     with initialize_config_dir(str(CONF), version_base="1.3"):
         chosen = compose(
             "config", ["model=open_sora_1_2", "noise_schedule=open_sora", "model.num_frames=51"]
         )
+
     assert instantiate(chosen.noise_schedule).shift == pytest.approx(1.875 * 15**0.5)
 
 
 @pytest.mark.slow
 def test_tiny_runs_from_the_command_line(tmp_path):
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
+
     run_cli(
         "model=open_sora_1_2",
         "model.size=tiny",
@@ -406,16 +439,18 @@ def test_tiny_runs_from_the_command_line(tmp_path):
         "trainer.enable_progress_bar=false",
         f"hydra.run.dir={tmp_path / 'run'}",
     )
+
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     assert [row["strategy"] for row in rows] == ["fm", "oss_shared"]
     assert all(row["psnr"]["mean"] > 5 for row in rows)
+
     schedule = StepSchedule.load(tmp_path / "run" / "schedules" / "oss_shared_2.json")
     assert schedule.about("model")["name"] == "open_sora_1_2_tiny"
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frames", [0, 2, 16, 18, 50])
@@ -427,16 +462,21 @@ def test_frames_that_make_no_whole_groups(build, frames):
 def test_other_bad_settings(build, weights, tmp_path):
     with pytest.raises(ValueError, match="height must be at least 8, got 7"):
         build(height=7)
+
     with pytest.raises(ValueError, match="set data=prompts"):
         build().velocity(None)
+
     with pytest.raises(ValueError, match="has 2 prompts and is asked for number 2"):
         build().velocity(torch.tensor([0, 2]))
+
     with pytest.raises(FileNotFoundError, match=r"no file, folder or hub id.*the authors"):
         build(checkpoint="nowhere")
+
     save_file(
         {key: value for key, value in weights.items() if key != "t_block.1.bias"},
         tmp_path / "model.safetensors",
     )
+
     with pytest.raises(
         ValueError, match=r"1 weights differ, first network\.t_block\.1\.bias: absent"
     ):

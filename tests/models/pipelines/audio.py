@@ -21,6 +21,7 @@ from oss_exp.models.tiny.parts import lively, t5, umt5
 
 def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepScheduler) -> Family:
     encoder, tokenizer = t5(16)
+
     vae = AutoencoderOobleck(
         encoder_hidden_size=4,
         downsampling_ratios=[2, 2],
@@ -30,9 +31,11 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
         audio_channels=2,
         sampling_rate=16,
     )
+
     projection = StableAudioProjectionModel(
         text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=8
     )
+
     transformer = StableAudioDiTModel(
         sample_size=24,
         in_channels=4,
@@ -46,8 +49,10 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
         global_states_input_dim=32,
         cross_attention_input_dim=16,
     )
+
     pipe = StableAudioPipeline(vae, encoder, projection, tokenizer, transformer, scheduler)
     tokenizer.model_max_length = 16
+
     return Family(lively(pipe), {"guidance_scale": 3.0})
 
 
@@ -66,6 +71,7 @@ def longcat_audio() -> Family:
     """Flow matching with a clock that runs up."""
     encoder, tokenizer = umt5()
     tokenizer.model_max_length = 16
+
     vae = LongCatAudioDiTVae(
         channels=4,
         c_mults=[1, 2],
@@ -75,9 +81,11 @@ def longcat_audio() -> Family:
         downsampling_ratio=4,
         sample_rate=16,
     )
+
     transformer = LongCatAudioDiTTransformer(
         dit_dim=24, dit_depth=2, dit_heads=2, dit_text_dim=20, latent_dim=4
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True)
     pipe = LongCatAudioDiTPipeline(vae, encoder, tokenizer, transformer, scheduler)
+
     return Family(lively(pipe), {"guidance_scale": 3.0, "audio_duration_s": 3.0})

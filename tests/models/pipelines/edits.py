@@ -156,6 +156,7 @@ def flux_control_net() -> Family:
         "true_cfg_scale": 2.0,
         "negative_prompt": ["dull", "bad"],
     }
+
     return Family(exact(lively(pipe)), call)
 
 

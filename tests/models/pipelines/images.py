@@ -55,18 +55,18 @@ def stable_diffusion() -> Family:
 @family
 def stable_diffusion_ddim() -> Family:
     """With a negative prompt for each sample, which the search follows."""
-    made = stable_diffusion_of(DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
-    return Family(made.pipe, SMALL | {"negative_prompt": ["blue", "a dog, awake"]})
+    base = stable_diffusion_of(DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
+    return Family(base.pipe, SMALL | {"negative_prompt": ["blue", "a dog, awake"]})
 
 
 @family
 def stable_diffusion_v() -> Family:
     """A v-network whose chain ends at pure noise."""
     betas = SD_BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    made = stable_diffusion_of(
+    base = stable_diffusion_of(
         DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False)
     )
-    return Family(made.pipe, made.call, num_steps=5)
+    return Family(base.pipe, base.call, num_steps=5)
 
 
 @family
@@ -102,6 +102,7 @@ def aura_flow() -> Family:
             feed_forward_proj="gated-gelu",
         )
     )
+
     transformer = AuraFlowTransformer2DModel(
         sample_size=12,
         in_channels=4,
@@ -113,8 +114,10 @@ def aura_flow() -> Family:
         caption_projection_dim=16,
         pos_embed_max_size=64,
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
     pipe = AuraFlowPipeline(byte_tokenizer(), encoder, image_vae(4), transformer, scheduler)
+
     return Family(lively(pipe), SMALL | {"max_sequence_length": 16})
 
 
@@ -122,6 +125,7 @@ def aura_flow() -> Family:
 def lumina_2() -> Family:
     """Its clock runs up in the network, and its answer has the other sign; the loop turns both."""
     encoder, tokenizer = gemma()
+
     transformer = Lumina2Transformer2DModel(
         sample_size=12,
         in_channels=4,
@@ -135,8 +139,10 @@ def lumina_2() -> Family:
         axes_lens=(48, 24, 24),
         cap_feat_dim=24,
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     pipe = Lumina2Pipeline(transformer, scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer)
+
     return Family(
         lively(pipe), SMALL | LARGER | {"max_sequence_length": 32, "system_prompt": "draw"}
     )
@@ -157,9 +163,11 @@ def chroma() -> Family:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
+
     encoder, tokenizer = t5()
     scheduler = FlowMatchEulerDiscreteScheduler(use_beta_sigmas=False)
     pipe = ChromaPipeline(scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer, transformer)
+
     return Family(
         lively(pipe),
         SMALL | {"max_sequence_length": 16, "negative_prompt": ["dull", "a very bad drawing"]},
@@ -197,6 +205,7 @@ def hunyuan_dit() -> Family:
         activation_fn="gelu-approximate",
         use_style_cond_and_image_meta_size=False,
     )
+
     bert = BertModel(
         BertConfig(
             vocab_size=280,
@@ -206,11 +215,17 @@ def hunyuan_dit() -> Family:
             intermediate_size=32,
         )
     )
+
     encoder, tokenizer = t5(24)
     scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.018, prediction_type="v_prediction",
-        clip_sample=False, steps_offset=1,
-    )  # fmt: skip
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.018,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
     pipe = HunyuanDiTPipeline(
         image_vae(4),
         bert,
@@ -223,6 +238,7 @@ def hunyuan_dit() -> Family:
         encoder,
         tokenizer,
     )
+
     return Family(lively(pipe), SMALL | {"use_resolution_binning": False})
 
 
@@ -234,6 +250,7 @@ def cogview_4() -> Family:
 
 def cogview_4_parts(channels: int) -> tuple[Any, ...]:
     encoder = GlmModel(GlmConfig(**LAYERS, **ENDS))
+
     transformer = CogView4Transformer2DModel(
         in_channels=channels,
         out_channels=4,
@@ -247,6 +264,7 @@ def cogview_4_parts(channels: int) -> tuple[Any, ...]:
         sample_size=12,
         rope_axes_dim=(24, 24),
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=0.25,
@@ -254,6 +272,7 @@ def cogview_4_parts(channels: int) -> tuple[Any, ...]:
         base_image_seq_len=256,
         time_shift_type="linear",
     )
+
     return byte_tokenizer(), encoder, image_vae(4), transformer, scheduler
 
 
@@ -272,6 +291,7 @@ def flux_2_klein() -> Family:
         latent_channels=4,
         norm_num_groups=4,
     )
+
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -283,6 +303,7 @@ def flux_2_klein() -> Family:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
+
     encoder = Qwen3ForCausalLM(Qwen3Config(**LAYERS, **ENDS))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = Flux2KleinPipeline(scheduler, vae, encoder, byte_tokenizer(Qwen2Tokenizer), transformer)
@@ -293,6 +314,7 @@ def flux_2_klein() -> Family:
         "max_sequence_length": 32,
         "text_encoder_out_layers": (0, 1, 2),
     }
+
     return Family(lively(pipe), call, latents=lambda state, draws: state.mT.unflatten(2, (8, 8)))
 
 
@@ -307,9 +329,11 @@ def dit() -> Family:
         num_layers=2,
         sample_size=12,
     )
+
     scheduler = DDIMScheduler(
         beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False
     )
+
     return Family(
         lively(DiTPipeline(transformer, image_vae(4), scheduler)), {"guidance_scale": 3.0}, (3, 7)
     )

@@ -31,18 +31,23 @@ def test_a_batch_is_its_samples(make, rows):
     torch.manual_seed(0)
     family = make()
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    velocity, times = model.velocity(None), torch.full((2,), 0.5, dtype=torch.float64)
+    velocity = model.velocity(None)
+    times = torch.full((2,), 0.5, dtype=torch.float64)
     x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
     both = velocity(x, times)
+
     assert velocity.rows_at(times).tolist() == [rows, rows]
+
     for i in range(2):
         alone = model.velocity(torch.tensor([i]))(x[i : i + 1], times[:1])
         torch.testing.assert_close(alone, both[i : i + 1], rtol=0, atol=2e-5)
         other = model.velocity(torch.tensor([1 - i]))(x[i : i + 1], times[:1])
         assert float((other - alone).abs().max()) > 1e-3
+
     assert torch.equal(
         velocity(x, times), both
     )  # what the calls of other sizes left on the pipeline is theirs
+
     model.release()
 
 
@@ -63,14 +68,17 @@ def test_answers_apart_make_the_pipelines_own(make, mix):
     family = make()
     plain = Pipeline(family.pipe, family.prompts, **family.call)
     model = Pipeline(family.pipe, family.prompts, guidance_apart=True, **family.call)
-    velocity, x = model.velocity(None), torch.randn(4, *model.event_shape)
+    velocity = model.velocity(None)
+    x = torch.randn(4, *model.event_shape)
     t = torch.tensor([0.6, 0.3, 0.3, 0.6], dtype=torch.float64)
     outputs = velocity.outputs(x, t)
+
     assert len(outputs) == ROWS.get(make, 2)
     assert mix is None or velocity.mix == pytest.approx(mix, rel=1e-4)
     torch.testing.assert_close(
         velocity.combine(outputs), plain.velocity(None)(x, t), rtol=1e-4, atol=1e-4
     )
+
     model.release()
     plain.release()
 
@@ -79,15 +87,28 @@ def test_fitted_steps_weigh_both_answers():
     """One step, which is the least squares of more: on the noises of the search it is better with both answers."""
     torch.manual_seed(0)
     family = images.stable_diffusion_ddim()
-    noise, means = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(0)), {}
+    noise = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    means = {}
+
     for apart in (False, True):
         model = Pipeline(family.pipe, family.prompts, guidance_apart=apart, **family.call)
+
         compared = oss_exp.compare(
-            model, noise, 1, num_teacher_steps=12, held_out=noise, decode=lambda x0: x0,
-            strategies={"fit": oss_exp.OSSFit(start="pinned", objective="mean", refine=False, history=1)},
-        )  # fmt: skip
+            model,
+            noise,
+            1,
+            num_teacher_steps=12,
+            held_out=noise,
+            decode=lambda x0: x0,
+            strategies={
+                "fit": oss_exp.OSSFit(start="pinned", objective="mean", refine=False, history=1)
+            },
+        )
+
         means[apart] = compared.rows[0]["psnr"]["mean"]
+
     assert means[True] > means[False]
+
     with pytest.raises(ValueError, match="fitted to guided and unguided answers apart"):
         compared.schedules["fit"][1].scheduler(family.pipe.scheduler)
 

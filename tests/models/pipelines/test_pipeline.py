@@ -52,11 +52,12 @@ def start(model: Pipeline, noise: torch.Tensor, time: float) -> torch.Tensor:
     return noise * time if takes_latents else noise / one
 
 
-def own(
+def pipeline_output(
     family: Family, model: Pipeline, noise: torch.Tensor, num_steps: int, seed: int
 ) -> torch.Tensor:
     """What the pipeline makes of the noise of this seed with the scheduler that it has."""
-    scheduler, latents = model.pipe.scheduler, noise
+    scheduler = model.pipe.scheduler
+    latents = noise
     if not isinstance(scheduler, oss_exp.OSSScheduler):
         t = model.noise_schedule.nodes(num_steps)[0]
         latents, _ = model.convention.network_input(noise * float(t), t.expand(len(noise)))
@@ -65,6 +66,7 @@ def own(
         ):  # its states are larger than what the network gets
             scheduler.set_timesteps(num_steps)
             latents = latents * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 / scheduler.init_noise_sigma
+
     draws = [torch.Generator().manual_seed(i) for i in range(len(noise))]  # as in our own calls
     call = {"latents": family.latents(latents, draws), "generator": draws}
     if "latents" not in inspect.signature(type(model.pipe).__call__).parameters:
@@ -74,6 +76,7 @@ def own(
         "num_inference_steps": num_steps,
         "output_type": "pt",
     }
+
     return decoded(model.pipe(**call | model.call))
 
 
@@ -83,30 +86,37 @@ def at(model: Pipeline, time: float) -> torch.Tensor:
 
 def test_a_time_has_one_answer(family, model):
     """In another call of the pipeline, in another order, and several times in a call."""
-    velocity, x = model.velocity(None), noises(model)
+    velocity = model.velocity(None)
+    x = noises(model)
     first, second = (velocity(x, at(model, time)) for time in (0.7, 0.3))
+
     assert first.shape == x.shape
     assert not torch.equal(first, second)
+
     other = Pipeline(family.pipe, family.prompts, **family.call)
     again = other.velocity(None)
     assert torch.equal(again(x, at(model, 0.3)), second)
     assert torch.equal(again(x, at(model, 0.7)), first)
+
     both = velocity(torch.cat([x, x]), torch.cat([at(model, 0.3), at(model, 0.7)]))
     assert torch.equal(both, torch.cat([second, first]))
+
     other.release()
 
 
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family, model):
-    noise, grid = noises(model), model.noise_schedule.nodes(family.num_steps)
-    found = model.decode(
+    noise = noises(model)
+    grid = model.noise_schedule.nodes(family.num_steps)
+    result = model.decode(
         sample(
             Euler(), model.velocity(None), start(model, noise, float(grid[0])), StepSchedule(grid)
         )
     )
-    expected = own(family, model, noise, family.num_steps, seed=0)
-    assert found.shape == expected.shape
+    expected = pipeline_output(family, model, noise, family.num_steps, seed=0)
+
+    assert result.shape == expected.shape
     assert float(expected.std()) > 1e-3
-    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
+    torch.testing.assert_close(result, expected, rtol=0, atol=family.atol)
 
 
 def test_a_searched_schedule_runs_in_the_pipeline(family, model):
@@ -124,28 +134,34 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, model):
             "oss": oss_exp.OSSShared(start="pinned"),
         },
     )
+
     means = {row["strategy"]: row["psnr"]["mean"] for row in compared.rows}
     assert means["oss"] >= means["own"]
-    steps, noise = compared.schedules["oss"][4], noises(model, seed=1)
+
+    steps = compared.schedules["oss"][4]
+    noise = noises(model, seed=1)
     expected = model.decode(
         sample(Euler(), model.velocity(None), start(model, noise, steps.start_time), steps)
     )
 
     before = family.pipe.scheduler
     family.pipe.scheduler = steps.scheduler(before)
+
     try:
-        found = own(family, model, noise, 4, seed=1)
+        result = pipeline_output(family, model, noise, 4, seed=1)
     finally:
         family.pipe.scheduler = before
-    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=family.atol)
 
 
 def test_nothing_is_left(family):
-    own, hooks = family.pipe.scheduler, [len(part._forward_hooks) for part in parts(family)]
+    pipeline_output = family.pipe.scheduler
+    hooks = [len(part._forward_hooks) for part in parts(family)]
     oss_exp.search(
         Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4
     )
-    assert family.pipe.scheduler is own
+    assert family.pipe.scheduler is pipeline_output
     assert [len(part._forward_hooks) for part in parts(family)] == hooks
 
 

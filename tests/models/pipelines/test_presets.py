@@ -63,9 +63,11 @@ def test_a_preset_is_a_call_of_its_class(preset):
     kind = getattr(diffusers, cfg.model.pipeline_class)
     takes = inspect.signature(kind.__call__).parameters
     call = OmegaConf.to_container(cfg.model.call)
+
     assert call.keys() <= takes.keys()
     assert {"height", "width"} <= call.keys()
     assert ("num_frames" in call) == ("num_frames" in takes)
+
     small = TINY[cfg.model.pipeline_class].call
     assert small.keys() <= takes.keys()
     assert small["height"] * small["width"] < 1e-2 * call["height"] * call["width"]
@@ -79,10 +81,13 @@ def test_the_main_job_at_tiny_size(preset, tmp_path):
     ) if preset == "wan2_2_i2v" else None  # without which this pipeline fails
     run_cli(f"model={preset}", "scale=tiny", *SHORT, f"hydra.run.dir={tmp_path}")
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+
     assert {row["strategy"] for row in rows} == {"pipeline", "oss_shared", "oss_fit"}
     assert max(rows, key=lambda row: row["psnr"]["mean"])["strategy"] != "pipeline"
+
     steps = StepSchedule.load(tmp_path / "schedules" / "oss_shared_3.json")
     assert steps.about("model")["name"] == f"{preset}_tiny"
+
     cfg = composed(f"model={preset}")
     pipe, _ = tiny(cfg.model.pipeline_class, cfg.model.call)
     assert steps.scheduler(pipe.scheduler).config.times == steps.times.tolist()
@@ -104,6 +109,7 @@ def test_the_commands_of_the_documentation(command, tmp_path, monkeypatch):
         *SHORT,
         "hydra.run.dir=run",
     )
+
     assert list(Path("run", "schedules").glob("*_3.json"))
     assert all(
         "_tiny" in file.read_text() for file in Path("run", "schedules").glob("oss_*_3.json")
@@ -125,7 +131,9 @@ def test_words_of_the_command_line_win():
 def test_an_image_that_is_missing_is_asked_for_before_anything_is_loaded(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli("model=wan2_2_i2v", "model.pipeline=nowhere", *SHORT, f"hydra.run.dir={tmp_path}")
+
     assert "WanImageToVideoPipeline needs image; add call.image=FILE" in capsys.readouterr().err
+
     with pytest.raises(SystemExit):
         run_cli(
             "model=wan2_2_i2v",
@@ -134,6 +142,7 @@ def test_an_image_that_is_missing_is_asked_for_before_anything_is_loaded(tmp_pat
             *SHORT,
             f"hydra.run.dir={tmp_path}",
         )
+
     assert "image no.png cannot be read" in capsys.readouterr().err
 
 
@@ -145,6 +154,8 @@ def test_a_class_without_a_small_pipeline_says_which_have_one(tmp_path, capsys):
         "scale=tiny",
         *SHORT,
     ]
+
     with pytest.raises(SystemExit):
         run_cli(*words, f"hydra.run.dir={tmp_path}")
+
     assert "model.pipeline_class=MochiPipeline has no size=tiny; " in capsys.readouterr().err

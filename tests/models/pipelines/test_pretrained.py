@@ -109,17 +109,20 @@ def test_the_whole_job(folder, tmp_path):
         *SMALL,
         f"hydra.run.dir={tmp_path}",
     )
+
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert {row["strategy"]: row["nfe"] for row in rows} == {
         "ddim": 4,
         "oss_shared": 4,
     }  # guided: two rows a step
+
     steps = StepSchedule.load(tmp_path / "schedules" / "oss_shared_2.json")
     assert steps.about("teacher")["noise_schedule"] == {"_target_": "oss_exp.PipelineSchedule"}
-    own = Pipeline.from_pretrained(
+
+    nodes = Pipeline.from_pretrained(
         folder, PROMPTS, dtype="float32", call=CALL
     ).noise_schedule.nodes(8)
-    assert set(steps.times.tolist()) <= set(own.tolist())
+    assert set(steps.times.tolist()) <= set(nodes.tolist())
 
 
 @pytest.mark.slow
@@ -150,15 +153,17 @@ def test_the_whole_job(folder, tmp_path):
 )
 def test_bad_input(settings, message, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    own = [] if settings[0].startswith("model=") else MODEL[:2]
-    small = [each for each in SMALL if own or not each.startswith("data=")]
+    model = [] if settings[0].startswith("model=") else MODEL[:2]
+    small = [setting for setting in SMALL if model or not setting.startswith("data=")]
+
     with pytest.raises(SystemExit):
         run_cli(
-            *own,
-            *(each.format(folder=folder) for each in settings),
+            *model,
+            *(setting.format(folder=folder) for setting in settings),
             *small,
             f"hydra.run.dir={tmp_path}",
         )
+
     assert message in capsys.readouterr().err
 
 
@@ -173,10 +178,13 @@ def test_quantised_weights(folder, lora, quantization, adapted):
     model = Pipeline.from_pretrained(
         folder, PROMPTS, dtype="float32", call=CALL, loras=loras, quantization=quantization
     )
+
     assert model.fingerprint != plain.fingerprint
+
     expected = velocity(pipeline=folder, loras=loras)
-    found = velocity(pipeline=folder, loras=loras, quantization=quantization)
-    difference = float((found - expected).norm() / expected.norm())
+    result = velocity(pipeline=folder, loras=loras, quantization=quantization)
+    difference = float((result - expected).norm() / expected.norm())
+
     assert 1e-4 < difference < 0.2
 
 

@@ -47,10 +47,12 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
         if name != "image_encoder"
     }
     parts["scheduler"] = LCMScheduler(**images.SD_BETAS)
+
     with pytest.raises(ValueError, match="LCMScheduler is of consistency models"):
         oss_exp.search(
             LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), prompts=PROMPTS
         )
+
     unused = (
         "tokenizer",
         "text_encoder",
@@ -60,6 +62,7 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
         "prior_text_encoder",
         "prior_tokenizer",
     )
+
     two = {"scheduler": DDPMWuerstchenScheduler(), "prior_scheduler": DDPMWuerstchenScheduler()}
     with pytest.raises(
         ValueError,
@@ -84,16 +87,16 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
     ],
 )
 def test_calls(stable_diffusion, call, message):
-    own = stable_diffusion.pipe.scheduler
+    scheduler = stable_diffusion.pipe.scheduler
     with pytest.raises(ValueError, match=re.escape(message)):
         search(stable_diffusion, **call)
-    assert stable_diffusion.pipe.scheduler is own
+    assert stable_diffusion.pipe.scheduler is scheduler
 
 
 def test_arguments_that_go_by_a_steps_number():
-    made = edits.control_net_stable_diffusion()
+    family = edits.control_net_stable_diffusion()
     with pytest.raises(ValueError, match="control_guidance_end counts steps"):
-        search(made, control_guidance_end=0.5)
+        search(family, control_guidance_end=0.5)
 
 
 @pytest.mark.parametrize("prompts", [[], "", "a red boot"])
@@ -108,13 +111,13 @@ def test_more_steps_than_the_teacher(stable_diffusion):
 
 
 def test_a_scheduler_that_is_a_schedules(stable_diffusion):
-    own = stable_diffusion.pipe.scheduler
-    stable_diffusion.pipe.scheduler = search(stable_diffusion).scheduler(own)
+    scheduler = stable_diffusion.pipe.scheduler
+    stable_diffusion.pipe.scheduler = search(stable_diffusion).scheduler(scheduler)
     try:
         with pytest.raises(ValueError, match="the pipeline's scheduler is an OSSScheduler"):
             search(stable_diffusion)
     finally:
-        stable_diffusion.pipe.scheduler = own
+        stable_diffusion.pipe.scheduler = scheduler
 
 
 @pytest.mark.parametrize("strength", [-0.1, 0, 1.5, "0.6", True])
@@ -130,14 +133,14 @@ def test_a_schedule_of_another_kind_of_network(stable_diffusion):
         ValueError, match=r"searched on a network of noise prediction, and FlowMatchEuler"
     ):
         steps.scheduler(FlowMatchEulerDiscreteScheduler())
-    for own in (None, type(stable_diffusion.pipe.scheduler), {}):
+    for scheduler in (None, type(stable_diffusion.pipe.scheduler), {}):
         with pytest.raises(ValueError, match="own must be a scheduler of diffusers"):
-            steps.scheduler(own)
+            steps.scheduler(scheduler)
 
 
 def test_a_network_that_returns_nan(stable_diffusion):
     hook = stable_diffusion.pipe.unet.register_forward_hook(
-        lambda module, given, output: (output[0] * float("nan"),)
+        lambda module, arguments, output: (output[0] * float("nan"),)
     )
     try:
         with pytest.raises(ValueError, match="returns NaN or infinity at its first step"):
@@ -150,7 +153,8 @@ class Fault:
     """A forward hook that raises at one of the network's calls."""
 
     def __init__(self, call: int, error: type[BaseException]):
-        self.calls, self.error = call, error
+        self.calls = call
+        self.error = error
 
     def __call__(self, *_: object) -> None:
         self.calls -= 1
@@ -173,9 +177,12 @@ def test_an_error_of_the_network_reaches_the_user_and_the_pipeline_goes_on(stabl
 def test_many_failures_leave_nothing():
     """Errors and Ctrl-C at random calls of the network, in the middle of a search."""
     torch.manual_seed(0)
-    family, draw = images.dit(), random.Random(0)
-    own, keys = family.pipe.scheduler, set(family.pipe.__dict__)
+    family = images.dit()
+    draw = random.Random(0)
+    scheduler = family.pipe.scheduler
+    keys = set(family.pipe.__dict__)
     used: list[int] = []
+
     for number in range(200):
         error = draw.choice([RuntimeError, ValueError, KeyboardInterrupt])
         hook = family.pipe.transformer.register_forward_hook(Fault(draw.randrange(1, 13), error))
@@ -188,7 +195,8 @@ def test_many_failures_leave_nothing():
             assert not [
                 loop for loop in gc.get_objects() if isinstance(loop, Loop) and not loop.dead
             ]
-    assert family.pipe.scheduler is own
+
+    assert family.pipe.scheduler is scheduler
     assert set(family.pipe.__dict__) == keys
     assert not family.pipe.transformer._forward_hooks
     assert used[1] - used[0] < 20_000  # KiB

@@ -35,18 +35,18 @@ def family():
 def suspended(family) -> Pipeline:
     """A model with one call of its network suspended."""
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    asked(model)
+    call_network(model)
     return model
 
 
-def asked(model: Pipeline) -> torch.Tensor:
+def call_network(model: Pipeline) -> torch.Tensor:
     x = torch.ones(len(model.prompts), *model.event_shape)
     return model.velocity(None)(x, torch.full((len(x),), 0.5, dtype=torch.float64))
 
 
 def suspended_calls() -> int:
     gc.collect()
-    return sum(isinstance(each, Loop) and not each.dead for each in gc.get_objects())
+    return sum(isinstance(candidate, Loop) and not candidate.dead for candidate in gc.get_objects())
 
 
 def raises_at(pipe, call: int, error: type[BaseException]):
@@ -70,8 +70,11 @@ def throw(error: type[BaseException]) -> None:
 @pytest.mark.parametrize("error", [Thrown, KeyboardInterrupt])
 def test_an_error_in_the_network_ends_its_call(family, error):
     """It reaches the user from where it was raised; the pipeline is as before, and another search runs."""
-    own, bar, before = family.pipe.scheduler, family.pipe._progress_bar_config, suspended_calls()
+    scheduler = family.pipe.scheduler
+    bar = family.pipe._progress_bar_config
+    before = suspended_calls()
     draw = random.Random(0)
+
     for _ in range(10):
         hook = raises_at(family.pipe, draw.randint(1, 12), error)
         model = Pipeline(family.pipe, family.prompts, **family.call)
@@ -79,12 +82,14 @@ def test_an_error_in_the_network_ends_its_call(family, error):
             oss_exp.search(model, num_steps=2, num_teacher_steps=6)
         hook.remove()
         assert any(entry.path.name == "pipeline_stable_diffusion.py" for entry in caught.traceback)
-        assert family.pipe.scheduler is own
+        assert family.pipe.scheduler is scheduler
         assert family.pipe._progress_bar_config is bar
         assert torch.is_grad_enabled()
         del caught, model
+
     assert not family.pipe.unet._forward_hooks
     assert suspended_calls() == before
+
     oss_exp.search(
         Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4
     )
@@ -92,7 +97,8 @@ def test_an_error_in_the_network_ends_its_call(family, error):
 
 @pytest.mark.slow
 def test_a_model_that_is_no_longer_used_ends_its_calls(family):
-    before, model = suspended_calls(), suspended(family)
+    before = suspended_calls()
+    model = suspended(family)
     assert suspended_calls() == before + 1
     del model
     assert suspended_calls() == before
@@ -102,20 +108,22 @@ def test_a_model_that_is_no_longer_used_ends_its_calls(family):
 @pytest.mark.slow
 def test_a_model_may_go_inside_another_ones_call(family):
     """As the garbage collector does it, wherever it runs."""
-    own, other = family.pipe.scheduler, Pipeline(family.pipe, family.prompts, **family.call)
-    expected = asked(other)
-    held = [suspended(family)]
+    scheduler = family.pipe.scheduler
+    other = Pipeline(family.pipe, family.prompts, **family.call)
+    expected = call_network(other)
+    references = [suspended(family)]
 
     def drop(*_) -> None:
-        held.clear()
+        references.clear()
         gc.collect()
-        assert family.pipe.scheduler is not own  # the other call's probe
+        assert family.pipe.scheduler is not scheduler  # the other call's probe
 
     hook = family.pipe.unet.register_forward_pre_hook(drop)
-    assert torch.equal(asked(other), expected)
+    assert torch.equal(call_network(other), expected)
+
     hook.remove()
     other.release()
-    assert family.pipe.scheduler is own
+    assert family.pipe.scheduler is scheduler
 
 
 def test_a_model_of_another_thread(family):
@@ -126,54 +134,64 @@ def test_a_model_of_another_thread(family):
     )
     thread.start()
     thread.join()
-    begun = threading.Thread(target=lambda: asked(models[0]))
+    begun = threading.Thread(target=lambda: call_network(models[0]))
     begun.start()
     begun.join()
-    assert asked(models[0]).isfinite().all()  # in a new call
+
+    assert call_network(models[0]).isfinite().all()  # in a new call
+
     models[0].release()
     assert not models[0].calls
 
 
 def test_a_model_that_another_thread_uses(family):
     """Its call is suspended there, and a message says so; released there, it can be used here."""
-    model, errors, go = suspended(family), [], threading.Event()
+    model = suspended(family)
+    errors = []
+    go = threading.Event()
 
     def use() -> None:
         try:
-            asked(model)
+            call_network(model)
         except ValueError as error:
             errors.append(str(error))
         go.wait()
-        asked(model)
+        call_network(model)
         model.release()
 
     thread = threading.Thread(target=use)
     thread.start()
     while not errors:
         time.sleep(0.01)
+
     assert re.search("suspended in another thread, MainThread, .* or call its release", errors[0])
-    asked(model)
+
+    call_network(model)
     model.release()
     go.set()
     thread.join()
-    asked(model)
+    call_network(model)
     model.release()
 
 
 def test_hooks_are_freed(family, monkeypatch):
     """As at the end of a whole call: so an offloaded network leaves the GPU."""
-    freed, model = [], suspended(family)
+    freed = []
+    model = suspended(family)
     monkeypatch.setattr(
         type(family.pipe), "maybe_free_model_hooks", lambda pipe: freed.append(pipe)
     )
     model.release()
+
     assert freed == [family.pipe]
+
     model.release()
     assert freed == [family.pipe]
 
     hook = raises_at(family.pipe, 1, Thrown)
     with pytest.raises(Thrown):
-        asked(model)
+        call_network(model)
+
     hook.remove()
     assert freed == [family.pipe] * 2
 
@@ -225,6 +243,7 @@ def test_a_loop_with_a_memory_is_refused(family):
         ValueError, match=r"StableDiffusionPipeline answers the same state .* otherwise"
     ):
         oss_exp.search(model, num_steps=2, num_teacher_steps=4)
+
     hook.remove()
     model.release()
     oss_exp.search(

@@ -14,10 +14,11 @@ from oss_exp.models.pipeline import Pipeline
 def test_a_clock_in_bfloat16(make):
     family = make()
     family.pipe.to(torch.bfloat16)
-    model, heard = Pipeline(family.pipe, family.prompts, **family.call), []
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    clocks = []
 
     def hear(_, args: tuple, kwargs: dict) -> None:
-        heard.append(float(kwargs["timestep"].flatten()[0]))
+        clocks.append(float(kwargs["timestep"].flatten()[0]))
 
     hook = family.pipe.transformer.register_forward_pre_hook(hear, with_kwargs=True)
     searched = OSSShared(start="pinned")  # which calls at no other times than the teacher's
@@ -26,7 +27,8 @@ def test_a_clock_in_bfloat16(make):
     )
     hook.remove()
     model.release()
-    moved = max(min(abs(told - float(t)) for told in heard) for t in steps.times[:-1])
+    moved = max(min(abs(clock - float(t)) for clock in clocks) for t in steps.times[:-1])
+
     assert steps.about("native")["rounding"] == pytest.approx(moved, abs=1e-9)
     assert 1e-5 < moved < 4e-3
 
@@ -57,4 +59,5 @@ def test_a_clock_in_whole_numbers():
     hook.remove()
     clock = model.path.native(steps.times[:-1])
     expected = (model.path.canonical(clock.round()) - steps.times[:-1]).abs().max()
+
     assert steps.about("native")["rounding"] == pytest.approx(float(expected), abs=1e-7)

@@ -109,9 +109,10 @@ def family(request) -> Family:
     return request.param(0.6)
 
 
-def own(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pipeline_output(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the pipeline makes, and the noise that it draws for it, as its scheduler sees both."""
-    scheduler, drawn = family.pipe.scheduler, []
+    scheduler = family.pipe.scheduler
+    drawn = []
 
     def add_noise(original, noise, timesteps):
         drawn.append(noise)
@@ -121,24 +122,27 @@ def own(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         drawn.append(noise)
         return type(scheduler).scale_noise(scheduler, sample, timestep, noise)
 
-    scheduler.add_noise, scheduler.scale_noise = add_noise, scale_noise
+    scheduler.add_noise = add_noise
+    scheduler.scale_noise = scale_noise
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
     call = family.call | {"prompt": list(PROMPTS), "generator": draws, "output_type": "pt"}
+
     try:
         output = decoded(family.pipe(**call, num_inference_steps=num_steps))
     finally:
         del scheduler.add_noise, scheduler.scale_noise
+
     return output, drawn[0]
 
 
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family):
     model = Pipeline(family.pipe, family.prompts, **family.call)
     grid = model.noise_schedule.nodes(6)
-    expected, noise = own(family, model.inference_steps(6)[0])
+    expected, noise = pipeline_output(family, model.inference_steps(6)[0])
     assert 0.2 < grid[0] < 0.95
     start = packed(family, noise) * float(grid[0])
-    found = model.decode(sample(Euler(), model.velocity(None), start, StepSchedule(grid)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
+    result = model.decode(sample(Euler(), model.velocity(None), start, StepSchedule(grid)))
+    torch.testing.assert_close(result, expected, rtol=0, atol=family.atol)
 
 
 def packed(family: Family, noise: torch.Tensor) -> torch.Tensor:
@@ -153,28 +157,32 @@ def test_a_searched_schedule_runs_in_the_pipeline(family):
     model = Pipeline(family.pipe, family.prompts, **family.call)
     steps = oss_exp.search(model, num_steps=3, num_teacher_steps=12)
     assert steps.start_time < 1
+
     before = family.pipe.scheduler
     calls = []
     network = getattr(family.pipe, "unet", None) or family.pipe.transformer
     family.pipe.scheduler = steps.scheduler(before)
     hook = network.register_forward_hook(lambda *_: calls.append(1))
+
     try:
-        found, noise = own(family, steps.about("native")["num_inference_steps"])
+        result, noise = pipeline_output(family, steps.about("native")["num_inference_steps"])
         with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
-            own(family, 7)
+            pipeline_output(family, 7)
         family.call["strength"] = 0.3
         with pytest.raises(
             ValueError, match=r"the schedule begins at an image; call .* strength=0\.6"
         ):
-            own(family, 3)
+            pipeline_output(family, 3)
     finally:
         hook.remove()
         family.call["strength"] = 0.6
         family.pipe.scheduler = before
+
     assert steps.about("native")["num_inference_steps"] == 3
     assert len(calls) in (3, 6)  # in a call a step, or in two under guidance
+
     x0 = oss_exp.sample(model, packed(family, noise), steps)
-    torch.testing.assert_close(found, model.decode(x0), rtol=0, atol=family.atol)
+    torch.testing.assert_close(result, model.decode(x0), rtol=0, atol=family.atol)
 
 
 def test_a_step_where_the_pipeline_has_none_at_so_few():
@@ -183,14 +191,18 @@ def test_a_step_where_the_pipeline_has_none_at_so_few():
     family = flux(0.1)
     model = Pipeline(family.pipe, family.prompts, **family.call)
     steps = oss_exp.search(model, num_steps=1, num_teacher_steps=4)
-    asked = steps.about("native")["num_inference_steps"]
-    before, family.pipe.scheduler = family.pipe.scheduler, steps.scheduler(family.pipe.scheduler)
-    with pytest.raises(ValueError, match=f"set num_inference_steps={asked} and strength=0.1"):
-        own(family, 11)
-    found, noise = own(family, asked)
+    num_steps = steps.about("native")["num_inference_steps"]
+    before = family.pipe.scheduler
+    family.pipe.scheduler = steps.scheduler(family.pipe.scheduler)
+
+    with pytest.raises(ValueError, match=f"set num_inference_steps={num_steps} and strength=0.1"):
+        pipeline_output(family, 11)
+
+    result, noise = pipeline_output(family, num_steps)
     family.pipe.scheduler = before
     expected = model.decode(oss_exp.sample(model, packed(family, noise), steps))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 def test_fitted_steps_need_the_image():

@@ -16,6 +16,7 @@ def test_a_prompt_that_is_cut_is_named_with_what_is_left_out(tmp_path, monkeypat
         "red boats!",
         "red boat and bag",
     ]  # a token is a letter here, and the last one an end
+
     for _ in range(2):  # from the encoder, then from the cache
         caplog.clear()
         with caplog.at_level(logging.WARNING):

@@ -10,7 +10,8 @@ class Encoder:
     """Letters counted; remembers what it was asked."""
 
     def __init__(self, fingerprint: str = "a"):
-        self.fingerprint, self.asked = fingerprint, []
+        self.fingerprint = fingerprint
+        self.asked = []
 
     def __call__(self, prompts):
         self.asked.append(list(prompts))
@@ -23,17 +24,21 @@ class Encoder:
         }
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_only_new_prompts_are_encoded_once_and_the_order_is_kept(tmp_path):
-    encoder, cache = Encoder(), PromptCache(tmp_path)
+    encoder = Encoder()
+    cache = PromptCache(tmp_path)
     first = cache.encode(encoder, ["b", "aa", "b"])
+
     assert encoder.asked == [["b", "aa"]]
+
     second = PromptCache(tmp_path).encode(encoder, ["c", "aa", "", "b"])
     assert encoder.asked[1:] == [["c", ""]]
+
     fresh = Encoder()(["c", "aa", "", "b"])
     assert {name: tensor.dtype for name, tensor in second.items()} == {
         "text": torch.float32,
@@ -58,9 +63,12 @@ def test_prompts_are_encoded_in_batches_and_kept_as_they_are_made(tmp_path):
                 raise RuntimeError("out of memory")
             return super().__call__(prompts)
 
-    prompts, encoder = ["a" * n for n in range(BATCH + 3)], Encoder()
+    prompts = ["a" * n for n in range(BATCH + 3)]
+    encoder = Encoder()
+
     with pytest.raises(RuntimeError):
         PromptCache(tmp_path).encode(Failing(), prompts)
+
     PromptCache(tmp_path).encode(encoder, prompts)
     assert encoder.asked == [prompts[BATCH:]]
 
@@ -80,9 +88,11 @@ def test_a_damaged_encoding_is_made_again_with_a_note(tmp_path, caplog, damage):
     file = next(tmp_path.iterdir())
     file.write_bytes(damage(file.read_bytes()))
     encoder = Encoder()
+
     assert cache.encode(encoder, ["a cab"])["text"].equal(whole["text"])
     assert encoder.asked == [["a cab"]]
     assert "'a cab' is damaged; it is made again" in caplog.text
+
     cache.encode(encoder, ["a cab"])
     assert len(encoder.asked) == 1
 
