@@ -1,4 +1,4 @@
-"""Schedules through other programs' own samplers: the times that come out are those that went in."""
+"""Other programs' samplers run the times of the exported schedules."""
 
 import json
 import math
@@ -61,7 +61,7 @@ SCHEDULERS = {
 
 @pytest.fixture(params=PRESETS)
 def preset(request, tmp_path) -> StepSchedule:
-    """As a run plans, writes and reads it."""
+    """A published table, planned, written and read as a run does it."""
     table = request.param
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = ["stepsize=oss_comfyui", f"stepsize.oss_comfyui.schedule.table={table}"]
@@ -73,13 +73,11 @@ def preset(request, tmp_path) -> StepSchedule:
 
 def test_a_preset_is_the_published_list(preset):
     """Its last level is where samplers put 0."""
-    assert flow_sigmas(preset)[:-1] == list(
-        OSSComfyUI.tables[next(k for k, n in PRESETS.items() if n == preset.num_steps)][:-1]
-    )
-    assert flow_sigmas(preset)[-1] == 0
+    [table] = [name for name, num_steps in PRESETS.items() if num_steps == preset.num_steps]
+    assert flow_sigmas(preset) == [*OSSComfyUI.tables[table][:-1], 0]
 
 
-def test_there_and_back_is_the_same(preset):
+def test_a_list_of_sigmas_is_read_back_as_the_same_schedule(preset):
     again = from_flow_sigmas(json.loads(json.dumps(flow_sigmas(preset))), made_by="ComfyUI")
     assert torch.equal(again.times, preset.times)
     assert again.provenance == {"made_by": "ComfyUI"}
@@ -124,13 +122,12 @@ PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
 def planned(velocity, grid: torch.Tensor) -> StepSchedule:
     noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     problem = Problem(velocity, noise * grid[0], grid, Euler(), XtMSE())
-    return OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8).plan(
-        problem, [6]
-    )[6]
+    strategy = OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8)
+    return strategy.plan(problem, [6])[6]
 
 
 def run_through(scheduler, steps: StepSchedule, mu: float | None = None) -> torch.Tensor:
-    """The canonical times that come out."""
+    """Return the canonical times that a scheduler runs."""
     scheduler.set_timesteps(**diffusers_arguments(steps, scheduler, mu))
     assert len(scheduler.timesteps) == steps.num_steps
     sigmas = scheduler.sigmas.double()
@@ -159,25 +156,22 @@ def test_euler_of_diffusers_runs_published_levels(table, settings):
     for count in (4, 10, 17):
         nodes = AlignYourSteps(table).nodes(count)
         scheduler = EulerDiscreteScheduler(**SD, **settings)
-        torch.testing.assert_close(
-            run_through(scheduler, StepSchedule(nodes)), nodes, rtol=0, atol=1e-6
-        )
+        times = run_through(scheduler, StepSchedule(nodes))
+        torch.testing.assert_close(times, nodes, rtol=0, atol=1e-6)
 
 
-def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_no_reason_to_refuse():
+def test_settings_that_euler_ignores_when_it_gets_sigmas_are_accepted():
     steps = StepSchedule(AlignYourSteps("sd15").nodes(10))
     times = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
     torch.testing.assert_close(times, steps.times, rtol=0, atol=1e-6)
 
 
 def test_a_chain_does_not_run_levels_beyond_its_end():
-    """Several would have its last index, and Euler of diffusers begins at the second of them."""
-    with pytest.raises(
-        ValueError, match=r"EulerDiscreteScheduler does not run such a list \(IndexError"
-    ):
-        diffusers_arguments(
-            StepSchedule(AlignYourSteps("svd").nodes(10)), EulerDiscreteScheduler(**SD)
-        )
+    """Several levels would have the last index, and Euler begins at the second of them."""
+    steps = StepSchedule(AlignYourSteps("svd").nodes(10))
+    message = r"EulerDiscreteScheduler does not run such a list \(IndexError"
+    with pytest.raises(ValueError, match=message):
+        diffusers_arguments(steps, EulerDiscreteScheduler(**SD))
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
@@ -242,7 +236,7 @@ FEW = StepSchedule([0.9, 0.7, 0.5, 0.0])
         ),
         (
             UniPCMultistepScheduler(use_flow_sigmas=True, final_sigmas_type="sigma_min"),
-            "it changes the times it is given; choose another, such as FlowMatchEulerDiscreteScheduler",
+            "it changes the times it is given; choose another, such as FlowMatchEuler",
         ),
     ],
 )
@@ -257,12 +251,12 @@ def test_schedulers_that_would_run_other_times_are_refused(scheduler, message):
 
 
 def comfyui_reads(text: str) -> list[float]:
-    """As its node ManualSigmas does: no exponents."""
+    """Read a list as ComfyUI's node ManualSigmas does, which knows no exponents."""
     return [float(word) for word in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
 
 
 @pytest.mark.parametrize("network", ["flow", "eps"])
-def test_lists_there_and_back(network):
+def test_lists_are_read_back_as_they_were_written(network):
     times = [0.98, 0.7, 1e-5 / 3, 0.0]
     steps = StepSchedule(times)
     sigmas = flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)
@@ -285,7 +279,7 @@ def test_lists_there_and_back(network):
 
 
 def test_a_list_of_the_webui_is_not_stretched():
-    """One from exactly 1 to 0 would be."""
+    """It stretches lists from exactly 1 to 0."""
     first, *others = json.loads(webui_text([1.0, 0.5, 0.0]))
     assert first != 1
     assert first == pytest.approx(1, abs=1e-6)
@@ -325,16 +319,17 @@ def test_what_is_no_list_is_refused(source, error, message):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))), "an analytic start"),
+        (
+            StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))),
+            "cannot hold an analytic start",
+        ),
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), "each sample"),
         (
             StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), torch.zeros(1, 2))),
-            "fitted weights",
+            "cannot hold fitted weights",
         ),
     ],
 )
 def test_what_a_list_cannot_hold_is_refused(steps, message):
-    with pytest.raises(
-        ValueError, match=f"cannot hold {message}" if "each" not in message else message
-    ):
+    with pytest.raises(ValueError, match=message):
         flow_sigmas(steps)

@@ -1,4 +1,4 @@
-"""Lists of sigmas as people have them: typed, printed, in ComfyUI's files and in our own."""
+"""Lists of sigmas are read as people have them: typed, printed, from ComfyUI and from us."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_typed_and_printed_lists_are_read(text, tmp_path):
         (from_ratio_sigmas, [981.0, 481.0, 1.0, 0.0], "looks like the indices"),
     ],
 )
-def test_what_is_no_list_of_sigmas_is_asked_about(make, sigmas, message):
+def test_lists_that_cannot_be_sigmas_are_refused(make, sigmas, message):
     with pytest.raises(ValueError, match=message):
         make(sigmas)
 
@@ -148,7 +148,7 @@ TWO = {
 }
 
 
-def test_of_two_lists_one_is_chosen_by_its_node():
+def test_one_of_two_lists_is_chosen_by_its_node():
     with pytest.raises(
         ValueError,
         match=r"has 2 lists .* by node id 1:10: 1\., 0\.6, 0\.0; 11: 0\.8, .*task\.node=ID",
@@ -238,16 +238,14 @@ def test_our_own_exports_come_back(exporter, clock, tmp_path, monkeypatch):
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained("SHIFTED")
     steps = StepSchedule([0.95, 0.7, 1e-5, 0.0], provenance={"native": {"clock": clock}})
     exporter.write(steps, tmp_path / "x.json")
-    network, back = (
-        ("flow", from_flow_sigmas) if clock == "flow time" else ("eps", from_ratio_sigmas)
-    )
-
-    torch.testing.assert_close(
-        back(read_sigmas("x.json", network)).times, steps.times, rtol=1e-9, atol=0
-    )
+    if clock == "flow time":
+        result = from_flow_sigmas(read_sigmas("x.json", "flow"))
+    else:
+        result = from_ratio_sigmas(read_sigmas("x.json", "eps"))
+    torch.testing.assert_close(result.times, steps.times, rtol=1e-9, atol=0)
 
 
-def test_files_with_more_than_a_list_say_where_the_list_is(tmp_path):
+def test_our_own_files_that_are_no_lists_are_refused(tmp_path):
     steps = StepSchedule([0.9, 0.5, 0.0], provenance={"native": {"clock": "flow time"}})
     with pytest.raises(ValueError, match="is a step schedule already"):
         read_sigmas(str(steps.save(tmp_path / "s.json")))

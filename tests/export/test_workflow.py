@@ -45,7 +45,11 @@ API = {
 
 
 def saved(links_as_objects: bool) -> dict:
-    """Nodes 3 (KSampler, its steps from node 2) and 10 (SamplerCustom); 4 a model, 6 the rest."""
+    """A saved workflow with the samplers 3 (KSampler, steps from node 2) and 10 (SamplerCustom).
+
+    Node 4 is a model, 6 gives conditioning and latents; 12 and 13 give a sampler and sigmas.
+    """
+    # Nodes.
     slots = ("model", "positive", "negative", "latent_image", "steps")
     sampler = {
         "id": 3,
@@ -68,11 +72,11 @@ def saved(links_as_objects: bool) -> dict:
         ],
     }
 
-    others = [(2, [5]), (4, [1, 6]), (6, [2, 3, 4]), (12, [7]), (13, [8])]
-    nodes = [
-        {"id": key, "type": "Other", "outputs": [{"name": "x", "links": links}]}
-        for key, links in others
-    ]
+    nodes = [sampler, custom]
+    for key, links in ((2, [5]), (4, [1, 6]), (6, [2, 3, 4]), (12, [7]), (13, [8])):
+        nodes.append({"id": key, "type": "Other", "outputs": [{"name": "x", "links": links}]})
+
+    # Links.
     links = [
         [1, 4, 0, 3, 0, "MODEL"],
         [2, 6, 0, 3, 1, "*"],
@@ -80,14 +84,10 @@ def saved(links_as_objects: bool) -> dict:
         [4, 6, 0, 3, 3, "*"],
         [5, 2, 0, 3, 4, "INT"],
     ]
-
     links += [[6, 4, 0, 10, 0, "MODEL"], [7, 12, 0, 10, 1, "SAMPLER"], [8, 13, 0, 10, 2, "SIGMAS"]]
-    graph = {
-        "nodes": [sampler, custom, *nodes],
-        "links": links,
-        "last_node_id": 13,
-        "last_link_id": 8,
-    }
+    graph = {"nodes": nodes, "links": links, "last_node_id": 13, "last_link_id": 8}
+
+    # A subgraph has links as objects.
     if links_as_objects:
         names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         graph["links"] = [dict(zip(names, link, strict=True)) for link in links]
@@ -96,83 +96,89 @@ def saved(links_as_objects: bool) -> dict:
     return graph
 
 
-def test_api_format(tmp_path):
+@pytest.fixture(params=[API, {"prompt": API, "client_id": "x"}], ids=["prompt", "request"])
+def replaced(request, tmp_path) -> tuple[dict, list[str]]:
+    """The nodes of a workflow in API format after the replacement, and the report's lines."""
     file = tmp_path / "my.json"
-
-    for content in (API, {"prompt": API, "client_id": "x"}):
-        file.write_text(json.dumps(content))
-        text, lines = with_schedule(file, "x.json")
-        content_ = json.loads(text)
-        prompt = content_.get("prompt", content_)
-
-        assert prompt["3"]["class_type"] == "OSSSampler"
-
-        inputs = {
-            name: KSAMPLER[name]
-            for name in ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")
-        }
-
-        assert prompt["3"]["inputs"] == inputs | {"schedule": "x.json"}
-        assert prompt["10"]["inputs"]["sigmas"] == ["16", 0]
-        assert prompt["10"]["inputs"]["sampler"] == ["16", 1]
-
-        schedule = {"schedule": "x.json", "denoise": 1.0, "model": ["4", 0]}
-        assert prompt["16"] == {"class_type": "OSSSchedule", "inputs": schedule}
-        assert {key: prompt[key] for key in prompt if key not in ("3", "10", "16")} == {
-            key: node for key, node in API.items() if key not in ("3", "10")
-        }
-        assert lines == [
-            "node 3: KSampler is now OSSSampler",
-            "node 10: SamplerCustomAdvanced takes sigmas and sampler of the new node 16, OSSSchedule",
-            "node 8: KSampler with denoise=0.5 is left as it is; the schedule is for denoise=1",
-            "node 9: KSamplerAdvanced is left as it is; replace it by hand, by OSS Sampler",
-            "node 15: SamplerCustom takes a part of its sigmas, by SplitSigmas; put OSS Schedule before that by hand",
-        ]
+    file.write_text(json.dumps(request.param))
+    text, lines = with_schedule(file, "x.json")
+    content = json.loads(text)
+    return content.get("prompt", content), lines
 
 
-@pytest.mark.parametrize("links_as_objects", [False, True], ids=["workflow", "subgraph"])
-def test_as_saved(links_as_objects, tmp_path):
-    """Every link is known at both of its ends, and nodes keep their other links."""
-    (tmp_path / "my.json").write_text(json.dumps(saved(links_as_objects)))
+def test_samplers_of_the_api_format_get_the_schedule(replaced):
+    prompt, _ = replaced
+    names = ("model", "seed", "cfg", "positive", "negative", "latent_image", "denoise")
+    inputs = {name: KSAMPLER[name] for name in names}
+    schedule = {"schedule": "x.json", "denoise": 1.0, "model": ["4", 0]}
+
+    assert prompt["3"] == {"class_type": "OSSSampler", "inputs": inputs | {"schedule": "x.json"}}
+    assert prompt["10"]["inputs"]["sigmas"] == ["16", 0]
+    assert prompt["10"]["inputs"]["sampler"] == ["16", 1]
+    assert prompt["16"] == {"class_type": "OSSSchedule", "inputs": schedule}
+
+
+def test_other_nodes_of_the_api_format_stay(replaced):
+    prompt, _ = replaced
+    others = {key: node for key, node in API.items() if key not in ("3", "10")}
+    assert {key: prompt[key] for key in prompt if key not in ("3", "10", "16")} == others
+
+
+def test_every_sampler_of_a_workflow_has_a_line_in_the_report(replaced):
+    _, lines = replaced
+    assert lines == [
+        "node 3: KSampler is now OSSSampler",
+        "node 10: SamplerCustomAdvanced takes sigmas and sampler of the new node 16, OSSSchedule",
+        "node 8: KSampler with denoise=0.5 is left as it is; the schedule is for denoise=1",
+        "node 9: KSamplerAdvanced is left as it is; replace it by hand, by OSS Sampler",
+        "node 15: SamplerCustom takes a part of its sigmas, by SplitSigmas; "
+        "put OSS Schedule before that by hand",
+    ]
+
+
+@pytest.fixture(params=[False, True], ids=["workflow", "subgraph"])
+def graph(request, tmp_path) -> dict:
+    """A saved workflow after the replacement; links are lists, as in the file's main graph."""
+    (tmp_path / "my.json").write_text(json.dumps(saved(request.param)))
     text, lines = with_schedule(tmp_path / "my.json", "x.json")
+    assert [line.split(":")[0] for line in lines] == ["node 3", "node 10"]
+
     graph = json.loads(text)
-    graph = graph["definitions"]["subgraphs"][0] if links_as_objects else graph
+    if request.param:
+        graph = graph["definitions"]["subgraphs"][0]
+        graph["links"] = [list(link.values()) for link in graph["links"]]
+    return graph
+
+
+def test_samplers_of_a_saved_workflow_get_the_schedule(graph):
     nodes = {node["id"]: node for node in graph["nodes"]}
+    inputs = [slot["name"] for slot in nodes[3]["inputs"]]
 
     assert nodes[3]["type"] == "OSSSampler"
     assert nodes[3]["widgets_values"] == ["x.json", 7, "fixed", 2.0, 1.0, 0]
     assert nodes[3]["properties"] == {"Node name for S&R": "OSSSampler"}
-    assert [slot["name"] for slot in nodes[3]["inputs"]] == [
-        "model",
-        "positive",
-        "negative",
-        "latent_image",
-    ]
+    assert inputs == ["model", "positive", "negative", "latent_image"]
     assert nodes[14]["type"] == "OSSSchedule"
     assert (graph["last_node_id"], graph["last_link_id"]) == (14, 10)
-    assert [line.split(":")[0] for line in lines] == ["node 3", "node 10"]
 
-    ends = {}
 
-    for link in graph["links"]:
-        number, origin, slot, target, index, kind = link.values() if links_as_objects else link
-        ends[number] = origin, kind
+def test_every_link_of_a_saved_workflow_is_known_at_both_of_its_ends(graph):
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for number, origin, slot, target, index, _ in graph["links"]:
         assert number in nodes[origin]["outputs"][slot]["links"]
         assert nodes[target]["inputs"][index]["link"] == number
 
-    outgoing = [
-        number_
-        for node in nodes.values()
-        for slot in node.get("outputs", [])
-        for number_ in slot["links"]
-    ]
-
-    assert sorted(outgoing) == sorted(ends)
-    assert {kind for origin, kind in ends.values() if origin == 14} == {"SIGMAS", "SAMPLER"}
+    outgoing = []
+    for node in graph["nodes"]:
+        for slot in node.get("outputs", []):
+            outgoing += slot["links"]
+    assert sorted(outgoing) == sorted(number for number, *_ in graph["links"])
+    kinds = {kind for _, origin, *_, kind in graph["links"] if origin == 14}
+    assert kinds == {"SIGMAS", "SAMPLER"}
 
 
 def test_sigmas_from_outside_of_a_subgraph(tmp_path):
-    """The subgraph's input forgets the link, and new links are objects with numbers that no other has."""
+    """The subgraph's input forgets the link; new links are objects with new numbers."""
     slots = [
         {"name": "sigmas", "type": "SIGMAS", "link": 2},
         {"name": "sampler", "type": "SAMPLER", "link": None},
@@ -190,9 +196,8 @@ def test_sigmas_from_outside_of_a_subgraph(tmp_path):
     graph |= {"inputs": [{"id": "a", "linkIds": [2]}], "state": {"lastNodeId": 7, "lastLinkId": 9}}
     content = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
     (tmp_path / "my.json").write_text(json.dumps(content))
-    graph = json.loads(with_schedule(tmp_path / "my.json", "x.json")[0])["definitions"][
-        "subgraphs"
-    ][0]
+    text, _ = with_schedule(tmp_path / "my.json", "x.json")
+    [graph] = json.loads(text)["definitions"]["subgraphs"]
 
     assert graph["inputs"] == [{"id": "a", "linkIds": []}]
     assert [(link["id"], link["target_slot"]) for link in graph["links"]] == [(10, 0), (11, 1)]
@@ -206,7 +211,8 @@ def test_sigmas_from_outside_of_a_subgraph(tmp_path):
         ("[]", "workflow"),
         ('{"1": {"class_type": "SaveImage", "inputs": {}}}', "has no sampler to replace"),
         (
-            '{"nodes": [{"type": "KSampler", "widgets_values": [1, "fixed", 20, 2, "euler", "simple", 0.5]}]}',
+            '{"nodes": [{"type": "KSampler", '
+            '"widgets_values": [1, "fixed", 20, 2, "euler", "simple", 0.5]}]}',
             "denoise=0.5 is",
         ),
         (
@@ -230,7 +236,7 @@ def test_what_is_no_workflow_is_refused(text, message, tmp_path):
         with_schedule(tmp_path / "my.json", "x.json")
 
 
-def test_by_the_command_line(tmp_path, monkeypatch, capsys):
+def test_the_command_line_writes_the_workflow_beside_the_nodes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     StepSchedule([1.0, 0.5, 0.0], provenance={"native": {"clock": "flow time"}}).save("two.json")
     (tmp_path / "my.json").write_text(json.dumps(API))

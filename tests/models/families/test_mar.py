@@ -1,9 +1,9 @@
-"""MAR from its public files: the numbers of the authors' networks and of their stochastic sampler (oracles G)."""
+"""MAR computes what the authors' networks and their stochastic sampler compute (oracles G)."""
 
 import json
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -33,36 +33,30 @@ GRID = DDIMSchedule(BETAS).nodes(4)
 STEPS = StepSchedule(GRID)
 SIZES = {"a": (4, 4, 1), "p2": (3, 12, 2)}  # channels, size, patch
 with safe_open(ORACLES / "mar_tiny.safetensors", "pt") as file:
-    META = {
-        key: json.loads(value) for key, value in file.metadata().items() if key in ("meta", "extra")
-    }
+    METADATA = file.metadata()
+META = {key: json.loads(METADATA[key]) for key in ("meta", "extra")}
 RUNS = {run["prefix"]: run for run in META["extra"]["sample_runs"]}
 
 
 def network(tag: str) -> MARNetwork:
     channels, size, patch = SIZES[tag]
     public = META["meta"][tag]["init_kwargs"]
-    arguments = {
-        key: public[key]
-        for key in public
-        if key.startswith(("encoder", "decoder", "mlp", "buffer", "diffloss"))
-    }
+    prefixes = ("encoder", "decoder", "mlp", "buffer", "diffloss")
+    arguments = {key: value for key, value in public.items() if key.startswith(prefixes)}
     return MARNetwork(channels, size, public["class_num"], patch, **arguments)
 
 
 def mar(
     tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int = 5, **changes
 ) -> MAR:
+    """A model of the small networks of the oracles."""
     channels, size, patch = SIZES[tag]
-
-    sizes = {
-        "full": {
-            "event_shape": ((size // patch) ** 2, channels * patch**2),
-            "num_classes": META["meta"][tag]["init_kwargs"]["class_num"],
-            "checkpoint": "nowhere",
-            "backbone": Backbone(tag),
-            "decoder": nn.Identity,
-        }
+    full = {
+        "event_shape": ((size // patch) ** 2, channels * patch**2),
+        "num_classes": META["meta"][tag]["init_kwargs"]["class_num"],
+        "checkpoint": "nowhere",
+        "backbone": Backbone(tag),
+        "decoder": nn.Identity,
     }
 
     arguments = {
@@ -77,7 +71,7 @@ def mar(
         num_iter,
         name="mar",
         size="full",
-        sizes=sizes,
+        sizes={"full": full},
         parameterization=FORM,
         guidance=Guidance(scale),
         checkpoint=str(checkpoint),
@@ -87,7 +81,7 @@ def mar(
 
 
 class Backbone(partial):
-    """As Hydra's: its `func` is the class."""
+    """A partial as Hydra makes it, whose `func` is the network's class."""
 
     def __new__(cls, tag):
         return super().__new__(cls, MARNetwork, tag)
@@ -97,7 +91,7 @@ class Backbone(partial):
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, of the largest expected value."""
+    """Return the largest error as a share of the largest expected value."""
     return float((result - expected).abs().max() / expected.abs().max())
 
 
@@ -108,22 +102,19 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def files(arrays, tmp_path_factory):
-    """The authors' checkpoints: trained weights, and their average, which counts."""
+    """The authors' checkpoints, with the trained weights and their average, which is used."""
     paths = {}
 
     for tag in SIZES:
         prefix = f"{tag}.sd."
-        average = {
-            key.removeprefix(prefix): tensor.float()
-            for key, tensor in arrays.items()
-            if key.startswith(prefix)
-        }
+        average = {}
+        for key, tensor in arrays.items():
+            if key.startswith(prefix):
+                average[key.removeprefix(prefix)] = tensor.float()
         paths[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
         trained = {key: torch.zeros_like(tensor) for key, tensor in average.items()}
-        torch.save(
-            {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3},
-            paths[tag],
-        )
+        content = {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3}
+        torch.save(content, paths[tag])
 
     return paths
 
@@ -139,13 +130,13 @@ def tokens():
 
 
 @pytest.mark.parametrize("tag", SIZES)
-def test_contexts_of_the_original(files, arrays, tag):
+def test_contexts_are_those_of_the_original(files, arrays, tag):
     backbone = mar(tag, files[tag], dtype="float32").backbone
     f = f"{tag}.enc."
     places = (arrays[f + "mask"] == 0).nonzero()[:, 1].view(3, -1)
     public = arrays[f + "class_embedding"]
     label = torch.full((3,), -1)
-    for row in (0, 1):  # the third row has none
+    for row in (0, 1):  # the third row has no class
         label[row] = (backbone.class_emb.weight - public[row]).abs().sum(1).argmin()
 
     for name, visible in (("", places), ("_allmasked", places[:, :0])):
@@ -155,7 +146,7 @@ def test_contexts_of_the_original(files, arrays, tag):
 
 
 @pytest.mark.parametrize("tag", SIZES)
-def test_head_of_the_original(files, arrays, tag):
+def test_the_head_is_that_of_the_original(files, arrays, tag):
     head = mar(tag, files[tag], dtype="float32").backbone.diffloss["net"]
     x = arrays[f"{tag}.mlp.x"]
     clock = arrays[f"{tag}.mlp.t"].float()
@@ -168,21 +159,19 @@ def test_head_of_the_original(files, arrays, tag):
     eps = out[:half, : x.shape[1]]
     free = out[half:, : x.shape[1]]
 
-    assert (
-        difference(2.5 * eps - 1.5 * free, arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]])
-        < 1e-5
-    )
+    expected = arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]]
+    assert difference(2.5 * eps - 1.5 * free, expected) < 1e-5
 
 
 @pytest.mark.parametrize("tag", SIZES)
-def test_patches_of_the_original(arrays, tag):
+def test_patches_are_those_of_the_original(arrays, tag):
     assert torch.equal(
         network(tag).unpatchify(arrays[f"{tag}.patchify.out"]), arrays[f"{tag}.patchify.in"]
     )
 
 
 def test_full_size_has_the_weights_of_the_public_file():
-    """All there, none left over: with the head the authors' 208 M, 479 M and 943 M numbers, rounded up."""
+    """With the head they are the authors' 208, 479 and 943 million numbers, rounded up."""
     expected = json.loads((ORACLES / "mar_fullsize_keys.json").read_text())["mar_base"]
     numbers = {}
 
@@ -191,15 +180,14 @@ def test_full_size_has_the_weights_of_the_public_file():
             state = instantiate(configured(name).sizes.full.backbone)().state_dict()
         numbers[name] = sum(value.numel() for value in state.values())
         if name == "mar_base":
-            assert {key: list(value.shape) for key, value in state.items()} == expected[
-                "state_dict"
-            ]
+            shapes = {key: list(value.shape) for key, value in state.items()}
+            assert shapes == expected["state_dict"]
 
     assert numbers["mar_base"] == expected["n_params"] == 207_924_768
     assert [math.ceil(numbers[name] / 1e6) for name in ("mar_large", "mar_huge")] == [479, 943]
 
 
-def test_a_public_file_and_ours_are_one(files, tmp_path):
+def test_a_public_file_and_our_own_are_the_same_model(files, tmp_path):
     model = mar(checkpoint=files["a"], dtype="float32")
     torch.save(model.backbone.state_dict(), tmp_path / "own.pt")
     assert mar(checkpoint=files["a"].parent, dtype="float32").fingerprint == model.fingerprint
@@ -216,8 +204,8 @@ def test_a_public_file_and_ours_are_one(files, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("prefix", RUNS)
-def test_the_stochastic_sampler_of_the_original(files, arrays, prefix, dtype, monkeypatch):
-    """With their orders, noises and steps our token loop gives their contexts and tokens in every iteration."""
+def test_the_stochastic_sampler_is_that_of_the_original(files, arrays, prefix, dtype, monkeypatch):
+    """With their orders, noises and steps the contexts and tokens of every iteration are theirs."""
     run = RUNS[prefix]
     tensors = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
     model = mar(
@@ -228,71 +216,78 @@ def test_the_stochastic_sampler_of_the_original(files, arrays, prefix, dtype, mo
         assert scales == pytest.approx(run["cfg_iter"], rel=1e-6)
     else:
         monkeypatch.setattr(MAR, "scale", lambda self, guidance, iteration: guidance.scale)
+
+    # Their orders, and their sampler in the place of ours.
     monkeypatch.setattr(MAR, "orders", lambda self, noise: tensors["orders"])
-    head_calls = []
-    iterations = iter(range(run["num_iter"]))
-    model.backbone.diffloss["net"].register_forward_hook(
-        lambda _, inputs, output: head_calls.append((*inputs, output))
-    )
-
-    def sampler(solver, velocity, noise, steps, group):
-        name = f"iter{next(iterations)}."
-        rows = noise.shape[0] * noise.shape[1]
-        noises = [tensors[name + "noise_init"], *tensors[name + "noise_steps"]]
-        noises = [
-            values[:rows].view(noise.shape).to(noise) for values in noises
-        ]  # the rest is for rows without class
-        tokens = ancestral(velocity, noises, head_calls, run["temperature"])
-
-        assert difference(head_calls[-1][2].flatten(0, 1), tensors[name + "z"]) < 2e-5
-        assert difference(tokens.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
-
-        return tokens
-
+    sampler = OriginalSampler(tensors, run["temperature"])
+    model.backbone.diffloss["net"].register_forward_hook(sampler.record)
     monkeypatch.setattr("oss_exp.models.families.mar.sample", sampler)
-    nothing = torch.zeros(run["bsz"], *model.event_shape, dtype=getattr(torch, dtype))
-    labels = None if run["labels"] is None else torch.tensor(run["labels"])
-    images = model.generate(Euler(), STEPS, nothing, labels)
-    final, tolerance = ("final", 2e-5) if dtype == "float32" else ("final64", 1e-8)
 
+    noise = torch.zeros(run["bsz"], *model.event_shape, dtype=getattr(torch, dtype))
+    labels = None if run["labels"] is None else torch.tensor(run["labels"])
+    images = model.generate(Euler(), STEPS, noise, labels)
+    final, tolerance = ("final", 2e-5) if dtype == "float32" else ("final64", 1e-8)
     assert difference(images, tensors[final]) < tolerance
 
 
-def ancestral(velocity, noises, head_calls, temperature):
-    """Ho et al. 2020, alg. 2, on the respaced chain, with the learned variance of Nichol & Dhariwal 2021, eq. 15."""
-    x, *noises = noises
-    times = DDIMSchedule(BETAS).nodes(len(noises))
-    alphas_cumprod = torch.cumprod(1 - BETAS, 0)[FORM.path.native(times).round().long()[:-1]]
-    before = torch.cat([alphas_cumprod[1:], torch.ones(1, dtype=torch.float64)])
-    beta = 1 - alphas_cumprod / before
-    small = beta * (1 - before) / (1 - alphas_cumprod)
-    small[-1] = small[-2]
+class OriginalSampler:
+    """The authors' sampler with their noises, in the place of `sample`; it checks every iteration."""
 
-    for i, noise in enumerate(noises):
-        t = times[i].expand(len(x))
-        state = x / rowwise(FORM.path.scale(t), x)
-        eps = state + rowwise(1 - t, x) * velocity(state, t)
-        share = (head_calls[-1][3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
-        x0 = (x - (1 - alphas_cumprod[i]).sqrt() * eps) / alphas_cumprod[i].sqrt()
-        x = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (
-            1 - alphas_cumprod[i]
-        )
-        if i + 1 < len(noises):
-            x = (
-                x
-                + temperature
-                * noise
-                * (share * beta[i].log() / 2 + (1 - share) * small[i].log() / 2).exp()
-            )
+    def __init__(self, tensors: dict[str, torch.Tensor], temperature: float):
+        self.tensors = tensors
+        self.temperature = temperature
+        self.iterations = count()
+        self.head_call = None
 
-    return x
+    def record(self, module, inputs, output) -> None:
+        """Remember a call of the head, as its forward hook."""
+        self.head_call = (*inputs, output)
+
+    def __call__(self, solver, velocity, noise, steps, group):
+        tensors = self.tensors
+        name = f"iter{next(self.iterations)}."
+        rows = noise.shape[0] * noise.shape[1]  # theirs has more, for rows without class
+        noises = [tensors[name + "noise_init"], *tensors[name + "noise_steps"]]
+        noises = [values[:rows].view(noise.shape).to(noise) for values in noises]
+
+        tokens = self.ancestral(velocity, noises)
+        assert difference(self.head_call[2].flatten(0, 1), tensors[name + "z"]) < 2e-5
+        assert difference(tokens.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
+        return tokens
+
+    def ancestral(self, velocity, noises):
+        """Ho et al. 2020, algorithm 2, with the learned variance of Nichol & Dhariwal 2021, eq. 15."""
+        # The respaced chain.
+        x, *noises = noises
+        times = DDIMSchedule(BETAS).nodes(len(noises))
+        indices = FORM.path.native(times).round().long()[:-1]
+        alphas_cumprod = torch.cumprod(1 - BETAS, 0)[indices]
+        before = torch.cat([alphas_cumprod[1:], torch.ones(1, dtype=torch.float64)])
+        beta = 1 - alphas_cumprod / before
+        small = beta * (1 - before) / (1 - alphas_cumprod)
+        small[-1] = small[-2]
+
+        for i, noise in enumerate(noises):
+            # The predicted x0.
+            t = times[i].expand(len(x))
+            state = x / rowwise(FORM.path.scale(t), x)
+            eps = state + rowwise(1 - t, x) * velocity(state, t)
+            x0 = (x - (1 - alphas_cumprod[i]).sqrt() * eps) / alphas_cumprod[i].sqrt()
+
+            # The posterior's mean and, but for the last step, its noise.
+            x = before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x
+            x = x / (1 - alphas_cumprod[i])
+            if i + 1 < len(noises):
+                share = (self.head_call[3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
+                log_variance = share * beta[i].log() + (1 - share) * small[i].log()
+                x = x + self.temperature * noise * (log_variance / 2).exp()
+        return x
 
 
 @pytest.mark.parametrize("num_steps", [5, 10, 25, 50, 100, 500, 1000])
-def test_the_chain_of_the_original(num_steps):
-    respaced = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"][
-        str(num_steps)
-    ]
+def test_the_chain_is_that_of_the_original(num_steps):
+    chains = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"]
+    respaced = chains[str(num_steps)]
     nodes = DDIMSchedule(BETAS).nodes(num_steps)
 
     assert FORM.path.native(nodes)[:-1].round().tolist() == respaced["timestep_map"][::-1]
@@ -346,7 +341,7 @@ def test_orders_are_the_samples_own(tokens):
     many = torch.randn(2000, 16, 4, generator=torch.Generator().manual_seed(1))
     first = model.orders(many)[:, 0]
     assert (first.bincount(minlength=16) - 125).abs().max() < 50
-    assert many[torch.arange(2000), first].mean().abs() < 0.05  # and says nothing of the noise
+    assert many[torch.arange(2000), first].mean().abs() < 0.05  # the order does not tell the noise
 
 
 @pytest.mark.parametrize("search_iterations", [[0], [2], None])
@@ -370,7 +365,7 @@ def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeyp
 
 
 def test_velocity_of_a_later_iteration_knows_some_tokens(tokens, monkeypatch):
-    """What is unknown has its own context, in its place; what is known has one of theirs again."""
+    """Unknown tokens have a context each, in their places; known ones share the contexts of others."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
     classes = torch.tensor([3])
     t = torch.full((1,), 0.5, dtype=torch.float64)
@@ -390,7 +385,7 @@ def test_velocity_of_a_later_iteration_knows_some_tokens(tokens, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monkeypatch):
-    """In their places and at their own scales: those that stay unknown longest are the last iteration's."""
+    """The places that stay unknown longest are the last iteration's, at its guidance scale."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
     classes = torch.tensor([3])
     t = torch.full((1,), 0.5, dtype=torch.float64)
@@ -405,10 +400,11 @@ def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monke
 
 @pytest.mark.parametrize("search_cfg", [None, 1, 2.0])
 def test_guidance_of_the_velocity(search_cfg, tokens):
-    """v is linear in its scale, which is that of the iteration unless `search_cfg` says otherwise."""
+    """v is linear in the scale, which is the iteration's unless `search_cfg` gives another."""
     classes = torch.tensor([3, 1, 3, 0])
     t = torch.full((4,), 0.5, dtype=torch.float64)
-    one, two = (mar(search_cfg=scale).velocity(classes) for scale in (1, 2))
+    one = mar(search_cfg=1).velocity(classes)
+    two = mar(search_cfg=2).velocity(classes)
     scale = 1 + 2 * 1 / 16 if search_cfg is None else search_cfg
     model = mar(search_cfg=search_cfg)
 
@@ -470,54 +466,84 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
         torch.testing.assert_close(alone, images[row : row + 1], rtol=1e-7, atol=1e-7)
 
 
-def test_training_hides_what_is_to_be_made(monkeypatch):
-    """Contexts are of the known places alone; all places count in turn, and as many as the step's number says."""
-    model = mar("p2", num_iter=4)
-    draw = torch.Generator().manual_seed(0)
-    x0, noise = (
-        torch.randn(3, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
+class TrainingStep:
+    """A training step of a fixed batch, at a share of the token loop, and the contexts it decodes."""
+
+    def __init__(self, monkeypatch):
+        self.model = mar("p2", num_iter=4)
+        draw = torch.Generator().manual_seed(0)
+        shape = (3, *self.model.image_shape)
+        self.x0 = torch.randn(shape, generator=draw, dtype=torch.float64)
+        self.noise = torch.randn(shape, generator=draw, dtype=torch.float64)
+        self.tokens = self.model.backbone.patchify(self.x0)
+        self.contexts = []
+        decode = MARNetwork.decode
+
+        def record(network, *arguments):
+            self.contexts.append(decode(network, *arguments))
+            return self.contexts[-1]
+
+        monkeypatch.setattr(MARNetwork, "decode", record)
+
+    def num_unknown(self, share: float) -> int:
+        return math.ceil(math.cos(math.pi / 2 * share) * self.model.event_shape[0])
+
+    def places(self) -> torch.Tensor:
+        """The places of the tokens (3, count) in their orders, unknown ones first."""
+        return self.model.orders(self.model.backbone.patchify(self.noise))
+
+    def changed(self, places: torch.Tensor) -> torch.Tensor:
+        """The images with other tokens at these places (3, n)."""
+        index = places[:, :, None].expand(-1, -1, self.tokens.shape[2])
+        return self.model.backbone.unpatchify(self.tokens.scatter(1, index, 7.0))
+
+    def loss(self, x0: torch.Tensor, share: float) -> torch.Tensor:
+        batch = {
+            "x0": x0,
+            "noise": self.noise,
+            "t": torch.full((3,), 0.4, dtype=torch.float64),
+            "label": torch.tensor([0, -1, 2]),
+            "shared": torch.full((3,), share),
+        }
+        return self.model.loss(self.model.backbone, batch)
+
+
+@pytest.fixture
+def training(monkeypatch) -> TrainingStep:
+    return TrainingStep(monkeypatch)
+
+
+def test_patches_are_a_round_trip(training):
+    assert torch.equal(training.model.backbone.unpatchify(training.tokens), training.x0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_training_hides_the_unknown_tokens(training, share):
+    """They change the loss, whose targets they are, and no context."""
+    hidden = training.places()[:, : training.num_unknown(share)]
+    assert not torch.equal(
+        training.loss(training.x0, share), training.loss(training.changed(hidden), share)
     )
-    batch = {"noise": noise, "t": torch.full((3,), 0.4).double(), "label": torch.tensor([0, -1, 2])}
+    assert torch.equal(*training.contexts)
 
-    assert torch.equal(model.backbone.unpatchify(model.backbone.patchify(x0)), x0)
 
-    places = model.orders(model.backbone.patchify(noise))
-    outputs = []
-    decode = MARNetwork.decode
-    monkeypatch.setattr(
-        MARNetwork,
-        "decode",
-        lambda self, *arguments: outputs.append(decode(self, *arguments)) or outputs[-1],
-    )
-    count = model.event_shape[0]
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_training_shows_the_known_tokens(training, share):
+    visible = training.places()[:, training.num_unknown(share) :]
+    training.loss(training.x0, share)
+    training.loss(training.changed(visible), share)
+    assert not torch.equal(*training.contexts)
 
-    for shared in (0.0, 0.5, 0.99):
-        unknown = math.ceil(math.cos(math.pi / 2 * shared) * count)
-        tokens = model.backbone.patchify(x0)
-        changed = tokens.scatter(1, places[:, :unknown, None].expand(-1, -1, tokens.shape[2]), 7.0)
-        step = {**batch, "shared": torch.full((3,), shared)}
-        one = model.loss(model.backbone, {**step, "x0": x0})
-        other = model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(changed)})
-        assert torch.equal(*outputs[-2:])
-        assert not torch.equal(one, other)
 
-        if unknown < count:
-            changed_context = tokens.scatter(
-                1, places[:, unknown:, None].expand(-1, -1, tokens.shape[2]), 7.0
-            )
-            model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(changed_context)})
-            assert not torch.equal(*outputs[-2:])
-
-    assert unknown == 1
+def test_the_last_step_of_training_has_one_unknown_token(training):
+    assert training.num_unknown(0.99) == 1
 
 
 def test_training_asks_the_head_for_what_sampling_reads():
-    """With all unknown, the loss is the error of the head's eps at x_t, for contexts of the class alone."""
+    """With all tokens unknown, the loss is the error of the head's eps at x_t."""
     model = mar("a", num_iter=4)
     draw = torch.Generator().manual_seed(0)
-    x0, noise = (
-        torch.randn(2, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
-    )
+    x0, noise = torch.randn(2, 2, *model.image_shape, generator=draw, dtype=torch.float64)
     t = torch.tensor([0.7, 0.2], dtype=torch.float64)
     classes = torch.tensor([1, 2])
     loss = model.loss(
@@ -534,7 +560,7 @@ def test_training_asks_the_head_for_what_sampling_reads():
 
 
 def test_tokens_depend_on_those_before(tokens):
-    """Noise of the last token made reaches itself alone; that of the first made reaches all."""
+    """The noise of the last token reaches that token only, the noise of the first reaches all."""
     model = mar(num_iter=16)
     classes = torch.tensor([3])
     order = model.orders(tokens[:1])[0]
@@ -560,8 +586,17 @@ VAE_CONFIG = {
 }
 
 
+ATTENTION_NAMES = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out": "proj_out",
+}
+
+
 def ldm_name(key: str, top: int) -> str:
-    """diffusers' key of a decoder -> latent diffusion's."""
+    """Translate a decoder's key from diffusers' names to latent diffusion's."""
     parts = key.split(".")
 
     if parts[1] == "conv_norm_out":
@@ -570,13 +605,7 @@ def ldm_name(key: str, top: int) -> str:
         if parts[2] == "resnets":
             parts[1:4] = ["mid", f"block_{int(parts[3]) + 1}"]
         else:
-            inner = {
-                "group_norm": "norm",
-                "to_q": "q",
-                "to_k": "k",
-                "to_v": "v",
-                "to_out": "proj_out",
-            }[parts[4]]
+            inner = ATTENTION_NAMES[parts[4]]
             parts[1:-1] = ["mid", "attn_1", inner]
     elif parts[1] == "up_blocks":
         parts[1:3] = ["up", str(top - int(parts[2]))]
@@ -585,50 +614,61 @@ def ldm_name(key: str, top: int) -> str:
     return ".".join(parts).replace("conv_shortcut", "nin_shortcut")
 
 
-def test_a_vae_of_latent_diffusion(tmp_path):
-    whole = AutoencoderKL(**VAE_CONFIG).requires_grad_(False)
-    randomise(whole, torch.Generator().manual_seed(0))
-    theirs = {}
+@pytest.fixture(scope="module")
+def autoencoder() -> AutoencoderKL:
+    vae = AutoencoderKL(**VAE_CONFIG).requires_grad_(False)
+    randomise(vae, torch.Generator().manual_seed(0))
+    return vae
 
-    for key, value in whole.state_dict().items():
+
+@pytest.fixture(scope="module")
+def ldm_weights(autoencoder) -> dict[str, torch.Tensor]:
+    """The autoencoder's weights as latent diffusion's code has them."""
+    tensors = {}
+    for key, value in autoencoder.state_dict().items():
         if key.startswith("decoder."):
             kernel = ".attentions." in key and value.ndim == 2
-            theirs[ldm_name(key, top=2)] = value[..., None, None] if kernel else value
-        else:
-            theirs[key] = value
+            key = ldm_name(key, top=2)
+            value = value[..., None, None] if kernel else value
+        tensors[key] = value
+    return tensors
 
-    assert {key.split(".")[2] for key in theirs if key.startswith("decoder.up.")} == {"0", "1", "2"}
-    assert theirs["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
-    assert "decoder.up.1.block.0.nin_shortcut.weight" in theirs
-    assert "decoder.up.2.upsample.conv.bias" in theirs
-    assert "decoder.up.0.upsample.conv.bias" not in theirs
 
-    torch.save({"model": theirs}, tmp_path / "kl16.ckpt")
-    whole.save_pretrained(tmp_path / "vae")
+def ldm_vae(checkpoint) -> LDMVAE:
+    return LDMVAE(
+        str(checkpoint), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG
+    )
+
+
+def test_names_of_latent_diffusion(ldm_weights):
+    levels = {key.split(".")[2] for key in ldm_weights if key.startswith("decoder.up.")}
+    assert levels == {"0", "1", "2"}
+    assert ldm_weights["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
+    assert "decoder.up.1.block.0.nin_shortcut.weight" in ldm_weights
+    assert "decoder.up.2.upsample.conv.bias" in ldm_weights
+    assert "decoder.up.0.upsample.conv.bias" not in ldm_weights
+
+
+def test_a_vae_of_latent_diffusion_decodes_as_diffusers_does(autoencoder, ldm_weights, tmp_path):
+    torch.save({"model": ldm_weights}, tmp_path / "kl16.ckpt")
+    autoencoder.save_pretrained(tmp_path / "vae")
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    expected = (whole.decode(latents / 0.2325).sample / 2 + 0.5).clamp(0, 1)
+    expected = (autoencoder.decode(latents / 0.2325).sample / 2 + 0.5).clamp(0, 1)
 
     for checkpoint in (tmp_path, tmp_path / "kl16.ckpt", tmp_path / "vae"):
-        vae = LDMVAE(
-            str(checkpoint),
-            scaling_factor=0.2325,
-            micro_batch=2,
-            source="the authors",
-            **VAE_CONFIG,
-        )
-        torch.testing.assert_close(vae(latents), expected, rtol=0, atol=1e-5)
+        pixels = ldm_vae(checkpoint)(latents)
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
-    torch.save(
-        {"model": theirs | {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}}, tmp_path / "kl16.ckpt"
-    )
+
+def test_a_vae_of_another_architecture_is_refused(ldm_weights, tmp_path):
+    extra = {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}
+    torch.save({"model": ldm_weights | extra}, tmp_path / "kl16.ckpt")
     with pytest.raises(ValueError, match="of another architecture"):
-        LDMVAE(
-            str(tmp_path), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG
-        )
+        ldm_vae(tmp_path)
 
 
 def test_the_vae_of_conf_is_the_authors(monkeypatch):
-    """43.0 M numbers: those of latent diffusion's decoder with widths 128 (1, 1, 2, 2, 4)."""
+    """It has the 43.0 million numbers of latent diffusion's decoder with widths 128 (1, 1, 2, 2, 4)."""
     monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
     with torch.device("meta"):
         vae = instantiate(configured("mar_base").sizes.full.decoder, checkpoint="random")()

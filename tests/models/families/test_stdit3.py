@@ -1,4 +1,4 @@
-"""Open-Sora 1.2: the numbers of the authors' network, sampler and of the released search on it (oracles H)."""
+"""Open-Sora 1.2 computes what the authors' network, sampler and search compute (oracles H)."""
 
 import json
 from functools import partial
@@ -37,26 +37,21 @@ def tiny() -> STDiT3:
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, of the largest expected value."""
+    """Return the largest error as a share of the largest expected value."""
     return float((result - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    return {
-        key.removeprefix("a."): value
-        for key, value in load_file(ORACLES / "stdit3_tiny.safetensors").items()
-    }
+    tensors = load_file(ORACLES / "stdit3_tiny.safetensors")
+    return {key.removeprefix("a."): value for key, value in tensors.items()}
 
 
 @pytest.fixture(scope="module")
 def weights(arrays):
     """The authors' state dict of a small network."""
-    return {
-        key.removeprefix("sd."): value.float()
-        for key, value in arrays.items()
-        if key.startswith("sd.")
-    }
+    names = [key for key in arrays if key.startswith("sd.")]
+    return {name.removeprefix("sd."): arrays[name].float() for name in names}
 
 
 @pytest.fixture
@@ -73,17 +68,17 @@ def surroundings(tmp_path, monkeypatch):
 
 
 class FixedEncoder:
-    """A text encoder that gives what it was given, for every prompt."""
+    """A text encoder with the same encoding for every prompt."""
 
     def __init__(self, **encodings: torch.Tensor):
         self.encodings = encodings
         self.fingerprint = "given"
 
     def __call__(self, prompts):
-        return {
-            name: tensor.expand(len(prompts), *tensor.shape[1:])
-            for name, tensor in self.encodings.items()
-        }
+        encoded = {}
+        for name, tensor in self.encodings.items():
+            encoded[name] = tensor.expand(len(prompts), *tensor.shape[1:])
+        return encoded
 
     def cuts(self, prompts):
         return {}
@@ -91,39 +86,33 @@ class FixedEncoder:
 
 @pytest.fixture
 def build(arrays, weights, tmp_path):
-    """A model of the sampler's case, from a file in the public layout."""
+    """A function that builds the model of the sampler's case from a file in the public layout."""
     null = arrays["rflow.y_null"][0, 0]  # of that case, not of the state dict
     save_file(weights | {"y_embedder.y_embedding": null}, tmp_path / "model.safetensors")
     text_encoder = partial(
         FixedEncoder, text=arrays["rflow.y"][:, 0], mask=arrays["rflow.mask"].bool()
     )
 
+    full = {
+        "network": tiny,
+        "text_encoder": text_encoder,
+        "decoder": Pixels,
+        "checkpoint": "nowhere",
+    }
+    settings = {
+        "guidance": Guidance(4.0),
+        "fps": 24,
+        "checkpoint": str(tmp_path),
+        "dtype": "float32",
+        "prompts": ["a cat", "a dog"],
+        "ending": "",
+        "micro_batch": 64,
+        "source": "the authors",
+        **VIDEO,
+    }
+
     def make(**changes) -> OpenSora:
-        sizes = {
-            "full": {
-                "network": tiny,
-                "text_encoder": text_encoder,
-                "decoder": Pixels,
-                "checkpoint": "nowhere",
-            }
-        }
-
-        settings = {
-            "guidance": Guidance(4.0),
-            "fps": 24,
-            "checkpoint": str(tmp_path),
-            "dtype": "float32",
-            **VIDEO,
-        }
-
-        settings |= {
-            "prompts": ["a cat", "a dog"],
-            "ending": "",
-            "micro_batch": 64,
-            "source": "the authors",
-        }
-
-        return OpenSora("open_sora", "full", sizes, **(settings | changes))
+        return OpenSora("open_sora", "full", {"full": full}, **(settings | changes))
 
     return make
 
@@ -159,8 +148,8 @@ def answer(network: STDiT3, arrays, case: str, rows: slice = slice(None)) -> tor
 
 
 @pytest.mark.parametrize("case", ["c0", "c1", "c2", "c3"])
-def test_answers_of_the_original(filled, arrays, case):
-    """Prompts of several lengths, an odd height, a picture, and frames that are given."""
+def test_answers_are_those_of_the_original(filled, arrays, case):
+    """The cases have prompts of several lengths, an odd height, a picture and fixed frames."""
     assert difference(answer(filled, arrays, case), arrays[f"{case}.out"]) < 1e-4
     assert difference(answer(filled.double(), arrays, case), arrays[f"{case}.out64"]) < 1e-6
 
@@ -171,7 +160,7 @@ def test_rows_do_not_see_each_other(filled, arrays):
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-12)
 
 
-def test_positions_of_the_original(filled, arrays):
+def test_positions_are_those_of_the_original(filled, arrays):
     rotated = rotate(arrays["rope.in"], filled.rope.angles(5))
     torch.testing.assert_close(rotated, arrays["rope.out"], rtol=0, atol=1e-6)
     for key, rows, columns, scale, base in (
@@ -221,14 +210,14 @@ def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.parametrize("name", ["transform1", "transform0"])
-def test_the_sampler_of_the_original(build, arrays, name):
-    """Its 6 steps at guidance 4 and times between whole numbers: the clock, the sign, and whose the null tokens are."""
+def test_the_sampler_is_that_of_the_original(build, arrays, name):
+    """6 steps at guidance 4, at times that are no whole numbers."""
     shift = time_shift(**VIDEO) if name == "transform1" else 1.0
     result = euler(build(), arrays["rflow.z"], FlowSchedule(shift).nodes(6))
     assert difference(result, arrays[f"rflow.final_{name}"]) < 1e-4
 
 
-def test_the_search_of_the_released_code(build, arrays):
+def test_the_search_is_that_of_the_released_code(build, arrays):
     case = FACTS["oss"]
     model = build()
     z = arrays["rflow.z"]
@@ -311,7 +300,7 @@ def test_the_decoder_takes_17_frames_at_a_time(small, noise):
 
 
 def test_time_is_doubled_in_order_and_only_the_past_is_seen(small, noise):
-    """Each convolution in turn: the two halves of every channel pair are neighbouring frames."""
+    """The two channels of every pair become neighbouring frames."""
     decoder = small.decoder.temporal_vae.decoder
     x = noise[:1].repeat(1, 4, 1, 1, 1)  # 16 channels
     output = decoder.conv_blocks[1](x)
@@ -351,7 +340,7 @@ def test_the_decoder_reads_the_public_layout(small, yaml, noise, tmp_path):
 
 
 def test_the_full_decoder_is_the_public_one(yaml):
-    """With its encoder and 83 653 863 numbers in space it fills the public file to the byte; counted once from that."""
+    """The count is that of the public file, less its encoder and the part in space."""
     full = yaml.model.sizes.full.decoder
     with torch.device("meta"):
         decoder = VideoVAE("random", full.scale, full.shift, full.temporal, full.spatial, "")
@@ -361,7 +350,7 @@ def test_the_full_decoder_is_the_public_one(yaml):
 
 
 def test_t5_from_a_folder(tmp_path, monkeypatch):
-    """The mask is of the prompt's tokens and its end; what comes after changes nothing."""
+    """The mask is of the prompt's tokens and their end; later tokens change nothing."""
     vocabulary = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
