@@ -1,4 +1,4 @@
-"""Every family says which of its parameters are adaptive layer norms, for task=finetune task.trainable=adaln."""
+"""Every family names its adaptive layer norms, for task=finetune task.trainable=adaln."""
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from oss_exp.cli import CONF
 from oss_exp.models.network import adaptive_norms
 
-# Layers by their last name: those that turn clock and condition into shifts, scales and gates, and one beside them.
+# By family: the last names of the layers that make shifts, scales and gates, and another layer's.
 FAMILIES = {
     "unet_fashion": ({"time_emb_proj", "linear_1", "linear_2"}, "conv1"),
     "dit_fashion": ({"linear", "linear_1", "linear_2", "proj_out_1"}, "proj_out_2"),
@@ -17,19 +17,19 @@ FAMILIES = {
     "flux_fashion": ({"linear", "linear_1", "linear_2"}, "to_q"),
 }
 WITHOUT = ("edm_cifar10_cond", "edm_imagenet64")
-PROMPTS = {"flux_fashion": "coloured_fashion.txt"}
+PROMPTS = {"open_sora_1_2": "prompts.txt", "flux_fashion": "coloured_fashion.txt"}
 
 
 def backbone(name: str):
+    """The untrained backbone of a model of conf/, tiny where it has that size."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        prompted = name in ("open_sora_1_2", "flux_fashion")
-        prompts = (
-            ["data=prompts", f"data.prompts={PROMPTS.get(name, 'prompts.txt')}"] if prompted else []
-        )
-        model = compose("config", [f"model={name}", *prompts]).model
-    return instantiate(
-        model, **({"size": "tiny"} if "tiny" in model.get("sizes", ()) else {})
-    ).backbone
+        overrides = [f"model={name}"]
+        if name in PROMPTS:
+            overrides += ["data=prompts", f"data.prompts={PROMPTS[name]}"]
+        model = compose("config", overrides).model
+
+    size = {"size": "tiny"} if "tiny" in model.get("sizes", ()) else {}
+    return instantiate(model, **size).backbone
 
 
 def layer(parameter: str) -> str:
@@ -43,14 +43,16 @@ def layer(parameter: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_names_its_adaptive_layer_norms(name):
-    layers, beside = FAMILIES[name]
+    layers, other = FAMILIES[name]
     network = backbone(name)
-    names = adaptive_norms(network)
-    assert {layer(name_) for name_ in names} == layers
-    everything = {name_ for name_, _ in network.named_parameters()}
-    assert set(names) < everything
-    others = {layer(name_) for name_ in everything - set(names)}
-    assert beside in {part for name_ in others for part in (name_, name_.split(".")[0])}
+    parameters = {parameter for parameter, _ in network.named_parameters()}
+
+    norms = set(adaptive_norms(network))
+
+    assert norms < parameters
+    assert {layer(parameter) for parameter in norms} == layers
+    others = {layer(parameter) for parameter in parameters - norms}
+    assert other in others | {name.split(".")[0] for name in others}
 
 
 @pytest.mark.parametrize("name", WITHOUT)

@@ -1,4 +1,4 @@
-"""DiT-XL/2 from its public files: the numbers of the authors' network, sampler and search (oracles F)."""
+"""DiT-XL/2 computes what the authors' network, sampler and search compute (oracles F)."""
 
 import json
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ def tiny(size: int = 8, width: int = 32) -> PublishedDiT:
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, of the largest expected value."""
+    """Return the largest error as a share of the largest expected value."""
     return float((result - expected).abs().max() / expected.abs().max())
 
 
@@ -55,11 +55,8 @@ def arrays():
 @pytest.fixture(scope="module")
 def original(arrays):
     """The authors' state dict of a small network."""
-    return {
-        key.removeprefix("sd."): value.float()
-        for key, value in arrays.items()
-        if key.startswith("sd.")
-    }
+    names = [key for key in arrays if key.startswith("sd.")]
+    return {name.removeprefix("sd."): arrays[name].float() for name in names}
 
 
 @pytest.fixture
@@ -89,16 +86,15 @@ def model(backbone, form=EXACT, guidance=UNGUIDED, dtype="float32") -> Network:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_answers_of_the_original(filled, arrays):
+def test_answers_are_those_of_the_original(filled, arrays):
     x = arrays["x"]
     y = arrays["y"]  # 10 is their null label
 
     for labels in (y, torch.where(y == 10, -1, y)):
         eps = filled(x, arrays["t"].float(), labels)
         assert difference(eps, arrays["forward"][:, :4]) < 1e-4
-        assert (
-            difference(filled(x, arrays["t_frac"], labels), arrays["forward_t_frac"][:, :4]) < 1e-4
-        )
+        eps = filled(x, arrays["t_frac"], labels)
+        assert difference(eps, arrays["forward_t_frac"][:, :4]) < 1e-4
 
     wide = filled.double()(x.double(), arrays["t"].double(), y)
     assert difference(wide, arrays["forward64"][:, :4]) < 1e-9
@@ -128,13 +124,12 @@ def test_the_position_table_is_the_original_one(filled, arrays):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_round_trips(filled, original, arrays, layout):
+def test_layouts_are_round_trips(filled, original, arrays, layout):
     public = filled.to_public(layout)
     if layout == "original":
         assert public.keys() == original.keys()
-        assert all(
-            torch.equal(public[key], original[key]) for key in original.keys() - {"pos_embed"}
-        )
+        names = original.keys() - {"pos_embed"}
+        assert all(torch.equal(public[name], original[name]) for name in names)
     again = tiny()
     again.load_state_dict(again.translate(public))
     question = arrays["x"], arrays["t"].float(), arrays["y"]
@@ -145,31 +140,26 @@ def test_round_trips(filled, original, arrays, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_full_size_has_the_weights_of_the_public_file(size):
-    """All there, none left over: 675.1 M numbers with the table (256 x 256), which is the paper's 675 M."""
+    """They are the paper's 675 million numbers: 675.1 with the table of positions (256 x 256)."""
     with torch.device("meta"):
         network = PublishedDiT(size=size, attention_head_dim=72, **XL)
 
-    nothing = torch.zeros(
-        (), dtype=torch.bfloat16
-    )  # each weight one number in memory, seen as many
-    network.load_state_dict(
-        {key: nothing.expand(w.shape) for key, w in network.state_dict().items()}, assign=True
-    )
+    # Each weight is one number in memory.
+    zero = torch.zeros((), dtype=torch.bfloat16)
+    state = {key: zero.expand(weight.shape) for key, weight in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
     public = network.to_public("original")
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())
     table = [1, (size // 2) ** 2, 1152]
 
-    assert {key: list(value.shape) for key, value in public.items()} == expected["state_dict"] | {
-        "pos_embed": table
-    }
-
+    shapes = {key: list(value.shape) for key, value in public.items()}
+    assert shapes == expected["state_dict"] | {"pos_embed": table}
     if size == 32:
-        assert (
-            sum(value.numel() for value in public.values()) == expected["n_params"] == 675_129_632
-        )
+        num_weights = sum(value.numel() for value in public.values())
+        assert num_weights == expected["n_params"] == 675_129_632
 
 
-def test_a_folder_that_diffusers_wrote(filled, arrays, tmp_path):
+def test_a_folder_that_diffusers_wrote_is_read(filled, arrays, tmp_path):
     filled.network.save_pretrained(tmp_path / "transformer")
     question = arrays["x"], torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
     expected = model(filled).velocity(torch.tensor([0, 3, 9, 1]))(*question)
@@ -177,35 +167,29 @@ def test_a_folder_that_diffusers_wrote(filled, arrays, tmp_path):
     assert torch.equal(velocity, expected)
 
 
-def test_an_original_file(filled, original, arrays, tmp_path):
+def test_an_original_file_is_read(filled, original, arrays, tmp_path):
     torch.save(original, tmp_path / "DiT-XL-2-256x256.pt")
     files = published(tmp_path), published(tmp_path / "DiT-XL-2-256x256.pt")
     filled.network.save_pretrained(tmp_path / "hub" / "transformer")
 
     assert len({file.fingerprint for file in (*files, published(tmp_path / "hub"))}) == 1
-    assert (
-        difference(
-            files[0].backbone(arrays["x"], arrays["t"].float(), arrays["y"]),
-            arrays["forward"][:, :4],
-        )
-        < 1e-4
-    )
+    eps = files[0].backbone(arrays["x"], arrays["t"].float(), arrays["y"])
+    assert difference(eps, arrays["forward"][:, :4]) < 1e-4
 
 
 def published(checkpoint, size: int = 8) -> Published:
-    sizes = {
-        "full": {
-            "backbone": partial(PublishedDiT, size=size, attention_head_dim=8, **TINY),
-            "decoder": Pixels,
-            "event_shape": (4, size, size),
-            "num_classes": 10,
-            "checkpoint": "nowhere",
-        }
+    """A small model of a checkpoint."""
+    full = {
+        "backbone": partial(PublishedDiT, size=size, attention_head_dim=8, **TINY),
+        "decoder": Pixels,
+        "event_shape": (4, size, size),
+        "num_classes": 10,
+        "checkpoint": "nowhere",
     }
     return Published(
         "dit",
         "full",
-        sizes,
+        {"full": full},
         EXACT,
         UNGUIDED,
         8,
@@ -241,7 +225,7 @@ class Released(NoisePrediction):
 
 @pytest.mark.parametrize("scale", [1.5, 4.0])
 def test_guidance_of_the_velocity_is_theirs_of_the_noise(filled, arrays, scale):
-    """v is linear in eps at the same x, so guiding either one, on 3 channels or on all, is the same."""
+    """v is linear in eps at the same x, so guiding either one is the same."""
     half = len(arrays["cfg.x"]) // 2
     x = arrays["cfg.x"][:half]
     y = arrays["cfg.y"][:half]
@@ -255,12 +239,12 @@ def test_guidance_of_the_velocity_is_theirs_of_the_noise(filled, arrays, scale):
 
 @pytest.mark.parametrize("size", ["5", "10", "20", "50", "100", "200"])
 def test_noise_schedule_ddim_is_the_grid_of_the_released_code(size):
-    """Evenly spaced indices as create_diffusion(str(N)) keeps them, from 999 to 0, then clean data."""
+    """The indices are those of create_diffusion(str(N)), from 999 to 0, then clean data."""
     respaced = json.loads((ORACLES / "dit_diffusion.json").read_text())[size]
     nodes = DDIMSchedule(BETAS).nodes(int(size)).flip(0)
-    torch.testing.assert_close(
-        nodes, torch.tensor(respaced["fm_steps"], dtype=torch.float64), rtol=0, atol=1e-14
-    )
+    expected = torch.tensor(respaced["fm_steps"], dtype=torch.float64)
+
+    torch.testing.assert_close(nodes, expected, rtol=0, atol=1e-14)
     assert EXACT.path.native(nodes)[1:].round().tolist() == respaced["timestep_map"]
     assert nodes[-1] <= EXACT.time_max
 
@@ -269,8 +253,8 @@ def test_noise_schedule_ddim_is_the_grid_of_the_released_code(size):
     ("name", "guidance"), [("cfg1.5", Guidance(1.5, channels=3)), ("nocfg", UNGUIDED)]
 )
 @pytest.mark.parametrize("size", [10, 50, 200])
-def test_velocities_of_the_released_wrapper(filled, arrays, size, name, guidance):
-    """Ours are its own without its 1e-4, which moves v by up to 1.1 %, and with x scaled at the first node as well."""
+def test_velocities_are_those_of_the_released_wrapper(filled, arrays, size, name, guidance):
+    """The wrapper adds 1e-4 and does not scale x at the first node: that moves v by up to 1.1 %."""
     f = f"wrap.N{size}."
     x = arrays[f"wrap.N{size}.x"].double()
     labels = arrays[f"wrap.N{size}.y"]
@@ -287,29 +271,31 @@ def test_velocities_of_the_released_wrapper(filled, arrays, size, name, guidance
         assert difference(exact(x, at), arrays[f"{f}v_{name}"][j].double()) < 0.011
 
 
-def test_search_of_the_released_code(filled, arrays):
-    """Teacher, schedules and student are its own with its scaling; ours moves the images by 1.1 %, no schedule."""
+def test_the_search_is_that_of_the_released_code(filled, arrays):
+    """Without its scaling the images move by 1.1 % and the schedules stay."""
     with safe_open(ORACLES / "dit_tiny.safetensors", "pt") as file:
         case = json.loads(file.metadata()["oss_end_to_end"])
 
-    grid = DDIMSchedule(BETAS).nodes(case["N"])
+    N, M = case["N"], case["M"]
+    grid = DDIMSchedule(BETAS).nodes(N)
     noise = arrays["oss.z"]
-    labels = arrays["oss.y"]
+    guidance = Guidance(case["cfg_scale"], channels=3)
     released = Released(EXACT.path, EXACT.time_max, start=float(grid[0]))
 
     for form, tolerance in ((released, 1e-5), (EXACT, 0.012)):
-        f = model(filled, form, Guidance(case["cfg_scale"], channels=3)).velocity(labels)
+        # Teacher.
+        f = model(filled, form, guidance).velocity(arrays["oss.y"])
         problem = Problem(f, noise, grid, Euler(), XtMSE())
         assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < tolerance
 
-        k = case["M"]
-        path = recurse(
-            problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
-        ).paths[k]
-        nodes = [[case["N"] - n for n in reversed(row)] for row in path.nodes.T.tolist()]
-        assert nodes == case["schedules"]
+        # Schedules; theirs count from clean data.
+        edges = layers(problem.num_nodes, [M], "free", 1, "cpu")
+        path = recurse(problem, edges, [M], "free", PerSample()).paths[M]
+        assert (N - path.nodes.T.flip(1)).tolist() == case["schedules"]
 
-        times = grid[[case["N"] - i for i in reversed(case["median"])] + [case["N"]]]
+        # Student.
+        nodes = N - torch.tensor([*reversed(case["median"]), 0])
+        times = grid[nodes]
         student = sample(Euler(), f, noise, StepSchedule(times, Free(float(grid[0]))))
         assert difference(student, arrays["oss.student_median_final"]) < tolerance
 

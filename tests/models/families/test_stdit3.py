@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,14 +137,14 @@ def noise():
 
 
 def answer(network: STDiT3, arrays, case: str, rows: slice = slice(None)) -> torch.Tensor:
+    """Ask a network for the answer to some rows of a case."""
     x, text, clock, fps = (arrays[f"{case}.{name}"][rows] for name in ("x", "y", "timestep", "fps"))
     mask = arrays.get(f"{case}.mask", torch.ones(2, 7))[rows].bool()
-    noisy = arrays.get(
-        f"{case}.x_mask", None if case == "c2" else torch.ones(2, x.shape[2], dtype=bool)
-    )
+    noisy = None
+    if case != "c2":
+        noisy = arrays.get(f"{case}.x_mask", torch.ones(2, x.shape[2], dtype=bool))[rows]
     size = float(arrays[f"{case}.height"][0] * arrays[f"{case}.width"][0]) ** 0.5
     dtype = network.final_layer.linear.weight.dtype
-    noisy = None if noisy is None else noisy[rows]
     return network(x.to(dtype), clock, text[:, 0].to(dtype), mask, fps, size, noisy)
 
 
@@ -201,12 +202,9 @@ def test_noise_schedule_open_sora_is_the_transform_of_the_original(case):
 
 
 def euler(model: OpenSora, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    return sample(
-        Euler(),
-        model.velocity(torch.zeros(len(noise), dtype=int)),
-        noise,
-        StepSchedule(times, Free()),
-    )
+    """Sample the first prompt with Euler's method."""
+    velocity = model.velocity(torch.zeros(len(noise), dtype=int))
+    return sample(Euler(), velocity, noise, StepSchedule(times, Free()))
 
 
 @pytest.mark.parametrize("name", ["transform1", "transform0"])
@@ -217,34 +215,41 @@ def test_the_sampler_is_that_of_the_original(build, arrays, name):
     assert difference(result, arrays[f"rflow.final_{name}"]) < 1e-4
 
 
-def test_the_search_is_that_of_the_released_code(build, arrays):
-    case = FACTS["oss"]
-    model = build()
-    z = arrays["rflow.z"]
-    grid = FlowSchedule(time_shift(**VIDEO)).nodes(case["N"])
+@pytest.fixture(scope="module")
+def released_grid() -> torch.Tensor:
+    return FlowSchedule(time_shift(**VIDEO)).nodes(FACTS["oss"]["N"])
 
-    torch.testing.assert_close(grid.flip(0).float(), arrays["oss.fm_steps"], rtol=0, atol=1e-6)
 
-    f = model.velocity(torch.zeros(1, dtype=int))
-    problem = Problem(f, z, grid, Euler(), Select(XtMSE(), frames=2, channels=4))
+def test_the_grid_is_that_of_the_released_search(arrays, released_grid):
+    expected = arrays["oss.fm_steps"]
+    torch.testing.assert_close(released_grid.flip(0).float(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_search_is_that_of_the_released_code(build, arrays, released_grid):
+    N, M = FACTS["oss"]["N"], FACTS["oss"]["M"]
+    f = build().velocity(torch.zeros(1, dtype=int))
+    distance = Select(XtMSE(), frames=2, channels=4)
+    problem = Problem(f, arrays["rflow.z"], released_grid, Euler(), distance)
     assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < 1e-4
 
-    k = case["M"]
-    path = recurse(
-        problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
-    ).paths[k]
+    edges = layers(problem.num_nodes, [M], "free", 1, "cpu")
+    path = recurse(problem, edges, [M], "free", PerSample()).paths[M]
+    [nodes] = path.nodes.T.tolist()
+    assert [N - node for node in reversed(nodes)] == FACTS["oss"]["schedule"]
 
-    assert [[case["N"] - n for n in reversed(row)] for row in path.nodes.T.tolist()] == [
-        case["schedule"]
-    ]
 
-    student = euler(
-        model, z, grid[[case["N"] - i for i in reversed(case["schedule"])] + [case["N"]]]
-    )
+def test_the_student_is_that_of_the_released_code(build, arrays, released_grid):
+    N = FACTS["oss"]["N"]
+    nodes = [N - node for node in reversed(FACTS["oss"]["schedule"])]
+    student = euler(build(), arrays["rflow.z"], released_grid[[*nodes, N]])
     assert difference(student, arrays["oss.student_final"]) < 1e-4
 
+
+def test_velocities_are_those_of_the_released_code(build, arrays, released_grid):
+    f = build().velocity(torch.zeros(1, dtype=int))
+    times = released_grid.flip(0)
     for index, v in zip(arrays["oss.v_indices"].tolist(), arrays["oss.v_at_index"], strict=True):
-        assert difference(f(z, grid[[case["N"] - index]])[0], v) < 1e-4
+        assert difference(f(arrays["rflow.z"], times[[index]])[0], v) < 1e-4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,47 +354,46 @@ def test_the_full_decoder_is_the_public_one(yaml):
     )
 
 
-def test_t5_from_a_folder(tmp_path, monkeypatch):
-    """The mask is of the prompt's tokens and their end; later tokens change nothing."""
-    vocabulary = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        ("▁a", -1.0),
-        ("▁red", -2.0),
-        ("▁cat", -2.0),
-    ]
-
+@pytest.fixture
+def t5_folder(tmp_path) -> Path:
+    """A folder with a small T5 encoder and its tokenizer."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [("▁a", -1.0), ("▁red", -2.0), ("▁cat", -2.0)]
     T5TokenizerFast(vocab=vocabulary, extra_ids=0).save_pretrained(tmp_path / "tokenizer")
+
     config = T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     torch.manual_seed(0)
-    model = T5EncoderModel(config).eval()
-    model.save_pretrained(tmp_path / "text_encoder")
-    encoder = public_t5(str(tmp_path), 6, "the authors")
-    encoded = encoder(["a red cat", "cat"])
+    T5EncoderModel(config).eval().save_pretrained(tmp_path / "text_encoder")
+    return tmp_path
+
+
+def test_t5_from_a_folder(t5_folder):
+    """The mask is of the prompt's tokens and their end; later tokens change nothing."""
+    encoded = public_t5(str(t5_folder), 6, "the authors")(["a red cat", "cat"])
+    model = T5EncoderModel.from_pretrained(t5_folder / "text_encoder").eval()
+    expected = model(torch.tensor([[5, 1]])).last_hidden_state
 
     assert encoded["mask"].tolist() == [[True] * 4 + [False] * 2, [True] * 2 + [False] * 4]
-
-    expected = model(torch.tensor([[5, 1]])).last_hidden_state
-    torch.testing.assert_close(encoded["text"][1:, :2].float(), expected, rtol=0, atol=0.02)
     assert encoded["text"].dtype == torch.bfloat16
+    torch.testing.assert_close(encoded["text"][1:, :2].float(), expected, rtol=0, atol=0.02)
 
-    (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"tokenizer_config\.json.*the authors.*text_encoder\.checkpoint"
-    ):
-        public_t5(str(tmp_path), 6, "the authors")
 
+def test_a_folder_of_t5_must_be_whole(t5_folder):
     with pytest.raises(ValueError, match="is a file; give a folder"):
-        public_t5(str(tmp_path / "text_encoder" / "config.json"), 6, "the authors")
+        public_t5(str(t5_folder / "text_encoder" / "config.json"), 6, "the authors")
+
+    (t5_folder / "tokenizer" / "tokenizer_config.json").unlink()
+    message = r"tokenizer_config\.json.*the authors.*text_encoder\.checkpoint"
+    with pytest.raises(FileNotFoundError, match=message):
+        public_t5(str(t5_folder), 6, "the authors")
 
 
 def test_prompts_end_as_captions_do(small, yaml):
     assert yaml.model.ending == "aesthetic score: 6.5."
-    lengths = small.backbone.mask.sum(1).tolist()  # a token for every byte, and the end
-    assert lengths == [
-        min(80, len(prompt) + 1 + len(yaml.model.ending) + 1) for prompt in small.prompts
-    ]
+    lengths = small.backbone.mask.sum(1).tolist()
+    for prompt, length in zip(small.prompts, lengths, strict=True):
+        whole = f"{prompt} {yaml.model.ending}"
+        assert length == min(80, len(whole) + 1)  # a token for every byte, and the end
 
 
 def test_the_yaml_is_at_two_sizes(small, yaml):
@@ -443,12 +447,13 @@ def test_tiny_runs_from_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [0, 2, 16, 18, 50])
-def test_frames_that_make_no_whole_groups(build, frames):
+def test_frames_that_make_no_whole_groups_are_refused(build, frames):
     with pytest.raises(ValueError, match=f"must be 1 or a multiple of 17, got {frames}; choose "):
         build(num_frames=frames, checkpoint="nowhere")
 
 
-def test_other_bad_settings(build, weights, tmp_path):
+def test_settings_without_meaning_are_refused(build, weights, tmp_path):
+    weights = dict(weights)
     with pytest.raises(ValueError, match="height must be at least 8, got 7"):
         build(height=7)
 
@@ -461,25 +466,22 @@ def test_other_bad_settings(build, weights, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file, folder or hub id.*the authors"):
         build(checkpoint="nowhere")
 
-    save_file(
-        {key: value for key, value in weights.items() if key != "t_block.1.bias"},
-        tmp_path / "model.safetensors",
-    )
-
+    del weights["t_block.1.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(
         ValueError, match=r"1 weights differ, first network\.t_block\.1\.bias: absent"
     ):
         build()
 
 
-def test_sizes(yaml):
+def test_a_size_that_does_not_exist_is_refused(yaml):
     with pytest.raises(
         InstantiationException, match=r"size must be one of full, tiny, got 'small'"
     ):
         instantiate(yaml.model, size="small")
 
 
-def test_a_text_encoder_of_another_shape(yaml):
+def test_a_text_encoder_of_another_shape_is_refused(yaml):
     with pytest.raises(
         InstantiationException,
         match=r"gives \(40, 16\) tokens and features, the network takes \(80, 1",
