@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that make sound of texts."""
+"""Pipelines of diffusers that make sound from text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from oss_exp.models.tiny.parts import lively, t5, umt5
 
 
 def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepScheduler) -> Family:
+    """Stable Audio with another scheduler."""
+    # Text and sound.
     encoder, tokenizer = t5(16)
-
     vae = AutoencoderOobleck(
         encoder_hidden_size=4,
         downsampling_ratios=[2, 2],
@@ -32,10 +33,10 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
         sampling_rate=16,
     )
 
+    # The network.
     projection = StableAudioProjectionModel(
         text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=8
     )
-
     transformer = StableAudioDiTModel(
         sample_size=24,
         in_channels=4,
@@ -58,7 +59,7 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
 
 @family
 def stable_audio() -> Family:
-    """EDM's coordinates. Its own scheduler adds noise in each step, and another clock is told to its network."""
+    """A v-network in EDM's coordinates, with EDM's clock instead of its own scheduler's."""
     return stable_audio_of(
         EDMEulerScheduler(
             sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction"
@@ -68,7 +69,7 @@ def stable_audio() -> Family:
 
 @family
 def longcat_audio() -> Family:
-    """Flow matching with a clock that runs up."""
+    """Flow matching whose clock runs upwards."""
     encoder, tokenizer = umt5()
     tokenizer.model_max_length = 16
 

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that make images of texts."""
+"""Pipelines of diffusers that make images from text."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ SMALL = images.SMALL | {"guidance_scale": 3.0}
 
 
 def stable_diffusion_of(scheduler: Any) -> Family:
+    """Stable Diffusion with another scheduler."""
     return Family(lively(images.stable_diffusion(scheduler)), SMALL)
 
 
@@ -54,7 +55,7 @@ def stable_diffusion() -> Family:
 
 @family
 def stable_diffusion_ddim() -> Family:
-    """With a negative prompt for each sample, which the search follows."""
+    """Stable Diffusion with a negative prompt for each sample."""
     base = stable_diffusion_of(DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
     return Family(base.pipe, SMALL | {"negative_prompt": ["blue", "a dog, awake"]})
 
@@ -91,6 +92,7 @@ def sana() -> Family:
 
 @family
 def aura_flow() -> Family:
+    # The networks.
     encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=280,
@@ -123,7 +125,8 @@ def aura_flow() -> Family:
 
 @family
 def lumina_2() -> Family:
-    """Its clock runs up in the network, and its answer has the other sign; the loop turns both."""
+    """The loop turns the network's clock and the sign of its answer."""
+    # The networks.
     encoder, tokenizer = gemma()
 
     transformer = Lumina2Transformer2DModel(
@@ -150,7 +153,8 @@ def lumina_2() -> Family:
 
 @family
 def chroma() -> Family:
-    """It guides by two calls of its network."""
+    """A pipeline that guides by two calls of its network."""
+    # The networks.
     transformer = ChromaTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -176,7 +180,7 @@ def chroma() -> Family:
 
 @family
 def qwen_image() -> Family:
-    """True guidance by two calls, with a norm."""
+    """True guidance by two calls, with the norm kept."""
     return shipped("QwenImagePipeline", true_cfg_scale=3.0, negative_prompt=["dull", "bad"])
 
 
@@ -187,7 +191,8 @@ def z_image() -> Family:
 
 @family
 def hunyuan_dit() -> Family:
-    """A v-network."""
+    """A v-network with two text encoders."""
+    # The network.
     transformer = HunyuanDiT2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -206,6 +211,7 @@ def hunyuan_dit() -> Family:
         use_style_cond_and_image_meta_size=False,
     )
 
+    # Text.
     bert = BertModel(
         BertConfig(
             vocab_size=280,
@@ -217,6 +223,8 @@ def hunyuan_dit() -> Family:
     )
 
     encoder, tokenizer = t5(24)
+
+    # The pipeline.
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -244,11 +252,13 @@ def hunyuan_dit() -> Family:
 
 @family
 def cogview_4() -> Family:
-    """Its network is told whole times, before the shift of its noise levels."""
+    """Its network's clock is the time before the shift, in whole numbers."""
     return Family(lively(CogView4Pipeline(*cogview_4_parts(4))), SMALL | LARGER)
 
 
 def cogview_4_parts(channels: int) -> tuple[Any, ...]:
+    """The parts of CogView 4, with this many channels of the network's input."""
+    # The networks.
     encoder = GlmModel(GlmConfig(**LAYERS, **ENDS))
 
     transformer = CogView4Transformer2DModel(
@@ -283,6 +293,7 @@ def flux() -> Family:
 
 @family
 def flux_2_klein() -> Family:
+    # The networks.
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -320,7 +331,7 @@ def flux_2_klein() -> Family:
 
 @family
 def dit() -> Family:
-    """Classes in place of prompts; it takes no latents."""
+    """A pipeline of classes, which draws its latents itself."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,

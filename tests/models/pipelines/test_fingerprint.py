@@ -11,6 +11,7 @@ from oss_exp.models.pipeline import Pipeline
 
 
 def family_of(make=stable_diffusion) -> Family:
+    """Build a family from the same random numbers."""
     torch.manual_seed(0)
     return make()
 
@@ -19,8 +20,7 @@ def fingerprint(family: Family, **call) -> str:
     return Pipeline(family.pipe, family.prompts, **family.call | call).fingerprint
 
 
-@pytest.fixture(scope="module")
-def adapted() -> Family:
+def with_adapter() -> Family:
     family = family_of()
     family.pipe.unet.add_adapter(
         LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style"
@@ -28,27 +28,33 @@ def adapted() -> Family:
     return family
 
 
-def test_what_changes_the_velocity(adapted):
-    plain = fingerprint(family_of())
+def test_adapters_change_the_fingerprint():
+    adapted = with_adapter()
     pipe = adapted.pipe
-    fingerprints = {"plain": plain, "adapted": fingerprint(adapted)}
+    fingerprints = {"none": fingerprint(family_of()), "adapter": fingerprint(adapted)}
     pipe.unet.set_adapters("style", weights=0.5)
-    fingerprints["half"] = fingerprint(adapted)
+    fingerprints["half its weight"] = fingerprint(adapted)
     pipe.unet.disable_adapters()
-    fingerprints["off"] = fingerprint(adapted)
+    fingerprints["disabled"] = fingerprint(adapted)
     pipe.unet.enable_adapters()
     pipe.unet.fuse_lora()
     fingerprints["fused"] = fingerprint(adapted)
-    fingerprints["v"] = fingerprint(stable(prediction_type="v_prediction"))
-    fingerprints["betas"] = fingerprint(stable(beta_end=0.02))
 
+    assert len(set(fingerprints.values())) == len(fingerprints), fingerprints
+
+
+def test_weights_and_training_change_the_fingerprint():
     quantised = family_of()
     quantised.pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    fingerprints["float8"] = fingerprint(quantised)
-    one = family_of()
-    weight = one.pipe.unet.conv_in.weight
-    weight.data.flatten()[-1] += 1e-3
-    fingerprints["one number"] = fingerprint(one)
+    changed = family_of()
+    changed.pipe.unet.conv_in.weight.data.flatten()[-1] += 1e-3
+    fingerprints = {
+        "plain": fingerprint(family_of()),
+        "v": fingerprint(stable(prediction_type="v_prediction")),
+        "betas": fingerprint(stable(beta_end=0.02)),
+        "float8": fingerprint(quantised),
+        "one number": fingerprint(changed),
+    }
 
     assert len(set(fingerprints.values())) == len(fingerprints), fingerprints
 
@@ -57,16 +63,12 @@ def stable(**config) -> Family:
     return family_of(lambda: stable_diffusion_of(EulerDiscreteScheduler(**SD_BETAS | config)))
 
 
-def test_what_does_not(adapted):
-    """The solver, its spacing and its shift, the autoencoder, offloading, the prompts."""
+def test_other_changes_keep_the_fingerprint():
+    """They are the solver, its spacing and its shift, and the autoencoder."""
     plain = fingerprint(family_of())
     assert fingerprint(stable(use_karras_sigmas=True)) == plain
-    assert (
-        fingerprint(
-            family_of(lambda: stable_diffusion_of(DDIMScheduler(**SD_BETAS, clip_sample=False)))
-        )
-        == plain
-    )
+    ddim = family_of(lambda: stable_diffusion_of(DDIMScheduler(**SD_BETAS, clip_sample=False)))
+    assert fingerprint(ddim) == plain
 
     other = family_of()
     other.pipe.vae.decoder.conv_in.weight.data += 1
@@ -82,8 +84,8 @@ def test_what_does_not(adapted):
     assert fingerprint(flow) != expected
 
 
-def test_weights_that_are_offloaded():
-    """Those of `enable_sequential_cpu_offload` are on no device between calls."""
+def test_offloaded_weights_keep_the_fingerprint():
+    """Between calls, weights of `enable_sequential_cpu_offload` are on no device."""
     accelerate = pytest.importorskip("accelerate")
     family = family_of()
     expected = fingerprint(family)

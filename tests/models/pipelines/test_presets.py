@@ -1,4 +1,4 @@
-"""Presets: what they say is what their pipelines take, and each runs the main job at its tiny size."""
+"""Every preset is a call of its pipeline, and runs the main job at its tiny size."""
 
 import inspect
 import json
@@ -17,19 +17,15 @@ from oss_exp.cli import CONF
 from oss_exp.models.tiny import TINY, pictures, tiny
 from oss_exp.schedule import StepSchedule
 
-PRESETS = sorted(
-    file.stem
-    for file in (CONF / "model").glob("*.yaml")
-    if file.stem != "pipeline"
-    and "pipeline:" in file.read_text()
-    and "_target_" not in file.read_text()
-)
+
+def is_preset(file: Path) -> bool:
+    text = file.read_text()
+    return file.stem != "pipeline" and "pipeline:" in text and "_target_" not in text
+
+
+PRESETS = sorted(file.stem for file in (CONF / "model").glob("*.yaml") if is_preset(file))
 DOCUMENT = (CONF.parent / "docs" / "pipelines.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)
-    for line in block.splitlines()
-]
+COMMANDS = "\n".join(re.findall(r"```bash\n(.*?)\n```", DOCUMENT, re.DOTALL)).splitlines()
 COMMANDS += re.findall(r"^\| [^|]* \| `(oss-exp [^`]*)`", DOCUMENT, re.MULTILINE)
 ROW = r"^\| `(\w+)` \| \[([\w./-]+)\]\(https://huggingface.co/\2\) \| (\d+) x (\d+)"
 LISTED = {
@@ -76,9 +72,8 @@ def test_a_preset_is_a_call_of_its_class(preset):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_main_job_at_tiny_size(preset, tmp_path):
-    pytest.importorskip(
-        "ftfy"
-    ) if preset == "wan2_2_i2v" else None  # without which this pipeline fails
+    if preset == "wan2_2_i2v":
+        pytest.importorskip("ftfy")  # the pipeline needs it
     run_cli(f"model={preset}", "scale=tiny", *SHORT, f"hydra.run.dir={tmp_path}")
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
 
@@ -95,20 +90,17 @@ def test_the_main_job_at_tiny_size(preset, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_documentation(command, tmp_path, monkeypatch):
-    pytest.importorskip("ftfy") if "wan2_2_i2v" in command else None
+def test_the_commands_of_the_documentation_run_at_tiny_size(command, tmp_path, monkeypatch):
+    if "wan2_2_i2v" in command:
+        pytest.importorskip("ftfy")  # the pipeline needs it
     monkeypatch.chdir(tmp_path)
     pictures(1, 40)[0].save("photo.png")
     pipe, _ = tiny("StableDiffusionPipeline", {})
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipe.save_lora_weights("style", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     _, *words = shlex.split(command)
-    run_cli(
-        *(word for word in words if not word.startswith("num_steps=")),
-        "scale=tiny",
-        *SHORT,
-        "hydra.run.dir=run",
-    )
+    words = [word for word in words if not word.startswith("num_steps=")]
+    run_cli(*words, "scale=tiny", *SHORT, "hydra.run.dir=run")
 
     assert list(Path("run", "schedules").glob("*_3.json"))
     assert all(
@@ -120,7 +112,7 @@ def test_the_documentation_lists_all_presets():
     assert sorted(LISTED) == PRESETS
 
 
-def test_words_of_the_command_line_win():
+def test_the_command_line_overrides_a_preset():
     cfg = composed(
         "model=sdxl", "noise_schedule=ddim", "stepsize=oss_shared", "stepsize.oss_shared.start=free"
     )

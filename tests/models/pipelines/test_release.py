@@ -1,4 +1,4 @@
-"""Suspended calls of a pipeline end on every path: exceptions, Ctrl-C, garbage collection, the interpreter's end."""
+"""Suspended calls of a pipeline end: at errors, at Ctrl-C, with their model and at exit."""
 
 import gc
 import random
@@ -33,24 +33,27 @@ def family():
 
 
 def suspended(family) -> Pipeline:
-    """A model with one call of its network suspended."""
+    """Return a model with one suspended call."""
     model = Pipeline(family.pipe, family.prompts, **family.call)
     call_network(model)
     return model
 
 
 def call_network(model: Pipeline) -> torch.Tensor:
+    """Ask a model for a velocity, which leaves a suspended call."""
     x = torch.ones(len(model.prompts), *model.event_shape)
     return model.velocity(None)(x, torch.full((len(x),), 0.5, dtype=torch.float64))
 
 
 def suspended_calls() -> int:
+    """Count the suspended calls that exist."""
     gc.collect()
-    return sum(isinstance(candidate, Loop) and not candidate.dead for candidate in gc.get_objects())
+    loops = [candidate for candidate in gc.get_objects() if isinstance(candidate, Loop)]
+    return sum(not loop.dead for loop in loops)
 
 
 def raises_at(pipe, call: int, error: type[BaseException]):
-    """A hook that raises in the so-manieth call of the network."""
+    """Register a hook that raises in the network's call of this number."""
     calls = 0
 
     def hook(*_) -> None:
@@ -69,12 +72,13 @@ def throw(error: type[BaseException]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [Thrown, KeyboardInterrupt])
 def test_an_error_in_the_network_ends_its_call(family, error):
-    """It reaches the user from where it was raised; the pipeline is as before, and another search runs."""
+    """It reaches the user with its traceback, and the pipeline is as before."""
     scheduler = family.pipe.scheduler
     bar = family.pipe._progress_bar_config
     before = suspended_calls()
     draw = random.Random(0)
 
+    # Ten errors.
     for _ in range(10):
         hook = raises_at(family.pipe, draw.randint(1, 12), error)
         model = Pipeline(family.pipe, family.prompts, **family.call)
@@ -107,7 +111,7 @@ def test_a_model_that_is_no_longer_used_ends_its_calls(family):
 
 @pytest.mark.slow
 def test_a_model_may_go_inside_another_ones_call(family):
-    """As the garbage collector does it, wherever it runs."""
+    """The garbage collector may run anywhere."""
     scheduler = family.pipe.scheduler
     other = Pipeline(family.pipe, family.prompts, **family.call)
     expected = call_network(other)
@@ -126,8 +130,8 @@ def test_a_model_may_go_inside_another_ones_call(family):
     assert family.pipe.scheduler is scheduler
 
 
-def test_a_model_of_another_thread(family):
-    """Its calls end with it; releasing them from here does nothing, and says nothing."""
+def test_a_model_of_an_ended_thread_can_be_used(family):
+    """Its calls end with the thread; releasing them here does nothing."""
     models = []
     thread = threading.Thread(
         target=lambda: models.append(Pipeline(family.pipe, family.prompts, **family.call))
@@ -144,8 +148,8 @@ def test_a_model_of_another_thread(family):
     assert not models[0].calls
 
 
-def test_a_model_that_another_thread_uses(family):
-    """Its call is suspended there, and a message says so; released there, it can be used here."""
+def test_a_model_that_another_thread_uses_is_refused_until_released(family):
+    """An error tells where its call is suspended; once released there, it can be used here."""
     model = suspended(family)
     errors = []
     go = threading.Event()
@@ -159,6 +163,7 @@ def test_a_model_that_another_thread_uses(family):
         call_network(model)
         model.release()
 
+    # Refused there.
     thread = threading.Thread(target=use)
     thread.start()
     while not errors:
@@ -166,6 +171,7 @@ def test_a_model_that_another_thread_uses(family):
 
     assert re.search("suspended in another thread, MainThread, .* or call its release", errors[0])
 
+    # Released here, used there.
     call_network(model)
     model.release()
     go.set()
@@ -174,8 +180,8 @@ def test_a_model_that_another_thread_uses(family):
     model.release()
 
 
-def test_hooks_are_freed(family, monkeypatch):
-    """As at the end of a whole call: so an offloaded network leaves the GPU."""
+def test_release_frees_the_hooks_of_the_pipeline(family, monkeypatch):
+    """As at the end of a whole call, an offloaded network leaves the GPU."""
     freed = []
     model = suspended(family)
     monkeypatch.setattr(
@@ -211,7 +217,7 @@ print("suspended", len(model.calls))
 
 
 @pytest.mark.slow
-def test_the_end_of_the_interpreter():
+def test_the_end_of_the_interpreter_ends_suspended_calls():
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", PROGRAM]
     run = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=None, check=True)
     assert run.stdout == "suspended 1\n"
@@ -229,7 +235,7 @@ def test_a_cache_in_the_network_is_refused():
 
 
 def test_a_loop_with_a_memory_is_refused(family):
-    """Such as a guidance with momentum: the answer depends on the one before."""
+    """With momentum in its guidance, an answer depends on the one before."""
     sums = {}
 
     def momentum(module, arguments, output):

@@ -1,4 +1,4 @@
-"""A pipeline's scheduler says how its network was trained and where it steps, whatever its method."""
+"""A pipeline's velocity is its network's, whatever its scheduler's method."""
 
 import diffusers
 import pytest
@@ -36,7 +36,7 @@ def family() -> Family:
     ("method", "config"), METHODS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_the_velocity_is_the_networks(family, method, config):
-    """Of DPM-Solver with Karras's spacing, several whole timesteps are the same."""
+    """The nodes are distinct even where a scheduler repeats a whole timestep."""
     time = torch.tensor([0.5], dtype=torch.float64)
     original = family.pipe.scheduler
     answers = []

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that make videos of texts and of images."""
+"""Pipelines of diffusers that make videos from text and images."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def wan() -> Family:
 
 
 class EulerUniPC(UniPCMultistepScheduler):
-    """UniPC, which at order 1 and without its corrector is Euler's method, with times that are no whole numbers.
+    """UniPC as Euler's method (order 1, no corrector), with exact times.
 
-    diffusers' tells the network whole numbers and begins at 0.9997, which a network of random weights sees.
+    The original rounds the network's times and begins at 0.9997: random networks notice both.
     """
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -69,14 +69,14 @@ def wan_unipc() -> Family:
 
 @family
 def wan_two_experts() -> Family:
-    """Wan 2.2: one transformer for noisy states, another one for the rest, each with its guidance."""
+    """Wan 2.2: one transformer for noisy states and one for clean ones, each with its guidance."""
     return shipped("WanPipeline", guidance_scale=4.0, guidance_scale_2=2.0)
 
 
 @family
 def wan_image_to_video() -> Family:
-    """One image for all prompts, as the pipeline has it."""
-    pytest.importorskip("ftfy")  # without which the pipeline fails
+    """A pipeline of one image for all prompts."""
+    pytest.importorskip("ftfy")  # the pipeline needs it
     return shipped("WanImageToVideoPipeline", guidance_scale=4.0)
 
 
@@ -88,7 +88,7 @@ def wan_image_to_video_two_experts() -> Family:
 
 @family
 def skyreels() -> Family:
-    pytest.importorskip("ftfy")  # without which the pipeline fails
+    pytest.importorskip("ftfy")  # the pipeline needs it
     encoder, tokenizer = umt5()
     scheduler = EulerUniPC(
         **FLOW, flow_shift=8.0, solver_order=1, disable_corrector=list(range(100))
@@ -123,17 +123,16 @@ def ltx() -> Family:
 
 @family
 def ltx_image_to_video() -> Family:
-    """Its first frame is the image: the scheduler sees the others only, at times of their own."""
-
+    """The first frame is the image; the scheduler steps the others, which have their own times."""
     pipe = lively(LTXImageToVideoPipeline(**videos.ltx_parts()))
     images = pictures(2, 32)
 
     def latents(state: Tensor, draws: list[torch.Generator]) -> Tensor:
         pixels = pipe.video_processor.preprocess(images, 32, 32)
-        encoded = [pipe.vae.encode(image[None, :, None]).latent_dist for image in pixels]
-        first = torch.cat(
-            [distribution.sample(draw) for distribution, draw in zip(encoded, draws, strict=True)]
-        )
+        frames = []
+        for image, draw in zip(pixels, draws, strict=True):
+            frames.append(pipe.vae.encode(image[None, :, None]).latent_dist.sample(draw))
+        first = torch.cat(frames)
         first = pipe._normalize_latents(first, pipe.vae.latents_mean, pipe.vae.latents_std)
         return pipe._pack_latents(torch.cat([first, state], dim=2))
 
@@ -152,7 +151,8 @@ def hunyuan_video() -> Family:
 
 @family
 def mochi() -> Family:
-    """Its clock runs up while noise goes away, and its network gives the velocity's opposite."""
+    """Its clock runs upwards, and its network answers minus the velocity."""
+    # Text and frames.
     encoder, tokenizer = t5(16)
     vae = AutoencoderKLMochi(
         latent_channels=4,
@@ -163,6 +163,7 @@ def mochi() -> Family:
         latents_std=None,
     )
 
+    # The network.
     transformer = MochiTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -174,13 +175,11 @@ def mochi() -> Family:
         max_sequence_length=16,
     )
 
-    pipe = MochiPipeline(
-        FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, encoder, tokenizer, transformer
-    )
-
-    return Family(
-        lively(pipe), {**SMALL, "num_frames": 7, "guidance_scale": 4.0, "max_sequence_length": 16}
-    )
+    # The pipeline.
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    pipe = MochiPipeline(scheduler, vae, encoder, tokenizer, transformer)
+    call = {"num_frames": 7, "guidance_scale": 4.0, "max_sequence_length": 16}
+    return Family(lively(pipe), SMALL | call)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ def mochi() -> Family:
 
 @family
 def cogvideox() -> Family:
-    """5 steps divide the 1000 of its chain evenly."""
+    """A chain of 1000 steps, which 5 divide."""
     base = shipped("CogVideoXPipeline", guidance_scale=3.0)
     return Family(base.pipe, base.call, num_steps=5)
 
@@ -212,6 +211,7 @@ def stable_video_diffusion() -> Family:
 def animate_diff() -> Family:
     encoder, tokenizer = clip()
 
+    # The network.
     unet = UNet2DConditionModel(
         sample_size=12,
         cross_attention_dim=24,
@@ -229,6 +229,8 @@ def animate_diff() -> Family:
         motion_norm_num_groups=8,
         motion_num_attention_heads=2,
     )
+
+    # The pipeline.
     scheduler = EulerDiscreteScheduler(
         beta_schedule="linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
     )
@@ -239,8 +241,8 @@ def animate_diff() -> Family:
 
 @family
 def latte() -> Family:
+    # The networks.
     encoder, tokenizer = t5()
-
     transformer = LatteTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -258,14 +260,9 @@ def latte() -> Family:
         video_length=2,
     )
 
+    # The pipeline.
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     pipe = LattePipeline(tokenizer, encoder, image_vae(4), transformer, scheduler)
-    call = {
-        "height": 16,
-        "width": 16,
-        "video_length": 2,
-        "guidance_scale": 3.0,
-        "clean_caption": False,
-    }
-
+    call = {"height": 16, "width": 16, "video_length": 2}
+    call |= {"guidance_scale": 3.0, "clean_caption": False}
     return Family(lively(pipe), call)
