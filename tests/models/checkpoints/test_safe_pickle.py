@@ -1,4 +1,4 @@
-"""Pickled networks give their tensors, and whatever else a pickle asks for is refused and not run."""
+"""Pickled networks give their tensors; other things in a pickle are refused and never run."""
 
 import copyreg
 import importlib
@@ -25,7 +25,7 @@ from oss_exp.models.checkpoints.weights import read
 
 
 class Persistent(nn.Module):
-    """Pickles as what `torch_utils.persistence` decorates: its source, its class's name and its state."""
+    """A module that is pickled as `torch_utils.persistence` does it, with source, name and state."""
 
     def __init__(self, *args):
         super().__init__()
@@ -81,7 +81,7 @@ class Wrapper(Persistent):
 
 @contextmanager
 def the_training_code():
-    """Its modules, while the file is made; they are not there when it is read."""
+    """Provide the modules of EDM's code while a file is written; readers do not have them."""
     persistence = ModuleType("torch_utils.persistence")
     dnnlib = ModuleType("dnnlib.util")
 
@@ -100,7 +100,7 @@ def the_training_code():
 
 
 def edm_file(protocol: int = 4) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """A file as the public ones, and the state of its averaged network."""
+    """Return a file like the public ones, and the state of its averaged network."""
     torch.manual_seed(0)
     with the_training_code():
         net = Wrapper()
@@ -173,7 +173,7 @@ def evils(canary: Path) -> list[Evil]:
 
 @pytest.fixture
 def canary(tmp_path):
-    """Nothing is run, and nothing of the reader is changed."""
+    """A file that no test may create; the reader's stand-ins may not change either."""
     before = {stand_in: dict(vars(stand_in)) for stand_in in STAND_INS.values()}
     yield tmp_path / "canary"
     assert not (tmp_path / "canary").exists()
@@ -223,7 +223,7 @@ PERSISTENT = name("torch_utils.persistence", "_reconstruct_persistent_obj")
 
 
 def plain(value) -> bytes:
-    """The opcodes of a value without memo, header or end."""
+    """Return the opcodes of a value without memo, header and end."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -285,7 +285,7 @@ def test_registered_and_cached_extensions_are_refused(canary, tmp_path):
 @pytest.mark.parametrize("target", sorted(STAND_INS), ids=".".join)
 @pytest.mark.parametrize("instance", [False, True], ids=["the class", "an object of it"])
 def test_no_state_gets_at_the_stand_ins(target, instance, canary, tmp_path):
-    """The fixture compares them before and after."""
+    """The fixture `canary` compares them before and after."""
     values = {
         "__class__": 1,
         "__init__": 1,
@@ -306,7 +306,7 @@ def test_no_state_gets_at_the_stand_ins(target, instance, canary, tmp_path):
 
 
 def legacy(values: torch.Tensor) -> bytes:
-    """The opcodes of a storage."""
+    """Return the opcodes of a storage in the old format."""
     function, (data,) = values.storage().__reduce__()
     assert function.__name__ == "_load_from_bytes"
     return called(FROM_BYTES, plain_bytes(data))
@@ -399,13 +399,11 @@ def test_a_network_within_itself_is_refused(canary, tmp_path):
 
 
 def nested(draw: random.Random, depth: int, evil: Evil | None):
-    """Random containers, with the evil somewhere within."""
+    """Nest random containers, with the hostile object somewhere inside."""
     if depth == 0:
-        return (
-            draw.choice([None, True, 3, -(2**70), 0.5, "σ", b"\x80\x00", (), {}])
-            if evil is None
-            else evil
-        )
+        if evil is not None:
+            return evil
+        return draw.choice([None, True, 3, -(2**70), 0.5, "σ", b"\x80\x00", (), {}])
     items = [nested(draw, draw.randrange(depth), None) for _ in range(draw.randrange(4))]
     items.insert(draw.randrange(len(items) + 1), nested(draw, depth - 1, evil))
     return draw.choice([list, tuple, lambda x: dict(enumerate(x)), lambda x: {"ema": x}])(items)
@@ -429,30 +427,31 @@ def test_harmless_containers_are_not_refused(tmp_path):
         assert load(tmp_path / "file.pkl") == tree
 
 
+def damage(data: bytes, draw: random.Random) -> bytes:
+    """Change some bytes, and cut a third of the files short."""
+    changed = bytearray(data)
+    for _ in range(draw.choice([1, 1, 4])):
+        position = draw.randrange(len(data))
+        changed[position] = draw.choice([draw.randrange(256), *b"cR\x93b\x81.0h"])
+    size = draw.choice([len(data), len(data), draw.randrange(len(data))])
+    return bytes(changed[:size])
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_changed_bytes_give_plain_tensors_or_a_refusal(canary, tmp_path):
     data, _ = edm_file()
     draw = random.Random(0)
+    path = tmp_path / "file.pkl"
     refusals = 0
 
     for _ in range(200):
-        changed = bytearray(data)
-        for _ in range(draw.choice([1, 1, 4])):
-            changed[draw.randrange(len(data))] = draw.choice(
-                [draw.randrange(256), *b"cR\x93b\x81.0h"]
-            )
-
-        (tmp_path / "file.pkl").write_bytes(
-            changed[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
-        )
-
+        path.write_bytes(damage(data, draw))
         try:
-            tensors = read(tmp_path / "file.pkl")
+            tensors = read(path)
         except ValueError:
             refusals += 1
         else:
-            assert all(
-                type(key) is str and type(value) is torch.Tensor for key, value in tensors.items()
-            )
+            assert {type(key) for key in tensors} <= {str}
+            assert {type(tensor) for tensor in tensors.values()} <= {torch.Tensor}
 
     assert 50 < refusals < 200

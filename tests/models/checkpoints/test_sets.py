@@ -1,4 +1,4 @@
-"""Of a file's tensors those of the network are found, whatever they are wrapped in; averages are never passed over."""
+"""The weights of a network are found in a file, whatever wraps them; averages come first."""
 
 import re
 import zipfile
@@ -22,16 +22,18 @@ NETWORK = {
 
 
 def weights(value: float = 1.0, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Weights of the network, filled with a value."""
     return {f"{prefix}{key}": torch.full_like(tensor, value) for key, tensor in NETWORK.items()}
 
 
 def value_in_file(folder: Path, content, weights_set=None, translate=dict) -> float:
-    """The value that fills the weights found in a torch file of `content`."""
+    """Return the value that fills the weights read from a torch file of this content."""
     torch.save(content, folder / "x.pt")
     return value_of(read_for(folder / "x.pt", NETWORK, translate, weights_set, "model=tiny"))
 
 
 def value_of(tensors) -> float:
+    """Return the one value that fills all weights."""
     assert tensors.keys() == NETWORK.keys()
     [value] = torch.cat([tensor.float().flatten() for tensor in tensors.values()]).unique().tolist()
     return value
@@ -74,19 +76,13 @@ def test_weights_are_found_beside_others(tmp_path):
         value_in_file(tmp_path, {"n_averaged": torch.tensor(3), **weights(prefix="module.")}) == 1
     )
     loss = {f"loss.layers.{i}.weight": torch.zeros(9) for i in range(9)}
-    assert (
-        value_in_file(
-            tmp_path,
-            {"state_dict": {**weights(prefix="model."), **loss}, "callbacks": {"ema": weights(3)}},
-        )
-        == 1
-    )
-    assert (
-        value_in_file(
-            tmp_path, {"generator": weights(), "discriminator": {"layers.0.weight": torch.zeros(9)}}
-        )
-        == 1
-    )
+    content = {
+        "state_dict": {**weights(prefix="model."), **loss},
+        "callbacks": {"ema": weights(3)},
+    }
+    assert value_in_file(tmp_path, content) == 1
+    content = {"generator": weights(), "discriminator": {"layers.0.weight": torch.zeros(9)}}
+    assert value_in_file(tmp_path, content) == 1
 
 
 def test_prefixes_come_off_before_public_names_are_translated(tmp_path):
@@ -106,6 +102,11 @@ def test_prefixes_come_off_before_public_names_are_translated(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Several sets
 # --------------------------------------------------------------------------------------------------
+
+
+def flattened(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Name tensors as latent diffusion's average does, without dots."""
+    return {f"{prefix}{key.replace('.', '')}": tensor for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -139,16 +140,13 @@ def test_prefixes_come_off_before_public_names_are_translated(tmp_path):
                 **weights(0, "model.diffusion_model."),
                 "model_ema.decay": torch.zeros(()),
                 "model_ema.num_updates": torch.zeros(()),
-                **{
-                    f"model_ema.diffusion_model{key.replace('.', '')}": each
-                    for key, each in weights().items()
-                },
+                **flattened(weights(), "model_ema.diffusion_model"),
             }
         },
     ],
     ids=lambda content: "-".join(content),
 )
-def test_of_several_sets_the_average_is_taken(content, tmp_path):
+def test_the_average_is_taken_of_several_sets(content, tmp_path):
     assert value_in_file(tmp_path, content) == 1
 
 
@@ -168,7 +166,7 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
-def test_where_the_average_is_not_sure_the_sets_are_listed(kind, tmp_path):
+def test_without_one_sure_average_the_sets_are_listed(kind, tmp_path):
     content, names = SEVERAL[kind]
     with pytest.raises(
         ValueError, match=rf"x\.pt h.*choose one with model\.weights_set=NAME: .*{names}$"
@@ -184,9 +182,8 @@ def test_where_the_average_is_not_sure_the_sets_are_listed(kind, tmp_path):
 
 def test_a_set_can_be_chosen(tmp_path):
     content = {"model": weights(0), "ema1": weights(1, "module."), "ema2": weights(2)}
-    assert [
-        value_in_file(tmp_path, content, name) for name in ("model", "ema1", "ema1.module", "ema2")
-    ] == [0, 1, 1, 2]
+    for name, value in {"model": 0, "ema1": 1, "ema1.module": 1, "ema2": 2}.items():
+        assert value_in_file(tmp_path, content, name) == value
     assert value_in_file(tmp_path, SEVERAL["under prefixes"][0], "teacher") == 1
     assert value_in_file(tmp_path, SEVERAL["a list"][0], "model") == 0
 
@@ -216,7 +213,7 @@ def test_weights_that_differ_are_counted_once(tmp_path):
         )
 
 
-def test_a_prefix_of_only_some_names_is_told(tmp_path):
+def test_a_prefix_of_only_some_names_is_refused(tmp_path):
     content = {
         f"module.{key}" if key.startswith("layers") else key: tensor
         for key, tensor in weights().items()
@@ -283,7 +280,7 @@ def test_settings_and_numbers_beside_weights_are_passed_over(tmp_path):
 
 
 class Net(torch.nn.Linear):
-    """A class of the user's own."""
+    """A class of the user."""
 
 
 def test_a_whole_file_is_not_called_damaged(tmp_path):
@@ -316,41 +313,47 @@ def pack(path: Path, **files: bytes) -> None:
             archive.writestr(f"x/{name.replace('_', '.')}", data)
 
 
-def test_what_declares_more_than_it_holds_is_refused(tmp_path, monkeypatch):
+def test_an_archive_that_unpacks_to_more_than_it_may_is_refused(tmp_path):
     pack(tmp_path / "bomb.pt", data_pkl=b"\x80\x02}.", zeros=bytes(1 << 20))
     with pytest.raises(ValueError, match="unpacks to more than"):
         read(tmp_path / "bomb.pt")
 
-    (tmp_path / "header.safetensors").write_bytes(
-        (1 << 30).to_bytes(8, "little") + b"{}" + bytes(99)
-    )
+
+def test_a_header_longer_than_its_file_is_refused(tmp_path):
+    header = (1 << 30).to_bytes(8, "little") + b"{}" + bytes(99)
+    (tmp_path / "x.safetensors").write_bytes(header)
     with pytest.raises(ValueError, match="whose header of 1024 MiB is larger than"):
-        read(tmp_path / "header.safetensors")
+        read(tmp_path / "x.safetensors")
 
-    torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "wide.pt")
+
+def test_a_tensor_larger_than_its_numbers_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds a tensor without its numbers at 'w'"):
-        read(tmp_path / "wide.pt")
+        read(tmp_path / "x.pt")
 
+
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_pickle_of_too_many_steps_is_refused(form, tmp_path, monkeypatch):
     monkeypatch.setattr(safe_pickle, "STEPS", 1000)
+    start = b"\x80\x04\x95" + (3000).to_bytes(8, "little")
+    if form == "torch":
+        torch.save({}, tmp_path / "empty", _use_new_zipfile_serialization=False)
+        start = (tmp_path / "empty").read_bytes()[:-40]
+    (tmp_path / "x").write_bytes(start + b"]" * 3000 + b".")
+    with pytest.raises(ValueError, match=r"more than 1,000 steps|damaged"):
+        read(tmp_path / "x")
 
-    for name, start in (
-        ("steps.pkl", b"\x80\x04\x95" + (3000).to_bytes(8, "little")),
-        ("steps.pt", b""),
-    ):
-        torch.save({}, tmp_path / "x", _use_new_zipfile_serialization=False)
-        start = start or (tmp_path / "x").read_bytes()[:-40]
-        (tmp_path / name).write_bytes(start + b"]" * 3000 + b".")
-        with pytest.raises(ValueError, match=r"more than 1,000 steps|damaged"):
-            read(tmp_path / name)
 
-    torch.save({str(i): torch.zeros(1) for i in range(99)}, tmp_path / "long.pt")
+def test_too_many_names_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_pickle, "STEPS", 1000)
+    torch.save({str(i): torch.zeros(1) for i in range(99)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="of names, more than is read"):
-        read(tmp_path / "long.pt")
+        read(tmp_path / "x.pt")
 
 
 def test_objects_within_themselves_are_read_once(tmp_path):
     content = {"model": weights()}
-    for _ in range(60):  # two to the sixtieth ways lead to the weights
+    for _ in range(60):  # 2^60 paths lead to the weights
         content = {"a": content, "b": content}
     with pytest.raises(ValueError, match="where only tensors belong"):
         value_in_file(tmp_path, content)

@@ -1,4 +1,4 @@
-"""Checkpoints are found where they lie, read whatever they are written as, and refused when they are not whole."""
+"""Checkpoints are found and read in every form, and refused when they are not whole."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def write_shards(index: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
-    """An index and a shard for each tensor."""
+    """Write an index and a shard for each tensor, and return the shards."""
     index.parent.mkdir(parents=True, exist_ok=True)
     shards = {key: f"weights-{i:05d}.safetensors" for i, key in enumerate(tensors)}
     for key, shard in shards.items():
@@ -42,6 +42,7 @@ def write_shards(index: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
 
 
 def write(form: str, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write tensors in a form and return the file."""
     if form == "safetensors":
         safetensors.torch.save_file(tensors, path)
     elif form == "shards":
@@ -54,10 +55,11 @@ def write(form: str, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 def equal(tensors, expected) -> bool:
-    return tensors.keys() == expected.keys() and all(
-        tensors[key].dtype == expected[key].dtype and torch.equal(tensors[key], expected[key])
-        for key in expected
-    )
+    """Tell whether names, dtypes and numbers are the same."""
+    if tensors.keys() != expected.keys():
+        return False
+    pairs = [(tensors[key], expected[key]) for key in expected]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,24 +90,14 @@ def test_what_is_nowhere_is_named_with_the_remedy(checkpoint, tmp_path, monkeypa
 
 
 def in_hub(cache: Path, repository: str) -> Path:
-    """The folder of a repository's main branch in the hub's cache."""
+    """Make the folder of a repository's main branch in the hub's cache."""
     folder = cache / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     return folder / "snapshots" / ("0" * 40)
 
 
-@pytest.mark.slow
-def test_the_hub_cache_serves_files_and_shards_offline(tmp_path):
-    """In a process of its own: the hub's library reads its environment once."""
-    single = in_hub(tmp_path, "owner/single") / FILES[0]
-    single.parent.mkdir(parents=True)
-    safetensors.torch.save_file(state(), single)
-    index = in_hub(tmp_path, "owner/sharded") / FILES[1]
-    write_shards(index, state())
-    write_shards(in_hub(tmp_path, "owner/half") / FILES[1], state())[1].unlink()
-
-    script = f"""
+SCRIPT = f"""
 from oss_exp.models.checkpoints.weights import digest, locate, read
 for name in ("single", "single@{"0" * 40}", "sharded", "half", "absent", "single@other"):
     try:
@@ -115,19 +107,30 @@ for name in ("single", "single@{"0" * 40}", "sharded", "half", "absent", "single
         print(error)
 """
 
+
+@pytest.mark.slow
+def test_the_hub_cache_serves_files_and_shards_offline(tmp_path):
+    """The hub's library reads its environment once, so another process asks it."""
+    # The cache.
+    single = in_hub(tmp_path, "owner/single") / FILES[0]
+    single.parent.mkdir(parents=True)
+    safetensors.torch.save_file(state(), single)
+    index = in_hub(tmp_path, "owner/sharded") / FILES[1]
+    write_shards(index, state())
+    write_shards(in_hub(tmp_path, "owner/half") / FILES[1], state())[1].unlink()
+
+    # The process.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    *answers, half, absent, other = process.stdout.splitlines()
+    command = [sys.executable, "-c", SCRIPT]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = process.stdout.splitlines()
 
-    assert answers == [f"{single} {digest(state())}"] * 2 + [f"{index} {digest(state())}"]
-
-    for name, line in {"half": half, "absent": absent, "single@other": other}.items():
-        names = " or ".join(FILES)
-        assert line.startswith(
-            f"checkpoint owner/{name}: cannot get {names} from the hub, which cannot be reached"
-        )
+    # Whole checkpoints are read, others are refused.
+    assert lines[:2] == [f"{single} {digest(state())}"] * 2
+    assert lines[2] == f"{index} {digest(state())}"
+    for name, line in zip(("half", "absent", "single@other"), lines[3:], strict=True):
+        message = f"checkpoint owner/{name}: cannot get {' or '.join(FILES)} from the hub"
+        assert line.startswith(f"{message}, which cannot be reached")
         assert SOURCE in line
 
 
@@ -142,7 +145,7 @@ for name in ("single", "single@{"0" * 40}", "sharded", "half", "absent", "single
         (ConnectionError, 1, "which fails: the first line; the public"),
     ],
 )
-def test_the_hub_saying_no_is_one_message(kind, attempts, reason, monkeypatch):
+def test_a_refusal_of_the_hub_is_one_message(kind, attempts, reason, monkeypatch):
     import huggingface_hub
     from huggingface_hub import utils
 
@@ -280,7 +283,7 @@ def test_a_byte_that_is_not_of_the_hash_beside_is_refused(form, tmp_path):
         read(path)
 
 
-def test_our_own_provenance_is_checked_and_not_that_of_others(tmp_path):
+def test_our_provenance_is_checked_and_that_of_others_is_not(tmp_path):
     path = tmp_path / "x.safetensors"
     save_asset(path, state(), {})
     assert equal(read(write("zip", tmp_path / "x.pt", state())), state())
@@ -289,10 +292,17 @@ def test_our_own_provenance_is_checked_and_not_that_of_others(tmp_path):
     with pytest.raises(ValueError, match=r"x\.json says"):
         read(path)
     (tmp_path / "x.json").write_text('{"architecture": "DiT"}')
-    assert not equal(read(path), state())  # nothing vouches for it: the docstring says so
+    assert not equal(read(path), state())  # nothing vouches for it
 
 
-def test_a_changed_byte_of_a_torch_file_is_refused_or_changes_nothing(tmp_path):
+def flip(data: bytes, position: int, bit: int = 0) -> bytes:
+    """Change one bit of some bytes."""
+    changed = bytearray(data)
+    changed[position] ^= 1 << bit
+    return bytes(changed)
+
+
+def test_a_changed_bit_of_a_torch_file_is_refused_or_changes_nothing(tmp_path):
     path = write("zip", tmp_path / "x.pt", state())
     data = path.read_bytes()
     draw = random.Random(0)
@@ -300,12 +310,7 @@ def test_a_changed_byte_of_a_torch_file_is_refused_or_changes_nothing(tmp_path):
 
     for _ in range(150):
         position = draw.randrange(len(data))
-        path.write_bytes(
-            data[:position]
-            + bytes([data[position] ^ (1 << draw.randrange(8))])
-            + data[position + 1 :]
-        )
-
+        path.write_bytes(flip(data, position, draw.randrange(8)))
         try:
             tensors = read(path)
         except ValueError:
@@ -315,8 +320,11 @@ def test_a_changed_byte_of_a_torch_file_is_refused_or_changes_nothing(tmp_path):
 
     assert refusals > 30
 
-    numbers = data.index(state()["a.weight"].numpy().tobytes())
-    path.write_bytes(data[:numbers] + bytes([data[numbers] ^ 1]) + data[numbers + 1 :])
+
+def test_a_changed_number_of_a_torch_file_is_refused(tmp_path):
+    path = write("zip", tmp_path / "x.pt", state())
+    data = path.read_bytes()
+    path.write_bytes(flip(data, data.index(state()["a.weight"].numpy().tobytes())))
     with pytest.raises(ValueError, match="damaged"):
         read(path)
 
@@ -384,7 +392,7 @@ def test_random_weights_are_the_same_for_every_dtype(dtype):
     assert not torch.equal(network[0].weight.to(dtype), other[0].weight)
 
 
-def test_the_digest_is_of_the_weights_and_not_of_how_they_lie():
+def test_the_digest_is_of_the_weights_and_not_of_their_layout():
     tensors = state() | {"none": torch.zeros(0, 2), "z": torch.tensor(1j)}
     expected = digest(tensors)
     assert digest(dict(reversed(tensors.items()))) == expected
