@@ -21,7 +21,7 @@ PROMPTS = {"open_sora_1_2": "prompts.txt", "flux_fashion": "coloured_fashion.txt
 
 
 def backbone(name: str):
-    """The untrained backbone of a model of conf/, tiny where it has that size."""
+    """Build the untrained backbone of a model of conf/, tiny where it has that size."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [f"model={name}"]
         if name in PROMPTS:
@@ -33,7 +33,7 @@ def backbone(name: str):
 
 
 def layer(parameter: str) -> str:
-    """The last name of a parameter's layer, with its number in a sequence, or of a bare parameter."""
+    """Return the last name of a parameter's layer, with the number if it is in a sequence."""
     *layers, kind = parameter.split(".")
     if kind not in ("weight", "bias"):
         return kind

@@ -1,4 +1,4 @@
-"""Guidance on an exact conditional model: scale, channels, interval, and what each costs in network rows."""
+"""Guidance of an exact model: scale, channels, interval, and their cost in network rows."""
 
 import json
 from dataclasses import asdict
@@ -38,7 +38,7 @@ def x() -> torch.Tensor:
 
 
 def on_two_channels(network):
-    """A network on two channels, from one on one."""
+    """Turn a network of one channel into a network of two."""
     return lambda x, t, y: torch.cat([network(x[:, :1], t, y), network(x[:, 1:], t, y)], dim=1)
 
 
@@ -56,7 +56,9 @@ def test_channels_beyond_the_guided_ones_are_conditional(digits, x):
 def test_outside_the_interval_the_velocity_is_conditional(digits, x):
     inside = torch.tensor([False, True, True, False])
     v = digits.velocity(LABELS, Guidance(3.0, interval=[0.2, 0.7]))(x, TIMES)
-    guided, conditional = (digits.velocity(LABELS, Guidance(g))(x, TIMES) for g in (3.0, 1.0))
+    guided = digits.velocity(LABELS, Guidance(3.0))(x, TIMES)
+    conditional = digits.velocity(LABELS, Guidance(1.0))(x, TIMES)
+
     torch.testing.assert_close(v[inside], guided[inside])
     torch.testing.assert_close(v[~inside], conditional[~inside])
 
@@ -64,7 +66,7 @@ def test_outside_the_interval_the_velocity_is_conditional(digits, x):
 def network_rows(
     guidance: Guidance, solver, steps: StepSchedule, model: GaussianMixture, noise: torch.Tensor
 ) -> int:
-    """Rows per sample that really reach the network."""
+    """Count the rows of a sample that reach the network."""
     count = 0
 
     def network(x, t, y):

@@ -1,4 +1,4 @@
-"""A model of stages: which parameters a time has, and what a folder must hold."""
+"""A model of stages: the parameters of every time, and the folder that holds them."""
 
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ STEPS = StepSchedule(torch.tensor([1.0, 0.9, 0.7, 0.5, 0.25, 0.0]))
 
 
 def network(seed: int = 0, scale: float = 1.0) -> Network:
+    """Build a small DiT with the random weights of a seed."""
     backbone = DiT(
         channels=1,
         size=8,
@@ -42,6 +43,7 @@ def network(seed: int = 0, scale: float = 1.0) -> Network:
 
 
 def folder(path, *stages: dict) -> StageFolder:
+    """Save a folder of stages."""
     stages_folder = StageFolder(path, {"name": "tiny", "sha256": "seed 0"}, CUTS)
     stages_folder.save()
     for stage, tensors in enumerate(stages):
@@ -55,11 +57,12 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def staged(tmp_path) -> Staged:
-    """Three stages, of which each has all parameters of another network."""
+    """Three stages, each with all parameters of another network."""
     return Staged.load(network(), folder(tmp_path, *map(weights, (1, 2, 3))).path)
 
 
 def answer(model, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the velocity for the classes 0, 1, 2, 0, ..."""
     return model.velocity(torch.arange(len(x)) % 3)(x, t)
 
 
@@ -79,7 +82,7 @@ def test_stages_that_changed_nothing_are_the_base_bit_for_bit(tmp_path, scale):
     ("t", "seed"),
     [(1.0, 1), (0.7 + 1e-12, 1), (0.7, 2), (0.5, 2), (0.25 + 1e-12, 2), (0.25, 3), (0.0, 3)],
 )
-def test_a_time_has_its_stage_and_a_cut_the_one_that_starts_there(staged, t, seed):
+def test_a_time_has_its_stage_and_a_cut_has_the_stage_that_starts_there(staged, t, seed):
     t = torch.full((3,), t, dtype=torch.float64)
     assert torch.equal(answer(staged, t, noise()), answer(network(seed), t, noise()))
 
@@ -127,17 +130,20 @@ def test_low_rank_changes_are_products(tmp_path):
 
 
 def test_the_fingerprint_is_of_every_stage_and_every_cut(tmp_path):
-    fingerprints = {
-        Staged.load(network(), folder(tmp_path / str(n), *map(weights, seeds)).path).fingerprint
-        for n, seeds in enumerate([(1, 2, 3), (1, 2, 4), (2, 1, 3)])
-    }
+    fingerprints = set()
+    for number, seeds in enumerate([(1, 2, 3), (1, 2, 4), (2, 1, 3)]):
+        stages = folder(tmp_path / str(number), *map(weights, seeds))
+        fingerprints.add(Staged.load(network(), stages.path).fingerprint)
+
     other = StageFolder(tmp_path / "0", {"name": "tiny", "sha256": "seed 0"}, (0.7, 0.2))
     other.save()
-    assert len(fingerprints | {Staged.load(network(), other.path).fingerprint}) == 4
+    fingerprints.add(Staged.load(network(), other.path).fingerprint)
+
+    assert len(fingerprints) == 4
 
 
 # --------------------------------------------------------------------------------------------------
-# What does not fit
+# Refusals
 # --------------------------------------------------------------------------------------------------
 
 

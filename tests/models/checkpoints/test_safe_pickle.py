@@ -25,7 +25,7 @@ from oss_exp.models.checkpoints.weights import read
 
 
 class Persistent(nn.Module):
-    """A module that is pickled as `torch_utils.persistence` does it, with source, name and state."""
+    """A module pickled as `torch_utils.persistence` does it, with source, name and state."""
 
     def __init__(self, *args):
         super().__init__()

@@ -293,7 +293,8 @@ def test_a_whole_file_is_not_called_damaged(tmp_path):
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
     )
     reasons = {
-        "module.pt": r"holds more than tensors \(.*test_sets\.Net\), and nothing of it was run; .*state_dict\(\)",
+        "module.pt": r"holds more than tensors \(.*test_sets\.Net\), and nothing of it was run; "
+        r".*state_dict\(\)",
         "old.pt": r"holds more than tensors \(.*test_sets\.Net\)",
         "script.pt": r"is a program \(TorchScript\)",
         "arrays.npz": "is a zip archive of something else",

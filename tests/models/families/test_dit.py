@@ -178,7 +178,7 @@ def test_an_original_file_is_read(filled, original, arrays, tmp_path):
 
 
 def published(checkpoint, size: int = 8) -> Published:
-    """A small model of a checkpoint."""
+    """Build a small model of a checkpoint."""
     full = {
         "backbone": partial(PublishedDiT, size=size, attention_head_dim=8, **TINY),
         "decoder": Pixels,
@@ -225,7 +225,7 @@ class Released(NoisePrediction):
 
 @pytest.mark.parametrize("scale", [1.5, 4.0])
 def test_guidance_of_the_velocity_is_theirs_of_the_noise(filled, arrays, scale):
-    """v is linear in eps at the same x, so guiding either one is the same."""
+    """The velocity is linear in eps at the same x, so guiding either one is the same."""
     half = len(arrays["cfg.x"]) // 2
     x = arrays["cfg.x"][:half]
     y = arrays["cfg.y"][:half]

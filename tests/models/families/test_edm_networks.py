@@ -99,7 +99,7 @@ def difference(result: Tensor, expected: Tensor) -> float:
 
 
 def without_prefix(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The arrays whose names begin with a prefix, by the rest of their names."""
+    """Return the arrays whose names begin with a prefix, by the rest of their names."""
     names = [name for name in arrays if name.startswith(prefix)]
     return {name.removeprefix(prefix): arrays[name] for name in names}
 
@@ -185,7 +185,7 @@ def test_outputs_of_the_original_in_double_precision(oracle):
 
 
 def full_size(yaml: str):
-    """The backbone of a model's full size, on the meta device."""
+    """Build the backbone of a model's full size on the meta device."""
     with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
         size = compose("config", [f"model={yaml}"]).model.sizes.full
         network = instantiate(size.backbone)()
@@ -346,7 +346,7 @@ class GuidedDiffusion:
         return embedding
 
     def stage(self, name: str, h: Tensor, embedding: Tensor, first=None, after=None) -> Tensor:
-        """The layers name.0, name.1, ...; the first one resizes by `first`, later ones by `after`."""
+        """Apply the layers name.0, name.1, ...; the first resizes by `first`, others by `after`."""
         layer = 0
         while self.has(f"{name}.{layer}"):
             path = f"{name}.{layer}"

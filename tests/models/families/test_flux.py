@@ -1,4 +1,4 @@
-"""FLUX's transformer as a backbone, against diffusers itself, and the shift of its times."""
+"""FLUX's transformer as a backbone, and the shift of its times, are those of diffusers."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_half_precision_does_not_round_the_clock(pipe):
         torch.bfloat16
     )
     x = noise(1).expand(3, -1, -1, -1).bfloat16()
-    t = torch.tensor([0.9980, 0.9970, 0.9962])  # one time in bfloat16
+    t = torch.tensor([0.9980, 0.9970, 0.9962])  # one and the same time in bfloat16
     v = backbone(x, t, torch.tensor([0, 0, 0])).float()
     assert (v[0] - v[1]).abs().max() > 1e-3
     assert (v[1] - v[2]).abs().max() > 1e-3
@@ -76,11 +76,10 @@ PIXELS = {
 }
 
 
-def test_shifts_of_diffusers():
+def test_shifts_are_those_of_diffusers():
     listed = json.loads((ORACLES / "fm_shift.json").read_text())["flux"]
-    ours = [
-        case for case in listed if case["max_shift"] == 1.15
-    ]  # the other is of OptimalSteps' script alone
+    # The other shift is used by OptimalSteps' script only.
+    ours = [case for case in listed if case["max_shift"] == 1.15]
 
     assert len(ours) == 24
 

@@ -49,7 +49,7 @@ def network(tag: str) -> MARNetwork:
 def mar(
     tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int = 5, **changes
 ) -> MAR:
-    """A model of the small networks of the oracles."""
+    """Build a model of the small networks of the oracles."""
     channels, size, patch = SIZES[tag]
     full = {
         "event_shape": ((size // patch) ** 2, channels * patch**2),
@@ -231,7 +231,7 @@ def test_the_stochastic_sampler_is_that_of_the_original(files, arrays, prefix, d
 
 
 class OriginalSampler:
-    """The authors' sampler with their noises, in the place of `sample`; it checks every iteration."""
+    """The authors' sampler and noises in the place of `sample`; it checks every iteration."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], temperature: float):
         self.tensors = tensors
@@ -256,7 +256,7 @@ class OriginalSampler:
         return tokens
 
     def ancestral(self, velocity, noises):
-        """Ho et al. 2020, algorithm 2, with the learned variance of Nichol & Dhariwal 2021, eq. 15."""
+        """Sample by Ho et al. 2020, algorithm 2, with Nichol & Dhariwal 2021, eq. 15."""
         # The respaced chain.
         x, *noises = noises
         times = DDIMSchedule(BETAS).nodes(len(noises))
@@ -365,7 +365,7 @@ def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeyp
 
 
 def test_velocity_of_a_later_iteration_knows_some_tokens(tokens, monkeypatch):
-    """Unknown tokens have a context each, in their places; known ones share the contexts of others."""
+    """Every unknown token has a context of its own; known tokens repeat those of others."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
     classes = torch.tensor([3])
     t = torch.full((1,), 0.5, dtype=torch.float64)
@@ -400,7 +400,7 @@ def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monke
 
 @pytest.mark.parametrize("search_cfg", [None, 1, 2.0])
 def test_guidance_of_the_velocity(search_cfg, tokens):
-    """v is linear in the scale, which is the iteration's unless `search_cfg` gives another."""
+    """The velocity is linear in the scale, which is the iteration's unless `search_cfg` gives another."""
     classes = torch.tensor([3, 1, 3, 0])
     t = torch.full((4,), 0.5, dtype=torch.float64)
     one = mar(search_cfg=1).velocity(classes)
@@ -467,7 +467,7 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
 
 
 class TrainingStep:
-    """A training step of a fixed batch, at a share of the token loop, and the contexts it decodes."""
+    """A training step of a fixed batch, and the contexts that it decodes."""
 
     def __init__(self, monkeypatch):
         self.model = mar("p2", num_iter=4)
@@ -489,11 +489,11 @@ class TrainingStep:
         return math.ceil(math.cos(math.pi / 2 * share) * self.model.event_shape[0])
 
     def places(self) -> torch.Tensor:
-        """The places of the tokens (3, count) in their orders, unknown ones first."""
+        """Return the places of the tokens (3, count) in their orders, unknown ones first."""
         return self.model.orders(self.model.backbone.patchify(self.noise))
 
     def changed(self, places: torch.Tensor) -> torch.Tensor:
-        """The images with other tokens at these places (3, n)."""
+        """Return the images with other tokens at these places (3, n)."""
         index = places[:, :, None].expand(-1, -1, self.tokens.shape[2])
         return self.model.backbone.unpatchify(self.tokens.scatter(1, index, 7.0))
 
@@ -668,7 +668,7 @@ def test_a_vae_of_another_architecture_is_refused(ldm_weights, tmp_path):
 
 
 def test_the_vae_of_conf_is_the_authors(monkeypatch):
-    """It has the 43.0 million numbers of latent diffusion's decoder with widths 128 (1, 1, 2, 2, 4)."""
+    """It has the 43.0 million numbers of the decoder with widths 128 (1, 1, 2, 2, 4)."""
     monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
     with torch.device("meta"):
         vae = instantiate(configured("mar_base").sizes.full.decoder, checkpoint="random")()

@@ -1,4 +1,4 @@
-"""The mixture's velocity against dense algebra, the shipped mixtures, and the fit that made them."""
+"""The mixture's velocity is exact, the shipped mixtures are whole, and the fit recovers them."""
 
 import copy
 import shutil
@@ -45,7 +45,7 @@ def build(parts: dict[str, torch.Tensor]) -> GaussianMixture:
 
 
 def covariances(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(C, D, D)"""
+    """Return the covariances (C, D, D) of all components."""
     spread = (parts["basis"] * parts["extra"][:, None]) @ parts["basis"].mT
     return spread + parts["floor"][:, None, None] * torch.eye(parts["means"].shape[1]).to(spread)
 
@@ -53,7 +53,7 @@ def covariances(parts: dict[str, torch.Tensor]) -> torch.Tensor:
 def draw(
     parts: dict[str, torch.Tensor], count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples (count, D) and their components (count,)."""
+    """Draw samples (count, D) and return them with their components (count,)."""
     generator = torch.Generator().manual_seed(seed)
     component = torch.multinomial(parts["weights"], count, replacement=True, generator=generator)
     noise = torch.randn(count, parts["means"].shape[1], dtype=torch.float64, generator=generator)
@@ -64,7 +64,7 @@ def draw(
 
 
 def dense_velocity(weights, means, sigmas, x, t: float) -> torch.Tensor:
-    """E[eps - x0 | x] with full covariances, one component and one solve at a time: x, means (., D)."""
+    """Return E[eps - x0 | x] for x (B, D), by one solve with the full covariance a component."""
     eye = torch.eye(x.shape[1], dtype=x.dtype)
     log_density = []
     slope = []
@@ -114,9 +114,8 @@ def test_velocity_equals_dense_algebra_from_end_to_end(t):
 
 def test_at_clean_data_the_velocity_is_minus_the_data(velocity, gmm):
     v = velocity(gmm["x0_used"], at(0.0, 16))
-    torch.testing.assert_close(
-        v, -gmm["x0_used"], rtol=0, atol=1e-12
-    )  # x0 is known, eps is not: its mean is 0
+    # x0 is known, and the mean of eps is 0.
+    torch.testing.assert_close(v, -gmm["x0_used"], rtol=0, atol=1e-12)
 
 
 def test_at_pure_noise_the_velocity_points_from_the_overall_mean(velocity, gmm):
@@ -242,7 +241,7 @@ def test_decode_maps_minus_one_to_black_and_clips(mixture):
 
 
 def needles() -> dict[str, torch.Tensor]:
-    """Two long components at a right angle: k-means gives the far end of the first to the second, the fit does not."""
+    """Two long components at a right angle, which k-means does not separate."""
     return {
         "weights": torch.tensor([0.6, 0.4], dtype=torch.float64),
         "means": torch.tensor([[0, 0, 0], [6, 0, 2]], dtype=torch.float64),
@@ -262,7 +261,7 @@ def far_apart() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", [far_apart(), needles()], ids=["far_apart", "needles"])
-def test_fit_recovers_the_mixture_it_is_given_samples_of(parts):
+def test_fit_recovers_the_mixture_of_its_samples(parts):
     images, component = draw(parts, 20_000, seed=3)
     labels = torch.zeros(len(images)).long()
     rank = parts["extra"].shape[1]
@@ -278,11 +277,8 @@ def test_fit_recovers_the_mixture_it_is_given_samples_of(parts):
         # Five standard errors: var(mean_i) = S_ii / n, var(cov_ij) = (S_ii S_jj + S_ij^2) / n.
         variances = sigma.diagonal()
 
-        assert bool(
-            (
-                (fitted["means"][match] - parts["means"][truth]).abs() < 5 * (variances / n).sqrt()
-            ).all()
-        )
+        error = (variances / n).sqrt()
+        assert bool(((fitted["means"][match] - parts["means"][truth]).abs() < 5 * error).all())
 
         error = ((variances[:, None] * variances + sigma**2) / n).sqrt()
         assert bool(((fitted_covariances[match] - sigma).abs() < 5 * error).all())

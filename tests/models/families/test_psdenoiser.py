@@ -1,4 +1,4 @@
-"""The adapter of 21cmPSDenoiser against closed forms, and the published package where it is installed."""
+"""The adapter of 21cmPSDenoiser is exact, and agrees with the published package."""
 
 import sys
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_velocity_is_that_of_the_data_in_canonical_time(tau):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end():
+def test_at_cleaner_times_than_in_training_the_clock_is_that_of_the_cleanest():
     model = exact.default()
     powers = exact.spectra(2)
     x = noise(2)
@@ -109,7 +109,7 @@ def test_powers_are_scaled_in_their_logarithm_and_back():
         (torch.ones(2, 4, 3), Guidance(2.0), "cannot be guided"),
     ],
 )
-def test_what_it_cannot_denoise_is_refused(condition, guidance, words):
+def test_conditions_that_it_cannot_denoise_are_refused(condition, guidance, words):
     with pytest.raises(ValueError, match=words):
         exact.default().velocity(condition, guidance)
 
@@ -155,7 +155,7 @@ def test_the_flow_is_that_of_the_packages_own_sampler(package, published, tau):
     sampler = package.GetODESampler(sde, x.shape, device="cpu")
     noisy = torch.from_numpy(package.DenoiserInput().normalize_noisy(powers.numpy()))[:, None]
     expected = sampler.drift_fn(published.network, x, torch.full((2,), tau), x_cdn=noisy)
-    # d x / d tau, of x = scale(t) x_t and d x_t / d t = v.
+    # dx / dtau, with x = scale(t) x_t and dx_t / dt = v.
     clock = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     t = published.path.canonical(clock)
     scale = published.path.scale(t)
@@ -207,6 +207,7 @@ def test_importing_the_package_leaves_the_random_numbers_alone(package, monkeypa
 
 
 def _write(path: Path, content) -> None:
+    """Write bytes as they are, and other contents as a torch file."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:

@@ -1,4 +1,4 @@
-"""The shipped folder of scenes is a real pipeline of diffusers, and `model=flux_scenes` is it."""
+"""The shipped folder of scenes is a pipeline of diffusers, and the same as `model=flux_scenes`."""
 
 import pytest
 import torch

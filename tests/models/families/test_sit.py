@@ -1,4 +1,4 @@
-"""SiT-XL/2: DiT's network with another clock and another answer, from files with DiT's keys."""
+"""SiT-XL/2 is DiT's network with another clock and another answer."""
 
 import json
 
@@ -21,11 +21,8 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
     """The architecture is DiT's, so the authors' DiT answers for SiT's weights too (oracles F)."""
     arrays = load_file(ORACLES / "dit_tiny.safetensors")
     backbone = SiT(size=8, attention_head_dim=8, **TINY).eval().requires_grad_(False)
-    original = {
-        key.removeprefix("sd."): value.float()
-        for key, value in arrays.items()
-        if key.startswith("sd.")
-    }
+    names = [key for key in arrays if key.startswith("sd.")]
+    original = {name.removeprefix("sd."): arrays[name].float() for name in names}
     backbone.load_state_dict(backbone.translate(original))
     flow = FlowVelocity(FlowPath(time_scale=1.0))
     classes = torch.where(arrays["y"] == 10, -1, arrays["y"])
@@ -42,18 +39,15 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
 @pytest.mark.slow
 def test_the_preset_has_the_weights_of_the_public_file():
     with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
-        backbone = instantiate(
-            compose("config", ["model=sit_xl_2_256"]).model.sizes.full.backbone
-        )()
+        model = compose("config", ["model=sit_xl_2_256"]).model
+        backbone = instantiate(model.sizes.full.backbone)()
 
     assert isinstance(backbone, SiT)
 
-    nothing = torch.zeros(
-        (), dtype=torch.bfloat16
-    )  # each weight one number in memory, seen as many
-    backbone.load_state_dict(
-        {key: nothing.expand(w.shape) for key, w in backbone.state_dict().items()}, assign=True
-    )
+    # Each weight is one number in memory.
+    zero = torch.zeros((), dtype=torch.bfloat16)
+    state = {key: zero.expand(weight.shape) for key, weight in backbone.state_dict().items()}
+    backbone.load_state_dict(state, assign=True)
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())["state_dict"]
     shapes = {key: list(value.shape) for key, value in backbone.to_public("original").items()}
 

@@ -36,7 +36,7 @@ def noises(model: Pipeline, seed: int = 0) -> torch.Tensor:
 
 
 def start(model: Pipeline, noise: torch.Tensor, time: float) -> torch.Tensor:
-    """Return the state at the first time; a pipeline without latents gives its network the noise."""
+    """Return the first state; a pipeline without latents gives its network the noise."""
     takes_latents = "latents" in inspect.signature(type(model.pipe).__call__).parameters
     one, _ = model.convention.network_input(torch.ones_like(noise), at(model, time))
     return noise * time if takes_latents else noise / one

@@ -155,15 +155,9 @@ def test_settings_that_do_not_fit_are_refused(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = [] if settings[0].startswith("model=") else MODEL[:2]
     small = [setting for setting in SMALL if model or not setting.startswith("data=")]
-
+    chosen = [setting.format(folder=folder) for setting in settings]
     with pytest.raises(SystemExit):
-        run_cli(
-            *model,
-            *(setting.format(folder=folder) for setting in settings),
-            *small,
-            f"hydra.run.dir={tmp_path}",
-        )
-
+        run_cli(*model, *chosen, *small, f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err
 
 

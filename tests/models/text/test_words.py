@@ -1,4 +1,4 @@
-"""Small networks of prompts whose text encoder is a list of words."""
+"""Small networks of prompts, with a list of words as their text encoder."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ PROMPTS = {
 
 
 def model(name: str, prompts: list[str]):
-    """With random weights."""
+    """Load a model of conf/ with random weights."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(
             "config", [f"model={name}", "model.checkpoint=untrained", "model.dtype=float64"]
@@ -38,7 +38,7 @@ def test_a_word_is_a_feature_at_its_place():
     assert torch.equal(encoded["pooled"], torch.stack([red + boot, none, red + 2 * boot]))
 
 
-def test_order_counts_where_it_is_told():
+def test_an_ordered_encoding_tells_the_places_of_words():
     words = Words(["red", "boot"], 3, scale=2.0, ordered=True)
     (text, mask, pooled) = words(["red boot"]).values()
     turned = words(["boot red"])
@@ -48,7 +48,7 @@ def test_order_counts_where_it_is_told():
     assert mask.tolist() == [[True, True, False]]
 
 
-def test_the_scale_is_of_all_features():
+def test_the_scale_multiplies_all_features():
     one = Words(["red", "boot"], 2)
     four = Words(["red", "boot"], 2, scale=4.0)
     (text, mask, pooled) = one(["red boot"]).values()
@@ -73,7 +73,7 @@ def test_prompts_it_cannot_read_are_refused(prompt, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
-def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
+def test_the_velocity_depends_on_a_prompts_words_and_not_on_its_number(name):
     one = model(name, PROMPTS[name])
     other = model(name, PROMPTS[name][::-1])
     x = torch.randn(
@@ -90,7 +90,7 @@ def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
-def test_guidance_is_away_from_no_prompt(name):
+def test_guidance_leads_away_from_no_prompt(name):
     network = model(name, PROMPTS[name])
     x = torch.randn(
         2, *network.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
@@ -105,7 +105,7 @@ def test_guidance_is_away_from_no_prompt(name):
     torch.testing.assert_close(velocity, 3 * with_prompt - 2 * without)
 
 
-def test_the_fingerprint_is_of_the_words_too(tmp_path):
+def test_the_fingerprint_depends_on_the_words(tmp_path):
     weights = random_weights(tmp_path / "w.safetensors", "model=flux_fashion")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["model=flux_fashion", weights]).model
