@@ -302,7 +302,7 @@ def test_two_samplers_may_not_share_steps_that_remember_those_before(two_experts
 
 
 @pytest.mark.parametrize("name", ["Euler list", "fitted, analytic"])
-def test_what_a_mask_keeps_stays(name, nodes, velocity):
+def test_the_masked_part_of_an_image_stays(name, nodes, velocity):
     steps, solver = plan(name, velocity, True)
     save_in_numbers(steps, nodes.models / "x.json", solver)
     model = comfy.Patcher(comfy.CONST(), denoiser(velocity, True))
@@ -359,7 +359,7 @@ assert [name for name in sys.modules if name.startswith(packages)] == ["oss_exp"
 
 
 @pytest.mark.slow
-def test_one_file_without_oss_exp(tmp_path):
+def test_the_file_works_where_oss_exp_is_not_installed(tmp_path):
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x * rows(t, x) ** 2 - 0.5
 
@@ -414,7 +414,7 @@ def test_a_folder_of_other_nodes_is_not_overwritten(tmp_path):
         ComfyUINodes().write(steps, tmp_path)
 
 
-def test_shipped_schedules(nodes):
+def test_shipped_schedules_are_small_certified_and_loadable(nodes):
     """They are small and certified, for networks of the package, and the nodes load them."""
     files = sorted((ASSETS / "schedules").glob("*.json"))
     shipped = [file for file in files if not file.name.endswith(".mean.json")]
@@ -519,7 +519,7 @@ def test_wrong_files_leave_the_interface_working(change, message, nodes):
 @pytest.mark.parametrize(
     "name", ["../good.json", "/etc/passwd", "", "none in models/oss_schedules", "x.mean.json"]
 )
-def test_names_do_not_leave_the_folder(name, nodes):
+def test_schedule_names_cannot_leave_the_folder(name, nodes):
     (nodes.models.parent / "good.json").write_text(json.dumps(GOOD))
     assert "there is no schedule" in nodes.OSSSchedule.VALIDATE_INPUTS(name)
 

@@ -84,7 +84,7 @@ def test_a_list_of_sigmas_is_read_back_as_the_same_schedule(preset):
 
 
 @pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, "FLUX"))
-def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
+def test_a_scheduler_of_diffusers_runs_the_exported_times(preset, name):
     scheduler, mu = SCHEDULERS[name]
     scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
     expected = preset.times.clone()
@@ -95,7 +95,7 @@ def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shift 3", "FLUX"])
-def test_a_real_scheduler_makes_our_sample(preset, name):
+def test_a_flow_scheduler_of_diffusers_makes_our_sample(preset, name):
     scheduler, mu = SCHEDULERS[name]
     scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -287,7 +287,7 @@ def test_a_list_of_the_webui_is_not_stretched():
     assert webui_text([14.6, 0.00001, 0.0]) == "[14.6, 0.00001, 0.0]"
 
 
-def test_sigma_over_alpha_is_finite():
+def test_pure_noise_has_no_finite_sigma_over_alpha():
     with pytest.raises(ValueError, match="first time is 1, where sigma / alpha is infinite"):
         ratio_sigmas(StepSchedule([1.0, 0.5, 0.0]))
 
@@ -306,7 +306,7 @@ def test_sigma_over_alpha_is_finite():
         ("absent.txt", FileNotFoundError, r"absent\.txt does not exist"),
     ],
 )
-def test_what_is_no_list_is_refused(source, error, message):
+def test_texts_that_are_no_list_are_refused(source, error, message):
     with pytest.raises(error, match=message):
         read_sigmas(source)
 
@@ -330,6 +330,6 @@ def test_what_is_no_list_is_refused(source, error, message):
         ),
     ],
 )
-def test_what_a_list_cannot_hold_is_refused(steps, message):
+def test_schedules_that_a_list_cannot_hold_are_refused(steps, message):
     with pytest.raises(ValueError, match=message):
         flow_sigmas(steps)

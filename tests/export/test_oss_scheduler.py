@@ -184,7 +184,7 @@ def test_each_condition_has_its_mean(velocity, tmp_path):
     )
 
 
-def test_half_precision_does_not_add_up(velocity, tmp_path):
+def test_rounding_in_half_precision_does_not_add_up(velocity, tmp_path):
     """The latents are rounded between the steps; the states behind them are not."""
     steps = plan(
         "oss_fit", "euler", velocity, GRIDS["flow_prediction"], draw((8, 64), 2, torch.float64)
@@ -303,7 +303,7 @@ def test_a_config_without_a_prediction_type_is_of_an_epsilon_network(tmp_path):
     assert load(StepSchedule([0.9, 0.5, 0.0]), "euler", tmp_path, SD).prediction == "epsilon"
 
 
-def test_the_shifted_chain_of_cogvideox(tmp_path):
+def test_the_shifted_chain_of_cogvideox_has_its_indices(tmp_path):
     """Its signal-to-noise ratio is shifted before its end is cut to pure noise."""
     original = CogVideoXDDIMScheduler(
         snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction"
@@ -382,7 +382,7 @@ def flux_velocity(transformer, text: torch.Tensor, pooled: torch.Tensor) -> Boun
     ("strategy", "solver"), [("oss_ave", "euler"), ("oss_shared", "unipc"), ("oss_fit", "euler")]
 )
 @torch.no_grad()
-def test_flux_pipeline(strategy, solver, flux_transformer, tmp_path):
+def test_the_flux_pipeline_makes_our_samples(strategy, solver, flux_transformer, tmp_path):
     text = draw((1, 6, 8), 5)
     pooled = draw((1, 8), 6)
     noise = draw((2, 4, 4, 6))
@@ -453,7 +453,9 @@ def guided_velocity(unet, prediction: str, text: torch.Tensor, empty: torch.Tens
     ],
 )
 @torch.no_grad()
-def test_stable_diffusion_pipeline(strategy, solver, prediction, unet, tmp_path):
+def test_the_stable_diffusion_pipeline_makes_our_samples(
+    strategy, solver, prediction, unet, tmp_path
+):
     text = draw((1, 6, 8), 5)
     empty = draw((1, 6, 8), 6)
     noise = draw((2, 4, 8, 8))
@@ -509,7 +511,7 @@ def dit_pipeline() -> DiTPipeline:
 
 
 @torch.no_grad()
-def test_dit_pipeline_draws_its_own_noise(dit_pipeline, tmp_path, monkeypatch):
+def test_the_dit_pipeline_makes_our_samples_of_its_own_noise(dit_pipeline, tmp_path, monkeypatch):
     path = DDPMPath(linear_betas(1000, 1e-4, 0.02))
     labels = torch.tensor([3, 0, 3])
     grid = DDIMSchedule(path.betas).nodes(16)
@@ -657,7 +659,7 @@ ZEROS = torch.zeros(1, 4)
         ),
     ],
 )
-def test_what_a_scheduler_cannot_run_is_refused(steps, solver, message, tmp_path):
+def test_schedules_that_a_scheduler_cannot_run_are_refused(steps, solver, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         save_in_numbers(steps, tmp_path / "x.json", solver)
     assert list(tmp_path.iterdir()) == []

@@ -213,7 +213,7 @@ def test_one_of_two_lists_is_chosen_by_its_node():
         ({"sigmas": [1.0, "x"]}, r"field `sigmas\.1` must be a number"),
     ],
 )
-def test_workflows_without_a_list_in_them_say_so(workflow, message):
+def test_workflows_without_a_list_are_refused(workflow, message):
     with pytest.raises(ValueError, match=message):
         read_sigmas(json.dumps(workflow))
 

@@ -348,7 +348,7 @@ def test_every_scheduler_gets_its_list_or_a_refusal_of_one_line(kind):
 
 @EVERY_SCHEDULER
 def test_our_scheduler_has_the_clock_of_every_scheduler_that_it_replaces(kind, tmp_path):
-    """What it cannot replace is refused in one line."""
+    """A scheduler that it cannot replace is refused in one line."""
     scheduler = kind(**REQUIRED.get(kind.__name__, {}))
     steps = planned(times=[0.9, 0.5, 0.0])
     file = save_in_numbers(steps, tmp_path / "x.json")

@@ -177,7 +177,7 @@ def test_every_link_of_a_saved_workflow_is_known_at_both_of_its_ends(graph):
     assert kinds == {"SIGMAS", "SAMPLER"}
 
 
-def test_sigmas_from_outside_of_a_subgraph(tmp_path):
+def test_sigmas_from_outside_of_a_subgraph_are_disconnected(tmp_path):
     """The subgraph's input forgets the link; new links are objects with new numbers."""
     slots = [
         {"name": "sigmas", "type": "SIGMAS", "link": 2},
@@ -230,7 +230,7 @@ def test_sigmas_from_outside_of_a_subgraph(tmp_path):
         ),
     ],
 )
-def test_what_is_no_workflow_is_refused(text, message, tmp_path):
+def test_files_that_are_no_workflows_are_refused(text, message, tmp_path):
     (tmp_path / "my.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         with_schedule(tmp_path / "my.json", "x.json")

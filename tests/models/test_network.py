@@ -129,7 +129,7 @@ def test_a_layer_can_be_a_distance(random_network, guidance):
         torch.testing.assert_close(alone, whole[m : m + 1], rtol=1e-3, atol=1e-3)
 
 
-def test_weights_come_back_from_a_file(random_network, tmp_path):
+def test_saved_weights_are_read_back(random_network, tmp_path):
     digest = save_asset(
         tmp_path / "tiny.safetensors", random_network.backbone.state_dict(), {"name": "tiny"}
     )

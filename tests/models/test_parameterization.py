@@ -58,7 +58,7 @@ def test_inputs_and_velocities_are_finite_at_both_ends(kind, t):
     assert kind.velocity(noise, x, time).isfinite().all()
 
 
-def test_edm_is_karras_et_al_in_their_own_variables():
+def test_edm_is_the_denoiser_of_karras_et_al():
     """Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F(c_in x; ln(sigma) / 4)."""
     kind = EDMPrediction(0.5, 0.002, 80.0, 1.0)
     sigma = 3.0
@@ -129,6 +129,6 @@ def test_copies_are_independent_and_frozen(kind):
         lambda: VPVelocity(PATHS[0], 1.01),
     ],
 )
-def test_settings_that_have_no_meaning_are_refused(make):
+def test_settings_without_meaning_are_refused(make):
     with pytest.raises(ValueError, match="must"):
         make()

@@ -104,7 +104,7 @@ def test_sampling_goes_through_the_stages(staged):
     torch.testing.assert_close(staged.sample(Euler(), STEPS, noise(), torch.arange(3)), x)
 
 
-def test_the_original_is_the_base_whatever_was_used_before(staged):
+def test_the_original_is_the_base_after_any_stage(staged):
     t = torch.full((3,), 0.5, dtype=torch.float64)
     answer(staged, t, noise())
     assert torch.equal(answer(staged.original, t, noise()), answer(network(), t, noise()))
@@ -113,7 +113,7 @@ def test_the_original_is_the_base_whatever_was_used_before(staged):
     assert network().original.fingerprint == "seed 0"
 
 
-def test_low_rank_changes_are_products(tmp_path):
+def test_low_rank_changes_are_added_as_products(tmp_path):
     name = "network.transformer_blocks.0.attn1.to_q.weight"
     down = torch.randn(2, 16)
     up = torch.randn(16, 2)
@@ -129,7 +129,7 @@ def test_low_rank_changes_are_products(tmp_path):
     assert torch.equal(answer(model, 0.5 * t, noise()), answer(network(), 0.5 * t, noise()))
 
 
-def test_the_fingerprint_is_of_every_stage_and_every_cut(tmp_path):
+def test_the_fingerprint_depends_on_every_stage_and_cut(tmp_path):
     fingerprints = set()
     for number, seeds in enumerate([(1, 2, 3), (1, 2, 4), (2, 1, 3)]):
         stages = folder(tmp_path / str(number), *map(weights, seeds))

@@ -284,7 +284,7 @@ def test_registered_and_cached_extensions_are_refused(canary, tmp_path):
 
 @pytest.mark.parametrize("target", sorted(STAND_INS), ids=".".join)
 @pytest.mark.parametrize("instance", [False, True], ids=["the class", "an object of it"])
-def test_no_state_gets_at_the_stand_ins(target, instance, canary, tmp_path):
+def test_no_state_changes_the_stand_ins(target, instance, canary, tmp_path):
     """The fixture `canary` compares them before and after."""
     values = {
         "__class__": 1,

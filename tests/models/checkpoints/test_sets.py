@@ -64,14 +64,14 @@ def value_of(tensors) -> float:
 @pytest.mark.parametrize(
     "container", [None, "state_dict", "module", "model_state_dict", "params_ema", "net"]
 )
-def test_what_weights_are_wrapped_in_is_taken_off(prefix, container, tmp_path):
+def test_prefixes_and_containers_of_weights_are_removed(prefix, container, tmp_path):
     tensors = weights(prefix=prefix)
     assert value_in_file(tmp_path, {container: tensors, "epoch": 3} if container else tensors) == 1
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
     assert value_of(read_for(tmp_path / "x.safetensors", NETWORK, dict, None, "model=tiny")) == 1
 
 
-def test_weights_are_found_beside_others(tmp_path):
+def test_weights_are_found_beside_other_tensors(tmp_path):
     assert (
         value_in_file(tmp_path, {"n_averaged": torch.tensor(3), **weights(prefix="module.")}) == 1
     )

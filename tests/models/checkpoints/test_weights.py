@@ -80,7 +80,7 @@ def test_a_file_is_itself_and_a_folder_has_the_first_of_the_files(tmp_path):
 @pytest.mark.parametrize(
     "checkpoint", ["folder", "weights/absent.pt", "/no/such/place", "name", "a/b/c", ""]
 )
-def test_what_is_nowhere_is_named_with_the_remedy(checkpoint, tmp_path, monkeypatch):
+def test_a_missing_checkpoint_is_named_with_the_remedy(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError) as caught:
@@ -214,7 +214,7 @@ def test_a_weight_may_be_called_model(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_not_weights_by_name_is_refused(form, content, tmp_path):
+def test_contents_that_are_no_named_weights_are_refused(form, content, tmp_path):
     with pytest.raises(ValueError, match=r"x holds .* give (a|the) file") as caught:
         read(write(form, tmp_path / "x", content))
     assert str(tmp_path) in str(caught.value)
@@ -259,14 +259,14 @@ def test_files_cut_short_are_refused(form, share, tmp_path):
     "content",
     [b"<!DOCTYPE html>", b"version https://git-lfs", b"[1, 2]", b'{"a": 1}', b"PK", bytes(99)],
 )
-def test_other_files_are_refused(content, tmp_path):
+def test_files_of_other_kinds_are_refused(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.safetensors"):
         read(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_byte_that_is_not_of_the_hash_beside_is_refused(form, tmp_path):
+def test_a_file_that_differs_from_its_hash_is_refused(form, tmp_path):
     path = write(form, tmp_path / "x.bin", state())
     data = path.read_bytes()
     (tmp_path / "x.bin.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  x.bin\n")

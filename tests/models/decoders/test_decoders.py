@@ -51,7 +51,7 @@ def test_pixels_are_those_of_diffusers(whole, latents, folder, safe, tmp_path):
     torch.testing.assert_close(vae(tmp_path)(latents.double()), pixels)
 
 
-def test_a_shift_and_no_convolution_before_the_decoder(latents, tmp_path):
+def test_a_decoder_with_a_shift_and_without_convolutions_is_that_of_diffusers(latents, tmp_path):
     whole = AutoencoderKL(**CONFIG, use_quant_conv=False, use_post_quant_conv=False).requires_grad_(
         False
     )

@@ -107,7 +107,7 @@ def test_clocks_between_indices_are_not_rounded(filled):
     assert (eps[1] - eps[2]).abs().max() > 1e-3
 
 
-def test_labels_are_kept_while_training(filled, arrays):
+def test_training_drops_no_labels(filled, arrays):
     frozen = filled(arrays["x"], arrays["t"].float(), arrays["y"])
     assert torch.equal(filled.train()(arrays["x"], arrays["t"].float(), arrays["y"]), frozen)
 
@@ -311,7 +311,7 @@ def configured(name: str):
 
 
 @pytest.mark.parametrize(("name", "size"), [("dit_xl_2_256", 32), ("dit_xl_2_512", 64)])
-def test_models_of_conf(name, size):
+def test_models_of_conf_make_images_and_fit_their_public_files(name, size):
     tiny_model = instantiate(configured(name), size="tiny")
     assert (tiny_model.name, tiny_model.guidance) == (f"{name}_tiny", Guidance(1.5, channels=3))
     assert tiny_model.path.canonical(torch.tensor(999.0)) <= tiny_model.parameterization.time_max

@@ -144,7 +144,7 @@ def denoise(network, kind, x, sigma, classes, dtype=torch.float32, **extra):
     return x - rowwise(t, x) * v, question, clock
 
 
-def test_outputs_of_the_original_in_single_precision(oracle):
+def test_outputs_in_single_precision_are_those_of_the_original(oracle):
     network, kind, arrays = oracle
     x = arrays["x"]
     sigma = arrays["sigma"].double()
@@ -169,7 +169,7 @@ def test_outputs_of_the_original_in_single_precision(oracle):
         assert difference(augmented, arrays["D_augment"]) < 1e-4
 
 
-def test_outputs_of_the_original_in_double_precision(oracle):
+def test_outputs_in_double_precision_are_those_of_the_original(oracle):
     """Their F is of an input and a clock rounded to float32, their D is not."""
     network, kind, arrays = oracle
     network = network.double()

@@ -399,8 +399,8 @@ def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monke
 
 
 @pytest.mark.parametrize("search_cfg", [None, 1, 2.0])
-def test_guidance_of_the_velocity(search_cfg, tokens):
-    """The velocity is linear in the scale, which is the iteration's unless `search_cfg` gives another."""
+def test_guidance_is_linear_in_its_scale(search_cfg, tokens):
+    """The velocity is linear in the scale: the iteration's, or that of `search_cfg`."""
     classes = torch.tensor([3, 1, 3, 0])
     t = torch.full((4,), 0.5, dtype=torch.float64)
     one = mar(search_cfg=1).velocity(classes)
@@ -420,7 +420,7 @@ def test_guidance_of_the_velocity(search_cfg, tokens):
     )
 
 
-def test_without_classes(tokens):
+def test_an_unguided_model_needs_no_classes(tokens):
     model = mar(scale=1.0)
     t = torch.full((4,), 0.5, dtype=torch.float64)
     v = model.velocity(None)
@@ -640,7 +640,7 @@ def ldm_vae(checkpoint) -> LDMVAE:
     )
 
 
-def test_names_of_latent_diffusion(ldm_weights):
+def test_translated_names_are_those_of_latent_diffusion(ldm_weights):
     levels = {key.split(".")[2] for key in ldm_weights if key.startswith("decoder.up.")}
     assert levels == {"0", "1", "2"}
     assert ldm_weights["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
@@ -708,7 +708,7 @@ def configured(name: str):
 @pytest.mark.parametrize(
     ("name", "scale"), [("mar_base", 2.9), ("mar_large", 3.0), ("mar_huge", 3.2)]
 )
-def test_models_of_conf(name, scale):
+def test_models_of_conf_make_images_and_fit_their_public_files(name, scale):
     model = instantiate(configured(name), size="tiny", num_iter=3)
     assert (model.name, model.guidance, model.needs_classes) == (
         f"{name}_tiny",

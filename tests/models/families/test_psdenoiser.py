@@ -219,7 +219,7 @@ def _write(path: Path, content) -> None:
     [b"", b"not weights", {"other": torch.zeros(2)}, [1, 2], Path("code")],
     ids=["empty", "garbage", "other_network", "no_state", "pickled_code"],
 )
-def test_a_checkpoint_that_is_not_one_is_refused(package, tmp_path, content):
+def test_files_without_the_networks_weights_are_refused(package, tmp_path, content):
     _write(file := tmp_path / "weights.pt", content)
     with pytest.raises(
         ValueError,

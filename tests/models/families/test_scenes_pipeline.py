@@ -37,7 +37,7 @@ def noise(count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_both_draw_the_same_pictures(pipe):
+def test_the_pipeline_and_the_model_draw_the_same_pictures(pipe):
     x = noise(len(PROMPTS))
     expected = pipe(
         PROMPTS,
@@ -53,7 +53,7 @@ def test_both_draw_the_same_pictures(pipe):
 
 
 @torch.no_grad()
-def test_guidance_is_its_true_cfg(pipe):
+def test_guidance_is_the_pipelines_true_cfg(pipe):
     x = noise(1)
 
     expected = pipe(

@@ -155,7 +155,7 @@ def test_answers_are_those_of_the_original(filled, arrays, case):
     assert difference(answer(filled.double(), arrays, case), arrays[f"{case}.out64"]) < 1e-6
 
 
-def test_rows_do_not_see_each_other(filled, arrays):
+def test_rows_are_independent(filled, arrays):
     whole = answer(filled.double(), arrays, "c3")
     alone = torch.cat([answer(filled, arrays, "c3", slice(row, row + 1)) for row in range(2)])
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-12)
@@ -367,7 +367,7 @@ def t5_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_t5_from_a_folder(t5_folder):
+def test_t5_is_read_from_a_folder(t5_folder):
     """The mask is of the prompt's tokens and their end; later tokens change nothing."""
     encoded = public_t5(str(t5_folder), 6, "the authors")(["a red cat", "cat"])
     model = T5EncoderModel.from_pretrained(t5_folder / "text_encoder").eval()
@@ -396,7 +396,7 @@ def test_prompts_end_as_captions_do(small, yaml):
         assert length == min(80, len(whole) + 1)  # a token for every byte, and the end
 
 
-def test_the_yaml_is_at_two_sizes(small, yaml):
+def test_the_yaml_has_two_sizes(small, yaml):
     assert (small.name, small.event_shape, small.guidance) == (
         "open_sora_1_2_tiny",
         (4, 5, 6, 9),

@@ -49,7 +49,7 @@ def runs_as_searched(family) -> oss_exp.OSSScheduler:
     return ours
 
 
-def test_wan_as_it_is_released():
+def test_wan_runs_with_its_released_scheduler():
     """Its noise levels are the teacher's nodes, and the first one is pure noise."""
     family = wan()
     scheduler = UniPCMultistepScheduler(
@@ -65,7 +65,7 @@ def test_wan_as_it_is_released():
     runs_as_searched(family)
 
 
-def test_cogvideox_with_the_dpm_solver():
+def test_cogvideox_has_the_same_velocity_with_its_dpm_solver():
     """Its `step` takes other arguments than DDIM's; the velocity is the same."""
     family = cogvideox()
     expected, _ = velocity_and_calls(family, 0.6)

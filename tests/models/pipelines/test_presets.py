@@ -71,7 +71,7 @@ def test_a_preset_is_a_call_of_its_class(preset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_main_job_at_tiny_size(preset, tmp_path):
+def test_a_preset_runs_the_main_job_at_tiny_size(preset, tmp_path):
     if preset == "wan2_2_i2v":
         pytest.importorskip("ftfy")  # the pipeline needs it
     run_cli(f"model={preset}", "scale=tiny", *SHORT, f"hydra.run.dir={tmp_path}")

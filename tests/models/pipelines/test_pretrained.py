@@ -71,7 +71,7 @@ def test_a_folder_is_the_pipeline_that_was_saved(folder):
     )
 
 
-def test_a_chain_of_more_steps_than_memory_holds_is_not_made(tmp_path):
+def test_a_chain_too_long_for_the_memory_is_refused(tmp_path):
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}))

@@ -181,7 +181,7 @@ def test_a_model_that_another_thread_uses_is_refused_until_released(family):
 
 
 def test_release_frees_the_hooks_of_the_pipeline(family, monkeypatch):
-    """As at the end of a whole call, an offloaded network leaves the GPU."""
+    """An offloaded network leaves the GPU, as at the end of a whole call."""
     freed = []
     model = suspended(family)
     monkeypatch.setattr(

@@ -28,7 +28,7 @@ from oss_exp.solvers import Euler, nfe, sample
         (control_net_stable_diffusion, {}, 2),  # a ControlNet is not the denoiser
     ],
 )
-def test_rows_that_the_denoiser_sees(make, call, rows):
+def test_nfe_counts_the_rows_of_the_denoiser(make, call, rows):
     family = make()
     model = Pipeline(family.pipe, family.prompts, **family.call | call)
     steps = StepSchedule(torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64))

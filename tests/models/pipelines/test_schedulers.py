@@ -35,7 +35,7 @@ def family() -> Family:
 @pytest.mark.parametrize(
     ("method", "config"), METHODS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_the_velocity_is_the_networks(family, method, config):
+def test_the_velocity_does_not_depend_on_the_schedulers_method(family, method, config):
     """The nodes are distinct even where a scheduler repeats a whole timestep."""
     time = torch.tensor([0.5], dtype=torch.float64)
     original = family.pipe.scheduler
