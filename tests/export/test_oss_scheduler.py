@@ -510,23 +510,29 @@ def dit_pipeline() -> DiTPipeline:
     return pipe
 
 
+def guided_dit(transformer, labels: torch.Tensor):
+    """The network of a DiT with guidance 1.5 on all channels."""
+
+    def network(latents: torch.Tensor, clock: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        classes = classes.repeat(len(latents) // len(classes))
+        return transformer(latents, timestep=clock, class_labels=classes).sample[:, :4]
+
+    def guided(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        unconditional = network(latents, clock, torch.full_like(labels, 1000))
+        return unconditional + 1.5 * (network(latents, clock, labels) - unconditional)
+
+    return guided
+
+
 @torch.no_grad()
 def test_the_dit_pipeline_makes_our_samples_of_its_own_noise(dit_pipeline, tmp_path, monkeypatch):
     path = DDPMPath(linear_betas(1000, 1e-4, 0.02))
     labels = torch.tensor([3, 0, 3])
     grid = DDIMSchedule(path.betas).nodes(16)
     solver = SOLVERS["dpm_solver_pp"]
-    transformer = dit_pipeline.transformer
-
-    def network(latents: torch.Tensor, clock: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        classes = classes.repeat(len(latents) // 3)
-        return transformer(latents, timestep=clock, class_labels=classes).sample[:, :4]
-
-    def guided(latents: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
-        unconditional = network(latents, clock, torch.full((3,), 1000))
-        return unconditional + 1.5 * (network(latents, clock, labels) - unconditional)
 
     # Our sample.
+    guided = guided_dit(dit_pipeline.transformer, labels)
     velocity = behind_time(NoisePrediction(path, float(grid[0])), guided)
     search_noise = draw((6, 4, 8, 8), 2, torch.float64)
     steps = plan("oss_shared", "dpm_solver_pp", velocity, grid, search_noise)

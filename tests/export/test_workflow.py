@@ -44,55 +44,54 @@ API = {
 }
 
 
-def saved(links_as_objects: bool) -> dict:
-    """A saved workflow with the samplers 3 (KSampler, steps from node 2) and 10 (SamplerCustom).
+# A saved workflow. Node 4 gives a model, 6 conditions and latents, 12 a sampler, 13 sigmas.
+KSAMPLER_NODE = {
+    "id": 3,
+    "type": "KSampler",
+    "inputs": [
+        {"name": "model", "type": "*", "link": 1},
+        {"name": "positive", "type": "*", "link": 2},
+        {"name": "negative", "type": "*", "link": 3},
+        {"name": "latent_image", "type": "*", "link": 4},
+        {"name": "steps", "type": "*", "link": 5},
+    ],
+    "widgets_values": [7, "fixed", 20, 2.0, "euler", "normal", 1],
+    "properties": {"cnr_id": "comfy-core"},
+}
+CUSTOM_NODE = {
+    "id": 10,
+    "type": "SamplerCustom",
+    "pos": [800, 100],
+    "inputs": [
+        {"name": "model", "type": "MODEL", "link": 6},
+        {"name": "sampler", "type": "SAMPLER", "link": 7},
+        {"name": "sigmas", "type": "SIGMAS", "link": 8},
+    ],
+}
+LINKS_FROM = {2: [5], 4: [1, 6], 6: [2, 3, 4], 12: [7], 13: [8]}
+LINKS = [
+    [1, 4, 0, 3, 0, "MODEL"],
+    [2, 6, 0, 3, 1, "*"],
+    [3, 6, 0, 3, 2, "*"],
+    [4, 6, 0, 3, 3, "*"],
+    [5, 2, 0, 3, 4, "INT"],
+    [6, 4, 0, 10, 0, "MODEL"],
+    [7, 12, 0, 10, 1, "SAMPLER"],
+    [8, 13, 0, 10, 2, "SIGMAS"],
+]
+LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 
-    Node 4 is a model, 6 gives conditioning and latents; 12 and 13 give a sampler and sigmas.
-    """
-    # Nodes.
-    slots = ("model", "positive", "negative", "latent_image", "steps")
-    sampler = {
-        "id": 3,
-        "type": "KSampler",
-        "inputs": [{"name": n, "type": "*", "link": i} for i, n in enumerate(slots, 1)],
-    }
-    sampler |= {
-        "widgets_values": [7, "fixed", 20, 2.0, "euler", "normal", 1],
-        "properties": {"cnr_id": "comfy-core"},
-    }
 
-    custom = {
-        "id": 10,
-        "type": "SamplerCustom",
-        "pos": [800, 100],
-        "inputs": [
-            {"name": "model", "type": "MODEL", "link": 6},
-            {"name": "sampler", "type": "SAMPLER", "link": 7},
-            {"name": "sigmas", "type": "SIGMAS", "link": 8},
-        ],
-    }
-
-    nodes = [sampler, custom]
-    for key, links in ((2, [5]), (4, [1, 6]), (6, [2, 3, 4]), (12, [7]), (13, [8])):
+def saved(subgraph: bool) -> dict:
+    """Return the saved workflow, or one with it as a subgraph, where links are objects."""
+    nodes = [KSAMPLER_NODE, CUSTOM_NODE]
+    for key, links in LINKS_FROM.items():
         nodes.append({"id": key, "type": "Other", "outputs": [{"name": "x", "links": links}]})
+    graph = {"nodes": nodes, "links": LINKS, "last_node_id": 13, "last_link_id": 8}
 
-    # Links.
-    links = [
-        [1, 4, 0, 3, 0, "MODEL"],
-        [2, 6, 0, 3, 1, "*"],
-        [3, 6, 0, 3, 2, "*"],
-        [4, 6, 0, 3, 3, "*"],
-        [5, 2, 0, 3, 4, "INT"],
-    ]
-    links += [[6, 4, 0, 10, 0, "MODEL"], [7, 12, 0, 10, 1, "SAMPLER"], [8, 13, 0, 10, 2, "SIGMAS"]]
-    graph = {"nodes": nodes, "links": links, "last_node_id": 13, "last_link_id": 8}
-
-    # A subgraph has links as objects.
-    if links_as_objects:
-        names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-        graph["links"] = [dict(zip(names, link, strict=True)) for link in links]
+    if subgraph:
+        graph["links"] = [dict(zip(LINK_FIELDS, link, strict=True)) for link in LINKS]
         graph = {"nodes": [], "links": [], "definitions": {"subgraphs": [graph]}}
-
     return graph
 
 
