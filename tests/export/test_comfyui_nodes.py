@@ -12,20 +12,21 @@ from pathlib import Path
 import comfy_stand_in as comfy
 import pytest
 import torch
+from export.common import PATH, draw
 
 import oss_exp.export.comfyui_nodes
 from oss_exp.distances import XtMSE
 from oss_exp.export.numbers import ComfyUINodes, save_in_numbers
 from oss_exp.files import ASSETS, shipped_schedule
-from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, scaled_linear_betas
+from oss_exp.noise import DDIMSchedule, FlowSchedule
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import OSSAve, OSSFit, OSSShared, Problem
+from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity, standard_normal_velocity
 
 CODE = Path(oss_exp.export.comfyui_nodes.__file__)
-PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
 CLOCK = {True: "flow time", False: "DDPM index"}
 STEPS = 5
 GUIDANCE = 2.5
@@ -40,21 +41,13 @@ STRATEGIES = {
 }
 
 
-def draw(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like)
-
-
 def denoiser(velocity, flow: bool):
     """Turn a velocity into a denoiser of ComfyUI, in flow time or in sigma / alpha."""
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
         t = sigma if flow else sigma / (1 + sigma)
-        x = x if flow else x * rows(1 - t, x)
-        return x - rows(t, x) * velocity(x, t)
+        x = x if flow else x * rowwise(1 - t, x)
+        return x - rowwise(t, x) * velocity(x, t)
 
     return denoise
 
@@ -181,10 +174,10 @@ class Network:
         else:
             sigma = (clock * torch.pi / 2).tan()
             t = sigma / (1 + sigma)
-        scale = rows(t**2 + (1 - t) ** 2, x) ** 0.5
+        scale = rowwise(t**2 + (1 - t) ** 2, x) ** 0.5
         state = x * scale
         v = self.velocity(state, t)
-        t = rows(t, x)
+        t = rowwise(t, x)
         x0 = state - t * v
         eps = state + (1 - t) * v
         return eps if self.kind == "epsilon" else ((1 - t) * eps - t * x0) / scale
@@ -361,7 +354,7 @@ assert [name for name in sys.modules if name.startswith(packages)] == ["oss_exp"
 @pytest.mark.slow
 def test_the_file_works_where_oss_exp_is_not_installed(tmp_path):
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x * rows(t, x) ** 2 - 0.5
+        return x * rowwise(t, x) ** 2 - 0.5
 
     steps, solver = plan("fitted, analytic", velocity, True)
     save_in_numbers(steps, tmp_path / "x.json", solver)

@@ -16,11 +16,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from export.common import PATH, SD
 from helpers import mostly_slow
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import diffusers_arguments
@@ -33,7 +33,7 @@ from oss_exp.export.sigmas import (
     sigma_text,
 )
 from oss_exp.export.webui import webui_text
-from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
+from oss_exp.noise import DDIMSchedule, FlowSchedule, flux_shift
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
@@ -63,10 +63,9 @@ SCHEDULERS = {
 def preset(request, tmp_path) -> StepSchedule:
     """A published table, planned, written and read as a run does it."""
     table = request.param
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = ["stepsize=oss_comfyui", f"stepsize.oss_comfyui.schedule.table={table}"]
-        schedule = instantiate(compose("config", overrides).stepsize.oss_comfyui.schedule)
-    nodes = schedule.nodes(PRESETS[table])
+    setting = f"stepsize.oss_comfyui.schedule.table={table}"
+    strategy = composed("stepsize=oss_comfyui", setting).stepsize.oss_comfyui
+    nodes = instantiate(strategy.schedule).nodes(PRESETS[table])
     StepSchedule(nodes).save(tmp_path / "preset.json")
     return StepSchedule.load(tmp_path / "preset.json")
 
@@ -114,9 +113,6 @@ def test_a_flow_scheduler_of_diffusers_makes_our_sample(preset, name):
 # --------------------------------------------------------------------------------------------------
 # Every kind of scheduler
 # --------------------------------------------------------------------------------------------------
-
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
 
 
 def planned(velocity, grid: torch.Tensor) -> StepSchedule:

@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from export.common import PATH, SD, draw
 
 import oss_exp.export.oss_scheduler
 from oss_exp.distances import XtMSE
@@ -40,10 +41,9 @@ from oss_exp.solvers.heun import Heun
 from oss_exp.solvers.ipndm import IPNDM
 from oss_exp.solvers.unipc import UniPC
 from oss_exp.stepsize import OSSAve, OSSFit, OSSShared, Problem
+from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
 TIME_MAX = float(PATH.canonical(torch.tensor(999.0, dtype=torch.float64)))
 GRIDS = {"flow_prediction": FlowSchedule(1.0).nodes(16), "ddpm": DDIMSchedule(PATH.betas).nodes(16)}
 SOLVERS = {
@@ -66,15 +66,6 @@ STRATEGIES = {
     ),
 }
 STEPS = 5
-
-
-def rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shape values (B,) so that they multiply the rows of `like` (B, *E)."""
-    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like)
-
-
-def draw(shape: tuple[int, ...], seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def plan(
@@ -106,10 +97,10 @@ class ExactNetwork:
         if self.prediction == "flow_prediction":
             return self.velocity(latents, (timestep.double() / 1000).expand(len(latents)))
         t = PATH.canonical(timestep.double()).expand(len(latents))
-        scale = rows(PATH.scale(t), latents)
+        scale = rowwise(PATH.scale(t), latents)
         x = latents / scale
         v = self.velocity(x, t)
-        t = rows(t, x)
+        t = rowwise(t, x)
         x0 = x - t * v
         eps = x + (1 - t) * v
         v_native = scale * ((1 - t) * eps - t * x0)
@@ -143,8 +134,8 @@ def test_a_loop_of_diffusers_makes_our_own_samples(
     strategy, solver, prediction, velocity, tmp_path
 ):
     grid = GRIDS.get(prediction, GRIDS["ddpm"])
-    noise = draw((6, 64), dtype=torch.float64)
-    steps = plan(strategy, solver, velocity, grid, draw((8, 64), 2, torch.float64))
+    noise = draw((6, 64))
+    steps = plan(strategy, solver, velocity, grid, draw((8, 64), 2))
     if solver not in ("euler", "unipc bh1"):
         assert int(steps.orders.max()) > 1
     expected = sample(SOLVERS[solver], velocity, noise * float(grid[0]), steps)
@@ -166,8 +157,8 @@ def test_a_loop_of_diffusers_makes_our_own_samples(
 
 
 def test_each_condition_has_its_mean(velocity, tmp_path):
-    steps = StepSchedule([0.8, 0.5, 0.2, 0.1, 0.05, 0.0], Analytic(draw((3, 64), 3, torch.float64)))
-    noise = draw((4, 64), dtype=torch.float64)
+    steps = StepSchedule([0.8, 0.5, 0.2, 0.1, 0.05, 0.0], Analytic(draw((3, 64), 3)))
+    noise = draw((4, 64))
     group = torch.tensor([2, 0, 1, 2])
     scheduler = load(steps, "euler", tmp_path)
 
@@ -186,12 +177,10 @@ def test_each_condition_has_its_mean(velocity, tmp_path):
 
 def test_rounding_in_half_precision_does_not_add_up(velocity, tmp_path):
     """The latents are rounded between the steps; the states behind them are not."""
-    steps = plan(
-        "oss_fit", "euler", velocity, GRIDS["flow_prediction"], draw((8, 64), 2, torch.float64)
-    )
+    steps = plan("oss_fit", "euler", velocity, GRIDS["flow_prediction"], draw((8, 64), 2))
     scheduler = load(steps, "euler", tmp_path)
     network = ExactNetwork(lambda x, t: velocity(x.double(), t), "flow_prediction")
-    noise = draw((6, 64)).half()
+    noise = draw((6, 64), dtype=torch.float32).half()
     result = loop(scheduler, network, noise)
 
     assert result.dtype == torch.float16
@@ -254,7 +243,7 @@ def test_on_an_euler_schedulers_times_its_own_run_comes_out(name, tmp_path):
     is_flow = isinstance(original, FlowMatchEulerDiscreteScheduler)
     times = sigmas if is_flow else sigmas / (1 + sigmas)
     steps = StepSchedule(1 - times if name == "inverted" else times)
-    noise = draw((2, 64), dtype=torch.float64)
+    noise = draw((2, 64))
 
     def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return (latents * 0.3 + timestep / 500).sin()
@@ -288,13 +277,13 @@ def test_a_chain_without_signal_at_its_end_is_run_from_pure_noise(velocity, tmp_
 
     def network(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         t = steps.times[scheduler.timesteps.tolist().index(float(timestep))].expand(len(latents))
-        scale = rows(path.scale(t), latents)
+        scale = rowwise(path.scale(t), latents)
         x = latents / scale
         v = velocity(x, t)
-        t = rows(t, x)
+        t = rowwise(t, x)
         return scale * ((1 - t) * (x + (1 - t) * v) - t * (x - t * v))
 
-    noise = draw((3, 64), dtype=torch.float64)
+    noise = draw((3, 64))
     result = loop(scheduler, network, noise)
     torch.testing.assert_close(result, sample(Euler(), velocity, noise, steps), rtol=0, atol=1e-6)
 
@@ -383,11 +372,17 @@ def flux_velocity(transformer, text: torch.Tensor, pooled: torch.Tensor) -> Boun
 )
 @torch.no_grad()
 def test_the_flux_pipeline_makes_our_samples(strategy, solver, flux_transformer, tmp_path):
-    text = draw((1, 6, 8), 5)
-    pooled = draw((1, 8), 6)
-    noise = draw((2, 4, 4, 6))
+    text = draw((1, 6, 8), 5, dtype=torch.float32)
+    pooled = draw((1, 8), 6, dtype=torch.float32)
+    noise = draw((2, 4, 4, 6), dtype=torch.float32)
     velocity = flux_velocity(flux_transformer, text, pooled)
-    steps = plan(strategy, solver, velocity, FlowSchedule(1.0).nodes(16), draw((4, 4, 4, 6), 2))
+    steps = plan(
+        strategy,
+        solver,
+        velocity,
+        FlowSchedule(1.0).nodes(16),
+        draw((4, 4, 4, 6), 2, dtype=torch.float32),
+    )
     expected = packed(sample(SOLVERS[solver], velocity, noise, steps))
 
     # The pipeline.
@@ -456,12 +451,12 @@ def guided_velocity(unet, prediction: str, text: torch.Tensor, empty: torch.Tens
 def test_the_stable_diffusion_pipeline_makes_our_samples(
     strategy, solver, prediction, unet, tmp_path
 ):
-    text = draw((1, 6, 8), 5)
-    empty = draw((1, 6, 8), 6)
-    noise = draw((2, 4, 8, 8))
+    text = draw((1, 6, 8), 5, dtype=torch.float32)
+    empty = draw((1, 6, 8), 6, dtype=torch.float32)
+    noise = draw((2, 4, 8, 8), dtype=torch.float32)
     grid = GRIDS["ddpm"]
     velocity = guided_velocity(unet, prediction, text, empty)
-    steps = plan(strategy, solver, velocity, grid, draw((4, 4, 8, 8), 2))
+    steps = plan(strategy, solver, velocity, grid, draw((4, 4, 8, 8), 2, dtype=torch.float32))
     expected = sample(SOLVERS[solver], velocity, noise * float(grid[0]), steps)
 
     # The pipeline.
@@ -534,9 +529,9 @@ def test_the_dit_pipeline_makes_our_samples_of_its_own_noise(dit_pipeline, tmp_p
     # Our sample.
     guided = guided_dit(dit_pipeline.transformer, labels)
     velocity = behind_time(NoisePrediction(path, float(grid[0])), guided)
-    search_noise = draw((6, 4, 8, 8), 2, torch.float64)
+    search_noise = draw((6, 4, 8, 8), 2)
     steps = plan("oss_shared", "dpm_solver_pp", velocity, grid, search_noise)
-    noise = draw((3, 4, 8, 8), dtype=torch.float64)
+    noise = draw((3, 4, 8, 8))
     expected = sample(solver, velocity, noise * float(grid[0]), steps)
 
     # The latents that the pipeline decodes.
@@ -582,12 +577,12 @@ except ValueError as error:
 @pytest.mark.slow
 def test_the_file_works_where_oss_exp_is_not_installed(tmp_path):
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x * rows(t, x) ** 2 - 0.5
+        return x * rowwise(t, x) ** 2 - 0.5
 
     # A schedule in numbers, one with its solver's name only, and the module.
     solver = SOLVERS["dpm_solver_pp"]
-    noise = draw((3, 4), dtype=torch.float64)
-    search_noise = draw((8, 4), 2, torch.float64)
+    noise = draw((3, 4))
+    search_noise = draw((8, 4), 2)
     grid = FlowSchedule(1.0).nodes(16)
     steps = plan("oss_shared", "dpm_solver_pp", velocity, grid, search_noise)
     save_in_numbers(steps, tmp_path / "x.json", solver)

@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from export.common import PATH, SD
 
 from oss_exp.export.comfyui import ComfyUI
 from oss_exp.export.diffusers import Diffusers, diffusers_call
@@ -24,15 +25,13 @@ from oss_exp.export.k_diffusion import KDiffusion
 from oss_exp.export.numbers import save_in_numbers
 from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.export.webui import WebUI
-from oss_exp.noise import DDPMPath, EDMPath, scaled_linear_betas
+from oss_exp.noise import EDMPath
 from oss_exp.schedule import Free, SolverSteps, StepSchedule
 from oss_exp.solvers import sample
 from oss_exp.solvers.dpm2 import DPM2
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATH = DDPMPath(scaled_linear_betas())
 FLOW = "flow time"
 CHAIN = "DDPM index"
 TIMES = [0.98, 0.9, 0.78, 0.59, 0.25, 0.0]

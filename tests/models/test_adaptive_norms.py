@@ -1,10 +1,9 @@
 """Every family names its adaptive layer norms, for task=finetune task.trainable=adaln."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.models.network import adaptive_norms
 
 # By family: the last names of the layers that make shifts, scales and gates, and another layer's.
@@ -22,12 +21,10 @@ PROMPTS = {"open_sora_1_2": "prompts.txt", "flux_fashion": "coloured_fashion.txt
 
 def backbone(name: str):
     """Build the untrained backbone of a model of conf/, tiny where it has that size."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = [f"model={name}"]
-        if name in PROMPTS:
-            overrides += ["data=prompts", f"data.prompts={PROMPTS[name]}"]
-        model = compose("config", overrides).model
-
+    overrides = [f"model={name}"]
+    if name in PROMPTS:
+        overrides += ["data=prompts", f"data.prompts={PROMPTS[name]}"]
+    model = composed(*overrides).model
     size = {"size": "tiny"} if "tiny" in model.get("sizes", ()) else {}
     return instantiate(model, **size).backbone
 

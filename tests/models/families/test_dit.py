@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.models.decoders.image import Pixels
 from oss_exp.models.families.dit import LAYOUTS, PublishedDiT
@@ -42,11 +41,6 @@ def tiny(size: int = 8, width: int = 32) -> PublishedDiT:
     )
 
 
-def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error as a share of the largest expected value."""
-    return float((result - expected).abs().max() / expected.abs().max())
-
-
 @pytest.fixture(scope="module")
 def arrays():
     return load_file(ORACLES / "dit_tiny.safetensors")
@@ -55,8 +49,7 @@ def arrays():
 @pytest.fixture(scope="module")
 def original(arrays):
     """The authors' state dict of a small network."""
-    names = [key for key in arrays if key.startswith("sd.")]
-    return {name.removeprefix("sd."): arrays[name].float() for name in names}
+    return {key: value.float() for key, value in without_prefix(arrays, "sd.").items()}
 
 
 @pytest.fixture
@@ -305,14 +298,10 @@ def test_the_search_is_that_of_the_released_code(filled, arrays):
 # --------------------------------------------------------------------------------------------------
 
 
-def configured(name: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"model={name}"]).model
-
-
 @pytest.mark.parametrize(("name", "size"), [("dit_xl_2_256", 32), ("dit_xl_2_512", 64)])
 def test_models_of_conf_make_images_and_fit_their_public_files(name, size):
-    tiny_model = instantiate(configured(name), size="tiny")
+    cfg = composed(f"model={name}").model
+    tiny_model = instantiate(cfg, size="tiny")
     assert (tiny_model.name, tiny_model.guidance) == (f"{name}_tiny", Guidance(1.5, channels=3))
     assert tiny_model.path.canonical(torch.tensor(999.0)) <= tiny_model.parameterization.time_max
 
@@ -323,7 +312,7 @@ def test_models_of_conf_make_images_and_fit_their_public_files(name, size):
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1
 
-    full = configured(name).sizes.full
+    full = cfg.sizes.full
     with torch.device("meta"):
         backbone = instantiate(full.backbone)()
     assert tuple(full.event_shape) == (4, size, size)
@@ -350,11 +339,13 @@ def test_the_file_of_another_image_size_is_refused(original):
     "name", ["blocks.1.attn.qkv.weight", "t_embedder.mlp.0.bias", "blocks.2.mlp.fc1.bias"]
 )
 def test_a_missing_or_left_over_weight_is_refused(original, name, tmp_path):
-    changed = {key: value for key, value in original.items() if key != name}
-    torch.save(
-        original | {name: torch.zeros(3)} if len(changed) == len(original) else changed,
-        tmp_path / "w.pt",
-    )
+    changed = dict(original)
+    if name in changed:
+        del changed[name]
+    else:
+        changed[name] = torch.zeros(3)
+    torch.save(changed, tmp_path / "w.pt")
+
     with pytest.raises(ValueError, match="weights differ"):
         published(tmp_path / "w.pt")
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oss_exp.cli import CONF
 from oss_exp.models.checkpoints.weights import randomise
 from oss_exp.models.families.edm_networks import ADM, Song
 from oss_exp.models.parameterization import EDMPrediction, NoisePrediction, ScorePrediction
@@ -89,19 +88,9 @@ def inputs(clock: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([-1.3, 0.1, 1.0]) * clock, torch.tensor([3, -1, 6])
 
 
-def difference(result: Tensor, expected: Tensor) -> float:
-    return float((result - expected).abs().max() / expected.abs().max())
-
-
 # --------------------------------------------------------------------------------------------------
 # The released code
 # --------------------------------------------------------------------------------------------------
-
-
-def without_prefix(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the arrays whose names begin with a prefix, by the rest of their names."""
-    names = [name for name in arrays if name.startswith(prefix)]
-    return {name.removeprefix(prefix): arrays[name] for name in names}
 
 
 @pytest.fixture(params=[(file, tag) for file, tags in CASES.items() for tag in tags], ids="-".join)
@@ -186,8 +175,8 @@ def test_outputs_in_double_precision_are_those_of_the_original(oracle):
 
 def full_size(yaml: str):
     """Build the backbone of a model's full size on the meta device."""
-    with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
-        size = compose("config", [f"model={yaml}"]).model.sizes.full
+    size = composed(f"model={yaml}").model.sizes.full
+    with torch.device("meta"):
         network = instantiate(size.backbone)()
     assert size.checkpoint in network.FILES
     return network
@@ -481,16 +470,9 @@ def test_half_precision_weights_know_the_time_exactly(name):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def model():
-    """A function that loads a model of conf/ at its tiny size."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-
-        def load(yaml: str, *overrides: str):
-            overrides = (f"model={yaml}", "model.size=tiny", *overrides)
-            return instantiate(compose("config", list(overrides)).model)
-
-        yield load
+def tiny_model(yaml: str, *overrides: str):
+    """Load a model of conf/ at its tiny size."""
+    return instantiate(composed(f"model={yaml}", "model.size=tiny", *overrides).model)
 
 
 @pytest.mark.slow
@@ -501,8 +483,8 @@ def test_full_size_has_the_public_number_of_weights(yaml, parameters):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("yaml", YAMLS)
-def test_a_tiny_model_has_finite_velocities_at_all_times(model, yaml):
-    tiny = model(yaml)
+def test_a_tiny_model_has_finite_velocities_at_all_times(yaml):
+    tiny = tiny_model(yaml)
     assert any(getattr(module, "heads", 0) for module in tiny.backbone.modules())
     x = torch.randn(2, *tiny.event_shape, generator=torch.Generator().manual_seed(0))
     velocity = tiny.velocity(torch.tensor([1, 2]) if tiny.num_classes else None)
@@ -510,17 +492,17 @@ def test_a_tiny_model_has_finite_velocities_at_all_times(model, yaml):
         v = velocity(x, torch.full((2,), t, dtype=torch.float64))
         assert v.shape == x.shape
         assert bool(v.isfinite().all())
-    assert tiny.fingerprint == model(yaml).fingerprint
+    assert tiny.fingerprint == tiny_model(yaml).fingerprint
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FAMILIES["adm"]().LAYOUTS)
-def test_a_public_file_is_read_in_any_layout(model, layout, tmp_path):
-    tiny = model("edm_bedroom256")
+def test_a_public_file_is_read_in_any_layout(layout, tmp_path):
+    tiny = tiny_model("edm_bedroom256")
     public = tiny.backbone.to_public(layout)
     path = tmp_path / f"{layout}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in public.items()}, path)
 
-    assert model("edm_bedroom256", f"model.checkpoint={path}").fingerprint == tiny.fingerprint
+    assert tiny_model("edm_bedroom256", f"model.checkpoint={path}").fingerprint == tiny.fingerprint
     with pytest.raises(InstantiationException, match="is of another architecture"):
-        model("edm_imagenet64", f"model.checkpoint={path}")
+        tiny_model("edm_imagenet64", f"model.checkpoint={path}")

@@ -10,13 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from oss_exp.cli import CONF
 from oss_exp.models.checkpoints.weights import randomise
 from oss_exp.models.decoders.ldm_vae import LDMVAE
 from oss_exp.models.families.mar import MAR, MARNetwork, at, unknown_before
@@ -90,11 +89,6 @@ class Backbone(partial):
         return network(*self.args)
 
 
-def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error as a share of the largest expected value."""
-    return float((result - expected).abs().max() / expected.abs().max())
-
-
 @pytest.fixture(scope="module")
 def arrays():
     return load_file(ORACLES / "mar_tiny.safetensors")
@@ -106,11 +100,8 @@ def files(arrays, tmp_path_factory):
     paths = {}
 
     for tag in SIZES:
-        prefix = f"{tag}.sd."
-        average = {}
-        for key, tensor in arrays.items():
-            if key.startswith(prefix):
-                average[key.removeprefix(prefix)] = tensor.float()
+        public = without_prefix(arrays, f"{tag}.sd.")
+        average = {key: tensor.float() for key, tensor in public.items()}
         paths[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
         trained = {key: torch.zeros_like(tensor) for key, tensor in average.items()}
         content = {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3}
@@ -177,7 +168,7 @@ def test_full_size_has_the_weights_of_the_public_file():
 
     for name in ("mar_base", "mar_large", "mar_huge"):
         with torch.device("meta"):
-            state = instantiate(configured(name).sizes.full.backbone)().state_dict()
+            state = instantiate(composed(f"model={name}").model.sizes.full.backbone)().state_dict()
         numbers[name] = sum(value.numel() for value in state.values())
         if name == "mar_base":
             shapes = {key: list(value.shape) for key, value in state.items()}
@@ -207,7 +198,7 @@ def test_a_public_file_and_our_own_are_the_same_model(files, tmp_path):
 def test_the_stochastic_sampler_is_that_of_the_original(files, arrays, prefix, dtype, monkeypatch):
     """With their orders, noises and steps the contexts and tokens of every iteration are theirs."""
     run = RUNS[prefix]
-    tensors = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
+    tensors = without_prefix(arrays, prefix)
     model = mar(
         run["model"], files[run["model"]], run["cfg"], run["num_iter"], dtype=dtype, micro_batch=64
     )
@@ -302,9 +293,9 @@ def test_the_chain_is_that_of_the_original(num_steps):
 
 def test_an_euler_step_is_their_ddim_step():
     case = json.loads((ORACLES / "mar_diffusion.json").read_text())["p_mean_variance_unit"]
-    x, out, expected = (
-        torch.tensor(case[key], dtype=torch.float64) for key in ("x", "model_output", "ddim_eta0")
-    )
+    x = torch.tensor(case["x"], dtype=torch.float64)
+    out = torch.tensor(case["model_output"], dtype=torch.float64)
+    expected = torch.tensor(case["ddim_eta0"], dtype=torch.float64)
     times = DDIMSchedule(BETAS).nodes(10).flip(0)
 
     for i in range(10):  # row i is asked at index i of the respaced chain
@@ -671,7 +662,9 @@ def test_the_vae_of_conf_is_the_authors(monkeypatch):
     """It has the 43.0 million numbers of the decoder with widths 128 (1, 1, 2, 2, 4)."""
     monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
     with torch.device("meta"):
-        vae = instantiate(configured("mar_base").sizes.full.decoder, checkpoint="random")()
+        vae = instantiate(
+            composed("model=mar_base").model.sizes.full.decoder, checkpoint="random"
+        )()
 
     def conv(a, b, kernel=3):
         return a * b * kernel**2 + b
@@ -700,16 +693,11 @@ def test_the_vae_of_conf_is_the_authors(monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 
-def configured(name: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"model={name}"]).model
-
-
 @pytest.mark.parametrize(
     ("name", "scale"), [("mar_base", 2.9), ("mar_large", 3.0), ("mar_huge", 3.2)]
 )
 def test_models_of_conf_make_images_and_fit_their_public_files(name, scale):
-    model = instantiate(configured(name), size="tiny", num_iter=3)
+    model = instantiate(composed(f"model={name}").model, size="tiny", num_iter=3)
     assert (model.name, model.guidance, model.needs_classes) == (
         f"{name}_tiny",
         Guidance(scale),
@@ -725,7 +713,7 @@ def test_models_of_conf_make_images_and_fit_their_public_files(name, scale):
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1
 
-    full = configured(name).sizes.full
+    full = composed(f"model={name}").model.sizes.full
     assert tuple(full.event_shape) == (full.backbone.size**2, full.backbone.channels)
     assert full.checkpoint == f"pretrained_models/mar/{name}"
 

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
 import oss_exp
-from oss_exp.cli import CONF
 from oss_exp.data.scenes import wishes
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
@@ -27,9 +26,8 @@ def pipe() -> FluxPipeline:
 
 
 def flux_scenes(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        model = compose("config", ["model=flux_scenes", *overrides]).model
-    return instantiate(model, prompts=PROMPTS)
+    """Load the model of the scenes."""
+    return instantiate(composed("model=flux_scenes", *overrides).model, prompts=PROMPTS)
 
 
 def noise(count: int) -> torch.Tensor:

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.psnr import psnr
@@ -24,8 +23,8 @@ RELATIVES = ["flux_fashion", "flux_scenes", "mar_fashion"]
 
 
 def load(name: str, *overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose("config", [f"model={name}", *overrides]).model)
+    """Load a model of conf/."""
+    return instantiate(composed(f"model={name}", *overrides).model)
 
 
 def noise(count: int, seed: int) -> torch.Tensor:

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed, without_prefix
 from safetensors.torch import load_file
 
-from oss_exp.cli import CONF
 from oss_exp.models.families.sit import SiT
 from oss_exp.models.parameterization import FlowVelocity
 from oss_exp.noise import FlowPath
@@ -21,8 +20,7 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
     """The architecture is DiT's, so the authors' DiT answers for SiT's weights too (oracles F)."""
     arrays = load_file(ORACLES / "dit_tiny.safetensors")
     backbone = SiT(size=8, attention_head_dim=8, **TINY).eval().requires_grad_(False)
-    names = [key for key in arrays if key.startswith("sd.")]
-    original = {name.removeprefix("sd."): arrays[name].float() for name in names}
+    original = {key: value.float() for key, value in without_prefix(arrays, "sd.").items()}
     backbone.load_state_dict(backbone.translate(original))
     flow = FlowVelocity(FlowPath(time_scale=1.0))
     classes = torch.where(arrays["y"] == 10, -1, arrays["y"])
@@ -38,9 +36,9 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
 
 @pytest.mark.slow
 def test_the_preset_has_the_weights_of_the_public_file():
-    with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
-        model = compose("config", ["model=sit_xl_2_256"]).model
-        backbone = instantiate(model.sizes.full.backbone)()
+    full = composed("model=sit_xl_2_256").model.sizes.full
+    with torch.device("meta"):
+        backbone = instantiate(full.backbone)()
 
     assert isinstance(backbone, SiT)
 

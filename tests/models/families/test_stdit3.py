@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ORACLES, run_cli
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from oss_exp.cli import CONF
 from oss_exp.data.prompts import read_prompts
 from oss_exp.distances import Select, XtMSE
 from oss_exp.models.decoders.image import Pixels
@@ -37,11 +36,6 @@ def tiny() -> STDiT3:
     return STDiT3(4, 32, num_layers=2, num_heads=4, text_features=24, text_tokens=7, image_size=512)
 
 
-def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error as a share of the largest expected value."""
-    return float((result - expected).abs().max() / expected.abs().max())
-
-
 @pytest.fixture(scope="module")
 def arrays():
     tensors = load_file(ORACLES / "stdit3_tiny.safetensors")
@@ -51,8 +45,7 @@ def arrays():
 @pytest.fixture(scope="module")
 def weights(arrays):
     """The authors' state dict of a small network."""
-    names = [key for key in arrays if key.startswith("sd.")]
-    return {name.removeprefix("sd."): arrays[name].float() for name in names}
+    return {key: value.float() for key, value in without_prefix(arrays, "sd.").items()}
 
 
 @pytest.fixture
@@ -120,10 +113,7 @@ def build(arrays, weights, tmp_path):
 
 @pytest.fixture(scope="module")
 def yaml():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(
-            "config", ["model=open_sora_1_2", "data=prompts", "noise_schedule=open_sora"]
-        )
+    return composed("model=open_sora_1_2", "data=prompts", "noise_schedule=open_sora")
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +262,9 @@ def test_the_null_prompt_has_as_many_tokens_as_the_prompt(small, noise, interval
     t = torch.tensor([0.5, 0.9, 0.7], dtype=torch.float64)
     assert len(set(small.backbone.mask[numbers].sum(1).tolist())) == 3
 
-    conditional, free = (
-        small.backbone(noise.double(), 1000 * t, rows) for rows in (numbers, -1 - numbers)
-    )
+    conditional = small.backbone(noise.double(), 1000 * t, numbers)
+    free = small.backbone(noise.double(), 1000 * t, -1 - numbers)
+
     assert (conditional - free).abs().amax((1, 2, 3, 4)).min() > 1e-3
 
     scales = torch.tensor([7.0, 1.0 if interval else 7.0, 7.0])[:, None, None, None, None]
@@ -405,11 +395,9 @@ def test_the_yaml_has_two_sizes(small, yaml):
     assert [yaml.model[name] for name in ("num_frames", "height", "width")] == [102, 720, 1280]
     assert instantiate(yaml.noise_schedule).shift == pytest.approx(1.875 * 30**0.5)
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        chosen = compose(
-            "config", ["model=open_sora_1_2", "noise_schedule=open_sora", "model.num_frames=51"]
-        )
 
+def test_the_noise_schedule_is_that_of_the_number_of_frames():
+    chosen = composed("model=open_sora_1_2", "noise_schedule=open_sora", "model.num_frames=51")
     assert instantiate(chosen.noise_schedule).shift == pytest.approx(1.875 * 15**0.5)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 from helpers import run_cli
-from hydra import compose, initialize_config_dir
+from models.common import composed
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model_state_dict
 
@@ -40,11 +40,6 @@ SHORT = [
     "data.per_sample=2",
 ]
 SHORT += ["logger=none", "trainer.enable_progress_bar=false"]
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from helpers import random_weights
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.models.checkpoints.weights import randomise
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.text.words import Words
@@ -19,11 +18,8 @@ PROMPTS = {
 
 def model(name: str, prompts: list[str]):
     """Load a model of conf/ with random weights."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "config", [f"model={name}", "model.checkpoint=untrained", "model.dtype=float64"]
-        ).model
-    network = instantiate(cfg, prompts=prompts)
+    cfg = composed(f"model={name}", "model.checkpoint=untrained", "model.dtype=float64")
+    network = instantiate(cfg.model, prompts=prompts)
     randomise(network.backbone, torch.Generator().manual_seed(0))
     return network
 
@@ -97,9 +93,9 @@ def test_guidance_leads_away_from_no_prompt(name):
     )
     t = torch.tensor([0.8, 0.3], dtype=torch.float64)
     prompts = torch.tensor([2, 0])
-    with_prompt, without = (
-        network._velocity(x, t, rows) for rows in (prompts, torch.full((2,), -1))
-    )
+    with_prompt = network._velocity(x, t, prompts)
+    without = network._velocity(x, t, torch.full((2,), -1))
+
     velocity = network.velocity(prompts, Guidance(3.0))(x, t)
 
     torch.testing.assert_close(velocity, 3 * with_prompt - 2 * without)
@@ -107,8 +103,7 @@ def test_guidance_leads_away_from_no_prompt(name):
 
 def test_the_fingerprint_depends_on_the_words(tmp_path):
     weights = random_weights(tmp_path / "w.safetensors", "model=flux_fashion")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["model=flux_fashion", weights]).model
+    cfg = composed("model=flux_fashion", weights).model
     first = instantiate(cfg)
     cfg.words.vocabulary[2:4] = ["orange", "red"]
     assert instantiate(cfg).fingerprint != first.fingerprint
