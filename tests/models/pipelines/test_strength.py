@@ -153,16 +153,21 @@ def packed(family: Family, noise: torch.Tensor) -> torch.Tensor:
     return noise
 
 
-@pytest.fixture
-def searched(family, monkeypatch) -> tuple[Pipeline, StepSchedule]:
-    """A model and its schedule of 3 steps, which the family's pipeline runs."""
+@pytest.fixture(scope="module")
+def searched(family) -> tuple[Pipeline, StepSchedule]:
+    """A model and its schedule of 3 steps."""
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    steps = oss_exp.search(model, num_steps=3, num_teacher_steps=12)
+    return model, oss_exp.search(model, num_steps=3, num_teacher_steps=12)
+
+
+@pytest.fixture
+def scheduled(family, searched, monkeypatch) -> None:
+    """The family's pipeline runs the searched schedule."""
+    _, steps = searched
     monkeypatch.setattr(family.pipe, "scheduler", steps.scheduler(family.pipe.scheduler))
-    return model, steps
 
 
-def test_a_searched_schedule_runs_in_the_pipeline(family, searched):
+def test_a_searched_schedule_runs_in_the_pipeline(family, searched, scheduled, monkeypatch):
     """It runs with as many steps as it was searched for."""
     model, steps = searched
     calls = []
@@ -170,6 +175,7 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, searched):
     hook = network.register_forward_hook(lambda *_: calls.append(1))
     result, noise = pipeline_output(family, 3)
     hook.remove()
+    monkeypatch.undo()
 
     assert steps.start_time < 1
     assert steps.about("native")["num_inference_steps"] == 3
@@ -178,7 +184,7 @@ def test_a_searched_schedule_runs_in_the_pipeline(family, searched):
     torch.testing.assert_close(result, model.decode(x0), rtol=0, atol=family.atol)
 
 
-def test_a_call_with_other_steps_or_strength_is_refused(family, searched, monkeypatch):
+def test_a_call_with_other_steps_or_strength_is_refused(family, scheduled, monkeypatch):
     with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
         pipeline_output(family, 7)
     monkeypatch.setitem(family.call, "strength", 0.3)
