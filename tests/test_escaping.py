@@ -193,7 +193,9 @@ def figures(monkeypatch):
     return drawn
 
 
-@pytest.mark.parametrize("part", [slice(plots.ROWS), slice(plots.ROWS, None)], ids=["first", "rest"])
+@pytest.mark.parametrize(
+    "part", [slice(plots.ROWS), slice(plots.ROWS, None)], ids=["first", "rest"]
+)
 def test_a_legend_shows_every_name_and_no_formulas(figures, part):
     """A legend has at most `plots.ROWS` entries."""
     names = NAMES[part]

@@ -1,4 +1,4 @@
-"""Schedules through other programs' own samplers: the times that come out are those that went in."""
+"""Other programs' samplers run the times of the exported schedules."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from export.common import PATH, SD
 from helpers import mostly_slow
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.export.comfyui import comfyui_nodes
 from oss_exp.export.diffusers import diffusers_arguments
@@ -33,7 +33,7 @@ from oss_exp.export.sigmas import (
     sigma_text,
 )
 from oss_exp.export.webui import webui_text
-from oss_exp.noise import DDIMSchedule, DDPMPath, FlowSchedule, flux_shift, scaled_linear_betas
+from oss_exp.noise import DDIMSchedule, FlowSchedule, flux_shift
 from oss_exp.noise.published_tables import AlignYourSteps, OSSComfyUI
 from oss_exp.schedule import Analytic, FittedSteps, StepSchedule
 from oss_exp.solvers import Euler, sample
@@ -61,32 +61,29 @@ SCHEDULERS = {
 
 @pytest.fixture(params=PRESETS)
 def preset(request, tmp_path) -> StepSchedule:
-    """As a run plans, writes and reads it."""
+    """A published table, planned, written and read as a run does it."""
     table = request.param
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = ["stepsize=oss_comfyui", f"stepsize.oss_comfyui.schedule.table={table}"]
-        schedule = instantiate(compose("config", overrides).stepsize.oss_comfyui.schedule)
-    nodes = schedule.nodes(PRESETS[table])
+    setting = f"stepsize.oss_comfyui.schedule.table={table}"
+    strategy = composed("stepsize=oss_comfyui", setting).stepsize.oss_comfyui
+    nodes = instantiate(strategy.schedule).nodes(PRESETS[table])
     StepSchedule(nodes).save(tmp_path / "preset.json")
     return StepSchedule.load(tmp_path / "preset.json")
 
 
 def test_a_preset_is_the_published_list(preset):
     """Its last level is where samplers put 0."""
-    assert flow_sigmas(preset)[:-1] == list(
-        OSSComfyUI.tables[next(k for k, n in PRESETS.items() if n == preset.num_steps)][:-1]
-    )
-    assert flow_sigmas(preset)[-1] == 0
+    [table] = [name for name, num_steps in PRESETS.items() if num_steps == preset.num_steps]
+    assert flow_sigmas(preset) == [*OSSComfyUI.tables[table][:-1], 0]
 
 
-def test_there_and_back_is_the_same(preset):
+def test_a_list_of_sigmas_is_read_back_as_the_same_schedule(preset):
     again = from_flow_sigmas(json.loads(json.dumps(flow_sigmas(preset))), made_by="ComfyUI")
     assert torch.equal(again.times, preset.times)
     assert again.provenance == {"made_by": "ComfyUI"}
 
 
 @pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, "FLUX"))
-def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
+def test_a_scheduler_of_diffusers_runs_the_exported_times(preset, name):
     scheduler, mu = SCHEDULERS[name]
     scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
     expected = preset.times.clone()
@@ -97,7 +94,7 @@ def test_a_real_scheduler_runs_the_times_that_are_meant(preset, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shift 3", "FLUX"])
-def test_a_real_scheduler_makes_our_sample(preset, name):
+def test_a_flow_scheduler_of_diffusers_makes_our_sample(preset, name):
     scheduler, mu = SCHEDULERS[name]
     scheduler.set_timesteps(**diffusers_arguments(preset, scheduler, mu))
     noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -108,28 +105,25 @@ def test_a_real_scheduler_makes_our_sample(preset, name):
     x = noise
     for t in scheduler.timesteps:
         x = scheduler.step(velocity(x, t.expand(2) / 1000), t, x).prev_sample
+
     ours = sample(Euler(), velocity, noise, from_flow_sigmas(flow_sigmas(preset)))
     torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every kind of scheduler
-# --------------------------------------------------------------------------------------------------------------
-
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATH = DDPMPath(scaled_linear_betas(1000, 0.00085, 0.012))
+# --------------------------------------------------------------------------------------------------
 
 
 def planned(velocity, grid: torch.Tensor) -> StepSchedule:
     noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     problem = Problem(velocity, noise * grid[0], grid, Euler(), XtMSE())
-    return OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8).plan(
-        problem, [6]
-    )[6]
+    strategy = OSSAve(start="free", band=None, refine=False, aggregate="median", chunk=8)
+    return strategy.plan(problem, [6])[6]
 
 
 def run_through(scheduler, steps: StepSchedule, mu: float | None = None) -> torch.Tensor:
-    """The canonical times that come out."""
+    """Return the canonical times that a scheduler runs."""
     scheduler.set_timesteps(**diffusers_arguments(steps, scheduler, mu))
     assert len(scheduler.timesteps) == steps.num_steps
     sigmas = scheduler.sigmas.double()
@@ -158,25 +152,22 @@ def test_euler_of_diffusers_runs_published_levels(table, settings):
     for count in (4, 10, 17):
         nodes = AlignYourSteps(table).nodes(count)
         scheduler = EulerDiscreteScheduler(**SD, **settings)
-        torch.testing.assert_close(
-            run_through(scheduler, StepSchedule(nodes)), nodes, rtol=0, atol=1e-6
-        )
+        times = run_through(scheduler, StepSchedule(nodes))
+        torch.testing.assert_close(times, nodes, rtol=0, atol=1e-6)
 
 
-def test_settings_of_times_that_euler_passes_over_where_it_is_given_sigmas_are_no_reason_to_refuse():
+def test_settings_that_euler_ignores_when_it_gets_sigmas_are_accepted():
     steps = StepSchedule(AlignYourSteps("sd15").nodes(10))
-    found = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
-    torch.testing.assert_close(found, steps.times, rtol=0, atol=1e-6)
+    times = run_through(EulerDiscreteScheduler(**SD, use_karras_sigmas=True), steps)
+    torch.testing.assert_close(times, steps.times, rtol=0, atol=1e-6)
 
 
 def test_a_chain_does_not_run_levels_beyond_its_end():
-    """Several would have its last index, and Euler of diffusers begins at the second of them."""
-    with pytest.raises(
-        ValueError, match=r"EulerDiscreteScheduler does not run such a list \(IndexError"
-    ):
-        diffusers_arguments(
-            StepSchedule(AlignYourSteps("svd").nodes(10)), EulerDiscreteScheduler(**SD)
-        )
+    """Several levels would have the last index, and Euler begins at the second of them."""
+    steps = StepSchedule(AlignYourSteps("svd").nodes(10))
+    message = r"EulerDiscreteScheduler does not run such a list \(IndexError"
+    with pytest.raises(ValueError, match=message):
+        diffusers_arguments(steps, EulerDiscreteScheduler(**SD))
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
@@ -194,12 +185,14 @@ def test_euler_of_diffusers_makes_our_sample(velocity):
     run_through(scheduler, steps)
     noise = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = noise * steps.start_time / (1 - steps.times[0])
+
     for t in scheduler.timesteps:
         native = scheduler.scale_model_input(x, t)
         time = PATH.canonical(t.double()).expand(3)
         canonical = native / PATH.scale(time)[:, None]
         eps = canonical + (1 - time)[:, None] * velocity(canonical, time)
         x = scheduler.step(eps, t, x).prev_sample
+
     ours = sample(Euler(), velocity, noise * steps.start_time, steps)
     torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)
 
@@ -239,7 +232,7 @@ FEW = StepSchedule([0.9, 0.7, 0.5, 0.0])
         ),
         (
             UniPCMultistepScheduler(use_flow_sigmas=True, final_sigmas_type="sigma_min"),
-            "it changes the times it is given; choose another, such as FlowMatchEulerDiscreteScheduler",
+            "it changes the times it is given; choose another, such as FlowMatchEuler",
         ),
     ],
 )
@@ -248,52 +241,55 @@ def test_schedulers_that_would_run_other_times_are_refused(scheduler, message):
         diffusers_arguments(FEW, scheduler)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def comfyui_reads(text: str) -> list[float]:
-    """As its node ManualSigmas does: no exponents."""
+    """Read a list as ComfyUI's node ManualSigmas does, which knows no exponents."""
     return [float(word) for word in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
 
 
 @pytest.mark.parametrize("network", ["flow", "eps"])
-def test_lists_there_and_back(network):
+def test_lists_are_read_back_as_they_were_written(network):
     times = [0.98, 0.7, 1e-5 / 3, 0.0]
     steps = StepSchedule(times)
     sigmas = flow_sigmas(steps) if network == "flow" else ratio_sigmas(steps)
     if network == "eps":
         assert sigmas == pytest.approx([t / (1 - t) for t in times], rel=1e-12)
     back = from_flow_sigmas if network == "flow" else from_ratio_sigmas
+
     assert comfyui_reads(sigma_text(sigmas)) == sigmas
-    for given in (
+
+    for source in (
         sigmas,
         sigma_text(sigmas),
         json.dumps(sigmas),
         json.dumps(comfyui_nodes(sigmas)),
         webui_text(sigmas),
     ):
-        torch.testing.assert_close(back(read_sigmas(given)).times, steps.times, rtol=1e-12, atol=0)
+        torch.testing.assert_close(back(read_sigmas(source)).times, steps.times, rtol=1e-12, atol=0)
+
     assert back(sigmas).start_time == (1.0 if network == "flow" else pytest.approx(0.98))
 
 
 def test_a_list_of_the_webui_is_not_stretched():
-    """One from exactly 1 to 0 would be."""
-    first, *rest = json.loads(webui_text([1.0, 0.5, 0.0]))
+    """It stretches lists from exactly 1 to 0."""
+    first, *others = json.loads(webui_text([1.0, 0.5, 0.0]))
     assert first != 1
     assert first == pytest.approx(1, abs=1e-6)
-    assert rest == [0.5, 0.0]
+    assert others == [0.5, 0.0]
     assert webui_text([14.6, 0.00001, 0.0]) == "[14.6, 0.00001, 0.0]"
 
 
-def test_sigma_over_alpha_is_finite():
+def test_pure_noise_has_no_finite_sigma_over_alpha():
     with pytest.raises(ValueError, match="first time is 1, where sigma / alpha is infinite"):
         ratio_sigmas(StepSchedule([1.0, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("source", "error", "message"),
     [
         ("1.0, x, 0", ValueError, r"'x'\); give numbers with commas, noise first"),
         ("[1.0, ..., 0.0]", ValueError, r"no list of sigmas \('\.\.\.'\)"),
@@ -306,29 +302,30 @@ def test_sigma_over_alpha_is_finite():
         ("absent.txt", FileNotFoundError, r"absent\.txt does not exist"),
     ],
 )
-def test_what_is_no_list_is_refused(given, error, message):
+def test_texts_that_are_no_list_are_refused(source, error, message):
     with pytest.raises(error, match=message):
-        read_sigmas(given)
+        read_sigmas(source)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))), "an analytic start"),
+        (
+            StepSchedule([0.9, 0.5, 0.0], Analytic(torch.zeros(1, 2))),
+            "cannot hold an analytic start",
+        ),
         (StepSchedule([[1.0, 0.5, 0.0]], samples=(0,)), "each sample"),
         (
             StepSchedule([1.0, 0.5, 0.0], steps=FittedSteps(torch.ones(2, 4), torch.zeros(1, 2))),
-            "fitted weights",
+            "cannot hold fitted weights",
         ),
     ],
 )
-def test_what_a_list_cannot_hold_is_refused(steps, message):
-    with pytest.raises(
-        ValueError, match=f"cannot hold {message}" if "each" not in message else message
-    ):
+def test_schedules_that_a_list_cannot_hold_are_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
         flow_sigmas(steps)

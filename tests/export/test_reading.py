@@ -1,4 +1,4 @@
-"""Lists of sigmas as people have them: typed, printed, in ComfyUI's files and in our own."""
+"""Lists of sigmas are read as people have them: typed, printed, from ComfyUI and from us."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_typed_and_printed_lists_are_read(text, tmp_path):
         (from_ratio_sigmas, [981.0, 481.0, 1.0, 0.0], "looks like the indices"),
     ],
 )
-def test_what_is_no_list_of_sigmas_is_asked_about(make, sigmas, message):
+def test_lists_that_cannot_be_sigmas_are_refused(make, sigmas, message):
     with pytest.raises(ValueError, match=message):
         make(sigmas)
 
@@ -87,9 +87,9 @@ def test_large_sigmas_are_no_indices():
     assert from_ratio_sigmas([80.0, 10.0, 1.0, 0.0]).num_steps == 3
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ComfyUI
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def saved(key: int, text: str, kind: str = "ManualSigmas", **more) -> dict:
@@ -148,18 +148,21 @@ TWO = {
 }
 
 
-def test_of_two_lists_one_is_chosen_by_its_node():
+def test_one_of_two_lists_is_chosen_by_its_node():
     with pytest.raises(
         ValueError,
         match=r"has 2 lists .* by node id 1:10: 1\., 0\.6, 0\.0; 11: 0\.8, .*task\.node=ID",
     ):
         read_sigmas(json.dumps(TWO))
+
     assert read_sigmas(json.dumps(TWO), node="1:10") == LIST
     assert read_sigmas(json.dumps(TWO), node=11) == [0.8, 0.45, 0.0]
+
     with pytest.raises(
         ValueError, match=r"no list of sigmas in task\.node=5; lists by node id: 1:10: 1\., "
     ):
         read_sigmas(json.dumps(TWO), node=5)
+
     with pytest.raises(ValueError, match=r"task\.node=5 is of a ComfyUI file"):
         read_sigmas("1.0, 0.0", node=5)
 
@@ -210,14 +213,14 @@ def test_of_two_lists_one_is_chosen_by_its_node():
         ({"sigmas": [1.0, "x"]}, r"field `sigmas\.1` must be a number"),
     ],
 )
-def test_workflows_without_a_list_in_them_say_so(workflow, message):
+def test_workflows_without_a_list_are_refused(workflow, message):
     with pytest.raises(ValueError, match=message):
         read_sigmas(json.dumps(workflow))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our own
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,23 +238,25 @@ def test_our_own_exports_come_back(exporter, clock, tmp_path, monkeypatch):
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained("SHIFTED")
     steps = StepSchedule([0.95, 0.7, 1e-5, 0.0], provenance={"native": {"clock": clock}})
     exporter.write(steps, tmp_path / "x.json")
-    network, back = (
-        ("flow", from_flow_sigmas) if clock == "flow time" else ("eps", from_ratio_sigmas)
-    )
-    torch.testing.assert_close(
-        back(read_sigmas("x.json", network)).times, steps.times, rtol=1e-9, atol=0
-    )
+    if clock == "flow time":
+        result = from_flow_sigmas(read_sigmas("x.json", "flow"))
+    else:
+        result = from_ratio_sigmas(read_sigmas("x.json", "eps"))
+    torch.testing.assert_close(result.times, steps.times, rtol=1e-9, atol=0)
 
 
-def test_files_with_more_than_a_list_say_where_the_list_is(tmp_path):
+def test_our_own_files_that_are_no_lists_are_refused(tmp_path):
     steps = StepSchedule([0.9, 0.5, 0.0], provenance={"native": {"clock": "flow time"}})
     with pytest.raises(ValueError, match="is a step schedule already"):
         read_sigmas(str(steps.save(tmp_path / "s.json")))
+
     with pytest.raises(ValueError, match="is made of a step schedule"):
         read_sigmas(str(save_in_numbers(steps, tmp_path / "n.json")))
+
     Diffusers("FlowMatchEulerDiscreteScheduler").write(steps, tmp_path / "d.json")
     with pytest.raises(ValueError, match=r"for a network of kind flow; set task\.network=flow"):
         read_sigmas(str(tmp_path / "d.json"), "eps")
+
     earlier = {"scheduler": "FlowMatchEulerDiscreteScheduler", "sigmas": [1.0, 0.5]}
     with pytest.raises(
         ValueError,

@@ -1,4 +1,4 @@
-"""A list goes to a sampler that takes the steps the schedule was planned for, or nowhere."""
+"""A list is exported only for samplers that take the steps the schedule was planned for."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from export.common import PATH, SD
 
 from oss_exp.export.comfyui import ComfyUI
 from oss_exp.export.diffusers import Diffusers, diffusers_call
@@ -24,16 +25,15 @@ from oss_exp.export.k_diffusion import KDiffusion
 from oss_exp.export.numbers import save_in_numbers
 from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.export.webui import WebUI
-from oss_exp.noise import DDPMPath, EDMPath, scaled_linear_betas
+from oss_exp.noise import EDMPath
 from oss_exp.schedule import Free, SolverSteps, StepSchedule
 from oss_exp.solvers import sample
 from oss_exp.solvers.dpm2 import DPM2
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PATH = DDPMPath(scaled_linear_betas())
-FLOW, CHAIN = "flow time", "DDPM index"
+FLOW = "flow time"
+CHAIN = "DDPM index"
 TIMES = [0.98, 0.9, 0.78, 0.59, 0.25, 0.0]
 WHOLE = [
     *PATH.canonical(torch.tensor([999.0, 700, 500, 300, 100], dtype=torch.float64)).tolist(),
@@ -60,9 +60,9 @@ def unipc(**settings) -> UniPCMultistepScheduler:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,8 @@ def unipc(**settings) -> UniPCMultistepScheduler:
         (ComfyUI(), StepSchedule(TIMES, provenance={"native": {"clock": FLOW}}), "euler"),
         (ComfyUI(), planned("Heun", clock=FLOW), "heun"),
         (ComfyUI(), planned("DPMSolverPP", orders=torch.ones(5, dtype=torch.int64)), "euler"),
-        (
-            ComfyUI(),
-            planned("UniPC", order=3, times=[0.9, 0.0]),
-            "euler",
-        ),  # one step is everybody's
+        # All samplers take the same first step.
+        (ComfyUI(), planned("UniPC", order=3, times=[0.9, 0.0]), "euler"),
         (ComfyUI(), planned("DPM2", CHAIN), "dpm_2"),
         (
             ComfyUI(),
@@ -87,7 +84,7 @@ def unipc(**settings) -> UniPCMultistepScheduler:
         (WebUI(), planned("DPMSolverPP", CHAIN), "DPM++ 2M"),
     ],
 )
-def test_the_sampler_is_named(exporter, steps, sampler, tmp_path):
+def test_an_export_names_the_sampler_that_takes_the_steps(exporter, steps, sampler, tmp_path):
     text = exporter.write(steps, tmp_path / "x.json")
     assert f"with {sampler}" in text or f"{sampler}(model" in text
     if isinstance(exporter, ComfyUI):
@@ -103,11 +100,12 @@ def test_the_sampler_is_named(exporter, steps, sampler, tmp_path):
             planned("UniPC", order=3),
             r"planned for steps of UniPC\(order=3, .* do not take on a flow model",
         ),
+        # It corrects its steps at order 1 too.
         (
             ComfyUI(),
             planned("UniPC", orders=torch.ones(5, dtype=torch.int64)),
             "planned for steps of UniPC",
-        ),  # corrects
+        ),
         (ComfyUI(), planned("DPM2"), "planned for steps of DPM2"),
         (ComfyUI(), planned("DPMSolverPP"), "planned for steps of DPMSolverPP"),
         (ComfyUI(), planned("Heun", CHAIN), r"planned for steps of Heun\(clock='t'\)"),
@@ -133,7 +131,7 @@ def test_the_sampler_is_named(exporter, steps, sampler, tmp_path):
         ),
     ],
 )
-def test_no_list_where_no_sampler_takes_the_steps(exporter, steps, message, tmp_path):
+def test_no_list_is_written_where_no_sampler_takes_the_steps(exporter, steps, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         exporter.write(steps, tmp_path / "x.json")
     assert list(tmp_path.iterdir()) == []
@@ -148,8 +146,8 @@ def test_no_list_where_no_sampler_takes_the_steps(exporter, steps, message, tmp_
         (DPMSolverPP(order=2), CHAIN),
     ],
 )
-def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
-    """Each written here as its paper has it, in sigma: what they make is our sample."""
+def test_our_solvers_are_the_samplers_that_exports_name(solver, clock, velocity):
+    """The samplers are written here as their papers have them, in sigma."""
     steps = StepSchedule(TIMES)
     noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigmas = steps.times if clock == FLOW else EDMPath().native(steps.times)
@@ -160,32 +158,54 @@ def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
         t = sigma / (1 + sigma)  # latents x0 + sigma eps; dx / dsigma = eps
         return x * (1 - t) + (1 - t) * velocity(x * (1 - t), t.expand(len(x)))
 
+    step = {Heun: heun_step, DPM2: dpm2_step, DPMSolverPP: DPMPP2M()}[type(solver)]
     x = noise * sigmas[0]
-    older = None
-    for sigma, after in pairwise(sigmas):
-        d, step = slope(x, sigma), after - sigma
-        if isinstance(solver, DPMSolverPP):
-            clean = x - sigma * d
-            ratio, guess = after / sigma, clean
-            if older is not None and after > 0:
-                r = (older[1] / sigma).log() / (sigma / after).log()
-                guess = clean + (clean - older[0]) / (2 * r)
-            x, older = ratio * x + (1 - ratio) * guess, (clean, sigma)
-            continue
-        if after > 0 and isinstance(solver, Heun):
-            d = (d + slope(x + step * d, after)) / 2
-        elif after > 0:
-            middle = (sigma * after).sqrt()
-            d = slope(x + (middle - sigma) * d, middle)
-        x = x + step * d
-    torch.testing.assert_close(
-        x, sample(solver, velocity, noise * steps.start_time, steps), rtol=0, atol=1e-9
-    )
+    for sigma, sigma_next in pairwise(sigmas):
+        x = step(slope, x, sigma, sigma_next)
+
+    expected = sample(solver, velocity, noise * steps.start_time, steps)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------------------
+def heun_step(slope, x, sigma, sigma_next):
+    """Karras et al. 2022, algorithm 1; the last step is Euler's."""
+    step = sigma_next - sigma
+    d = slope(x, sigma)
+    if sigma_next > 0:
+        d = (d + slope(x + step * d, sigma_next)) / 2
+    return x + step * d
+
+
+def dpm2_step(slope, x, sigma, sigma_next):
+    """DPM-Solver-2 with its midpoint in log sigma; the last step is Euler's."""
+    d = slope(x, sigma)
+    if sigma_next > 0:
+        middle = (sigma * sigma_next).sqrt()
+        d = slope(x + (middle - sigma) * d, middle)
+    return x + (sigma_next - sigma) * d
+
+
+class DPMPP2M:
+    """DPM-Solver++(2M): Lu et al. 2022, algorithm 2; its first and last steps are of order 1."""
+
+    def __init__(self):
+        self.previous = None
+
+    def __call__(self, slope, x, sigma, sigma_next):
+        x0 = x - sigma * slope(x, sigma)
+        d = x0
+        if self.previous is not None and sigma_next > 0:
+            x0_previous, sigma_previous = self.previous
+            r = (sigma_previous / sigma).log() / (sigma / sigma_next).log()
+            d = x0 + (x0 - x0_previous) / (2 * r)
+        self.previous = (x0, sigma)
+        ratio = sigma_next / sigma
+        return ratio * x + (1 - ratio) * d
+
+
+# --------------------------------------------------------------------------------------------------
 # Schedulers of diffusers
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,14 +220,10 @@ def test_the_named_samplers_are_what_they_are_called(solver, clock, velocity):
         (DPMSolverMultistepScheduler(**SD), planned("DPMSolverPP", CHAIN, WHOLE)),
         (DPMSolverMultistepScheduler(**SD, solver_order=1), planned("Euler", CHAIN, WHOLE)),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True, shift=3.0), planned()),
-        (
-            FlowMatchEulerDiscreteScheduler(shift_terminal=0.25),
-            planned(),
-        ),  # which is where the last call is
-        (
-            MiniMaxH3Scheduler(),
-            planned(),
-        ),  # K + 1 numbers, unshifted, and a velocity towards the data
+        # The schedule's last call is at 0.25.
+        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.25), planned()),
+        # It takes K + 1 numbers without a shift, and its velocity points to the data.
+        (MiniMaxH3Scheduler(), planned()),
         (ZERO_SNR, planned(clock=CHAIN, times=[1.0, *TIMES[1:]])),
     ],
 )
@@ -220,9 +236,10 @@ def test_a_scheduler_that_takes_the_steps_is_accepted(scheduler, steps):
     if scheduler.config.get("invert_sigmas"):
         sigmas = 1 - sigmas
     expected = steps.times.clone()
-    if scheduler is ZERO_SNR:  # for which diffusers has 4096
+    if scheduler is ZERO_SNR:  # diffusers has 4096 in place of infinity
         assert call.sigmas[0] == pytest.approx(4096, rel=1e-6)
         expected[0] = 4096 / 4097
+
     torch.testing.assert_close(sigmas, expected, rtol=0, atol=2e-6)
 
 
@@ -310,37 +327,48 @@ def refusal(call, *arguments) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", every_scheduler(), ids=lambda kind: kind.__name__)
-def test_every_scheduler_gets_its_list_or_one_line(kind, tmp_path):
+EVERY_SCHEDULER = pytest.mark.parametrize("kind", every_scheduler(), ids=lambda kind: kind.__name__)
+
+
+@EVERY_SCHEDULER
+def test_every_scheduler_gets_its_list_or_a_refusal_of_one_line(kind):
     scheduler = kind(**REQUIRED.get(kind.__name__, {}))
-    texts = {
-        (clock, len(times) - 1): refusal(
-            diffusers_call, planned(clock=clock, times=times), scheduler
-        )
-        for clock in (FLOW, CHAIN)
-        for times in (TIMES, [0.9, 0.0])
-    }
-    assert not any("\n" in text for text in texts.values())
-    runs = {key for key, text in texts.items() if not text}
+    runs = set()
+    for clock in (FLOW, CHAIN):
+        for times in (TIMES, [0.9, 0.0]):
+            text = refusal(diffusers_call, planned(clock=clock, times=times), scheduler)
+            assert "\n" not in text
+            if not text:
+                runs.add((clock, len(times) - 1))
+
     assert ({1, 5} <= {count for _, count in runs}) == (kind.__name__ in RUNS)
     assert len({clock for clock, _ in runs}) < 2  # a scheduler is for one kind of network
 
-    # Ours in the place of the network's own scheduler: the clock is that of its chain, or it is refused.
+
+@EVERY_SCHEDULER
+def test_our_scheduler_has_the_clock_of_every_scheduler_that_it_replaces(kind, tmp_path):
+    """A scheduler that it cannot replace is refused in one line."""
+    scheduler = kind(**REQUIRED.get(kind.__name__, {}))
     steps = planned(times=[0.9, 0.5, 0.0])
     file = save_in_numbers(steps, tmp_path / "x.json")
+
     text = refusal(OSSScheduler.from_schedule, file, scheduler.config)
     assert "\n" not in text
-    if not text and hasattr(scheduler, "alphas_cumprod"):
-        kept = scheduler.alphas_cumprod.double()
-        ratios = ((1 - kept) / kept).sqrt()
-        index = OSSScheduler.from_schedule(file, scheduler.config).timesteps.long()
-        ratio = EDMPath().native(steps.times[:-1])
-        assert bool(((ratios[index] <= ratio * 1.001) & (ratio <= ratios[index + 1] * 1.001)).all())
+    if text or not hasattr(scheduler, "alphas_cumprod"):
+        return
+
+    # The ratio sigma / alpha lies between those of the neighbouring indices.
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    index = OSSScheduler.from_schedule(file, scheduler.config).timesteps.long()
+    ratio = EDMPath().native(steps.times[:-1])
+    assert bool((ratios[index] <= ratio * 1.001).all())
+    assert bool((ratio <= ratios[index + 1] * 1.001).all())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the exporter of diffusers writes
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pipeline(folder: Path, kind: str | None, scheduler: SchedulerMixin) -> Path:
@@ -359,12 +387,14 @@ def test_mu_is_computed_with_the_schedulers_own_constants(place, tmp_path):
         base_image_seq_len=256,
         max_image_seq_len=8192,
     )
+
     pipeline(tmp_path, "QwenImagePipeline", scheduler)
     Diffusers(str(tmp_path / place), height=1328, width=1328).write(planned(), tmp_path / "d.json")
-    given = json.loads((tmp_path / "d.json").read_text())
-    assert given["mu"] == pytest.approx(0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256), abs=1e-12)
-    assert given["sigmas"][1] == pytest.approx(0.9 / (0.9 + math.exp(given["mu"]) * 0.1))
-    assert given["runs"] == {"network": "flow", "sigmas": TIMES}
+    exported = json.loads((tmp_path / "d.json").read_text())
+
+    assert exported["mu"] == pytest.approx(0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256), abs=1e-12)
+    assert exported["sigmas"][1] == pytest.approx(0.9 / (0.9 + math.exp(exported["mu"]) * 0.1))
+    assert exported["runs"] == {"network": "flow", "sigmas": TIMES}
 
 
 @pytest.mark.parametrize(
@@ -386,14 +416,12 @@ def test_numbers_that_no_scheduler_has_are_refused_by_name(field, value, message
 
 
 @pytest.mark.parametrize("place", ["", "scheduler"])
-def test_mu_of_pipelines_with_a_rule_of_their_own_is_asked_for(place, tmp_path):
+def test_pipelines_that_compute_mu_themselves_need_it_from_the_user(place, tmp_path):
     pipeline(tmp_path, "Flux2Pipeline", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-    with pytest.raises(
-        ValueError, match=r"Flux2Pipeline does not compute mu .*; set task\.exporter\.mu"
-    ):
-        Diffusers(str(tmp_path / place), height=512, width=512).write(
-            planned(), tmp_path / "d.json"
-        )
+    exporter = Diffusers(str(tmp_path / place), height=512, width=512)
+    message = r"Flux2Pipeline does not compute mu .*; set task\.exporter\.mu"
+    with pytest.raises(ValueError, match=message):
+        exporter.write(planned(), tmp_path / "d.json")
 
 
 def test_a_linear_shift_needs_a_mu_above_0(tmp_path):
@@ -403,22 +431,29 @@ def test_a_linear_shift_needs_a_mu_above_0(tmp_path):
         Diffusers(str(tmp_path), mu=-0.5).write(planned(), tmp_path / "d.json")
 
 
-def test_other_first_latents_are_said(tmp_path):
-    """Pinned to 0.98 of the noise; pipelines of flow models begin with all of it."""
+def test_a_pinned_start_needs_latents_of_less_noise(tmp_path):
+    """Pipelines of flow models begin with all of the noise, the schedule with 0.98 of it."""
     text = Diffusers("FlowMatchEulerDiscreteScheduler").write(planned(), tmp_path / "d.json")
-    assert (
-        "Give it latents=noise * 0.98, for the search began with other noise than it does." in text
-    )
-    free = StepSchedule(TIMES, Free(), provenance=planned().provenance)
-    assert "latents" not in Diffusers("FlowMatchEulerDiscreteScheduler").write(
-        free, tmp_path / "d.json"
-    )
-    text = Diffusers("EulerDiscreteScheduler").write(planned(clock=CHAIN), tmp_path / "d.json")
-    assert "latents" not in text
+    message = "Give it latents=noise * 0.98, for the search began with other noise than it does."
+    assert message in text
 
 
-def test_an_array_is_asked_for_where_a_list_does_not_do(tmp_path):
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            StepSchedule(TIMES, Free(), provenance=planned().provenance),
+        ),
+        ("EulerDiscreteScheduler", planned(clock=CHAIN)),
+    ],
+    ids=["free start", "chain"],
+)
+def test_other_starts_need_no_latents(scheduler, steps, tmp_path):
+    assert "latents" not in Diffusers(scheduler).write(steps, tmp_path / "d.json")
+
+
+def test_sigmas_are_an_array_for_schedulers_that_take_no_list(tmp_path):
     pipeline(tmp_path, None, unipc())
-    assert "sigmas=numpy.array([0.98, 0.9," in Diffusers(str(tmp_path)).write(
-        planned("UniPC"), tmp_path / "d.json"
-    )
+    text = Diffusers(str(tmp_path)).write(planned("UniPC"), tmp_path / "d.json")
+    assert "sigmas=numpy.array([0.98, 0.9," in text

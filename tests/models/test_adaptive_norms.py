@@ -1,13 +1,12 @@
-"""Every family says which of its parameters are adaptive layer norms, for task=finetune task.trainable=adaln."""
+"""Every family names its adaptive layer norms, for task=finetune task.trainable=adaln."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.models.network import adaptive_norms
 
-# Layers by their last name: those that turn clock and condition into shifts, scales and gates, and one beside them.
+# By family: the last names of the layers that make shifts, scales and gates, and another layer's.
 FAMILIES = {
     "unet_fashion": ({"time_emb_proj", "linear_1", "linear_2"}, "conv1"),
     "dit_fashion": ({"linear", "linear_1", "linear_2", "proj_out_1"}, "proj_out_2"),
@@ -17,23 +16,21 @@ FAMILIES = {
     "flux_fashion": ({"linear", "linear_1", "linear_2"}, "to_q"),
 }
 WITHOUT = ("edm_cifar10_cond", "edm_imagenet64")
-PROMPTS = {"flux_fashion": "coloured_fashion.txt"}
+PROMPTS = {"open_sora_1_2": "prompts.txt", "flux_fashion": "coloured_fashion.txt"}
 
 
 def backbone(name: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        prompted = name in ("open_sora_1_2", "flux_fashion")
-        prompts = (
-            ["data=prompts", f"data.prompts={PROMPTS.get(name, 'prompts.txt')}"] if prompted else []
-        )
-        model = compose("config", [f"model={name}", *prompts]).model
-    return instantiate(
-        model, **({"size": "tiny"} if "tiny" in model.get("sizes", ()) else {})
-    ).backbone
+    """Build the untrained backbone of a model of conf/, tiny where it has that size."""
+    overrides = [f"model={name}"]
+    if name in PROMPTS:
+        overrides += ["data=prompts", f"data.prompts={PROMPTS[name]}"]
+    model = composed(*overrides).model
+    size = {"size": "tiny"} if "tiny" in model.get("sizes", ()) else {}
+    return instantiate(model, **size).backbone
 
 
 def layer(parameter: str) -> str:
-    """The last name of a parameter's layer, with its number in a sequence, or of a bare parameter."""
+    """Return the last name of a parameter's layer, with the number if it is in a sequence."""
     *layers, kind = parameter.split(".")
     if kind not in ("weight", "bias"):
         return kind
@@ -43,14 +40,16 @@ def layer(parameter: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_names_its_adaptive_layer_norms(name):
-    layers, beside = FAMILIES[name]
+    layers, other = FAMILIES[name]
     network = backbone(name)
-    names = adaptive_norms(network)
-    assert {layer(each) for each in names} == layers
-    everything = {each for each, _ in network.named_parameters()}
-    assert set(names) < everything
-    others = {layer(each) for each in everything - set(names)}
-    assert beside in {part for each in others for part in (each, each.split(".")[0])}
+    parameters = {parameter for parameter, _ in network.named_parameters()}
+
+    norms = set(adaptive_norms(network))
+
+    assert norms < parameters
+    assert {layer(parameter) for parameter in norms} == layers
+    others = {layer(parameter) for parameter in parameters - norms}
+    assert other in others | {name.split(".")[0] for name in others}
 
 
 @pytest.mark.parametrize("name", WITHOUT)

@@ -1,4 +1,4 @@
-"""Guidance on an exact conditional model: scale, channels, interval, and what each costs in network rows."""
+"""Guidance of an exact model: scale, channels, interval, and their cost in network rows."""
 
 import json
 from dataclasses import asdict
@@ -37,16 +37,16 @@ def x() -> torch.Tensor:
     return torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def two(network):
-    """A network on two channels, from one on one."""
+def on_two_channels(network):
+    """Turn a network of one channel into a network of two."""
     return lambda x, t, y: torch.cat([network(x[:, :1], t, y), network(x[:, 1:], t, y)], dim=1)
 
 
 def test_channels_beyond_the_guided_ones_are_conditional(digits, x):
     both = torch.cat([x, x.flip(0)], dim=1)
-    f = Guidance(3.0, channels=1).bind(two(digits._velocity), LABELS, 100)
-    all_channels = Guidance(3.0).bind(two(digits._velocity), LABELS, 100)(both, TIMES)
-    conditional = Guidance().bind(two(digits._velocity), LABELS, 100)(both, TIMES)
+    f = Guidance(3.0, channels=1).bind(on_two_channels(digits._velocity), LABELS, 100)
+    all_channels = Guidance(3.0).bind(on_two_channels(digits._velocity), LABELS, 100)(both, TIMES)
+    conditional = Guidance().bind(on_two_channels(digits._velocity), LABELS, 100)(both, TIMES)
     v = f(both, TIMES)
     torch.testing.assert_close(v[:, :1], all_channels[:, :1])
     torch.testing.assert_close(v[:, 1:], conditional[:, 1:])
@@ -56,26 +56,29 @@ def test_channels_beyond_the_guided_ones_are_conditional(digits, x):
 def test_outside_the_interval_the_velocity_is_conditional(digits, x):
     inside = torch.tensor([False, True, True, False])
     v = digits.velocity(LABELS, Guidance(3.0, interval=[0.2, 0.7]))(x, TIMES)
-    guided, conditional = (digits.velocity(LABELS, Guidance(g))(x, TIMES) for g in (3.0, 1.0))
+    guided = digits.velocity(LABELS, Guidance(3.0))(x, TIMES)
+    conditional = digits.velocity(LABELS, Guidance(1.0))(x, TIMES)
+
     torch.testing.assert_close(v[inside], guided[inside])
     torch.testing.assert_close(v[~inside], conditional[~inside])
 
 
-def rows_asked(
+def network_rows(
     guidance: Guidance, solver, steps: StepSchedule, model: GaussianMixture, noise: torch.Tensor
 ) -> int:
-    """Rows per sample that really reach the network."""
-    asked = 0
+    """Count the rows of a sample that reach the network."""
+    count = 0
 
     def network(x, t, y):
-        nonlocal asked
-        asked += len(x)
+        nonlocal count
+        count += len(x)
         return model._velocity(x, t, y)
 
     f = guidance.bind(network, LABELS, 100)
     sample(solver, f, noise, steps)
-    assert nfe(solver, steps, f) * len(noise) == asked
-    return asked // len(noise)
+    assert nfe(solver, steps, f) * len(noise) == count
+
+    return count // len(noise)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +87,8 @@ def rows_asked(
 )
 def test_nfe_is_the_number_of_network_rows(digits, x, guidance, euler, heun):
     steps = StepSchedule(torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64))
-    assert rows_asked(guidance, Euler(), steps, digits, x) == euler
-    assert rows_asked(guidance, Heun("t"), steps, digits, x) == heun
+    assert network_rows(guidance, Euler(), steps, digits, x) == euler
+    assert network_rows(guidance, Heun("t"), steps, digits, x) == heun
 
 
 def test_the_answers_mix_to_the_velocity_in_and_outside_the_interval(digits, x):

@@ -1,4 +1,6 @@
-"""Networks from files: weights that are not theirs are refused, and every row of a call is on its own."""
+"""Networks refuse weights of another network, and answer every row on its own."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from oss_exp.models.network import Network
 from oss_exp.models.parameterization import EDMPrediction, FlowVelocity
 from oss_exp.noise import FlowPath
 
-EDM_FORM, FLOW = EDMPrediction(0.8, 0.002, 80.0, 1000.0), FlowVelocity(FlowPath(1.0, 1000.0))
+EDM_FORM = EDMPrediction(0.8, 0.002, 80.0, 1000.0)
+FLOW = FlowVelocity(FlowPath(1.0, 1000.0))
 
 
 def unet(width: int = 8, num_classes: int | None = 3, patch: int = 2) -> UNet:
@@ -55,13 +58,18 @@ def network(
     return Network("tiny", backbone, form, shape, num_classes, checkpoint=checkpoint, **settings)
 
 
+def randomise(module: torch.nn.Module) -> None:
+    """Draw all weights, biases too."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+
 @pytest.fixture
 def random_network():
     torch.manual_seed(0)
-    made = network(unet())
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return made
+    model = network(unet())
+    randomise(model)
+    return model
 
 
 def states(count: int, *shape: int):
@@ -73,16 +81,17 @@ def states(count: int, *shape: int):
     "backbone", [unet(), unet(patch=1), dit()], ids=["unet", "unet on pixels", "dit"]
 )
 def test_backbones_keep_shapes_and_have_a_label_for_no_class(backbone):
-    for parameter in backbone.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    randomise(backbone)
     shape = (2, 16, 16) if isinstance(backbone, DiT) else (1, 16, 16)
     x, t = states(4, *shape)
-    found = backbone.eval()(x, t.float(), torch.tensor([-1, 0, 1, 2]))
-    assert found.shape == x.shape
-    same = backbone(
+    output = backbone.eval()(x, t.float(), torch.tensor([-1, 0, 1, 2]))
+
+    assert output.shape == x.shape
+
+    outputs = backbone(
         x[:1].expand(4, -1, -1, -1), t[:1].float().expand(4), torch.tensor([-1, 0, 1, 2])
     )
-    assert len({float(row.sum()) for row in same}) == 4
+    assert len({float(row.sum()) for row in outputs}) == 4
 
 
 def test_rows_micro_batches_and_clocks_are_independent(random_network):
@@ -95,11 +104,12 @@ def test_rows_micro_batches_and_clocks_are_independent(random_network):
         torch.testing.assert_close(alone, whole[m : m + 1], rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_is_on_the_velocity(random_network):
+def test_guidance_acts_on_the_velocity(random_network):
     x, t = states(3, 1, 16, 16)
     labels = torch.tensor([0, 1, 2])
     guided = random_network.velocity(labels, Guidance(3.0))(x, t)
-    conditional, free = random_network.velocity(labels)(x, t), random_network.velocity(None)(x, t)
+    conditional = random_network.velocity(labels)(x, t)
+    free = random_network.velocity(None)(x, t)
     torch.testing.assert_close(guided, free + 3 * (conditional - free), rtol=1e-3, atol=1e-3)
 
 
@@ -107,7 +117,7 @@ def test_guidance_is_on_the_velocity(random_network):
     "guidance", [Guidance(), Guidance(2.0), Guidance(2.0, interval=[0.3, 0.6])]
 )
 def test_a_layer_can_be_a_distance(random_network, guidance):
-    """Every row has its own features, whichever rows are with it."""
+    """The features of a row do not depend on the other rows."""
     distance = Perceptual(layer="backbone.network.mid_block", min_time=0.01, norm=2).bind(
         random_network
     )
@@ -119,7 +129,7 @@ def test_a_layer_can_be_a_distance(random_network, guidance):
         torch.testing.assert_close(alone, whole[m : m + 1], rtol=1e-3, atol=1e-3)
 
 
-def test_weights_come_back_from_a_file(random_network, tmp_path):
+def test_saved_weights_are_read_back(random_network, tmp_path):
     digest = save_asset(
         tmp_path / "tiny.safetensors", random_network.backbone.state_dict(), {"name": "tiny"}
     )
@@ -131,12 +141,13 @@ def test_weights_come_back_from_a_file(random_network, tmp_path):
     assert not again.training
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def saved(tmp_path, tensors):
+def saved(tmp_path, tensors) -> str:
+    """Save weights and return the file's name."""
     save_asset(tmp_path / "w.safetensors", tensors, {})
     return str(tmp_path / "w.safetensors")
 
@@ -155,10 +166,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(other, tmp_path):
 
 def test_a_missing_and_a_left_over_weight_are_refused(tmp_path):
     tensors = unet().state_dict()
-    with pytest.raises(
-        ValueError, match=r"1 weights differ.*extra: \(1,\) in the file, absent in the network"
-    ):
-        network(unet(), checkpoint=saved(tmp_path, tensors | {"extra": torch.zeros(1)}))
+    extra = {"extra": torch.zeros(1)}
+    message = r"1 weights differ.*extra: \(1,\) in the file, absent in the network"
+    with pytest.raises(ValueError, match=message):
+        network(unet(), checkpoint=saved(tmp_path, tensors | extra))
     first = sorted(tensors)[0]
     del tensors[first]
     with pytest.raises(ValueError, match=f"1 weights differ, first {first}: absent in the file"):
@@ -183,44 +194,62 @@ def test_a_changed_byte_is_refused(tmp_path):
         network(unet(), checkpoint=path)
 
 
-def test_weights_without_provenance_are_known_by_their_own_hash(random_network, tmp_path):
-    tensors = random_network.backbone.state_dict()
-    known = save_asset(tmp_path / "with.safetensors", tensors, {})
-    for file in ("without.safetensors", "half.pt", "run/checkpoints/last.ckpt"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def tensors(random_network) -> dict[str, torch.Tensor]:
+    return random_network.backbone.state_dict()
+
+
+def test_weights_without_provenance_have_the_same_fingerprint(tensors, tmp_path):
+    expected = save_asset(tmp_path / "with.safetensors", tensors, {})
     (tmp_path / "without.safetensors").write_bytes((tmp_path / "with.safetensors").read_bytes())
-    torch.save(
-        {"model": {f"module.{key}": each.half() for key, each in tensors.items()}},
-        tmp_path / "half.pt",
-    )
-    trained = {f"network.{key}": torch.zeros_like(each) for key, each in tensors.items()}
-    average = {f"model.backbone.{key}": each for key, each in tensors.items()}
-    training = {
-        "state_dict": trained | average,
-        "progress": {"losses": [1.0]},
-        "optimizer_states": [{"state": {}}],
-    }
-    torch.save(training, tmp_path / "run" / "checkpoints" / "last.ckpt")
 
-    assert network(unet(), checkpoint=str(tmp_path / "without.safetensors")).fingerprint == known
-    found = network(unet(), checkpoint=str(tmp_path / "half.pt"))
-    assert found.fingerprint not in (known, random_network.fingerprint)
-    key = next(iter(tensors))
-    torch.testing.assert_close(found.backbone.state_dict()[key], tensors[key], rtol=1e-3, atol=1e-3)
-    for checkpoint in ("run", "run/checkpoints", "run/checkpoints/last.ckpt"):
-        state = network(unet(), checkpoint=str(tmp_path / checkpoint)).backbone.state_dict()
-        assert all(torch.equal(state[key], each) for key, each in tensors.items())
-    state = network(
-        unet(), checkpoint=str(tmp_path / "run"), weights_set="state_dict.network"
-    ).backbone.state_dict()
-    assert not state[key].any()
+    model = network(unet(), checkpoint=str(tmp_path / "without.safetensors"))
+
+    assert model.fingerprint == expected
 
 
-def test_a_folder_with_several_files_of_weights_is_asked_about(tmp_path):
+def test_rounded_weights_are_another_model(random_network, tensors, tmp_path):
+    rounded = {f"module.{name}": tensor.half() for name, tensor in tensors.items()}
+    torch.save({"model": rounded}, tmp_path / "half.pt")
+    exact = save_asset(tmp_path / "exact.safetensors", tensors, {})
+
+    model = network(unet(), checkpoint=str(tmp_path / "half.pt"))
+
+    assert model.fingerprint not in (exact, random_network.fingerprint)
+    for name, tensor in model.backbone.state_dict().items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def run_folder(tensors, tmp_path) -> Path:
+    """The folder of a training whose weights are 0, and their average is `tensors`."""
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    trained = {f"network.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    average = {f"model.backbone.{name}": tensor for name, tensor in tensors.items()}
+    content = {"state_dict": trained | average, "optimizer_states": [{"state": {}}]}
+    torch.save(content | {"progress": {"losses": [1.0]}}, file)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("checkpoint", [".", "checkpoints", "checkpoints/last.ckpt"])
+def test_a_training_gives_its_average(run_folder, tensors, checkpoint):
+    model = network(unet(), checkpoint=str(run_folder / checkpoint))
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_a_training_gives_another_set_by_its_name(run_folder):
+    model = network(unet(), checkpoint=str(run_folder), weights_set="state_dict.network")
+    assert not any(tensor.any() for tensor in model.backbone.state_dict().values())
+
+
+def test_a_folder_without_weights_or_with_several_files_is_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"has no weights .* nor a run's checkpoints/last\.ckpt"
     ):
         network(unet(), checkpoint=str(tmp_path))
+
     for name in ("a.safetensors", "b.pt"):
         (tmp_path / name).touch()
     with pytest.raises(
@@ -229,7 +258,7 @@ def test_a_folder_with_several_files_of_weights_is_asked_about(tmp_path):
         network(unet(), checkpoint=str(tmp_path))
 
 
-def test_a_checkpoint_that_is_nowhere_names_the_shipped_ones():
+def test_a_missing_checkpoint_is_refused_with_the_names_of_the_shipped_ones():
     with pytest.raises(
         FileNotFoundError, match=r"nowhere\.safetensors is neither .*mixture_fashion\.safetensors"
     ):

@@ -1,4 +1,4 @@
-"""A network that answers exactly gives the exact velocity, whatever it was asked for; and nothing blows up."""
+"""A network's exact answer gives the exact velocity, whatever it predicts."""
 
 import copy
 
@@ -22,17 +22,15 @@ PATHS = [
     EDMPath(),
 ]
 KINDS = [EDMPrediction(0.5, 0.002, 80.0, 1.0), EDMPrediction(0.8, 0.01, 50.0, 1000.0)]
-KINDS += [
-    kind
-    for path in PATHS
-    for kind in (FlowVelocity(path), NoisePrediction(path, 0.99), DataPrediction(path, 1e-3))
-]
+for path in PATHS:
+    KINDS += [FlowVelocity(path), NoisePrediction(path, 0.99), DataPrediction(path, 1e-3)]
 EVERY = pytest.mark.parametrize(
     "kind", KINDS, ids=lambda kind: f"{type(kind).__name__}-{type(kind.path).__name__}"
 )
 
 
 def triple(t: float) -> tuple[torch.Tensor, ...]:
+    """Return x0, noise, the state between them and its times, for three rows."""
     x0, noise = torch.randn(
         2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -49,7 +47,7 @@ def test_the_right_answer_gives_the_velocity(kind, t):
 
 @EVERY
 @pytest.mark.parametrize("t", [0.0, 1e-6, 0.5, 0.99, 1.0])
-def test_question_and_velocity_are_finite_at_both_ends(kind, t):
+def test_inputs_and_velocities_are_finite_at_both_ends(kind, t):
     if isinstance(kind, FlowVelocity | DataPrediction) and isinstance(kind.path, EDMPath):
         t = min(t, 0.99)  # a variance-exploding state is infinite at t = 1
     _, noise, x, time = triple(t)
@@ -60,23 +58,29 @@ def test_question_and_velocity_are_finite_at_both_ends(kind, t):
     assert kind.velocity(noise, x, time).isfinite().all()
 
 
-def test_edm_is_karras_et_al_in_their_own_variables():
-    """arXiv 2206.00364, eq. 7 and table 1: D = c_skip x + c_out F(c_in x; ln(sigma) / 4) on x = x0 + sigma eps."""
-    kind, sigma, sd = EDMPrediction(0.5, 0.002, 80.0, 1.0), 3.0, 0.5
+def test_edm_is_the_denoiser_of_karras_et_al():
+    """Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F(c_in x; ln(sigma) / 4)."""
+    kind = EDMPrediction(0.5, 0.002, 80.0, 1.0)
+    sigma = 3.0
+    sd = 0.5
     x0, noise, x, t = triple(sigma / (1 + sigma))
     native = x0 + sigma * noise
     question, clock = kind.question(x, t)
+
     torch.testing.assert_close(question, native / (sigma**2 + sd**2) ** 0.5)
     torch.testing.assert_close(clock, torch.full((3,), sigma, dtype=torch.float64).log() / 4)
+
     output = torch.sin(question)
-    skip, out = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2) ** 0.5
+    skip = sd**2 / (sigma**2 + sd**2)
+    out = sigma * sd / (sigma**2 + sd**2) ** 0.5
     denoised = skip * native + out * output
+
     torch.testing.assert_close(x - t[0] * kind.velocity(output, x, t), denoised)
     torch.testing.assert_close(kind.answer(x0, noise, t), (x0 - skip * native) / out)
 
 
 def test_edm_targets_have_unit_variance():
-    """What preconditioning is for: for data of variance sigma_data^2 the network's target has variance 1 at every t."""
+    """For data of variance sigma_data^2, preconditioning gives targets of variance 1 at every t."""
     kind = EDMPrediction(0.8, 0.002, 80.0, 1.0)
     x0, noise = torch.randn(
         2, 20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -88,7 +92,7 @@ def test_edm_targets_have_unit_variance():
         assert kind.question(x, time)[0].var() == pytest.approx(1, abs=0.03)
 
 
-def test_a_noise_network_is_asked_no_later_than_it_was_trained():
+def test_a_noise_network_is_called_at_no_later_time_than_in_training():
     kind = NoisePrediction(DDPMPath(linear_betas(1000, 1e-4, 0.02)), 0.9936)
     _, noise, x, late = triple(0.9999)
     assert torch.equal(
@@ -107,9 +111,9 @@ def test_a_noise_network_is_asked_no_later_than_it_was_trained():
     ],
 )
 def test_copies_are_independent_and_frozen(kind):
-    assert (
-        copy.deepcopy(kind).question(*triple(0.5)[2:])[0].equal(kind.question(*triple(0.5)[2:])[0])
-    )
+    _, _, x, time = triple(0.5)
+    network_input, _ = kind.question(x, time)
+    assert torch.equal(copy.deepcopy(kind).question(x, time)[0], network_input)
     with pytest.raises(AttributeError):
         kind.path = None
 
@@ -125,6 +129,6 @@ def test_copies_are_independent_and_frozen(kind):
         lambda: VPVelocity(PATHS[0], 1.01),
     ],
 )
-def test_settings_that_have_no_meaning_are_refused(make):
+def test_settings_without_meaning_are_refused(make):
     with pytest.raises(ValueError, match="must"):
         make()

@@ -1,4 +1,4 @@
-"""Pickled networks give their tensors, and whatever else a pickle asks for is refused and not run."""
+"""Pickled networks give their tensors; other things in a pickle are refused and never run."""
 
 import copyreg
 import importlib
@@ -19,20 +19,18 @@ from torch import nn
 from oss_exp.models.checkpoints.safe_pickle import STAND_INS, load, tensors_of
 from oss_exp.models.checkpoints.weights import read
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A network as the public files have it
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Persistent(nn.Module):
-    """Pickles as what `torch_utils.persistence` decorates: its source, its class's name and its state."""
+    """A module pickled as `torch_utils.persistence` does it, with source, name and state."""
 
     def __init__(self, *args):
         super().__init__()
-        self._init_args, self._init_kwargs = (
-            args,
-            sys.modules["dnnlib.util"].EasyDict(init_weight=np.sqrt(1 / 3)),
-        )
+        self._init_args = args
+        self._init_kwargs = sys.modules["dnnlib.util"].EasyDict(init_weight=np.sqrt(1 / 3))
 
     def __reduce__(self):
         meta = {
@@ -51,11 +49,10 @@ class Persistent(nn.Module):
 class Layer(Persistent):
     def __init__(self, width):
         super().__init__(width)
-        self.weight, self.bias = (
-            nn.Parameter(torch.randn(width, 2, 3)),
-            nn.Parameter(torch.randn(width).half()),
-        )
-        self.absent, self.skip_scale = None, np.sqrt(0.5)
+        self.weight = nn.Parameter(torch.randn(width, 2, 3))
+        self.bias = nn.Parameter(torch.randn(width).half())
+        self.absent = None
+        self.skip_scale = np.sqrt(0.5)
         self.register_parameter("gain", None)
         self.register_buffer(
             "resample_filter", torch.randn(4, 3, dtype=torch.float64).T
@@ -68,7 +65,9 @@ class Net(Persistent):
     def __init__(self):
         super().__init__()
         self.enc = nn.ModuleDict({"8x8_conv": Layer(3), "8x8_block0": Layer(2)})
-        self.map_layer0, self.dropped, self.scale = Layer(1), None, np.ones(2, dtype=np.float32)
+        self.map_layer0 = Layer(1)
+        self.dropped = None
+        self.scale = np.ones(2, dtype=np.float32)
         self.register_buffer("count", torch.tensor(7))
         self.register_buffer("mask", torch.tensor([True, False]))
         self.register_buffer("part", torch.arange(10)[3:7])  # of a larger storage
@@ -82,8 +81,9 @@ class Wrapper(Persistent):
 
 @contextmanager
 def the_training_code():
-    """Its modules, while the file is made; they are not there when it is read."""
-    persistence, dnnlib = ModuleType("torch_utils.persistence"), ModuleType("dnnlib.util")
+    """Provide the modules of EDM's code while a file is written; readers do not have them."""
+    persistence = ModuleType("torch_utils.persistence")
+    dnnlib = ModuleType("dnnlib.util")
 
     def _reconstruct_persistent_obj(meta):
         raise AssertionError
@@ -91,7 +91,8 @@ def the_training_code():
     easy = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
     _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    persistence._reconstruct_persistent_obj, dnnlib.EasyDict = _reconstruct_persistent_obj, easy
+    persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    dnnlib.EasyDict = easy
     with pytest.MonkeyPatch.context() as patch:
         for module in (ModuleType("torch_utils"), persistence, ModuleType("dnnlib"), dnnlib):
             patch.setitem(sys.modules, module.__name__, module)
@@ -99,7 +100,7 @@ def the_training_code():
 
 
 def edm_file(protocol: int = 4) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """A file as the public ones, and the state of its averaged network."""
+    """Return a file like the public ones, and the state of its averaged network."""
     torch.manual_seed(0)
     with the_training_code():
         net = Wrapper()
@@ -116,39 +117,44 @@ def test_a_pickled_network_gives_its_state_dict(protocol, tmp_path):
     data, state = edm_file(protocol)
     path = tmp_path / "net.pkl"
     path.write_bytes(data)
-    found = read(path)
-    assert list(found) == list(state)
-    assert {"model.enc.8x8_conv.weight", "model.map_layer0.bias", "model.part"} < set(found)
+    tensors = read(path)
+
+    assert list(tensors) == list(state)
+    assert {"model.enc.8x8_conv.weight", "model.map_layer0.bias", "model.part"} < set(tensors)
+
     for key, value in state.items():
-        assert type(found[key]) is torch.Tensor
-        assert found[key].dtype == value.dtype
-        assert torch.equal(found[key], value), key
+        assert type(tensors[key]) is torch.Tensor
+        assert tensors[key].dtype == value.dtype
+        assert torch.equal(tensors[key], value), key
 
 
 @pytest.mark.parametrize("container", [lambda x: x, lambda x: {"model": {}, "state_dict": x}])
 def test_a_plainly_pickled_state_dict_is_read(container, tmp_path):
     state = nn.Linear(2, 3).state_dict()
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(container(state)))
-    found = read(tmp_path / "w.pkl")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state)
+    tensors = read(tmp_path / "w.pkl")
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[key], state[key]) for key in state)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hostile files
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Evil:
     def __init__(self, function, *args):
-        self.function, self.args = function, args
+        self.function = function
+        self.args = args
 
     def __reduce__(self):
         return self.function, self.args
 
 
 def evils(canary: Path) -> list[Evil]:
-    touch, write = f"touch {canary}", f"open({str(canary)!r}, 'w')"
+    touch = f"touch {canary}"
+    write = f"open({str(canary)!r}, 'w')"
+
     return [
         Evil(os.system, touch),
         Evil(eval, write),
@@ -167,7 +173,7 @@ def evils(canary: Path) -> list[Evil]:
 
 @pytest.fixture
 def canary(tmp_path):
-    """Nothing is run, and nothing of the reader is changed."""
+    """A file that no test may create; the reader's stand-ins may not change either."""
     before = {stand_in: dict(vars(stand_in)) for stand_in in STAND_INS.values()}
     yield tmp_path / "canary"
     assert not (tmp_path / "canary").exists()
@@ -211,15 +217,13 @@ def called(function: bytes, *args: bytes) -> bytes:
     return function + pickle.MARK + b"".join(args) + pickle.TUPLE + pickle.REDUCE
 
 
-REBUILD, FROM_BYTES = (
-    name("torch._utils", "_rebuild_tensor_v2"),
-    name("torch.storage", "_load_from_bytes"),
-)
+REBUILD = name("torch._utils", "_rebuild_tensor_v2")
+FROM_BYTES = name("torch.storage", "_load_from_bytes")
 PERSISTENT = name("torch_utils.persistence", "_reconstruct_persistent_obj")
 
 
 def plain(value) -> bytes:
-    """The opcodes of a value without memo, header or end."""
+    """Return the opcodes of a value without memo, header and end."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -279,9 +283,9 @@ def test_registered_and_cached_extensions_are_refused(canary, tmp_path):
 
 
 @pytest.mark.parametrize("target", sorted(STAND_INS), ids=".".join)
-@pytest.mark.parametrize("made", [False, True], ids=["the class", "an object of it"])
-def test_no_state_gets_at_the_stand_ins(target, made, canary, tmp_path):
-    """The fixture compares them before and after."""
+@pytest.mark.parametrize("instance", [False, True], ids=["the class", "an object of it"])
+def test_no_state_changes_the_stand_ins(target, instance, canary, tmp_path):
+    """The fixture `canary` compares them before and after."""
     values = {
         "__class__": 1,
         "__init__": 1,
@@ -291,8 +295,9 @@ def test_no_state_gets_at_the_stand_ins(target, made, canary, tmp_path):
         "tensor": 1,
         "state": {},
     }
+
     for state in (values, (values, values), (None, values)):
-        stand_in = name(*target) + (pickle.EMPTY_TUPLE + pickle.NEWOBJ if made else b"")
+        stand_in = name(*target) + (pickle.EMPTY_TUPLE + pickle.NEWOBJ if instance else b"")
         with pytest.raises(ValueError, match=r"holds|damaged"):
             attempt(
                 tmp_path,
@@ -301,7 +306,7 @@ def test_no_state_gets_at_the_stand_ins(target, made, canary, tmp_path):
 
 
 def legacy(values: torch.Tensor) -> bytes:
-    """The opcodes of a storage."""
+    """Return the opcodes of a storage in the old format."""
     function, (data,) = values.storage().__reduce__()
     assert function.__name__ == "_load_from_bytes"
     return called(FROM_BYTES, plain_bytes(data))
@@ -388,26 +393,25 @@ def test_a_network_within_itself_is_refused(canary, tmp_path):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Any file
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def nested(draw: random.Random, depth: int, evil: Evil | None):
-    """Random containers, with the evil somewhere within."""
+    """Nest random containers, with the hostile object somewhere inside."""
     if depth == 0:
-        return (
-            draw.choice([None, True, 3, -(2**70), 0.5, "σ", b"\x80\x00", (), {}])
-            if evil is None
-            else evil
-        )
+        if evil is not None:
+            return evil
+        return draw.choice([None, True, 3, -(2**70), 0.5, "σ", b"\x80\x00", (), {}])
     items = [nested(draw, draw.randrange(depth), None) for _ in range(draw.randrange(4))]
     items.insert(draw.randrange(len(items) + 1), nested(draw, depth - 1, evil))
     return draw.choice([list, tuple, lambda x: dict(enumerate(x)), lambda x: {"ema": x}])(items)
 
 
 def test_a_hostile_function_at_any_depth_is_refused(canary, tmp_path):
-    draw, hostile = random.Random(0), evils(canary)
+    draw = random.Random(0)
+    hostile = evils(canary)
     for _ in range(150):
         data = pickle.dumps(
             nested(draw, draw.randrange(8), draw.choice(hostile)), draw.randrange(6)
@@ -423,25 +427,31 @@ def test_harmless_containers_are_not_refused(tmp_path):
         assert load(tmp_path / "file.pkl") == tree
 
 
+def damage(data: bytes, draw: random.Random) -> bytes:
+    """Change some bytes, and cut a third of the files short."""
+    changed = bytearray(data)
+    for _ in range(draw.choice([1, 1, 4])):
+        position = draw.randrange(len(data))
+        changed[position] = draw.choice([draw.randrange(256), *b"cR\x93b\x81.0h"])
+    size = draw.choice([len(data), len(data), draw.randrange(len(data))])
+    return bytes(changed[:size])
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_changed_bytes_give_plain_tensors_or_a_refusal(canary, tmp_path):
     data, _ = edm_file()
-    draw, refused = random.Random(0), 0
+    draw = random.Random(0)
+    path = tmp_path / "file.pkl"
+    refusals = 0
+
     for _ in range(200):
-        changed = bytearray(data)
-        for _ in range(draw.choice([1, 1, 4])):
-            changed[draw.randrange(len(data))] = draw.choice(
-                [draw.randrange(256), *b"cR\x93b\x81.0h"]
-            )
-        (tmp_path / "file.pkl").write_bytes(
-            changed[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
-        )
+        path.write_bytes(damage(data, draw))
         try:
-            found = read(tmp_path / "file.pkl")
+            tensors = read(path)
         except ValueError:
-            refused += 1
+            refusals += 1
         else:
-            assert all(
-                type(key) is str and type(value) is torch.Tensor for key, value in found.items()
-            )
-    assert 50 < refused < 200
+            assert {type(key) for key in tensors} <= {str}
+            assert {type(tensor) for tensor in tensors.values()} <= {torch.Tensor}
+
+    assert 50 < refusals < 200

@@ -1,4 +1,4 @@
-"""DiT-XL/2 from its public files: the numbers of the authors' network, sampler and search (oracles F)."""
+"""DiT-XL/2 computes what the authors' network, sampler and search compute (oracles F)."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.models.decoders.image import Pixels
 from oss_exp.models.families.dit import LAYOUTS, PublishedDiT
@@ -42,11 +41,6 @@ def tiny(size: int = 8, width: int = 32) -> PublishedDiT:
     )
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 @pytest.fixture(scope="module")
 def arrays():
     return load_file(ORACLES / "dit_tiny.safetensors")
@@ -55,11 +49,7 @@ def arrays():
 @pytest.fixture(scope="module")
 def original(arrays):
     """The authors' state dict of a small network."""
-    return {
-        key.removeprefix("sd."): value.float()
-        for key, value in arrays.items()
-        if key.startswith("sd.")
-    }
+    return {key: value.float() for key, value in without_prefix(arrays, "sd.").items()}
 
 
 @pytest.fixture
@@ -84,19 +74,21 @@ def model(backbone, form=EXACT, guidance=UNGUIDED, dtype="float32") -> Network:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def test_answers_of_the_original(filled, arrays):
-    x, y = arrays["x"], arrays["y"]  # 10 is their null label
+def test_answers_are_those_of_the_original(filled, arrays):
+    x = arrays["x"]
+    y = arrays["y"]  # 10 is their null label
+
     for labels in (y, torch.where(y == 10, -1, y)):
         eps = filled(x, arrays["t"].float(), labels)
         assert difference(eps, arrays["forward"][:, :4]) < 1e-4
-        assert (
-            difference(filled(x, arrays["t_frac"], labels), arrays["forward_t_frac"][:, :4]) < 1e-4
-        )
+        eps = filled(x, arrays["t_frac"], labels)
+        assert difference(eps, arrays["forward_t_frac"][:, :4]) < 1e-4
+
     wide = filled.double()(x.double(), arrays["t"].double(), y)
     assert difference(wide, arrays["forward64"][:, :4]) < 1e-9
 
@@ -108,7 +100,7 @@ def test_clocks_between_indices_are_not_rounded(filled):
     assert (eps[1] - eps[2]).abs().max() > 1e-3
 
 
-def test_labels_are_kept_while_training(filled, arrays):
+def test_training_drops_no_labels(filled, arrays):
     frozen = filled(arrays["x"], arrays["t"].float(), arrays["y"])
     assert torch.equal(filled.train()(arrays["x"], arrays["t"].float(), arrays["y"]), frozen)
 
@@ -119,85 +111,78 @@ def test_the_position_table_is_the_original_one(filled, arrays):
     ).abs().max() < 1e-6
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layouts
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_round_trips(filled, original, arrays, layout):
+def test_layouts_are_round_trips(filled, original, arrays, layout):
     public = filled.to_public(layout)
     if layout == "original":
         assert public.keys() == original.keys()
-        assert all(
-            torch.equal(public[key], original[key]) for key in original.keys() - {"pos_embed"}
-        )
+        names = original.keys() - {"pos_embed"}
+        assert all(torch.equal(public[name], original[name]) for name in names)
     again = tiny()
     again.load_state_dict(again.translate(public))
     question = arrays["x"], arrays["t"].float(), arrays["y"]
+
     torch.testing.assert_close(again(*question), filled(*question), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_full_size_has_the_weights_of_the_public_file(size):
-    """All there, none left over: 675.1 M numbers with the table (256 x 256), which is the paper's 675 M."""
+    """They are the paper's 675 million numbers: 675.1 with the table of positions (256 x 256)."""
     with torch.device("meta"):
         network = PublishedDiT(size=size, attention_head_dim=72, **XL)
-    nothing = torch.zeros(
-        (), dtype=torch.bfloat16
-    )  # each weight one number in memory, seen as many
-    network.load_state_dict(
-        {key: nothing.expand(w.shape) for key, w in network.state_dict().items()}, assign=True
-    )
+
+    # Each weight is one number in memory.
+    zero = torch.zeros((), dtype=torch.bfloat16)
+    state = {key: zero.expand(weight.shape) for key, weight in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
     public = network.to_public("original")
     expected = json.loads((ORACLES / "dit_fullsize_keys.json").read_text())
     table = [1, (size // 2) ** 2, 1152]
-    assert {key: list(value.shape) for key, value in public.items()} == expected["state_dict"] | {
-        "pos_embed": table
-    }
+
+    shapes = {key: list(value.shape) for key, value in public.items()}
+    assert shapes == expected["state_dict"] | {"pos_embed": table}
     if size == 32:
-        assert (
-            sum(value.numel() for value in public.values()) == expected["n_params"] == 675_129_632
-        )
+        num_weights = sum(value.numel() for value in public.values())
+        assert num_weights == expected["n_params"] == 675_129_632
 
 
-def test_a_folder_that_diffusers_wrote(filled, arrays, tmp_path):
+def test_a_folder_that_diffusers_wrote_is_read(filled, arrays, tmp_path):
     filled.network.save_pretrained(tmp_path / "transformer")
     question = arrays["x"], torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
     expected = model(filled).velocity(torch.tensor([0, 3, 9, 1]))(*question)
-    found = published(tmp_path).velocity(torch.tensor([0, 3, 9, 1]))(*question)
-    assert torch.equal(found, expected)
+    velocity = published(tmp_path).velocity(torch.tensor([0, 3, 9, 1]))(*question)
+    assert torch.equal(velocity, expected)
 
 
-def test_an_original_file(filled, original, arrays, tmp_path):
+def test_an_original_file_is_read(filled, original, arrays, tmp_path):
     torch.save(original, tmp_path / "DiT-XL-2-256x256.pt")
     files = published(tmp_path), published(tmp_path / "DiT-XL-2-256x256.pt")
     filled.network.save_pretrained(tmp_path / "hub" / "transformer")
+
     assert len({file.fingerprint for file in (*files, published(tmp_path / "hub"))}) == 1
-    assert (
-        difference(
-            files[0].backbone(arrays["x"], arrays["t"].float(), arrays["y"]),
-            arrays["forward"][:, :4],
-        )
-        < 1e-4
-    )
+    eps = files[0].backbone(arrays["x"], arrays["t"].float(), arrays["y"])
+    assert difference(eps, arrays["forward"][:, :4]) < 1e-4
 
 
 def published(checkpoint, size: int = 8) -> Published:
-    sizes = {
-        "full": {
-            "backbone": partial(PublishedDiT, size=size, attention_head_dim=8, **TINY),
-            "decoder": Pixels,
-            "event_shape": (4, size, size),
-            "num_classes": 10,
-            "checkpoint": "nowhere",
-        }
+    """Build a small model of a checkpoint."""
+    full = {
+        "backbone": partial(PublishedDiT, size=size, attention_head_dim=8, **TINY),
+        "decoder": Pixels,
+        "event_shape": (4, size, size),
+        "num_classes": 10,
+        "checkpoint": "nowhere",
     }
     return Published(
         "dit",
         "full",
-        sizes,
+        {"full": full},
         EXACT,
         UNGUIDED,
         8,
@@ -207,9 +192,9 @@ def published(checkpoint, size: int = 8) -> Published:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler and the search of the released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,9 +218,10 @@ class Released(NoisePrediction):
 
 @pytest.mark.parametrize("scale", [1.5, 4.0])
 def test_guidance_of_the_velocity_is_theirs_of_the_noise(filled, arrays, scale):
-    """v is linear in eps at the same x, so guiding either one, on 3 channels or on all, is the same."""
+    """The velocity is linear in eps at the same x, so guiding either one is the same."""
     half = len(arrays["cfg.x"]) // 2
-    x, y = arrays["cfg.x"][:half], arrays["cfg.y"][:half]
+    x = arrays["cfg.x"][:half]
+    y = arrays["cfg.y"][:half]
     t = EXACT.path.canonical(arrays["cfg.t"][:half].double())
     state = x.double() / rowwise(EXACT.path.scale(t), x.double())
     for channels, name in ((3, ""), (None, "_allchannels")):
@@ -246,12 +232,12 @@ def test_guidance_of_the_velocity_is_theirs_of_the_noise(filled, arrays, scale):
 
 @pytest.mark.parametrize("size", ["5", "10", "20", "50", "100", "200"])
 def test_noise_schedule_ddim_is_the_grid_of_the_released_code(size):
-    """Evenly spaced indices as create_diffusion(str(N)) keeps them, from 999 to 0, then clean data."""
+    """The indices are those of create_diffusion(str(N)), from 999 to 0, then clean data."""
     respaced = json.loads((ORACLES / "dit_diffusion.json").read_text())[size]
     nodes = DDIMSchedule(BETAS).nodes(int(size)).flip(0)
-    torch.testing.assert_close(
-        nodes, torch.tensor(respaced["fm_steps"], dtype=torch.float64), rtol=0, atol=1e-14
-    )
+    expected = torch.tensor(respaced["fm_steps"], dtype=torch.float64)
+
+    torch.testing.assert_close(nodes, expected, rtol=0, atol=1e-14)
     assert EXACT.path.native(nodes)[1:].round().tolist() == respaced["timestep_map"]
     assert nodes[-1] <= EXACT.time_max
 
@@ -260,13 +246,17 @@ def test_noise_schedule_ddim_is_the_grid_of_the_released_code(size):
     ("name", "guidance"), [("cfg1.5", Guidance(1.5, channels=3)), ("nocfg", UNGUIDED)]
 )
 @pytest.mark.parametrize("size", [10, 50, 200])
-def test_velocities_of_the_released_wrapper(filled, arrays, size, name, guidance):
-    """Ours are its own without its 1e-4, which moves v by up to 1.1 %, and with x scaled at the first node as well."""
-    f, x, labels = f"wrap.N{size}.", arrays[f"wrap.N{size}.x"].double(), arrays[f"wrap.N{size}.y"]
-    grid, indices = arrays[f + "fm_steps"], arrays[f + "t_index"]
+def test_velocities_are_those_of_the_released_wrapper(filled, arrays, size, name, guidance):
+    """The wrapper adds 1e-4 and does not scale x at the first node: that moves v by up to 1.1 %."""
+    f = f"wrap.N{size}."
+    x = arrays[f"wrap.N{size}.x"].double()
+    labels = arrays[f"wrap.N{size}.y"]
+    grid = arrays[f + "fm_steps"]
+    indices = arrays[f + "t_index"]
     exact = model(filled, EXACT, guidance, "float64").velocity(labels)
     form = Released(EXACT.path, EXACT.time_max, start=float(grid[-1]))
     released = model(filled, form, guidance, "float64").velocity(labels)
+
     for j, t in enumerate(grid[indices]):
         at = t.expand(len(x))
         assert difference(exact(x, at), arrays[f"{f}v_{name}_nofudge"][j]) < 1e-5
@@ -274,48 +264,55 @@ def test_velocities_of_the_released_wrapper(filled, arrays, size, name, guidance
         assert difference(exact(x, at), arrays[f"{f}v_{name}"][j].double()) < 0.011
 
 
-def test_search_of_the_released_code(filled, arrays):
-    """Teacher, schedules and student are its own with its scaling; ours moves the images by 1.1 %, no schedule."""
+def test_the_search_is_that_of_the_released_code(filled, arrays):
+    """Without its scaling the images move by 1.1 % and the schedules stay."""
     with safe_open(ORACLES / "dit_tiny.safetensors", "pt") as file:
         case = json.loads(file.metadata()["oss_end_to_end"])
-    grid, noise, labels = DDIMSchedule(BETAS).nodes(case["N"]), arrays["oss.z"], arrays["oss.y"]
+
+    N, M = case["N"], case["M"]
+    grid = DDIMSchedule(BETAS).nodes(N)
+    noise = arrays["oss.z"]
+    guidance = Guidance(case["cfg_scale"], channels=3)
     released = Released(EXACT.path, EXACT.time_max, start=float(grid[0]))
+
     for form, tolerance in ((released, 1e-5), (EXACT, 0.012)):
-        f = model(filled, form, Guidance(case["cfg_scale"], channels=3)).velocity(labels)
+        # Teacher.
+        f = model(filled, form, guidance).velocity(arrays["oss.y"])
         problem = Problem(f, noise, grid, Euler(), XtMSE())
         assert difference(problem.teacher.states[-1], arrays["oss.teacher_final"]) < tolerance
-        k = case["M"]
-        found = recurse(
-            problem, layers(problem.num_nodes, [k], "free", 1, "cpu"), [k], "free", PerSample()
-        ).paths[k]
-        nodes = [[case["N"] - n for n in reversed(row)] for row in found.nodes.T.tolist()]
-        assert nodes == case["schedules"]
-        times = grid[[case["N"] - i for i in reversed(case["median"])] + [case["N"]]]
+
+        # Schedules; theirs count from clean data.
+        edges = layers(problem.num_nodes, [M], "free", 1, "cpu")
+        path = recurse(problem, edges, [M], "free", PerSample()).paths[M]
+        assert (N - path.nodes.T.flip(1)).tolist() == case["schedules"]
+
+        # Student.
+        nodes = N - torch.tensor([*reversed(case["median"]), 0])
+        times = grid[nodes]
         student = sample(Euler(), f, noise, StepSchedule(times, Free(float(grid[0]))))
         assert difference(student, arrays["oss.student_median_final"]) < tolerance
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models of conf/
-# --------------------------------------------------------------------------------------------------------------
-
-
-def configured(name: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"model={name}"]).model
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "size"), [("dit_xl_2_256", 32), ("dit_xl_2_512", 64)])
-def test_models_of_conf(name, size):
-    tiny_model = instantiate(configured(name), size="tiny")
+def test_models_of_conf_make_images_and_fit_their_public_files(name, size):
+    cfg = composed(f"model={name}").model
+    tiny_model = instantiate(cfg, size="tiny")
     assert (tiny_model.name, tiny_model.guidance) == (f"{name}_tiny", Guidance(1.5, channels=3))
     assert tiny_model.path.canonical(torch.tensor(999.0)) <= tiny_model.parameterization.time_max
+
     steps = StepSchedule(DDIMSchedule(BETAS).nodes(3), Free())
     noise = torch.randn(2, *tiny_model.event_shape, generator=torch.Generator().manual_seed(0))
     pixels = tiny_model.generate(Euler(), steps, noise, torch.tensor([0, 999]))
+
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1
-    full = configured(name).sizes.full
+
+    full = cfg.sizes.full
     with torch.device("meta"):
         backbone = instantiate(full.backbone)()
     assert tuple(full.event_shape) == (4, size, size)
@@ -324,9 +321,9 @@ def test_models_of_conf(name, size):
     assert len(backbone.network.transformer_blocks) == 28
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_file_of_another_image_size_is_refused(original):
@@ -342,11 +339,13 @@ def test_the_file_of_another_image_size_is_refused(original):
     "name", ["blocks.1.attn.qkv.weight", "t_embedder.mlp.0.bias", "blocks.2.mlp.fc1.bias"]
 )
 def test_a_missing_or_left_over_weight_is_refused(original, name, tmp_path):
-    changed = {key: value for key, value in original.items() if key != name}
-    torch.save(
-        original | {name: torch.zeros(3)} if len(changed) == len(original) else changed,
-        tmp_path / "w.pt",
-    )
+    changed = dict(original)
+    if name in changed:
+        del changed[name]
+    else:
+        changed[name] = torch.zeros(3)
+    torch.save(changed, tmp_path / "w.pt")
+
     with pytest.raises(ValueError, match="weights differ"):
         published(tmp_path / "w.pt")
 

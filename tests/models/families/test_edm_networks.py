@@ -1,4 +1,4 @@
-"""The networks of EDM against the numbers of the released code (oracles E) and a plain guided-diffusion forward."""
+"""EDM's networks compute what the released code (oracles E) and guided-diffusion compute."""
 
 import json
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oss_exp.cli import CONF
 from oss_exp.models.checkpoints.weights import randomise
 from oss_exp.models.families.edm_networks import ADM, Song
 from oss_exp.models.parameterization import EDMPrediction, NoisePrediction, ScorePrediction
@@ -68,17 +67,13 @@ FAMILIES = {
 
 
 def build(init: dict, out_channels: int = 3):
-    """The network that EDM's own arguments describe; what they leave out is as in EDM."""
-    settings = {"channel_mult_emb": 4} | {
-        key: value for key, value in init.items() if key not in ONLY_THEIRS
-    }
+    """Build the network that EDM's own arguments describe, with EDM's defaults."""
+    settings = {key: value for key, value in init.items() if key not in ONLY_THEIRS}
+    settings.setdefault("channel_mult_emb", 4)
     if init["model_type"] == "DhariwalUNet":
-        settings = {
-            "num_blocks": 3,
-            "attn_resolutions": [32, 16, 8],
-            "adaptive_scale": True,
-        } | settings
-        return ADM(out_channels=out_channels, **settings)
+        defaults = {"num_blocks": 3, "attn_resolutions": [32, 16, 8], "adaptive_scale": True}
+        return ADM(out_channels=out_channels, **defaults | settings)
+
     return Song(**{"num_blocks": 4, "attn_resolutions": [16]} | settings)
 
 
@@ -93,34 +88,24 @@ def inputs(clock: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([-1.3, 0.1, 1.0]) * clock, torch.tensor([3, -1, 6])
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[(file, tag) for file, tags in CASES.items() for tag in tags], ids="-".join)
 def oracle(request):
-    """(the network with the oracle's weights, its preconditioning, the arrays)."""
+    """The network with the oracle's weights, its preconditioning, and the arrays."""
+    # The oracle.
     file, tag = request.param
     path = ORACLES / f"edm_{file}.safetensors"
     with safe_open(path, "pt") as opened:
         meta = json.loads(opened.metadata()["meta"])[tag]
-    prefix = "" if tag == "net" else f"{tag}."
-    arrays = {
-        key.removeprefix(prefix): array
-        for key, array in load_file(path).items()
-        if key.startswith(prefix)
-    }
+    arrays = without_prefix(load_file(path), "" if tag == "net" else f"{tag}.")
+
+    # The network.
     network = build(meta["init_kwargs"], out_channels=arrays["F"].shape[1]).eval()
-    public = {
-        key.removeprefix("sd."): array.float()
-        for key, array in arrays.items()
-        if key.startswith("sd.")
-    }
+    public = {key: array.float() for key, array in without_prefix(arrays, "sd.").items()}
     network.load_state_dict(network.translate(public))
     assert sum(parameter.numel() for parameter in network.parameters()) == meta["n_params"]
     return network, PRECONDITIONINGS[meta["class_name"]], arrays
@@ -136,7 +121,11 @@ def none() -> Tensor:
 
 @torch.no_grad()
 def denoise(network, kind, x, sigma, classes, dtype=torch.float32, **extra):
-    """x_native, sigma (4,) float64 -> D, by way of canonical time; and what the network was asked."""
+    """Denoise x_native at sigma (4,) float64 in canonical time.
+
+    Returns:
+        D, and the network's input and clock.
+    """
     t = sigma / (1 + sigma)
     x = (x.double() / rowwise(1 + sigma, x.double())).to(dtype)
     question, clock = kind.question(x, t)
@@ -144,42 +133,50 @@ def denoise(network, kind, x, sigma, classes, dtype=torch.float32, **extra):
     return x - rowwise(t, x) * v, question, clock
 
 
-def test_single_precision(oracle):
+def test_outputs_in_single_precision_are_those_of_the_original(oracle):
     network, kind, arrays = oracle
-    x, sigma, classes = arrays["x"], arrays["sigma"].double(), classes_of(arrays)
+    x = arrays["x"]
+    sigma = arrays["sigma"].double()
+    classes = classes_of(arrays)
     denoised, question, clock = denoise(network, kind, x, sigma, classes)
-    assert distance(denoised, arrays["D"]) < 1e-4
-    assert distance(question, arrays["model_in"]) < 1e-6
-    assert distance(clock, arrays["c_noise"]) < 1e-6
+
+    assert difference(denoised, arrays["D"]) < 1e-4
+    assert difference(question, arrays["model_in"]) < 1e-6
+    assert difference(clock, arrays["c_noise"]) < 1e-6
+
     with torch.no_grad():
         output = network(arrays["model_in"], arrays["c_noise"], classes)
-    assert distance(output, arrays["F"][:, :3]) < 1e-4
+    assert difference(output, arrays["F"][:, :3]) < 1e-4
+
     shared = denoise(network, kind, x, torch.full_like(sigma, 1.7), classes)[0]
-    assert distance(shared, arrays["D_sigma_scalar_1.7"]) < 1e-4
+    assert difference(shared, arrays["D_sigma_scalar_1.7"]) < 1e-4
+
     if "D_nolabel" in arrays:
-        assert distance(denoise(network, kind, x, sigma, none())[0], arrays["D_nolabel"]) < 1e-4
+        assert difference(denoise(network, kind, x, sigma, none())[0], arrays["D_nolabel"]) < 1e-4
     if "D_augment" in arrays:
         augmented = denoise(network, kind, x, sigma, classes, augment=arrays["augment_labels"])[0]
-        assert distance(augmented, arrays["D_augment"]) < 1e-4
+        assert difference(augmented, arrays["D_augment"]) < 1e-4
 
 
-def test_double_precision(oracle):
-    """Their F is of an input and a clock that were rounded to float32, their D is not."""
+def test_outputs_in_double_precision_are_those_of_the_original(oracle):
+    """Their F is of an input and a clock rounded to float32, their D is not."""
     network, kind, arrays = oracle
-    network, classes = network.double(), classes_of(arrays)
+    network = network.double()
+    classes = classes_of(arrays)
     with torch.no_grad():
         output = network(arrays["model_in"].double(), arrays["c_noise"].double(), classes)
-    assert distance(output, arrays["F64"][:, :3]) < 1e-9
-    denoised = denoise(
-        network, kind, arrays["x"], arrays["sigma"].double(), classes, torch.float64
-    )[0]
-    assert distance(denoised, arrays["D64"]) < 1e-9
+
+    assert difference(output, arrays["F64"][:, :3]) < 1e-9
+
+    sigma = arrays["sigma"].double()
+    denoised, *_ = denoise(network, kind, arrays["x"], sigma, classes, torch.float64)
+    assert difference(denoised, arrays["D64"]) < 1e-9
 
 
 def full_size(yaml: str):
-    """The backbone of a model's full size, on the meta device."""
-    with initialize_config_dir(str(CONF), version_base="1.3"), torch.device("meta"):
-        size = compose("config", [f"model={yaml}"]).model.sizes.full
+    """Build the backbone of a model's full size on the meta device."""
+    size = composed(f"model={yaml}").model.sizes.full
+    with torch.device("meta"):
         network = instantiate(size.backbone)()
     assert size.checkpoint in network.FILES
     return network
@@ -189,11 +186,10 @@ def full_size(yaml: str):
 @pytest.mark.parametrize(
     "name", ["imagenet-64x64-cond-adm", "ffhq-64x64-uncond-vp", "ffhq-64x64-uncond-ve"]
 )
-def test_full_size_names_and_shapes(name):
+def test_full_size_has_the_names_and_shapes_of_the_public_file(name):
     theirs = json.loads((ORACLES / "edm_fullsize_keys.json").read_text())[f"edm-{name}"]
-    yaml = {"imagenet-64x64-cond-adm": "edm_imagenet64", "ffhq-64x64-uncond-vp": "edm_ffhq64"}.get(
-        name
-    )
+    yamls = {"imagenet-64x64-cond-adm": "edm_imagenet64", "ffhq-64x64-uncond-vp": "edm_ffhq64"}
+    yaml = yamls.get(name)
     with torch.device("meta"):
         network = full_size(yaml) if yaml else build(theirs["init_kwargs"])
     public = {key: list(tensor.shape) for key, tensor in network.to_public("edm").items()}
@@ -201,9 +197,9 @@ def test_full_size_names_and_shapes(name):
     assert sum(parameter.numel() for parameter in network.parameters()) == theirs["n_params"]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Preconditionings
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRECONDITIONINGS)
@@ -213,19 +209,24 @@ def test_exact_answer_gives_the_exact_velocity(name, t):
     x0, noise = torch.randn(
         2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    x, times = (1 - t) * x0 + t * noise, torch.full((3,), t, dtype=torch.float64)
-    assert (
-        kind.velocity(kind.answer(x0, noise, times), x, times) - (noise - x0)
-    ).abs().max() < 1e-12
+    x = (1 - t) * x0 + t * noise
+    times = torch.full((3,), t, dtype=torch.float64)
+    velocity = kind.velocity(kind.answer(x0, noise, times), x, times)
+    torch.testing.assert_close(velocity, noise - x0, rtol=0, atol=1e-12)
 
 
 def test_the_score_is_finite_at_both_ends():
     kind = PRECONDITIONINGS["VEPrecond"]
-    x, times = torch.randn(2, 1, 4, 4), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    x = torch.randn(2, 1, 4, 4)
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     question, clock = kind.question(x, times)
-    assert all(
-        bool(found.isfinite().all()) for found in (question, clock, kind.velocity(x, x, times))
-    )
+
+    assert question.isfinite().all()
+    assert clock.isfinite().all()
+    assert kind.velocity(x, x, times).isfinite().all()
+
+
+def test_the_range_of_the_score_must_not_be_empty():
     with pytest.raises(ValueError, match="sigma_min must be below sigma_max"):
         ScorePrediction(sigma_min=1.0, sigma_max=0.5)
 
@@ -240,154 +241,212 @@ def test_whole_clocks_are_the_nearest_in_sigma():
     assert clock.equal(indices[gaps.abs().argmin(1)])
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layouts
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "layout"), [(name, layout) for name in FAMILIES for layout in FAMILIES[name]().LAYOUTS]
 )
 @torch.no_grad()
-def test_round_trip(name, layout):
-    network, other = random_family(name), random_family(name, seed=1)
+def test_layouts_are_round_trips(name, layout):
+    network = random_family(name)
+    other = random_family(name, seed=1)
     public = network.to_public(layout)
     assert layout == "own" or public.keys() != network.state_dict().keys()
     other.load_state_dict(other.translate(public))
-    assert distance(other(*inputs()), network(*inputs())) < 1e-6
+    assert difference(other(*inputs()), network(*inputs())) < 1e-6
 
 
 class Recorded(dict):
-    """Remembers what was asked for."""
+    """A dictionary that remembers the keys that were read."""
 
     def __init__(self, tensors):
         super().__init__(tensors)
-        self.asked = set()
+        self.read = set()
 
     def __getitem__(self, key):
-        self.asked.add(key)
+        self.read.add(key)
         return super().__getitem__(key)
 
 
-def guided_diffusion(w, x, clock, classes, *, base, blocks, legacy, film):
-    """UNetModel of guided-diffusion from its definition, on its own keys, with resblock_updown."""
+class GuidedDiffusion:
+    """UNetModel of guided-diffusion with resblock_updown, from its definition, on its own keys.
 
-    def linear(name, h):
-        return F.linear(h, w[f"{name}.weight"], w[f"{name}.bias"])
+    Args:
+        weights: tensors by the names of guided-diffusion.
+        base: channels of the first layer.
+        blocks: residual blocks a level.
+        legacy: whether the heads are split before q, k and v.
+        film: whether the embedding scales and shifts.
+    """
 
-    def conv(name, h):
-        weight = w[f"{name}.weight"]
-        return F.conv2d(h, weight, w[f"{name}.bias"], padding=weight.shape[-1] // 2)
+    def __init__(self, weights, base: int, blocks: int, legacy: bool, film: bool):
+        self.weights = weights
+        self.base = base
+        self.blocks = blocks
+        self.legacy = legacy
+        self.film = film
 
-    def norm(name, h):
-        return F.group_norm(h, min(32, h.shape[1] // 4), w[f"{name}.weight"], w[f"{name}.bias"])
+    def __call__(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:
+        embedding = self.embed(clock, classes)
 
-    def residual(name, h, resize):
-        y = conv(f"{name}.in_layers.2", resize(F.silu(norm(f"{name}.in_layers.0", h))))
-        told = linear(f"{name}.emb_layers.1", F.silu(embedding))[..., None, None]
-        if film:
-            scale, shift = told.chunk(2, dim=1)
-            y = norm(f"{name}.out_layers.0", y) * (1 + scale) + shift
-        else:
-            y = norm(f"{name}.out_layers.0", y + told)
-        skip = f"{name}.skip_connection"
-        h = resize(h)
-        return (conv(skip, h) if f"{skip}.weight" in w else h) + conv(
-            f"{name}.out_layers.3", F.silu(y)
-        )
+        # Down.
+        h = x
+        skips = []
+        while self.has(f"input_blocks.{len(skips)}"):
+            index = len(skips)
+            down = index > 0 and index % (self.blocks + 1) == 0
+            h = self.stage(f"input_blocks.{index}", h, embedding, half if down else None)
+            skips.append(h)
 
-    def attention(name, h):
-        qkv = conv(f"{name}.qkv", norm(f"{name}.norm", h)).flatten(2)
-        heads = h.shape[1] // 64
-        if legacy:  # split the heads, then q, k, v
-            q, k, v = qkv.reshape(len(h) * heads, 3 * 64, -1).split(64, dim=1)
-        else:
-            q, k, v = (part.reshape(len(h) * heads, 64, -1) for part in qkv.chunk(3, dim=1))
-        weight = torch.einsum("bct,bcs->bts", q, k).div(8).softmax(-1)
-        return h + conv(
-            f"{name}.proj_out", torch.einsum("bts,bcs->bct", weight, v).reshape(h.shape)
-        )
+        # Middle and up; the residual block after the first layer of a stage is the upsampling one.
+        h = self.stage("middle_block", h, embedding)
+        for index in range(len(skips)):
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = self.stage(f"output_blocks.{index}", h, embedding, after=double)
+        return self.conv("out.2", F.silu(self.norm("out.0", h)))
 
-    def stage(name, h, resize):
-        """The layers name.0, name.1, ...; `resize` by layer."""
+    def has(self, name: str) -> bool:
+        return any(key.startswith(f"{name}.") for key in self.weights)
+
+    def linear(self, name: str, h: Tensor) -> Tensor:
+        return F.linear(h, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def conv(self, name: str, h: Tensor) -> Tensor:
+        weight = self.weights[f"{name}.weight"]
+        return F.conv2d(h, weight, self.weights[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def norm(self, name: str, h: Tensor) -> Tensor:
+        groups = min(32, h.shape[1] // 4)
+        weight = self.weights[f"{name}.weight"]
+        return F.group_norm(h, groups, weight, self.weights[f"{name}.bias"])
+
+    def embed(self, clock: Tensor, classes: Tensor) -> Tensor:
+        """Embed clock and classes (B,)."""
+        half_width = self.base // 2
+        rates = -torch.arange(half_width) * (torch.log(torch.tensor(10000.0)) / half_width)
+        angles = clock[:, None] * rates.exp()
+        waves = torch.cat([angles.cos(), angles.sin()], 1)
+        embedding = self.linear("time_embed.2", F.silu(self.linear("time_embed.0", waves)))
+        if "label_emb.weight" in self.weights:
+            embedding = embedding + self.weights["label_emb.weight"][classes]
+        return embedding
+
+    def stage(self, name: str, h: Tensor, embedding: Tensor, first=None, after=None) -> Tensor:
+        """Apply the layers name.0, name.1, ...; the first resizes by `first`, others by `after`."""
         layer = 0
-        while any(key.startswith(f"{name}.{layer}.") for key in w):
-            here = f"{name}.{layer}"
-            if f"{here}.qkv.weight" in w:
-                h = attention(here, h)
-            elif f"{here}.in_layers.0.weight" in w:
-                h = residual(here, h, resize(layer))
+        while self.has(f"{name}.{layer}"):
+            path = f"{name}.{layer}"
+            if f"{path}.qkv.weight" in self.weights:
+                h = self.attention(path, h)
+            elif f"{path}.in_layers.0.weight" in self.weights:
+                h = self.residual(path, h, embedding, (after if layer else first) or keep)
             else:
-                h = conv(here, h)
+                h = self.conv(path, h)
             layer += 1
         return h
 
-    def keep(layer):
-        return lambda h: h
+    def residual(self, name: str, h: Tensor, embedding: Tensor, resize) -> Tensor:
+        y = F.silu(self.norm(f"{name}.in_layers.0", h))
+        y = self.conv(f"{name}.in_layers.2", resize(y))
+        conditioning = self.linear(f"{name}.emb_layers.1", F.silu(embedding))[..., None, None]
+        if self.film:
+            scale, shift = conditioning.chunk(2, dim=1)
+            y = self.norm(f"{name}.out_layers.0", y) * (1 + scale) + shift
+        else:
+            y = self.norm(f"{name}.out_layers.0", y + conditioning)
+        y = self.conv(f"{name}.out_layers.3", F.silu(y))
 
-    def double(layer):
-        return (lambda h: F.interpolate(h, scale_factor=2)) if layer else keep(layer)
+        skip = f"{name}.skip_connection"
+        h = resize(h)
+        return (self.conv(skip, h) if f"{skip}.weight" in self.weights else h) + y
 
-    def half(layer):
-        return lambda h: F.avg_pool2d(h, 2)
+    def attention(self, name: str, h: Tensor) -> Tensor:
+        qkv = self.conv(f"{name}.qkv", self.norm(f"{name}.norm", h)).flatten(2)
+        rows = len(h) * (h.shape[1] // 64)
+        if self.legacy:
+            q, k, v = qkv.reshape(rows, 3 * 64, -1).split(64, dim=1)
+        else:
+            q, k, v = (part.reshape(rows, 64, -1) for part in qkv.chunk(3, dim=1))
+        weight = torch.einsum("bct,bcs->bts", q, k).div(8).softmax(-1)
+        values = torch.einsum("bts,bcs->bct", weight, v).reshape(h.shape)
+        return h + self.conv(f"{name}.proj_out", values)
 
-    angles = clock[:, None] * torch.exp(
-        -torch.arange(base // 2) * (torch.log(torch.tensor(10000.0)) / (base // 2))
-    )
-    embedding = linear(
-        "time_embed.2", F.silu(linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], 1)))
-    )
-    if "label_emb.weight" in w:
-        embedding = embedding + w["label_emb.weight"][classes]
-    h, skips, count = x, [], 0
-    while any(key.startswith(f"input_blocks.{count}.") for key in w):
-        h = stage(f"input_blocks.{count}", h, half if count and count % (blocks + 1) == 0 else keep)
-        skips.append(h)
-        count += 1
-    h = stage("middle_block", h, keep)
-    for index in range(count):
-        h = stage(f"output_blocks.{index}", torch.cat([h, skips.pop()], dim=1), double)
-    return conv("out.2", F.silu(norm("out.0", h)))
+
+def keep(h: Tensor) -> Tensor:
+    return h
+
+
+def double(h: Tensor) -> Tensor:
+    return F.interpolate(h, scale_factor=2)
+
+
+def half(h: Tensor) -> Tensor:
+    return F.avg_pool2d(h, 2)
 
 
 @pytest.mark.parametrize(
     ("name", "base", "blocks"), [("adm", 16, 1), ("adm_three_levels", 32, 2), ("adm_legacy", 32, 1)]
 )
 @torch.no_grad()
-def test_guided_diffusion(name, base, blocks):
+def test_the_layout_of_guided_diffusion_is_its_network(name, base, blocks):
     network = random_family(name)
     public = Recorded(network.to_public("guided_diffusion"))
     x, clock, classes = inputs(300.0)
     classes = classes.abs()  # theirs always has one
-    settings = {"legacy": "legacy" in name, "film": name != "adm_three_levels"}
-    expected = guided_diffusion(public, x, clock, classes, base=base, blocks=blocks, **settings)
-    assert public.asked == public.keys()
-    assert distance(network(x, clock, classes), expected[:, :3]) < 1e-5
-    # Original files convolve over one axis in the attention.
-    flat = {
-        key: w[..., 0] if ".qkv.w" in key or ".proj_out.w" in key else w
-        for key, w in public.items()
-    }
+    original = GuidedDiffusion(
+        public, base, blocks, legacy="legacy" in name, film=name != "adm_three_levels"
+    )
+    expected = original(x, clock, classes)
+
+    assert public.read == public.keys()
+    assert difference(network(x, clock, classes), expected[:, :3]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["adm", "adm_three_levels", "adm_legacy"])
+@torch.no_grad()
+def test_original_files_convolve_over_one_axis_in_the_attention(name):
+    network = random_family(name)
+    public = network.to_public("guided_diffusion")
+    for key, weight in public.items():
+        if ".qkv.w" in key or ".proj_out.w" in key:
+            public[key] = weight[..., 0]
+
     other = random_family(name, seed=1)
-    other.load_state_dict(other.translate(flat))
-    assert network(x, clock, classes).equal(other(x, clock, classes))
+    other.load_state_dict(other.translate(public))
+
+    x, clock, classes = inputs(300.0)
+    assert network(x, clock, classes.abs()).equal(other(x, clock, classes.abs()))
 
 
-def test_strange_names_and_layouts_are_told():
-    for name in ("adm", "ddpmpp"):
-        network = random_family(name)
-        assert "model.enc.stranger" in network.translate(
-            network.to_public("edm") | {"model.enc.stranger": torch.ones(1)}
-        )
-        with pytest.raises(ValueError, match="layout must be one of own, edm"):
-            network.to_public("flax")
+@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+def test_names_of_no_layout_are_kept(name):
+    network = random_family(name)
+    public = network.to_public("edm") | {"model.enc.stranger": torch.ones(1)}
+    assert "model.enc.stranger" in network.translate(public)
+
+
+@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+def test_an_unknown_layout_is_refused(name):
+    with pytest.raises(ValueError, match="layout must be one of own, edm"):
+        random_family(name).to_public("flax")
+
+
+def test_names_of_no_block_of_guided_diffusion_are_kept():
     adm = random_family("adm")
     strange = {"stranger": torch.ones(1), "input_blocks.1.1.qkv.weight": torch.ones(96, 32, 1)}
-    found = adm.translate(adm.to_public("guided_diffusion") | strange)
-    assert found["stranger"].shape == (1,)
-    assert any(tensor.shape == (96, 32, 1, 1) for tensor in found.values())
+    translated = adm.translate(adm.to_public("guided_diffusion") | strange)
+
+    assert translated["stranger"].shape == (1,)
+    assert any(tensor.shape == (96, 32, 1, 1) for tensor in translated.values())
+
+
+def test_settings_without_meaning_are_refused():
     with pytest.raises(ValueError, match="embedding_type must be"):
         Song(16, 3, 0, 0, 16, [1], 4, 1, 1, [], "sine", "standard", [1, 1])
+
     with pytest.raises(ValueError, match="encoder_type must be"):
         Song(16, 3, 0, 0, 16, [1], 4, 1, 1, [], "fourier", "skip", [1, 1])
 
@@ -399,36 +458,33 @@ def test_half_precision_weights_know_the_time_exactly(name):
     network = random_family(name)
     x, clock, classes = inputs(703.3 if name != "ncsnpp" else 1.033)
     expected = network(x, clock, classes)
-    found = network.bfloat16()(x.bfloat16(), clock, classes)
-    assert found.dtype == torch.bfloat16
-    assert (found - expected).square().mean() < 1e-3 * expected.square().mean()
+    output = network.bfloat16()(x.bfloat16(), clock, classes)
+    assert output.dtype == torch.bfloat16
+    assert (output - expected).square().mean() < 1e-3 * expected.square().mean()
     if name == "ncsnpp":
         assert network.map_noise.freqs.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The configured models
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def model():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda yaml, *more: instantiate(
-            compose("config", [f"model={yaml}", "model.size=tiny", *more]).model
-        )
+def tiny_model(yaml: str, *overrides: str):
+    """Load a model of conf/ at its tiny size."""
+    return instantiate(composed(f"model={yaml}", "model.size=tiny", *overrides).model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("yaml", "parameters"), YAMLS.items())
-def test_full_size(yaml, parameters):
+def test_full_size_has_the_public_number_of_weights(yaml, parameters):
     assert sum(parameter.numel() for parameter in full_size(yaml).parameters()) == parameters
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("yaml", YAMLS)
-def test_tiny(model, yaml):
-    tiny = model(yaml)
+def test_a_tiny_model_has_finite_velocities_at_all_times(yaml):
+    tiny = tiny_model(yaml)
     assert any(getattr(module, "heads", 0) for module in tiny.backbone.modules())
     x = torch.randn(2, *tiny.event_shape, generator=torch.Generator().manual_seed(0))
     velocity = tiny.velocity(torch.tensor([1, 2]) if tiny.num_classes else None)
@@ -436,22 +492,17 @@ def test_tiny(model, yaml):
         v = velocity(x, torch.full((2,), t, dtype=torch.float64))
         assert v.shape == x.shape
         assert bool(v.isfinite().all())
-    assert tiny.fingerprint == model(yaml).fingerprint
+    assert tiny.fingerprint == tiny_model(yaml).fingerprint
 
 
 @pytest.mark.slow
-def test_a_public_file_is_read_whatever_its_layout_and_refused_when_it_is_of_another_network(
-    model, tmp_path
-):
-    tiny = model("edm_bedroom256")
-    fingerprints = set()
-    for layout in tiny.backbone.LAYOUTS:
-        path = tmp_path / f"{layout}.safetensors"
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tiny.backbone.to_public(layout).items()},
-            path,
-        )
-        fingerprints.add(model("edm_bedroom256", f"model.checkpoint={path}").fingerprint)
-        with pytest.raises(InstantiationException, match="is of another architecture"):
-            model("edm_imagenet64", f"model.checkpoint={path}")
-    assert fingerprints == {tiny.fingerprint}
+@pytest.mark.parametrize("layout", FAMILIES["adm"]().LAYOUTS)
+def test_a_public_file_is_read_in_any_layout(layout, tmp_path):
+    tiny = tiny_model("edm_bedroom256")
+    public = tiny.backbone.to_public(layout)
+    path = tmp_path / f"{layout}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in public.items()}, path)
+
+    assert tiny_model("edm_bedroom256", f"model.checkpoint={path}").fingerprint == tiny.fingerprint
+    with pytest.raises(InstantiationException, match="is of another architecture"):
+        tiny_model("edm_imagenet64", f"model.checkpoint={path}")

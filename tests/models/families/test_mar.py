@@ -1,22 +1,21 @@
-"""MAR from its public files: the numbers of the authors' networks and of their stochastic sampler (oracles G)."""
+"""MAR computes what the authors' networks and their stochastic sampler compute (oracles G)."""
 
 import json
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers import ORACLES
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed, difference, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from oss_exp.cli import CONF
 from oss_exp.models.checkpoints.weights import randomise
 from oss_exp.models.decoders.ldm_vae import LDMVAE
 from oss_exp.models.families.mar import MAR, MARNetwork, at, unknown_before
@@ -33,36 +32,32 @@ GRID = DDIMSchedule(BETAS).nodes(4)
 STEPS = StepSchedule(GRID)
 SIZES = {"a": (4, 4, 1), "p2": (3, 12, 2)}  # channels, size, patch
 with safe_open(ORACLES / "mar_tiny.safetensors", "pt") as file:
-    META = {
-        key: json.loads(value) for key, value in file.metadata().items() if key in ("meta", "extra")
-    }
+    METADATA = file.metadata()
+META = {key: json.loads(METADATA[key]) for key in ("meta", "extra")}
 RUNS = {run["prefix"]: run for run in META["extra"]["sample_runs"]}
 
 
 def network(tag: str) -> MARNetwork:
     channels, size, patch = SIZES[tag]
     public = META["meta"][tag]["init_kwargs"]
-    own = {
-        key: public[key]
-        for key in public
-        if key.startswith(("encoder", "decoder", "mlp", "buffer", "diffloss"))
-    }
-    return MARNetwork(channels, size, public["class_num"], patch, **own)
+    prefixes = ("encoder", "decoder", "mlp", "buffer", "diffloss")
+    arguments = {key: value for key, value in public.items() if key.startswith(prefixes)}
+    return MARNetwork(channels, size, public["class_num"], patch, **arguments)
 
 
 def mar(
     tag: str = "a", checkpoint="random", scale: float = 3.0, num_iter: int = 5, **changes
 ) -> MAR:
+    """Build a model of the small networks of the oracles."""
     channels, size, patch = SIZES[tag]
-    sizes = {
-        "full": {
-            "event_shape": ((size // patch) ** 2, channels * patch**2),
-            "num_classes": META["meta"][tag]["init_kwargs"]["class_num"],
-            "checkpoint": "nowhere",
-            "backbone": Backbone(tag),
-            "decoder": nn.Identity,
-        }
+    full = {
+        "event_shape": ((size // patch) ** 2, channels * patch**2),
+        "num_classes": META["meta"][tag]["init_kwargs"]["class_num"],
+        "checkpoint": "nowhere",
+        "backbone": Backbone(tag),
+        "decoder": nn.Identity,
     }
+
     arguments = {
         "search_iterations": [0],
         "search_cfg": None,
@@ -70,11 +65,12 @@ def mar(
         "dtype": "float64",
         "micro_batch": 7,
     } | changes
+
     return MAR(
         num_iter,
         name="mar",
         size="full",
-        sizes=sizes,
+        sizes={"full": full},
         parameterization=FORM,
         guidance=Guidance(scale),
         checkpoint=str(checkpoint),
@@ -84,18 +80,13 @@ def mar(
 
 
 class Backbone(partial):
-    """As Hydra's: its `func` is the class."""
+    """A partial as Hydra makes it, whose `func` is the network's class."""
 
     def __new__(cls, tag):
         return super().__new__(cls, MARNetwork, tag)
 
     def __call__(self):
         return network(*self.args)
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest, of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +96,18 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def files(arrays, tmp_path_factory):
-    """The authors' checkpoints: trained weights, and their average, which counts."""
-    found = {}
+    """The authors' checkpoints, with the trained weights and their average, which is used."""
+    paths = {}
+
     for tag in SIZES:
-        prefix = f"{tag}.sd."
-        average = {
-            key.removeprefix(prefix): each.float()
-            for key, each in arrays.items()
-            if key.startswith(prefix)
-        }
-        found[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
-        trained = {key: torch.zeros_like(each) for key, each in average.items()}
-        torch.save(
-            {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3},
-            found[tag],
-        )
-    return found
+        public = without_prefix(arrays, f"{tag}.sd.")
+        average = {key: tensor.float() for key, tensor in public.items()}
+        paths[tag] = tmp_path_factory.mktemp(tag) / "checkpoint-last.pth"
+        trained = {key: torch.zeros_like(tensor) for key, tensor in average.items()}
+        content = {"model": trained, "model_ema": average, "optimizer": {"state": {}}, "epoch": 3}
+        torch.save(content, paths[tag])
+
+    return paths
 
 
 @pytest.fixture
@@ -128,63 +115,70 @@ def tokens():
     return torch.randn(4, 16, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The networks
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", SIZES)
-def test_contexts_of_the_original(files, arrays, tag):
+def test_contexts_are_those_of_the_original(files, arrays, tag):
     backbone = mar(tag, files[tag], dtype="float32").backbone
     f = f"{tag}.enc."
     places = (arrays[f + "mask"] == 0).nonzero()[:, 1].view(3, -1)
-    public, label = arrays[f + "class_embedding"], torch.full((3,), -1)
-    for row in (0, 1):  # the third row has none
+    public = arrays[f + "class_embedding"]
+    label = torch.full((3,), -1)
+    for row in (0, 1):  # the third row has no class
         label[row] = (backbone.class_emb.weight - public[row]).abs().sum(1).argmin()
-    for name, known in (("", places), ("_allmasked", places[:, :0])):
-        encoded = backbone.encode(at(arrays[f + "tokens"], known), known, label)
+
+    for name, visible in (("", places), ("_allmasked", places[:, :0])):
+        encoded = backbone.encode(at(arrays[f + "tokens"], visible), visible, label)
         assert difference(encoded, arrays[f"{tag}.enc{name}.out"]) < 1e-5
-        assert difference(backbone.decode(encoded, known), arrays[f"{tag}.dec{name}.out"]) < 1e-5
+        assert difference(backbone.decode(encoded, visible), arrays[f"{tag}.dec{name}.out"]) < 1e-5
 
 
 @pytest.mark.parametrize("tag", SIZES)
-def test_head_of_the_original(files, arrays, tag):
+def test_the_head_is_that_of_the_original(files, arrays, tag):
     head = mar(tag, files[tag], dtype="float32").backbone.diffloss["net"]
-    x, clock, z = arrays[f"{tag}.mlp.x"], arrays[f"{tag}.mlp.t"].float(), arrays[f"{tag}.mlp.c"]
+    x = arrays[f"{tag}.mlp.x"]
+    clock = arrays[f"{tag}.mlp.t"].float()
+    z = arrays[f"{tag}.mlp.c"]
+
     assert difference(head(x[:, None], clock, z[:, None])[:, 0], arrays[f"{tag}.mlp.out"]) < 1e-5
+
     half = len(x) // 2
     out = head(x[:half].repeat(2, 1)[:, None], clock, z[:, None])[:, 0]
-    eps, free = out[:half, : x.shape[1]], out[half:, : x.shape[1]]
-    assert (
-        difference(2.5 * eps - 1.5 * free, arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]])
-        < 1e-5
-    )
+    eps = out[:half, : x.shape[1]]
+    free = out[half:, : x.shape[1]]
+
+    expected = arrays[f"{tag}.mlp.out_cfg2.5"][:half, : x.shape[1]]
+    assert difference(2.5 * eps - 1.5 * free, expected) < 1e-5
 
 
 @pytest.mark.parametrize("tag", SIZES)
-def test_patches_of_the_original(arrays, tag):
+def test_patches_are_those_of_the_original(arrays, tag):
     assert torch.equal(
         network(tag).unpatchify(arrays[f"{tag}.patchify.out"]), arrays[f"{tag}.patchify.in"]
     )
 
 
 def test_full_size_has_the_weights_of_the_public_file():
-    """All there, none left over: with the head the authors' 208 M, 479 M and 943 M numbers, rounded up."""
+    """With the head they are the authors' 208, 479 and 943 million numbers, rounded up."""
     expected = json.loads((ORACLES / "mar_fullsize_keys.json").read_text())["mar_base"]
     numbers = {}
+
     for name in ("mar_base", "mar_large", "mar_huge"):
         with torch.device("meta"):
-            state = instantiate(configured(name).sizes.full.backbone)().state_dict()
+            state = instantiate(composed(f"model={name}").model.sizes.full.backbone)().state_dict()
         numbers[name] = sum(value.numel() for value in state.values())
         if name == "mar_base":
-            assert {key: list(value.shape) for key, value in state.items()} == expected[
-                "state_dict"
-            ]
+            shapes = {key: list(value.shape) for key, value in state.items()}
+            assert shapes == expected["state_dict"]
+
     assert numbers["mar_base"] == expected["n_params"] == 207_924_768
     assert [math.ceil(numbers[name] / 1e6) for name in ("mar_large", "mar_huge")] == [479, 943]
 
 
-def test_a_public_file_and_ours_are_one(files, tmp_path):
+def test_a_public_file_and_our_own_are_the_same_model(files, tmp_path):
     model = mar(checkpoint=files["a"], dtype="float32")
     torch.save(model.backbone.state_dict(), tmp_path / "own.pt")
     assert mar(checkpoint=files["a"].parent, dtype="float32").fingerprint == model.fingerprint
@@ -194,110 +188,128 @@ def test_a_public_file_and_ours_are_one(files, tmp_path):
         mar(checkpoint=tmp_path / "own.pt")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler of the released code
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("prefix", RUNS)
-def test_the_stochastic_sampler_of_the_original(files, arrays, prefix, dtype, monkeypatch):
-    """With their orders, noises and steps our token loop gives their contexts and tokens in every iteration."""
-    run, tensors = (
-        RUNS[prefix],
-        {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)},
-    )
+def test_the_stochastic_sampler_is_that_of_the_original(files, arrays, prefix, dtype, monkeypatch):
+    """With their orders, noises and steps the contexts and tokens of every iteration are theirs."""
+    run = RUNS[prefix]
+    tensors = without_prefix(arrays, prefix)
     model = mar(
         run["model"], files[run["model"]], run["cfg"], run["num_iter"], dtype=dtype, micro_batch=64
     )
     if run["cfg_schedule"] == "linear":
-        found = [model.scale(model.guidance, k) for k in range(run["num_iter"])]
-        assert found == pytest.approx(run["cfg_iter"], rel=1e-6)
+        scales = [model.scale(model.guidance, k) for k in range(run["num_iter"])]
+        assert scales == pytest.approx(run["cfg_iter"], rel=1e-6)
     else:
         monkeypatch.setattr(MAR, "scale", lambda self, guidance, iteration: guidance.scale)
+
+    # Their orders, and their sampler in the place of ours.
     monkeypatch.setattr(MAR, "orders", lambda self, noise: tensors["orders"])
-    seen, iterations = [], iter(range(run["num_iter"]))
-    model.backbone.diffloss["net"].register_forward_hook(
-        lambda _, inputs, output: seen.append((*inputs, output))
-    )
-
-    def sampler(solver, velocity, noise, steps, group):
-        name, rows = f"iter{next(iterations)}.", noise.shape[0] * noise.shape[1]
-        noises = [tensors[name + "noise_init"], *tensors[name + "noise_steps"]]
-        noises = [
-            each[:rows].view(noise.shape).to(noise) for each in noises
-        ]  # the rest is for rows without class
-        made = ancestral(velocity, noises, seen, run["temperature"])
-        assert difference(seen[-1][2].flatten(0, 1), tensors[name + "z"]) < 2e-5
-        assert difference(made.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
-        return made
-
+    sampler = OriginalSampler(tensors, run["temperature"])
+    model.backbone.diffloss["net"].register_forward_hook(sampler.record)
     monkeypatch.setattr("oss_exp.models.families.mar.sample", sampler)
-    nothing = torch.zeros(run["bsz"], *model.event_shape, dtype=getattr(torch, dtype))
+
+    noise = torch.zeros(run["bsz"], *model.event_shape, dtype=getattr(torch, dtype))
     labels = None if run["labels"] is None else torch.tensor(run["labels"])
-    images = model.generate(Euler(), STEPS, nothing, labels)
+    images = model.generate(Euler(), STEPS, noise, labels)
     final, tolerance = ("final", 2e-5) if dtype == "float32" else ("final64", 1e-8)
     assert difference(images, tensors[final]) < tolerance
 
 
-def ancestral(velocity, noises, seen, temperature):
-    """Ho et al. 2020, alg. 2, on the respaced chain, with the learned variance of Nichol & Dhariwal 2021, eq. 15."""
-    x, *noises = noises
-    times = DDIMSchedule(BETAS).nodes(len(noises))
-    kept = torch.cumprod(1 - BETAS, 0)[FORM.path.native(times).round().long()[:-1]]
-    before = torch.cat([kept[1:], torch.ones(1, dtype=torch.float64)])
-    beta = 1 - kept / before
-    small = beta * (1 - before) / (1 - kept)
-    small[-1] = small[-2]
-    for i, noise in enumerate(noises):
-        t = times[i].expand(len(x))
-        state = x / rowwise(FORM.path.scale(t), x)
-        eps = state + rowwise(1 - t, x) * velocity(state, t)
-        share = (seen[-1][3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
-        x0 = (x - (1 - kept[i]).sqrt() * eps) / kept[i].sqrt()
-        x = (before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x) / (
-            1 - kept[i]
-        )
-        if i + 1 < len(noises):
-            x = (
-                x
-                + temperature
-                * noise
-                * (share * beta[i].log() / 2 + (1 - share) * small[i].log() / 2).exp()
-            )
-    return x
+class OriginalSampler:
+    """The authors' sampler and noises in the place of `sample`; it checks every iteration."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], temperature: float):
+        self.tensors = tensors
+        self.temperature = temperature
+        self.iterations = count()
+        self.head_call = None
+
+    def record(self, module, inputs, output) -> None:
+        """Remember a call of the head, as its forward hook."""
+        self.head_call = (*inputs, output)
+
+    def __call__(self, solver, velocity, noise, steps, group):
+        tensors = self.tensors
+        name = f"iter{next(self.iterations)}."
+        rows = noise.shape[0] * noise.shape[1]  # theirs has more, for rows without class
+        noises = [tensors[name + "noise_init"], *tensors[name + "noise_steps"]]
+        noises = [values[:rows].view(noise.shape).to(noise) for values in noises]
+
+        tokens = self.ancestral(velocity, noises)
+        assert difference(self.head_call[2].flatten(0, 1), tensors[name + "z"]) < 2e-5
+        assert difference(tokens.flatten(0, 1), tensors[name + "diffloss_out"][:rows]) < 2e-5
+        return tokens
+
+    def ancestral(self, velocity, noises):
+        """Sample by Ho et al. 2020, algorithm 2, with Nichol & Dhariwal 2021, eq. 15."""
+        # The respaced chain.
+        x, *noises = noises
+        times = DDIMSchedule(BETAS).nodes(len(noises))
+        indices = FORM.path.native(times).round().long()[:-1]
+        alphas_cumprod = torch.cumprod(1 - BETAS, 0)[indices]
+        before = torch.cat([alphas_cumprod[1:], torch.ones(1, dtype=torch.float64)])
+        beta = 1 - alphas_cumprod / before
+        small = beta * (1 - before) / (1 - alphas_cumprod)
+        small[-1] = small[-2]
+
+        for i, noise in enumerate(noises):
+            # The predicted x0.
+            t = times[i].expand(len(x))
+            state = x / rowwise(FORM.path.scale(t), x)
+            eps = state + rowwise(1 - t, x) * velocity(state, t)
+            x0 = (x - (1 - alphas_cumprod[i]).sqrt() * eps) / alphas_cumprod[i].sqrt()
+
+            # The posterior's mean and, but for the last step, its noise.
+            x = before[i].sqrt() * beta[i] * x0 + (1 - beta[i]).sqrt() * (1 - before[i]) * x
+            x = x / (1 - alphas_cumprod[i])
+            if i + 1 < len(noises):
+                share = (self.head_call[3][: len(x)].chunk(2, dim=-1)[1] + 1) / 2
+                log_variance = share * beta[i].log() + (1 - share) * small[i].log()
+                x = x + self.temperature * noise * (log_variance / 2).exp()
+        return x
 
 
 @pytest.mark.parametrize("num_steps", [5, 10, 25, 50, 100, 500, 1000])
-def test_the_chain_of_the_original(num_steps):
-    known = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"][
-        str(num_steps)
-    ]
+def test_the_chain_is_that_of_the_original(num_steps):
+    chains = json.loads((ORACLES / "mar_diffusion.json").read_text())["respaced_cosine"]
+    respaced = chains[str(num_steps)]
     nodes = DDIMSchedule(BETAS).nodes(num_steps)
-    assert FORM.path.native(nodes)[:-1].round().tolist() == known["timestep_map"][::-1]
+
+    assert FORM.path.native(nodes)[:-1].round().tolist() == respaced["timestep_map"][::-1]
     assert nodes[0] <= FORM.time_max
-    kept = torch.tensor(known["alphas_cumprod"][::-1], dtype=torch.float64)
-    sigma = (1 - kept).sqrt()
-    torch.testing.assert_close(nodes[:-1], sigma / (sigma + kept.sqrt()), rtol=1e-12, atol=0)
+
+    alphas_cumprod = torch.tensor(respaced["alphas_cumprod"][::-1], dtype=torch.float64)
+    sigma = (1 - alphas_cumprod).sqrt()
+    torch.testing.assert_close(
+        nodes[:-1], sigma / (sigma + alphas_cumprod.sqrt()), rtol=1e-12, atol=0
+    )
 
 
 def test_an_euler_step_is_their_ddim_step():
     case = json.loads((ORACLES / "mar_diffusion.json").read_text())["p_mean_variance_unit"]
-    x, out, expected = (
-        torch.tensor(case[key], dtype=torch.float64) for key in ("x", "model_output", "ddim_eta0")
-    )
+    x = torch.tensor(case["x"], dtype=torch.float64)
+    out = torch.tensor(case["model_output"], dtype=torch.float64)
+    expected = torch.tensor(case["ddim_eta0"], dtype=torch.float64)
     times = DDIMSchedule(BETAS).nodes(10).flip(0)
+
     for i in range(10):  # row i is asked at index i of the respaced chain
-        t, t_next = times[i + 1].view(1), times[i].view(1)
+        t = times[i + 1].view(1)
+        t_next = times[i].view(1)
         state = x[i : i + 1] / FORM.path.scale(t)
         v = FORM.velocity(out[i : i + 1, :3], state, t)
-        found = (state + (t_next - t) * v) * FORM.path.scale(t_next)
-        assert difference(found, expected[i : i + 1]) < 1e-5
+        result = (state + (t_next - t) * v) * FORM.path.scale(t_next)
+        assert difference(result, expected[i : i + 1]) < 1e-5
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The velocity and the token loop
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_iteration_makes_a_token():
@@ -316,29 +328,27 @@ def test_orders_are_the_samples_own(tokens):
     assert len({tuple(row) for row in orders.tolist()}) == 4
     assert torch.equal(model.orders(0.3 * tokens[2:3].float()), orders[2:3])
     assert not torch.equal(mar(seed=1).orders(tokens), orders)
+
     many = torch.randn(2000, 16, 4, generator=torch.Generator().manual_seed(1))
     first = model.orders(many)[:, 0]
     assert (first.bincount(minlength=16) - 125).abs().max() < 50
-    assert many[torch.arange(2000), first].mean().abs() < 0.05  # and says nothing of the noise
+    assert many[torch.arange(2000), first].mean().abs() < 0.05  # the order does not tell the noise
 
 
 @pytest.mark.parametrize("search_iterations", [[0], [2], None])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeypatch):
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    model, classes = (
-        mar(scale=scale, search_iterations=search_iterations),
-        torch.tensor([3, 1, 3, 0]),
-    )
-    v, t = (
-        model.velocity(classes),
-        torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
-    )
+    model = mar(scale=scale, search_iterations=search_iterations)
+    classes = torch.tensor([3, 1, 3, 0])
+    v = model.velocity(classes)
+    t = torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x = torch.cat([tokens, tokens.flip(0), -tokens])
     together = v(x, t)
     for row in range(12):
         alone = model.velocity(classes[row % 4 : row % 4 + 1])(x[row : row + 1], t[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-9, atol=1e-9)
+
     torch.testing.assert_close(
         v.subset(torch.tensor([2, 3]))(x[2:4], t[2:4]), together[2:4], rtol=1e-9, atol=1e-9
     )
@@ -346,54 +356,64 @@ def test_velocity_rows_are_independent(scale, search_iterations, tokens, monkeyp
 
 
 def test_velocity_of_a_later_iteration_knows_some_tokens(tokens, monkeypatch):
-    """What is unknown has its own context, in its place; what is known has one of theirs again."""
+    """Every unknown token has a context of its own; known tokens repeat those of others."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    classes, t = torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
+    classes = torch.tensor([3])
+    t = torch.full((1,), 0.5, dtype=torch.float64)
     model = mar(search_iterations=[2])
+
     assert model.unknown[2] == 12
+
     noise = np.random.default_rng((0, 4)).standard_normal((1, 16, 4), dtype=np.float32)
     order = model.orders(torch.from_numpy(noise))[0]
     x = tokens[:1, :1].expand(1, 16, 4)
-    found = model.velocity(classes)(x, t)[0]
-    torch.testing.assert_close(found[order[12:]], found[order[:4]])
-    assert (found[order[0]] - found[order[1]]).abs().max() > 1e-4
-    assert (found - mar().velocity(classes)(x, t)[0]).abs().max() > 1e-4
+    result = model.velocity(classes)(x, t)[0]
+
+    torch.testing.assert_close(result[order[12:]], result[order[:4]])
+    assert (result[order[0]] - result[order[1]]).abs().max() > 1e-4
+    assert (result - mar().velocity(classes)(x, t)[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_velocity_of_several_iterations_has_a_share_of_each(scale, tokens, monkeypatch):
-    """In their places and at their own scales: those that stay unknown longest are the last iteration's."""
+    """The places that stay unknown longest are the last iteration's, at its guidance scale."""
     monkeypatch.setattr("oss_exp.models.families.mar.CONTEXT_STEPS", 10)
-    classes, t = torch.tensor([3]), torch.full((1,), 0.5, dtype=torch.float64)
+    classes = torch.tensor([3])
+    t = torch.full((1,), 0.5, dtype=torch.float64)
     noise = np.random.default_rng((0, 4)).standard_normal((1, 16, 4), dtype=np.float32)
     order = mar().orders(torch.from_numpy(noise))[0]
     x = tokens[:1, :1].expand(1, 16, 4)
-    found = mar(scale=scale, search_iterations=[0, 3]).velocity(classes)(x, t)[0]
+    result = mar(scale=scale, search_iterations=[0, 3]).velocity(classes)(x, t)[0]
     for iteration, places in ((3, order[:8]), (0, order[8:])):
         alone = mar(scale=scale, search_iterations=[iteration]).velocity(classes)(x, t)[0]
-        torch.testing.assert_close(found[places], alone[places], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result[places], alone[places], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("search_cfg", [None, 1, 2.0])
-def test_guidance_of_the_velocity(search_cfg, tokens):
-    """v is linear in its scale, which is that of the iteration unless `search_cfg` says otherwise."""
-    classes, t = torch.tensor([3, 1, 3, 0]), torch.full((4,), 0.5, dtype=torch.float64)
-    one, two = (mar(search_cfg=scale).velocity(classes) for scale in (1, 2))
+def test_guidance_is_linear_in_its_scale(search_cfg, tokens):
+    """The velocity is linear in the scale: the iteration's, or that of `search_cfg`."""
+    classes = torch.tensor([3, 1, 3, 0])
+    t = torch.full((4,), 0.5, dtype=torch.float64)
+    one = mar(search_cfg=1).velocity(classes)
+    two = mar(search_cfg=2).velocity(classes)
     scale = 1 + 2 * 1 / 16 if search_cfg is None else search_cfg
     model = mar(search_cfg=search_cfg)
+
     assert model.unknown[1] == 15
-    found = model.velocity(classes)
+
+    velocity = model.velocity(classes)
     expected = torch.lerp(one(tokens, t), two(tokens, t), scale - 1)
-    torch.testing.assert_close(found(tokens, t), expected, rtol=1e-9, atol=1e-9)
-    assert nfe(Euler(), STEPS, found) == (4 if search_cfg == 1 else 8)
+    torch.testing.assert_close(velocity(tokens, t), expected, rtol=1e-9, atol=1e-9)
+    assert nfe(Euler(), STEPS, velocity) == (4 if search_cfg == 1 else 8)
     assert torch.equal(
         mar(scale=7.0, search_cfg=search_cfg).velocity(classes, Guidance(3.0))(tokens, t),
-        found(tokens, t),
+        velocity(tokens, t),
     )
 
 
-def test_without_classes(tokens):
-    model, t = mar(scale=1.0), torch.full((4,), 0.5, dtype=torch.float64)
+def test_an_unguided_model_needs_no_classes(tokens):
+    model = mar(scale=1.0)
+    t = torch.full((4,), 0.5, dtype=torch.float64)
     v = model.velocity(None)
     torch.testing.assert_close(v(tokens, t)[1:], v(tokens[1:], t[1:]), rtol=1e-9, atol=1e-9)
     assert model.sample(Euler(), STEPS, tokens).isfinite().all()
@@ -402,12 +422,13 @@ def test_without_classes(tokens):
 def test_one_iteration_is_sampling_the_velocity(tokens):
     classes = torch.tensor([3, 1, 3, 0])
     mean = torch.randn(10, 16, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    own = torch.stack([GRID * factor for factor in (1, 0.9, 0.8, 0.7)])
+    times_per_sample = torch.stack([GRID * factor for factor in (1, 0.9, 0.8, 0.7)])
     model = mar(num_iter=1)
+
     for steps in (
         STEPS,
         StepSchedule(GRID[1:], Analytic(mean, float(GRID[0]))),
-        StepSchedule(own, Free(float(GRID[0])), samples=(0, 1, 2, 3)),
+        StepSchedule(times_per_sample, Free(float(GRID[0])), samples=(0, 1, 2, 3)),
     ):
         expected = sample(Euler(), model.velocity(classes), tokens, steps, group=classes)
         torch.testing.assert_close(
@@ -422,10 +443,13 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
     steps = STEPS if start == "pinned" else StepSchedule(GRID[1:], Analytic(mean, float(GRID[0])))
     model = mar()
     images = model.generate(Euler(), steps, tokens, classes)
+
     assert images.shape == (4, 4, 4, 4)
     assert torch.equal(model.generate(Euler(), steps, tokens, classes), images)
+
     turned = model.generate(Euler(), steps, tokens.flip(0), classes.flip(0)).flip(0)
     torch.testing.assert_close(turned, images, rtol=1e-7, atol=1e-7)
+
     for row in range(4):
         alone = mar(micro_batch=1).generate(
             Euler(), steps, tokens[row : row + 1], classes[row : row + 1]
@@ -433,61 +457,103 @@ def test_images_do_not_depend_on_their_batch(tokens, start):
         torch.testing.assert_close(alone, images[row : row + 1], rtol=1e-7, atol=1e-7)
 
 
-def test_training_hides_what_is_to_be_made(monkeypatch):
-    """Contexts are of the known places alone; all places count in turn, and as many as the step's number says."""
-    model = mar("p2", num_iter=4)
-    draw = torch.Generator().manual_seed(0)
-    x0, noise = (
-        torch.randn(3, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
+class TrainingStep:
+    """A training step of a fixed batch, and the contexts that it decodes."""
+
+    def __init__(self, monkeypatch):
+        self.model = mar("p2", num_iter=4)
+        draw = torch.Generator().manual_seed(0)
+        shape = (3, *self.model.image_shape)
+        self.x0 = torch.randn(shape, generator=draw, dtype=torch.float64)
+        self.noise = torch.randn(shape, generator=draw, dtype=torch.float64)
+        self.tokens = self.model.backbone.patchify(self.x0)
+        self.contexts = []
+        decode = MARNetwork.decode
+
+        def record(network, *arguments):
+            self.contexts.append(decode(network, *arguments))
+            return self.contexts[-1]
+
+        monkeypatch.setattr(MARNetwork, "decode", record)
+
+    def num_unknown(self, share: float) -> int:
+        return math.ceil(math.cos(math.pi / 2 * share) * self.model.event_shape[0])
+
+    def places(self) -> torch.Tensor:
+        """Return the places of the tokens (3, count) in their orders, unknown ones first."""
+        return self.model.orders(self.model.backbone.patchify(self.noise))
+
+    def changed(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the images with other tokens at these places (3, n)."""
+        index = places[:, :, None].expand(-1, -1, self.tokens.shape[2])
+        return self.model.backbone.unpatchify(self.tokens.scatter(1, index, 7.0))
+
+    def loss(self, x0: torch.Tensor, share: float) -> torch.Tensor:
+        batch = {
+            "x0": x0,
+            "noise": self.noise,
+            "t": torch.full((3,), 0.4, dtype=torch.float64),
+            "label": torch.tensor([0, -1, 2]),
+            "shared": torch.full((3,), share),
+        }
+        return self.model.loss(self.model.backbone, batch)
+
+
+@pytest.fixture
+def training(monkeypatch) -> TrainingStep:
+    return TrainingStep(monkeypatch)
+
+
+def test_patches_are_a_round_trip(training):
+    assert torch.equal(training.model.backbone.unpatchify(training.tokens), training.x0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_training_hides_the_unknown_tokens(training, share):
+    """They change the loss, whose targets they are, and no context."""
+    hidden = training.places()[:, : training.num_unknown(share)]
+    assert not torch.equal(
+        training.loss(training.x0, share), training.loss(training.changed(hidden), share)
     )
-    batch = {"noise": noise, "t": torch.full((3,), 0.4).double(), "label": torch.tensor([0, -1, 2])}
-    assert torch.equal(model.backbone.unpatchify(model.backbone.patchify(x0)), x0)
-    places, seen = model.orders(model.backbone.patchify(noise)), []
-    keep = MARNetwork.decode
-    monkeypatch.setattr(
-        MARNetwork, "decode", lambda self, *given: seen.append(keep(self, *given)) or seen[-1]
-    )
-    count = model.event_shape[0]
-    for shared in (0.0, 0.5, 0.99):
-        unknown = math.ceil(math.cos(math.pi / 2 * shared) * count)
-        tokens = model.backbone.patchify(x0)
-        changed = tokens.scatter(1, places[:, :unknown, None].expand(-1, -1, tokens.shape[2]), 7.0)
-        step = {**batch, "shared": torch.full((3,), shared)}
-        one = model.loss(model.backbone, {**step, "x0": x0})
-        other = model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(changed)})
-        assert torch.equal(*seen[-2:])
-        assert not torch.equal(one, other)
-        if unknown < count:
-            known = tokens.scatter(
-                1, places[:, unknown:, None].expand(-1, -1, tokens.shape[2]), 7.0
-            )
-            model.loss(model.backbone, {**step, "x0": model.backbone.unpatchify(known)})
-            assert not torch.equal(*seen[-2:])
-    assert unknown == 1
+    assert torch.equal(*training.contexts)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_training_shows_the_known_tokens(training, share):
+    visible = training.places()[:, training.num_unknown(share) :]
+    training.loss(training.x0, share)
+    training.loss(training.changed(visible), share)
+    assert not torch.equal(*training.contexts)
+
+
+def test_the_last_step_of_training_has_one_unknown_token(training):
+    assert training.num_unknown(0.99) == 1
 
 
 def test_training_asks_the_head_for_what_sampling_reads():
-    """With all unknown, the loss is the error of the head's eps at x_t, for contexts of the class alone."""
+    """With all tokens unknown, the loss is the error of the head's eps at x_t."""
     model = mar("a", num_iter=4)
     draw = torch.Generator().manual_seed(0)
-    x0, noise = (
-        torch.randn(2, *model.image_shape, generator=draw, dtype=torch.float64) for _ in range(2)
-    )
-    t, classes = torch.tensor([0.7, 0.2], dtype=torch.float64), torch.tensor([1, 2])
-    found = model.loss(
+    x0, noise = torch.randn(2, 2, *model.image_shape, generator=draw, dtype=torch.float64)
+    t = torch.tensor([0.7, 0.2], dtype=torch.float64)
+    classes = torch.tensor([1, 2])
+    loss = model.loss(
         model.backbone,
         {"x0": x0, "noise": noise, "t": t, "label": classes, "shared": torch.zeros(2)},
     )
-    clean, eps = model.backbone.patchify(x0), model.backbone.patchify(noise)
+    clean = model.backbone.patchify(x0)
+    eps = model.backbone.patchify(noise)
     x = rowwise(1 - t, clean) * clean + rowwise(t, clean) * eps
     v = model.velocity(classes, Guidance(1.0))(x, t)
     error = (rowwise(1 - t, x) * v + x - eps).square().mean()  # eps_hat = x + (1 - t) v
-    assert float(found) == pytest.approx(float(error), rel=1e-5)
+
+    assert float(loss) == pytest.approx(float(error), rel=1e-5)
 
 
 def test_tokens_depend_on_those_before(tokens):
-    """Noise of the last token made reaches itself alone; that of the first made reaches all."""
-    model, classes = mar(num_iter=16), torch.tensor([3])
+    """The noise of the last token reaches that token only, the noise of the first reaches all."""
+    model = mar(num_iter=16)
+    classes = torch.tensor([3])
     order = model.orders(tokens[:1])[0]
     before = model.sample(Euler(), STEPS, tokens[:1], classes)
     for place, reached in ((order[0], 1), (order[-1], 16)):
@@ -497,9 +563,9 @@ def test_tokens_depend_on_those_before(tokens):
         assert ((after - before).abs().amax(-1) > 1e-9).sum() == reached
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The VAE
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 VAE_CONFIG = {
     "latent_channels": 4,
@@ -511,72 +577,94 @@ VAE_CONFIG = {
 }
 
 
+ATTENTION_NAMES = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out": "proj_out",
+}
+
+
 def ldm_name(key: str, top: int) -> str:
-    """diffusers' key of a decoder -> latent diffusion's."""
+    """Translate a decoder's key from diffusers' names to latent diffusion's."""
     parts = key.split(".")
+
     if parts[1] == "conv_norm_out":
         parts[1] = "norm_out"
     elif parts[1] == "mid_block":
         if parts[2] == "resnets":
             parts[1:4] = ["mid", f"block_{int(parts[3]) + 1}"]
         else:
-            inner = {
-                "group_norm": "norm",
-                "to_q": "q",
-                "to_k": "k",
-                "to_v": "v",
-                "to_out": "proj_out",
-            }[parts[4]]
+            inner = ATTENTION_NAMES[parts[4]]
             parts[1:-1] = ["mid", "attn_1", inner]
     elif parts[1] == "up_blocks":
         parts[1:3] = ["up", str(top - int(parts[2]))]
         parts[3:5] = ["block", parts[4]] if parts[3] == "resnets" else ["upsample"]
+
     return ".".join(parts).replace("conv_shortcut", "nin_shortcut")
 
 
-def test_a_vae_of_latent_diffusion(tmp_path):
-    whole = AutoencoderKL(**VAE_CONFIG).requires_grad_(False)
-    randomise(whole, torch.Generator().manual_seed(0))
-    theirs = {}
-    for key, value in whole.state_dict().items():
+@pytest.fixture(scope="module")
+def autoencoder() -> AutoencoderKL:
+    vae = AutoencoderKL(**VAE_CONFIG).requires_grad_(False)
+    randomise(vae, torch.Generator().manual_seed(0))
+    return vae
+
+
+@pytest.fixture(scope="module")
+def ldm_weights(autoencoder) -> dict[str, torch.Tensor]:
+    """The autoencoder's weights as latent diffusion's code has them."""
+    tensors = {}
+    for key, value in autoencoder.state_dict().items():
         if key.startswith("decoder."):
             kernel = ".attentions." in key and value.ndim == 2
-            theirs[ldm_name(key, top=2)] = value[..., None, None] if kernel else value
-        else:
-            theirs[key] = value
-    assert {key.split(".")[2] for key in theirs if key.startswith("decoder.up.")} == {"0", "1", "2"}
-    assert theirs["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
-    assert "decoder.up.1.block.0.nin_shortcut.weight" in theirs
-    assert "decoder.up.2.upsample.conv.bias" in theirs
-    assert "decoder.up.0.upsample.conv.bias" not in theirs
+            key = ldm_name(key, top=2)
+            value = value[..., None, None] if kernel else value
+        tensors[key] = value
+    return tensors
 
-    torch.save({"model": theirs}, tmp_path / "kl16.ckpt")
-    whole.save_pretrained(tmp_path / "vae")
-    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    expected = (whole.decode(latents / 0.2325).sample / 2 + 0.5).clamp(0, 1)
-    for checkpoint in (tmp_path, tmp_path / "kl16.ckpt", tmp_path / "vae"):
-        vae = LDMVAE(
-            str(checkpoint),
-            scaling_factor=0.2325,
-            micro_batch=2,
-            source="the authors",
-            **VAE_CONFIG,
-        )
-        torch.testing.assert_close(vae(latents), expected, rtol=0, atol=1e-5)
-    torch.save(
-        {"model": theirs | {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}}, tmp_path / "kl16.ckpt"
+
+def ldm_vae(checkpoint) -> LDMVAE:
+    return LDMVAE(
+        str(checkpoint), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG
     )
+
+
+def test_translated_names_are_those_of_latent_diffusion(ldm_weights):
+    levels = {key.split(".")[2] for key in ldm_weights if key.startswith("decoder.up.")}
+    assert levels == {"0", "1", "2"}
+    assert ldm_weights["decoder.mid.attn_1.proj_out.weight"].shape == (16, 16, 1, 1)
+    assert "decoder.up.1.block.0.nin_shortcut.weight" in ldm_weights
+    assert "decoder.up.2.upsample.conv.bias" in ldm_weights
+    assert "decoder.up.0.upsample.conv.bias" not in ldm_weights
+
+
+def test_a_vae_of_latent_diffusion_decodes_as_diffusers_does(autoencoder, ldm_weights, tmp_path):
+    torch.save({"model": ldm_weights}, tmp_path / "kl16.ckpt")
+    autoencoder.save_pretrained(tmp_path / "vae")
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = (autoencoder.decode(latents / 0.2325).sample / 2 + 0.5).clamp(0, 1)
+
+    for checkpoint in (tmp_path, tmp_path / "kl16.ckpt", tmp_path / "vae"):
+        pixels = ldm_vae(checkpoint)(latents)
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+
+
+def test_a_vae_of_another_architecture_is_refused(ldm_weights, tmp_path):
+    extra = {"decoder.up.2.attn.0.q.weight": torch.zeros(3)}
+    torch.save({"model": ldm_weights | extra}, tmp_path / "kl16.ckpt")
     with pytest.raises(ValueError, match="of another architecture"):
-        LDMVAE(
-            str(tmp_path), scaling_factor=0.2325, micro_batch=2, source="the authors", **VAE_CONFIG
-        )
+        ldm_vae(tmp_path)
 
 
 def test_the_vae_of_conf_is_the_authors(monkeypatch):
-    """43.0 M numbers: those of latent diffusion's decoder with widths 128 (1, 1, 2, 2, 4)."""
+    """It has the 43.0 million numbers of the decoder with widths 128 (1, 1, 2, 2, 4)."""
     monkeypatch.setattr("oss_exp.models.decoders.image.randomise", lambda *_: None)
     with torch.device("meta"):
-        vae = instantiate(configured("mar_base").sizes.full.decoder, checkpoint="random")()
+        vae = instantiate(
+            composed("model=mar_base").model.sizes.full.decoder, checkpoint="random"
+        )()
 
     def conv(a, b, kernel=3):
         return a * b * kernel**2 + b
@@ -589,43 +677,43 @@ def test_the_vae_of_conf_is_the_authors(monkeypatch):
         conv(16, 16, 1) + conv(16, 512) + 2 * resnet(512, 512) + 2 * 512 + 4 * conv(512, 512, 1)
     )
     width = 512
+
     for level in reversed(range(5)):
         expected += resnet(width, widths[level]) + 2 * resnet(widths[level], widths[level])
         width = widths[level]
         expected += conv(width, width) if level else 0
+
     expected += 2 * 128 + conv(128, 3)
     assert sum(p.numel() for p in vae.parameters()) == expected
     assert vae.scaling_factor == 0.2325
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The models of conf/, and bad input
-# --------------------------------------------------------------------------------------------------------------
-
-
-def configured(name: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"model={name}"]).model
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "scale"), [("mar_base", 2.9), ("mar_large", 3.0), ("mar_huge", 3.2)]
 )
-def test_models_of_conf(name, scale):
-    model = instantiate(configured(name), size="tiny", num_iter=3)
+def test_models_of_conf_make_images_and_fit_their_public_files(name, scale):
+    model = instantiate(composed(f"model={name}").model, size="tiny", num_iter=3)
     assert (model.name, model.guidance, model.needs_classes) == (
         f"{name}_tiny",
         Guidance(scale),
         True,
     )
+
     noise = (
         torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
         * STEPS.start_time
     )
     pixels = model.generate(Euler(), STEPS, noise, torch.tensor([0, 999]))
+
     assert pixels.shape == (2, 3, 16, 16)
     assert 0 < pixels.std() < 1
-    full = configured(name).sizes.full
+
+    full = composed(f"model={name}").model.sizes.full
     assert tuple(full.event_shape) == (full.backbone.size**2, full.backbone.channels)
     assert full.checkpoint == f"pretrained_models/mar/{name}"
 

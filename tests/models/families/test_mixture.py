@@ -1,4 +1,4 @@
-"""The mixture's velocity against dense algebra, the shipped mixtures, and the fit that made them."""
+"""The mixture's velocity is exact, the shipped mixtures are whole, and the fit recovers them."""
 
 import copy
 import shutil
@@ -22,6 +22,7 @@ def small_parts() -> dict[str, torch.Tensor]:
     """Five components of rank 2 in six dimensions; classes 0 and 1 have two and three."""
     generator = torch.Generator().manual_seed(0)
     options = {"dtype": torch.float64, "generator": generator}
+
     return {
         "weights": torch.rand(5, **options) + 0.2,
         "means": torch.randn(5, 6, **options),
@@ -44,7 +45,7 @@ def build(parts: dict[str, torch.Tensor]) -> GaussianMixture:
 
 
 def covariances(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(C, D, D)"""
+    """Return the covariances (C, D, D) of all components."""
     spread = (parts["basis"] * parts["extra"][:, None]) @ parts["basis"].mT
     return spread + parts["floor"][:, None, None] * torch.eye(parts["means"].shape[1]).to(spread)
 
@@ -52,7 +53,7 @@ def covariances(parts: dict[str, torch.Tensor]) -> torch.Tensor:
 def draw(
     parts: dict[str, torch.Tensor], count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples (count, D) and their components (count,)."""
+    """Draw samples (count, D) and return them with their components (count,)."""
     generator = torch.Generator().manual_seed(seed)
     component = torch.multinomial(parts["weights"], count, replacement=True, generator=generator)
     noise = torch.randn(count, parts["means"].shape[1], dtype=torch.float64, generator=generator)
@@ -63,16 +64,20 @@ def draw(
 
 
 def dense_velocity(weights, means, sigmas, x, t: float) -> torch.Tensor:
-    """E[eps - x0 | x] with full covariances, one component and one solve at a time: x, means (., D)."""
+    """Return E[eps - x0 | x] for x (B, D), by one solve with the full covariance a component."""
     eye = torch.eye(x.shape[1], dtype=x.dtype)
-    log_density, slope = [], []
+    log_density = []
+    slope = []
+
     for weight, mean, sigma in zip(weights, means, sigmas, strict=True):
         total = (1 - t) ** 2 * sigma + t**2 * eye
         normal = torch.distributions.MultivariateNormal((1 - t) * mean, total)
         solved = torch.linalg.solve(total, (x - (1 - t) * mean).T).T
         log_density.append(weight.log() + normal.log_prob(x))
         slope.append(t * solved - mean - (1 - t) * solved @ sigma)
+
     share = torch.stack(log_density).softmax(0)
+
     return (share[..., None] * torch.stack(slope)).sum(0)
 
 
@@ -80,9 +85,9 @@ def assert_relative(value, expected, tolerance):
     assert ((value - expected).abs().max() / expected.abs().max()).item() < tolerance
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The exact velocity
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_velocity_and_denoiser_equal_the_oracle(mixture, velocity, gmm):
@@ -109,9 +114,8 @@ def test_velocity_equals_dense_algebra_from_end_to_end(t):
 
 def test_at_clean_data_the_velocity_is_minus_the_data(velocity, gmm):
     v = velocity(gmm["x0_used"], at(0.0, 16))
-    torch.testing.assert_close(
-        v, -gmm["x0_used"], rtol=0, atol=1e-12
-    )  # x0 is known, eps is not: its mean is 0
+    # x0 is known, and the mean of eps is 0.
+    torch.testing.assert_close(v, -gmm["x0_used"], rtol=0, atol=1e-12)
 
 
 def test_at_pure_noise_the_velocity_points_from_the_overall_mean(velocity, gmm):
@@ -119,9 +123,9 @@ def test_at_pure_noise_the_velocity_points_from_the_overall_mean(velocity, gmm):
     torch.testing.assert_close(velocity(gmm["z"], at(1.0, 16)), gmm["z"] - mean, rtol=0, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Classes and guidance
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -137,12 +141,12 @@ def test_the_velocity_given_a_class_is_that_of_the_mixture_of_its_components(lab
 
 @pytest.mark.parametrize("guidance", [-1.0, 0.0, 1.0, 2.5, 7.0])
 def test_guidance_moves_along_the_line_from_the_free_to_the_class_velocity(guidance):
-    model, label = build(small_parts()), torch.tensor([0, 1, 1, 0])
-    x, t = (
-        draw(small_parts(), 4, seed=1)[0].view(4, 1, 2, 3),
-        torch.tensor([0.9, 0.6, 0.3, 0.1]).double(),
-    )
-    free, of_class = model.velocity(None)(x, t), model.velocity(label)(x, t)
+    model = build(small_parts())
+    label = torch.tensor([0, 1, 1, 0])
+    x = draw(small_parts(), 4, seed=1)[0].view(4, 1, 2, 3)
+    t = torch.tensor([0.9, 0.6, 0.3, 0.1]).double()
+    free = model.velocity(None)(x, t)
+    of_class = model.velocity(label)(x, t)
     assert (free - of_class).abs().max() > 0.01
     guided = model.velocity(label, Guidance(guidance))(x, t)
     torch.testing.assert_close(guided, free + guidance * (of_class - free), rtol=1e-12, atol=1e-12)
@@ -159,9 +163,9 @@ def test_guidance_without_classes_is_refused(mixture):
         mixture.velocity(None, Guidance(2.0))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Precision, assets and fit
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("t", [0.002, 0.5, 1.0])
@@ -192,6 +196,7 @@ def test_a_shipped_mixture_is_small_whole_and_orthonormal(file):
     model = GaussianMixture.from_asset(file, guidance=Guidance(), micro_batch=64)
     count, rank = model.extra.shape
     basis = model.flat_basis.unflatten(1, (count, rank)).permute(1, 0, 2)
+
     torch.testing.assert_close(
         basis.mT @ basis, torch.eye(rank).expand(count, -1, -1), rtol=0, atol=1e-5
     )
@@ -214,15 +219,19 @@ def test_the_shipped_digits_have_the_mean_of_the_data():
 def test_a_copy_with_one_changed_byte_is_refused(file, tmp_path):
     for name in (file, file.replace(".safetensors", ".json")):
         shutil.copy(ASSETS / name, tmp_path / name)
+
     path = tmp_path / file
     assert (
         GaussianMixture.from_asset(str(path), guidance=Guidance(), micro_batch=64).num_classes == 10
     )
+
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
     with pytest.raises(ValueError, match="damaged or was replaced") as caught:
         GaussianMixture.from_asset(str(path), guidance=Guidance(), micro_batch=64)
+
     assert str(path) in str(caught.value)
 
 
@@ -232,7 +241,7 @@ def test_decode_maps_minus_one_to_black_and_clips(mixture):
 
 
 def needles() -> dict[str, torch.Tensor]:
-    """Two long components at a right angle: k-means gives the far end of the first to the second, the fit does not."""
+    """Two long components at a right angle, which k-means does not separate."""
     return {
         "weights": torch.tensor([0.6, 0.4], dtype=torch.float64),
         "means": torch.tensor([[0, 0, 0], [6, 0, 2]], dtype=torch.float64),
@@ -252,27 +261,29 @@ def far_apart() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", [far_apart(), needles()], ids=["far_apart", "needles"])
-def test_fit_recovers_the_mixture_it_is_given_samples_of(parts):
+def test_fit_recovers_the_mixture_of_its_samples(parts):
     images, component = draw(parts, 20_000, seed=3)
-    labels, rank = torch.zeros(len(images)).long(), parts["extra"].shape[1]
+    labels = torch.zeros(len(images)).long()
+    rank = parts["extra"].shape[1]
     fitted = fit(
-        images, labels, 2, rank, 0.02, seed=0, iterations=20, progress=lambda done, total: None
+        images, labels, 2, rank, 0.02, seed=0, iterations=20, progress=lambda count, total: None
     )
-    found = covariances(fitted).double()
+    fitted_covariances = covariances(fitted).double()
+
     for truth in range(2):
         n = int((component == truth).sum())
         match = (fitted["means"].double() - parts["means"][truth]).norm(dim=1).argmin()
         sigma = covariances(parts)[truth]
         # Five standard errors: var(mean_i) = S_ii / n, var(cov_ij) = (S_ii S_jj + S_ij^2) / n.
         variances = sigma.diagonal()
-        assert bool(
-            (
-                (fitted["means"][match] - parts["means"][truth]).abs() < 5 * (variances / n).sqrt()
-            ).all()
-        )
+
+        error = (variances / n).sqrt()
+        assert bool(((fitted["means"][match] - parts["means"][truth]).abs() < 5 * error).all())
+
         error = ((variances[:, None] * variances + sigma**2) / n).sqrt()
-        assert bool(((found[match] - sigma).abs() < 5 * error).all())
+        assert bool(((fitted_covariances[match] - sigma).abs() < 5 * error).all())
         assert fitted["weights"][match].item() == pytest.approx(n / len(images), abs=1e-3)
+
     assert fitted["labels"].tolist() == [0, 0]
 
 
@@ -280,9 +291,13 @@ def test_fit_keeps_classes_apart_and_reports_progress():
     images, component = draw(small_parts(), 2_000, seed=4)
     labels = small_parts()["labels"][component] * 3  # classes 0 and 3
     calls = []
-    fitted = fit(images, labels, 1, 2, 0.02, 0, 5, lambda done, total: calls.append((done, total)))
+    fitted = fit(
+        images, labels, 1, 2, 0.02, 0, 5, lambda count, total: calls.append((count, total))
+    )
+
     assert fitted["labels"].tolist() == [0, 3]
     assert calls == [(1, 2), (2, 2)]
+
     for row, label in enumerate((0, 3)):
         torch.testing.assert_close(
             fitted["means"][row].double(), images[labels == label].mean(0), rtol=0, atol=1e-5
@@ -308,7 +323,7 @@ def test_fit_refuses_what_it_cannot_fit(options, words):
     images = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
     settings = {"clusters": 1, "rank": 2, "floor": 0.01, "seed": 0, "iterations": 1} | options
     with pytest.raises(ValueError, match=words):
-        fit(images, torch.zeros(10).long(), **settings, progress=lambda done, total: None)
+        fit(images, torch.zeros(10).long(), **settings, progress=lambda count, total: None)
 
 
 def test_drawn_samples_have_the_moments_of_their_components():
@@ -317,9 +332,12 @@ def test_drawn_samples_have_the_moments_of_their_components():
     )
     x, labels = model.draw(40_000, seed=1)
     again, _ = model.draw(40_000, seed=1)
+
     assert x.shape == (40_000, 1, 8, 8)
     assert torch.equal(x, again)
+
     basis = model.flat_basis.unflatten(1, (10, -1))
+
     for label in (0, 4, 9):
         members = x[labels == label].flatten(1)
         component = int((model.labels == label).nonzero())

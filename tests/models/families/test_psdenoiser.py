@@ -1,4 +1,4 @@
-"""The adapter of 21cmPSDenoiser against closed forms, and the published package where it is installed."""
+"""The adapter of 21cmPSDenoiser is exact, and agrees with the published package."""
 
 import sys
 from pathlib import Path
@@ -30,24 +30,30 @@ def canonical(tau: float) -> torch.Tensor:
     return sigma / (alpha + sigma)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The adapter, with an exact network
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tau", TAUS)
 def test_the_velocity_is_that_of_the_data_in_canonical_time(tau):
-    model, powers, x, t = exact.default(), exact.spectra(3), noise(3), canonical(tau)
+    model = exact.default()
+    powers = exact.spectra(3)
+    x = noise(3)
+    t = canonical(tau)
     mean = exact.mean(model.noisy.scaled(powers))[:, None]
     # Gaussian data at x_t = (1 - t) x0 + t eps.
     surprise = (x - (1 - t) * mean) / ((1 - t) ** 2 * exact.SPREAD**2 + t**2)
     expected = t * surprise - (mean + (1 - t) * exact.SPREAD**2 * surprise)
-    found = model.velocity(powers)(x, t.expand(3))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    result = model.velocity(powers)(x, t.expand(3))
+
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end():
-    model, powers, x = exact.default(), exact.spectra(2), noise(2)
+def test_at_cleaner_times_than_in_training_the_clock_is_that_of_the_cleanest():
+    model = exact.default()
+    powers = exact.spectra(2)
+    x = noise(2)
     clock = torch.full((2,), 0.999, dtype=torch.float64)
     eps = exact.ExactNoise()(x, clock, model.noisy.scaled(powers)[:, None])
     torch.testing.assert_close(
@@ -57,19 +63,24 @@ def test_beyond_the_clean_end_of_its_training_the_network_is_asked_at_that_end()
 
 @pytest.mark.slow
 def test_many_small_steps_reach_the_exact_end_of_the_flow():
-    model, powers, z = exact.default(), exact.spectra(4), noise(4)
+    model = exact.default()
+    powers = exact.spectra(4)
+    z = noise(4)
     times = VPSchedule(0.1, 20.0, 1e-3).nodes(4000)
     t = float(times[0])
-    found = sample(Euler(), model.velocity(powers), t * z, StepSchedule(times))
+    result = sample(Euler(), model.velocity(powers), t * z, StepSchedule(times))
     alpha, sigma = exact.alpha_sigma(torch.tensor(1.0, dtype=torch.float64))
     mean = exact.mean(model.noisy.scaled(powers))[:, None]
     spread = (alpha**2 * exact.SPREAD**2 + sigma**2).sqrt()
     expected = mean + exact.SPREAD * (sigma * z - alpha * mean) / spread
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-3)
 
 
 def test_every_row_has_the_condition_of_its_sample_in_any_micro_batch():
-    powers, x, t = exact.spectra(3), noise(6), torch.full((6,), 0.4, dtype=torch.float64)
+    powers = exact.spectra(3)
+    x = noise(6)
+    t = torch.full((6,), 0.4, dtype=torch.float64)
     whole = exact.default().velocity(powers)(x, t)
     pieces = exact.build(0.1, 20.0, 1e-3, 999.0, 2, None).velocity(powers)(x, t)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
@@ -98,7 +109,7 @@ def test_powers_are_scaled_in_their_logarithm_and_back():
         (torch.ones(2, 4, 3), Guidance(2.0), "cannot be guided"),
     ],
 )
-def test_what_it_cannot_denoise_is_refused(condition, guidance, words):
+def test_conditions_that_it_cannot_denoise_are_refused(condition, guidance, words):
     with pytest.raises(ValueError, match=words):
         exact.default().velocity(condition, guidance)
 
@@ -112,9 +123,9 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
         PSDenoiser.from_package(**YAML, checkpoint=None)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The published package
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +155,22 @@ def test_the_flow_is_that_of_the_packages_own_sampler(package, published, tau):
     sampler = package.GetODESampler(sde, x.shape, device="cpu")
     noisy = torch.from_numpy(package.DenoiserInput().normalize_noisy(powers.numpy()))[:, None]
     expected = sampler.drift_fn(published.network, x, torch.full((2,), tau), x_cdn=noisy)
-    # d x / d tau, of x = scale(t) x_t and d x_t / d t = v.
+    # dx / dtau, with x = scale(t) x_t and dx_t / dt = v.
     clock = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     t = published.path.canonical(clock)
     scale = published.path.scale(t)
-    (dt,), (dscale,) = (
-        torch.autograd.grad(t, clock, retain_graph=True),
-        torch.autograd.grad(scale, clock),
-    )
+    (dt,) = torch.autograd.grad(t, clock, retain_graph=True)
+    (dscale,) = torch.autograd.grad(scale, clock)
     scale = float(scale.detach())
     v = published.velocity(powers)(x / scale, t.detach().expand(2))
-    found = float(dscale) * x / scale + scale * float(dt) * v
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    drift = float(dscale) * x / scale + scale * float(dt) * v
+
+    torch.testing.assert_close(drift, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
     torch.manual_seed(0)
+
     model = PSDenoiser(
         package.UNet(dim=(8, 8), channels=2, dim_mults=(1, 2, 4, 8)),
         VPPath(0.1, 20.0),
@@ -172,6 +183,7 @@ def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
         name="tiny",
         fingerprint="",
     )
+
     velocity = model.velocity(10 ** torch.randn(2, 8, 8))
     grid = VPSchedule(0.1, 20.0, 1e-3).nodes(8)
     z = float(grid[0]) * noise(2, (1, 8, 8)).float()
@@ -180,6 +192,7 @@ def test_a_search_runs_on_a_tiny_network_of_the_packages_class(package):
     )[3]
     x0 = sample(Euler(), velocity, z, steps)
     teacher = sample(Euler(), velocity, z, StepSchedule(grid))
+
     assert 0 < float((x0 - teacher).square().mean()) < float(teacher.square().mean())
     assert model.decode(x0).shape == (2, 1, 8, 8)
 
@@ -194,6 +207,7 @@ def test_importing_the_package_leaves_the_random_numbers_alone(package, monkeypa
 
 
 def _write(path: Path, content) -> None:
+    """Write bytes as they are, and other contents as a torch file."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -205,7 +219,7 @@ def _write(path: Path, content) -> None:
     [b"", b"not weights", {"other": torch.zeros(2)}, [1, 2], Path("code")],
     ids=["empty", "garbage", "other_network", "no_state", "pickled_code"],
 )
-def test_a_checkpoint_that_is_not_one_is_refused(package, tmp_path, content):
+def test_files_without_the_networks_weights_are_refused(package, tmp_path, content):
     _write(file := tmp_path / "weights.pt", content)
     with pytest.raises(
         ValueError,

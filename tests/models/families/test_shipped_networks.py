@@ -1,13 +1,12 @@
-"""The trained networks that come with the package are what their provenance says, and draw the class asked for."""
+"""The shipped networks are those of their provenance, and draw the class of the condition."""
 
 import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.psnr import psnr
@@ -19,12 +18,13 @@ from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import OSSShared, Problem
 
 NETWORKS = ["unet_fashion", "dit_fashion"]
+IMAGES = {"flux_fashion": 480_000, "flux_scenes": 1_200_000, "video_fashion": 360_000}
 RELATIVES = ["flux_fashion", "flux_scenes", "mar_fashion"]
 
 
 def load(name: str, *overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose("config", [f"model={name}", *overrides]).model)
+    """Load a model of conf/."""
+    return instantiate(composed(f"model={name}", *overrides).model)
 
 
 def noise(count: int, seed: int) -> torch.Tensor:
@@ -33,49 +33,49 @@ def noise(count: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*NETWORKS, *RELATIVES])
-def test_provenance(name):
+def test_a_shipped_network_is_that_of_its_provenance(name):
     record = json.loads((ASSETS / f"{name}.json").read_text())
     assert (ASSETS / f"{name}.safetensors").stat().st_size < 8e6
+
     model = load(name)
-    if (
-        name in NETWORKS
-    ):  # others' fingerprints are of their words too, or of the numbers in whatever file
+    if name in NETWORKS:  # the others' fingerprints are not of the file alone
         assert model.fingerprint == record["sha256"]
+
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert 1e6 < record["parameters"] < 4e6
     assert record["made_by"].startswith(f"oss-exp task=pretrain model={name}")
     assert record["training"]["steps"] == record["training"]["of"]
     assert record["training"]["seconds"] > 600
-    assert record["data"]["images"] == {
-        "flux_fashion": 480000,
-        "flux_scenes": 1200000,
-        "video_fashion": 360000,
-    }.get(name, 60000)
+    assert record["data"]["images"] == IMAGES.get(name, 60_000)
     assert record["hardware"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_samples_are_of_the_class_asked_for(name):
-    model, labels = load(name, "model.guidance.scale=1.5"), torch.arange(100) % 10
+def test_samples_show_the_class_of_their_condition(name):
+    model = load(name, "model.guidance.scale=1.5")
+    labels = torch.arange(100) % 10
     steps = StepSchedule(FlowSchedule(shift=3.0).nodes(16))
     images = model.generate(DPMSolverPP(2, lower_order_final=True), steps, noise(100, 0), labels)
-    seen = FashionFeatures.from_asset().logits(images).argmax(1)
-    assert (seen == labels).double().mean() >= 0.85
+    predictions = FashionFeatures.from_asset().logits(images).argmax(1)
+    assert (predictions == labels).double().mean() >= 0.85
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_searched_schedule_beats_a_uniform_one(name):
-    model, labels, grid = load(name), torch.arange(16) % 10, FlowSchedule(shift=1.0).nodes(20)
-    velocity, x = model.velocity(labels), noise(16, 2)
+    model = load(name)
+    labels = torch.arange(16) % 10
+    grid = FlowSchedule(shift=1.0).nodes(20)
+    velocity = model.velocity(labels)
+    x = noise(16, 2)
     search = OSSShared(start="pinned", band=None, refine=False, objective="log_mean")
-    found = search.plan(Problem(model.velocity(labels), noise(16, 1), grid, Euler(), XtMSE()), [5])[
-        5
-    ]
+    problem = Problem(model.velocity(labels), noise(16, 1), grid, Euler(), XtMSE())
+    searched = search.plan(problem, [5])[5]
     teacher = sample(Euler(), velocity, x, StepSchedule(grid))
-    ours, uniform = (
-        psnr(model.decode(sample(Euler(), velocity, x, steps)), model.decode(teacher)).mean()
-        for steps in (found, StepSchedule(grid[::4]))
-    )
-    assert ours > uniform + 1
+
+    def decibels(steps: StepSchedule) -> float:
+        images = model.decode(sample(Euler(), velocity, x, steps))
+        return float(psnr(images, model.decode(teacher)).mean())
+
+    assert decibels(searched) > decibels(StepSchedule(grid[::4])) + 1

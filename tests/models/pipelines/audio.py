@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that make sound of texts."""
+"""Pipelines of diffusers that make sound from text."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from oss_exp.models.tiny.parts import lively, t5, umt5
 
 
 def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepScheduler) -> Family:
+    """Stable Audio with another scheduler."""
+    # Text and sound.
     encoder, tokenizer = t5(16)
     vae = AutoencoderOobleck(
         encoder_hidden_size=4,
@@ -30,6 +32,8 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
         audio_channels=2,
         sampling_rate=16,
     )
+
+    # The network.
     projection = StableAudioProjectionModel(
         text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=8
     )
@@ -46,14 +50,16 @@ def stable_audio_of(scheduler: EDMEulerScheduler | CosineDPMSolverMultistepSched
         global_states_input_dim=32,
         cross_attention_input_dim=16,
     )
+
     pipe = StableAudioPipeline(vae, encoder, projection, tokenizer, transformer, scheduler)
     tokenizer.model_max_length = 16
+
     return Family(lively(pipe), {"guidance_scale": 3.0})
 
 
 @family
 def stable_audio() -> Family:
-    """EDM's coordinates. Its own scheduler adds noise in each step, and another clock is told to its network."""
+    """A v-network in EDM's coordinates, with EDM's clock instead of its own scheduler's."""
     return stable_audio_of(
         EDMEulerScheduler(
             sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction"
@@ -63,9 +69,10 @@ def stable_audio() -> Family:
 
 @family
 def longcat_audio() -> Family:
-    """Flow matching with a clock that runs up."""
+    """Flow matching whose clock runs upwards."""
     encoder, tokenizer = umt5()
     tokenizer.model_max_length = 16
+
     vae = LongCatAudioDiTVae(
         channels=4,
         c_mults=[1, 2],
@@ -75,9 +82,11 @@ def longcat_audio() -> Family:
         downsampling_ratio=4,
         sample_rate=16,
     )
+
     transformer = LongCatAudioDiTTransformer(
         dit_dim=24, dit_depth=2, dit_heads=2, dit_text_dim=20, latent_dim=4
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True)
     pipe = LongCatAudioDiTPipeline(vae, encoder, tokenizer, transformer, scheduler)
+
     return Family(lively(pipe), {"guidance_scale": 3.0, "audio_duration_s": 3.0})

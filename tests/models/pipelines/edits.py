@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that change images: ControlNets, masks, instructions, images as tokens."""
+"""Pipelines of diffusers that change images: ControlNets, masks, instructions and references."""
 
 from __future__ import annotations
 
@@ -39,22 +39,20 @@ FLUX_CALL = FLUX | {"guidance_scale": 3.5}
 
 
 def image(height: int = 24, width: int = 24, channels: int = 3, count: int = 1) -> torch.Tensor:
-    """(count, channels, height, width) in [0, 1]."""
+    """Draw images (count, channels, height, width) in [0, 1]."""
     return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(5))
 
 
 def mask(height: int = 24, width: int = 24) -> torch.Tensor:
-    """(1, 1, height, width): the right half is to be painted."""
+    """Return a mask (1, 1, height, width) whose right half is to be painted."""
     return (torch.arange(width) >= width // 2).float().expand(1, 1, height, width)
 
 
 def exact(pipe: Any) -> Any:
-    """An autoencoder that is sure of its latents: pipelines draw from what it says of an image."""
-    head = (
-        pipe.vae.quant_conv
-        if getattr(pipe.vae, "quant_conv", None) is not None
-        else pipe.vae.encoder.conv_out
-    )
+    """Set the variance of a pipeline's encoder to zero, so that it draws the same latents."""
+    head = getattr(pipe.vae, "quant_conv", None)
+    if head is None:
+        head = pipe.vae.encoder.conv_out
     variances = slice(len(head.weight) // 2, None)
     head.weight.data[variances] = 0
     head.bias.data[variances] = -60
@@ -86,7 +84,7 @@ def control_net_stable_diffusion_xl() -> Family:
 
 @family
 def inpainting() -> Family:
-    """A network that sees the mask and the masked image."""
+    """A network with the mask and the masked image in its input."""
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts(in_channels=9))
     return Family(
         exact(lively(pipe)), SMALL | {"image": image(), "mask_image": mask(), "strength": 1.0}
@@ -95,9 +93,9 @@ def inpainting() -> Family:
 
 @family
 def inpainting_by_blending() -> Family:
-    """A network that does not; the loop puts the image outside of the mask after each step.
+    """A network without the mask; the loop restores the image outside of it after each step.
 
-    Its first state is noise alone, where the chain's last time still has 6.4 % of the image.
+    Its first state is noise alone, while the chain's last time still has 6.4 % of the image.
     """
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
     return Family(
@@ -145,7 +143,7 @@ def flux_control() -> Family:
 
 @family
 def flux_control_net() -> Family:
-    """True guidance too."""
+    """FLUX with a ControlNet and true guidance."""
     transformer = flux_transformer(32)
     net = FluxControlNetModel.from_transformer(
         transformer, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2
@@ -156,6 +154,7 @@ def flux_control_net() -> Family:
         "true_cfg_scale": 2.0,
         "negative_prompt": ["dull", "bad"],
     }
+
     return Family(exact(lively(pipe)), call)
 
 
@@ -182,6 +181,6 @@ def flux_kontext() -> Family:
 
 @family
 def cogview_4_control() -> Family:
-    """The control image is in the network's channels, and its clock is not the noise level."""
+    """The control image is in the network's channels; its clock is not the noise level."""
     pipe = CogView4ControlPipeline(*cogview_4_parts(8))
     return Family(exact(lively(pipe)), SMALL | LARGER | {"control_image": image(32, 32)})

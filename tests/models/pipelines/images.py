@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that make images of texts."""
+"""Pipelines of diffusers that make images from text."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ SMALL = images.SMALL | {"guidance_scale": 3.0}
 
 
 def stable_diffusion_of(scheduler: Any) -> Family:
+    """Stable Diffusion with another scheduler."""
     return Family(lively(images.stable_diffusion(scheduler)), SMALL)
 
 
@@ -54,19 +55,19 @@ def stable_diffusion() -> Family:
 
 @family
 def stable_diffusion_ddim() -> Family:
-    """With a negative prompt for each sample, which the search follows."""
-    made = stable_diffusion_of(DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
-    return Family(made.pipe, SMALL | {"negative_prompt": ["blue", "a dog, awake"]})
+    """Stable Diffusion with a negative prompt for each sample."""
+    base = stable_diffusion_of(DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False))
+    return Family(base.pipe, SMALL | {"negative_prompt": ["blue", "a dog, awake"]})
 
 
 @family
 def stable_diffusion_v() -> Family:
     """A v-network whose chain ends at pure noise."""
     betas = SD_BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    made = stable_diffusion_of(
+    base = stable_diffusion_of(
         DDIMScheduler(**betas, prediction_type="v_prediction", clip_sample=False)
     )
-    return Family(made.pipe, made.call, num_steps=5)
+    return Family(base.pipe, base.call, num_steps=5)
 
 
 @family
@@ -91,6 +92,7 @@ def sana() -> Family:
 
 @family
 def aura_flow() -> Family:
+    # The networks.
     encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=280,
@@ -102,6 +104,7 @@ def aura_flow() -> Family:
             feed_forward_proj="gated-gelu",
         )
     )
+
     transformer = AuraFlowTransformer2DModel(
         sample_size=12,
         in_channels=4,
@@ -113,15 +116,19 @@ def aura_flow() -> Family:
         caption_projection_dim=16,
         pos_embed_max_size=64,
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
     pipe = AuraFlowPipeline(byte_tokenizer(), encoder, image_vae(4), transformer, scheduler)
+
     return Family(lively(pipe), SMALL | {"max_sequence_length": 16})
 
 
 @family
 def lumina_2() -> Family:
-    """Its clock runs up in the network, and its answer has the other sign; the loop turns both."""
+    """The loop turns the network's clock and the sign of its answer."""
+    # The networks.
     encoder, tokenizer = gemma()
+
     transformer = Lumina2Transformer2DModel(
         sample_size=12,
         in_channels=4,
@@ -135,8 +142,10 @@ def lumina_2() -> Family:
         axes_lens=(48, 24, 24),
         cap_feat_dim=24,
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     pipe = Lumina2Pipeline(transformer, scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer)
+
     return Family(
         lively(pipe), SMALL | LARGER | {"max_sequence_length": 32, "system_prompt": "draw"}
     )
@@ -144,7 +153,8 @@ def lumina_2() -> Family:
 
 @family
 def chroma() -> Family:
-    """It guides by two calls of its network."""
+    """A pipeline that guides by two calls of its network."""
+    # The networks.
     transformer = ChromaTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -157,9 +167,11 @@ def chroma() -> Family:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
+
     encoder, tokenizer = t5()
     scheduler = FlowMatchEulerDiscreteScheduler(use_beta_sigmas=False)
     pipe = ChromaPipeline(scheduler, image_vae(4, **FLUX_VAE), encoder, tokenizer, transformer)
+
     return Family(
         lively(pipe),
         SMALL | {"max_sequence_length": 16, "negative_prompt": ["dull", "a very bad drawing"]},
@@ -168,7 +180,7 @@ def chroma() -> Family:
 
 @family
 def qwen_image() -> Family:
-    """True guidance by two calls, with a norm."""
+    """True guidance by two calls, with the norm kept."""
     return shipped("QwenImagePipeline", true_cfg_scale=3.0, negative_prompt=["dull", "bad"])
 
 
@@ -179,7 +191,8 @@ def z_image() -> Family:
 
 @family
 def hunyuan_dit() -> Family:
-    """A v-network."""
+    """A v-network with two text encoders."""
+    # The network.
     transformer = HunyuanDiT2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -197,6 +210,8 @@ def hunyuan_dit() -> Family:
         activation_fn="gelu-approximate",
         use_style_cond_and_image_meta_size=False,
     )
+
+    # Text.
     bert = BertModel(
         BertConfig(
             vocab_size=280,
@@ -206,11 +221,19 @@ def hunyuan_dit() -> Family:
             intermediate_size=32,
         )
     )
+
     encoder, tokenizer = t5(24)
+
+    # The pipeline.
     scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.018, prediction_type="v_prediction",
-        clip_sample=False, steps_offset=1,
-    )  # fmt: skip
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.018,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
     pipe = HunyuanDiTPipeline(
         image_vae(4),
         bert,
@@ -223,17 +246,21 @@ def hunyuan_dit() -> Family:
         encoder,
         tokenizer,
     )
+
     return Family(lively(pipe), SMALL | {"use_resolution_binning": False})
 
 
 @family
 def cogview_4() -> Family:
-    """Its network is told whole times, before the shift of its noise levels."""
+    """Its network's clock is the time before the shift, in whole numbers."""
     return Family(lively(CogView4Pipeline(*cogview_4_parts(4))), SMALL | LARGER)
 
 
 def cogview_4_parts(channels: int) -> tuple[Any, ...]:
+    """The parts of CogView 4, with this many channels of the network's input."""
+    # The networks.
     encoder = GlmModel(GlmConfig(**LAYERS, **ENDS))
+
     transformer = CogView4Transformer2DModel(
         in_channels=channels,
         out_channels=4,
@@ -247,6 +274,7 @@ def cogview_4_parts(channels: int) -> tuple[Any, ...]:
         sample_size=12,
         rope_axes_dim=(24, 24),
     )
+
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=0.25,
@@ -254,6 +282,7 @@ def cogview_4_parts(channels: int) -> tuple[Any, ...]:
         base_image_seq_len=256,
         time_shift_type="linear",
     )
+
     return byte_tokenizer(), encoder, image_vae(4), transformer, scheduler
 
 
@@ -264,6 +293,7 @@ def flux() -> Family:
 
 @family
 def flux_2_klein() -> Family:
+    # The networks.
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -272,6 +302,7 @@ def flux_2_klein() -> Family:
         latent_channels=4,
         norm_num_groups=4,
     )
+
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -283,6 +314,7 @@ def flux_2_klein() -> Family:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
+
     encoder = Qwen3ForCausalLM(Qwen3Config(**LAYERS, **ENDS))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = Flux2KleinPipeline(scheduler, vae, encoder, byte_tokenizer(Qwen2Tokenizer), transformer)
@@ -293,12 +325,13 @@ def flux_2_klein() -> Family:
         "max_sequence_length": 32,
         "text_encoder_out_layers": (0, 1, 2),
     }
+
     return Family(lively(pipe), call, latents=lambda state, draws: state.mT.unflatten(2, (8, 8)))
 
 
 @family
 def dit() -> Family:
-    """Classes in place of prompts; it takes no latents."""
+    """A pipeline of classes, which draws its latents itself."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -307,9 +340,11 @@ def dit() -> Family:
         num_layers=2,
         sample_size=12,
     )
+
     scheduler = DDIMScheduler(
         beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False
     )
+
     return Family(
         lively(DiTPipeline(transformer, image_vae(4), scheduler)), {"guidance_scale": 3.0}, (3, 7)
     )

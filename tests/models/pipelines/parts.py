@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with small random parts, and how each is called and compared with itself."""
+"""Small random pipelines of diffusers, and how tests call them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ PROMPTS = ["a red bicycle", "two cats, sleeping"]
 class Family:
     """A pipeline whose scheduler steps by Euler's method (or DDIM's), and how it is called.
 
-    num_steps: a number that its own times divide without rounding.
-    latents:   a state as the scheduler sees it, and what its samples draw from -> the `latents` that the call takes.
-    atol:      of pixels, between its own samples and ours.
+    Attributes:
+        pipe: the pipeline.
+        call: arguments of its call.
+        prompts: the conditions, one a sample.
+        num_steps: a number of steps whose times the scheduler does not round.
+        latents: a function of a state as the scheduler sees it and of the samples' generators;
+            it returns the `latents` that the call takes.
+        atol: the largest difference of pixels between the pipeline's samples and ours.
     """
 
     pipe: DiffusionPipeline
@@ -35,10 +40,10 @@ class Family:
 FAMILIES: dict[str, Callable[[], Family]] = {}
 
 
-def family(make: Callable[[], Family]) -> Callable[[], Family]:
-    """Register what makes a family, under its function's name."""
-    FAMILIES[make.__name__] = make
-    return make
+def family(build: Callable[[], Family]) -> Callable[[], Family]:
+    """Register the function that builds a family under its name."""
+    FAMILIES[build.__name__] = build
+    return build
 
 
 def shipped(kind: str, **call: Any) -> Family:

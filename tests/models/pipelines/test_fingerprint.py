@@ -10,7 +10,8 @@ from peft import LoraConfig
 from oss_exp.models.pipeline import Pipeline
 
 
-def made(make=stable_diffusion) -> Family:
+def family_of(make=stable_diffusion) -> Family:
+    """Build a family from the same random numbers."""
     torch.manual_seed(0)
     return make()
 
@@ -19,66 +20,74 @@ def fingerprint(family: Family, **call) -> str:
     return Pipeline(family.pipe, family.prompts, **family.call | call).fingerprint
 
 
-@pytest.fixture(scope="module")
-def adapted() -> Family:
-    family = made()
+def with_adapter() -> Family:
+    family = family_of()
     family.pipe.unet.add_adapter(
         LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style"
     )
     return family
 
 
-def test_what_changes_the_velocity(adapted):
-    plain, pipe = fingerprint(made()), adapted.pipe
-    found = {"plain": plain, "adapted": fingerprint(adapted)}
+def test_adapters_change_the_fingerprint():
+    adapted = with_adapter()
+    pipe = adapted.pipe
+    fingerprints = {"none": fingerprint(family_of()), "adapter": fingerprint(adapted)}
     pipe.unet.set_adapters("style", weights=0.5)
-    found["half"] = fingerprint(adapted)
+    fingerprints["half its weight"] = fingerprint(adapted)
     pipe.unet.disable_adapters()
-    found["off"] = fingerprint(adapted)
+    fingerprints["disabled"] = fingerprint(adapted)
     pipe.unet.enable_adapters()
     pipe.unet.fuse_lora()
-    found["fused"] = fingerprint(adapted)
-    found["v"] = fingerprint(stable(prediction_type="v_prediction"))
-    found["betas"] = fingerprint(stable(beta_end=0.02))
+    fingerprints["fused"] = fingerprint(adapted)
 
-    quantised = made()
+    assert len(set(fingerprints.values())) == len(fingerprints), fingerprints
+
+
+def test_weights_and_training_change_the_fingerprint():
+    quantised = family_of()
     quantised.pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    found["float8"] = fingerprint(quantised)
-    one = made()
-    weight = one.pipe.unet.conv_in.weight
-    weight.data.flatten()[-1] += 1e-3
-    found["one number"] = fingerprint(one)
-    assert len(set(found.values())) == len(found), found
+    changed = family_of()
+    changed.pipe.unet.conv_in.weight.data.flatten()[-1] += 1e-3
+    fingerprints = {
+        "plain": fingerprint(family_of()),
+        "v": fingerprint(stable(prediction_type="v_prediction")),
+        "betas": fingerprint(stable(beta_end=0.02)),
+        "float8": fingerprint(quantised),
+        "one number": fingerprint(changed),
+    }
+
+    assert len(set(fingerprints.values())) == len(fingerprints), fingerprints
 
 
 def stable(**config) -> Family:
-    return made(lambda: stable_diffusion_of(EulerDiscreteScheduler(**SD_BETAS | config)))
+    return family_of(lambda: stable_diffusion_of(EulerDiscreteScheduler(**SD_BETAS | config)))
 
 
-def test_what_does_not(adapted):
-    """The solver, its spacing and its shift, the autoencoder, offloading, the prompts."""
-    plain = fingerprint(made())
+def test_other_changes_keep_the_fingerprint():
+    """They are the solver, its spacing and its shift, and the autoencoder."""
+    plain = fingerprint(family_of())
     assert fingerprint(stable(use_karras_sigmas=True)) == plain
-    assert (
-        fingerprint(made(lambda: stable_diffusion_of(DDIMScheduler(**SD_BETAS, clip_sample=False))))
-        == plain
-    )
-    other = made()
+    ddim = family_of(lambda: stable_diffusion_of(DDIMScheduler(**SD_BETAS, clip_sample=False)))
+    assert fingerprint(ddim) == plain
+
+    other = family_of()
     other.pipe.vae.decoder.conv_in.weight.data += 1
     assert fingerprint(other) == plain
 
-    flow = made(flux)
+    flow = family_of(flux)
     expected = fingerprint(flow)
     flow.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+
     assert fingerprint(flow) == expected
+
     flow.pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     assert fingerprint(flow) != expected
 
 
-def test_weights_that_are_offloaded():
-    """Those of `enable_sequential_cpu_offload` are on no device between calls."""
+def test_offloaded_weights_keep_the_fingerprint():
+    """Between calls, weights of `enable_sequential_cpu_offload` are on no device."""
     accelerate = pytest.importorskip("accelerate")
-    family = made()
+    family = family_of()
     expected = fingerprint(family)
     accelerate.cpu_offload(family.pipe.unet, torch.device("cpu"))
     assert next(family.pipe.unet.parameters()).is_meta

@@ -1,4 +1,4 @@
-"""A pipeline's folder as a model of the command line, with adapters on top."""
+"""A pipeline's folder is a model of the command line, also with adapters."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(folder) -> Path:
-    """An adapter of the U-Net's attention, as trainings save it."""
+    """A LoRA of the U-Net's attention, as trainings save it."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     weights = get_peft_model_state_dict(pipe.unet)
@@ -54,6 +54,7 @@ def lora(folder) -> Path:
 
 
 def velocity(**settings) -> torch.Tensor:
+    """Return the velocity of a folder's pipeline at t = 0.5."""
     model = Pipeline.from_pretrained(prompts=PROMPTS, dtype="float32", call=CALL, **settings)
     x = torch.randn(2, *model.event_shape, generator=torch.Generator().manual_seed(0))
     return model.velocity(None)(x, torch.full((2,), 0.5, dtype=torch.float64))
@@ -70,7 +71,7 @@ def test_a_folder_is_the_pipeline_that_was_saved(folder):
     )
 
 
-def test_a_chain_of_more_steps_than_memory_holds_is_not_made(tmp_path):
+def test_a_chain_too_long_for_the_memory_is_refused(tmp_path):
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}))
@@ -83,11 +84,8 @@ def test_a_chain_of_more_steps_than_memory_holds_is_not_made(tmp_path):
 def test_a_part_may_have_a_dtype_of_its_own(folder):
     dtype = {"default": "bfloat16", "vae": "float32"}
     pipe = Pipeline.from_pretrained(folder, PROMPTS, dtype=dtype, call=CALL).pipe
-    assert (pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
-    )
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -101,7 +99,7 @@ def test_an_adapter_is_another_model(folder, lora):
 
 
 @pytest.mark.slow
-def test_the_whole_job(folder, tmp_path):
+def test_the_main_job_runs_on_a_folder(folder, tmp_path):
     run_cli(
         *MODEL,
         f"model.pipeline={folder}",
@@ -109,17 +107,20 @@ def test_the_whole_job(folder, tmp_path):
         *SMALL,
         f"hydra.run.dir={tmp_path}",
     )
+
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert {row["strategy"]: row["nfe"] for row in rows} == {
         "ddim": 4,
         "oss_shared": 4,
-    }  # guided: two rows a step
+    }  # guided, two rows a step
+
     steps = StepSchedule.load(tmp_path / "schedules" / "oss_shared_2.json")
     assert steps.about("teacher")["noise_schedule"] == {"_target_": "oss_exp.PipelineSchedule"}
-    own = Pipeline.from_pretrained(
+
+    nodes = Pipeline.from_pretrained(
         folder, PROMPTS, dtype="float32", call=CALL
     ).noise_schedule.nodes(8)
-    assert set(steps.times.tolist()) <= set(own.tolist())
+    assert set(steps.times.tolist()) <= set(nodes.tolist())
 
 
 @pytest.mark.slow
@@ -148,24 +149,22 @@ def test_the_whole_job(folder, tmp_path):
         ),
     ],
 )
-def test_bad_input(settings, message, folder, tmp_path, capsys, monkeypatch):
+def test_settings_that_do_not_fit_are_refused(
+    settings, message, folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    own = [] if settings[0].startswith("model=") else MODEL[:2]
-    small = [each for each in SMALL if own or not each.startswith("data=")]
+    model = [] if settings[0].startswith("model=") else MODEL[:2]
+    small = [setting for setting in SMALL if model or not setting.startswith("data=")]
+    chosen = [setting.format(folder=folder) for setting in settings]
     with pytest.raises(SystemExit):
-        run_cli(
-            *own,
-            *(each.format(folder=folder) for each in settings),
-            *small,
-            f"hydra.run.dir={tmp_path}",
-        )
+        run_cli(*model, *chosen, *small, f"hydra.run.dir={tmp_path}")
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantization", ["float8", "int8"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_quantised_weights(folder, lora, quantization, adapted):
-    """Near the velocity of whole weights, and another model's."""
+    """The velocity is near that of the whole weights, and the fingerprint is another."""
     if quantization == "int8":
         pytest.importorskip("torchao")
     loras = [lora] if adapted else []
@@ -173,14 +172,17 @@ def test_quantised_weights(folder, lora, quantization, adapted):
     model = Pipeline.from_pretrained(
         folder, PROMPTS, dtype="float32", call=CALL, loras=loras, quantization=quantization
     )
+
     assert model.fingerprint != plain.fingerprint
+
     expected = velocity(pipeline=folder, loras=loras)
-    found = velocity(pipeline=folder, loras=loras, quantization=quantization)
-    difference = float((found - expected).norm() / expected.norm())
+    result = velocity(pipeline=folder, loras=loras, quantization=quantization)
+    difference = float((result - expected).norm() / expected.norm())
+
     assert 1e-4 < difference < 0.2
 
 
-def test_quantisation_whose_package_is_missing(folder, monkeypatch):
+def test_quantisation_without_its_package_is_refused(folder, monkeypatch):
     monkeypatch.setattr("oss_exp.models.pipeline.quantization.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="quantization=nf4 needs bitsandbytes, which is not installed: pip install"

@@ -1,4 +1,4 @@
-"""What a search of a pipeline refuses, and what it leaves where the network fails."""
+"""A search of a pipeline refuses what it cannot do, and survives errors of the network."""
 
 import gc
 import random
@@ -40,34 +40,26 @@ def search(
     )
 
 
-def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
-    parts = {
-        name: part
-        for name, part in stable_diffusion.pipe.components.items()
-        if name != "image_encoder"
-    }
+def test_consistency_models_are_refused(stable_diffusion):
+    parts = dict(stable_diffusion.pipe.components)
+    del parts["image_encoder"]
     parts["scheduler"] = LCMScheduler(**images.SD_BETAS)
+    pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     with pytest.raises(ValueError, match="LCMScheduler is of consistency models"):
-        oss_exp.search(
-            LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), prompts=PROMPTS
-        )
-    unused = (
-        "tokenizer",
-        "text_encoder",
-        "decoder",
-        "vqgan",
-        "prior_prior",
-        "prior_text_encoder",
-        "prior_tokenizer",
-    )
-    two = {"scheduler": DDPMWuerstchenScheduler(), "prior_scheduler": DDPMWuerstchenScheduler()}
-    with pytest.raises(
-        ValueError,
-        match="StableCascadeCombinedPipeline is a cascade, of scheduler, prior_scheduler",
-    ):
-        oss_exp.search(
-            StableCascadeCombinedPipeline(**dict.fromkeys(unused), **two), prompts=PROMPTS
-        )
+        oss_exp.search(pipe, prompts=PROMPTS)
+
+
+def test_cascades_are_refused():
+    names = ("tokenizer", "text_encoder", "decoder", "vqgan")
+    names += ("prior_prior", "prior_text_encoder", "prior_tokenizer")
+    schedulers = {
+        "scheduler": DDPMWuerstchenScheduler(),
+        "prior_scheduler": DDPMWuerstchenScheduler(),
+    }
+    pipe = StableCascadeCombinedPipeline(**dict.fromkeys(names), **schedulers)
+    message = "StableCascadeCombinedPipeline is a cascade, of scheduler, prior_scheduler"
+    with pytest.raises(ValueError, match=message):
+        oss_exp.search(pipe, prompts=PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +67,8 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
     [
         (
             {"height": 25},
-            "the call of StableDiffusionPipeline fails: `height` and `width` have to be divisible by 8",
+            "the call of StableDiffusionPipeline fails: "
+            "`height` and `width` have to be divisible by 8",
         ),
         ({"negative_prompt": ["dull"] * 3}, "negative_prompt has 3 entries for 2 prompts"),
         ({"prompt": "a hat"}, "prompt and class_labels of the call are the model's prompts"),
@@ -83,61 +76,61 @@ def test_pipelines_that_are_no_diffusion_loop(stable_diffusion):
         ({"num_images_per_prompt": 2}, "num_images_per_prompt must be 1"),
     ],
 )
-def test_calls(stable_diffusion, call, message):
-    own = stable_diffusion.pipe.scheduler
+def test_calls_that_do_not_fit_are_refused(stable_diffusion, call, message):
+    scheduler = stable_diffusion.pipe.scheduler
     with pytest.raises(ValueError, match=re.escape(message)):
         search(stable_diffusion, **call)
-    assert stable_diffusion.pipe.scheduler is own
+    assert stable_diffusion.pipe.scheduler is scheduler
 
 
-def test_arguments_that_go_by_a_steps_number():
-    made = edits.control_net_stable_diffusion()
+def test_arguments_that_count_steps_are_refused():
+    family = edits.control_net_stable_diffusion()
     with pytest.raises(ValueError, match="control_guidance_end counts steps"):
-        search(made, control_guidance_end=0.5)
+        search(family, control_guidance_end=0.5)
 
 
 @pytest.mark.parametrize("prompts", [[], "", "a red boot"])
-def test_prompts(stable_diffusion, prompts):
+def test_prompts_that_are_no_list_are_refused(stable_diffusion, prompts):
     with pytest.raises(ValueError, match="prompts must be a list of one or more"):
         oss_exp.search(stable_diffusion.pipe, prompts=prompts)
 
 
-def test_more_steps_than_the_teacher(stable_diffusion):
+def test_more_steps_than_the_teachers_are_refused(stable_diffusion):
     with pytest.raises(ValueError, match="num_steps must be whole numbers from 1 to 4"):
         search(stable_diffusion, num_steps=5)
 
 
-def test_a_scheduler_that_is_a_schedules(stable_diffusion):
-    own = stable_diffusion.pipe.scheduler
-    stable_diffusion.pipe.scheduler = search(stable_diffusion).scheduler(own)
+def test_a_scheduler_of_a_schedule_is_refused(stable_diffusion):
+    scheduler = stable_diffusion.pipe.scheduler
+    stable_diffusion.pipe.scheduler = search(stable_diffusion).scheduler(scheduler)
     try:
         with pytest.raises(ValueError, match="the pipeline's scheduler is an OSSScheduler"):
             search(stable_diffusion)
     finally:
-        stable_diffusion.pipe.scheduler = own
+        stable_diffusion.pipe.scheduler = scheduler
 
 
 @pytest.mark.parametrize("strength", [-0.1, 0, 1.5, "0.6", True])
-def test_a_strength_that_is_none(stable_diffusion, strength):
+def test_a_strength_out_of_range_is_refused(stable_diffusion, strength):
     image_to_image = StableDiffusionImg2ImgPipeline(**stable_diffusion.pipe.components)
     with pytest.raises(ValueError, match="strength must be a number above 0 and at most 1"):
         oss_exp.Pipeline(image_to_image, PROMPTS, strength=strength)
 
 
-def test_a_schedule_of_another_kind_of_network(stable_diffusion):
+def test_a_schedule_of_another_kind_of_network_is_refused(stable_diffusion):
     steps = search(stable_diffusion)
     with pytest.raises(
         ValueError, match=r"searched on a network of noise prediction, and FlowMatchEuler"
     ):
         steps.scheduler(FlowMatchEulerDiscreteScheduler())
-    for own in (None, type(stable_diffusion.pipe.scheduler), {}):
+    for scheduler in (None, type(stable_diffusion.pipe.scheduler), {}):
         with pytest.raises(ValueError, match="own must be a scheduler of diffusers"):
-            steps.scheduler(own)
+            steps.scheduler(scheduler)
 
 
-def test_a_network_that_returns_nan(stable_diffusion):
+def test_a_network_that_returns_nan_is_refused(stable_diffusion):
     hook = stable_diffusion.pipe.unet.register_forward_hook(
-        lambda module, given, output: (output[0] * float("nan"),)
+        lambda module, arguments, output: (output[0] * float("nan"),)
     )
     try:
         with pytest.raises(ValueError, match="returns NaN or infinity at its first step"):
@@ -150,7 +143,8 @@ class Fault:
     """A forward hook that raises at one of the network's calls."""
 
     def __init__(self, call: int, error: type[BaseException]):
-        self.calls, self.error = call, error
+        self.calls = call
+        self.error = error
 
     def __call__(self, *_: object) -> None:
         self.calls -= 1
@@ -171,11 +165,16 @@ def test_an_error_of_the_network_reaches_the_user_and_the_pipeline_goes_on(stabl
 
 @pytest.mark.slow
 def test_many_failures_leave_nothing():
-    """Errors and Ctrl-C at random calls of the network, in the middle of a search."""
+    """Errors and Ctrl-C come at random calls of the network."""
     torch.manual_seed(0)
-    family, draw = images.dit(), random.Random(0)
-    own, keys = family.pipe.scheduler, set(family.pipe.__dict__)
-    used: list[int] = []
+    family = images.dit()
+    draw = random.Random(0)
+    scheduler = family.pipe.scheduler
+    keys = set(family.pipe.__dict__)
+    memory: list[int] = []
+
+    # Failures.
+
     for number in range(200):
         error = draw.choice([RuntimeError, ValueError, KeyboardInterrupt])
         hook = family.pipe.transformer.register_forward_hook(Fault(draw.randrange(1, 13), error))
@@ -184,12 +183,12 @@ def test_many_failures_leave_nothing():
         hook.remove()
         if number in (49, 199):
             gc.collect()
-            used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-            assert not [
-                loop for loop in gc.get_objects() if isinstance(loop, Loop) and not loop.dead
-            ]
-    assert family.pipe.scheduler is own
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            loops = [loop for loop in gc.get_objects() if isinstance(loop, Loop)]
+            assert all(loop.dead for loop in loops)
+
+    assert family.pipe.scheduler is scheduler
     assert set(family.pipe.__dict__) == keys
     assert not family.pipe.transformer._forward_hooks
-    assert used[1] - used[0] < 20_000  # KiB
+    assert memory[1] - memory[0] < 20_000  # KiB
     assert search(family).num_steps == 2

@@ -1,4 +1,4 @@
-"""Suspended calls of a pipeline end on every path: exceptions, Ctrl-C, garbage collection, the interpreter's end."""
+"""Suspended calls of a pipeline end: at errors, at Ctrl-C, with their model and at exit."""
 
 import gc
 import random
@@ -33,24 +33,27 @@ def family():
 
 
 def suspended(family) -> Pipeline:
-    """A model with one call of its network suspended."""
+    """Return a model with one suspended call."""
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    asked(model)
+    call_network(model)
     return model
 
 
-def asked(model: Pipeline) -> torch.Tensor:
+def call_network(model: Pipeline) -> torch.Tensor:
+    """Ask a model for a velocity, which leaves a suspended call."""
     x = torch.ones(len(model.prompts), *model.event_shape)
     return model.velocity(None)(x, torch.full((len(x),), 0.5, dtype=torch.float64))
 
 
 def suspended_calls() -> int:
+    """Count the suspended calls that exist."""
     gc.collect()
-    return sum(isinstance(each, Loop) and not each.dead for each in gc.get_objects())
+    loops = [candidate for candidate in gc.get_objects() if isinstance(candidate, Loop)]
+    return sum(not loop.dead for loop in loops)
 
 
 def raises_at(pipe, call: int, error: type[BaseException]):
-    """A hook that raises in the so-manieth call of the network."""
+    """Register a hook that raises in the network's call of this number."""
     calls = 0
 
     def hook(*_) -> None:
@@ -69,9 +72,13 @@ def throw(error: type[BaseException]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [Thrown, KeyboardInterrupt])
 def test_an_error_in_the_network_ends_its_call(family, error):
-    """It reaches the user from where it was raised; the pipeline is as before, and another search runs."""
-    own, bar, before = family.pipe.scheduler, family.pipe._progress_bar_config, suspended_calls()
+    """It reaches the user with its traceback, and the pipeline is as before."""
+    scheduler = family.pipe.scheduler
+    bar = family.pipe._progress_bar_config
+    before = suspended_calls()
     draw = random.Random(0)
+
+    # Ten errors.
     for _ in range(10):
         hook = raises_at(family.pipe, draw.randint(1, 12), error)
         model = Pipeline(family.pipe, family.prompts, **family.call)
@@ -79,12 +86,14 @@ def test_an_error_in_the_network_ends_its_call(family, error):
             oss_exp.search(model, num_steps=2, num_teacher_steps=6)
         hook.remove()
         assert any(entry.path.name == "pipeline_stable_diffusion.py" for entry in caught.traceback)
-        assert family.pipe.scheduler is own
+        assert family.pipe.scheduler is scheduler
         assert family.pipe._progress_bar_config is bar
         assert torch.is_grad_enabled()
         del caught, model
+
     assert not family.pipe.unet._forward_hooks
     assert suspended_calls() == before
+
     oss_exp.search(
         Pipeline(family.pipe, family.prompts, **family.call), num_steps=2, num_teacher_steps=4
     )
@@ -92,7 +101,8 @@ def test_an_error_in_the_network_ends_its_call(family, error):
 
 @pytest.mark.slow
 def test_a_model_that_is_no_longer_used_ends_its_calls(family):
-    before, model = suspended_calls(), suspended(family)
+    before = suspended_calls()
+    model = suspended(family)
     assert suspended_calls() == before + 1
     del model
     assert suspended_calls() == before
@@ -101,79 +111,93 @@ def test_a_model_that_is_no_longer_used_ends_its_calls(family):
 
 @pytest.mark.slow
 def test_a_model_may_go_inside_another_ones_call(family):
-    """As the garbage collector does it, wherever it runs."""
-    own, other = family.pipe.scheduler, Pipeline(family.pipe, family.prompts, **family.call)
-    expected = asked(other)
-    held = [suspended(family)]
+    """The garbage collector may run anywhere."""
+    scheduler = family.pipe.scheduler
+    other = Pipeline(family.pipe, family.prompts, **family.call)
+    expected = call_network(other)
+    references = [suspended(family)]
 
     def drop(*_) -> None:
-        held.clear()
+        references.clear()
         gc.collect()
-        assert family.pipe.scheduler is not own  # the other call's probe
+        assert family.pipe.scheduler is not scheduler  # the other call's probe
 
     hook = family.pipe.unet.register_forward_pre_hook(drop)
-    assert torch.equal(asked(other), expected)
+    assert torch.equal(call_network(other), expected)
+
     hook.remove()
     other.release()
-    assert family.pipe.scheduler is own
+    assert family.pipe.scheduler is scheduler
 
 
-def test_a_model_of_another_thread(family):
-    """Its calls end with it; releasing them from here does nothing, and says nothing."""
+def test_a_model_of_an_ended_thread_can_be_used(family):
+    """Its calls end with the thread; releasing them here does nothing."""
     models = []
     thread = threading.Thread(
         target=lambda: models.append(Pipeline(family.pipe, family.prompts, **family.call))
     )
     thread.start()
     thread.join()
-    begun = threading.Thread(target=lambda: asked(models[0]))
+    begun = threading.Thread(target=lambda: call_network(models[0]))
     begun.start()
     begun.join()
-    assert asked(models[0]).isfinite().all()  # in a new call
+
+    assert call_network(models[0]).isfinite().all()  # in a new call
+
     models[0].release()
     assert not models[0].calls
 
 
-def test_a_model_that_another_thread_uses(family):
-    """Its call is suspended there, and a message says so; released there, it can be used here."""
-    model, errors, go = suspended(family), [], threading.Event()
+def test_a_model_that_another_thread_uses_is_refused_until_released(family):
+    """An error tells where its call is suspended; once released there, it can be used here."""
+    model = suspended(family)
+    errors = []
+    go = threading.Event()
 
     def use() -> None:
         try:
-            asked(model)
+            call_network(model)
         except ValueError as error:
             errors.append(str(error))
         go.wait()
-        asked(model)
+        call_network(model)
         model.release()
 
+    # Refused there.
     thread = threading.Thread(target=use)
     thread.start()
     while not errors:
         time.sleep(0.01)
+
     assert re.search("suspended in another thread, MainThread, .* or call its release", errors[0])
-    asked(model)
+
+    # Released here, used there.
+    call_network(model)
     model.release()
     go.set()
     thread.join()
-    asked(model)
+    call_network(model)
     model.release()
 
 
-def test_hooks_are_freed(family, monkeypatch):
-    """As at the end of a whole call: so an offloaded network leaves the GPU."""
-    freed, model = [], suspended(family)
+def test_release_frees_the_hooks_of_the_pipeline(family, monkeypatch):
+    """An offloaded network leaves the GPU, as at the end of a whole call."""
+    freed = []
+    model = suspended(family)
     monkeypatch.setattr(
         type(family.pipe), "maybe_free_model_hooks", lambda pipe: freed.append(pipe)
     )
     model.release()
+
     assert freed == [family.pipe]
+
     model.release()
     assert freed == [family.pipe]
 
     hook = raises_at(family.pipe, 1, Thrown)
     with pytest.raises(Thrown):
-        asked(model)
+        call_network(model)
+
     hook.remove()
     assert freed == [family.pipe] * 2
 
@@ -193,7 +217,7 @@ print("suspended", len(model.calls))
 
 
 @pytest.mark.slow
-def test_the_end_of_the_interpreter():
+def test_the_end_of_the_interpreter_ends_suspended_calls():
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", PROGRAM]
     run = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=None, check=True)
     assert run.stdout == "suspended 1\n"
@@ -211,7 +235,7 @@ def test_a_cache_in_the_network_is_refused():
 
 
 def test_a_loop_with_a_memory_is_refused(family):
-    """Such as a guidance with momentum: the answer depends on the one before."""
+    """With momentum in its guidance, an answer depends on the one before."""
     sums = {}
 
     def momentum(module, arguments, output):
@@ -225,6 +249,7 @@ def test_a_loop_with_a_memory_is_refused(family):
         ValueError, match=r"StableDiffusionPipeline answers the same state .* otherwise"
     ):
         oss_exp.search(model, num_steps=2, num_teacher_steps=4)
+
     hook.remove()
     model.release()
     oss_exp.search(

@@ -1,4 +1,4 @@
-"""How far a pipeline's own rounding of its clock moves the steps of a schedule."""
+"""A schedule records how far the pipeline's rounding of its clock moves the steps."""
 
 import pytest
 import torch
@@ -11,27 +11,31 @@ from oss_exp.models.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("make", [flux, aura_flow])
-def test_a_clock_in_bfloat16(make):
+def test_a_clock_in_bfloat16_is_rounded(make):
     family = make()
     family.pipe.to(torch.bfloat16)
-    model, heard = Pipeline(family.pipe, family.prompts, **family.call), []
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    clocks = []
 
-    def hear(_, args: tuple, kwargs: dict) -> None:
-        heard.append(float(kwargs["timestep"].flatten()[0]))
+    def record(_, args: tuple, kwargs: dict) -> None:
+        clocks.append(float(kwargs["timestep"].flatten()[0]))
 
-    hook = family.pipe.transformer.register_forward_pre_hook(hear, with_kwargs=True)
-    searched = OSSShared(start="pinned")  # which calls at no other times than the teacher's
+    hook = family.pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    strategy = OSSShared(start="pinned")  # it calls at the teacher's times only
     steps = oss_exp.search(
-        model, num_steps=4, num_teacher_steps=9, solver=Euler(), strategy=searched
+        model, num_steps=4, num_teacher_steps=9, solver=Euler(), strategy=strategy
     )
     hook.remove()
     model.release()
-    moved = max(min(abs(told - float(t)) for told in heard) for t in steps.times[:-1])
+
+    # The distance of every time to the nearest clock.
+    distances = (steps.times[:-1, None] - torch.tensor(clocks, dtype=torch.float64)).abs()
+    moved = float(distances.min(dim=1).values.max())
     assert steps.about("native")["rounding"] == pytest.approx(moved, abs=1e-9)
     assert 1e-5 < moved < 4e-3
 
 
-def test_a_clock_that_is_told_as_it_is():
+def test_an_exact_clock_is_not_rounded():
     for family in (stable_diffusion(), ltx_image_to_video()):
         steps = oss_exp.search(
             Pipeline(family.pipe, family.prompts, **family.call),
@@ -42,8 +46,7 @@ def test_a_clock_that_is_told_as_it_is():
         assert steps.about("native")["rounding"] < 1e-6
 
 
-def test_a_clock_in_whole_numbers():
-    """A network that hears the next whole number."""
+def test_a_clock_in_whole_numbers_is_rounded():
     family = stable_diffusion()
 
     def whole(_, args: tuple, kwargs: dict) -> tuple:
@@ -57,4 +60,5 @@ def test_a_clock_in_whole_numbers():
     hook.remove()
     clock = model.path.native(steps.times[:-1])
     expected = (model.path.canonical(clock.round()) - steps.times[:-1]).abs().max()
+
     assert steps.about("native")["rounding"] == pytest.approx(float(expected), abs=1e-7)

@@ -16,7 +16,7 @@ from oss_exp.solvers import Euler, nfe, sample
 @pytest.mark.parametrize(
     ("make", "call", "rows"),
     [
-        (flux, {}, 1),  # its guidance is a number that the network takes
+        (flux, {}, 1),  # the guidance is an input of the network
         (stable_diffusion, {}, 2),  # a batch of twice the rows
         (stable_diffusion, {"guidance_scale": 1.0}, 1),
         (ltx, {}, 2),
@@ -28,12 +28,12 @@ from oss_exp.solvers import Euler, nfe, sample
         (control_net_stable_diffusion, {}, 2),  # a ControlNet is not the denoiser
     ],
 )
-def test_rows_that_the_denoiser_sees(make, call, rows):
+def test_nfe_counts_the_rows_of_the_denoiser(make, call, rows):
     family = make()
     model = Pipeline(family.pipe, family.prompts, **family.call | call)
     steps = StepSchedule(torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64))
     velocity = model.velocity(None)
-    assert nfe(Euler(), steps, velocity) == 3 * 1  # nothing is known yet
+    assert nfe(Euler(), steps, velocity) == 3  # before the first call, one row a step
     sample(Euler(), velocity, torch.ones(2, *model.event_shape), steps)
     assert nfe(Euler(), steps, velocity) == 3 * rows
     model.release()

@@ -1,4 +1,4 @@
-"""Image-to-image: a search that begins inside of the schedule, at an image with noise on it."""
+"""Image-to-image: a search that begins at an image under noise."""
 
 import re
 
@@ -37,7 +37,7 @@ def stable_diffusion(strength: float, scheduler=None) -> Family:
 
 
 def stable_diffusion_ddim(strength: float) -> Family:
-    """Whose scheduler is not told where the loop begins."""
+    """Stable Diffusion with a scheduler that does not know where the loop begins."""
     return stable_diffusion(
         strength, DDIMScheduler(**SD_BETAS, set_alpha_to_one=True, clip_sample=False)
     )
@@ -56,7 +56,7 @@ def stable_diffusion_3(strength: float) -> Family:
 
 
 def flux(strength: float) -> Family:
-    """Its states are packed after the noise is put on."""
+    """FLUX, which packs its states after the noise is added."""
     pipe = FluxImg2ImgPipeline(*tiny.flux_parts(), tiny.flux_transformer(32))
     call = {"guidance_scale": 3.0, "max_sequence_length": 16}
     return Family(
@@ -65,7 +65,7 @@ def flux(strength: float) -> Family:
 
 
 def inpainting(strength: float) -> Family:
-    """Whose loop puts the image outside of its mask, too."""
+    """Inpainting whose loop restores the image outside of the mask."""
     pipe = StableDiffusionInpaintPipeline(**stable_diffusion_parts())
     return Family(
         exact(lively(pipe)), SMALL | pictures(strength) | {"mask_image": mask()}, atol=1e-3
@@ -73,6 +73,7 @@ def inpainting(strength: float) -> Family:
 
 
 def of_text_to_image(kind, family: Family, strength: float, *size: int) -> Family:
+    """The image-to-image pipeline of a text-to-image pipeline's parts."""
     call = {name: value for name, value in family.call.items() if name not in ("height", "width")}
     sizes = {"height": size[0], "width": size[1]}
     return Family(exact(kind(**family.pipe.components)), call | sizes | pictures(strength, *size))
@@ -87,7 +88,7 @@ def qwen_image(strength: float) -> Family:
 
 
 def pictures(strength: float, *size: int) -> dict:
-    """An image for each prompt."""
+    """The call's image for each prompt, and the strength."""
     return {"image": list(image(*size or (24, 24), count=2).split(1)), "strength": strength}
 
 
@@ -109,9 +110,10 @@ def family(request) -> Family:
     return request.param(0.6)
 
 
-def own(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the pipeline makes, and the noise that it draws for it, as its scheduler sees both."""
-    scheduler, drawn = family.pipe.scheduler, []
+def pipeline_output(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the pipeline's pictures and the noise that it draws, as its scheduler sees it."""
+    scheduler = family.pipe.scheduler
+    drawn = []
 
     def add_noise(original, noise, timesteps):
         drawn.append(noise)
@@ -121,76 +123,93 @@ def own(family: Family, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         drawn.append(noise)
         return type(scheduler).scale_noise(scheduler, sample, timestep, noise)
 
-    scheduler.add_noise, scheduler.scale_noise = add_noise, scale_noise
+    scheduler.add_noise = add_noise
+    scheduler.scale_noise = scale_noise
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
     call = family.call | {"prompt": list(PROMPTS), "generator": draws, "output_type": "pt"}
+
     try:
         output = decoded(family.pipe(**call, num_inference_steps=num_steps))
     finally:
         del scheduler.add_noise, scheduler.scale_noise
+
     return output, drawn[0]
 
 
 def test_on_its_own_times_the_samples_are_the_pipelines_own(family):
     model = Pipeline(family.pipe, family.prompts, **family.call)
     grid = model.noise_schedule.nodes(6)
-    expected, noise = own(family, model.inference_steps(6)[0])
+    expected, noise = pipeline_output(family, model.inference_steps(6)[0])
     assert 0.2 < grid[0] < 0.95
     start = packed(family, noise) * float(grid[0])
-    found = model.decode(sample(Euler(), model.velocity(None), start, StepSchedule(grid)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=family.atol)
+    result = model.decode(sample(Euler(), model.velocity(None), start, StepSchedule(grid)))
+    torch.testing.assert_close(result, expected, rtol=0, atol=family.atol)
 
 
 def packed(family: Family, noise: torch.Tensor) -> torch.Tensor:
-    """As the scheduler sees it in the loop."""
+    """Pack noise as the loop's scheduler sees it."""
     if "Flux" in type(family.pipe).__name__ or "Qwen" in type(family.pipe).__name__:
         return family.pipe._pack_latents(noise, len(noise), noise.shape[-3], *noise.shape[-2:])
     return noise
 
 
-def test_a_searched_schedule_runs_in_the_pipeline(family):
-    """With as many steps as it was searched for."""
+@pytest.fixture(scope="module")
+def searched(family) -> tuple[Pipeline, StepSchedule]:
+    """A model and its schedule of 3 steps."""
     model = Pipeline(family.pipe, family.prompts, **family.call)
-    steps = oss_exp.search(model, num_steps=3, num_teacher_steps=12)
-    assert steps.start_time < 1
-    before = family.pipe.scheduler
+    return model, oss_exp.search(model, num_steps=3, num_teacher_steps=12)
+
+
+@pytest.fixture
+def scheduled(family, searched, monkeypatch) -> None:
+    """The family's pipeline runs the searched schedule."""
+    _, steps = searched
+    monkeypatch.setattr(family.pipe, "scheduler", steps.scheduler(family.pipe.scheduler))
+
+
+def test_a_searched_schedule_runs_in_the_pipeline(family, searched, scheduled, monkeypatch):
+    """It runs with as many steps as it was searched for."""
+    model, steps = searched
     calls = []
     network = getattr(family.pipe, "unet", None) or family.pipe.transformer
-    family.pipe.scheduler = steps.scheduler(before)
     hook = network.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        found, noise = own(family, steps.about("native")["num_inference_steps"])
-        with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
-            own(family, 7)
-        family.call["strength"] = 0.3
-        with pytest.raises(
-            ValueError, match=r"the schedule begins at an image; call .* strength=0\.6"
-        ):
-            own(family, 3)
-    finally:
-        hook.remove()
-        family.call["strength"] = 0.6
-        family.pipe.scheduler = before
+    result, noise = pipeline_output(family, 3)
+    hook.remove()
+    monkeypatch.undo()
+
+    assert steps.start_time < 1
     assert steps.about("native")["num_inference_steps"] == 3
-    assert len(calls) in (3, 6)  # in a call a step, or in two under guidance
+    assert len(calls) in (3, 6)  # one call a step, or two under guidance
     x0 = oss_exp.sample(model, packed(family, noise), steps)
-    torch.testing.assert_close(found, model.decode(x0), rtol=0, atol=family.atol)
+    torch.testing.assert_close(result, model.decode(x0), rtol=0, atol=family.atol)
 
 
-def test_a_step_where_the_pipeline_has_none_at_so_few():
-    """A tenth of 1 step is none: it is called with as many as leave 1, and a message says so."""
+def test_a_call_with_other_steps_or_strength_is_refused(family, scheduled, monkeypatch):
+    with pytest.raises(ValueError, match=re.escape("num_inference_steps=3 and strength=0.6")):
+        pipeline_output(family, 7)
+    monkeypatch.setitem(family.call, "strength", 0.3)
+    message = r"the schedule begins at an image; call .* strength=0\.6"
+    with pytest.raises(ValueError, match=message):
+        pipeline_output(family, 3)
+
+
+def test_a_strength_that_leaves_no_step_needs_more_steps():
+    """A tenth of 1 step is none; the schedule tells how many leave 1."""
     torch.manual_seed(0)
     family = flux(0.1)
     model = Pipeline(family.pipe, family.prompts, **family.call)
     steps = oss_exp.search(model, num_steps=1, num_teacher_steps=4)
-    asked = steps.about("native")["num_inference_steps"]
-    before, family.pipe.scheduler = family.pipe.scheduler, steps.scheduler(family.pipe.scheduler)
-    with pytest.raises(ValueError, match=f"set num_inference_steps={asked} and strength=0.1"):
-        own(family, 11)
-    found, noise = own(family, asked)
-    family.pipe.scheduler = before
+    num_steps = steps.about("native")["num_inference_steps"]
+    original = family.pipe.scheduler
+
+    family.pipe.scheduler = steps.scheduler(original)
+    with pytest.raises(ValueError, match=f"set num_inference_steps={num_steps} and strength=0.1"):
+        pipeline_output(family, 11)
+    result, noise = pipeline_output(family, num_steps)
+
+    family.pipe.scheduler = original
     expected = model.decode(oss_exp.sample(model, packed(family, noise), steps))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 def test_fitted_steps_need_the_image():
@@ -204,19 +223,16 @@ def test_fitted_steps_need_the_image():
         steps.scheduler(family.pipe.scheduler)
 
 
-def test_a_teacher_of_second_order_cuts_whole_steps():
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_teacher_of_second_order_cuts_whole_steps(kind):
     torch.manual_seed(0)
-    families = [
-        stable_diffusion(0.6, kind(**SD_BETAS))
-        for kind in (HeunDiscreteScheduler, DPMSolverMultistepScheduler)
-    ]
-    for family in families:
-        model = Pipeline(family.pipe, family.prompts, **family.call)
-        assert model.native(torch.linspace(1, 0, 6))["begin_index"] == 2
-        assert len(model.noise_schedule.nodes(9)) == 10
+    family = stable_diffusion(0.6, kind(**SD_BETAS))
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    assert model.native(torch.linspace(1, 0, 6))["begin_index"] == 2
+    assert len(model.noise_schedule.nodes(9)) == 10
 
 
-def test_a_strength_that_is_no_noise_on_an_image():
+def test_a_strength_of_an_unknown_meaning_is_refused():
     family = images.stable_diffusion()
     family.pipe.__class__ = type("Odd", (type(family.pipe),), {"__call__": with_strength})
     with pytest.raises(ValueError, match=r"strength=0.5 of Odd starts inside"):

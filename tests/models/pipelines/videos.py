@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that make videos of texts and of images."""
+"""Pipelines of diffusers that make videos from text and images."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from oss_exp.models.tiny import videos
 from oss_exp.models.tiny.parts import clip, image_vae, lively, pictures, t5, umt5
 from oss_exp.models.tiny.videos import COG, LTX, SMALL, wan_transformer, wan_vae
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Wan and its kin
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @family
@@ -43,9 +43,9 @@ def wan() -> Family:
 
 
 class EulerUniPC(UniPCMultistepScheduler):
-    """UniPC, which at order 1 and without its corrector is Euler's method, with times that are no whole numbers.
+    """UniPC as Euler's method (order 1, no corrector), with exact times.
 
-    diffusers' tells the network whole numbers and begins at 0.9997, which a network of random weights sees.
+    The original rounds the network's times and begins at 0.9997: random networks notice both.
     """
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -69,14 +69,14 @@ def wan_unipc() -> Family:
 
 @family
 def wan_two_experts() -> Family:
-    """Wan 2.2: one transformer for noisy states, another one for the rest, each with its guidance."""
+    """Wan 2.2: one transformer for noisy states and one for clean ones, each with its guidance."""
     return shipped("WanPipeline", guidance_scale=4.0, guidance_scale_2=2.0)
 
 
 @family
 def wan_image_to_video() -> Family:
-    """One image for all prompts, as the pipeline has it."""
-    pytest.importorskip("ftfy")  # without which the pipeline fails
+    """A pipeline of one image for all prompts."""
+    pytest.importorskip("ftfy")  # the pipeline needs it
     return shipped("WanImageToVideoPipeline", guidance_scale=4.0)
 
 
@@ -88,22 +88,32 @@ def wan_image_to_video_two_experts() -> Family:
 
 @family
 def skyreels() -> Family:
-    pytest.importorskip("ftfy")  # without which the pipeline fails
+    pytest.importorskip("ftfy")  # the pipeline needs it
     encoder, tokenizer = umt5()
     scheduler = EulerUniPC(
         **FLOW, flow_shift=8.0, solver_order=1, disable_corrector=list(range(100))
     )
+
     transformer = SkyReelsV2Transformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=20, freq_dim=16,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=20,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
     pipe = SkyReelsV2Pipeline(tokenizer, encoder, transformer, wan_vae(), scheduler)
+
     return Family(lively(pipe), {**SMALL, "guidance_scale": 4.0, "max_sequence_length": 16})
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other flow matching
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @family
@@ -113,15 +123,16 @@ def ltx() -> Family:
 
 @family
 def ltx_image_to_video() -> Family:
-    """Its first frame is the image: the scheduler sees the others only, at times of their own."""
-
+    """The first frame is the image; the scheduler steps the others, which have their own times."""
     pipe = lively(LTXImageToVideoPipeline(**videos.ltx_parts()))
     images = pictures(2, 32)
 
     def latents(state: Tensor, draws: list[torch.Generator]) -> Tensor:
         pixels = pipe.video_processor.preprocess(images, 32, 32)
-        encoded = [pipe.vae.encode(image[None, :, None]).latent_dist for image in pixels]
-        first = torch.cat([each.sample(draw) for each, draw in zip(encoded, draws, strict=True)])
+        frames = []
+        for image, draw in zip(pixels, draws, strict=True):
+            frames.append(pipe.vae.encode(image[None, :, None]).latent_dist.sample(draw))
+        first = torch.cat(frames)
         first = pipe._normalize_latents(first, pipe.vae.latents_mean, pipe.vae.latents_std)
         return pipe._pack_latents(torch.cat([first, state], dim=2))
 
@@ -140,34 +151,47 @@ def hunyuan_video() -> Family:
 
 @family
 def mochi() -> Family:
-    """Its clock runs up while noise goes away, and its network gives the velocity's opposite."""
+    """Its clock runs upwards, and its network answers minus the velocity."""
+    # Text and frames.
     encoder, tokenizer = t5(16)
     vae = AutoencoderKLMochi(
-        latent_channels=4, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
-        layers_per_block=(1,) * 5, latents_mean=None, latents_std=None,
-    )  # fmt: skip
+        latent_channels=4,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+        latents_mean=None,
+        latents_std=None,
+    )
+
+    # The network.
     transformer = MochiTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, num_layers=2, pooled_projection_dim=16, in_channels=4,
-        text_embed_dim=16, time_embed_dim=8, max_sequence_length=16,
-    )  # fmt: skip
-    pipe = MochiPipeline(
-        FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, encoder, tokenizer, transformer
-    )
-    return Family(
-        lively(pipe), {**SMALL, "num_frames": 7, "guidance_scale": 4.0, "max_sequence_length": 16}
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_sequence_length=16,
     )
 
+    # The pipeline.
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    pipe = MochiPipeline(scheduler, vae, encoder, tokenizer, transformer)
+    call = {"num_frames": 7, "guidance_scale": 4.0, "max_sequence_length": 16}
+    return Family(lively(pipe), SMALL | call)
 
-# --------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Chains of betas, and a continuous clock
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @family
 def cogvideox() -> Family:
-    """5 steps divide the 1000 of its chain evenly."""
-    made = shipped("CogVideoXPipeline", guidance_scale=3.0)
-    return Family(made.pipe, made.call, num_steps=5)
+    """A chain of 1000 steps, which 5 divide."""
+    base = shipped("CogVideoXPipeline", guidance_scale=3.0)
+    return Family(base.pipe, base.call, num_steps=5)
 
 
 @family
@@ -179,43 +203,66 @@ def cogvideox_image_to_video() -> Family:
 
 @family
 def stable_video_diffusion() -> Family:
-    made = shipped("StableVideoDiffusionPipeline", max_guidance_scale=2.0)
-    return Family(made.pipe, made.call, prompts=tuple(pictures(2)))
+    base = shipped("StableVideoDiffusionPipeline", max_guidance_scale=2.0)
+    return Family(base.pipe, base.call, prompts=tuple(pictures(2)))
 
 
 @family
 def animate_diff() -> Family:
     encoder, tokenizer = clip()
+
+    # The network.
     unet = UNet2DConditionModel(
-        sample_size=12, cross_attention_dim=24, block_out_channels=(16, 16), norm_num_groups=8, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=12,
+        cross_attention_dim=24,
+        block_out_channels=(16, 16),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=4,
-    )  # fmt: skip
+    )
+
     adapter = MotionAdapter(
-        block_out_channels=(16, 16), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2,
-    )  # fmt: skip
+        block_out_channels=(16, 16),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
+    )
+
+    # The pipeline.
     scheduler = EulerDiscreteScheduler(
         beta_schedule="linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
     )
     pipe = AnimateDiffPipeline(image_vae(4), encoder, tokenizer, unet, adapter, scheduler)
+
     return Family(lively(pipe), {**SMALL, "num_frames": 2, "guidance_scale": 3.0})
 
 
 @family
 def latte() -> Family:
+    # The networks.
     encoder, tokenizer = t5()
     transformer = LatteTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=1, attention_bias=True,
-        sample_size=8, patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single", norm_elementwise_affine=False, caption_channels=20, video_length=2,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        attention_bias=True,
+        sample_size=8,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=20,
+        video_length=2,
+    )
+
+    # The pipeline.
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
     pipe = LattePipeline(tokenizer, encoder, image_vae(4), transformer, scheduler)
-    call = {
-        "height": 16,
-        "width": 16,
-        "video_length": 2,
-        "guidance_scale": 3.0,
-        "clean_caption": False,
-    }
+    call = {"height": 16, "width": 16, "video_length": 2}
+    call |= {"guidance_scale": 3.0, "clean_caption": False}
     return Family(lively(pipe), call)

@@ -1,4 +1,4 @@
-"""Text encoders: prompts that they cut are named."""
+"""Text encoders name the prompts that they cut."""
 
 import logging
 
@@ -8,14 +8,10 @@ from oss_exp.models.text.encoders import encode, random_t5_model
 T5 = {"vocab_size": 300, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
 
 
-def test_a_prompt_that_is_cut_is_named_with_what_is_left_out(tmp_path, monkeypatch, caplog):
+def test_a_cut_prompt_is_named_with_its_missing_end(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
-    prompts = [
-        "",
-        "red boats",
-        "red boats!",
-        "red boat and bag",
-    ]  # a token is a letter here, and the last one an end
+    prompts = ["", "red boats", "red boats!", "red boat and bag"]  # a token is a letter or the end
+
     for _ in range(2):  # from the encoder, then from the cache
         caplog.clear()
         with caplog.at_level(logging.WARNING):

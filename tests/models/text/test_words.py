@@ -1,12 +1,11 @@
-"""Small networks of prompts whose text encoder is a list of words."""
+"""Small networks of prompts, with a list of words as their text encoder."""
 
 import pytest
 import torch
 from helpers import random_weights
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from models.common import composed
 
-from oss_exp.cli import CONF
 from oss_exp.models.checkpoints.weights import randomise
 from oss_exp.models.guidance import Guidance
 from oss_exp.models.text.words import Words
@@ -18,14 +17,11 @@ PROMPTS = {
 
 
 def model(name: str, prompts: list[str]):
-    """With random weights."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "config", [f"model={name}", "model.checkpoint=untrained", "model.dtype=float64"]
-        ).model
-    made = instantiate(cfg, prompts=prompts)
-    randomise(made.backbone, torch.Generator().manual_seed(0))
-    return made
+    """Load a model of conf/ with random weights."""
+    cfg = composed(f"model={name}", "model.checkpoint=untrained", "model.dtype=float64")
+    network = instantiate(cfg.model, prompts=prompts)
+    randomise(network.backbone, torch.Generator().manual_seed(0))
+    return network
 
 
 def test_a_word_is_a_feature_at_its_place():
@@ -38,21 +34,24 @@ def test_a_word_is_a_feature_at_its_place():
     assert torch.equal(encoded["pooled"], torch.stack([red + boot, none, red + 2 * boot]))
 
 
-def test_order_counts_where_it_is_told():
+def test_an_ordered_encoding_tells_the_places_of_words():
     words = Words(["red", "boot"], 3, scale=2.0, ordered=True)
-    (text, mask, pooled), turned = words(["red boot"]).values(), words(["boot red"])
+    (text, mask, pooled) = words(["red boot"]).values()
+    turned = words(["boot red"])
     assert text[0].tolist() == [[2, 0, 2, 0, 0], [0, 2, 0, 2, 0], [0, 0, 0, 0, 0]]
     assert turned["text"][0].tolist() == [[0, 2, 2, 0, 0], [2, 0, 0, 2, 0], [0, 0, 0, 0, 0]]
     assert torch.equal(turned["pooled"], pooled)
     assert mask.tolist() == [[True, True, False]]
 
 
-def test_the_scale_is_of_all_features():
-    one, four = Words(["red", "boot"], 2), Words(["red", "boot"], 2, scale=4.0)
-    (text, mask, pooled), found = one(["red boot"]).values(), four(["red boot"])
-    assert torch.equal(found["text"], 4 * text)
-    assert torch.equal(found["mask"], mask)
-    assert torch.equal(found["pooled"], 4 * pooled)
+def test_the_scale_multiplies_all_features():
+    one = Words(["red", "boot"], 2)
+    four = Words(["red", "boot"], 2, scale=4.0)
+    (text, mask, pooled) = one(["red boot"]).values()
+    scaled = four(["red boot"])
+    assert torch.equal(scaled["text"], 4 * text)
+    assert torch.equal(scaled["mask"], mask)
+    assert torch.equal(scaled["pooled"], 4 * pooled)
     assert one.fingerprint != four.fingerprint
 
 
@@ -70,36 +69,41 @@ def test_prompts_it_cannot_read_are_refused(prompt, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
-def test_the_velocity_is_of_the_prompts_words_and_not_of_its_number(name):
-    one, other = model(name, PROMPTS[name]), model(name, PROMPTS[name][::-1])
+def test_the_velocity_depends_on_a_prompts_words_and_not_on_its_number(name):
+    one = model(name, PROMPTS[name])
+    other = model(name, PROMPTS[name][::-1])
     x = torch.randn(
         3, *one.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     t = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-    found = one.velocity(torch.tensor([0, 1, 2]))(x, t)
-    torch.testing.assert_close(other.velocity(torch.tensor([2, 1, 0]))(x, t), found)
-    assert (one.velocity(torch.tensor([1, 2, 0]))(x, t) - found).abs().amax(
+    velocity = one.velocity(torch.tensor([0, 1, 2]))(x, t)
+
+    torch.testing.assert_close(other.velocity(torch.tensor([2, 1, 0]))(x, t), velocity)
+    assert (one.velocity(torch.tensor([1, 2, 0]))(x, t) - velocity).abs().amax(
         (1, *range(2, x.ndim))
     ).min() > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
-def test_guidance_is_away_from_no_prompt(name):
-    made = model(name, PROMPTS[name])
+def test_guidance_leads_away_from_no_prompt(name):
+    network = model(name, PROMPTS[name])
     x = torch.randn(
-        2, *made.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        2, *network.event_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    t, prompts = torch.tensor([0.8, 0.3], dtype=torch.float64), torch.tensor([2, 0])
-    with_prompt, without = (made._velocity(x, t, rows) for rows in (prompts, torch.full((2,), -1)))
-    found = made.velocity(prompts, Guidance(3.0))(x, t)
-    torch.testing.assert_close(found, 3 * with_prompt - 2 * without)
+    t = torch.tensor([0.8, 0.3], dtype=torch.float64)
+    prompts = torch.tensor([2, 0])
+    with_prompt = network._velocity(x, t, prompts)
+    without = network._velocity(x, t, torch.full((2,), -1))
+
+    velocity = network.velocity(prompts, Guidance(3.0))(x, t)
+
+    torch.testing.assert_close(velocity, 3 * with_prompt - 2 * without)
 
 
-def test_the_fingerprint_is_of_the_words_too(tmp_path):
+def test_the_fingerprint_depends_on_the_words(tmp_path):
     weights = random_weights(tmp_path / "w.safetensors", "model=flux_fashion")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["model=flux_fashion", weights]).model
+    cfg = composed("model=flux_fashion", weights).model
     first = instantiate(cfg)
     cfg.words.vocabulary[2:4] = ["orange", "red"]
     assert instantiate(cfg).fingerprint != first.fingerprint
