@@ -26,9 +26,9 @@ def wardrobe() -> Wardrobe:
     for number in range(20):
         height = 10 + number % 7 * 2
         width = 24 - number % 5 * 3
-        top = 16 - height // 2
-        left = 16 - width // 2
-        pictures[number, :, top : top + height, left : left + width] = 0.2 + number % 4 * 0.25
+        y = 16 - height // 2
+        x = 16 - width // 2
+        pictures[number, :, y : y + height, x : x + width] = 0.2 + number % 4 * 0.25
     return Wardrobe(pictures, torch.arange(20) % 10)
 
 

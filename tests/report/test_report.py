@@ -330,7 +330,7 @@ def test_a_gathered_sweep_has_a_page_and_a_picture(sweep):
 
 
 @pytest.fixture
-def logger(tmp_path, monkeypatch):
+def logger(tmp_path, monkeypatch, capsys):
     """The logger of W&B in `a run`, asked to be online without a key."""
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))
