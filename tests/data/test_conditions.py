@@ -1,12 +1,10 @@
 """Conditions from a file: which sample has which, and that the model gets them."""
 
-import json
-
 import exact_denoiser as exact
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import metrics_of, run_cli
 
 from oss_exp.data.conditions import ConditionedNoiseData
 from oss_exp.data.noise import HELD_OUT
@@ -169,11 +167,6 @@ def run(spectra, tmp_path_factory):
     return folder
 
 
-def rows_of(run) -> list[dict]:
-    """Return the measurements of a run."""
-    return json.loads((run / "metrics.json").read_text())["rows"]
-
-
 @pytest.mark.slow
 def test_a_run_denoises_every_condition_from_its_own_noise(run, spectra):
     held_out = data(spectra, key="deltasq_realisations", eval_samples=6).test_dataloader()
@@ -184,7 +177,7 @@ def test_a_run_denoises_every_condition_from_its_own_noise(run, spectra):
     velocity = model.velocity(torch.cat([batch["condition"] for batch in batches]))
     teacher = sample(Euler(), velocity, start, StepSchedule(grid))
 
-    for row in rows_of(run):
+    for row in metrics_of(run)["rows"]:
         steps = StepSchedule.load(run / row["schedule"])
         student = sample(Euler(), velocity, start, steps)
         expected = psnr(model.decode(student), model.decode(teacher))
@@ -194,15 +187,20 @@ def test_a_run_denoises_every_condition_from_its_own_noise(run, spectra):
 
 @pytest.mark.slow
 def test_the_mean_of_a_start_is_one_for_all_conditions(run):
-    for row in rows_of(run):
+    for row in metrics_of(run)["rows"]:
         mean = StepSchedule.load(run / row["schedule"]).mean
         assert mean is None or mean.shape == (1, *exact.EVENT)
 
 
 @pytest.mark.slow
 def test_a_searched_schedule_is_the_best_on_conditions(run):
-    best = max(rows_of(run), key=lambda row: row["psnr"]["mean"])
-    assert {row["strategy"] for row in rows_of(run)} == {"vp", "oss", "oss_shared", "oss_fit"}
+    best = max(metrics_of(run)["rows"], key=lambda row: row["psnr"]["mean"])
+    assert {row["strategy"] for row in metrics_of(run)["rows"]} == {
+        "vp",
+        "oss",
+        "oss_shared",
+        "oss_fit",
+    }
     assert best["strategy"].startswith("oss")
 
 

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import run_cli
-from hydra import initialize_config_dir
+from helpers import metrics_of, run_cli
 from hydra.core.global_hydra import GlobalHydra
 
-from oss_exp.cli import CONF
 from oss_exp.files import ASSETS
 from oss_exp.names import GONE
 from oss_exp.reproduce.cells import Cell, make
@@ -20,6 +18,7 @@ from oss_exp.reproduce.plans import TABLES
 from oss_exp.reproduce.values import psnr
 from oss_exp.tasks.older_configs import canonical, changed
 
+pytestmark = pytest.mark.usefixtures("composing")
 OLD = Path(__file__).parent / "version_0_1"
 CONFIGURATIONS = json.loads((OLD / "configurations.json").read_text())
 BASE = [
@@ -39,13 +38,6 @@ EVALUATION = [
 ]
 SEARCHED = "d9954cc975e95b73"  # the folders of the two real cells
 EVALUATED = "f3024344025e87c6"
-
-
-@pytest.fixture(autouse=True)
-def composing():
-    """Hydra reads conf/."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
 
 
 @pytest.fixture
@@ -70,7 +62,7 @@ def test_real_cells_are_not_run_again(root, monkeypatch):
     assert cell.folder(root).name == EVALUATED
     assert cell.parent.folder(root).name == SEARCHED
     assert cell.key not in (EVALUATED, SEARCHED)
-    metrics = json.loads((root / EVALUATED / "metrics.json").read_text())
+    metrics = metrics_of(root / EVALUATED)
     mean = metrics["rows"][0]["psnr"]["mean"]
     assert psnr("oss_ave", 5)(cell.folder(root)).interval.mean == mean
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import run_cli, start_process
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import DictConfig
 from PIL import Image
 
-from oss_exp.cli import CONF
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.reproduce.cells import Cell, _content, make
 from oss_exp.reproduce.figures import draw
@@ -33,13 +32,6 @@ SMALL = [
     "data.eval_samples=4",
     "data.per_sample=4",
 ]
-
-
-@pytest.fixture
-def composing():
-    """Hydra reads conf/."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
 
 
 @cache

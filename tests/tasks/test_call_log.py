@@ -1,12 +1,11 @@
 """A run that was killed computes nothing twice, and ends with the results of an undisturbed run."""
 
 import fcntl
-import json
 import shutil
 
 import pytest
 import torch
-from helpers import run_cli
+from helpers import metrics_of, run_cli
 
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks import evaluate
@@ -40,7 +39,7 @@ def outcome(folder) -> tuple[dict, list]:
         steps = StepSchedule.load(path)
         fitted = str(getattr(steps.steps, "weights", None))
         plans[path.stem] = (steps.times.tolist(), str(steps.orders), fitted)
-    rows = json.loads((folder / "metrics.json").read_text())["rows"]
+    rows = metrics_of(folder)["rows"]
     for row in rows:
         row["planning"].pop("seconds")
     return plans, rows

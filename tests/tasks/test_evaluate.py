@@ -1,11 +1,9 @@
 """The metrics of a run are those of the images it saves, on any number of ranks."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli, run_two_ranks
+from helpers import metrics_of, run_cli, run_two_ranks
 from PIL import Image
 
 from oss_exp.evaluation.classifier import FashionFeatures
@@ -26,11 +24,6 @@ SMALL = [
     "logger=none",
 ]
 METRICS = ["metric=[fid,kid,precision_recall,class_agreement]", "metric.kid.subset_size=16"]
-
-
-def metrics_of(folder) -> dict:
-    """Return the measurements of a run."""
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def measured(folder, *more: str) -> dict:

@@ -1,16 +1,11 @@
 """The task `finetune`: what each stage learns, from which states, however the work is divided."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from helpers import random_weights, run_cli, run_two_ranks
+from helpers import kill_at, metrics_of, random_weights, run_cli, run_two_ranks
 from safetensors.torch import load_file
 
 from oss_exp.models.stages import DOWN, UP
@@ -108,12 +103,12 @@ def test_stages_run_as_a_model_against_the_pictures_of_its_base(whole, weights, 
     staged += ["data.eval_samples=4", "logger=none"]
     schedule = f"task.schedule={whole / 'schedule.json'}"
     run_cli("task=evaluate", *staged, schedule, f"hydra.run.dir={tmp_path / 'evaluate'}")
-    evaluated = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    evaluated = metrics_of(tmp_path / "evaluate")
     assert evaluated["model"]["name"] == "dit_fashion_staged"
 
     search = ["stepsize=[ddim,oss_shared]", "num_steps=[3]", "data.search_samples=2"]
     run_cli(*staged, *search, f"hydra.run.dir={tmp_path / 'compare'}")
-    rows = json.loads((tmp_path / "compare" / "metrics.json").read_text())["rows"]
+    rows = metrics_of(tmp_path / "compare")["rows"]
     (ddim,) = [row for row in rows if row["strategy"] == "ddim"]
     assert ddim["psnr"] == evaluated["rows"][0]["psnr"]
 
@@ -231,18 +226,8 @@ def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(whole, weights, tmp_path):
-    command = [sys.executable, "-m", "oss_exp", *settings(weights, tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    checkpoint = tmp_path / "stages" / "checkpoints" / "stage_0.ckpt"
-
-    # SIGKILL some time after its first checkpoint.
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(random.random() / 5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
+    checkpoint = "stages/checkpoints/stage_0.ckpt"
+    kill_at(checkpoint, tmp_path, settings(weights, tmp_path), delay=random.random() / 5)
     assert not (tmp_path / "stages" / "stage_1.json").exists()
     assert_same(whole, tuned(weights, tmp_path))
 

@@ -1,17 +1,12 @@
 """The task `geneval` on a small model of scenes: its files, and how a killed run goes on."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_weights, run_cli, run_two_ranks, write_fashion
+from helpers import kill_at, random_weights, run_cli, run_two_ranks, write_fashion
 
 from oss_exp.data.scenes import wishes
 from oss_exp.geneval.rules import TASKS
@@ -120,22 +115,11 @@ def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
     assert verdicts(tmp_path) == verdicts(run)
 
 
-def kill_at(pattern: str, folder: Path, inputs: list[str]) -> None:
-    """Run until a file of this pattern is in the folder, then kill the process."""
-    command = [sys.executable, "-m", "oss_exp", *inputs, f"hydra.run.dir={folder}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not list(folder.glob(pattern)) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("awaited", ["images/ddim_2/*.png", "verdicts/teacher/*.jsonl"])
 def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_path):
     folder = tmp_path / "run"
-    kill_at(awaited, folder, inputs)
+    kill_at(awaited, folder, [*inputs, f"hydra.run.dir={folder}"])
     files = [*folder.rglob("*.png"), *folder.rglob("*.jsonl")]
     before = {file: file.stat().st_mtime_ns for file in files}
     assert before

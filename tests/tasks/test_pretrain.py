@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli, run_two_ranks
+from helpers import metrics_of, run_cli, run_two_ranks
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -141,7 +141,7 @@ def test_the_written_weights_run_as_a_model(whole, tmp_path):
         f"hydra.run.dir={tmp_path}",
     )
 
-    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    rows = metrics_of(tmp_path)["rows"]
     assert [row["nfe"] for row in rows] == [6, 6]
 
 
@@ -312,7 +312,7 @@ def test_the_small_relatives_of_large_networks_are_trained_and_run(name, tmp_pat
     conditions = prompts if images else []
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     run_cli(*network, weights, *conditions, *COUNTS, *RUN, folder)
-    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]) == 2
+    assert len(metrics_of(tmp_path / "run")["rows"]) == 2
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
 """Every published model through the whole job at its tiny size, with times in its native clock."""
 
-import json
-
 import pytest
 import torch
-from helpers import run_cli
+from helpers import metrics_of, run_cli
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -62,7 +60,7 @@ def compare(model: str, folder) -> list[dict]:
         "trainer.enable_progress_bar=false",
         f"hydra.run.dir={folder}",
     )
-    rows = json.loads((folder / "metrics.json").read_text())["rows"]
+    rows = metrics_of(folder)["rows"]
     assert len(rows) == 2 * len(strategies)
     return rows
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli, run_two_ranks
+from helpers import metrics_of, run_cli, run_two_ranks
 from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
@@ -53,20 +52,15 @@ def oss_exp(folder: Path, *arguments: str) -> Path:
     return folder
 
 
-def metrics(folder: Path) -> dict:
-    """Return the measurements of a run."""
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def row(folder: Path, strategy: str, num_steps: int) -> dict:
     """Return the measurements of one schedule of a run."""
-    rows = {(row["strategy"], row["num_steps"]): row for row in metrics(folder)["rows"]}
+    rows = {(row["strategy"], row["num_steps"]): row for row in metrics_of(folder)["rows"]}
     return rows[strategy, num_steps]
 
 
 def means(folder: Path) -> dict[tuple[str, int], float]:
     """Return the mean PSNR of every strategy and number of steps."""
-    rows = metrics(folder)["rows"]
+    rows = metrics_of(folder)["rows"]
     return {(row["strategy"], row["num_steps"]): row["psnr"]["mean"] for row in rows}
 
 
@@ -258,7 +252,7 @@ def test_the_psnr_of_a_run_is_that_of_its_saved_schedule(strategy, k, compared):
 def test_per_sample_rows_are_measured_on_the_samples_that_they_were_planned_for(compared):
     steps = schedules(compared)["oss_4"]
     assert steps.samples == tuple(range(HELD_OUT, HELD_OUT + 4))
-    for result in metrics(compared)["rows"]:
+    for result in metrics_of(compared)["rows"]:
         assert result["psnr"]["n"] == (4 if result["strategy"] == "oss" else 8)
 
 
@@ -351,7 +345,7 @@ def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, comp
         tmp_path / "run", "task=evaluate", f"task.schedule={compared / 'schedules' / name}.json"
     )
     strategy, k = name.rsplit("_", 1)
-    assert metrics(folder)["rows"] == [row(compared, strategy, int(k))]
+    assert metrics_of(folder)["rows"] == [row(compared, strategy, int(k))]
     assert times(folder) == {name: times(compared)[name]}
 
 
@@ -415,7 +409,7 @@ def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path
 
     assert times(two) == times(one)
     assert means(two) == pytest.approx(means(one), abs=1e-3)  # float32 states
-    for result, expected in zip(metrics(two)["rows"], metrics(one)["rows"], strict=True):
+    for result, expected in zip(metrics_of(two)["rows"], metrics_of(one)["rows"], strict=True):
         assert result["per_image"]["index"] == expected["per_image"]["index"]
     with np.load(two / "trajectories.npz") as states, np.load(one / "trajectories.npz") as expected:
         assert list(states) == list(expected)
@@ -443,7 +437,7 @@ def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
 
     saved = f"task.schedule={multistep / 'schedules' / 'oss_shared_4.json'}"
     evaluated = oss_exp(tmp_path / "again", "solver=dpm_solver_pp", "task=evaluate", saved)
-    assert metrics(evaluated)["rows"] == [row(multistep, "oss_shared", 4)]
+    assert metrics_of(evaluated)["rows"] == [row(multistep, "oss_shared", 4)]
     assert "oss_shared K=4 analytic start, orders 1-" in (multistep / "report.html").read_text()
 
 

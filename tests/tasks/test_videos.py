@@ -1,13 +1,12 @@
 """A video model through the whole job: PSNR by frames, moving pictures, metrics of frames."""
 
 import io
-import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_weights, run_cli
+from helpers import metrics_of, random_weights, run_cli
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -58,7 +57,7 @@ def videos(run, name: str) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_psnr_is_by_frames(run):
-    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    rows = metrics_of(run)["rows"]
     assert videos(run, "teacher").shape == (4, 1, 8, 32, 32)
     for row in rows:
         expected = psnr(videos(run, f"{row['strategy']}_2"), videos(run, "teacher"))
@@ -67,7 +66,7 @@ def test_psnr_is_by_frames(run):
 
 @pytest.mark.slow
 def test_frames_are_the_images_of_other_metrics(run):
-    fid = json.loads((run / "metrics.json").read_text())["rows"][0]["metrics"]["fid"]
+    fid = metrics_of(run)["rows"][0]["metrics"]["fid"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config").evaluation
     metric = FID(instantiate(cfg.extractor), instantiate(cfg.reference), num_images=None)
