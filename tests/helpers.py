@@ -1,13 +1,16 @@
 """Helpers of many tests: runs of the command line, results, and files to give it."""
 
 import gzip
+import json
 import logging
 import multiprocessing
 import os
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -110,6 +113,30 @@ def _run(
     os.environ.update(environment)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it at import
     run_cli(*arguments)
+
+
+def kill_at(pattern: str, folder: Path, arguments: Sequence[str], delay: float = 0.0) -> None:
+    """Run `oss-exp ARGUMENTS` until a file of this pattern is in a folder, then kill it.
+
+    Args:
+        pattern: A glob pattern.
+        folder: The folder.
+        arguments: The command line.
+        delay: Seconds between the file and SIGKILL.
+    """
+    command = [sys.executable, "-m", "oss_exp", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not any(folder.glob(pattern)) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+
+
+def metrics_of(folder: Path) -> dict:
+    """Return the measurements of a run."""
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def _finish(started: tuple[BaseProcess, Path]) -> str:

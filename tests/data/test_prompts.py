@@ -8,26 +8,26 @@ from oss_exp.data.prompts import read_prompts
 
 
 def written(folder, name: str, content) -> str:
-    (folder / name).write_text(
-        content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
-    )
+    """Write text, or anything else as JSON; return the path."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / name).write_text(text, encoding="utf-8")
     return str(folder / name)
 
 
-def test_a_prompt_a_line(tmp_path):
+def test_every_line_of_text_is_a_prompt(tmp_path):
     file = written(tmp_path, "p.txt", "\ufeffa cat\r\n\n  a dog, naïve — 猫 \n \n")
     assert read_prompts(file) == ["a cat", "a dog, naïve — 猫"]
 
 
-def test_lines_end_at_line_feeds_only(tmp_path):
-    prompts = ["a\u2028cat", "two\x85dogs", "three\x0bfour\x0cfive\x1csix", "a\tb"]
-    for ending in ("txt", "jsonl", "csv"):
-        lines = {
-            "txt": prompts,
-            "jsonl": [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts],
-            "csv": ["prompt", *prompts],
-        }[ending]
-        assert read_prompts(written(tmp_path, f"p.{ending}", "\r\n".join(lines))) == prompts
+LINES = ["a\u2028cat", "two\x85dogs", "three\x0bfour\x0cfive\x1csix", "a\tb"]
+RECORDS = [json.dumps({"prompt": line}, ensure_ascii=False) for line in LINES]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"), [("p.txt", LINES), ("p.jsonl", RECORDS), ("p.csv", ["prompt", *LINES])]
+)
+def test_lines_end_at_line_feeds_only(name, lines, tmp_path):
+    assert read_prompts(written(tmp_path, name, "\r\n".join(lines))) == LINES
 
 
 TABLES = {
@@ -42,54 +42,53 @@ TABLES = {
     "lines.txt": '{"prompt": "a cup"}\n{"prompt": "two cups, one plate"}\n',
     "array.jsonl": '[{"prompt": "a cup"},\n {"prompt": "two cups, one plate"}]\n',
     "list.JSON": '[\n"a cup",\n"two cups, one plate"]',
-    "CAPTIONS.JSON": '{"annotations": [{"image_id": 1, "caption": "a cup"},\n{"image_id": 2, "caption": '
-    '"two cups, one plate"}]}',
+    "CAPTIONS.JSON": '{"annotations": [{"image_id": 1, "caption": "a cup"},\n'
+    '{"image_id": 2, "caption": "two cups, one plate"}]}',
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_files_are_read_by_what_they_hold_and_names_in_any_case(name, tmp_path):
+def test_a_file_is_read_by_its_content_whatever_the_case_of_its_name(name, tmp_path):
     assert read_prompts(written(tmp_path, name, TABLES[name])) == ["a cup", "two cups, one plate"]
 
 
-def test_quotes_in_tables(tmp_path):
+def test_quotes_of_a_csv_table_are_removed(tmp_path):
     file = written(tmp_path, "p.csv", 'prompt,n\n"a ""red""\ncup",1\n12" ruler,2\n')
     assert read_prompts(file) == ['a "red"\ncup', '12" ruler']
-    file = written(tmp_path, "p.tsv", 'prompt\tn\n"left\t1\n"a" and "b"\t2\n')  # no quoting there
+
+
+def test_quotes_of_a_table_of_tabs_stay(tmp_path):
+    file = written(tmp_path, "p.tsv", 'prompt\tn\n"left\t1\n"a" and "b"\t2\n')
     assert read_prompts(file) == ['"left', '"a" and "b"']
 
 
 def test_a_prompt_may_begin_with_brackets(tmp_path):
-    assert read_prompts(written(tmp_path, "p.txt", "{red|blue} cat\n[photo] dog")) == [
-        "{red|blue} cat",
-        "[photo] dog",
-    ]
+    file = written(tmp_path, "p.txt", "{red|blue} cat\n[photo] dog")
+    assert read_prompts(file) == ["{red|blue} cat", "[photo] dog"]
 
 
-def test_geneval_metadata(tmp_path):
-    lines = [{"tag": "counting", "prompt": "two cats"}, {"prompt": "a red bus"}]
-    assert read_prompts(written(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines)) + "\n")) == [
-        "two cats",
-        "a red bus",
-    ]
+def test_the_prompts_of_genevals_metadata_are_read(tmp_path):
+    lines = ['{"tag": "counting", "prompt": "two cats"}', '{"prompt": "a red bus"}']
+    file = written(tmp_path, "p.jsonl", "\n".join(lines) + "\n")
+    assert read_prompts(file) == ["two cats", "a red bus"]
 
 
-def test_the_first_caption_of_every_coco_image(tmp_path):
+def test_the_first_caption_of_every_coco_image_is_read(tmp_path):
     rows = [(7, "a bear\n"), (3, "a bus"), (7, "another bear"), (1, "a kite"), (3, "a van")]
-    annotations = [
-        {"image_id": image, "id": 100 - i, "caption": text} for i, (image, text) in enumerate(rows)
-    ]
+    annotations = []
+    for i, (image, text) in enumerate(rows):
+        annotations.append({"image_id": image, "id": 100 - i, "caption": text})
     file = written(tmp_path, "p.json", {"images": [], "annotations": annotations})
     assert read_prompts(file) == ["a bear", "a bus", "a kite"]
 
 
-def test_prompts_are_shipped():
+def test_24_prompts_are_shipped():
     prompts = read_prompts("prompts.txt")
     assert len(prompts) == len(set(prompts)) == 24
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("p.txt", "", "has 0 prompts"),
         ("p.txt", " \n\n", "has 0 prompts"),
@@ -124,20 +123,25 @@ def test_prompts_are_shipped():
         ),
     ],
 )
-def test_what_holds_no_prompts_is_refused(tmp_path, name, content, words):
-    with pytest.raises(ValueError, match=rf"{name}.*{words}"):
+def test_what_holds_no_prompts_is_refused(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
         read_prompts(written(tmp_path, name, content))
 
 
-def test_other_files(tmp_path):
-    for name in ("p.txt", "p.csv", "p.jsonl", "p.json"):
-        for encoding in ("utf-16", "latin-1"):
-            (tmp_path / name).write_bytes("naïve".encode(encoding))
-            with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text .*; save it as UTF-8"):
-                read_prompts(tmp_path / name)
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.json"])
+def test_other_encodings_are_refused(name, encoding, tmp_path):
+    (tmp_path / name).write_bytes("naïve".encode(encoding))
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text .*; save it as UTF-8"):
+        read_prompts(tmp_path / name)
+
+
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere\.txt is neither a path that exists nor a shipped file"
-    ):
+
+
+def test_an_absent_file_is_refused():
+    absent = r"nowhere\.txt is neither a path that exists nor a shipped file"
+    with pytest.raises(FileNotFoundError, match=absent):
         read_prompts("nowhere.txt")

@@ -1,4 +1,4 @@
-"""The shipped classifier knows Fashion-MNIST; torch-fidelity and torchmetrics run on its features; a command trains."""
+"""The shipped classifier of Fashion-MNIST as a feature extractor, and its training."""
 
 import json
 import re
@@ -21,18 +21,20 @@ from oss_exp.tasks.fit_classifier import accuracy, augment, pixels
 
 @pytest.fixture(scope="module")
 def network() -> FashionFeatures:
+    """The shipped classifier."""
     return FashionFeatures.from_asset()
 
 
 @pytest.fixture(scope="module")
 def clothes(garments) -> tuple[torch.Tensor, torch.Tensor]:
-    """300 images of the test split in a random order, (300, 1, 32, 32) in [0, 1], and their labels."""
+    """300 images of the test split (300, 1, 32, 32) in [0, 1] in random order, and their labels."""
     images, labels = pixels(fashion_mnist(garments, "test", 32))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     return images[order], labels[order]
 
 
 def noise(count: int) -> torch.Tensor:
+    """Return images of noise (count, 1, 32, 32) in [0, 1]."""
     return torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -50,6 +52,7 @@ class Bytes(Dataset):
 
 
 def fidelity(one: torch.Tensor, other: torch.Tensor, **settings) -> dict[str, float]:
+    """Return torch-fidelity's metrics of two sets of images with our features."""
     defaults = {
         "fid": True,
         "kid": True,
@@ -58,46 +61,46 @@ def fidelity(one: torch.Tensor, other: torch.Tensor, **settings) -> dict[str, fl
         "cuda": False,
         "save_cpu_ram": True,
         "cache": False,
-    }
-    inputs = {
-        "input1": Bytes(one),
-        "input2": Bytes(other),
-        "feature_extractor": register(),
+        "kid_subset_size": len(one) // 2,
         "verbose": False,
     }
     return torch_fidelity.calculate_metrics(
-        **inputs, **{**defaults, "kid_subset_size": len(one) // 2, **settings}
+        input1=Bytes(one),
+        input2=Bytes(other),
+        feature_extractor=register(),
+        **(defaults | settings),
     )
 
 
-def test_the_shipped_network_knows_the_test_split(network, clothes):
-    found = accuracy(network, *clothes)
-    record = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
-    assert found == 0.93
-    assert found == pytest.approx(
-        record["test_accuracy"], abs=0.03
-    )  # two standard errors of 300 images
+RECORD = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
 
 
-def test_the_shipped_network_is_small_frozen_and_says_who_it_is(network):
+def test_the_shipped_network_classifies_the_test_split(network, clothes):
+    share = accuracy(network, *clothes)
+    assert share == 0.93
+    # 0.03: two standard errors of 300 images.
+    assert share == pytest.approx(RECORD["test_accuracy"], abs=0.03)
+
+
+def test_the_shipped_network_is_small_and_frozen(network):
     assert sum(p.numel() for p in network.parameters()) <= 500_000
     assert (ASSETS / ASSET).stat().st_size <= 2e6
     assert not any(p.requires_grad for p in network.parameters())
-    record = json.loads((ASSETS / ASSET).with_suffix(".json").read_text())
-    assert (network.name, network.fingerprint) == ("fashion_features", record["sha256"])
-    assert (network.channels, network.size, network.num_features, network.num_classes) == (
-        1,
-        32,
-        64,
-        10,
-    )
 
 
-def test_features_of_an_image_depend_on_it_alone_even_when_a_trainer_says_train(network):
+def test_the_shipped_network_has_a_name_a_fingerprint_and_sizes(network):
+    assert network.name == "fashion_features"
+    assert network.fingerprint == RECORD["sha256"]
+    assert (network.channels, network.size) == (1, 32)
+    assert (network.num_features, network.num_classes) == (64, 10)
+
+
+def test_features_of_an_image_depend_on_it_alone_even_in_training_mode(network):
     images = noise(5)
     features = network(images)
     assert features.shape == (5, 64)
     assert network.logits(images).shape == (5, 10)
+
     torch.nn.Sequential(network).train()
     torch.testing.assert_close(network.features(images[1:2]), features[1:2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(network.head(features), network.logits(images))
@@ -130,46 +133,56 @@ def test_other_images_are_refused(network, images, message):
         network(images)
 
 
-def test_damaged_and_wrong_files_are_refused(tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
     for suffix in (".safetensors", ".json"):
         shutil.copy((ASSETS / ASSET).with_suffix(suffix), tmp_path)
     path = tmp_path / ASSET
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match=r"classifier .* is damaged or was replaced"):
         FashionFeatures.from_asset(path)
-    with pytest.raises(
-        ValueError, match=r"mixture_digits\.safetensors has not the layers of FashionFeatures"
-    ):
+
+
+def test_a_file_of_other_layers_is_refused():
+    message = r"mixture_digits\.safetensors has not the layers of FashionFeatures"
+    with pytest.raises(ValueError, match=message):
         FashionFeatures.from_asset("mixture_digits.safetensors")
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"neither a path that exists nor a shipped file \(.*fashion_features",
-    ):
+
+
+def test_an_absent_file_is_refused():
+    message = r"neither a path that exists nor a shipped file \(.*fashion_features"
+    with pytest.raises(FileNotFoundError, match=message):
         FashionFeatures.from_asset("no.safetensors")
 
 
-def test_torchmetrics_and_torch_fidelity_agree_and_see_what_is_wrong(network, clothes):
-    images, labels = clothes
-    one, other = images[:150], images[150:]
-    blurred = torch.nn.functional.avg_pool2d(other, 3, stride=1, padding=1).mul(255).round() / 255
-    shoes = images[labels == 9]
-    found = {}
-    for name, wrong in {"same": other, "blurred": blurred, "shoes": shoes}.items():
-        metrics = found[name] = fidelity(wrong, one, kid_subset_size=25)
+@pytest.fixture(scope="module")
+def measured(clothes) -> dict[str, tuple[torch.Tensor, dict[str, float]]]:
+    """Three sets of images and their metrics: like the reference, blurred, and of one class."""
+    images, classes = clothes
+    reference = images[:150]
+    same = images[150:]
+    blurred = torch.nn.functional.avg_pool2d(same, 3, stride=1, padding=1).mul(255).round() / 255
+    sets = {"same": same, "blurred": blurred, "shoes": images[classes == 9]}
+    return {name: (x, fidelity(x, reference, kid_subset_size=25)) for name, x in sets.items()}
+
+
+def test_torchmetrics_and_torch_fidelity_agree_on_fid(network, clothes, measured):
+    for images, metrics in measured.values():
         fid = FrechetInceptionDistance(feature=network, normalize=True, input_img_size=(1, 32, 32))
-        fid.update(one, real=True)
-        fid.update(wrong, real=False)
-        assert float(fid.compute()) == pytest.approx(
-            metrics["frechet_inception_distance"], rel=1e-4
-        )
-    fids, kids = (
-        [found[name][key] for name in ("same", "blurred", "shoes")]
-        for key in ("frechet_inception_distance", "kernel_inception_distance_mean")
-    )
-    assert 2 * fids[0] < fids[1] < fids[2] / 10
-    assert abs(kids[0]) < kids[1] < kids[2]
-    assert found["shoes"]["recall"] < 0.2 < 0.5 < found["same"]["recall"]  # one class of ten
-    assert found["shoes"]["inception_score_mean"] < 1.5 < 6 < found["same"]["inception_score_mean"]
+        fid.update(clothes[0][:150], real=True)
+        fid.update(images, real=False)
+        expected = metrics["frechet_inception_distance"]
+        assert float(fid.compute()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_features_order_images_by_their_faults(measured):
+    same, blurred, shoes = (metrics for _, metrics in measured.values())
+    fid = "frechet_inception_distance"
+    kid = "kernel_inception_distance_mean"
+
+    assert 2 * same[fid] < blurred[fid] < shoes[fid] / 10
+    assert abs(same[kid]) < blurred[kid] < shoes[kid]
+    assert shoes["recall"] < 0.2 < 0.5 < same["recall"]  # one class of ten
+    assert shoes["inception_score_mean"] < 1.5 < 6 < same["inception_score_mean"]
 
 
 def test_torch_fidelity_caches_by_the_weights(tmp_path, network):
@@ -181,28 +194,38 @@ def test_torch_fidelity_caches_by_the_weights(tmp_path, network):
 def test_torch_fidelity_takes_a_weights_path_and_no_other_precision(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"classifier no\.safetensors is neither"):
         fidelity(noise(8), noise(8), feature_extractor_weights_path="no.safetensors")
-    with pytest.raises(
-        ValueError, match="runs in float32, got feature_extractor_internal_dtype='float64'"
-    ):
+    message = "runs in float32, got feature_extractor_internal_dtype='float64'"
+    with pytest.raises(ValueError, match=message):
         fidelity(noise(8), noise(8), feature_extractor_internal_dtype="float64")
 
 
-def test_an_augmented_image_is_a_shifted_one_with_a_hole_at_most():
+@pytest.fixture
+def bright() -> torch.Tensor:
+    """Images without black pixels."""
     torch.manual_seed(0)
-    images = torch.rand(200, 1, 8, 8) + 0.1
-    assert torch.equal(augment(images, 0, 0), images)
-    shifted = augment(images, 1, 0)
-    windows = torch.nn.functional.pad(images, [1] * 4).unfold(2, 8, 1).unfold(3, 8, 1).flatten(2, 3)
+    return torch.rand(200, 1, 8, 8) + 0.1
+
+
+def test_without_augmentation_images_stay_as_they_are(bright):
+    assert torch.equal(augment(bright, 0, 0), bright)
+
+
+def test_augmented_images_are_shifted_in_every_direction(bright):
+    shifted = augment(bright, 1, 0)
+    windows = torch.nn.functional.pad(bright, [1] * 4).unfold(2, 8, 1).unfold(3, 8, 1).flatten(2, 3)
     match = (windows == shifted[:, :, None]).flatten(3).all(3).flatten(1)  # (200, 9)
     assert bool((match.sum(1) == 1).all())
     assert bool(match.any(0).all())
-    holes = (augment(images, 0, 3) == 0).flatten(1).sum(1)
+
+
+def test_half_of_the_augmented_images_have_a_hole(bright):
+    holes = (augment(bright, 0, 3) == 0).flatten(1).sum(1)
     assert 60 < int((holes > 0).sum()) < 140
     assert int(holes.max()) == 9
 
 
 def write_files(folder: Path, count: int) -> None:
-    """Squares whose brightness is their class, as Fashion-MNIST's four files."""
+    """Write squares whose brightness is their class as Fashion-MNIST's four files."""
     for split in ("train", "t10k"):
         labels = np.arange(count, dtype=np.uint8) % 10
         images = np.zeros((count, 28, 28), np.uint8)
@@ -211,26 +234,29 @@ def write_files(folder: Path, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
+def test_the_command_trains_and_saves_a_classifier(tmp_path, monkeypatch):
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)
-    small = [
+    command = [
         "task=fit_classifier",
         f"images.root={tmp_path}",
         "task.batch_size=32",
         "task.output=small.safetensors",
+        "task.epochs=3",
     ]
-    run_cli(*small, "task.epochs=3")
+    run_cli(*command)
+
+    # Its record.
     record = json.loads((tmp_path / "small.json").read_text())
-    assert record["test_accuracy"] > 0.3  # three times what guessing gets
-    assert record["made_by"] == " ".join(["oss-exp", *small, "task.epochs=3"])
+    assert record["test_accuracy"] > 0.3  # three times the accuracy of a guess
+    assert record["made_by"] == " ".join(["oss-exp", *command])
     assert record["data"]["train_images"] == 320
+
+    # Its weights, also of a second training.
     network = FashionFeatures.from_asset(tmp_path / "small.safetensors")
-    assert (
-        accuracy(network, *pixels(fashion_mnist(str(tmp_path), "test", 32)))
-        == record["test_accuracy"]
-    )
-    run_cli(*small, "task.epochs=3")
+    images = pixels(fashion_mnist(str(tmp_path), "test", 32))
+    assert accuracy(network, *images) == record["test_accuracy"]
+    run_cli(*command)
     assert json.loads((tmp_path / "small.json").read_text())["sha256"] == record["sha256"]
 
 
@@ -245,13 +271,8 @@ def test_the_command_trains_and_saves_what_can_be_loaded(tmp_path, monkeypatch):
 def test_wrong_settings_end_with_one_message(tmp_path, monkeypatch, capsys, setting, message):
     write_files(tmp_path, 320)
     monkeypatch.chdir(tmp_path)
+    command = ["task=fit_classifier", f"images.root={tmp_path}"]
     with pytest.raises(SystemExit):
-        run_cli(
-            "task=fit_classifier",
-            f"images.root={tmp_path}",
-            "task.epochs=2",
-            "task.batch_size=320",
-            setting,
-        )
+        run_cli(*command, "task.epochs=2", "task.batch_size=320", setting)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "fashion_features.safetensors").exists()

@@ -1,4 +1,4 @@
-"""The comparison is the one done by hand: gains are paired differences to the best baseline of the same budget."""
+"""Gains are paired differences to the best baseline of the same budget."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from oss_exp.evaluation.psnr import Interval
 
 
 def lines_of(*results: Result) -> dict[str, Line]:
+    """Return the lines of a comparison by their strategies."""
     return {line.result.strategy: line for line in with_gains(results)}
 
 
@@ -22,7 +23,7 @@ OURS = result("ours", {1: 23.0, 2: 26.0, 3: 26.0, 4: 35.0})
 def test_the_gain_is_the_paired_difference_to_the_best_baseline():
     line = lines_of(OURS, DDIM, EDM)["ours"]
     assert line.rival is EDM
-    # Differences 3, 4, 2, 5: mean 3.5, standard deviation sqrt(5/3), Student's t with 3 degrees of freedom.
+    # Differences 3, 4, 2, 5: mean 3.5, standard deviation sqrt(5/3), 3 degrees of freedom.
     half = stats.t.ppf(0.975, 3) * (5 / 3) ** 0.5 / 2
     assert (line.gain.mean, line.gain.n) == (3.5, 4)
     assert (line.gain.low, line.gain.high) == pytest.approx((3.5 - half, 3.5 + half), abs=1e-12)
@@ -44,14 +45,13 @@ def test_one_common_sample_gives_a_gain_without_an_interval():
     assert columns([line])[1][0][5] == "+1.00"
 
 
-def test_the_best_baseline_is_marked_and_the_other_ones_compared_with_it():
+def test_the_best_baseline_is_marked_and_the_others_are_compared_with_it():
     lines = with_gains([OURS, DDIM, EDM])
-    assert [(line.result.strategy, line.gain is None) for line in lines] == [
-        ("ours", False),
-        ("edm", True),
-        ("ddim", False),
-    ]
-    assert lines[2].gain.mean == pytest.approx(-1.75)
+    ours, edm, ddim = lines
+    assert [line.result.strategy for line in lines] == ["ours", "edm", "ddim"]
+    assert ours.gain is not None
+    assert edm.gain is None
+    assert ddim.gain.mean == pytest.approx(-1.75)
     assert [row[5] for row in columns(lines)[1]] == ["+3.50 ± 2.05", "*", "-1.75 ± 11.93"]
 
 
@@ -71,27 +71,29 @@ def test_a_better_baseline_of_another_budget_or_arena_is_no_rival(other):
 
 def test_lines_are_by_budget_then_best_first():
     results = [
-        result(name, {1: value}, nfe=nfe)
-        for name, value, nfe in [("a", 1, 9), ("b", 2, 3), ("c", 3, 3)]
+        result("a", {1: 1}, nfe=9),
+        result("b", {1: 2}, nfe=3),
+        result("c", {1: 3}, nfe=3),
     ]
     assert [line.result.strategy for line in with_gains(results)] == ["c", "b", "a"]
 
 
-def test_the_markdown_table_has_a_row_for_every_result_and_a_run_column_for_several_runs():
+def test_the_markdown_table_has_a_row_for_every_result():
     text = markdown(with_gains([OURS, DDIM, EDM]))
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert (
-        table[0]
-        == "| strategy | K | NFE | start | PSNR, dB | gain, dB | worst 1 % | spread | n | planning |"
-    )
-    assert table[2].startswith("| ours | 5 | 5 | pinned | 27.50 ± ")
-    assert len(table) == 2 + 3
-    several = markdown(with_gains([OURS, result("edm", {1: 20.0}, run="7")]))
-    assert several.startswith("| run | strategy |")
-    assert "| 7 | edm |" in several
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    titles = "strategy | K | NFE | start | PSNR, dB | gain, dB | worst 1 % | spread | n | planning"
+    assert header == f"| {titles} |"
+    assert rows[0].startswith("| ours | 5 | 5 | pinned | 27.50 ± ")
+    assert len(rows) == 3
 
 
-def test_the_html_table_escapes_what_users_named():
+def test_the_markdown_table_of_several_runs_has_a_column_for_them():
+    text = markdown(with_gains([OURS, result("edm", {1: 20.0}, run="7")]))
+    assert text.startswith("| run | strategy |")
+    assert "| 7 | edm |" in text
+
+
+def test_the_html_table_escapes_names_of_users():
     text = html(with_gains([OURS, EDM, result("<b>mine</b>", {1: 10.0})]), "a & b")
     assert "<caption>a &amp; b</caption>" in text
     assert "<td>&lt;b&gt;mine&lt;/b&gt;</td>" in text

@@ -1,4 +1,4 @@
-"""Feature extractors: Inception-V3 loads a local weights file through torch-fidelity; the random network is fixed."""
+"""Feature extractors: Inception-V3 of a local file, and the fixed random network."""
 
 import pytest
 import torch
@@ -12,12 +12,13 @@ from oss_exp.stepsize import OSSShared, Problem
 
 
 def images(count: int, channels: int, size: int = 8) -> torch.Tensor:
+    """Return random images in [0, 1]."""
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    """A file as torch-fidelity publishes it, with random numbers."""
+    """A file of random weights in the layout of torch-fidelity's."""
 
     class Empty(FeatureExtractorInceptionV3):
         def load_state_dict(self, state, **_):
@@ -42,9 +43,8 @@ def test_inception_gives_2048_features_of_colour_and_grey_images(weights):
 
 
 def test_a_missing_file_is_named_with_where_to_get_it():
-    with pytest.raises(
-        FileNotFoundError, match=r"no\.pth do not exist; get pt_inception-2015-12-05-6726825d\.pth"
-    ):
+    message = r"no\.pth do not exist; get pt_inception-2015-12-05-6726825d\.pth"
+    with pytest.raises(FileNotFoundError, match=message):
         InceptionV3("no.pth")
 
 
@@ -63,8 +63,8 @@ def test_a_search_by_inception_features_runs(weights, mixture, gmm):
             return ((x0 + 1) / 2).clamp(0, 1).reshape(-1, 1, 8, 8).float()
 
     distance = Inception(InceptionV3(weights)).bind(Pixels())
-    problem = Problem(
-        mixture.velocity(None), gmm["z"][:2], FlowSchedule(1.0).nodes(4), Euler(), distance
-    )
+    grid = FlowSchedule(1.0).nodes(4)
+    problem = Problem(mixture.velocity(None), gmm["z"][:2], grid, Euler(), distance)
+
     steps = OSSShared("pinned", None, False, "mean").plan(problem, [2])[2]
     assert steps.num_steps == 2

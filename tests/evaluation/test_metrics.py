@@ -1,6 +1,7 @@
-"""Metrics against other libraries on the same features, closed forms and definitions; any batches, any ranks."""
+"""Metrics equal other libraries, closed forms and definitions, on any batches and ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ F = 16
 
 
 class Pixels(nn.Module):
-    """The pixels themselves as features, and their halves' brightness as the scores of two classes."""
+    """An extractor of the pixels, whose two classes are the brighter half of an image."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
@@ -47,7 +48,7 @@ class Pixels(nn.Module):
 
 
 def images(count: int, seed: int, channels: int = 1, size: int = 4) -> Tensor:
-    """Correlated pixels in [0, 1], of another distribution for every seed."""
+    """Return correlated pixels in [0, 1], with another distribution for every seed."""
     generator = torch.Generator().manual_seed(seed)
     mix = (8 * torch.rand(size * size, size * size, generator=generator)).softmax(dim=1)
     brightness = 0.5 + 2 * torch.rand(size * size, generator=generator)
@@ -56,175 +57,193 @@ def images(count: int, seed: int, channels: int = 1, size: int = 4) -> Tensor:
 
 
 def labels(batch: Tensor) -> Tensor:
+    """Return alternating classes (B,)."""
     return torch.arange(len(batch)) % 2
 
 
 def measure(metric, generated: Tensor, batch: int = 7) -> dict[str, float]:
+    """Return the values of a metric of these images, in batches."""
     classes = labels(generated)
-    for part, wanted in zip(generated.split(batch), classes.split(batch), strict=True):
-        metric.update(part, part, wanted)
+    for part, part_classes in zip(generated.split(batch), classes.split(batch), strict=True):
+        metric.update(part, part, part_classes)
     return metric.compute()
 
 
 @pytest.fixture
 def real(tmp_path) -> Reference:
+    """The statistics of 60 images."""
     return write_statistics(tmp_path / "real.npz", Pixels(), [images(60, seed=1)])
 
 
 def gaussian(mu: np.ndarray, sigma: np.ndarray) -> Reference:
+    """Return statistics without single features."""
     return Reference(Path("gaussian.npz"), mu, sigma, channels=1)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # FID
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
-def test_three_libraries_and_scipy_agree_on_fid(real):
-    generated, truth = images(90, seed=2), images(60, seed=1)
-    found = measure(FID(Pixels(), real, 90), generated)["fid"]
-    other = FrechetInceptionDistance(Pixels(), normalize=True, input_img_size=(1, 4, 4))
-    other.update(truth, real=True)
-    other.update(generated, real=False)
+def fid_of_torchmetrics(generated: Tensor, truth: Tensor) -> float:
+    metric = FrechetInceptionDistance(Pixels(), normalize=True, input_img_size=(1, 4, 4))
+    metric.update(truth, real=True)
+    metric.update(generated, real=False)
+    return metric.compute().item()
+
+
+def fid_of_torch_fidelity(generated: Tensor, truth: Tensor) -> float:
     statistics = [fid_features_to_statistics(x.flatten(1).double()) for x in (generated, truth)]
-    (mu, sigma), (mu_real, sigma_real) = ((s["mu"], s["sigma"]) for s in statistics)
-    definition = ((mu - mu_real) ** 2).sum() + np.trace(
-        sigma + sigma_real - 2 * sqrtm(sigma @ sigma_real).real
-    )
-    assert found > 0.01
-    assert found == pytest.approx(other.compute().item(), rel=1e-3)
-    assert found == pytest.approx(
-        fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID], rel=1e-3
-    )
-    assert found == pytest.approx(definition, rel=1e-6)
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def fid_by_definition(generated: Tensor, truth: Tensor) -> float:
+    features = [x.flatten(1).double().numpy() for x in (generated, truth)]
+    (mu, mu_real) = (x.mean(axis=0) for x in features)
+    (sigma, sigma_real) = (np.cov(x, rowvar=False) for x in features)
+    root = sqrtm(sigma @ sigma_real).real
+    return ((mu - mu_real) ** 2).sum() + np.trace(sigma + sigma_real - 2 * root)
+
+
+def test_three_libraries_and_the_definition_agree_on_fid(real):
+    pair = (images(90, seed=2), images(60, seed=1))
+    fid = measure(FID(Pixels(), real, 90), pair[0])["fid"]
+    assert fid > 0.01
+    assert fid == pytest.approx(fid_of_torchmetrics(*pair), rel=1e-3)
+    assert fid == pytest.approx(fid_of_torch_fidelity(*pair), rel=1e-3)
+    assert fid == pytest.approx(fid_by_definition(*pair), rel=1e-6)
 
 
 def test_fid_of_images_with_themselves_is_zero(real):
-    assert measure(FID(Pixels(), real, None), images(60, seed=1))["fid"] == pytest.approx(
-        0, abs=1e-7
-    )
+    fid = measure(FID(Pixels(), real, None), images(60, seed=1))["fid"]
+    assert fid == pytest.approx(0, abs=1e-7)
 
 
 def test_fid_of_moved_and_scaled_gaussians_is_the_closed_form():
     generated = images(50, seed=3)
     features = generated.flatten(1).double().numpy()
-    mu, sigma = features.mean(axis=0), np.cov(features, rowvar=False)
+    mu = features.mean(axis=0)
+    sigma = np.cov(features, rowvar=False)
+
     moved = measure(FID(Pixels(), gaussian(mu + 0.25, sigma), None), generated)["fid"]
     assert moved == pytest.approx(F * 0.25**2, rel=1e-6)
+
     scaled = measure(FID(Pixels(), gaussian(3 * mu, 9 * sigma), None), generated)["fid"]
     assert scaled == pytest.approx(4 * (mu**2).sum() + 4 * np.trace(sigma), rel=1e-6)
 
 
 def test_batches_do_not_matter_and_a_metric_can_be_used_again(real):
-    generated, metric = images(30, seed=2), FID(Pixels(), real, 30)
+    generated = images(30, seed=2)
+    metric = FID(Pixels(), real, 30)
     first = measure(metric, generated, batch=1)
     metric.reset()
     assert measure(metric, generated, batch=30)["fid"] == pytest.approx(first["fid"], rel=1e-9)
 
 
 def test_a_wrong_number_of_images_is_an_error(real):
-    metric = FID(Pixels(), real, 31)
-    with pytest.raises(
-        ValueError, match=r"FID of 30 images where 31 are expected: .*number of images.*evaluate 31"
-    ):
-        measure(metric, images(30, seed=2))
+    generated = images(30, seed=2)
+    few = r"FID of 30 images where 31 are expected: .*number of images.*evaluate 31"
+    with pytest.raises(ValueError, match=few):
+        measure(FID(Pixels(), real, 31), generated)
     with pytest.raises(ValueError, match="KID of 30 images where 31 are expected"):
-        measure(KID(Pixels(), real, 31), images(30, seed=2))
+        measure(KID(Pixels(), real, 31), generated)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # KID, precision and recall
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_kid_of_everything_is_torchmetrics(real):
-    """A subset as large as the set leaves nothing to chance."""
+    # A subset as large as the set leaves nothing to chance.
     generated = images(60, seed=2)
-    found = measure(KID(Pixels(), real, 60, subsets=3, subset_size=60), generated)
+    result = measure(KID(Pixels(), real, 60, subsets=3, subset_size=60), generated)
     expected = poly_mmd(torch.from_numpy(real.features).double(), generated.flatten(1).double())
-    assert found["kid"] == pytest.approx(expected.item(), rel=1e-3)
-    assert found["kid_std"] == pytest.approx(0, abs=1e-5)
+    assert result["kid"] == pytest.approx(expected.item(), rel=1e-3)
+    assert result["kid_std"] == pytest.approx(0, abs=1e-5)
 
 
 def test_kid_of_subsets_is_torch_fidelitys(real):
     generated = images(90, seed=2)
-    found = measure(KID(Pixels(), real, 90, subsets=50, subset_size=30), generated)
-    options = {
-        "kid_subsets": 50,
-        "kid_subset_size": 30,
-        "rng_seed": 1,
-        "verbose": False,
-    }  # other subsets
-    other = kid_features_to_metric(
-        generated.flatten(1), torch.from_numpy(real.features).float(), **options
+    result = measure(KID(Pixels(), real, 90, subsets=50, subset_size=30), generated)
+    expected = kid_features_to_metric(
+        generated.flatten(1),
+        torch.from_numpy(real.features).float(),
+        kid_subsets=50,
+        kid_subset_size=30,
+        rng_seed=1,
+        verbose=False,
     )
-    error = (found["kid_std"] ** 2 / 50 + other[KEY_METRIC_KID_STD] ** 2 / 50) ** 0.5
-    assert found["kid"] == pytest.approx(other[KEY_METRIC_KID_MEAN], abs=4 * error)
-    assert found["kid_std"] == pytest.approx(other[KEY_METRIC_KID_STD], rel=0.5)
+
+    # The subsets are others.
+    mean = expected[KEY_METRIC_KID_MEAN]
+    deviation = expected[KEY_METRIC_KID_STD]
+    error = (result["kid_std"] ** 2 / 50 + deviation**2 / 50) ** 0.5
+    assert result["kid"] == pytest.approx(mean, abs=4 * error)
+    assert result["kid_std"] == pytest.approx(deviation, rel=0.5)
 
 
 def test_kid_does_not_depend_on_the_order_of_images(real):
     generated = images(40, seed=2)
-    first, second = (
-        measure(KID(Pixels(), real, 40, subsets=5, subset_size=20), x)
-        for x in (generated, generated.flip(0))
-    )
-    assert first == second
+    forward = measure(KID(Pixels(), real, 40, subsets=5, subset_size=20), generated)
+    backward = measure(KID(Pixels(), real, 40, subsets=5, subset_size=20), generated.flip(0))
+    assert forward == backward
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the distances (n, m) of points (n, F) to points (m, F)."""
+    return (a[:, None] - b[None]).norm(dim=-1)
 
 
 def share_within(points: Tensor, manifold: Tensor, k: int) -> float:
-    """Kynkaanniemi et al. 2019, eq. (1): how many points lie in a ball that reaches a neighbour's k-th neighbour."""
-    radius = (
-        (manifold[:, None] - manifold[None]).norm(dim=-1).sort(dim=1).values[:, k]
-    )  # 0 is the point itself
-    return (
-        ((points[:, None] - manifold[None]).norm(dim=-1) <= radius)
-        .any(dim=1)
-        .double()
-        .mean()
-        .item()
-    )
+    """Return the share of points inside a ball of the manifold.
+
+    Kynkaanniemi et al. 2019, eq. (1); a ball reaches to the k-th neighbour of its centre.
+    """
+    radius = distances(manifold, manifold).sort(dim=1).values[:, k]  # 0 is the point itself
+    return (distances(points, manifold) <= radius).any(dim=1).double().mean().item()
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_the_papers_and_torch_fidelitys(real, k):
     generated = torch.cat([images(90, seed=1)[60:], images(20, seed=2) ** 2])
-    found = measure(PrecisionRecall(Pixels(), real, 50, k), generated)
-    features, truth = generated.flatten(1), torch.from_numpy(real.features).float()
-    expected = share_within(features, truth, k), share_within(truth, features, k)
-    assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-6)
-    assert len({0.0, 1.0, *expected}) == 4
-    other = prc_features_to_metric(
+    features = generated.flatten(1)
+    truth = torch.from_numpy(real.features).float()
+    expected = [share_within(features, truth, k), share_within(truth, features, k)]
+    fidelity = prc_features_to_metric(
         features, truth, prc_neighborhood=k, save_cpu_ram=False, verbose=False
     )
-    assert (found["precision"], found["recall"]) == pytest.approx(
-        (other[KEY_METRIC_PRECISION], other[KEY_METRIC_RECALL]), abs=1e-6
-    )
+
+    values = measure(PrecisionRecall(Pixels(), real, 50, k), generated)
+
+    result = [values["precision"], values["recall"]]
+    assert len({0.0, 1.0, *expected}) == 4
+    assert result == pytest.approx(expected, abs=1e-6)
+    assert result[0] == pytest.approx(fidelity[KEY_METRIC_PRECISION], abs=1e-6)
+    assert result[1] == pytest.approx(fidelity[KEY_METRIC_RECALL], abs=1e-6)
 
 
 def test_images_that_are_all_alike_have_precision_and_no_recall(real):
     generated = images(60, seed=1)[:1].expand(10, -1, -1, -1)
-    found = measure(PrecisionRecall(Pixels(), real, 10), generated)
-    assert found["precision"] == 1
-    assert found["recall"] < 0.1
+    values = measure(PrecisionRecall(Pixels(), real, 10), generated)
+    assert values["precision"] == 1
+    assert values["recall"] < 0.1
 
 
-def test_the_extractor_sees_the_very_batch(real):
-    """Several metrics of one extractor can know that they look at the same images."""
+class Witness(Pixels):
+    """An extractor that remembers its last batch."""
 
-    class Witness(Pixels):
-        def forward(self, batch: Tensor) -> Tensor:
-            self.seen = batch
-            return super().forward(batch)
+    def forward(self, batch: Tensor) -> Tensor:
+        self.batch = batch
+        return super().forward(batch)
 
-    reference, batch = (
-        Reference(real.path, real.mu, real.sigma, channels=1, features=real.features),
-        images(3, seed=2),
-    )
-    for kind in (FID, KID, PrecisionRecall):
-        metric = kind(Witness(), reference, None)
-        metric.update(batch, batch, labels(batch))
-        assert metric.extractor.seen is batch
+
+@pytest.mark.parametrize("kind", [FID, KID, PrecisionRecall])
+def test_metrics_of_one_extractor_give_it_the_same_batch(kind, real):
+    batch = images(3, seed=2)
+    metric = kind(Witness(), replace(real, extractor=None), None)
+    metric.update(batch, batch, labels(batch))
+    assert metric.extractor.batch is batch
 
 
 @pytest.mark.parametrize(
@@ -240,33 +259,29 @@ def test_the_extractor_sees_the_very_batch(real):
         ),
     ],
 )
-def test_too_few_images(real, metric, message):
+def test_too_few_images_are_an_error(real, metric, message):
     with pytest.raises(ValueError, match=message):
         measure(metric(real), images(30, seed=2))
 
 
 @pytest.mark.parametrize("kind", [KID, PrecisionRecall])
 def test_published_statistics_have_no_single_features(kind):
-    with pytest.raises(
-        ValueError, match=r"needs single features, but gaussian\.npz has only .*write_statistics"
-    ):
+    message = r"needs single features, but gaussian\.npz has only .*write_statistics"
+    with pytest.raises(ValueError, match=message):
         kind(Pixels(), gaussian(np.zeros(F), np.eye(F)), None)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Ranks
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
-SHARES = {1: [30], 2: [11, 19], 4: [8, 13, 9, 0]}  # a rank may have nothing
+SHARES = {2: [11, 19], 4: [8, 13, 9, 0]}  # images of each rank, which may have none
 
 
-def measure_all(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world
-        )
-    real, extractor = Reference.load(Path(folder) / "real.npz"), Pixels()
+def all_values(folder: Path, part: slice, batch: int) -> dict[str, float]:
+    """Return the values of every metric, of which this rank has a part of the images."""
+    real = Reference.load(folder / "real.npz")
+    extractor = Pixels()
     metrics = [
         FID(extractor, real, 30),
         KID(extractor, real, 30, subsets=5, subset_size=20),
@@ -274,39 +289,46 @@ def measure_all(rank: int, world: int, folder: str) -> None:
         ClassAgreement(extractor),
     ]
     generated = images(30, seed=2)
-    mine, classes = (
-        generated.split(SHARES[world])[rank],
-        labels(generated).split(SHARES[world])[rank],
-    )
-    found = {}
+    indices = torch.arange(30)[part]
+
+    values = {}
     for metric in metrics:
-        for part, wanted in zip(mine.split(4), classes.split(4), strict=True):
-            if len(mine):
-                metric.update(part, part, wanted)
-        found |= metric.compute()
-    (Path(folder) / f"found{world}_{rank}.json").write_text(json.dumps(found))
-    if world > 1:
-        dist.destroy_process_group()
+        for numbers in indices.split(batch):
+            if len(numbers):
+                metric.update(generated[numbers], generated[numbers], labels(generated)[numbers])
+        values |= metric.compute()
+    return values
+
+
+def measure_on_rank(rank: int, world: int, folder: str) -> None:
+    """Write the values of every metric, measured together with the other ranks."""
+    torch.set_num_threads(1)
+    place = f"file://{folder}/rendezvous{world}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+    first = sum(SHARES[world][:rank])
+    part = slice(first, first + SHARES[world][rank])
+    values = all_values(Path(folder), part, batch=4)
+    (Path(folder) / f"values{world}_{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_any_number_of_ranks_gives_the_same_numbers(real):
     folder = real.path.parent
-    measure_all(0, 1, str(folder))
-    for world in (2, 4):
-        run_ranks(measure_all, world, world, str(folder))
-    alone = json.loads((folder / "found1_0.json").read_text())
-    assert alone.keys() == {"fid", "kid", "kid_std", "precision", "recall", "class_agreement"}
-    for world in (2, 4):
+    expected = all_values(folder, slice(0, 30), batch=4)
+    assert expected.keys() == {"fid", "kid", "kid_std", "precision", "recall", "class_agreement"}
+
+    for world in SHARES:
+        run_ranks(measure_on_rank, world, world, str(folder))
         for rank in range(world):
-            found = json.loads((folder / f"found{world}_{rank}.json").read_text())
-            assert found == pytest.approx(alone, rel=1e-6)
+            values = json.loads((folder / f"values{world}_{rank}.json").read_text())
+            assert values == pytest.approx(expected, rel=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Means over images
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_class_agreement_counts_images():
@@ -322,31 +344,37 @@ def test_class_agreement_counts_images():
 @pytest.mark.parametrize("label", [-1, 2])
 def test_class_agreement_needs_the_classifiers_classes(label):
     batch = images(2, seed=0)
-    with pytest.raises(
-        ValueError, match=rf"class from 0 to 1 .* got \[.*{label}.*; set data\.classes"
-    ):
+    message = rf"class from 0 to 1 .* got \[.*{label}.*; set data\.classes"
+    with pytest.raises(ValueError, match=message):
         ClassAgreement(Pixels()).update(batch, batch, torch.tensor([0, label]))
+
+
+ALEXNET = "alexnet-owt-7be5be79.pth"
 
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory) -> Path:
-    """torchvision's file with random convolutions alone, all that LPIPS reads; a whole one lies where torch looks."""
+    """torchvision's file with random convolutions alone, which is all that LPIPS reads.
+
+    The file with all keys lies where torchmetrics looks, in `checkpoints` beside its folder.
+    """
     hub = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    state = torchvision.models.alexnet().state_dict()
-    convolutions = {name: value for name, value in state.items() if name.startswith("features")}
-    rest = {
-        name: torch.zeros(()).expand(value.shape)
-        for name, value in state.items()
-        if name not in convolutions
-    }
-    for folder, content in {"checkpoints": convolutions | rest, "own": convolutions}.items():
+    convolutions = {}
+    zeros = {}
+    for name, value in torchvision.models.alexnet().state_dict().items():
+        if name.startswith("features"):
+            convolutions[name] = value
+        else:
+            zeros[name] = torch.zeros(()).expand(value.shape)
+    for folder, content in {"checkpoints": convolutions | zeros, "own": convolutions}.items():
         (hub / folder).mkdir()
-        torch.save(content, hub / folder / "alexnet-owt-7be5be79.pth")
-    return hub / "own" / "alexnet-owt-7be5be79.pth"
+        torch.save(content, hub / folder / ALEXNET)
+    return hub / "own" / ALEXNET
 
 
 def lpips_of_torchmetrics(alexnet: Path, a: Tensor, b: Tensor) -> float:
+    """Return the LPIPS of torchmetrics with the same weights."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(alexnet.parent.parent)
     try:
@@ -359,55 +387,70 @@ def lpips_of_torchmetrics(alexnet: Path, a: Tensor, b: Tensor) -> float:
 def test_lpips_is_torchmetrics_without_a_download(alexnet):
     a, b = torch.rand(2, 5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     metric = LPIPS(str(alexnet), "alex")
+
     for part in (slice(0, 3), slice(3, 5)):
         metric.update(a[part], b[part], labels(a[part]))
-    found = metric.compute()["lpips"]
-    assert found == pytest.approx(lpips_of_torchmetrics(alexnet, a, b), rel=1e-5)
-    assert found > 0
+    lpips = metric.compute()["lpips"]
+    assert lpips > 0
+    assert lpips == pytest.approx(lpips_of_torchmetrics(alexnet, a, b), rel=1e-5)
+
     metric.reset()
     metric.update(a, a, labels(a))
     assert metric.compute() == {"lpips": 0.0}
 
 
+def enlarged(x: Tensor) -> Tensor:
+    """Return grey images (B, 1, 16, 8) as RGB images (B, 3, 128, 64)."""
+    rgb = x.expand(-1, 3, -1, -1)
+    return nn.functional.interpolate(rgb, (128, 64), mode="bilinear", align_corners=False)
+
+
 @pytest.mark.slow
 def test_lpips_of_small_grey_images_is_of_enlarged_rgb_ones(alexnet):
-    a, b = images(3, 1, size=16), images(3, 2, size=16)
+    a = images(3, 1, size=16)[..., :8]
+    b = images(3, 2, size=16)[..., :8]
     metric = LPIPS(str(alexnet), "alex")
-    metric.update(a[..., :8], b[..., :8], labels(a))
-    large = [
-        nn.functional.interpolate(
-            x[..., :8].expand(-1, 3, -1, -1), (128, 64), mode="bilinear", align_corners=False
-        )
-        for x in (a, b)
-    ]
-    assert metric.compute()["lpips"] == pytest.approx(
-        lpips_of_torchmetrics(alexnet, *large), rel=1e-5
-    )
+    metric.update(a, b, labels(a))
+    expected = lpips_of_torchmetrics(alexnet, enlarged(a), enlarged(b))
+    assert metric.compute()["lpips"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lpips_without_its_file_says_where_to_get_it():
+    message = r"no\.pth do not exist; get https://.*/vgg16-397923af\.pth"
+    with pytest.raises(FileNotFoundError, match=message):
+        LPIPS("no.pth", "vgg")
 
 
 @pytest.mark.slow
-def test_lpips_says_which_file_it_needs(alexnet, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no\.pth do not exist; get https://.*/vgg16-397923af\.pth"
-    ):
-        LPIPS("no.pth", "vgg")
-    with pytest.raises(ValueError, match="net must be one of alex, vgg, got 'squeeze'"):
-        LPIPS(str(alexnet), "squeeze")
-    with pytest.raises(ValueError, match=r"is not torchvision's vgg16-397923af\.pth"):
-        LPIPS(str(alexnet), "vgg")
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ("squeeze", "net must be one of alex, vgg, got 'squeeze'"),
+        ("vgg", r"is not torchvision's vgg16-397923af\.pth"),
+    ],
+)
+def test_lpips_of_another_network_than_its_file_is_refused(net, message, alexnet):
+    with pytest.raises(ValueError, match=message):
+        LPIPS(str(alexnet), net)
+
+
+def test_lpips_with_other_weights_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(
-        ValueError, match=r"other\.pth is not torchvision's alexnet.*features\.0\.weight"
-    ):
+    message = r"other\.pth is not torchvision's alexnet.*features\.0\.weight"
+    with pytest.raises(ValueError, match=message):
         LPIPS(str(tmp_path / "other.pth"), "alex")
+
+
+@pytest.mark.slow
+def test_lpips_with_a_truncated_file_is_refused(alexnet, tmp_path):
     (tmp_path / "cut.pth").write_bytes(alexnet.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"cut\.pth cannot be read .*; get https://.* again"):
         LPIPS(str(tmp_path / "cut.pth"), "alex")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Bad batches
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -426,7 +469,7 @@ def test_lpips_says_which_file_it_needs(alexnet, tmp_path):
         (images(3, 0, size=5), r"has 16 features an image, the extractor gives \(25,\)"),
     ],
 )
-def test_batches_that_cannot_be_compared(real, batch, message):
+def test_batches_that_cannot_be_compared_are_refused(real, batch, message):
     with pytest.raises(ValueError, match=message):
         FID(Pixels(), real, None).update(batch, batch, labels(batch))
 
@@ -439,7 +482,8 @@ def test_published_statistics_are_of_rgb_images():
 
 
 def test_images_teacher_and_labels_belong_together(real):
-    metric, batch = FID(Pixels(), real, None), images(3, 0)
+    metric = FID(Pixels(), real, None)
+    batch = images(3, 0)
     with pytest.raises(ValueError, match=r"\(3, 1, 4, 4\), \(2, 1, 4, 4\) and \(3,\)"):
         metric.update(batch, batch[:2], labels(batch))
     with pytest.raises(ValueError, match=r"and \(2,\)"):
@@ -449,18 +493,16 @@ def test_images_teacher_and_labels_belong_together(real):
 
 
 def test_statistics_of_another_extractor_are_refused(tmp_path):
-    reference = write_statistics(
-        tmp_path / "s.npz", nn.Sequential(nn.Flatten(), nn.Linear(F, F)), [images(9, 0)]
-    )
-    with pytest.raises(
-        ValueError, match=r"was made with Sequential .*, but the extractor is Pixels "
-    ):
+    other = nn.Sequential(nn.Flatten(), nn.Linear(F, F))
+    reference = write_statistics(tmp_path / "s.npz", other, [images(9, 0)])
+    message = r"was made with Sequential .*, but the extractor is Pixels "
+    with pytest.raises(ValueError, match=message):
         FID(Pixels(), reference, None)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("kind", [FID, PrecisionRecall])
-def test_no_images(real, kind):
+def test_a_metric_of_no_images_is_an_error(real, kind):
     empty = images(0, 0)
     metric = kind(Pixels(), real, None)
     metric.update(empty, empty, labels(empty))
@@ -469,6 +511,6 @@ def test_no_images(real, kind):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_no_mean_of_no_images():
+def test_a_mean_over_no_images_is_an_error():
     with pytest.raises(ValueError, match="ClassAgreement has seen no images"):
         ClassAgreement(Pixels()).compute()

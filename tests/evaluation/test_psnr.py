@@ -11,6 +11,7 @@ from oss_exp.evaluation.psnr import Interval, psnr
 
 
 def pictures(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random images and references in [0, 1]."""
     images, reference = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     return images, reference
 
@@ -45,14 +46,13 @@ def test_a_tenth_of_the_error_is_20_db_up_to_a_ceiling_of_120(error, decibels):
 
 
 @pytest.mark.parametrize("n", [2, 3, 30, 400])
-def test_interval_equals_scipy(n):
+def test_an_interval_equals_scipys(n):
     values = np.random.default_rng(0).normal(25, 3, n)
     interval = Interval.of(values)
     low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
     assert interval.n == n
-    np.testing.assert_allclose(
-        [interval.mean, interval.low, interval.high], [values.mean(), low, high], rtol=1e-12
-    )
+    bounds = [interval.low, interval.mean, interval.high]
+    np.testing.assert_allclose(bounds, [low, values.mean(), high], rtol=1e-12)
 
 
 def test_one_value_has_a_mean_but_no_interval():

@@ -1,4 +1,4 @@
-"""GenEval's rules against the published program's verdicts (oracles I)."""
+"""GenEval's rules against the verdicts of the published program (oracles I)."""
 
 import json
 import re
@@ -15,7 +15,7 @@ CASES = KNOWN["hand_cases"] + KNOWN["random_cases"] + KNOWN["max_overlap_option"
 
 
 def plain(reason: str) -> set:
-    """Two relations have no order in the original."""
+    """Return the parts of a reason as sets, since two relations have no order in the original."""
     return {frozenset(re.split(r" and |, found ", line)) for line in reason.split("\n") if line}
 
 
@@ -26,52 +26,53 @@ def test_verdicts_of_the_original(number):
     def colour_of(name: str, box) -> str:
         return case["colors"][name][case["raw"][name].index(box)]
 
-    verdict = judge(
-        case["metadata"], case["raw"], colour_of, Rules(max_overlap=case.get("max_overlap", 1.0))
-    )
+    rules = Rules(max_overlap=case.get("max_overlap", 1.0))
+    verdict = judge(case["metadata"], case["raw"], colour_of, rules)
+
+    objects = {name: [list(box) for box in boxes] for name, boxes in verdict.objects.items()}
     assert verdict.correct == case["correct"]
     assert plain("\n".join(verdict.reasons)) == plain(case["reason"])
-    assert {name: [list(box) for box in boxes] for name, boxes in verdict.objects.items()} == case[
-        "detected"
-    ]
+    assert objects == case["detected"]
 
 
-def test_boxes_of_the_original():
+def test_overlaps_and_relations_of_the_original():
     for case in KNOWN["compute_iou"]:
         assert iou(case["a"], case["b"]) == pytest.approx(case["iou"], rel=1e-12)
     for case in KNOWN["relative_position"]:
-        assert (
-            sorted(relative_position(case["a"], case["b"], case["threshold"]))
-            == case["relations_of_a_to_b"]
-        )
+        relations = relative_position(case["a"], case["b"], case["threshold"])
+        assert sorted(relations) == case["relations_of_a_to_b"]
 
 
 def test_scores_of_the_original():
     cases = KNOWN["random_cases"]
-    found = scores([case["metadata"]["tag"] for case in cases], [case["correct"] for case in cases])
     text = KNOWN["summary_stdout_of_random_cases"]
+    tags = [case["metadata"]["tag"] for case in cases]
+    result = scores(tags, [case["correct"] for case in cases])
+
     for task in TASKS:
         share, right, count = re.search(rf"{task} += ([\d.]+)% \((\d+) / (\d+)\)", text).groups()
-        assert 100 * found[task].mean == pytest.approx(float(share), abs=0.005)
-        assert found[task].n == int(count)
-        assert found[task].mean * found[task].n == pytest.approx(int(right))
-    assert found["overall"].mean == pytest.approx(
-        float(re.search(r"over tasks\): ([\d.]+)", text)[1]), abs=5e-6
-    )
+        assert 100 * result[task].mean == pytest.approx(float(share), abs=0.005)
+        assert result[task].n == int(count)
+        assert result[task].mean * result[task].n == pytest.approx(int(right))
+    overall = float(re.search(r"over tasks\): ([\d.]+)", text)[1])
+    assert result["overall"].mean == pytest.approx(overall, abs=5e-6)
 
 
 @pytest.mark.slow
-def test_the_interval_of_the_overall_score_covers_it():
-    """Of many draws with known shares, 95 % of the intervals hold the true mean of the six."""
-    draw, truth, inside = np.random.default_rng(0), np.array([0.95, 0.8, 0.7, 0.75, 0.2, 0.4]), 0
+def test_95_percent_of_the_intervals_hold_the_true_overall_score():
+    draw = np.random.default_rng(0)
+    shares = np.array([0.95, 0.8, 0.7, 0.75, 0.2, 0.4])
     tags = np.repeat(TASKS, 80)
+
+    inside = 0
     for _ in range(400):
-        found = scores(tags, draw.random(480) < np.repeat(truth, 80))["overall"]
-        inside += found.low <= truth.mean() <= found.high
+        overall = scores(tags, draw.random(480) < np.repeat(shares, 80))["overall"]
+        inside += overall.low <= shares.mean() <= overall.high
+
     assert 0.92 <= inside / 400 <= 0.98
 
 
-def test_the_published_prompts():
+def test_the_published_prompts_are_read():
     records = read_metadata(ORACLES / "geneval_prompts.jsonl")
     assert Counter(record["tag"] for record in records) == {
         "single_object": 80,
@@ -100,7 +101,8 @@ def test_the_published_prompts():
             "field `include` must be a list of at least 1",
         ),
         (
-            '{"tag": "position", "include": [{"class": "car", "count": 1, "position": ["above", 0]}], "prompt": "a"}',
+            '{"tag": "position", "include": [{"class": "car", "count": 1, '
+            '"position": ["above", 0]}], "prompt": "a"}',
             "field `include` must relate objects to those of an earlier clause",
         ),
         (
@@ -113,5 +115,8 @@ def test_other_files_are_refused(text, message, tmp_path):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path / "p.jsonl")
+
+
+def test_an_absent_file_is_named_with_its_source(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"evaluation_metadata\.jsonl from github"):
         read_metadata(tmp_path / "absent.jsonl")

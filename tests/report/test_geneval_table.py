@@ -1,4 +1,6 @@
-"""Table 7 of the paper from its own numbers."""
+"""Table 7 of the paper, written from its own numbers."""
+
+import pytest
 
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.geneval.rules import TASKS, scores
@@ -15,26 +17,27 @@ PAPER = {  # arXiv 2503.21774, table 7: overall, then the six
 COUNTS = (320, 396, 320, 376, 400, 400)  # four pictures of each prompt
 
 
+def scored(shares: tuple[float, ...]) -> dict[str, Interval]:
+    """Return the scores of verdicts of which these shares of each task are correct."""
+    tags = []
+    correct = []
+    for task, share, count in zip(TASKS, shares, COUNTS, strict=True):
+        tags += [task] * count
+        correct += [i < round(share * count) for i in range(count)]
+    values = scores(tags, correct).items()
+    return {name: Interval(value.mean, None, None, value.n) for name, value in values}
+
+
 def test_the_papers_numbers_give_the_papers_table():
-    """The shares are of whole pictures: counted back, scored and printed, they are the printed ones."""
-    rows = {}
-    for method, (steps, _, shares) in PAPER.items():
-        tags = [task for task, count in zip(TASKS, COUNTS, strict=True) for _ in range(count)]
-        correct = [
-            i < round(share * n) for share, n in zip(shares, COUNTS, strict=True) for i in range(n)
-        ]
-        found = scores(tags, correct)
-        rows[method.strip() + " " * method.count(" ")] = (
-            steps,
-            {name: Interval(each.mean, None, None, each.n) for name, each in found.items()},
-        )
-    lines = table(rows).splitlines()
-    assert (
-        lines[0]
-        == "| method (steps) | overall | single | two | counting | colors | position | color attr |"
-    )
-    for line, (method, (steps, overall, shares)) in zip(lines[2:], PAPER.items(), strict=True):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[0] == f"{method} ({steps})"
-        for cell, share in zip(cells[1:], (overall, *shares), strict=True):
-            assert abs(float(cell) - share) <= 0.00101  # both are rounded
+    rows = {method: (steps, scored(shares)) for method, (steps, _, shares) in PAPER.items()}
+
+    header, _, *lines = table(rows).splitlines()
+
+    titles = "method (steps) | overall | single | two | counting | colors | position | color attr"
+    assert header == f"| {titles} |"
+    for line, (method, (steps, overall, shares)) in zip(lines, PAPER.items(), strict=True):
+        label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert label == f"{method} ({steps})"
+        assert [float(cell) for cell in cells] == pytest.approx(
+            (overall, *shares), rel=0, abs=0.00101
+        )  # both are rounded

@@ -1,4 +1,4 @@
-"""The W&B report is built without the network, of the very keys that a run logs."""
+"""The W&B report is built without the network, from the keys that a run logs."""
 
 import json
 import sys
@@ -19,125 +19,157 @@ RUN = [
     "num_steps=[2,3]",
     "stepsize=[ddim,oss_shared]",
     "logger=wandb",
+    "data.search_samples=2",
+    "data.eval_samples=4",
+    "metric=[fid]",
 ]
-RUN += ["data.search_samples=2", "data.eval_samples=4", "metric=[fid]"]
 
 
 def records(file: Path) -> list[Record]:
-    """Of a .wandb file when it is whole: W&B's own process still writes when the run has ended."""
-    until = time.monotonic() + 30
-    while not (found := records_now(file)) or not found[-1].HasField("exit"):
-        assert time.monotonic() < until, f"{file} has no end"
+    """Return the records of a .wandb file once W&B's own process has written the last one."""
+    limit = time.monotonic() + 30
+    result = written_records(file)
+    while not result or not result[-1].HasField("exit"):
+        assert time.monotonic() < limit, f"{file} has no end"
         time.sleep(0.05)
-    return found
+        result = written_records(file)
+    return result
 
 
-def records_now(file: Path) -> list[Record]:
-    """Of a LevelDB log in blocks of 32 KiB, records in parts of checksum, length and kind."""
-    data, found, part, place = file.read_bytes(), [], b"", 7
+def written_records(file: Path) -> list[Record]:
+    """Return the whole records of a LevelDB log.
+
+    Its blocks have 32 KiB after a head of 7 bytes, and its records come in parts of checksum (4),
+    length (2), kind (1) and content.
+    """
+    data = file.read_bytes()
+    result = []
+    record = b""
+    place = 7
     while place + 7 <= len(data):
-        if (left := 2**15 - place % 2**15) < 7:
-            place += left
+        room = 2**15 - place % 2**15
+        if room < 7:
+            place += room
             continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        part += data[place + 7 : place + 7 + length]
+        length = int.from_bytes(data[place + 4 : place + 6], "little")
+        kind = data[place + 6]
+        record += data[place + 7 : place + 7 + length]
         place += 7 + length
         if place > len(data):
             break
-        if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(part))
-            part = b""
-    return found
+        if kind in (1, 4):  # a whole record, or the last part of one
+            result.append(Record.FromString(record))
+            record = b""
+    return result
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory) -> dict:
-    """What a small run tells W&B: {key: value, or its parts by name}, and of charts {"_wandb": {key: panel}}."""
+def run_records(tmp_path_factory) -> list[Record]:
+    """The records that a small run writes for W&B."""
     folder = tmp_path_factory.mktemp("wandb")
     run_cli(*RUN, f"hydra.run.dir={folder}")
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    found = {"_wandb": {}}
-    for record in records(file):
+    return records(file)
+
+
+@pytest.fixture(scope="module")
+def logged(run_records) -> dict:
+    """The logged values by their keys; of nested keys, their parts by name."""
+    result = {}
+    for record in run_records:
         for item in record.history.item:
             key, *part = item.nested_key
             value = json.loads(item.value_json)
-            found[key] = {**found.get(key, {}), part[0]: value} if part else value
+            result[key] = {**result.get(key, {}), part[0]: value} if part else value
+    return result
+
+
+@pytest.fixture(scope="module")
+def charts_of_the_run(run_records) -> dict:
+    """W&B's own panels of the charts of the run, by their titles."""
+    result = {}
+    for record in run_records:
         for item in record.config.update:
             if item.nested_key[:2] == ["_wandb", "visualize"]:
-                found["_wandb"][item.nested_key[2]] = json.loads(item.value_json)["panel_config"]
-    return found
+                result[item.nested_key[2]] = json.loads(item.value_json)["panel_config"]
+    return result
 
 
-def dumped(panel) -> dict:
-    return panel._to_model().config.model_dump(by_alias=True, exclude_none=True)
+def grids(report) -> list:
+    """Return the grids of panels of a report."""
+    return [block for block in report.blocks if isinstance(block, wr.PanelGrid)]
 
 
-def panels(report) -> list:
-    return [
-        panel
-        for block in report.blocks
-        if isinstance(block, wr.PanelGrid)
-        for panel in block.panels
-    ]
+def panels(report, kind: type = object) -> list:
+    """Return the panels of a report, or those of one kind."""
+    return [panel for grid in grids(report) for panel in grid.panels if isinstance(panel, kind)]
+
+
+@pytest.fixture
+def report():
+    """The report of a project."""
+    return wandb_report.build("them", "steps", None, ["psnr", "fid"])
 
 
 @pytest.mark.slow
-def test_the_panels_show_what_the_logger_writes(logged):
-    found = panels(wandb_report.build("them", "steps", None, ["psnr", "fid"]))
-    charts = [panel for panel in found if isinstance(panel, wr.CustomChart)]
-    tables = [panel.query["summaryTable"]["tableKey"] for panel in charts]
+def test_the_panels_show_keys_that_the_logger_writes(report, logged):
+    charts = panels(report, wr.CustomChart)
+    tables = [chart.query["summaryTable"]["tableKey"] for chart in charts]
+    (table,) = [panel.table_name for panel in panels(report, wr.WeavePanelSummaryTable)]
+    media = [key for browser in panels(report, wr.MediaBrowser) for key in browser.media_keys]
+
     assert tables == ["psnr against K_table", "fid against K_table", "cost per round_table"]
-    (table,) = [panel.table_name for panel in found if isinstance(panel, wr.WeavePanelSummaryTable)]
-    media = [
-        key for panel in found if isinstance(panel, wr.MediaBrowser) for key in panel.media_keys
-    ]
     assert {logged[key]["_type"] for key in (*tables, table)} == {"table-file"}
     assert [logged[key]["_type"] for key in media] == ["images/separated"] * 2
-    assert sum(isinstance(panel, wr.RunComparer) for panel in found) == 1
-    for panel in charts:
-        ours, own = (
-            panel._to_model().config,
-            logged["_wandb"][panel.chart_strings["title"]],
-        )  # W&B's for the run's page
-        assert (ours.panel_def_id, ours.field_settings) == (own["panelDefId"], own["fieldSettings"])
-        asked, queried = (
-            [*query["userQuery"]["queryFields"][0]["fields"]] for query in (dumped(panel), own)
-        )
-        keys = [
-            [each["args"] for each in fields if each["name"] == "summaryTable"]
-            for fields in (asked, queried)
-        ]
-        assert keys[0][0][0]["value"] == keys[1][0][0]["value"]
+    assert len(panels(report, wr.RunComparer)) == 1
+
+
+def table_key(panel: dict) -> str:
+    """Return the key of the table that a chart asks for."""
+    fields = panel["userQuery"]["queryFields"][0]["fields"]
+    table = next(field for field in fields if field["name"] == "summaryTable")
+    return table["args"][0]["value"]
+
+
+@pytest.mark.slow
+def test_the_charts_are_those_of_the_page_of_a_run(report, charts_of_the_run):
+    for chart in panels(report, wr.CustomChart):
+        config = chart._to_model().config
+        expected = charts_of_the_run[chart.chart_strings["title"]]
+        query = config.model_dump(by_alias=True, exclude_none=True)
+        assert config.panel_def_id == expected["panelDefId"]
+        assert config.field_settings == expected["fieldSettings"]
+        assert table_key(query) == table_key(expected)
 
 
 def test_a_report_of_a_sweep_has_its_runs_only():
     report = wandb_report.build("them", "steps", "2026-01-01/many", ["psnr"])
-    sets = [
-        runs for block in report.blocks if isinstance(block, wr.PanelGrid) for runs in block.runsets
-    ]
+    sets = [runs for grid in grids(report) for runs in grid.runsets]
+    group = "Metric(\"Group\") == '2026-01-01/many'"
+
     assert {(runs.entity, runs.project, runs.filters) for runs in sets} == {
-        ("them", "steps", "Metric(\"Group\") == '2026-01-01/many'")
+        ("them", "steps", group)
     }
     assert all(panel._to_model() for panel in panels(report))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["them/steps"],
-            r"cannot be saved to them/steps: nobody is logged in\n.*wandb login.*task=report sweep=FOLDER",
-        ),
-        (["steps"], "2"),
-        (["them/steps/more"], "2"),
-    ],
-)
-def test_without_a_login_it_says_what_to_do(arguments, message, monkeypatch, capsys):
+@pytest.fixture
+def nobody(monkeypatch):
+    """Nobody is logged in at W&B."""
     monkeypatch.setattr("wandb.login", lambda **_: False)
-    with pytest.raises(SystemExit, match=message):
-        wandb_report.main(arguments)
-    if message == "2":
-        assert "ENTITY/PROJECT is wanted" in capsys.readouterr().err
+
+
+def test_without_a_login_it_says_what_to_do(nobody):
+    message = r"cannot be saved to them/steps: nobody is logged in\n.*wandb login.*"
+    with pytest.raises(SystemExit, match=message + "task=report sweep=FOLDER"):
+        wandb_report.main(["them/steps"])
+
+
+@pytest.mark.parametrize("project", ["steps", "them/steps/more"])
+def test_other_names_of_a_project_are_refused(project, nobody, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        wandb_report.main([project])
+    assert "ENTITY/PROJECT is wanted" in capsys.readouterr().err
 
 
 def test_without_its_package_it_names_the_extra(monkeypatch):

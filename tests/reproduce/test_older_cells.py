@@ -1,4 +1,4 @@
-"""Cells of earlier versions are found by what they computed, whatever their names; changed ones are not."""
+"""Cells of earlier versions are found by what they computed, whatever they are called."""
 
 import json
 import shutil
@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import run_cli
-from hydra import initialize_config_dir
+from helpers import metrics_of, run_cli
 from hydra.core.global_hydra import GlobalHydra
 
-from oss_exp.cli import CONF
 from oss_exp.files import ASSETS
 from oss_exp.names import GONE
 from oss_exp.reproduce.cells import Cell, make
@@ -20,19 +18,26 @@ from oss_exp.reproduce.plans import TABLES
 from oss_exp.reproduce.values import psnr
 from oss_exp.tasks.older_configs import canonical, changed
 
+pytestmark = pytest.mark.usefixtures("composing")
 OLD = Path(__file__).parent / "version_0_1"
 CONFIGURATIONS = json.loads((OLD / "configurations.json").read_text())
-BASE = ["model=mixture_digits", "noise_schedule=ddim"]
-BASE += ["data.search_samples=4", "data.eval_samples=4", "data.per_sample=4"]
+BASE = [
+    "model=mixture_digits",
+    "noise_schedule=ddim",
+    "data.search_samples=4",
+    "data.eval_samples=4",
+    "data.per_sample=4",
+]
 SEARCH = [*BASE, "task=search", "stepsize=[oss,oss_ave]", "num_steps=[5]", "num_teacher_steps=20"]
-EVALUATION = [*BASE, "task=evaluate", "num_teacher_steps=40", "num_steps=[5]"]
-EVALUATION += [f"task.schedule={PARENT}/schedules/oss_ave_5.json"]
-
-
-@pytest.fixture(autouse=True)
-def composing():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+EVALUATION = [
+    *BASE,
+    "task=evaluate",
+    "num_teacher_steps=40",
+    "num_steps=[5]",
+    f"task.schedule={PARENT}/schedules/oss_ave_5.json",
+]
+SEARCHED = "d9954cc975e95b73"  # the folders of the two real cells
+EVALUATED = "f3024344025e87c6"
 
 
 @pytest.fixture
@@ -42,33 +47,37 @@ def root(tmp_path: Path) -> Path:
 
 
 def evaluation(*more: str, search: tuple[str, ...] = ()) -> Cell:
+    """Return the cell of the evaluation, and of the search that it starts from."""
     return Cell.of(*EVALUATION, *more, parent=Cell.of(*SEARCH, *search))
 
 
-def test_real_cells_are_not_made_anew(root, monkeypatch):
+def test_real_cells_are_not_run_again(root, monkeypatch):
     def run(*_):
         raise AssertionError("a run was started")
 
     monkeypatch.setattr("oss_exp.reproduce.cells._make", run)
     cell = evaluation()
+
     assert make([cell], root, jobs=1) == {}
-    assert cell.folder(root).name == "f3024344025e87c6"
-    assert cell.parent.folder(root).name == "d9954cc975e95b73"
-    assert cell.key not in ("f3024344025e87c6", "d9954cc975e95b73")
-    written = json.loads((root / "f3024344025e87c6" / "metrics.json").read_text())["rows"][0][
-        "psnr"
-    ]
-    assert psnr("oss_ave", 5)(cell.folder(root)).interval.mean == written["mean"]
+    assert cell.folder(root).name == EVALUATED
+    assert cell.parent.folder(root).name == SEARCHED
+    assert cell.key not in (EVALUATED, SEARCHED)
+    metrics = metrics_of(root / EVALUATED)
+    mean = metrics["rows"][0]["psnr"]["mean"]
+    assert psnr("oss_ave", 5)(cell.folder(root)).interval.mean == mean
 
 
-def test_what_no_result_depends_on_may_differ(root):
-    for more in (
-        ["trainer=ddp_spawn_cpu"],
-        ["keep_calls=false"],
-        ["offload_states=true"],
-        ["paths.data_dir=elsewhere"],
-    ):
-        assert evaluation(*more).folder(root).name == "f3024344025e87c6"
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "trainer=ddp_spawn_cpu",
+        "keep_calls=false",
+        "offload_states=true",
+        "paths.data_dir=elsewhere",
+    ],
+)
+def test_a_setting_that_no_result_depends_on_may_differ(setting, root):
+    assert evaluation(setting).folder(root).name == EVALUATED
 
 
 @pytest.mark.slow
@@ -95,33 +104,34 @@ def test_another_parent_is_another_cell(root):
 
 @pytest.mark.slow
 def test_a_new_run_goes_on_from_an_older_one(root):
-    cell = Cell.of(
-        *EVALUATION, "num_teacher_steps=30", "evaluation.trajectories=0", parent=Cell.of(*SEARCH)
-    )
+    other = ["num_teacher_steps=30", "evaluation.trajectories=0"]
+    cell = Cell.of(*EVALUATION, *other, parent=Cell.of(*SEARCH))
+
     assert make([cell], root, jobs=1) == {}
+
     record = json.loads((root / cell.key / "cell.json").read_text())
-    assert record["parent"] == "d9954cc975e95b73"
+    assert record["parent"] == SEARCHED
     assert record["files"] == cell.files
-    assert set(record["files"]) >= {"mixture_digits.safetensors"}
+    assert "mixture_digits.safetensors" in record["files"]
 
 
 def test_other_shipped_weights_make_another_cell(root, tmp_path, monkeypatch):
     assets = Path(shutil.copytree(ASSETS, tmp_path / "assets"))
     (assets / "mixture_digits.safetensors").write_bytes(b"other")
     monkeypatch.setattr("oss_exp.reproduce.older_cells.ASSETS", assets)
-    cell = evaluation(
-        "data.batch_size=64"
-    )  # the default, so the same cell, but not one that was looked at before
+    cell = evaluation("data.batch_size=64")  # the default, but nothing of this cell is cached
     assert cell.folder(root).name == cell.key
 
 
 @pytest.mark.slow
 def test_an_older_run_goes_on_by_its_own_command(root, capsys):
-    folder = root / "d9954cc975e95b73"
+    folder = root / SEARCHED
     before = {path: path.stat().st_mtime_ns for path in folder.glob("schedules/*.json")}
     GlobalHydra.instance().clear()
+
     run_cli(*SEARCH, "logger=none", f"hydra.run.dir={folder}")
     assert {path: path.stat().st_mtime_ns for path in folder.glob("schedules/*.json")} == before
+
     with pytest.raises(SystemExit):
         run_cli(*SEARCH, "logger=none", "num_teacher_steps=21", f"hydra.run.dir={folder}")
     assert "holds a run with another num_teacher_steps" in capsys.readouterr().err
@@ -131,96 +141,95 @@ def test_an_older_run_goes_on_by_its_own_command(root, capsys):
     "content", ["", "[1, 2]", "{paths: {}}", "a: [", "!!python/object/apply:os.abort []"]
 )
 def test_a_folder_that_cannot_be_read_is_no_cell(root, content):
-    (root / "d9954cc975e95b73" / "config.yaml").write_text(content)
+    (root / SEARCHED / "config.yaml").write_text(content)
     assert evaluation().folder(root).name == evaluation().key
 
 
 @pytest.mark.slow
 def test_a_cell_of_this_version_is_found_under_any_name(root):
-    """As it will be when a later version spells its configuration in another way."""
+    """A later version may spell its configuration in another way."""
     cell = Cell.of(*SEARCH, "data.seed=7", "stepsize=oss_ave")
     assert make([cell], root, jobs=1) == {}
-    made, moved = root / cell.key, root.parent / "moved" / "another_name"
-    shutil.copytree(made, moved)
+    moved = root.parent / "moved" / "another_name"
+    shutil.copytree(root / cell.key, moved)
     assert cell.folder(moved.parent) == moved
 
 
-def lacks_no_weights(config) -> bool:
-    """A run whose extractor has no file (???) cannot have been made."""
-    return "???" not in json.dumps(config.get("evaluation", {}).get("extractor"))
+def is_possible(config: dict) -> bool:
+    """Say whether a run was possible then, with all its weights, and is now, with its model."""
+    extractor = json.dumps(config.get("evaluation", {}).get("extractor"))
+    return "???" not in extractor and config["model"]["_target_"].rpartition(".")[2] not in GONE
+
+
+def write_cell(folder: Path, entry: dict) -> None:
+    """Write the folder of a cell of version 0.1, as it was then."""
+    parent = f"outputs/cells/{entry['parent']}"
+    output = f"/home/user/outputs/cells/{entry['name']}"
+    paths = {"output_dir": "OUTPUT", "data_dir": "DATA"}
+    places = {"OUTPUT": output, "PARENT": parent, "DATA": "/data"}
+    config = in_folders({**entry["config"], "paths": paths}, places)
+    if config["data"].get("classes") == "auto":
+        config["data"]["classes"] = "all"  # settled by the run
+    overrides = [text.replace("PARENT", parent) for text in entry["overrides"]]
+    record = {"overrides": overrides, "packages": {"oss_exp": "0.1.0"}}
+
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "cell.json").write_text(json.dumps(record))
+
+
+def cells_of_tables(small: bool) -> set[Cell]:
+    """Return every cell of the tables, and those that they start from."""
+    cells = set()
+    for name, planner in TABLES.items():
+        for source in planner(Paper.load(name), small).sources:
+            for cell in source.cells if source else ():
+                cells |= {*cell.lineage()}
+    return cells
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("small", [True, False], ids=["small", "paper"])
 def test_every_kind_of_cell_of_the_tables_is_found(tmp_path, small):
-    """Their folders hold what they held then; the names prove that the configurations are those of then."""
     scale = "small" if small else "paper"
-    old = [
-        each
-        for each in CONFIGURATIONS
-        if each["scale"] == scale and lacks_no_weights(each["config"])
-    ]
-    old = [
-        each for each in old if each["config"]["model"]["_target_"].rpartition(".")[2] not in GONE
-    ]
-    assert len(old) >= 8
-    for each in old:
-        folder, parent = tmp_path / each["name"], f"outputs/cells/{each['parent']}"
-        folder.mkdir()
-        places = {
-            "OUTPUT": f"/home/user/outputs/cells/{each['name']}",
-            "PARENT": parent,
-            "DATA": "/data",
-        }
-        config = in_folders(
-            {**each["config"], "paths": {"output_dir": "OUTPUT", "data_dir": "DATA"}}, places
-        )
-        if config["data"].get("classes") == "auto":
-            config["data"]["classes"] = "all"  # settled by the run
-        overrides = [text.replace("PARENT", parent) for text in each["overrides"]]
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        (folder / "cell.json").write_text(
-            json.dumps({"overrides": overrides, "packages": {"oss_exp": "0.1.0"}})
-        )
-    plans = {name: TABLES[name](Paper.load(name), small) for name in TABLES}
-    cells = {
-        member
-        for plan in plans.values()
-        for source in plan.sources
-        if source
-        for cell in source.cells
-        for member in cell.lineage()
-    }
-    assert {each["name"] for each in old} <= {cell.folder(tmp_path).name for cell in cells}
+    entries = [entry for entry in CONFIGURATIONS if entry["scale"] == scale]
+    entries = [entry for entry in entries if is_possible(entry["config"])]
+    assert len(entries) >= 8
+    for entry in entries:
+        write_cell(tmp_path / entry["name"], entry)
+
+    folders = {cell.folder(tmp_path).name for cell in cells_of_tables(small)}
+
+    assert {entry["name"] for entry in entries} <= folders
 
 
 def in_folders(value, places: dict[str, str]):
+    """Return a configuration whose paths begin with these places for their words."""
     if isinstance(value, dict):
         return {key: in_folders(inner, places) for key, inner in value.items()}
     if isinstance(value, list):
         return [in_folders(inner, places) for inner in value]
     if not isinstance(value, str):
         return value
-    word, slash, rest = value.partition("/")
-    return places.get(word, word) + slash + rest
+    word, slash, remainder = value.partition("/")
+    return places.get(word, word) + slash + remainder
 
 
-def test_canonical_configurations():
-    short = canonical(
-        {"stepsize": {"a": {"_target_": "oss_exp.stepsize.OSSShared", "refine": True}}}
-    )
-    full = canonical(
-        {"stepsize": {"a": {"_target_": "oss_exp.OSSShared", "refine": True, "max_order": None}}}
-    )
+def test_configurations_that_mean_the_same_are_equal():
+    path = {"_target_": "oss_exp.stepsize.OSSShared", "refine": True}
+    name = {"_target_": "oss_exp.OSSShared", "refine": True, "max_order": None}
+    short = canonical({"stepsize": {"a": path}})
+    full = canonical({"stepsize": {"a": name}})
     assert short == full
     assert changed(short, full) == []
-    assert (
-        changed({"a": 1, "gone": 2}, {"a": 1, "new": None}) == []
-    )  # what is new and null is nothing
+
+
+def test_a_new_key_without_a_value_is_no_change():
+    assert changed({"a": 1, "gone": 2}, {"a": 1, "new": None}) == []
     assert changed({"a": 1}, {"a": 2, "new": 3}) == ["a", "new"]
 
 
-def test_metrics_were_listed_by_name():
+def test_metrics_that_were_listed_by_name_are_the_group_of_today():
     old = {
         "evaluation": {
             "metrics": ["psnr", "fid"],

@@ -1,4 +1,4 @@
-"""What we have written down of the paper (assets/paper) has one form, and agrees with itself."""
+"""The records of the paper (assets/paper) have one form, and agree with each other."""
 
 import json
 import re
@@ -21,7 +21,8 @@ NUMBERS = [
     "figure_8",
 ]
 IDS = [*NUMBERS, "figure_1", "figure_4", "figure_5", "figure_6", "figure_10"]
-TEXT, NUMBER = str | None, int | float | None
+TEXT = str | None
+NUMBER = int | float | None
 SETTING = {
     "model": TEXT,
     "dataset": TEXT,
@@ -38,7 +39,10 @@ PAPER = {
     "source": str,
     "metric": dict | None,
     "setting": dict,
-} | dict.fromkeys(("doubts", "rows", "claims"), list)
+    "doubts": list,
+    "rows": list,
+    "claims": list,
+}
 METRIC = {"name": str, "unit": TEXT, "better": str, "doubt": TEXT}
 ROW = {
     "label": str,
@@ -63,39 +67,42 @@ CLAIM = {
     "gain": NUMBER,
     "doubt": TEXT,
 }
-CONF = {
+GROUPS = {
     "strategy": "stepsize",
-    **{name: name for name in ("model", "noise_schedule", "solver", "distance")},
+    "model": "model",
+    "noise_schedule": "noise_schedule",
+    "solver": "solver",
+    "distance": "distance",
 }
 
 
 def paper(name: str) -> dict:
+    """Return the record of a table or a figure."""
     return json.loads((ASSETS / "paper" / f"{name}.json").read_text())
 
 
-def require(found: dict, kinds: dict, more: dict | None = None) -> None:
-    """All keys of `kinds`, none beyond those of `more`, each of its type."""
+def require(record: dict, kinds: dict, more: dict | None = None) -> None:
+    """Check that a record has all keys of `kinds`, perhaps those of `more`, with their types."""
     allowed = kinds | (more or {})
-    assert kinds.keys() <= found.keys() <= allowed.keys(), found
-    for key, value in found.items():
+    assert kinds.keys() <= record.keys() <= allowed.keys(), record
+    for key, value in record.items():
         assert isinstance(value, allowed[key]), (key, value)
-        assert value != "", (key, found)
+        assert value != "", (key, record)
 
 
-def key_of(row: dict) -> dict:
-    """What tells a row from the others."""
-    return {
-        key: value
-        for key, value in row.items()
-        if key not in ("label", "value", "as_printed", "doubt")
-    }
+def key_of(row: dict) -> str:
+    """Return what distinguishes a row from the others."""
+    values = ("label", "value", "as_printed", "doubt")
+    return json.dumps({key: value for key, value in row.items() if key not in values})
 
 
-def picked(found: dict, keys: dict) -> list[dict]:
-    return [row for row in found["rows"] if keys.items() <= (found["setting"] | row).items()]
+def picked(record: dict, keys: dict) -> list[dict]:
+    """Return the rows with these values."""
+    return [row for row in record["rows"] if keys.items() <= (record["setting"] | row).items()]
 
 
 def digits(number: str) -> str:
+    """Return the significant digits of a printed number."""
     return re.sub(r"\D", "", number).strip("0")
 
 
@@ -105,35 +112,39 @@ def test_every_table_and_figure_has_its_file_and_a_readme():
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_form(name):
-    found = paper(name)
-    require(found, PAPER)
-    assert found["id"] == name
-    assert found["source"].startswith(f"arXiv 2503.21774, {name.replace('_', ' ')}")
-    require(found["setting"], SETTING)
-    assert all(isinstance(doubt, str) for doubt in found["doubts"])
-    assert bool(found["rows"]) == (name in NUMBERS)
-    if found["rows"]:
-        require(found["metric"], METRIC)
-        assert found["metric"]["better"] in ("higher", "lower")
-    for row in found["rows"]:
-        require(row, ROW, SETTING | APART)
-        assert row.keys() == found["rows"][0].keys()
-    for claim in found["claims"]:
+def test_a_record_has_its_keys_and_types(name):
+    record = paper(name)
+    require(record, PAPER)
+    require(record["setting"], SETTING)
+    assert record["id"] == name
+    assert record["source"].startswith(f"arXiv 2503.21774, {name.replace('_', ' ')}")
+    assert all(isinstance(doubt, str) for doubt in record["doubts"])
+    for claim in record["claims"]:
         require(claim, CLAIM)
         assert claim["from"] in ("abstract", "text", "table")
-    keys = [json.dumps(key_of(row)) for row in found["rows"]]
-    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_the_rows_of_a_record_are_alike_and_distinct(name):
+    record = paper(name)
+    rows = record["rows"]
+    assert bool(rows) == (name in NUMBERS)
+    if rows:
+        require(record["metric"], METRIC)
+        assert record["metric"]["better"] in ("higher", "lower")
+    for row in rows:
+        require(row, ROW, SETTING | APART)
+        assert row.keys() == rows[0].keys()
+    assert len({key_of(row) for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_names_are_those_of_the_configuration(name):
-    found = paper(name)
-    for each in [found["setting"], *found["rows"]]:
-        for key, group in CONF.items():
-            assert (
-                each.get(key) is None or (ROOT / "conf" / group / f"{each[key]}.yaml").is_file()
-            ), each
+    record = paper(name)
+    for entry in [record["setting"], *record["rows"]]:
+        for key, group in GROUPS.items():
+            option = entry.get(key)
+            assert option is None or (ROOT / "conf" / group / f"{option}.yaml").is_file(), entry
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -146,22 +157,23 @@ def test_values_are_what_is_printed(name):
             assert row["value"] is not None or row["doubt"]
         else:
             assert digits(printed) == digits(str(row["value"])), row
-            assert "." in printed or row["doubt"], row  # a lost decimal point is told
+            assert "." in printed or row["doubt"], row  # a lost decimal point is a doubt
         assert not gain or re.fullmatch(r"\(\+\d\.\d+\)", *gain)
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_claims_are_borne_out_by_the_printed_numbers_or_doubted(name):
-    found = paper(name)
-    for claim in found["claims"]:
+def test_claims_hold_on_the_printed_numbers_or_are_doubted(name):
+    record = paper(name)
+    for claim in record["claims"]:
         assert (claim["better"] is None) == (claim["than"] is None), claim
-        if claim["better"] is None or not found["rows"]:
+        if claim["better"] is None or not record["rows"]:
             continue
-        (better,) = picked(found, claim["better"])
-        others = [row for row in picked(found, claim["than"]) if row is not better]
+
+        (better,) = picked(record, claim["better"])
+        others = [row for row in picked(record, claim["than"]) if row is not better]
         assert others, claim
         assert all(row["value"] is not None for row in [better, *others])
-        sign = 1 if found["metric"]["better"] == "higher" else -1
+        sign = 1 if record["metric"]["better"] == "higher" else -1
         leads = [sign * (better["value"] - row["value"]) for row in others]
         assert min(leads) > 0 or claim["doubt"], claim
         if claim["gain"] is not None:
@@ -170,17 +182,17 @@ def test_claims_are_borne_out_by_the_printed_numbers_or_doubted(name):
 
 
 def test_the_mean_gain_of_table_2_is_the_one_in_the_text():
-    mean, *gains = [
-        claim["gain"] for claim in paper("table_2")["claims"] if claim["gain"] is not None
-    ]
+    gains = [claim["gain"] for claim in paper("table_2")["claims"]]
+    mean, *gains = [gain for gain in gains if gain is not None]
     assert len(gains) == 9
     assert sum(gains) / 9 == pytest.approx(mean, abs=0.005)
 
 
 def test_the_overall_scores_of_table_7_are_the_means_of_their_parts():
-    found = paper("table_7")
-    for strategy, num_steps in {(row["strategy"], row["num_steps"]) for row in found["rows"]}:
-        rows = picked(found, {"strategy": strategy, "num_steps": num_steps})
+    record = paper("table_7")
+    schedules = {(row["strategy"], row["num_steps"]) for row in record["rows"]}
+    for strategy, num_steps in schedules:
+        rows = picked(record, {"strategy": strategy, "num_steps": num_steps})
         overall, *parts = [row["value"] for row in rows]
         assert len(parts) == 6
         assert sum(parts) / 6 == pytest.approx(overall, abs=0.001)

@@ -1,6 +1,7 @@
-"""Every yaml of every group composes, and what it names is built."""
+"""Every file of every group of the configuration composes, and what it names can be built."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from helpers import mostly_slow
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from oss_exp.cli import CONF
 from oss_exp.evaluation.metrics import ImageMetric
@@ -28,157 +29,239 @@ OPTIONS = [
     for file in sorted(group.glob("*.yaml"))
 ]
 FIRST = dict(reversed(OPTIONS))  # an option of every group
+QUICK = [*FIRST.items()][::2]
+NEEDED = {  # settings without which an option does not compose
+    ("task", "report"): ["sweep=x"],
+    ("task", "export"): ["exporter=comfyui", "task.schedule=x"],
+    ("task", "certify"): ["task.schedule=x"],
+    ("task", "import_sigmas"): ["task.sigmas=x", "task.network=eps"],
+    ("scale", "small"): ["task=reproduce"],
+    ("scale", "paper"): ["task=reproduce"],
+    ("scale", "tiny"): ["model=dit_xl_2_256"],
+    ("model", "pipeline"): ["model.pipeline=x"],
+}
+PLACES = {"images": ["task=statistics"], "exporter": ["task=export", "task.schedule=x"]}
 
 
 @pytest.fixture(autouse=True)
-def composing():
+def composing(tmp_path, monkeypatch):
+    """Hydra reads conf/, and what is built works in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 
 
-def config(*overrides: str):
+def config(*overrides: str) -> DictConfig:
+    """Compose the configuration of a command line."""
     cfg = compose("config", [*overrides, "paths.output_dir=out"], return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     return cfg
 
 
-def test_there_are_the_groups_that_the_design_names():
-    names = {group.name for group in GROUPS}
-    expected = "task exporter model noise_schedule solver distance stepsize data images metric trainer logger paths"
-    assert names >= {*expected.split(), "hydra"}
-
-
-@pytest.mark.parametrize(("group", "option"), mostly_slow(OPTIONS, *[*FIRST.items()][::2]))
-def test_option(group, option, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    # Options of most groups have a place in the main job.
-    needed = {"images": ["task=statistics"], "exporter": ["task=export", "task.schedule=x"]}.get(
-        group, []
-    )
-    needed += {
-        "report": ["sweep=x"],
-        "export": ["exporter=comfyui", "task.schedule=x"],
-        "certify": ["task.schedule=x"],
-        "import_sigmas": ["task.sigmas=x", "task.network=eps"],
-        "small": ["task=reproduce"],
-        "paper": ["task=reproduce"],
-        "tiny": ["model=dit_xl_2_256"],
-    }.get(option, [])
-    chosen = f"{'+' if group == 'detector' else ''}{group}={option}"
-    cfg = config(*needed, chosen, *(["model.pipeline=x"] if chosen == "model=pipeline" else []))
+def composed(group: str, option: str) -> DictConfig:
+    """Compose and check the configuration of `oss-exp GROUP=OPTION`."""
+    needed = [*PLACES.get(group, []), *NEEDED.get((group, option), [])]
+    sign = "+" if group == "detector" else ""
+    cfg = config(*needed, f"{sign}{group}={option}")
     cfg.hydra = {"run": cfg.hydra.run}  # a run's configuration has none
     check_configuration(cfg)
-    if group == "task":
-        check_task(cfg.task)
-    elif group == "stepsize":
-        strategy = build(cfg.stepsize[option], "stepsize")
-        assert isinstance(strategy.per_sample, bool)
-        assert isinstance(strategy.baseline, bool)
-        assert strategy.network_calls(100, [5, 10]) >= 0
-    elif (group, option) == ("data", "noise"):
-        assert (
-            len(
-                build(
-                    cfg.data, "data", event_shape=(2,), num_classes=3, classes="all"
-                ).predict_dataloader()
-            )
-            == 2
-        )
-    elif (group, option) == ("data", "conditions"):  # with a file: test_conditions.py
-        with pytest.raises(FileNotFoundError, match=r"set data\.conditions to an \.npz file"):
-            build(cfg.data, "data", event_shape=(2,), num_classes=None, conditions="nowhere.npz")
-    elif (group, option) == ("model", "psdenoiser_21cm"):  # with the package: test_psdenoiser.py
-        monkeypatch.setitem(sys.modules, "psdenoiser", None)
-        with pytest.raises(ValueError, match="needs the package 21cmpsdenoiser"):
-            build(cfg.model, "model")
-    elif (group, option) == ("model", "pipeline"):  # with a folder: test_pretrained.py
-        with pytest.raises(FileNotFoundError, match="pipeline x is neither a folder"):
-            build(cfg.model, "model")
-    elif group == "model" and "pipeline" in cfg.model:
-        assert build(cfg.model, "model", size="tiny").name == f"{option}_tiny"
-    elif (group, option) == ("data", "prompts"):
-        assert (
-            len(build(cfg.data, "data", event_shape=(2,), num_classes=None).predict_dataloader())
-            == 2
-        )
-    elif group == "model" and "tiny" in cfg.model.get("sizes", ()):
-        monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
-        with pytest.raises((ValueError, OSError), match=r"absent.*https://"):
-            build(cfg.model, "model", checkpoint=str(tmp_path / "absent"))
-        cfg.model.size = "tiny"
-        assert build(cfg.model, "model").name == f"{option}_tiny"
-    elif group == "model" and option in TO_BE_TRAINED:
-        with pytest.raises(FileNotFoundError, match=f"{option}.safetensors is n"):
-            build(cfg.model, "model")
-        assert build(cfg.model, "model", checkpoint="untrained").name == option
-    elif group == "detector" and option == "coco":  # with networks: test_coco_detector.py
-        with pytest.raises(
-            (ValueError, OSError), match=r"task\.detector\.detector=.*absent cannot be opened"
-        ):
-            build(cfg.detector, "task.detector", detector=str(tmp_path / "absent"))
-    elif group == "scale" and option != "tiny":
-        assert cfg.task.scale == option
-    elif group == "scale":
-        assert cfg.model.size == option
-    elif group == "images" and option not in (
-        "digits",
-        "mixture_samples",
-    ):  # with files: test_data.py, test_cifar10.py
-        place = {"file" if option.endswith("latents") else "root": str(tmp_path / "absent")}
-        with pytest.raises(FileNotFoundError, match=r"images.*absent"):
-            build(cfg.images, "images", **place)
-    elif group == "exporter":
-        exporter = build(cfg.task.exporter, "task.exporter")
-        assert isinstance(exporter, Exporter)
-        assert exporter == type(exporter)()  # its defaults are the yaml's
-        assert cfg.task.output == f"out/{option}.json"
-    elif group == "metric":
-        assert issubclass(class_of(cfg.metric[option], "metric"), ImageMetric)
-    elif (group, option) in (
-        ("trainer", "gpu"),
-        ("trainer", "fsdp"),
-    ) and not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"trainer: .*No supported gpu"):
-            build(cfg.trainer, "trainer")
-    elif (group, option) == ("distance", "inception"):  # with weights: test_features.py
-        cfg.distance.extractor.weights = "w.pth"
-        with pytest.raises(
-            FileNotFoundError, match=r"distance\.extractor: Inception weights .* do not exist"
-        ):
-            build(cfg.distance, "distance")
-    elif group == "evaluation":
-        cfg = config(f"evaluation={option}", "metric=[fid,kid,precision_recall,class_agreement]")
-        if option == "fashion":
-            assert len(Metrics(cfg.metric, cfg.evaluation, ["classes"])()) == 4
-        else:  # with weights: tests/evaluation
-            with pytest.raises(ValueError, match=r"evaluation\.extractor\.weights is not set"):
-                Metrics(cfg.metric, cfg.evaluation, ["classes"])
-    elif group in ("paths", "hydra"):
-        assert cfg.hydra.run.dir
-    else:
-        build(cfg[group], group)
+    return cfg
 
 
-def check_task(task):
-    """What its yaml says without asking others is what the class takes by default."""
+def options(*groups: str, but: Iterable[str] = ()):
+    """Parametrise a test by the options of these groups; all but a few are slow."""
+    pairs = [(group, name) for group, name in OPTIONS if group in groups and name not in but]
+    return pytest.mark.parametrize(("group", "option"), mostly_slow(pairs, *QUICK))
+
+
+def test_there_are_the_groups_that_the_design_names():
+    expected = (
+        "task exporter model noise_schedule solver distance stepsize data images metric trainer "
+        "logger paths hydra"
+    )
+    assert {group.name for group in GROUPS} >= set(expected.split())
+
+
+# ------------------------------------------------------------------------------------------------
+# What an option builds
+# ------------------------------------------------------------------------------------------------
+
+
+@options("task")
+def test_a_task_takes_by_default_what_its_yaml_says(group, option):
+    task = composed(group, option).task
     kind = class_of(task, "task")
+    written = OmegaConf.to_container(task)
+
     assert issubclass(kind, Task)
     assert {*task} == {"_target_", *parameters_of(kind).kinds}
-    written = OmegaConf.to_container(task)
-    for option in fields(kind):
-        value = written[option.name]
+    for field in fields(kind):
+        value = written[field.name]
         if isinstance(value, str) and "${" in value:  # the value of another key
-            assert option.default in (MISSING, task[option.name])
-        elif option.default is not MISSING:
-            assert value == option.default
-        elif option.default_factory is not MISSING:
-            made = build(value, "x") if "_target_" in value else value
-            assert made == option.default_factory()
+            assert field.default in (MISSING, task[field.name])
+        elif field.default is not MISSING:
+            assert value == field.default
+        elif field.default_factory is not MISSING:
+            default = build(value, "x") if "_target_" in value else value
+            assert default == field.default_factory()
+
+
+@options("stepsize")
+def test_a_strategy_says_what_it_plans_and_costs(group, option):
+    strategy = build(composed(group, option).stepsize[option], "stepsize")
+    assert isinstance(strategy.per_sample, bool)
+    assert isinstance(strategy.baseline, bool)
+    assert strategy.network_calls(100, [5, 10]) >= 0
+
+
+@options("model", but=["pipeline", "psdenoiser_21cm", *TO_BE_TRAINED])
+def test_a_model_is_built_or_says_where_its_weights_are(group, option, tmp_path, monkeypatch):
+    cfg = composed(group, option).model
+    pipeline = "pipeline" in cfg
+    published = not pipeline and "tiny" in cfg.get("sizes", ())
+
+    if published:
+        monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path))
+        with pytest.raises((ValueError, OSError), match=r"absent.*https://"):
+            build(cfg, "model", checkpoint=str(tmp_path / "absent"))
+    if pipeline or published:
+        assert build(cfg, "model", size="tiny").name == f"{option}_tiny"
+    else:
+        build(cfg, "model")
+
+
+@pytest.mark.parametrize("option", sorted(TO_BE_TRAINED))
+def test_a_model_that_is_not_trained_yet_is_built_untrained_only(option):
+    cfg = composed("model", option).model
+    with pytest.raises(FileNotFoundError, match=f"{option}.safetensors is n"):
+        build(cfg, "model")
+    assert build(cfg, "model", checkpoint="untrained").name == option
+
+
+def test_a_model_without_its_package_is_refused(monkeypatch):  # with it: test_psdenoiser.py
+    monkeypatch.setitem(sys.modules, "psdenoiser", None)
+    with pytest.raises(ValueError, match="needs the package 21cmpsdenoiser"):
+        build(composed("model", "psdenoiser_21cm").model, "model")
+
+
+def test_a_pipeline_without_its_folder_is_refused():  # with one: test_pretrained.py
+    with pytest.raises(FileNotFoundError, match="pipeline x is neither a folder"):
+        build(composed("model", "pipeline").model, "model")
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [("noise", {"num_classes": 3, "classes": "all"}), ("prompts", {"num_classes": None})],
+)
+def test_data_has_samples_to_search_and_to_measure(option, arguments):
+    data = build(composed("data", option).data, "data", event_shape=(2,), **arguments)
+    assert len(data.predict_dataloader()) == 2
+
+
+def test_conditions_without_their_file_are_refused():  # with one: test_conditions.py
+    cfg = composed("data", "conditions").data
+    with pytest.raises(FileNotFoundError, match=r"set data\.conditions to an \.npz file"):
+        build(cfg, "data", event_shape=(2,), num_classes=None, conditions="nowhere.npz")
+
+
+@options("images", but=["digits", "mixture_samples"])  # with files: tests/data
+def test_images_without_their_files_are_refused(group, option):
+    place = "file" if option.endswith("latents") else "root"
+    with pytest.raises(FileNotFoundError, match="absent") as error:
+        build(composed(group, option).images, "images", **{place: "absent"})
+    assert "images" in str(error.value)
+
+
+@options("exporter")
+def test_an_exporter_takes_by_default_what_its_yaml_says(group, option):
+    task = composed(group, option).task
+    exporter = build(task.exporter, "task.exporter")
+    assert isinstance(exporter, Exporter)
+    assert exporter == type(exporter)()
+    assert task.output == f"out/{option}.json"
+
+
+@options("metric")
+def test_a_metric_is_one(group, option):
+    cfg = composed(group, option).metric[option]
+    assert issubclass(class_of(cfg, "metric"), ImageMetric)
+
+
+METRICS = "metric=[fid,kid,precision_recall,class_agreement]"
+
+
+def test_every_metric_is_built_with_the_extractor_of_fashion_mnist():
+    composed("evaluation", "fashion")
+    cfg = config("evaluation=fashion", METRICS)
+    assert len(Metrics(cfg.metric, cfg.evaluation, ["classes"])()) == 4
+
+
+def test_metrics_without_the_weights_of_their_extractor_are_refused():  # with: tests/evaluation
+    composed("evaluation", "inception")
+    cfg = config("evaluation=inception", METRICS)
+    with pytest.raises(ValueError, match=r"evaluation\.extractor\.weights is not set"):
+        Metrics(cfg.metric, cfg.evaluation, ["classes"])
+
+
+def test_a_distance_without_the_weights_of_its_extractor_is_refused():  # with: test_features.py
+    cfg = composed("distance", "inception").distance
+    cfg.extractor.weights = "w.pth"
+    absent = r"distance\.extractor: Inception weights .* do not exist"
+    with pytest.raises(FileNotFoundError, match=absent):
+        build(cfg, "distance")
+
+
+def test_a_detector_without_its_networks_is_refused(tmp_path):  # with: tests/geneval/test_coco.py
+    cfg = composed("detector", "coco").detector
+    absent = r"task\.detector\.detector=.*absent cannot be opened"
+    with pytest.raises((ValueError, OSError), match=absent):
+        build(cfg, "task.detector", detector=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("option", ["small", "paper"])
+def test_a_scale_is_that_of_the_tables(option):
+    assert composed("scale", option).task.scale == option
+
+
+def test_the_tiny_scale_is_the_size_of_the_model():
+    assert composed("scale", "tiny").model.size == "tiny"
+
+
+@pytest.mark.parametrize("option", ["gpu", "fsdp"])
+def test_a_trainer_without_its_gpu_is_refused(option):
+    cfg = composed("trainer", option).trainer
+    if torch.cuda.is_available():
+        build(cfg, "trainer")
+        return
+    with pytest.raises(ValueError, match=r"trainer: .*No supported gpu"):
+        build(cfg, "trainer")
+
+
+@pytest.mark.parametrize("group", ["paths", "hydra"])
+def test_a_run_has_a_folder(group):
+    assert composed(group, "default").hydra.run.dir
+
+
+REFUSED = ["inception", "gpu", "fsdp", "coco"]  # above
+FROM_FILES = {name for group, name in OPTIONS if group == "images"} - {"digits", "mixture_samples"}
+
+
+@options(
+    *("noise_schedule", "solver", "distance", "logger", "trainer", "images", "detector"),
+    but=[*REFUSED, *FROM_FILES],
+)
+def test_every_other_option_is_built(group, option):
+    build(composed(group, option)[group], group)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the groups are together
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_experiments_compose():
+def test_every_experiment_composes():
     for file in sorted((CONF / "experiment").glob("*.yaml")):
         needed = {"table_7": ["data.prompts=x"]}.get(file.stem, [])
         cfg = config(f"experiment={file.stem}", *needed)
@@ -194,7 +277,7 @@ def test_stepsize_takes_one_or_several():
     assert list(config("task=search", "stepsize=oss_ave").stepsize) == ["oss_ave"]
 
 
-COMMON = {
+SEARCHES = {
     "oss": {"start": "free", "refine": False, "chunk": 16, "max_order": None},
     "oss_ave": {
         "start": "free",
@@ -205,6 +288,7 @@ COMMON = {
     },
     "oss_shared": {"start": "analytic", "refine": True, "objective": "log_mean", "max_order": None},
     "oss_fit": {
+        "band": {"_target_": "oss_exp.Band", "stride": 8, "width": 1, "shifts": 0},
         "start": "analytic",
         "refine": True,
         "objective": "log_mean",
@@ -216,22 +300,19 @@ COMMON = {
 
 
 def test_searches_share_a_yaml_and_keep_their_own_options():
-    cfg = config(f"stepsize=[{','.join(COMMON)}]")
-    assert list(cfg.stepsize) == list(COMMON)
-    for name, options in COMMON.items():
-        found = OmegaConf.to_container(cfg.stepsize[name], resolve=True)
-        assert found.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
-        band = (
-            {"_target_": "oss_exp.Band", "stride": 8, "width": 1, "shifts": 0}
-            if name == "oss_fit"
-            else None
-        )
-        assert found == {"band": band, "must_visit": None, "first_sigmas": None, **options}
+    cfg = config(f"stepsize=[{','.join(SEARCHES)}]")
+
+    assert list(cfg.stepsize) == list(SEARCHES)
+    for name, settings in SEARCHES.items():
+        strategy = OmegaConf.to_container(cfg.stepsize[name], resolve=True)
+        assert strategy.pop("_target_").lower() == f"oss_exp.{name.replace('_', '')}"
+        assert strategy == {"band": None, "must_visit": None, "first_sigmas": None, **settings}
 
 
 def test_metrics_are_chosen_as_strategies_are():
     assert config().metric == {}
     assert list(config("metric=fid").metric) == ["fid"]
+
     cfg = config("metric=[fid,kid]", "metric.fid.num_images=50", "experiment=table_2")
     assert list(cfg.metric) == ["fid", "kid"]
     assert cfg.metric.fid.num_images == 50
@@ -253,6 +334,7 @@ def test_a_task_has_the_groups_that_it_reads_and_no_others():
         "report": set(),
         "reproduce": set(),
     }
+
     for task, names in expected.items():
         cfg = config(f"task={task}", *(["sweep=x"] if task == "report" else []))
         assert groups & set(cfg) == names, task

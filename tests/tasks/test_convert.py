@@ -1,4 +1,4 @@
-"""task=convert: what comes out is what went in, by other names, and says where it is from."""
+"""The task `convert` renames the tensors of a checkpoint, and records where they are from."""
 
 import hashlib
 import json
@@ -17,34 +17,41 @@ from oss_exp.tasks.convert import Convert
 
 
 class Plain(nn.Module):
-    """A network of two layers, which the public calls `net.0` and `net.1`."""
+    """A network of two layers, which public files call `net.0` and `net.1`."""
 
     FILES = ("public.pt",)
 
     def __init__(self, width: int):
         super().__init__()
-        self.first, self.second = nn.Linear(1, width), nn.Linear(width, 1)
+        self.first = nn.Linear(1, width)
+        self.second = nn.Linear(width, 1)
         self.register_buffer("table", torch.arange(3))
 
     def translate(self, tensors):
-        names = {"net.0.": "first.", "net.1.": "second."}
-        return {
-            next((ours + key[6:] for of, ours in names.items() if key[:6] == of), key): tensors[key]
-            for key in tensors
-        }
+        return renamed(tensors, {"net.0.": "first.", "net.1.": "second."})
 
 
 class Tiny(Plain):
+    """The same network, which can also be written in the public layout."""
+
     def to_public(self, layout):
         if layout != "public":
             raise ValueError(f"layout must be one of own, public, got {layout!r}")
-        state = self.state_dict().items()
-        return {
-            key.replace("first", "net.0").replace("second", "net.1"): value for key, value in state
-        }
+        return renamed(self.state_dict(), {"first.": "net.0.", "second.": "net.1."})
+
+
+def renamed(tensors, prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return tensors with these prefixes of their names replaced."""
+    result = {}
+    for name, tensor in tensors.items():
+        for old, new in prefixes.items():
+            name = name.replace(old, new)
+        result[name] = tensor
+    return result
 
 
 def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
+    """Return the configuration of a conversion to out/tiny.safetensors."""
     size = {
         "backbone": {"_target_": f"{__name__}.{kind.__name__}", "_partial_": True, "width": 4},
         "decoder": {"_target_": "oss_exp.Pixels", "_partial_": True},
@@ -70,39 +77,45 @@ def config(tmp_path, checkpoint="random", layout="own", kind=Tiny, **more):
 
 
 def convert(cfg):
-    """The task of a configuration, done."""
+    """Run the task of a configuration."""
     build({"_target_": "oss_exp.Convert", **cfg.task}, "task", Convert)(cfg)
 
 
 @pytest.fixture
 def public(tmp_path):
-    """A public checkpoint."""
+    """The path of a public checkpoint."""
     network = Tiny(4)
     path = tmp_path / "public.pt"
     torch.save({"ema": network.to_public("public"), "model": {}}, path)
     return path
 
 
-def test_a_public_checkpoint_comes_back_by_our_names(public, tmp_path, capsys):
+def test_a_public_checkpoint_becomes_one_of_our_names(public, tmp_path, capsys):
     cfg = config(tmp_path, public)
-    convert(cfg)
     output = tmp_path / "out" / "tiny.safetensors"
-    assert capsys.readouterr().out == f"{output}: 5 tensors, 13 parameters\n"
+    convert(cfg)
+
     expected = Tiny(4).translate(read(public))
-    found = read(output)
-    assert digest(found) == digest(expected)  # float32, though the model runs in bfloat16
-    record = json.loads(output.with_suffix(".json").read_text())
-    assert record["name"] == "two_layers_tiny"
-    assert record["layout"] == "own"
-    assert record["source"] == {
-        "file": "public.pt",
-        "sha256": hashlib.sha256(public.read_bytes()).hexdigest(),
-    }
-    assert record["weights_sha256"] == digest(expected)
-    assert record["model"] == OmegaConf.to_container(cfg.model)
-    before, after = instantiate(cfg.model), instantiate(cfg.model, checkpoint=str(output))
+    assert capsys.readouterr().out == f"{output}: 5 tensors, 13 parameters\n"
+    assert digest(read(output)) == digest(expected)  # float32, though the model runs in bfloat16
+
+    before = instantiate(cfg.model)
+    after = instantiate(cfg.model, checkpoint=str(output))
     assert before.fingerprint == after.fingerprint
     assert digest(before.backbone.state_dict()) == digest(after.backbone.state_dict())
+
+
+def test_the_record_of_a_conversion_names_its_source(public, tmp_path):
+    cfg = config(tmp_path, public)
+    convert(cfg)
+
+    record = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    sha256 = hashlib.sha256(public.read_bytes()).hexdigest()
+    assert record["name"] == "two_layers_tiny"
+    assert record["layout"] == "own"
+    assert record["source"] == {"file": "public.pt", "sha256": sha256}
+    assert record["weights_sha256"] == digest(Tiny(4).translate(read(public)))
+    assert record["model"] == OmegaConf.to_container(cfg.model)
 
 
 def test_there_and_back_through_the_public_layout(public, tmp_path):
@@ -110,11 +123,10 @@ def test_there_and_back_through_the_public_layout(public, tmp_path):
     output = tmp_path / "out" / "tiny.safetensors"
     assert digest(safetensors.torch.load_file(output)) == digest(read(public))
     assert json.loads(output.with_suffix(".json").read_text())["layout"] == "public"
-    again = config(tmp_path / "again", output)
-    convert(again)
-    assert digest(read(tmp_path / "again" / "out" / "tiny.safetensors")) == digest(
-        Tiny(4).translate(read(public))
-    )
+
+    convert(config(tmp_path / "again", output))
+    back = tmp_path / "again" / "out" / "tiny.safetensors"
+    assert digest(read(back)) == digest(Tiny(4).translate(read(public)))
 
 
 def test_random_weights_say_so(tmp_path):
@@ -123,9 +135,9 @@ def test_random_weights_say_so(tmp_path):
     assert record["source"] == {"file": "random", "sha256": None}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,7 +161,5 @@ def test_wrong_settings_are_refused_and_write_nothing(more, match, tmp_path, mon
 def test_models_that_are_not_published_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_cli("task=convert", f"paths.output_dir={tmp_path}", f"hydra.run.dir={tmp_path}")
-    assert (
-        "task=convert rewrites published checkpoints; oss_exp.GaussianMixture"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "task=convert rewrites published checkpoints; oss_exp.GaussianMixture" in error

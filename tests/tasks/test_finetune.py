@@ -1,16 +1,11 @@
-"""Finetuning by stages: what is learnt, from which states, and that nothing depends on how the work is divided."""
+"""The task `finetune`: what each stage learns, from which states, however the work is divided."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from helpers import random_weights, run_cli, run_two_ranks
+from helpers import kill_at, metrics_of, random_weights, run_cli, run_two_ranks
 from safetensors.torch import load_file
 
 from oss_exp.models.stages import DOWN, UP
@@ -38,71 +33,84 @@ TASK = [
     "task.trajectories=6",
     "task.batch_size=4",
     "task.precision=32-true",
+    "task.max_steps=6",
+    "task.save_every=2",
+    "task.warmup_steps=1",
 ]
-TASK += ["task.max_steps=6", "task.save_every=2", "task.warmup_steps=1"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
+    """The setting of random weights of the model."""
     return random_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", *MODEL)
 
 
 def settings(weights: str, folder, *more: str) -> list[str]:
+    """Return the arguments of a small finetuning in a folder."""
     return [*TASK, *MODEL, *SEARCH, weights, "num_steps=[3]", f"hydra.run.dir={folder}", *more]
 
 
 def tuned(weights: str, folder, *more: str):
-    """The folder of stages."""
+    """Finetune in a folder; return the folder of its stages."""
     run_cli(*settings(weights, folder, *more))
     return folder / "stages"
 
 
 def stage(folder, number: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a stage."""
     return load_file(folder / f"stage_{number}.safetensors")
 
 
 def record(folder, number: int) -> dict:
+    """Return the record of a stage."""
     return json.loads((folder / f"stage_{number}.json").read_text())
 
 
 def assert_same(one, two, stages: int = 2) -> None:
     for number in range(stages):
-        first, second = stage(one, number), stage(two, number)
+        first = stage(one, number)
+        second = stage(two, number)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
 def whole(weights, tmp_path_factory):
+    """The stages of an undisturbed run."""
     return tuned(weights, tmp_path_factory.mktemp("whole"))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What is learnt
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_run_leaves_stages_that_load_as_a_model(whole, weights, tmp_path):
-    assert json.loads((whole / "stages.json").read_text())["cuts"] == [
-        StepSchedule.load(whole / "schedule.json").times[1]
-    ]
+def test_a_run_leaves_stages_with_their_cuts_and_steps(whole):
+    schedule = StepSchedule.load(whole / "schedule.json")
+    cuts = json.loads((whole / "stages.json").read_text())["cuts"]
+    stages = json.loads((whole.parent / "finetune.json").read_text())["stages"]
+
+    assert cuts == [schedule.times[1]]
     assert [record(whole, number)["steps"] for number in range(2)] == [1, 2]
-    shown = json.loads((whole.parent / "finetune.json").read_text())["stages"]
-    assert [each["stage"] for each in shown] == [0, 1]
+    assert [entry["stage"] for entry in stages] == [0, 1]
     assert (whole.parent / "stages.png").stat().st_size > 5000
-    more = ["data.eval_samples=4", "num_teacher_steps=10", "logger=none", f"stages={whole}"]
+
+
+@pytest.mark.slow
+def test_stages_run_as_a_model_against_the_pictures_of_its_base(whole, weights, tmp_path):
+    staged = [*MODEL, weights, f"stages={whole}", "num_teacher_steps=10"]
+    staged += ["data.eval_samples=4", "logger=none"]
     schedule = f"task.schedule={whole / 'schedule.json'}"
-    run_cli(
-        "task=evaluate", *MODEL, weights, *more, schedule, f"hydra.run.dir={tmp_path / 'evaluate'}"
-    )
-    found = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
-    assert found["model"]["name"] == "dit_fashion_staged"
+    run_cli("task=evaluate", *staged, schedule, f"hydra.run.dir={tmp_path / 'evaluate'}")
+    evaluated = metrics_of(tmp_path / "evaluate")
+    assert evaluated["model"]["name"] == "dit_fashion_staged"
+
     search = ["stepsize=[ddim,oss_shared]", "num_steps=[3]", "data.search_samples=2"]
-    run_cli(*MODEL, weights, *more, *search, f"hydra.run.dir={tmp_path / 'compare'}")
-    rows = json.loads((tmp_path / "compare" / "metrics.json").read_text())["rows"]
+    run_cli(*staged, *search, f"hydra.run.dir={tmp_path / 'compare'}")
+    rows = metrics_of(tmp_path / "compare")["rows"]
     (ddim,) = [row for row in rows if row["strategy"] == "ddim"]
-    assert ddim["psnr"] == found["rows"][0]["psnr"]  # both against the base's own pictures
+    assert ddim["psnr"] == evaluated["rows"][0]["psnr"]
 
 
 @pytest.mark.slow
@@ -127,12 +135,11 @@ def test_the_teachers_own_steps_have_nothing_to_learn(weights, tmp_path):
     )
     for number in range(2):
         assert record(folder, number)["training"]["loss_before"] < 1e-12
-        assert stage(folder, number) == {}  # so it stays as it was
+        assert stage(folder, number) == {}  # the weights are those of the model
 
 
 @pytest.mark.slow
 def test_states_are_the_teachers_and_later_the_students(weights, tmp_path):
-    """The student's at the end of all stages would be its samples: checked at the end of the first."""
     folder = tuned(weights, tmp_path, "task.objective=progressive", "num_steps=[4]")
     teacher = load_file(folder / "states" / "teacher" / "000000.safetensors")
     assert teacher["states"].shape == (4, 5, 1, 8, 8)
@@ -150,76 +157,83 @@ def test_images_train_stages_by_the_models_own_loss(weights, tmp_path):
     assert record(folder, 1)["training"]["loss_after"] > 0
 
 
+@pytest.fixture(scope="module", params=["adaln", "lora"])
+def partly(request, weights, tmp_path_factory):
+    """The kind of parameters that are trained, and the stages of the run."""
+    kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    return kind, tuned(weights, folder, f"task.trainable={kind}", "task.lora_rank=2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adaln", "lora"])
-def test_few_parameters_may_be_trained(weights, tmp_path, whole, kind):
-    folder = tuned(weights, tmp_path, f"task.trainable={kind}", "task.lora_rank=2")
-    found, everything = stage(folder, 0), stage(whole, 0)
-    if kind == "adaln":
-        assert found.keys() < everything.keys()
-        assert any("norm1.linear" in name for name in found)
-    else:
-        assert {name.removesuffix(DOWN).removesuffix(UP) for name in found} < everything.keys()
-        assert all(
-            tensor.shape[0 if name.endswith(DOWN) else 1] == 2 for name, tensor in found.items()
-        )
-        assert any(bool(tensor.any()) for name, tensor in found.items() if name.endswith(UP))
+def test_few_parameters_may_be_trained(partly, whole):
+    kind, folder = partly
+    tensors = stage(folder, 0)
+    names = stage(whole, 0).keys()
+
     assert record(folder, 0)["parameters"] < record(whole, 0)["parameters"]
+    if kind == "adaln":
+        assert tensors.keys() < names
+        assert any("norm1.linear" in name for name in tensors)
+    else:
+        ups = [tensor for name, tensor in tensors.items() if name.endswith(UP)]
+        downs = [tensor for name, tensor in tensors.items() if name.endswith(DOWN)]
+        assert {name.removesuffix(DOWN).removesuffix(UP) for name in tensors} < names
+        assert len(ups) + len(downs) == len(tensors)
+        assert all(tensor.shape[1] == 2 for tensor in ups)
+        assert all(tensor.shape[0] == 2 for tensor in downs)
+        assert any(bool(tensor.any()) for tensor in ups)
+
+
+@pytest.mark.slow
+def test_few_parameters_are_trained_on_the_states_of_all(partly, whole):
+    _, folder = partly
     first = load_file(next((folder / "states" / "teacher").iterdir()))
-    assert torch.equal(
-        first["states"], load_file(whole / "states" / "teacher" / "000000.safetensors")["states"]
-    )
-    run_cli(
-        "task=evaluate", *MODEL, weights, f"stages={folder}", f"task.schedule={folder / 'schedule.json'}",
-        "num_teacher_steps=10", "data.eval_samples=2", "logger=none", f"hydra.run.dir={tmp_path / 'evaluate'}",
-    )  # fmt: skip
+    expected = load_file(whole / "states" / "teacher" / "000000.safetensors")
+    assert torch.equal(first["states"], expected["states"])
+
+
+@pytest.mark.slow
+def test_stages_of_few_parameters_run_as_a_model(partly, weights, tmp_path):
+    _, folder = partly
+    stages = [f"stages={folder}", f"task.schedule={folder / 'schedule.json'}"]
+    counts = ["num_teacher_steps=10", "data.eval_samples=2", "logger=none"]
+    run_cli("task=evaluate", *MODEL, weights, *stages, *counts, f"hydra.run.dir={tmp_path}")
+    assert (tmp_path / "metrics.json").is_file()
 
 
 @pytest.mark.parametrize(("steps", "stages"), [(5, 5), (7, 3), (10, 4)])
 def test_stages_share_the_steps_evenly(steps, stages):
-    found = spans(steps, stages)
-    assert [step for span in found for step in span] == list(range(steps))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
+    parts = spans(steps, stages)
+    lengths = [len(part) for part in parts]
+    assert [step for part in parts for step in part] == list(range(steps))
+    assert max(lengths) - min(lengths) <= 1
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # How the work is divided
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_stages_of_separate_jobs_are_those_of_one_run(whole, weights, tmp_path):
     output = tmp_path / "shared"
     for number in (1, 0):
-        run_cli(
-            *settings(
-                weights, tmp_path / str(number), f"task.stage={number}", f"task.output={output}"
-            )
-        )
+        job = [f"task.stage={number}", f"task.output={output}"]
+        run_cli(*settings(weights, tmp_path / str(number), *job))
     assert_same(whole, output)
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(whole, weights, tmp_path):
-    """SIGKILL some time after its first checkpoint; then the same command."""
-    command = [sys.executable, "-m", "oss_exp", *settings(weights, tmp_path)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    while (
-        not (tmp_path / "stages" / "checkpoints" / "stage_0.ckpt").exists()
-        and process.poll() is None
-    ):
-        time.sleep(0.02)
-    time.sleep(random.random() / 5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    checkpoint = "stages/checkpoints/stage_0.ckpt"
+    kill_at(checkpoint, tmp_path, settings(weights, tmp_path), delay=random.random() / 5)
     assert not (tmp_path / "stages" / "stage_1.json").exists()
     assert_same(whole, tuned(weights, tmp_path))
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_made_again(whole, weights, tmp_path):
+def test_stages_that_exist_are_not_trained_again(whole, weights, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     run_cli(*settings(weights, tmp_path, f"task.output={whole}"))
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
@@ -230,16 +244,17 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
     progressive = ["task.objective=progressive", "num_steps=[4]", "task.precision=64-true"]
     one = tuned(weights, tmp_path / "one", *progressive)
     run_two_ranks(*settings(weights, tmp_path / "two", *progressive), folder=tmp_path)
+    two = tmp_path / "two" / "stages"
+
     for number in range(2):
+        tensors = stage(two, number)
         for name, tensor in stage(one, number).items():
-            torch.testing.assert_close(
-                stage(tmp_path / "two" / "stages", number)[name], tensor, rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What does not fit
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,17 +1,12 @@
-"""GenEval's two loops on a small model of scenes and a detector trained for a moment: files, and what a kill leaves."""
+"""The task `geneval` on a small model of scenes: its files, and how a killed run goes on."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_weights, run_cli, run_two_ranks, write_fashion
+from helpers import kill_at, random_weights, run_cli, run_two_ranks, write_fashion
 
 from oss_exp.data.scenes import wishes
 from oss_exp.geneval.rules import TASKS
@@ -24,15 +19,20 @@ SMALL = [
 COUNT = 2  # pictures of a prompt
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> list[str]:
-    """The settings of a run: garments of stripes, a detector that has seen some, random weights, six prompts."""
-    folder = tmp_path_factory.mktemp("inputs")
+def write_garments(folder: Path) -> None:
+    """Write both splits of Fashion-MNIST with 20 garments of stripes."""
     pixels = torch.zeros(20, 28, 28, dtype=torch.uint8)
     for number in range(20):
         pixels[number, 4 : 14 + number // 2, 6 : 22 : 1 + number % 3] = 200
     for split in ("train", "t10k"):
         write_fashion(folder, pixels, [i % 10 for i in range(20)], split)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    """The weights of a detector that was trained for a moment."""
+    folder = tmp_path_factory.mktemp("detector")
+    write_garments(folder)
     run_cli(
         "task=fit_detector",
         f"images.root={folder}",
@@ -41,14 +41,21 @@ def inputs(tmp_path_factory) -> list[str]:
         f"task.output={folder / 'detector.safetensors'}",
         f"hydra.run.dir={folder / 'fit'}",
     )
-    lines = [json.dumps(known[0]) + "\n" for known in wishes().values()]
+    return folder / "detector.safetensors"
+
+
+@pytest.fixture(scope="module")
+def inputs(detector, tmp_path_factory) -> list[str]:
+    """The settings of a run with random weights, on one prompt of each task."""
+    folder = tmp_path_factory.mktemp("inputs")
+    lines = [json.dumps(prompts[0]) + "\n" for prompts in wishes().values()]
     (folder / "prompts.jsonl").write_text("".join(lines))
     return [
         "task=geneval",
         *SMALL,
         random_weights(folder / "w.safetensors", *SMALL),
         f"data.prompts={folder / 'prompts.jsonl'}",
-        f"task.detector.file={folder / 'detector.safetensors'}",
+        f"task.detector.file={detector}",
         f"task.images_per_prompt={COUNT}",
         "data.search_samples=2",
         "data.batch_size=5",
@@ -67,29 +74,36 @@ def run(inputs, tmp_path_factory) -> Path:
 
 
 def results(folder: Path) -> dict:
+    """Return the record of a run."""
     return json.loads((folder / "geneval.json").read_text())
+
+
+def verdicts(folder: Path) -> list[list[dict]]:
+    """Return the verdicts of every schedule of a run."""
+    return [row["verdicts"] for row in results(folder)["rows"]]
 
 
 @pytest.mark.slow
 def test_every_prompt_has_its_pictures_and_verdicts(run):
-    found = results(run)
-    assert [row["label"] for row in found["rows"]] == ["teacher", "ddim_2", "oss_ave_2"]
-    assert [row["nfe"] for row in found["rows"]] == [4, 2, 2]
-    assert [wish["tag"] for wish in found["prompts"]] == list(TASKS)
-    for row in found["rows"]:
-        assert [each["number"] for each in row["verdicts"]] == list(range(6 * COUNT))
+    record = results(run)
+    rows = record["rows"]
+
+    assert [row["label"] for row in rows] == ["teacher", "ddim_2", "oss_ave_2"]
+    assert [row["nfe"] for row in rows] == [4, 2, 2]
+    assert [wish["tag"] for wish in record["prompts"]] == list(TASKS)
+    for row in rows:
+        numbers = [verdict["number"] for verdict in row["verdicts"]]
+        assert numbers == list(range(6 * COUNT))
         assert len(list((run / "images" / row["label"]).glob("*.png"))) == 6 * COUNT
 
 
 @pytest.mark.slow
 def test_the_table_and_the_page_are_written(run):
     table = (run / "geneval.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
-        "teacher (4)",
-        "ddim (2)",
-        "oss_ave (2)",
-    ]
-    assert table.count("| ddim (2) |") == 2  # its scores, and what they are less than the teacher's
+    labels = [line.split("|")[1].strip() for line in table.splitlines()[2:5]]
+    assert labels == ["teacher (4)", "ddim (2)", "oss_ave (2)"]
+    assert table.count("| ddim (2) |") == 2  # scores, and their differences to the teacher's
+
     page = (run / "geneval.html").read_text()
     assert page.count("<img ") == 3 * 6 * COUNT
     assert not re.search(r"(src|href)=[\"']?https?:", page)
@@ -98,38 +112,24 @@ def test_the_table_and_the_page_are_written(run):
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
     run_two_ranks(*inputs, f"hydra.run.dir={tmp_path}", folder=tmp_path)
-    assert [row["verdicts"] for row in results(tmp_path)["rows"]] == [
-        row["verdicts"] for row in results(run)["rows"]
-    ]
+    assert verdicts(tmp_path) == verdicts(run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("awaited", ["images/ddim_2/*.png", "verdicts/teacher/*.jsonl"])
 def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "oss_exp", *inputs, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    while not list(folder.glob(awaited)) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    made = {
-        file: file.stat().st_mtime_ns
-        for kind in ("png", "jsonl")
-        for file in folder.rglob(f"*.{kind}")
-    }
-    assert len(made) >= 1
+    kill_at(awaited, folder, [*inputs, f"hydra.run.dir={folder}"])
+    files = [*folder.rglob("*.png"), *folder.rglob("*.jsonl")]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert before
+
     run_cli(*inputs, f"hydra.run.dir={folder}")
-    assert {file: file.stat().st_mtime_ns for file in made} == made, "nothing is made twice"
-    assert [row["verdicts"] for row in results(folder)["rows"]] == [
-        row["verdicts"] for row in results(run)["rows"]
-    ]
-    for row in results(run)["rows"]:
-        for n in range(6 * COUNT):
-            name = f"images/{row['label']}/{n:06d}.png"
-            assert (folder / name).read_bytes() == (run / name).read_bytes()
+
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+    assert verdicts(folder) == verdicts(run)
+    for picture in (run / "images").rglob("*.png"):
+        assert (folder / picture.relative_to(run)).read_bytes() == picture.read_bytes()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Several machines, each of which is a launcher of its own here: the same schedules as of one process."""
+"""Runs on several machines, each a launcher here, give the schedules of one process."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_cli, start_process
+from helpers import metrics_of, run_cli, start_process
 
 from oss_exp.schedule import StepSchedule
 
 ROOT = Path(__file__).parents[2]
-NODES, PROCESSES = 2, 2  # machines, and processes of each
-SAMPLES = ["data.search_samples=9", "data.per_sample=5", "data.eval_samples=9", "data.batch_size=2"]
+NODES = 2  # machines
+PROCESSES = 2  # of each machine
 SMALL = [
     "model=mixture_fashion",
     "num_teacher_steps=40",
     "num_steps=[2,4]",
-    *SAMPLES,
+    "stepsize=[ddim,oss,oss_ave,oss_shared,oss_fit]",
+    "data.classes=all",
+    "data.search_samples=9",
+    "data.per_sample=5",
+    "data.eval_samples=9",
+    "data.batch_size=2",
+    "metric=[class_agreement,fid]",
     "logger=none",
+    "trainer.enable_progress_bar=false",
 ]
-SMALL += ["stepsize=[ddim,oss,oss_ave,oss_shared,oss_fit]", "trainer.enable_progress_bar=false"]
-SMALL += ["data.classes=all", "metric=[class_agreement,fid]"]
-TOGETHER = ["trainer=ddp", "trainer.accelerator=cpu"]
-TOGETHER += [f"trainer.devices={PROCESSES}", f"trainer.num_nodes={NODES}"]
+TOGETHER = [
+    "trainer=ddp",
+    "trainer.accelerator=cpu",
+    f"trainer.devices={PROCESSES}",
+    f"trainer.num_nodes={NODES}",
+]
 
 SBATCH = """
 import os, subprocess, sys
@@ -44,71 +53,91 @@ print("Submitted batch job 4242")
 SRUN = f"""
 import os, subprocess, sys
 
-command = sys.argv[next(i for i, each in enumerate(sys.argv[1:], 1) if not each.startswith("-") and "%" not in each) :]
+words = enumerate(sys.argv[1:], 1)
+first = next(i for i, word in words if not word.startswith("-") and "%" not in word)
 tasks = []
 for rank in range({NODES * PROCESSES}):
     numbers = {{
-        "PROCID": rank, "LOCALID": rank % {PROCESSES}, "NODEID": rank // {PROCESSES}, "NTASKS": {NODES * PROCESSES},
-        "NTASKS_PER_NODE": {PROCESSES}, "NNODES": {NODES}, "JOB_NAME": "oss-exp", "NODELIST": "127.0.0.1",
+        "PROCID": rank,
+        "LOCALID": rank % {PROCESSES},
+        "NODEID": rank // {PROCESSES},
+        "NTASKS": {NODES * PROCESSES},
+        "NTASKS_PER_NODE": {PROCESSES},
+        "NNODES": {NODES},
+        "JOB_NAME": "oss-exp",
+        "NODELIST": "127.0.0.1",
     }}
-    environment = {{**os.environ, **{{f"SLURM_{{name}}": str(value) for name, value in numbers.items()}}}}
-    tasks.append(subprocess.Popen(command, env=environment))
+    slurm = {{f"SLURM_{{name}}": str(value) for name, value in numbers.items()}}
+    tasks.append(subprocess.Popen(sys.argv[first:], env={{**os.environ, **slurm}}))
 sys.exit(max(task.wait() for task in tasks))
 """
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The run folder of one process."""
+    """The folder of the same run by one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     run_cli(*SMALL, f"hydra.run.dir={folder}")
     return folder
 
 
 def require_same(folder: Path, expected: Path) -> None:
-    """Assert that both folders have the same times and orders to the bit, and the same numbers to rounding.
+    """Check that two runs have the same schedules and, up to rounding, the same measurements."""
+    require_same_schedules(folder / "schedules", expected / "schedules")
+    require_same_measurements(folder, expected)
 
-    Fitted weights, means and metrics are sums of float32 outputs of networks, in another order.
+
+def require_same_schedules(folder: Path, expected: Path) -> None:
+    """Check that times and orders are equal to the bit.
+
+    Fitted weights and means are not: they are sums of float32 outputs in another order.
     """
-    files = sorted(path.name for path in (expected / "schedules").glob("*.json"))
-    assert sorted(path.name for path in (folder / "schedules").glob("*.json")) == files
-    for name in files:
+    names = sorted(path.name for path in expected.glob("*.json"))
+    assert sorted(path.name for path in folder.glob("*.json")) == names
+    for name in names:
         if name.endswith(".mean.json"):
             continue
-        plans = [StepSchedule.load(place / "schedules" / name) for place in (folder, expected)]
-        texts = [
-            json.loads((place / "schedules" / name).read_text()) for place in (folder, expected)
-        ]
-        assert texts[0]["times"] == texts[1]["times"], name
-        assert texts[0].get("samples") == texts[1].get("samples"), name
-        orders = [None if plan.orders is None else plan.orders.tolist() for plan in plans]
-        assert orders[0] == orders[1], name
+        steps = StepSchedule.load(folder / name)
+        other = StepSchedule.load(expected / name)
+        record = json.loads((folder / name).read_text())
+        other_record = json.loads((expected / name).read_text())
+        assert record["times"] == other_record["times"], name
+        assert record.get("samples") == other_record.get("samples"), name
+        assert str(steps.orders) == str(other.orders), name
 
-    found, wanted = (
-        json.loads((place / "metrics.json").read_text()) for place in (folder, expected)
-    )
-    assert found["teacher_metrics"] == pytest.approx(wanted["teacher_metrics"], rel=1e-4)
-    for row, other in zip(found["rows"], wanted["rows"], strict=True):
+
+def require_same_measurements(folder: Path, expected: Path) -> None:
+    """Check that metrics and pictures are equal up to rounding."""
+    metrics = metrics_of(folder)
+    others = metrics_of(expected)
+    assert metrics["teacher_metrics"] == pytest.approx(others["teacher_metrics"], rel=1e-4)
+    for row, other in zip(metrics["rows"], others["rows"], strict=True):
         assert row["psnr"] == pytest.approx(other["psnr"], abs=1e-3)
         assert row["per_image"]["index"] == other["per_image"]["index"]
         assert row["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
-    with np.load(folder / "samples.npz") as pictures, np.load(expected / "samples.npz") as others:
-        for label, images in others.items():
+    with (
+        np.load(folder / "samples.npz") as pictures,
+        np.load(expected / "samples.npz") as originals,
+    ):
+        for label, images in originals.items():
             assert np.abs(pictures[label].astype(float) - images).max() <= 1
 
 
 def free_port() -> int:
+    """Return the number of a port that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class Machines:
-    """The launchers (torchrun) of one command on all machines, each in a working folder of its own."""
+    """The launchers (torchrun) of one command on all machines, with a working folder for each."""
 
     def __init__(self, place: Path, *arguments: str):
-        self.place, self.launchers = place, []
+        self.place = place
+        self.launchers = []
         port = free_port()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         for node in range(NODES):
             home = place / f"machine_{node}"
             home.mkdir(exist_ok=True)
@@ -116,37 +145,35 @@ class Machines:
             command += [f"--nproc-per-node={PROCESSES}", f"--node-rank={node}"]
             command += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "oss_exp"]
             with (home / "log.txt").open("w") as log:
+                command += [*arguments, *TOGETHER]
                 launcher = subprocess.Popen(
-                    [*command, *arguments, *TOGETHER],
-                    cwd=home,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    command, cwd=home, stdout=log, stderr=log, env=environment
                 )
             self.launchers.append(launcher)
 
     def wait(self) -> list[int]:
+        """Return the exit codes of all launchers."""
         return [launcher.wait() for launcher in self.launchers]
 
     def printed(self) -> str:
+        """Return what all launchers printed."""
         logs = [self.place / f"machine_{node}" / "log.txt" for node in range(NODES)]
         return "\n".join(log.read_text() for log in logs)
 
     def process(self, rank: int) -> int:
-        """The number of a rank's process."""
+        """Return the number of a rank's process."""
         for launcher in self.launchers:
             children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
             for child in children.split():
-                if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(
-                    b"\0"
-                ):
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                if f"RANK={rank}".encode() in environment:
                     return int(child)
         raise AssertionError(f"no process of rank {rank}")
 
 
 @pytest.mark.slow
 def test_two_machines_give_the_schedules_of_one_process(alone, tmp_path):
-    """Nine images in batches of two: the last batches are uneven, and samples are repeated to even out the ranks."""
+    # Nine images in batches of two: ranks repeat samples, and their last batches are uneven.
     folder = tmp_path / "shared"
     machines = Machines(tmp_path, *SMALL, f"hydra.run.dir={folder}")
     assert machines.wait() == [0, 0], machines.printed()
@@ -177,30 +204,28 @@ def test_a_rank_that_is_killed_goes_on_when_the_job_is_queued_again(alone, tmp_p
 def test_machines_without_a_shared_folder_are_refused_before_any_work(tmp_path):
     machines = Machines(tmp_path, *SMALL, "hydra.run.dir=here")
     assert all(code != 0 for code in machines.wait())
-    assert (
-        "give hydra.run.dir=FOLDER, an absolute path that all machines share" in machines.printed()
-    )
+    message = "give hydra.run.dir=FOLDER, an absolute path that all machines share"
+    assert message in machines.printed()
     assert not list(tmp_path.glob("machine_*/here/schedules/*"))
 
 
 @pytest.mark.slow
-def test_the_first_process_of_every_machine_knows_that_it_is_not_the_first_of_all(alone, tmp_path):
-    """As where a command is started by hand on each machine: only one process takes the folder's lock."""
+def test_only_one_process_of_all_machines_takes_the_lock_of_a_folder(alone, tmp_path):
+    # As where a user starts the command on each machine.
     folder = tmp_path / "shared"
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
     arguments = [*SMALL, *TOGETHER, "trainer.devices=1", f"hydra.run.dir={folder}"]
-    started = [
-        start_process(arguments, tmp_path, {**shared, "NODE_RANK": str(node)})
-        for node in range(NODES)
-    ]
-    for process, printed in started:
+    processes = []
+    for node in range(NODES):
+        processes.append(start_process(arguments, tmp_path, {**shared, "NODE_RANK": str(node)}))
+    for process, printed in processes:
         process.join()
         assert process.exitcode == 0, printed.read_text()
     require_same(folder, alone)
 
 
 def slurm(place: Path) -> dict[str, str]:
-    """An environment with commands of SLURM's names, which start a job's processes on this machine."""
+    """Return an environment in which SLURM's commands start a job's processes on this machine."""
     commands = place / "bin"
     commands.mkdir()
     scripts = {"sbatch": SBATCH, "srun": SRUN, "sacct": "", "scancel": ""}
@@ -212,7 +237,7 @@ def slurm(place: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_on_two_machines(alone, tmp_path):
+def test_a_job_of_slurm_on_two_machines_gives_the_schedules_of_one_process(alone, tmp_path):
     sweep = tmp_path / "sweep"
     launcher = ["hydra/launcher=submitit_slurm", f"hydra.launcher.nodes={NODES}"]
     launcher += [f"hydra.launcher.tasks_per_node={PROCESSES}", "hydra.launcher.gpus_per_node=0"]

@@ -1,4 +1,4 @@
-"""Overrides that are refused: names of earlier versions, and values that the task does not read."""
+"""Overrides that are refused: names of earlier versions, and values that no task reads."""
 
 import pytest
 from helpers import run_cli
@@ -13,6 +13,7 @@ FAST = [
 
 
 def refused(capsys, folder, *arguments: str) -> str:
+    """Return the one message with which a command is refused."""
     with pytest.raises(SystemExit) as stop:
         run_cli(*arguments, f"hydra.run.dir={folder}")
     assert stop.value.code == 1
@@ -57,7 +58,7 @@ def refused(capsys, folder, *arguments: str) -> str:
         ("stepsize=[ddim,ddim]", "stepsize=[ddim,ddim] names ddim twice; name it once"),
         (
             "task=import_sigmas task.sigmas=1.0,0.5,0",
-            "write a list, 'task.sigmas=[1.0,0.5,0]', or text, 'task.sigmas=\"1.0,0.5,0\"', or add --multirun",
+            "write a list, 'task.sigmas=[1.0,0.5,0]', or text, 'task.sigmas=\"1.0,0.5,0\"', or ",
         ),
         ("noise_schedule=karras", "karras is an option of another group: stepsize=karras"),
     ],

@@ -1,4 +1,4 @@
-"""Signals end every task with its state kept; the whole of it is experiments/kill_test, whose forked runs these are."""
+"""Signals end every task with its state on disk; experiments/kill_test does the same at large."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory):
-    """experiments/kill_test/run.py, in a folder of its own."""
+    """The module experiments/kill_test/run.py, working in a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "FOLDER", tmp_path_factory.mktemp("kills"))
         yield run
@@ -30,7 +30,7 @@ def kills(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(kills):
-    """A function: the folder of a task's runs, in which the untouched one was made."""
+    """A function that returns the folder of a task's runs, with an undisturbed one in whole/."""
 
     @cache
     def folder(task: str) -> Path:
@@ -64,21 +64,23 @@ def whole(kills):
 )
 def test_a_task_that_is_ended_at_a_file_goes_on_to_the_same_result(kills, whole, task, strikes):
     folder = whole(task)
+
     for sent, at in strikes:
         code, _, seconds = kills.run(task, folder / "killed", sent, at)
         assert code == kills.CODES[sent]
         assert seconds < 5
         assert kills.require_whole(folder / "killed") > 0
+
     assert kills.run(task, folder / "killed")[0] == 0
     assert kills.outcome(folder / "killed") == kills.outcome(folder / "whole")
-    said = (folder / "killed.log").read_text()
-    assert f"and the same command with hydra.run.dir={folder / 'killed'} goes on" in said
-    assert "Traceback" not in said
+    log = (folder / "killed.log").read_text()
+    assert f"and the same command with hydra.run.dir={folder / 'killed'} goes on" in log
+    assert "Traceback" not in log
 
 
 @pytest.mark.slow
 def test_a_signal_keeps_the_step_that_a_training_has_come_to(kills, whole, monkeypatch):
-    """Not a checkpoint's step, and under its feet: the steps before and after are those of an untouched run."""
+    """The sixth step saves no checkpoint of itself; its losses are those of an undisturbed run."""
     folder = whole("pretrain")
     step = PretrainModule.training_step
 
@@ -87,17 +89,20 @@ def test_a_signal_keeps_the_step_that_a_training_has_come_to(kills, whole, monke
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, batch_idx)
 
+    # Ended in its sixth step.
     with monkeypatch.context() as patch:
         patch.setattr(PretrainModule, "training_step", struck)
         assert kills.run("pretrain", folder / "ended")[0] == 143
-    kept = torch.load(folder / "ended" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert len(kept["progress"]["losses"]) == 7
+    checkpoint = torch.load(folder / "ended" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(checkpoint["progress"]["losses"]) == 7
+
+    # Continued.
     assert kills.run("pretrain", folder / "ended")[0] == 0
     assert kills.outcome(folder / "ended") == kills.outcome(folder / "whole")
 
 
 def forked(work: Callable[[], object]) -> tuple[int, float]:
-    """The exit code of a process that does this work within `watched`, and how long it took."""
+    """Do this work within `watched` in a process; return its exit code and its seconds."""
     started = time.monotonic()
     if (child := os.fork()) == 0:
         try:
@@ -110,7 +115,7 @@ def forked(work: Callable[[], object]) -> tuple[int, float]:
     return os.waitstatus_to_exitcode(status), time.monotonic() - started
 
 
-def test_work_that_does_not_end_is_ended(monkeypatch, capfd):
+def test_work_that_ignores_a_signal_is_ended(monkeypatch, capfd):
     monkeypatch.setattr(preemption, "GRACE", 0.2)
 
     def deaf() -> None:
@@ -126,7 +131,7 @@ def test_work_that_does_not_end_is_ended(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
-def test_a_signal_waits_for_a_piece_of_work_and_then_ends_whatever_comes(sent, code, capfd):
+def test_a_signal_waits_for_the_end_of_a_piece_of_work(sent, code, capfd):
     def work() -> None:
         with preemption.unbroken():
             assert not preemption.received()
@@ -136,8 +141,8 @@ def test_a_signal_waits_for_a_piece_of_work_and_then_ends_whatever_comes(sent, c
         raise AssertionError("not reached")
 
     assert forked(work)[0] == code
-    done, _, line = capfd.readouterr().err.strip().split("\n")
-    assert done == "done"
+    first, _, line = capfd.readouterr().err.strip().split("\n")
+    assert first == "done"
     assert line.startswith(
         "oss-exp: interrupted;" if sent == "SIGINT" else f"oss-exp: ended by {sent};"
     )

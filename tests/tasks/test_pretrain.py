@@ -1,4 +1,4 @@
-"""Training: exact resume, any number of ranks, and a network that learns the exact velocity of a mixture."""
+"""The task `pretrain`: exact resume, any number of ranks, and weights that run as a model."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli, run_two_ranks
+from helpers import metrics_of, run_cli, run_two_ranks
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -34,13 +34,23 @@ TINY = [
 
 
 def settings(folder, *more: str) -> list[str]:
+    """Return the arguments of a tiny training of 12 steps in a folder."""
     return [*TINY, "task.max_steps=12", "task.save_every=4", f"hydra.run.dir={folder}", *more]
 
 
-def outcome(folder):
-    return load_file(folder / "dit_fashion.safetensors"), json.loads(
-        (folder / "training.json").read_text()
-    )["losses"]
+def losses_of(folder) -> list[float]:
+    """Return the loss of every step of a training."""
+    return json.loads((folder / "training.json").read_text())["losses"]
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    """Return the weights that a training wrote."""
+    return load_file(folder / "dit_fashion.safetensors")
+
+
+def checkpoint_of(folder) -> dict:
+    """Return the last checkpoint of a training."""
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,63 +61,63 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_images_of_more_classes_than_the_model_or_of_none_are_refused_before_the_first_step(
-    tmp_path, capsys
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([str(label) for label in range(11)], "images has 11 classes, model=dit_fashion has 10"),
+        (["."], "images has no classes"),
+    ],
+)
+def test_images_need_the_classes_of_the_model_before_the_first_step(
+    folders, message, tmp_path, capsys
 ):
-    arguments = [argument for argument in TINY if argument != "images=digits"]
-    for folders, words in (
-        (11, "images has 11 classes, model=dit_fashion has 10"),
-        (0, "images has no classes"),
-    ):
-        for label in range(folders or 1):
-            folder = tmp_path / str(folders) / (str(label) if folders else "")
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (8, 8)).save(folder / "x.png")
-        images = [
-            "images=image_folder",
-            f"images.root={tmp_path / str(folders)}",
-            "images.size=8",
-            "images.channels=1",
-        ]
-        with pytest.raises(SystemExit):
-            run_cli(
-                *arguments,
-                *images,
-                "task.max_steps=1",
-                "task.save_every=1",
-                f"hydra.run.dir={tmp_path / 'run'}",
-            )
-        assert f"oss-exp: {words}" in capsys.readouterr().err
+    for name in folders:
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(folder / "x.png")
+    images = [
+        "images=image_folder",
+        f"images.root={tmp_path / 'images'}",
+        "images.size=8",
+        "images.channels=1",
+    ]
+
+    arguments = settings(tmp_path / "run", *images)
+    arguments.remove("images=digits")
+    with pytest.raises(SystemExit):
+        run_cli(*arguments)
+
+    assert f"oss-exp: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_leaves_weights_provenance_grids_and_a_picture(whole):
     record = json.loads((whole / "dit_fashion.json").read_text())
+    pictures = sorted(path.name for path in (whole / "samples").iterdir())
+
     assert record["sha256"] == sha256((whole / "dit_fashion.safetensors").read_bytes())
     assert record["training"]["steps"] == 12
+    assert record["training"]["loss"] == pytest.approx(np.mean(losses_of(whole)[-4:]))
     assert record["made_by"].startswith("oss-exp task=pretrain model=dit_fashion")
     assert record["data"]["images"] == 1797
-    assert record["training"]["loss"] == pytest.approx(np.mean(outcome(whole)[1][-4:]))
-    assert [path.name for path in sorted((whole / "samples").iterdir())] == [
-        f"step_{s:06d}.png" for s in (4, 8, 12)
-    ]
+    assert pictures == [f"step_{step:06d}.png" for step in (4, 8, 12)]
     assert Image.open(whole / "samples" / "step_000012.png").size == (8 * 10 + 2, 10 * 10 + 2)
     assert (whole / "training.png").stat().st_size > 5000
 
 
+NETWORK = [setting for setting in TINY if setting.startswith("model")]
+
+
 def test_the_run_and_its_checkpoint_are_the_model(whole):
-    """The average, which is what the run writes in half precision."""
-    shape = [argument for argument in TINY if argument.startswith("model")]
+    """They hold the average of the weights, which the run writes in half precision."""
+    files = [whole, whole / "checkpoints" / "last.ckpt", whole / "dit_fashion.safetensors"]
+    models = []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        models = [
-            instantiate(compose("config", [*shape, f"model.checkpoint={path}"]).model)
-            for path in (
-                whole,
-                whole / "checkpoints" / "last.ckpt",
-                whole / "dit_fashion.safetensors",
-            )
-        ]
+        for file in files:
+            cfg = compose("config", [*NETWORK, f"model.checkpoint={file}"])
+            models.append(instantiate(cfg.model))
     run, last, written = (model.backbone.state_dict() for model in models)
+
     assert models[0].fingerprint == models[2].fingerprint != models[1].fingerprint
     for key, value in written.items():
         assert torch.equal(run[key], value)
@@ -116,9 +126,8 @@ def test_the_run_and_its_checkpoint_are_the_model(whole):
 
 @pytest.mark.slow
 def test_the_written_weights_run_as_a_model(whole, tmp_path):
-    network = [argument for argument in TINY if argument.startswith("model")]
     run_cli(
-        *network,
+        *NETWORK,
         f"model.checkpoint={whole / 'dit_fashion.safetensors'}",
         "stepsize=[edm,oss_shared]",
         "num_steps=[3]",
@@ -131,7 +140,8 @@ def test_the_written_weights_run_as_a_model(whole, tmp_path):
         "logger=none",
         f"hydra.run.dir={tmp_path}",
     )
-    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+
+    rows = metrics_of(tmp_path)["rows"]
     assert [row["nfe"] for row in rows] == [6, 6]
 
 
@@ -150,18 +160,15 @@ def flat(tmp_path_factory):
     ("steps", "every", "then"), [(3, 2, 4), (8, 8, 4), (4, 4, 1), (4, 4, 20), (12, 4, 4)]
 )
 def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, steps, every, then):
-    first = settings(tmp_path / "first", *FLAT)
-    run_cli(*first, f"task.max_steps={steps}", f"task.save_every={every}")
-    more = settings(
-        tmp_path / "then", *FLAT, f"task.save_every={then}", f"task.resume={tmp_path / 'first'}"
-    )
-    run_cli(*more)
-    assert (
-        json.loads((tmp_path / "then" / "training.json").read_text())["losses"] == outcome(flat)[1]
-    )
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    run_cli(*settings(first, *FLAT), f"task.max_steps={steps}", f"task.save_every={every}")
+    run_cli(*settings(second, *FLAT), f"task.save_every={then}", f"task.resume={first}")
+
+    assert losses_of(second) == losses_of(flat)
     if steps < 12:
-        kept = torch.load(tmp_path / "then" / "checkpoints" / "last.ckpt", weights_only=True)
-        assert [rate["last_epoch"] for rate in kept["lr_schedulers"]] == [12]
+        rates = checkpoint_of(second)["lr_schedulers"]
+        assert [rate["last_epoch"] for rate in rates] == [12]
 
 
 @pytest.mark.slow
@@ -169,16 +176,17 @@ def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tm
     folder = tmp_path / "run"
     run_cli(*settings(folder, "task.max_steps=4"))
     command = (folder / ".hydra" / "overrides.yaml").read_text()
+    losses = checkpoint_of(folder)["progress"]["losses"]
+
     with pytest.raises(SystemExit):
         run_cli(*settings(folder, "task.learning_rate=1"))
     assert f"{folder} holds a run with another task.learning_rate" in capsys.readouterr().err
     assert (folder / ".hydra" / "overrides.yaml").read_text() == command
-    before = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["progress"][
-        "losses"
-    ]
+
     run_cli(*settings(folder))
-    assert outcome(folder)[1][:4] == before
-    assert len(outcome(folder)[1]) == 12
+    assert losses_of(folder)[:4] == losses
+    assert len(losses_of(folder)) == 12
+
     with pytest.raises(SystemExit):
         run_cli(*settings(folder, "task.max_steps=3"))
     assert "has taken 12 steps, more than task.max_steps=3" in capsys.readouterr().err
@@ -186,115 +194,143 @@ def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tm
 
 @pytest.mark.slow
 def test_a_run_may_begin_from_weights(whole, tmp_path):
-    weights = whole / "dit_fashion.safetensors"
-    still = ["task.max_steps=1", "task.learning_rate=1e-30", f"task.init_from={weights}"]
+    file = whole / "dit_fashion.safetensors"
+    still = ["task.max_steps=1", "task.learning_rate=1e-30", f"task.init_from={file}"]
+
     run_cli(*settings(tmp_path, *still))
-    found, given = outcome(tmp_path)[0], load_file(weights)
-    assert all(torch.equal(found[key], tensor) for key, tensor in given.items())
-    about = json.loads((tmp_path / "dit_fashion.json").read_text())
-    assert about["init_from"] == {"file": weights.name, "sha256": sha256(weights.read_bytes())}
+
+    weights = weights_of(tmp_path)
+    record = json.loads((tmp_path / "dit_fashion.json").read_text())
+    assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(whole).items())
+    assert record["init_from"] == {"file": file.name, "sha256": sha256(file.read_bytes())}
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_somebody_else_removes_nothing_and_is_read_as_data(whole, tmp_path, capsys):
-    """Lightning's callbacks remove the file that they kept before, whose name they read from a checkpoint."""
-    victim, path = tmp_path / "victim.ckpt", tmp_path / "given.ckpt"
+def test_a_foreign_checkpoint_removes_no_file(whole, tmp_path):
+    """Lightning's callbacks remove their previous file, whose name they read from a checkpoint."""
+    victim = tmp_path / "victim.ckpt"
     victim.write_text("mine")
-    kept = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
     names = {
         "best_model_path": str(victim),
         "last_model_path": str(victim),
         "dirpath": str(tmp_path),
     }
-    keys = [
-        f"ModelCheckpoint{{'monitor': None, 'mode': 'min', 'every_n_train_steps': {n}}}"
-        for n in (0, 1)
-    ]
-    torch.save({**kept, "callbacks": dict.fromkeys([*keys, "ModelCheckpoint"], names)}, path)
-    run_cli(*settings(tmp_path / "run", "task.max_steps=14", f"task.resume={path}"))
-    assert victim.read_text() == "mine"
-    assert len(outcome(tmp_path / "run")[1]) == 14
+    callback = "ModelCheckpoint{{'monitor': None, 'mode': 'min', 'every_n_train_steps': {}}}"
+    callbacks = [callback.format(0), callback.format(1), "ModelCheckpoint"]
+    content = {**checkpoint_of(whole), "callbacks": dict.fromkeys(callbacks, names)}
+    torch.save(content, tmp_path / "foreign.ckpt")
 
-    other = {**kept["state_dict"], next(iter(kept["state_dict"])): torch.zeros(3)}
-    broken = {
-        "is not from a training": [1, 2],
-        "`progress` is missing": {key: value for key, value in kept.items() if key != "progress"},
-        "is of another network": {**kept, "state_dict": other},
-        "has no `exp_avg` of weight 0": {
-            **kept,
-            "optimizer_states": [{"state": {0: {}}, "param_groups": []}],
-        },
-        "must be": {**kept, "progress": {"losses": ["1"], "seconds": 1.0}},
-    }
-    for message, content in broken.items():
-        torch.save(content, path)
-        with pytest.raises(SystemExit):
-            run_cli(*settings(tmp_path / "refused", f"task.resume={path}"))
-        error = capsys.readouterr().err
-        assert message in error
-        assert str(path) in error
-        assert "Traceback" not in error
-    path.write_bytes(b"no checkpoint")
+    resume = f"task.resume={tmp_path / 'foreign.ckpt'}"
+    run_cli(*settings(tmp_path / "run", "task.max_steps=14", resume))
+
+    assert victim.read_text() == "mine"
+    assert len(losses_of(tmp_path / "run")) == 14
+
+
+def without_progress(content: dict) -> dict:
+    return {key: value for key, value in content.items() if key != "progress"}
+
+
+def of_another_network(content: dict) -> dict:
+    weights = dict(content["state_dict"])
+    weights[next(iter(weights))] = torch.zeros(3)
+    return {**content, "state_dict": weights}
+
+
+def without_moments(content: dict) -> dict:
+    return {**content, "optimizer_states": [{"state": {0: {}}, "param_groups": []}]}
+
+
+def with_text_for_losses(content: dict) -> dict:
+    return {**content, "progress": {"losses": ["1"], "seconds": 1.0}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: [1, 2], "is not from a training"),
+        (without_progress, "`progress` is missing"),
+        (of_another_network, "is of another network"),
+        (without_moments, "has no `exp_avg` of weight 0"),
+        (with_text_for_losses, "must be"),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_refused(damage, message, whole, tmp_path, capsys):
+    file = tmp_path / "damaged.ckpt"
+    torch.save(damage(checkpoint_of(whole)), file)
+
     with pytest.raises(SystemExit):
-        run_cli(*settings(tmp_path / "refused", f"task.resume={path}"))
+        run_cli(*settings(tmp_path / "run", f"task.resume={file}"))
+
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(file) in error
+    assert "Traceback" not in error
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+    file = tmp_path / "damaged.ckpt"
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit):
+        run_cli(*settings(tmp_path / "run", f"task.resume={file}"))
     assert "or is damaged" in capsys.readouterr().err
 
 
 SMALL = {
-    "flux_fashion": ["images=coloured_fashion", "model.backbone.network.num_single_layers=1"],
-    "video_fashion": ["images=moving_fashion", "model.backbone.network.num_layers=1"],
+    "flux_fashion": ["model.backbone.network.num_single_layers=1"],
+    "video_fashion": ["model.backbone.network.num_layers=1"],
     "mar_fashion": ["model.num_iter=4", "model.sizes.full.backbone.diffloss_w=16"],
 }
 
 
+IMAGES = {"flux_fashion": "coloured_fashion", "video_fashion": "moving_fashion"}  # with captions
+COUNTS = ["data.search_samples=2", "data.eval_samples=2", "data.per_sample=2"]
+RUN = ["num_teacher_steps=6", "num_steps=[2]", "stepsize=[ddim,oss_shared]", "logger=none"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_the_relatives_of_large_networks_are_trained(name, tmp_path, fashion):
-    """From captions or tokens to weights that run as a model."""
-    run = [
-        "task=pretrain",
-        f"model={name}",
-        *SMALL[name],
-        f"images.root={fashion}",
-        "trainer.precision=32-true",
-    ]
-    more = ["task.batch_size=4", "task.max_steps=3", "task.save_every=3", "logger=none"]
-    run_cli(*run, *more, f"hydra.run.dir={tmp_path}")
+def test_the_small_relatives_of_large_networks_are_trained_and_run(name, tmp_path, fashion):
+    network = [f"model={name}", *SMALL[name]]
+    images = IMAGES.get(name)
+    prompts = ["data=prompts", f"data.prompts={images}.txt"]
+    training = ["trainer.precision=32-true", "task.batch_size=4", "task.max_steps=3"]
+
+    # From captions or classes to weights.
+    data = [f"images={images}"] if images else []
+    data += [f"images.root={fashion}"]
+    every = ["task.save_every=3", "logger=none", f"hydra.run.dir={tmp_path}"]
+    run_cli("task=pretrain", *network, *data, *training, *every)
     record = json.loads((tmp_path / f"{name}.json").read_text())
+    picture = Image.open(tmp_path / "samples" / "step_000003.png")
     assert record["training"]["steps"] == 3
-    shown = Image.open(tmp_path / "samples" / "step_000003.png").size
-    assert shown == (34 * 8 + 2, 34 * 10 + 2)
-    network = [f"model={name}", *(each for each in SMALL[name] if each.startswith("model"))]
-    prompts = (
-        [] if name == "mar_fashion" else ["data=prompts", f"data.prompts={SMALL[name][0][7:]}.txt"]
-    )
-    counts = [
-        "data.search_samples=2",
-        "data.eval_samples=2",
-        "data.per_sample=2",
-        "num_teacher_steps=6",
-    ]
+    assert picture.size == (34 * 8 + 2, 34 * 10 + 2)
+
+    # From weights to a comparison.
     weights = f"model.checkpoint={tmp_path / f'{name}.safetensors'}"
-    run_cli(
-        *network, *prompts, weights, *counts, "num_steps=[2]", "stepsize=[ddim,oss_shared]", "logger=none",
-        f"hydra.run.dir={tmp_path / 'run'}",
-    )  # fmt: skip
-    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]) == 2
+    conditions = prompts if images else []
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    run_cli(*network, weights, *conditions, *COUNTS, *RUN, folder)
+    assert len(metrics_of(tmp_path / "run")["rows"]) == 2
 
 
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(whole, tmp_path):
-    run_cli(*settings(tmp_path / "one", "trainer.precision=64-true"))
-    run_two_ranks(*settings(tmp_path / "two", "trainer.precision=64-true"), folder=tmp_path)
-    (one, losses), (two, losses_of_two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
-    np.testing.assert_allclose(losses_of_two, losses, rtol=1e-5)
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=1e-5)
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    run_cli(*settings(one, "trainer.precision=64-true"))
+    run_two_ranks(*settings(two, "trainer.precision=64-true"), folder=tmp_path)
+
+    np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
+    weights = weights_of(two)
+    for key, tensor in weights_of(one).items():
+        torch.testing.assert_close(weights[key], tensor, rtol=1e-5, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Examples
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def examples(dropout: float = 0.25, count: int = 10) -> Examples:
@@ -305,7 +341,7 @@ def examples(dropout: float = 0.25, count: int = 10) -> Examples:
 def test_each_pass_shows_every_image_once_in_another_order():
     stream = examples(dropout=0.0)
     passes = [[stream[10 * epoch + i]["label"] for i in range(10)] for epoch in range(3)]
-    assert all(sorted(shown) == list(range(10)) for shown in passes)
+    assert all(sorted(labels) == list(range(10)) for labels in passes)
     assert passes[0] != passes[1] != passes[2]
 
 
@@ -314,19 +350,17 @@ def test_an_example_is_a_function_of_its_number_alone():
     stream = examples()
     for i in reversed(range(40)):
         item = stream[i]
-        assert all(
-            torch.equal(torch.as_tensor(item[key]), torch.as_tensor(forward[i][key]))
-            for key in item
-        )
-    assert [item["shared"] for item in forward] == [
-        forward[i // 4 * 4]["shared"] for i in range(40)
-    ]
-    assert len({item["shared"] for item in forward}) == 10
-    assert (
-        len({float(item["noise"]) for item in forward})
-        == len({float(item["t"]) for item in forward})
-        == 40
-    )
+        for key in item:
+            assert torch.equal(torch.as_tensor(item[key]), torch.as_tensor(forward[i][key]))
+
+
+def test_examples_share_a_number_in_their_batch_alone():
+    items = [examples()[i] for i in range(40)]
+    shared = [item["shared"] for item in items]
+    assert shared == [shared[i // 4 * 4] for i in range(40)]
+    assert len(set(shared)) == 10
+    assert len({float(item["noise"]) for item in items}) == 40
+    assert len({float(item["t"]) for item in items}) == 40
 
 
 def test_labels_are_dropped_as_often_as_asked():
@@ -343,9 +377,9 @@ def test_logit_normal_times_are_log_normal_sigmas():
     assert float(log_sigma.std()) == pytest.approx(1.2, abs=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

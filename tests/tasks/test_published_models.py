@@ -1,10 +1,8 @@
-"""Every published model through the whole job at its tiny size, and schedules that its own sampler understands."""
-
-import json
+"""Every published model through the whole job at its tiny size, with times in its native clock."""
 
 import pytest
 import torch
-from helpers import run_cli
+from helpers import metrics_of, run_cli
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -26,12 +24,7 @@ CLOCKS = {
     "mar_huge": "DDPM index",
     "open_sora_1_2": "flow time",
 }
-INHERITED = {
-    "dit_xl_2_256",
-    "dit_xl_2_512",
-    "mar_large",
-    "mar_huge",
-}  # their size from another yaml
+INHERITED = {"dit_xl_2_256", "dit_xl_2_512", "mar_large", "mar_huge"}  # size from another file
 SCHEDULES = {  # of each family, by how its names begin
     "edm": "edm",
     "dit": "ddim",
@@ -43,41 +36,50 @@ EVERY = ["ddim_analytic", "oss", "oss_ave", "oss_shared", "oss_fit"]
 FIRST = {"edm_imagenet64", "dit_xl_2_256", "mar_base", "open_sora_1_2"}
 
 
-def test_none_is_forgotten():
+def test_every_model_with_a_tiny_size_is_listed():
     sized = {
         file.stem for file in (CONF / "model").glob("*.yaml") if "\n  tiny:\n" in file.read_text()
     }
     assert sized | INHERITED == set(CLOCKS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", CLOCKS)
-def test_compare_at_tiny_size(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "cache"))
+def compare(model: str, folder) -> list[dict]:
+    """Compare schedules on the tiny size of a model; return the rows of the measurements."""
     native = next(schedule for name, schedule in SCHEDULES.items() if model.startswith(name))
     strategies = EVERY if model in FIRST else ["ddim_analytic", "oss_ave"]
+    data = ["data=prompts"] if model == "open_sora_1_2" else []
     run_cli(
         f"model={model}",
         "scale=tiny",
-        *(["data=prompts"] if model == "open_sora_1_2" else []),
+        *data,
         f"noise_schedule={native}",
         f"stepsize=[{','.join(strategies)}]",
         "num_teacher_steps=10",
         "stepsize.ddim_analytic.schedule=${noise_schedule}",
         "logger=none",
         "trainer.enable_progress_bar=false",
-        f"hydra.run.dir={tmp_path / 'run'}",
+        f"hydra.run.dir={folder}",
     )
-    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    rows = metrics_of(folder)["rows"]
     assert len(rows) == 2 * len(strategies)
-    assert (tmp_path / "run" / "trajectories.npz").exists() != model.startswith("mar"), (
-        "its loop is its own"
-    )
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CLOCKS)
+def test_a_comparison_lists_times_in_the_clock_of_the_model(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OSS_EXP_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    rows = compare(model, folder)
+
+    # A loop of the model's own has no trajectories.
+    assert (folder / "trajectories.npz").exists() != model.startswith("mar")
+
     with initialize_config_dir(str(CONF), version_base="1.3"):
         path = instantiate(compose("config", [f"model={model}", "model.size=tiny"]).model).path
     for row in rows:
-        steps = StepSchedule.load(tmp_path / "run" / row["schedule"])
-        listed = steps.about("native")
-        assert listed["clock"] == CLOCKS[model]
-        tau = torch.tensor(listed["times"], dtype=torch.float64)
+        steps = StepSchedule.load(folder / row["schedule"])
+        native = steps.about("native")
+        tau = torch.tensor(native["times"], dtype=torch.float64)
+        assert native["clock"] == CLOCKS[model]
         torch.testing.assert_close(path.canonical(tau), steps.times, rtol=1e-9, atol=1e-12)

@@ -1,15 +1,14 @@
-"""Whole runs of search, compare and evaluate on the digits mixture: what they leave, and that the numbers are true."""
+"""Whole runs of search, compare and evaluate on the digits mixture: files and numbers."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli, run_two_ranks
+from helpers import metrics_of, run_cli, run_two_ranks
 from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
@@ -53,124 +52,122 @@ def oss_exp(folder: Path, *arguments: str) -> Path:
     return folder
 
 
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def row(folder: Path, strategy: str, num_steps: int) -> dict:
-    (found,) = [
-        r
-        for r in metrics(folder)["rows"]
-        if (r["strategy"], r["num_steps"]) == (strategy, num_steps)
-    ]
-    return found
+    """Return the measurements of one schedule of a run."""
+    rows = {(row["strategy"], row["num_steps"]): row for row in metrics_of(folder)["rows"]}
+    return rows[strategy, num_steps]
 
 
 def means(folder: Path) -> dict[tuple[str, int], float]:
-    return {(r["strategy"], r["num_steps"]): r["psnr"]["mean"] for r in metrics(folder)["rows"]}
+    """Return the mean PSNR of every strategy and number of steps."""
+    rows = metrics_of(folder)["rows"]
+    return {(row["strategy"], row["num_steps"]): row["psnr"]["mean"] for row in rows}
 
 
 def schedules(folder: Path) -> dict[str, StepSchedule]:
-    files = [
-        path
-        for path in (folder / "schedules").glob("*.json")
-        if not path.name.endswith(".mean.json")
-    ]
-    return {path.stem: StepSchedule.load(path) for path in files}
+    """Return the step schedules of a run by the names of their files."""
+    files = (folder / "schedules").glob("*.json")
+    return {file.stem: StepSchedule.load(file) for file in files if ".mean" not in file.name}
 
 
-def times(folder: Path) -> dict[str, list]:
-    return {name: steps.times.tolist() for name, steps in schedules(folder).items()}
+def times(folder: Path, *strategies: str) -> dict[str, list]:
+    """Return the times of the schedules of a run, or of these strategies of it."""
+    plans = schedules(folder).items()
+    return {name: plan.times.tolist() for name, plan in plans if name.startswith(strategies or "")}
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
-    """Run folder of a comparison of all strategies with 2 and 4 steps."""
+    """The folder of a comparison of all strategies with 2 and 4 steps."""
     return oss_exp(tmp_path_factory.mktemp("compared") / "run")
 
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory) -> Path:
-    """The same once more."""
+    """The folder of the same comparison, run a second time."""
     return oss_exp(tmp_path_factory.mktemp("again") / "run")
 
 
 def direct_psnr(
     steps: StepSchedule, guidance: float = 1.0, classes: list[int] | None = None
 ) -> torch.Tensor:
-    """PSNR of the held-out samples with the library alone: noises, teacher and student without a task."""
+    """Return the PSNR of the held-out samples by the library alone, without a task."""
     model = GaussianMixture.from_asset(
         "mixture_digits.safetensors", guidance=Guidance(guidance), micro_batch=4096
     )
-    data = NoiseDataset(0, HELD_OUT, 8 if steps.samples is None else 4, model.event_shape, classes)
-    noise = torch.stack([item["noise"] for item in data])
-    labels = None if classes is None else torch.tensor([item["label"] for item in data])
+    count = 8 if steps.samples is None else 4
+    items = list(NoiseDataset(0, HELD_OUT, count, model.event_shape, classes))
+    noise = torch.stack([item["noise"] for item in items])
+    labels = None if classes is None else torch.tensor([item["label"] for item in items])
+
     velocity = model.velocity(labels, Guidance(guidance))
     teacher = sample(Euler(), velocity, noise, StepSchedule(FlowSchedule(shift=1.0).nodes(20)))
     student = sample(Euler(), velocity, noise, steps, group=labels)
     return psnr(model.decode(student), model.decode(teacher))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What a run leaves
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# The files of a run
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_comparison_leaves_exactly_these_files(compared):
-    plans = [f"{name}_{k}" for name in STRATEGIES for k in (2, 4)]
-    analytic = [
-        plan for plan in plans if any(word in plan for word in ("analytic", "fit", "shared"))
-    ]
-    expected = {f"schedules/{plan}.json" for plan in plans}
-    expected |= {
-        f"schedules/{plan}.mean{suffix}"
-        for plan in analytic
-        for suffix in (".json", ".safetensors")
-    }
-    expected |= {
+    expected = {
+        ".hydra/config.yaml",
+        ".hydra/hydra.yaml",
+        ".hydra/overrides.yaml",
+        ".lock",
         "config.yaml",
         "metrics.json",
-        "table.md",
-        "schedules.png",
-        "samples.png",
-        "samples.npz",
-    }
-    expected |= {"trajectories.npz", "teacher.json"}
-    expected |= {
         "report.html",
-        ".lock",
-        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+        "samples.npz",
+        "samples.png",
+        "schedules.png",
+        "table.md",
+        "teacher.json",
+        "trajectories.npz",
     }
-    left = {path.relative_to(compared).as_posix() for path in compared.rglob("*") if path.is_file()}
-    assert left == expected
+    for strategy in STRATEGIES:
+        analytic = any(word in strategy for word in ("analytic", "fit", "shared"))
+        suffixes = [".json", ".mean.json", ".mean.safetensors"] if analytic else [".json"]
+        for k in (2, 4):
+            expected |= {f"schedules/{strategy}_{k}{suffix}" for suffix in suffixes}
+
+    files = {path for path in compared.rglob("*") if path.is_file()}
+    assert {path.relative_to(compared).as_posix() for path in files} == expected
 
 
 @pytest.mark.slow
-def test_every_step_schedule_says_what_made_it(compared):
+def test_every_step_schedule_records_its_setting(compared):
     plans = schedules(compared)
+    weights = (ASSETS / "mixture_digits.safetensors").read_bytes()
+
     assert set(plans) == {f"{name}_{k}" for name in STRATEGIES for k in (2, 4)}
-    for name, steps in plans.items():
+    for steps in plans.values():
+        record = steps.provenance
+        teacher = record["teacher"]
+        assert record["model"]["name"] == "mixture_digits"
+        assert record["model"]["sha256"] == sha256(weights)
+        assert teacher["num_steps"] == 20
+        assert teacher["noise_schedule"] == {"_target_": "oss_exp.FlowSchedule", "shift": 1.0}
+        assert record["solver"]["_target_"] == "oss_exp.Euler"
+        assert record["distance"]["_target_"] == "oss_exp.XtMSE"
+        assert record["seed"] == 0
+
+
+@pytest.mark.slow
+def test_every_step_schedule_records_its_strategy_and_its_costs(compared):
+    for name, steps in schedules(compared).items():
         strategy, k = name.rsplit("_", 1)
+        searched = strategy.startswith("oss")
+        record = steps.provenance
+        planning = record["planning"]
         assert steps.num_steps == int(k)
-        about = steps.provenance
-        assert about["model"]["name"] == "mixture_digits"
-        assert about["model"]["sha256"] == sha256(
-            (ASSETS / "mixture_digits.safetensors").read_bytes()
-        )
-        assert about["teacher"]["num_steps"] == 20
-        assert about["teacher"]["noise_schedule"] == {
-            "_target_": "oss_exp.FlowSchedule",
-            "shift": 1.0,
-        }
-        assert about["solver"]["_target_"] == "oss_exp.Euler"
-        assert about["distance"]["_target_"] == "oss_exp.XtMSE"
-        assert about["strategy"]["name"] == strategy
-        assert about["strategy"]["baseline"] == (not strategy.startswith("oss"))
-        assert about["seed"] == 0
-        planning = about["planning"]
+        assert record["strategy"]["name"] == strategy
+        assert record["strategy"]["baseline"] == (not searched)
         assert planning["search_samples"] == (4 if strategy == "oss" else 6)
-        assert (planning["network_calls_per_sample"] > 20) == strategy.startswith("oss")
+        assert (planning["network_calls_per_sample"] > 20) == searched
         assert planning["seconds"] >= 0
 
 
@@ -197,44 +194,45 @@ def test_every_step_schedule_lists_its_times_in_the_clock_of_the_model(tmp_path)
         "num_steps=[4]",
         "noise_schedule=edm",
     )
+
+    path = FlowPath(shift=1.0, time_scale=1.0)
     for steps in schedules(folder).values():
         native = steps.about("native")
         assert native["clock"] == "flow time"
         tau = torch.tensor(native["times"], dtype=torch.float64)
-        torch.testing.assert_close(FlowPath(shift=1.0, time_scale=1.0).canonical(tau), steps.times)
-    assert native_times(EDMPath(), torch.tensor([1.0, 0.5, 0.0])) == {
-        "clock": "sigma",
-        "times": [None, 1.0, 0.0],
-    }
+        torch.testing.assert_close(path.canonical(tau), steps.times)
+
+
+def test_a_time_at_infinite_sigma_is_listed_as_none():
+    native = native_times(EDMPath(), torch.tensor([1.0, 0.5, 0.0]))
+    assert native == {"clock": "sigma", "times": [None, 1.0, 0.0]}
 
 
 @pytest.mark.slow
 def test_a_search_leaves_step_schedules_and_no_measurement(tmp_path, compared):
     folder = oss_exp(tmp_path / "run", "task=search", "stepsize=[edm,oss_ave]")
-    assert times(folder) == {
-        name: t for name, t in times(compared).items() if name.startswith(("edm", "oss_ave"))
-    }
-    left = {path.name for path in folder.iterdir()}
-    assert left == {"config.yaml", "teacher.json", "schedules", "schedules.png", ".hydra", ".lock"}
+    files = {path.name for path in folder.iterdir()}
+
+    assert times(folder) == times(compared, "edm", "oss_ave")
+    assert files == {"config.yaml", "teacher.json", "schedules", "schedules.png", ".hydra", ".lock"}
 
 
 @pytest.mark.slow
-def test_the_saved_configuration_is_resolved_and_holds_what_was_asked_for(compared):
+def test_the_saved_configuration_is_resolved_and_has_the_given_values(compared):
     text = (compared / "config.yaml").read_text()
     config = OmegaConf.create(text)
+
     assert "${" not in text
-    assert (config.num_steps, config.num_teacher_steps, config.data.search_samples) == (
-        [2, 4],
-        20,
-        6,
-    )
+    assert config.num_steps == [2, 4]
+    assert config.num_teacher_steps == 20
+    assert config.data.search_samples == 6
     assert config.paths.output_dir == str(compared)
     assert set(config.stepsize) == set(STRATEGIES)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What the numbers mean
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -242,21 +240,20 @@ def test_the_saved_configuration_is_resolved_and_holds_what_was_asked_for(compar
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_psnr_of_a_run_is_that_of_its_saved_schedule(strategy, k, compared):
     direct = direct_psnr(schedules(compared)[f"{strategy}_{k}"])
-    found = row(compared, strategy, k)
-    assert found["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
-    assert found["psnr"]["n"] == len(direct)
-    assert found["per_image"]["index"] == list(range(HELD_OUT, HELD_OUT + len(direct)))
-    assert found["per_image"]["psnr"] == pytest.approx(direct.tolist(), abs=1e-3)
-    assert found["nfe"] == k
+    result = row(compared, strategy, k)
+    assert result["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
+    assert result["psnr"]["n"] == len(direct)
+    assert result["per_image"]["index"] == list(range(HELD_OUT, HELD_OUT + len(direct)))
+    assert result["per_image"]["psnr"] == pytest.approx(direct.tolist(), abs=1e-3)
+    assert result["nfe"] == k
 
 
 @pytest.mark.slow
 def test_per_sample_rows_are_measured_on_the_samples_that_they_were_planned_for(compared):
     steps = schedules(compared)["oss_4"]
     assert steps.samples == tuple(range(HELD_OUT, HELD_OUT + 4))
-    assert [r["psnr"]["n"] for r in metrics(compared)["rows"]] == [
-        4 if n == "oss" else 8 for n, _ in means(compared)
-    ]
+    for result in metrics_of(compared)["rows"]:
+        assert result["psnr"]["n"] == (4 if result["strategy"] == "oss" else 8)
 
 
 @pytest.mark.slow
@@ -281,41 +278,52 @@ def test_pictures_are_those_of_the_first_samples_whatever_the_batch_size(compare
         assert (small["teacher"] == whole["teacher"]).all()
 
 
+@pytest.fixture(scope="module")
+def trajectories(compared) -> dict[str, np.ndarray]:
+    """The states on the way (x0/LABEL) and their times (times/LABEL) of the comparison."""
+    with np.load(compared / "trajectories.npz") as file:
+        return dict(file)
+
+
 @pytest.mark.slow
-def test_trajectories_are_the_predictions_on_the_way_to_the_samples(compared, tmp_path):
-    with (
-        np.load(compared / "trajectories.npz") as file,
-        np.load(compared / "samples.npz") as samples,
-    ):
-        whole = dict(file)
-        oss = {f"oss K={k}" for k in (2, 4)}  # too few for samples.npz
-        assert {key.removeprefix("x0/") for key in whole if key.startswith("x0/")} == {
-            *samples,
-            *oss,
-        }
-        for label, pictures in samples.items():
-            assert np.array_equal(whole[f"x0/{label}"][:, -1], pictures[:4])
-            if "fit" not in label:
-                assert np.array_equal(whole[f"x0/{label}"][:, -2], pictures[:4]), (
-                    "Euler's last step goes all the way"
-                )
-    assert whole["x0/teacher"].shape == (4, 9, 8, 8, 1)
-    assert whole["times/teacher"] == pytest.approx(
-        np.array([[1, 0.85, 0.75, 0.6, 0.45, 0.3, 0.2, 0.05, 0]] * 4), abs=1e-12
-    )
+def test_trajectories_are_the_predictions_on_the_way_to_the_samples(compared, trajectories):
+    oss = {f"oss K={k}" for k in (2, 4)}  # too few for samples.npz
+    labels = {key.removeprefix("x0/") for key in trajectories if key.startswith("x0/")}
+    with np.load(compared / "samples.npz") as file:
+        samples = dict(file)
+
+    assert labels == {*samples, *oss}
+    for label, pictures in samples.items():
+        states = trajectories[f"x0/{label}"]
+        assert np.array_equal(states[:, -1], pictures[:4])
+        if "fit" not in label:  # Euler's last step goes to its prediction
+            assert np.array_equal(states[:, -2], pictures[:4])
+
+
+@pytest.mark.slow
+def test_trajectories_have_the_times_of_their_schedules(compared, trajectories):
+    teacher = [1, 0.85, 0.75, 0.6, 0.45, 0.3, 0.2, 0.05, 0]
+
+    assert trajectories["x0/teacher"].shape == (4, 9, 8, 8, 1)
+    assert trajectories["times/teacher"] == pytest.approx(np.array([teacher] * 4), abs=1e-12)
     for name, steps in schedules(compared).items():
-        label = name.replace("_2", " K=2").replace("_4", " K=4")
-        assert np.array_equal(
-            whole[f"times/{label}"], np.broadcast_to(steps.times[..., :], (4, steps.num_steps + 1))
-        )
+        strategy, k = name.rsplit("_", 1)
+        expected = np.broadcast_to(steps.times, (4, steps.num_steps + 1))
+        assert np.array_equal(trajectories[f"times/{strategy} K={k}"], expected)
+
+
+@pytest.mark.slow
+def test_there_are_as_many_trajectories_as_asked_for(trajectories, tmp_path):
     folder = oss_exp(
         tmp_path / "run", "data.batch_size=3", "stepsize=[edm,oss]", "evaluation.trajectories=5"
     )
+
     with np.load(folder / "trajectories.npz") as small:
-        assert len(small["x0/edm K=4"]) == 5
-        for key in ("times/oss K=4", "x0/oss K=4"):
-            assert key not in small, "it has only four"
-        assert np.abs(small["x0/edm K=4"][:4].astype(int) - whole["x0/edm K=4"]).max() <= 1
+        states = small["x0/edm K=4"].astype(int)
+        assert len(states) == 5
+        assert np.abs(states[:4] - trajectories["x0/edm K=4"]).max() <= 1
+        assert "times/oss K=4" not in small, "oss has only four samples"
+        assert "x0/oss K=4" not in small
 
 
 @pytest.mark.slow
@@ -337,8 +345,7 @@ def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, comp
         tmp_path / "run", "task=evaluate", f"task.schedule={compared / 'schedules' / name}.json"
     )
     strategy, k = name.rsplit("_", 1)
-    (found,) = metrics(folder)["rows"]
-    assert found == row(compared, strategy, int(k))
+    assert metrics_of(folder)["rows"] == [row(compared, strategy, int(k))]
     assert times(folder) == {name: times(compared)[name]}
 
 
@@ -353,14 +360,14 @@ def test_guidance_doubles_the_network_rows(tmp_path):
     folder = oss_exp(
         tmp_path / "run", "data.classes=all", "model.guidance.scale=2", "stepsize=[edm,oss_shared]"
     )
-    for strategy in ("edm", "oss_shared"):
-        for k in (2, 4):
-            direct = direct_psnr(
-                schedules(folder)[f"{strategy}_{k}"], guidance=2.0, classes=list(range(10))
-            )
-            found = row(folder, strategy, k)
-            assert found["nfe"] == 2 * k
-            assert found["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
+    plans = schedules(folder)
+
+    for name in ("edm_2", "edm_4", "oss_shared_2", "oss_shared_4"):
+        strategy, k = name.rsplit("_", 1)
+        direct = direct_psnr(plans[name], guidance=2.0, classes=list(range(10)))
+        result = row(folder, strategy, int(k))
+        assert result["nfe"] == 2 * int(k)
+        assert result["psnr"]["mean"] == pytest.approx(float(direct.mean()), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -372,29 +379,23 @@ def test_heun_counts_its_second_calls(tmp_path):
 @pytest.mark.slow
 def test_a_student_with_the_teachers_steps_is_the_teacher(tmp_path):
     folder = oss_exp(tmp_path / "run", "stepsize=[fm,edm]", "num_steps=[20]")
-    assert row(folder, "fm", 20)["psnr"] == {
-        "mean": CEILING,
-        "low": CEILING,
-        "high": CEILING,
-        "n": 8,
-    }
+    exact = {"mean": CEILING, "low": CEILING, "high": CEILING, "n": 8}
+    assert row(folder, "fm", 20)["psnr"] == exact
     assert row(folder, "edm", 20)["psnr"]["mean"] < CEILING
 
 
 @pytest.mark.slow
 def test_another_seed_measures_other_noises(compared, tmp_path):
     folder = oss_exp(tmp_path / "run", "data.seed=1", "stepsize=edm")
-    assert row(folder, "edm", 4)["psnr"]["mean"] != pytest.approx(
-        row(compared, "edm", 4)["psnr"]["mean"], abs=1e-3
-    )
+    before = row(compared, "edm", 4)["psnr"]["mean"]
+    assert row(folder, "edm", 4)["psnr"]["mean"] != pytest.approx(before, abs=1e-3)
 
 
 def test_one_held_out_sample_has_no_interval(tmp_path):
     folder = oss_exp(tmp_path / "run", "data.eval_samples=1", "stepsize=[edm,oss]", "num_steps=[2]")
-    assert [(r["psnr"]["n"], r["psnr"]["low"]) for r in metrics(folder)["rows"]] == [
-        (1, None),
-        (1, None),
-    ]
+    for strategy in ("edm", "oss"):
+        psnr = row(folder, strategy, 2)["psnr"]
+        assert (psnr["n"], psnr["low"]) == (1, None)
 
 
 @pytest.mark.slow
@@ -403,21 +404,22 @@ def test_two_processes_give_the_schedules_and_the_psnr_of_one(compared, tmp_path
     # An odd number of search samples and of images: a rank repeats one, which must not count twice.
     settings = ["data.search_samples=5", "data.eval_samples=7", "data.per_sample=3"]
     run_two_ranks(*SMALL, *settings, "hydra.run.dir=two", folder=tmp_path)
-    one, two = oss_exp(tmp_path / "one", *settings), tmp_path / "two"
+    two = tmp_path / "two"
+    one = oss_exp(tmp_path / "one", *settings)
+
     assert times(two) == times(one)
     assert means(two) == pytest.approx(means(one), abs=1e-3)  # float32 states
-    assert [r["per_image"]["index"] for r in metrics(two)["rows"]] == [
-        r["per_image"]["index"] for r in metrics(one)["rows"]
-    ]
-    with np.load(two / "trajectories.npz") as found, np.load(one / "trajectories.npz") as expected:
-        assert list(found) == list(expected)
+    for result, expected in zip(metrics_of(two)["rows"], metrics_of(one)["rows"], strict=True):
+        assert result["per_image"]["index"] == expected["per_image"]["index"]
+    with np.load(two / "trajectories.npz") as states, np.load(one / "trajectories.npz") as expected:
+        assert list(states) == list(expected)
         for key, values in expected.items():
-            assert np.abs(found[key].astype(float) - values).max() <= 1
+            assert np.abs(states[key].astype(float) - values).max() <= 1
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Solvers, orders, calibration, every strategy
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 MULTISTEP = ["solver=dpm_solver_pp", "stepsize=[ddim,oss_shared]"]
 
@@ -429,19 +431,21 @@ def multistep(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_searched_orders_are_saved_run_and_drawn(multistep, tmp_path):
-    steps = schedules(multistep)["oss_shared_4"]
-    assert (
-        steps.orders.tolist()[0] == steps.orders.tolist()[-1] == 1
-    )  # warm-up; no polynomial in log-SNR reaches 0
+    orders = schedules(multistep)["oss_shared_4"].orders.tolist()
+    assert orders[0] == 1  # it has no history yet
+    assert orders[-1] == 1  # no polynomial in log-SNR reaches 0
+
     saved = f"task.schedule={multistep / 'schedules' / 'oss_shared_4.json'}"
     evaluated = oss_exp(tmp_path / "again", "solver=dpm_solver_pp", "task=evaluate", saved)
-    assert metrics(evaluated)["rows"] == [row(multistep, "oss_shared", 4)]
+    assert metrics_of(evaluated)["rows"] == [row(multistep, "oss_shared", 4)]
     assert "oss_shared K=4 analytic start, orders 1-" in (multistep / "report.html").read_text()
 
 
 @pytest.mark.slow
 def test_states_in_host_memory_change_nothing(multistep, tmp_path, capsys):
-    assert times(oss_exp(tmp_path / "run", *MULTISTEP, "offload_states=true")) == times(multistep)
+    folder = oss_exp(tmp_path / "run", *MULTISTEP, "offload_states=true")
+    assert times(folder) == times(multistep)
+
     for name in ("offload_states", "keep_calls"):
         with pytest.raises(SystemExit):
             oss_exp(tmp_path / "none", f"{name}=maybe")
@@ -453,10 +457,8 @@ def test_fixed_orders_ignore_what_the_search_chose(multistep, tmp_path):
     fixed = oss_exp(tmp_path / "run", *MULTISTEP, "run_orders=fixed")
     assert times(fixed) == times(multistep)
     assert means(fixed)["ddim", 4] == means(multistep)["ddim", 4]
-    steps = schedules(multistep)["oss_shared_4"]
-    assert (steps.orders.tolist() == [1, 2, 2, 1]) == (
-        means(fixed)["oss_shared", 4] == means(multistep)["oss_shared", 4]
-    )
+    ramp = schedules(multistep)["oss_shared_4"].orders.tolist() == [1, 2, 2, 1]
+    assert (means(fixed)["oss_shared", 4] == means(multistep)["oss_shared", 4]) == ramp
 
 
 @pytest.mark.slow
@@ -472,63 +474,75 @@ def test_the_spread_is_the_amplitude_relative_to_the_teachers(compared):
     model = GaussianMixture.from_asset(
         "mixture_digits.safetensors", guidance=Guidance(), micro_batch=4096
     )
-    noise = torch.stack(
-        [item["noise"] for item in NoiseDataset(0, HELD_OUT, 8, model.event_shape, None)]
-    )
-    plans = StepSchedule(FlowSchedule(shift=1.0).nodes(20)), schedules(compared)["edm_4"]
-    velocity = model.velocity(None)
-    teacher, student = (
-        np.quantile(sample(Euler(), velocity, noise, p).flatten(1), [0.05, 0.95], axis=1)
-        for p in plans
-    )
-    expected = np.mean((student[1] - student[0]) / (teacher[1] - teacher[0]))
+    items = list(NoiseDataset(0, HELD_OUT, 8, model.event_shape, None))
+    noise = torch.stack([item["noise"] for item in items])
+
+    def amplitudes(steps: StepSchedule) -> np.ndarray:
+        samples = sample(Euler(), model.velocity(None), noise, steps).flatten(1)
+        low, high = np.quantile(samples, [0.05, 0.95], axis=1)
+        return high - low
+
+    teacher = amplitudes(StepSchedule(FlowSchedule(shift=1.0).nodes(20)))
+    student = amplitudes(schedules(compared)["edm_4"])
+    expected = np.mean(student / teacher)
     assert row(compared, "edm", 4)["spread"]["mean"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> str:
+    """The setting of a solver that is calibrated for the comparison."""
+    folder = tmp_path_factory.mktemp("calibration") / "run"
+    oss_exp(folder, "task=calibrate", "task.samples=8", "num_steps=[4]")
+    return f"solver.calibration={folder / 'calibration.json'}"
+
+
 @pytest.mark.slow
-def test_calibration_changes_the_students_and_not_the_teacher(compared, tmp_path):
-    table = (
-        oss_exp(tmp_path / "table", "task=calibrate", "task.samples=8", "num_steps=[4]")
-        / "calibration.json"
-    )
-    run = oss_exp(tmp_path / "run", f"solver.calibration={table}", "stepsize=[edm,oss_shared]")
-    assert times(run) == {
-        name: t for name, t in times(compared).items() if name.startswith(("edm", "oss_shared"))
-    }
+def test_calibration_changes_the_students_and_not_the_teacher(compared, calibration, tmp_path):
+    run = oss_exp(tmp_path / "run", calibration, "stepsize=[edm,oss_shared]")
+
+    assert times(run) == times(compared, "edm", "oss_shared")
     with np.load(run / "samples.npz") as changed, np.load(compared / "samples.npz") as plain:
         assert (changed["teacher"] == plain["teacher"]).all()
         assert (changed["edm K=4"] != plain["edm K=4"]).any()
-    for other, words in (
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
         ("model=mixture_fashion", "made for model"),
         ("num_teacher_steps=30", "a teacher of 20 steps"),
-    ):
-        with pytest.raises(SystemExit):
-            oss_exp(tmp_path / "other", f"solver.calibration={table}", "stepsize=edm", other)
-        assert words in (tmp_path / "other" / "error.log").read_text()
+    ],
+)
+def test_a_calibration_of_another_model_or_teacher_is_refused(
+    other, message, calibration, tmp_path
+):
+    with pytest.raises(SystemExit):
+        oss_exp(tmp_path, calibration, "stepsize=edm", other)
+    assert message in (tmp_path / "error.log").read_text()
 
 
 @pytest.mark.slow
 def test_fitted_steps_are_evaluated_at_the_guidance_that_they_were_fitted_at(compared, tmp_path):
     saved = f"task.schedule={compared / 'schedules' / 'oss_fit_4.json'}"
-    again = oss_exp(
-        tmp_path / "again", "task=evaluate", saved, "solver=heun"
-    )  # they need no solver
-    assert row(again, "oss_fit", 4)["nfe"] == 4
+    evaluated = oss_exp(tmp_path / "heun", "task=evaluate", saved, "solver=heun")
+    assert row(evaluated, "oss_fit", 4)["nfe"] == 4  # its steps need no solver
+
+    guided = ["data.classes=all", "model.guidance.scale=2"]
     with pytest.raises(SystemExit):
-        oss_exp(
-            tmp_path / "run", "task=evaluate", saved, "data.classes=all", "model.guidance.scale=2"
-        )
+        oss_exp(tmp_path / "run", "task=evaluate", saved, *guided)
     assert "fitted at model.guidance=" in (tmp_path / "run" / "error.log").read_text()
 
 
 @pytest.mark.slow
 def test_every_strategy_runs_with_every_kind_of_solver(tmp_path):
-    every = sorted(
-        {file.stem for file in (CONF / "stepsize").glob("*.yaml")} - {"pipeline"}
-    )  # of pipelines alone
-    chosen = [f"stepsize=[{','.join(every)}]", "num_steps=[5]"]  # which all have
+    files = (CONF / "stepsize").glob("*.yaml")
+    strategies = {file.stem for file in files} - {"pipeline"}  # of pipelines alone
+    chosen = [f"stepsize=[{','.join(sorted(strategies))}]", "num_steps=[5]"]  # which all have
     chosen += [f"stepsize.{name}.iterations=3" for name in ("bns", "dyweight", "gs", "ld3")]
+
     for solver in ("unipc", "heun"):
         folder = oss_exp(tmp_path / solver, *chosen, f"solver={solver}")
-        assert {name for name, _ in means(folder)} == set(every)
-    assert times(tmp_path / "unipc")["ld3_5"] != times(tmp_path / "unipc")["ddim_5"]
+        assert {name for name, _ in means(folder)} == strategies
+    unipc = times(tmp_path / "unipc")
+    assert unipc["ld3_5"] != unipc["ddim_5"]

@@ -1,4 +1,4 @@
-"""Launchers and sweepers of Hydra: jobs side by side, and a search for the best value of a setting."""
+"""Sweeps of Hydra: jobs side by side, and a search for the best value of a setting."""
 
 import pytest
 import yaml
@@ -10,8 +10,8 @@ RUN = [
     "num_teacher_steps=12",
     "data.eval_samples=4",
     "logger=none",
+    "trainer.enable_progress_bar=false",
 ]
-RUN += ["trainer.enable_progress_bar=false"]
 
 
 @pytest.mark.slow
@@ -35,19 +35,19 @@ def test_optuna_finds_the_setting_with_the_highest_psnr(tmp_path):
         "hydra.sweeper.n_jobs=1",
         "hydra.sweeper.sampler.seed=1",
     ]
+
     run_cli(*RUN, *sweeper, *run, setting, f"hydra.sweep.dir={tmp_path}")
+
     best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
-    psnrs = [
-        yaml.safe_load(path.read_text())["rows"][0]["psnr"]["mean"]
-        for path in tmp_path.glob("*/metrics.json")
-    ]
+    records = [yaml.safe_load(file.read_text()) for file in tmp_path.glob("*/metrics.json")]
+    psnrs = [record["rows"][0]["psnr"]["mean"] for record in records]
     assert len(psnrs) == 3
     assert best["best_value"] == max(psnrs) > min(psnrs)
     assert 1 <= best["best_params"]["stepsize.karras.schedule.rho"] <= 12
 
 
 def test_submitit_composes_for_slurm(tmp_path):
-    """Its jobs need a cluster; that its settings are those of the README is all that can be seen here."""
+    """Its jobs need a cluster, so the settings of the README are checked only."""
     from hydra import compose, initialize_config_dir
 
     from oss_exp.cli import CONF

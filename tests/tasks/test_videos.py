@@ -1,13 +1,12 @@
-"""A video model through the whole job: PSNR by frames, moving pictures, frames as images of the other metrics."""
+"""A video model through the whole job: PSNR by frames, moving pictures, metrics of frames."""
 
 import io
-import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_weights, run_cli
+from helpers import metrics_of, random_weights, run_cli
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -26,6 +25,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """The folder of a comparison of four videos."""
     folder = tmp_path_factory.mktemp("videos")
     run_cli(
         *SMALL,
@@ -50,16 +50,14 @@ def run(tmp_path_factory):
 
 
 def videos(run, name: str) -> torch.Tensor:
-    """(n, C, F, H, W) in [0, 1]."""
-    return (
-        torch.from_numpy(np.load(run / "images" / f"{name}.npz")["arr_0"]).double().movedim(4, 1)
-        / 255
-    )
+    """Return the saved videos of a schedule (n, C, F, H, W) in [0, 1]."""
+    with np.load(run / "images" / f"{name}.npz") as file:
+        return torch.from_numpy(file["arr_0"]).double().movedim(4, 1) / 255
 
 
 @pytest.mark.slow
 def test_psnr_is_by_frames(run):
-    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    rows = metrics_of(run)["rows"]
     assert videos(run, "teacher").shape == (4, 1, 8, 32, 32)
     for row in rows:
         expected = psnr(videos(run, f"{row['strategy']}_2"), videos(run, "teacher"))
@@ -68,34 +66,34 @@ def test_psnr_is_by_frames(run):
 
 @pytest.mark.slow
 def test_frames_are_the_images_of_other_metrics(run):
-    found = json.loads((run / "metrics.json").read_text())["rows"][0]["metrics"]["fid"]
+    fid = metrics_of(run)["rows"][0]["metrics"]["fid"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config").evaluation
     metric = FID(instantiate(cfg.extractor), instantiate(cfg.reference), num_images=None)
     frames = frames_of(videos(run, "ddim_2")).float()
     metric.update(frames, frames, torch.zeros(len(frames)))
-    assert found == pytest.approx(metric.compute()["fid"], rel=1e-2)  # bytes
+    assert fid == pytest.approx(metric.compute()["fid"], rel=1e-2)  # bytes
 
 
 @pytest.mark.slow
 def test_the_report_moves(run):
     picture = Image.open(run / "samples.gif")
     assert picture.n_frames == 8
-    seen = []
+    pictures = []
     for frame in range(8):
         picture.seek(frame)
-        seen.append(np.asarray(picture.convert("RGB")))
-    assert all((one != other).any() for one, other in pairwise(seen))
+        pictures.append(np.asarray(picture.convert("RGB")))
+    assert all((one != other).any() for one, other in pairwise(pictures))
     assert '"frames":8' in (run / "report.html").read_text()
     assert list(run.rglob("*.gif"))[1:], "W&B has its copy"
 
 
 @pytest.mark.slow
 def test_the_middle_frame_is_shown_on_its_way(run):
-    with np.load(run / "trajectories.npz") as ways, np.load(run / "samples.npz") as samples:
+    with np.load(run / "trajectories.npz") as trajectories, np.load(run / "samples.npz") as samples:
         for label in samples:
-            assert np.array_equal(ways[f"x0/{label}"][:, -1], samples[label][:, 4])
-        assert ways["x0/ddim K=2"].shape == (4, 3, 32, 32, 1)
+            assert np.array_equal(trajectories[f"x0/{label}"][:, -1], samples[label][:, 4])
+        assert trajectories["x0/ddim K=2"].shape == (4, 3, 32, 32, 1)
 
 
 def test_a_video_is_encoded_as_it_is():
@@ -105,6 +103,9 @@ def test_a_video_is_encoded_as_it_is():
     for number, frame in enumerate(frames):
         picture.seek(number)
         assert np.array_equal(np.asarray(picture.convert("L")), frame[..., 0])
+
+
+def test_a_picture_is_encoded_without_loss():
     rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded(rgb)))), rgb)
 
@@ -115,9 +116,10 @@ def test_large_pictures_are_shown_small():
     expected = torch.nn.functional.interpolate(wide[:, :, 2], (10, 256), mode="area")
     torch.testing.assert_close(reduced(wide)[:, :, 2], expected)
     assert torch.equal(reduced(wide[:, :, 2]), expected)
-    assert reduced(wide[:0]).shape == (0, 3, 5, 10, 256), (
-        "a batch without any joins those that have some"
-    )
+    assert reduced(wide[:0]).shape == (0, 3, 5, 10, 256)  # so that an empty batch joins others
+
+
+def test_small_pictures_are_shown_as_they_are():
     small = torch.rand(2, 3, 5, 32, 32)
     assert reduced(small) is small
     assert as_bytes(small).shape == (2, 5, 32, 32, 3)
