@@ -48,7 +48,7 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class SampledSource:
-    """What is sampled: a model (a pipeline is wrapped as one) or a bound velocity.
+    """A model (a pipeline is wrapped as one) or a bound velocity, which is sampled.
 
     Attributes:
         name: Its name in messages and files.
