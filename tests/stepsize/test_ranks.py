@@ -136,8 +136,9 @@ def test_ranks_agree_with_one_process(alone, tmp_path, world):
 def assert_same_plan(name: str, plan: dict, expected: dict) -> None:
     """Assert equal numbers: weights to rounding, and times where they are no nodes."""
     if expected["weights"] is not None:
-        weights = torch.tensor(plan["weights"])
-        torch.testing.assert_close(weights, torch.tensor(expected["weights"]), rtol=1e-7, atol=1e-7)
+        weights = torch.tensor(plan["weights"], dtype=torch.float64)
+        expected_weights = torch.tensor(expected["weights"], dtype=torch.float64)
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-8, atol=1e-8)
     times = torch.tensor(plan["times"])
     atol = 1e-8 if name.split()[0] in TO_ROUNDING else 0
     torch.testing.assert_close(times, torch.tensor(expected["times"]), rtol=0, atol=atol, msg=name)
