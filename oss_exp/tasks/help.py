@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from oss_exp.tasks.overrides import refuse_unknown
+
 FLAGS = {"--help", "-h"}
 SETTING = re.compile(r"^( *)([\w.]+):(?: +(?!#|&\w+$)(.*?))?(?:\s+# (.*))?$")
 FALLBACK = re.compile(r"\$\{oc\.select:[\w.]+,(.*)\}")  # of a value that another one gives
@@ -78,6 +80,7 @@ def help_text(arguments: Sequence[str], conf: Path) -> str | None:
         groups = ", ".join(sorted(folder.name for folder in conf.iterdir() if folder.is_dir()))
         raise ValueError(f"there is no group {group}; choose from {groups}")
     if option:
+        refuse_unknown(words[:1], conf)
         return _option_help(conf, group, option)
     return _group_help(conf / group)
 
@@ -93,8 +96,7 @@ def _group_help(folder: Path) -> str:
 def _option_help(conf: Path, group: str, option: str) -> str:
     file = conf / group / f"{option}.yaml"
     if not file.is_file():
-        names = ", ".join(each.stem for each in _options(conf / group))
-        raise ValueError(f"{group}={option} does not exist; choose from {names}")
+        raise ValueError(f"{group}={option} is not one option; ask for the help of one")
     lines = [f"{group}={option}: {_summary(file.read_text())}", ""]
     settings: dict[str, Setting] = {}
     for setting in _settings(file, conf):

@@ -47,9 +47,16 @@ def test_a_group_s_help_lists_its_options():
     assert {file.stem for file in (CONF / "stepsize").glob("*.yaml")} <= set(text.split())
 
 
-@pytest.mark.parametrize("argument", ["stepsizes", "task=certfy"])
-def test_help_on_what_does_not_exist_lists_what_does(argument):
-    with pytest.raises(ValueError, match=r"choose from .*stepsize|choose from .*certify"):
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("stepsizes", "there is no group stepsizes; choose from .*stepsize"),
+        ("task=certfy", r"did you mean certify( or \w+)*\? Choose from .*certify"),
+        ("stepsize=[oss,oss_ave]", r"stepsize=\[oss,oss_ave\] is not one option"),
+    ],
+)
+def test_help_on_what_does_not_exist_lists_what_does(argument, message):
+    with pytest.raises(ValueError, match=message):
         help_text([argument, "--help"], CONF)
 
 
