@@ -182,7 +182,7 @@ def _checked_mean(mean: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class StepSchedule:
     """K + 1 strictly decreasing times that end at 0; the network is called at the first K.
 
@@ -314,6 +314,18 @@ class StepSchedule:
             raise ValueError(
                 f"the {self.num_steps} steps need an order each, got {_listed(self.steps.orders)}"
             )
+
+    def __repr__(self) -> str:
+        """Return the times to four digits, or their shape, and the kinds of start and steps."""
+        times = f"shape {tuple(self.times.shape)}"
+        if self.times.ndim == 1:
+            times = "[" + ", ".join(f"{t:.4g}" for t in self.times.tolist()) + "]"
+        parts = [f"times={times}", f"start={self.start.kind}"]
+        if isinstance(self.steps, FittedSteps):
+            parts.append("steps=fitted")
+        elif self.orders is not None and self.orders.ndim == 1:
+            parts.append(f"orders={self.orders.tolist()}")
+        return f"StepSchedule({', '.join(parts)})"
 
     @property
     def num_steps(self) -> int:

@@ -60,6 +60,15 @@ def fitted() -> StepSchedule:
     )
 
 
+def test_a_printed_schedule_fits_on_a_line():
+    assert repr(shared()) == "StepSchedule(times=[0.97, 0.3333, 0.1, 0], start=free)"
+    assert repr(per_sample()) == "StepSchedule(times=shape (3, 3), start=free)"
+    ordered = StepSchedule([1.0, 0.5, 0.0], steps=SolverSteps(torch.tensor([1, 2])))
+    assert repr(ordered) == "StepSchedule(times=[1, 0.5, 0], start=pinned, orders=[1, 2])"
+    fitted = StepSchedule([1.0, 0.0], steps=FittedSteps())
+    assert repr(fitted) == "StepSchedule(times=[1, 0], start=pinned, steps=fitted)"
+
+
 # --------------------------------------------------------------------------------------------------
 # Values
 # --------------------------------------------------------------------------------------------------

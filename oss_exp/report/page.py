@@ -292,7 +292,7 @@ def _rounding(plans: Sequence[tuple[str, StepSchedule]]) -> str:
         value = plan.about("native").get("rounding")
         if isinstance(value, float):
             moved.append(value)
-    if not moved:
+    if max(moved, default=0.0) == 0:
         return ""
     return (
         f"rounding: the pipeline's own rounding of t moves the steps by at most {max(moved):.2g}\n"
