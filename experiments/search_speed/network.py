@@ -2,7 +2,7 @@
 
 python -m experiments.search_speed.network [--repeats 3] [--threads 1] [--samples 8] [--device cpu]
 
-The U-Net of Fashion-MNIST, 100 nodes, K = 10, the strategies as shipped. The bare calls are those
+The U-Net of Fashion-MNIST, 100 nodes, the strategies as shipped. The bare calls are those
 of the network module alone: as many, in the same order and of the same sizes as the search made.
 """
 
@@ -22,16 +22,17 @@ from oss_exp.models.network import Network
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler, Solver
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
-from oss_exp.stepsize import OSSAve, OSSShared, Problem, StepsizeStrategy
+from oss_exp.stepsize import OSSAve, OSSFit, OSSShared, Problem, StepsizeStrategy
 
 N = 100  # teacher steps
-K = 10  # student steps
 SHARED = OSSShared("analytic", None, True, "log_mean")
-SEARCHES = {  # solver and strategy; None for that of conf/stepsize/oss_fit.yaml
-    "oss_ave": (Euler(), OSSAve("free", None, False, "median", 8)),
-    "oss_shared": (Euler(), SHARED),
-    "oss_shared, DPM-Solver++ of orders up to 3": (DPMSolverPP(3, True), SHARED),
-    "oss_fit": (Euler(), None),
+MULTISTEP = DPMSolverPP(3, True)
+SEARCHES = {  # solver, strategy, student steps
+    "`oss_ave`": (Euler(), OSSAve("free", None, False, "median", 8), [10]),
+    "`oss_shared`": (Euler(), SHARED, [10]),
+    "`oss_shared`, DPM-Solver++ of orders up to 3": (MULTISTEP, SHARED, [10]),
+    "`oss_fit`, the same solver, K = 5, 10, 20": (MULTISTEP, OSSFit(), [5, 10, 20]),
+    "`oss_fit`, not refined": (MULTISTEP, OSSFit(refine=False), [5, 10, 20]),
 }
 
 
@@ -46,18 +47,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    # Build the network and the fitting strategy.
+    # Build the network.
     model = instantiate(configuration("model=unet_fashion").model).to(options.device)
-    fit = instantiate(configuration("stepsize=oss_fit").stepsize.oss_fit, _convert_="all")
     labels = torch.arange(options.samples, device=options.device) % 10
 
     # Measure.
     rows = []
-    for name, (solver, strategy) in SEARCHES.items():
+    for name, (solver, strategy, num_steps) in SEARCHES.items():
         seconds = []
         ratios = []
         for seed in range(options.repeats):
-            sizes, searched = search(model, labels, solver, strategy or fit, seed)
+            sizes, searched = search(model, labels, solver, strategy, num_steps, seed)
             seconds.append(searched)
             ratios.append(searched / bare_calls(model, labels, sizes))
         ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
@@ -69,7 +69,12 @@ def main() -> None:
 
 
 def search(
-    model: Network, labels: torch.Tensor, solver: Solver, strategy: StepsizeStrategy, seed: int
+    model: Network,
+    labels: torch.Tensor,
+    solver: Solver,
+    strategy: StepsizeStrategy,
+    num_steps: Sequence[int],
+    seed: int,
 ) -> tuple[list[int], float]:
     """Return the sizes of the network calls of a search, and its seconds."""
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +92,7 @@ def search(
 
     model.backbone.forward = watched
     start = now(labels.device)
-    strategy.plan(problem, [K])
+    strategy.plan(problem, num_steps)
     seconds = now(labels.device) - start
     model.backbone.forward = forward
     return sizes, seconds
