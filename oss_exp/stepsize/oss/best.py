@@ -91,9 +91,10 @@ class OSSBest(Search):
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """Return the calls per sample of the searches, all candidates and a typical refinement."""
         budgets = set(num_steps)
-        starts = len(self.starts)
-        calls = self._calls_of_all_starts(num_nodes, num_steps, edge_calls)
-        calls += (3 * starts + len(self.baselines) + 4) * sum(budgets)
+        calls = (3 * len(self._starts) + len(self.baselines) + 4) * sum(budgets)
+        for start in self._starts:
+            search = replace(self, start=start)
+            calls += search._recursion_calls(num_nodes, num_steps, edge_calls)
         for strategy in self.baselines.values():
             calls += strategy.network_calls(num_nodes, num_steps, edge_calls)
         if self.refine:
@@ -111,13 +112,20 @@ class OSSBest(Search):
             plans[k] = self._best(problem, candidates, makers, judges)
         return plans
 
+    @property
+    def _starts(self) -> list[StartKind]:
+        """The starts to search from; a single one where the first times are given."""
+        if self.first_sigmas is not None or self.start == "pinned":
+            return [self.start]
+        return [self.start, "pinned"]
+
     def _searched(
         self, problem: Problem, budgets: Sequence[int], makers: Tensor
     ) -> dict[int, list[Candidate]]:
         """Return the paths of Algorithm 2 from every start, for each budget."""
         candidates: dict[int, list[Candidate]] = {k: [] for k in budgets}
         objective = Shared(self.objective, makers)
-        for start in self.starts:
+        for start in self._starts:
             search = replace(self, start=start, refine=False)
             for k, path in search.paths(problem, budgets, objective).items():
                 steps = path_schedule(problem, path, start)

@@ -26,7 +26,7 @@ from oss_exp.stepsize.problem import Problem
 
 MOVES = (8, 4, 2, 1)  # sizes of moves in nodes, coarse to fine
 MAX_SWEEPS = 4  # passes over all nodes with moves of one size
-FIT_CALLS = 680  # most network calls a sample for the moves of a path with fitted steps
+FIT_CALLS = 1000  # most network calls a sample for the moves of a path with fitted steps
 
 Path = TypeVar("Path", SolverPath, FittedPath)
 Checkpoint = TypeVar("Checkpoint")

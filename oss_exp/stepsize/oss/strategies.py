@@ -102,13 +102,6 @@ class Search:
             refined[k] = refine(problem, path, self.start, objective, required)
         return refined
 
-    @property
-    def starts(self) -> list[StartKind]:
-        """`start` and a pinned one, to search from both; `start` alone where times are given."""
-        if self.first_sigmas is not None or self.start == "pinned":
-            return [self.start]
-        return [self.start, "pinned"]
-
     def _required(self, problem: Problem, num_steps: int) -> Required | None:
         """Return the required nodes of paths of `num_steps` steps or more.
 
@@ -248,13 +241,6 @@ class Search:
             # Two sweeps at each of four sizes of moves, half a run for each try.
             calls += sum(8 * k * (k + 2) for k in set(num_steps))
         return calls
-
-    def _calls_of_all_starts(
-        self, num_nodes: int, num_steps: Sequence[int], edge_calls: int
-    ) -> int:
-        """Return the calls per sample of the recursions from `starts`."""
-        searches = [replace(self, start=start) for start in self.starts]
-        return sum(s._recursion_calls(num_nodes, num_steps, edge_calls) for s in searches)
 
     def _recursion_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int) -> int:
         """Return the calls per sample of the recursion, without shifts of its band."""
@@ -431,14 +417,11 @@ class OSSFit(Search):
     """A path first, then fitted coefficients for its steps (ours).
 
     The nodes are searched as `OSSShared` does it, with the solver's own steps (Algorithm
-    2), from `start` and from a pinned start. Along both paths every step gets
-    coefficients for the state, the noise, the mean and all predictions so far, fitted in
-    closed form (`coefficients.Fit`), and the path with the lower final error is kept.
-    `refine` moves its nodes and fits the coefficients again for every move.
+    2). Then every step gets coefficients for the state, the noise, the mean and all
+    predictions so far, fitted in closed form (`coefficients.Fit`). `refine` moves these
+    nodes and fits the coefficients again for every move.
 
     Args:
-        start: start of the search, beside the pinned one. A pipeline, which draws its own
-            noise, needs "pinned".
         objective: as in `OSSShared`.
         history: calls whose predictions a step may use; None means all of them.
         ridge: regularisation of the fit, see `Fit`.
@@ -463,8 +446,7 @@ class OSSFit(Search):
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
         """Return the calls per sample of the search, the fits, a typical refinement and polish."""
         budgets = set(num_steps)
-        calls = self._calls_of_all_starts(num_nodes, num_steps, edge_calls)
-        calls += len(self.starts) * sum(budgets)
+        calls = self._recursion_calls(num_nodes, num_steps, edge_calls) + sum(budgets)
         for k in budgets:
             calls += polish_calls(k, self.polish, self.history)
             if self.refine:
@@ -477,29 +459,15 @@ class OSSFit(Search):
         objective = Shared(self.objective)
         required = self._required(problem, budgets[0])
 
-        # Paths of Algorithm 2, and who fits coefficients along them.
-        searched = {}
-        students = {}
-        for start in self.starts:
-            search = replace(self, start=start, refine=False)
-            searched[start] = search.paths(problem, budgets, objective)
-            fit = Fit(self.history, self.ridge)
-            students[start] = FittedStudent(problem, start, objective, fit)
-
+        student = FittedStudent(problem, self.start, objective, Fit(self.history, self.ridge))
         plans = {}
-        for k in budgets:
-            # The better path, with fitted coefficients, and its nodes moved.
-            errors = {}
-            fitted = {}
+        for k, path in replace(self, refine=False).paths(problem, budgets, objective).items():
+            # Coefficients along the path.
             with torch.no_grad():
-                for start, student in students.items():
-                    fitted[start], _, error = student.run(searched[start][k])
-                    errors[start] = float(error)
-            best = min(errors, key=errors.__getitem__)
-            path = fitted[best]
+                fitted, *_ = student.run(path)
             if self.refine:
-                path = refine_fitted(students[best], path, required)
-            plans[k] = path_schedule(problem, path, best)
+                fitted = refine_fitted(student, fitted, required)
+            plans[k] = path_schedule(problem, fitted, self.start)
 
             # Weights and times together.
             if self.polish:
