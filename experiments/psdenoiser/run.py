@@ -29,6 +29,7 @@ from oss_exp.solvers import Euler, sample
 
 SOLVERS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}
 BUDGETS = (5, 10, 20)
+QUANTILES = (50, 90, 95, 99)  # per cent of the spectra
 # Decades of power between 0 and 1 of a decoded spectrum.
 DECADES = float(psdenoiser.denoiser_csts.mean_scale[0])
 VP = {"beta_min": 0.1, "beta_max": 20.0}
@@ -58,6 +59,7 @@ def main() -> None:
         settings = ["experiment=psdenoiser", f"solver={solver}", f"data.conditions={file}"]
         results[solver] = measure(f"psdenoiser/{solver}", *settings)
         keep(__file__, f"{solver}.md", errors(results[solver]))
+    keep(__file__, "quantiles.md", quantiles(results))
 
     # Times, picture, schedule, posterior.
     keep(__file__, "times.md", times())
@@ -99,6 +101,29 @@ def errors(results: list[Result]) -> str:
         f"{results[0].psnr.n} held-out spectra, ± 95 % interval, and in brackets the root of the "
         "mean square over all. Calls and seconds: of a sample, and of the whole search, for the "
         "three budgets together.\n"
+    )
+
+
+def quantiles(results: dict[str, list[Result]]) -> str:
+    """Return a table of the errors' quantiles, and of those of their ratio to even times."""
+    rows = []
+    for solver, label in SOLVERS.items():
+        by_key = {(result.strategy, result.num_steps): result for result in results[solver]}
+        for k, name in product(BUDGETS, ("vp", "oss_shared", "oss_shared_mean", "oss_fit")):
+            error = rmse(by_key[name, k])
+            ratio = error / rmse(by_key["vp", k])  # paired: the same spectrum and noise
+            row = [label, str(k), f"`{name}`"]
+            row += [f"{value:.1f}" for value in np.percentile(error, QUANTILES)]
+            row += [f"{value:.2f}" for value in np.percentile(ratio, QUANTILES)]
+            rows.append([*row, f"{(ratio > 1).mean():.0%}"])
+
+    header = ["solver", "calls", "strategy"]
+    header += [f"RMSE, {q} %" for q in QUANTILES]
+    header += [f"ratio, {q} %" for q in QUANTILES]
+    return table(header + ["ratio above 1"], rows) + (
+        "\nQuantiles over the held-out spectra of the RMSE of log10 power to the 200-step run, "
+        "0.001 dex, and of its ratio to that of even times (`vp`) with the same solver and calls, "
+        "spectrum by spectrum.\n"
     )
 
 
@@ -199,7 +224,8 @@ def posterior(file: Path) -> str:
     rows.append(["the package's RK45", f"{calls:.0f}", *compare(samples, reference)])
 
     shift = "shift of the median, in standard deviations"
-    return table(["sampler", "calls", "RMSE, 0.001 dex", shift, "width"], rows) + (
+    header = ["sampler", "calls", "RMSE, 0.001 dex", shift, "width", "width, spectrum by spectrum"]
+    return table(header, rows) + (
         f"\n{SAMPLES} samples of {SPECTRA} held-out spectra, from the same noises, against 200 "
         "DDIM steps. Width: the samples' standard deviation in a bin, relative to the 200-step "
         "run's; shift: root mean square over the bins.\n"
@@ -225,13 +251,19 @@ def held_out(model: PSDenoiser, file: Path) -> tuple[Tensor, Tensor]:
 
 
 def compare(samples: Tensor, reference: Tensor) -> list[str]:
-    """Return RMSE, shift of the median and width of samples (SPECTRA * SAMPLES, 1, H, W)."""
+    """Return RMSE, shift of the median and widths of samples (SPECTRA * SAMPLES, 1, H, W)."""
     error = 1000 * DECADES / 2 * (samples - reference).square().mean((1, 2, 3)).sqrt().mean()
     ours = samples.unflatten(0, (SPECTRA, SAMPLES))
     theirs = reference.unflatten(0, (SPECTRA, SAMPLES))
     spread = theirs.std(1)
     shift = ((ours.median(1).values - theirs.median(1).values) / spread).square().mean().sqrt()
-    return [f"{error:.2f}", f"{shift:.3f}", f"{(ours.std(1) / spread).mean():.3f}"]
+    widths = (ours.std(1) / spread).flatten(1).mean(1)
+    return [
+        f"{error:.2f}",
+        f"{shift:.3f}",
+        f"{widths.mean():.3f}",
+        ", ".join(f"{width:.2f}" for width in widths),
+    ]
 
 
 def package_samples(model: PSDenoiser, spectra: Tensor, noise: Tensor) -> tuple[Tensor, float]:
