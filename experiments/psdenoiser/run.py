@@ -120,7 +120,7 @@ def quantiles(results: dict[str, list[Result]]) -> str:
     header = ["solver", "calls", "strategy"]
     header += [f"RMSE, {q} %" for q in QUANTILES]
     header += [f"ratio, {q} %" for q in QUANTILES]
-    return table(header + ["ratio above 1"], rows) + (
+    return table([*header, "ratio above 1"], rows) + (
         "\nQuantiles over the held-out spectra of the RMSE of log10 power to the 200-step run, "
         "0.001 dex, and of its ratio to that of even times (`vp`) with the same solver and calls, "
         "spectrum by spectrum.\n"
