@@ -205,6 +205,7 @@ CONFIGURED = {
     "PSDenoiser": "models.families.psdenoiser",
     "Worded": "models.text.words",
     "Words": "models.text.words",
+    "FluxTextEncoders": "models.text.encoders",
     "Pixels": "models.decoders.image",
     "VAE": "models.decoders.image",
     "LDMVAE": "models.decoders.ldm_vae",

@@ -377,7 +377,7 @@ def find_asset(file: str | Path, what: str) -> Path:
         FileNotFoundError: If there is neither.
     """
     path = Path(file).expanduser()
-    if not path.exists() and not (path := ASSETS / file).is_file():
+    if not path.exists() and not (path := ASSETS / file).exists():
         shipped = ", ".join(sorted(asset.name for asset in ASSETS.glob(f"*{path.suffix}")))
         raise FileNotFoundError(
             f"{what} {file} is neither a path that exists nor a shipped file ({shipped})"

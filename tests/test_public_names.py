@@ -40,7 +40,7 @@ YAML_OF_DEFAULTS = {
     "Pipeline.from_pretrained": ("model/pipeline", ""),
     "XtMSE": ("distance/xt_mse", ""),
     "DDPMPath": ("model/dit_xl_2_256", "parameterization.path"),
-    "DataPrediction": ("model/flux_scenes", "parameterization"),
+    "DataPrediction": ("model/video_fashion", "parameterization"),
     "EDMPrediction": ("model/edm_afhqv2_64", "parameterization"),
     "FlowPath": ("model/dit_fashion", "parameterization.path"),
     "FlowVelocity": ("model/dit_fashion", "parameterization"),

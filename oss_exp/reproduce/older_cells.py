@@ -34,11 +34,19 @@ UNNAMED = (
 
 
 def shipped_files(values: Any) -> dict[str, str]:
-    """Return the shipped files that a configuration names: {file: SHA-256}."""
+    """Return the shipped files that a configuration names: {file: SHA-256}.
+
+    A name that ends with / is a folder with all files in it.
+    """
     hashes = {}
     for name in sorted(set(_texts(values))):
-        if name and "/" not in name and (ASSETS / name).is_file():
-            hashes[name] = sha256((ASSETS / name).read_bytes())
+        if not name or name.startswith(("/", ".")):
+            continue
+        path = ASSETS / name
+        parts = sorted(path.rglob("*")) if name.endswith("/") else [path]
+        for part in parts:
+            if part.is_file():
+                hashes[part.relative_to(ASSETS).as_posix()] = sha256(part.read_bytes())
     return hashes
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from oss_exp.checks import require_range
-from oss_exp.files import sha256
+from oss_exp.files import find_asset, sha256
 from oss_exp.models.checkpoints.weights import digest, randomise, read
 from oss_exp.models.text.prompts import PromptCache
 from oss_exp.validation import shown
@@ -152,3 +152,55 @@ def random_t5_model(config: Mapping[str, Any], answer: Answer, length: int) -> T
     return TextModel(
         ByT5Tokenizer(extra_ids=0), digest(model.state_dict()), lambda: model, answer, length
     )
+
+
+# ----------------------------------------------------------------------------------------------
+# The encoders of a pipeline
+# ----------------------------------------------------------------------------------------------
+
+
+class FluxTextEncoders:
+    """The two text encoders of a FLUX pipeline, from the folder that diffusers saved it in.
+
+    Calling it turns prompts (P) into `text` (P, L, D), T5's answer to every token, and `pooled`
+    (P, D), CLIP's answer at the prompt's end. Prompts are filled up or cut to L tokens.
+
+    Args:
+        folder: A pipeline's folder, or the name of a shipped one.
+        length: L, the `max_sequence_length` that the pipeline is called with.
+    """
+
+    def __init__(self, folder: str, length: int):
+        require_range(at_least=1, at_most=512, length=length)
+        root = find_asset(folder, "words.folder")
+        self.t5 = open_t5(
+            root / "text_encoder_2/model.safetensors", root / "tokenizer_2", text, length
+        )
+        self.clip = open_clip(root / "text_encoder/model.safetensors", root / "tokenizer", pooled)
+        self.fingerprint = sha256(f"{self.t5.fingerprint} {self.clip.fingerprint}".encode())
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {**self.t5(prompts), **self.clip(prompts)}
+
+
+def text(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return T5's answer to every token; FLUX has its encoder read the filling as well."""
+    return {"text": model(tokens)[0]}
+
+
+def pooled(model: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return CLIP's answer at the end of each prompt."""
+    return {"pooled": model(tokens).pooler_output}
+
+
+def open_clip(weights: Path, tokenizer: Path, answer: Answer) -> TextModel:
+    """Return CLIP's text encoder from the file `weights`, with a tokenizer from a folder."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    config = CLIPTextConfig.from_pretrained(weights.parent)
+    words = CLIPTokenizer.from_pretrained(tokenizer)
+
+    def load() -> nn.Module:
+        return CLIPTextModel.from_pretrained(None, config=config, state_dict=read(weights)).float()
+
+    return TextModel(words, digest(read(weights)), load, answer, words.model_max_length)

@@ -9,7 +9,8 @@ Legend: P prompts, L places for words, W words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from oss_exp.checks import require_range
 from oss_exp.files import sha256
+from oss_exp.models.checkpoints.sets import Translate
 from oss_exp.models.network import Network
+from oss_exp.models.text.encoders import FluxTextEncoders
 from oss_exp.models.text.prompted import Prompted
 
 
@@ -74,6 +77,11 @@ class Words:
         return {"text": text, "mask": mask, "pooled": pooled}
 
 
+def named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a network's tensors by the backbone's names, whether or not the file has these."""
+    return {f"network.{key.removeprefix('network.')}": value for key, value in tensors.items()}
+
+
 class Worded(Prompted):
     """A small network of prompts, trained by `task=pretrain` on images with captions.
 
@@ -88,7 +96,7 @@ class Worded(Prompted):
 
     def __init__(
         self,
-        words: Words,
+        words: Words | FluxTextEncoders,
         encodings: Sequence[str],
         backbone: Callable[..., nn.Module],
         prompts: Sequence[str] = (),
@@ -101,6 +109,9 @@ class Worded(Prompted):
             backbone=backbone(**{name: tables[name] for name in encodings}),
             **network,
         )
+
+    def _fill(self, path: Path, translate: Translate = named) -> None:
+        super()._fill(path, translate)
 
     def _load(self, checkpoint: str) -> str:
         return sha256(f"{Network._load(self, checkpoint)} {self.encoder_sha256}".encode())

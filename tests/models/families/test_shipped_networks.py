@@ -18,8 +18,8 @@ from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import OSSShared, Problem
 
 NETWORKS = ["unet_fashion", "dit_fashion"]
-IMAGES = {"flux_fashion": 480_000, "flux_scenes": 1_200_000, "video_fashion": 360_000}
-RELATIVES = ["flux_fashion", "flux_scenes", "mar_fashion"]
+IMAGES = {"flux_fashion": 480_000, "video_fashion": 360_000}
+RELATIVES = ["flux_fashion", "mar_fashion"]
 
 
 def load(name: str, *overrides: str):
