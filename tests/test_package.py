@@ -73,3 +73,14 @@ def test_a_table_of_the_paper_is_reproduced_from_an_empty_folder(environment, tm
     output = run(command, "task=reproduce", "table=1", short, folder=tmp_path)
     assert "# Table 1: What five ways to choose steps can do" in output
     assert (tmp_path / "outputs/paper/table_1/small.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_included_pipeline_loads_from_an_empty_folder(environment, tmp_path):
+    python = str(environment / "bin" / "python")
+    program = (
+        "import diffusers, oss_exp\n"
+        "folder = oss_exp.ASSETS / 'scenes_pipeline'\n"
+        "print(type(diffusers.DiffusionPipeline.from_pretrained(folder)).__name__)"
+    )
+    assert run(python, "-c", program, folder=tmp_path).split() == ["FluxPipeline"]

@@ -69,11 +69,15 @@ method = type(pipeline).__call__
 type(pipeline).__call__ = functools.wraps(method)(lambda *a, **given: method(*a, **given | call))
 diffusers.DiffusionPipeline.from_pretrained = lambda name: pipeline
 oss_exp.search = functools.partial(oss_exp.search, num_teacher_steps=12)
+"""
+SHORT_TEACHER = """
+import functools, oss_exp
+oss_exp.search = functools.partial(oss_exp.search, num_teacher_steps=12)
 oss_exp.compare = functools.partial(oss_exp.compare, num_teacher_steps=12)
 """
 BEFORE = {
     "README.md": PIPELINE,
-    "docs/pipelines.md": PIPELINE,
+    "docs/pipelines.md": SHORT_TEACHER,
     "docs/comfyui.md": """
 import pathlib, sys, torch, oss_exp.export.comfyui_nodes
 sys.path.append(str(pathlib.Path(oss_exp.export.comfyui_nodes.__file__).parent))
@@ -92,6 +96,7 @@ model = lambda x, sigma, **_: x / (1 + sigma[:, None, None, None] ** 2)
 # What must hold after a page's Python.
 AFTER = {
     "README.md": "assert steps.num_steps == 8 and image.size[0] > 0",
+    "docs/pipelines.md": "assert image.size == (64, 64) and steps.keys() == {6, 8}",
     "docs/getting_started.md": """
 import sys
 assert steps.num_steps == 5

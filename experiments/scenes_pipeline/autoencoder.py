@@ -128,7 +128,7 @@ def train(
             if is_scaled:
                 latents += NOISE / network.config.scaling_factor * torch.randn_like(latents)
             restored = network.decode(latents).sample.float()
-            unseen = difference(body, restored, pixels) if is_scaled else 0.0
+            unseen = difference(body, restored, pixels) if is_scaled else torch.zeros(())
         error = F.mse_loss(restored, pixels)
         loss = error + F.l1_loss(restored, pixels) + SEEN * unseen
         if not is_scaled:
@@ -142,7 +142,8 @@ def train(
         average.update_parameters(network)
 
         if (step + 1) % 100 == 0:
-            print(step + 1, f"{error:.5f} {float(unseen):.4f} {time.perf_counter() - start:.0f} s", flush=True)
+            losses = f"{error.detach():.5f} {unseen.detach():.4f}"
+            print(step + 1, losses, f"{time.perf_counter() - start:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save(average.module, is_scaled, folder)
 
@@ -175,7 +176,9 @@ def save(network: AutoencoderKL, is_scaled: bool, folder: Path) -> None:
 
     # How well scenes are restored.
     restored = network.decode(latents).sample.clamp(-1, 1)
-    print(f"PSNR {psnr(restored, pixels):.2f} dB, scale {network.config.scaling_factor}", flush=True)
+    print(
+        f"PSNR {psnr(restored, pixels):.2f} dB, scale {network.config.scaling_factor}", flush=True
+    )
     save_image((torch.cat([pixels[:8], restored[:8]]) + 1) / 2, folder / "restored.png", nrow=8)
 
 

@@ -1,6 +1,6 @@
 """Encode scenes with the trained autoencoder, for `images=captioned_latents`.
 
-    python -m experiments.scenes_pipeline.latents --vae FOLDER --count 300000 --output FILE
+python -m experiments.scenes_pipeline.latents --vae FOLDER --count 300000 --output FILE
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the autoencoder costs: the detector's verdicts on scenes, and on what is restored of them.
 
-    python -m experiments.scenes_pipeline.restoration
+python -m experiments.scenes_pipeline.restoration
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the transformer of the scenes' pipeline: `task=pretrain` with Muon and DiT's initial weights.
+"""Train the scenes' transformer: `task=pretrain` with Muon and DiT's initial weights.
 
     python -m experiments.scenes_pipeline.train task=pretrain model=flux_scenes ...
 
@@ -25,7 +25,13 @@ DECAY = 0.01
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # one step towards the nearest orthogonal matrix
 ITERATIONS = 5
-ZERO = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "network.proj_out")
+ZERO = (
+    "norm1.linear",
+    "norm1_context.linear",
+    "norm.linear",
+    "norm_out.linear",
+    "network.proj_out",
+)
 
 
 class MuonAndAdamW(torch.optim.AdamW):
@@ -46,6 +52,7 @@ class MuonAndAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Take a step of both."""
         loss = super().step(closure)
         rate = SPEED * self.param_groups[0]["lr"]
         for shape, matrices in self.groups.items():
@@ -61,6 +68,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
         super().zero_grad(set_to_none)
         for matrices in self.groups.values():
             for matrix in matrices:
