@@ -60,11 +60,13 @@ def wide(steps: int, folder: Path) -> None:
 
 
 def narrow(steps: int, folder: Path, wide: Path) -> None:
-    """Keep the principal channels, and train the decoder on."""
+    """Keep the principal channels, unless that was done, and train the decoder on."""
     torch.manual_seed(0)
-    network = principal(AutoencoderKL.from_pretrained(wide))
+    network = AutoencoderKL.from_pretrained(wide)
+    if network.config.latent_channels > KEPT:
+        network = principal(network)
     network.encoder.requires_grad_(False)
-    train(network, network.decoder.parameters(), steps, LEARNING_RATE, folder)
+    train(network, network.decoder.parameters(), steps, LEARNING_RATE / 2, folder)
 
 
 @torch.no_grad()
@@ -194,7 +196,7 @@ if __name__ == "__main__":
     first = stages.add_parser("wide")
     first.add_argument("--steps", type=int, default=3000)
     second = stages.add_parser("narrow")
-    second.add_argument("--steps", type=int, default=2000)
+    second.add_argument("--steps", type=int, default=900)
     second.add_argument("--wide", type=Path, required=True)
     for stage in (first, second):
         stage.add_argument("--output", type=Path, required=True, dest="folder")

@@ -175,7 +175,7 @@ class DataPrediction(Parameterization):
         time_min: Above 0, the cleanest time that the network is evaluated at.
     """
 
-    path: GaussianPath = field(default_factory=lambda: FlowPath(time_scale=1.0))
+    path: GaussianPath = field(default_factory=lambda: FlowPath(time_scale=1000.0))
     time_min: float = 0.05
 
     def __post_init__(self) -> None:
