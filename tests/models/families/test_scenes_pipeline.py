@@ -98,8 +98,8 @@ def test_a_search_for_the_pipeline_beats_its_own_times(pipe):
     table = oss_exp.compare(
         model, num_steps=4, num_teacher_steps=16, strategies=strategies, held_out=4, progress=False
     )
-    own, searched = (row["psnr"]["mean"] for row in table.rows)
-    assert searched > own + 1
+    decibels = {row["strategy"]: row["psnr"]["mean"] for row in table.rows}
+    assert decibels["searched"] > decibels["own"] + 3
 
 
 def test_every_caption_is_read_whole(pipe):
