@@ -4,8 +4,7 @@
     python -m experiments.scenes_pipeline.autoencoder narrow --wide WIDE --output FOLDER
 
 The first has 8 channels. The second keeps the 4 combinations of them that vary most, because a
-small transformer learns fewer numbers sooner, and trains the decoder on, to draw what the shipped
-classifier of garments sees.
+small transformer learns fewer numbers sooner, and trains the decoder on.
 """
 
 from __future__ import annotations
@@ -24,15 +23,12 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from experiments.scenes_pipeline.data import scenes
-from oss_exp.evaluation.classifier import FashionFeatures
 
 BATCH = 32
 LEARNING_RATE = 2e-3
 DIVERGENCE = 1e-5  # weight of the divergence from a standard normal, per latent number
 KEPT = 4  # channels
 NOISE = 0.1  # added to latents when the decoder trains on; they have the size 1
-SEEN = 0.1  # weight of what the classifier sees, when the decoder trains on
-LAYERS = (1, 3, 6)  # of the classifier, that are compared
 CONFIG = {
     "latent_channels": 8,
     "block_out_channels": (16, 32, 64),
@@ -60,11 +56,9 @@ def wide(steps: int, folder: Path) -> None:
 
 
 def narrow(steps: int, folder: Path, wide: Path) -> None:
-    """Keep the principal channels, unless that was done, and train the decoder on."""
+    """Keep the principal channels, and train the decoder on."""
     torch.manual_seed(0)
-    network = AutoencoderKL.from_pretrained(wide)
-    if network.config.latent_channels > KEPT:
-        network = principal(network)
+    network = principal(AutoencoderKL.from_pretrained(wide))
     network.encoder.requires_grad_(False)
     train(network, network.decoder.parameters(), steps, LEARNING_RATE / 2, folder)
 
@@ -110,11 +104,9 @@ def train(
     """Train weights by squared and absolute error; save the network with averaged weights.
 
     A network that is not scaled yet also has a slight divergence of its latents in the loss, and
-    gets the scale of its latents. In one that is, noise is added to them, and the classifier's
-    features of pictures are in the loss.
+    gets the scale of its latents. In one that is, noise is added to them.
     """
     is_scaled = network.config.shift_factor is not None
-    body = FashionFeatures.from_asset().body
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(weights, lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -130,9 +122,8 @@ def train(
             if is_scaled:
                 latents += NOISE / network.config.scaling_factor * torch.randn_like(latents)
             restored = network.decode(latents).sample.float()
-            unseen = difference(body, restored, pixels) if is_scaled else torch.zeros(())
         error = F.mse_loss(restored, pixels)
-        loss = error + F.l1_loss(restored, pixels) + SEEN * unseen
+        loss = error + F.l1_loss(restored, pixels)
         if not is_scaled:
             loss += DIVERGENCE * posterior.kl().mean() / posterior.mean[0].numel()
 
@@ -144,23 +135,10 @@ def train(
         average.update_parameters(network)
 
         if (step + 1) % 100 == 0:
-            losses = f"{error.detach():.5f} {unseen.detach():.4f}"
-            print(step + 1, losses, f"{time.perf_counter() - start:.0f} s", flush=True)
+            seconds = time.perf_counter() - start
+            print(step + 1, f"{error.detach():.5f} {seconds:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save(average.module, is_scaled, folder)
-
-
-def difference(body: nn.Sequential, restored: Tensor, pixels: Tensor) -> Tensor:
-    """Return the relative difference of a classifier's features of two pictures in grey."""
-    features = torch.cat([restored, pixels]).amax(1, keepdim=True) / 2 + 0.5
-    total = torch.zeros(())
-    for number, layer in enumerate(body[: LAYERS[-1] + 1]):
-        features = layer(features)
-        if number in LAYERS:
-            of_restored, of_pixels = features.float().chunk(2)
-            error = (of_restored - of_pixels).abs().mean()
-            total = total + error / of_pixels.abs().mean().detach()
-    return total
 
 
 @torch.no_grad()
@@ -196,7 +174,7 @@ if __name__ == "__main__":
     first = stages.add_parser("wide")
     first.add_argument("--steps", type=int, default=3000)
     second = stages.add_parser("narrow")
-    second.add_argument("--steps", type=int, default=900)
+    second.add_argument("--steps", type=int, default=700)
     second.add_argument("--wide", type=Path, required=True)
     for stage in (first, second):
         stage.add_argument("--output", type=Path, required=True, dest="folder")
