@@ -128,7 +128,8 @@ def picture(cells: Cells) -> bytes:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out PSNR, dB (band: the search sets)")
-    axes[0].legend(fontsize=8, title="dashed: by gradient")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, title="dashed: by gradient", loc="outside right")
     return png(figure)
 
 
