@@ -3,13 +3,12 @@
     python -m experiments.scenes_pipeline.train task=pretrain model=flux_scenes ...
 
 takes what `oss-exp` takes. On one core Muon (https://kellerjordan.github.io/posts/muon) learns
-more from an example than AdamW. A run does not resume; train on with `task.init_from`.
+more from an example than AdamW. It is in torch from 2.9 on. A run does not resume; train on with
+`task.init_from`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,9 +21,6 @@ from oss_exp.tasks import pretrain
 
 SPEED = 2.0  # Muon's learning rate is so many times AdamW's
 DECAY = 0.01
-MOMENTUM = 0.95
-QUINTIC = (3.4445, -4.7750, 2.0315)  # one step towards the nearest orthogonal matrix
-ITERATIONS = 5
 ZERO = (
     "norm1.linear",
     "norm1_context.linear",
@@ -45,46 +41,21 @@ class MuonAndAdamW(torch.optim.AdamW):
 
     def __init__(self, matrices: list[Tensor], others: list[Tensor], learning_rate: float):
         super().__init__(others, lr=learning_rate)
-        self.groups = defaultdict(list)  # of one shape, which are made orthogonal together
-        for matrix in matrices:
-            self.groups[tuple(matrix.shape)].append(matrix)
-        self.momenta = {s: torch.zeros(len(group), *s) for s, group in self.groups.items()}
+        self.muon = torch.optim.Muon(  # with steps of the size of AdamW's (arXiv 2502.16982)
+            matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+        )
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take a step of both."""
         loss = super().step(closure)
-        rate = SPEED * self.param_groups[0]["lr"]
-        for shape, matrices in self.groups.items():
-            momentum = self.momenta[shape]
-            gradient = torch.stack([matrix.grad for matrix in matrices])
-            momentum.lerp_(gradient, 1 - MOMENTUM)
-            updates = orthogonal(gradient.lerp(momentum, MOMENTUM))
-
-            # The size of AdamW's steps (arXiv 2502.16982).
-            size = 0.2 * math.sqrt(max(shape))
-            for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - rate * DECAY).sub_(update, alpha=rate * size)
+        self.muon.param_groups[0]["lr"] = SPEED * self.param_groups[0]["lr"]
+        self.muon.step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
-        for matrices in self.groups.values():
-            for matrix in matrices:
-                matrix.grad = None
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Return nearly the nearest orthogonal matrices to (k, m, n), by Newton-Schulz iterations."""
-    is_tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if is_tall else matrices).bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    a, b, c = QUINTIC
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if is_tall else x).float()
+        self.muon.zero_grad(set_to_none)
 
 
 def initialise(network: nn.Module) -> None:

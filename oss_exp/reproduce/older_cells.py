@@ -38,15 +38,13 @@ def shipped_files(values: Any) -> dict[str, str]:
 
     A name that ends with / is a folder with all files in it.
     """
+    texts = set(_texts(values))
     hashes = {}
-    for name in sorted(set(_texts(values))):
-        if not name or name.startswith(("/", ".")):
-            continue
-        path = ASSETS / name
-        parts = sorted(path.rglob("*")) if name.endswith("/") else [path]
-        for part in parts:
-            if part.is_file():
-                hashes[part.relative_to(ASSETS).as_posix()] = sha256(part.read_bytes())
+    for path in sorted(ASSETS.rglob("*")):
+        file = path.relative_to(ASSETS)
+        names = {file.as_posix(), *(f"{folder.as_posix()}/" for folder in file.parents[:-1])}
+        if path.is_file() and names & texts:
+            hashes[file.as_posix()] = sha256(path.read_bytes())
     return hashes
 
 

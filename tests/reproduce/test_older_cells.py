@@ -126,6 +126,9 @@ def test_shipped_files_are_found_in_folders_too():
         f"{SCENES}/text_encoder/model.safetensors",
     ]
 
+    outside = [f"{SCENES}/../", f"{SCENES}/../../", "./", "/", "x" * 300, f"{ASSETS}/"]
+    assert shipped_files(outside) == {}
+
 
 def test_other_shipped_weights_make_another_cell(root, tmp_path, monkeypatch):
     assets = Path(shutil.copytree(ASSETS, tmp_path / "assets"))
