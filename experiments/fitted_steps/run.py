@@ -1,4 +1,4 @@
-"""Fitted steps: what they gain on networks, how many search samples they need, and their options.
+"""Fitted steps: what they gain on networks, and their options.
 
 python -m experiments.fitted_steps.run                       # networks and mixture: an hour
 python -m experiments.fitted_steps.run unet_fashion mixture  # some of them
@@ -7,18 +7,12 @@ python -m experiments.fitted_steps.run unet_fashion mixture  # some of them
 from __future__ import annotations
 
 import sys
-from itertools import product
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
 
-from experiments.common import OUTPUTS, keep, measure, png, table
+from experiments.common import OUTPUTS, keep, measure, table
 from oss_exp.calibration import amplitude
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
@@ -30,10 +24,8 @@ from oss_exp.solvers import sample, trajectory
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.stepsize import Band, OSSFit, OSSShared, Problem, StepsizeStrategy
 
-SAMPLES = (4, 8, 16, 64)
 HELD_OUT = 384
 BUDGETS = (5, 10)
-SEEDS = 3
 NETWORKS = ("unet_fashion", "dit_fashion")
 SETTINGS = [  # of the comparison on networks
     "solver=dpm_solver_pp",
@@ -107,67 +99,7 @@ def main() -> None:
 
 def mixture() -> None:
     bench = Bench()
-    curves = overfitting(bench)
-    keep(__file__, "overfitting.md", curve_table(curves))
-    keep(__file__, "overfitting.png", curve_picture(curves))
     keep(__file__, "choices.md", choices(bench))
-
-
-# --------------------------------------------------------------------------------------------------
-# Search samples
-# --------------------------------------------------------------------------------------------------
-
-# (strategy, samples, K) -> mean PSNR for each seed, on the search samples and on held-out ones.
-Curves = dict[tuple[str, int, int], tuple[list[float], list[float]]]
-
-
-def overfitting(bench: Bench) -> Curves:
-    """Search with few and many samples, and compare both PSNRs."""
-    curves: Curves = {}
-    strategies = {"oss_fit": fit(), "oss_shared": SEARCHED}
-    runs = list(product(strategies, SAMPLES, range(SEEDS)))
-    for name, count, seed in track(runs, "overfitting"):
-        noise = bench.noise(seed, count)
-        for k, steps in bench.plan(strategies[name], noise).items():
-            search, held_out = curves.setdefault((name, count, k), ([], []))
-            search.append(float(bench.psnr(steps, noise).mean()))
-            held_out.append(float(bench.held_out(steps).mean()))
-    return curves
-
-
-def curve_table(curves: Curves) -> str:
-    columns = list(product(("oss_shared", "oss_fit"), BUDGETS))
-    rows = []
-    for count in SAMPLES:
-        row = [str(count)]
-        for name, k in columns:
-            search, held_out = curves[name, count, k]
-            row.append(f"{sum(search) / SEEDS:.2f} / {sum(held_out) / SEEDS:.2f}")
-        rows.append(row)
-    header = ["search samples", *(f"{name}, K={k}: train / held-out" for name, k in columns)]
-    note = f"\nPSNR in dB, mean over {SEEDS} search sets; {HELD_OUT} held-out noises.\n"
-    return table(header, rows) + note
-
-
-def curve_picture(curves: Curves) -> bytes:
-    figure, axes = plt.subplots(1, len(BUDGETS), figsize=(9, 3.8), layout="constrained")
-    for axis, k in zip(axes, BUDGETS, strict=True):
-        for name, color in (("oss_fit", "tab:blue"), ("oss_shared", "tab:red")):
-            for part, style in ((0, "--"), (1, "-")):
-                label = f"{name}, {'held-out' if part else 'its own search samples'}"
-                values = np.array([curves[name, count, k][part] for count in SAMPLES])
-                mean = values.mean(1)
-                axis.plot(SAMPLES, mean, style, color=color, marker="o", ms=4, label=label)
-                axis.fill_between(
-                    SAMPLES, values.min(1), values.max(1), color=color, alpha=0.12, lw=0
-                )
-        axis.set(title=f"K = {k}", xscale="log", xlabel="search samples")
-        axis.set_xticks(SAMPLES, SAMPLES)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("PSNR, dB (band: the search sets)")
-    axes[0].legend(fontsize=8)
-    return png(figure)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -125,21 +125,29 @@ def open_t5(weights: Path, tokenizer: Path, answer: Answer, length: int) -> Text
     config = T5Config.from_pretrained(weights.parent)
 
     def load() -> nn.Module:
-        # From this file, whichever others are in its folder.
-        options = {"config": config, "dtype": "auto", "output_loading_info": True}
-        model, report = T5EncoderModel.from_pretrained(None, state_dict=read(weights), **options)
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"{weights} lacks {len(missing)} weights of T5EncoderModel, first {missing[0]}; "
-                "get it again"
-            )
+        model = loaded(T5EncoderModel, config, weights)
         return model.float() if model.dtype == torch.float16 else model  # T5 overflows in float16
 
     # The hash does not depend on the names of tied weights.
     tensors = dict(read(weights))
     tensors.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
     return TextModel(T5Tokenizer.from_pretrained(tokenizer), digest(tensors), load, answer, length)
+
+
+def loaded(kind: Any, config: Any, weights: Path) -> Any:
+    """Return a model of transformers, of the class `kind`, from this file and no other.
+
+    Raises ValueError where the file lacks some of its weights.
+    """
+    options = {"config": config, "dtype": "auto", "output_loading_info": True}
+    model, report = kind.from_pretrained(None, state_dict=read(weights), **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{weights} lacks {len(missing)} weights of {kind.__name__}, first {missing[0]}; "
+            "get it again"
+        )
+    return model
 
 
 def random_t5_model(config: Mapping[str, Any], answer: Answer, length: int) -> TextModel:
@@ -201,6 +209,6 @@ def open_clip(weights: Path, tokenizer: Path, answer: Answer) -> TextModel:
     words = CLIPTokenizer.from_pretrained(tokenizer)
 
     def load() -> nn.Module:
-        return CLIPTextModel.from_pretrained(None, config=config, state_dict=read(weights)).float()
+        return loaded(CLIPTextModel, config, weights).float()
 
     return TextModel(words, digest(read(weights)), load, answer, words.model_max_length)
