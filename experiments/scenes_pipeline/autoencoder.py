@@ -52,7 +52,7 @@ def wide(steps: int, folder: Path) -> None:
     """Train encoder and decoder."""
     torch.manual_seed(0)
     network = AutoencoderKL(**CONFIG)
-    train(network, network.parameters(), steps, LEARNING_RATE, folder)
+    train(network, network.parameters(), steps, folder)
 
 
 def narrow(steps: int, folder: Path, wide: Path) -> None:
@@ -60,7 +60,7 @@ def narrow(steps: int, folder: Path, wide: Path) -> None:
     torch.manual_seed(0)
     network = principal(AutoencoderKL.from_pretrained(wide))
     network.encoder.requires_grad_(False)
-    train(network, network.decoder.parameters(), steps, LEARNING_RATE / 2, folder)
+    train(network, network.decoder.parameters(), steps, folder)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def principal(wide: AutoencoderKL) -> AutoencoderKL:
 
 
 def train(
-    network: AutoencoderKL, weights: Iterable[nn.Parameter], steps: int, rate: float, folder: Path
+    network: AutoencoderKL, weights: Iterable[nn.Parameter], steps: int, folder: Path
 ) -> None:
     """Train weights by squared and absolute error; save the network with averaged weights.
 
@@ -108,8 +108,8 @@ def train(
     """
     is_scaled = network.config.shift_factor is not None
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(weights, lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     images = iter(DataLoader(scenes(range(steps * BATCH)), BATCH))
 
     # Steps.
