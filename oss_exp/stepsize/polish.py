@@ -25,7 +25,7 @@ from oss_exp.schedule import Analytic, FittedSteps, Pinned, StepSchedule, analyt
 from oss_exp.solvers.base import State
 from oss_exp.solvers.sampling import FittedSolver
 from oss_exp.stepsize.oss.edges import inner_products
-from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
+from oss_exp.stepsize.oss.objectives import Mean, Shared, slope
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.solver_weights import as_fitted
 from oss_exp.stepsize.split import split_samples
@@ -57,7 +57,7 @@ def polish(
         problem: the search set and its teacher.
         steps: the schedule to improve.
         iterations: the most iterations; each measures the slopes once, for a few steps.
-        objective: lower the samples' mean error, or the mean of its logarithm.
+        objective: which mean of the samples' errors is lowered, as in `OSSShared`.
         fixed: times that stay.
         micro_batch: samples that are run at a time, each with all changes of a step.
 
@@ -242,10 +242,8 @@ class _Run:
             residual = self._features(part, states[-1].x) - target
             products = inner_products(changes, [residual])[..., 0]
 
-            # Of a mean of logarithms: each sample's square is divided by its value.
-            emphasis = torch.ones_like(products[:, 0])
-            if self.objective.objective == "log_mean":
-                emphasis = 1 / residual.double().square().sum(1).clamp(min=COST_FLOOR)
+            square = residual.double().square().sum(1)
+            emphasis = slope(square, self.objective.objective)
             gradient += emphasis @ products
             curvature += torch.einsum("b,bpq->pq", emphasis, gram)
         collective = self.problem.collective

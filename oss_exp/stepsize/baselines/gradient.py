@@ -18,7 +18,7 @@ from oss_exp.schedule import Analytic, FittedSteps, Free, StepSchedule, analytic
 from oss_exp.solvers.sampling import FittedSolver, walk
 from oss_exp.stepsize.base import StepsizeStrategy, check_num_steps
 from oss_exp.stepsize.baselines.closed_form import ClosedForm
-from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean
+from oss_exp.stepsize.oss.objectives import Mean, transformed
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.split import split_samples
 
@@ -55,7 +55,7 @@ class GradientDescent(abc.ABC):
             the descent then goes on from the best parameters so far.
         patience: iterations to wait for progress.
         micro_batch: samples that are held with their gradients at a time.
-        objective: lower the mean of the samples' distances, or of their logarithms.
+        objective: lower the mean of the samples' distances, of their roots or logarithms.
     """
 
     per_sample: ClassVar[bool] = False
@@ -220,9 +220,7 @@ class GradientDescent(abc.ABC):
             for part in parts:
                 piece = problem.subset(part)
                 cost = piece.cost(_last_state(piece, steps, student), end)
-                if self.objective == "log_mean":
-                    cost = cost.clamp(min=COST_FLOOR).log()
-                loss = cost.sum() / count
+                loss = transformed(cost, self.objective).sum() / count
                 if learns:
                     loss.backward()
                 total += loss.detach()

@@ -20,7 +20,7 @@ from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.baselines.gits import GITS
 from oss_exp.stepsize.oss.band import Band, strictly_monotone
 from oss_exp.stepsize.oss.coefficients import Fit, FittedPath, FittedStudent
-from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared
+from oss_exp.stepsize.oss.objectives import COST_FLOOR, Mean, Shared, restored, transformed
 from oss_exp.stepsize.oss.recursion import SolverPath
 from oss_exp.stepsize.oss.refine import FIT_CALLS, refine, refine_fitted
 from oss_exp.stepsize.oss.strategies import Search, path_schedule
@@ -197,18 +197,17 @@ class OSSBest(Search):
         return replace(best.steps, provenance={"planning": planning})
 
     def _score(self, problem: Problem, candidate: Candidate, judges: Tensor) -> float:
-        """Return the judges' mean PSNR in dB; with objective "mean", that of their mean error."""
+        """Return the PSNR in dB of the judges' mean error, as the objective takes the mean."""
         x0 = sample(problem.solver, problem.velocity, problem.noise, candidate.steps, problem.group)
         end = torch.tensor([problem.num_nodes], device=x0.device)
         cost = problem.cost(x0, end).double()[judges]
-        log = self.objective == "log_mean"
-        value = cost.clamp(min=COST_FLOOR).log10() if log else cost
+        value = transformed(cost, self.objective)
 
         # Mean over all ranks.
         sums = torch.stack([value, torch.ones_like(value)]).sum(1)
         total, count = problem.collective.sum(sums).tolist()
-        mean = total / count
-        return -10 * (mean if log else math.log10(max(mean, COST_FLOOR)))
+        mean = restored(total / count, self.objective)
+        return -10 * math.log10(max(mean, COST_FLOOR))
 
     def _fitted(self, problem: Problem, candidate: Candidate, makers: Tensor | None) -> Candidate:
         """Return the candidate's path with coefficients fitted to some samples; None means all."""

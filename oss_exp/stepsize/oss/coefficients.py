@@ -29,7 +29,7 @@ from oss_exp.stepsize.oss.objectives import Shared
 from oss_exp.stepsize.oss.recursion import SolverPath, start_states
 from oss_exp.stepsize.problem import Problem
 
-REWEIGHTINGS = 4  # least squares solved for a mean of logarithms
+REWEIGHTINGS = 4  # least squares solved for a mean of roots or logarithms
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class FittedStudent:
         self.objective = objective
         self.fit = fit
         self.start: StartKind = start
-        self.reweightings = REWEIGHTINGS if objective.objective == "log_mean" else 1
+        self.reweightings = 1 if objective.objective == "mean" else REWEIGHTINGS
         self.constants = (problem.noise, problem.teacher.sample_mean)
         self.parts = len(problem.teacher.first_outputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -11,10 +12,35 @@ from torch import Tensor
 from oss_exp.checks import require_choice
 from oss_exp.stepsize.problem import Collective
 
-Mean = Literal["mean", "log_mean"]
+Mean = Literal["mean", "root_mean", "log_mean"]
 
 # Below the rounding of the inner products: -inf must not decide a mean of logarithms.
 COST_FLOOR = 1e-15
+
+
+def transformed(cost: Tensor, objective: Mean) -> Tensor:
+    """Return what an objective takes the mean of, for costs (squared errors) of any shape."""
+    if objective == "root_mean":
+        return cost.clamp(min=COST_FLOOR).sqrt()
+    if objective == "log_mean":
+        return cost.clamp(min=COST_FLOOR).log()
+    return cost
+
+
+def restored(value: float, objective: Mean) -> float:
+    """Return the cost of a value of `transformed`."""
+    if objective == "root_mean":
+        return value**2
+    return math.exp(value) if objective == "log_mean" else value
+
+
+def slope(cost: Tensor, objective: Mean) -> Tensor:
+    """Return the derivative of `transformed`, up to a factor of the objective."""
+    if objective == "root_mean":
+        return cost.clamp(min=COST_FLOOR).rsqrt()
+    if objective == "log_mean":
+        return 1 / cost.clamp(min=COST_FLOOR)
+    return torch.ones_like(cost)
 
 
 class Objective(Protocol):
@@ -40,8 +66,9 @@ class Shared:
     ranks.
 
     Args:
-        objective: "mean" is the mean cost, "log_mean" the mean logarithmic cost, which
-            is PSNR.
+        objective: "mean" is the mean cost, "root_mean" the mean of its root, which is
+            RMSE, and "log_mean" the mean logarithmic cost, which is PSNR. They weigh an
+            unusual sample of a large cost less and less.
         rows: (B,) bool, the samples that count; None means all. The others are run with
             them and can judge the schedule that these make.
     """
@@ -54,17 +81,13 @@ class Shared:
 
     def __call__(self, cost: Tensor, collective: Collective) -> Tensor:
         cost = cost if self.rows is None else cost[..., self.rows]
-        if self.objective == "log_mean":
-            cost = cost.clamp(min=COST_FLOOR).log()
-        return collective.sum(cost.sum(-1, keepdim=True))
+        return collective.sum(transformed(cost, self.objective).sum(-1, keepdim=True))
 
     def emphasis(self, cost: Tensor) -> Tensor:
         """Return weights (B,) such that a lower weighted mean of costs lowers the objective.
 
-        This holds near the given costs (B,). For a mean of logarithms the weights are
-        1 / c0, because log c <= log c0 + c / c0 - 1.
+        This holds near the given costs (B,): root and logarithm are concave, so they lie below
+        their tangents there.
         """
-        weights = torch.ones_like(cost)
-        if self.objective == "log_mean":
-            weights = 1 / cost.clamp(min=COST_FLOOR)
+        weights = slope(cost, self.objective)
         return weights if self.rows is None else weights * self.rows

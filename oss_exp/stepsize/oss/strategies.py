@@ -394,8 +394,9 @@ class OSSShared(Search):
     """One schedule for all samples, chosen inside the recursion (ours).
 
     Args:
-        objective: minimise the samples' mean cost ("mean"), or their mean logarithmic
-            cost ("log_mean"), which maximises PSNR.
+        objective: minimise the samples' mean cost ("mean", MSE), the mean of its root
+            ("root_mean", RMSE), or of its logarithm ("log_mean", which maximises PSNR).
+            In this order, unusual samples of a large cost weigh less and less.
     """
 
     start: StartKind = "analytic"

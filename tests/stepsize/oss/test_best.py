@@ -40,7 +40,7 @@ def problem(mixture, gmm) -> Problem:
     return Problem(velocity, gmm["z"], grid, DPMSolverPP(2, True), group=labels, num_groups=4)
 
 
-@pytest.mark.parametrize("objective", ["mean", "log_mean"])
+@pytest.mark.parametrize("objective", ["mean", "root_mean", "log_mean"])
 def test_samples_that_do_not_count_change_nothing(problem, objective):
     """A search and a fit over some rows are those of a problem that has no others."""
     rows = torch.arange(16) % 3 > 0
@@ -59,7 +59,7 @@ def test_samples_that_do_not_count_change_nothing(problem, objective):
         torch.testing.assert_close(fitted.weights, other.weights, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", ["mean", "log_mean"])
+@pytest.mark.parametrize("objective", ["mean", "root_mean", "log_mean"])
 def test_the_best_is_chosen_and_no_baseline_is_better(problem, objective):
     plans = OSSBest(band=BAND, objective=objective).plan(problem, [2, 5])
     for steps in plans.values():
