@@ -28,7 +28,6 @@ from experiments.common import configuration
 from oss_exp.files import sha256
 
 RECORD = "training.json"  # how the transformer was made
-TRAIN = "python -m experiments.scenes_pipeline.train"
 
 
 def main(text: Path, vae: Path, transformer: Path | None, output: Path) -> None:
@@ -65,7 +64,7 @@ def main(text: Path, vae: Path, transformer: Path | None, output: Path) -> None:
         weights = output / "transformer" / "diffusion_pytorch_model.safetensors"
         record = json.loads(transformer.with_suffix(".json").read_text())
         record |= {"file": weights.name, "sha256": sha256(weights.read_bytes())}
-        record["made_by"] = re.sub(r"=/\S*/", "=", record["made_by"].replace("oss-exp", TRAIN, 1))
+        record["made_by"] = re.sub(r"=/\S*/", "=", record["made_by"])
         (output / "transformer" / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,15 @@ from oss_exp.tensors import rowwise
 from oss_exp.velocity import BoundVelocity
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@runtime_checkable
+class Initialised(Protocol):
+    """A backbone with initial weights of its own, in place of its layers' defaults."""
+
+    def initialise(self) -> None:
+        """Set the weights that training begins with."""
+        ...
 
 
 class Network(Model):
@@ -85,7 +94,12 @@ class Network(Model):
         self.weights_set = weights_set
 
         # Weights.
-        self.fingerprint = UNTRAINED if checkpoint == UNTRAINED else self._load(checkpoint)
+        if checkpoint == UNTRAINED:
+            self.fingerprint = UNTRAINED
+            if isinstance(backbone, Initialised):
+                backbone.initialise()
+        else:
+            self.fingerprint = self._load(checkpoint)
         self.backbone.to(getattr(torch, dtype))
         self.eval().requires_grad_(False)
 

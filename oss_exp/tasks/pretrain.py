@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
 from oss_exp.tasks.compatibility import require_same
+from oss_exp.tasks.optimizers import MuonAndAdamW
 from oss_exp.tasks.run import takes_prompts
 from oss_exp.tasks.task import Count, Positive, Share, Whole
 from oss_exp.tasks.training import Training, TrainingTask, fit, origin, shuffled
@@ -136,6 +137,7 @@ class PretrainModule(Training):
     Args:
         model: The model, with its initial weights.
         examples: The training examples.
+        optimizer: Name of the optimizer.
         compile: Compile the trained network.
         output: Path of the weights.
         folder: The run folder.
@@ -147,6 +149,7 @@ class PretrainModule(Training):
         self,
         model: Network,
         examples: Examples,
+        optimizer: Literal["adamw", "muon"],
         compile: bool,
         output: Path,
         folder: Path,
@@ -156,6 +159,7 @@ class PretrainModule(Training):
         super().__init__(examples, **training)
         self.model = model
         self.network = copy.deepcopy(model.backbone).requires_grad_(True).train()
+        self.optimizer_name = optimizer
         if compile:
             self.network.compile()
         self.output = output
@@ -167,6 +171,11 @@ class PretrainModule(Training):
 
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         return list(self.network.parameters()), list(self.model.backbone.parameters())
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer_name == "muon":
+            return MuonAndAdamW(self.network.named_parameters(), self.learning_rate)
+        return super().optimizer()
 
     def on_fit_start(self) -> None:
         # All steps were taken in another folder, so this one has no results yet.
@@ -234,6 +243,8 @@ class Pretrain(TrainingTask):
     Attributes:
         label_dropout: Share of examples without their class, for guidance.
         times: Distribution of the times of training examples.
+        optimizer: "muon" is Muon for the matrices of a transformer's blocks, and AdamW for the
+            rest: on small trainings it learns more from an example.
         compile: Use torch.compile: a minute at the start, then faster.
         resume: Run folder or checkpoint to resume from. None: this folder's checkpoint, if any.
         init_from: Initial weights, as for model.checkpoint. None: new ones.
@@ -246,6 +257,7 @@ class Pretrain(TrainingTask):
     ema_decay: Share = 0.999
     times: Times = field(default_factory=LogitNormalTimes)
     save_every: Count = 1000
+    optimizer: Literal["adamw", "muon"] = "adamw"
     compile: bool = False
     resume: str | None = None
     init_from: str | None = None
@@ -286,6 +298,7 @@ class Pretrain(TrainingTask):
             model,
             examples,
             **self.settings(),
+            optimizer=self.optimizer,
             compile=self.compile,
             output=Path(self.output),
             folder=folder,

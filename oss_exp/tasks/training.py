@@ -42,7 +42,7 @@ Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true",
 
 
 class Training(L.LightningModule, abc.ABC):
-    """Steps of AdamW on `loss`, with an exponential average of the weights.
+    """Steps of an optimizer on `loss`, with an exponential average of the weights.
 
     After every `save_every` steps and after the last, `on_save` is called and a checkpoint is
     written. To the trainer all steps are one epoch, so a run that resumes may be longer.
@@ -95,6 +95,10 @@ class Training(L.LightningModule, abc.ABC):
     @abc.abstractmethod
     def weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the trained weights and their averages."""
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return a new optimizer of the trained weights."""
+        return torch.optim.AdamW(self.weights()[0], lr=self.learning_rate)
 
     def on_save(self) -> None:
         """Run on every rank before a checkpoint is written, when the losses are gathered."""
@@ -156,8 +160,8 @@ class Training(L.LightningModule, abc.ABC):
         self.started = time.perf_counter()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW with a linear warm-up, then half a cosine to 0."""
-        optimizer = torch.optim.AdamW(self.weights()[0], lr=self.learning_rate)
+        """Return the optimizer with a linear warm-up, then half a cosine to 0."""
+        optimizer = self.optimizer()
 
         def rate(step: int) -> float:
             rising = min(1.0, (step + 1) / max(self.warmup_steps, 1))
@@ -187,7 +191,7 @@ class TrainingTask(Task):
     Attributes:
         max_steps: Number of steps.
         batch_size: Examples of a step, over all ranks.
-        learning_rate: Highest learning rate of AdamW: a warm-up, then half a cosine to 0.
+        learning_rate: Highest learning rate: a warm-up, then half a cosine to 0.
         warmup_steps: Steps of the linear warm-up.
         gradient_clip: Largest norm of the gradient; None: any.
         ema_decay: Decay of the averaged weights.
@@ -274,7 +278,7 @@ def fit(
     # The checkpoint must be of this network, and not longer.
     if resume is not None:
         is_partial = not module.strict_loading
-        state = check_state(resume, module.state_dict(), module.weights()[0], is_partial)
+        state = check_state(resume, module.state_dict(), module.optimizer(), is_partial)
         if (steps := len(state.progress.losses)) > task.max_steps:
             raise ValueError(
                 f"checkpoint {resume} has taken {steps} steps, more than "

@@ -15,6 +15,7 @@ import torch
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
+from torch.optim import Optimizer
 
 from oss_exp.files import Numbers, Record
 from oss_exp.validation import describe
@@ -42,7 +43,7 @@ class Progress(Record):
 
 
 class TrainingState(BaseModel):
-    """A checkpoint: weights, the two averages of AdamW, the learning rate's place, progress."""
+    """A checkpoint: weights, the averages of an optimizer, the learning rate's place, progress."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, extra="ignore")
 
@@ -64,14 +65,14 @@ def prune(checkpoint: dict[str, Any]) -> None:
 
 
 def check_state(
-    path: Path, state_dict: Mapping[str, Tensor], trained: list[Tensor], partial: bool
+    path: Path, state_dict: Mapping[str, Tensor], optimizer: Optimizer, partial: bool
 ) -> TrainingState:
     """Read a checkpoint and check that it fits.
 
     Args:
         path: Path of the checkpoint.
         state_dict: State of the network that resumes.
-        trained: The weights that the optimizer changes.
+        optimizer: A new optimizer of its weights.
         partial: Accept a part of the state.
 
     Raises:
@@ -97,12 +98,17 @@ def check_state(
     averages = state.optimizer_states[0].get("state")
     if not isinstance(averages, Mapping):
         raise ValueError(f"{name} has no averages of an optimizer; {remedy}")
+    trained = []  # each weight's shape, and the averages that its optimizer has of it
+    for group in optimizer.param_groups:
+        parts = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
+        trained += [(weight.shape, parts) for weight in group["params"]]
+
     for key, values in averages.items():
         tensors = values if isinstance(values, Mapping) else {}
         has_weight = isinstance(key, int) and key < len(trained)
-        shape = trained[key].shape if has_weight else None
+        shape, parts = trained[key] if has_weight else (None, trained[0][1])
 
-        for part in ("exp_avg", "exp_avg_sq"):
+        for part in parts:
             tensor = tensors.get(part)
             if not isinstance(tensor, Tensor) or shape not in (None, tensor.shape):
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from oss_exp.cli import CONF
 from oss_exp.files import sha256
-from oss_exp.tasks.pretrain import Examples, LogitNormalTimes, UniformTimes
+from oss_exp.tasks.pretrain import Examples, LogitNormalTimes, PretrainModule, UniformTimes
 
 TINY = [
     "task=pretrain",
@@ -169,6 +170,32 @@ def test_a_run_goes_on_to_max_steps_whatever_the_lengths_were(flat, tmp_path, st
     if steps < 12:
         rates = checkpoint_of(second)["lr_schedulers"]
         assert [rate["last_epoch"] for rate in rates] == [12]
+
+
+@pytest.mark.slow
+def test_muon_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    """Muon and AdamW have one state, which a checkpoint holds and a resumed run takes."""
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    last, half = whole / "checkpoints" / "last.ckpt", tmp_path / "half.ckpt"
+    settings = [*TINY, "task.optimizer=muon", "task.max_steps=6", "task.save_every=3"]
+
+    save = PretrainModule.on_save
+
+    def on_save(module: PretrainModule) -> None:
+        if last.exists() and not half.exists():  # before the next checkpoint replaces it
+            shutil.copy(last, half)
+        save(module)
+
+    monkeypatch.setattr(PretrainModule, "on_save", on_save)
+    run_cli(*settings, f"hydra.run.dir={whole}")
+    run_cli(*settings, f"task.resume={half}", f"hydra.run.dir={rest}")
+
+    weights = weights_of(whole)
+    assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(rest).items())
+
+    with pytest.raises(SystemExit):
+        run_cli(*settings, "task.optimizer=adamw", f"task.resume={half}", f"hydra.run.dir={rest}_")
+    assert f"{half} has no `exp_avg` of weight" in capsys.readouterr().err
 
 
 @pytest.mark.slow

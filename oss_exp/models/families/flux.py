@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from oss_exp.checks import require_range
+from oss_exp.models.checkpoints.weights import xavier
 from oss_exp.models.text.prompted import PromptedBackbone
 
 
@@ -43,6 +44,13 @@ class PromptedFlux(PromptedBackbone):
         self.guidance = guidance
         self.patch = patch
         network.time_text_embed.register_forward_pre_hook(_exact)
+
+    def initialise(self) -> None:
+        """Set DiT's initial weights (arXiv 2212.09748, section 3.2): each block is the identity."""
+        for name, module in self.network.named_modules():
+            xavier(module)
+            if name == "proj_out" or name.endswith(self.adaptive_norms[:-1]):  # not the clock's
+                nn.init.zeros_(module.weight)
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         """Return v (M, C, h, w) at x (M, C, h, w).
