@@ -46,11 +46,11 @@ def main() -> None:
 
     restored = Restored(*garments, network)
     rows = {
-        "scenes of unseen garments": (0, ceiling(detector, Wardrobe(*garments), seed=1)),
-        "restored": (0, ceiling(detector, restored, seed=1)),
+        "scenes of unseen garments": (None, ceiling(detector, Wardrobe(*garments), seed=1)),
+        "restored": (None, ceiling(detector, restored, seed=1)),
     }
     mean = sum(restored.decibels) / len(restored.decibels)
-    text = table(rows).replace(" (0)", "") + f"\nPSNR of the restored: {mean:.1f} dB.\n"
+    text = table(rows) + f"\nPSNR of the restored: {mean:.1f} dB.\n"
     keep(__file__, "restoration.md", text)
 
 

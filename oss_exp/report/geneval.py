@@ -40,8 +40,8 @@ CHOICE = (
 )
 FIGURE = '<figure class="{}"><img src="{}" alt=""><figcaption>{}</figcaption></figure>'
 
-Shares = Mapping[str, tuple[int, Mapping[str, Interval]]]
-"""Steps and scores by label. A label may end in the number of steps, as `oss_10`."""
+Shares = Mapping[str, tuple[int | None, Mapping[str, Interval]]]
+"""Steps, if there are any, and scores by label. A label may end in its steps, as `oss_10`."""
 
 
 def right(row: Judged) -> list[bool]:
@@ -53,8 +53,8 @@ def cells(rows: Shares) -> list[list[str]]:
     """Return the rows of table 7, with intervals where there are any."""
     table_rows = []
     for label, (steps, intervals) in rows.items():
-        name = label.removesuffix(f"_{steps}")
-        row = [f"{name} ({steps})", _share(intervals["overall"])]
+        name = label if steps is None else f"{label.removesuffix(f'_{steps}')} ({steps})"
+        row = [name, _share(intervals["overall"])]
         row += [_share(intervals.get(task)) for task in TASKS]
         table_rows.append(row)
     return table_rows

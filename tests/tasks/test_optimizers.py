@@ -36,9 +36,7 @@ def test_it_is_muon_on_the_matrices_of_blocks_and_adamw_elsewhere():
         others = [p for p in module.parameters() if not any(p is matrix for matrix in matrices)]
         return [
             torch.optim.AdamW(others, lr=1e-2, weight_decay=DECAY),
-            torch.optim.Muon(
-                matrices, lr=2e-2, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
-            ),
+            torch.optim.Muon(matrices, lr=2e-2, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
         ]
 
     found = trained(both).state_dict()
