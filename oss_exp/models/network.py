@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oss_exp.checks import require_choice, require_range
@@ -138,7 +137,7 @@ class Network(Model):
         return self.event_shape
 
     def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the training loss of a backbone: mean squared error, scalar float32.
+        """Return the training loss of a backbone, scalar float32.
 
         Args:
             network: The backbone in training, with the same inputs as this model's own.
@@ -151,7 +150,7 @@ class Network(Model):
         network_input, clock = self.parameterization.question(x, t)
         output = network(network_input, clock, batch["label"])
         target = self.parameterization.answer(x0, noise, t)
-        return F.mse_loss(output.float(), target.float())
+        return self.parameterization.loss(output.float(), target.float(), t)
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         network_input, clock = self.parameterization.question(x, t)

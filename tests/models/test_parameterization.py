@@ -58,6 +58,16 @@ def test_inputs_and_velocities_are_finite_at_both_ends(kind, t):
     assert kind.velocity(noise, x, time).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [FlowVelocity(), DataPrediction()])
+@pytest.mark.parametrize("t", [0.01, 0.3, 0.9])
+def test_the_loss_is_the_error_of_the_velocity(kind, t):
+    x0, noise, x, time = triple(t)
+    output = torch.sin(3 * x)
+    target = kind.answer(x0, noise, time)
+    difference = kind.velocity(output, x, time) - kind.velocity(target, x, time)
+    torch.testing.assert_close(kind.loss(output, target, time), difference.square().mean())
+
+
 def test_edm_is_the_denoiser_of_karras_et_al():
     """Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F(c_in x; ln(sigma) / 4)."""
     kind = EDMPrediction(0.5, 0.002, 80.0, 1.0)
