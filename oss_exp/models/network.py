@@ -147,13 +147,13 @@ class Network(Model):
         """
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         x = rowwise(1 - t, x0) * x0 + rowwise(t, x0) * noise
-        network_input, clock = self.parameterization.question(x, t)
+        network_input, clock = self.parameterization.inputs(x, t)
         output = network(network_input, clock, batch["label"])
-        target = self.parameterization.answer(x0, noise, t)
+        target = self.parameterization.target(x0, noise, t)
         return self.parameterization.loss(output.float(), target.float(), t)
 
     def _velocity(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
-        network_input, clock = self.parameterization.question(x, t)
+        network_input, clock = self.parameterization.inputs(x, t)
         dtype = next(self.backbone.parameters()).dtype
         output = self.backbone(network_input.to(dtype), clock, classes)
         return self.parameterization.velocity(output.to(x), x, t)

@@ -1,8 +1,8 @@
 """A network's input and output in terms of the velocity v = eps - x0 at x_t = (1 - t) x0 + t eps.
 
-A parameterization is a network's clock and input scaling (`question`), and the quantity that it
-was trained to predict (`answer`). Sampling reads `velocity`; training regresses the network's
-output on `answer`.
+A parameterization is a network's clock and input scaling (`inputs`), and the quantity that it
+was trained to predict (`target`). Sampling reads `velocity`; training regresses the network's
+output on `target`.
 
 Legend: M rows, *E event dims; t (M,) float64.
 """
@@ -28,7 +28,7 @@ class Parameterization(abc.ABC):
 
     path: GaussianPath
 
-    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the network's input (M, *E) and its clock (M,), in x's dtype.
 
         Args:
@@ -38,7 +38,7 @@ class Parameterization(abc.ABC):
         return rowwise(self.path.scale(t), x) * x, self.path.native(t).to(x)
 
     @abc.abstractmethod
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the training target (M, *E) for x0 and noise (M, *E)."""
 
     @abc.abstractmethod
@@ -56,7 +56,7 @@ class FlowVelocity(Parameterization):
 
     path: GaussianPath = field(default_factory=FlowPath)
 
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - x0
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -87,12 +87,12 @@ class NoisePrediction(Parameterization):
         require_range(above=0, below=1, time_max=self.time_max)
         require_time_scale(self.time_scale)
 
-    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.clamp(max=self.time_max)
         tau = self._nearest(t) if self.whole else self.path.native(t)
         return rowwise(self.path.scale(t), x) * x, (self.time_scale * tau).to(x)
 
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ class VPVelocity(Parameterization):
     def __post_init__(self) -> None:
         require_range(above=0, at_most=1, time_max=self.time_max)
 
-    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return super().question(x, t.clamp(max=self.time_max))
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inputs(x, t.clamp(max=self.time_max))
 
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         scale = self.path.scale(t)
         return rowwise(scale * (1 - t), x0) * noise - rowwise(scale * t, x0) * x0
 
@@ -158,12 +158,12 @@ class ScorePrediction(Parameterization):
     def __post_init__(self) -> None:
         require_sigmas(self.sigma_min, self.sigma_max)
 
-    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.path.native(t).clamp(max=self.sigma_max)
         clock = (sigma.clamp(min=self.sigma_min) / 2).log()
         return rowwise(1 + sigma, x) * x, clock.to(x)
 
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return -noise
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -186,10 +186,10 @@ class DataPrediction(Parameterization):
     def __post_init__(self) -> None:
         require_range(above=0, below=1, time_min=self.time_min)
 
-    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return super().question(x, t.clamp(min=self.time_min))
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inputs(x, t.clamp(min=self.time_min))
 
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return x0
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -225,12 +225,12 @@ class EDMPrediction(Parameterization):
         require_range(at_least=1e-3, at_most=1e3, sigma_data=self.sigma_data)
         require_time_scale(self.time_scale)
 
-    def question(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.path.native(t).clamp(self.sigma_min, self.sigma_max)
         clock = self.time_scale * sigma.log() / 4
         return x / rowwise(self._q(t), x), clock.to(x)
 
-    def answer(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         difference = rowwise(t, x0) * x0 - rowwise(self.sigma_data**2 * (1 - t), x0) * noise
         return difference / rowwise(self.sigma_data * self._q(t), x0)
 

@@ -322,7 +322,7 @@ def behind_time(parameterization: Parameterization, network) -> BoundVelocity:
     """Turn network(latents, clock) into a velocity in canonical time."""
 
     def fn(x: torch.Tensor, t: torch.Tensor, _: None) -> torch.Tensor:
-        question, clock = parameterization.question(x, t)
+        question, clock = parameterization.inputs(x, t)
         return parameterization.velocity(network(question, clock), x, t)
 
     return BoundVelocity(fn, None, 60)

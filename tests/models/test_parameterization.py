@@ -41,7 +41,7 @@ def triple(t: float) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("t", [0.002, 0.1, 0.5, 0.9, 0.985])
 def test_the_right_answer_gives_the_velocity(kind, t):
     x0, noise, x, time = triple(t)
-    v = kind.velocity(kind.answer(x0, noise, time), x, time)
+    v = kind.velocity(kind.target(x0, noise, time), x, time)
     torch.testing.assert_close(v, noise - x0, rtol=1e-9, atol=1e-9)
 
 
@@ -51,7 +51,7 @@ def test_inputs_and_velocities_are_finite_at_both_ends(kind, t):
     if isinstance(kind, FlowVelocity | DataPrediction) and isinstance(kind.path, EDMPath):
         t = min(t, 0.99)  # a variance-exploding state is infinite at t = 1
     _, noise, x, time = triple(t)
-    question, clock = kind.question(x.float(), time)
+    question, clock = kind.inputs(x.float(), time)
     assert question.dtype == clock.dtype == torch.float32
     assert question.isfinite().all()
     assert clock.isfinite().all()
@@ -63,7 +63,7 @@ def test_inputs_and_velocities_are_finite_at_both_ends(kind, t):
 def test_the_loss_is_the_error_of_the_velocity(kind, t):
     x0, noise, x, time = triple(t)
     output = torch.sin(3 * x)
-    target = kind.answer(x0, noise, time)
+    target = kind.target(x0, noise, time)
     difference = kind.velocity(output, x, time) - kind.velocity(target, x, time)
     torch.testing.assert_close(kind.loss(output, target, time), difference.square().mean())
 
@@ -75,7 +75,7 @@ def test_edm_is_the_denoiser_of_karras_et_al():
     sd = 0.5
     x0, noise, x, t = triple(sigma / (1 + sigma))
     native = x0 + sigma * noise
-    question, clock = kind.question(x, t)
+    question, clock = kind.inputs(x, t)
 
     torch.testing.assert_close(question, native / (sigma**2 + sd**2) ** 0.5)
     torch.testing.assert_close(clock, torch.full((3,), sigma, dtype=torch.float64).log() / 4)
@@ -86,7 +86,7 @@ def test_edm_is_the_denoiser_of_karras_et_al():
     denoised = skip * native + out * output
 
     torch.testing.assert_close(x - t[0] * kind.velocity(output, x, t), denoised)
-    torch.testing.assert_close(kind.answer(x0, noise, t), (x0 - skip * native) / out)
+    torch.testing.assert_close(kind.target(x0, noise, t), (x0 - skip * native) / out)
 
 
 def test_edm_targets_have_unit_variance():
@@ -98,16 +98,14 @@ def test_edm_targets_have_unit_variance():
     for t in (0.01, 0.3, 0.9):
         time = torch.full((20000,), t, dtype=torch.float64)
         x = (1 - t) * 0.8 * x0 + t * noise
-        assert kind.answer(0.8 * x0, noise, time).var() == pytest.approx(1, abs=0.03)
-        assert kind.question(x, time)[0].var() == pytest.approx(1, abs=0.03)
+        assert kind.target(0.8 * x0, noise, time).var() == pytest.approx(1, abs=0.03)
+        assert kind.inputs(x, time)[0].var() == pytest.approx(1, abs=0.03)
 
 
 def test_a_noise_network_is_called_at_no_later_time_than_in_training():
     kind = NoisePrediction(DDPMPath(linear_betas(1000, 1e-4, 0.02)), 0.9936)
     _, noise, x, late = triple(0.9999)
-    assert torch.equal(
-        kind.question(x, late)[1], kind.question(x, torch.full_like(late, 0.9936))[1]
-    )
+    assert torch.equal(kind.inputs(x, late)[1], kind.inputs(x, torch.full_like(late, 0.9936))[1])
     assert kind.velocity(noise, x, late).abs().max() < 1000
 
 
@@ -122,8 +120,8 @@ def test_a_noise_network_is_called_at_no_later_time_than_in_training():
 )
 def test_copies_are_independent_and_frozen(kind):
     _, _, x, time = triple(0.5)
-    network_input, _ = kind.question(x, time)
-    assert torch.equal(copy.deepcopy(kind).question(x, time)[0], network_input)
+    network_input, _ = kind.inputs(x, time)
+    assert torch.equal(copy.deepcopy(kind).inputs(x, time)[0], network_input)
     with pytest.raises(AttributeError):
         kind.path = None
 

@@ -190,7 +190,7 @@ class PSDenoiser(Model):
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def _velocity(self, x: Tensor, t: Tensor, noisy: Tensor) -> Tensor:
-        network_input, tau = self.parameterization.question(x, t)
+        network_input, tau = self.parameterization.inputs(x, t)
         clock = self.time_scale * tau.clamp(min=self.time_min)
         eps = self.network(network_input, clock, noisy.to(x))
         return self.parameterization.velocity(eps, x, t)

@@ -130,7 +130,7 @@ class NetworkConvention:
             x: States x_t (M, *E).
             t: Canonical times (M,).
         """
-        state, clock = self.parameterization.question(x, t)
+        state, clock = self.parameterization.inputs(x, t)
         return state, self._scale() - clock if self.inverted else clock
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:

@@ -203,12 +203,12 @@ class Released(NoisePrediction):
 
     start: float = field(kw_only=True)
 
-    def question(self, x, t):
+    def inputs(self, x, t):
         factor = torch.where(t == self.start, 1.0, self._alpha(t) / (1 + 1e-4 - t))
         return rowwise(factor, x) * x, self.path.native(t).to(x)
 
     def velocity(self, output, x, t):
-        x0 = self.question(x, t)[0] / rowwise(self._alpha(t), x) - rowwise(t / (1 - t), x) * output
+        x0 = self.inputs(x, t)[0] / rowwise(self._alpha(t), x) - rowwise(t / (1 - t), x) * output
         return (x - x0) / rowwise(t, x)
 
     @staticmethod

@@ -128,7 +128,7 @@ def denoise(network, kind, x, sigma, classes, dtype=torch.float32, **extra):
     """
     t = sigma / (1 + sigma)
     x = (x.double() / rowwise(1 + sigma, x.double())).to(dtype)
-    question, clock = kind.question(x, t)
+    question, clock = kind.inputs(x, t)
     v = kind.velocity(network(question, clock, classes, **extra), x, t)
     return x - rowwise(t, x) * v, question, clock
 
@@ -211,7 +211,7 @@ def test_exact_answer_gives_the_exact_velocity(name, t):
     )
     x = (1 - t) * x0 + t * noise
     times = torch.full((3,), t, dtype=torch.float64)
-    velocity = kind.velocity(kind.answer(x0, noise, times), x, times)
+    velocity = kind.velocity(kind.target(x0, noise, times), x, times)
     torch.testing.assert_close(velocity, noise - x0, rtol=0, atol=1e-12)
 
 
@@ -219,7 +219,7 @@ def test_the_score_is_finite_at_both_ends():
     kind = PRECONDITIONINGS["VEPrecond"]
     x = torch.randn(2, 1, 4, 4)
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    question, clock = kind.question(x, times)
+    question, clock = kind.inputs(x, times)
 
     assert question.isfinite().all()
     assert clock.isfinite().all()
@@ -237,7 +237,7 @@ def test_whole_clocks_are_the_nearest_in_sigma():
     indices = torch.arange(-1, 1000, dtype=torch.float64)
     chain = kind.path.canonical(indices)
     gaps = (t / (1 - t))[:, None] - chain / (1 - chain)
-    clock = kind.question(torch.zeros(501, 1, dtype=torch.float64), t)[1]
+    clock = kind.inputs(torch.zeros(501, 1, dtype=torch.float64), t)[1]
     assert clock.equal(indices[gaps.abs().argmin(1)])
 
 

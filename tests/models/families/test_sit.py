@@ -27,7 +27,7 @@ def test_the_velocity_is_minus_the_answer_at_the_mirrored_time():
 
     x = arrays["x"]
     t = 1 - arrays["t_frac"].double()
-    velocity = flow.velocity(backbone(*flow.question(x, t), classes), x, t)
+    velocity = flow.velocity(backbone(*flow.inputs(x, t), classes), x, t)
 
     expected = -arrays["forward_t_frac"][:, :4]
 
