@@ -3,16 +3,17 @@
 python -m experiments.leaderboard.run                      # all networks: days of a core
 python -m experiments.leaderboard.run unet_fashion         # one of them
 python -m experiments.leaderboard.run unet_fashion --steps 5 10 20
-python -m experiments.leaderboard.run unet_fashion --images 10000   # with FID of 10,000 samples
+python -m experiments.leaderboard.run unet_fashion --steps 5 10 20 --images 10000   # and FID
 
-The same command continues a run that was stopped. It writes, beside this file, a table (Markdown,
+PSNR is measured on 256 held-out noises, the other metrics on as many as `--images` says, with the
+same schedules. The same command continues a run that was stopped. It writes, beside this file, a table (Markdown,
 LaTeX) and a picture for each network, and page.html with all tables, sortable by any column.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,21 +23,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from hydra.utils import instantiate
 
 import oss_exp
-from experiments.common import configuration, finished, keep, png, table
+from experiments.common import OUTPUTS, configuration, finished, keep, png, table
 from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.escaping import latex
 from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.files import write_atomically
-from oss_exp.models.base import Model
 from oss_exp.noise import FlowSchedule
 from oss_exp.report import web
+from oss_exp.report.records import read_metrics
 from oss_exp.report.results import read_run
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers.heun import Heun
+from oss_exp.tasks.run import build_model
 
 BUDGETS = (3, 4, 5, 6, 8, 10, 15, 20)
 TABULATED = (5, 6, 8, 10, 15)  # budgets for which NeuralSolver published tables
@@ -55,7 +56,8 @@ SHARED = [  # also those of experiment=leaderboard
     "solver.order=3",
     "data.search_samples=32",
 ]
-METRICS = "metric=[fid,kid,precision_recall,class_agreement]"
+METRICS = ["metric=[fid,kid,precision_recall,class_agreement]", "data.batch_size=200"]
+TEACHER = ("teacher", 100)  # strategy and number of steps
 COMMON_STEPS = 200  # of the common teacher, Heun: 400 calls
 COMMON_NOISES = 64  # the first of the held-out noises
 HEADER = [
@@ -79,11 +81,13 @@ class Entry:
         result: Its measurements.
         common: Its PSNR to the common teacher; None where there is no such teacher.
         parameters: How many numbers were chosen for it.
+        metrics: Its other metrics by name.
     """
 
     result: Result
     common: Interval | None
     parameters: int
+    metrics: Mapping[str, float]
 
 
 def main() -> None:
@@ -94,13 +98,16 @@ def main() -> None:
         "networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS)
     )
     parser.add_argument("--steps", nargs="+", type=int, default=BUDGETS, metavar="K")
-    parser.add_argument("--images", type=int, default=256, help="held-out samples; 10000 for FID")
+    parser.add_argument("--images", type=int, help="samples of FID; left out: no FID")
     options = parser.parse_args()
     for name in options.networks:
-        entries = entries_of(name, options.steps, options.images)
-        file = name.replace(", guidance ", "_")
+        entries, teacher = entries_of(name, options.steps, options.images)
+        file = file_name(name)
         header, rows = cells(entries)
-        keep(__file__, f"{file}.md", table(header, rows))
+        note = (
+            f"\nOf {options.images} samples; the teacher's: {listed(teacher)}.\n" if teacher else ""
+        )
+        keep(__file__, f"{file}.md", table(header, rows) + note)
         keep(__file__, f"{file}.tex", latex_table(header, rows))
         keep(__file__, f"{file}.png", picture(entries, name))
     write_atomically(Path(__file__).with_name("page.html"), page())
@@ -111,17 +118,31 @@ def main() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
+def file_name(network: str) -> str:
+    """Return a network's name as one word."""
+    return network.replace(", guidance ", "_")
+
+
+def listed(metrics: Mapping[str, float]) -> str:
+    """Return names and values in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def entries_of(
+    name: str, steps: Sequence[int], images: int | None
+) -> tuple[list[Entry], Mapping[str, float]]:
     """Measure every strategy of experiment=leaderboard on a network.
 
     NeuralSolver has published tables for some budgets only, so it has a run of its own.
+
+    Returns:
+        The measured schedules, and the teacher's FID and the like, if there are any.
     """
     settings = [f"model={name.split(',')[0]}", *SHARED, *NETWORKS[name]]
-    settings.append(f"data.eval_samples={images}")
-    settings += [METRICS] * (images >= 10_000)
+    settings.append("data.eval_samples=256")
 
     # Runs.
-    run = f"leaderboard/{name.replace(', guidance ', '_')}_{'_'.join(map(str, steps))}_{images}"
+    run = f"leaderboard/{file_name(name)}_{'_'.join(map(str, steps))}_256"
     budgets = f"num_steps={[*steps]}".replace(" ", "")
     folders = [finished(run, "experiment=leaderboard", *settings, budgets)]
     if tabulated := [k for k in steps if k in TABULATED]:
@@ -140,10 +161,35 @@ def entries_of(name: str, steps: Sequence[int], images: int) -> list[Entry]:
 
     # Entries.
     common = to_common_teacher(settings, schedules)
+    metrics = quality(run, settings, schedules, images)
     entries = []
     for key, result in results.items():
-        entries.append(Entry(result, common.get(key), parameters(schedules[key])))
-    return entries
+        count = parameters(schedules[key])
+        entries.append(Entry(result, common.get(key), count, metrics.get(key, {})))
+    return entries, metrics.get(TEACHER, {})
+
+
+def quality(
+    run: str,
+    settings: Sequence[str],
+    schedules: dict[tuple[str, int], StepSchedule],
+    images: int | None,
+) -> dict[tuple[str, int], Mapping[str, float]]:
+    """Return the other metrics of each schedule, and of the teacher under TEACHER."""
+    if images is None:
+        return {}
+    gathered = OUTPUTS / f"{run}_all"
+    for (strategy, k), steps in schedules.items():
+        steps.save(gathered / f"{strategy}_{k}.json")
+    saved = ["task=evaluate", f"task.schedule={gathered}", f"data.eval_samples={images}"]
+    folder = finished(f"{run}_{images}_images", *settings[:-1], *saved, *METRICS)
+
+    # Of students, and of the teacher.
+    teacher = read_metrics(folder).teacher_metrics
+    metrics: dict[tuple[str, int], Mapping[str, float]] = {TEACHER: teacher}
+    for result in read_run(folder):
+        metrics[result.strategy, result.num_steps] = result.metrics
+    return metrics
 
 
 @torch.no_grad()
@@ -152,23 +198,23 @@ def to_common_teacher(
 ) -> dict[tuple[str, int], Interval]:
     """Return the PSNR of each schedule to many steps of Heun, which no student uses.
 
-    It is empty for MAR and for models of prompts.
+    It is empty for MAR, whose diffusion is of single tokens.
     """
-    cfg = configuration(*settings)
-    model: Model = instantiate(cfg.model)
-    if "mar" in model.name or "prompts" in cfg.data:
+    model = build_model(configuration(*settings))
+    if "mar" in model.name:
         return {}
+    condition = torch.arange(model.num_conditions) if model.num_conditions else None
 
     # Teacher.
     data = NoiseDataset(0, HELD_OUT, COMMON_NOISES, model.event_shape, None)
     noise = torch.stack([data[i]["noise"] for i in range(COMMON_NOISES)])
     teacher = StepSchedule(FlowSchedule().nodes(COMMON_STEPS))
-    truth = model.decode(oss_exp.sample(model, noise, teacher, solver=Heun()))
+    truth = model.decode(oss_exp.sample(model, noise, teacher, solver=Heun(), condition=condition))
 
     # Students.
     intervals = {}
     for key, steps in schedules.items():
-        images = model.decode(oss_exp.sample(model, noise, steps))
+        images = model.decode(oss_exp.sample(model, noise, steps, condition=condition))
         intervals[key] = Interval.of(psnr(images, truth).numpy())
     return intervals
 
@@ -188,7 +234,7 @@ def parameters(steps: StepSchedule) -> int:
 
 def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows, sorted by calls and then best first."""
-    metrics = list(dict.fromkeys(name for entry in entries for name in entry.result.metrics))
+    metrics = list(dict.fromkeys(name for entry in entries for name in entry.metrics))
     rows = []
     for entry in sorted(entries, key=lambda entry: (entry.result.nfe, -entry.result.psnr.mean)):
         result = entry.result
@@ -198,7 +244,7 @@ def cells(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         row.append("-" if entry.common is None else str(entry.common))
         row.append(str(entry.parameters))
         for name in metrics:
-            row.append(f"{result.metrics[name]:.4g}" if name in result.metrics else "-")
+            row.append(f"{entry.metrics[name]:.4g}" if name in entry.metrics else "-")
 
         calls = result.planning.get("network_calls_per_sample", 0)
         seconds = result.planning.get("seconds", 0)
@@ -252,9 +298,8 @@ def picture(entries: Sequence[Entry], title: str) -> bytes:
     """Draw PSNR against the seconds of planning, and PSNR or FID against calls."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     figure.suptitle(title)
-    results = [entry.result for entry in entries]
-    draw_planning(axes[0], results)
-    draw_calls(axes[1], results)
+    draw_planning(axes[0], [entry.result for entry in entries])
+    draw_calls(axes[1], entries)
     for axis in axes:
         axis.grid(alpha=0.3)
     return png(figure)
@@ -278,19 +323,19 @@ def draw_planning(axis: plt.Axes, results: Sequence[Result]) -> None:
     axis.set(ylabel=f"PSNR, dB, K = {middle}")
 
 
-def draw_calls(axis: plt.Axes, results: Sequence[Result]) -> None:
+def draw_calls(axis: plt.Axes, entries: Sequence[Entry]) -> None:
     """Draw a line for each of the ten best strategies."""
-    curves: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda result: result.nfe):
-        curves.setdefault(result.strategy, []).append(result)
+    curves: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.result.nfe):
+        curves.setdefault(entry.result.strategy, []).append(entry)
 
     def mean_psnr(name: str) -> float:
-        return float(np.mean([result.psnr.mean for result in curves[name]]))
+        return float(np.mean([entry.result.psnr.mean for entry in curves[name]]))
 
-    by_fid = all("fid" in result.metrics for result in results)
+    by_fid = all("fid" in entry.metrics for entry in entries)
     for name in sorted(curves, key=mean_psnr, reverse=True)[:10]:
-        calls = [result.nfe for result in curves[name]]
-        heights = [r.metrics["fid"] if by_fid else r.psnr.mean for r in curves[name]]
+        calls = [entry.result.nfe for entry in curves[name]]
+        heights = [e.metrics["fid"] if by_fid else e.result.psnr.mean for e in curves[name]]
         axis.plot(calls, heights, marker="o", ms=3, label=name)
     axis.set(xlabel="network calls of an image", ylabel="FID" if by_fid else "PSNR, dB")
     axis.set_yscale("log" if by_fid else "linear")

@@ -59,9 +59,9 @@ class Evaluate(Task):
     """Measure step schedules against the teacher.
 
     Attributes:
-        schedule: Path of a saved step schedule. None plans the strategies of `stepsize` first,
-            and measures their schedules.
-        allow_other_model: Accept a schedule that was searched on other weights.
+        schedule: Path of a saved step schedule, or a folder of them, such as a run's. None plans
+            the strategies of `stepsize` first, and measures their schedules.
+        allow_other_model: Accept schedules that were searched on other weights.
     """
 
     schedule: str | None = None
@@ -74,14 +74,39 @@ class Evaluate(Task):
             plan_and_measure(run, metrics)
             return
 
-        # A saved schedule.
-        path = shipped_schedule(self.schedule)
-        steps = StepSchedule.load(path)
-        check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
-        warn_outside(run.setting, run.cfg, path, steps)
-        name = steps.about("strategy").get("name", path.stem)
-        measure(run, metrics, [(name, path)])
-        rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
+        # Saved schedules.
+        saved: dict[tuple[str, int], tuple[Path, StepSchedule]] = {}
+        for path in schedules_in(self.schedule):
+            steps = StepSchedule.load(path)
+            check_fits(run.setting, run.cfg, path, steps, self.allow_other_model)
+            warn_outside(run.setting, run.cfg, path, steps)
+            key = (steps.about("strategy").get("name", path.stem), steps.num_steps)
+            if key in saved:
+                raise ValueError(
+                    f"{saved[key][0]} and {path} are both schedules of {key[0]} with {key[1]} "
+                    "steps; measure one at a time"
+                )
+            saved[key] = path, steps
+
+        measure(run, metrics, [(name, path) for (name, _), (path, _) in saved.items()])
+        for path, steps in saved.values():
+            rank_zero_only(steps.save)(run.folder / "schedules" / path.name)
+
+
+def schedules_in(place: str) -> list[Path]:
+    """Return the step schedule at a path, or all of a folder or run folder.
+
+    Raises:
+        ValueError: If a folder has none.
+    """
+    path = shipped_schedule(place)
+    if not path.is_dir():
+        return [path]
+    folder = path / "schedules" if (path / "schedules").is_dir() else path
+    files = [file for file in folder.glob("*.json") if not file.name.endswith(".mean.json")]
+    if not files:
+        raise ValueError(f"task.schedule={place}: no step schedule (.json) in {folder}")
+    return sorted(files)
 
 
 def metrics_of(run: Run) -> Metrics:

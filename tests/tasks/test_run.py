@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -347,6 +348,23 @@ def test_evaluating_a_saved_schedule_gives_the_psnr_of_the_comparison(name, comp
     strategy, k = name.rsplit("_", 1)
     assert metrics_of(folder)["rows"] == [row(compared, strategy, int(k))]
     assert times(folder) == {name: times(compared)[name]}
+
+
+@pytest.mark.slow
+def test_evaluating_a_run_measures_all_its_schedules(compared, tmp_path, capsys):
+    folder = oss_exp(tmp_path / "run", "task=evaluate", f"task.schedule={compared}")
+    assert means(folder) == means(compared)
+    assert times(folder) == times(compared)
+
+    # Two of one strategy and budget, and none.
+    again = tmp_path / "again"
+    shutil.copytree(compared / "schedules", again)
+    shutil.copy(again / "edm_2.json", again / "edm_2_copy.json")
+    (tmp_path / "empty").mkdir()
+    for place, message in (("again", "are both schedules of edm with 2"), ("empty", "no step")):
+        with pytest.raises(SystemExit):
+            oss_exp(tmp_path / "x", "task=evaluate", f"task.schedule={tmp_path / place}")
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
