@@ -6,8 +6,9 @@ python -m experiments.leaderboard.run unet_fashion --steps 5 10 20
 python -m experiments.leaderboard.run unet_fashion --steps 5 10 20 --images 10000   # and FID
 
 PSNR is measured on 256 held-out noises, the other metrics on as many as `--images` says, with the
-same schedules. The same command continues a run that was stopped. It writes, beside this file, a table (Markdown,
-LaTeX) and a picture for each network, and page.html with all tables, sortable by any column.
+same schedules. The same command continues a run that was stopped. It writes, beside this file, a
+table (Markdown, LaTeX) and a picture for each network, and page.html with all tables, sortable by
+any column.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -104,10 +106,10 @@ def main() -> None:
         entries, teacher = entries_of(name, options.steps, options.images)
         file = file_name(name)
         header, rows = cells(entries)
-        note = (
-            f"\nOf {options.images} samples; the teacher's: {listed(teacher)}.\n" if teacher else ""
-        )
-        keep(__file__, f"{file}.md", table(header, rows) + note)
+        notes = ["", verdict(entries)]
+        if teacher:
+            notes.append(f"Metrics of {options.images} samples; the teacher's: {listed(teacher)}.")
+        keep(__file__, f"{file}.md", table(header, rows) + "\n".join([*notes, ""]))
         keep(__file__, f"{file}.tex", latex_table(header, rows))
         keep(__file__, f"{file}.png", picture(entries, name))
     write_atomically(Path(__file__).with_name("page.html"), page())
@@ -263,9 +265,32 @@ def gain(result: Result, baseline: Result) -> str:
     """Return the mean paired difference to the baseline, or a star for the baseline itself."""
     if result is baseline:
         return "*"
-    differences = [value - baseline.values[index] for index, value in result.values.items()]
-    interval = Interval.of(np.array(differences))
+    interval = difference(result, baseline)
     return f"{'+' * (interval.mean >= 0)}{interval}"
+
+
+def difference(result: Result, baseline: Result) -> Interval:
+    """Return the mean paired difference in dB."""
+    pairs = [value - baseline.values[index] for index, value in result.values.items()]
+    return Interval.of(np.array(pairs))
+
+
+def verdict(entries: Sequence[Entry]) -> str:
+    """Say in how many pairs ours is significantly below a baseline of as many calls."""
+    results = [entry.result for entry in entries]
+    sentences = []
+    for name in OURS:
+        count = 0
+        below = []
+        for ours, other in product(results, results):
+            if ours.strategy != name or not other.baseline or other.nfe != ours.nfe:
+                continue
+            count += 1
+            if (difference(ours, other).high or 0) < 0:
+                below.append(f"{other.strategy} at {ours.num_steps}")
+        text = f"`{name}` is significantly below a baseline in {len(below)} of {count} pairs"
+        sentences.append(f"{text} ({', '.join(below)})." if below else f"{text}.")
+    return " ".join(sentences)
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
