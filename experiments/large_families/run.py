@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, finished, keep, measure, png, table
-from oss_exp.data.captioned import MOVES
+from experiments.common import OUTPUTS, configuration, finished, keep, measure, png, table
+from oss_exp.data.captioned import MOVES, MovingFashion
 from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
@@ -98,13 +98,18 @@ def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
         images = torch.from_numpy(file["arr_0"]).movedim(-1, 1) / 255
     texts = texts_of(name, settings, count)
 
-    # Table.
-    rows = [[part, f"{100 * share:.1f} %"] for part, share in agreement(images, texts).items()]
-    header = [f"{name}, guidance {scale:g}, n = {count}", "as asked"]
+    # Table; videos beside real ones.
+    is_video = images.ndim == 5
+    columns = {"as asked": agreement(images, texts)}
+    if is_video:
+        columns["real videos"] = agreement(*real_videos(count))
+    rows = []
+    for part in columns["as asked"]:
+        rows.append([part, *(f"{100 * values[part]:.1f} %" for values in columns.values())])
+    header = [f"{name}, guidance {scale:g}, n = {count}", *columns]
     keep(__file__, f"{name}_quality.md", table(header, rows))
 
     # Pictures, or videos.
-    is_video = images.ndim == 5
     samples = frames_of(images).unflatten(0, (count, -1))  # (n, F, C, H, W)
     samples = samples[: 40 if is_video else 80]
     grid = torch.stack([make_grid(frame, nrow=10) for frame in samples.unbind(1)])
@@ -124,12 +129,21 @@ def texts_of(name: str, settings: list[str], count: int) -> list[str]:
     return [prompts[(-1 - i) % len(prompts)] for i in range(count)]
 
 
+def real_videos(count: int) -> tuple[Tensor, list[str]]:
+    """Return videos (n, 1, 8, 32, 32) in [0, 1] of unseen garments, and their texts."""
+    root = configuration("task=pretrain", "images=moving_fashion").images.root
+    data = MovingFashion(root, "test")
+    items = [data[i * len(data) // count] for i in range(count)]
+    videos = torch.stack([video for video, _ in items])
+    return (videos + 1) / 2, [data.captions[label] for _, label in items]
+
+
 def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
     """Return the shares of images that have the garment, the colour and the move of their texts.
 
     A garment is what the classifier sees in most of a video's frames. A colour is the nearest of
     the eight to the mean colour of the garment. A move is where the garment's middle goes, and how
-    its area changes.
+    its area changes. Of videos also the likeness of consecutive frames.
 
     Args:
         images: (n, C, H, W) or (n, C, F, H, W) in [0, 1].
@@ -151,6 +165,8 @@ def agreement(images: Tensor, texts: list[str]) -> dict[str, float]:
     if images.ndim == 5:
         right["move"] = np.array([m in text for m, text in zip(moves(drawn), texts, strict=True)])
     right["all of it"] = np.logical_and.reduce(list(right.values()))
+    if images.ndim == 5:
+        right["likeness of consecutive frames"] = likeness(bright, drawn)
     return {part: float(values.mean()) for part, values in right.items()}
 
 
@@ -168,6 +184,16 @@ def garments(bright: Tensor, drawn: Tensor) -> list[str]:
         votes = classifier.logits(torch.cat(pictures)).softmax(1).sum(0)
         names.append(GARMENTS[int(votes.argmax())])
     return names
+
+
+def likeness(bright: Tensor, drawn: Tensor) -> np.ndarray:
+    """Return the mean correlation (n,) of a garment in a frame and the next, scaled and centred."""
+    means = []
+    for frames, masks in zip(bright, drawn, strict=True):
+        pictures = [centred(frame, mask) for frame, mask in zip(frames, masks, strict=True)]
+        correlations = torch.corrcoef(torch.cat(pictures).flatten(1))
+        means.append(float(correlations.diagonal(1).mean()))
+    return np.array(means)
 
 
 def centred(frame: Tensor, mask: Tensor) -> Tensor:
