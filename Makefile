@@ -8,7 +8,7 @@ demo: .venv/.ready  ## search, compare and save step schedules (the main job)
 	$(BIN)/oss-exp
 
 test: .venv/.ready  ## all tests
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal --durations 40 --durations-min 5
 
 quick: .venv/.ready  ## some tests of everything, within a minute and a half
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
