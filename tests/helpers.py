@@ -161,7 +161,7 @@ def result(
     values: dict[int, float],
     baseline: bool = False,
     nfe: int = 5,
-    arena: str = "a",
+    group: str = "a",
     **extra,
 ):
     """Return a measured schedule.
@@ -186,7 +186,7 @@ def result(
         baseline=baseline,
         psnr=interval,
         values=values,
-        arena=f"{arena}{nfe}",
+        group=f"{group}{nfe}",
         **fields,
     )
 

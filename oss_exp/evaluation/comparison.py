@@ -46,7 +46,7 @@ class Result:
         values: PSNR of every sample, by sample index.
         planning: Cost of the search.
         metrics: Other metrics, such as FID, by name.
-        arena: Identifies a group of comparable results: same model, teacher, noises and
+        group: Names a group of comparable results: same model, teacher, noises and
             NFE.
     """
 
@@ -61,10 +61,10 @@ class Result:
     values: dict[int, float]
     planning: dict[str, Any]
     metrics: dict[str, float]
-    arena: str
+    group: str
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], arena: str, run: str = "") -> Result:
+    def of(cls, row: Mapping[str, Any], group: str, run: str = "") -> Result:
         """Return the result that a row of metrics.json or of a `Comparison` records."""
         names = ("strategy", "num_steps", "nfe", "baseline", "start", "planning", "metrics")
         fields = {name: row[name] for name in names}
@@ -74,7 +74,7 @@ class Result:
             psnr=Interval(**row["psnr"]),
             spread=Interval(**row["spread"]),
             values=dict(zip(samples["index"], samples["psnr"], strict=True)),
-            arena=arena,
+            group=group,
             **fields,
         )
 
@@ -90,7 +90,7 @@ class Line:
 
     Attributes:
         result: The schedule's measurements.
-        rival: The best baseline of the same arena, which may be `result` itself; None
+        rival: The best baseline of the same group, which may be `result` itself; None
             without one.
         gain: Paired PSNR difference to the rival in dB; None for the rival itself and
             where the two have no sample in common.
@@ -109,13 +109,13 @@ def with_gains(results: Sequence[Result]) -> list[Line]:
     # The best baseline of each comparison.
     rivals: dict[str, Result] = {}
     for result in results:
-        best = rivals.get(result.arena)
+        best = rivals.get(result.group)
         if result.baseline and (best is None or result.psnr.mean > best.psnr.mean):
-            rivals[result.arena] = result
+            rivals[result.group] = result
 
     lines = []
-    for result in sorted(results, key=lambda r: (r.nfe, r.arena, -r.psnr.mean)):
-        rival = rivals.get(result.arena)
+    for result in sorted(results, key=lambda r: (r.nfe, r.group, -r.psnr.mean)):
+        rival = rivals.get(result.group)
         gain = None if rival is None or rival is result else _paired_gain(result, rival)
         lines.append(Line(result, rival, gain))
     return lines

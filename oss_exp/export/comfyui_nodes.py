@@ -51,7 +51,7 @@ KINDS = {
     None: "one of no known kind; connect a model that says",
 }
 DAMAGE = (AttributeError, LookupError, TypeError, ValueError)  # what a damaged certificate raises
-said: set[tuple[str, str]] = set()  # each warning is logged once
+warned: set[tuple[str, str]] = set()  # each warning is logged once
 
 
 @dataclass(frozen=True, eq=False)
@@ -456,8 +456,8 @@ def warn(schedule: Schedule, setting: dict[str, Any]) -> list[str]:
     except DAMAGE:
         messages = ["its certificate is damaged; certify it again"]
     for text in messages:
-        if (schedule.name, text) not in said:
-            said.add((schedule.name, text))
+        if (schedule.name, text) not in warned:
+            warned.add((schedule.name, text))
             logging.warning("OSS schedule %s: %s", schedule.name, text)
     return messages
 

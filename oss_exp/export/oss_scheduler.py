@@ -140,7 +140,7 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         self.weights = list(map(list, weights))
         self.mean = mean
         self.condition: Tensor | None = None
-        self.said: set[str] = set()  # each warning is given once
+        self.warned: set[str] = set()  # each warning is given once
 
         # How the network was trained.
         chain = beta_schedule is not None or trained_betas is not None or sigma_data is not None
@@ -419,8 +419,8 @@ class OSSScheduler(SchedulerMixin, ConfigMixin):
         except (AttributeError, LookupError, TypeError, ValueError):
             messages = ["its certificate is damaged; certify it again"]
         for text in messages:
-            if text not in self.said:
-                self.said.add(text)
+            if text not in self.warned:
+                self.warned.add(text)
                 warnings.warn(f"step schedule: {text}", stacklevel=2)
 
     # Times and coordinates

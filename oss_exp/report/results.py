@@ -27,7 +27,7 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
         ValueError: If the file does not hold the metrics of an evaluation.
     """
     metrics = read_metrics(folder)
-    arena = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
+    group = metrics.model_dump(include={"model", "teacher", "solver", "seed"})
     results = []
 
     # The rows of the file.
@@ -44,7 +44,7 @@ def read_run(folder: Path, run: str = "") -> list[Result]:
             values=dict(zip(row.per_image.index, row.per_image.psnr, strict=True)),
             planning=dict(row.planning),
             metrics=row.metrics,
-            arena=json.dumps([*arena.values(), row.nfe]),
+            group=json.dumps([*group.values(), row.nfe]),
         )
         results.append(result)
     return results

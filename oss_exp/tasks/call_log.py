@@ -80,7 +80,7 @@ class Calls:
         with contextlib.suppress(OSError):  # another rank's files are still there
             self.folder.rmdir()
 
-    def kept(self, velocity: BoundVelocity) -> BoundVelocity:
+    def recorded(self, velocity: BoundVelocity) -> BoundVelocity:
         """Return a velocity that answers through the log.
 
         Calls that gradients go through are not logged.

@@ -175,7 +175,7 @@ class SearchModule(L.LightningModule):
 
         classes = self.setting.classes(batch)
         if self.calls is not None:
-            velocity = self.calls.kept(velocity)
+            velocity = self.calls.recorded(velocity)
         return Problem(
             velocity=counter.counted(velocity),
             noise=self.setting.first_state(batch["noise"]),

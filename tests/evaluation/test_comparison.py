@@ -61,8 +61,8 @@ def test_without_a_baseline_there_is_no_gain():
     assert columns([line])[1][0][5] == ""
 
 
-@pytest.mark.parametrize("other", [{"nfe": 10}, {"arena": "another teacher"}])
-def test_a_better_baseline_of_another_budget_or_arena_is_no_rival(other):
+@pytest.mark.parametrize("other", [{"nfe": 10}, {"group": "another teacher"}])
+def test_a_better_baseline_of_another_budget_or_group_is_no_rival(other):
     better = result("better", {1: 50.0, 2: 50.0, 3: 50.0, 4: 50.0}, baseline=True, **other)
     lines = lines_of(OURS, EDM, better)
     assert lines["ours"].rival is EDM

@@ -55,7 +55,7 @@ class Network:
 
     def __init__(self, calls: Calls):
         self.count = 0
-        self.velocity = calls.kept(BoundVelocity(self.answer, torch.arange(3), 64))
+        self.velocity = calls.recorded(BoundVelocity(self.answer, torch.arange(3), 64))
 
     def answer(self, x, t, condition):
         self.count += 1

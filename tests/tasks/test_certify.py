@@ -368,7 +368,7 @@ def test_a_damaged_certificate_is_a_warning(damaged, file):
 
 def test_a_sampler_of_comfyui_warns_once_and_describes_the_range(file, caplog):
     schedule = comfyui_nodes.load(file)
-    comfyui_nodes.said.clear()
+    comfyui_nodes.warned.clear()
 
     with caplog.at_level(logging.WARNING):
         for guidance in (1.0, 2.0, 5.0, 5.0):
