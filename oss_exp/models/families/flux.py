@@ -47,10 +47,11 @@ class PromptedFlux(PromptedBackbone):
 
     def initialise(self) -> None:
         """Set DiT's initial weights (arXiv 2212.09748, section 3.2): each block is the identity."""
-        for name, module in self.network.named_modules():
-            xavier(module)
-            if name == "proj_out" or name.endswith(self.adaptive_norms[:-1]):  # not the clock's
-                nn.init.zeros_(module.weight)
+        zero = ("proj_out.weight", *(f"{layer}.weight" for layer in self.adaptive_norms[:-1]))
+        self.network.apply(xavier)
+        for name, parameter in self.network.named_parameters():
+            if name == zero[0] or name.endswith(zero[1:]):  # not the clock's embedding
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, clock: Tensor, prompts: Tensor) -> Tensor:
         """Return v (M, C, h, w) at x (M, C, h, w).
