@@ -20,6 +20,7 @@ SMALL = [
     "model=video_fashion",
     "model.backbone.network.num_layers=1",
     "model.backbone.network.features=16",
+    "model.backbone.network.num_heads=4",
 ]
 
 

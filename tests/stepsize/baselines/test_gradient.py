@@ -252,7 +252,7 @@ def test_calls_from_before_a_kill_are_answered_from_the_log(problem, tmp_path):
 
     expected = learner.plan(problem, [3])[3]
     log = Calls(tmp_path, rank=0)
-    logged_problem = replace(problem, velocity=log.kept(replace(problem.velocity, fn=fn)))
+    logged_problem = replace(problem, velocity=log.recorded(replace(problem.velocity, fn=fn)))
     with pytest.raises(KeyboardInterrupt), log.of("bns"):
         learner.plan(logged_problem, [3])
     before = len(calls_made)

@@ -353,7 +353,7 @@ def test_strictly_monotone_moves_equal_nodes_apart(nodes, expected):
         ),
         (
             lambda: OSSShared("free", None, False, "max"),
-            "objective must be one of mean, log_mean, got",
+            "objective must be one of mean, root_mean, log_mean, got",
         ),
         (lambda: Band(6, 4), "power of two"),
         (lambda: Band(8, 0), "width must be at least 1, got 0"),
