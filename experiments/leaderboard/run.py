@@ -140,8 +140,8 @@ def entries_of(
     Returns:
         The measured schedules, and the teacher's FID and the like, if there are any.
     """
-    settings = [f"model={name.split(',')[0]}", *SHARED, *NETWORKS[name]]
-    settings.append("data.eval_samples=256")
+    network = [f"model={name.split(',')[0]}", *SHARED, *NETWORKS[name]]
+    settings = [*network, "data.eval_samples=256"]
 
     # Runs.
     run = f"leaderboard/{file_name(name)}_{'_'.join(map(str, steps))}_256"
@@ -163,7 +163,7 @@ def entries_of(
 
     # Entries.
     common = to_common_teacher(settings, schedules)
-    metrics = quality(run, settings, schedules, images)
+    metrics = quality(run, network, schedules, images)
     entries = []
     for key, result in results.items():
         count = parameters(schedules[key])
@@ -173,7 +173,7 @@ def entries_of(
 
 def quality(
     run: str,
-    settings: Sequence[str],
+    network: Sequence[str],
     schedules: dict[tuple[str, int], StepSchedule],
     images: int | None,
 ) -> dict[tuple[str, int], Mapping[str, float]]:
@@ -184,7 +184,7 @@ def quality(
     for (strategy, k), steps in schedules.items():
         steps.save(gathered / f"{strategy}_{k}.json")
     saved = ["task=evaluate", f"task.schedule={gathered}", f"data.eval_samples={images}"]
-    folder = finished(f"{run}_{images}_images", *settings[:-1], *saved, *METRICS)
+    folder = finished(f"{run}_{images}_images", *network, *saved, *METRICS)
 
     # Of students, and of the teacher.
     teacher = read_metrics(folder).teacher_metrics

@@ -6,6 +6,8 @@ from torch import nn
 
 from oss_exp.tasks.optimizers import DECAY, MuonAndAdamW, split
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+
 
 def network() -> nn.Module:
     """Return a network of two blocks between a first and a last layer."""
