@@ -1,0 +1,41 @@
+"""Keep all encoded scenes of two garments, and a third of the others.
+
+python -m experiments.scenes_pipeline.binding --latents FILE --output FILE
+
+A network learns late which garment is where and which has which colour; single garments, colours
+and numbers it draws well long before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from oss_exp.data.captioned import CaptionedLatents
+from oss_exp.geneval.rules import TASKS
+
+BINDING = ("two_object", "position", "color_attr")
+OTHERS = 3  # of so many other scenes one is kept
+
+
+def main(latents: Path, output: Path) -> None:
+    """Write the kept rows of a file that `latents.py` wrote, where tasks take turns."""
+    scenes = CaptionedLatents(latents)
+
+    number = torch.arange(len(scenes))
+    binds = torch.tensor([task in BINDING for task in TASKS])[number % len(TASKS)]
+    kept = binds | (number // len(TASKS) % OTHERS == 0)
+
+    tensors = {"latents": scenes.latents[kept].half(), "labels": scenes.labels[kept]}
+    save_file(tensors, output, {"captions": json.dumps(scenes.captions)})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--latents", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    main(**vars(parser.parse_args()))
