@@ -33,7 +33,7 @@ from oss_exp.files import remove_unfinished, write_atomically
 from oss_exp.tasks import border, doctor, preemption
 from oss_exp.tasks.configuration import check_configuration, expand_home
 from oss_exp.tasks.help import help_text
-from oss_exp.tasks.overrides import refuse_unknown, refuse_unread
+from oss_exp.tasks.overrides import explained, refuse_unknown, refuse_unread
 from oss_exp.tasks.task import Task
 
 PACKAGE = Path(oss_exp.__file__).resolve().parent
@@ -190,7 +190,7 @@ def main() -> None:
     except _Failed as failed:
         error = failed.__cause__
     except USER_ERRORS as refused:
-        error = refused
+        error = explained(refused, sys.argv[1:], CONF)
     finally:
         if not wants_traceback:
             del os.environ["HYDRA_FULL_ERROR"]

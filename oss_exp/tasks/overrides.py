@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -159,6 +160,62 @@ def _check_grammar(override: str, key: str, value: str, is_multirun: bool) -> No
         raise ValueError(
             f"{override} would be a folder called ~; write {key}={os.path.expanduser(folder)}"
         )
+
+
+def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Exception:
+    """Return Hydra's error of an override without a match as one that says what there is.
+
+    Args:
+        error: Any error; others are returned as they are.
+        overrides: The overrides of the command line.
+        conf: The folder with a folder for every group.
+    """
+    form = r"(?:In '(\w+)/(\w+)': )?Could not override '([\w@./]+)'"
+    match = re.match(form, str(error)) if isinstance(error, HydraException) else None
+    if match is None:
+        return error
+    group, option, key = match.groups()
+
+    # The same command with its choices alone.
+    choices = {}
+    for override in overrides:
+        name, _, choice = override.partition("=")
+        if name != key and re.fullmatch(r"\w+", choice) and (conf / name).is_dir():
+            choices[name] = choice
+    choices.pop(group, None)
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            cfg = compose("config", [f"{name}={choice}" for name, choice in choices.items()])
+    except HydraException:
+        return error
+
+    # What it has in place of the group or the value.
+    if (conf / key).is_dir():
+        setter = f"{group}={option} sets" if group else "the command sets"
+        groups = [name for name in sorted(cfg) if (conf / name).is_dir()]
+        task = choices.get("task", "compare")
+        return ValueError(
+            f"{setter} {key}, which task={task} does not read; it reads {', '.join(groups)}"
+        )
+    parent, *rest = key.split(".")
+    if rest and parent in cfg and (conf / parent / f"{rest[0]}.yaml").exists():
+        return ValueError(f"{key} belongs to {parent}={rest[0]}, which this command does not choose")
+    keys = sorted(_keys(cfg), key=len)
+    same_end = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
+    near = [*dict.fromkeys([*same_end[:2], *get_close_matches(key, keys, n=2)])]
+    advice = f"did you mean {' or '.join(near)}? " if near else ""
+    return ValueError(f"{key} does not exist here; {advice}`--cfg job` shows all values")
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    """Return the full keys of all values, such as "data.seed"."""
+    keys = []
+    for name, value in cfg.items_ex(resolve=False):
+        if name != "_target_":
+            keys.append(str(name))
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            keys += [f"{name}.{key}" for key in _keys(value)]
+    return keys
 
 
 def refuse_unread(cfg: DictConfig, conf: Path) -> None:
