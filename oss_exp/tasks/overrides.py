@@ -199,7 +199,7 @@ def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Excepti
         )
     parent, *rest = key.split(".")
     if rest and parent in cfg and (conf / parent / f"{rest[0]}.yaml").exists():
-        return ValueError(f"{key} belongs to {parent}={rest[0]}, which this command does not choose")
+        return ValueError(f"{key} belongs to {parent}={rest[0]}, which is not chosen")
     keys = sorted(_keys(cfg), key=len)
     same_end = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
     near = [*dict.fromkeys([*same_end[:2], *get_close_matches(key, keys, n=2)])]

@@ -70,16 +70,28 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("task=search metric=fid", "the command sets metric, which task=search does not read; it reads data"),
+        (
+            "task=search metric=fid",
+            "the command sets metric, which task=search does not read; it reads data",
+        ),
         ("images=digits", "the command sets images, which task=compare does not read"),
         ("exporter=comfyui", "the command sets exporter, which task=compare does not read"),
-        ("task=statistics solver=heun", "the command sets solver, which task=statistics does not read"),
-        ("task=pretrain num_steps=[5]", "num_steps does not exist here; did you mean task.max_steps?"),
+        (
+            "task=statistics solver=heun",
+            "the command sets solver, which task=statistics does not read",
+        ),
+        (
+            "task=pretrain num_steps=[5]",
+            "num_steps does not exist here; did you mean task.max_steps?",
+        ),
         ("teacher_steps=9", "teacher_steps does not exist here; did you mean num_teacher_steps?"),
         ("data.sed=1", "data.sed does not exist here; did you mean data.seed"),
         ("task=search run_orders=fixed", "run_orders does not exist here; `--cfg job` shows"),
         ("task=search evaluation.trajectories=0", "evaluation.trajectories does not exist here"),
-        ("task=fit_mixture experiment=table_2", "experiment=table_2 sets model, which task=fit_mixture does not read"),
+        (
+            "task=fit_mixture experiment=table_2",
+            "experiment=table_2 sets model, which task=fit_mixture does not read",
+        ),
         ("metric.fid.num_images=10", "metric.fid.num_images belongs to metric=fid, which"),
         ("scale=small", "scale=small sets task.scale, which task=compare does not read"),
         ("task=reproduce scale=tiny", "task=reproduce does not read data; leave out scale=tiny"),
