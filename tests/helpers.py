@@ -55,7 +55,7 @@ def run_cli(*arguments: str) -> None:
 FORKS = multiprocessing.get_context("forkserver")
 """Processes that start with everything imported, in a fraction of a second instead of five."""
 FORKS.set_forkserver_preload(
-    ["oss_exp.cli", "oss_exp.tasks.run", "oss_exp.tasks.finetune", "diffusers", "helpers"]
+    ["oss_exp.job", "oss_exp.tasks.run", "oss_exp.tasks.finetune", "diffusers", "helpers"]
 )
 
 

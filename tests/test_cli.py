@@ -55,6 +55,22 @@ def test_the_version_is_that_of_the_package(capsys, monkeypatch):
     assert capsys.readouterr().out == f"oss-exp {importlib.metadata.version('oss_exp')}\n"
 
 
+@pytest.mark.parametrize("argument", ["--help", "task=certify --help", "--version", "solver=huen"])
+def test_what_needs_no_torch_does_not_wait_for_it(argument):
+    program = """
+import sys
+from oss_exp.cli import main
+try:
+    main()
+finally:
+    assert not {"torch", "lightning"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", program, *argument.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "AssertionError" not in result.stderr
+    assert result.returncode == ("huen" in argument)
+
+
 def oss_exp(folder: Path, *arguments: str) -> int:
     """Run the command line in `folder` and return its exit code."""
     with pytest.MonkeyPatch.context() as patch:

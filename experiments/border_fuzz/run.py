@@ -30,8 +30,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from oss_exp.cli import CONF, USER_ERRORS
+from oss_exp.cli import CONF
 from oss_exp.data.noise import NoiseData
+from oss_exp.job import USER_ERRORS
 from oss_exp.models.base import Model
 from oss_exp.noise import NoiseSchedule
 from oss_exp.stepsize.base import check_num_steps
