@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import oss_exp
 from oss_exp.escaping import on_a_screen
 from oss_exp.tasks.help import help_text
-from oss_exp.tasks.overrides import refuse_unknown
+from oss_exp.tasks.overrides import CONF, refuse_unknown
 
-PACKAGE = Path(oss_exp.__file__).resolve().parent
-_CONF_FOLDERS = (PACKAGE / "conf", PACKAGE.parent / "conf")  # in a wheel, in a checkout
-CONF = next(folder for folder in _CONF_FOLDERS if folder.is_dir())
 SWEPT = "The sweep went on with its other jobs; task=report sweep=FOLDER says which failed."
 
 

@@ -25,11 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from oss_exp import report
-from oss_exp.cli import CONF
 from oss_exp.files import remove_unfinished, write_atomically
 from oss_exp.tasks import border, preemption
 from oss_exp.tasks.configuration import check_configuration, expand_home
-from oss_exp.tasks.overrides import explained, refuse_unread
+from oss_exp.tasks.overrides import CONF, explained, refuse_unread
 from oss_exp.tasks.task import Task
 
 USER_ERRORS = (

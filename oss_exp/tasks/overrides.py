@@ -20,8 +20,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+import oss_exp
 from oss_exp.tasks import border
 
+PACKAGE = Path(oss_exp.__file__).resolve().parent
+_CONF_FOLDERS = (PACKAGE / "conf", PACKAGE.parent / "conf")  # in a wheel, in a checkout
+CONF = next(folder for folder in _CONF_FOLDERS if folder.is_dir())
 MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 # Patterns of overrides in earlier versions, and their spelling today.
 RENAMED = {
