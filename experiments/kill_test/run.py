@@ -34,6 +34,7 @@ import torch
 from PIL import Image
 
 import oss_exp.cli
+import oss_exp.job  # loaded before processes fork
 from experiments.common import OUTPUTS, keep, table
 from oss_exp.data.scenes import wishes
 from oss_exp.files import UNFINISHED
