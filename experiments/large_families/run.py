@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -29,10 +32,17 @@ from oss_exp.geneval.detectors import nearest_colours
 from oss_exp.geneval.garments import GARMENTS
 
 NETWORKS = {
-    "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt", "data.eval_samples=256"],
-    "video_fashion": ["data=prompts", "data.prompts=moving_fashion.txt", "data.eval_samples=128"],
-    "mar_fashion": ["noise_schedule=cosine", "data.eval_samples=256"],
+    "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt"],
+    "video_fashion": ["data=prompts", "data.prompts=moving_fashion.txt"],
+    "mar_fashion": ["noise_schedule=cosine"],
 }
+GUIDANCE = {"flux_fashion": 1.5, "video_fashion": 3.0, "mar_fashion": 1.5}  # of the quality
+COMPARED = {  # samples, and guidance; a video is 8 times as much work as an image
+    "flux_fashion": ["data.search_samples=32", "data.eval_samples=256"],
+    "video_fashion": ["data.search_samples=16", "data.eval_samples=32", "model.guidance.scale=3.0"],
+    "mar_fashion": ["data.search_samples=32", "data.eval_samples=256"],
+}
+COUNTS = {"flux_fashion": 240, "video_fashion": 120, "mar_fashion": 240}  # samples of the quality
 # An analytic start needs one mean for all samples. Here every prompt has its own, and so has every
 # token in MAR's later iterations.
 PINNED = "stepsize.oss_shared.start=pinned"
@@ -66,9 +76,10 @@ def main() -> None:
 
 
 def compare(name: str) -> None:
-    search = ["num_steps=[5,10,20]", "data.search_samples=32", "data.batch_size=64"]
+    search = ["num_steps=[5,10,20]", "data.batch_size=64"]
     run = f"large_families/{name}"
-    folder = finished(run, f"model={name}", STRATEGIES, *QUICK, PINNED, *search, *NETWORKS[name])
+    settings = [*NETWORKS[name], *COMPARED[name], *search]
+    folder = finished(run, f"model={name}", STRATEGIES, *QUICK, PINNED, *settings)
     keep(__file__, f"{name}.md", (folder / "table.md").read_text())
     for picture in ("schedules.png", "samples.png", "samples.gif"):
         if (folder / picture).exists():
@@ -80,14 +91,14 @@ def compare(name: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
-    """Draw some of the teacher's samples, and tabulate how many of `count` fit their texts."""
-    settings = [setting for setting in NETWORKS[name] if "eval_samples" not in setting]
+def quality(name: str) -> None:
+    """Draw some of the teacher's samples, and tabulate how many of COUNTS fit their texts."""
+    scale, count = GUIDANCE[name], COUNTS[name]
     folder = finished(
         f"large_families/{name}_quality",
         f"model={name}",
         f"model.guidance.scale={scale}",
-        *settings,
+        *NETWORKS[name],
         "stepsize=ddim",
         "num_steps=[1]",
         "evaluation.save_images=npz",
@@ -96,7 +107,7 @@ def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
     )
     with np.load(folder / "images" / "teacher.npz") as file:
         images = torch.from_numpy(file["arr_0"]).movedim(-1, 1) / 255
-    texts = texts_of(name, settings, count)
+    texts = texts_of(name, count)
 
     # Table; videos beside real ones.
     is_video = images.ndim == 5
@@ -109,23 +120,38 @@ def quality(name: str, scale: float = 1.5, count: int = 240) -> None:
     header = [f"{name}, guidance {scale:g}, n = {count}", *columns]
     keep(__file__, f"{name}_quality.md", table(header, rows))
 
-    # Pictures, or videos.
-    samples = frames_of(images).unflatten(0, (count, -1))  # (n, F, C, H, W)
-    samples = samples[: 40 if is_video else 80]
-    grid = torch.stack([make_grid(frame, nrow=10) for frame in samples.unbind(1)])
-    frames = as_bytes(grid).numpy()
+    # Pictures.
     if is_video:
-        keep(__file__, f"{name}_quality.gif", encoded(frames))
+        keep(__file__, f"{name}_quality.gif", captioned(images, texts))
     else:
-        keep(__file__, f"{name}_quality.png", encoded(frames[0]))
+        keep(__file__, f"{name}_quality.png", encoded(as_bytes(make_grid(images[:80], nrow=10))))
 
 
-def texts_of(name: str, settings: list[str], count: int) -> list[str]:
+def captioned(videos: Tensor, texts: list[str], rows: int = 4, columns: int = 5) -> bytes:
+    """Return a GIF of the first videos (n, C, F, H, W), in [0, 1], under their texts."""
+    figure, axes = plt.subplots(rows, columns, figsize=(7, 6.2), dpi=75, layout="constrained")
+    videos = videos.movedim(1, -1)  # (n, F, H, W, C)
+    pictures = []
+    for axis, video, text in zip(axes.flat, videos, texts, strict=False):
+        pictures.append(axis.imshow(video[0], vmin=0, vmax=1, cmap="gray"))
+        axis.set_title(text, fontsize=8)
+        axis.axis("off")
+
+    frames = []
+    for number in range(videos.shape[1]):
+        for picture, video in zip(pictures, videos, strict=False):
+            picture.set_data(video[number])
+        figure.canvas.draw()
+        frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :1].copy())
+    return encoded(np.stack(frames), milliseconds=250)
+
+
+def texts_of(name: str, count: int) -> list[str]:
     """Return the texts of the held-out samples."""
     if name == "mar_fashion":
         return [GARMENTS[i % 10] for i in range(count)]
     # Held-out prompts are from the back of the list.
-    prompts = read_prompts(settings[1].removeprefix("data.prompts="))
+    prompts = read_prompts(NETWORKS[name][1].removeprefix("data.prompts="))
     return [prompts[(-1 - i) % len(prompts)] for i in range(count)]
 
 

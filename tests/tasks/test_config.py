@@ -21,7 +21,6 @@ from oss_exp.tasks.evaluate import Metrics
 from oss_exp.tasks.task import Task
 
 GROUPS = sorted(path for path in CONF.iterdir() if path.is_dir())
-TO_BE_TRAINED = {"video_fashion"}  # by task=pretrain; their weights are not shipped yet
 OPTIONS = [
     (group.name, file.stem)
     for group in GROUPS
@@ -115,7 +114,7 @@ def test_a_strategy_says_what_it_plans_and_costs(group, option):
     assert strategy.network_calls(100, [5, 10]) >= 0
 
 
-@options("model", but=["pipeline", "psdenoiser_21cm", *TO_BE_TRAINED])
+@options("model", but=["pipeline", "psdenoiser_21cm"])
 def test_a_model_is_built_or_says_where_its_weights_are(group, option, tmp_path, monkeypatch):
     cfg = composed(group, option).model
     pipeline = "pipeline" in cfg
@@ -129,14 +128,6 @@ def test_a_model_is_built_or_says_where_its_weights_are(group, option, tmp_path,
         assert build(cfg, "model", size="tiny").name == f"{option}_tiny"
     else:
         build(cfg, "model")
-
-
-@pytest.mark.parametrize("option", sorted(TO_BE_TRAINED))
-def test_a_model_that_is_not_trained_yet_is_built_untrained_only(option):
-    cfg = composed("model", option).model
-    with pytest.raises(FileNotFoundError, match=f"{option}.safetensors is n"):
-        build(cfg, "model")
-    assert build(cfg, "model", checkpoint="untrained").name == option
 
 
 def test_a_model_without_its_package_is_refused(monkeypatch):  # with it: test_psdenoiser.py

@@ -19,7 +19,7 @@ from oss_exp.stepsize import OSSShared, Problem
 
 NETWORKS = ["unet_fashion", "dit_fashion"]
 IMAGES = {"flux_fashion": 480_000, "video_fashion": 360_000}
-RELATIVES = ["flux_fashion", "mar_fashion"]
+RELATIVES = ["flux_fashion", "mar_fashion", "video_fashion"]
 
 
 def load(name: str, *overrides: str):
@@ -43,7 +43,7 @@ def test_a_shipped_network_is_that_of_its_provenance(name):
 
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert 1e6 < record["parameters"] < 4e6
-    assert record["made_by"].startswith(f"oss-exp task=pretrain model={name}")
+    assert f"model={name}" in record["made_by"].removeprefix("oss-exp task=pretrain ").split()
     assert record["training"]["steps"] == record["training"]["of"]
     assert record["training"]["seconds"] > 600
     assert record["data"]["images"] == IMAGES.get(name, 60_000)
@@ -59,6 +59,25 @@ def test_samples_show_the_class_of_their_condition(name):
     images = model.generate(DPMSolverPP(2, lower_order_final=True), steps, noise(100, 0), labels)
     predictions = FashionFeatures.from_asset().logits(images).argmax(1)
     assert (predictions == labels).double().mean() >= 0.85
+
+
+@pytest.mark.slow
+def test_garments_of_videos_move_as_asked():
+    moves = {"moving left": (0, -1), "moving right": (0, 1), "rising": (1, -1), "falling": (1, 1)}
+    prompts = [f"{garment} {move}" for garment in ("trousers", "boot") for move in moves]
+    model = load("video_fashion", "model.guidance.scale=3", f"+model.prompts={prompts}")
+    x = torch.randn(8, 1, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    steps = StepSchedule(FlowSchedule(shift=3.0).nodes(10))
+    videos = model.generate(Euler(), steps, x, torch.arange(8))[:, 0]
+
+    # The garment's middle, across and down, from the first frame to the last.
+    share = videos / videos.sum((2, 3), keepdim=True)
+    place = torch.linspace(-1, 1, 32)
+    middle = torch.stack([(share * place).sum((2, 3)), (share * place[:, None]).sum((2, 3))])
+    travel = middle[:, :, -1] - middle[:, :, 0]
+    for number, (axis, sign) in enumerate(2 * list(moves.values())):
+        assert sign * travel[axis, number] > 0.5, prompts[number]
+        assert travel[1 - axis, number].abs() < 0.2, prompts[number]
 
 
 @pytest.mark.slow
