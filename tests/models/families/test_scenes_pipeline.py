@@ -77,7 +77,9 @@ def test_the_transformer_is_that_of_its_record(pipe):
     record = json.loads((folder / "training.json").read_text())
     assert sha256((folder / record["file"]).read_bytes()) == record["sha256"]
     assert pipe.transformer.num_parameters() == record["parameters"]
-    assert record["made_by"].startswith("python -m experiments.scenes_pipeline.train task=pretrain")
+    assert record["made_by"].startswith(
+        "oss-exp task=pretrain task.optimizer=muon model=flux_scenes"
+    )
     assert record["training"]["seconds"] > 600
 
 
