@@ -81,7 +81,7 @@ def compare(name: str) -> None:
     settings = [*NETWORKS[name], *COMPARED[name], *search]
     folder = finished(run, f"model={name}", STRATEGIES, *QUICK, PINNED, *settings)
     keep(__file__, f"{name}.md", (folder / "table.md").read_text())
-    for picture in ("schedules.png", "samples.png", "samples.gif"):
+    for picture in ("schedules.png", "samples.png"):
         if (folder / picture).exists():
             keep(__file__, f"{name}_{picture}", (folder / picture).read_bytes())
 

@@ -171,6 +171,7 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
         return None
     numbers, milliseconds = moments(pictures["teacher"].shape[1])
     figure, panels = _sheet(_frame(pictures, 0), results)
+    figure.set_dpi(DPI / 2)
 
     # One figure serves all frames, since making it takes longer than drawing it.
     frames = []
@@ -214,7 +215,9 @@ def _sheet(
 
     # Panels: the teacher, then pairs of samples and errors.
     size = 2 + 1.5 * len(pictures["teacher"]), 0.85 * len(labels) + 0.6
-    figure, axes = plt.subplots(len(labels), 2, figsize=size, dpi=DPI, squeeze=False)
+    figure, axes = plt.subplots(
+        len(labels), 2, figsize=size, dpi=DPI, squeeze=False, layout="compressed"
+    )
     panels = []
     for number, strip in enumerate(_strips(pictures, results)):
         row, column = divmod(number + 1, 2) if number else (0, 0)
@@ -237,7 +240,6 @@ def _sheet(
         0.06, 0.5, "absolute error (0 black, 0.5 and above bright)", va="center", fontsize=9
     )
     corner.set(xlim=(0, 1), ylim=(0, 1))
-    figure.tight_layout(pad=0.3)
     return figure, panels
 
 
