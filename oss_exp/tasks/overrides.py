@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -204,20 +205,21 @@ def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Excepti
     parent, *rest = key.split(".")
     if rest and parent in cfg and (conf / parent / f"{rest[0]}.yaml").exists():
         return ValueError(f"{key} belongs to {parent}={rest[0]}, which is not chosen")
-    keys = sorted(_keys(cfg), key=len)
+    values = cast(dict[Any, Any], OmegaConf.to_container(cfg))
+    keys = sorted(_keys(values), key=len)
     same_end = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
     near = [*dict.fromkeys([*same_end[:2], *get_close_matches(key, keys, n=2)])]
     advice = f"did you mean {' or '.join(near)}? " if near else ""
     return ValueError(f"{key} does not exist here; {advice}`--cfg job` shows all values")
 
 
-def _keys(cfg: DictConfig) -> list[str]:
+def _keys(values: dict[Any, Any]) -> list[str]:
     """Return the full keys of all values, such as "data.seed"."""
     keys = []
-    for name, value in cfg.items_ex(resolve=False):
+    for name, value in values.items():
         if name != "_target_":
             keys.append(str(name))
-        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+        if isinstance(value, dict):
             keys += [f"{name}.{key}" for key in _keys(value)]
     return keys
 
