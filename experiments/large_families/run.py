@@ -30,6 +30,7 @@ from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.geneval.detectors import nearest_colours
 from oss_exp.geneval.garments import GARMENTS
+from oss_exp.report.plots import gif
 
 NETWORKS = {
     "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt"],
@@ -130,20 +131,13 @@ def quality(name: str) -> None:
 def captioned(videos: Tensor, texts: list[str], rows: int = 4, columns: int = 5) -> bytes:
     """Return a GIF of the first videos (n, C, F, H, W), in [0, 1], under their texts."""
     figure, axes = plt.subplots(rows, columns, figsize=(7, 6.2), dpi=75, layout="constrained")
-    videos = videos.movedim(1, -1)  # (n, F, H, W, C)
-    pictures = []
+    videos = videos.movedim(1, -1)[: rows * columns]  # (n, F, H, W, C)
+    panels = []
     for axis, video, text in zip(axes.flat, videos, texts, strict=False):
-        pictures.append(axis.imshow(video[0], vmin=0, vmax=1, cmap="gray"))
+        panels.append(axis.imshow(video[0], vmin=0, vmax=1, cmap="gray"))
         axis.set_title(text, fontsize=8)
         axis.axis("off")
-
-    frames = []
-    for number in range(videos.shape[1]):
-        for picture, video in zip(pictures, videos, strict=False):
-            picture.set_data(video[number])
-        figure.canvas.draw()
-        frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :1].copy())
-    return encoded(np.stack(frames), milliseconds=250)
+    return gif(figure, panels, videos.numpy().swapaxes(0, 1), milliseconds=250)
 
 
 def texts_of(name: str, count: int) -> list[str]:

@@ -6,7 +6,7 @@ All functions return an encoded file: PNG, or GIF for videos.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 
 import matplotlib
@@ -172,18 +172,33 @@ def animation(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> 
     numbers, milliseconds = moments(pictures["teacher"].shape[1])
     figure, panels = _sheet(_frame(pictures, 0), results)
     figure.set_dpi(DPI / 2)
+    strips = (_strips(_frame(pictures, number), results) for number in numbers)
+    return gif(figure, panels, strips, milliseconds)
 
-    # One figure serves all frames, since making it takes longer than drawing it.
-    frames = []
-    for number in numbers:
-        strips = _strips(_frame(pictures, number), results)
-        for panel, strip in zip(panels, strips, strict=True):
-            panel.set_data(strip)
+
+def gif(
+    figure: Figure,
+    panels: Sequence[AxesImage],
+    frames: Iterable[Iterable[np.ndarray]],
+    milliseconds: int,
+) -> bytes:
+    """Return a GIF of a figure whose panels show other pictures in every frame, and close it.
+
+    Args:
+        figure: One figure for all frames, since making it takes longer than drawing it.
+        panels: The panels that change.
+        frames: For each frame the picture of every panel.
+        milliseconds: How long a frame is shown.
+    """
+    drawn = []
+    for pictures in frames:
+        for panel, picture in zip(panels, pictures, strict=True):
+            panel.set_data(picture)
         figure.canvas.draw()
         buffer = figure.canvas.buffer_rgba()  # pyright: ignore[reportAttributeAccessIssue]  # Agg
-        frames.append(np.array(buffer)[..., :3])
+        drawn.append(np.array(buffer)[..., :3])
     plt.close(figure)
-    return encoded(np.stack(frames), milliseconds)
+    return encoded(np.stack(drawn), milliseconds)
 
 
 def samples(pictures: Mapping[str, np.ndarray], results: Sequence[Result]) -> bytes:
