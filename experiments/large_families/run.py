@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import matplotlib
 
@@ -32,18 +34,34 @@ from oss_exp.geneval.detectors import nearest_colours
 from oss_exp.geneval.garments import GARMENTS
 from oss_exp.report.plots import gif
 
+
+@dataclass(frozen=True)
+class Network:
+    """How a network is measured; a video is 8 times as much work as an image.
+
+    Attributes:
+        data: Where its conditions and its noise schedule come from.
+        compared: Numbers of samples, and the guidance, of `compare`.
+        guidance: Guidance of `quality`.
+        count: Samples of `quality`.
+    """
+
+    data: Sequence[str]
+    compared: Sequence[str] = ("data.search_samples=32", "data.eval_samples=256")
+    guidance: float = 1.5
+    count: int = 240
+
+
 NETWORKS = {
-    "flux_fashion": ["data=prompts", "data.prompts=coloured_fashion.txt"],
-    "video_fashion": ["data=prompts", "data.prompts=moving_fashion.txt"],
-    "mar_fashion": ["noise_schedule=cosine"],
+    "flux_fashion": Network(["data=prompts", "data.prompts=coloured_fashion.txt"]),
+    "video_fashion": Network(
+        ["data=prompts", "data.prompts=moving_fashion.txt"],
+        ["data.search_samples=16", "data.eval_samples=32", "model.guidance.scale=3.0"],
+        guidance=3.0,
+        count=120,
+    ),
+    "mar_fashion": Network(["noise_schedule=cosine"]),
 }
-GUIDANCE = {"flux_fashion": 1.5, "video_fashion": 3.0, "mar_fashion": 1.5}  # of the quality
-COMPARED = {  # samples, and guidance; a video is 8 times as much work as an image
-    "flux_fashion": ["data.search_samples=32", "data.eval_samples=256"],
-    "video_fashion": ["data.search_samples=16", "data.eval_samples=32", "model.guidance.scale=3.0"],
-    "mar_fashion": ["data.search_samples=32", "data.eval_samples=256"],
-}
-COUNTS = {"flux_fashion": 240, "video_fashion": 120, "mar_fashion": 240}  # samples of the quality
 # An analytic start needs one mean for all samples. Here every prompt has its own, and so has every
 # token in MAR's later iterations.
 PINNED = "stepsize.oss_shared.start=pinned"
@@ -79,7 +97,7 @@ def main() -> None:
 def compare(name: str) -> None:
     search = ["num_steps=[5,10,20]", "data.batch_size=64"]
     run = f"large_families/{name}"
-    settings = [*NETWORKS[name], *COMPARED[name], *search]
+    settings = [*NETWORKS[name].data, *NETWORKS[name].compared, *search]
     folder = finished(run, f"model={name}", STRATEGIES, *QUICK, PINNED, *settings)
     keep(__file__, f"{name}.md", (folder / "table.md").read_text())
     for picture in ("schedules.png", "samples.png"):
@@ -93,32 +111,32 @@ def compare(name: str) -> None:
 
 
 def quality(name: str) -> None:
-    """Draw some of the teacher's samples, and tabulate how many of COUNTS fit their texts."""
-    scale, count = GUIDANCE[name], COUNTS[name]
+    """Draw some of the teacher's samples, and tabulate how many fit their texts."""
+    network = NETWORKS[name]
     folder = finished(
         f"large_families/{name}_quality",
         f"model={name}",
-        f"model.guidance.scale={scale}",
-        *NETWORKS[name],
+        f"model.guidance.scale={network.guidance}",
+        *network.data,
         "stepsize=ddim",
         "num_steps=[1]",
         "evaluation.save_images=npz",
         "data.batch_size=40",
-        f"data.eval_samples={count}",
+        f"data.eval_samples={network.count}",
     )
     with np.load(folder / "images" / "teacher.npz") as file:
         images = torch.from_numpy(file["arr_0"]).movedim(-1, 1) / 255
-    texts = texts_of(name, count)
+    texts = texts_of(name, network.count)
 
     # Table; videos beside real ones.
     is_video = images.ndim == 5
     columns = {"as asked": agreement(images, texts)}
     if is_video:
-        columns["real videos"] = agreement(*real_videos(count))
+        columns["real videos"] = agreement(*real_videos(network.count))
     rows = []
     for part in columns["as asked"]:
         rows.append([part, *(f"{100 * values[part]:.1f} %" for values in columns.values())])
-    header = [f"{name}, guidance {scale:g}, n = {count}", *columns]
+    header = [f"{name}, guidance {network.guidance:g}, n = {network.count}", *columns]
     keep(__file__, f"{name}_quality.md", table(header, rows))
 
     # Pictures.
@@ -145,7 +163,7 @@ def texts_of(name: str, count: int) -> list[str]:
     if name == "mar_fashion":
         return [GARMENTS[i % 10] for i in range(count)]
     # Held-out prompts are from the back of the list.
-    prompts = read_prompts(NETWORKS[name][1].removeprefix("data.prompts="))
+    prompts = read_prompts(NETWORKS[name].data[1].removeprefix("data.prompts="))
     return [prompts[(-1 - i) % len(prompts)] for i in range(count)]
 
 

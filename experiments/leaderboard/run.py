@@ -331,18 +331,26 @@ def picture(entries: Sequence[Entry], title: str) -> bytes:
 
 
 def draw_planning(axis: plt.Axes, results: Sequence[Result]) -> None:
-    """Draw a dot for every strategy, at a middle budget."""
+    """Draw a dot for every strategy, at a middle budget, and the names apart from each other."""
     middle = min({result.num_steps for result in results}, key=lambda k: abs(k - 10))
-    for result in results:
-        if result.num_steps != middle:
-            continue
+    results = [result for result in results if result.num_steps == middle]
+    means = [result.psnr.mean for result in results]
+    gap = (max(means) - min(means)) / 35  # dB that a name takes
+
+    named: list[tuple[float, float]] = []
+    for result in sorted(results, key=lambda result: result.psnr.mean):
         if result.strategy in OURS:
             color = "tab:red"
         else:
             color = "tab:gray" if result.baseline else "tab:blue"
-        point = (max(float(result.planning.get("seconds", 0)), 0.1), result.psnr.mean)
-        axis.plot(*point, "o", color=color)
-        axis.annotate(result.strategy, point, xytext=(4, 2), textcoords="offset points", fontsize=7)
+        seconds = max(float(result.planning.get("seconds", 0)), 0.1)
+        axis.plot(seconds, result.psnr.mean, "o", ms=5, color=color)
+
+        # A name stands above those of about as many seconds.
+        near = [height + gap for x, height in named if 1 / 5 < x / seconds < 5]
+        height = max([result.psnr.mean, *near])
+        axis.text(1.2 * seconds, height, result.strategy, fontsize=7, va="center")
+        named.append((seconds, height))
     axis.margins(x=0.2)  # for the names
     axis.set(xscale="log", xlabel="seconds of planning, all K together")
     axis.set(ylabel=f"PSNR, dB, K = {middle}")
