@@ -14,7 +14,7 @@ from typing import NoReturn
 import oss_exp
 from oss_exp.escaping import on_a_screen
 from oss_exp.tasks.help import help_text
-from oss_exp.tasks.overrides import CONF, refuse_unknown
+from oss_exp.tasks.overrides import CONF, is_sweep, refuse_unknown
 
 SWEPT = "The sweep went on with its other jobs; task=report sweep=FOLDER says which failed."
 
@@ -41,11 +41,13 @@ def main() -> None:
         _end(refused)
 
     # Jobs.
+    from hydra.errors import HydraException
+
     from oss_exp.job import run_all
 
     if (error := run_all(arguments)) is not None:
-        is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
-        _end(error, SWEPT if is_sweep else "")
+        is_of_a_job = not isinstance(error, HydraException)  # Hydra's own errors end a sweep
+        _end(error, SWEPT if is_sweep(arguments) and is_of_a_job else "")
 
 
 def _end(error: Exception, hint: str = "") -> NoReturn:

@@ -28,7 +28,7 @@ from oss_exp import report
 from oss_exp.files import remove_unfinished, write_atomically
 from oss_exp.tasks import border, preemption
 from oss_exp.tasks.configuration import check_configuration, expand_home
-from oss_exp.tasks.overrides import CONF, explained, refuse_unread
+from oss_exp.tasks.overrides import CONF, explained, is_sweep, refuse_unread
 from oss_exp.tasks.task import Task
 
 USER_ERRORS = (
@@ -38,6 +38,8 @@ USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,
 )
+
+GOES_ON = "what was done is kept, and the same command with {} goes on"
 
 
 def run_all(arguments: Sequence[str]) -> Exception | None:
@@ -52,6 +54,8 @@ def run_all(arguments: Sequence[str]) -> Exception | None:
     _set_rank()
     try:
         with preemption.watched():
+            if is_sweep(arguments):  # its jobs may be in other processes
+                preemption.advise(GOES_ON.format("hydra.sweep.dir=FOLDER"))
             run()
         return None
     except _Failed as failed:
@@ -83,11 +87,11 @@ def run(cfg: DictConfig) -> float | None:
     The result is None where no schedule was measured.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    is_one_of_several = HydraConfig.get().mode is RunMode.MULTIRUN
     option = f"hydra.run.dir={folder}"
-    if is_sweep:
+    if is_one_of_several:
         option = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
-    preemption.advise(f"what was done is kept, and the same command with {option} goes on")
+    preemption.advise(GOES_ON.format(option))
 
     # Lock the folder. The system frees the lock, however the process ends.
     lock = FileLock(folder / ".lock", timeout=0)
@@ -114,7 +118,7 @@ def run(cfg: DictConfig) -> float | None:
         log = f"{error}\n\n{traceback.format_exc()}"
         with contextlib.suppress(OSError):  # with a full disk, the error is printed all the same
             rank_zero_only(write_atomically)(folder / "error.log", log)
-        if is_sweep:  # Hydra prints which job it was, and the other jobs go on
+        if is_one_of_several:  # Hydra prints which job it was, and the other jobs go on
             raise
         raise _Failed from error
     finally:
@@ -164,9 +168,9 @@ def _check_sweep(cfg: DictConfig) -> None:
     settings = cfg.get("trainer") or {}
     devices = settings.get("devices", 1)
     one_process = str(devices) == "1" and settings.get("num_nodes", 1) == 1
-    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    is_one_of_several = HydraConfig.get().mode is RunMode.MULTIRUN
 
-    if is_sweep and not one_process and not SLURMEnvironment.detect():
+    if is_one_of_several and not one_process and not SLURMEnvironment.detect():
         raise ValueError(
             f"--multirun with trainer.devices={devices}: every process would start the sweep "
             "again; sweep with one device per job (trainer=cpu or trainer=gpu) and use several "

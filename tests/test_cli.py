@@ -235,6 +235,12 @@ def test_a_sweep_with_two_devices_a_job_is_refused(refused):
     assert "trainer=cpu" in error
 
 
+def test_a_sweep_without_a_job_says_nothing_of_others(refused):
+    error = refused("--multirun", *SMALL, "teacher_steps=9,10")
+    assert "did you mean num_teacher_steps?" in error
+    assert "other jobs" not in error
+
+
 def test_a_guidance_that_is_no_number_is_named(refused):
     assert "guidance" in refused(*SMALL, "data.classes=all", "model.guidance.scale=much")
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import oss_exp
@@ -69,7 +69,7 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
     )
 
     # One override after the other.
-    is_multirun = not MULTIRUN.isdisjoint(overrides)
+    is_multirun = is_sweep(overrides)
     for override in overrides:
         for old, new in renamed.items():
             if match := re.fullmatch(old, override):
@@ -167,6 +167,11 @@ def _check_grammar(override: str, key: str, value: str, is_multirun: bool) -> No
         )
 
 
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Return whether a command line asks for several jobs."""
+    return not MULTIRUN.isdisjoint(overrides)
+
+
 def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Exception:
     """Return Hydra's error of an override without a match as one that says what there is.
 
@@ -199,18 +204,22 @@ def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Excepti
         setter = f"{group}={option} sets" if group else "the command sets"
         groups = [name for name in sorted(cfg) if (conf / name).is_dir()]
         task = choices.get("task", "compare")
-        return ValueError(
+        return ConfigCompositionException(
             f"{setter} {key}, which task={task} does not read; it reads {', '.join(groups)}"
         )
     parent, *rest = key.split(".")
     if rest and parent in cfg and (conf / parent / f"{rest[0]}.yaml").exists():
-        return ValueError(f"{key} belongs to {parent}={rest[0]}, which is not chosen")
+        return ConfigCompositionException(
+            f"{key} belongs to {parent}={rest[0]}, which is not chosen"
+        )
     values = cast(dict[Any, Any], OmegaConf.to_container(cfg))
     keys = sorted(_keys(values), key=len)
     same_end = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
     near = [*dict.fromkeys([*same_end[:2], *get_close_matches(key, keys, n=2)])]
     advice = f"did you mean {' or '.join(near)}? " if near else ""
-    return ValueError(f"{key} does not exist here; {advice}`--cfg job` shows all values")
+    return ConfigCompositionException(
+        f"{key} does not exist here; {advice}`--cfg job` shows all values"
+    )
 
 
 def _keys(values: dict[Any, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from signal import Signals
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,6 +23,7 @@ GRACE = 3.5  # seconds from a signal to the end of the process
 CODES = {Signals.SIGINT: 130, Signals.SIGTERM: 143}  # exit codes, as shells have them
 if hasattr(Signals, "SIGUSR1"):
     CODES[Signals.SIGUSR1] = 143
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # on Windows, SIGTERM cannot be handled either
 
 
 class Ended(SystemExit):
@@ -80,7 +81,8 @@ class _Watch:
         """End the process and its children, without waiting for anything."""
         assert self.received is not None
         for child in multiprocessing.active_children():
-            child.kill()
+            with suppress(OSError):  # it has ended
+                os.kill(child.pid, KILL)  # joblib's processes have no method `kill`
         sys.stdout.flush()
         os._exit(CODES[self.received])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from experiments.kill_test import run
 from oss_exp.tasks import preemption
@@ -159,3 +160,27 @@ def test_processes_that_load_data_have_the_signals_as_they_were():
     with preemption.watched():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_processes_of_joblib_are_ended_too(tmp_path):
+    def work() -> None:
+        process = get_reusable_executor(1).submit(os.getpid).result()
+        (tmp_path / "process").write_text(str(process))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert forked(work)[0] == 143
+    process = int((tmp_path / "process").read_text())
+    for _ in range(100):
+        if not is_alive(process):
+            break
+        time.sleep(0.05)
+    assert not is_alive(process)
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process has not ended yet."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
