@@ -48,6 +48,8 @@ class BoundVelocity:
             row of x costs R network rows. Outside, it costs one.
         divisible: Whether `subset` can cut it to some of its samples. A plain function
             cannot be cut, because it may tell samples apart by their rows.
+        has_means: Whether the mean clean sample of a condition is that of every sample of
+            it. If not, such as for tokens in a context, schedules have means of 0.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor | None], Tensor] = standard_normal_velocity
@@ -56,6 +58,7 @@ class BoundVelocity:
     mix: tuple[float, ...] = (1.0,)
     mixed_within: tuple[float, float] = (0.0, 1.0)
     divisible: bool = True
+    has_means: bool = True
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
@@ -167,4 +170,5 @@ def joined(velocities: Sequence[BoundVelocity]) -> BoundVelocity:
     # The condition of a sample is its number.
     samples = torch.arange(len(conditions[0]) * num_velocities, device=conditions[0].device)
     micro_batch = min(velocity.micro_batch for velocity in velocities) * num_velocities
-    return BoundVelocity(fn, samples, micro_batch)
+    has_means = all(velocity.has_means for velocity in velocities)
+    return BoundVelocity(fn, samples, micro_batch, has_means=has_means)

@@ -104,9 +104,12 @@ class Teacher:
         """The mean clean sample of each condition at pure noise, (G, *E) float32.
 
         It is the mean over all ranks of the first call's predictions, x0 = x - t v. A
-        condition without any search sample gets the mean over all of them. Every rank
-        must ask for it at the same point.
+        condition without any search sample gets the mean over all of them. It is 0 for a
+        velocity without means. Every rank must ask for it at the same point.
         """
+        if not self.velocity.has_means:
+            return self.noise.new_zeros(self.num_groups, *self.noise.shape[1:]).float()
+
         # Predictions of this rank.
         v = self.velocity.combine(self.first_outputs)
         x0 = (self.noise - self.grid[0].to(self.noise) * v).double()

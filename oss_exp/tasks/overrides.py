@@ -271,7 +271,17 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
     # Groups: those that a task reads are among the choices, or hold an object for each of several
     # options.
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
-        for entry in cfg[name].values():
-            if not isinstance(entry, DictConfig) or "_target_" not in entry:
+        for option, entry in cfg[name].items():
+            if not _is_object(entry):
                 setter = f"scale={scale}" if scale else "what sets it"
+                if any(map(_is_object, cfg[name].values())):
+                    raise ValueError(
+                        f"{name}.{option} is set, but {name}={option} is not chosen; choose it as "
+                        f"well, or leave out {setter}"
+                    )
                 raise ValueError(f"task={task} does not read {name}; leave out {setter}")
+
+
+def _is_object(entry: object) -> bool:
+    """Return whether an entry of a configuration makes an object."""
+    return isinstance(entry, DictConfig) and "_target_" in entry

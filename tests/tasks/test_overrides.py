@@ -102,6 +102,10 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
             "task=import_sigmas does not read data; leave out what sets it",
         ),
         (
+            "experiment=leaderboard stepsize=[oss_fit]",
+            "stepsize.oss_ave is set, but stepsize=oss_ave is not chosen; choose it as well",
+        ),
+        (
             "task=fit_classifier images.split=test",
             "images.split=test does nothing here: train and test are read",
         ),

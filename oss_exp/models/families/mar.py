@@ -521,7 +521,8 @@ class MAR(Published):
             return weight * v[0] + (1 - weight) * v[1]
 
         kind = BoundVelocity if answers == 1 else Guided
-        return kind(guided, rows, max(1, self.micro_batch // answers))
+        micro_batch = max(1, self.micro_batch // answers)
+        return kind(guided, rows, micro_batch, has_means=False)  # a token's is its context's
 
     def _classes(self, condition: Tensor | None, count: int, guidance: Guidance) -> Tensor:
         """Return the class of each sample, NO_CLASS without a condition."""

@@ -24,7 +24,10 @@ from oss_exp.models.parameterization import NoisePrediction
 from oss_exp.noise import DDIMSchedule, DDPMPath, cosine_betas
 from oss_exp.schedule import Analytic, Free, StepSchedule
 from oss_exp.solvers import Euler, nfe, sample
+from oss_exp.stepsize.oss.strategies import OSSFit
+from oss_exp.stepsize.problem import Problem
 from oss_exp.tensors import rowwise
+from oss_exp.velocity import joined
 
 BETAS = cosine_betas(1000, 0.999)
 FORM = NoisePrediction(DDPMPath(BETAS), 0.99995072)
@@ -434,6 +437,21 @@ def test_one_iteration_is_sampling_the_velocity(tokens):
         torch.testing.assert_close(
             model.sample(Euler(), steps, tokens, classes, classes), expected, rtol=1e-8, atol=1e-8
         )
+
+
+@pytest.mark.parametrize("polish", [0, 2])
+def test_fitted_steps_do_not_use_a_mean_that_the_next_context_does_not_have(tokens, polish):
+    """The mean of a search is that of its contexts; images have contexts of their own."""
+    classes = torch.tensor([3, 1, 3, 0])
+    grid = DDIMSchedule(BETAS).nodes(8)
+    velocity = mar().velocity(classes)
+    problem = Problem(velocity, tokens, grid, group=classes, num_groups=10)
+    steps = OSSFit("pinned", refine=False, polish=polish).plan(problem, [2])[2]
+    assert not steps.mean.any()
+    assert not steps.steps.weights[:, 2].any()
+
+    at_two_scales = joined([velocity, mar(scale=2.0).velocity(classes)])
+    assert not at_two_scales.has_means
 
 
 @pytest.mark.parametrize("start", ["pinned", "analytic"])
