@@ -81,6 +81,7 @@ class _Watch:
         """End the process and its children, without waiting for anything."""
         assert self.received is not None
         for child in multiprocessing.active_children():
+            assert child.pid is not None
             with suppress(OSError):  # it has ended
                 os.kill(child.pid, KILL)  # joblib's processes have no method `kill`
         sys.stdout.flush()
