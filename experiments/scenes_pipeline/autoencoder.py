@@ -2,9 +2,11 @@
 
     python -m experiments.scenes_pipeline.autoencoder wide --output WIDE
     python -m experiments.scenes_pipeline.autoencoder narrow --wide WIDE --output FOLDER
+    python -m experiments.scenes_pipeline.autoencoder decoder --vae FOLDER --output FOLDER
 
 The first has 8 channels. The second keeps the 4 combinations of them that vary most, because a
-small transformer learns fewer numbers sooner, and trains the decoder on.
+small transformer learns fewer numbers sooner, and trains the decoder on. So does the third, while
+the latents stay as they are, and with them a transformer that has learned them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ CONFIG = {
 
 
 # ----------------------------------------------------------------------------------------------
-# Two stages
+# Stages
 # ----------------------------------------------------------------------------------------------
 
 
@@ -57,8 +59,17 @@ def wide(steps: int, folder: Path) -> None:
 
 def narrow(steps: int, folder: Path, wide: Path) -> None:
     """Keep the principal channels, and train the decoder on."""
+    train_decoder(principal(AutoencoderKL.from_pretrained(wide)), steps, folder)
+
+
+def decoder(steps: int, folder: Path, vae: Path) -> None:
+    """Train the decoder on."""
+    train_decoder(AutoencoderKL.from_pretrained(vae), steps, folder)
+
+
+def train_decoder(network: AutoencoderKL, steps: int, folder: Path) -> None:
+    """Train the decoder; the encoder stays."""
     torch.manual_seed(0)
-    network = principal(AutoencoderKL.from_pretrained(wide))
     network.encoder.requires_grad_(False)
     train(network, network.decoder.parameters(), steps, folder)
 
@@ -176,7 +187,10 @@ if __name__ == "__main__":
     second = stages.add_parser("narrow")
     second.add_argument("--steps", type=int, default=700)
     second.add_argument("--wide", type=Path, required=True)
-    for stage in (first, second):
+    third = stages.add_parser("decoder")
+    third.add_argument("--steps", type=int, default=4000)
+    third.add_argument("--vae", type=Path, required=True)
+    for stage in (first, second, third):
         stage.add_argument("--output", type=Path, required=True, dest="folder")
     options = vars(parser.parse_args())
-    {"wide": wide, "narrow": narrow}[options.pop("stage")](**options)
+    {"wide": wide, "narrow": narrow, "decoder": decoder}[options.pop("stage")](**options)

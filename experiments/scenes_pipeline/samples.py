@@ -24,13 +24,13 @@ EACH = 5
 
 
 def main() -> None:
-    """Draw EACH pictures of every prompt, in 100 steps with guidance 3."""
+    """Draw EACH pictures of every prompt, in 100 steps with guidance 8."""
     pipe = DiffusionPipeline.from_pretrained(ASSETS / "scenes_pipeline")
     prompts = [prompt for prompt in PROMPTS for _ in range(EACH)]
     images = pipe(
         prompts,
         negative_prompt=[""] * len(prompts),
-        true_cfg_scale=3.0,
+        true_cfg_scale=8.0,
         num_inference_steps=100,
         generator=torch.Generator().manual_seed(0),
         height=64,
