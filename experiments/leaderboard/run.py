@@ -351,7 +351,7 @@ def draw_planning(axis: plt.Axes, results: Sequence[Result]) -> None:
         height = max([result.psnr.mean, *near])
         axis.text(1.2 * seconds, height, result.strategy, fontsize=7, va="center")
         named.append((seconds, height))
-    axis.margins(x=0.2)  # for the names
+    axis.margins(x=0.3)  # for the names
     axis.set(xscale="log", xlabel="seconds of planning, all K together")
     axis.set(ylabel=f"PSNR, dB, K = {middle}")
 
