@@ -16,7 +16,7 @@ from oss_exp.escaping import on_a_screen
 from oss_exp.tasks.help import help_text
 from oss_exp.tasks.overrides import CONF, is_sweep, refuse_unknown
 
-SWEPT = "The sweep went on with its other jobs; task=report sweep=FOLDER says which failed."
+SWEPT = "Other jobs of the sweep may have run; task=report sweep=FOLDER says which failed."
 
 
 def main() -> None:

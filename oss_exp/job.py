@@ -55,7 +55,9 @@ def run_all(arguments: Sequence[str]) -> Exception | None:
     try:
         with preemption.watched():
             if is_sweep(arguments):  # its jobs may be in other processes
-                preemption.advise(GOES_ON.format("hydra.sweep.dir=FOLDER"))
+                given = [option for option in arguments if option.startswith("hydra.sweep.dir=")]
+                newest = "hydra.sweep.dir=FOLDER (the newest below multirun/)"
+                preemption.advise(GOES_ON.format([*given, newest][0]))
             run()
         return None
     except _Failed as failed:

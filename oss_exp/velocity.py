@@ -48,8 +48,8 @@ class BoundVelocity:
             row of x costs R network rows. Outside, it costs one.
         divisible: Whether `subset` can cut it to some of its samples. A plain function
             cannot be cut, because it may tell samples apart by their rows.
-        has_means: Whether the mean clean sample of a condition is that of every sample of
-            it. If not, such as for tokens in a context, schedules have means of 0.
+        has_means: Whether samples of one condition share a mean clean sample. If not, such
+            as for tokens, each in its own context, schedules have a mean of 0.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor | None], Tensor] = standard_normal_velocity

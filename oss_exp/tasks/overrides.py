@@ -271,15 +271,16 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
     # Groups: those that a task reads are among the choices, or hold an object for each of several
     # options.
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
-        for option, entry in cfg[name].items():
-            if not _is_object(entry):
-                setter = f"scale={scale}" if scale else "what sets it"
-                if any(map(_is_object, cfg[name].values())):
-                    raise ValueError(
-                        f"{name}.{option} is set, but {name}={option} is not chosen; choose it as "
-                        f"well, or leave out {setter}"
-                    )
-                raise ValueError(f"task={task} does not read {name}; leave out {setter}")
+        unread = [option for option, entry in cfg[name].items() if not _is_object(entry)]
+        setters = [f"{group}={run.runtime.choices[group]}" for group in ("experiment", "scale")]
+        setter = next((s for s in setters if not s.endswith("=None")), "what sets it")
+        if 0 < len(unread) < len(cfg[name]):
+            raise ValueError(
+                f"{name} has settings of {', '.join(unread)}, not chosen; choose that as well, or "
+                f"leave out {setter}"
+            )
+        if unread:
+            raise ValueError(f"task={task} does not read {name}; leave out {setter}")
 
 
 def _is_object(entry: object) -> bool:

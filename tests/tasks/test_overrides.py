@@ -103,7 +103,8 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
         ),
         (
             "experiment=leaderboard stepsize=[oss_fit]",
-            "stepsize.oss_ave is set, but stepsize=oss_ave is not chosen; choose it as well",
+            "stepsize has settings of oss_ave, oss_shared, not chosen; choose that as well, or "
+            "leave out experiment=leaderboard",
         ),
         (
             "task=fit_classifier images.split=test",

@@ -522,7 +522,7 @@ class MAR(Published):
 
         kind = BoundVelocity if answers == 1 else Guided
         micro_batch = max(1, self.micro_batch // answers)
-        return kind(guided, rows, micro_batch, has_means=False)  # a token's is its context's
+        return kind(guided, rows, micro_batch, has_means=False)  # each token has its context's
 
     def _classes(self, condition: Tensor | None, count: int, guidance: Guidance) -> Tensor:
         """Return the class of each sample, NO_CLASS without a condition."""
