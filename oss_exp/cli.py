@@ -11,6 +11,8 @@ import os
 import sys
 from typing import NoReturn
 
+from hydra.errors import HydraException
+
 import oss_exp
 from oss_exp.escaping import on_a_screen
 from oss_exp.tasks.help import help_text
@@ -41,8 +43,6 @@ def main() -> None:
         _end(refused)
 
     # Jobs.
-    from hydra.errors import HydraException
-
     from oss_exp.job import run_all
 
     if (error := run_all(arguments)) is not None:

@@ -57,7 +57,7 @@ def run_all(arguments: Sequence[str]) -> Exception | None:
             if is_sweep(arguments):  # its jobs may be in other processes
                 given = [option for option in arguments if option.startswith("hydra.sweep.dir=")]
                 newest = "hydra.sweep.dir=FOLDER (the newest below multirun/)"
-                preemption.advise(GOES_ON.format([*given, newest][0]))
+                preemption.advise(GOES_ON.format([newest, *given][-1]))
             run()
         return None
     except _Failed as failed:

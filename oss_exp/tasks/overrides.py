@@ -270,10 +270,14 @@ def refuse_unread(cfg: DictConfig, conf: Path) -> None:
 
     # Groups: those that a task reads are among the choices, or hold an object for each of several
     # options.
+    named = [
+        f"{group}={run.runtime.choices[group]}"
+        for group in ("experiment", "scale")
+        if run.runtime.choices[group]
+    ]
+    setter = [*named, "what sets it"][0]
     for name in sorted(groups & set(cfg) - set(run.runtime.choices)):
         unread = [option for option, entry in cfg[name].items() if not _is_object(entry)]
-        setters = [f"{group}={run.runtime.choices[group]}" for group in ("experiment", "scale")]
-        setter = next((s for s in setters if not s.endswith("=None")), "what sets it")
         if 0 < len(unread) < len(cfg[name]):
             raise ValueError(
                 f"{name} has settings of {', '.join(unread)}, not chosen; choose that as well, or "

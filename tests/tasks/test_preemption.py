@@ -15,6 +15,7 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 
 from experiments.kill_test import run
+from oss_exp import job
 from oss_exp.tasks import preemption
 from oss_exp.tasks.pretrain import PretrainModule
 
@@ -175,6 +176,14 @@ def test_the_processes_of_joblib_are_ended_too(tmp_path):
             break
         time.sleep(0.05)
     assert not is_alive(process)
+
+
+@pytest.mark.parametrize("folder", ["hydra.sweep.dir=there", "hydra.sweep.dir=FOLDER"])
+def test_a_sweep_whose_jobs_are_in_other_processes_says_how_it_goes_on(folder, monkeypatch, capfd):
+    monkeypatch.setattr(job, "run", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    given = [] if "FOLDER" in folder else [folder]
+    assert forked(lambda: job.run_all(["--multirun", *given]))[0] == 143
+    assert f"the same command with {folder}" in capfd.readouterr().err
 
 
 def is_alive(process: int) -> bool:

@@ -54,9 +54,9 @@ def test_a_shipped_network_is_that_of_its_provenance(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_samples_show_the_class_of_their_condition(name):
     model = load(name, "model.guidance.scale=1.5")
-    labels = torch.arange(60) % 10
+    labels = torch.arange(100) % 10
     steps = StepSchedule(FlowSchedule(shift=3.0).nodes(16))
-    images = model.generate(DPMSolverPP(2, lower_order_final=True), steps, noise(60, 0), labels)
+    images = model.generate(DPMSolverPP(2, lower_order_final=True), steps, noise(100, 0), labels)
     predictions = FashionFeatures.from_asset().logits(images).argmax(1)
     assert (predictions == labels).double().mean() >= 0.85
 

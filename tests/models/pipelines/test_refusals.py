@@ -175,13 +175,13 @@ def test_many_failures_leave_nothing():
 
     # Failures.
 
-    for number in range(100):
+    for number in range(200):
         error = draw.choice([RuntimeError, ValueError, KeyboardInterrupt])
         hook = family.pipe.transformer.register_forward_hook(Fault(draw.randrange(1, 13), error))
         with pytest.raises(error, match="a fault in the network"):
             search(family)
         hook.remove()
-        if number in (49, 99):
+        if number in (49, 199):
             gc.collect()
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             loops = [loop for loop in gc.get_objects() if isinstance(loop, Loop)]
