@@ -1,9 +1,9 @@
 """Keep all encoded scenes of two garments, and a third of the others.
 
-python -m experiments.scenes_pipeline.binding --latents FILE --output FILE
+python -m experiments.scenes_pipeline.binding --latents FILE --output FILE [--twice TASK]
 
 A network learns late which garment is where and which has which colour; single garments, colours
-and numbers it draws well long before.
+and numbers it draws well long before. With `--twice`, the scenes of one task are in the file twice.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ BINDING = ("two_object", "position", "color_attr")
 OTHERS = 3  # of so many other scenes one is kept
 
 
-def main(latents: Path, output: Path) -> None:
+def main(latents: Path, output: Path, twice: str | None) -> None:
     """Write the kept rows of a file that `latents.py` wrote, where tasks take turns."""
     scenes = CaptionedLatents(latents)
 
     number = torch.arange(len(scenes))
-    binds = torch.tensor([task in BINDING for task in TASKS])[number % len(TASKS)]
-    kept = binds | (number // len(TASKS) % OTHERS == 0)
+    task = number % len(TASKS)
+    binds = torch.tensor([task in BINDING for task in TASKS])[task]
+    kept = number[binds | (number // len(TASKS) % OTHERS == 0)]
+    if twice is not None:
+        kept = torch.cat([kept, number[task == TASKS.index(twice)]])
 
     tensors = {"latents": scenes.latents[kept].half(), "labels": scenes.labels[kept]}
     save_file(tensors, output, {"captions": json.dumps(scenes.captions)})
@@ -38,4 +41,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--twice", choices=TASKS, metavar="TASK", help=" | ".join(TASKS))
     main(**vars(parser.parse_args()))
