@@ -371,7 +371,10 @@ def draw_calls(axis: plt.Axes, entries: Sequence[Entry]) -> None:
         heights = [e.metrics["fid"] if by_fid else e.result.psnr.mean for e in curves[name]]
         axis.plot(calls, heights, marker="o", ms=3, label=name)
     axis.set(xlabel="network calls of an image", ylabel="FID" if by_fid else "PSNR, dB")
-    axis.set_yscale("log" if by_fid else "linear")
+    if by_fid:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:.2g}")
     axis.legend(fontsize=7, title="the ten best")
 
 

@@ -1,4 +1,4 @@
-"""How many search samples a method needs: held-out PSNR from 4 to 64 of them.
+"""How many search samples a method needs: held-out PSNR from 4 to 512 of them.
 
 python -m experiments.search_samples.run   # 15 minutes of a core; goes on where it was stopped
 
@@ -25,7 +25,7 @@ from oss_exp import BNS, GS, LD3, OLSS, DyWeight
 from oss_exp.files import write_atomically
 from oss_exp.stepsize import StepsizeStrategy
 
-SAMPLES = (4, 8, 16, 32, 64)
+SAMPLES = (4, 8, 16, 32, 64, 128, 256, 512)
 SEEDS = 2
 PASSES = 200
 STRATEGIES: dict[str, StepsizeStrategy] = {
