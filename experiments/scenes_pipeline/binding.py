@@ -28,7 +28,7 @@ def main(latents: Path, output: Path, twice: str | None) -> None:
 
     number = torch.arange(len(scenes))
     task = number % len(TASKS)
-    binds = torch.tensor([task in BINDING for task in TASKS])[task]
+    binds = torch.tensor([name in BINDING for name in TASKS])[task]
     kept = number[binds | (number // len(TASKS) % OTHERS == 0)]
     if twice is not None:
         kept = torch.cat([kept, number[task == TASKS.index(twice)]])
