@@ -1,6 +1,6 @@
 """How many search samples a method needs: held-out PSNR from 4 to 512 of them.
 
-python -m experiments.search_samples.run   # 15 minutes of a core; goes on where it was stopped
+python -m experiments.search_samples.run   # 35 minutes of a core; goes on where it was stopped
 
 The Fashion mixture, DPM-Solver++ 2M, a teacher of 100 steps. Strategies that learn by gradient make
 200 passes, half of the samples training and half choosing the best pass.
