@@ -374,7 +374,7 @@ def draw_calls(axis: plt.Axes, entries: Sequence[Entry]) -> None:
     if by_fid:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:.2g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(fontsize=7, title="the ten best")
 
 

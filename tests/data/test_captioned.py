@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from experiments.scenes_pipeline import binding
 from oss_exp.data.captioned import (
     MOVES,
     CaptionedLatents,
@@ -15,6 +16,7 @@ from oss_exp.data.captioned import (
 from oss_exp.data.prompts import read_prompts
 from oss_exp.files import find_asset
 from oss_exp.geneval.garments import COLOURS, GARMENTS
+from oss_exp.geneval.rules import TASKS
 
 
 @pytest.mark.parametrize(
@@ -123,3 +125,19 @@ def test_captions_that_do_not_fit_are_refused(tmp_path, settings, message):
     write_latents(tmp_path / "l.safetensors", **settings)
     with pytest.raises(ValueError, match=message):
         CaptionedLatents(str(tmp_path / "l.safetensors"))
+
+
+def test_binding_keeps_all_scenes_of_two_garments_and_those_of_one_task_twice(tmp_path):
+    count = 6 * len(TASKS)
+    latents = write_latents(tmp_path / "l", range(count), json.dumps(["a scene"] * count))
+    binding.main(tmp_path / "l", tmp_path / "once", None)
+    binding.main(tmp_path / "l", tmp_path / "twice", "color_attr")
+    once, twice = CaptionedLatents(tmp_path / "once"), CaptionedLatents(tmp_path / "twice")
+
+    tasks = [*TASKS] * 6  # they take turns
+    pairs = [i for i in range(count) if tasks[i] in ("two_object", "position", "color_attr")]
+    thirds = [*range(len(TASKS)), *range(3 * len(TASKS), 4 * len(TASKS))]
+    again = [i for i in range(count) if tasks[i] == "color_attr"]
+    assert once.labels.tolist() == sorted({*pairs, *thirds})
+    assert twice.labels.tolist() == [*once.labels.tolist(), *again]
+    assert torch.equal(twice.latents.half(), latents[twice.labels])
