@@ -1,8 +1,9 @@
-"""Muon for the matrices of a network's blocks beside AdamW for its other weights."""
+"""Muon for the matrices and kernels of a network's blocks beside AdamW for its other weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ DECAY = 0.01  # of the weights, as AdamW's default
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of repeated blocks, AdamW for all other weights.
+    """Muon for the matrices and kernels of repeated blocks, AdamW for all other weights.
 
-    Muon (https://kellerjordan.github.io/posts/muon) makes the momentum of a matrix orthogonal. Its
-    steps are scaled to the size of AdamW's (arXiv 2502.16982), so one learning rate serves both.
-    Kernels of convolutions, first and last layers stay with AdamW.
+    Muon (https://kellerjordan.github.io/posts/muon) makes the momentum of a matrix orthogonal; the
+    kernel of a convolution is the matrix (out, in * height * width). Its steps are scaled to the
+    size of AdamW's (arXiv 2502.16982), so one learning rate serves both. First and last layers and
+    convolutions of single channels stay with AdamW.
 
     Args:
         parameters: Named weights.
@@ -33,16 +35,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
         matrices, others = split(parameters)
         if not matrices:
             raise ValueError(
-                "task.optimizer=muon is for transformers: this network has no matrix in a block; "
-                "use adamw"
+                "task.optimizer=muon is for networks of repeated blocks: this one has no matrix in "
+                "a block; use adamw"
             )
         self.adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=DECAY)
-        self.muon = torch.optim.Muon(
-            matrices,
-            lr=SPEED * learning_rate,
-            weight_decay=DECAY,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        with _as_matrices(matrices, {}):
+            self.muon = torch.optim.Muon(
+                matrices,
+                lr=SPEED * learning_rate,
+                weight_decay=DECAY,
+                adjust_lr_fn="match_rms_adamw",
+            )
         super().__init__([*self.adamw.param_groups, *self.muon.param_groups], {})
         self._share()
 
@@ -50,7 +53,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         """Take a step of both."""
         loss = None if closure is None else closure()
         self.adamw.step()
-        self.muon.step()
+        with _as_matrices(self.muon.param_groups[0]["params"], self.state):
+            self.muon.step()
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -66,9 +70,34 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def split(parameters: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the matrices of numbered modules, as of repeated blocks, and all other parameters."""
+    """Return matrices and kernels of numbered modules, as of repeated blocks, and all others."""
     matrices, others = [], []
     for name, parameter in parameters:
         is_repeated = any(part.isdigit() for part in name.split("."))
-        (matrices if is_repeated and parameter.ndim == 2 else others).append(parameter)
+        is_kernel = parameter.ndim > 2 and parameter.shape[1] > 1
+        is_matrix = parameter.ndim == 2 or is_kernel
+        (matrices if is_repeated and is_matrix else others).append(parameter)
     return matrices, others
+
+
+@contextmanager
+def _as_matrices(weights: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
+    """Give kernels, their gradients and momenta two axes meanwhile, as torch's Muon needs."""
+    shapes = [weight.shape for weight in weights]
+    for weight in weights:
+        _reshape(weight, (len(weight), -1), state)
+    try:
+        yield
+    finally:
+        for weight, shape in zip(weights, shapes, strict=True):
+            _reshape(weight, shape, state)
+
+
+def _reshape(weight: Tensor, shape: Sequence[int], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Reshape a weight, its gradient and its momentum in place."""
+    gradient, weight.grad = weight.grad, None
+    weight.data = weight.data.reshape(shape)
+    if gradient is not None:
+        weight.grad = gradient.reshape(shape)
+    if weight in state:
+        state[weight]["momentum_buffer"] = state[weight]["momentum_buffer"].reshape(shape)

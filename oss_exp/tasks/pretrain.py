@@ -99,14 +99,24 @@ class Examples(Dataset):
         label_dropout: Share of examples without their label.
         times: Distribution of the times.
         batch_size: Examples of a step, over all ranks.
+        horizontal_flip: Share of examples that are mirrored, left to right.
     """
 
-    def __init__(self, images: Any, seed: int, label_dropout: float, times: Times, batch_size: int):
+    def __init__(
+        self,
+        images: Any,
+        seed: int,
+        label_dropout: float,
+        times: Times,
+        batch_size: int,
+        horizontal_flip: float = 0.0,
+    ):
         self.images = images
         self.seed = seed
         self.label_dropout = label_dropout
         self.times = times
         self.batch_size = batch_size
+        self.horizontal_flip = horizontal_flip
 
     def __getitem__(self, i: int) -> dict[str, Tensor | int]:
         x0, label = self.images[shuffled(i, len(self.images), self.seed, 0)]
@@ -116,6 +126,8 @@ class Examples(Dataset):
         noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32))
         t = self.times(torch.tensor(draw.uniform(1e-12, 1), dtype=torch.float64))
         is_dropped = draw.random() < self.label_dropout
+        if draw.random() < self.horizontal_flip:
+            x0 = x0.flip(-1)
 
         # The draw of its step.
         shared = np.random.default_rng((self.seed, 2, i // self.batch_size)).random()
@@ -242,9 +254,10 @@ class Pretrain(TrainingTask):
 
     Attributes:
         label_dropout: Share of examples without their class, for guidance.
+        horizontal_flip: Share of pictures that are mirrored, left to right.
         times: Distribution of the times of training examples.
-        optimizer: "muon" is Muon for the matrices of a transformer's blocks, and AdamW for the
-            rest: on small trainings it learns more from an example.
+        optimizer: "muon" is Muon for the matrices and kernels of a network's blocks, and AdamW for
+            the rest: on small trainings it learns more from an example.
         compile: Use torch.compile: a minute at the start, then faster.
         resume: Run folder or checkpoint to resume from. None: this folder's checkpoint, if any.
         init_from: Initial weights, as for model.checkpoint. None: new ones.
@@ -258,6 +271,7 @@ class Pretrain(TrainingTask):
     times: Times = field(default_factory=LogitNormalTimes)
     save_every: Count = 1000
     optimizer: Literal["adamw", "muon"] = "adamw"
+    horizontal_flip: Share = 0.0
     compile: bool = False
     resume: str | None = None
     init_from: str | None = None
@@ -288,7 +302,14 @@ class Pretrain(TrainingTask):
         images = load_images(cfg.images)
         model = _initial(cfg, images, self.init_from or UNTRAINED)
         require_fitting(images, model)
-        examples = Examples(images, self.seed, self.label_dropout, self.times, self.batch_size)
+        examples = Examples(
+            images,
+            self.seed,
+            self.label_dropout,
+            self.times,
+            self.batch_size,
+            self.horizontal_flip,
+        )
 
         config_text = OmegaConf.to_yaml(cfg, resolve=True)
         rank_zero_only(write_atomically)(folder / "config.yaml", config_text)

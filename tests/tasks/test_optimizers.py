@@ -60,6 +60,26 @@ def test_a_step_of_muon_changes_no_direction_more_than_another():
     assert float(torch.linalg.cond(module["blocks"][0].weight.grad)) > 6
 
 
+def test_a_kernel_takes_the_steps_of_its_matrix():
+    kernels = nn.ModuleList([nn.Conv2d(4, 5, 3), nn.Conv2d(6, 6, 3, groups=6)])
+    kernel, depthwise = (convolution.weight for convolution in kernels)
+    assert split(kernels.named_parameters())[0] == [kernel]  # one channel has no matrix
+
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    muon = torch.optim.Muon([matrix], lr=2e-2, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    optimizer = MuonAndAdamW(kernels.named_parameters(), 1e-2)
+    for seed in range(3):
+        gradient = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed))
+        kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+        depthwise.grad = torch.ones_like(depthwise)
+        optimizer.step()
+        muon.step()
+
+    assert torch.equal(kernel.flatten(1), matrix)
+    assert torch.equal(kernel.grad, gradient)
+    assert optimizer.state[kernel]["momentum_buffer"].shape == kernel.shape
+
+
 def test_a_saved_state_goes_on_to_the_same_bits():
     def resumed(module):
         first = MuonAndAdamW(module.named_parameters(), 1e-2)

@@ -396,6 +396,24 @@ def test_labels_are_dropped_as_often_as_asked():
     assert np.mean([label == -1 for label in labels]) == pytest.approx(0.25, abs=0.03)
 
 
+def test_pictures_are_mirrored_as_often_as_asked_and_nothing_else_changes():
+    images = TensorDataset(torch.arange(6.0).view(1, 1, 2, 3), torch.zeros(1))
+    plain, mirrored = (
+        Examples(images, 3, 0.0, UniformTimes(), batch_size=4, horizontal_flip=share)
+        for share in (0.0, 0.3)
+    )
+    (picture, _), flips = images[0], 0
+    for i in range(1000):
+        before, after = plain[i], mirrored[i]
+        is_flipped = torch.equal(after["x0"], picture.flip(-1))
+        assert is_flipped or torch.equal(after["x0"], picture)
+        assert torch.equal(before["x0"], picture)
+        assert torch.equal(before["noise"], after["noise"])
+        assert before["t"] == after["t"]
+        flips += is_flipped
+    assert flips / 1000 == pytest.approx(0.3, abs=0.05)
+
+
 def test_logit_normal_times_are_log_normal_sigmas():
     """arXiv 2206.00364, table 1: ln sigma ~ N(P_mean, P_std^2), with sigma = t / (1 - t)."""
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -420,6 +438,7 @@ def test_logit_normal_times_are_log_normal_sigmas():
         (["task.max_steps=0"], "task.max_steps must be a whole number"),
         (["task.batch_size=many"], "task.batch_size must be a whole number"),
         (["task.label_dropout=2"], "task.label_dropout must be a finite number from 0 to 1"),
+        (["task.horizontal_flip=-1"], "task.horizontal_flip must be a finite number from 0 to 1"),
         (["task.times.std=0"], "task.times.std must be a finite number above 0"),
         (["task.resume=/nowhere"], "no checkpoint /nowhere"),
         (["task.batch_size=7", "trainer=ddp_spawn_cpu"], "cannot be split evenly over 2 ranks"),
