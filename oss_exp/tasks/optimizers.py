@@ -83,14 +83,14 @@ def split(parameters: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], list[
 @contextmanager
 def _as_matrices(weights: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
     """Give kernels, their gradients and momenta two axes meanwhile, as torch's Muon needs."""
-    shapes = [weight.shape for weight in weights]
-    for weight in weights:
-        _reshape(weight, (len(weight), -1), state)
+    kernels = [(weight, weight.shape) for weight in weights if weight.ndim > 2]
+    for kernel, _ in kernels:
+        _reshape(kernel, (len(kernel), -1), state)
     try:
         yield
     finally:
-        for weight, shape in zip(weights, shapes, strict=True):
-            _reshape(weight, shape, state)
+        for kernel, shape in kernels:
+            _reshape(kernel, shape, state)
 
 
 def _reshape(weight: Tensor, shape: Sequence[int], state: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -30,6 +30,7 @@ from oss_exp.data.folder import ImageFolder
 from oss_exp.escaping import PlainConsole
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.files import save_asset, write_atomically
+from oss_exp.models.decoders.image import Pixels
 from oss_exp.models.guidance import NO_CLASS
 from oss_exp.models.network import UNTRAINED, Network
 from oss_exp.noise import FlowSchedule
@@ -268,10 +269,10 @@ class Pretrain(TrainingTask):
     learning_rate: Positive = 1.0e-3
     warmup_steps: Whole = 500
     ema_decay: Share = 0.999
+    horizontal_flip: Share = 0.0
     times: Times = field(default_factory=LogitNormalTimes)
     save_every: Count = 1000
     optimizer: Literal["adamw", "muon"] = "adamw"
-    horizontal_flip: Share = 0.0
     compile: bool = False
     resume: str | None = None
     init_from: str | None = None
@@ -302,6 +303,11 @@ class Pretrain(TrainingTask):
         images = load_images(cfg.images)
         model = _initial(cfg, images, self.init_from or UNTRAINED)
         require_fitting(images, model)
+        if self.horizontal_flip and not isinstance(model.decoder, Pixels):
+            raise ValueError(
+                f"task.horizontal_flip mirrors pictures, model={model.name} works on latents; "
+                "leave it at 0, and mirror the pictures before they become latents"
+            )
         examples = Examples(
             images,
             self.seed,

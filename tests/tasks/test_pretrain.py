@@ -33,6 +33,15 @@ TINY = [
     "logger=none",
 ]
 
+LATENTS = [  # the images are latents of one channel
+    "model.decoder._target_=oss_exp.VAE",
+    "+model.decoder.checkpoint=random",
+    "+model.decoder.scaling_factor=1.0",
+    "+model.decoder.micro_batch=1",
+    "+model.decoder.source=none",
+    "+model.decoder.latent_channels=1",
+]
+
 
 def settings(folder, *more: str) -> list[str]:
     """Return the arguments of a tiny training of 12 steps in a folder."""
@@ -439,6 +448,7 @@ def test_logit_normal_times_are_log_normal_sigmas():
         (["task.batch_size=many"], "task.batch_size must be a whole number"),
         (["task.label_dropout=2"], "task.label_dropout must be a finite number from 0 to 1"),
         (["task.horizontal_flip=-1"], "task.horizontal_flip must be a finite number from 0 to 1"),
+        ([*LATENTS, "task.horizontal_flip=0.5"], "mirrors pictures, .* works on latents"),
         (["task.times.std=0"], "task.times.std must be a finite number above 0"),
         (["task.resume=/nowhere"], "no checkpoint /nowhere"),
         (["task.batch_size=7", "trainer=ddp_spawn_cpu"], "cannot be split evenly over 2 ranks"),
