@@ -7,8 +7,8 @@ python -m experiments.leaderboard.run unet_fashion --steps 5 10 20 --images 1000
 
 PSNR is measured on 256 held-out noises, the other metrics on as many as `--images` says, with the
 same schedules. The same command continues a run that was stopped. It writes, beside this file, a
-table (Markdown, LaTeX) and a picture for each network, and page.html with all tables, sortable by
-any column.
+table (Markdown, LaTeX) and a picture for each network and its budgets, and page.html with all
+tables, sortable by any column.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.networks:
         entries, teacher = entries_of(name, options.steps, options.images)
-        file = file_name(name)
+        file = file_name(name, options.steps)
         header, rows = cells(entries)
         notes = ["", verdict(entries)]
         if teacher:
@@ -120,9 +120,9 @@ def main() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def file_name(network: str) -> str:
-    """Return a network's name as one word."""
-    return network.replace(", guidance ", "_")
+def file_name(network: str, steps: Sequence[int]) -> str:
+    """Return the name of a network and of its budgets as one word."""
+    return f"{network.replace(', guidance ', '_guidance_')}_at_{'_'.join(map(str, steps))}"
 
 
 def listed(metrics: Mapping[str, float]) -> str:
@@ -144,7 +144,7 @@ def entries_of(
     settings = [*network, "data.eval_samples=256"]
 
     # Runs.
-    run = f"leaderboard/{file_name(name)}_{'_'.join(map(str, steps))}_256"
+    run = f"leaderboard/{file_name(name, steps)}"
     budgets = f"num_steps={[*steps]}".replace(" ", "")
     folders = [finished(run, "experiment=leaderboard", *settings, budgets)]
     if tabulated := [k for k in steps if k in TABULATED]:
