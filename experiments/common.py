@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import subprocess
 import sys
@@ -17,6 +18,12 @@ from oss_exp.files import write_atomically
 from oss_exp.report.results import read_run
 
 OUTPUTS = Path("outputs/experiments")
+
+
+def command_line(help: str | None) -> argparse.ArgumentParser:
+    """Return a parser of a script's arguments whose help begins with the script's docstring."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=help, formatter_class=kind)
 
 
 def measure(name: str, *overrides: str) -> list[Result]:

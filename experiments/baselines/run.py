@@ -5,10 +5,11 @@ python -m experiments.baselines.run
 
 from __future__ import annotations
 
-from experiments.common import OUTPUTS, keep, measure
+from experiments.common import OUTPUTS, command_line, keep, measure
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     for solver in ("euler", "dpm_solver_pp", "unipc"):
         measure(f"baselines/{solver}", "experiment=baselines", f"solver={solver}")
         folder = OUTPUTS / "baselines" / solver

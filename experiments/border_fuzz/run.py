@@ -11,7 +11,6 @@ nonsense, by the type of the parameter.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import os
@@ -30,6 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.common import command_line
 from oss_exp.cli import CONF
 from oss_exp.data.noise import NoiseData
 from oss_exp.job import USER_ERRORS
@@ -297,7 +297,7 @@ def report(accepted: list[Outcome]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument(
         "--only", nargs="*", default=None, help="options such as solver/deis; all without"
     )

@@ -7,12 +7,13 @@ python -m experiments.calibration.run
 
 from __future__ import annotations
 
-from experiments.common import OUTPUTS, keep, measure, run_program, table
+from experiments.common import OUTPUTS, command_line, keep, measure, run_program, table
 
 STRATEGIES = ("fm", "ddim", "oss", "oss_ave", "oss_shared")
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     files = {
         "no calibration": "null",
         "before every call": calibration(last_step_only=False),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from experiments.common import configuration, keep
+from experiments.common import command_line, configuration, keep
 from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import fashion_mnist
 from oss_exp.data.scenes import Wardrobe
@@ -17,6 +17,7 @@ from oss_exp.tasks.fit_detector import ceiling
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     torch.set_grad_enabled(False)
     root = configuration("task=fit_detector").images.root
     rows = {}

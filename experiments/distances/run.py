@@ -5,7 +5,7 @@ python -m experiments.distances.run
 
 from __future__ import annotations
 
-from experiments.common import keep, measure, table
+from experiments.common import command_line, keep, measure, table
 
 DISTANCES = {
     "x_t-MSE": ["distance=xt_mse"],
@@ -29,6 +29,7 @@ SEARCHES = ("oss", "oss_ave", "oss_shared")
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     rows = []
     for name, distance in DISTANCES.items():
         results = measure(f"distances/{'_'.join(distance).replace('=', '_')}", *SETTING, *distance)

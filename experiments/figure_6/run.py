@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.common import keep, measure, png, table
+from experiments.common import command_line, keep, measure, png, table
 from oss_exp.evaluation.psnr import Interval
 
 ORDERS = (1, 2, 3)
@@ -29,6 +29,7 @@ Results = dict[tuple[str, int, int], Interval]  # (row, order, K) -> PSNR
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     psnr: Results = {}
     for order in ORDERS:
         for result in measured(order, "searched"):

@@ -6,13 +6,11 @@ python -m experiments.fitted_steps.run unet_fashion mixture  # some of them
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from rich.progress import track
 from torch import Tensor
 
-from experiments.common import OUTPUTS, keep, measure, table
+from experiments.common import OUTPUTS, command_line, keep, measure, table
 from oss_exp.calibration import amplitude
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
@@ -88,12 +86,15 @@ class Bench:
 
 
 def main() -> None:
-    names = sys.argv[1:] or [*NETWORKS, "mixture"]
+    parser = command_line(__doc__)
+    every = [*NETWORKS, "mixture"]
+    parser.add_argument("parts", nargs="*", default=every, metavar="part", help=" | ".join(every))
+    parts = parser.parse_args().parts
     for name in NETWORKS:
-        if name in names:
+        if name in parts:
             measure(f"fitted_steps/{name}", f"model={name}", *SETTINGS)
             keep(__file__, f"{name}.md", (OUTPUTS / f"fitted_steps/{name}/table.md").read_text())
-    if "mixture" in names:
+    if "mixture" in parts:
         mixture()
 
 

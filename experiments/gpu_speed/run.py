@@ -9,7 +9,6 @@ result is written at once. --dry: the same at small sizes on the CPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from experiments.common import configuration, table
+from experiments.common import command_line, configuration, table
 from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
 from oss_exp.noise import FlowSchedule
@@ -364,9 +363,7 @@ def memory(device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"))
     parser.add_argument(
         "--seconds", type=float, default=150, help="after which no measurement is begun"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import oss_exp
-from experiments.common import keep, table
+from experiments.common import command_line, keep, table
 from oss_exp.evaluation.psnr import Interval
 
 SCALES = (1.0, 2.0, 4.0)
@@ -62,6 +62,7 @@ def psnr_at(scale: float, steps: oss_exp.StepSchedule) -> Interval:
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     schedules = []
     for name, strategy in STRATEGIES.items():
         for scales in (*((scale,) for scale in SCALES), SCALES):

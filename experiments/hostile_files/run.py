@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from experiments.common import keep, table
+from experiments.common import command_line, keep, table
 from experiments.hostile_files.cases import READERS, Case, bombs, cases
 from oss_exp.escaping import on_a_screen
 from oss_exp.report.plots import training
@@ -242,7 +242,10 @@ def _run_child(function: Callable[[], str], pipe: int) -> None:
     os._exit(0)
 
 
-def main(readers: list[str]) -> None:
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("readers", nargs="*", metavar="reader", help="left out: all")
+    readers = parser.parse_args().readers
     torch.set_num_threads(1)
 
     # Load and make what is needed once.
@@ -302,4 +305,4 @@ def _counts(outcomes: list[Outcome]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -8,7 +8,6 @@ it stopped. The table is written row by row.
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from experiments.common import OUTPUTS, keep, table
+from experiments.common import OUTPUTS, command_line, keep, table
 from oss_exp.data.cifar10 import cifar10
 from oss_exp.evaluation.features import InceptionV3
 from oss_exp.evaluation.statistics import fingerprint, frechet, gram, moments
@@ -41,9 +40,7 @@ HEADER = ["real CIFAR-10 images", "FID", "torchmetrics", "elsewhere"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--inception", required=True)
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--cache", type=Path, default=OUTPUTS / "inception_fid")

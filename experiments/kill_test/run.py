@@ -14,7 +14,6 @@ byte except for seconds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -35,7 +34,7 @@ from PIL import Image
 
 import oss_exp.cli
 import oss_exp.job  # loaded before processes fork
-from experiments.common import OUTPUTS, keep, table
+from experiments.common import OUTPUTS, command_line, keep, table
 from oss_exp.data.scenes import wishes
 from oss_exp.files import UNFINISHED
 
@@ -116,7 +115,7 @@ Moment = float | tuple[int | str, str]  # of a signal, see `run`
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--every", type=int, default=1, help="try every n-th moment at a file")
     parser.add_argument("--random", type=int, default=6, help="kills of a task at random moments")

@@ -10,7 +10,6 @@ outputs/experiments.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, configuration, finished, keep, measure, png, table
+from experiments.common import (
+    OUTPUTS,
+    command_line,
+    configuration,
+    finished,
+    keep,
+    measure,
+    png,
+    table,
+)
 from oss_exp.data.captioned import MOVES, MovingFashion
 from oss_exp.data.prompts import read_prompts
 from oss_exp.evaluation.classifier import FashionFeatures
@@ -78,9 +86,7 @@ SHARE = 0.2  # of the brightest pixel, above which a pixel belongs to the garmen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("part", choices=("quality", "compare", "figure_7"))
     parser.add_argument(
         "networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS)

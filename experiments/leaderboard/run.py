@@ -13,7 +13,6 @@ tables, sortable by any column.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 import oss_exp
-from experiments.common import OUTPUTS, configuration, finished, keep, png, table
+from experiments.common import OUTPUTS, command_line, configuration, finished, keep, png, table
 from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.escaping import latex
 from oss_exp.evaluation.comparison import Result
@@ -93,9 +92,7 @@ class Entry:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS)
     )
@@ -357,19 +354,21 @@ def draw_planning(axis: plt.Axes, results: Sequence[Result]) -> None:
 
 
 def draw_calls(axis: plt.Axes, entries: Sequence[Entry]) -> None:
-    """Draw a line for each of the ten best strategies."""
-    curves: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: entry.result.nfe):
-        curves.setdefault(entry.result.strategy, []).append(entry)
-
-    def mean_psnr(name: str) -> float:
-        return float(np.mean([entry.result.psnr.mean for entry in curves[name]]))
-
+    """Draw a line for each of the ten best strategies, by FID if it was measured."""
     by_fid = all("fid" in entry.metrics for entry in entries)
-    for name in sorted(curves, key=mean_psnr, reverse=True)[:10]:
-        calls = [entry.result.nfe for entry in curves[name]]
-        heights = [e.metrics["fid"] if by_fid else e.result.psnr.mean for e in curves[name]]
-        axis.plot(calls, heights, marker="o", ms=3, label=name)
+
+    # Lines.
+    curves: dict[str, dict[int, float]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.result.nfe):
+        height = entry.metrics["fid"] if by_fid else entry.result.psnr.mean
+        curves.setdefault(entry.result.strategy, {})[entry.result.nfe] = height
+
+    def rank(name: str) -> float:
+        mean = float(np.mean(list(curves[name].values())))
+        return mean if by_fid else -mean
+
+    for name in sorted(curves, key=rank)[:10]:
+        axis.plot(*zip(*curves[name].items(), strict=True), marker="o", ms=3, label=name)
     axis.set(xlabel="network calls of an image", ylabel="FID" if by_fid else "PSNR, dB")
     if by_fid:
         axis.set_yscale("log")

@@ -10,7 +10,6 @@ transformer is the formula.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.common import configuration, keep, table
+from experiments.common import command_line, configuration, keep, table
 from oss_exp.distances import XtMSE
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.tiny import tiny
@@ -69,9 +68,7 @@ HEADER = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--alone",
         nargs=4,

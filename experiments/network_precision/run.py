@@ -15,7 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from experiments.common import configuration, keep, table
+from experiments.common import command_line, configuration, keep, table
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import Interval, psnr
 from oss_exp.models.network import Network
@@ -77,6 +77,7 @@ class Bench:
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     torch.set_grad_enabled(False)
     exact = network("float32")
     rounded = network("bfloat16")

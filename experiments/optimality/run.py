@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from experiments.common import keep, png, table
+from experiments.common import command_line, keep, png, table
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.noise import (
@@ -55,6 +55,7 @@ Gaps = dict[StartKind, dict[str, list[float]]]  # by start and path, dB below th
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     torch.set_grad_enabled(False)
     gaps: Gaps = {start: {"recursion": [], "refined": []} for start in STARTS}
 

@@ -10,7 +10,6 @@ round in one call. On a CPU, which may be shared, seconds are the process's own.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
-from experiments.common import keep, table
+from experiments.common import command_line, keep, table
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.tiny.parts import clip_bytes
 
@@ -38,9 +37,7 @@ NETWORKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

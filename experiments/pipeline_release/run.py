@@ -11,7 +11,6 @@ alive and the memory of the process; and in the end that the pipeline makes the 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import random
@@ -26,7 +25,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 import oss_exp
-from experiments.common import keep, table
+from experiments.common import command_line, keep, table
 from experiments.pipeline_overhead.run import NETWORKS, PROMPTS, pipeline
 from oss_exp.models.pipeline import Pipeline
 
@@ -40,9 +39,7 @@ class Fault(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--searches", type=int, default=1000)
     count = parser.parse_args().searches
     torch.set_num_threads(1)

@@ -9,14 +9,12 @@ samples, a number for each t.
 
 from __future__ import annotations
 
-import argparse
-
 import matplotlib.pyplot as plt
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from experiments.common import OUTPUTS, configuration, keep, png, run_program, table
+from experiments.common import OUTPUTS, command_line, configuration, keep, png, run_program, table
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
 from oss_exp.tensors import rowwise
@@ -44,9 +42,7 @@ COUNT = 4096  # noisy samples of every t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()
 

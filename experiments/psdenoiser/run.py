@@ -5,7 +5,6 @@ python -m experiments.psdenoiser.run --conditions test_ps.npz
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import psdenoiser
 import torch
 from torch import Tensor
 
-from experiments.common import OUTPUTS, keep, measure, png, table
+from experiments.common import OUTPUTS, command_line, keep, measure, png, table
 from oss_exp.data.conditions import ConditionedNoiseData
 from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.psnr import Interval
@@ -48,7 +47,7 @@ COLORS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument(
         "--conditions", required=True, help="docs/tutorials/test_ps.npz of 21cmpsdenoiser's sdist"
     )

@@ -16,7 +16,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.common import keep, table
+from experiments.common import command_line, keep, table
 
 MACHINES, GPUS = 8, 8  # and GPUs of each
 TOKENS, WORDS, CHANNELS = 4096, 512, 64  # of a sample
@@ -55,6 +55,7 @@ def operations(network: nn.Module) -> int:
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     network = build()
     blocks = list(network.transformer_blocks)
     whole = size(network)

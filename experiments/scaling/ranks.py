@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import start_processes
 
-from experiments.common import keep, table
+from experiments.common import command_line, keep, table
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
@@ -116,6 +116,7 @@ def plan(rank: int, world: int, folder: str) -> None:
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     expected: dict[str, Any] = {}
     rows = []
     for world in WORLDS:

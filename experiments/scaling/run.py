@@ -10,7 +10,6 @@ measured.json are not measured again; --draw writes only their figure and table.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -30,7 +29,7 @@ import torch
 from matplotlib.axes import Axes
 from scipy.optimize import nnls
 
-from experiments.common import keep, png, table
+from experiments.common import command_line, keep, png, table
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers.adams_bashforth import AdamsBashforth
 from oss_exp.stepsize import OSSShared, Problem
@@ -222,9 +221,7 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--draw", action="store_true")
 
     # Earlier results.

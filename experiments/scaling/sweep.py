@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.common import OUTPUTS, finished, keep, table
+from experiments.common import OUTPUTS, command_line, finished, keep, table
 from oss_exp.report.page import gather
 
 STRATEGIES = 10  # names; other copies differ by their seeds
@@ -56,6 +56,7 @@ def copies(sources: Sequence[Path], sweep: Path, count: int) -> None:
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     sources = [finished(f"scaling/run_{k}", *RUN, f"num_steps=[{k}]") for k in (5, 10)]
     rows = []
     for count in (250, 500, 1000):

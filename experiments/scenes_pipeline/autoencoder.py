@@ -11,7 +11,6 @@ the latents stay as they are, and with them a transformer that has learned them.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
+from experiments.common import command_line
 from experiments.scenes_pipeline.data import scenes
 
 BATCH = 32
@@ -180,7 +180,7 @@ def psnr(restored: Tensor, pixels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     first = stages.add_parser("wide")
     first.add_argument("--steps", type=int, default=3000)

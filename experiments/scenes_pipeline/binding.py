@@ -8,13 +8,13 @@ and numbers it draws well long before. With `--twice`, the scenes of one task ar
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from experiments.common import command_line
 from oss_exp.data.captioned import CaptionedLatents
 from oss_exp.geneval.rules import TASKS
 
@@ -38,7 +38,7 @@ def main(latents: Path, output: Path, twice: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--twice", choices=TASKS, metavar="TASK", help=" | ".join(TASKS))

@@ -9,7 +9,6 @@ twice, first without it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from experiments.common import configuration
+from experiments.common import command_line, configuration
 from oss_exp.files import sha256
 
 RECORD = "training.json"  # how the transformer was made
@@ -69,7 +68,7 @@ def main(text: Path, vae: Path, transformer: Path | None, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--transformer", type=Path, help="left out: untrained")

@@ -5,7 +5,6 @@ python -m experiments.scenes_pipeline.latents --vae FOLDER --count 300000 --outp
 
 from __future__ import annotations
 
-import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.common import command_line
 from experiments.scenes_pipeline.data import scenes
 
 BATCH = 250
@@ -52,7 +52,7 @@ def main(vae: Path, count: int, processes: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--count", type=int, default=300_000)
     parser.add_argument("--processes", type=int, default=2)

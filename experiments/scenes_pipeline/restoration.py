@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from experiments.common import configuration, keep
+from experiments.common import command_line, configuration, keep
 from experiments.scenes_pipeline.autoencoder import psnr
 from oss_exp.data.captioned import SIDE
 from oss_exp.data.images import fashion_mnist
@@ -38,6 +38,7 @@ class Restored(Wardrobe):
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     torch.set_grad_enabled(False)
     root = configuration("task=fit_detector").images.root
     garments = fashion_mnist(root, "test", SIDE)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DiffusionPipeline
 
-from experiments.common import keep, png
+from experiments.common import command_line, keep, png
 from oss_exp.files import ASSETS
 
 PROMPTS = [
@@ -25,6 +25,7 @@ EACH = 5
 
 def main() -> None:
     """Draw EACH pictures of every prompt, in 100 steps with guidance 8."""
+    command_line(__doc__).parse_args()
     pipe = DiffusionPipeline.from_pretrained(ASSETS / "scenes_pipeline")
     prompts = [prompt for prompt in PROMPTS for _ in range(EACH)]
     images = pipe(

@@ -9,7 +9,6 @@ vector of the whole caption.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from experiments.common import command_line
 from oss_exp.data.scenes import RELATIONS, wishes
 from oss_exp.geneval.garments import COLOURS, GARMENTS
 from oss_exp.geneval.rules import Wish
@@ -224,7 +224,7 @@ def main(folder: Path, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args()

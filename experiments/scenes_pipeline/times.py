@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 
-from experiments.common import configuration, keep, table
+from experiments.common import command_line, configuration, keep, table
 from experiments.scenes_pipeline.data import scenes
 from experiments.scenes_pipeline.latents import BATCH, encoded
 from oss_exp.files import ASSETS
@@ -22,6 +22,7 @@ FIRST = 300_000  # scenes that the network was not trained on
 @torch.no_grad()
 def main() -> None:
     """Write a table of the mean squared error of v, on BATCH scenes."""
+    command_line(__doc__).parse_args()
     captions = scenes([]).dataset.captions
     model = instantiate(configuration("model=flux_scenes").model, prompts=captions)
     latents, labels = encoded(FIRST, ASSETS / "scenes_pipeline" / "vae")

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.progress import track
 
-from experiments.common import OUTPUTS, keep, png, table
+from experiments.common import OUTPUTS, command_line, keep, png, table
 from experiments.fitted_steps.run import BUDGETS, SEARCHED, Bench, fit
 from oss_exp import BNS, GS, LD3, OLSS, DyWeight
 from oss_exp.files import write_atomically
@@ -55,6 +55,7 @@ Cells = dict[str, dict[str, tuple[float, float]]]
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     cells = measured()
     keep(__file__, "table.md", tables(cells))
     keep(__file__, "held_out.png", picture(cells))

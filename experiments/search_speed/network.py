@@ -8,7 +8,6 @@ of the network module alone: as many, in the same order and of the same sizes as
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from hydra.utils import instantiate
 
-from experiments.common import configuration, keep, table
+from experiments.common import command_line, configuration, keep, table
 from oss_exp.distances import XtMSE
 from oss_exp.models.network import Network
 from oss_exp.noise import FlowSchedule
@@ -37,9 +36,7 @@ SEARCHES = {  # solver, strategy, student steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=8)

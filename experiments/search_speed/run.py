@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.common import command_line
 from oss_exp.distances import XtMSE
 from oss_exp.evaluation.psnr import psnr
 from oss_exp.files import write_atomically
@@ -146,9 +147,7 @@ def peak_memory() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     # One measurement, as JSON.

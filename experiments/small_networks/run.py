@@ -10,7 +10,6 @@ outputs/experiments.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from hydra.utils import instantiate
 from torchvision.utils import make_grid
 
-from experiments.common import OUTPUTS, configuration, finished, keep, measure, table
+from experiments.common import OUTPUTS, command_line, configuration, finished, keep, measure, table
 from oss_exp.evaluation.comparison import Result
 from oss_exp.evaluation.metrics import FID
 from oss_exp.evaluation.pictures import as_bytes, encoded
@@ -51,9 +50,7 @@ METRICS = "metric=[fid,kid,precision_recall,class_agreement]"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("part", choices=("quality", "compare", "transfer"))
     parser.add_argument(
         "networks", nargs="*", default=NETWORKS, metavar="network", help=" | ".join(NETWORKS)

@@ -8,7 +8,6 @@ Each cell is a training of every stage and four evaluations, and continues where
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.common import OUTPUTS, finished, keep, png, table
+from experiments.common import OUTPUTS, command_line, finished, keep, png, table
 from oss_exp.evaluation.psnr import Interval
 
 NETWORKS = ("dit_fashion", "unet_fashion")
@@ -41,10 +40,13 @@ HEADER = [
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        cells = [(sys.argv[1], int(sys.argv[2]))]
-    else:
-        cells = [(network, stages) for stages in STAGES for network in NETWORKS]
+    parser = command_line(__doc__)
+    parser.add_argument("network", nargs="?", choices=NETWORKS, help="left out: all cells")
+    parser.add_argument("stages", nargs="?", type=int, choices=STAGES, default=STAGES[0])
+    options = parser.parse_args()
+    cells = [(network, stages) for stages in STAGES for network in NETWORKS]
+    if options.network:
+        cells = [(options.network, options.stages)]
     for network, stages in cells:
         for cuts in CUTS:
             cell(network, stages, cuts)

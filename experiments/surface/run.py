@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+
+from experiments.common import command_line
 
 LONG = 20  # lines of a function that wants a heading
 SPACIOUS = 15  # lines of a function that wants blank lines
@@ -169,7 +170,12 @@ def _files(paths: list[str]) -> Iterator[Path]:
         yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "paths", nargs="*", metavar="path", help="left out: the package, and the README"
+    )
+    paths = parser.parse_args().paths
     surface = Surface()
     for path in _files(paths or ["oss_exp"]):
         surface.add(path.read_text())
@@ -187,4 +193,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
