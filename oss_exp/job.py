@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from oss_exp import report
 from oss_exp.files import remove_unfinished, write_atomically
 from oss_exp.tasks import border, preemption
-from oss_exp.tasks.configuration import check_configuration, expand_home
+from oss_exp.tasks.configuration import check_configuration, expand_home, list_num_steps
 from oss_exp.tasks.overrides import CONF, explained, is_sweep, refuse_unread
 from oss_exp.tasks.task import Task
 
@@ -145,6 +145,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     # Checks.
     refuse_unread(cfg, CONF)
     expand_home(cfg)
+    list_num_steps(cfg)
     if SLURMEnvironment.detect() and (states := sorted(folder.glob("hpc_ckpt_*"))):
         raise ValueError(
             f"{states[0]} is not of this program, and Lightning would load it; remove it"

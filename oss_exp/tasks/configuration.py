@@ -74,6 +74,12 @@ def expand_home(node: Any) -> None:
             node[key] = os.path.expanduser(value)
 
 
+def list_num_steps(cfg: DictConfig) -> None:
+    """Replace a single number of steps by a list of it, in place: `num_steps=5` means `[5]`."""
+    if type(cfg.get("num_steps")) is int:
+        cfg.num_steps = [cfg.num_steps]
+
+
 def check_configuration(cfg: DictConfig) -> None:
     """Check the types of all values of a composed configuration, also of unused ones.
 
