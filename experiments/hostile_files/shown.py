@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 from wandb.proto.wandb_internal_pb2 import Record
 
+from experiments.common import command_line
 from experiments.hostile_files.names import NAMES
 from oss_exp.evaluation.psnr import Interval
 from oss_exp.report import log_run, write
@@ -159,7 +159,12 @@ def _records_of(data: bytes) -> list[Record]:
     return complete
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "folder", type=Path, help="a new one, for the run, the page and the pictures"
+    )
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True)
     write_run(folder)
     write(folder)
@@ -180,4 +185,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

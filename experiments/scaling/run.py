@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from scipy.optimize import nnls
 
 from experiments.common import command_line, keep, png, table
@@ -201,10 +202,7 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
             axis.plot(values, expected[quantity], color="0.7", lw=5, label="formula")
             axis.plot(values, measured, "o-", color="tab:blue", label="measured")
             axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit if column == 0 else "")
-            axis.set_xticks(
-                values, [f"{value:g}" if value < 10**4 else f"{value:.0e}" for value in values]
-            )
-            axis.minorticks_off()
+            label_ticks(axis, values)
 
             # Exponents.
             slopes = [exponent(values, measured), exponent(values, expected[quantity])]
@@ -218,6 +216,16 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
     print({term: f"{cost:.2e} s" for term, cost in zip(terms, costs, strict=True)})
     keep(__file__, "figure.png", png(figure))
     keep(__file__, "exponents.md", table(["grows", "what", "exponent", "formula", "apart"], rows))
+
+
+def label_ticks(axis: Axes, values: Sequence[float]) -> None:
+    """Label both logarithmic axes of a panel, in x at these values."""
+    labels = [f"{value:g}" if value < 10**4 else f"{value:.0e}" for value in values]
+    axis.set_xticks(values, labels)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.tick_params(labelsize=8)
 
 
 def main() -> None:
