@@ -162,6 +162,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.events: list[tuple[Any, Any]] = []
+        self.rows = 0
         self.inside = self.total = 0.0
 
     def counted(self, velocity: BoundVelocity) -> BoundVelocity:
@@ -171,6 +172,7 @@ class Clock:
             start = self._mark()
             output = velocity.fn(x, t, condition)
             self.events.append((start, self._mark()))
+            self.rows += len(x)
             return output
 
         return replace(velocity, fn=fn)
@@ -178,6 +180,7 @@ class Clock:
     @contextmanager
     def running(self) -> Iterator[None]:
         self.events.clear()
+        self.rows = 0
         self._wait()
         started = time.perf_counter()
         yield
@@ -233,7 +236,7 @@ def speed(network: Network, sizes: Sizes) -> dict[str, Any]:
         OSSShared("pinned", Band(8, 1), False).plan(problem, [sizes.steps])
     result["search_calls"] = len(clock.events)
     result["search_seconds"] = clock.total
-    result["search"] = result["bare"] * clock.inside / clock.total
+    result["search"] = clock.rows / clock.total / sizes.steps
     result["search_outside"] = clock.outside
     result["search_memory"] = memory(sizes.device)
     return result
