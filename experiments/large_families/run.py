@@ -290,7 +290,7 @@ BUDGETS = (5, 10, 20, 50)
 def figure_7(count: int = 500) -> None:
     """Write FID against the steps of every token.
 
-    The schedule is searched in the first iteration and used in all.
+    The schedule is searched in four of the iterations together and used in all.
     """
     run = "large_families/figure_7"
     results = measure(
