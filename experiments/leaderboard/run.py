@@ -71,7 +71,7 @@ HEADER = [
     "PSNR to Heun's 400 calls",
     "parameters",
 ]
-OURS = ("oss_shared", "oss_fit", "oss_fit_polished", "oss_best")
+OURS = ("oss_ave", "oss_shared", "oss_fit", "oss_fit_polished", "oss_best")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def entries_of(
 ) -> tuple[list[Entry], Mapping[str, float]]:
     """Measure every strategy of experiment=leaderboard on a network.
 
-    NeuralSolver has published tables for some budgets only, so it has a run of its own.
+    Our strategies have a run of their own, so that they can be measured anew without their peers,
+    and NeuralSolver, which has published tables for some budgets only.
 
     Returns:
         The measured schedules, and the teacher's FID and the like, if there are any.
@@ -143,7 +144,13 @@ def entries_of(
     # Runs.
     run = f"leaderboard/{file_name(name, steps)}"
     budgets = f"num_steps={[*steps]}".replace(" ", "")
-    folders = [finished(run, "experiment=leaderboard", *settings, budgets)]
+    strategies = configuration("experiment=leaderboard").stepsize
+    ours = [f"~stepsize.{strategy}" for strategy in strategies if strategy in OURS]
+    peers = [f"~stepsize.{strategy}" for strategy in strategies if strategy not in OURS]
+    folders = [
+        finished(f"{run}_peers", "experiment=leaderboard", *settings, budgets, *ours),
+        finished(f"{run}_ours", "experiment=leaderboard", *settings, budgets, *peers),
+    ]
     if tabulated := [k for k in steps if k in TABULATED]:
         budgets = f"num_steps={tabulated}".replace(" ", "")
         folders.append(finished(f"{run}_tables", *settings, budgets, "stepsize=neural_solver"))

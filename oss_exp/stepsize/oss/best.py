@@ -27,6 +27,8 @@ from oss_exp.stepsize.oss.strategies import Search, path_schedule
 from oss_exp.stepsize.problem import Problem
 from oss_exp.stepsize.split import split_samples
 
+CLOSE = 1.0  # dB, less than a refinement usually gains
+
 
 def usual_baselines() -> dict[str, StepsizeStrategy]:
     """Return the schedules that `OSSBest` compares itself with: four formulas and GITS."""
@@ -54,12 +56,12 @@ class OSSBest(Search):
 
     One half of the search samples makes the candidates: the paths of Algorithm 2 from
     `start` and from a pinned start, and the nodes of the baselines, each with the
-    solver's steps and with fitted ones. The other half chooses. The best path is
-    refined, if that is better on the other half too, and its coefficients are fitted
-    again to all samples. So the result is never much worse than the best known
-    schedule, and nobody needs to choose a strategy. Its provenance lists the candidates
-    with their scores in dB, `planning.chosen_from`. A single sample judges what it
-    made.
+    solver's steps and with fitted ones. The other half chooses. The best path, and the
+    second best if it is within 1 dB, are refined, which counts if it is better on the
+    other half too. The coefficients of the chosen one are fitted again to all samples.
+    So the result is never much worse than the best known schedule, and nobody needs to
+    choose a strategy. Its provenance lists the candidates with their scores in dB,
+    `planning.chosen_from`. A single sample judges what it made.
 
     Args:
         start: start of the portfolio's searches, beside the pinned one. A pipeline,
@@ -98,7 +100,7 @@ class OSSBest(Search):
         for strategy in self.baselines.values():
             calls += strategy.network_calls(num_nodes, num_steps, edge_calls)
         if self.refine:
-            calls += sum(min(8 * k * k, FIT_CALLS) for k in budgets)
+            calls += sum(min(12 * k * k, FIT_CALLS) for k in budgets)
         return calls
 
     def plan(self, problem: Problem, num_steps: Sequence[int]) -> dict[int, StepSchedule]:
@@ -180,11 +182,21 @@ class OSSBest(Search):
             if baselines:
                 paths.append(_on_grid(problem, best_of(baselines)))
             fitted = [self._fitted(problem, candidate, makers) for candidate in paths]
-            best = best_of([*candidates, *fitted])
+            candidates = [*candidates, *fitted]
+            best = best_of(candidates)
 
-        # Refinement.
-        if self.refine and best.path is not None:
-            best = best_of([best, self._refined(problem, best, makers)])
+        # Refinement of the best path, and of the second if the judges can hardly tell them apart.
+        if self.refine:
+            close = []
+            for candidate in candidates:
+                if (
+                    candidate.path is not None
+                    and scores[candidate.name] > scores[best.name] - CLOSE
+                ):
+                    close.append(candidate)
+            close.sort(key=lambda candidate: -scores[candidate.name])
+            refined = [self._refined(problem, candidate, makers) for candidate in close[:2]]
+            best = best_of([best, *refined])
         planning = {
             "chosen_from": {name: round(score, 2) for name, score in scores.items()},
             "chosen": best.name,

@@ -171,3 +171,16 @@ def test_an_error_of_the_network_is_raised(problem):
 def test_a_baseline_has_one_schedule_for_all():
     with pytest.raises(ValueError, match="must plan one schedule for all samples, oss does not"):
         OSSBest(baselines={"oss": oss_exp.OSS()})
+
+
+def test_a_second_path_is_refined_where_the_judges_hardly_tell_it_from_the_best(problem):
+    counts = []
+    for k, steps in OSSBest(band=BAND).plan(problem, [2, 3, 4, 5, 6]).items():
+        scores = steps.provenance["planning"]["chosen_from"]
+        refined = {name.removesuffix(", refined") for name in scores if name.endswith("refined")}
+        others = {name: score for name, score in scores.items() if not name.endswith("refined")}
+        paths = [name for name in others if name.endswith(("start", "fitted steps"))]
+        best = sorted(paths, key=others.get)[-2:]
+        assert refined == {name for name in best if others[name] > max(others.values()) - 1}, k
+        counts.append(len(refined))
+    assert {1, 2} <= set(counts)
