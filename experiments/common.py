@@ -20,10 +20,11 @@ from oss_exp.report.results import read_run
 OUTPUTS = Path("outputs/experiments")
 
 
-def command_line(help: str | None) -> argparse.ArgumentParser:
+def command_line(docstring: str | None) -> argparse.ArgumentParser:
     """Return a parser of a script's arguments whose help begins with the script's docstring."""
-    kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=help, formatter_class=kind)
+    return argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def measure(name: str, *overrides: str) -> list[Result]:

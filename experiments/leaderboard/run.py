@@ -6,9 +6,10 @@ python -m experiments.leaderboard.run unet_fashion --steps 5 10 20
 python -m experiments.leaderboard.run unet_fashion --steps 5 10 20 --images 10000   # and FID
 
 PSNR is measured on 256 held-out noises, the other metrics on as many as `--images` says, with the
-same schedules. The same command continues a run that was stopped. It writes, beside this file, a
-table (Markdown, LaTeX) and a picture for each network and its budgets, and page.html with all
-tables, sortable by any column.
+same schedules. The same command continues a run that was stopped, and finished runs are kept: to
+measure our strategies anew, remove their folder (..._ours) and that of the images. It writes,
+beside this file, a table (Markdown, LaTeX) and a picture for each network and its budgets, and
+page.html with all tables, sortable by any column.
 """
 
 from __future__ import annotations
@@ -145,11 +146,11 @@ def entries_of(
     run = f"leaderboard/{file_name(name, steps)}"
     budgets = f"num_steps={[*steps]}".replace(" ", "")
     strategies = configuration("experiment=leaderboard").stepsize
-    ours = [f"~stepsize.{strategy}" for strategy in strategies if strategy in OURS]
-    peers = [f"~stepsize.{strategy}" for strategy in strategies if strategy not in OURS]
+    no_ours = [f"~stepsize.{strategy}" for strategy in OURS]
+    no_peers = [f"~stepsize.{strategy}" for strategy in strategies if strategy not in OURS]
     folders = [
-        finished(f"{run}_peers", "experiment=leaderboard", *settings, budgets, *ours),
-        finished(f"{run}_ours", "experiment=leaderboard", *settings, budgets, *peers),
+        finished(f"{run}_peers", "experiment=leaderboard", *settings, budgets, *no_ours),
+        finished(f"{run}_ours", "experiment=leaderboard", *settings, budgets, *no_peers),
     ]
     if tabulated := [k for k in steps if k in TABULATED]:
         budgets = f"num_steps={tabulated}".replace(" ", "")
@@ -343,10 +344,7 @@ def draw_planning(axis: plt.Axes, results: Sequence[Result]) -> None:
 
     named: list[tuple[float, float]] = []
     for result in sorted(results, key=lambda result: result.psnr.mean):
-        if result.strategy in OURS:
-            color = "tab:red"
-        else:
-            color = "tab:gray" if result.baseline else "tab:blue"
+        color = "tab:gray" if result.baseline else "tab:red"
         seconds = max(float(result.planning.get("seconds", 0)), 0.1)
         axis.plot(seconds, result.psnr.mean, "o", ms=5, color=color)
 

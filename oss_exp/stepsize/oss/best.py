@@ -56,9 +56,10 @@ class OSSBest(Search):
 
     One half of the search samples makes the candidates: the paths of Algorithm 2 from
     `start` and from a pinned start, and the nodes of the baselines, each with the
-    solver's steps and with fitted ones. The other half chooses. The best path, and the
-    second best if it is within 1 dB, are refined, which counts if it is better on the
-    other half too. The coefficients of the chosen one are fitted again to all samples.
+    solver's steps and with fitted ones. The other half chooses. The two best paths, as
+    far as they are within 1 dB of the best candidate, are refined, which counts if it
+    is better on the other half too. The coefficients of the chosen one are fitted again
+    to all samples.
     So the result is never much worse than the best known schedule, and nobody needs to
     choose a strategy. Its provenance lists the candidates with their scores in dB,
     `planning.chosen_from`. A single sample judges what it made.
@@ -91,7 +92,7 @@ class OSSBest(Search):
                 )
 
     def network_calls(self, num_nodes: int, num_steps: Sequence[int], edge_calls: int = 0) -> int:
-        """Return the calls per sample of the searches, all candidates and a typical refinement."""
+        """Return the calls per sample of the searches, all candidates and typical refinements."""
         budgets = set(num_steps)
         calls = (3 * len(self._starts) + len(self.baselines) + 4) * sum(budgets)
         for start in self._starts:
@@ -185,17 +186,13 @@ class OSSBest(Search):
             candidates = [*candidates, *fitted]
             best = best_of(candidates)
 
-        # Refinement of the best path, and of the second if the judges can hardly tell them apart.
+        # Refinement of the two best paths, where the judges hardly tell them from the best.
         if self.refine:
-            close = []
-            for candidate in candidates:
-                if (
-                    candidate.path is not None
-                    and scores[candidate.name] > scores[best.name] - CLOSE
-                ):
-                    close.append(candidate)
-            close.sort(key=lambda candidate: -scores[candidate.name])
-            refined = [self._refined(problem, candidate, makers) for candidate in close[:2]]
+            paths = [candidate for candidate in candidates if candidate.path is not None]
+            paths.sort(key=lambda candidate: scores[candidate.name], reverse=True)
+            least = scores[best.name] - CLOSE
+            close = [candidate for candidate in paths[:2] if scores[candidate.name] > least]
+            refined = [self._refined(problem, candidate, makers) for candidate in close]
             best = best_of([best, *refined])
         planning = {
             "chosen_from": {name: round(score, 2) for name, score in scores.items()},
