@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,8 @@ def finished(name: str, *overrides: str, file: str = "metrics.json") -> Path:
 
 
 def run_program(*overrides: str, stdout: int | None = None) -> None:
-    """Run `oss-exp <overrides>` without a logger; raise if it fails."""
+    """Run `oss-exp <overrides>` without a logger; raise if it fails, and end it on SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the run would go on alone
     command = [sys.executable, "-m", "oss_exp", *overrides, "logger=none"]
     subprocess.run(command, check=True, stdout=stdout)
 

@@ -1,7 +1,9 @@
 """What docs/ says agrees with the program: links, tasks, options and their defaults, commands."""
 
 import re
+import runpy
 import shlex
+import sys
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -216,3 +218,22 @@ def first_of_sweep(word: str) -> str:
     if value.startswith("["):
         return f"{key}={value.partition(']')[0]}]"
     return word if value.startswith("{") else f"{key}={value.split(',')[0]}"
+
+
+SCRIPTS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in ROOT.glob("experiments/*/*.py")
+    if "command_line(" in file.read_text()
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_an_experiment_is_what_it_is_for(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module(script, run_name="__main__")
+
+    shown = capsys.readouterr().out
+    purpose = import_module(script).__doc__.splitlines()[0]
+    assert purpose in shown
+    assert f"python -m {script}" in shown

@@ -5,6 +5,7 @@ python -m experiments.psdenoiser.run --conditions test_ps.npz
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import psdenoiser
 import torch
 from torch import Tensor
 
@@ -30,8 +30,6 @@ SOLVERS = {"euler": "DDIM", "dpm_solver_pp": "DPM-Solver++ 2M"}
 BUDGETS = (5, 10, 20)
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 100)  # per cent of the spectra
 QUANTIFIED = ("vp", "oss_shared", "oss_fit", "oss_fit_mean", "oss_fit_log_mean")
-# Decades of power between 0 and 1 of a decoded spectrum.
-DECADES = float(psdenoiser.denoiser_csts.mean_scale[0])
 VP = {"beta_min": 0.1, "beta_max": 20.0}
 SCHEDULES = OUTPUTS / "psdenoiser/euler/schedules"
 SPECTRA = 4  # whose posterior is sampled
@@ -69,13 +67,21 @@ def main() -> None:
     keep(__file__, "posterior.md", posterior(file))
 
 
+@cache
+def decades() -> float:
+    """Return the decades of power between 0 and 1 of a decoded spectrum."""
+    import psdenoiser  # in functions alone: --help needs no package
+
+    return float(psdenoiser.denoiser_csts.mean_scale[0])
+
+
 def rmse(result: Result) -> np.ndarray:
     """Return the error of every spectrum's log10 power over its bins, from its PSNR.
 
     Returns:
         (n,) in 0.001 dex.
     """
-    return 1000 * DECADES * 10 ** (-np.array(list(result.values.values())) / 20)
+    return 1000 * decades() * 10 ** (-np.array(list(result.values.values())) / 20)
 
 
 def errors(results: list[Result]) -> str:
@@ -250,7 +256,7 @@ def held_out(model: PSDenoiser, file: Path) -> tuple[Tensor, Tensor]:
 
 def compare(samples: Tensor, reference: Tensor) -> list[str]:
     """Return RMSE, shift of the median and widths of samples (SPECTRA * SAMPLES, 1, H, W)."""
-    error = 1000 * DECADES / 2 * (samples - reference).square().mean((1, 2, 3)).sqrt().mean()
+    error = 1000 * decades() / 2 * (samples - reference).square().mean((1, 2, 3)).sqrt().mean()
     ours = samples.unflatten(0, (SPECTRA, SAMPLES))
     theirs = reference.unflatten(0, (SPECTRA, SAMPLES))
     spread = theirs.std(1)
@@ -270,6 +276,8 @@ def package_samples(model: PSDenoiser, spectra: Tensor, noise: Tensor) -> tuple[
     Returns:
         Samples (SPECTRA * SAMPLES, 1, H, W), and the mean number of network calls.
     """
+    import psdenoiser
+
     sampler = psdenoiser.GetODESampler(
         psdenoiser.VPSDE(**VP),
         (SAMPLES, *model.event_shape),

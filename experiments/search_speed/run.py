@@ -1,6 +1,6 @@
 """The speed of the search, against plain Algorithm 1.
 
-python experiments/search_speed/run.py [--repeats 5] [--threads 1]
+python -m experiments.search_speed.run [--repeats 5] [--threads 1]
 
 Same machine, same run, each contestant in a process of its own. For K = 10 steps on a 100-step grid
 of the Fashion mixture with 64 samples (other ones in each repeat), the table has
