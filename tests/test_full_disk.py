@@ -99,7 +99,7 @@ def refused(arguments: list[str], folder: Path, capsys) -> str:
         (
             [*COMPARE, "task=search"],
             40,
-            "cannot keep the network calls of a search in .*"
+            "cannot keep the network's answers in .*"
             "they come to about .* GB are free; free space, or",
         ),
         (

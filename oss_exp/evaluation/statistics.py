@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,10 @@ class Reference:
 
 
 def write_statistics(
-    path: str | Path, extractor: nn.Module, batches: Iterable[Tensor]
+    path: str | Path,
+    extractor: nn.Module,
+    batches: Iterable[Tensor],
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
 ) -> Reference:
     """Write the statistics of images to an .npz file, with the first MAX_FEATURES features.
 
@@ -220,6 +223,7 @@ def write_statistics(
         path: The file to write.
         extractor: Network from images (B, C, H, W) to features (B, F).
         batches: Batches of images (B, C, H, W) in [0, 1], all with the same channels.
+        call: Returns the extractor's features of a batch, for example from a log.
 
     Returns:
         The statistics, read back from the file.
@@ -236,7 +240,7 @@ def write_statistics(
     for images in batches:
         check_pixels(images, f"images for {path}")
         with torch.no_grad():
-            features = extractor(images)
+            features = call(extractor, images)
         total = total + gram(features)
         room = max(0, MAX_FEATURES - sum(map(len, rows)))
         rows.append(features[:room].half().cpu())

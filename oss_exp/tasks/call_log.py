@@ -1,7 +1,7 @@
-"""Resume a killed search from a log of its network calls.
+"""Resume killed work from a log of its network calls.
 
 A search is deterministic, so nothing of a strategy's state needs saving. The search starts again,
-and its calls are answered from the log until the log ends.
+and its calls are answered from the log until the log ends. So are those of `task=statistics`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -90,17 +90,32 @@ class Calls:
             needs_gradient = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
             if self.file is None or needs_gradient:
                 return velocity.fn(x, t, condition)
-
-            # An answer has the shape of x, float64 at most, and a header.
-            checksum = _checksum(x, t, condition)
-            most_bytes = 8 * x.numel() + LIMIT
-            answer = self._next(checksum, most_bytes) if self.replays else None
-            if answer is None:
-                answer = velocity.fn(x, t, condition)
-                self._append(checksum, answer)
-            return answer.to(x.device)
+            return self.answer(velocity.fn, x, t, condition, most_values=x.numel())
 
         return replace(velocity, fn=fn)
+
+    def answer(
+        self,
+        function: Callable[..., Tensor],
+        x: Tensor,
+        *others: Tensor | None,
+        most_values: int,
+    ) -> Tensor:
+        """Return function(x, *others) from the log, or call and log it.
+
+        Args:
+            function: What answers.
+            x: Its first argument, on whose device the answer is.
+            others: Its other arguments.
+            most_values: Numbers of an answer at most; a larger record is not read.
+        """
+        checksum = _checksum(x, *others)
+        most_bytes = 8 * most_values + LIMIT  # float64 at most, and a header
+        answer = self._next(checksum, most_bytes) if self.replays else None
+        if answer is None:
+            answer = function(x, *others)
+            self._append(checksum, answer)
+        return answer.to(x.device)
 
     def _path(self, work: str) -> Path:
         return self.folder / f"{work}.{self.rank}.calls"
@@ -131,8 +146,8 @@ class Calls:
 
     def _no_room(self, reason: str) -> OSError:
         return OSError(
-            f"cannot keep the network calls of a search in {self.folder}: {reason}; free space, or "
-            "set keep_calls=false (a killed search then starts again)"
+            f"cannot keep the network's answers in {self.folder}: {reason}; free space, or, for a "
+            "search, set keep_calls=false (a killed search then starts again)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from oss_exp.escaping import PlainConsole
-from oss_exp.evaluation.statistics import write_statistics
+from oss_exp.evaluation.statistics import WIDEST, fingerprint, write_statistics
 from oss_exp.tasks import border
+from oss_exp.tasks.call_log import Calls
 from oss_exp.tasks.pretrain import load_images
 from oss_exp.tasks.task import Count, Task
 
@@ -37,11 +39,15 @@ class Statistics(Task):
         node = cfg.evaluation.extractor
         extractor = border.build(node, "evaluation.extractor", nn.Module).to(device)
 
-        # Features, from images in [0, 1].
+        # Features, from images in [0, 1]; those of a killed run are read from its log.
         batches = DataLoader(images, self.batch_size)
         bar = track(batches, "reading images", console=PlainConsole(stderr=True))
         pixels = ((x.to(device) + 1) / 2 for x, _ in bar)
-        statistics = write_statistics(Path(self.output), extractor, pixels)
+        calls = Calls(Path(cfg.paths.output_dir) / "calls", rank=0)
+        logged = partial(calls.answer, most_values=self.batch_size * WIDEST)
+        with calls.of(fingerprint(extractor).replace(" ", "_")):
+            statistics = write_statistics(Path(self.output), extractor, pixels, logged)
+        calls.forget()
 
         num_features = len(statistics.mu)
         PlainConsole().print(

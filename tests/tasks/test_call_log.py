@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from helpers import metrics_of, run_cli
+from PIL import Image
 
+from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.schedule import StepSchedule
 from oss_exp.tasks import evaluate
 from oss_exp.tasks.call_log import HEAD, Calls
@@ -130,7 +132,9 @@ def test_a_record_that_declares_more_than_an_answer_can_have_is_not_read(tmp_pat
 
 def test_calls_that_the_disk_has_no_room_for_are_refused(tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    message = r"they come to about .* GB are free; free space, or set keep_calls=false"
+    message = (
+        r"they come to about .* GB are free; free space, or, for a search, set keep_calls=false"
+    )
     with pytest.raises(OSError, match=message), Calls(tmp_path, rank=0).of("work", 2 * free):
         pass
 
@@ -169,6 +173,38 @@ def test_a_finished_run_leaves_no_log_of_calls(whole, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Runs
 # ------------------------------------------------------------------------------------------------
+
+
+def test_statistics_go_on_where_they_were_killed(tmp_path, monkeypatch):
+    """Ten batches; the first run ends in its sixth."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        Image.new("L", (28, 28), 12 * i).save(images / f"{i}.png")
+    called = []
+    forward = FashionFeatures.forward
+
+    def ends_once(self, images):
+        called.append(len(images))
+        if len(called) == 6:
+            raise SystemExit(143)
+        return forward(self, images)
+
+    monkeypatch.setattr(FashionFeatures, "forward", ends_once)
+    folder = ["images=image_folder", f"images.root={images}", "images.size=28", "images.channels=1"]
+    run = ["task=statistics", *folder, "task.batch_size=2"]
+
+    def write(name: str) -> bytes:
+        file = tmp_path / f"{name}.npz"
+        run_cli(*run, f"task.output={file}", f"hydra.run.dir={tmp_path / name}")
+        return file.read_bytes()
+
+    with pytest.raises(SystemExit, match="143"):
+        write("killed")
+    assert write("killed") == write("whole")
+
+    assert len(called) == 6 + 5 + 10
+    assert not (tmp_path / "killed" / "calls").exists()
 
 
 @pytest.mark.slow
