@@ -185,17 +185,19 @@ def quality(
     """Return the other metrics of each schedule, and of the teacher under TEACHER."""
     if images is None:
         return {}
-    gathered = OUTPUTS / f"{run}_all"
     for (strategy, k), steps in schedules.items():
-        steps.save(gathered / f"{strategy}_{k}.json")
-    saved = ["task=evaluate", f"task.schedule={gathered}", f"data.eval_samples={images}"]
-    folder = finished(f"{run}_{images}_images", *network, *saved, *METRICS)
+        part = "ours" if strategy in OURS else "peers"
+        steps.save(OUTPUTS / f"{run}_{part}_all" / f"{strategy}_{k}.json")
 
     # Of students, and of the teacher.
-    teacher = read_metrics(folder).teacher_metrics
-    metrics: dict[tuple[str, int], Mapping[str, float]] = {TEACHER: teacher}
-    for result in read_run(folder):
-        metrics[result.strategy, result.num_steps] = result.metrics
+    metrics: dict[tuple[str, int], Mapping[str, float]] = {}
+    for part in ("peers", "ours"):
+        saved = f"task.schedule={OUTPUTS / f'{run}_{part}_all'}"
+        settings = ["task=evaluate", saved, f"data.eval_samples={images}", *METRICS]
+        folder = finished(f"{run}_{part}_{images}_images", *network, *settings)
+        metrics[TEACHER] = read_metrics(folder).teacher_metrics
+        for result in read_run(folder):
+            metrics[result.strategy, result.num_steps] = result.metrics
     return metrics
 
 
