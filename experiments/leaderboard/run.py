@@ -7,7 +7,7 @@ python -m experiments.leaderboard.run unet_fashion --steps 5 10 20 --images 1000
 
 PSNR is measured on 256 held-out noises, the other metrics on as many as `--images` says, with the
 same schedules. The same command continues a run that was stopped, and finished runs are kept: to
-measure our strategies anew, remove their folder (..._ours) and that of the images. It writes,
+measure our strategies anew, remove their folders (..._ours and ..._ours_*). It writes,
 beside this file, a table (Markdown, LaTeX) and a picture for each network and its budgets, and
 page.html with all tables, sortable by any column.
 """
