@@ -101,7 +101,7 @@ def test_pictures_open_and_show_something(name, run):
 
 
 def test_the_csv_logger_writes_psnr_and_gain_of_every_schedule(run):
-    with (run / "csv" / "metrics.csv").open() as file:
+    with (run / "csv" / "version_0" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     lines = with_gains(read_run(run))
     for line in lines:

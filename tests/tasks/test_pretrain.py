@@ -211,7 +211,7 @@ def test_muon_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tmp_path, capsys):
     folder = tmp_path / "run"
-    run_cli(*settings(folder, "task.max_steps=4"))
+    run_cli(*settings(folder, "task.max_steps=4", "logger=csv"))
     command = (folder / ".hydra" / "overrides.yaml").read_text()
     losses = checkpoint_of(folder)["progress"]["losses"]
 
@@ -220,9 +220,11 @@ def test_the_same_command_goes_on_in_its_folder_and_another_is_refused(whole, tm
     assert f"{folder} holds a run with another task.learning_rate" in capsys.readouterr().err
     assert (folder / ".hydra" / "overrides.yaml").read_text() == command
 
-    run_cli(*settings(folder))
+    run_cli(*settings(folder, "logger=csv"))
     assert losses_of(folder)[:4] == losses
     assert len(losses_of(folder)) == 12
+    logs = [folder / "csv" / f"version_{part}" / "metrics.csv" for part in range(2)]
+    assert [len(log.read_text().splitlines()) for log in logs] == [1 + 1, 1 + 2]  # every save_every
 
     with pytest.raises(SystemExit):
         run_cli(*settings(folder, "task.max_steps=3"))
