@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,12 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -39,6 +45,14 @@ USER_ERRORS = (
     OmegaConfBaseException,
 )
 
+# What may start the processes of several machines, and says where these are.
+LAUNCHERS = (
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+)
+
 GOES_ON = "what was done is kept, and the same command with {} goes on"
 
 
@@ -58,6 +72,7 @@ def run_all(arguments: Sequence[str]) -> Exception | None:
                 given = [option for option in arguments if option.startswith("hydra.sweep.dir=")]
                 newest = "hydra.sweep.dir=FOLDER (the newest below multirun/)"
                 preemption.advise(GOES_ON.format([newest, *given][-1]))
+                _check_launcher(arguments)
             run()
         return None
     except _Failed as failed:
@@ -152,6 +167,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         )
     check_configuration(cfg)
     _check_sweep(cfg)
+    _check_machines(cfg)
 
     # Task. One that logs while it runs returns its logger.
     logger = border.build(cfg.task, "task", Task)(cfg)
@@ -161,6 +177,15 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         report.write(folder)
         if (logger := logger or border.build(cfg.logger, "logger", Logger | None)) is not None:
             report.log_run(logger, cfg, folder)
+
+
+def _check_launcher(arguments: Sequence[str]) -> None:
+    """Refuse SLURM's launcher on a machine without SLURM, before submitit does by a traceback."""
+    if "hydra/launcher=submitit_slurm" in arguments and shutil.which("srun") is None:
+        raise ValueError(
+            "hydra/launcher=submitit_slurm needs SLURM's `srun`, which is not found here; start "
+            "the sweep from a login node of the cluster"
+        )
 
 
 def _check_sweep(cfg: DictConfig) -> None:
@@ -179,6 +204,17 @@ def _check_sweep(cfg: DictConfig) -> None:
             "again; sweep with one device per job (trainer=cpu or trainer=gpu) and use several "
             "devices in single runs, or let SLURM start the processes "
             "(hydra/launcher=submitit_slurm)"
+        )
+
+
+def _check_machines(cfg: DictConfig) -> None:
+    """Refuse several machines that cannot find each other: Lightning would wait for them."""
+    count = (cfg.get("trainer") or {}).get("num_nodes", 1)
+    is_told = "MASTER_ADDR" in os.environ or any(launcher.detect() for launcher in LAUNCHERS)
+    if count > 1 and not is_told:
+        raise ValueError(
+            f"trainer.num_nodes={count}, and nothing says where the other machines are: start "
+            "the command on each of them by torchrun, or by SLURM (docs/scaling.md)"
         )
 
 

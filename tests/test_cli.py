@@ -226,6 +226,7 @@ def test_a_wrong_setting_of_a_strategy_is_named(strategy, override, words, refus
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_answered_with_the_trainer_that_works(refused):
     assert "trainer=cpu" in refused(*SMALL, "trainer=gpu")
+    assert "trainer=cpu" in refused("task=pretrain", "model=unet_fashion", "trainer=gpu")
 
 
 @pytest.mark.slow
@@ -234,6 +235,27 @@ def test_a_sweep_with_two_devices_a_job_is_refused(refused):
     assert SWEPT in error
     assert "trainer.devices=2" in error
     assert "trainer=cpu" in error
+
+
+@pytest.mark.slow
+def test_machines_that_cannot_find_each_other_are_refused(refused, monkeypatch):
+    for name in ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    error = refused(*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.num_nodes=2")
+    assert "nothing says where the other machines are" in error
+    assert "torchrun" in error
+
+    error = refused(*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.num_nodes=0")
+    assert "positive" in error
+    assert "trainer=cpu" not in error  # it would not help
+
+
+@pytest.mark.slow
+def test_a_sweep_on_slurm_where_there_is_none_is_refused(refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = refused("--multirun", *SMALL, "hydra/launcher=submitit_slurm", "data.seed=1,2")
+    assert "hydra/launcher=submitit_slurm needs SLURM's `srun`" in error
+    assert SWEPT in error
 
 
 def test_a_sweep_without_a_job_says_nothing_of_others(refused):

@@ -22,12 +22,16 @@ while [ $# -gt 0 ]; do
     --dry) dry=yes ;;
     --wheels)
       site=$(mktemp -d)
-      "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$2"/*.whl || exit 1
+      "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "${2:?--wheels needs a folder}"/*.whl || exit 1
       PYTHONPATH=$PYTHONPATH:$site
       shift
       ;;
-    --training) training=$2 && shift ;;
-    --only) only=$2 && shift ;;
+    --training) training=${2:?--training needs settings} && shift ;;
+    --only)
+      only=${2-}
+      case $only in tests | speed | training) ;; *) echo "--only is tests, speed or training, not '$only'" >&2 && exit 2 ;; esac
+      shift
+      ;;
     *) echo "unknown: $1" >&2 && exit 2 ;;
   esac
   shift

@@ -1,4 +1,4 @@
-"""The calls, bytes and waiting times of each rank of a search.
+"""The calls, bytes, memory and waiting times of each rank of a search.
 
 python -m experiments.scaling.ranks
 
@@ -8,6 +8,7 @@ N = 100, K = 10.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing import start_processes
 
 from experiments.common import command_line, keep, table
+from experiments.scaling.run import Size, resident
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler
@@ -65,8 +67,8 @@ class Counted(DistributedCollective):
         return result
 
 
-def plan(rank: int, world: int, folder: str) -> None:
-    """Plan every strategy as one rank of several; the figures and the times go to a file."""
+def plan(rank: int, world: int, name: str, folder: str) -> None:
+    """Plan with a strategy as one rank of several; the figures and the times go to a file."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group(
@@ -78,37 +80,36 @@ def plan(rank: int, world: int, folder: str) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SAMPLES, *model.event_shape, generator=generator)
     samples = torch.arange(SAMPLES)[rank::world]
+    velocity = model.velocity(None)
+    rows = 0
 
-    # Plan with every strategy.
-    result = {}
-    for name, strategy in STRATEGIES.items():
-        rows = 0
-        velocity = model.velocity(None)
+    def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return velocity.fn(x, t, condition)
 
-        def fn(
-            x: Tensor, t: Tensor, condition: Tensor | None, velocity: BoundVelocity = velocity
-        ) -> Tensor:
-            nonlocal rows
-            rows += len(x)
-            return velocity.fn(x, t, condition)
+    # The problem. One call of the network first: its memory is not the search's.
+    counted = BoundVelocity(fn, velocity.condition, velocity.micro_batch)
+    collective = Counted()
+    grid = FlowSchedule().nodes(NODES)
+    problem = Problem(
+        counted, noise[samples], grid, Euler(), collective=collective, samples=samples
+    )
+    count = velocity.micro_batch
+    velocity.fn(torch.zeros(count, *model.event_shape), torch.full((count,), 0.5), None)
 
-        # The problem.
-        collective = Counted()
-        grid = FlowSchedule().nodes(NODES)
-        counted = BoundVelocity(fn, velocity.condition, velocity.micro_batch)
-        problem = Problem(
-            counted, noise[samples], grid, Euler(), collective=collective, samples=samples
-        )
-
-        # The search.
-        started = time.perf_counter()
-        steps = strategy.plan(problem, [STEPS])[STEPS]
-        result[name] = {
-            "seconds": time.perf_counter() - started,
-            "rows": rows,
-            "times": steps.times.tolist(),
-            **vars(collective),
-        }
+    # The search.
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins here
+    before = resident("VmRSS")
+    started = time.perf_counter()
+    steps = STRATEGIES[name].plan(problem, [STEPS])[STEPS]
+    result = {
+        "seconds": time.perf_counter() - started,
+        "memory": resident("VmHWM") - before,
+        "rows": rows,
+        "times": steps.times.tolist(),
+        **vars(collective),
+    }
 
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
     if world > 1:
@@ -119,41 +120,33 @@ def main() -> None:
     command_line(__doc__).parse_args()
     expected: dict[str, Any] = {}
     rows = []
-    for world in WORLDS:
+    for world, name in itertools.product(WORLDS, STRATEGIES):
         # Run the ranks.
         with tempfile.TemporaryDirectory() as folder:
-            start_processes(plan, (world, folder), nprocs=world, start_method="forkserver")
+            start_processes(plan, (world, name, folder), nprocs=world, start_method="forkserver")
             files = [Path(folder) / f"{rank}.json" for rank in range(world)]
-            results = [json.loads(file.read_text()) for file in files]
+            ranks = [json.loads(file.read_text()) for file in files]
+        expected.setdefault(name, ranks[0]["times"])
+        assert all(rank["times"] == expected[name] for rank in ranks), (world, name)
 
-        # One row a strategy.
-        for name in STRATEGIES:
-            ranks = [result[name] for result in results]
-            expected.setdefault(name, ranks[0]["times"])
-            assert all(rank["times"] == expected[name] for rank in ranks), (world, name)
-            calls = [rank["rows"] for rank in ranks]
-            balance = sum(calls) / (world * max(calls))
-            most = SAMPLES / (world * math.ceil(SAMPLES / world))
-            waits = [100 * rank["waiting"] / rank["seconds"] for rank in ranks]
-            waited = f"{min(waits):.0f} to {max(waits):.0f}"
-            rows.append([name, str(world), *cells(ranks), waited, f"{balance:.3f}", f"{most:.3f}"])
+        # What each sends, holds and waits for.
+        most = math.ceil(SAMPLES / world)
+        held = Size(NODES, STEPS, most, math.prod(GaussianMixture.from_asset().event_shape))
+        formula = f"{held.memory:.0f}" if name == "oss_shared" else "-"
+        memory = f"{max(rank['memory'] for rank in ranks):.0f}"
+        waits = [100 * rank["waiting"] / rank["seconds"] for rank in ranks]
+        waited = f"{min(waits):.0f} to {max(waits):.0f}"
+        sent = [ranks[0]["bytes"] / 1e3, ranks[0]["largest"] / 1e3]
+        row = [name, str(world), str(ranks[0]["calls"]), *(f"{size:.1f}" for size in sent)]
 
-    header = [
-        "strategy",
-        "ranks",
-        "collective calls",
-        "KB a rank",
-        "largest, KB",
-        "in them, %",
-        "balance",
-        "formula",
-    ]
+        # How evenly they work.
+        calls = [rank["rows"] for rank in ranks]
+        balance = [sum(calls) / (world * max(calls)), SAMPLES / (world * most)]
+        rows.append([*row, memory, formula, waited, *(f"{share:.3f}" for share in balance)])
+
+    header = ["strategy", "ranks", "collective calls", "KB a rank", "largest, KB", "MB at most"]
+    header += ["formula, MB", "in them, %", "balance", "formula"]
     keep(__file__, "ranks.md", table(header, rows))
-
-
-def cells(ranks: list[dict[str, Any]]) -> list[str]:
-    first = ranks[0]
-    return [str(first["calls"]), f"{first['bytes'] / 1e3:.1f}", f"{first['largest'] / 1e3:.1f}"]
 
 
 if __name__ == "__main__":

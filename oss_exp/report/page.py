@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,12 @@ class Report(Task):
         gather(Path(self.sweep).expanduser())
 
 
+def _by_number(path: Path) -> list[str | int]:
+    """Return a key that sorts jobs 2 and 10 by their numbers."""
+    parts = re.split(r"(\d+)", str(path))
+    return [int(part) if part.isdecimal() else part for part in parts]
+
+
 def gather(sweep: Path) -> None:
     """Write one table, picture and page of all runs below a folder.
 
@@ -183,8 +190,8 @@ def gather(sweep: Path) -> None:
         FileNotFoundError: If there is no run.
         ValueError: If no run can be reported.
     """
-    logs = [path for path in sorted(sweep.rglob("error.log")) if path.is_file()]
-    folders = sorted(path.parent for path in sweep.rglob("metrics.json"))
+    logs = [path for path in sorted(sweep.rglob("error.log"), key=_by_number) if path.is_file()]
+    folders = sorted((path.parent for path in sweep.rglob("metrics.json")), key=_by_number)
     if not folders:
         raise FileNotFoundError(
             f"no metrics.json below {sweep.resolve()}; sweep must be the folder of a --multirun"

@@ -1,7 +1,8 @@
-"""Sum and gather tensors over ranks, through torch.distributed."""
+"""The ranks of a run: their trainer, and sums and gathers through torch.distributed."""
 
 import atexit
 import contextlib
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,38 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig
 from torch import Tensor
 
 from oss_exp.stepsize import Collective
+from oss_exp.tasks import border
+
+
+def build_trainer(cfg: DictConfig, **options: Any) -> L.Trainer:
+    """Return the trainer of a run, whose ranks write into one folder and end their group.
+
+    Args:
+        cfg: The composed configuration.
+        options: Further options of the trainer.
+
+    Raises:
+        ValueError: If this machine has not what `trainer` asks for.
+    """
+    folder = Path(cfg.paths.output_dir)
+    try:
+        trainer: L.Trainer = border.build(
+            cfg.trainer, "trainer", L.Trainer, default_root_dir=folder, **options
+        )
+    except ValueError as error:
+        if re.search("accelerator|backend|device", str(error)) is None:
+            raise
+        raise ValueError(
+            f"{error}; choose one that this machine has, such as trainer=cpu"
+        ) from error
+
+    # Lightning sets `callbacks` later than its annotation says.
+    trainer.callbacks += [GroupEnd(), SharedFolder()]  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer
 
 
 class DistributedCollective(Collective):

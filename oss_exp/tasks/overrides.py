@@ -212,6 +212,9 @@ def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Excepti
         return ConfigCompositionException(
             f"{key} belongs to {parent}={rest[0]}, which is not chosen"
         )
+    if parent in cfg and (owners := _owners(conf / parent, rest)):
+        listed = " or ".join(f"{parent}={owner}" for owner in owners)
+        return ConfigCompositionException(f"{key} belongs to {listed}, which is not chosen")
     values = cast(dict[Any, Any], OmegaConf.to_container(cfg))
     keys = sorted(_keys(values), key=len)
     same_end = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
@@ -220,6 +223,18 @@ def explained(error: Exception, overrides: Sequence[str], conf: Path) -> Excepti
     return ConfigCompositionException(
         f"{key} does not exist here; {advice}`--cfg job` shows all values"
     )
+
+
+def _owners(group: Path, key: Sequence[str]) -> list[str]:
+    """Return up to three options of a group whose yaml has a key, or none if more have it."""
+    owners = []
+    for file in sorted(group.glob("*.yaml")):
+        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+        for name in key:
+            values = values.get(name, {}) if isinstance(values, dict) else {}
+        if values != {}:
+            owners.append(file.stem)
+    return owners if len(owners) <= 3 else []
 
 
 def _keys(values: dict[Any, Any]) -> list[str]:

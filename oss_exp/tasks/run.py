@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,7 +28,7 @@ from oss_exp.stepsize import ClosedForm, StepsizeStrategy
 from oss_exp.stepsize.base import check_num_steps
 from oss_exp.stepsize.oss.strategies import with_required
 from oss_exp.tasks import border
-from oss_exp.tasks.collective import GroupEnd, SharedFolder
+from oss_exp.tasks.collective import build_trainer
 from oss_exp.tasks.compatibility import require_same
 from oss_exp.tasks.setting import Setting, describe
 
@@ -77,7 +76,7 @@ class Run:
             strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)
         self.about = describe(self.setting, self.config)
 
-        self.trainer = self._build_trainer()
+        self.trainer = build_trainer(cfg)
         self._write_inputs()
 
     @property
@@ -112,19 +111,6 @@ class Run:
     def file(self, strategy: str, num_steps: int) -> Path:
         """Return the path of the file for a strategy's schedule of `num_steps` steps."""
         return self.folder / "schedules" / f"{strategy}_{num_steps}.json"
-
-    def _build_trainer(self) -> L.Trainer:
-        try:
-            trainer: L.Trainer = border.build(
-                self.cfg.trainer, "trainer", L.Trainer, default_root_dir=self.folder
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; choose one that this machine has, such as trainer=cpu"
-            ) from error
-        # Lightning sets `callbacks` later than its annotation says.
-        trainer.callbacks += [GroupEnd(), SharedFolder()]  # pyright: ignore[reportAttributeAccessIssue]
-        return trainer
 
     def _write_inputs(self) -> None:
         grid = json.dumps({"times": self.setting.grid.tolist()})

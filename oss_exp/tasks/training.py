@@ -32,8 +32,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from oss_exp.files import write_atomically
-from oss_exp.tasks import border, preemption
-from oss_exp.tasks.collective import DistributedCollective, GroupEnd, SharedFolder
+from oss_exp.tasks import preemption
+from oss_exp.tasks.collective import DistributedCollective, build_trainer
 from oss_exp.tasks.fitting import loss_bar, versions
 from oss_exp.tasks.task import Amount, Count, Positive, Share, Task, Whole
 from oss_exp.tasks.training_state import check_state, prune
@@ -252,11 +252,8 @@ def fit(
     Raises:
         ValueError: If the batch cannot be split over the ranks, or the checkpoint does not fit.
     """
-    trainer: L.Trainer = border.build(
-        cfg.trainer,
-        "trainer",
-        L.Trainer,
-        default_root_dir=Path(cfg.paths.output_dir),
+    trainer = build_trainer(
+        cfg,
         logger=logger or False,
         enable_checkpointing=False,  # the module writes them
         enable_progress_bar=False,
@@ -264,7 +261,7 @@ def fit(
         log_every_n_steps=min(50, task.save_every),
         max_epochs=1,
         gradient_clip_val=task.gradient_clip,
-        callbacks=[Bar(), GroupEnd(), SharedFolder()],
+        callbacks=[Bar()],
         plugins=[WholeCheckpoints()],
         **trainer_options,
     )

@@ -93,6 +93,7 @@ def test_names_of_earlier_versions_say_what_they_are_now(arguments, message, tmp
             "experiment=table_2 sets model, which task=fit_mixture does not read",
         ),
         ("metric.fid.num_images=10", "metric.fid.num_images belongs to metric=fid, which"),
+        ("trainer.num_nodes=2", "trainer.num_nodes belongs to trainer=ddp, which is not chosen"),
         ("scale=small", "scale=small sets task.scale, which task=compare does not read"),
         ("task=reproduce scale=tiny", "task=reproduce does not read data; leave out scale=tiny"),
         ("+images=digits", "+images=digits does nothing: task=compare does not read images"),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+NEGATIVES = ("negative_prompt", "negative_prompt_embeds")
 PER_SAMPLE = (*TEXTS, "image", "mask_image", "control_image", "generator")
 CHOSEN_BY_SEARCH = {"num_inference_steps", "timesteps", "sigmas", "latents"}
 
@@ -116,6 +117,15 @@ def check_call(kind: type, prompts: Sequence[Any], call: Mapping[str, Any]) -> N
     for name in BY_STEP_NUMBER:
         if name in call and name in parameters and call[name] != parameters[name].default:
             raise ValueError(f"{name} counts steps, and a search goes by times; leave it out")
+
+    # Guidance that diffusers leaves out without a word.
+    scale = call.get("true_cfg_scale")
+    is_negated = any(call.get(name) is not None for name in NEGATIVES)
+    if isinstance(scale, int | float) and scale > 1 and not is_negated:
+        raise ValueError(
+            f"true_cfg_scale={scale} does nothing without a negative prompt; add "
+            "negative_prompt='', or leave true_cfg_scale out"
+        )
 
     # Missing arguments.
     if not condition_argument(parameters):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMWuerstchenScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -81,6 +82,14 @@ def test_calls_that_do_not_fit_are_refused(stable_diffusion, call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         search(stable_diffusion, **call)
     assert stable_diffusion.pipe.scheduler is scheduler
+
+
+def test_guidance_that_has_no_effect_is_refused():
+    pipe = DiffusionPipeline.from_pretrained(oss_exp.ASSETS / "scenes_pipeline")
+    call = {"height": 64, "width": 64, "max_sequence_length": 12, "true_cfg_scale": 8.0}
+    with pytest.raises(ValueError, match=r"true_cfg_scale=8\.0 does nothing without a negative"):
+        Pipeline(pipe, ["a red boot"], **call)
+    Pipeline(pipe, ["a red boot"], **call, negative_prompt="")
 
 
 def test_arguments_that_count_steps_are_refused():
