@@ -1,6 +1,7 @@
 """The small relatives of FLUX, Open-Sora and MAR: their samples, and every strategy on them.
 
 python -m experiments.large_families.run quality    # 100 Euler steps, and how many samples fit
+python -m experiments.large_families.run blind      # video: twelve without captions, and the key
 python -m experiments.large_families.run compare    # K = 5, 10, 20 Euler steps, 100 for the teacher
 python -m experiments.large_families.run figure_7   # MAR: FID against the steps of every token
 
@@ -22,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -41,7 +43,10 @@ from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.pictures import as_bytes, encoded, frames_of
 from oss_exp.geneval.detectors import nearest_colours
 from oss_exp.geneval.garments import GARMENTS
+from oss_exp.noise import FlowSchedule
 from oss_exp.report.plots import gif
+from oss_exp.schedule import StepSchedule
+from oss_exp.solvers import Euler
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,14 @@ SHARE = 0.2  # of the brightest pixel, above which a pixel belongs to the garmen
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("part", choices=("quality", "compare", "figure_7"))
+    parser.add_argument("part", choices=("quality", "blind", "compare", "figure_7"))
     parser.add_argument(
         "networks", nargs="*", default=list(NETWORKS), metavar="network", help=" | ".join(NETWORKS)
     )
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    if options.part == "figure_7":
-        figure_7()
+    if options.part in ("blind", "figure_7"):
+        {"blind": blind, "figure_7": figure_7}[options.part]()
     else:
         for name in options.networks:
             {"quality": quality, "compare": compare}[options.part](name)
@@ -151,6 +156,30 @@ def quality(name: str) -> None:
         keep(__file__, f"{name}_quality.gif", captioned(images, texts))
     else:
         keep(__file__, f"{name}_quality.png", encoded(as_bytes(make_grid(images[:80], nrow=10))))
+
+
+def blind() -> None:
+    """Draw the teacher's samples of twelve random prompts, numbered, and write the prompts apart.
+
+    Whoever names garment and move of each should not have seen the prompts.
+    """
+    count, draw = 12, torch.Generator().manual_seed(1)
+    prompts = read_prompts("moving_fashion.txt")
+    texts = [prompts[i] for i in torch.randperm(len(prompts), generator=draw)[:count]]
+
+    # The samples.
+    guidance = f"model.guidance.scale={NETWORKS['video_fashion'].guidance}"
+    model = instantiate(
+        configuration("model=video_fashion", guidance, f"+model.prompts={texts}").model
+    )
+    noise = torch.randn(count, *model.event_shape, generator=draw)
+    steps = StepSchedule(FlowSchedule().nodes(100))
+    videos = model.generate(Euler(), steps, noise, torch.arange(count))
+
+    numbers = [str(number + 1) for number in range(count)]
+    keep(__file__, "video_fashion_blind.gif", captioned(videos, numbers, rows=3, columns=4))
+    rows = [list(row) for row in zip(numbers, texts, strict=True)]
+    keep(__file__, "video_fashion_blind.md", table(["clip", "prompt"], rows))
 
 
 def captioned(videos: Tensor, texts: list[str], rows: int = 4, columns: int = 5) -> bytes:
