@@ -39,6 +39,7 @@ YAML_OF_DEFAULTS = {
     "OSSShared": ("stepsize/oss_shared", ""),
     "Pipeline.from_pretrained": ("model/pipeline", ""),
     "XtMSE": ("distance/xt_mse", ""),
+    "UNet": ("model/unet_fashion", "backbone"),
     "DDPMPath": ("model/dit_xl_2_256", "parameterization.path"),
     "DataPrediction": ("model/video_fashion", "parameterization"),
     "EDMPrediction": ("model/edm_afhqv2_64", "parameterization"),

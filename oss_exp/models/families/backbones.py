@@ -8,7 +8,7 @@ for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ class UNet(nn.Module):
         num_classes: Number of classes; None for a network without.
         patch: Height and width of a patch in pixels; 1 for none.
         layers_per_block, block_out_channels, down_block_types, up_block_types,
-            attention_head_dim, norm_num_groups: Arguments of UNet2DModel.
+            attention_head_dim, norm_num_groups, resnet_time_scale_shift: Arguments of
+            UNet2DModel.
     """
 
     adaptive_norms: ClassVar[tuple[str, ...]] = ("time_emb_proj", "time_embedding")
@@ -46,6 +47,7 @@ class UNet(nn.Module):
         up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim: int = 32,
         norm_num_groups: int = 16,
+        resnet_time_scale_shift: Literal["default", "scale_shift"] = "default",
     ):
         from diffusers import UNet2DModel
 
@@ -73,6 +75,7 @@ class UNet(nn.Module):
             up_block_types=up_block_types,
             attention_head_dim=attention_head_dim,
             norm_num_groups=norm_num_groups,
+            resnet_time_scale_shift=resnet_time_scale_shift,
         )
 
     def forward(self, x: Tensor, clock: Tensor, classes: Tensor) -> Tensor:

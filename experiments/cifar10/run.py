@@ -1,0 +1,106 @@
+"""unet_cifar10, a network of photographs: its samples and FID, and tables 2 and 6 with FID.
+
+python -m experiments.cifar10.run statistics    # Inception's, of the 50,000 training images
+python -m experiments.cifar10.run quality       # a grid, and FID of 10,000 images of the teacher
+python -m experiments.cifar10.run tables        # every strategy of tables 2 and 6, PSNR and FID
+
+All need `--inception FILE`, the weights, and `statistics` also `--cifar10 FOLDER`, the images.
+Finished runs are kept in outputs/experiments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from experiments.common import OUTPUTS, finished, keep, measure, table
+from experiments.small_networks.run import FINE, grid
+
+NAME = "unet_cifar10"
+STATISTICS = (OUTPUTS / "cifar10/statistics/cifar10_train.npz").absolute()
+GUIDANCE = (1.0, 1.5, 2.0)  # of the quality's rows
+SCHEDULES = ("edm", "ddim", "fm")
+STRATEGIES = "edm,ddim,fm,dm,gits,oss_ave,oss_fit"
+BUDGETS = (5, 10, 20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("statistics", "quality", "tables"))
+    parser.add_argument("--inception", required=True, help="a file of Inception-V3's weights")
+    parser.add_argument("--cifar10", help="the folder of CIFAR-10")
+    options = parser.parse_args()
+    if options.part == "statistics" and options.cifar10 is None:
+        parser.error("statistics needs --cifar10 FOLDER")
+    torch.set_grad_enabled(False)
+
+    extractor = ["evaluation=inception", f"evaluation.extractor.weights={options.inception}"]
+    if options.part == "statistics":
+        statistics(options.cifar10, extractor)
+    else:
+        fid = [*extractor, f"evaluation.reference.path={STATISTICS}", "metric=[fid]"]
+        {"quality": quality, "tables": tables}[options.part](fid)
+
+
+def statistics(images: str, extractor: list[str]) -> None:
+    """Write mean and covariance of Inception's features of the training images."""
+    settings = ["task=statistics", "images=cifar10", f"images.root={images}", *extractor]
+    finished("cifar10/statistics", *settings, f"task.output={STATISTICS}", file=STATISTICS.name)
+
+
+def quality(fid: list[str]) -> None:
+    """Write a grid of samples, and FID of the teacher and of ten fitted steps by guidance.
+
+    The grid is by 200 Euler steps. The images of FID are by 25 steps of DPM-Solver++; a column
+    says how near the two are.
+    """
+    picture, agreement = grid(NAME)
+    keep(__file__, "quality.png", picture)
+
+    rows = []
+    for scale in GUIDANCE:
+        folder = finished(
+            f"cifar10/teacher_{scale}",
+            f"model={NAME}",
+            f"model.guidance.scale={scale}",
+            *FINE,
+            *fid,
+            "stepsize=oss_fit",
+            "num_steps=[10]",
+            "data.search_samples=32",
+            "data.eval_samples=10000",
+            "data.batch_size=250",
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (fitted,) = metrics["rows"]
+        cells = [metrics["teacher_metrics"]["fid"], fitted["metrics"]["fid"]]
+        row = [f"{scale:g}", *(f"{cell:.2f}" for cell in cells)]
+        rows.append([*row, agreement if scale == 1.5 else "-"])
+    header = ["guidance", "FID, teacher", "FID, ten calls of oss_fit"]
+    keep(__file__, "quality.md", table([*header, "PSNR to 200 Euler steps, n = 100"], rows))
+
+
+def tables(fid: list[str]) -> None:
+    """Write PSNR and FID of every strategy with Euler steps, for each noise schedule."""
+    for schedule in SCHEDULES:
+        name = f"cifar10/{schedule}"
+        measure(
+            name,
+            f"model={NAME}",
+            f"noise_schedule={schedule}",
+            f"stepsize=[{STRATEGIES}]",
+            f"num_steps=[{','.join(map(str, BUDGETS))}]",
+            "data.search_samples=32",
+            "data.eval_samples=2000",
+            "data.batch_size=250",
+            *fid,
+        )
+        keep(__file__, f"{schedule}.md", (OUTPUTS / name / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
