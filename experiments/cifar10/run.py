@@ -1,7 +1,7 @@
 """unet_cifar10, a network of photographs: its samples and FID, and tables 2 and 6 with FID.
 
 python -m experiments.cifar10.run statistics   # Inception's, of the 50,000 training images
-python -m experiments.cifar10.run quality      # a grid, and FID of 10,000 images of the teacher
+python -m experiments.cifar10.run quality      # a grid, and FID of the teacher by guidance
 python -m experiments.cifar10.run tables       # every strategy of tables 2 and 6, PSNR and FID
 
 All need `--inception FILE`, the weights, and `statistics` also `--cifar10 FOLDER`, the images.
@@ -19,7 +19,7 @@ from experiments.small_networks.run import FINE, grid
 
 NAME = "unet_cifar10"
 STATISTICS = (OUTPUTS / "cifar10/statistics/cifar10_train.npz").absolute()
-GUIDANCE = (1.0, 1.5)  # of the quality's rows
+QUALITY = ((1.0, 1_000), (1.5, 1_000), (2.0, 1_000), (1.5, 10_000))  # guidance and images
 STRATEGIES = "edm,ddim,fm,dm,gits,oss_ave,oss_fit"
 
 
@@ -57,9 +57,9 @@ def quality(fid: list[str]) -> None:
     keep(__file__, "quality.png", picture)
 
     rows = []
-    for scale in GUIDANCE:
+    for scale, count in QUALITY:
         folder = finished(
-            f"cifar10/teacher_{scale}",
+            f"cifar10/teacher_{scale}_{count}",
             f"model={NAME}",
             f"model.guidance.scale={scale}",
             *FINE,
@@ -67,15 +67,15 @@ def quality(fid: list[str]) -> None:
             "stepsize=oss_fit",
             "num_steps=[10]",
             "data.search_samples=32",
-            "data.eval_samples=10000",
+            f"data.eval_samples={count}",
             "data.batch_size=250",
         )
         metrics = json.loads((folder / "metrics.json").read_text())
         (fitted,) = metrics["rows"]
         cells = [metrics["teacher_metrics"]["fid"], fitted["metrics"]["fid"]]
-        row = [f"{scale:g}", *(f"{cell:.2f}" for cell in cells)]
+        row = [f"{scale:g}", str(count), *(f"{cell:.2f}" for cell in cells)]
         rows.append([*row, agreement if scale == 1.5 else "-"])
-    header = ["guidance", "FID, teacher", "FID, ten calls of oss_fit"]
+    header = ["guidance", "n", "FID, teacher", "FID, ten calls of oss_fit"]
     keep(__file__, "quality.md", table([*header, "PSNR to 200 Euler steps, n = 100"], rows))
 
 
