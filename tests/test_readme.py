@@ -36,7 +36,7 @@ CHANGED = {
     r"model\.checkpoint=(FILE|random|\S+\.pkl)": "model.size=tiny",
     r"model\.(quantization=\w+|offload=true)": "",
     r"n_trials=\d+": "n_trials=2",
-    r"(model=(?!\w*fashion|flux_scenes|edm|dit|mixture)\w+|experiment=table_\d)(?!.*scale=tiny)": r"\1 scale=tiny",
+    r"(model=(?!\w*fashion|flux_scenes|unet_cifar10|edm|dit|mixture)\w+|experiment=table_\d)(?!.*scale=tiny)": r"\1 scale=tiny",
 }
 SAMPLES = "data.search_samples=4 data.eval_samples=8 logger=none"
 ADDED = {
