@@ -203,8 +203,9 @@ def _check_sweep(cfg: DictConfig) -> None:
 def _check_machines(cfg: DictConfig) -> None:
     """Refuse several machines that cannot find each other: Lightning would wait for them."""
     count = (cfg.get("trainer") or {}).get("num_nodes", 1)
-    is_told = "MASTER_ADDR" in os.environ or any(launcher.detect() for launcher in LAUNCHERS)
-    if count > 1 and not is_told:
+    if count <= 1 or "MASTER_ADDR" in os.environ:
+        return
+    if not any(launcher.detect() for launcher in LAUNCHERS):
         raise ValueError(
             f"trainer.num_nodes={count}, and nothing says where the other machines are: start "
             "the command on each of them by torchrun, or by SLURM (docs/scaling.md)"

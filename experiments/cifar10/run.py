@@ -2,7 +2,7 @@
 
 python -m experiments.cifar10.run statistics   # Inception's, of the 50,000 training images
 python -m experiments.cifar10.run quality      # a grid, and FID of the teacher by guidance
-python -m experiments.cifar10.run tables       # every strategy of tables 2 and 6, PSNR and FID
+python -m experiments.cifar10.run tables       # strategies of tables 2 and 6, and fitted steps
 
 All need `--inception FILE`, the weights, and `statistics` also `--cifar10 FOLDER`, the images.
 Finished runs are kept in outputs/experiments.
