@@ -12,6 +12,21 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--only", "nothing"], ["--only"], ["--training"], ["--fast"]]
+)
+def test_a_wrong_argument_is_refused_before_any_work(arguments, tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "experiments" / "gpu" / "all.sh"), "--dry", *arguments],
+        env={**os.environ, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert arguments[0] in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_dry_run_of_all_parts(tmp_path):
     out, work = tmp_path / "out", tmp_path / "work"

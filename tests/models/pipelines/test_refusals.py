@@ -1,5 +1,6 @@
 """A search of a pipeline refuses what it cannot do, and survives errors of the network."""
 
+import functools
 import gc
 import random
 import re
@@ -23,6 +24,7 @@ from models.pipelines.parts import PROMPTS, Family
 import oss_exp
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.pipeline.loop import Loop
+from oss_exp.models.tiny import tiny
 from oss_exp.solvers import Euler
 
 
@@ -82,6 +84,18 @@ def test_calls_that_do_not_fit_are_refused(stable_diffusion, call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         search(stable_diffusion, **call)
     assert stable_diffusion.pipe.scheduler is scheduler
+
+
+def test_a_pipeline_that_needs_no_arguments_is_searched_by_its_prompts(monkeypatch):
+    pipe, call = tiny("StableDiffusionXLPipeline", {})
+    method = type(pipe).__call__  # at the size of its tiny parts
+    at_its_size = functools.wraps(method)(lambda *a, **given: method(*a, **given | call))
+    monkeypatch.setattr(type(pipe), "__call__", at_its_size)
+
+    steps = oss_exp.search(pipe, prompts=["a red boot"], num_steps=8, num_teacher_steps=12)
+    pipe.scheduler = steps.scheduler(pipe.scheduler)
+    assert steps.num_steps == 8
+    assert pipe("a blue bag", num_inference_steps=8).images[0].size[0] > 0
 
 
 def test_guidance_that_has_no_effect_is_refused():
