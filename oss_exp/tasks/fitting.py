@@ -69,7 +69,6 @@ def provenance(
     """
     options = asdict(task)
     options.pop("output")
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
     return {
         "name": Path(task.output).stem,
         "made_by": " ".join(["oss-exp", *HydraConfig.get().overrides.task]),
@@ -77,7 +76,7 @@ def provenance(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         **results,
         "seconds": round(seconds),
-        "hardware": f"{cores}, {platform.machine()}",
+        "hardware": cpu(),
         "versions": versions(),
     }
 
@@ -120,6 +119,12 @@ def require_both_splits(images: DictConfig) -> None:
         raise ValueError(
             f"images.split={images.split} does nothing here: train and test are read; leave it out"
         )
+
+
+def cpu() -> str:
+    """Return the processor's kind and how many of its cores PyTorch uses."""
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
+    return f"{cores}, {platform.machine()}"
 
 
 def versions() -> dict[str, str]:

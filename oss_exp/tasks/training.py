@@ -9,8 +9,6 @@ from __future__ import annotations
 import abc
 import io
 import math
-import os
-import platform
 import time
 import warnings
 from contextlib import nullcontext
@@ -34,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from oss_exp.files import write_atomically
 from oss_exp.tasks import preemption
 from oss_exp.tasks.collective import DistributedCollective, build_trainer
-from oss_exp.tasks.fitting import loss_bar, versions
+from oss_exp.tasks.fitting import cpu, loss_bar, versions
 from oss_exp.tasks.task import Amount, Count, Positive, Share, Task, Whole
 from oss_exp.tasks.training_state import check_state, prune
 
@@ -347,11 +345,8 @@ def origin() -> dict[str, Any]:
     for override in HydraConfig.get().overrides.task:
         if not override.startswith("task.resume="):
             overrides.append(override)
-    hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
     return {
         "made_by": " ".join(["oss-exp", *overrides]),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu(),
         "versions": versions(),
     }

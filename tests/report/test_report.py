@@ -272,6 +272,7 @@ def test_failed_jobs_are_explained_and_the_others_are_reported(tmp_path, capsys)
         assert "Failed, 2 of 12 runs:" in text
         assert "- 11: num_steps must be whole numbers from 1 to" in text
         assert "- 5: num_steps must be whole numbers" in text
+        assert text.index("- 5: num_steps") < text.index("- 11: num_steps")
 
 
 @pytest.fixture
