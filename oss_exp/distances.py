@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from oss_exp.checks import require_choice, require_range
 from oss_exp.tensors import rowwise
-from oss_exp.velocity import BoundVelocity
+from oss_exp.velocity import BoundVelocity, network_running
 
 Norm = Literal[1, 2]
 
@@ -225,7 +225,8 @@ class Perceptual(Distance):
         def layer_features(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             """Run the network and return the layer's outputs in place of the velocity."""
             outputs.clear()
-            velocity.fn(x, t, condition)
+            with network_running():
+                velocity.fn(x, t, condition)
             if not outputs:
                 raise ValueError(
                     f"layer {self.layer} does not run when the model gives a velocity; "

@@ -7,7 +7,9 @@ guided call, *E event dims.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -133,6 +135,27 @@ class BoundVelocity:
                 "bind it as a BoundVelocity"
             )
         return replace(self, condition=None if self.condition is None else self.condition[samples])
+
+
+_running = ContextVar("_running", default=False)
+
+
+@contextmanager
+def network_running() -> Iterator[None]:
+    """Run the network for every call within this context, also where a log could answer.
+
+    For what hooks see inside of the network.
+    """
+    token = _running.set(True)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def network_has_to_run() -> bool:
+    """Return whether calls are within `network_running`."""
+    return _running.get()
 
 
 def _unconditioned(velocity: VelocityFn, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from oss_exp.distances import Perceptual, Select
 from oss_exp.noise import FlowSchedule
 from oss_exp.solvers import Euler, sample
 from oss_exp.stepsize import OSSShared, Problem
+from oss_exp.tasks.call_log import Calls
 from oss_exp.velocity import BoundVelocity
 
 
@@ -121,3 +122,16 @@ def test_a_layer_that_does_not_run_is_refused(net):
 def test_select_binds_what_it_wraps(net):
     distance = Select(Perceptual("inner", 0.0), frames=None, channels=2).bind(net)
     assert distance.distance.module is net.inner
+
+
+def test_a_search_whose_answers_are_in_a_log_gives_the_same_schedule(net, tmp_path):
+    log = Calls(tmp_path, rank=0)
+    velocity = log.recorded(net.velocity(None))
+    grid = FlowSchedule().nodes(8)
+    distance = Perceptual("inner", 0.05).bind(net)
+    schedules = []
+    for _ in range(2):
+        problem = Problem(velocity, states(4)[0], grid, Euler(), distance)
+        with log.of("work"):
+            schedules.append(OSSShared("pinned", None, False, "mean").plan(problem, [3])[3])
+    assert schedules[0].times.tolist() == schedules[1].times.tolist()

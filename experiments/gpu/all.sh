@@ -68,8 +68,11 @@ collect() { # the training's files, which lie deep
   grid=$(ls "$WORK"/training/samples/step_*.png 2>/dev/null | tail -n 1)
   [ -z "$weights" ] || cp "$weights" "$OUT/weights.safetensors"
   [ -z "$grid" ] || cp "$grid" "$OUT/samples.png"
-  [ ! -f "$WORK/training/checkpoints/last.ckpt" ] ||
-    split --bytes 15M "$WORK/training/checkpoints/last.ckpt" "$OUT/last.ckpt."
+  [ -f "$WORK/training/checkpoints/last.ckpt" ] || return 0
+  rm -rf "$WORK/parts" && mkdir "$WORK/parts"
+  split --bytes 15M "$WORK/training/checkpoints/last.ckpt" "$WORK/parts/last.ckpt."
+  rm -f "$OUT"/last.ckpt.*  # those of an earlier checkpoint, which may be more
+  mv "$WORK"/parts/last.ckpt.* "$OUT"
 }
 
 {
@@ -84,13 +87,21 @@ part speed "$speed" "$python" -m experiments.gpu_speed.run --output "$OUT" --sec
   failed=1
 
 # A signal ends a training with all its steps kept; the next call goes on.
-(while sleep 20; do collect; done) &
+rm -f "$WORK/ended"
+trap 'touch "$WORK/ended"' EXIT
+(
+  seconds=0
+  until [ -e "$WORK/ended" ]; do
+    sleep 1 && seconds=$((seconds + 1))
+    [ $((seconds % 20)) -ne 0 ] || collect
+  done
+) &
 collector=$!
 # shellcheck disable=SC2086  # settings are words
 part training "$train" "$python" -m oss_exp task=pretrain $training trainer=$trainer logger=none \
   hydra.run.dir="$WORK/training"
 code=$?
-kill $collector 2>/dev/null
+touch "$WORK/ended" && wait $collector
 case $code in 0 | 124 | 143) ;; *) failed=1 ;; esac
 collect
 ls -l "$OUT"

@@ -77,10 +77,12 @@ class Guidance:
 
         def both(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             """Return the conditional and the unconditional velocity, (M, 2, *E)."""
-            # One call for all rows, those within the interval twice.
-            guided = ((t >= low) & (t <= high)).nonzero()[:, 0]
+            # One call for all rows, those within the interval twice. Finding them waits for a GPU.
+            guided = slice(None)
+            if self.interval is not None:
+                guided = ((t >= low) & (t <= high)).nonzero()[:, 0]
             rows = torch.cat([x, x[guided]])
-            classes = torch.cat([y, _none(guided)])
+            classes = torch.cat([y, _none(t[guided])])
             v = network(rows, torch.cat([t, t[guided]]), classes)
 
             # Where nothing is guided, both are the conditional one.

@@ -177,6 +177,8 @@ class DDPMPath(GaussianPath):
     betas: Tensor = field(default_factory=lambda: linear_betas(), repr=False)
     # (T,) sigma / alpha at every index, finite.
     _ratio: Tensor = field(init=False, repr=False)
+    # Its copies on other devices: copying it at every network call would wait for the device.
+    _ratios: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
     clock = "DDPM index"
 
     def __post_init__(self) -> None:
@@ -206,7 +208,7 @@ class DDPMPath(GaussianPath):
         object.__setattr__(self, "_ratio", ratio)
 
     def canonical(self, tau: Tensor) -> Tensor:
-        ratios = self._ratio.to(tau.device)
+        ratios = self._ratios_on(tau.device)
         low = tau.floor().clamp(0, len(self.betas) - 2)
         index = low.long()
         log_ratio = torch.lerp(ratios[index].log(), ratios[index + 1].log(), tau - low)
@@ -215,13 +217,18 @@ class DDPMPath(GaussianPath):
         return torch.where(tau >= len(ratios) - 1, 1.0, t) if self.betas[-1] == 1 else t
 
     def native(self, t: Tensor) -> Tensor:
-        ratios = self._ratio.to(t.device)
+        ratios = self._ratios_on(t.device)
         ratio = (t / (1 - t)).clamp(max=float(self._ratio[-1]))
         index = torch.searchsorted(ratios, ratio.contiguous()).clamp(1, len(self.betas) - 1)
         low = ratios[index - 1].log()
         high = ratios[index].log()
         tau = index - 1 + (ratio.clamp(min=1e-300).log() - low) / (high - low)
         return torch.where(ratio < ratios[0], ratio / ratios[0] - 1, tau)
+
+    def _ratios_on(self, device: torch.device) -> Tensor:
+        if device not in self._ratios:
+            self._ratios[device] = self._ratio.to(device)
+        return self._ratios[device]
 
 
 def linear_betas(

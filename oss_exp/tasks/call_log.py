@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from oss_exp.files import LIMIT
-from oss_exp.velocity import BoundVelocity
+from oss_exp.velocity import BoundVelocity, network_has_to_run
 
 # Checksums of a call's input and answer, and the size in bytes of the answer, which follows.
 HEAD = struct.Struct("<IIQ")
@@ -83,12 +83,12 @@ class Calls:
     def recorded(self, velocity: BoundVelocity) -> BoundVelocity:
         """Return a velocity that answers through the log.
 
-        Calls that gradients go through are not logged.
+        Calls that gradients go through are not logged, and none within `network_running`.
         """
 
         def fn(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             needs_gradient = torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)
-            if self.file is None or needs_gradient:
+            if self.file is None or needs_gradient or network_has_to_run():
                 return velocity.fn(x, t, condition)
             return self.answer(velocity.fn, x, t, condition, most_values=x.numel())
 

@@ -21,6 +21,7 @@ from oss_exp.data.prompts import read_prompts
 from oss_exp.distances import Distance
 from oss_exp.files import write_atomically
 from oss_exp.models.base import Model
+from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.stages import Staged
 from oss_exp.noise import NoiseSchedule
 from oss_exp.solvers import Solver
@@ -58,6 +59,12 @@ class Run:
         if cfg.data.get("classes") == "auto":
             cfg.data.classes = "all" if model.needs_classes else None
         require_same(cfg, self.folder, *free)
+
+        # A pipeline tells its times and shapes by running, which on a CPU takes long.
+        self.trainer = build_trainer(cfg)
+        if isinstance(model, Pipeline):
+            model.to(self.trainer.strategy.root_device)
+
         self.config: Any = OmegaConf.to_container(cfg, resolve=True)
 
         # Strategies, and what they all share.
@@ -76,7 +83,6 @@ class Run:
             strategy.network_calls(cfg.num_teacher_steps, self.num_steps, 0)
         self.about = describe(self.setting, self.config)
 
-        self.trainer = build_trainer(cfg)
         self._write_inputs()
 
     @property

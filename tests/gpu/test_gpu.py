@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from diffusers import UniPCMultistepScheduler
 from helpers import run_cli
 
+import oss_exp
 from experiments.kill_test.run import TASKS
+from oss_exp.models.tiny import tiny
 from oss_exp.schedule import StepSchedule
 
 pytestmark = pytest.mark.gpu
@@ -167,3 +170,14 @@ def test_pipelines(run, preset):
     ]
     gpu = run(preset, f"model={preset}", *short, TRAINER)
     require_near(gpu, run(f"{preset}_cpu", f"model={preset}", *short, "trainer=cpu"))
+
+
+def test_a_pipeline_whose_scheduler_keeps_its_noise_levels_in_host_memory():
+    pipe, call = tiny("WanPipeline", {})
+    pipe.scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    pipe.to("cpu" if TRAINER == "trainer=cpu" else "cuda")
+    model = oss_exp.Pipeline(pipe, ["a fox", "a boat"], **call)
+    steps = oss_exp.search(model, num_steps=2, num_teacher_steps=6)
+    assert steps.num_steps == 2

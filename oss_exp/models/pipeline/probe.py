@@ -292,10 +292,10 @@ def _clock_shift(scheduler: Any) -> float:
     if not is_flow or not isinstance(sigmas, Tensor):
         return 1.0
 
-    # The same up to rounding.
+    # The same up to rounding. Multistep schedulers keep their sigmas in host memory.
     scale = scheduler.config["num_train_timesteps"]
-    t = scheduler.timesteps.double() / scale
-    sigma = sigmas[: len(t)].double()
+    t = scheduler.timesteps.double().cpu() / scale
+    sigma = sigmas[: len(t)].double().cpu()
     if torch.allclose(t, sigma, rtol=0, atol=1.01 / scale):
         return 1.0
 

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model_state_dict
 
 from oss_exp.cli import CONF
+from oss_exp.models.pipeline import Pipeline
+from oss_exp.models.pipeline.calls import SuspendedCalls
 from oss_exp.models.tiny import TINY, pictures, tiny
 from oss_exp.schedule import StepSchedule
 
@@ -101,6 +103,18 @@ def test_the_commands_of_the_documentation_run_at_tiny_size(command, tmp_path, m
     assert all(
         "_tiny" in file.read_text() for file in Path("run", "schedules").glob("oss_*_3.json")
     )
+
+
+def test_a_pipeline_is_on_its_device_before_it_is_called(tmp_path, monkeypatch):
+    events = []
+    begin, move = SuspendedCalls.begin, Pipeline._apply
+    monkeypatch.setattr(
+        SuspendedCalls, "begin", lambda *a, **k: events.append("called") or begin(*a, **k)
+    )
+    monkeypatch.setattr(Pipeline, "_apply", lambda *a: events.append("moved") or move(*a))
+    run_cli("model=sd15", "scale=tiny", *SHORT, f"hydra.run.dir={tmp_path}")
+    assert events[0] == "moved"
+    assert "called" in events
 
 
 def test_the_documentation_lists_all_presets():
