@@ -19,7 +19,7 @@ from experiments.small_networks.run import FINE, grid
 
 NAME = "unet_cifar10"
 STATISTICS = (OUTPUTS / "cifar10/statistics/cifar10_train.npz").absolute()
-QUALITY = ((1.0, 1_000), (1.5, 1_000), (2.0, 1_000), (1.5, 10_000))  # guidance and images
+QUALITY = ((1.0, 1_000), (1.5, 1_000), (2.0, 1_000), (3.0, 1_000), (2.0, 10_000))  # guidance and images
 STRATEGIES = "edm,ddim,fm,dm,gits,oss_ave,oss_fit"
 
 
@@ -89,7 +89,7 @@ def tables(fid: list[str]) -> None:
         f"stepsize=[{STRATEGIES}]",
         "num_steps=[5,10]",
         "data.search_samples=32",
-        "data.eval_samples=2000",
+        "data.eval_samples=1000",
         "data.batch_size=250",
         *fid,
     )

@@ -156,11 +156,17 @@ class Pipeline(Model):
         return model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pipeline:
-        """Move the pipeline with the model. Offloaded parts move by themselves."""
+        """Move the pipeline with the model. Parts in host memory get another GPU to run on."""
         super()._apply(fn, recurse)
-        if self.place.device != self.pipe._execution_device:
-            self.release()
-            self.pipe.to(self.place.device)
+        device = self.place.device
+        if device == self.pipe._execution_device:
+            return self
+
+        self.release()
+        if not getattr(self.pipe, "_all_hooks", []):
+            self.pipe.to(device)
+        elif device.type != "cpu":
+            self.pipe.enable_model_cpu_offload(device=device)
         return self
 
     # The contract of a model.

@@ -202,6 +202,19 @@ def test_release_frees_the_hooks_of_the_pipeline(family, monkeypatch):
     assert freed == [family.pipe] * 2
 
 
+def test_the_parts_of_an_offloaded_pipeline_stay_in_host_memory(monkeypatch):
+    """Device `meta` stands in for a GPU."""
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.empty_device_cache", lambda *_: None)
+    family = stable_diffusion()
+    family.pipe.enable_model_cpu_offload(device="meta")
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+
+    for device in ("cpu", "meta"):
+        model.to(device)
+        assert family.pipe._execution_device.type == "meta"
+        assert family.pipe.unet.device.type == "cpu"
+
+
 PROGRAM = """
 import sys
 import torch
