@@ -206,8 +206,8 @@ def test_the_parts_of_an_offloaded_pipeline_stay_in_host_memory(monkeypatch):
     """Device `meta` stands in for a GPU."""
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.empty_device_cache", lambda *_: None)
     family = stable_diffusion()
-    family.pipe.enable_model_cpu_offload(device="meta")
     model = Pipeline(family.pipe, family.prompts, **family.call)
+    family.pipe.enable_model_cpu_offload(device="meta")
 
     for device in ("cpu", "meta"):
         model.to(device)
