@@ -312,8 +312,8 @@ class _Measuring:
             noise = setting.first_state(batch["noise"])
             velocity = model.velocity(condition)
 
-            # Teacher, and how far it is from the base's.
-            x0 = model.sample(setting.solver, setting.teacher, noise, condition)
+            # Teacher, with the stages of a cell that has some, and how far it is from the base's.
+            x0 = model.sample(setting.teacher_solver, setting.teacher, noise, condition)
             reference = model.decode(x0)
             calls += nfe(setting.solver, setting.teacher, velocity) * len(noise)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def check_fits(
         )
 
     # Solver, whose orders were searched.
-    solver = replace(setting.solver, calibration=None)
+    solver = setting.teacher_solver
     searched_solver = steps.about("solver")
     uses_orders = steps.orders is not None and cfg.run_orders == "searched"
     if uses_orders and not _is_recorded(solver, searched_solver):

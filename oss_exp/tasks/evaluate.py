@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -284,11 +284,11 @@ class EvaluateModule(L.LightningModule):
 
         # Teacher.
         solver = self.setting.solver
-        plain = replace(solver, calibration=None)
+        teacher_solver = self.setting.teacher_solver
         original = self.model.original
         grid = self.setting.teacher
         recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
-        x0, teacher = _sampled(original, plain, grid, noise, condition, None, recorder)
+        x0, teacher = _sampled(original, teacher_solver, grid, noise, condition, None, recorder)
         width = spread(x0)
 
         # A distributed sampler repeats samples to even out the ranks; metrics take each once.

@@ -36,6 +36,7 @@ from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Count, Task
 
+TEACHER = "teacher"  # label of the teacher's pictures
 FIRST = 2 * HELD_OUT  # index of the first noise, beyond those of searches and evaluations
 
 
@@ -69,7 +70,7 @@ class GenEval(Task):
                 "leave it out of stepsize"
             )
         plan(run)
-        schedules = {"teacher": run.setting.teacher}
+        schedules = {TEACHER: run.setting.teacher}
         for name in run.strategies:
             for k in run.num_steps:
                 file = run.file(name, k)
@@ -170,8 +171,13 @@ class Maker(L.LightningModule):
         numbers = batch["numbers"].tolist()
 
         # All pictures of the batch, of which the missing ones are written.
+        model = self.model
+        solver = self.setting.solver
+        if label == TEACHER:
+            model = model.original
+            solver = self.setting.teacher_solver
         noise = self.setting.first_state(batch["noise"])
-        images = self.model.generate(self.setting.solver, steps, noise, batch["prompts"])
+        images = model.generate(solver, steps, noise, batch["prompts"])
         pictures = as_bytes(images).cpu().numpy()
         lacking = self._lacking(label, numbers)
         for number, image in zip(numbers, pictures, strict=True):

@@ -185,6 +185,24 @@ def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_
     assert StepSchedule.load("c/schedules/three.json").range.cells[0].psnr != before
 
 
+@pytest.mark.slow
+def test_a_calibration_is_for_the_schedule_and_not_for_the_teacher(run, searched):
+    task = ["task=calibrate", "task.samples=4", "data.search_samples=2", "stepsize=ddim"]
+    same = ["num_teacher_steps=8", "data.classes=all", "logger=none", "hydra.run.dir=table"]
+    run_cli(*task, *same)
+    cell = ["task.axes.guidance=[]", "task.axes.shift=[]"]
+    run(*cell, "hydra.run.dir=plain")
+    run(*cell, "hydra.run.dir=calibrated", "solver.calibration=table/calibration.json")
+
+    teachers = []
+    values = []
+    for folder in ("plain", "calibrated"):
+        teachers.append(Path(folder, "cells", "teacher.safetensors").read_bytes())
+        values.append(StepSchedule.load(f"{folder}/schedules/three.json").range.cells[0].psnr)
+    assert teachers[0] == teachers[1]
+    assert values[0] != values[1]
+
+
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
