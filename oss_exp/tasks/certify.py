@@ -264,8 +264,9 @@ class _Measuring:
         if file.is_file() and (axis != "base" or pictures.is_file()):
             record = load_record(file, CellRecord, "measured cell", "remove it")
             if axis == "base":
-                images = load_asset(pictures, "the teacher's samples")[0]["images"]
-                self.images = dict(zip(record.index, images, strict=True))
+                size = pictures.stat().st_size  # as many as were written, from memory
+                tensors, _ = load_asset(pictures, "the teacher's samples", limit=size)
+                self.images = dict(zip(record.index, tensors["images"], strict=True))
             return record
 
         # A new one, if the longest so far would fit into the time.

@@ -14,11 +14,13 @@ import pytest
 import torch
 from helpers import run_cli
 
+from oss_exp import files
 from oss_exp.export import comfyui_nodes, oss_scheduler
 from oss_exp.export.numbers import save_in_numbers
 from oss_exp.export.oss_scheduler import OSSScheduler
 from oss_exp.schedule import StepSchedule
 from oss_exp.schedule_file import Cell, Certificate
+from oss_exp.tasks import certify
 from oss_exp.tasks.certify import BASE, CellRecord, certificate_of, round_weights
 
 CERTIFY = [
@@ -48,10 +50,10 @@ def run(tmp_path, monkeypatch):
     """Run task=certify in `tmp_path` with more settings."""
     monkeypatch.chdir(tmp_path)
 
-    def certify(*settings: str) -> None:
+    def run(*settings: str) -> None:
         run_cli(*CERTIFY, *settings)
 
-    return certify
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,25 @@ def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_
     run(*one_cell)
 
     assert StepSchedule.load("c/schedules/three.json").range.cells[0].psnr != before
+
+
+@pytest.mark.slow
+def test_a_certification_goes_on_where_its_pictures_exceed_the_limit_of_assets(
+    run, searched, monkeypatch
+):
+    first = ["hydra.run.dir=c", "task.axes.guidance=[]", "task.axes.shift=[]"]
+    run(*first)
+
+    def load(path, what, form=files.Provenance, limit=100):
+        return files.load_asset(path, what, form, limit)
+
+    monkeypatch.setattr(certify, "load_asset", load)
+
+    run(*first, "task.axes.shift=[2]")
+
+    moved = [cell.moved for cell in StepSchedule.load("c/schedules/three.json").range.cells]
+    assert moved[0] is None
+    assert moved[1] > 10
 
 
 @pytest.mark.slow
