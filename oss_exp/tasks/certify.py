@@ -491,6 +491,8 @@ def _dtype(cfg: Any, value: str) -> None:
     if value in WEIGHTS:
         if "quantization" in cfg.model:
             cfg.model.quantization = WEIGHTS[value]
+        elif cfg.stages is not None:
+            raise Skipped("the network has stages, whose weights come from files, unrounded")
         return
     if value not in get_args(Dtype):
         choices = ", ".join([*get_args(Dtype), *WEIGHTS])

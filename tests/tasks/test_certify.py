@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import run_cli
+from omegaconf import OmegaConf
 
 from oss_exp import files
 from oss_exp.export import comfyui_nodes, oss_scheduler
@@ -442,6 +443,16 @@ def test_the_intervals_are_paired():
     assert half.loss_interval == pytest.approx((1.0, 1.0))  # though the samples differ by 10 dB
     assert base.gain_interval == pytest.approx((10.0, 10.0))
     assert certificate.calls == 10
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_weights_of_stages_are_not_rounded_and_their_cells_are_skipped(kind):
+    cfg = OmegaConf.create({"model": {"dtype": "float32"}, "stages": "folder"})
+    with pytest.raises(certify.Skipped, match="the network has stages"):
+        certify.CHANGES["dtype"](cfg, kind)
+
+    certify.CHANGES["dtype"](cfg, "bfloat16")
+    assert cfg.model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.5 / 127 + 1e-6), ("float8_e4m3fn", 2**-4)])
