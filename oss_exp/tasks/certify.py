@@ -187,6 +187,12 @@ def _check_run(run: Run, path: Path, steps: StepSchedule) -> dict[str, ClosedFor
             f"step schedule {path} has times of its own for each sample; certify one for all "
             "samples"
         )
+    if steps.orders is not None and run.config["run_orders"] == "fixed":
+        raise ValueError(
+            f"run_orders=fixed: task=certify measures {path} with the orders that it has, of which "
+            "its range is; set run_orders=searched, and the solver that the orders were searched "
+            "with"
+        )
     if run.trainer.world_size > 1:
         raise ValueError("task=certify runs on one device; set trainer.devices=1")
 

@@ -19,7 +19,7 @@ from oss_exp import files
 from oss_exp.export import comfyui_nodes, oss_scheduler
 from oss_exp.export.numbers import save_in_numbers
 from oss_exp.export.oss_scheduler import OSSScheduler
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import SolverSteps, StepSchedule
 from oss_exp.schedule_file import Cell, Certificate
 from oss_exp.tasks import certify
 from oss_exp.tasks.certify import BASE, CellRecord, certificate_of, round_weights
@@ -256,6 +256,15 @@ def test_wrong_settings_are_refused(setting, message, searched, capsys):
     with pytest.raises(SystemExit):
         run_cli(*CERTIFY, setting, "hydra.run.dir=wrong")
     assert message in capsys.readouterr().err
+
+
+def test_other_orders_than_those_of_the_schedule_are_refused(run, tmp_path, capsys):
+    orders = SolverSteps(torch.tensor([1, 2, 1]))
+    StepSchedule([1.0, 0.5, 0.2, 0.0], steps=orders).save("three.json")
+    with pytest.raises(SystemExit):
+        run("hydra.run.dir=c", "task.allow_other_model=true", "run_orders=fixed")
+    assert "set run_orders=searched" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "cells").exists()
 
 
 # ------------------------------------------------------------------------------------------------
