@@ -33,6 +33,7 @@ from oss_exp.files import shipped_schedule, write_atomically
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.stages import Staged
+from oss_exp.provenance import configuration
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
 from oss_exp.tasks import border, preemption
@@ -244,7 +245,9 @@ class EvaluateModule(L.LightningModule):
         self.failed: dict[str, Exception] = {}
 
         # Progress. The origin is what the sums depend on, beyond what the run folder fixes.
-        self.origin = json.dumps([metrics.origin, save_images, trajectories.count])
+        # A saved schedule may have been planned anew at its path.
+        settings = [metrics.origin, save_images, trajectories.count, configuration(schedules)]
+        self.origin = json.dumps(settings)
         self.num_seen = 0
         self.batches = 0
         self.saved_at = time.monotonic()

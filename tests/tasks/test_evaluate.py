@@ -9,6 +9,7 @@ from PIL import Image
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.metrics import FID, KID, ClassAgreement
 from oss_exp.evaluation.statistics import Reference
+from oss_exp.schedule import StepSchedule
 from oss_exp.tasks import evaluate
 
 SMALL = [
@@ -250,3 +251,26 @@ def test_another_metric_is_measured_in_the_same_folder(tmp_path):
     (row,) = metrics_of(tmp_path)["rows"]
     assert list(row["metrics"]) == ["class_agreement"]
     assert schedule.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_another_schedule_at_the_same_path_is_measured_anew(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    command = [*SMALL, "task=evaluate", f"task.schedule={file}", "task.allow_other_model=true"]
+    command += ["data.eval_samples=20", "metric=fid"]
+
+    # A run that is stopped when all is seen.
+    StepSchedule([1.0, 0.5, 0.0]).save(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(FID, "compute", fails)
+        with pytest.raises(SystemExit):
+            run_cli(*command, f"hydra.run.dir={tmp_path / 'run'}")
+    assert list((tmp_path / "run" / "evaluation").iterdir())
+
+    # The same command on other times.
+    StepSchedule([1.0, 0.7, 0.0]).save(file)
+    rows = []
+    for name in ("run", "undisturbed"):
+        run_cli(*command, f"hydra.run.dir={tmp_path / name}")
+        rows.append(metrics_of(tmp_path / name)["rows"])
+    assert rows[0] == rows[1]
