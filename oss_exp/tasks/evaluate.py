@@ -253,7 +253,8 @@ class EvaluateModule(L.LightningModule):
         self.saved_at = time.monotonic()
         self.velocity: BoundVelocity | None = None
 
-        # Results by label: rows of (index, PSNR, spread), and pictures with their indices.
+        # Results by label, in host memory: rows of (index, PSNR, spread), and pictures with their
+        # indices.
         self.values: dict[str, list[Tensor]] = {}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {"teacher": []}
         for label in schedules:
@@ -320,7 +321,7 @@ class EvaluateModule(L.LightningModule):
             quality = psnr(images, teacher[rows]).double()
             relative_spread = spread(x0) / width[rows]
             table = torch.stack([index[rows].double(), quality, relative_spread], dim=1)
-            self.values[label].append(table)
+            self.values[label].append(table.cpu())
             part = {key: value[rows] for key, value in batch.items()}
             self._record(label, part, images, teacher[rows], is_new[rows])
 
@@ -360,7 +361,7 @@ class EvaluateModule(L.LightningModule):
         if not self.progress.is_file():
             return
         try:
-            progress = torch.load(self.progress, map_location=self.device, weights_only=True)
+            progress = torch.load(self.progress, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file: start from the beginning
             return
         if not isinstance(progress, dict) or progress.get("origin") != self.origin:
@@ -372,6 +373,7 @@ class EvaluateModule(L.LightningModule):
                 for part in metric.metric_state:
                     setattr(metric, part, progress["metrics"][label][name][part])
                 metric._update_count = progress["batches"]
+                metric.to(self.device)
 
         # Counts and samples.
         self.num_seen = progress["seen"]
@@ -401,7 +403,8 @@ class EvaluateModule(L.LightningModule):
         pictures = images[is_shown]
         if images.ndim == 5 and not keep_all:
             pictures = reduced(pictures)
-        self.pictures[label].append((batch["index"][is_shown], as_bytes(pictures)))
+        kept = batch["index"][is_shown].cpu(), as_bytes(pictures).cpu()
+        self.pictures[label].append(kept)
 
         # Files of all samples.
         if self.save_images == "png":
@@ -458,8 +461,8 @@ class EvaluateModule(L.LightningModule):
 
     def _image_values(self, label: str, collective: DistributedCollective) -> dict[str, Any]:
         """Return the PSNR and the spread of a schedule's samples, as `measured` does."""
-        empty = torch.zeros(0, 3, dtype=torch.float64, device=self.device)
-        table = collective.gather(torch.cat(self.values[label] or [empty])).cpu().numpy()
+        empty = torch.zeros(0, 3, dtype=torch.float64)
+        table = collective.gather(torch.cat(self.values[label] or [empty])).numpy()
 
         # A distributed sampler may repeat samples to even out the ranks.
         index, first = np.unique(table[:, 0].astype(int), return_index=True)
@@ -480,8 +483,8 @@ class EvaluateModule(L.LightningModule):
         for label, parts in self.pictures.items():
             parts = parts or [(template_index[:0], template_images[:0])]
             part_index, part_images = zip(*parts, strict=True)
-            index = collective.gather(torch.cat(part_index)).cpu().numpy()
-            images = collective.gather(torch.cat(part_images)).cpu().numpy()
+            index = collective.gather(torch.cat(part_index)).numpy()
+            images = collective.gather(torch.cat(part_images)).numpy()
 
             # A distributed sampler may repeat samples.
             first = np.unique(index, return_index=True)[1]

@@ -1,11 +1,15 @@
 """The metrics of a run are those of the images it saves, on any number of ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from helpers import metrics_of, run_cli, run_two_ranks
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.metrics import FID, KID, ClassAgreement
 from oss_exp.evaluation.statistics import Reference
@@ -274,3 +278,18 @@ def test_another_schedule_at_the_same_path_is_measured_anew(tmp_path, monkeypatc
         run_cli(*command, f"hydra.run.dir={tmp_path / name}")
         rows.append(metrics_of(tmp_path / name)["rows"])
     assert rows[0] == rows[1]
+
+
+def test_pictures_are_kept_in_host_memory(monkeypatch):
+    """A tensor without content is on a GPU that need not exist."""
+    with FakeTensorMode():
+        on_device = torch.zeros(4, 8, 8, 1, dtype=torch.uint8, device="cuda")
+    monkeypatch.setattr(evaluate, "as_bytes", lambda images: on_device)
+    module = SimpleNamespace(metrics={}, save_images="npz", eval_samples=4, pictures={"fm": []})
+    images = torch.rand(4, 1, 8, 8)
+    batch = {"index": HELD_OUT + torch.arange(4)}
+
+    evaluate.EvaluateModule._record(module, "fm", batch, images, images, batch["index"] > 0)
+
+    ((_, pictures),) = module.pictures["fm"]
+    assert pictures.device.type == "cpu"
