@@ -349,6 +349,7 @@ class EvaluateModule(L.LightningModule):
             "values": self.values,
             "pictures": self.pictures,
             "trajectories": self.trajectories.parts,
+            "row_costs": self.model.row_costs,
         }
 
         buffer = io.BytesIO()
@@ -381,6 +382,7 @@ class EvaluateModule(L.LightningModule):
         self.values = progress["values"]
         self.pictures = progress["pictures"]
         self.trajectories.parts = progress["trajectories"]
+        self.model.row_costs.update(progress["row_costs"])
 
     def _record(
         self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, is_new: Tensor

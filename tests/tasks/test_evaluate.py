@@ -214,7 +214,7 @@ def expected(tmp_path_factory) -> dict:
     return metrics_of(folder)["rows"][0]
 
 
-def fails(self):
+def fails(*_):
     raise ValueError("no such luck")
 
 
@@ -278,6 +278,23 @@ def test_another_schedule_at_the_same_path_is_measured_anew(tmp_path, monkeypatc
         run_cli(*command, f"hydra.run.dir={tmp_path / name}")
         rows.append(metrics_of(tmp_path / name)["rows"])
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_guided_pipeline_has_its_nfe_where_nothing_is_left_to_measure(tmp_path, monkeypatch):
+    """Its calls tell that they cost two network rows; after all of them the run is stopped."""
+    command = ["model=sd15", "scale=tiny", "stepsize=pipeline", "num_teacher_steps=6"]
+    command += ["num_steps=[3]", "data.search_samples=2", "data.eval_samples=2", "logger=none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "KEPT_EVERY", -1)
+        patch.setattr(evaluate.EvaluateModule, "_write", fails)
+        with pytest.raises(SystemExit):
+            run_cli(*command, f"hydra.run.dir={tmp_path}")
+
+    monkeypatch.setattr(evaluate, "psnr", None)
+    run_cli(*command, f"hydra.run.dir={tmp_path}")
+
+    assert [row["nfe"] for row in metrics_of(tmp_path)["rows"]] == [2 * 3]
 
 
 def test_pictures_are_kept_in_host_memory(monkeypatch):

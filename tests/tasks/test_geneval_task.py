@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import kill_at, random_weights, run_cli, run_two_ranks, write_fashion
+from models.pipelines.images import stable_diffusion
 
 from oss_exp.calibration import Calibration
 from oss_exp.data.scenes import wishes
@@ -14,8 +15,9 @@ from oss_exp.distances import XtMSE
 from oss_exp.geneval.rules import TASKS
 from oss_exp.models.families.mixture import GaussianMixture
 from oss_exp.models.guidance import Guidance
+from oss_exp.models.pipeline import Pipeline
 from oss_exp.noise import FlowSchedule
-from oss_exp.solvers import Euler
+from oss_exp.solvers import Euler, nfe
 from oss_exp.tasks.geneval import Maker
 from oss_exp.tasks.setting import Setting
 
@@ -182,6 +184,27 @@ def test_the_teacher_is_the_model_before_finetuning_without_calibration(tmp_path
 
     assert pictures("other", "teacher") == pictures("plain", "teacher")
     assert pictures("other", "ddim_4") != pictures("plain", "ddim_4")
+
+
+@pytest.mark.slow
+def test_a_guided_pipeline_has_its_nfe_where_all_pictures_are_made(tmp_path):
+    """Its calls tell that they cost two network rows."""
+
+    def maker() -> Maker:
+        family = stable_diffusion()
+        model = Pipeline(family.pipe, family.prompts, **family.call)
+        setting = Setting(model, model.noise_schedule.nodes(3), Euler(), XtMSE())
+        return Maker(setting, {"teacher": setting.teacher}, tmp_path, [[0, 1]], 0, 1)
+
+    first = maker()
+    (noises,) = first.missing()
+    first.predict_step(noises[0], 0)
+    second = maker()
+
+    assert [len(noises) for noises in second.missing()] == [0]
+    for made in (first, second):
+        velocity = made.model.velocity(torch.zeros(1, dtype=torch.long))
+        assert nfe(Euler(), made.setting.teacher, velocity) == 2 * 3
 
 
 @pytest.mark.slow
