@@ -356,18 +356,25 @@ def save_asset(
 
 
 def load_asset(
-    path: str | Path, what: str, form: type[P] = Provenance
+    path: str | Path, what: str, form: type[P] = Provenance, limit: int = ARRAYS_LIMIT
 ) -> tuple[dict[str, Tensor], P]:
     """Return the tensors and the provenance of an asset.
 
+    Args:
+        path: The tensor file.
+        what: What it is, for error messages.
+        form: The record of the provenance.
+        limit: Most bytes of the tensor file.
+
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the tensor file does not have the hash in the `.json`.
+        ValueError: If the tensor file is larger than `limit`, or does not have the hash in the
+            `.json`.
     """
     path = Path(path)
     json_path = path.with_suffix(".json")
     record = load_record(json_path, form, f"provenance of {what}", "restore the file")
-    return load_tensors(path, record.sha256, what), record
+    return load_tensors(path, record.sha256, what, limit), record
 
 
 def find_asset(file: str | Path, what: str) -> Path:
@@ -393,7 +400,9 @@ def shipped_schedule(file: str | Path) -> Path:
     return shipped if is_bare_name and not path.exists() and shipped.is_file() else path
 
 
-def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, expected_sha256: str | None, what: str, limit: int = ARRAYS_LIMIT
+) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
@@ -402,7 +411,7 @@ def load_tensors(path: Path, expected_sha256: str | None, what: str) -> dict[str
     """
     if not path.is_file():
         raise FileNotFoundError(f"{what} {path} does not exist (folder: {path.absolute().parent})")
-    data = read_binary(path, what, ARRAYS_LIMIT)
+    data = read_binary(path, what, limit)
     if sha256(data) != expected_sha256:
         raise ValueError(
             f"{what} {path} is damaged or was replaced: its SHA-256 is {sha256(data)[:12]}..., "

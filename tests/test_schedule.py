@@ -20,6 +20,7 @@ from oss_exp.schedule import (
 )
 from oss_exp.schedule_file import json_schema
 from oss_exp.solvers import named_solver
+from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 
 
 def float64(values) -> torch.Tensor:
@@ -415,3 +416,8 @@ def test_a_provenance_is_json_also_where_it_has_no_number(tmp_path):
 def test_an_order_in_a_provenance_is_a_number():
     with pytest.raises(ValueError, match="order=True, which is no number"):
         named_solver({"_target_": "oss_exp.DPMSolverPP", "order": True})
+
+
+def test_a_file_that_a_provenance_names_is_not_read():
+    record = {"_target_": "oss_exp.DPMSolverPP", "order": 2, "calibration": "none.json"}
+    assert named_solver(record) == DPMSolverPP(order=2)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from oss_exp.schedule import StepSchedule
-from oss_exp.solvers import Euler, Solver, solver_of, walk
+from oss_exp.solvers import Euler, Solver, solver_of
 from oss_exp.solvers.dpm2 import DPM2
 from oss_exp.solvers.dpm_solver_pp import DPMSolverPP
 from oss_exp.solvers.heun import Heun
-from oss_exp.tensors import rowwise
+from oss_exp.solvers.sums import solver_sums
 
 Network = Literal["flow", "eps"]
 
@@ -116,29 +116,11 @@ def same_steps(steps: StepSchedule, solver: Solver, other: Solver) -> bool:
 def states_of(steps: StepSchedule, solver: Solver) -> Tensor:
     """Return the states after the steps as weighted sums.
 
-    The solver is run on unit vectors, which stand for the first state and for the x0 of
-    each call.
-
     Returns:
         Weights (K, 1 + K) over the first state and the x0 of the calls, oldest first.
 
     Raises:
         ValueError: A step calls the network twice.
     """
-    count = steps.num_steps
-    if solver.evals_per_step != 1 and count > 1:  # a single step, into t = 0, is Euler's
-        raise ValueError(
-            f"{words(solver)} calls the network again within a step, which no scheduler can; "
-            "use a multistep one"
-        )
-
-    basis = torch.eye(count + 1, dtype=torch.float64)
-    states: list[Tensor] = []
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        states.append(x[0])
-        return (x - basis[len(states)]) / rowwise(t, x)
-
     orders = None if steps.orders is None else list(steps.orders)
-    *_, last = walk(solver, velocity, basis[:1], steps.times, orders)
-    return torch.stack([*states[1:], last.x[0]])
+    return solver_sums(solver, steps.times, orders)

@@ -50,6 +50,14 @@ class Model(nn.Module, abc.ABC):
         """The model that this one was finetuned from, to compare pictures with; else itself."""
         return self
 
+    @property
+    def row_costs(self) -> dict[float, float]:
+        """Network rows that a row of x cost at each time so far; empty where calls do not tell.
+
+        A resumed run adds those of the run before.
+        """
+        return {}
+
     @abc.abstractmethod
     def velocity(self, condition: Tensor | None, guidance: Guidance | None = None) -> BoundVelocity:
         """Bind the condition and the guidance, and return v(x (M, *E), t (M,)).

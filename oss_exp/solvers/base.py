@@ -382,6 +382,9 @@ class LinearMultistep(Solver):
 def named_solver(record: Mapping[str, Any]) -> Solver:
     """Return the solver that a schedule's provenance names.
 
+    Schedules are searched without calibration. One that a record names, as files of
+    earlier versions do, is left out, so that no file is read because a schedule names it.
+
     Args:
         record: `_target_`, a public name, and the solver's arguments. An empty record
             is Euler.
@@ -389,7 +392,7 @@ def named_solver(record: Mapping[str, Any]) -> Solver:
     Raises:
         ValueError: the name is not a solver's, or the solver refuses the arguments.
     """
-    arguments = {**record}
+    arguments = {**record, "calibration": None}
     target = arguments.pop("_target_", "oss_exp.Euler")
 
     # The class.

@@ -175,7 +175,7 @@ class Problem:
             cannot be cut to some of its samples.
         noise: (B, *E) state of the teacher at grid[0], float32 or float64.
         grid: (N+1,) strictly decreasing canonical times, the last one 0.
-        solver: the solver of the teacher and of its students.
+        solver: the solver of the teacher and of its students; its calibration is left out.
         distance: what the search minimises.
         collective: how ranks combine their tensors.
         samples: (B,) global index of each noise; 0 to B-1 by default.
@@ -232,7 +232,7 @@ class Problem:
             velocity=BoundVelocity.of(velocity),
             noise=noise,
             grid=grid.to(device, torch.float64),
-            solver=solver,
+            solver=replace(solver, calibration=None),
             distance=distance,
             collective=collective,
             samples=samples.to(device),

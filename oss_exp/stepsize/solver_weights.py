@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from oss_exp.schedule import Analytic, FittedSteps, SolverSteps, StepSchedule
-from oss_exp.solvers.base import LinearMultistep, Solver
-from oss_exp.solvers.sampling import walk
+from oss_exp.solvers.base import LinearMultistep
+from oss_exp.solvers.sums import solver_sums
 from oss_exp.stepsize.problem import Problem
-from oss_exp.tensors import rowwise
 
 
 def as_fitted(problem: Problem, steps: StepSchedule) -> StepSchedule:
@@ -41,36 +40,6 @@ def as_fitted(problem: Problem, steps: StepSchedule) -> StepSchedule:
     sums = solver_sums(problem.solver, steps.times, orders)
     weights = over_basis(sums, problem.velocity.mix, first_parts(steps, steps.times[0]))
     return replace(steps, steps=FittedSteps(weights, problem.teacher.mean.cpu()))
-
-
-def solver_sums(solver: Solver, times: Tensor, orders: Sequence[Tensor] | None = None) -> Tensor:
-    """Return the states after all steps, as sums over the first state and each call's x0.
-
-    The solver runs on unit vectors that stand for these, so gradients reach the times.
-
-    Args:
-        solver: takes the steps, with one network call each.
-        times: (K+1,).
-        orders: of the K steps; None means the solver's own.
-
-    Returns:
-        (K, 1 + K) coefficients, the calls in their order.
-    """
-    count = len(times) - 1
-    if solver.evals_per_step > 1 and count > 1:
-        raise ValueError(
-            f"{solver} calls the network again within a step; fitted steps take a multistep "
-            "solver's"
-        )
-    basis = torch.eye(count + 1, dtype=torch.float64, device=times.device)
-    states: list[Tensor] = []
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        states.append(x[0])
-        return (x - basis[len(states)]) / rowwise(t, x)
-
-    *_, last = walk(solver, velocity, basis[:1], times, orders)
-    return torch.stack([*states[1:], last.x[0]])
 
 
 def first_parts(steps: StepSchedule, first: Tensor) -> tuple[Tensor, Tensor]:

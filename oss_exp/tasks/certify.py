@@ -187,6 +187,12 @@ def _check_run(run: Run, path: Path, steps: StepSchedule) -> dict[str, ClosedFor
             f"step schedule {path} has times of its own for each sample; certify one for all "
             "samples"
         )
+    if steps.orders is not None and run.config["run_orders"] == "fixed":
+        raise ValueError(
+            f"run_orders=fixed: task=certify measures {path} with the orders that it has, of which "
+            "its range is; set run_orders=searched, and the solver that the orders were searched "
+            "with"
+        )
     if run.trainer.world_size > 1:
         raise ValueError("task=certify runs on one device; set trainer.devices=1")
 
@@ -264,8 +270,9 @@ class _Measuring:
         if file.is_file() and (axis != "base" or pictures.is_file()):
             record = load_record(file, CellRecord, "measured cell", "remove it")
             if axis == "base":
-                images = load_asset(pictures, "the teacher's samples")[0]["images"]
-                self.images = dict(zip(record.index, images, strict=True))
+                size = pictures.stat().st_size  # as many as were written, from memory
+                tensors, _ = load_asset(pictures, "the teacher's samples", limit=size)
+                self.images = dict(zip(record.index, tensors["images"], strict=True))
             return record
 
         # A new one, if the longest so far would fit into the time.
@@ -312,8 +319,8 @@ class _Measuring:
             noise = setting.first_state(batch["noise"])
             velocity = model.velocity(condition)
 
-            # Teacher, and how far it is from the base's.
-            x0 = model.sample(setting.solver, setting.teacher, noise, condition)
+            # Teacher, with the stages of a cell that has some, and how far it is from the base's.
+            x0 = model.sample(setting.teacher_solver, setting.teacher, noise, condition)
             reference = model.decode(x0)
             calls += nfe(setting.solver, setting.teacher, velocity) * len(noise)
 
@@ -490,6 +497,8 @@ def _dtype(cfg: Any, value: str) -> None:
     if value in WEIGHTS:
         if "quantization" in cfg.model:
             cfg.model.quantization = WEIGHTS[value]
+        elif cfg.stages is not None:
+            raise Skipped("the network has stages, whose weights come from files, unrounded")
         return
     if value not in get_args(Dtype):
         choices = ", ".join([*get_args(Dtype), *WEIGHTS])

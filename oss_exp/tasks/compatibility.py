@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def check_fits(
         )
 
     # Solver, whose orders were searched.
-    solver = replace(setting.solver, calibration=None)
+    solver = setting.teacher_solver
     searched_solver = steps.about("solver")
     uses_orders = steps.orders is not None and cfg.run_orders == "searched"
     if uses_orders and not _is_recorded(solver, searched_solver):
@@ -188,7 +188,7 @@ def _is_recorded(solver: Solver, record: Mapping[str, Any]) -> bool:
     """
     settings = configuration(solver)
     if not str(settings["_target_"]).startswith("oss_exp."):
-        return {**record} == settings
+        return {**record, "calibration": None} == settings
     try:
         return named_solver(record) == solver
     except ValueError:

@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from oss_exp.files import shipped_schedule, write_atomically
 from oss_exp.models.base import Model
 from oss_exp.models.pipeline import Pipeline
 from oss_exp.models.stages import Staged
+from oss_exp.provenance import configuration
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Solver, nfe
 from oss_exp.tasks import border, preemption
@@ -244,13 +245,16 @@ class EvaluateModule(L.LightningModule):
         self.failed: dict[str, Exception] = {}
 
         # Progress. The origin is what the sums depend on, beyond what the run folder fixes.
-        self.origin = json.dumps([metrics.origin, save_images, trajectories.count])
+        # A saved schedule may have been planned anew at its path.
+        settings = [metrics.origin, save_images, trajectories.count, configuration(schedules)]
+        self.origin = json.dumps(settings)
         self.num_seen = 0
         self.batches = 0
         self.saved_at = time.monotonic()
         self.velocity: BoundVelocity | None = None
 
-        # Results by label: rows of (index, PSNR, spread), and pictures with their indices.
+        # Results by label, in host memory: rows of (index, PSNR, spread), and pictures with their
+        # indices.
         self.values: dict[str, list[Tensor]] = {}
         self.pictures: dict[str, list[tuple[Tensor, Tensor]]] = {"teacher": []}
         for label in schedules:
@@ -284,11 +288,11 @@ class EvaluateModule(L.LightningModule):
 
         # Teacher.
         solver = self.setting.solver
-        plain = replace(solver, calibration=None)
+        teacher_solver = self.setting.teacher_solver
         original = self.model.original
         grid = self.setting.teacher
         recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
-        x0, teacher = _sampled(original, plain, grid, noise, condition, None, recorder)
+        x0, teacher = _sampled(original, teacher_solver, grid, noise, condition, None, recorder)
         width = spread(x0)
 
         # A distributed sampler repeats samples to even out the ranks; metrics take each once.
@@ -317,7 +321,7 @@ class EvaluateModule(L.LightningModule):
             quality = psnr(images, teacher[rows]).double()
             relative_spread = spread(x0) / width[rows]
             table = torch.stack([index[rows].double(), quality, relative_spread], dim=1)
-            self.values[label].append(table)
+            self.values[label].append(table.cpu())
             part = {key: value[rows] for key, value in batch.items()}
             self._record(label, part, images, teacher[rows], is_new[rows])
 
@@ -345,6 +349,7 @@ class EvaluateModule(L.LightningModule):
             "values": self.values,
             "pictures": self.pictures,
             "trajectories": self.trajectories.parts,
+            "row_costs": self.model.row_costs,
         }
 
         buffer = io.BytesIO()
@@ -357,7 +362,7 @@ class EvaluateModule(L.LightningModule):
         if not self.progress.is_file():
             return
         try:
-            progress = torch.load(self.progress, map_location=self.device, weights_only=True)
+            progress = torch.load(self.progress, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file: start from the beginning
             return
         if not isinstance(progress, dict) or progress.get("origin") != self.origin:
@@ -369,6 +374,7 @@ class EvaluateModule(L.LightningModule):
                 for part in metric.metric_state:
                     setattr(metric, part, progress["metrics"][label][name][part])
                 metric._update_count = progress["batches"]
+                metric.to(self.device)
 
         # Counts and samples.
         self.num_seen = progress["seen"]
@@ -376,6 +382,7 @@ class EvaluateModule(L.LightningModule):
         self.values = progress["values"]
         self.pictures = progress["pictures"]
         self.trajectories.parts = progress["trajectories"]
+        self.model.row_costs.update(progress["row_costs"])
 
     def _record(
         self, label: str, batch: dict[str, Tensor], images: Tensor, teacher: Tensor, is_new: Tensor
@@ -398,7 +405,8 @@ class EvaluateModule(L.LightningModule):
         pictures = images[is_shown]
         if images.ndim == 5 and not keep_all:
             pictures = reduced(pictures)
-        self.pictures[label].append((batch["index"][is_shown], as_bytes(pictures)))
+        kept = batch["index"][is_shown].cpu(), as_bytes(pictures).cpu()
+        self.pictures[label].append(kept)
 
         # Files of all samples.
         if self.save_images == "png":
@@ -455,8 +463,8 @@ class EvaluateModule(L.LightningModule):
 
     def _image_values(self, label: str, collective: DistributedCollective) -> dict[str, Any]:
         """Return the PSNR and the spread of a schedule's samples, as `measured` does."""
-        empty = torch.zeros(0, 3, dtype=torch.float64, device=self.device)
-        table = collective.gather(torch.cat(self.values[label] or [empty])).cpu().numpy()
+        empty = torch.zeros(0, 3, dtype=torch.float64)
+        table = collective.gather(torch.cat(self.values[label] or [empty])).numpy()
 
         # A distributed sampler may repeat samples to even out the ranks.
         index, first = np.unique(table[:, 0].astype(int), return_index=True)
@@ -477,8 +485,8 @@ class EvaluateModule(L.LightningModule):
         for label, parts in self.pictures.items():
             parts = parts or [(template_index[:0], template_images[:0])]
             part_index, part_images = zip(*parts, strict=True)
-            index = collective.gather(torch.cat(part_index)).cpu().numpy()
-            images = collective.gather(torch.cat(part_images)).cpu().numpy()
+            index = collective.gather(torch.cat(part_index)).numpy()
+            images = collective.gather(torch.cat(part_images)).numpy()
 
             # A distributed sampler may repeat samples.
             first = np.unique(index, return_index=True)[1]

@@ -20,12 +20,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oss_exp.data.noise import HELD_OUT, NoiseDataset
 from oss_exp.evaluation.pictures import as_bytes, encoded
-from oss_exp.files import find_asset, load_records, write_atomically
+from oss_exp.files import find_asset, load_record, load_records, write_atomically
 from oss_exp.geneval.detectors import Detector, look
 from oss_exp.geneval.rules import VerdictRecord, Wish, read_metadata
 from oss_exp.models.base import Model
@@ -36,6 +37,8 @@ from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Count, Task
 
+TEACHER = "teacher"  # label of the teacher's pictures
+ROW_COSTS = TypeAdapter(list[tuple[float, float]])  # (time, network rows that a row of x costs)
 FIRST = 2 * HELD_OUT  # index of the first noise, beyond those of searches and evaluations
 
 
@@ -69,7 +72,7 @@ class GenEval(Task):
                 "leave it out of stepsize"
             )
         plan(run)
-        schedules = {"teacher": run.setting.teacher}
+        schedules = {TEACHER: run.setting.teacher}
         for name in run.strategies:
             for k in run.num_steps:
                 file = run.file(name, k)
@@ -154,6 +157,7 @@ class Maker(L.LightningModule):
         self.batches = batches
         self.seed = seed
         self.count = count
+        self._load_row_costs()
 
     def missing(self) -> list[Noises]:
         """Return the noises of the batches that lack pictures, for every schedule."""
@@ -170,9 +174,15 @@ class Maker(L.LightningModule):
         numbers = batch["numbers"].tolist()
 
         # All pictures of the batch, of which the missing ones are written.
+        model = self.model
+        solver = self.setting.solver
+        if label == TEACHER:
+            model = model.original
+            solver = self.setting.teacher_solver
         noise = self.setting.first_state(batch["noise"])
-        images = self.model.generate(self.setting.solver, steps, noise, batch["prompts"])
+        images = model.generate(solver, steps, noise, batch["prompts"])
         pictures = as_bytes(images).cpu().numpy()
+        self._save_row_costs()
         lacking = self._lacking(label, numbers)
         for number, image in zip(numbers, pictures, strict=True):
             if number in lacking:
@@ -180,6 +190,23 @@ class Maker(L.LightningModule):
 
     def on_predict_end(self) -> None:
         self.trainer.strategy.barrier("pictures are on disk")
+
+    @property
+    def _row_costs(self) -> Path:
+        """The file of the costs that calls tell; a resumed run may call the network no more."""
+        return self.folder / "images" / "row_costs.json"
+
+    @rank_zero_only
+    def _save_row_costs(self) -> None:
+        if self.model.row_costs:
+            costs = sorted(self.model.row_costs.items())
+            write_atomically(self._row_costs, json.dumps(costs) + "\n")
+
+    def _load_row_costs(self) -> None:
+        if self._row_costs.is_file():
+            remedy = "choose another folder"
+            costs = load_record(self._row_costs, ROW_COSTS, "costs of network calls", remedy)
+            self.model.row_costs.update(costs)
 
     def _lacking(self, label: str, numbers: Sequence[int]) -> list[int]:
         return [number for number in numbers if not picture(self.folder, label, number).is_file()]

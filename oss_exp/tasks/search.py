@@ -48,12 +48,14 @@ def plan(run: Run) -> None:
     if not missing:
         return
 
+    # A search runs without the solver's calibration, so its schedules name none.
+    solver = {**run.about["solver"], "calibration": None}
     module = SearchModule(
         run.setting,
         missing,
         run.num_steps,
         run.folder / "schedules",
-        run.about,
+        {**run.about, "solver": solver},
         run.config["stepsize"],
         run.config["offload_states"],
         run.config["keep_calls"],

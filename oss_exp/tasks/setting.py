@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,11 @@ class Setting:
     def teacher(self) -> StepSchedule:
         """The grid as a step schedule, which samples as the teacher does."""
         return StepSchedule(self.grid)
+
+    @property
+    def teacher_solver(self) -> Solver:
+        """The solver without its calibration, which is for students alone."""
+        return replace(self.solver, calibration=None)
 
     def velocity(self, batch: Mapping[str, Tensor]) -> BoundVelocity:
         """Return the velocity of a batch: bound to its conditions (B, ...), or to its classes."""

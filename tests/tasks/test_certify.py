@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import run_cli
+from omegaconf import OmegaConf
 
+from oss_exp import files
 from oss_exp.export import comfyui_nodes, oss_scheduler
 from oss_exp.export.numbers import save_in_numbers
 from oss_exp.export.oss_scheduler import OSSScheduler
-from oss_exp.schedule import StepSchedule
+from oss_exp.schedule import SolverSteps, StepSchedule
 from oss_exp.schedule_file import Cell, Certificate
+from oss_exp.tasks import certify
 from oss_exp.tasks.certify import BASE, CellRecord, certificate_of, round_weights
 
 CERTIFY = [
@@ -48,10 +51,10 @@ def run(tmp_path, monkeypatch):
     """Run task=certify in `tmp_path` with more settings."""
     monkeypatch.chdir(tmp_path)
 
-    def certify(*settings: str) -> None:
+    def run(*settings: str) -> None:
         run_cli(*CERTIFY, *settings)
 
-    return certify
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,43 @@ def test_another_schedule_of_the_same_times_is_measured_anew(run, searched, tmp_
     assert StepSchedule.load("c/schedules/three.json").range.cells[0].psnr != before
 
 
+@pytest.mark.slow
+def test_a_certification_goes_on_where_its_pictures_exceed_the_limit_of_assets(
+    run, searched, monkeypatch
+):
+    first = ["hydra.run.dir=c", "task.axes.guidance=[]", "task.axes.shift=[]"]
+    run(*first)
+
+    def load(path, what, form=files.Provenance, limit=100):
+        return files.load_asset(path, what, form, limit)
+
+    monkeypatch.setattr(certify, "load_asset", load)
+
+    run(*first, "task.axes.shift=[2]")
+
+    moved = [cell.moved for cell in StepSchedule.load("c/schedules/three.json").range.cells]
+    assert moved[0] is None
+    assert moved[1] > 10
+
+
+@pytest.mark.slow
+def test_a_calibration_is_for_the_schedule_and_not_for_the_teacher(run, searched):
+    task = ["task=calibrate", "task.samples=4", "data.search_samples=2", "stepsize=ddim"]
+    same = ["num_teacher_steps=8", "data.classes=all", "logger=none", "hydra.run.dir=table"]
+    run_cli(*task, *same)
+    cell = ["task.axes.guidance=[]", "task.axes.shift=[]"]
+    run(*cell, "hydra.run.dir=plain")
+    run(*cell, "hydra.run.dir=calibrated", "solver.calibration=table/calibration.json")
+
+    teachers = []
+    values = []
+    for folder in ("plain", "calibrated"):
+        teachers.append(Path(folder, "cells", "teacher.safetensors").read_bytes())
+        values.append(StepSchedule.load(f"{folder}/schedules/three.json").range.cells[0].psnr)
+    assert teachers[0] == teachers[1]
+    assert values[0] != values[1]
+
+
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
@@ -216,6 +256,15 @@ def test_wrong_settings_are_refused(setting, message, searched, capsys):
     with pytest.raises(SystemExit):
         run_cli(*CERTIFY, setting, "hydra.run.dir=wrong")
     assert message in capsys.readouterr().err
+
+
+def test_other_orders_than_those_of_the_schedule_are_refused(run, tmp_path, capsys):
+    orders = SolverSteps(torch.tensor([1, 2, 1]))
+    StepSchedule([1.0, 0.5, 0.2, 0.0], steps=orders).save("three.json")
+    with pytest.raises(SystemExit):
+        run("hydra.run.dir=c", "task.allow_other_model=true", "run_orders=fixed")
+    assert "set run_orders=searched" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "cells").exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -403,6 +452,16 @@ def test_the_intervals_are_paired():
     assert half.loss_interval == pytest.approx((1.0, 1.0))  # though the samples differ by 10 dB
     assert base.gain_interval == pytest.approx((10.0, 10.0))
     assert certificate.calls == 10
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_weights_of_stages_are_not_rounded_and_their_cells_are_skipped(kind):
+    cfg = OmegaConf.create({"model": {"dtype": "float32"}, "stages": "folder"})
+    with pytest.raises(certify.Skipped, match="the network has stages"):
+        certify.CHANGES["dtype"](cfg, kind)
+
+    certify.CHANGES["dtype"](cfg, "bfloat16")
+    assert cfg.model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.5 / 127 + 1e-6), ("float8_e4m3fn", 2**-4)])

@@ -1,14 +1,19 @@
 """The metrics of a run are those of the images it saves, on any number of ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from helpers import metrics_of, run_cli, run_two_ranks
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.classifier import FashionFeatures
 from oss_exp.evaluation.metrics import FID, KID, ClassAgreement
 from oss_exp.evaluation.statistics import Reference
+from oss_exp.schedule import StepSchedule
 from oss_exp.tasks import evaluate
 
 SMALL = [
@@ -209,7 +214,7 @@ def expected(tmp_path_factory) -> dict:
     return metrics_of(folder)["rows"][0]
 
 
-def fails(self):
+def fails(*_):
     raise ValueError("no such luck")
 
 
@@ -250,3 +255,58 @@ def test_another_metric_is_measured_in_the_same_folder(tmp_path):
     (row,) = metrics_of(tmp_path)["rows"]
     assert list(row["metrics"]) == ["class_agreement"]
     assert schedule.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_another_schedule_at_the_same_path_is_measured_anew(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    command = [*SMALL, "task=evaluate", f"task.schedule={file}", "task.allow_other_model=true"]
+    command += ["data.eval_samples=20", "metric=fid"]
+
+    # A run that is stopped when all is seen.
+    StepSchedule([1.0, 0.5, 0.0]).save(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(FID, "compute", fails)
+        with pytest.raises(SystemExit):
+            run_cli(*command, f"hydra.run.dir={tmp_path / 'run'}")
+    assert list((tmp_path / "run" / "evaluation").iterdir())
+
+    # The same command on other times.
+    StepSchedule([1.0, 0.7, 0.0]).save(file)
+    rows = []
+    for name in ("run", "undisturbed"):
+        run_cli(*command, f"hydra.run.dir={tmp_path / name}")
+        rows.append(metrics_of(tmp_path / name)["rows"])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_guided_pipeline_has_its_nfe_where_nothing_is_left_to_measure(tmp_path, monkeypatch):
+    """Its calls tell that they cost two network rows; after all of them the run is stopped."""
+    command = ["model=sd15", "scale=tiny", "stepsize=pipeline", "num_teacher_steps=6"]
+    command += ["num_steps=[3]", "data.search_samples=2", "data.eval_samples=2", "logger=none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "KEPT_EVERY", -1)
+        patch.setattr(evaluate.EvaluateModule, "_write", fails)
+        with pytest.raises(SystemExit):
+            run_cli(*command, f"hydra.run.dir={tmp_path}")
+
+    monkeypatch.setattr(evaluate, "psnr", None)
+    run_cli(*command, f"hydra.run.dir={tmp_path}")
+
+    assert [row["nfe"] for row in metrics_of(tmp_path)["rows"]] == [2 * 3]
+
+
+def test_pictures_are_kept_in_host_memory(monkeypatch):
+    """A tensor without content is on a GPU that need not exist."""
+    with FakeTensorMode():
+        on_device = torch.zeros(4, 8, 8, 1, dtype=torch.uint8, device="cuda")
+    monkeypatch.setattr(evaluate, "as_bytes", lambda images: on_device)
+    module = SimpleNamespace(metrics={}, save_images="npz", eval_samples=4, pictures={"fm": []})
+    images = torch.rand(4, 1, 8, 8)
+    batch = {"index": HELD_OUT + torch.arange(4)}
+
+    evaluate.EvaluateModule._record(module, "fm", batch, images, images, batch["index"] > 0)
+
+    ((_, pictures),) = module.pictures["fm"]
+    assert pictures.device.type == "cpu"

@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import kill_at, random_weights, run_cli, run_two_ranks, write_fashion
+from models.pipelines.images import stable_diffusion
 
+from oss_exp.calibration import Calibration
 from oss_exp.data.scenes import wishes
+from oss_exp.distances import XtMSE
 from oss_exp.geneval.rules import TASKS
+from oss_exp.models.families.mixture import GaussianMixture
+from oss_exp.models.guidance import Guidance
+from oss_exp.models.pipeline import Pipeline
+from oss_exp.noise import FlowSchedule
+from oss_exp.solvers import Euler, nfe
+from oss_exp.tasks.geneval import Maker
+from oss_exp.tasks.setting import Setting
 
 SMALL = [
     "model=flux_scenes",
@@ -130,6 +140,71 @@ def test_a_killed_run_goes_on_with_what_is_missing(awaited, run, inputs, tmp_pat
     assert verdicts(folder) == verdicts(run)
     for picture in (run / "images").rglob("*.png"):
         assert (folder / picture.relative_to(run)).read_bytes() == picture.read_bytes()
+
+
+class Finetuned(GaussianMixture):
+    """A model that was finetuned from the mixture and makes white pictures."""
+
+    @property
+    def original(self) -> GaussianMixture:
+        return mixture(GaussianMixture)
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(x0)
+
+
+def mixture(kind: type[GaussianMixture]) -> GaussianMixture:
+    """Return the mixture of digits as a model of this class."""
+    return kind.from_asset("mixture_digits.safetensors", guidance=Guidance(), micro_batch=64)
+
+
+def test_the_teacher_is_the_model_before_finetuning_without_calibration(tmp_path):
+    """Of a table of five times the amplitude, too."""
+    grid = FlowSchedule().nodes(4)
+    table = Calibration(grid, torch.full_like(grid, -5), torch.full_like(grid, 5))
+    batch = {
+        "numbers": torch.arange(2),
+        "prompts": torch.arange(2),
+        "noise": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    }
+
+    for name, kind, solver in (
+        ("plain", GaussianMixture, Euler()),
+        ("other", Finetuned, Euler(calibration=table)),
+    ):
+        setting = Setting(mixture(kind), grid, solver, XtMSE())
+        schedules = {"teacher": setting.teacher, "ddim_4": setting.teacher}
+        maker = Maker(setting, schedules, tmp_path / name, [[0, 1]], 0, 1)
+        for loader in range(2):
+            maker.predict_step(batch, 0, loader)
+
+    def pictures(name: str, label: str) -> list[bytes]:
+        files = sorted((tmp_path / name / "images" / label).iterdir())
+        return [file.read_bytes() for file in files]
+
+    assert pictures("other", "teacher") == pictures("plain", "teacher")
+    assert pictures("other", "ddim_4") != pictures("plain", "ddim_4")
+
+
+@pytest.mark.slow
+def test_a_guided_pipeline_has_its_nfe_where_all_pictures_are_made(tmp_path):
+    """Its calls tell that they cost two network rows."""
+
+    def maker() -> Maker:
+        family = stable_diffusion()
+        model = Pipeline(family.pipe, family.prompts, **family.call)
+        setting = Setting(model, model.noise_schedule.nodes(3), Euler(), XtMSE())
+        return Maker(setting, {"teacher": setting.teacher}, tmp_path, [[0, 1]], 0, 1)
+
+    first = maker()
+    (noises,) = first.missing()
+    first.predict_step(noises[0], 0)
+    second = maker()
+
+    assert [len(noises) for noises in second.missing()] == [0]
+    for made in (first, second):
+        velocity = made.model.velocity(torch.zeros(1, dtype=torch.long))
+        assert nfe(Euler(), made.setting.teacher, velocity) == 2 * 3
 
 
 @pytest.mark.slow

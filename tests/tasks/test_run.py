@@ -522,6 +522,19 @@ def test_calibration_changes_the_students_and_not_the_teacher(compared, calibrat
     with np.load(run / "samples.npz") as changed, np.load(compared / "samples.npz") as plain:
         assert (changed["teacher"] == plain["teacher"]).all()
         assert (changed["edm K=4"] != plain["edm K=4"]).any()
+    assert calibration.endswith(metrics_of(run)["solver"]["calibration"])
+
+
+@pytest.mark.slow
+def test_a_schedule_planned_with_a_calibration_is_one_without(multistep, calibration, tmp_path):
+    planned = oss_exp(tmp_path / "run", *MULTISTEP, "task=search", calibration)
+    steps = schedules(planned)["oss_shared_4"]
+    assert steps.orders is not None
+    assert steps.about("solver") == schedules(multistep)["oss_shared_4"].about("solver")
+
+    saved = f"task.schedule={planned / 'schedules' / 'oss_shared_4.json'}"
+    evaluated = oss_exp(tmp_path / "again", "solver=dpm_solver_pp", "task=evaluate", saved)
+    assert means(evaluated)["oss_shared", 4] == means(multistep)["oss_shared", 4]
 
 
 @pytest.mark.slow

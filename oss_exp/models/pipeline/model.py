@@ -189,6 +189,10 @@ class Pipeline(Model):
         return pipeline_fingerprint(self.pipe.components, has_images, formula)
 
     @property
+    def row_costs(self) -> dict[float, float]:
+        return self._row_costs
+
+    @property
     def noise_schedule(self) -> NoiseSchedule:
         """The times at which the pipeline itself would step."""
         return PipelineSchedule().bind(self)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers.euler import Euler
+from oss_exp.solvers.sums import solver_sums
 from oss_exp.stepsize.baselines.gradient import GradientDescent, Student, gap_logits, learned_times
 from oss_exp.stepsize.problem import Problem
-from oss_exp.stepsize.solver_weights import difference, first_parts, over_basis, solver_sums
+from oss_exp.stepsize.solver_weights import difference, first_parts, over_basis
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from oss_exp.checks import require_range
 from oss_exp.noise import DDIMSchedule
 from oss_exp.schedule import FittedSteps, StepSchedule
+from oss_exp.solvers.sums import solver_sums
 from oss_exp.stepsize.base import StepsizeStrategy
 from oss_exp.stepsize.baselines.closed_form import ClosedForm
 from oss_exp.stepsize.baselines.gradient import (
@@ -25,7 +26,7 @@ from oss_exp.stepsize.baselines.gradient import (
 )
 from oss_exp.stepsize.oss.objectives import Mean
 from oss_exp.stepsize.problem import Problem
-from oss_exp.stepsize.solver_weights import first_parts, over_basis, solver_sums
+from oss_exp.stepsize.solver_weights import first_parts, over_basis
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from oss_exp import (
     OSSShared,
     Problem,
 )
+from oss_exp.calibration import Calibration
 from oss_exp.models.guidance import Guidance
 from oss_exp.schedule import FittedSteps
 from oss_exp.solvers import sample
@@ -78,6 +79,20 @@ def test_scores_are_the_judges_errors(problem):
         error = (x0 - problem.teacher.states[-1]).square().mean(1)[judges]
         expected = float(-10 * error.log10().mean())
         assert steps.about("planning")["chosen_from"][name] == pytest.approx(expected, abs=0.006)
+
+
+def test_a_calibrated_solver_plans_what_it_plans_without_its_calibration(problem):
+    """A table of other amplitudes would change every score."""
+    zeros = torch.zeros(len(problem.grid), dtype=torch.float64)
+    table = Calibration(problem.grid, zeros - 5, zeros + 5)
+    calibrated = replace(problem, solver=replace(problem.solver, calibration=table))
+    strategy = OSSBest(band=BAND, refine=False)
+
+    expected = strategy.plan(problem, [4])[4]
+    steps = strategy.plan(calibrated, [4])[4]
+
+    assert torch.equal(steps.times, expected.times)
+    assert steps.about("planning") == expected.about("planning")
 
 
 def test_a_better_baseline_wins_and_stays_as_it_is(problem):
