@@ -55,7 +55,7 @@ from oss_exp.tasks.pretrain import Examples, Times, load_images, require_fitting
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.task import Count, Positive, Share, Whole
-from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origin
+from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origin, require_wide
 
 LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
 CHECKED = 256  # examples on which a stage is measured before and after
@@ -139,12 +139,13 @@ class Finetune(TrainingTask):
         return logger
 
     def _network(self, run: Run) -> Network:
-        """Return the network to train; raise ValueError if it or the solver does not suit."""
+        """Return the network to train; raise ValueError if it or the rest does not suit."""
         model = run.setting.model
         if not isinstance(model, Network):
             raise ValueError(
                 f"task=finetune trains networks; model={model.name} has no weights to train"
             )
+        require_wide(run.trainer, model.backbone.parameters())  # the trainer of their states
 
         if self.trainable == "adaln" and not adaptive_norms(model.backbone):
             raise ValueError(

@@ -267,6 +267,10 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
         ("task.objective=jumps", "task.objective must be one of jump, progressive, diffusion"),
         ("task.objective=diffusion", "needs images: images=fashion_mnist_32"),
         ("images=digits", "task.objective=jump takes no images"),
+        ("task.precision=bf16-true", "must be one of 16-mixed, bf16-mixed, 32-true, 64-true"),
+        ("+trainer.precision=bf16-true", "trainer.precision=bf16-true: half weights cannot be"),
+        ("model.dtype=float16", "model.dtype=float16: half weights cannot be trained"),
+        ("model.dtype=bfloat16 task.trainable=lora", "bfloat16: half weights cannot be trained"),
         ("task.trainable=half", "task.trainable must be one of full, adaln, lora"),
         (
             "task.trainable=lora task.lora_rank=0",
@@ -285,6 +289,7 @@ def test_bad_values_end_with_one_message(weights, tmp_path, capsys, values, mess
         run_cli(*settings(weights, tmp_path, *values.split()))
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("stage_*.safetensors"))
+    assert not list(tmp_path.rglob("teacher/*.safetensors"))
 
 
 @pytest.mark.slow
