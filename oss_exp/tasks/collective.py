@@ -4,8 +4,10 @@ import atexit
 import contextlib
 import re
 import uuid
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from oss_exp.stepsize import Collective
 from oss_exp.tasks import border
+
+T = TypeVar("T")
 
 
 def build_trainer(cfg: DictConfig, **options: Any) -> L.Trainer:
@@ -42,6 +46,34 @@ def build_trainer(cfg: DictConfig, **options: Any) -> L.Trainer:
     # Lightning sets `callbacks` later than its annotation says.
     trainer.callbacks += [GroupEnd(), SharedFolder()]  # pyright: ignore[reportAttributeAccessIssue]
     return trainer
+
+
+def require_noises(trainer: L.Trainer, count: int, option: str) -> None:
+    """Check that every rank of a trainer gets at least one noise.
+
+    Args:
+        trainer: The trainer.
+        count: Number of noises.
+        option: The option that sets it.
+
+    Raises:
+        ValueError: If some rank gets none. All ranks raise it, and none waits for the others.
+    """
+    if count < trainer.world_size:
+        raise ValueError(
+            f"every rank needs a noise, and {trainer.world_size} ranks share {count}; raise "
+            f"{option}, or use fewer devices"
+        )
+
+
+def for_every_rank(batches: Sequence[T], trainer: L.Trainer) -> list[T]:
+    """Return batches of work whose results are files, repeated where they are fewer than the ranks.
+
+    Lightning ends a rank that has none. One that repeats a batch writes the same file again, and
+    would only wait otherwise.
+    """
+    count = max(len(batches), trainer.world_size) if batches else 0
+    return list(islice(cycle(batches), count))
 
 
 class DistributedCollective(Collective):

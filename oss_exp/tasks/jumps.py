@@ -22,6 +22,7 @@ from oss_exp.data.noise import TRAINING
 from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, walk
+from oss_exp.tasks.collective import for_every_rank
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.training import shuffled
 from oss_exp.tensors import rowwise
@@ -124,7 +125,8 @@ class States:
             if not self.file(name, int(batch[0])).is_file():
                 missing.append(batch.tolist())
         if missing:
-            loader = DataLoader(Batches(self.noises, missing), batch_size=None)
+            batches = Batches(self.noises, for_every_rank(missing, trainer))
+            loader = DataLoader(batches, batch_size=None)
             maker = StateMaker(self, name, model, compute)
             trainer.predict(maker, loader, return_predictions=False)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -237,6 +238,19 @@ def test_stages_that_exist_are_not_trained_again(whole, weights, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     run_cli(*settings(weights, tmp_path, f"task.output={whole}"))
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_where_one_batch_of_states_is_missing(whole, weights, tmp_path):
+    shutil.copytree(whole / "states", tmp_path / "stages" / "states")
+    batch = tmp_path / "stages" / "states" / "teacher" / "000001.safetensors"
+    batch.unlink()
+
+    run_two_ranks(*settings(weights, tmp_path), folder=tmp_path)
+
+    states = load_file(whole / "states" / "teacher" / batch.name)["states"]
+    torch.testing.assert_close(load_file(batch)["states"], states)
+    assert record(tmp_path / "stages", 1)["training"]["steps"] == 6
 
 
 @pytest.mark.slow
