@@ -1,10 +1,11 @@
-"""The ranks of a run: their trainer, and sums and gathers through torch.distributed."""
+"""The ranks of a run: their trainer, what they agree on, and sums and gathers over them."""
 
 import atexit
 import contextlib
 import re
 import uuid
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +13,10 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from oss_exp.stepsize import Collective
 from oss_exp.tasks import border
@@ -76,6 +79,30 @@ def for_every_rank(batches: Sequence[T], trainer: L.Trainer) -> list[T]:
     return list(islice(cycle(batches), count))
 
 
+def agreed(trainer: L.Trainer, look: Callable[[], T]) -> T:
+    """Return what rank 0 sees on disk, on every rank.
+
+    Another job may write the same files meanwhile. Ranks that see different ones would do different
+    work, and wait for each other for ever.
+
+    Args:
+        trainer: The trainer of the ranks.
+        look: Returns what there is; called on rank 0 only.
+    """
+    is_spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if trainer.world_size == 1 or is_spawned:  # the ranks begin later, as copies of this process
+        return look()
+
+    # The group begins with the first loop.
+    if not _distributed():
+        nothing = DataLoader(TensorDataset(torch.zeros(0)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")
+            trainer.predict(Nothing(), nothing, return_predictions=False)
+    seen = [look()] if trainer.is_global_zero else []
+    return trainer.strategy.broadcast(seen)[0]
+
+
 class DistributedCollective(Collective):
     """Sums and gathers over the default process group; without one, over one process."""
 
@@ -106,6 +133,13 @@ class DistributedCollective(Collective):
         dist.all_gather(parts, padded)
         rows = [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
         return torch.cat(rows).to(device)
+
+
+class Nothing(L.LightningModule):
+    """A Lightning loop without work, which leaves behind the process group of the ranks."""
+
+    def predict_step(self, *_: Any) -> None:
+        """Do nothing."""
 
 
 class GroupEnd(L.Callback):

@@ -49,6 +49,7 @@ from oss_exp.models.stages import (
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
+from oss_exp.tasks.collective import agreed
 from oss_exp.tasks.compatibility import check_fits, require_same
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
 from oss_exp.tasks.pretrain import Examples, Times, load_images, require_fitting
@@ -132,7 +133,7 @@ class Finetune(TrainingTask):
         # Training.
         logger = border.build(cfg.logger, "logger", Logger | None)
         for stage in range(len(folder)) if self.stage == "all" else [self.stage]:
-            if not folder.file(stage).with_suffix(".json").is_file():
+            if not agreed(run.trainer, folder.file(stage).with_suffix(".json").is_file):
                 _train(self, run, folder, steps, stages, stage, images, logger)
         if rank_zero_only.rank == 0:
             _report(folder, Path(cfg.paths.output_dir))
@@ -188,7 +189,8 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
     """
     # The file, planned if there is none.
     saved = output / "schedule.json"
-    path = saved if saved.is_file() else task.schedule and Path(task.schedule).expanduser()
+    is_saved = agreed(run.trainer, saved.is_file)
+    path = saved if is_saved else task.schedule and Path(task.schedule).expanduser()
     if path is None:
         if len(run.strategies) != 1 or len(run.num_steps) != 1:
             raise ValueError(

@@ -31,7 +31,7 @@ from oss_exp.geneval.rules import VerdictRecord, Wish, read_metadata
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
-from oss_exp.tasks.collective import for_every_rank
+from oss_exp.tasks.collective import agreed, for_every_rank
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
@@ -84,7 +84,7 @@ class GenEval(Task):
         maker = Maker(run.setting, schedules, run.folder, batches, cfg.data.seed, count)
         judge = Judge(self.detector, list(schedules), run.folder, batches, wishes, count)
         for module in (maker, judge):
-            missing = module.missing()
+            missing = agreed(run.trainer, module.missing)
             loaders = []
             for label, lacking in missing.items():
                 dataset = module.dataset(label, for_every_rank(lacking, run.trainer))
