@@ -68,15 +68,20 @@ def run_process(*arguments: str, folder: Path, **environment: str) -> str:
     return _finish(start_process(arguments, folder, environment))
 
 
-def run_two_ranks(*arguments: str, folder: Path) -> None:
-    """Run `oss-exp ARGUMENTS` as two ranks on the CPU, started as a cluster's launcher does."""
+def free_port() -> int:
+    """Return the number of a port that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        shared = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(probe.getsockname()[1]),
-            "NODE_RANK": "0",
-        }
+        return probe.getsockname()[1]
+
+
+def run_two_ranks(*arguments: str, folder: Path) -> None:
+    """Run `oss-exp ARGUMENTS` as two ranks on the CPU, started as a cluster's launcher does."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "NODE_RANK": "0",
+    }
     distributed = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
     processes = []

@@ -25,7 +25,7 @@ from oss_exp.data.noise import HELD_OUT
 from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import sample, walk
-from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.collective import DistributedCollective, require_noises
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
@@ -62,6 +62,7 @@ class Calibrate(Task):
                 "mean amplitude in time; choose strategies that plan one for all, such as "
                 "stepsize=[ddim,oss_shared]"
             )
+        require_noises(run.trainer, self.samples, "task.samples")
 
         # Schedules.
         plan(run)
@@ -123,8 +124,6 @@ class CalibrateModule(L.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         # Samples of this rank, and of all.
-        if not self.batches:
-            raise ValueError("a rank got no noises; use fewer devices or more task.samples")
         samples = sum(len(batch["index"]) for batch in self.batches)
         self.samples = int(DistributedCollective().sum(torch.tensor(samples, device=self.device)))
 

@@ -1,20 +1,27 @@
-"""The ranks of a run: their trainer, and sums and gathers through torch.distributed."""
+"""The ranks of a run: their trainer, what they agree on, and sums and gathers over them."""
 
 import atexit
 import contextlib
 import re
 import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from oss_exp.stepsize import Collective
 from oss_exp.tasks import border
+
+T = TypeVar("T")
 
 
 def build_trainer(cfg: DictConfig, **options: Any) -> L.Trainer:
@@ -42,6 +49,58 @@ def build_trainer(cfg: DictConfig, **options: Any) -> L.Trainer:
     # Lightning sets `callbacks` later than its annotation says.
     trainer.callbacks += [GroupEnd(), SharedFolder()]  # pyright: ignore[reportAttributeAccessIssue]
     return trainer
+
+
+def require_noises(trainer: L.Trainer, count: int, option: str) -> None:
+    """Check that every rank of a trainer gets at least one noise.
+
+    Args:
+        trainer: The trainer.
+        count: Number of noises.
+        option: The option that sets it.
+
+    Raises:
+        ValueError: If some rank gets none. All ranks raise it, and none waits for the others.
+    """
+    if count < trainer.world_size:
+        raise ValueError(
+            f"every rank needs a noise, and {trainer.world_size} ranks share {count}; raise "
+            f"{option}, or use fewer devices"
+        )
+
+
+def for_every_rank(batches: Sequence[T], trainer: L.Trainer) -> list[T]:
+    """Return batches of work whose results are files, repeated where they are fewer than the ranks.
+
+    Lightning ends a rank that has none. One that repeats a batch writes the same file again, and
+    would only wait otherwise.
+    """
+    count = max(len(batches), trainer.world_size) if batches else 0
+    return list(islice(cycle(batches), count))
+
+
+def agreed(trainer: L.Trainer, look: Callable[[], T]) -> T:
+    """Return what rank 0 sees on disk, on every rank.
+
+    Another job may write the same files meanwhile. Ranks that see different ones would do different
+    work, and wait for each other for ever.
+
+    Args:
+        trainer: The trainer of the ranks.
+        look: Returns what there is; called on rank 0 only.
+    """
+    is_spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if trainer.world_size == 1 or is_spawned:  # the ranks begin later, as copies of this process
+        return look()
+
+    # The group begins with the first loop.
+    if not _distributed():
+        nothing = DataLoader(TensorDataset(torch.zeros(0)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")
+            trainer.predict(Nothing(), nothing, return_predictions=False)
+    seen = [look()] if trainer.is_global_zero else []
+    return trainer.strategy.broadcast(seen)[0]
 
 
 class DistributedCollective(Collective):
@@ -74,6 +133,13 @@ class DistributedCollective(Collective):
         dist.all_gather(parts, padded)
         rows = [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
         return torch.cat(rows).to(device)
+
+
+class Nothing(L.LightningModule):
+    """A Lightning loop without work, which leaves behind the process group of the ranks."""
+
+    def predict_step(self, *_: Any) -> None:
+        """Do nothing."""
 
 
 class GroupEnd(L.Callback):

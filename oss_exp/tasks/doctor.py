@@ -66,7 +66,7 @@ def _devices() -> Iterator[tuple[str, str, str]]:
         memory = f"{device.total_memory / GIB:.0f} GiB"
         yield f"cuda:{number}", f"{device.name}, {memory}", "trainer=gpu"
     if torch.backends.mps.is_available():
-        yield "mps", "Apple GPU", "trainer=gpu"
+        yield "mps", "Apple GPU", "not supported, it has no float64; use trainer=cpu"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         reason = "torch sees no GPU" if built else "this torch is built without CUDA"

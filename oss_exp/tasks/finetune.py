@@ -49,13 +49,14 @@ from oss_exp.models.stages import (
 from oss_exp.schedule import FittedSteps, StepSchedule
 from oss_exp.solvers import Euler
 from oss_exp.tasks import border
+from oss_exp.tasks.collective import agreed
 from oss_exp.tasks.compatibility import check_fits, require_same
 from oss_exp.tasks.jumps import Jumps, States, jump_loss, student_states, teacher_states
 from oss_exp.tasks.pretrain import Examples, Times, load_images, require_fitting
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.task import Count, Positive, Share, Whole
-from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origin
+from oss_exp.tasks.training import Precision, Training, TrainingTask, fit, origin, require_wide
 
 LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.stage\.weight")  # peft's names
 CHECKED = 256  # examples on which a stage is measured before and after
@@ -132,19 +133,20 @@ class Finetune(TrainingTask):
         # Training.
         logger = border.build(cfg.logger, "logger", Logger | None)
         for stage in range(len(folder)) if self.stage == "all" else [self.stage]:
-            if not folder.file(stage).with_suffix(".json").is_file():
+            if not agreed(run.trainer, folder.file(stage).with_suffix(".json").is_file):
                 _train(self, run, folder, steps, stages, stage, images, logger)
         if rank_zero_only.rank == 0:
             _report(folder, Path(cfg.paths.output_dir))
         return logger
 
     def _network(self, run: Run) -> Network:
-        """Return the network to train; raise ValueError if it or the solver does not suit."""
+        """Return the network to train; raise ValueError if it or the rest does not suit."""
         model = run.setting.model
         if not isinstance(model, Network):
             raise ValueError(
                 f"task=finetune trains networks; model={model.name} has no weights to train"
             )
+        require_wide(run.trainer, model.backbone.parameters())  # the trainer of their states
 
         if self.trainable == "adaln" and not adaptive_norms(model.backbone):
             raise ValueError(
@@ -187,7 +189,8 @@ def _schedule(task: Finetune, run: Run, output: Path) -> StepSchedule:
     """
     # The file, planned if there is none.
     saved = output / "schedule.json"
-    path = saved if saved.is_file() else task.schedule and Path(task.schedule).expanduser()
+    is_saved = agreed(run.trainer, saved.is_file)
+    path = saved if is_saved else task.schedule and Path(task.schedule).expanduser()
     if path is None:
         if len(run.strategies) != 1 or len(run.num_steps) != 1:
             raise ValueError(

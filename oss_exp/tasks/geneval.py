@@ -32,6 +32,7 @@ from oss_exp.geneval.rules import VerdictRecord, Wish, read_metadata
 from oss_exp.models.base import Model
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import nfe
+from oss_exp.tasks.collective import agreed, for_every_rank
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.search import plan
 from oss_exp.tasks.setting import Setting
@@ -39,6 +40,7 @@ from oss_exp.tasks.task import Count, Task
 
 TEACHER = "teacher"  # label of the teacher's pictures
 ROW_COSTS = TypeAdapter(list[tuple[float, float]])  # (time, network rows that a row of x costs)
+Batch = Sequence[int]  # the numbers of its pictures
 FIRST = 2 * HELD_OUT  # index of the first noise, beyond those of searches and evaluations
 
 
@@ -85,8 +87,12 @@ class GenEval(Task):
         maker = Maker(run.setting, schedules, run.folder, batches, cfg.data.seed, count)
         judge = Judge(self.detector, list(schedules), run.folder, batches, wishes, count)
         for module in (maker, judge):
-            loaders = [DataLoader(missing, batch_size=None) for missing in module.missing()]
-            if any(len(loader) for loader in loaders):
+            missing = agreed(run.trainer, module.missing)
+            loaders = []
+            for label, lacking in missing.items():
+                dataset = module.dataset(label, for_every_rank(lacking, run.trainer))
+                loaders.append(DataLoader(dataset, batch_size=None))
+            if any(missing.values()):
                 run.trainer.predict(module, loaders, return_predictions=False)
 
         self._write(run, schedules, judge, wishes)
@@ -145,7 +151,7 @@ class Maker(L.LightningModule):
         setting: Setting,
         schedules: Mapping[str, StepSchedule],
         folder: Path,
-        batches: Sequence[Sequence[int]],
+        batches: Sequence[Batch],
         seed: int,
         count: int,
     ):
@@ -159,13 +165,16 @@ class Maker(L.LightningModule):
         self.count = count
         self._load_row_costs()
 
-    def missing(self) -> list[Noises]:
-        """Return the noises of the batches that lack pictures, for every schedule."""
-        datasets = []
+    def missing(self) -> dict[str, list[Batch]]:
+        """Return the batches that lack pictures, for every schedule."""
+        missing = {}
         for label in self.schedules:
-            batches = [batch for batch in self.batches if self._lacking(label, batch)]
-            datasets.append(Noises(batches, self.seed, self.count, self.model))
-        return datasets
+            missing[label] = [batch for batch in self.batches if self._lacking(label, batch)]
+        return missing
+
+    def dataset(self, label: str, batches: Sequence[Batch]) -> Noises:
+        """Return the noises of batches for a schedule."""
+        return Noises(batches, self.seed, self.count, self.model)
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
@@ -224,7 +233,7 @@ class Noises(Dataset):
         model: The model, for the shape of the noises.
     """
 
-    def __init__(self, batches: Sequence[Sequence[int]], seed: int, count: int, model: Model):
+    def __init__(self, batches: Sequence[Batch], seed: int, count: int, model: Model):
         self.batches = batches
         self.count = count
         last = max(map(max, batches), default=0)
@@ -268,7 +277,7 @@ class Judge(L.LightningModule):
         detector: Detector,
         labels: Sequence[str],
         folder: Path,
-        batches: Sequence[Sequence[int]],
+        batches: Sequence[Batch],
         wishes: Sequence[Wish],
         count: int,
     ):
@@ -280,13 +289,17 @@ class Judge(L.LightningModule):
         self.wishes = wishes
         self.count = count
 
-    def missing(self) -> list[Pictures]:
-        """Return the pictures of the batches that lack verdicts, for every schedule."""
-        datasets = []
+    def missing(self) -> dict[str, list[Batch]]:
+        """Return the batches that lack verdicts, for every schedule."""
+        missing = {}
         for label in self.labels:
-            batches = [batch for batch in self.batches if not self._file(label, batch).is_file()]
-            datasets.append(Pictures(batches, self.folder, label))
-        return datasets
+            lacking = [batch for batch in self.batches if not self._file(label, batch).is_file()]
+            missing[label] = lacking
+        return missing
+
+    def dataset(self, label: str, batches: Sequence[Batch]) -> Pictures:
+        """Return the pictures of batches of a schedule."""
+        return Pictures(batches, self.folder, label)
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
@@ -336,7 +349,7 @@ class Pictures(Dataset):
         label: The label of the schedule.
     """
 
-    def __init__(self, batches: Sequence[Sequence[int]], folder: Path, label: str):
+    def __init__(self, batches: Sequence[Batch], folder: Path, label: str):
         self.batches = batches
         self.folder = folder
         self.label = label

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +23,7 @@ from oss_exp.data.noise import TRAINING
 from oss_exp.files import write_atomically
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, walk
+from oss_exp.tasks.collective import agreed, for_every_rank
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.training import shuffled
 from oss_exp.tensors import rowwise
@@ -110,6 +112,14 @@ class States:
                 tensors[key] = file.get_slice(key)[i % self.size :][0]
         return tensors
 
+    def missing(self, name: str) -> list[list[int]]:
+        """Return the batches of noises that have no file."""
+        missing = []
+        for batch in torch.arange(len(self.noises)).split(self.size):
+            if not self.file(name, int(batch[0])).is_file():
+                missing.append(batch.tolist())
+        return missing
+
     def make(self, name: str, model: nn.Module, compute: Compute, trainer: L.Trainer) -> None:
         """Compute the batches that are missing.
 
@@ -119,12 +129,10 @@ class States:
             compute: Maps a batch of noises with their conditions to tensors with a row for each.
             trainer: The trainer, whose ranks share the work.
         """
-        missing = []
-        for batch in torch.arange(len(self.noises)).split(self.size):
-            if not self.file(name, int(batch[0])).is_file():
-                missing.append(batch.tolist())
+        missing = agreed(trainer, partial(self.missing, name))
         if missing:
-            loader = DataLoader(Batches(self.noises, missing), batch_size=None)
+            batches = Batches(self.noises, for_every_rank(missing, trainer))
+            loader = DataLoader(batches, batch_size=None)
             maker = StateMaker(self, name, model, compute)
             trainer.predict(maker, loader, return_predictions=False)
 

@@ -70,6 +70,8 @@ class _Watch:
     def guard(self, pipe: int) -> None:
         """Wait in a thread for a signal, then for the process to end, and end it if it does not."""
         number = os.read(pipe, 1)
+        while number and number[0] not in (0, *CODES):  # another handler's signal, such as SIGCHLD
+            number = os.read(pipe, 1)
         if number in (b"", b"\0"):
             return
         threading.Event().wait(GRACE)

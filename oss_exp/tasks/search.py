@@ -21,7 +21,7 @@ from oss_exp.call_counter import CallCounter
 from oss_exp.stepsize import Problem, Profile, StepsizeStrategy
 from oss_exp.stepsize.base import edge_calls
 from oss_exp.tasks.call_log import Calls
-from oss_exp.tasks.collective import DistributedCollective
+from oss_exp.tasks.collective import DistributedCollective, require_noises
 from oss_exp.tasks.run import Run
 from oss_exp.tasks.setting import Setting
 from oss_exp.tasks.task import Task
@@ -50,6 +50,16 @@ def plan(run: Run) -> None:
 
     # A search runs without the solver's calibration, so its schedules name none.
     solver = {**run.about["solver"], "calibration": None}
+
+    # Noises of each kind of strategy: 0 plans for all samples, 1 per sample.
+    kinds = sorted({int(strategy.per_sample) for strategy in missing.values()})
+    options = ("data.search_samples", "data.per_sample (at most data.eval_samples)")
+    counts = (run.data.search_samples, run.data.per_sample)
+    for kind in kinds:
+        require_noises(run.trainer, counts[kind], options[kind])
+    all_loaders = run.data.predict_dataloader()
+    loaders = [all_loaders[kind] for kind in kinds]
+
     module = SearchModule(
         run.setting,
         missing,
@@ -60,13 +70,14 @@ def plan(run: Run) -> None:
         run.config["offload_states"],
         run.config["keep_calls"],
     )
-    run.trainer.predict(module, dataloaders=run.data.predict_dataloader(), return_predictions=False)
+    run.trainer.predict(module, dataloaders=loaders, return_predictions=False)
 
 
 class SearchModule(L.LightningModule):
     """A Lightning loop that plans every strategy for every K.
 
-    Loader 0 brings the search set, loader 1 the noises of per-sample strategies. Writes
+    There is a loader for each kind of strategy: the search set for those that plan for all samples
+    (kind 0), then the noises of per-sample strategies (kind 1). Writes
     `<folder>/<strategy>_<K>.json` with the provenance of the run and the cost of planning.
 
     Args:
@@ -101,12 +112,13 @@ class SearchModule(L.LightningModule):
         self.strategy_configs = strategy_configs
         self.offload_states = offload_states
         self.keep_calls = keep_calls
-        self.batches: dict[int, list[dict[str, Tensor]]] = {0: [], 1: []}
+        kinds = sorted({int(strategy.per_sample) for strategy in strategies.values()})
+        self.batches: dict[int, list[dict[str, Tensor]]] = {kind: [] for kind in kinds}
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        self.batches[dataloader_idx].append(batch)
+        list(self.batches.values())[dataloader_idx].append(batch)
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:
@@ -115,18 +127,18 @@ class SearchModule(L.LightningModule):
         if self.keep_calls:
             self.calls = Calls(self.folder.parent / "calls", self.global_rank)
 
-        # Strategies of one loader share a problem, and its teacher runs once.
+        # Strategies of one kind share a problem, and its teacher runs once.
         with counter.progress:
             problems: dict[int, Problem] = {}
-            loaders_with_teacher: set[int] = set()
+            kinds_with_teacher: set[int] = set()
             for name, strategy in self.strategies.items():
-                loader = int(strategy.per_sample)
-                if loader not in problems:
-                    problems[loader] = self._problem(self.batches[loader], counter)
-                problem = problems[loader]
-                if loader not in loaders_with_teacher and self._needs_teacher(strategy, problem):
-                    loaders_with_teacher.add(loader)
-                    self._run_teacher(loader, problem, counter)
+                kind = int(strategy.per_sample)
+                if kind not in problems:
+                    problems[kind] = self._problem(self.batches[kind], counter)
+                problem = problems[kind]
+                if kind not in kinds_with_teacher and self._needs_teacher(strategy, problem):
+                    kinds_with_teacher.add(kind)
+                    self._run_teacher(kind, problem, counter)
                 self._plan(name, strategy, problem, counter)
 
         self.trainer.strategy.barrier("schedules are on disk")
@@ -137,10 +149,10 @@ class SearchModule(L.LightningModule):
         """Tell whether planning uses the teacher; a profile may use nothing else."""
         return self._network_calls(strategy, problem) > 0 or isinstance(strategy, Profile)
 
-    def _run_teacher(self, loader: int, problem: Problem, counter: CallCounter) -> None:
+    def _run_teacher(self, kind: int, problem: Problem, counter: CallCounter) -> None:
         calls_per_node = problem.solver.evals_per_step + problem.distance.calls
         calls = problem.num_nodes * calls_per_node
-        with self._counted("teacher", calls, problem, counter, f"teacher_{loader}"):
+        with self._counted("teacher", calls, problem, counter, f"teacher_{kind}"):
             problem.teacher.run()
 
     @contextmanager
@@ -162,12 +174,6 @@ class SearchModule(L.LightningModule):
             yield
 
     def _problem(self, batches: list[dict[str, Tensor]], counter: CallCounter) -> Problem:
-        if not batches:
-            raise ValueError(
-                "a rank got no noises; use fewer devices, or more data.search_samples or "
-                "data.per_sample"
-            )
-
         # One batch of all samples of this rank.
         batch = {key: torch.cat([part[key] for part in batches]) for key in batches[0]}
         velocity = self.setting.velocity(batch)

@@ -11,11 +11,12 @@ import io
 import math
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -36,7 +37,8 @@ from oss_exp.tasks.fitting import cpu, loss_bar, versions
 from oss_exp.tasks.task import Amount, Count, Positive, Share, Task, Whole
 from oss_exp.tasks.training_state import check_state, prune
 
-Precision = Literal["16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true"]
+# Without half weights, such as bf16-true: a step of their moving average rounds to nothing.
+Precision = Literal["16-mixed", "bf16-mixed", "32-true", "64-true"]
 
 
 class Training(L.LightningModule, abc.ABC):
@@ -223,6 +225,32 @@ class TrainingTask(Task):
         }
 
 
+def require_wide(trainer: L.Trainer, weights: Iterable[Tensor]) -> None:
+    """Check that a training keeps weights of at least 32 bits.
+
+    Args:
+        trainer: The trainer.
+        weights: The weights to train.
+
+    Raises:
+        ValueError: If the trainer makes them narrower, or they are.
+    """
+    reason = "half weights cannot be trained, because the steps of their average round to nothing"
+    choices = get_args(Precision)
+    if trainer.precision not in choices:
+        raise ValueError(
+            f"trainer.precision={trainer.precision}: {reason}; choose one of {', '.join(choices)}"
+        )
+
+    for weight in weights:
+        if weight.dtype.itemsize < 4:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"model.dtype={dtype}: {reason}; set model.dtype=float32, and the precision of the "
+                "training to bf16-mixed"
+            )
+
+
 def fit(
     cfg: DictConfig,
     task: TrainingTask,
@@ -248,7 +276,8 @@ def fit(
         The trainer.
 
     Raises:
-        ValueError: If the batch cannot be split over the ranks, or the checkpoint does not fit.
+        ValueError: If the weights are too narrow, the batch cannot be split over the ranks, or the
+            checkpoint does not fit.
     """
     trainer = build_trainer(
         cfg,
@@ -264,6 +293,7 @@ def fit(
         **trainer_options,
     )
 
+    require_wide(trainer, module.weights()[0])
     if task.batch_size % trainer.world_size:
         raise ValueError(
             f"task.batch_size={task.batch_size} cannot be split evenly over {trainer.world_size} "

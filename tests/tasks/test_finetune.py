@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -240,6 +241,19 @@ def test_stages_that_exist_are_not_trained_again(whole, weights, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_go_on_where_one_batch_of_states_is_missing(whole, weights, tmp_path):
+    shutil.copytree(whole / "states", tmp_path / "stages" / "states")
+    batch = tmp_path / "stages" / "states" / "teacher" / "000001.safetensors"
+    batch.unlink()
+
+    run_two_ranks(*settings(weights, tmp_path), folder=tmp_path)
+
+    states = load_file(whole / "states" / "teacher" / batch.name)["states"]
+    torch.testing.assert_close(load_file(batch)["states"], states)
+    assert record(tmp_path / "stages", 1)["training"]["steps"] == 6
+
+
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
     progressive = ["task.objective=progressive", "num_steps=[4]", "task.precision=64-true"]
     one = tuned(weights, tmp_path / "one", *progressive)
@@ -267,6 +281,10 @@ def test_two_ranks_take_the_steps_of_one(weights, tmp_path):
         ("task.objective=jumps", "task.objective must be one of jump, progressive, diffusion"),
         ("task.objective=diffusion", "needs images: images=fashion_mnist_32"),
         ("images=digits", "task.objective=jump takes no images"),
+        ("task.precision=bf16-true", "must be one of 16-mixed, bf16-mixed, 32-true, 64-true"),
+        ("+trainer.precision=bf16-true", "trainer.precision=bf16-true: half weights cannot be"),
+        ("model.dtype=float16", "model.dtype=float16: half weights cannot be trained"),
+        ("model.dtype=bfloat16 task.trainable=lora", "bfloat16: half weights cannot be trained"),
         ("task.trainable=half", "task.trainable must be one of full, adaln, lora"),
         (
             "task.trainable=lora task.lora_rank=0",
@@ -285,6 +303,7 @@ def test_bad_values_end_with_one_message(weights, tmp_path, capsys, values, mess
         run_cli(*settings(weights, tmp_path, *values.split()))
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("stage_*.safetensors"))
+    assert not list(tmp_path.rglob("teacher/*.safetensors"))
 
 
 @pytest.mark.slow

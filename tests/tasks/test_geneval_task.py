@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,20 @@ def test_the_table_and_the_page_are_written(run):
 def test_any_number_of_ranks_gives_the_same(run, inputs, tmp_path):
     run_two_ranks(*inputs, f"hydra.run.dir={tmp_path}", folder=tmp_path)
     assert verdicts(tmp_path) == verdicts(run)
+
+
+@pytest.mark.slow
+def test_ranks_go_on_with_fewer_batches_than_they_are(run, inputs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    picture = folder / "images" / "ddim_2" / "000003.png"
+    picture.unlink()
+    (folder / "verdicts" / "teacher" / "000005.jsonl").unlink()
+
+    run_two_ranks(*inputs, f"hydra.run.dir={folder}", folder=tmp_path)
+
+    assert picture.read_bytes() == (run / picture.relative_to(folder)).read_bytes()
+    assert verdicts(folder) == verdicts(run)
 
 
 @pytest.mark.slow

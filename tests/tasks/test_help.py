@@ -74,3 +74,14 @@ def test_doctor_says_what_is_there_and_what_is_missing(capsys, monkeypatch, tmp_
     assert torch.__version__.split("+")[0] in printed
     assert re.search(r"absent \(set by OSS_EXP_DATA\) +not there", printed)
     assert re.search(r"no-such-package +not installed; pip install it +nothing", printed)
+
+
+def test_doctor_sends_an_apple_gpu_to_the_cpu(capsys, monkeypatch):
+    """Searches have float64 grids on the device, which MPS refuses."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    doctor.report()
+    printed = capsys.readouterr().out
+    assert re.search(r"mps +Apple GPU +not supported, it has no float64; use trainer=cpu", printed)
+    assert "trainer=gpu" not in printed

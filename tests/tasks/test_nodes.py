@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import metrics_of, run_cli, start_process
+from helpers import free_port, metrics_of, run_cli, start_process
 
 from oss_exp.schedule import StepSchedule
 
@@ -121,13 +120,6 @@ def require_same_measurements(folder: Path, expected: Path) -> None:
     ):
         for label, images in originals.items():
             assert np.abs(pictures[label].astype(float) - images).max() <= 1
-
-
-def free_port() -> int:
-    """Return the number of a port that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Machines:

@@ -132,6 +132,29 @@ def test_work_that_ignores_a_signal_is_ended(monkeypatch, capfd):
     assert capfd.readouterr().err.strip() == "oss-exp: ended by SIGTERM; all is kept"
 
 
+def test_signals_of_other_handlers_end_nothing(monkeypatch, capfd):
+    """The processes that load a training's examples send SIGCHLD, for which torch has a handler."""
+    monkeypatch.setattr(preemption, "GRACE", 0.2)
+
+    def work() -> None:
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGCHLD)
+        time.sleep(1)
+        print("went on", file=sys.stderr, flush=True)
+
+        # A later signal is still one that ends the run.
+        with preemption.unbroken():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    code, seconds = forked(work)
+    assert code == 143
+    assert seconds < 5
+    first, _, line = capfd.readouterr().err.strip().split("\n")
+    assert first == "went on"
+    assert line.startswith("oss-exp: ended by SIGTERM;")
+
+
 @pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
 def test_a_signal_waits_for_the_end_of_a_piece_of_work(sent, code, capfd):
     def work() -> None:

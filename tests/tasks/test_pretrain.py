@@ -453,6 +453,9 @@ def test_logit_normal_times_are_log_normal_sigmas():
         ([*LATENTS, "task.horizontal_flip=0.5"], "mirrors pictures, .* works on latents"),
         (["task.times.std=0"], "task.times.std must be a finite number above 0"),
         (["task.resume=/nowhere"], "no checkpoint /nowhere"),
+        (["trainer.precision=bf16-true"], "precision=bf16-true: half weights .* 16-mixed, bf16-mi"),
+        (["trainer.precision=16-true"], "precision=16-true: half weights cannot be trained"),
+        (["model.dtype=bfloat16"], "dtype=bfloat16: half weights .*; set model.dtype=float32"),
         (["task.batch_size=7", "trainer=ddp_spawn_cpu"], "cannot be split evenly over 2 ranks"),
     ],
 )
@@ -460,6 +463,7 @@ def test_settings_that_cannot_train_are_refused(arguments, message, tmp_path, ca
     with pytest.raises(SystemExit):
         run_cli(*settings(tmp_path, *arguments))
     assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_model_without_weights_to_train_is_refused(tmp_path, capsys):

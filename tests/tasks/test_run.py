@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import metrics_of, run_cli, run_two_ranks
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from oss_exp.cli import CONF
@@ -414,6 +415,44 @@ def test_one_held_out_sample_has_no_interval(tmp_path):
     for strategy in ("edm", "oss"):
         psnr = row(folder, strategy, 2)["psnr"]
         assert (psnr["n"], psnr["low"]) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ("stepsize=[ddim,oss] data.search_samples=1", "raise data.search_samples, or use fewer"),
+        ("stepsize=[ddim,oss] data.per_sample=1", "raise data.per_sample (at most data.eval_sam"),
+        ("stepsize=oss data.eval_samples=1", "raise data.per_sample (at most data.eval_samples)"),
+        ("task=calibrate stepsize=ddim task.samples=1", "raise task.samples, or use fewer devices"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_says_that_some_would_have_no_noise(
+    values, option, rank, tmp_path, capsys, monkeypatch
+):
+    """Each of two ranks ends at once, without the other."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("NODE_RANK", "0")
+    monkeypatch.setattr(rank_zero_only, "rank", int(rank))
+    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    with pytest.raises(SystemExit):
+        oss_exp(tmp_path, *values.split(), *ranks)
+    printed = capsys.readouterr().err
+    assert "every rank needs a noise, and 2 ranks share 1" in printed
+    assert option in printed
+    assert not (tmp_path / "schedules").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "values",
+    ["stepsize=[ddim,oss_ave] data.per_sample=1", "stepsize=oss data.search_samples=1"],
+)
+def test_noises_that_no_strategy_uses_may_be_fewer_than_ranks(values, tmp_path):
+    arguments = ["task=search", *values.split()]
+    run_two_ranks(*SMALL, *arguments, "hydra.run.dir=two", folder=tmp_path)
+    oss_exp(tmp_path / "one", *arguments)
+    assert times(tmp_path / "two") == times(tmp_path / "one")
 
 
 @pytest.mark.slow
