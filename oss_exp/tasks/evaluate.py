@@ -291,7 +291,9 @@ class EvaluateModule(L.LightningModule):
         teacher_solver = self.setting.teacher_solver
         original = self.model.original
         grid = self.setting.teacher
-        recorder = self.trajectories.recorder("teacher", original, grid, index, TEACHER_STEPS)
+        recorder = self.trajectories.recorder(
+            "teacher", original, grid, index, condition, TEACHER_STEPS
+        )
         x0, teacher = _sampled(original, teacher_solver, grid, noise, condition, None, recorder)
         width = spread(x0)
 
@@ -313,7 +315,9 @@ class EvaluateModule(L.LightningModule):
                 steps = steps.rows(index[rows].tolist())
             row_condition = None if condition is None else condition[rows]
             group = None if classes is None else classes[rows]
-            recorder = self.trajectories.recorder(label, self.model, steps, index[rows])
+            recorder = self.trajectories.recorder(
+                label, self.model, steps, index[rows], row_condition
+            )
             x0, images = _sampled(
                 self.model, solver, steps, noise[rows], row_condition, group, recorder
             )

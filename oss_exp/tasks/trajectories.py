@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from oss_exp.data.noise import HELD_OUT
 from oss_exp.evaluation.pictures import as_bytes, reduced
 from oss_exp.models.base import Model
+from oss_exp.models.pipeline import Pipeline
 from oss_exp.schedule import StepSchedule
 from oss_exp.stepsize import Collective
 
@@ -31,7 +33,13 @@ class Trajectories:
         self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def recorder(
-        self, label: str, model: Model, steps: StepSchedule, index: Tensor, most: int | None = None
+        self,
+        label: str,
+        model: Model,
+        steps: StepSchedule,
+        index: Tensor,
+        condition: Tensor | None,
+        most: int | None = None,
     ) -> Recorder | None:
         """Return a recorder of one run; None if no sample of it is recorded.
 
@@ -40,6 +48,7 @@ class Trajectories:
             model: The model.
             steps: The schedule.
             index: The samples of the run, (B,).
+            condition: Their conditions, (B,), or None.
             most: Number of steps to record, evenly chosen; None: every step.
         """
         rows = (index < HELD_OUT + self.count).nonzero()[:, 0]
@@ -47,7 +56,10 @@ class Trajectories:
             return None
         parts = self.parts.setdefault(label, [])
         count = min(steps.num_steps, most or steps.num_steps)
-        return Recorder(parts, model, steps, index, rows, count)
+        decode = model.decode
+        if isinstance(model, Pipeline) and condition is not None:
+            decode = partial(model.decode, condition=condition[rows])
+        return Recorder(parts, decode, steps, index, rows, count)
 
     def gather(
         self, labels: Iterable[str], num_samples: int, collective: Collective
@@ -98,7 +110,7 @@ class Recorder:
 
     Args:
         parts: The list to which the record is appended.
-        model: The model.
+        decode: Decodes predictions (b, *E) of the recorded samples.
         steps: The schedule.
         index: The samples of the run, (B,).
         rows: Positions of the recorded samples among them, (b,).
@@ -108,14 +120,14 @@ class Recorder:
     def __init__(
         self,
         parts: list[tuple[Tensor, Tensor, Tensor]],
-        model: Model,
+        decode: Callable[[Tensor], Tensor],
         steps: StepSchedule,
         index: Tensor,
         rows: Tensor,
         count: int,
     ):
         self.parts = parts
-        self.model = model
+        self.decode = decode
         self.steps = steps
         self.index = index
         self.rows = rows
@@ -124,7 +136,7 @@ class Recorder:
 
     def __call__(self, step: int, x0: Tensor) -> None:
         if step in self.places:
-            self.pictures.append(as_pictures(self.model.decode(x0[self.rows])))
+            self.pictures.append(as_pictures(self.decode(x0[self.rows])))
 
     def finish(self, images: Tensor) -> None:
         """Append the record, with the images (B, ...) at the end.

@@ -233,16 +233,23 @@ class Pipeline(Model):
         self.guidance = Guidance(max(mix))
         return mix
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, condition: Tensor | None = None) -> Tensor:
         """Decode x0 (B, *E) by the pipeline itself: to pixels in [0, 1], or to waveforms.
 
-        The latest suspended call of B samples ends with x0. If the pipeline pastes an image in at
-        its end, as image-to-video does with the first frame, then it is the image of those samples.
+        A call ends with x0. If the pipeline pastes an image in at its end, as image-to-video does
+        with the first frame, then it is the image of the call's samples.
+
+        Args:
+            x0: Clean samples.
+            condition: The numbers (B,) of their prompts; None for those of the latest suspended
+                call of B samples.
 
         Returns:
             Images (B, C, H, W), videos (B, C, F, H, W) or waveforms (B, channels, samples).
         """
         samples = self.calls.latest_of_size(len(x0))
+        if condition is not None:
+            samples = tuple(condition.tolist())
         loop = self.calls.resume(samples)
         self.calls.loops.pop(samples)
         try:

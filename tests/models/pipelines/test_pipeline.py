@@ -10,9 +10,12 @@ from models.pipelines import audio, edits, images, videos  # noqa: F401  (regist
 from models.pipelines.parts import FAMILIES, Family
 
 import oss_exp
+from oss_exp.data.noise import HELD_OUT
 from oss_exp.models.pipeline import Pipeline, decoded
+from oss_exp.models.pipeline.calls import SuspendedCalls
 from oss_exp.schedule import StepSchedule
 from oss_exp.solvers import Euler, sample
+from oss_exp.tasks.trajectories import Trajectories
 
 QUICK = ("dit", "flux", "stable_audio", "stable_diffusion_3", "wan")
 
@@ -166,3 +169,23 @@ def num_hooks(family: Family) -> list[int]:
     """Count the forward hooks of every network of the pipeline."""
     parts = family.pipe.components.values()
     return [len(part._forward_hooks) for part in parts if isinstance(part, torch.nn.Module)]
+
+
+def test_recorded_predictions_are_decoded_in_a_call_of_their_own_prompts(monkeypatch):
+    """Some pipelines paste the image of a sample in at their end."""
+    family = images.stable_diffusion()
+    model = Pipeline(family.pipe, family.prompts, **family.call)
+    x0 = torch.randn(2, *model.event_shape)
+    begun = []
+    begin = SuspendedCalls.begin
+    monkeypatch.setattr(
+        SuspendedCalls,
+        "begin",
+        lambda calls, samples: begun.append(samples) or begin(calls, samples),
+    )
+
+    steps = StepSchedule(torch.tensor([1.0, 0.5, 0.0]))
+    index, condition = torch.tensor([HELD_OUT + 5, HELD_OUT]), torch.tensor([0, 1])
+    recorder = Trajectories(1).recorder("label", model, steps, index, condition)
+    recorder(0, x0)
+    assert begun == [(1,)]
