@@ -19,7 +19,8 @@ from experiments.small_networks.run import FINE, grid
 
 NAME = "unet_cifar10"
 STATISTICS = (OUTPUTS / "cifar10/statistics/cifar10_train.npz").absolute()
-IMAGES = ((1.0, 1_000), (1.5, 1_000), (2.0, 1_000), (3.0, 1_000), (2.0, 10_000))  # by guidance
+# Guidance, and number of images.
+QUALITY = ((1.0, 1_000), (1.5, 1_000), (2.0, 1_000), (3.0, 1_000), (2.0, 10_000))
 STRATEGIES = "edm,ddim,fm,dm,gits,oss_ave,oss_fit"
 
 
@@ -57,7 +58,7 @@ def quality(fid: list[str]) -> None:
     keep(__file__, "quality.png", picture)
 
     rows = []
-    for scale, count in IMAGES:
+    for scale, count in QUALITY:
         folder = finished(
             f"cifar10/teacher_{scale}_{count}",
             f"model={NAME}",

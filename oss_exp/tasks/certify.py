@@ -189,9 +189,8 @@ def _check_run(run: Run, path: Path, steps: StepSchedule) -> dict[str, ClosedFor
         )
     if steps.orders is not None and run.config["run_orders"] == "fixed":
         raise ValueError(
-            f"run_orders=fixed: task=certify measures {path} with the orders that it has, of which "
-            "its range is; set run_orders=searched, and the solver that the orders were searched "
-            "with"
+            f"run_orders=fixed: task=certify measures {path} with its own orders, for which its "
+            "range holds; set run_orders=searched, and the solver that they were searched with"
         )
     if run.trainer.world_size > 1:
         raise ValueError("task=certify runs on one device; set trainer.devices=1")

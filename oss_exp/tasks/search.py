@@ -51,15 +51,6 @@ def plan(run: Run) -> None:
     # A search runs without the solver's calibration, so its schedules name none.
     solver = {**run.about["solver"], "calibration": None}
 
-    # Noises of each kind of strategy: 0 plans for all samples, 1 per sample.
-    kinds = sorted({int(strategy.per_sample) for strategy in missing.values()})
-    options = ("data.search_samples", "data.per_sample (at most data.eval_samples)")
-    counts = (run.data.search_samples, run.data.per_sample)
-    for kind in kinds:
-        require_noises(run.trainer, counts[kind], options[kind])
-    all_loaders = run.data.predict_dataloader()
-    loaders = [all_loaders[kind] for kind in kinds]
-
     module = SearchModule(
         run.setting,
         missing,
@@ -70,6 +61,14 @@ def plan(run: Run) -> None:
         run.config["offload_states"],
         run.config["keep_calls"],
     )
+
+    # Noises of each kind of strategy.
+    options = ("data.search_samples", "data.per_sample (at most data.eval_samples)")
+    counts = (run.data.search_samples, run.data.per_sample)
+    for kind in module.kinds:
+        require_noises(run.trainer, counts[kind], options[kind])
+    all_loaders = run.data.predict_dataloader()
+    loaders = [all_loaders[kind] for kind in module.kinds]
     run.trainer.predict(module, dataloaders=loaders, return_predictions=False)
 
 
@@ -112,13 +111,13 @@ class SearchModule(L.LightningModule):
         self.strategy_configs = strategy_configs
         self.offload_states = offload_states
         self.keep_calls = keep_calls
-        kinds = sorted({int(strategy.per_sample) for strategy in strategies.values()})
-        self.batches: dict[int, list[dict[str, Tensor]]] = {kind: [] for kind in kinds}
+        self.kinds = sorted({int(strategy.per_sample) for strategy in strategies.values()})
+        self.batches: dict[int, list[dict[str, Tensor]]] = {kind: [] for kind in self.kinds}
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> Tensor:
-        list(self.batches.values())[dataloader_idx].append(batch)
+        self.batches[self.kinds[dataloader_idx]].append(batch)
         return batch["index"]
 
     def on_predict_epoch_end(self) -> None:

@@ -117,14 +117,18 @@ def forked(work: Callable[[], object]) -> tuple[int, float]:
     return os.waitstatus_to_exitcode(status), time.monotonic() - started
 
 
+def ignore_a_signal() -> None:
+    with preemption.unbroken():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+
 def test_work_that_ignores_a_signal_is_ended(monkeypatch, capfd):
     monkeypatch.setattr(preemption, "GRACE", 0.2)
 
     def deaf() -> None:
         preemption.advise("all is kept")
-        with preemption.unbroken():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
+        ignore_a_signal()
 
     code, seconds = forked(deaf)
     assert code == 143
@@ -141,11 +145,7 @@ def test_signals_of_other_handlers_end_nothing(monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGCHLD)
         time.sleep(1)
         print("went on", file=sys.stderr, flush=True)
-
-        # A later signal is still one that ends the run.
-        with preemption.unbroken():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
+        ignore_a_signal()  # this later one still ends the run
 
     code, seconds = forked(work)
     assert code == 143
